@@ -1,0 +1,400 @@
+"""nanochat's GPT over a flat batch of tokens, every era of it.
+
+A *recipe* is the set of constants that differ between nanochat's eras and that no shape reveals:
+the rope base, the softcap, the scale on q and k. One wrong constant gives fluent nonsense, so the
+era is recognised from the state dict and never assumed. The forward pass keeps no state but the KV
+cache: everything else a token needs (smear, value embeddings, x0) follows from its own id and the
+one before.
+
+The small steps between the matrix products (`add_norm`, `rope_store`, `relu2`) are written here in
+plain torch. kernels_gpu.py has the same functions, fused; the model picks one of the two by device.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a checkpoint, as nanochat's meta file has it under `model_config`."""
+
+    sequence_len: int  # context length of the training
+    vocab_size: int  # tokens of the tokenizer; the weights may have more rows (padding)
+    n_layer: int
+    n_head: int  # query heads
+    n_kv_head: int  # key and value heads; each serves n_head // n_kv_head query heads
+    n_embd: int
+    window_pattern: str = "L"  # S(hort) and L(ong), tiled over the layers; the last is always L
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @classmethod
+    def from_meta(cls, model_config: object, source: str = "model_config") -> GPTConfig:
+        """Check and build from a meta file's dict. Raises ValueError naming the key and its
+        value."""
+        if not isinstance(model_config, dict):
+            raise ValueError(
+                f"{source}: model_config must be a JSON object, got {model_config!r:.80}"
+            )
+        given = dict(model_config)
+        if given.get("num_experts", 0) == 0:  # a dense model of the mixture-of-experts branch
+            given.pop("num_experts", None), given.pop("top_k", None)
+        names = [f.name for f in fields(cls)]
+        if unknown := sorted(set(given) - set(names)):
+            raise ValueError(
+                f"{source}: model_config has keys this engine does not know: {unknown}"
+            )
+        if missing := [n for n in names if n not in given and n != "window_pattern"]:
+            raise ValueError(f"{source}: model_config lacks {missing}")
+        for name in names[:-1]:
+            value = given[name]
+            if type(value) is not int or not 0 < value < 2**31:
+                raise ValueError(f"{source}: {name} must be a positive integer, got {value!r}")
+        pattern = given.get("window_pattern") or "L"
+        if not isinstance(pattern, str) or set(pattern.upper()) - set("SL"):
+            raise ValueError(
+                f"{source}: window_pattern must be letters S and L, got {pattern!r:.80}"
+            )
+        config = cls(**{**given, "window_pattern": pattern.upper()})
+        if config.n_embd % config.n_head or config.head_dim % 2:
+            raise ValueError(
+                f"{source}: n_embd {config.n_embd} does not split into {config.n_head} even heads"
+            )
+        if config.n_head % config.n_kv_head:
+            raise ValueError(
+                f"{source}: {config.n_head} query heads do not share {config.n_kv_head} kv heads"
+            )
+        return config
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an era of nanochat computes, beyond the shapes. Any number may be overridden by
+    keyword."""
+
+    era: str
+    softcap: float = 15.0  # logits = softcap * tanh(logits / softcap)
+    rope_base: float = 10_000.0
+    round_rotary: bool = True  # cos and sin rounded to bfloat16, in float32 runs too
+    qk_scale: float = 1.0  # q and k are multiplied by it after their norm
+    gate_scale: float = 2.0  # value-embedding gate = gate_scale * sigmoid(...)
+    gate_channels: int = 0  # channels the gate reads; 0: the era has no value embeddings
+    short_window: int = 0  # 0: no windows at all; 2: L // 2; else n: 128 * ceil(L / n)
+    lambdas: bool = False  # resid_lambdas and x0_lambdas
+    smear: bool = False  # smear of the previous embedding, and backout
+    eps: float = 2.0**-23  # of every rms norm: float32's machine epsilon, torch's default
+
+    def override(self, **changes: float) -> Recipe:
+        """A copy with some constants changed. Raises TypeError for a name that is no constant."""
+        allowed = {"softcap", "rope_base", "round_rotary", "qk_scale", "gate_scale", "eps"}
+        for name, value in changes.items():
+            if name not in allowed:
+                raise TypeError(
+                    f"unknown argument {name!r}; recipe overrides are {', '.join(sorted(allowed))}"
+                )
+            wanted = bool if name == "round_rotary" else (int, float)
+            if not isinstance(value, wanted) or (wanted is not bool and not 0 < value < math.inf):
+                raise ValueError(
+                    f"{name} must be {'a bool' if wanted is bool else 'positive'}, got {value!r}"
+                )
+        return replace(self, **changes)
+
+
+_ERA3 = Recipe("3", gate_channels=32, short_window=2, lambdas=True)
+_ERA4 = replace(
+    _ERA3, era="4", gate_scale=3.0, gate_channels=12, short_window=384, rope_base=100_000.0,
+    round_rotary=False, qk_scale=1.15,
+)  # fmt: skip
+RECIPES = {
+    "1": Recipe("1"),
+    "2": Recipe("2", short_window=2, lambdas=True),
+    "3": _ERA3,  # 3b has the same keys and softcap=20: only the user can tell
+    "4": _ERA4,
+    "5": replace(_ERA4, era="5", short_window=512, qk_scale=1.2, smear=True),
+}
+
+# layouts that existed for days on branches of nanochat; named so that the refusal says what it saw.
+_UNSUPPORTED = {
+    "v0_lambdas": "an experiment of 2026-01-16 with v0_lambdas (ungated value embeddings)",
+    "bigram_lambdas": "the hashed bigram embeddings (engram) of 2026-01-25 to 01-28",
+    ".moe.": "a mixture of experts (branch moe)",
+    ".mlp.router.": "a mixture of experts (branch moe3)",
+    ".mlp.experts.": "a mixture of experts (branch moe3)",
+    ".mlp.shared_expert.": "a mixture of experts (branch moe3)",
+}
+
+
+def recognise(weights: dict[str, Tensor]) -> Recipe:
+    """The recipe of a state dict (keys already without `_orig_mod.`), told by the keys it has.
+
+    Raises ValueError for layouts that no released nanochat had, naming what was seen.
+    """
+    for key in weights:
+        for mark, what in _UNSUPPORTED.items():
+            if mark in f".{key}." or key == mark:
+                raise ValueError(f"unsupported checkpoint: {key!r} belongs to {what}")
+    gates = {
+        w.shape[-1] for key, w in weights.items() if key.endswith("attn.ve_gate.weight") and w.ndim
+    }
+    if {"smear_gate.weight", "smear_lambda", "backout_lambda"} & weights.keys():
+        return RECIPES["5"]
+    if gates or any(key.startswith("value_embeds.") for key in weights):
+        if gates in ({12}, {32}):
+            return RECIPES["4" if gates == {12} else "3"]
+        raise ValueError(
+            f"unsupported checkpoint: value embeddings, gates of {sorted(gates) or 'no'} channels; "
+            "nanochat's eras have 32 (era 3) or 12 (eras 4 and 5)"
+        )
+    return RECIPES["2" if {"resid_lambdas", "x0_lambdas"} & weights.keys() else "1"]
+
+
+def expected_shapes(config: GPTConfig, recipe: Recipe, rows: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint; `rows` is the (padded) vocabulary."""
+    c, kv = config.n_embd, config.n_kv_head * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (rows, c),
+        "lm_head.weight": (rows, c),
+    }
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}."
+        shapes[block + "attn.c_q.weight"] = shapes[block + "attn.c_proj.weight"] = (c, c)
+        shapes[block + "attn.c_k.weight"] = shapes[block + "attn.c_v.weight"] = (kv, c)
+        shapes[block + "mlp.c_fc.weight"] = (4 * c, c)
+        shapes[block + "mlp.c_proj.weight"] = (c, 4 * c)
+        if recipe.gate_channels and i % 2 == (config.n_layer - 1) % 2:
+            shapes[f"value_embeds.{i}.weight"] = (rows, kv)
+            shapes[block + "attn.ve_gate.weight"] = (config.n_kv_head, recipe.gate_channels)
+    if recipe.lambdas:
+        shapes["resid_lambdas"] = shapes["x0_lambdas"] = (config.n_layer,)
+    if recipe.smear:
+        shapes["smear_gate.weight"] = (1, 24)
+        shapes["smear_lambda"] = shapes["backout_lambda"] = (1,)
+    return shapes
+
+
+def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe) -> None:
+    """Strict: no missing, no extra, no misshapen tensor. Raises ValueError naming them."""
+    wte = weights.get("transformer.wte.weight")
+    rows = wte.shape[0] if wte is not None and wte.ndim == 2 else config.vocab_size
+    if rows < config.vocab_size:
+        raise ValueError(f"the embedding has {rows} rows, but vocab_size is {config.vocab_size}")
+    expected = expected_shapes(config, recipe, rows)
+    misshapen = [
+        f"{k} is {tuple(weights[k].shape)}, not {shape}"
+        for k, shape in expected.items()
+        if k in weights and tuple(weights[k].shape) != shape
+    ]
+    unusable = [k for k in expected if k in weights and not weights[k].is_floating_point()]
+    problems = {
+        "missing": [k for k in expected if k not in weights],
+        "unexpected": [k for k in weights if k not in expected],
+        "misshapen": misshapen,
+        "not floating point": unusable,
+    }
+    found = [
+        f"{len(v)} {what} ({', '.join(v[:3])}{' ...' * (len(v) > 3)})"
+        for what, v in problems.items()
+        if v
+    ]
+    if found:
+        raise ValueError(f"not a complete checkpoint of era {recipe.era}: " + "; ".join(found))
+
+
+def layer_windows(config: GPTConfig, recipe: Recipe) -> list[int]:
+    """How many tokens back each layer sees; -1 is no limit. w means w + 1 visible keys."""
+    if not recipe.short_window:
+        return [-1] * config.n_layer
+    long = config.sequence_len
+    short = long // 2 if recipe.short_window == 2 else 128 * math.ceil(long / recipe.short_window)
+    pattern = config.window_pattern
+    kinds = [pattern[i % len(pattern)] for i in range(config.n_layer)]
+    kinds[-1] = "L"  # whatever the pattern says
+    return [short if kind == "S" else long for kind in kinds]
+
+
+# the steps between the matrix products, in plain torch
+# ---------------------------------------------
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, without a weight."""
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+
+
+def add_norm(
+    x: Tensor, y: Tensor | None, x0: Tensor | None, a: Tensor | None, b: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and norm it for the next one.
+
+    x, y, x0 (T, C); a, b: the layer's resid and x0 lambdas (0-dim) or None.
+    Returns x = a * (x + y) + b * x0, or x + y without lambdas, and rms(x).
+    """
+    if y is not None:
+        x = x + y
+    if a is not None:
+        x = a * x + b * x0
+    return x, rms(x, eps)
+
+
+def rope_store(
+    qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps
+) -> Tensor:
+    """Rotate, norm and scale q and k, mix the value embedding into v, write k and v to their slots.
+
+    qkv (T, (H + 2 Hkv) D): query, key and value heads side by side; h (T, C) what they were
+    computed from (the gate reads its first channels); ve (V, Hkv D) and ve_gate (Hkv, channels) or
+    None; cos, sin (positions, D/2); k, v (N, Hkv, block_size, D): the layer's cache. Returns q (T,
+    H, D).
+    """
+    block_size, dim = k.shape[2:]
+    qkv = qkv.view(len(qkv), -1, dim)
+    n_kv_head = (qkv.shape[1] - n_head) // 2
+    qk, new_v = qkv[:, : n_head + n_kv_head], qkv[:, n_head + n_kv_head :]
+    c, s = cos[batch.positions, None], sin[batch.positions, None]
+    left, right = qk.chunk(2, dim=-1)
+    # minus the usual angle: nanochat's sign, and with trained weights it matters. norm comes after.
+    qk = torch.cat((left * c + right * s, right * c - left * s), dim=-1).to(qkv.dtype)
+    qk = rms(qk, eps)
+    if qk_scale != 1.0:
+        qk = qk * qk_scale
+    if ve is not None:
+        gate = gate_scale * torch.sigmoid(F.linear(h[:, : ve_gate.shape[1]], ve_gate))
+        new_v = new_v + gate[:, :, None] * F.embedding(batch.ids, ve).view_as(new_v)
+    blocks, offsets = batch.slots // block_size, batch.slots % block_size
+    k[blocks, :, offsets] = qk[:, n_head:]
+    v[blocks, :, offsets] = new_v
+    return qk[:, :n_head]
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)^2, in place."""
+    return x.relu_().square_()
+
+
+@dataclass
+class Layer:
+    """The weights of one block; matrices are (out, in) as torch's linear wants them."""
+
+    qkv: Tensor  # ((H + 2 Hkv) D, C): one product instead of three
+    proj: Tensor  # (C, C)
+    fc: Tensor  # (4C, C)
+    mlp_proj: Tensor  # (C, 4C)
+    window: int  # tokens back that are visible, -1 all
+    ve: Tensor | None = None  # (V, Hkv D) value embedding
+    ve_gate: Tensor | None = None  # (Hkv, channels)
+    resid_lambda: Tensor | None = None  # 0-dim float32
+    x0_lambda: Tensor | None = None  # 0-dim float32
+
+
+class GPT:
+    """A nanochat model: weights and the forward pass over a flat batch.
+
+    weights: a checked state dict (see `check_weights`); max_len: positions the rotary tables cover;
+    attend: a backend of attention.py.
+    """
+
+    def __init__(
+        self, config, recipe, weights, attend, device="cpu", dtype=torch.float32, max_len=None
+    ):
+        self.config, self.recipe, self.attend = config, recipe, attend
+        self.device, self.dtype = torch.device(device), dtype
+        self.windows = layer_windows(config, recipe)
+        self.ops = sys.modules[__name__]
+        if self.device.type == "cuda" and torch.version.cuda:
+            from . import kernels_gpu
+
+            self.ops = kernels_gpu
+
+        def take(*names: str, dtype: torch.dtype = dtype) -> Tensor:
+            # one tensor at a time: the file is memory-mapped and only this copy stays
+            parts = [weights[name].to(self.device, dtype) for name in names]
+            return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+        self.wte = take("transformer.wte.weight")
+        # padding rows of the vocabulary end here, so that no one downstream can see them
+        self.lm_head = take("lm_head.weight")[: config.vocab_size]
+        self.layers = []
+        for i in range(config.n_layer):
+            attn, mlp = f"transformer.h.{i}.attn.", f"transformer.h.{i}.mlp."
+            layer = Layer(
+                qkv=take(attn + "c_q.weight", attn + "c_k.weight", attn + "c_v.weight"),
+                proj=take(attn + "c_proj.weight"),
+                fc=take(mlp + "c_fc.weight"),
+                mlp_proj=take(mlp + "c_proj.weight"),
+                window=self.windows[i],
+            )
+            if f"value_embeds.{i}.weight" in weights:
+                layer.ve = take(f"value_embeds.{i}.weight")
+                layer.ve_gate = take(attn + "ve_gate.weight")
+            if recipe.lambdas:
+                layer.resid_lambda = take("resid_lambdas", dtype=torch.float32)[i]
+                layer.x0_lambda = take("x0_lambdas", dtype=torch.float32)[i]
+            self.layers.append(layer)
+        if recipe.smear:
+            self.smear_gate = take("smear_gate.weight")
+            self.smear_lambda = take("smear_lambda")
+            self.backout_lambda = take("backout_lambda")
+        self.cos, self.sin = self._rotary(max_len or config.sequence_len)
+
+    def _rotary(self, max_len: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (max_len, D/2) of position * base^(-2j/D), in float32 as nanochat computes
+        them."""
+        dim = self.config.head_dim
+        pair = torch.arange(0, dim, 2, dtype=torch.float32, device=self.device)
+        frequency = 1.0 / (self.recipe.rope_base ** (pair / dim))
+        angle = torch.outer(
+            torch.arange(max_len, dtype=torch.float32, device=self.device), frequency
+        )
+        tables = angle.cos(), angle.sin()
+        if self.recipe.round_rotary or self.dtype != torch.float32:
+            tables = tuple(t.bfloat16().float() for t in tables)
+        return tables
+
+    def embed(self, batch) -> Tensor:
+        """(T, C) normed embeddings; the newest era smears the previous token's into the present
+        one."""
+        eps = self.recipe.eps
+        x = rms(F.embedding(batch.ids, self.wte), eps)
+        if not self.recipe.smear:
+            return x
+        previous = rms(F.embedding(batch.prev_ids, self.wte), eps)
+        gate = self.smear_lambda * torch.sigmoid(F.linear(x[:, :24], self.smear_gate))
+        return x + gate * (batch.positions > 0)[:, None] * previous  # position 0 has no neighbour
+
+    def forward(self, batch, cache) -> Tensor:
+        """Run the batch, write its K and V into the cache, return (R, C): the normed rows of the
+        head."""
+        ops, recipe, n_head = self.ops, self.recipe, self.config.n_head
+        x, y, middle = self.embed(batch), None, None
+        x0 = x
+        for i, layer in enumerate(self.layers):
+            k, v = cache.layer(i)
+            x, h = ops.add_norm(x, y, x0, layer.resid_lambda, layer.x0_lambda, recipe.eps)
+            q = ops.rope_store(
+                F.linear(h, layer.qkv), h, layer.ve, layer.ve_gate, self.cos, self.sin, batch, k, v,
+                n_head, recipe.qk_scale, recipe.gate_scale, recipe.eps,
+            )  # fmt: skip
+            y = self.attend(q, k, v, batch, layer.window)
+            y = F.linear(y.flatten(1), layer.proj)
+            x, h = ops.add_norm(x, y, None, None, None, recipe.eps)
+            y = F.linear(ops.relu2(F.linear(h, layer.fc)), layer.mlp_proj)
+            if recipe.smear and i == self.config.n_layer // 2:
+                middle = x + y
+        x = x[batch.logit_rows] + y[batch.logit_rows]
+        if middle is not None:
+            x = x - self.backout_lambda * middle[batch.logit_rows]
+        return rms(x, recipe.eps)
+
+    def head(self, h: Tensor) -> Tensor:
+        """(R, C) rows of `forward` to (R, vocab_size) capped float32 logits."""
+        cap = self.recipe.softcap
+        return cap * torch.tanh(F.linear(h, self.lm_head).float() / cap)
