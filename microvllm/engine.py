@@ -1,13 +1,10 @@
 """The story of a request: how prompts become tokens through a paged KV cache.
 
-    LLM.generate -> Scheduler.schedule -> make_batch -> GPT.forward -> sample -> Scheduler.update ->
-    ...
+    LLM.generate -> Scheduler.schedule -> make_batch -> GPT.forward -> sample -> Scheduler.update
 
-The order below is the order of the story. A Sequence owns tokens and a block table; the
-BlockManager hands out blocks, shares them by hash and takes them back; the Scheduler decides who
-runs in a step; the PagedKVCache holds the numbers. Sequence, BlockManager and Scheduler are plain
-Python and import no torch of their own: they decide, tensors obey. The paper is Kwon et al.,
-"Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023.
+scheduler.py decides which tokens of which sequences are computed in a step, and in which blocks;
+here the plan becomes tensors, the model runs over the PagedKVCache, and the tokens go back to the
+scheduler.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import logging
 import random
 import time
 from array import array
-from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
@@ -24,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from .checkpoint import (
@@ -36,394 +31,10 @@ from .checkpoint import (
 )
 from .model import GPTConfig
 from .sampler import SamplingParams, check_int, noise, sample
+from .scheduler import BlockManager, Scheduler, Sequence, Step
 from .tokenizer import load_tokenizer
 
 log = logging.getLogger("microvllm")
-
-UNKNOWN = -1  # a token that has been scheduled and not yet been sampled
-
-
-class Sequence:
-    """One sample of one request: its tokens, how many of them are computed, and its block table."""
-
-    __slots__ = (
-        "request_id", "sample_id", "params", "tokens", "num_prompt", "max_length", "num_computed",
-        "num_cached", "table", "hashes", "num_published", "stop_ids", "running", "finish_reason",
-        "forks",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        request_id: int,
-        prompt: list[int],
-        params: SamplingParams,
-        max_length=None,
-        stop_ids=(),
-    ):
-        self.request_id = request_id
-        self.sample_id = 0  # which of the request's n samples
-        self.params = params
-        self.tokens = list(
-            prompt
-        )  # prompt and output; the last may be UNKNOWN while it is computed
-        self.num_prompt = len(prompt)
-        self.max_length = (
-            max_length or self.num_prompt + params.max_tokens
-        )  # it ends at so many tokens
-        self.num_computed = 0  # tokens whose K and V are in the cache (or will be after this step)
-        self.num_cached: int | None = (
-            None  # prompt tokens that the prefix cache served, once admitted
-        )
-        self.table = array(
-            "i"
-        )  # block of tokens [0, block_size), of [block_size, 2 block_size), ...
-        self.hashes: list[bytes] = []  # of the full blocks, each chained over its predecessors
-        self.num_published = 0  # blocks of the table that the prefix cache was told of
-        self.stop_ids = stop_ids  # tokens that end the sequence
-        self.running = False
-        self.finish_reason: str | None = None  # "stop", "length" or "abort" once it is over
-        self.forks = params.n - 1  # samples that will split off when the prompt is computed
-
-    @property
-    def num_known(self) -> int:
-        """Tokens whose value is known: all, but for one that is being computed."""
-        return len(self.tokens) - (self.tokens[-1] == UNKNOWN)
-
-    def fork(self, sample_id: int) -> Sequence:
-        """Another sample: the same tokens and the same blocks (the caller counts them)."""
-        twin = Sequence(self.request_id, [], self.params, self.max_length, self.stop_ids)
-        twin.sample_id, twin.forks, twin.running = sample_id, 0, self.running
-        twin.tokens, twin.num_prompt = self.tokens.copy(), self.num_prompt
-        twin.num_computed, twin.num_cached = self.num_computed, self.num_cached
-        twin.table, twin.hashes = self.table[:], self.hashes.copy()
-        twin.num_published = self.num_published
-        return twin
-
-
-class BlockManager:
-    """Hands out the blocks of the pool, shares them between sequences, and finds them again by
-    content.
-
-    num_blocks: blocks in the pool, of which block 0 is a sink for padding and never handed out;
-    block_size: tokens in a block. Every other block is in exactly one of three states:
-
-        blank       free, nothing worth keeping          blank
-        cached      free, still findable by its hash     cached, oldest first: the next to be
-        evicted in use      in ref_count[block] tables           ref_count[block] >= 1
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.enable_prefix_caching = enable_prefix_caching
-        self.ref_count = [0] * num_blocks
-        self.blank = list(range(num_blocks - 1, 0, -1))  # a stack: pop() gives block 1 first
-        # OrderedDict, since a plain dict walks over all its deleted entries to find the first live
-        # one
-        self.cached: OrderedDict[int, None] = OrderedDict()
-        self.hash_of: dict[int, bytes] = {}
-        self.block_of: dict[bytes, int] = {}
-        self.copies: list[
-            tuple[int, int]
-        ] = []  # (source, destination) to be done before the forward
-
-    @property
-    def num_free(self) -> int:
-        return len(self.blank) + len(self.cached)
-
-    @property
-    def num_usable(self) -> int:
-        return self.num_blocks - 1  # without the sink
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
-    def _take(self) -> int:
-        """A free block, blank if there is one, else the one least recently used."""
-        if self.blank:
-            block = self.blank.pop()
-        else:
-            block, _ = self.cached.popitem(last=False)
-            del self.block_of[self.hash_of.pop(block)]
-        self.ref_count[block] = 1
-        return block
-
-    def _release(self, block: int) -> None:
-        self.ref_count[block] -= 1
-        assert self.ref_count[block] >= 0, block
-        if self.ref_count[block] == 0:
-            if block in self.hash_of:
-                self.cached[block] = None
-            else:
-                self.blank.append(block)
-
-    def _hashes(self, seq: Sequence, count: int) -> list[bytes]:
-        """The hashes of the first `count` full blocks; each is computed once and kept on the
-        sequence."""
-        size = self.block_size
-        for i in range(len(seq.hashes), count):
-            # 128 bits and the predecessor's hash: equal hashes mean equal text from the start on
-            h = xxhash.xxh3_128(seq.hashes[-1] if i else b"")
-            h.update(array("i", seq.tokens[i * size : (i + 1) * size]))
-            seq.hashes.append(h.digest())
-        return seq.hashes
-
-    def match(self, seq: Sequence) -> list[int]:
-        """The blocks that already hold the sequence's beginning. Never its last token: its logits
-        are needed."""
-        hits: list[int] = []
-        if self.enable_prefix_caching:
-            count = (len(seq.tokens) - 1) // self.block_size
-            for h in self._hashes(seq, count)[:count]:
-                block = self.block_of.get(h)
-                if block is None:
-                    break
-                hits.append(block)
-        return hits
-
-    def admit(self, seq: Sequence, hits: list[int], stop: int, reserve: int = 0) -> bool:
-        """Give a new sequence its hits and fresh blocks up to token `stop`. False, and nothing
-        done, if that would leave fewer than `reserve` free blocks."""
-        fresh = self.blocks_for(stop) - len(hits)
-        free_hits = sum(self.ref_count[b] == 0 for b in hits)
-        if self.num_free - free_hits - fresh < reserve:
-            return False
-        for block in hits:
-            if self.ref_count[block] == 0:
-                del self.cached[block]
-            self.ref_count[block] += 1
-        seq.table.extend(hits)
-        seq.table.extend([self._take() for _ in range(fresh)])
-        seq.num_computed = len(hits) * self.block_size
-        seq.num_published = len(hits)
-        return True
-
-    def grow(self, seq: Sequence, start: int, stop: int) -> bool:
-        """Make the tokens [start, stop) writable: fresh blocks at the end, and a copy of a
-        part-filled block that another sample also holds (copy-on-write). False, and nothing done,
-        if too few are free.
-        """
-        fresh = -(-stop // self.block_size) - len(seq.table)
-        first = start // self.block_size
-        shared = first < len(seq.table) and self.ref_count[seq.table[first]] > 1
-        if fresh <= 0 and not shared:
-            return True
-        if max(fresh, 0) + shared > self.num_free:
-            return False
-        if shared:
-            source, target = seq.table[first], self._take()
-            self.copies.append((source, target))
-            seq.table[first] = target
-            self._release(source)
-        for _ in range(fresh):
-            seq.table.append(self._take())
-        return True
-
-    def publish(self, seq: Sequence, num_tokens: int) -> None:
-        """Let the full blocks among the first `num_tokens` be found by their hash from now on."""
-        count = num_tokens // self.block_size
-        if not self.enable_prefix_caching or count <= seq.num_published:
-            return
-        hashes = self._hashes(seq, count)
-        for i in range(seq.num_published, count):
-            # of two blocks with one content the first is findable; a shared block has its hash
-            # already
-            if hashes[i] not in self.block_of and seq.table[i] not in self.hash_of:
-                self.block_of[hashes[i]] = seq.table[i]
-                self.hash_of[seq.table[i]] = hashes[i]
-        seq.num_published = count
-
-    def fork(self, seq: Sequence, sample_id: int) -> Sequence:
-        """A twin of the sequence on the same blocks."""
-        twin = seq.fork(sample_id)
-        for block in twin.table:
-            self.ref_count[block] += 1
-        return twin
-
-    def free(self, seq: Sequence) -> None:
-        """Give all blocks back, the last first: the beginning of a text is worth keeping
-        longest."""
-        for block in reversed(seq.table):
-            self._release(block)
-        seq.table = array("i")
-        seq.num_computed = seq.num_published = 0
-
-    def forget(self) -> None:
-        """Empty the prefix cache: new weights, or a step that failed, make every K and V stale."""
-        self.blank.extend(reversed(self.cached))
-        self.cached.clear()
-        self.hash_of.clear()
-        self.block_of.clear()
-
-    def check(self, sequences: Iterable[Sequence]) -> None:
-        """Assert what must always hold, given all sequences that have a table."""
-        counts = [0] * self.num_blocks
-        for seq in sequences:
-            for block in seq.table:
-                counts[block] += 1
-            assert len(seq.table) >= self.blocks_for(seq.num_computed), (
-                seq.table,
-                seq.num_computed,
-            )
-            assert seq.num_published <= seq.num_computed // self.block_size or not seq.table
-        assert counts == self.ref_count, "reference counts differ from the tables"
-        assert counts[0] == 0, "the sink was handed out"
-        blank, cached = set(self.blank), set(self.cached)
-        used = {b for b in range(1, self.num_blocks) if counts[b]}
-        assert len(blank) == len(self.blank), "a block is twice in the blank list"
-        assert not (blank & cached or blank & used or cached & used), "a block in two states"
-        assert blank | cached | used == set(range(1, self.num_blocks)), "a block is lost"
-        assert {b: h for h, b in self.block_of.items()} == self.hash_of, "hash tables differ"
-        assert cached <= self.hash_of.keys() and not blank & self.hash_of.keys()
-
-
-class Step(NamedTuple):
-    """What one forward does, as plain data."""
-
-    chunks: list[tuple[Sequence, int, int]]  # (sequence, start, stop), those of one token first
-    samples: list[
-        tuple[int, Sequence, int]
-    ]  # (index into chunks, sequence, position of the new token)
-    copies: list[tuple[int, int]]  # blocks to copy first
-
-
-class Scheduler:
-    """Decides which tokens of which sequences are computed in a step.
-
-    There is no prefill phase and no decode phase: a sequence has tokens, some of them computed, and
-    needs the rest. max_batch_size: sequences that run at once; max_batched_tokens: tokens of a
-    step.
-    """
-
-    def __init__(self, blocks: BlockManager, max_batch_size: int, max_batched_tokens: int):
-        self.blocks = blocks
-        self.max_batch_size, self.max_batched_tokens = max_batch_size, max_batched_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
-        self.num_preemptions = 0
-
-    def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
-
-    def schedule(self) -> Step:
-        """Plan the next step: running sequences first, then, if nobody had to make room, new ones.
-
-        Commits the plan: `num_computed` moves on, a sequence whose last token is computed gets an
-        UNKNOWN one, and a prompt that is done splits into its n samples. `update` fills in the
-        tokens.
-        """
-        blocks, chunks, budget = self.blocks, [], self.max_batched_tokens
-        preempted = False
-        i = 0
-        while i < len(self.running) and budget:
-            seq = self.running[i]
-            start = seq.num_computed
-            stop = min(len(seq.tokens), start + budget)
-            if len(seq.tokens) >= seq.max_length:  # its last token is on the way
-                i += 1
-                continue
-            while not blocks.grow(seq, start, stop):
-                victim = self.running[-1]  # the youngest: the oldest has waited longest
-                self._preempt(victim)
-                preempted = True
-                if victim is seq:
-                    break
-            else:
-                chunks.append((seq, start, stop))
-                budget -= stop - start
-                i += 1
-        seats = self.max_batch_size - sum(1 + seq.forks for seq in self.running)
-        # whoever runs should be able to go on for a while before the newcomer is sent away again
-        reserve = blocks.blocks_for(16 * len(self.running)) if self.running else 0
-        while self.waiting and budget and not preempted:
-            seq = self.waiting[0]
-            hits = blocks.match(seq)
-            start = len(hits) * blocks.block_size
-            stop = min(len(seq.tokens), start + budget)
-            if 1 + seq.forks > seats or not blocks.admit(seq, hits, stop, reserve):
-                break
-            self.waiting.popleft()
-            self.running.append(seq)
-            seq.running = True
-            if seq.num_cached is None:  # re-admitted ones hit their own blocks: not counted
-                seq.num_cached = start
-            seats -= 1 + seq.forks
-            reserve = blocks.blocks_for(16 * len(self.running))
-            chunks.append((seq, start, stop))
-            budget -= stop - start
-            # published before it is computed: the step writes all K and V of a layer before any row
-            # reads them, so equal prompts of one step share their blocks already
-            blocks.publish(seq, stop)
-        chunks.sort(key=lambda c: c[2] - c[1] > 1)  # stable: one-token chunks first
-        samples = []
-        for index, (seq, _, stop) in enumerate(chunks):
-            seq.num_computed = stop
-            blocks.publish(seq, min(stop, seq.num_known))
-            if stop == len(seq.tokens):
-                twins = [blocks.fork(seq, k) for k in range(1, 1 + seq.forks)]
-                self.running.extend(twins)
-                seq.forks = 0
-                for s in (seq, *twins):
-                    samples.append((index, s, stop))
-                    s.tokens.append(UNKNOWN)
-        copies, blocks.copies = blocks.copies, []
-        return Step(chunks, samples, copies)
-
-    def update(self, step: Step, token_ids: list[int]) -> list[Sequence]:
-        """Write the step's tokens into their sequences and end those that are done.
-
-        token_ids: one per entry of step.samples. Returns the sequences that got a token.
-        """
-        changed = []
-        for (_, seq, position), token in zip(step.samples, token_ids, strict=True):
-            if seq.finish_reason:  # ended while this step was under way: its token is dropped
-                continue
-            seq.tokens[position] = token
-            changed.append(seq)
-            if token in seq.stop_ids:
-                self.finish(seq, "stop")
-            elif position + 1 >= seq.max_length:
-                self.finish(seq, "length")
-        return changed
-
-    def finish(self, seq: Sequence, reason: str) -> None:
-        """End a sequence and free its blocks; tokens not yet known are cut off."""
-        seq.finish_reason = reason
-        if UNKNOWN in seq.tokens[-2:]:
-            del seq.tokens[seq.tokens.index(UNKNOWN, len(seq.tokens) - 2) :]
-        if seq.running:
-            self.blocks.publish(seq, min(seq.num_computed, len(seq.tokens)))
-            self.blocks.free(seq)
-            self.running.remove(seq)
-        elif seq in self.waiting:
-            self.waiting.remove(seq)
-        seq.running = False
-
-    def abort(self, request_id: int) -> list[Sequence]:
-        """End all samples of a request, wherever they are."""
-        victims = [s for s in chain(self.running, self.waiting) if s.request_id == request_id]
-        for seq in victims:
-            self.finish(seq, "abort")
-        return victims
-
-    def reset(self) -> None:
-        """After a step that failed: send everyone back to the queue with all known tokens, forget
-        all K and V."""
-        while self.running:
-            seq = self.running[-1]
-            if seq.tokens[-1] == UNKNOWN:
-                del seq.tokens[-1]
-            self._preempt(seq)
-        self.blocks.copies.clear()
-        self.blocks.forget()
-
-    def _preempt(self, seq: Sequence) -> None:
-        """Take the last running sequence's blocks away; it keeps its tokens and is first in the
-        queue."""
-        assert self.running.pop() is seq
-        self.blocks.free(seq)
-        seq.running = False
-        self.waiting.appendleft(seq)
-        self.num_preemptions += 1
 
 
 class PagedKVCache:
@@ -472,7 +83,8 @@ class SequenceKVView:
 
 
 class Batch(NamedTuple):
-    """A step as tensors, all on the device: T rows (tokens) of B sequences, R of them sampled."""
+    """A step as arrays: T rows (tokens) of B sequences, R of them sampled. numpy as `make_batch`
+    has it, tensors once it was uploaded."""
 
     ids: Tensor  # (T,) int32 token ids; sequences with one row first
     prev_ids: Tensor  # (T,) int32 the id one position earlier (0 at position 0), for the smear
@@ -488,18 +100,31 @@ class Batch(NamedTuple):
     max_query: int  # rows of the longest sequence
     max_seq: int  # largest of seq_lens
 
+    def upload(self, device: torch.device) -> Batch:
+        """The batch as tensors on the device: one array, one copy, then views into it."""
+        arrays = self[:10]
+        flat = torch.from_numpy(np.concatenate([a.ravel().view(np.int32) for a in arrays]))
+        if device.type == "cuda":  # pinned, so that the host need not wait for the copy
+            flat = flat.pin_memory().to(device, non_blocking=True)
+        views = [
+            t.view(a.shape)
+            for t, a in zip(flat.to(device).split([a.size for a in arrays]), arrays, strict=True)
+        ]
+        views[8:] = [t.view(torch.float32) for t in views[8:]]
+        return Batch(*views, *self[10:])
 
-def make_batch(step: Step, block_size: int, device: torch.device) -> Batch:
-    """Turn a plan into tensors. Everything is one int32 array on the host and one upload."""
+
+def make_batch(step: Step, block_size: int) -> Batch:
+    """Turn a plan into a batch of numpy arrays."""
     seqs = [seq for seq, _, _ in step.chunks]
     starts = np.array([start for _, start, _ in step.chunks], np.int32)
     stops = np.array([stop for _, _, stop in step.chunks], np.int32)
     rows = stops - starts
-    num_seqs, num_rows, max_seq = len(seqs), int(rows.sum()), int(stops.max())
-    cu_seqlens = np.zeros(num_seqs + 1, np.int32)
+    num_rows = int(rows.sum())
+    cu_seqlens = np.zeros(len(seqs) + 1, np.int32)
     np.cumsum(rows, out=cu_seqlens[1:])
     firsts = cu_seqlens[:-1]
-    owner = np.repeat(np.arange(num_seqs), rows)
+    owner = np.repeat(np.arange(len(seqs)), rows)
     positions = (np.arange(num_rows, dtype=np.int32) - firsts[owner]) + starts[owner]
     ids = np.fromiter(
         chain.from_iterable([seq.tokens[start:stop] for seq, start, stop in step.chunks]),
@@ -511,26 +136,33 @@ def make_batch(step: Step, block_size: int, device: torch.device) -> Batch:
     prev_ids[firsts] = [seq.tokens[start - 1] if start else 0 for seq, start, _ in step.chunks]
     # tables are of unequal length: laid end to end, then dealt out to the rows of a padded matrix
     lengths = np.array([len(seq.table) for seq in seqs])
-    tables = np.zeros((num_seqs, int(lengths.max())), np.int32)
+    tables = np.zeros((len(seqs), int(lengths.max())), np.int32)
     tables[np.arange(tables.shape[1]) < lengths[:, None]] = np.frombuffer(
         b"".join([seq.table for seq in seqs]), np.int32
     )
     slots = tables[owner, positions // block_size] * block_size + positions % block_size
-    logit_rows = [cu_seqlens[index + 1] - 1 for index, _, _ in step.samples]
+    logit_rows = cu_seqlens[1:][[index for index, _, _ in step.samples]] - 1 if step.samples else []
     params = [seq.params for _, seq, _ in step.samples]
-    temperature = np.array([p.temperature for p in params], np.float32)
-    u = noise(
-        [p.seed for p in params],
-        [s.sample_id for _, s, _ in step.samples],
-        [p for _, _, p in step.samples],
-    )
-    parts = [ids, prev_ids, positions, slots, cu_seqlens, stops, tables.ravel()]
-    parts += [np.array(logit_rows, np.int32), temperature.view(np.int32), u.view(np.int32)]
-    flat = torch.from_numpy(np.concatenate(parts, dtype=np.int32)).to(device, non_blocking=True)
-    tensors = list(flat.split([len(part) for part in parts]))
-    tensors[6] = tensors[6].view(tables.shape)
-    tensors[8:] = [t.view(torch.float32) for t in tensors[8:]]
-    return Batch(*tensors, int((rows == 1).sum()), int(rows.max()), max_seq)
+    return Batch(
+        ids, prev_ids, positions, slots.astype(np.int32), cu_seqlens, stops, tables,
+        np.array(logit_rows, np.int32),
+        np.array([p.temperature for p in params], np.float32),
+        noise(
+            [p.seed for p in params],
+            [s.sample_id for _, s, _ in step.samples],
+            [position for _, _, position in step.samples],
+        ),
+        int((rows == 1).sum()), int(rows.max()), int(stops.max()),
+    )  # fmt: skip
+
+
+class Flight(NamedTuple):
+    """A step under way: its plan, and its tokens as the device will have them."""
+
+    plan: Step
+    tokens: Tensor | None  # (R,) on the device, which the next step may read before the host does
+    on_host: Tensor | None  # (R,) the same on its way to the host
+    event: torch.cuda.Event | None  # when it has arrived
 
 
 class RequestOutput(dict):
@@ -569,7 +201,8 @@ class LLM:
     def __init__(
         self, model_path, step=None, tokenizer_path=None, device="auto", num_blocks=None,
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
-        max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, **overrides,
+        max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0,
+        gpu_memory_utilization=0.9, cuda_graphs=True, **overrides,
     ):  # fmt: skip
         check_int("block_size", block_size, 1)
         check_int("seed", seed, 0)
@@ -601,42 +234,32 @@ class LLM:
         self.max_model_len = max_model_len or config.sequence_len
         self.max_batch_size = max_batch_size or (512 if cuda else 256)
         self.max_batched_tokens = max_batched_tokens or (8192 if cuda else 1024)
-        block_bytes = 2 * config.n_layer * config.n_kv_head * block_size * config.head_dim
-        block_bytes *= self.model.dtype.itemsize
+        self.graphs = None
         if num_blocks is None:
-            # all the sequences that may run at once, at full length; as much of that as memory
-            # allows
-            wanted = self.max_batch_size * -(-self.max_model_len // block_size) + 1
-            num_blocks = min(
-                wanted, int(free_memory(self.device) * (0.9 if cuda else 0.5)) // block_bytes
-            )
-            if num_blocks < 2:
-                raise ValueError(f"no memory for a KV cache: a block takes {block_bytes:,} bytes")
+            num_blocks = self._blocks_that_fit(block_size, gpu_memory_utilization)
         self.cache = PagedKVCache(config, num_blocks, block_size, self.model.dtype, self.device)
+        self.overlap = cuda
+        if cuda and cuda_graphs and self.model.ops.__name__.endswith("kernels_gpu"):
+            from .graphs import DecodeGraphs
+
+            self.graphs = DecodeGraphs(
+                self.model, self.cache, self.max_batch_size, self.max_model_len
+            )
         blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(blocks, self.max_batch_size, self.max_batched_tokens)
         self._seeds = random.Random(seed)
         self._next_id = 0
-        self._requests: dict[
-            int, list[Sequence]
-        ] = {}  # the finished samples of unfinished requests
+        self._requests: dict[int, list[Sequence]] = {}  # unfinished ones: their finished samples
         self._finished: list[RequestOutput] = []  # outputs that no step() has returned yet
-        self._stats = dict.fromkeys(
-            (
-                "prompt_tokens",
-                "output_tokens",
-                "cached_tokens",
-                "prefill_tokens",
-                "steps",
-                "peak_blocks",
-            ),
-            0,
-        )
+        self._flight: Flight | None = None  # the step that was launched and not yet read
+        self._clock = 0.0  # when the last step was read
+        counters = "prompt_tokens output_tokens cached_tokens prefill_tokens steps peak_blocks"
+        self._stats = dict.fromkeys(counters.split(), 0)
         self._stats.update(prefill_seconds=0.0, decode_seconds=0.0)
         log.info(
             "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens (%.1f MB)", model_path,
             self.model.recipe.era, config.n_layer, str(self.model.dtype)[6:], self.device,
-            num_blocks, block_size, num_blocks * block_bytes / 1e6,
+            num_blocks, block_size, self.cache.data.nbytes / 1e6,
         )  # fmt: skip
 
     @classmethod
@@ -652,6 +275,51 @@ class LLM:
         path, base = find_nanochat(source, model_tag)
         kwargs.setdefault("tokenizer_path", base / "tokenizer")
         return cls(path, step, **kwargs)
+
+    def _blocks_that_fit(self, block_size: int, utilization: float) -> int:
+        """How many blocks memory has room for, up to all sequences at full length at once.
+
+        On a GPU the largest step is run once to see what activations take; of the rest,
+        `utilization` is for the cache. On a CPU the cache takes half of what is free, and only as
+        it is touched.
+        """
+        config, dtype = self.model.config, self.model.dtype
+        block_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
+        block_bytes *= block_size
+        wanted = self.max_batch_size * -(-self.max_model_len // block_size) + 1
+        if self.device.type == "cuda":
+            taken = torch.cuda.memory_allocated(self.device)
+            self._warm_up(block_size)
+            activations = torch.cuda.max_memory_allocated(self.device) - taken
+            torch.cuda.empty_cache()
+            free = int(free_memory(self.device) * utilization) - activations
+        else:
+            free = free_memory(self.device) // 2
+        if free < 2 * block_bytes:
+            raise ValueError(
+                f"no memory for a KV cache: {free:,} bytes are left and a block of {block_size} "
+                f"tokens takes {block_bytes:,}; lower max_batched_tokens or use a smaller model"
+            )
+        return min(wanted, free // block_bytes)
+
+    @torch.inference_mode()
+    def _warm_up(self, block_size: int) -> None:
+        """Run the largest step once on a cache of nothing but the sink."""
+        length = min(self.max_model_len - 1, self.max_batched_tokens)
+        seqs = [
+            Sequence(0, [0] * length, SamplingParams(seed=0))
+            for _ in range(min(self.max_batch_size, -(-self.max_batched_tokens // length)))
+        ]
+        for seq in seqs:
+            seq.table = array("i", [0] * -(-length // block_size))
+        chunks = [(seq, 0, length) for seq in seqs]
+        batch = make_batch(
+            Step(chunks, [(i, s, length) for i, s in enumerate(seqs)], []), block_size
+        )
+        cache = PagedKVCache(self.model.config, 1, block_size, self.model.dtype, self.device)
+        batch = batch.upload(self.device)
+        rows = batch.logit_rows.repeat(self.max_batch_size)[: self.max_batch_size]
+        self.model.head(self.model.forward(batch._replace(logit_rows=rows), cache))
 
     # requests ------------------------------------------------------------------------------------
 
@@ -797,37 +465,82 @@ class LLM:
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Run the model once over whatever is due; returns the requests that finished."""
-        scheduler = self.scheduler
-        if scheduler.waiting or scheduler.running:
-            began = time.perf_counter()
-            plan = scheduler.schedule()
-            try:
-                batch = make_batch(plan, self.cache.block_size, self.device)
-                if plan.copies:
-                    self.cache.copy_blocks(plan.copies)
-                h = self.model.forward(batch, self.cache)
-                token_ids = []
-                if plan.samples:
-                    params = [seq.params for _, seq, _ in plan.samples]
-                    logits = self.model.head(h)
-                    token_ids = sample(logits, params, batch.temperature, batch.noise).tolist()
-            except BaseException:
-                scheduler.reset()
-                raise
-            changed = scheduler.update(plan, token_ids)
-            self._count(plan, batch, len(changed), time.perf_counter() - began)
-            for seq in changed:
-                if seq.finish_reason:
-                    self._requests[seq.request_id].append(seq)
-                    if len(self._requests[seq.request_id]) == seq.params.n:
-                        self._finish(seq.request_id)
+        """Run the model once over whatever is due; returns the requests that finished.
+
+        The plain loop plans a step, runs it and reads its tokens. On a GPU (`overlap`) the loop is
+        one step ahead: it plans and launches the next step, and only then reads the last one's
+        tokens, so that the device never waits for the host. A sequence that turns out to have
+        ended is in the next step by mistake; `Scheduler.update` drops its token there.
+        """
+        flight = None
+        if self._flight is None:
+            self._clock = time.perf_counter()
+        try:
+            if self.scheduler.waiting or self.scheduler.running:
+                plan = self.scheduler.schedule()
+                if plan.chunks:
+                    flight = self._launch(plan)
+            if self.overlap:
+                flight, self._flight = self._flight, flight
+            if flight:
+                self._land(flight)
+        except BaseException:
+            self.scheduler.reset()
+            self._flight = None
+            raise
         finished, self._finished = self._finished, []
         return finished
 
-    def _count(self, plan: Step, batch: Batch, new_tokens: int, seconds: float) -> None:
+    def _launch(self, plan: Step) -> Flight:
+        """Start a step: upload, copy shared blocks, forward, sample. On a GPU it returns at
+        once."""
+        batch = make_batch(plan, self.cache.block_size)
+        if plan.copies:
+            self.cache.copy_blocks(plan.copies)
+        params = [seq.params for _, seq, _ in plan.samples]
+        last = self._flight.tokens if self._flight else None
+        if self.graphs and self.graphs.fits(batch, params):
+            tokens = self.graphs.replay(batch, last)
+        else:
+            waiting = batch.ids.min() < 0
+            batch = batch.upload(self.device)
+            if (
+                waiting
+            ):  # a negative id is ~row of the last step's tokens, which only the device knows
+                known = last[(~batch.ids).clamp(min=0)].to(torch.int32)
+                batch = batch._replace(ids=torch.where(batch.ids < 0, known, batch.ids))
+            h = self.model.forward(batch, self.cache)
+            tokens = None
+            if params:
+                logits, cap = self.model.logits(h), self.model.recipe.softcap
+                tokens = sample(logits, params, batch.temperature, batch.noise, cap)
+        if self.device.type != "cuda" or tokens is None:
+            return Flight(plan, tokens, tokens, None)
+        on_host = tokens.to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Flight(plan, tokens, on_host, event)
+
+    def _land(self, flight: Flight) -> None:
+        """Read a step's tokens and hand them to the scheduler; collect the requests that are
+        done."""
+        if flight.event:
+            flight.event.synchronize()
+        token_ids = [] if flight.on_host is None else flight.on_host.tolist()
+        changed = self.scheduler.update(flight.plan, token_ids)
+        self._count(flight.plan, len(changed))
+        for seq in changed:
+            if seq.finish_reason:
+                self._requests[seq.request_id].append(seq)
+                if len(self._requests[seq.request_id]) == seq.params.n:
+                    self._finish(seq.request_id)
+
+    def _count(self, plan: Step, new_tokens: int) -> None:
         """Keep the books. A step with any prompt chunk in it counts as prefill."""
         stats, blocks = self._stats, self.scheduler.blocks
+        # steps overlap on a GPU: each is given the time since the one before it was read
+        began, self._clock = self._clock, time.perf_counter()
+        seconds = self._clock - began
         stats["steps"] += 1
         stats["output_tokens"] += new_tokens
         prefill = sum(

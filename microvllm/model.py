@@ -12,6 +12,7 @@ plain torch. kernels_gpu.py has the same functions, fused; the model picks one o
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 from dataclasses import dataclass, fields, replace
@@ -309,7 +310,7 @@ class GPT:
         self.device, self.dtype = torch.device(device), dtype
         self.windows = layer_windows(config, recipe)
         self.ops = sys.modules[__name__]
-        if self.device.type == "cuda" and torch.version.cuda:
+        if self.device.type == "cuda" and importlib.util.find_spec("triton"):
             from . import kernels_gpu
 
             self.ops = kernels_gpu
@@ -394,7 +395,11 @@ class GPT:
             x = x - self.backout_lambda * middle[batch.logit_rows]
         return rms(x, recipe.eps)
 
+    def logits(self, h: Tensor) -> Tensor:
+        """(R, C) rows of `forward` to (R, vocab_size) raw logits; the softcap is yet to come."""
+        return F.linear(h, self.lm_head)
+
     def head(self, h: Tensor) -> Tensor:
         """(R, C) rows of `forward` to (R, vocab_size) capped float32 logits."""
         cap = self.recipe.softcap
-        return cap * torch.tanh(F.linear(h, self.lm_head).float() / cap)
+        return cap * torch.tanh(self.logits(h).float() / cap)

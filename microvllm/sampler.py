@@ -81,10 +81,24 @@ def noise(seeds: Seq[int], samples: Seq[int], positions: Seq[int]) -> np.ndarray
 
 
 def sample(
-    logits: Tensor, params: Seq[SamplingParams], temperature: Tensor, uniform: Tensor
+    logits: Tensor,
+    params: Seq[SamplingParams],
+    temperature: Tensor,
+    uniform: Tensor,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """Pick a token for each row. logits (R, V) float32; temperature, uniform (R,); returns (R,)
-    int64."""
+    """Pick a token for each row.
+
+    logits (R, V), to be capped at +-softcap unless it is 0; temperature, uniform (R,) float32, on
+    the device: params[i].temperature and the row's noise. Returns (R,) integers.
+    """
+    if logits.is_cuda and is_plain(params):
+        from . import kernels_gpu
+
+        return kernels_gpu.sample(logits, temperature, uniform, softcap)
+    logits = logits.float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     sampled = [p.temperature > 0 for p in params]
     if not any(sampled):
         return logits.argmax(-1)
@@ -96,6 +110,11 @@ def sample(
         return drawn
     # greedy rows are the argmax of the logits themselves: no division, no rounding, no noise
     return torch.where(temperature > 0, drawn, logits.argmax(-1))
+
+
+def is_plain(params: Seq[SamplingParams]) -> bool:
+    """Does temperature alone decide? Then no filter is worth a pass over the vocabulary."""
+    return not any(p.top_k for p in params)
 
 
 def keep_top_k(logits: Tensor, top_k: Seq[int]) -> Tensor:

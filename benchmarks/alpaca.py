@@ -1,0 +1,213 @@
+"""The README's numbers: many prompts at once against one after the other, on a CPU.
+
+    python benchmarks/alpaca.py
+
+Throughput: 512 instructions x 64 new tokens through the engine as test_alpaca.py runs it, against a
+loop that sends one prompt at a time through the same model (no prefix cache, every eighth prompt:
+its speed does not depend on how many there are). Start-up: from the start of the process
+`python run.py` to its first token, against the same of that loop. The two sides take turns, so that
+a machine whose speed drifts treats them alike; each number is the median over the turns, each ratio
+the median of the turns' ratios.
+
+The physical limit of the first is the time of its matrix products alone (measured here, at the mean
+number of rows of its steps), plus the time to read the K and V that its decodes look at.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
+
+import torch
+import torch.nn.functional as F
+
+from microvllm import LLM, SamplingParams
+from run import MODEL_DIR, QUESTIONS, encode
+from test_alpaca import BUNDLED, read_prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LOOP = f"""
+from microvllm import LLM, SamplingParams
+llm = LLM({str(MODEL_DIR)!r}, device="cpu", enable_prefix_caching=False)
+for question in {QUESTIONS!r}:
+    turn = [{{"role": "user", "content": question}}]
+    prompt = llm.tokenizer.render_for_completion(turn)
+    print(llm.generate([prompt], SamplingParams(max_tokens=1))[0]["text"])
+"""
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def best_seconds(work: Callable[[], object], repeats: int = 7) -> float:
+    """The fastest of a few runs: a limit is what the machine does undisturbed."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def limit_seconds(llm: LLM, outputs: list[dict]) -> float:
+    """The least time for the outputs: all steps' matrix products, and the decodes' K and V once."""
+    model, stats = llm.model, llm.stats()
+    # the last token of a request is never fed back
+    rows = stats["prefill_tokens"] + stats["output_tokens"] - len(outputs)
+    products = [
+        (torch.zeros(rows // stats["steps"], weight.shape[1]), weight)
+        for layer in model.layers
+        for weight in (layer.qkv, layer.proj, layer.fc, layer.mlp_proj)
+    ]
+    sampled = stats["output_tokens"] // stats["steps"]
+    products.append((torch.zeros(sampled, model.lm_head.shape[1]), model.lm_head))
+    with torch.inference_mode():
+        seconds = stats["steps"] * best_seconds(lambda: [F.linear(x, w) for x, w in products])
+
+    visible = 0  # keys that the decodes see, over all layers
+    for output in outputs:
+        first = len(output["prompt_token_ids"])
+        for position in range(first, first + len(output["token_ids"]) - 1):
+            visible += sum(min(position, w) + 1 if w >= 0 else position + 1 for w in model.windows)
+    kv_bytes = visible * 2 * model.config.n_kv_head * model.config.head_dim * 4
+    data = torch.zeros(2**26) + 1  # 256 MB, really there
+    bandwidth = data.nbytes / best_seconds(data.sum)
+    return seconds + kv_bytes / bandwidth
+
+
+def many_at_once(prompts: list[str], params: SamplingParams) -> dict:
+    """The engine as test_alpaca.py runs it: tokens/s, the limit's, and the KV pool."""
+    with LLM(MODEL_DIR, device="cpu") as llm:
+        prompts = encode(llm, prompts, raw=False)
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        tokens = sum(len(output["token_ids"]) for output in outputs)
+        assert tokens == len(prompts) * params.max_tokens
+        pool = {key: llm.stats()[key] for key in ("num_blocks", "block_size", "peak_blocks")}
+        pool["pool_bytes"] = llm.cache.data.nbytes
+        return {
+            "speed": tokens / seconds,
+            "share": limit_seconds(llm, outputs) / seconds,
+            "pool": pool,
+        }
+
+
+def one_at_a_time(prompts: list[str], params: SamplingParams) -> float:
+    """The loop's tokens/s through the same model."""
+    with LLM(MODEL_DIR, device="cpu", enable_prefix_caching=False) as llm:
+        prompts = encode(llm, prompts, raw=False)
+        start = time.perf_counter()
+        outputs = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt in prompts]
+        seconds = time.perf_counter() - start
+    tokens = sum(len(output["token_ids"]) for output in outputs)
+    assert tokens == len(prompts) * params.max_tokens
+    return tokens / seconds
+
+
+def seconds_to_first_line(*arguments: str) -> float:
+    """From the start of a Python process to its first line, printed with its first token."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-u", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    line = process.stdout.readline()
+    seconds = time.perf_counter() - start
+    process.communicate()
+    assert process.returncode == 0 and line
+    return seconds
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median, smallest and largest."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:10,.{digits}f}  ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Many prompts at once against one after the other.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--num-prompts", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=64, help="new tokens of each prompt")
+    parser.add_argument("--turns", type=int, default=5)
+    args = parser.parse_args()
+
+    params = SamplingParams(temperature=0.7, max_tokens=args.max_tokens, ignore_eos=True)
+    prompts = read_prompts(BUNDLED)[: args.num_prompts]
+    few = prompts[::8]
+    engine, loop, engine_start, loop_start = [], [], [], []
+    for turn in range(args.turns + 1):
+        engine.append(many_at_once(prompts if turn else few, params))
+        loop.append(one_at_a_time(few, params))
+        engine_start.append(seconds_to_first_line("run.py", "--device", "cpu", "--max-tokens", "1"))
+        loop_start.append(seconds_to_first_line("-c", LOOP))
+        print(f"turn {turn} of {args.turns}", file=sys.stderr)
+    for measured in (engine, loop, engine_start, loop_start):
+        del measured[0]  # the first turn fills the file cache and compiles what numba compiles once
+
+    pool = engine[0]["pool"]
+    speeds, shares = [e["speed"] for e in engine], [100 * e["share"] for e in engine]
+    ratios = [e / one for e, one in zip(speeds, loop, strict=True)]
+    start_ratios = [e / one for e, one in zip(engine_start, loop_start, strict=True)]
+    print(f"""
+{processor()}, {cores()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads, \
+float32
+KV budget: {pool["num_blocks"]} blocks of {pool["block_size"]} tokens, \
+{pool["pool_bytes"] / 1e9:.2f} GB; {pool["peak_blocks"]} blocks used at peak
+
+{len(prompts)} prompts x {args.max_tokens} tokens, median of {args.turns} turns (lowest to highest)
+engine, tokens/s                {spread(speeds, 0)}
+one prompt at a time, tokens/s  {spread(loop, 0)}
+ratio                           {spread(ratios, 1)}
+% of the physical limit         {spread(shares, 0)}
+
+from the start of the process to the first token
+python run.py, s                {spread(engine_start, 2)}
+one prompt at a time, s         {spread(loop_start, 2)}
+ratio                           {spread(start_ratios, 2)}
+""")
+    result = {
+        "cpu": processor(),
+        "cores": cores(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "prompts": len(prompts),
+        "max_tokens": args.max_tokens,
+        "turns": args.turns,
+        **pool,
+        "engine_tokens_per_second": round(statistics.median(speeds), 1),
+        "loop_tokens_per_second": round(statistics.median(loop), 1),
+        "throughput_ratio": round(statistics.median(ratios), 2),
+        "share_of_limit": round(statistics.median(shares) / 100, 3),
+        "engine_start_seconds": round(statistics.median(engine_start), 3),
+        "loop_start_seconds": round(statistics.median(loop_start), 3),
+        "start_ratio": round(statistics.median(start_ratios), 3),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

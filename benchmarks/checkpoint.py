@@ -1,0 +1,158 @@
+"""Make a random nanochat checkpoint of any depth and era, so that a benchmark needs no download.
+
+    python benchmarks/checkpoint.py OUT --depth 34 --era 1 --vocab 65536
+
+writes one flat directory, as published checkpoints are: OUT/model_000000.pt, OUT/meta_000000.json
+and OUT/tokenizer.pkl. The weights are noise, of a size that keeps activations sane through any
+depth. The tokenizer has the single bytes, made-up words and nanochat's nine special tokens: its
+text means nothing, and takes the time that real text takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import sys
+import time
+from itertools import chain, islice, product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+
+import tiktoken
+import torch
+
+from microvllm.model import RECIPES, GPTConfig, expected_shapes
+
+SPECIAL = (
+    "bos", "user_start", "user_end", "assistant_start", "assistant_end",
+    "python_start", "python_end", "output_start", "output_end",
+)  # fmt: skip
+
+# the end of a tensor's name -> (mean, standard deviation); all others: 0, 1 / sqrt(columns)
+SIZES = {
+    "resid_lambdas": (1.0, 0.05),
+    "x0_lambdas": (0.1, 0.02),
+    "smear_lambda": (0.5, 0.0),
+    "backout_lambda": (0.2, 0.0),
+    "wte.weight": (0.0, 1.0),
+}
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model; `shape` reads them. The default is nanochat's d34."""
+    group = parser.add_argument_group("shape of the model")
+    group.add_argument("--depth", type=int, default=34, help="layers")
+    group.add_argument("--aspect", type=int, default=64, help="width per layer of depth")
+    group.add_argument("--width", type=int, help="channels, instead of depth * aspect")
+    group.add_argument("--head-dim", type=int, default=128)
+    group.add_argument(
+        "--kv-heads", type=int, help="key and value heads (default: as many as query heads)"
+    )
+    group.add_argument("--vocab", type=int, default=65536)
+    group.add_argument("--sequence-len", type=int, default=2048)
+    group.add_argument("--era", choices=sorted(RECIPES), default="1", help="era of nanochat")
+    group.add_argument(
+        "--storage",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the matrices in the file; nanochat's own is float32",
+    )
+
+
+def shape(args: argparse.Namespace) -> dict:
+    """nanochat's `model_config` for the options. Raises ValueError when they fit no model."""
+    # as nanochat does it: the width is rounded up until whole heads fit
+    heads = math.ceil((args.width or args.depth * args.aspect) / args.head_dim)
+    config = {
+        "sequence_len": args.sequence_len,
+        "vocab_size": args.vocab,
+        "n_layer": args.depth,
+        "n_head": heads,
+        "n_kv_head": args.kv_heads or heads,
+        "n_embd": heads * args.head_dim,
+    }
+    if args.era != "1":
+        config["window_pattern"] = "SSSL"
+    GPTConfig.from_meta(config, "the shape")  # raises
+    return config
+
+
+def random_weights(config: dict, era: str, device: str, storage: torch.dtype, seed: int) -> dict:
+    """A state dict on the CPU, drawn on `device` (a GPU draws two billion numbers in a second)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = math.ceil(config["vocab_size"] / 64) * 64  # nanochat pads the vocabulary to 64s
+    weights = {}
+    for name, size in expected_shapes(GPTConfig(**config), RECIPES[era], rows).items():
+        mean, std = SIZES.get(name.removeprefix("transformer."), (0.0, size[-1] ** -0.5))
+        table = name.startswith("value_embeds") or name.endswith("wte.weight")
+        if name.startswith("value_embeds"):
+            std = 1.0
+        elif name.endswith("c_proj.weight"):  # small: n_layer * 2 of them add up in the residual
+            std *= (2 * config["n_layer"]) ** -0.5
+        tensor = torch.randn(size, device=device, generator=generator).mul_(std).add_(mean)
+        # nanochat trains both tables in bfloat16 and all else in float32
+        dtype = torch.bfloat16 if table else storage if tensor.ndim == 2 else torch.float32
+        weights[name] = tensor.to(dtype).cpu()
+    return weights
+
+
+def random_tokenizer(vocab: int) -> tiktoken.Encoding:
+    """Single bytes, made-up words of two to five letters, special tokens: `vocab` in all."""
+    num_words = vocab - 256 - len(SPECIAL)
+    if num_words < 0:
+        raise ValueError(
+            f"--vocab must be {256 + len(SPECIAL)} or more (bytes and specials), got {vocab}"
+        )
+    letters = b"etaoinshrdlucmfwypvbgkjqxz"
+    words = chain.from_iterable(product(letters, repeat=length) for length in (2, 3, 4, 5))
+    tokens = [bytes([byte]) for byte in range(256)] + [bytes(w) for w in islice(words, num_words)]
+    return tiktoken.Encoding(
+        "rustbpe",
+        pat_str=r"\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]+",
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens={f"<|{name}|>": len(tokens) + i for i, name in enumerate(SPECIAL)},
+    )
+
+
+def make_checkpoint(out: Path, args: argparse.Namespace, device: str) -> Path:
+    """Write model, meta and tokenizer into the directory `out`; returns it."""
+    config = shape(args)
+    weights = random_weights(config, args.era, device, getattr(torch, args.storage), args.seed)
+    tokenizer = random_tokenizer(args.vocab)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.serialization.set_crc32_options(
+        False
+    )  # two thirds of the time of writing; nobody reads it
+    torch.save(weights, out / "model_000000.pt")
+    (out / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer, protocol=4))
+    meta = {
+        "step": 0,
+        "val_bpb": None,
+        "model_config": config,
+        "user_config": {"depth": args.depth},
+    }
+    (out / "meta_000000.json").write_text(json.dumps(meta, indent=2))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="directory to write into")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    add_shape_arguments(parser)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    try:
+        make_checkpoint(args.out, args, args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    size = (args.out / "model_000000.pt").stat().st_size
+    print(f"{args.out}: era {args.era}, {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,768 @@
+"""How close to what the card allows does `LLM.generate` come?
+
+    python benchmarks/gpu.py                          # all parts but the peers, nanochat's d34
+    python benchmarks/gpu.py --only headline,single --checkpoint /tmp/d34    # kept for next time
+    python benchmarks/gpu.py --peers                  # and other programs, in the same run
+    python benchmarks/gpu.py --device cpu --depth 2 --width 64 --head-dim 32 --vocab 512 \\
+        --shrink 32 --num-blocks 512                  # does it run?
+
+Every number is printed as soon as it is there; the last line is all of them as one line of JSON.
+The model is a random checkpoint made on the spot (checkpoint.py). Prompts are random ids, drawn
+anew for each repeat, so that no repeat finds its prompts in the prefix cache. Everything is sampled
+at temperature 0.7 and ignores the end tokens. A number is the median of --repeats.
+
+The limit. A step in which r rows are computed and s of them sampled takes at least
+
+    body(r) + head(s) + kv / copy bandwidth
+
+body and head: the matrix products of all layers and of the output head, timed here under a CUDA
+graph for some numbers of rows, a straight line between them. kv: the bytes of K and V that the
+sequences of the step see, read once; of n tokens each layer sees min(n, window + 1). A schedule
+costs the sum of its steps, and the limit's schedule is first come first served, --max-batch-size at
+a time, a freed seat filled at once, a prompt computed whole in the step it enters, the pool without
+end. Norms, softmax, sampling, launches and Python are free in it, so 100 % is out of reach. For one
+stream the products are replaced by the bytes of the weights over the copy bandwidth, which is
+stricter.
+
+The parts:
+    startup   from the start of a process to its first token: kernels not compiled yet, then cached
+    headline  512 prompts of 6 to 77 tokens (mean 23), 64 new tokens each
+    single    one prompt of 128, 128 new
+    mixed     1,000 requests of log-normal lengths, mean 135 in and 306 out, neither over 1,024; as
+              in recorded chats, prompts spread more (sigma 0.9) than answers (0.55)
+    prefill   one prompt of 2,048 tokens, one new
+    prefix    128 prompts that share 256 tokens and own 16, 32 new: without the prefix cache, then
+              with it, the prefix never seen before, and with it, the prefix seen
+    peers     transformers' generate and generate_batch, and an eager loop like nanochat's Engine,
+              which serves one prompt at a time, or ("samples") 512 samples of one
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from checkpoint import SPECIAL, add_shape_arguments, make_checkpoint, shape
+
+from microvllm import LLM, SamplingParams
+from microvllm.model import RECIPES, GPTConfig, layer_windows
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("startup", "headline", "single", "mixed", "prefill", "prefix", "peers")
+ROWS = (1, 32, 128, 256, 512, 1024, 2048, 4096)  # rows of a step whose matrix products are timed
+TEMPERATURE = 0.7
+STATS = (
+    "steps", "preemptions", "cached_tokens", "prefill_tokens", "prefill_seconds", "decode_seconds",
+)  # fmt: skip
+
+Request = tuple[int, int]  # tokens of the prompt, new tokens
+
+
+say = partial(print, flush=True)  # rented time may end at any moment
+
+
+# what the card can do -----------------------------------------------------------------------------
+
+
+def median_seconds(run: Callable, device: torch.device, graph: bool = True) -> float:
+    """Seconds of one run(): events around 20 replays of its CUDA graph; on a CPU, a clock."""
+    for _ in range(3):
+        run()
+    if device.type != "cuda":
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+    torch.cuda.synchronize()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        run = captured.replay
+        run()
+    # all of them queued before the first ends, so that no launch is waited for
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(20)]
+    for start, stop in events:
+        start.record()
+        run()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) / 1000 for start, stop in events)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of a copy too large for any cache."""
+    a = torch.ones(
+        (1 << 30) if device.type == "cuda" else (1 << 26), dtype=torch.uint8, device=device
+    )
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / median_seconds(lambda: b.copy_(a), device, graph=False)
+
+
+def product_peak(n: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of an n x n x n product. Random numbers: zeros draw less power and go faster."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / median_seconds(lambda: a @ b, device, graph=False)
+
+
+class Ceilings:
+    """Copy bandwidth, peak of a matrix product, and the matrix products of this model's steps."""
+
+    def __init__(self, config: GPTConfig, era: str, device: torch.device, dtype: torch.dtype):
+        c, kv = config.n_embd, config.n_kv_head * config.head_dim
+        # weights of a layer as (out, in): q, k and v in one, attention's and the MLP's two
+        self.matrices = [(c + 2 * kv, c), (c, c), (4 * c, c), (c, 4 * c)]
+        self.layers, self.head_matrix = config.n_layer, (config.vocab_size, c)
+        self.body_size = self.layers * sum(out * into for out, into in self.matrices)  # numbers
+        self.head_size = config.vocab_size * c
+        self.attention_size = config.n_layer * c  # channels of q over all layers
+        self.bytes_each = dtype.itemsize
+        self.token_bytes = 2 * kv * self.bytes_each  # K and V of one token in one layer
+        self.windows = Counter(layer_windows(config, RECIPES[era]))  # window: layers that have it
+        self.device, self.dtype = device, dtype
+        self.body_times: dict[int, float] = {}
+        self.head_times: dict[int, float] = {}
+
+    def measure(self) -> dict:
+        """Fills in bandwidth (bytes/s), peak (FLOP/s), body_times and head_times (s, by rows).
+
+        Returns the same for people: TB/s, TFLOP/s, milliseconds of all products by rows.
+        """
+        device, dtype = self.device, self.dtype
+        if device.type != "cuda":
+            say("ceilings: a CPU, so timed by the clock and without graphs")
+        self.bandwidth = copy_bandwidth(device)
+        say(f"ceilings: copy {self.bandwidth / 1e12:.3f} TB/s, read + write")
+        n = 8192 if device.type == "cuda" else 512
+        self.peak = product_peak(n, device, dtype)
+        say(f"ceilings: {n} x {n} x {n} product {self.peak / 1e12:.1f} TFLOP/s in {dtype}")
+
+        def weight(out: int, into: int) -> torch.Tensor:
+            return (torch.randn(out, into, device=device) * into**-0.5).to(dtype)
+
+        # each layer has its own weights, or the card's cache would serve them
+        layers = [[weight(*size) for size in self.matrices] for _ in range(self.layers)]
+        head = weight(*self.head_matrix)
+        size, width = self.body_size + self.head_size, self.head_matrix[1]
+
+        def body(x: torch.Tensor, wide: torch.Tensor) -> None:
+            for qkv, proj, up, down in layers:
+                F.linear(x, qkv), F.linear(x, proj), F.linear(x, up), F.linear(wide, down)
+
+        for rows in ROWS:
+            x, wide = (torch.randn(rows, n, device=device).to(dtype) for n in (width, 4 * width))
+            self.body_times[rows] = median_seconds(partial(body, x, wide), device)
+            self.head_times[rows] = median_seconds(partial(F.linear, x, head), device)
+            total = self.body_times[rows] + self.head_times[rows]
+            say(
+                f"ceilings: {rows:4} rows {self.body_times[rows] * 1e3:7.3f} ms + head "
+                f"{self.head_times[rows] * 1e3:6.3f} = {total * 1e3:7.3f} ms: "
+                f"{2 * rows * size / total / 1e12:5.1f} TFLOP/s, weights read at "
+                f"{size * self.bytes_each / total / 1e12:.2f} TB/s"
+            )
+        return {
+            "copy_tb_per_s": round(self.bandwidth / 1e12, 4),
+            "peak_tflops": round(self.peak / 1e12, 1),
+            "products_ms": {
+                n: round(1e3 * (self.body_times[n] + self.head_times[n]), 4) for n in ROWS
+            },
+        }
+
+    def body(self, rows: int) -> float:
+        return between(self.body_times, rows)
+
+    def head(self, rows: int) -> float:
+        return between(self.head_times, rows)
+
+    def kv_bytes(self, context: int) -> int:
+        """Bytes of K and V that a sequence of `context` tokens sees, over all layers."""
+        seen = sum(n * (context if w < 0 else min(context, w + 1)) for w, n in self.windows.items())
+        return seen * self.token_bytes
+
+    def batch_seconds(self, requests: list[Request], max_batch: int) -> float:
+        """The limit of a batch of requests: see the top of this file."""
+        longest = max(sum(request) for request in requests)
+        kv = [self.kv_bytes(context) for context in range(longest + 1)]
+        waiting, running, seconds = deque(requests), [], 0.0  # running: [context, tokens to come]
+        while waiting or running:
+            bytes_seen, rows, sampled = 0, len(running), len(running)
+            for sequence in running:
+                sequence[0] += 1
+                sequence[1] -= 1
+                bytes_seen += kv[sequence[0]]
+            while waiting and len(running) < max_batch:
+                prompt, new = waiting.popleft()
+                rows, sampled = rows + prompt, sampled + 1
+                bytes_seen += kv[prompt]
+                running.append([prompt, new - 1])
+            seconds += self.body(rows) + self.head(sampled) + bytes_seen / self.bandwidth
+            running = [sequence for sequence in running if sequence[1]]
+        return seconds
+
+    def stream_seconds(self, prompt: int, new: int) -> float:
+        """The limit of one sequence alone: all weights and its K and V read once for a token."""
+        weights = (self.body_size + self.head_size) * self.bytes_each
+        seen = sum(self.kv_bytes(prompt + i) for i in range(new))
+        return (weights * new + seen) / self.bandwidth
+
+    def prefill_flops(self, prompt: int) -> tuple[float, float]:
+        """FLOPs of one prompt: of its products (the head for one row), and of causal attention."""
+        products = 2 * (prompt * self.body_size + self.head_size)
+        attention = 0
+        for w, n in self.windows.items():
+            reach = prompt if w < 0 else min(prompt, w + 1)
+            pairs = reach * (reach + 1) // 2 + (prompt - reach) * reach
+            attention += 4 * pairs * n * self.attention_size // self.layers
+        return products, attention
+
+
+def between(times: dict[int, float], rows: int) -> float:
+    """Seconds for any rows: a straight line between those measured, in proportion beyond."""
+    last = max(times)
+    if rows > last:
+        return times[last] * rows / last
+    return float(np.interp(rows, list(times), list(times.values())))
+
+
+# the engine at work -------------------------------------------------------------------------------
+
+
+class Bench:
+    """What the parts share: options, shape, ceilings, the engine, and the results so far."""
+
+    def __init__(self, args: argparse.Namespace, config: GPTConfig, path: Path, scratch: Path):
+        self.args, self.config, self.path, self.scratch = args, config, path, scratch
+        self.device = torch.device(args.device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.ceilings = Ceilings(config, args.era, self.device, self.dtype)
+        self.rng = np.random.default_rng(args.seed)
+        self.results: dict[str, dict] = {}
+        self.llm: LLM | None = None
+        self.options = {
+            "model_path": str(path), "tokenizer_path": str(path), "device": args.device,
+            "num_blocks": args.num_blocks, "block_size": args.block_size,
+            "max_batch_size": args.max_batch_size, "max_batched_tokens": args.max_batched_tokens,
+            "max_model_len": args.max_model_len, "attention": args.attention, "seed": args.seed,
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """The parts asked for. Start-up is first: its processes want the card for themselves."""
+        parts = [part for part in PARTS if part in self.args.parts]
+        if "startup" in parts:
+            self.attempt("startup")
+        if inside := [part for part in parts if part not in ("startup", "peers")]:
+            # nothing can be said without these two, so they may fail
+            self.results["ceilings"] = self.ceilings.measure()
+            free_memory()
+            self.start_engine()
+            for part in inside:
+                self.attempt(part)
+            self.stop_engine()
+        if "peers" in parts:
+            self.attempt("peers")
+
+    def attempt(self, part: str) -> None:
+        """One part. If it fails we say so and go on: the rest is worth the rented time."""
+        try:
+            getattr(self, part)()
+        except Exception as error:
+            traceback.print_exc()
+            self.report(part, f"failed, {error!r:.300}", error=f"{error!r:.300}")
+
+    def shrunk(self, size: int) -> int:
+        return max(1, size // self.args.shrink)
+
+    def report(self, part: str, text: str, **numbers: object) -> None:
+        """Print what was seen now; keep the numbers for the line of JSON."""
+        say(f"{part}: {text}")
+        rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in numbers.items()}
+        self.results.setdefault(part, {}).update(rounded)
+
+    def prompt(self, length: int) -> list[int]:
+        """Random ids, none of them special."""
+        return self.rng.integers(0, self.config.vocab_size - len(SPECIAL), length).tolist()
+
+    def start_engine(self, enable_prefix_caching: bool = True) -> None:
+        """A fresh engine, its kernels compiled and its graphs captured before anything is timed."""
+        self.stop_engine()
+        start = time.perf_counter()
+        self.llm = LLM(**self.options, enable_prefix_caching=enable_prefix_caching)
+        built = time.perf_counter() - start
+        if (era := self.llm.model.recipe.era) != self.args.era:
+            raise RuntimeError(f"{self.path} is of era {era}, not {self.args.era}")
+        # a batch that falls apart one by one, so that smaller ones are seen too; a batch of long
+        # contexts; the longest prompt alone
+        size, long = self.shrunk(512), self.shrunk(1024)
+        falling = [1 + i // 8 + max(0, i - (size - 8)) for i in range(size)]
+        for count, length, new in ((size, 16, falling), (32, long, [4] * 32), (1, 2 * long, [2])):
+            self.generate([self.prompt(length) for _ in range(count)], new)
+        warm, stats = time.perf_counter() - start, self.llm.stats()
+        tokens = stats["num_blocks"] * stats["block_size"]
+        gb = tokens * self.ceilings.token_bytes * self.config.n_layer / 1e9
+        self.report(
+            "engine",
+            f"built in {built:.1f} s, warm after {warm:.1f}; KV budget {tokens:,} tokens in blocks "
+            f"of {stats['block_size']}, {gb:.2f} GB; {enable_prefix_caching=}",
+            built_s=built, kv_tokens=tokens, kv_gb=gb, block_size=stats["block_size"],
+        )  # fmt: skip
+
+    def stop_engine(self) -> None:
+        if self.llm is not None:
+            self.llm.close()
+        self.llm = None
+        free_memory()
+
+    def generate(self, prompts: list[list[int]], new: list[int]) -> tuple[float, dict]:
+        """Seconds of one `LLM.generate`, and how much each of its statistics grew."""
+        params = [
+            SamplingParams(temperature=TEMPERATURE, max_tokens=n, ignore_eos=True) for n in new
+        ]
+        before = self.llm.stats()
+        synchronize(self.device)
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        synchronize(self.device)
+        seconds = time.perf_counter() - start
+        made = [len(output["token_ids"]) for output in outputs]
+        if made != new:
+            raise RuntimeError(
+                f"asked for {sum(new)} tokens, got {sum(made)}: not the work to time"
+            )
+        after = self.llm.stats()
+        return seconds, {name: after[name] - before[name] for name in STATS}
+
+    def batch(self, part: str, requests: list[Request], limit: float) -> None:
+        """Time the requests with fresh prompts, `repeats` times; `limit` in seconds."""
+        news = [new for _, new in requests]
+        runs = [
+            self.generate([self.prompt(length) for length, _ in requests], news)
+            for _ in range(self.args.repeats)
+        ]
+        rates = [sum(news) / seconds for seconds, _ in runs]
+        rate, bound, stats = statistics.median(rates), sum(news) / limit, runs[-1][1]
+        self.report(
+            part,
+            f"{rate:,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}), {rate / bound:.1%} of "
+            f"the limit {bound:,.0f}; {sum(news):,} tokens in {sum(news) / rate:.3f} s, "
+            f"{stats['steps']} steps, {stats['preemptions']} preemptions",
+            tokens_per_s=rate, limit_tokens_per_s=bound, share=rate / bound,
+            repeats=[round(r, 1) for r in rates], new_tokens=sum(news),
+            prompt_tokens=sum(length for length, _ in requests), **stats,
+        )  # fmt: skip
+
+    def headline_requests(self) -> list[Request]:
+        count, new = self.shrunk(512), self.shrunk(64)
+        return [(n, new) for n in lengths(count, mean=23, sigma=0.55, low=6, high=77, seed=1)]
+
+    # the parts, in the order they run
+
+    def startup(self) -> None:
+        with open(self.path / "model_000000.pt", "rb") as file:
+            while file.read(1 << 26):  # into the page cache
+                pass
+        for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"):
+            # empty for the first process; our own engine is started after them and finds theirs
+            os.environ[name] = str(self.scratch / name.lower())
+        for kind in ("uncached", "cached"):
+            command = [
+                sys.executable,
+                "-c",
+                FIRST_TOKEN,
+                repr(time.time()),
+                json.dumps(self.options),
+            ]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                raise RuntimeError(f"the process to be timed failed:\n{done.stderr[-3000:]}")
+            at = json.loads(done.stdout.splitlines()[-1])
+            self.report(
+                "startup",
+                f"kernels {kind}: first token after {at['first']:.2f} s (torch imported at "
+                f"{at['torch']:.2f}, LLM built at {at['built']:.2f}); 16 more at {at['more']:.2f}",
+                **{f"{kind}_{what}_s": seconds for what, seconds in at.items()},
+            )
+
+    def headline(self) -> None:
+        requests = self.headline_requests()
+        limit = self.ceilings.batch_seconds(requests, self.args.max_batch_size)
+        self.batch("headline", requests, limit)
+
+    def single(self) -> None:
+        request = (self.shrunk(128), self.shrunk(128))
+        self.batch("single", [request], self.ceilings.stream_seconds(*request))
+
+    def mixed(self) -> None:
+        count, most = self.shrunk(1000), self.shrunk(2048)
+        asked = lengths(count, self.shrunk(135), sigma=0.9, low=1, high=most // 2, seed=2)
+        told = lengths(count, self.shrunk(306), sigma=0.55, low=1, high=most // 2, seed=3)
+        say(
+            f"mixed: {count} requests, {statistics.mean(asked):.1f} in (longest {max(asked)}), "
+            f"{statistics.mean(told):.1f} out (longest {max(told)})"
+        )
+        requests = list(zip(asked, told, strict=True))
+        limit = self.ceilings.batch_seconds(requests, self.args.max_batch_size)
+        self.batch("mixed", requests, limit)
+
+    def prefill(self) -> None:
+        size, card = self.shrunk(2048), self.ceilings
+        times = [self.generate([self.prompt(size)], [1])[0] for _ in range(3 * self.args.repeats)]
+        seconds, limit = statistics.median(times), card.body(size) + card.head(1)
+        products, attention = card.prefill_flops(size)
+        bare, whole = (flops / seconds / card.peak for flops in (products, products + attention))
+        self.report(
+            "prefill",
+            f"{size} tokens in {seconds * 1e3:.2f} ms ({min(times) * 1e3:.2f} to "
+            f"{max(times) * 1e3:.2f}): {bare:.1%} of the peak product counting matrix products, "
+            f"{whole:.1%} with attention; {limit / seconds:.1%} of the limit {limit * 1e3:.2f} ms",
+            ms=seconds * 1e3, limit_ms=limit * 1e3, share=limit / seconds,
+            share_of_peak_products=bare, share_of_peak_with_attention=whole,
+        )  # fmt: skip
+
+    def prefix(self) -> None:
+        """Last of the engine's parts: it needs a second engine, one without the prefix cache."""
+        count, shared, own, new = (self.shrunk(n) for n in (128, 256, 16, 32))
+        rows = count * (shared + own)
+
+        def ask(start: list[int]) -> tuple[float, int]:
+            prompts = [start + self.prompt(own) for _ in range(count)]
+            seconds, stats = self.generate(prompts, [new] * count)
+            return seconds, stats["cached_tokens"]
+
+        runs: dict[str, list] = {"unseen": [], "seen": [], "without": []}
+        for _ in range(self.args.repeats):
+            start = self.prompt(shared)
+            runs["unseen"].append(ask(start))
+            runs["seen"].append(ask(start))
+        self.start_engine(enable_prefix_caching=False)
+        runs["without"] = [ask(self.prompt(shared)) for _ in range(self.args.repeats)]
+        middle = {name: sorted(times)[len(times) // 2] for name, times in runs.items()}
+        without, _ = middle.pop("without")
+        for name, (seconds, cached) in middle.items():
+            predicted = self.ceilings.body(rows) - self.ceilings.body(rows - cached)
+            self.report(
+                "prefix",
+                f"{count} prompts sharing {shared} tokens, {name} before: {seconds * 1e3:.1f} ms, "
+                f"{without * 1e3:.1f} without the cache, gain {without / seconds:.2f}; products of "
+                f"{cached:,} cached of {rows:,} tokens predict {predicted * 1e3:.1f} ms less and a "
+                f"gain of {without / (without - predicted):.2f}",
+                **{"without_ms": without * 1e3, f"{name}_ms": seconds * 1e3,
+                   f"{name}_gain": without / seconds, f"{name}_cached_tokens": cached,
+                   f"{name}_predicted_gain": without / (without - predicted)},
+            )  # fmt: skip
+
+    # peers ----------------------------------------------------------------------------------------
+
+    def peers(self) -> None:
+        """Other programs on the same work, random weights of the same shape, our engine closed."""
+        if self.args.era != "1":
+            say("peers: skipped, transformers and the eager loop have only the first era")
+            return
+        self.eager_peer()
+        free_memory()
+        try:
+            import transformers
+        except ImportError:
+            say("peers: transformers is not installed, skipped")
+            return
+        self.transformers_peer(transformers)
+        free_memory()
+
+    def peer(self, name: str, part: str, tokens: int, seconds: float) -> None:
+        rate, ours = tokens / seconds, self.results.get(part, {}).get("tokens_per_s")
+        versus = f"; microvllm {ours / rate:.1f} times that" if ours else ""
+        text = f"{name}, {part}: {rate:,.1f} tokens/s{versus}"
+        self.report("peers", text, **{f"{name}_{part}_tokens_per_s": rate})
+
+    @torch.inference_mode()
+    def eager_peer(self) -> None:
+        loop = EagerLoop(self.config, self.device, self.dtype)
+        stream, new = self.shrunk(128), self.shrunk(64)
+        few = [length for length, _ in self.headline_requests()[:4]]  # one by one: four will do
+        for part, prompt_lengths, samples, count in (
+            ("single", [stream], 1, stream),
+            ("headline", few, 1, new),
+            ("samples", [23], self.shrunk(512), new),
+        ):
+            prompts = [self.prompt(length) for length in prompt_lengths]
+            loop.generate(prompts[0], samples, 2)
+            synchronize(self.device)
+            start = time.perf_counter()
+            for prompt in prompts:
+                loop.generate(prompt, samples, count)
+            synchronize(self.device)
+            self.peer("eager", part, len(prompts) * samples * count, time.perf_counter() - start)
+
+    def transformers_peer(self, transformers: ModuleType) -> None:
+        c = self.config
+        # no end token and no top-k: the same work as ours
+        config = transformers.NanoChatConfig(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd,
+            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head, max_position_embeddings=c.sequence_len,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "eos_token_id": None,
+                    "pad_token_id": 0}  # fmt: skip
+        with torch.device(self.device):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, attn_implementation="sdpa"
+            ).eval()
+
+        def padded(prompts: list[list[int]], new: int) -> tuple[int, float]:
+            """Tokens made, and seconds, of `generate` over the prompts padded on the left."""
+            longest = max(map(len, prompts))
+            pads = [longest - len(prompt) for prompt in prompts]
+            ids = [[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]
+            mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+            synchronize(self.device)
+            start = time.perf_counter()
+            out = model.generate(
+                input_ids=torch.tensor(ids, device=self.device),
+                attention_mask=torch.tensor(mask, device=self.device),
+                max_new_tokens=new,
+                **sampling,
+            )
+            synchronize(self.device)
+            return (out.shape[1] - longest) * len(prompts), time.perf_counter() - start
+
+        def paged(prompts: list[list[int]], new: int) -> tuple[int, float]:
+            """The same of `generate_batch`. Its manager is kept: a second call pays no set-up."""
+            settings = transformers.GenerationConfig(max_new_tokens=new, **sampling)
+            start = time.perf_counter()
+            outputs = model.generate_batch(
+                prompts, generation_config=settings, persistent_manager=True
+            )
+            seconds = time.perf_counter() - start
+            return sum(len(output.generated_tokens) for output in outputs.values()), seconds
+
+        requests, stream = self.headline_requests(), self.shrunk(128)
+        many, new = [length for length, _ in requests], requests[0][1]
+        for run, name, part, prompt_lengths, count, warm_up in (
+            (padded, "transformers_generate", "single", [stream], stream, 2),
+            (padded, "transformers_generate", "headline", many, new, 2),
+            # a whole run, from which its manager sees how large to make everything
+            (paged, "transformers_generate_batch", "headline", many, new, new),
+        ):
+            run([self.prompt(length) for length in prompt_lengths], warm_up)
+            tokens, seconds = run([self.prompt(length) for length in prompt_lengths], count)
+            # generate_batch gives nothing, and no error, when its thread dies
+            if tokens == count * len(prompt_lengths):
+                self.peer(name, part, tokens, seconds)
+            else:
+                say(f"peers: {name}, {part}: {tokens} tokens made, so not counted")
+        model.destroy_cached_continuous_batching_manager()
+
+
+class EagerLoop:
+    """A stand-in for nanochat's Engine: plain torch, contiguous K and V, SDPA, kernel by kernel.
+
+    Kinder than the original, which casts its float32 weights to bfloat16 at each use.
+    """
+
+    def __init__(self, config: GPTConfig, device: torch.device, dtype: torch.dtype):
+        c, kv = config.n_embd, config.n_kv_head * config.head_dim
+        with torch.device(device):
+            self.embedding = torch.nn.Embedding(config.vocab_size, c, dtype=dtype)
+            sizes = [(c, c), (c, kv), (c, kv), (c, c), (c, 4 * c), (4 * c, c)]
+            self.layers = [
+                [torch.nn.Linear(*s, bias=False, dtype=dtype) for s in sizes]
+                for _ in range(config.n_layer)
+            ]
+            self.head = torch.nn.Linear(c, config.vocab_size, bias=False, dtype=dtype)
+            steps = torch.arange(config.head_dim // 2) * (-2 / config.head_dim)
+            angles = torch.outer(torch.arange(config.sequence_len), 10_000.0**steps)
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        self.config, self.device, self.dtype = config, device, dtype
+
+    def forward(self, ids: torch.Tensor, cache: torch.Tensor, start: int) -> torch.Tensor:
+        """Logits (B, V) after ids (B, T) at positions `start` on.
+
+        cache: (layers, k and v, B, kv heads, positions, D), filled before `start`.
+        """
+        (batch, count), d = ids.shape, self.config.head_dim
+        cos, sin = self.cos[start : start + count], self.sin[start : start + count]
+        x = rms(self.embedding(ids))
+        for (to_q, to_k, to_v, proj, up, down), (k_cache, v_cache) in zip(
+            self.layers, cache, strict=True
+        ):
+            h = rms(x)
+            q, k, v = (to(h).view(batch, count, -1, d).transpose(1, 2) for to in (to_q, to_k, to_v))
+            q, k = (rms(rotate(t, cos, sin)) for t in (q, k))
+            k_cache[:, :, start : start + count], v_cache[:, :, start : start + count] = k, v
+            k, v = k_cache[:, :, : start + count], v_cache[:, :, : start + count]
+            y = F.scaled_dot_product_attention(
+                q, k, v, is_causal=count > 1, enable_gqa=k.shape[1] != q.shape[1]
+            )
+            x = x + proj(y.transpose(1, 2).reshape(batch, count, -1))
+            x = x + down(F.relu(up(rms(x))).square())
+        logits = self.head(rms(x[:, -1])).float()
+        return 15 * torch.tanh(logits / 15)
+
+    def generate(self, prompt: list[int], samples: int, new: int) -> list[list[int]]:
+        """`new` tokens for each of `samples` rows; a column comes to the host at every step."""
+        c = self.config
+        size = (c.n_layer, 2, samples, c.n_kv_head, len(prompt) + new, c.head_dim)
+        cache = torch.empty(size, device=self.device, dtype=self.dtype)
+        # one prefill, copied to all rows
+        logits = self.forward(torch.tensor([prompt], device=self.device), cache[:, :, :1], 0)
+        cache[:, :, 1:, :, : len(prompt)] = cache[:, :, :1, :, : len(prompt)]
+        logits = logits.expand(samples, -1)
+        columns = []
+        for start in range(len(prompt), len(prompt) + new):
+            ids = torch.multinomial(torch.softmax(logits / TEMPERATURE, dim=-1), 1)
+            columns.append(ids[:, 0].tolist())
+            if len(columns) < new:
+                logits = self.forward(ids, cache, start)
+        return columns
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+# what a user's first program does, with a clock; argv: when it was started, arguments of LLM
+FIRST_TOKEN = """
+import json, sys, time
+at, began = {}, float(sys.argv[1])
+import torch
+at["torch"] = time.time() - began
+from microvllm import LLM, SamplingParams
+llm = LLM(**json.loads(sys.argv[2]))
+at["built"] = time.time() - began
+llm.generate([[1, 2, 3, 4]], SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)
+at["first"] = time.time() - began
+llm.generate([[5, 6, 7, 8]], SamplingParams(max_tokens=16, ignore_eos=True), use_tqdm=False)
+at["more"] = time.time() - began
+print(json.dumps(at))
+"""
+
+
+def lengths(count: int, mean: float, sigma: float, low: int, high: int, seed: int) -> list[int]:
+    """Log-normal whole numbers from low to high, of this mean or close; one seed, one list."""
+    draws = np.random.default_rng(seed).lognormal(0.0, sigma, count)
+    scale = mean / draws.mean()
+    for _ in range(20):  # what the borders cut off is made up for by the rest
+        cut = np.clip(np.rint(draws * scale), low, high)
+        scale *= mean / cut.mean()
+    return cut.astype(int).tolist()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def describe(device: torch.device) -> dict:
+    """The hardware and the versions."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    facts = {"device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+             "torch": torch.__version__, "triton": triton}  # fmt: skip
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        facts["device"] = card.name
+        facts["memory_gb"] = round(card.total_memory / 1e9, 1)
+        facts["multiprocessors"] = card.multi_processor_count
+    return facts
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help=f"the parts to run, with commas: {','.join(PARTS)}")
+    parser.add_argument("--peers", action="store_true", help="the other parts and the peers too")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--checkpoint", type=Path, help="made there if it is not there, and kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="divide all counts and lengths, to try it out"
+    )
+    add_shape_arguments(parser)
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-batch-size", type=int, default=512)
+    engine.add_argument("--max-batched-tokens", type=int)
+    # a token more than the longest prompt, in whole blocks
+    engine.add_argument("--max-model-len", type=int, default=2064)
+    engine.add_argument("--num-blocks", type=int)
+    engine.add_argument("--block-size", type=int, default=16)
+    engine.add_argument("--attention", default="auto")
+    args = parser.parse_args()
+    parts = args.only.split(",") if args.only else [p for p in PARTS if p != "peers" or args.peers]
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only knows {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
+    args.parts = parts
+    try:
+        args.config = shape(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main() -> None:
+    args = parse()
+    device = torch.device(args.device)
+    facts = describe(device)
+    say(", ".join(f"{name} {value}" for name, value in facts.items()))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = args.checkpoint or Path(scratch) / "model"
+        start = time.perf_counter()
+        if not (path / "meta_000000.json").exists():
+            make_checkpoint(path, args, args.device)
+            free_memory()
+        found = json.loads((path / "meta_000000.json").read_text())["model_config"]
+        if found != args.config:
+            raise SystemExit(f"{path} holds another model: {found}, asked for {args.config}")
+        config = GPTConfig(**found)
+        size, seconds = (path / "model_000000.pt").stat().st_size, time.perf_counter() - start
+        say(
+            f"checkpoint: era {args.era}, {config.n_layer} layers, {config.n_embd} wide, "
+            f"{config.n_head} heads of {config.head_dim}, {config.n_kv_head} kv heads, vocabulary "
+            f"{config.vocab_size}; {size / 1e9:.2f} GB, ready after {seconds:.1f} s"
+        )
+        bench = Bench(args, config, path, Path(scratch))
+        bench.run()
+    model = found | {"era": args.era, "file_gb": round(size / 1e9, 2)}
+    say(json.dumps({"benchmark": "gpu"} | facts | {"model": model} | bench.results))
+    if any("error" in part for part in bench.results.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""Who runs in a step, and in which blocks: Sequence, BlockManager, Scheduler.
+
+Plain Python that imports no torch: it decides, tensors obey. So a laptop can drive it with a fake
+model over a million blocks. The paper is Kwon et al., "Efficient Memory Management for Large
+Language Model Serving with PagedAttention", 2023.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import xxhash
+
+if TYPE_CHECKING:
+    from .sampler import SamplingParams
+
+
+class Sequence:
+    """One sample of one request: its tokens, how many of them are computed, and its block table."""
+
+    __slots__ = (
+        "request_id", "sample_id", "params", "tokens", "num_prompt", "max_length", "num_computed",
+        "num_cached", "table", "hashes", "num_published", "stop_ids", "running", "finish_reason",
+        "forks",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: list[int],
+        params: SamplingParams,
+        max_length=None,
+        stop_ids=(),
+    ):
+        self.request_id = request_id
+        self.sample_id = 0  # which of the request's n samples
+        self.params = params
+        self.tokens = list(
+            prompt
+        )  # prompt and output. a negative one is on its way: ~row of its step's samples
+        self.num_prompt = len(prompt)
+        self.max_length = (
+            max_length or self.num_prompt + params.max_tokens
+        )  # it ends at so many tokens
+        self.num_computed = 0  # tokens whose K and V are in the cache (or will be after this step)
+        self.num_cached: int | None = (
+            None  # prompt tokens that the prefix cache served, once admitted
+        )
+        self.table = array(
+            "i"
+        )  # block of tokens [0, block_size), of [block_size, 2 block_size), ...
+        self.hashes: list[bytes] = []  # of the full blocks, each chained over its predecessors
+        self.num_published = 0  # blocks of the table that the prefix cache was told of
+        self.stop_ids = stop_ids  # tokens that end the sequence
+        self.running = False
+        self.finish_reason: str | None = None  # "stop", "length" or "abort" once it is over
+        self.forks = params.n - 1  # samples that will split off when the prompt is computed
+
+    @property
+    def num_known(self) -> int:
+        """Tokens whose value is known: all, but for those still on their way."""
+        count = len(self.tokens)
+        while self.tokens[count - 1] < 0:
+            count -= 1
+        return count
+
+    def fork(self, sample_id: int) -> Sequence:
+        """Another sample: the same tokens and the same blocks (the caller counts them)."""
+        twin = Sequence(self.request_id, [], self.params, self.max_length, self.stop_ids)
+        twin.sample_id, twin.forks, twin.running = sample_id, 0, self.running
+        twin.tokens, twin.num_prompt = self.tokens.copy(), self.num_prompt
+        twin.num_computed, twin.num_cached = self.num_computed, self.num_cached
+        twin.table, twin.hashes = self.table[:], self.hashes.copy()
+        twin.num_published = self.num_published
+        return twin
+
+
+class BlockManager:
+    """Hands out the blocks of the pool, shares them between sequences, and finds them again by
+    content.
+
+    num_blocks: blocks in the pool, of which block 0 is a sink for padding and never handed out;
+    block_size: tokens in a block. Every other block is in exactly one of three states:
+
+        blank       free, nothing worth keeping          blank
+        cached      free, still findable by its hash     cached, oldest first: the next to be
+        evicted in use      in ref_count[block] tables           ref_count[block] >= 1
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.ref_count = [0] * num_blocks
+        self.blank = list(range(num_blocks - 1, 0, -1))  # a stack: pop() gives block 1 first
+        # OrderedDict, since a plain dict walks over all its deleted entries to find the first live
+        # one
+        self.cached: OrderedDict[int, None] = OrderedDict()
+        self.hash_of: dict[int, bytes] = {}
+        self.block_of: dict[bytes, int] = {}
+        self.copies: list[
+            tuple[int, int]
+        ] = []  # (source, destination) to be done before the forward
+
+    @property
+    def num_free(self) -> int:
+        return len(self.blank) + len(self.cached)
+
+    @property
+    def num_usable(self) -> int:
+        return self.num_blocks - 1  # without the sink
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _take(self) -> int:
+        """A free block, blank if there is one, else the one least recently used."""
+        if self.blank:
+            block = self.blank.pop()
+        else:
+            block, _ = self.cached.popitem(last=False)
+            del self.block_of[self.hash_of.pop(block)]
+        self.ref_count[block] = 1
+        return block
+
+    def _release(self, block: int) -> None:
+        self.ref_count[block] -= 1
+        assert self.ref_count[block] >= 0, block
+        if self.ref_count[block] == 0:
+            if block in self.hash_of:
+                self.cached[block] = None
+            else:
+                self.blank.append(block)
+
+    def _hashes(self, seq: Sequence, count: int) -> list[bytes]:
+        """The hashes of the first `count` full blocks; each is computed once and kept on the
+        sequence."""
+        size = self.block_size
+        for i in range(len(seq.hashes), count):
+            # 128 bits and the predecessor's hash: equal hashes mean equal text from the start on
+            h = xxhash.xxh3_128(seq.hashes[-1] if i else b"")
+            h.update(array("i", seq.tokens[i * size : (i + 1) * size]))
+            seq.hashes.append(h.digest())
+        return seq.hashes
+
+    def match(self, seq: Sequence) -> list[int]:
+        """The blocks that already hold the sequence's beginning. Never its last token: its logits
+        are needed."""
+        hits: list[int] = []
+        if self.enable_prefix_caching:
+            count = (len(seq.tokens) - 1) // self.block_size
+            for h in self._hashes(seq, count)[:count]:
+                block = self.block_of.get(h)
+                if block is None:
+                    break
+                hits.append(block)
+        return hits
+
+    def admit(self, seq: Sequence, hits: list[int], stop: int, reserve: int = 0) -> bool:
+        """Give a new sequence its hits and fresh blocks up to token `stop`. False, and nothing
+        done, if that would leave fewer than `reserve` free blocks."""
+        fresh = self.blocks_for(stop) - len(hits)
+        free_hits = sum(self.ref_count[b] == 0 for b in hits)
+        if self.num_free - free_hits - fresh < reserve:
+            return False
+        for block in hits:
+            if self.ref_count[block] == 0:
+                del self.cached[block]
+            self.ref_count[block] += 1
+        seq.table.extend(hits)
+        seq.table.extend([self._take() for _ in range(fresh)])
+        seq.num_computed = len(hits) * self.block_size
+        seq.num_published = len(hits)
+        return True
+
+    def grow(self, seq: Sequence, start: int, stop: int) -> bool:
+        """Make the tokens [start, stop) writable: fresh blocks at the end, and a copy of a
+        part-filled block that another sample also holds (copy-on-write). False, and nothing done,
+        if too few are free.
+        """
+        fresh = -(-stop // self.block_size) - len(seq.table)
+        first = start // self.block_size
+        shared = first < len(seq.table) and self.ref_count[seq.table[first]] > 1
+        if fresh <= 0 and not shared:
+            return True
+        if max(fresh, 0) + shared > self.num_free:
+            return False
+        if shared:
+            source, target = seq.table[first], self._take()
+            self.copies.append((source, target))
+            seq.table[first] = target
+            self._release(source)
+        for _ in range(fresh):
+            seq.table.append(self._take())
+        return True
+
+    def publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Let the full blocks among the first `num_tokens` be found by their hash from now on."""
+        count = num_tokens // self.block_size
+        if not self.enable_prefix_caching or count <= seq.num_published:
+            return
+        hashes = self._hashes(seq, count)
+        for i in range(seq.num_published, count):
+            # of two blocks with one content the first is findable; a shared block has its hash
+            # already
+            if hashes[i] not in self.block_of and seq.table[i] not in self.hash_of:
+                self.block_of[hashes[i]] = seq.table[i]
+                self.hash_of[seq.table[i]] = hashes[i]
+        seq.num_published = count
+
+    def fork(self, seq: Sequence, sample_id: int) -> Sequence:
+        """A twin of the sequence on the same blocks."""
+        twin = seq.fork(sample_id)
+        for block in twin.table:
+            self.ref_count[block] += 1
+        return twin
+
+    def free(self, seq: Sequence) -> None:
+        """Give all blocks back, the last first: the beginning of a text is worth keeping
+        longest."""
+        for block in reversed(seq.table):
+            self._release(block)
+        seq.table = array("i")
+        seq.num_computed = seq.num_published = 0
+
+    def forget(self) -> None:
+        """Empty the prefix cache: new weights, or a step that failed, make every K and V stale."""
+        self.blank.extend(reversed(self.cached))
+        self.cached.clear()
+        self.hash_of.clear()
+        self.block_of.clear()
+
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Assert what must always hold, given all sequences that have a table."""
+        counts = [0] * self.num_blocks
+        for seq in sequences:
+            for block in seq.table:
+                counts[block] += 1
+            assert len(seq.table) >= self.blocks_for(seq.num_computed), (
+                seq.table,
+                seq.num_computed,
+            )
+            assert seq.num_published <= seq.num_computed // self.block_size or not seq.table
+        assert counts == self.ref_count, "reference counts differ from the tables"
+        assert counts[0] == 0, "the sink was handed out"
+        blank, cached = set(self.blank), set(self.cached)
+        used = {b for b in range(1, self.num_blocks) if counts[b]}
+        assert len(blank) == len(self.blank), "a block is twice in the blank list"
+        assert not (blank & cached or blank & used or cached & used), "a block in two states"
+        assert blank | cached | used == set(range(1, self.num_blocks)), "a block is lost"
+        assert {b: h for h, b in self.block_of.items()} == self.hash_of, "hash tables differ"
+        assert cached <= self.hash_of.keys() and not blank & self.hash_of.keys()
+
+
+class Step(NamedTuple):
+    """What one forward does, as plain data."""
+
+    chunks: list[tuple[Sequence, int, int]]  # (sequence, start, stop), those of one token first
+    samples: list[
+        tuple[int, Sequence, int]
+    ]  # (index into chunks, sequence, position of the new token)
+    copies: list[tuple[int, int]]  # blocks to copy first
+
+
+class Scheduler:
+    """Decides which tokens of which sequences are computed in a step.
+
+    There is no prefill phase and no decode phase: a sequence has tokens, some of them computed, and
+    needs the rest. max_batch_size: sequences that run at once; max_batched_tokens: tokens of a
+    step.
+    """
+
+    def __init__(self, blocks: BlockManager, max_batch_size: int, max_batched_tokens: int):
+        self.blocks = blocks
+        self.max_batch_size, self.max_batched_tokens = max_batch_size, max_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def schedule(self) -> Step:
+        """Plan the next step: running sequences first, then, if nobody had to make room, new ones.
+
+        Commits the plan: `num_computed` moves on, a prompt that is done splits into its n samples,
+        and a sequence whose last token is computed gets a placeholder for the next, ~row of
+        `Step.samples`. So the next step can be planned before this one's tokens are read; `update`
+        fills them in.
+        """
+        blocks, chunks, budget = self.blocks, [], self.max_batched_tokens
+        preempted = False
+        i = 0
+        while i < len(self.running) and budget:
+            seq = self.running[i]
+            start = seq.num_computed
+            stop = min(len(seq.tokens), start + budget)
+            if len(seq.tokens) >= seq.max_length:  # its last token is on the way
+                i += 1
+                continue
+            while not blocks.grow(seq, start, stop):
+                victim = self.running[-1]  # the youngest: the oldest has waited longest
+                self._preempt(victim)
+                preempted = True
+                if victim is seq:
+                    break
+            else:
+                chunks.append((seq, start, stop))
+                budget -= stop - start
+                i += 1
+        seats = self.max_batch_size - sum(1 + seq.forks for seq in self.running)
+        # whoever runs should be able to go on for a while before the newcomer is sent away again
+        reserve = blocks.blocks_for(16 * len(self.running)) if self.running else 0
+        while self.waiting and budget and not preempted:
+            seq = self.waiting[0]
+            hits = blocks.match(seq)
+            start = len(hits) * blocks.block_size
+            stop = min(len(seq.tokens), start + budget)
+            if 1 + seq.forks > seats or not blocks.admit(seq, hits, stop, reserve):
+                break
+            self.waiting.popleft()
+            self.running.append(seq)
+            seq.running = True
+            if seq.num_cached is None:  # re-admitted ones hit their own blocks: not counted
+                seq.num_cached = start
+            seats -= 1 + seq.forks
+            reserve = blocks.blocks_for(16 * len(self.running))
+            chunks.append((seq, start, stop))
+            budget -= stop - start
+            # published before it is computed: the step writes all K and V of a layer before any row
+            # reads them, so equal prompts of one step share their blocks already
+            blocks.publish(seq, stop)
+        chunks.sort(key=lambda c: c[2] - c[1] > 1)  # stable: one-token chunks first
+        samples = []
+        for index, (seq, _, stop) in enumerate(chunks):
+            seq.num_computed = stop
+            blocks.publish(seq, min(stop, seq.num_known))
+            if stop == len(seq.tokens):
+                twins = [blocks.fork(seq, k) for k in range(1, 1 + seq.forks)]
+                self.running.extend(twins)
+                seq.forks = 0
+                for s in (seq, *twins):
+                    s.tokens.append(~len(samples))
+                    samples.append((index, s, stop))
+        copies, blocks.copies = blocks.copies, []
+        return Step(chunks, samples, copies)
+
+    def update(self, step: Step, token_ids: list[int]) -> list[Sequence]:
+        """Write the step's tokens into their sequences and end those that are done.
+
+        token_ids: one per entry of step.samples. Returns the sequences that got a token.
+        """
+        changed = []
+        for (_, seq, position), token in zip(step.samples, token_ids, strict=True):
+            if seq.finish_reason:  # ended while this step was under way: its token is dropped
+                continue
+            seq.tokens[position] = token
+            changed.append(seq)
+            if token in seq.stop_ids:
+                self.finish(seq, "stop")
+            elif position + 1 >= seq.max_length:
+                self.finish(seq, "length")
+        return changed
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """End a sequence and free its blocks; tokens not yet known are cut off."""
+        seq.finish_reason = reason
+        del seq.tokens[seq.num_known :]
+        if seq.running:
+            self.blocks.publish(seq, min(seq.num_computed, len(seq.tokens)))
+            self.blocks.free(seq)
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        seq.running = False
+
+    def abort(self, request_id: int) -> list[Sequence]:
+        """End all samples of a request, wherever they are."""
+        victims = [s for s in chain(self.running, self.waiting) if s.request_id == request_id]
+        for seq in victims:
+            self.finish(seq, "abort")
+        return victims
+
+    def reset(self) -> None:
+        """After a step that failed: send everyone back to the queue with all known tokens, forget
+        all K and V."""
+        while self.running:
+            seq = self.running[-1]
+            del seq.tokens[seq.num_known :]
+            self._preempt(seq)
+        self.blocks.copies.clear()
+        self.blocks.forget()
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take the last running sequence's blocks away; it keeps its tokens and is first in the
+        queue."""
+        assert self.running.pop() is seq
+        self.blocks.free(seq)
+        seq.running = False
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1

@@ -1,0 +1,312 @@
+"""The Triton kernels against the plain torch functions they replace.
+
+Without a GPU they run in Triton's interpreter, on small shapes. Outputs start as NaN, so an element
+that a kernel forgets is seen; so do the slots of the cache that belong to nobody.
+"""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
+
+from microvllm import kernels_gpu, model  # noqa: E402
+from microvllm.attention import sdpa_attention  # noqa: E402
+
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+EPS = 2.0**-23
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative to the norm
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    torch.manual_seed(0)
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(torch.nan if t.is_floating_point() else -(2**31))
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: poison(empty(*a, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: poison(empty_like(*a, **kw)))
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def assert_close(out, reference, dtype):
+    """reference: float32, computed from the same rounded inputs."""
+    assert out.shape == reference.shape
+    assert not out.isnan().any()
+    error = (out.float() - reference).norm() / reference.norm()
+    assert error < TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+# the fused steps ---------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("y, lambdas", [(False, False), (True, False), (False, True), (True, True)])
+def test_add_norm(dtype, y, lambdas):
+    x, x0 = randn(5, 136, dtype=dtype), randn(5, 136, dtype=dtype)
+    y = randn(5, 136, dtype=dtype) if y else None
+    a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
+    x_new, h = kernels_gpu.add_norm(x, y, x0, a, b, EPS)
+    assert x_new.dtype == h.dtype == dtype
+    x_ref, h_ref = model.add_norm(
+        x.float(), None if y is None else y.float(), x0.float(), a, b, EPS
+    )
+    assert_close(x_new, x_ref, dtype)
+    assert_close(h, h_ref, dtype)
+
+
+@DTYPES
+def test_relu2(dtype):
+    x = randn(3, 1000, dtype=dtype)
+    reference = model.relu2(x.float())
+    assert_close(kernels_gpu.relu2(x), reference, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "n_head, n_kv, dim, block_size, channels",
+    [(3, 3, 32, 4, 12), (8, 1, 16, 1, 0), (4, 2, 128, 16, 32), (6, 3, 20, 64, 12)],
+)
+def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
+    T, num_blocks, vocab, max_positions = 6, 8, 11, 50
+    qkv = randn(T, (n_head + 2 * n_kv) * dim, dtype=dtype)
+    h = randn(T, 40, dtype=dtype)
+    ve = randn(vocab, n_kv * dim, dtype=dtype) if channels else None
+    ve_gate = randn(n_kv, channels, dtype=dtype) if channels else None
+    angle = randn(max_positions, dim // 2)
+    batch = SimpleNamespace(
+        ids=ints(torch.randint(vocab, (T,)).tolist()),
+        positions=ints(torch.randint(max_positions, (T,)).tolist()),
+        slots=ints(torch.randperm(num_blocks * block_size)[:T].tolist()),
+    )
+    layer = randn(2, num_blocks, n_kv, block_size, dim, dtype=dtype)
+    k, v = layer[0], layer[1]
+    k_ref, v_ref = k.float(), v.float()
+    rest = (n_head, 1.2, 3.0, EPS)
+    q = kernels_gpu.rope_store(
+        qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch, k, v, *rest
+    )
+    floats = [None if t is None else t.float() for t in (qkv, h, ve, ve_gate)]
+    q_ref = model.rope_store(*floats, angle.cos(), angle.sin(), batch, k_ref, v_ref, *rest)
+    assert q.dtype == dtype
+    assert_close(q, q_ref, dtype)
+    assert_close(k, k_ref, dtype)  # the whole caches: nothing else was touched
+    assert_close(v, v_ref, dtype)
+
+
+# products of a few rows ---------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("rows, K, N", [(1, 136, 50), (3, 600, 21), (8, 64, 7), (2, 4200, 9)])
+@pytest.mark.parametrize("lambdas", [False, True])
+def test_products_of_a_few_rows(dtype, rows, K, N, lambdas):
+    """norm_linear and linear_add are add_norm, F.linear and relu2 in one."""
+    a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
+    x, w, x0 = randn(rows, K, dtype=dtype), randn(N, K, dtype=dtype), randn(rows, K, dtype=dtype)
+    for relu2 in (False, True):
+        y, h = kernels_gpu.norm_linear(x, w, EPS, x0, a, b, relu2)
+        h_ref = model.add_norm(x.float(), None, x0.float(), a, b, EPS)[1]
+        y_ref = F.linear(h_ref, w.float())
+        assert y.dtype == h.dtype == dtype
+        assert_close(h, h_ref[:, :32], dtype)
+        assert_close(y, model.relu2(y_ref) if relu2 else y_ref, dtype)
+    stream, x0 = randn(rows, N, dtype=dtype), randn(rows, N, dtype=dtype)
+    out = kernels_gpu.linear_add(x, w, stream, x0, a, b)
+    old = stream.float() if a is None else a * stream.float() + b * x0.float()
+    assert_close(out, old + F.linear(x.float(), w.float()), dtype)
+
+
+# attention ---------------------------------------------------------------------------------------
+
+
+def attention_case(sequences, n_head, n_kv, dim, block_size, dtype):
+    """sequences: (rows, tokens in the cache) each, decodes first. Returns q, a clean k and v for the
+    reference, a k and v with NaN wherever no sequence has a token, and the batch."""
+    blocks = [-(-length // block_size) for _, length in sequences]
+    k, v = randn(2, sum(blocks) + 3, n_kv, block_size, dim, dtype=dtype)
+    order = (torch.randperm(sum(blocks) + 2) + 1).tolist()  # block 0 is the sink
+    tables = torch.zeros(len(sequences), max(blocks) + 1, dtype=torch.int32)
+    owned = torch.zeros(len(k), block_size, dtype=torch.bool)
+    for b, (_, length) in enumerate(sequences):
+        tables[b, : blocks[b]] = torch.tensor([order.pop() for _ in range(blocks[b])])
+        for p in range(length):
+            owned[tables[b, p // block_size], p % block_size] = True
+    rows = [r for r, _ in sequences]
+    batch = SimpleNamespace(
+        positions=ints([p for r, n in sequences for p in range(n - r, n)]),
+        cu_seqlens=ints([sum(rows[:i]) for i in range(len(rows) + 1)]),
+        seq_lens=ints([n for _, n in sequences]),
+        block_tables=tables.to(DEVICE),
+        num_decodes=next((i for i, r in enumerate(rows) if r > 1), len(rows)),
+        max_query=max(rows),
+        max_seq=max(n for _, n in sequences),
+    )
+    q = randn(sum(rows), n_head, dim, dtype=dtype)
+    unowned = ~owned[:, None, :, None].to(DEVICE)
+    return q, (k, v), (k.masked_fill(unowned, torch.nan), v.masked_fill(unowned, torch.nan)), batch
+
+
+def check_attention(case, window, dtype, **kw):
+    q, (k, v), (k_used, v_used), batch = case
+    out = kernels_gpu.paged_attention(q, k_used, v_used, batch, window, **kw)
+    assert out.dtype == dtype
+    assert_close(out, sdpa_attention(q.float(), k.float(), v.float(), batch, window), dtype)
+    return out
+
+
+MIXED = [(1, 1), (1, 17), (1, 70), (2, 2), (40, 40), (5, 33), (17, 80)]
+
+
+@pytest.mark.parametrize("window", [-1, 0, 7, 30])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 64])
+def test_attention_of_a_mixed_batch(block_size, window):
+    case = attention_case(MIXED, 2, 2, 16, block_size, torch.float32)
+    check_attention(case, window, torch.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize("n_head, n_kv, dim", [(2, 1, 128), (3, 1, 32), (8, 1, 16), (6, 2, 20), (1, 1, 64)])
+def test_attention_with_shared_kv_heads(dtype, n_head, n_kv, dim):
+    if dtype == torch.bfloat16 and not CUDA:
+        pytest.skip("the interpreter's matrix product takes bfloat16 for integers")
+    case = attention_case(MIXED[1:5], n_head, n_kv, dim, 8, dtype)
+    check_attention(case, 20, dtype)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("num_splits", [1, 2, 5, 8])
+def test_a_context_split_across_programs(num_splits, group):
+    case = attention_case([(1, 100), (1, 3), (1, 64)], group, 1, 32, 4, torch.float32)
+    for window in (-1, 10):
+        check_attention(case, window, torch.float32, num_splits=num_splits)
+
+
+def test_few_sequences_are_split_and_many_are_not(monkeypatch):
+    """Seen by what reaches the combining kernel; the count follows from host numbers alone."""
+    seen = []
+    combine = kernels_gpu._combine
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **kw: (seen.append(args[5]), combine[grid](*args, **kw))
+
+    monkeypatch.setattr(kernels_gpu, "_combine", Spy())
+    monkeypatch.setattr(kernels_gpu, "_device", lambda device: (8, 2**16, {"PDL": False}))
+    check_attention(attention_case([(1, 300)], 1, 1, 16, 16, torch.float32), -1, torch.float32)
+    assert seen and 1 < seen[0] <= 5
+    seen.clear()
+    check_attention(attention_case([(1, 9)] * 40, 1, 1, 16, 16, torch.float32), -1, torch.float32)
+    assert not seen
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    q, _, (k, v), batch = attention_case(MIXED[:3], 2, 2, 16, 4, torch.float32)
+    together = kernels_gpu.paged_attention(q, k, v, batch, -1, num_splits=2)
+    for b in range(3):
+        alone = SimpleNamespace(
+            seq_lens=batch.seq_lens[b : b + 1], block_tables=batch.block_tables[b : b + 1],
+            num_decodes=1, max_seq=10_000,
+        )  # fmt: skip
+        out = kernels_gpu.paged_attention(q[b : b + 1], k, v, alone, -1, num_splits=2)
+        assert torch.equal(out[0], together[b])
+
+
+def test_padding_rows_of_a_graph_are_harmless():
+    """Rows of length 1 in the sink, and of length 0, between two real ones."""
+    q, _, (k, v), batch = attention_case([(1, 30), (1, 30)], 2, 2, 16, 4, torch.float32)
+    alone = kernels_gpu.paged_attention(q, k, v, batch, -1, num_splits=3)
+    k[0] = v[0] = 0.0  # the engine zeroes the cache
+    padded = SimpleNamespace(
+        seq_lens=ints([30, 1, 0, 30]),
+        block_tables=batch.block_tables[[0, 0, 0, 1]].clone(),
+        num_decodes=4,
+        max_seq=4096,  # a graph knows nothing better than max_model_len
+    )
+    padded.block_tables[1:3] = 0
+    for num_splits in (1, 3):
+        out = kernels_gpu.paged_attention(q[[0, 0, 1, 1]], k, v, padded, -1, num_splits=num_splits)
+        assert not out.isnan().any()
+        torch.testing.assert_close(out[[0, 3]], alone)
+
+
+# sampling ----------------------------------------------------------------------------------------
+
+
+def check_samples(logits, temperature, u, softcap, tokens):
+    """Against float64: the token's own slice of the distribution holds u, up to rounding."""
+    assert tokens.dtype == torch.int32
+    x = logits.double()
+    masked = x == -torch.inf
+    x = softcap * torch.tanh(x / softcap) if softcap else x
+    x[masked] = -torch.inf
+    for row, token in enumerate(tokens.tolist()):
+        assert 0 <= token < logits.shape[1]
+        if temperature[row] == 0:
+            assert token == int(logits[row].float().argmax())
+            continue
+        p = torch.softmax(x[row] / temperature[row].double(), 0)
+        assert p[token] > 0
+        end = p[: token + 1].sum()
+        assert end - p[token] - 1e-5 <= u[row] <= end + 1e-5
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("vocab", [50, 2048, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sample(dtype, vocab, softcap):
+    R = 12
+    logits = (4 * torch.randn(R, vocab)).to(DEVICE, dtype)
+    u = torch.rand(R, device=DEVICE)
+    temperature = torch.rand(R, device=DEVICE) + 0.05
+    temperature[::3] = 0.0  # greedy rows among sampled ones
+    u[1], u[2] = 0.0, 1.0 - 2.0**-24  # both ends of the distribution
+    check_samples(logits, temperature, u, softcap, kernels_gpu.sample(logits, temperature, u, softcap))
+
+
+def test_sampled_tokens_follow_the_distribution():
+    """Evenly spaced noise hits a token as often as its probability says."""
+    n = 200
+    logits = torch.randn(1, 6, device=DEVICE)
+    u = (torch.arange(n, device=DEVICE) + 0.5) / n
+    tokens = kernels_gpu.sample(logits.expand(n, 6), torch.full_like(u, 0.8), u, 0.0)
+    share = torch.bincount(tokens.long(), minlength=6) / n
+    assert (share - torch.softmax(logits[0] / 0.8, 0)).abs().max() < 1.5 / n
+
+
+def test_greedy_takes_the_lowest_of_equals():
+    logits = torch.zeros(3, 4500, device=DEVICE)
+    logits[0, [7, 2047, 4400]] = 1.0
+    logits[1, [2048, 4499]] = 1e-6
+    zero = torch.zeros(3, device=DEVICE)
+    assert kernels_gpu.sample(logits, zero, zero, 15.0).tolist() == [7, 2048, 0]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_masked_and_impossible_tokens_are_never_drawn(softcap):
+    """-inf everywhere but two ids, and a temperature so low that all but one id underflow."""
+    V = 6000
+    logits = torch.full((6, V), -torch.inf, device=DEVICE)
+    logits[:, 3000], logits[:, 3001] = 1.0, 1.0
+    logits[3:] = torch.randn(3, V, device=DEVICE)
+    logits[3:, 4100] = 9.0
+    u = torch.tensor([0.0, 0.25, 1.0 - 2.0**-24] * 2, device=DEVICE)
+    temperature = torch.tensor([1.0] * 3 + [1e-4] * 3, device=DEVICE)
+    tokens = kernels_gpu.sample(logits, temperature, u, softcap).tolist()
+    assert tokens == [3000, 3000, 3001, 4100, 4100, 4100]
