@@ -31,13 +31,13 @@ SPECIAL = (
     "python_start", "python_end", "output_start", "output_end",
 )  # fmt: skip
 
-# the end of a tensor's name -> (mean, standard deviation); all others: 0, 1 / sqrt(columns)
+# tensor -> (mean, standard deviation); see random_weights for all the others
 SIZES = {
     "resid_lambdas": (1.0, 0.05),
     "x0_lambdas": (0.1, 0.02),
     "smear_lambda": (0.5, 0.0),
     "backout_lambda": (0.2, 0.0),
-    "wte.weight": (0.0, 1.0),
+    "transformer.wte.weight": (0.0, 1.0),
 }
 
 
@@ -64,6 +64,8 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
 
 def shape(args: argparse.Namespace) -> dict:
     """nanochat's `model_config` for the options. Raises ValueError when they fit no model."""
+    if args.vocab < (least := 256 + len(SPECIAL)):
+        raise ValueError(f"--vocab must be {least} or more (bytes and specials), got {args.vocab}")
     # as nanochat does it: the width is rounded up until whole heads fit
     heads = math.ceil((args.width or args.depth * args.aspect) / args.head_dim)
     config = {
@@ -86,15 +88,17 @@ def random_weights(config: dict, era: str, device: str, storage: torch.dtype, se
     rows = math.ceil(config["vocab_size"] / 64) * 64  # nanochat pads the vocabulary to 64s
     weights = {}
     for name, size in expected_shapes(GPTConfig(**config), RECIPES[era], rows).items():
-        mean, std = SIZES.get(name.removeprefix("transformer."), (0.0, size[-1] ** -0.5))
-        table = name.startswith("value_embeds") or name.endswith("wte.weight")
-        if name.startswith("value_embeds"):
-            std = 1.0
-        elif name.endswith("c_proj.weight"):  # small: n_layer * 2 of them add up in the residual
+        mean, std = SIZES.get(
+            name, (0.0, size[-1] ** -0.5)
+        )  # a product keeps the size of its input
+        dtype = storage if len(size) == 2 else torch.float32
+        if name.endswith("c_proj.weight"):  # 2 * n_layer of them add up in the residual
             std *= (2 * config["n_layer"]) ** -0.5
+        if name.startswith("value_embeds"):  # rows that are added to v
+            std = 1.0
+        if name.startswith(("value_embeds", "transformer.wte")):  # nanochat's own bfloat16
+            dtype = torch.bfloat16
         tensor = torch.randn(size, device=device, generator=generator).mul_(std).add_(mean)
-        # nanochat trains both tables in bfloat16 and all else in float32
-        dtype = torch.bfloat16 if table else storage if tensor.ndim == 2 else torch.float32
         weights[name] = tensor.to(dtype).cpu()
     return weights
 
@@ -102,10 +106,6 @@ def random_weights(config: dict, era: str, device: str, storage: torch.dtype, se
 def random_tokenizer(vocab: int) -> tiktoken.Encoding:
     """Single bytes, made-up words of two to five letters, special tokens: `vocab` in all."""
     num_words = vocab - 256 - len(SPECIAL)
-    if num_words < 0:
-        raise ValueError(
-            f"--vocab must be {256 + len(SPECIAL)} or more (bytes and specials), got {vocab}"
-        )
     letters = b"etaoinshrdlucmfwypvbgkjqxz"
     words = chain.from_iterable(product(letters, repeat=length) for length in (2, 3, 4, 5))
     tokens = [bytes([byte]) for byte in range(256)] + [bytes(w) for w in islice(words, num_words)]
@@ -123,10 +123,10 @@ def make_checkpoint(out: Path, args: argparse.Namespace, device: str) -> Path:
     weights = random_weights(config, args.era, device, getattr(torch, args.storage), args.seed)
     tokenizer = random_tokenizer(args.vocab)
     out.mkdir(parents=True, exist_ok=True)
-    torch.serialization.set_crc32_options(
-        False
-    )  # two thirds of the time of writing; nobody reads it
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # two thirds of the time, and never read
     torch.save(weights, out / "model_000000.pt")
+    torch.serialization.set_crc32_options(checksums)
     (out / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer, protocol=4))
     meta = {
         "step": 0,

@@ -77,7 +77,6 @@ STATS = (
 
 Request = tuple[int, int]  # tokens of the prompt, new tokens
 
-
 say = partial(print, flush=True)  # rented time may end at any moment
 
 
@@ -311,7 +310,7 @@ class Bench:
         self.llm = LLM(**self.options, enable_prefix_caching=enable_prefix_caching)
         built = time.perf_counter() - start
         if (era := self.llm.model.recipe.era) != self.args.era:
-            raise RuntimeError(f"{self.path} is of era {era}, not {self.args.era}")
+            raise SystemExit(f"{self.path} is of era {era}, asked for {self.args.era}")
         # a batch that falls apart one by one, so that smaller ones are seen too; a batch of long
         # contexts; the longest prompt alone
         size, long = self.shrunk(512), self.shrunk(1024)
@@ -322,9 +321,9 @@ class Bench:
         tokens = stats["num_blocks"] * stats["block_size"]
         gb = tokens * self.ceilings.token_bytes * self.config.n_layer / 1e9
         self.report(
-            "engine",
+            "engine" if enable_prefix_caching else "engine without prefix cache",
             f"built in {built:.1f} s, warm after {warm:.1f}; KV budget {tokens:,} tokens in blocks "
-            f"of {stats['block_size']}, {gb:.2f} GB; {enable_prefix_caching=}",
+            f"of {stats['block_size']}, {gb:.2f} GB",
             built_s=built, kv_tokens=tokens, kv_gb=gb, block_size=stats["block_size"],
         )  # fmt: skip
 
@@ -386,14 +385,14 @@ class Bench:
             # empty for the first process; our own engine is started after them and finds theirs
             os.environ[name] = str(self.scratch / name.lower())
         for kind in ("uncached", "cached"):
-            command = [
-                sys.executable,
-                "-c",
-                FIRST_TOKEN,
-                repr(time.time()),
-                json.dumps(self.options),
-            ]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            argv = [repr(time.time()), json.dumps(self.options)]
+            done = subprocess.run(
+                [sys.executable, "-c", FIRST_TOKEN, *argv],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
             if done.returncode:
                 raise RuntimeError(f"the process to be timed failed:\n{done.stderr[-3000:]}")
             at = json.loads(done.stdout.splitlines()[-1])

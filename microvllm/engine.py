@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
+import threading
 import time
 from array import array
-from collections.abc import Iterable
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -93,7 +97,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor  # (B + 1,) int32 first row of each sequence
     seq_lens: Tensor  # (B,) int32 tokens of each sequence in the cache after this step
     block_tables: Tensor  # (B, M) int32, unused columns are 0, the sink
-    logit_rows: Tensor  # (R,) int32 rows that reach the head; one row may serve several samples
+    logit_rows: Tensor  # (R + S,) int32 rows that reach the head: the sampled, then the scored
     temperature: Tensor  # (R,) float32
     noise: Tensor  # (R,) float32 in [0, 1)
     num_decodes: int  # the first so many sequences have one row each
@@ -141,7 +145,10 @@ def make_batch(step: Step, block_size: int) -> Batch:
         b"".join([seq.table for seq in seqs]), np.int32
     )
     slots = tables[owner, positions // block_size] * block_size + positions % block_size
-    logit_rows = cu_seqlens[1:][[index for index, _, _ in step.samples]] - 1 if step.samples else []
+    logit_rows = [cu_seqlens[index + 1] - 1 for index, _, _ in step.samples]
+    for index, _, first, stop in step.scored:
+        end = cu_seqlens[index + 1]
+        logit_rows.extend(range(end - (stop - first), end))
     params = [seq.params for _, seq, _ in step.samples]
     return Batch(
         ids, prev_ids, positions, slots.astype(np.int32), cu_seqlens, stops, tables,
@@ -161,18 +168,19 @@ class Flight(NamedTuple):
 
     plan: Step
     tokens: Tensor | None  # (R,) on the device, which the next step may read before the host does
-    on_host: Tensor | None  # (R,) the same on its way to the host
-    event: torch.cuda.Event | None  # when it has arrived
+    on_host: list[Tensor | None]  # (R,) the same and (S,) scores, on their way to the host
+    event: torch.cuda.Event | None  # when they have arrived
 
 
 class RequestOutput(dict):
     """What became of a request; reads as a dict, and its keys as attributes too.
 
-    text (special tokens not shown), token_ids (as generated, with the stop token if it ended
-    there), prompt_token_ids, finish_reason ("stop" | "length" | "abort"), stop_reason (the stop
-    token's id, or which limit was met), num_cached_tokens, request_id, and samples: a dict of text,
-    token_ids, finish_reason and stop_reason for each of the n samples, the first of which is also
-    at the top level.
+    text (special tokens and what ended it not shown), token_ids (as generated, with the stop token
+    if it ended there), mask (0 for the tokens that a tool forced, else 1), prompt_token_ids,
+    finish_reason ("stop" | "length" | "abort"), stop_reason (the stop token's id, the stop string,
+    or which limit was met: "max_tokens" | "max_model_len"), num_cached_tokens (of the prompt, found
+    in the prefix cache), request_id, and samples: such a dict for each of the n samples, the first
+    of which is also at the top level.
     """
 
     def __getattr__(self, name: str):
@@ -180,6 +188,58 @@ class RequestOutput(dict):
             return self[name]
         except KeyError:
             raise AttributeError(name) from None
+
+
+@dataclass
+class Answer:
+    """One sample's text while it grows; kept only where someone looks before it is done."""
+
+    decoder: object  # tokenizer.IncrementalDecoder
+    calculator: object = None  # tools.Calculator, where tools are on
+    text: str = ""
+    seen: int = 0  # output tokens that are in the text
+    told: int = 0  # characters that a stream has had
+    told_tokens: int = 0  # tokens that a stream has had
+    forced: list[int] = field(default_factory=list)  # indices of the output tokens a tool wrote
+    stop: str | None = None  # the stop string that ended it
+
+
+@dataclass
+class Request:
+    """A request from its arrival to its output."""
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    tools: bool  # run the calculator
+    owned: bool  # generate or stream waits for the output; otherwise step() returns it
+    events: deque | None  # pieces of text for stream
+    done: list[Sequence] = field(default_factory=list)  # finished samples
+    answers: dict[int, Answer] = field(default_factory=dict)  # by sample index
+    output: RequestOutput | None = None
+
+    @property
+    def watched(self) -> bool:
+        """Is its text needed token by token?"""
+        return self.tools or bool(self.params.stop) or self.events is not None
+
+
+@contextmanager
+def _uninterrupted():
+    """Let a Ctrl-C take effect only at the end, where the engine's books are in order."""
+    handler = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or handler is not signal.default_int_handler:
+        yield
+        return
+    pressed = []
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 class LLM:
@@ -249,11 +309,12 @@ class LLM:
         self.scheduler = Scheduler(blocks, self.max_batch_size, self.max_batched_tokens)
         self._seeds = random.Random(seed)
         self._next_id = 0
-        self._requests: dict[int, list[Sequence]] = {}  # unfinished ones: their finished samples
+        self._requests: dict[int, Request] = {}  # the unfinished ones
         self._finished: list[RequestOutput] = []  # outputs that no step() has returned yet
         self._flight: Flight | None = None  # the step that was launched and not yet read
         self._clock = 0.0  # when the last step was read
-        counters = "prompt_tokens output_tokens cached_tokens prefill_tokens steps peak_blocks"
+        counters = "requests prompt_tokens output_tokens cached_tokens prefill_tokens steps"
+        counters += " peak_blocks"
         self._stats = dict.fromkeys(counters.split(), 0)
         self._stats.update(prefill_seconds=0.0, decode_seconds=0.0)
         log.info(
@@ -323,12 +384,180 @@ class LLM:
 
     # requests ------------------------------------------------------------------------------------
 
-    def generate(self, prompts, sampling_params=None, use_tqdm: bool = True) -> list[RequestOutput]:
+    def generate(
+        self, prompts, sampling_params=None, use_tqdm: bool = True, *, tools: bool = False
+    ) -> list[RequestOutput]:
         """Complete the prompts: one string, or a list of strings and lists of token ids.
 
-        sampling_params: one SamplingParams for all, or a list with one per prompt. Returns one
-        RequestOutput per prompt, in order. A bad prompt is refused before any work is done.
+        sampling_params: one SamplingParams for all, or a list with one per prompt; tools: run
+        nanochat's calculator when the model calls it. Returns one RequestOutput per prompt, in
+        order. A bad prompt is refused before any work is done.
         """
+        requests = self._submit(prompts, sampling_params, tools=tools)
+        if not use_tqdm:
+            self._run(requests)
+            return [request.output for request in requests]
+        from tqdm import tqdm
+
+        began, before = time.perf_counter(), self._stats["output_tokens"]
+        # disable=None: shown on a terminal only
+        with tqdm(total=len(requests), desc="generating", unit="prompt", disable=None) as bar:
+
+            def progress() -> None:
+                rate = (self._stats["output_tokens"] - before) / (time.perf_counter() - began)
+                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                bar.update(sum(r.output is not None for r in requests) - bar.n)
+
+            self._run(requests, None if bar.disable else progress)
+        return [request.output for request in requests]
+
+    def _run(self, requests: list[Request], progress=None) -> None:
+        """Step until all of the requests have their output; if anything goes wrong, abort them."""
+        waiting = deque(requests)
+        try:
+            while waiting:
+                self._advance()
+                while waiting and waiting[0].output is not None:
+                    waiting.popleft()
+                if progress:
+                    progress()
+        finally:
+            for request in waiting:
+                self.abort(request.id)
+
+    def stream(
+        self, prompts, sampling_params=None, *, tools: bool = False
+    ) -> Iterator[RequestOutput]:
+        """Generate, and yield each piece of text as soon as it is certain.
+
+        An event reads as a dict: index (of the prompt), sample, text (the new piece; the pieces of
+        a sample joined are generate's text), token_ids (the new ones), finish_reason (None until
+        the sample's last event) and stop_reason. Leaving the loop early aborts what is unfinished.
+        """
+        events: deque = deque()
+        requests = self._submit(prompts, sampling_params, tools=tools, events=events)
+        index = {request.id: i for i, request in enumerate(requests)}
+        try:
+            while events or any(r.output is None for r in requests):
+                if not events:
+                    self._advance()
+                while events:
+                    event = events.popleft()
+                    yield RequestOutput(index=index[event.pop("request_id")], **event)
+        finally:
+            for request in requests:
+                self.abort(request.id)
+
+    def chat(
+        self, messages, sampling_params=None, use_tqdm: bool = True, *, tools: bool = True
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of a list of conversations.
+
+        messages: [{"role": "system" | "user" | "assistant", "content": ...}, ...], ending with the
+        user's turn. Rendered as nanochat does; an answer ends at <|assistant_end|>.
+        """
+        one = bool(messages) and isinstance(messages[0], dict)
+        render = self.tokenizer.render_for_completion
+        prompts = [render(conversation) for conversation in ([messages] if one else messages)]
+        return self.generate(prompts, sampling_params, use_tqdm, tools=tools)
+
+    def generate_batch(
+        self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, **more
+    ):
+        """What nanochat's Engine.generate_batch does: (sequences, masks) of one prompt of token
+        ids.
+
+        A sequence is prompt plus output without the end token; its mask is 0 for the prompt and for
+        tokens the calculator forced. A list of prompts gives (list of sequences, list of masks)
+        with one list of num_samples each; prompt i is drawn with seed + i. max_tokens None: as many
+        as the context has room for; `more` goes to SamplingParams.
+        """
+        several = bool(tokens) and not isinstance(tokens[0], (int, np.integer))
+        prompts = tokens if several else [tokens]
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                max_tokens=max_tokens or max(1, self.max_model_len - len(prompt)),
+                top_k=top_k,
+                n=num_samples,
+                seed=seed + i,
+                **more,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        sequences, masks = [], []
+        for output in self.generate(prompts, params, use_tqdm=False, tools=True):
+            prompt = output["prompt_token_ids"]
+            ends = [s["finish_reason"] == "stop" for s in output["samples"]]
+            sizes = [len(s["token_ids"]) - e for s, e in zip(output["samples"], ends, strict=True)]
+            pairs = list(zip(output["samples"], sizes, strict=True))
+            sequences.append([prompt + s["token_ids"][:size] for s, size in pairs])
+            masks.append([[0] * len(prompt) + s["mask"][:size] for s, size in pairs])
+        return (sequences, masks) if several else (sequences[0], masks[0])
+
+    def score(self, prompts, continuations) -> list[list[float]]:
+        """The model's log-probability of each token of continuations[i] after prompts[i].
+
+        Both are lists of strings or of lists of token ids; a continuation's text is encoded on its
+        own, without BOS. Prompts that are equal, or begin equally, share their blocks and are
+        computed once. Long ones are computed in chunks of the token budget, and their logits in
+        slices, so memory does not grow with the lengths.
+        """
+        if len(prompts) != len(continuations):
+            raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
+        checked = []
+        for i, (prompt, tail) in enumerate(zip(prompts, continuations, strict=True)):
+            try:
+                tail = self.tokenizer.encode(tail) if isinstance(tail, str) else tail
+                tail, params = self._check(tail, SamplingParams(max_tokens=1))
+                ids, params = self._check(prompt, SamplingParams(max_tokens=len(tail), seed=0))
+                if len(ids) + len(tail) > self.max_model_len:
+                    raise ValueError(
+                        f"{len(ids)} tokens and {len(tail)} more are beyond max_model_len, "
+                        f"{self.max_model_len}"
+                    )
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"prompts[{i}], continuations[{i}]: {error}") from None
+            checked.append((ids, params, tail))
+        requests = [
+            self._add(ids, params, owned=True, targets=tail) for ids, params, tail in checked
+        ]
+        self._run(requests)
+        return [request.output["logprobs"] for request in requests]
+
+    def update_weights(self, weights) -> None:
+        """Swap the weights in place: a state dict of the same shapes, or a module that has one.
+
+        The prefix cache is emptied and running requests recompute what they have, so nothing old
+        is ever read. Raises ValueError, and changes nothing, if a tensor is missing or misshapen.
+        """
+        state = weights.state_dict() if hasattr(weights, "state_dict") else weights
+        self.model.update({k.removeprefix("_orig_mod."): w for k, w in state.items()})
+        if self._flight:
+            flight, self._flight = self._flight, None
+            self._land(flight)
+        self.scheduler.reset()
+
+    def add_request(
+        self, prompt, sampling_params: SamplingParams | None = None, *, tools: bool = False
+    ) -> int:
+        """Queue one prompt (a string or token ids) and return the id its output will carry."""
+        return self._add(*self._check(prompt, sampling_params), tools=tools).id
+
+    def abort(self, request_id: int) -> None:
+        """End a request now, wherever it is; its output says "abort". Unknown ids are ignored."""
+        if request := self._requests.get(request_id):
+            for seq in self.scheduler.abort(request_id):
+                self._collect(request, seq)
+            if request.output is None:  # samples that had not split off yet are not listed
+                self._finish(request)
+
+    def is_finished(self) -> bool:
+        """True when no request is queued or running and every output was returned by step()."""
+        return not self._requests and not self._finished
+
+    def _submit(self, prompts, sampling_params, *, tools=False, events=None) -> list[Request]:
+        """Check all prompts, then queue them. Raises TypeError or ValueError naming the prompt."""
         if isinstance(prompts, str):
             prompts = [prompts]
         if not isinstance(prompts, (list, tuple)):
@@ -347,55 +576,7 @@ class LLM:
                 checked.append(self._check(prompt, params))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"prompts[{i}]: {error}") from None
-        ids = [self._add(*request) for request in checked]
-        outputs: dict[int, RequestOutput] = {}
-        strangers = []  # requests of add_request that finish meanwhile: kept for the next step()
-        wanted = set(ids)
-        bar = None
-        if use_tqdm and ids:
-            from tqdm import tqdm
-
-            bar = tqdm(
-                total=len(ids), desc="generating", unit="prompt", disable=None
-            )  # None: only on a terminal
-        began, first = time.perf_counter(), self._stats["output_tokens"]
-        try:
-            while len(outputs) < len(ids):
-                for output in self.step():
-                    if output["request_id"] in wanted:
-                        outputs[output["request_id"]] = output
-                        if bar is not None:
-                            bar.update()
-                    else:
-                        strangers.append(output)
-                if bar is not None:
-                    rate = (self._stats["output_tokens"] - first) / (time.perf_counter() - began)
-                    bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        except BaseException:
-            for request_id in wanted - outputs.keys():
-                self.abort(request_id)
-            self._finished = [o for o in self._finished if o["request_id"] not in wanted]
-            raise
-        finally:
-            self._finished[:0] = strangers
-            if bar is not None:
-                bar.close()
-        return [outputs[request_id] for request_id in ids]
-
-    def add_request(self, prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue one prompt (a string or token ids) and return the id its output will carry."""
-        return self._add(*self._check(prompt, sampling_params))
-
-    def abort(self, request_id: int) -> None:
-        """End a request now, wherever it is; its output says "abort". Unknown ids are ignored."""
-        if request_id in self._requests:
-            for seq in self.scheduler.abort(request_id):
-                self._requests[request_id].append(seq)
-            self._finish(request_id)
-
-    def is_finished(self) -> bool:
-        """True when no request is queued or running and every output was returned by step()."""
-        return not self._requests and not self._finished
+        return [self._add(*request, tools=tools, owned=True, events=events) for request in checked]
 
     def _check(self, prompt, params: SamplingParams | None) -> tuple[list[int], SamplingParams]:
         """Token ids and params of a request. Raises TypeError or ValueError if it can never be
@@ -448,24 +629,32 @@ class LLM:
             )
         return ids, params
 
-    def _add(self, ids: list[int], params: SamplingParams) -> int:
-        request_id, self._next_id = self._next_id, self._next_id + 1
+    def _add(self, ids, params, *, tools=False, owned=False, events=None, targets=None) -> Request:
         if params.seed is None:
             params = replace(params, seed=self._seeds.getrandbits(63))
+        request = Request(self._next_id, ids, params, tools, owned, events)
+        self._next_id += 1
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self.tokenizer.eos_ids
         max_length = min(len(ids) + params.max_tokens, self.max_model_len)
-        self.scheduler.add(Sequence(request_id, ids, params, max_length, stop_ids))
-        self._requests[request_id] = []
+        self.scheduler.add(Sequence(request.id, ids, params, max_length, stop_ids, targets))
+        self._requests[request.id] = request
         self._stats["prompt_tokens"] += len(ids)
-        return request_id
+        return request
 
     # the loop ------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Run the model once over whatever is due; returns the requests that finished.
+        """Run the model once over whatever is due; returns the requests that finished."""
+        self._advance()
+        finished, self._finished = self._finished, []
+        return finished
+
+    @torch.inference_mode()
+    @_uninterrupted()
+    def _advance(self) -> None:
+        """One turn of the loop.
 
         The plain loop plans a step, runs it and reads its tokens. On a GPU (`overlap`) the loop is
         one step ahead: it plans and launches the next step, and only then reads the last one's
@@ -488,8 +677,6 @@ class LLM:
             self.scheduler.reset()
             self._flight = None
             raise
-        finished, self._finished = self._finished, []
-        return finished
 
     def _launch(self, plan: Step) -> Flight:
         """Start a step: upload, copy shared blocks, forward, sample. On a GPU it returns at
@@ -499,6 +686,7 @@ class LLM:
             self.cache.copy_blocks(plan.copies)
         params = [seq.params for _, seq, _ in plan.samples]
         last = self._flight.tokens if self._flight else None
+        tokens = scores = None
         if self.graphs and self.graphs.fits(batch, params):
             tokens = self.graphs.replay(batch, last)
         else:
@@ -510,15 +698,21 @@ class LLM:
                 known = last[(~batch.ids).clamp(min=0)].to(torch.int32)
                 batch = batch._replace(ids=torch.where(batch.ids < 0, known, batch.ids))
             h = self.model.forward(batch, self.cache)
-            tokens = None
             if params:
-                logits, cap = self.model.logits(h), self.model.recipe.softcap
+                logits, cap = self.model.logits(h[: len(params)]), self.model.recipe.softcap
                 tokens = sample(logits, params, batch.temperature, batch.noise, cap)
-        if self.device.type != "cuda" or tokens is None:
-            return Flight(plan, tokens, tokens, None)
-        on_host = tokens.to("cpu", non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+            if plan.scored:
+                targets = [
+                    token
+                    for _, seq, first, stop in plan.scored
+                    for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
+                ]
+                scores = self.model.logprobs(h[len(params) :], torch.tensor(targets))
+        on_host, event = [tokens, scores], None
+        if self.device.type == "cuda":
+            on_host = [t if t is None else t.to("cpu", non_blocking=True) for t in on_host]
+            event = torch.cuda.Event()
+            event.record()
         return Flight(plan, tokens, on_host, event)
 
     def _land(self, flight: Flight) -> None:
@@ -526,14 +720,86 @@ class LLM:
         done."""
         if flight.event:
             flight.event.synchronize()
-        token_ids = [] if flight.on_host is None else flight.on_host.tolist()
-        changed = self.scheduler.update(flight.plan, token_ids)
+        token_ids, scores = ([] if t is None else t.tolist() for t in flight.on_host)
+        changed = self.scheduler.update(flight.plan, token_ids, scores)
         self._count(flight.plan, len(changed))
         for seq in changed:
+            request = self._requests[seq.request_id]
+            if request.watched:
+                self._watch(request, seq)
             if seq.finish_reason:
-                self._requests[seq.request_id].append(seq)
-                if len(self._requests[seq.request_id]) == seq.params.n:
-                    self._finish(seq.request_id)
+                self._collect(request, seq)
+
+    def _watch(self, request: Request, seq: Sequence) -> None:
+        """Bring a sample's text up to its tokens: stop strings, the calculator, pieces to
+        stream."""
+        answer = request.answers.get(seq.sample_id)
+        if answer is None:
+            answer = Answer(self.tokenizer.decoder())
+            if request.tools:
+                from .tools import Calculator
+
+                answer.calculator = Calculator(self.tokenizer)
+            request.answers[seq.sample_id] = answer
+        params = request.params
+        while answer.stop is None and answer.seen < seq.num_known - seq.num_prompt:
+            token = seq.tokens[seq.num_prompt + answer.seen]
+            answer.seen += 1
+            last = seq.num_prompt + answer.seen == len(seq.tokens)
+            if seq.finish_reason == "stop" and last:
+                break  # the stop token's text is not shown
+            answer.text += answer.decoder.push(token)
+            if answer.calculator and (forced := answer.calculator.push(token)):
+                if seq.finish_reason is None:
+                    count = self.scheduler.force(seq, forced)
+                    answer.forced.extend(range(answer.seen, answer.seen + count))
+                    self._stats["output_tokens"] += count
+            ends = [(i, s) for s in params.stop if (i := answer.text.find(s, answer.told)) >= 0]
+            if ends:
+                at, answer.stop = min(ends)
+                answer.text = answer.text[:at]
+                del seq.tokens[seq.num_prompt + answer.seen :]
+                if seq.finish_reason is None:
+                    self.scheduler.finish(seq, "stop")
+                seq.finish_reason = "stop"
+        if seq.finish_reason and answer.stop is None:
+            answer.text += answer.decoder.flush()
+        if request.events is None:
+            return
+        safe = len(answer.text)
+        if not seq.finish_reason:  # the beginning of a stop string waits until it is none
+            held = (k for s in params.stop for k in range(1, len(s)) if answer.text.endswith(s[:k]))
+            safe = max(safe - max(held, default=0), answer.told)
+        if safe > answer.told or seq.finish_reason:
+            output = seq.tokens[seq.num_prompt : seq.num_known]
+            request.events.append(
+                {
+                    "request_id": request.id,
+                    "sample": seq.sample_id,
+                    "text": answer.text[answer.told : safe],
+                    "token_ids": output[answer.told_tokens :],
+                    "finish_reason": seq.finish_reason,
+                    "stop_reason": self._stop_reason(seq, answer),
+                }
+            )
+            answer.told, answer.told_tokens = safe, len(output)
+
+    def _stop_reason(self, seq: Sequence, answer: Answer | None) -> int | str | None:
+        """What ended a sample: a stop string, a token id, or the name of the limit."""
+        if seq.finish_reason == "stop":
+            return answer.stop if answer and answer.stop is not None else seq.tokens[-1]
+        if seq.finish_reason == "length":
+            full = len(seq.tokens) - seq.num_prompt == seq.params.max_tokens
+            return "max_tokens" if full else "max_model_len"
+        return None
+
+    def _collect(self, request: Request, seq: Sequence) -> None:
+        """A sample is over; with the last of them the request is."""
+        if request.watched and seq.finish_reason == "abort":
+            self._watch(request, seq)
+        request.done.append(seq)
+        if len(request.done) == request.params.n:
+            self._finish(request)
 
     def _count(self, plan: Step, new_tokens: int) -> None:
         """Keep the books. A step with any prompt chunk in it counts as prefill."""
@@ -552,46 +818,56 @@ class LLM:
         stats["prefill_seconds" if prefill else "decode_seconds"] += seconds
         stats["peak_blocks"] = max(stats["peak_blocks"], blocks.num_usable - blocks.num_free)
 
-    def _finish(self, request_id: int) -> None:
+    def _finish(self, request: Request) -> None:
         """Turn a request's finished samples into its output."""
-        seqs = sorted(self._requests.pop(request_id), key=lambda s: s.sample_id)
+        if request.done and request.done[0].targets is not None:
+            request.output = RequestOutput(logprobs=request.done[0].scores)
+            del self._requests[request.id]
+            return
         samples = []
-        for seq in seqs:
+        for seq in sorted(request.done, key=lambda s: s.sample_id):
+            answer = request.answers.get(seq.sample_id)
             token_ids = seq.tokens[seq.num_prompt :]
-            reason = None
-            if seq.finish_reason == "stop":
-                reason = token_ids[-1]
-            elif seq.finish_reason == "length":
-                full = len(token_ids) == seq.params.max_tokens
-                reason = "max_tokens" if full else "max_model_len"
+            mask = [1] * len(token_ids)
+            if answer:
+                text = answer.text
+                for i in answer.forced:
+                    if i < len(mask):
+                        mask[i] = 0
+            else:
+                shown = token_ids[:-1] if seq.finish_reason == "stop" else token_ids
+                text = self.tokenizer.decode(shown, skip_special=True)
             samples.append(
                 {
-                    "text": self.tokenizer.decode(token_ids, skip_special=True),
+                    "text": text,
                     "token_ids": token_ids,
+                    "mask": mask,
                     "finish_reason": seq.finish_reason,
-                    "stop_reason": reason,
+                    "stop_reason": self._stop_reason(seq, answer),
                 }
             )
-        cached = seqs[0].num_cached or 0
+        cached = request.done[0].num_cached or 0 if request.done else 0
         self._stats["cached_tokens"] += cached
-        self._finished.append(
-            RequestOutput(
-                samples[0],
-                request_id=request_id,
-                prompt_token_ids=seqs[0].tokens[: seqs[0].num_prompt],
-                num_cached_tokens=cached,
-                samples=samples,
-            )
+        self._stats["requests"] += 1
+        request.output = RequestOutput(
+            samples[0],
+            request_id=request.id,
+            prompt_token_ids=request.prompt,
+            num_cached_tokens=cached,
+            samples=samples,
         )
+        del self._requests[request.id]
+        if not request.owned:
+            self._finished.append(request.output)
 
     def stats(self) -> dict:
         """Counters since the start: tokens, seconds, preemptions, and the pool as it is now.
 
-        prompt_tokens asked, output_tokens made, cached_tokens of prompts that the prefix cache
-        served (of finished requests), prefill_tokens computed (again after a preemption), steps,
-        preemptions, prefill_seconds (steps with any prompt token in them), decode_seconds (the
-        others), peak_blocks in use, num_blocks and free_blocks (without the sink), block_size,
-        running, waiting.
+        requests finished, prompt_tokens asked, output_tokens made, cached_tokens of prompts that
+        the prefix cache served (of finished requests), prefill_tokens computed (again after a
+        preemption), steps, preemptions, prefill_seconds (steps with any prompt token in them),
+        decode_seconds (the others), peak_blocks in use, num_blocks and free_blocks (without the
+        sink), block_size, running, waiting.
         """
         blocks = self.scheduler.blocks
         return {

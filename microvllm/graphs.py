@@ -51,7 +51,7 @@ class DecodeGraphs:
         size = len(batch.ids)
         return (
             batch.max_query == 1
-            and size == len(params) <= self.sizes[-1]
+            and size == len(params) == len(batch.logit_rows) <= self.sizes[-1]
             and (size < 2 or bool((np.diff(batch.logit_rows) == 1).all()))
             and is_plain(params)
         )

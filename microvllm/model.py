@@ -276,6 +276,13 @@ def rope_store(
     return qk[:, :n_head]
 
 
+def project(x: Tensor, w: Tensor | list[Tensor]) -> Tensor:
+    """x @ w.T; for a list of matrices their products side by side."""
+    if isinstance(w, list):
+        return torch.cat([F.linear(x, part) for part in w], dim=-1)
+    return F.linear(x, w)
+
+
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2, in place."""
     return x.relu_().square_()
@@ -285,7 +292,7 @@ def relu2(x: Tensor) -> Tensor:
 class Layer:
     """The weights of one block; matrices are (out, in) as torch's linear wants them."""
 
-    qkv: Tensor  # ((H + 2 Hkv) D, C): one product instead of three
+    qkv: Tensor | list[Tensor]  # ((H + 2 Hkv) D, C), or three matrices that are shared
     proj: Tensor  # (C, C)
     fc: Tensor  # (4C, C)
     mlp_proj: Tensor  # (C, 4C)
@@ -299,12 +306,21 @@ class Layer:
 class GPT:
     """A nanochat model: weights and the forward pass over a flat batch.
 
-    weights: a checked state dict (see `check_weights`); max_len: positions the rotary tables cover;
-    attend: a backend of attention.py.
+    weights: a checked state dict (see `check_weights`); attend: a backend of attention.py; max_len:
+    positions the rotary tables cover; share: use the given tensors where device and dtype allow it
+    instead of copying them.
     """
 
     def __init__(
-        self, config, recipe, weights, attend, device="cpu", dtype=torch.float32, max_len=None
+        self,
+        config,
+        recipe,
+        weights,
+        attend,
+        device="cpu",
+        dtype=torch.float32,
+        max_len=None,
+        share=False,
     ):
         self.config, self.recipe, self.attend = config, recipe, attend
         self.device, self.dtype = torch.device(device), dtype
@@ -315,14 +331,29 @@ class GPT:
 
             self.ops = kernels_gpu
 
+        # name in the checkpoint -> the tensor (or the part of one) that holds it here
+        self.weights: dict[str, Tensor] = {}
+
         def take(*names: str, dtype: torch.dtype = dtype) -> Tensor:
-            # one tensor at a time: the file is memory-mapped and only this copy stays
-            parts = [weights[name].to(self.device, dtype) for name in names]
-            return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+            parts = [weights[name].detach() for name in names]
+            shared = share and parts[0].device == self.device and parts[0].dtype == dtype
+            if not shared:  # one at a time: the file is memory-mapped and only this copy stays
+                whole = torch.empty(
+                    (sum(len(p) for p in parts), *parts[0].shape[1:]),
+                    dtype=dtype,
+                    device=self.device,
+                )
+                torch.cat([p.to(self.device, dtype) for p in parts], out=whole)
+                parts = list(whole.split([len(p) for p in parts]))
+            self.weights.update(zip(names, parts, strict=True))
+            return whole if not shared else parts[0] if len(parts) == 1 else parts
 
         self.wte = take("transformer.wte.weight")
         # padding rows of the vocabulary end here, so that no one downstream can see them
         self.lm_head = take("lm_head.weight")[: config.vocab_size]
+        if recipe.lambdas:
+            resid_lambdas = take("resid_lambdas", dtype=torch.float32)
+            x0_lambdas = take("x0_lambdas", dtype=torch.float32)
         self.layers = []
         for i in range(config.n_layer):
             attn, mlp = f"transformer.h.{i}.attn.", f"transformer.h.{i}.mlp."
@@ -337,14 +368,21 @@ class GPT:
                 layer.ve = take(f"value_embeds.{i}.weight")
                 layer.ve_gate = take(attn + "ve_gate.weight")
             if recipe.lambdas:
-                layer.resid_lambda = take("resid_lambdas", dtype=torch.float32)[i]
-                layer.x0_lambda = take("x0_lambdas", dtype=torch.float32)[i]
+                layer.resid_lambda, layer.x0_lambda = resid_lambdas[i], x0_lambdas[i]
             self.layers.append(layer)
         if recipe.smear:
             self.smear_gate = take("smear_gate.weight")
             self.smear_lambda = take("smear_lambda")
             self.backout_lambda = take("backout_lambda")
         self.cos, self.sin = self._rotary(max_len or config.sequence_len)
+
+    def update(self, weights: dict[str, Tensor]) -> None:
+        """Write new weights over the old ones, in place. Raises ValueError if they do not fit."""
+        check_weights(weights, self.config, self.recipe)
+        with torch.no_grad():
+            for name, tensor in self.weights.items():
+                if weights[name].data_ptr() != tensor.data_ptr():
+                    tensor.copy_(weights[name])
 
     def _rotary(self, max_len: int) -> tuple[Tensor, Tensor]:
         """cos and sin (max_len, D/2) of position * base^(-2j/D), in float32 as nanochat computes
@@ -381,7 +419,7 @@ class GPT:
             k, v = cache.layer(i)
             x, h = ops.add_norm(x, y, x0, layer.resid_lambda, layer.x0_lambda, recipe.eps)
             q = ops.rope_store(
-                F.linear(h, layer.qkv), h, layer.ve, layer.ve_gate, self.cos, self.sin, batch, k, v,
+                project(h, layer.qkv), h, layer.ve, layer.ve_gate, self.cos, self.sin, batch, k, v,
                 n_head, recipe.qk_scale, recipe.gate_scale, recipe.eps,
             )  # fmt: skip
             y = self.attend(q, k, v, batch, layer.window)
@@ -403,3 +441,14 @@ class GPT:
         """(R, C) rows of `forward` to (R, vocab_size) capped float32 logits."""
         cap = self.recipe.softcap
         return cap * torch.tanh(self.logits(h).float() / cap)
+
+    def logprobs(self, h: Tensor, targets: Tensor) -> Tensor:
+        """(R, C) rows of `forward` to (R,) the log-probability of each row's target, in slices of
+        64 MB of logits."""
+        size = max(1, 2**24 // self.config.vocab_size)
+        return torch.cat(
+            [
+                -F.cross_entropy(self.head(rows), wanted.to(h.device), reduction="none")
+                for rows, wanted in zip(h.split(size), targets.split(size), strict=True)
+            ]
+        )

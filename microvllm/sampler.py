@@ -37,6 +37,7 @@ class SamplingParams:
     ignore_eos: bool = False  # do not stop at the tokenizer's end tokens
     n: int = 1  # samples of the prompt; the prefill is done once and shared
     seed: int | None = None  # None: the engine draws one
+    stop: tuple[str, ...] = ()  # strings that end the text and are cut off
     stop_token_ids: tuple[int, ...] = ()  # further tokens that end the text, also with ignore_eos
 
     def __post_init__(self):

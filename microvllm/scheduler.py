@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -23,39 +23,33 @@ class Sequence:
     """One sample of one request: its tokens, how many of them are computed, and its block table."""
 
     __slots__ = (
-        "request_id", "sample_id", "params", "tokens", "num_prompt", "max_length", "num_computed",
-        "num_cached", "table", "hashes", "num_published", "stop_ids", "running", "finish_reason",
-        "forks",
+        "request_id", "sample_id", "params", "tokens", "num_prompt", "max_length", "stop_ids",
+        "targets", "scores", "num_computed", "num_cached", "table", "hashes", "num_published",
+        "running", "finish_reason", "forks",
     )  # fmt: skip
 
     def __init__(
-        self,
-        request_id: int,
-        prompt: list[int],
-        params: SamplingParams,
-        max_length=None,
-        stop_ids=(),
-    ):
+        self, request_id: int, prompt: list[int], params: SamplingParams, max_length: int = 0,
+        stop_ids: Iterable[int] = (), targets: list[int] | None = None,
+    ):  # fmt: skip
         self.request_id = request_id
         self.sample_id = 0  # which of the request's n samples
         self.params = params
-        self.tokens = list(
-            prompt
-        )  # prompt and output. a negative one is on its way: ~row of its step's samples
+        # prompt and output. a negative one is on its way: ~row of its step's samples
+        self.tokens = list(prompt)
         self.num_prompt = len(prompt)
-        self.max_length = (
-            max_length or self.num_prompt + params.max_tokens
-        )  # it ends at so many tokens
+        self.max_length = max_length or self.num_prompt + params.max_tokens  # it ends at so many
+        self.stop_ids = stop_ids  # tokens that end it
+        # a continuation to be scored, not written: nothing is sampled, the log-probability of each
+        # of these is wanted, given all before it. the last is never computed, so it is no token
+        self.targets = targets
+        self.scores: list[float] = [0.0] * len(targets or ())
+        self.tokens.extend(targets[:-1] if targets else ())
         self.num_computed = 0  # tokens whose K and V are in the cache (or will be after this step)
-        self.num_cached: int | None = (
-            None  # prompt tokens that the prefix cache served, once admitted
-        )
-        self.table = array(
-            "i"
-        )  # block of tokens [0, block_size), of [block_size, 2 block_size), ...
+        self.num_cached: int | None = None  # of the prompt, by the prefix cache, once admitted
+        self.table = array("i")  # the block of tokens [0, block_size), of the next as many, ...
         self.hashes: list[bytes] = []  # of the full blocks, each chained over its predecessors
         self.num_published = 0  # blocks of the table that the prefix cache was told of
-        self.stop_ids = stop_ids  # tokens that end the sequence
         self.running = False
         self.finish_reason: str | None = None  # "stop", "length" or "abort" once it is over
         self.forks = params.n - 1  # samples that will split off when the prompt is computed
@@ -147,11 +141,12 @@ class BlockManager:
         return seq.hashes
 
     def match(self, seq: Sequence) -> list[int]:
-        """The blocks that already hold the sequence's beginning. Never its last token: its logits
-        are needed."""
+        """The blocks that already hold the sequence's beginning. Never the last token, nor the last
+        of a prompt with a continuation to score: their logits are needed."""
         hits: list[int] = []
         if self.enable_prefix_caching:
-            count = (len(seq.tokens) - 1) // self.block_size
+            length = len(seq.tokens) if seq.targets is None else seq.num_prompt
+            count = (length - 1) // self.block_size
             for h in self._hashes(seq, count)[:count]:
                 block = self.block_of.get(h)
                 if block is None:
@@ -263,6 +258,8 @@ class Step(NamedTuple):
         tuple[int, Sequence, int]
     ]  # (index into chunks, sequence, position of the new token)
     copies: list[tuple[int, int]]  # blocks to copy first
+    # (index into chunks, sequence, first, stop): the positions whose next token is scored
+    scored: list[tuple[int, Sequence, int, int]] = []
 
 
 class Scheduler:
@@ -298,7 +295,8 @@ class Scheduler:
             seq = self.running[i]
             start = seq.num_computed
             stop = min(len(seq.tokens), start + budget)
-            if len(seq.tokens) >= seq.max_length:  # its last token is on the way
+            # nothing left to compute: its last token, or score, is on the way
+            if start == len(seq.tokens) or len(seq.tokens) >= seq.max_length:
                 i += 1
                 continue
             while not blocks.grow(seq, start, stop):
@@ -334,11 +332,14 @@ class Scheduler:
             # reads them, so equal prompts of one step share their blocks already
             blocks.publish(seq, stop)
         chunks.sort(key=lambda c: c[2] - c[1] > 1)  # stable: one-token chunks first
-        samples = []
-        for index, (seq, _, stop) in enumerate(chunks):
+        samples, scored = [], []
+        for index, (seq, start, stop) in enumerate(chunks):
             seq.num_computed = stop
             blocks.publish(seq, min(stop, seq.num_known))
-            if stop == len(seq.tokens):
+            if seq.targets is not None:
+                if stop >= seq.num_prompt:
+                    scored.append((index, seq, max(start, seq.num_prompt - 1), stop))
+            elif stop == len(seq.tokens):
                 twins = [blocks.fork(seq, k) for k in range(1, 1 + seq.forks)]
                 self.running.extend(twins)
                 seq.forks = 0
@@ -346,16 +347,20 @@ class Scheduler:
                     s.tokens.append(~len(samples))
                     samples.append((index, s, stop))
         copies, blocks.copies = blocks.copies, []
-        return Step(chunks, samples, copies)
+        return Step(chunks, samples, copies, scored)
 
-    def update(self, step: Step, token_ids: list[int]) -> list[Sequence]:
-        """Write the step's tokens into their sequences and end those that are done.
+    def update(
+        self, step: Step, token_ids: list[int], scores: Iterable[float] = ()
+    ) -> list[Sequence]:
+        """Write the step's results into their sequences and end those that are done.
 
-        token_ids: one per entry of step.samples. Returns the sequences that got a token.
+        token_ids: one per entry of step.samples; scores: one per position in step.scored. Returns
+        the sequences that got a token or are done.
         """
         changed = []
         for (_, seq, position), token in zip(step.samples, token_ids, strict=True):
-            if seq.finish_reason:  # ended while this step was under way: its token is dropped
+            # it ended, or a tool wrote this token, while the step was under way
+            if seq.finish_reason or seq.tokens[position] >= 0:
                 continue
             seq.tokens[position] = token
             changed.append(seq)
@@ -363,7 +368,26 @@ class Scheduler:
                 self.finish(seq, "stop")
             elif position + 1 >= seq.max_length:
                 self.finish(seq, "length")
+        scores = iter(scores)
+        for _, seq, first, stop in step.scored:
+            at = first - (
+                seq.num_prompt - 1
+            )  # the row of position p scores target p - num_prompt + 1
+            seq.scores[at : at + stop - first] = islice(scores, stop - first)
+            if stop == len(seq.tokens) and not seq.finish_reason:
+                changed.append(seq)
+                self.finish(seq, "length")
         return changed
+
+    def force(self, seq: Sequence, token_ids: list[int]) -> int:
+        """Continue a sequence with tokens that nobody samples, as far as its length allows; they
+        are computed like a chunk of prompt. Returns how many there was room for."""
+        del seq.tokens[seq.num_known :]  # a sampled one may be on its way: `update` will drop it
+        token_ids = token_ids[: seq.max_length - len(seq.tokens)]
+        seq.tokens.extend(token_ids)
+        if len(seq.tokens) == seq.max_length:
+            self.finish(seq, "length")
+        return len(token_ids)
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence and free its blocks; tokens not yet known are cut off."""
@@ -388,9 +412,9 @@ class Scheduler:
         """After a step that failed: send everyone back to the queue with all known tokens, forget
         all K and V."""
         while self.running:
-            seq = self.running[-1]
+            self._preempt(self.running[-1])
+        for seq in self.waiting:  # also those whom the failed step had just sent away
             del seq.tokens[seq.num_known :]
-            self._preempt(seq)
         self.blocks.copies.clear()
         self.blocks.forget()
 
