@@ -1,0 +1,160 @@
+"""nanochat's calculator: what a model writes between `<|python_start|>` and `<|python_end|>`.
+
+`Calculator` watches one sequence's tokens and says which ones to force after a finished block;
+`calculate` is the value of one expression. nanochat hands the text of a model to Python's eval; we
+only let Python parse it, and compute the few kinds of nodes a calculator needs ourselves. The idea
+and every quirk are nanochat's (engine.py), because its models were trained on these answers.
+"""
+
+import ast
+import operator
+import warnings
+
+from microvllm.tokenizer import Tokenizer
+
+# they bound all work and memory. the parser is the tightest: it recurses in C, where a stack that
+# overflows kills the process. these fit into a thread with 256 KiB of stack
+_MAX_CHARACTERS = 1024
+_MAX_PARENTHESES = 50
+
+_ARITHMETIC = frozenset("0123456789*+-/.() ")
+_TEXT = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'\"()._ ")
+
+# they could not hurt us, but nanochat gives no answer to text with these in it, so neither do we
+_FORBIDDEN = (
+    "__ import exec eval compile open file input globals locals vars dir "
+    "getattr setattr delattr hasattr"
+).split()
+
+# no power: nanochat refuses `**`, and it is the one operation that makes numbers explode
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
+
+# methods of a string (count: of a tuple and a list too) that never make more of what they are
+# given. so no join, center, ljust, rjust, zfill, expandtabs: a few of those fill any memory
+_METHODS = (
+    "count lower upper casefold capitalize title swapcase strip lstrip rstrip "
+    "removeprefix removesuffix split"
+).split()
+
+
+def calculate(expression: str) -> str | None:
+    """The answer of nanochat's calculator as text, or None if it has none. Never raises.
+
+    Commas are dropped first, everywhere (`1,000*2`; also in `'a,b'.count(',')`, which becomes
+    `'ab'.count('')`, 3). Then there are two forms, told apart by their characters:
+
+    - arithmetic, of digits and `+ - * / // . ( )`: numbers, `()` and `...` as Python has them,
+      so `10/5` is 2.0, `7//2` is 3, `1/0` nothing. There is no `**`.
+    - text, which must contain `.count(` and no forbidden word: strings of ASCII letters, digits,
+      spaces and `. _ ( )`, and the methods of `_METHODS`: `'Strawberry'.lower().count('r')`.
+
+    Any error is no answer. Beyond nanochat we refuse, on purpose: more than 1024 characters or 50
+    opening parentheses; and in the text form, where Python's grammar is all there, every other
+    method, and keywords (`not`, `if`, `for`), True, None, b'' and f'' strings, methods not called.
+    """
+    if len(expression) > _MAX_CHARACTERS or expression.count("(") > _MAX_PARENTHESES:
+        return None
+    expression = expression.replace(",", "")
+    if not _ARITHMETIC.issuperset(expression):
+        if not _TEXT.issuperset(expression) or ".count(" not in expression:
+            return None
+        if any(word in expression.lower() for word in _FORBIDDEN):
+            return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `1if` makes the parser itself warn
+            tree = ast.parse(expression.lstrip(" "), mode="eval")
+        return str(_evaluate(tree.body))
+    except Exception:  # whatever Python has against an expression, the answer is nothing
+        return None
+
+
+def _evaluate(root: ast.expr) -> object:
+    """The value of a parsed expression; any exception means that there is none.
+
+    A stack machine, so that a long sum, which is a deep tree, needs no deep recursion. It takes a
+    step per node, at most about two per character. Numbers stay small with no check of their own:
+    + - * and // never give an int more digits than its operands have together, so no value has
+    more digits than the expression has characters. Strings cannot be repeated or added, as no
+    expression may have both quotes and operators.
+    """
+    todo, order = [root], []
+    while todo:
+        order.append(node := todo.pop())
+        todo.extend(ast.iter_child_nodes(node))
+    stack = []
+    for node in reversed(order):  # children before parents, the first child first
+        match node:
+            case ast.Constant(value=value) if type(value) in (int, float, str, type(...)):
+                stack.append(value)
+            case ast.Tuple(elts=[]):  # no other: there are no commas
+                stack.append(())
+            case ast.UnaryOp(op=op):
+                stack.append(_OPERATORS[type(op)](stack.pop()))
+            case ast.BinOp(op=op):
+                right, left = stack.pop(), stack.pop()
+                stack.append(_OPERATORS[type(op)](left, right))
+            case ast.Attribute(attr=name) if name in _METHODS:
+                stack.append(getattr(stack.pop(), name))
+            case ast.Call(args=args):  # only a method of _METHODS can be callable
+                start = len(stack) - len(args)
+                args = stack[start:]
+                del stack[start:]
+                stack.append(stack.pop()(*args))
+            case ast.operator() | ast.unaryop() | ast.expr_context():
+                pass  # `+` or `Load`, for which iter_child_nodes has nodes too
+            case _:
+                raise ValueError(f"{type(node).__name__} is nothing for a calculator")
+    (value,) = stack
+    if callable(value):
+        raise ValueError("a method that was not called")
+    return value
+
+
+class Calculator:
+    """The calculator at work in one sequence: say each token to `push`, force what it answers.
+
+    Each sample of a prompt has its own, from its first generated token on: like nanochat's it
+    starts outside a block, whatever the prompt contains. Where the tokenizer lacks one of the four
+    marks of a tool call, nothing is ever forced.
+    """
+
+    __slots__ = ("_tokenizer", "_marks", "_block")
+
+    def __init__(self, tokenizer: Tokenizer):
+        names = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+        special = tokenizer.special_tokens
+        self._tokenizer = tokenizer
+        self._marks = [special[name] for name in names] if special.keys() >= set(names) else None
+        self._block: list[int] | None = None  # ids of the open block, None outside
+
+    def push(self, token_id: int) -> list[int]:
+        """Note the next token of the sequence, sampled or forced; returns the ids to force next.
+
+        These are the whole output block, or none. They go before anything sampled, a stop token
+        too, carry mask 0, count as generated tokens, and are pushed like any other.
+        """
+        if self._marks is None:
+            return []
+        python_start, python_end, output_start, output_end = self._marks
+        if token_id == python_start:  # also inside a block, which begins anew
+            self._block = []
+        elif self._block is None:
+            pass
+        elif token_id == python_end:
+            # special tokens decode to their names, so they spoil an expression, as in nanochat
+            result = calculate(self._tokenizer.decode(self._block))
+            self._block = None
+            if result is not None:
+                return [output_start, *self._tokenizer.encode(result), output_end]
+        else:
+            self._block.append(token_id)
+        return []
