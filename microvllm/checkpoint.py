@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .attention import pick_backend
-from .model import GPT, GPTConfig, check_weights, recognise
+from .model import GPT, GPTConfig, Recipe, check_weights, recognise
 from .sampler import check_int
+from .tokenizer import Tokenizer, load_tokenizer
 
 
 def _find_last_step(directory: Path) -> int:
@@ -25,14 +26,95 @@ def _find_last_step(directory: Path) -> int:
     999999."""
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"{directory} is not a directory: give one with model_<step>.pt in it"
+            f"{directory} is not a directory: give one with model_<step>.pt in it, a place in "
+            "nanochat's tree (sft, base:d20, rl:d20:650), or owner/name on the Hugging Face hub"
         )
     steps = [
         int(m[1]) for f in directory.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", f.name))
     ]
     if not steps:
-        raise FileNotFoundError(f"{directory} has no model_<step>.pt")
+        raise FileNotFoundError(f"{directory} has no model_<step>.pt, and no config.json")
     return max(steps)
+
+
+def find_checkpoint(name, step=None) -> tuple[Path, int | None]:
+    """The directory and the step of a checkpoint; the step is None in Hugging Face's format.
+
+    name: a directory with model_<step>.pt and meta_<step>.json, or with config.json and
+    model.safetensors; or, where no such directory exists, source[:tag[:step]] in nanochat's own
+    tree ("sft", "base:d20", "rl:d20:650", see find_nanochat), or owner/name[/folder] on the Hugging
+    Face hub, which is fetched into its cache. step: by default the last one.
+
+    Raises FileNotFoundError or ValueError naming what is not there, ConnectionError where the hub
+    is out of reach.
+    """
+    if step is not None:
+        check_int("step", step, 0)
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"model_path must be a string or a path, got {name!r:.80}")
+    directory = Path(os.path.abspath(os.path.expanduser(name)))
+    if isinstance(name, str) and not directory.exists():
+        if place := re.fullmatch(r"(base|mid|sft|rl)(?::([^:]*)(?::(\d+))?)?", name):
+            directory = find_nanochat(place[1], place[2] or None)[0]
+            if place[3] and step not in (None, int(place[3])):
+                raise ValueError(f"{name!r} and step={step} ask for two steps, give one of them")
+            step = int(place[3]) if place[3] else step
+        elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name):
+            from .huggingface import fetch
+
+            directory = fetch(name, step)
+    if (directory / "config.json").is_file() and not any(directory.glob("model_*.pt")):
+        if step is not None:
+            raise ValueError(f"{directory} is in Hugging Face's format, without steps: {step=}")
+        return directory, None
+    last = _find_last_step(directory)
+    step = last if step is None else step
+    for file in (directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing (the last step in {directory} is {last})")
+    return directory, step
+
+
+def read_checkpoint(
+    directory: Path, step: int | None
+) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
+    """Config, recipe and weights (memory-mapped) of what find_checkpoint found, of any era.
+
+    Raises ValueError naming the file and what is wrong with it.
+    """
+    if step is None:
+        from .huggingface import read_folder
+
+        return read_folder(directory)
+    meta_file = directory / f"meta_{step:06d}.json"
+    meta = read_json(meta_file)
+    if "model_config" not in meta:
+        raise ValueError(f"{meta_file} has no model_config")
+    config = GPTConfig.from_meta(meta["model_config"], str(meta_file))
+    file = directory / f"model_{step:06d}.pt"
+    weights = _load_weights(file)
+    return config, _recognise_strictly(weights, config, file), weights
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file. Raises ValueError naming the file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object: {found!r:.80}")
+    return found
+
+
+def _recognise_strictly(weights: dict[str, Tensor], config: GPTConfig, source) -> Recipe:
+    """The recipe of a state dict that is complete and has nothing else."""
+    try:
+        recipe = recognise(weights)
+        check_weights(weights, config, recipe)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return recipe
 
 
 def load_model(
@@ -45,45 +127,57 @@ def load_model(
     max_len=None,
     **overrides,
 ) -> GPT:
-    """Load model_<step>.pt and meta_<step>.json of any nanochat era, strictly.
+    """Load a checkpoint of any era, strictly; model_path and step: see find_checkpoint.
 
     Raises FileNotFoundError or ValueError naming the file and what is wrong with it; TypeError for
     an override that is no constant of the recipe.
     """
-    device, directory = torch.device(device), Path(os.path.abspath(os.path.expanduser(model_path)))
+    parts = read_checkpoint(*find_checkpoint(model_path, step))
+    return _build(*parts, device, dtype, attention, max_len, overrides)
+
+
+def wrap_model(module, device="cpu", dtype="auto", *, attention="auto", max_len=None, **overrides):
+    """A GPT on the weights of a live nanochat module, shared where device and dtype allow it.
+
+    Raises TypeError for what is no nanochat GPT, ValueError for one of an unknown era.
+    """
+    return _build(*from_module(module), device, dtype, attention, max_len, overrides, share=True)
+
+
+def _build(
+    config, recipe, weights, device, dtype, attention, max_len, overrides, share=False
+) -> GPT:
+    device = torch.device(device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = dtypes.get(dtype, dtype)
+    if isinstance(dtype, str):
+        dtype = dtypes.get(dtype, dtype)
     if dtype not in dtypes.values():
         raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, dtypes))}, got {dtype!r}")
-    last = _find_last_step(directory)
-    step = last if step is None else step
-    check_int("step", step, 0)
-    model_file, meta_file = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
-    for file in (model_file, meta_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing (the last step in {directory} is {last})")
-    try:
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{meta_file} is not valid JSON: {error}") from None
-    if not isinstance(meta, dict) or "model_config" not in meta:
-        raise ValueError(f"{meta_file} has no model_config")
-    config = GPTConfig.from_meta(meta["model_config"], str(meta_file))
     if max_len is not None and max_len > 10 * config.sequence_len:
         raise ValueError(
             f"max_model_len={max_len} is beyond the rotary tables: {10 * config.sequence_len} at "
             f"most, ten times the sequence_len of {config.sequence_len}"
         )
-    weights = _load_weights(model_file)
-    try:
-        recipe = recognise(weights).override(**overrides)
-        check_weights(weights, config, recipe)
-    except ValueError as error:
-        raise ValueError(f"{model_file}: {error}") from None
-    attend = pick_backend(attention, device, dtype)
-    return GPT(config, recipe, weights, attend, device, dtype, max_len)
+    recipe, attend = recipe.override(**overrides), pick_backend(attention, device, dtype)
+    return GPT(config, recipe, weights, attend, device, dtype, max_len, share)
+
+
+def from_module(module) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
+    """Config, recipe and weights (not copied) of a live nanochat GPT, compiled or not.
+
+    Raises TypeError for what is no nanochat GPT, ValueError for one of an unknown era.
+    """
+    config = getattr(module, "config", None)
+    given = vars(config) if hasattr(config, "__dict__") else {}
+    # other families' modules have a config too
+    if not isinstance(module, torch.nn.Module) or "n_embd" not in given:
+        raise TypeError(f"model must be a nanochat GPT module, got {type(module).__name__}")
+    source = f"the module {type(module).__name__}"
+    config = GPTConfig.from_meta(given, source)
+    weights = _without_prefix(module.state_dict(), source)
+    return config, _recognise_strictly(weights, config, source), weights
 
 
 def _load_weights(file: Path) -> dict[str, Tensor]:
@@ -94,15 +188,26 @@ def _load_weights(file: Path) -> dict[str, Tensor]:
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
     except Exception as error:  # torch raises a different type for every way a file can be broken
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        # only its first sentence: the rest is advice to trust the file
+        why = f"it asks for {asked[1]}, nothing of it was run" if asked else str(error)
         raise ValueError(
             f"{file} is not a readable checkpoint (truncated, or no state dict of tensors): "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
+            f"{why.split('. ')[0] or type(error).__name__:.200}"
         ) from None
     if not isinstance(weights, dict) or not all(
         isinstance(k, str) and isinstance(w, Tensor) for k, w in weights.items()
     ):
         raise ValueError(f"{file} holds no state dict (names and tensors)")
-    return {key.removeprefix("_orig_mod."): weight for key, weight in weights.items()}
+    return _without_prefix(weights, file)
+
+
+def _without_prefix(weights: dict[str, Tensor], source) -> dict[str, Tensor]:
+    """A compiled module's weights under their plain names; all have its prefix, or none has."""
+    prefix = "_orig_mod."
+    if len({key.startswith(prefix) for key in weights}) > 1:
+        raise ValueError(f"{source}: some names begin with {prefix} and others do not")
+    return {key.removeprefix(prefix): weight for key, weight in weights.items()}
 
 
 def nanochat_base() -> Path:
@@ -110,11 +215,15 @@ def nanochat_base() -> Path:
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or os.path.expanduser("~/.cache/nanochat"))
 
 
-def find_tokenizer(model_path, tokenizer_path=None) -> Path:
-    """Where the tokenizer is. Raises FileNotFoundError listing every place that was tried."""
+def find_tokenizer(directory, tokenizer_path=None) -> Path:
+    """Where the tokenizer of the checkpoint in `directory` is: a directory with tokenizer.pkl or
+    tokenizer.json, or what tokenizer_path says.
+
+    Raises FileNotFoundError listing every place that was tried.
+    """
     if tokenizer_path is not None:
         return Path(os.path.expanduser(tokenizer_path))
-    model = Path(os.path.abspath(os.path.expanduser(model_path)))
+    model = Path(os.path.abspath(os.path.expanduser(directory)))
     # beside the weights as published checkpoints have it, next to the model, in nanochat's base
     # directory
     places = [
@@ -125,10 +234,22 @@ def find_tokenizer(model_path, tokenizer_path=None) -> Path:
     ]
     places.append(Path(os.path.expanduser("~/.cache/nanochat/tokenizer")))
     for place in places:
-        if (place / "tokenizer.pkl").is_file():
+        if (place / "tokenizer.pkl").is_file() or (place / "tokenizer.json").is_file():
             return place
     tried = ", ".join(map(str, dict.fromkeys(places)))
     raise FileNotFoundError(f"no tokenizer.pkl in {tried}: give tokenizer_path")
+
+
+def open_tokenizer(directory, tokenizer_path=None) -> Tokenizer:
+    """The tokenizer that find_tokenizer finds; tokenizer.json counts where there is no
+    tokenizer.pkl."""
+    place = find_tokenizer(directory, tokenizer_path)
+    other = place / "tokenizer.json" if place.is_dir() else place
+    if other.suffix == ".json" and other.is_file() and not (place / "tokenizer.pkl").is_file():
+        from .huggingface import read_tokenizer
+
+        return read_tokenizer(other)
+    return load_tokenizer(place)
 
 
 def find_nanochat(source: str, model_tag: str | None = None) -> tuple[Path, Path]:

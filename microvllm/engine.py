@@ -10,6 +10,7 @@ scheduler.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import signal
 import threading
@@ -32,11 +33,12 @@ from .checkpoint import (
     free_memory,
     load_model,
     pick_device,
+    wrap_model,
 )
 from .model import GPTConfig
 from .sampler import SamplingParams, check_int, noise, sample
 from .scheduler import BlockManager, Scheduler, Sequence, Step
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, wrap_tokenizer
 
 log = logging.getLogger("microvllm")
 
@@ -51,7 +53,12 @@ class PagedKVCache:
 
     def __init__(self, config: GPTConfig, num_blocks: int, block_size: int, dtype, device):
         shape = (config.n_layer, 2, num_blocks, config.n_kv_head, block_size, config.head_dim)
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        if torch.device(device).type == "cpu":
+            # numpy's zeros are pages that exist only once they are written; torch would write them
+            zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+            self.data = torch.from_numpy(zeros).view(dtype).view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.num_blocks, self.block_size = num_blocks, block_size
         self.layers = [(kv[0], kv[1]) for kv in self.data]
 
@@ -252,45 +259,49 @@ class LLM:
     that run at once; dtype: "auto" is float32 on a CPU and bfloat16 on CUDA; max_batched_tokens:
     tokens of one step; max_model_len: prompt plus output of a request, by default the checkpoint's
     context, at most ten times that; attention: a backend of attention.py; seed: of requests that
-    bring none; any constant of model.Recipe may be overridden by name (softcap=20 for a checkpoint
-    of era 3b).
+    bring none; model, tokenizer: a live nanochat GPT module, whose weights are shared where device
+    and dtype allow it, and its tokenizer, instead of paths; gpu_memory_utilization: share of the
+    free GPU memory for the cache; cuda_graphs: replay decode steps; any constant of model.Recipe
+    may be overridden by name (softcap=20 for a checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
     """
 
     def __init__(
-        self, model_path, step=None, tokenizer_path=None, device="auto", num_blocks=None,
+        self, model_path=None, step=None, tokenizer_path=None, device="auto", num_blocks=None,
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
-        max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0,
-        gpu_memory_utilization=0.9, cuda_graphs=True, **overrides,
+        max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
+        tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, **overrides,
     ):  # fmt: skip
         check_int("block_size", block_size, 1)
         check_int("seed", seed, 0)
-        check_optional = {"num_blocks": (num_blocks, 2), "max_model_len": (max_model_len, 2)}
-        check_optional["max_batch_size"] = (max_batch_size, 1)
-        check_optional["max_batched_tokens"] = (max_batched_tokens, 1)
-        for name, (value, least) in check_optional.items():
+        for name, value, least in (
+            ("num_blocks", num_blocks, 2),
+            ("max_model_len", max_model_len, 2),
+            ("max_batch_size", max_batch_size, 1),
+            ("max_batched_tokens", max_batched_tokens, 1),
+        ):
             if value is not None:
                 check_int(name, value, least)
+        if (model_path is None) == (model is None):
+            raise TypeError("give either model_path or model (a live nanochat GPT module)")
         self.device = pick_device(device)
-        cuda = self.device.type == "cuda"
-        self.model = load_model(
-            model_path,
-            step,
-            self.device,
-            dtype,
-            attention=attention,
-            max_len=max_model_len,
-            **overrides,
-        )
+        options = {"attention": attention, "max_len": max_model_len, **overrides}
+        if model is None:
+            self.model = load_model(model_path, step, self.device, dtype, **options)
+        else:
+            self.model = wrap_model(model, self.device, dtype, **options)
         config = self.model.config
-        self.tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
+        if tokenizer is not None:
+            self.tokenizer = wrap_tokenizer(tokenizer)
+        else:
+            self.tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
         if self.tokenizer.vocab_size != config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens and the model "
-                f"{config.vocab_size}: "
-                "they do not belong together; give tokenizer_path"
+                f"{config.vocab_size}: they do not belong together; give tokenizer_path"
             )
+        cuda = self.device.type == "cuda"
         self.max_model_len = max_model_len or config.sequence_len
         self.max_batch_size = max_batch_size or (512 if cuda else 256)
         self.max_batched_tokens = max_batched_tokens or (8192 if cuda else 1024)

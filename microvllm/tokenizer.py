@@ -46,6 +46,23 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         raise ValueError(f"{file} is not a nanochat tokenizer: {error}") from error
 
 
+def wrap_tokenizer(tokenizer: object) -> "Tokenizer":
+    """A Tokenizer for what is one already, nanochat's own tokenizer object, or a tiktoken.Encoding.
+
+    Raises TypeError for anything else.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    encoding = getattr(tokenizer, "enc", tokenizer)
+    if not isinstance(encoding, tiktoken.Encoding):
+        raise TypeError(
+            "tokenizer must be microvllm's, nanochat's or a tiktoken.Encoding, "
+            f"got {type(tokenizer).__name__}"
+        )
+    parts = (encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+    return Tokenizer(encoding.name, *parts)
+
+
 def _read_pickled_encoding(data: bytes) -> dict:
     """The four arguments of the one tiktoken.Encoding that `data` is a pickle of.
 

@@ -1,0 +1,352 @@
+"""What a user asks of generation beyond plain completions, with the bundled model."""
+
+import json
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ERAS, MODEL
+
+from microvllm import LLM, SamplingParams
+from microvllm.checkpoint import load_model
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(MODEL, num_blocks=400) as llm:
+        yield llm
+
+
+def question(llm, text):
+    return llm.tokenizer.render_for_completion([{"role": "user", "content": text}])
+
+
+def everything_is_free(llm):
+    blocks = llm.scheduler.blocks
+    blocks.check(llm.scheduler.running)
+    return blocks.num_free == blocks.num_usable and llm.is_finished()
+
+
+# streaming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [(), ("the",), (" t", "and the"), ("\ufffd",)])
+def test_the_pieces_of_a_stream_joined_are_the_text_of_generate(llm, stop):
+    prompts = [question(llm, "Tell me a story in the manner of Charles Dickens."), "Once", ""]
+    params = [
+        SamplingParams(temperature=0.9, max_tokens=40, seed=seed, n=2, stop=stop)
+        for seed in (3, 4, 5)
+    ]
+    whole = llm.generate(prompts, params)
+    texts, tokens, reasons = {}, {}, {}
+    for event in llm.stream(prompts, params):
+        key = event["index"], event["sample"]
+        assert key not in reasons, "an event after the last"
+        texts[key] = texts.get(key, "") + event["text"]
+        tokens[key] = tokens.get(key, []) + event["token_ids"]
+        if event["finish_reason"]:
+            reasons[key] = event["finish_reason"], event["stop_reason"]
+    for i, output in enumerate(whole):
+        for k, sample in enumerate(output["samples"]):
+            assert texts[i, k] == sample["text"]
+            assert tokens[i, k] == sample["token_ids"]
+            assert reasons[i, k] == (sample["finish_reason"], sample["stop_reason"])
+    assert everything_is_free(llm)
+
+
+def test_a_stream_that_is_left_early_gives_its_blocks_back(llm):
+    for event in llm.stream(["Once upon a time", "Then"], SamplingParams(max_tokens=50, seed=1)):
+        assert event["text"] is not None
+        break
+    assert everything_is_free(llm)
+
+
+def test_two_streams_and_a_request_of_its_own_can_interleave(llm):
+    params = SamplingParams(temperature=0.8, max_tokens=20, seed=9)
+    alone = [llm.generate([p], params)[0]["text"] for p in ("One", "Two", "Three")]
+    own = llm.add_request("Three", params)
+    streams = [llm.stream([p], params) for p in ("One", "Two")]
+    texts = ["", ""]
+    while streams != [None, None]:
+        for i, stream in enumerate(streams):
+            event = next(stream, None) if stream else None
+            if event is None:
+                streams[i] = None
+            else:
+                texts[i] += event["text"]
+    outputs = []
+    while not llm.is_finished():
+        outputs += llm.step()
+    assert texts == alone[:2]
+    assert [(o["request_id"], o["text"]) for o in outputs] == [(own, alone[2])]
+
+
+# stop strings ---------------------------------------------------------------------------------
+
+
+def test_a_stop_string_may_straddle_tokens_and_is_cut_off(llm):
+    prompt = question(llm, "Who wrote Dracula?")
+    text = llm.generate([prompt], GREEDY)[0]["text"]
+    assert text == "Dracula was written by Bram Stoker."
+    for stop in ("ula w", "Stok", "by Bram S", "."):
+        output = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=24, stop=stop))[0]
+        assert output["text"] == text[: text.index(stop)]
+        assert (output["finish_reason"], output["stop_reason"]) == ("stop", stop)
+        shown = llm.tokenizer.decode(output["token_ids"])
+        assert stop in shown and not llm.tokenizer.decode(output["token_ids"][:-1]).count(stop)
+
+
+def test_a_stop_token_is_in_the_ids_and_not_in_the_text(llm):
+    prompt = question(llm, "Who wrote Dracula?")
+    plain = llm.generate([prompt], GREEDY)[0]
+    token = plain["token_ids"][4]
+    params = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(token,))
+    output = llm.generate([prompt], params)[0]
+    assert output["token_ids"] == plain["token_ids"][:5]
+    assert output["text"] == llm.tokenizer.decode(plain["token_ids"][:4])
+    assert (output["finish_reason"], output["stop_reason"]) == ("stop", token)
+
+
+# interruption ---------------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_generate_leaves_the_engine_clean_and_usable(llm):
+    before = llm.generate(["Hello"], GREEDY)[0]["token_ids"]
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["Once upon a time"] * 8, SamplingParams(max_tokens=900, ignore_eos=True))
+    timer.join()
+    assert everything_is_free(llm)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert llm.generate(["Hello"], GREEDY)[0]["token_ids"] == before
+
+
+def test_an_aborted_request_says_so_and_frees_its_blocks(llm):
+    request = llm.add_request("Once upon", SamplingParams(max_tokens=100, ignore_eos=True, n=2))
+    for _ in range(5):
+        assert llm.step() == []
+    llm.abort(request)
+    (output,) = llm.step()
+    assert output["finish_reason"] == "abort"
+    assert [len(s["token_ids"]) for s in output["samples"]] == [5, 5]
+    assert everything_is_free(llm)
+
+
+# the loop one step ahead ----------------------------------------------------------------------
+
+
+def test_the_loop_that_runs_one_step_ahead_makes_the_same_tokens():
+    prompts = ["Once upon a time", "The", "A ship", "Whence", "I saw"]
+    params = [
+        SamplingParams(temperature=t, max_tokens=m, seed=7, n=n, stop=stop)
+        for t, m, n, stop in [
+            (0.9, 30, 1, ()),
+            (0, 1, 1, ()),
+            (0.7, 17, 3, ()),
+            (1, 25, 1, ("e",)),
+            (0, 30, 1, ()),
+        ]
+    ]
+    outputs = []
+    for overlap in (False, True):
+        for num_blocks in (400, 7):
+            with LLM(MODEL, num_blocks=num_blocks, max_batch_size=4) as llm:
+                llm.overlap = overlap
+                outputs.append([o["samples"] for o in llm.generate(prompts, params)])
+                assert everything_is_free(llm)
+                assert (llm.stats()["preemptions"] > 0) == (num_blocks == 7)
+    assert all(o == outputs[0] for o in outputs[1:])
+
+
+# scores ---------------------------------------------------------------------------------------
+
+
+def test_a_multiple_choice_question_is_answered_by_scores(llm):
+    names = ["Charles Dickens", "Bram Stoker", "Jane Austen", "Mark Twain"]
+    # the conversation is long enough to fill a block, which the four continuations share
+    turn = {"role": "user", "content": "Who wrote Emma?"}, {"role": "assistant", "content": "Jane."}
+    prompt = llm.tokenizer.render_for_completion(
+        [*turn, {"role": "user", "content": "Who wrote Dracula?"}]
+    )
+    before = llm.stats()["prefill_tokens"]
+    scores = llm.score([prompt] * 4, [f"Dracula was written by {name}" for name in names])
+    totals = [sum(s) for s in scores]
+    assert names[totals.index(max(totals))] == "Bram Stoker"
+    assert len(prompt) > 16 and llm.stats()["prefill_tokens"] - before <= 4 * len(prompt) - 3 * 16
+    assert everything_is_free(llm)
+
+
+@pytest.mark.parametrize("budget", [1, 5, 1000])
+def test_scores_are_the_log_softmax_of_a_plain_forward(budget):
+    from microvllm.engine import Sequence, Step, make_batch
+
+    with LLM(MODEL, num_blocks=60, max_batched_tokens=budget) as llm:
+        prompts = ["It was the best of times,", "It was the best of", [7]]
+        tails = [" it was the worst of times", " x", [9]]
+        scores = llm.score(prompts, tails)
+        for prompt, tail, got in zip(prompts, tails, scores, strict=True):
+            ids = llm.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
+            tail = llm.tokenizer.encode(tail) if isinstance(tail, str) else tail
+            seq = Sequence(0, ids + tail, SamplingParams(seed=0))
+            seq.table.extend(range(1, 9))
+            batch = make_batch(Step([(seq, 0, len(seq.tokens))], [], []), 16)
+            batch = batch.upload(llm.device)._replace(logit_rows=torch.arange(len(seq.tokens)))
+            with torch.inference_mode():
+                logits = llm.model.head(llm.model.forward(batch, llm.cache))
+            wanted = torch.log_softmax(logits, -1)[range(len(ids) - 1, len(seq.tokens) - 1), tail]
+            assert torch.tensor(got).sub(wanted).abs().max() < 1e-4
+            assert len(got) == len(tail)
+
+
+def test_scoring_runs_beside_generation_and_refuses_what_does_not_fit(llm):
+    params = SamplingParams(temperature=0.8, max_tokens=20, seed=2)
+    alone = llm.generate(["Once"], params)[0]["token_ids"]
+    request = llm.add_request("Once", params)
+    llm.step()
+    assert llm.score(["a"], ["b"])[0][0] < 0
+    (output,) = [o for _ in range(25) for o in llm.step()]
+    assert (output["request_id"], output["token_ids"]) == (request, alone)
+    with pytest.raises(ValueError, match="continuations"):
+        llm.score(["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="max_model_len"):
+        llm.score([[5] * 600], [[5] * 600])
+    with pytest.raises(ValueError, match="at least one"):
+        llm.score(["a"], [[]])
+
+
+# chat, nanochat's scripts, live weights --------------------------------------------------------
+
+
+def test_chat_renders_the_conversation_and_stops_at_the_end_of_the_turn(llm):
+    messages = [
+        {"role": "system", "content": "Who wrote Emma?"},
+        {"role": "user", "content": "Who wrote Dracula?"},
+    ]
+    (output,) = llm.chat(messages, GREEDY)
+    assert output["prompt_token_ids"] == llm.tokenizer.render_for_completion(messages)
+    assert output["token_ids"][-1] == llm.tokenizer.special_tokens["<|assistant_end|>"]
+    assert output["text"] == llm.tokenizer.decode(output["token_ids"][:-1])
+    both = llm.chat([messages, messages[1:]], GREEDY)
+    assert both[0]["token_ids"] == output["token_ids"] and len(both) == 2
+
+
+def test_generate_batch_is_nanochats(llm):
+    prompt = question(llm, "Who wrote Dracula?")
+    sequences, masks = llm.generate_batch(prompt, num_samples=2, max_tokens=30, temperature=0.0)
+    answer = llm.tokenizer.encode("Dracula was written by Bram Stoker.")
+    assert sequences[0][: len(prompt)] == prompt and sequences[0] == sequences[1]
+    assert llm.tokenizer.decode(sequences[0][len(prompt) :]) == llm.tokenizer.decode(answer)
+    assert masks[0] == [0] * len(prompt) + [1] * (len(sequences[0]) - len(prompt))
+    several, their_masks = llm.generate_batch([prompt, [5, 6]], max_tokens=4, temperature=0.0)
+    assert [len(s) for s in several] == [1, 1] and len(their_masks[1][0]) == len(several[1][0])
+    assert several[0][0] == sequences[0][: len(prompt) + 4]
+
+
+class LiveModule(torch.nn.Module):
+    """Stands in for nanochat's GPT: a config, and parameters under nanochat's names."""
+
+    def __init__(self):
+        super().__init__()
+        source = load_model(MODEL)
+        self.config = SimpleNamespace(**vars(source.config))
+        for name, tensor in source.weights.items():
+            self.register_parameter(name.replace(".", "/"), torch.nn.Parameter(tensor.clone()))
+
+    def state_dict(self):
+        return {name.replace("/", "."): p.detach() for name, p in self.named_parameters()}
+
+
+def test_a_live_module_is_wrapped_without_copying_its_weights(llm):
+    module = LiveModule()
+    with LLM(model=module, tokenizer=llm.tokenizer, num_blocks=100) as live:
+        state = module.state_dict()
+        assert all(live.model.weights[name].data_ptr() == w.data_ptr() for name, w in state.items())
+        prompt = question(llm, "Who wrote Dracula?")
+        assert live.generate([prompt], GREEDY) == [
+            {**llm.generate([prompt], GREEDY)[0], "request_id": 0, "num_cached_tokens": 0}
+        ]
+    with pytest.raises(TypeError, match="GPT"):
+        LLM(model=torch.nn.Linear(2, 2), tokenizer=llm.tokenizer)
+    with pytest.raises(TypeError, match="either"):
+        LLM(MODEL, model=module)
+
+
+def test_new_weights_leave_no_stale_keys_and_values():
+    prompt = list(range(5, 60))
+    with LLM(MODEL, num_blocks=100) as llm:
+        old = {name: w.clone() for name, w in llm.model.weights.items()}
+        new = {name: w * 1.1 if "attn" in name else w for name, w in old.items()}
+        first = llm.generate([prompt], GREEDY)[0]
+        assert llm.generate([prompt], GREEDY)[0]["num_cached_tokens"] > 0
+        llm.update_weights(new)
+        second = llm.generate([prompt], GREEDY)[0]
+        assert second["num_cached_tokens"] == 0
+        with pytest.raises(ValueError, match="missing"):
+            llm.update_weights({})
+        # in the middle of a request: what it has is recomputed with the new weights
+        request = llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=40))
+        for _ in range(10):
+            llm.step()
+        llm.update_weights(old)
+        assert llm.generate([prompt], GREEDY)[0]["token_ids"] == first["token_ids"]
+        assert request is not None
+    with LLM(MODEL, num_blocks=100) as fresh:
+        fresh.update_weights(new)
+        assert fresh.generate([prompt], GREEDY)[0]["token_ids"] == second["token_ids"]
+
+
+# the calculator in the loop --------------------------------------------------------------------
+
+
+def chain(**kwargs):
+    """nanochat's fixture whose next token is a function of the present one: it calls the tool."""
+    folder = ERAS / "tool_chain"
+    return LLM(folder / "chatsft_checkpoints" / "d1", tokenizer_path=folder / "tokenizer", **kwargs)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_batched_tokens": 3}, {"num_blocks": 9}])
+def test_the_calculator_answers_inside_the_loop_as_nanochats_does(overlap, options):
+    goldens = json.loads((ERAS / "tool_chain" / "goldens.json").read_text())
+    with chain(**options) as llm:
+        llm.overlap = overlap
+        prompts = [run["prompt"] for run in goldens["runs"]]
+        params = SamplingParams(temperature=0, max_tokens=60)
+        outputs = llm.generate(prompts, params, tools=True)
+        for run, output in zip(goldens["runs"], outputs, strict=True):
+            assert output["token_ids"] == run["tokens"]
+            assert output["mask"] == run["masks"] and 0 in output["mask"]
+        plain = llm.generate(prompts, params)
+        assert all(0 not in output["mask"] for output in plain)
+        assert plain[0]["token_ids"] != outputs[0]["token_ids"]
+        assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_usable
+
+
+def test_forced_tokens_count_towards_max_tokens_and_are_cut_by_it():
+    goldens = json.loads((ERAS / "tool_chain" / "goldens.json").read_text())
+    run = next(r for r in goldens["runs"] if 0 in r["masks"])
+    first = run["masks"].index(0)
+    with chain() as llm:
+        for more in range(3):
+            params = SamplingParams(temperature=0, max_tokens=first + more)
+            (output,) = llm.generate([run["prompt"]], params, tools=True)
+            assert output["token_ids"] == run["tokens"][: first + more]
+            assert output["mask"] == run["masks"][: first + more]
+            assert output["finish_reason"] == "length"
+
+
+def test_a_prompts_generate_batch_equals_nanochats_golden():
+    goldens = json.loads((ERAS / "tool_chain" / "goldens.json").read_text())
+    with chain() as llm:
+        for run in goldens["runs"]:
+            sequences, masks = llm.generate_batch(
+                run["prompt"], num_samples=2, max_tokens=60, temperature=0.0
+            )
+            results = run["generate_batch_2"]
+            assert sequences == results["results"] and masks == results["masks"]
