@@ -28,17 +28,18 @@ import torch
 from torch import Tensor
 
 from .checkpoint import (
+    find_checkpoint,
     find_nanochat,
-    find_tokenizer,
     free_memory,
     load_model,
+    open_tokenizer,
     pick_device,
     wrap_model,
 )
 from .model import GPTConfig
 from .sampler import SamplingParams, check_int, noise, sample
 from .scheduler import BlockManager, Scheduler, Sequence, Step
-from .tokenizer import load_tokenizer, wrap_tokenizer
+from .tokenizer import wrap_tokenizer
 
 log = logging.getLogger("microvllm")
 
@@ -252,9 +253,10 @@ def _uninterrupted():
 class LLM:
     """A nanochat model ready to generate.
 
-    model_path: directory with model_<step>.pt and meta_<step>.json; step: None is the last one;
-    tokenizer_path: directory or tokenizer.pkl, by default looked for next to the model and in
-    nanochat's base directory; device: "auto" is cuda, then mps, then cpu; num_blocks, block_size:
+    model_path: directory with model_<step>.pt and meta_<step>.json (step: None is the last one), a
+    place in nanochat's tree ("sft", "base:d20", "rl:d20:650"), a Hugging Face folder, or owner/name
+    on its hub; tokenizer_path: directory or tokenizer.pkl, by default looked for next to the model
+    and in nanochat's base directory; device: "auto" is cuda, then mps, then cpu; num_blocks, block_size:
     the KV pool, by default what memory allows, in blocks of 16 tokens; max_batch_size: sequences
     that run at once; dtype: "auto" is float32 on a CPU and bfloat16 on CUDA; max_batched_tokens:
     tokens of one step; max_model_len: prompt plus output of a request, by default the checkpoint's
@@ -285,9 +287,12 @@ class LLM:
                 check_int(name, value, least)
         if (model_path is None) == (model is None):
             raise TypeError("give either model_path or model (a live nanochat GPT module)")
+        if model is not None and tokenizer is None and tokenizer_path is None:
+            raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
         self.device = pick_device(device)
         options = {"attention": attention, "max_len": max_model_len, **overrides}
         if model is None:
+            model_path, step = find_checkpoint(model_path, step)
             self.model = load_model(model_path, step, self.device, dtype, **options)
         else:
             self.model = wrap_model(model, self.device, dtype, **options)
@@ -295,7 +300,7 @@ class LLM:
         if tokenizer is not None:
             self.tokenizer = wrap_tokenizer(tokenizer)
         else:
-            self.tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
+            self.tokenizer = open_tokenizer(model_path, tokenizer_path)
         if self.tokenizer.vocab_size != config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens and the model "
@@ -678,6 +683,9 @@ class LLM:
         try:
             if self.scheduler.waiting or self.scheduler.running:
                 plan = self.scheduler.schedule()
+                blocks, stats = self.scheduler.blocks, self._stats
+                used = blocks.num_usable - blocks.num_free  # before those that end give theirs back
+                stats["peak_blocks"] = max(stats["peak_blocks"], used)
                 if plan.chunks:
                     flight = self._launch(plan)
             if self.overlap:
@@ -814,7 +822,7 @@ class LLM:
 
     def _count(self, plan: Step, new_tokens: int) -> None:
         """Keep the books. A step with any prompt chunk in it counts as prefill."""
-        stats, blocks = self._stats, self.scheduler.blocks
+        stats = self._stats
         # steps overlap on a GPU: each is given the time since the one before it was read
         began, self._clock = self._clock, time.perf_counter()
         seconds = self._clock - began
@@ -827,7 +835,6 @@ class LLM:
         )
         stats["prefill_tokens"] += prefill
         stats["prefill_seconds" if prefill else "decode_seconds"] += seconds
-        stats["peak_blocks"] = max(stats["peak_blocks"], blocks.num_usable - blocks.num_free)
 
     def _finish(self, request: Request) -> None:
         """Turn a request's finished samples into its output."""

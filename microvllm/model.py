@@ -102,10 +102,12 @@ class Recipe:
                 raise TypeError(
                     f"unknown argument {name!r}; recipe overrides are {', '.join(sorted(allowed))}"
                 )
-            wanted = bool if name == "round_rotary" else (int, float)
-            if not isinstance(value, wanted) or (wanted is not bool and not 0 < value < math.inf):
+            flag, number = name == "round_rotary", isinstance(value, (int, float))
+            positive = number and not isinstance(value, bool) and 0 < value < math.inf
+            if not (isinstance(value, bool) if flag else positive):
                 raise ValueError(
-                    f"{name} must be {'a bool' if wanted is bool else 'positive'}, got {value!r}"
+                    f"{name} must be {'True or False' if flag else 'a positive number'}, "
+                    f"got {value!r}"
                 )
         return replace(self, **changes)
 
@@ -184,6 +186,8 @@ def expected_shapes(config: GPTConfig, recipe: Recipe, rows: int) -> dict[str, t
 
 def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe) -> None:
     """Strict: no missing, no extra, no misshapen tensor. Raises ValueError naming them."""
+    if config.n_layer > len(weights):  # a million layers would take a while to list
+        raise ValueError(f"n_layer is {config.n_layer}, but there are {len(weights)} tensors")
     wte = weights.get("transformer.wte.weight")
     rows = wte.shape[0] if wte is not None and wte.ndim == 2 else config.vocab_size
     if rows < config.vocab_size:
@@ -393,10 +397,9 @@ class GPT:
         angle = torch.outer(
             torch.arange(max_len, dtype=torch.float32, device=self.device), frequency
         )
-        tables = angle.cos(), angle.sin()
-        if self.recipe.round_rotary or self.dtype != torch.float32:
-            tables = tuple(t.bfloat16().float() for t in tables)
-        return tables
+        # the older eras round them to bfloat16 always, the later ones to the dtype of the run
+        rounded = torch.bfloat16 if self.recipe.round_rotary else self.dtype
+        return angle.cos().to(rounded).float(), angle.sin().to(rounded).float()
 
     def embed(self, batch) -> Tensor:
         """(T, C) normed embeddings; the newest era smears the previous token's into the present
