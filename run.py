@@ -32,19 +32,19 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description: str, *, max_tokens: int, temperature: float, top_k: int) -> Parser:
     """The flags that run.py and test_alpaca.py share, with each script's own defaults."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description)
     add = parser.add_argument
-    add("--model-dir", default=str(MODEL_DIR), help="directory with model_*.pt and meta_*.json")
-    add("--tokenizer-dir", help="directory with tokenizer.pkl (None: the one beside the model)")
-    add("--step", type=int, help="training step of the checkpoint (None: the last one)")
-    add("--device", default="auto", help="cpu, cuda, mps or auto")
-    add("--max-tokens", type=int, default=max_tokens, help="new tokens per prompt, at most")
-    add("--temperature", type=float, default=temperature, help="0: always the likeliest token")
-    add("--top-k", type=int, default=top_k, help="sample from the k likeliest tokens, 0: all")
-    add("--num-blocks", type=int, help="blocks of the KV cache (None: what fits in memory)")
-    add("--max-batch-size", type=int, help="sequences that run at once, at most")
-    add("--seed", type=int, default=0, help="the same seed gives the same answers")
-    add("--ignore-eos", action="store_true", help="go on to --max-tokens past any stop token")
+    add("--model-dir", default=str(MODEL_DIR), help="where model_*.pt is (the bundled model)")
+    add("--tokenizer-dir", help="where tokenizer.pkl is (beside the model)")
+    add("--step", type=int, help="training step of the checkpoint (the last one)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
+    add("--max-tokens", type=int, default=max_tokens, help="new tokens, at most (%(default)s)")
+    add("--temperature", type=float, default=temperature, help="0 is greedy (%(default)s)")
+    add("--top-k", type=int, default=top_k, help="likeliest tokens to sample, 0: all (%(default)s)")
+    add("--num-blocks", type=int, help="blocks of the KV cache (what fits in memory)")
+    add("--max-batch-size", type=int, help="sequences that run at once, at most (the engine's)")
+    add("--seed", type=int, default=0, help="the same seed gives the same answers (%(default)s)")
+    add("--ignore-eos", action="store_true", help="go on past the end of an answer")
     add("--raw", action="store_true", help="complete plain text, also where the model can chat")
     return parser
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser = make_parser(
         "A few prompts through the engine.", max_tokens=128, temperature=0.8, top_k=50
     )
-    parser.add_argument("--prompt", action="append", help="may be repeated (None: a few samples)")
+    parser.add_argument("--prompt", action="append", help="may be repeated (a few samples)")
     args = parser.parse_args()
     try:
         run(args)

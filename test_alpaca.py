@@ -187,9 +187,11 @@ def main() -> None:
     parser = make_parser(
         "Throughput on Alpaca's instructions.", max_tokens=64, temperature=0.7, top_k=0
     )
-    parser.add_argument("--num-prompts", type=int, default=512, help="the first so many of them")
     parser.add_argument(
-        "--prompts-file", help=f".json, .jsonl or .parquet (None: {DATASET}, else the bundled ones)"
+        "--num-prompts", type=int, default=512, help="the first so many (%(default)s)"
+    )
+    parser.add_argument(
+        "--prompts-file", help=f".json, .jsonl or .parquet ({DATASET}, else the bundled prompts)"
     )
     args = parser.parse_args()
     try:

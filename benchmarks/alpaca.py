@@ -27,7 +27,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
 
 import torch
-import torch.nn.functional as F
 
 from microvllm import LLM, SamplingParams
 from run import MODEL_DIR, QUESTIONS, encode
@@ -75,15 +74,17 @@ def limit_seconds(llm: LLM, outputs: list[dict]) -> float:
     model, stats = llm.model, llm.stats()
     # the last token of a request is never fed back
     rows = stats["prefill_tokens"] + stats["output_tokens"] - len(outputs)
-    products = [
-        (torch.zeros(rows // stats["steps"], weight.shape[1]), weight)
-        for layer in model.layers
-        for weight in (layer.qkv, layer.proj, layer.fc, layer.mlp_proj)
-    ]
-    sampled = stats["output_tokens"] // stats["steps"]
-    products.append((torch.zeros(sampled, model.lm_head.shape[1]), model.lm_head))
+    count, width = rows // stats["steps"], model.config.n_embd
+    narrow, wide = torch.zeros(count, width), torch.zeros(count, 4 * width)
+    sampled = torch.zeros(stats["output_tokens"] // stats["steps"], width)
+
+    def products() -> None:
+        for layer in model.layers:
+            layer.qkv(narrow), layer.proj(narrow), layer.fc(narrow), layer.mlp_proj(wide)
+        model.lm_head(sampled)
+
     with torch.inference_mode():
-        seconds = stats["steps"] * best_seconds(lambda: [F.linear(x, w) for x, w in products])
+        seconds = stats["steps"] * best_seconds(products)
 
     visible = 0  # keys that the decodes see, over all layers
     for output in outputs:
@@ -146,13 +147,10 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Many prompts at once against one after the other.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--num-prompts", type=int, default=512)
-    parser.add_argument("--max-tokens", type=int, default=64, help="new tokens of each prompt")
-    parser.add_argument("--turns", type=int, default=5)
+    parser = argparse.ArgumentParser(description="Many prompts at once against one at a time.")
+    parser.add_argument("--num-prompts", type=int, default=512, help="%(default)s")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of each prompt (%(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="%(default)s")
     args = parser.parse_args()
 
     params = SamplingParams(temperature=0.7, max_tokens=args.max_tokens, ignore_eos=True)

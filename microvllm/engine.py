@@ -256,15 +256,16 @@ class LLM:
     model_path: directory with model_<step>.pt and meta_<step>.json (step: None is the last one), a
     place in nanochat's tree ("sft", "base:d20", "rl:d20:650"), a Hugging Face folder, or owner/name
     on its hub; tokenizer_path: directory or tokenizer.pkl, by default looked for next to the model
-    and in nanochat's base directory; device: "auto" is cuda, then mps, then cpu; num_blocks, block_size:
-    the KV pool, by default what memory allows, in blocks of 16 tokens; max_batch_size: sequences
-    that run at once; dtype: "auto" is float32 on a CPU and bfloat16 on CUDA; max_batched_tokens:
-    tokens of one step; max_model_len: prompt plus output of a request, by default the checkpoint's
-    context, at most ten times that; attention: a backend of attention.py; seed: of requests that
-    bring none; model, tokenizer: a live nanochat GPT module, whose weights are shared where device
-    and dtype allow it, and its tokenizer, instead of paths; gpu_memory_utilization: share of the
-    free GPU memory for the cache; cuda_graphs: replay decode steps; any constant of model.Recipe
-    may be overridden by name (softcap=20 for a checkpoint of era 3b).
+    and in nanochat's base directory; device: "auto" is cuda, then mps, then cpu; num_blocks,
+    block_size: the KV pool, by default what memory allows, in blocks of 16 tokens; max_batch_size:
+    sequences that run at once; dtype: "auto" is float32 on a CPU and bfloat16 on CUDA;
+    max_batched_tokens: tokens of one step; max_model_len: prompt plus output of a request, by
+    default the checkpoint's context, at most ten times that; attention: a backend of attention.py;
+    seed: of requests that bring none; model, tokenizer: a live nanochat GPT module, whose weights
+    are shared where device and dtype allow it, and its tokenizer, instead of paths;
+    gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
+    steps; any constant of model.Recipe may be overridden by name (softcap=20 for a checkpoint of
+    era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
     """
@@ -821,7 +822,7 @@ class LLM:
             self._finish(request)
 
     def _count(self, plan: Step, new_tokens: int) -> None:
-        """Keep the books. A step with any prompt chunk in it counts as prefill."""
+        """Keep the books. A step's time is split between prefill and decode by their rows."""
         stats = self._stats
         # steps overlap on a GPU: each is given the time since the one before it was read
         began, self._clock = self._clock, time.perf_counter()
@@ -834,7 +835,9 @@ class LLM:
             if start < s.num_prompt
         )
         stats["prefill_tokens"] += prefill
-        stats["prefill_seconds" if prefill else "decode_seconds"] += seconds
+        share = prefill / sum(stop - start for _, start, stop in plan.chunks)
+        stats["prefill_seconds"] += seconds * share
+        stats["decode_seconds"] += seconds * (1 - share)
 
     def _finish(self, request: Request) -> None:
         """Turn a request's finished samples into its output."""
@@ -883,8 +886,8 @@ class LLM:
 
         requests finished, prompt_tokens asked, output_tokens made, cached_tokens of prompts that
         the prefix cache served (of finished requests), prefill_tokens computed (again after a
-        preemption), steps, preemptions, prefill_seconds (steps with any prompt token in them),
-        decode_seconds (the others), peak_blocks in use, num_blocks and free_blocks (without the
+        preemption), steps, preemptions, prefill_seconds and decode_seconds (a step's time is
+        split by its rows), peak_blocks in use, num_blocks and free_blocks (without the
         sink), block_size, running, waiting.
         """
         blocks = self.scheduler.blocks

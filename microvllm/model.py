@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import platform
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -280,26 +281,80 @@ def rope_store(
     return qk[:, :n_head]
 
 
-def project(x: Tensor, w: Tensor | list[Tensor]) -> Tensor:
-    """x @ w.T; for a list of matrices their products side by side."""
-    if isinstance(w, list):
-        return torch.cat([F.linear(x, part) for part in w], dim=-1)
-    return F.linear(x, w)
-
-
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2, in place."""
     return x.relu_().square_()
 
 
+class Linear:
+    """A weight matrix (out, in), kept once, in the layout that its products like best.
+
+    parts: matrices of a checkpoint, one on top of the other: q, k and v are one product; share: use
+    them as they are, without a copy, if device and dtype allow it; rows: how many outputs are
+    wanted, the others are padding.
+    """
+
+    def __init__(self, parts: list[Tensor], device, dtype, share: bool, rows: int | None = None):
+        self.sizes = [len(part) for part in parts]
+        self.rows = rows or sum(self.sizes)
+        self.device, self.dtype = device, dtype
+        self.shared = share and parts[0].device == device and parts[0].dtype == dtype
+        # float32 on an x86 processor: oneDNN's own layout is faster, see benchmarks/linear.py
+        self.packed = (
+            not self.shared
+            and device.type == "cpu"
+            and dtype == torch.float32
+            and platform.machine().lower() in ("x86_64", "amd64")
+            and torch.backends.mkldnn.is_available()
+        )
+        self.weight: Tensor | None = None
+        self.load(parts)
+
+    def load(self, parts: list[Tensor]) -> None:
+        """Take the weights of `parts`; in place where there were others before."""
+        if self.shared:
+            if self.weight is None:
+                self.weights = parts
+                self.weight = parts[0][: self.rows] if len(parts) == 1 else None
+            for old, new in zip(self.weights, parts, strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        elif self.packed:
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            whole = whole.to(dtype=self.dtype).contiguous()
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, 64)
+        else:
+            if self.weight is None:
+                shape = (sum(self.sizes), *parts[0].shape[1:])
+                self.weight = torch.empty(shape, dtype=self.dtype, device=self.device)
+            for view, part in zip(self.weight.split(self.sizes), parts, strict=True):
+                view.copy_(part)
+
+    def dense(self) -> list[Tensor]:
+        """The parts again; views where the layout allows it."""
+        if self.shared:
+            return self.weights
+        whole = self.weight.to_dense() if self.packed else self.weight
+        return list(whole.split(self.sizes))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (T, in) @ weight.T: (T, rows)."""
+        if self.packed:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+            return y[:, : self.rows]
+        if self.weight is None:
+            return torch.cat([F.linear(x, part) for part in self.weights], dim=-1)
+        return F.linear(x, self.weight[: self.rows])
+
+
 @dataclass
 class Layer:
-    """The weights of one block; matrices are (out, in) as torch's linear wants them."""
+    """The weights of one block."""
 
-    qkv: Tensor | list[Tensor]  # ((H + 2 Hkv) D, C), or three matrices that are shared
-    proj: Tensor  # (C, C)
-    fc: Tensor  # (4C, C)
-    mlp_proj: Tensor  # (C, 4C)
+    qkv: Linear  # ((H + 2 Hkv) D, C)
+    proj: Linear  # (C, C)
+    fc: Linear  # (4C, C)
+    mlp_proj: Linear  # (C, 4C)
     window: int  # tokens back that are visible, -1 all
     ve: Tensor | None = None  # (V, Hkv D) value embedding
     ve_gate: Tensor | None = None  # (Hkv, channels)
@@ -316,16 +371,9 @@ class GPT:
     """
 
     def __init__(
-        self,
-        config,
-        recipe,
-        weights,
-        attend,
-        device="cpu",
-        dtype=torch.float32,
-        max_len=None,
-        share=False,
-    ):
+        self, config: GPTConfig, recipe: Recipe, weights: dict[str, Tensor], attend,
+        device="cpu", dtype=torch.float32, max_len: int | None = None, share: bool = False,
+    ):  # fmt: skip
         self.config, self.recipe, self.attend = config, recipe, attend
         self.device, self.dtype = torch.device(device), dtype
         self.windows = layer_windows(config, recipe)
@@ -334,38 +382,36 @@ class GPT:
             from . import kernels_gpu
 
             self.ops = kernels_gpu
+        self._linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint
+        self._tensors: dict[str, Tensor] = {}
 
-        # name in the checkpoint -> the tensor (or the part of one) that holds it here
-        self.weights: dict[str, Tensor] = {}
+        # one at a time: the file is memory-mapped, and only what is made here stays
+        def linear(*names: str, rows: int | None = None) -> Linear:
+            parts = [weights[f"{name}.weight"].detach() for name in names]
+            made = self._linears[names] = Linear(parts, self.device, dtype, share, rows)
+            return made
 
-        def take(*names: str, dtype: torch.dtype = dtype) -> Tensor:
-            parts = [weights[name].detach() for name in names]
-            shared = share and parts[0].device == self.device and parts[0].dtype == dtype
-            if not shared:  # one at a time: the file is memory-mapped and only this copy stays
-                whole = torch.empty(
-                    (sum(len(p) for p in parts), *parts[0].shape[1:]),
-                    dtype=dtype,
-                    device=self.device,
-                )
-                torch.cat([p.to(self.device, dtype) for p in parts], out=whole)
-                parts = list(whole.split([len(p) for p in parts]))
-            self.weights.update(zip(names, parts, strict=True))
-            return whole if not shared else parts[0] if len(parts) == 1 else parts
+        def take(name: str, dtype: torch.dtype = dtype) -> Tensor:
+            given = weights[name].detach()
+            same = share and given.device == self.device and given.dtype == dtype
+            made = given if same else given.to(self.device, dtype, copy=True)
+            self._tensors[name] = made
+            return made
 
         self.wte = take("transformer.wte.weight")
         # padding rows of the vocabulary end here, so that no one downstream can see them
-        self.lm_head = take("lm_head.weight")[: config.vocab_size]
+        self.lm_head = linear("lm_head", rows=config.vocab_size)
         if recipe.lambdas:
-            resid_lambdas = take("resid_lambdas", dtype=torch.float32)
-            x0_lambdas = take("x0_lambdas", dtype=torch.float32)
+            resid_lambdas = take("resid_lambdas", torch.float32)
+            x0_lambdas = take("x0_lambdas", torch.float32)
         self.layers = []
         for i in range(config.n_layer):
             attn, mlp = f"transformer.h.{i}.attn.", f"transformer.h.{i}.mlp."
             layer = Layer(
-                qkv=take(attn + "c_q.weight", attn + "c_k.weight", attn + "c_v.weight"),
-                proj=take(attn + "c_proj.weight"),
-                fc=take(mlp + "c_fc.weight"),
-                mlp_proj=take(mlp + "c_proj.weight"),
+                qkv=linear(attn + "c_q", attn + "c_k", attn + "c_v"),
+                proj=linear(attn + "c_proj"),
+                fc=linear(mlp + "c_fc"),
+                mlp_proj=linear(mlp + "c_proj"),
                 window=self.windows[i],
             )
             if f"value_embeds.{i}.weight" in weights:
@@ -380,13 +426,23 @@ class GPT:
             self.backout_lambda = take("backout_lambda")
         self.cos, self.sin = self._rotary(max_len or config.sequence_len)
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights under their names in a checkpoint; copies, where the layout is our own."""
+        found = dict(self._tensors)
+        for names, linear in self._linears.items():
+            found.update({f"{n}.weight": w for n, w in zip(names, linear.dense(), strict=True)})
+        return found
+
+    @torch.no_grad()
     def update(self, weights: dict[str, Tensor]) -> None:
         """Write new weights over the old ones, in place. Raises ValueError if they do not fit."""
         check_weights(weights, self.config, self.recipe)
-        with torch.no_grad():
-            for name, tensor in self.weights.items():
-                if weights[name].data_ptr() != tensor.data_ptr():
-                    tensor.copy_(weights[name])
+        for name, tensor in self._tensors.items():
+            if weights[name].data_ptr() != tensor.data_ptr():
+                tensor.copy_(weights[name])
+        for names, linear in self._linears.items():
+            linear.load([weights[f"{name}.weight"].detach() for name in names])
 
     def _rotary(self, max_len: int) -> tuple[Tensor, Tensor]:
         """cos and sin (max_len, D/2) of position * base^(-2j/D), in float32 as nanochat computes
@@ -422,13 +478,13 @@ class GPT:
             k, v = cache.layer(i)
             x, h = ops.add_norm(x, y, x0, layer.resid_lambda, layer.x0_lambda, recipe.eps)
             q = ops.rope_store(
-                project(h, layer.qkv), h, layer.ve, layer.ve_gate, self.cos, self.sin, batch, k, v,
+                layer.qkv(h), h, layer.ve, layer.ve_gate, self.cos, self.sin, batch, k, v,
                 n_head, recipe.qk_scale, recipe.gate_scale, recipe.eps,
             )  # fmt: skip
             y = self.attend(q, k, v, batch, layer.window)
-            y = F.linear(y.flatten(1), layer.proj)
+            y = layer.proj(y.flatten(1))
             x, h = ops.add_norm(x, y, None, None, None, recipe.eps)
-            y = F.linear(ops.relu2(F.linear(h, layer.fc)), layer.mlp_proj)
+            y = layer.mlp_proj(ops.relu2(layer.fc(h)))
             if recipe.smear and i == self.config.n_layer // 2:
                 middle = x + y
         x = x[batch.logit_rows] + y[batch.logit_rows]
@@ -438,7 +494,7 @@ class GPT:
 
     def logits(self, h: Tensor) -> Tensor:
         """(R, C) rows of `forward` to (R, vocab_size) raw logits; the softcap is yet to come."""
-        return F.linear(h, self.lm_head)
+        return self.lm_head(h)
 
     def head(self, h: Tensor) -> Tensor:
         """(R, C) rows of `forward` to (R, vocab_size) capped float32 logits."""

@@ -80,9 +80,10 @@ class BlockManager:
     num_blocks: blocks in the pool, of which block 0 is a sink for padding and never handed out;
     block_size: tokens in a block. Every other block is in exactly one of three states:
 
-        blank       free, nothing worth keeping          blank
-        cached      free, still findable by its hash     cached, oldest first: the next to be
-        evicted in use      in ref_count[block] tables           ref_count[block] >= 1
+        state      what it is                        kept in
+        blank      free, nothing worth keeping       blank
+        cached     free, findable by its hash        cached, the next to be evicted first
+        in use     in at least one block table       ref_count, in how many
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):

@@ -1,5 +1,7 @@
 import json
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,3 +42,32 @@ def era_fixtures() -> dict[str, tuple[dict, str]]:
 @pytest.fixture(params=list(era_fixtures()))
 def era(request) -> Fixture:
     return Fixture(*era_fixtures()[request.param])
+
+
+def hand_made_batch(chunks: list[tuple], block_size: int) -> SimpleNamespace:
+    """What make_batch would give, spelled out row by row, with the logits of every row.
+
+    chunks: (ids, start, stop, table) each: the tokens [start, stop) of a sequence; single rows
+    first.
+    """
+
+    def ints(values):
+        return torch.tensor(list(values), dtype=torch.int32)
+
+    lengths = [stop - start for _, start, stop, _ in chunks]
+    assert lengths == sorted(lengths, key=lambda n: n > 1), "decodes come first"
+    rows = [(ids, p, table) for ids, start, stop, table in chunks for p in range(start, stop)]
+    width = 1 + max(len(table) for *_, table in chunks)  # a column that nobody uses, at least
+    return SimpleNamespace(
+        ids=ints(ids[p] for ids, p, _ in rows),
+        prev_ids=ints(ids[p - 1] if p else 0 for ids, p, _ in rows),
+        positions=ints(p for _, p, _ in rows),
+        slots=ints(table[p // block_size] * block_size + p % block_size for _, p, table in rows),
+        cu_seqlens=ints(accumulate(lengths, initial=0)),
+        seq_lens=ints(stop for _, _, stop, _ in chunks),
+        block_tables=ints([*table, *[0] * (width - len(table))] for *_, table in chunks),
+        logit_rows=ints(range(len(rows))),
+        num_decodes=lengths.count(1),
+        max_query=max(lengths),
+        max_seq=max(stop for _, _, stop, _ in chunks),
+    )

@@ -5,11 +5,13 @@ that a kernel forgets is seen; so do the slots of the cache that belong to nobod
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -99,9 +101,7 @@ def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
     k, v = layer[0], layer[1]
     k_ref, v_ref = k.float(), v.float()
     rest = (n_head, 1.2, 3.0, EPS)
-    q = kernels_gpu.rope_store(
-        qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch, k, v, *rest
-    )
+    q = kernels_gpu.rope_store(qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch, k, v, *rest)
     floats = [None if t is None else t.float() for t in (qkv, h, ve, ve_gate)]
     q_ref = model.rope_store(*floats, angle.cos(), angle.sin(), batch, k_ref, v_ref, *rest)
     assert q.dtype == dtype
@@ -110,35 +110,12 @@ def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
     assert_close(v, v_ref, dtype)
 
 
-# products of a few rows ---------------------------------------------------------------------------
-
-
-@DTYPES
-@pytest.mark.parametrize("rows, K, N", [(1, 136, 50), (3, 600, 21), (8, 64, 7), (2, 4200, 9)])
-@pytest.mark.parametrize("lambdas", [False, True])
-def test_products_of_a_few_rows(dtype, rows, K, N, lambdas):
-    """norm_linear and linear_add are add_norm, F.linear and relu2 in one."""
-    a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
-    x, w, x0 = randn(rows, K, dtype=dtype), randn(N, K, dtype=dtype), randn(rows, K, dtype=dtype)
-    for relu2 in (False, True):
-        y, h = kernels_gpu.norm_linear(x, w, EPS, x0, a, b, relu2)
-        h_ref = model.add_norm(x.float(), None, x0.float(), a, b, EPS)[1]
-        y_ref = F.linear(h_ref, w.float())
-        assert y.dtype == h.dtype == dtype
-        assert_close(h, h_ref[:, :32], dtype)
-        assert_close(y, model.relu2(y_ref) if relu2 else y_ref, dtype)
-    stream, x0 = randn(rows, N, dtype=dtype), randn(rows, N, dtype=dtype)
-    out = kernels_gpu.linear_add(x, w, stream, x0, a, b)
-    old = stream.float() if a is None else a * stream.float() + b * x0.float()
-    assert_close(out, old + F.linear(x.float(), w.float()), dtype)
-
-
 # attention ---------------------------------------------------------------------------------------
 
 
 def attention_case(sequences, n_head, n_kv, dim, block_size, dtype):
-    """sequences: (rows, tokens in the cache) each, decodes first. Returns q, a clean k and v for the
-    reference, a k and v with NaN wherever no sequence has a token, and the batch."""
+    """sequences: (rows, tokens in the cache) each, decodes first. Returns q, a clean k and v for
+    the reference, a k and v with NaN wherever no sequence has a token, and the batch."""
     blocks = [-(-length // block_size) for _, length in sequences]
     k, v = randn(2, sum(blocks) + 3, n_kv, block_size, dim, dtype=dtype)
     order = (torch.randperm(sum(blocks) + 2) + 1).tolist()  # block 0 is the sink
@@ -182,7 +159,9 @@ def test_attention_of_a_mixed_batch(block_size, window):
 
 
 @DTYPES
-@pytest.mark.parametrize("n_head, n_kv, dim", [(2, 1, 128), (3, 1, 32), (8, 1, 16), (6, 2, 20), (1, 1, 64)])
+@pytest.mark.parametrize(
+    "n_head, n_kv, dim", [(2, 1, 128), (3, 1, 32), (8, 1, 16), (6, 2, 20), (1, 1, 64)]
+)
 def test_attention_with_shared_kv_heads(dtype, n_head, n_kv, dim):
     if dtype == torch.bfloat16 and not CUDA:
         pytest.skip("the interpreter's matrix product takes bfloat16 for integers")
@@ -190,12 +169,23 @@ def test_attention_with_shared_kv_heads(dtype, n_head, n_kv, dim):
     check_attention(case, 20, dtype)
 
 
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(
+    "group, dtype", [(1, torch.float32), (1, torch.bfloat16), (4, torch.float16)]
+)
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 8])
-def test_a_context_split_across_programs(num_splits, group):
-    case = attention_case([(1, 100), (1, 3), (1, 64)], group, 1, 32, 4, torch.float32)
+def test_a_context_split_across_programs(num_splits, group, dtype):
+    case = attention_case([(1, 200), (1, 3), (1, 64)], group, 1, 32, 4, dtype)
     for window in (-1, 10):
-        check_attention(case, window, torch.float32, num_splits=num_splits)
+        check_attention(case, window, dtype, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("dim", [32, 256])
+def test_chunks_long_enough_for_the_large_tiles(dim):
+    sequences = [(1, 20), (150, 150), (70, 200), (2, 40)]
+    for n_head in (1, 3):
+        check_attention(
+            attention_case(sequences, n_head, 1, dim, 16, torch.float16), 90, torch.float16
+        )
 
 
 def test_few_sequences_are_split_and_many_are_not(monkeypatch):
@@ -205,7 +195,7 @@ def test_few_sequences_are_split_and_many_are_not(monkeypatch):
 
     class Spy:
         def __getitem__(self, grid):
-            return lambda *args, **kw: (seen.append(args[5]), combine[grid](*args, **kw))
+            return lambda *args, **kw: (seen.append(args[3]), combine[grid](*args, **kw))
 
     monkeypatch.setattr(kernels_gpu, "_combine", Spy())
     monkeypatch.setattr(kernels_gpu, "_device", lambda device: (8, 2**16, {"PDL": False}))
@@ -216,16 +206,37 @@ def test_few_sequences_are_split_and_many_are_not(monkeypatch):
     assert not seen
 
 
-def test_a_row_does_not_depend_on_its_batch():
-    q, _, (k, v), batch = attention_case(MIXED[:3], 2, 2, 16, 4, torch.float32)
-    together = kernels_gpu.paged_attention(q, k, v, batch, -1, num_splits=2)
-    for b in range(3):
-        alone = SimpleNamespace(
-            seq_lens=batch.seq_lens[b : b + 1], block_tables=batch.block_tables[b : b + 1],
-            num_decodes=1, max_seq=10_000,
-        )  # fmt: skip
-        out = kernels_gpu.paged_attention(q[b : b + 1], k, v, alone, -1, num_splits=2)
-        assert torch.equal(out[0], together[b])
+def chunk_of(batch, b, start, stop):
+    """The batch of rows start .. stop of one sequence's chunk, alone."""
+    rows = int(batch.cu_seqlens[b + 1] - batch.cu_seqlens[b])
+    return SimpleNamespace(
+        cu_seqlens=ints([0, stop - start]), seq_lens=batch.seq_lens[b : b + 1] - (rows - stop),
+        block_tables=batch.block_tables[b : b + 1], max_query=stop - start, max_seq=10_000,
+        num_decodes=int(stop - start == 1),
+    )  # fmt: skip
+
+
+def test_with_fixed_splits_a_row_does_not_depend_on_its_batch():
+    q, _, (k, v), batch = attention_case(MIXED, 2, 2, 16, 4, torch.float32)
+    together = kernels_gpu.paged_attention(q, k, v, batch, 20, num_splits=2)
+    for b in range(len(MIXED)):
+        rows = slice(batch.cu_seqlens[b], batch.cu_seqlens[b + 1])
+        alone = chunk_of(batch, b, 0, MIXED[b][0])
+        out = kernels_gpu.paged_attention(q[rows], k, v, alone, 20, num_splits=2)
+        assert torch.equal(out, together[rows])
+
+
+@pytest.mark.parametrize("border", [32, 27])
+def test_with_fixed_splits_a_chunk_border_changes_nothing(border):
+    q, _, (k, v), batch = attention_case([(40, 70)], 2, 2, 16, 4, torch.float32)
+    whole = kernels_gpu.paged_attention(q, k, v, batch, 20, num_splits=2)
+    for start, stop in ((0, border), (border, 40)):
+        chunk = chunk_of(batch, 0, start, stop)
+        out = kernels_gpu.paged_attention(q[start:stop], k, v, chunk, 20, num_splits=2)
+        if border == 32 or CUDA:  # a row's place in its tile is the same, or does not matter
+            assert torch.equal(out, whole[start:stop])
+        else:  # in numpy's matrix product it does
+            torch.testing.assert_close(out, whole[start:stop], rtol=0, atol=1e-6)
 
 
 def test_padding_rows_of_a_graph_are_harmless():
@@ -277,12 +288,14 @@ def test_sample(dtype, vocab, softcap):
     temperature = torch.rand(R, device=DEVICE) + 0.05
     temperature[::3] = 0.0  # greedy rows among sampled ones
     u[1], u[2] = 0.0, 1.0 - 2.0**-24  # both ends of the distribution
-    check_samples(logits, temperature, u, softcap, kernels_gpu.sample(logits, temperature, u, softcap))
+    check_samples(
+        logits, temperature, u, softcap, kernels_gpu.sample(logits, temperature, u, softcap)
+    )
 
 
 def test_sampled_tokens_follow_the_distribution():
     """Evenly spaced noise hits a token as often as its probability says."""
-    n = 200
+    n = 60
     logits = torch.randn(1, 6, device=DEVICE)
     u = (torch.arange(n, device=DEVICE) + 0.5) / n
     tokens = kernels_gpu.sample(logits.expand(n, 6), torch.full_like(u, 0.8), u, 0.0)
@@ -310,3 +323,97 @@ def test_masked_and_impossible_tokens_are_never_drawn(softcap):
     temperature = torch.tensor([1.0] * 3 + [1e-4] * 3, device=DEVICE)
     tokens = kernels_gpu.sample(logits, temperature, u, softcap).tolist()
     assert tokens == [3000, 3000, 3001, 4100, 4100, 4100]
+
+
+# compiled for a card that is not there ------------------------------------------------------------
+
+TARGET = """
+from types import SimpleNamespace
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from microvllm import kernels_gpu as K
+
+target = GPUTarget("cuda", 90, 32)
+card = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}
+driver.set_active(SimpleNamespace(**card, get_current_target=lambda: target))
+K._device = lambda device: (132, 232448, {"PDL": True, "launch_pdl": True})
+launch, compiled = JITFunction.run, {}
+
+def only_compile(self, *args, **kw):
+    kernel = launch(self, *args, **{**kw, "warmup": True})
+    compiled.setdefault(self.__name__, {})[kernel.hash] = kernel.asm["ptx"]
+
+JITFunction.run = only_compile
+
+def bf16(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+"""
+
+REPORT = """
+for name, variants in compiled.items():
+    for ptx in variants.values():
+        before, wait, after = ptx.partition("griddepcontrol.wait")
+        early = before.count("ld.global") + before.count("st.global") + before.count("cp.async")
+        print(name, len(variants), len(wait) > 0, early, after.count("griddepcontrol"))
+"""
+
+
+def compile_for_hopper(calls: str) -> list[list[str]]:
+    """Compile what the calls of the package's kernels (K) launch, in a process of its own. One
+    entry a kernel: name, variants, does it wait for its predecessor, accesses to memory before,
+    and instructions of this kind after that."""
+    pytest.importorskip("triton", "3.4", reason="launch_pdl came with triton 3.4")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", TARGET + calls + REPORT],
+        env=env,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [line.split() for line in run.stdout.splitlines()]
+
+
+CALLS = """
+x = bf16(8, 2176)
+for one in torch.zeros(5)[:2]:  # a layer's lambdas
+    K.add_norm(x, x, x, one, one, 1e-7)
+K.relu2(x)
+tables = torch.zeros(64, 64)
+for at in (0, 1, 8):  # where in one upload the batch's arrays lie
+    flat = torch.zeros(200, dtype=torch.int32)[at:]
+    batch = SimpleNamespace(
+        ids=flat[:8], positions=flat[8:16], slots=flat[16:24], cu_seqlens=flat[24:28],
+        seq_lens=flat[28:31], block_tables=flat[32 : 32 + 3 * (15 + at)].view(3, -1),
+        num_decodes=2, max_query=6, max_seq=99,
+    )
+    for n_head, n_kv in ((17, 17), (16, 4)) if at == 0 else ((17, 17),):
+        k, v = bf16(2, 3, n_kv, 16, 128)
+        gate = bf16(64, n_kv * 128), bf16(n_kv, 12)
+        qkv = bf16(8, (n_head + 2 * n_kv) * 128)
+        h = bf16(8, 12 + at)
+        rest = (n_head, 1.2, 3.0, 1e-7)
+        q = K.rope_store(qkv, h, *gate, tables, tables, batch, k, v, *rest)
+        K.paged_attention(q, k, v, batch, 16 + at)
+        if at == 0:
+            for num_splits in (1, 2, 16):
+                K.paged_attention(q, k, v, batch, -1, num_splits=num_splits)
+    K.sample(bf16(2, 5000), flat[:2].view(torch.float32), flat[2:4].view(torch.float32), 15.0)
+"""
+
+
+@pytest.mark.skipif(CUDA, reason="a real card has compiled the kernels for itself")
+def test_the_kernels_compile_for_hopper_and_wait_for_the_kernel_before_them():
+    """What the interpreter cannot see: that Triton's compiler takes the kernels, that each waits
+    for its predecessor before it touches memory, and that neither where a batch lies in memory nor
+    by how much a context is split makes a new variant."""
+    kernels = compile_for_hopper(CALLS)
+    assert {name: int(variants) for name, variants, *_ in kernels} == {
+        "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 4, "_combine": 2, "_chunk": 4,
+        "_sample_chunks": 1, "_sample_pick": 1,
+    }  # fmt: skip
+    for name, _, waits, early, later in kernels:
+        assert (waits, early, later) == ("True", "0", "0"), name

@@ -288,7 +288,7 @@ def test_new_weights_leave_no_stale_keys_and_values():
         second = llm.generate([prompt], GREEDY)[0]
         assert second["num_cached_tokens"] == 0
         with pytest.raises(ValueError, match="missing"):
-            llm.update_weights({})
+            llm.update_weights({n: w for n, w in new.items() if n != "lm_head.weight"})
         # in the middle of a request: what it has is recomputed with the new weights
         request = llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=40))
         for _ in range(10):

@@ -310,3 +310,16 @@ def test_a_hub_that_answers_is_heard(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         assert test_alpaca.hub_answers()
         thread.join()
+
+
+def test_the_benchmark_compares_equal_work(tmp_path):
+    flags = ["--num-prompts", "9", "--max-tokens", "2", "--turns", "1"]
+    process = python(str(ROOT / "benchmarks" / "alpaca.py"), *flags, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.splitlines()[-1])
+    speeds = result["engine_tokens_per_second"], result["loop_tokens_per_second"]
+    assert result["throughput_ratio"] == pytest.approx(speeds[0] / speeds[1], rel=0.02)
+    starts = result["engine_start_seconds"], result["loop_start_seconds"]
+    assert result["start_ratio"] == pytest.approx(starts[0] / starts[1], rel=0.02)
+    assert 0 < result["share_of_limit"] < 1
+    assert result["pool_bytes"] > result["num_blocks"] * result["block_size"] * 6144

@@ -1,0 +1,219 @@
+"""Attention over the block table against a dense loop that reads K and V through SequenceKVView."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import hand_made_batch
+
+from microvllm.attention import pick_backend, sdpa_attention
+from microvllm.engine import PagedKVCache, SequenceKVView
+from microvllm.model import GPTConfig
+
+BACKENDS = ["sdpa", "numba"]
+CPU = torch.device("cpu")
+
+# (rows, tokens in the cache after them): decodes, whole prompts, chunks; more than one of each
+MIXED = [(1, 1), (1, 17), (1, 70), (1, 33), (2, 2), (40, 40), (5, 33), (17, 80), (7, 8)]
+DECODES = [(1, n) for n in (1, 2, 15, 16, 17, 64, 65, 200)]
+
+
+class Case:
+    """Random queries, and sequences whose blocks lie scattered in the second layer of a cache."""
+
+    def __init__(self, sequences, n_head=4, n_kv_head=2, head_dim=16, block_size=16, seed=0):
+        self.random = np.random.default_rng(seed)
+        shape = {"sequence_len": 256, "vocab_size": 9, "n_layer": 2}
+        heads = {"n_head": n_head, "n_kv_head": n_kv_head, "n_embd": n_head * head_dim}
+        needed = [-(-length // block_size) for _, length in sequences]
+        num_blocks = sum(needed) + 4
+        self.cache = PagedKVCache(
+            GPTConfig(**shape, **heads), num_blocks, block_size, torch.float32, CPU
+        )
+        # what no sequence owns must not matter: large, so that a leak shows at once
+        self.cache.data.copy_(torch.from_numpy(self.normal(*self.cache.data.shape) * 1e4))
+        blocks = self.random.permutation(num_blocks - 1)[: sum(needed)] + 1
+        tables = [part.tolist() for part in np.split(blocks, np.cumsum(needed)[:-1])]
+        self.lengths = [length for _, length in sequences]
+        self.rows = [rows for rows, _ in sequences]
+        self.views = [
+            SequenceKVView(self.cache, table, length)
+            for table, length in zip(tables, self.lengths, strict=True)
+        ]
+        k, v = self.cache.layer(1)
+        for view in self.views:
+            for slot in view.slots():
+                for x in (k, v):
+                    x[slot // block_size, :, slot % block_size] = torch.from_numpy(
+                        self.normal(n_kv_head, head_dim)
+                    )
+        chunks = [
+            ([0] * length, length - rows, length, table)
+            for (rows, length), table in zip(sequences, tables, strict=True)
+        ]
+        self.batch = hand_made_batch(chunks, block_size)
+        self.q = torch.from_numpy(self.normal(sum(self.rows), n_head, head_dim))
+
+    def normal(self, *shape):
+        return self.random.standard_normal(shape).astype(np.float32)
+
+    def attend(self, backend, window):
+        attend = pick_backend(backend, CPU, torch.float32)
+        return attend(self.q, *self.cache.layer(1), self.batch, window)
+
+    def expected(self, window):
+        """Row by row and head by head in float64, from the definition."""
+        n_head, dim = self.q.shape[1:]
+        out = []
+        queries = iter(self.q.double().numpy())
+        for view, rows, length in zip(self.views, self.rows, self.lengths, strict=True):
+            k, v = (x.double().numpy() for x in view.gather(1))
+            group = n_head // k.shape[1]
+            for p in range(length - rows, length):
+                seen = [j for j in range(length) if j <= p and (window < 0 or p - j <= window)]
+                q = next(queries)
+                for head in range(n_head):
+                    scores = k[seen, head // group] @ q[head] / np.sqrt(dim)
+                    weights = np.exp(scores - scores.max())
+                    out.append(weights / weights.sum() @ v[seen, head // group])
+        return torch.from_numpy(np.array(out)).view(self.q.shape)
+
+    def check(self, backend, window):
+        out = self.attend(backend, window)
+        assert out.shape == self.q.shape and out.dtype == self.q.dtype
+        torch.testing.assert_close(out.double(), self.expected(window), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [-1, 0, 1, 7, 16, 39, 1000])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 64])
+def test_a_mixed_batch_in_scattered_blocks(backend, window, block_size):
+    Case(MIXED, block_size=block_size).check(backend, window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sequences", [DECODES, MIXED[4:], [(1, 1)], [(64, 64)], [(3, 700)]])
+@pytest.mark.parametrize("window", [-1, 20])
+def test_decodes_alone_and_chunks_alone(backend, sequences, window):
+    Case(sequences).check(backend, window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "n_head, n_kv_head, head_dim",
+    [
+        (4, 4, 16),
+        (4, 1, 16),
+        (6, 3, 8),
+        (6, 2, 20),
+        (1, 1, 64),
+        (2, 1, 128),
+        (10, 2, 6),
+        (20, 1, 4),
+    ],
+)
+def test_query_heads_that_share_kv_heads(backend, n_head, n_kv_head, head_dim):
+    case = Case(MIXED, n_head, n_kv_head, head_dim, block_size=8)
+    for window in (-1, 11):
+        case.check(backend, window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_window_has_both_ends_inside(backend):
+    """w + 1 keys: the query itself and the w before it. Each value names its own position."""
+    case = Case([(1, 30), (30, 30)], n_head=1, n_kv_head=1, head_dim=16, block_size=4)
+    k, v = case.cache.layer(1)
+    k.zero_()  # so that all visible keys weigh the same
+    for view in case.views:
+        for p, slot in enumerate(view.slots()):
+            v[slot // 4, :, slot % 4] = 2.0**p
+    for window in (0, 3, 29, 30):
+        out = case.attend(backend, window)
+        for row, p in enumerate([29, *range(30)]):
+            seen = range(max(0, p - window), p + 1)
+            expected = sum(2.0**j for j in seen) / len(seen)
+            torch.testing.assert_close(out[row], torch.full((1, 16), expected), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_of_any_size_neither_overflow_nor_vanish(backend):
+    case = Case(MIXED, block_size=4)
+    case.q *= 1000.0  # scores in the thousands: exp() of them is infinite
+    out = case.attend(backend, -1)
+    assert out.isfinite().all()
+    # the scores are themselves good to 1e-4 or so here, and one key takes nearly all the weight
+    torch.testing.assert_close(out.double(), case.expected(-1), rtol=0, atol=5e-3)
+    case.q *= 0.0  # equal weights
+    case.check(backend, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_does_not_depend_on_who_shares_its_batch(backend):
+    case = Case(MIXED, block_size=4)
+    together = case.attend(backend, 25)
+    first = 0
+    for view, rows, length in zip(case.views, case.rows, case.lengths, strict=True):
+        chunk = ([0] * length, length - rows, length, view.table)
+        attend = pick_backend(backend, CPU, torch.float32)
+        alone = attend(
+            case.q[first : first + rows], *case.cache.layer(1), hand_made_batch([chunk], 4), 25
+        )
+        torch.testing.assert_close(alone, together[first : first + rows], rtol=0, atol=1e-6)
+        first += rows
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_output_is_written(backend):
+    case = Case(MIXED)
+    before = case.cache.data.clone(), case.q.clone()
+    case.attend(backend, 9)
+    assert torch.equal(case.cache.data, before[0]) and torch.equal(case.q, before[1])
+
+
+def test_half_precision_keeps_the_softmax_in_float32():
+    """300 equal keys: sums of weights of 1/300 would be off by a percent in bfloat16."""
+    case = Case([(1, 300), (300, 300)])
+    reference = case.attend("sdpa", -1)
+    k, v = (x.bfloat16() for x in case.cache.layer(1))
+    out = sdpa_attention(case.q.bfloat16(), k, v, case.batch, -1)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - reference).norm() / reference.norm() < 8e-3
+
+
+def test_a_view_reads_a_sequence_in_its_own_order():
+    case = Case([(1, 9), (1, 20)], block_size=4)
+    k, v = case.cache.layer(1)
+    for view in case.views:
+        slots = view.slots()
+        assert len(slots) == len(set(slots)) == view.num_tokens
+        assert view.slots(3, 7) == slots[3:7]
+        keys, values = view.gather(1)
+        assert keys.shape == values.shape == (view.num_tokens, 2, 16)
+        for p, slot in enumerate(slots):
+            assert slot // 4 == view.table[p // 4] and slot % 4 == p % 4
+            assert torch.equal(keys[p], k[slot // 4, :, slot % 4])
+            assert torch.equal(values[p], v[slot // 4, :, slot % 4])
+
+
+# choosing one ------------------------------------------------------------------------------------
+
+
+def test_auto_is_the_fastest_that_runs_here():
+    assert pick_backend("auto", CPU, torch.float32) is pick_backend("numba", CPU, torch.float32)
+    assert pick_backend("auto", CPU, torch.bfloat16) is sdpa_attention
+    assert pick_backend("sdpa", CPU, torch.float32) is sdpa_attention
+
+
+@pytest.mark.parametrize(
+    "name, dtype, words",
+    [
+        ("flash", torch.float32, ["attention", "'flash'", "'auto'", "'sdpa'", "'numba'"]),
+        (None, torch.float32, ["attention", "None", "'auto'"]),
+        ("numba", torch.bfloat16, ["numba", "float32", "bfloat16"]),
+        ("triton", torch.float32, ["triton", "GPU", "cpu"]),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused(name, dtype, words):
+    with pytest.raises(ValueError) as error:
+        pick_backend(name, CPU, dtype)
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,281 @@
+"""Mistakes of a user: each is refused by name, and the engine is as it was before."""
+
+import math
+from contextlib import contextmanager
+from decimal import Decimal
+
+import numpy as np
+import pytest
+import torch
+from conftest import ERAS
+
+from microvllm import LLM, SamplingParams
+
+MODEL = ERAS / "era5" / "chatsft_checkpoints" / "d4"  # context 400, vocabulary 311
+OTHER = ERAS / "era3b" / "chatrl_checkpoints" / "d5"  # context 208
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+GOOD = list(range(1, 30))
+
+
+@pytest.fixture(scope="module")
+def llm():
+    """39 usable blocks of 4: 156 tokens, in a context of 200."""
+    with LLM(
+        MODEL, device="cpu", attention="sdpa", num_blocks=40, block_size=4, max_model_len=200,
+        max_batch_size=8,
+    ) as llm:  # fmt: skip
+        llm.generate([GOOD], GREEDY, use_tqdm=False)  # so that the prefix cache holds something
+        yield llm
+
+
+@contextmanager
+def refused(llm, error, *words):
+    """`error` is raised with all the words, and nothing is queued, counted or taken."""
+    before, free = llm.stats(), list(llm.scheduler.blocks.cached)
+    with pytest.raises(error) as info:
+        yield
+    assert type(info.value) is error
+    for word in words:
+        assert str(word) in str(info.value), f"{word!r} is not in: {info.value}"
+    assert llm.stats() == before
+    assert list(llm.scheduler.blocks.cached) == free
+    assert llm.is_finished() and llm.step() == []
+    llm.scheduler.blocks.check([])
+
+
+def assert_still_works(llm):
+    (output,) = llm.generate([GOOD], GREEDY, use_tqdm=False)
+    assert len(output["token_ids"]) == 10 and output["finish_reason"] == "length"
+
+
+# prompts -----------------------------------------------------------------------------------------
+
+
+WRONG_PROMPTS = [
+    pytest.param(*case, id=repr(case[0])[:30])
+    for case in [
+        (None, TypeError, ["NoneType"]),
+        (7, TypeError, ["int"]),
+        (b"text", TypeError, ["bytes"]),
+        ({"role": "user"}, TypeError, ["dict"]),
+        ({3, 4}, TypeError, ["set"]),
+        (torch.tensor([3, 4]), TypeError, ["Tensor"]),
+        ([], ValueError, ["at least one", "''"]),
+        ((), ValueError, ["at least one"]),
+        (np.array([], dtype=np.int64), ValueError, ["at least one"]),
+        ([3, "4"], TypeError, ["integers", "'4'"]),
+        ([3, 4.0], TypeError, ["4.0"]),
+        ([3, math.nan], TypeError, ["nan"]),
+        ([3, None], TypeError, ["None"]),
+        ([3, Decimal(4)], TypeError, ["Decimal('4')"]),
+        ([3, [4]], TypeError, ["[4]"]),
+        ([True, False], TypeError, ["True"]),
+        ([3, np.True_], TypeError, ["True"]),
+        (np.array([3.0, 4.0]), TypeError, ["3.0"]),
+        (np.array([[3, 4]]), TypeError, ["integers"]),
+        (["text"], TypeError, ["'text'"]),
+        ([3, 311], ValueError, ["311", "vocabulary of 311"]),
+        ([3, -1], ValueError, ["-1", "vocabulary"]),
+        ([2**80], ValueError, [2**80]),
+        (np.array([3, 311]), ValueError, ["311"]),
+        ([3] * 500, ValueError, ["500 tokens", "200", "301 too many"]),
+    ]
+]
+
+
+@pytest.mark.parametrize("prompt, error, words", WRONG_PROMPTS)
+def test_one_wrong_prompt_in_a_list_stops_the_list_before_any_work(llm, prompt, error, words):
+    for at in (0, 2):
+        prompts = ["good", [3, 4], ""]
+        prompts[at] = prompt
+        with refused(llm, error, f"prompts[{at}]", *words):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+        with refused(llm, error, f"prompts[{at}]", *words):
+            next(llm.stream(prompts, GREEDY))
+    with refused(llm, error, *words):
+        llm.add_request(prompt, GREEDY)
+
+
+@pytest.mark.parametrize(
+    "prompts", [None, 7, b"text", {"a": "b"}, {"a"}, (p for p in "ab")], ids=type
+)
+def test_prompts_that_are_no_list(llm, prompts):
+    with refused(llm, TypeError, "prompts", type(prompts).__name__):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+
+
+def test_ids_in_place_of_a_list_of_prompts(llm):
+    """The likeliest mistake: one prompt of ids that is not in a list."""
+    with refused(llm, TypeError, "prompts[0]", "int", "list of token ids"):
+        llm.generate([3, 4, 5], GREEDY, use_tqdm=False)
+
+
+def test_a_prompt_too_long_for_the_model_is_told_by_how_much(llm):
+    with refused(llm, ValueError, "200 tokens", "max_model_len is 200", "1 too many", "4000"):
+        llm.generate([[3] * 200], SamplingParams(max_tokens=1), use_tqdm=False)
+    with refused(llm, ValueError, "1001 tokens", "802 too many"):
+        llm.add_request([3] * 1001)
+
+
+def test_a_prompt_too_long_for_the_pool_is_told_by_how_much(llm):
+    """156 slots; the last new token is never fed back and needs none."""
+    fits = SamplingParams(temperature=0, max_tokens=17, ignore_eos=True)
+    (output,) = llm.generate([[5] * 140], fits, use_tqdm=False)
+    assert len(output["token_ids"]) == 17 and output["finish_reason"] == "length"
+    for max_tokens, over in [(18, 1), (19, 2), (60, 43)]:
+        params = SamplingParams(max_tokens=max_tokens)
+        with refused(
+            llm, ValueError, "140 prompt tokens", f"max_tokens={max_tokens}", "39",
+            f": {over} tokens too many", "num_blocks",
+        ):  # fmt: skip
+            llm.generate([[3], [5] * 140], [GREEDY, params], use_tqdm=False)
+    # the context ends at 200: what lies beyond need not fit
+    with refused(llm, ValueError, ": 43 tokens too many"):
+        llm.add_request([5] * 140, SamplingParams(max_tokens=10_000))
+    assert_still_works(llm)
+
+
+def test_more_samples_than_may_run_at_once(llm):
+    with refused(llm, ValueError, "prompts[0]", "n=9", "max_batch_size=8"):
+        llm.generate(["a"], SamplingParams(n=9), use_tqdm=False)
+
+
+def test_stop_tokens_outside_the_vocabulary(llm):
+    with refused(llm, ValueError, "stop_token_ids", "[311, 999]", "311"):
+        llm.generate(["a"], SamplingParams(stop_token_ids=[5, 311, 999]), use_tqdm=False)
+
+
+def test_as_many_sampling_params_as_prompts(llm):
+    for count in (0, 1, 3):
+        with refused(llm, ValueError, "2 prompts", f"{count} sampling_params"):
+            llm.generate(["a", "b"], [GREEDY] * count, use_tqdm=False)
+    with refused(llm, ValueError, "0 prompts", "1 sampling_params"):
+        llm.generate([], [GREEDY], use_tqdm=False)
+
+
+@pytest.mark.parametrize("params", [0.7, "greedy", {"temperature": 0}, SamplingParams], ids=str)
+def test_sampling_params_of_another_type(llm, params):
+    with refused(llm, TypeError, "sampling_params"):
+        llm.generate(["a"], params, use_tqdm=False)
+    with refused(llm, TypeError, "prompts[1]", "sampling_params"):
+        llm.generate(["a", "b"], [GREEDY, params], use_tqdm=False)
+    with refused(llm, TypeError, "sampling_params"):
+        llm.add_request("a", params)
+
+
+def test_unknown_keywords_of_generate(llm):
+    with refused(llm, TypeError, "temperature"):
+        llm.generate(["a"], temperature=0)
+
+
+def test_nothing_asked_is_nothing_done(llm):
+    before = llm.stats()
+    assert llm.generate([], use_tqdm=False) == []
+    assert llm.generate([], [], use_tqdm=False) == []
+    assert llm.generate((), GREEDY, use_tqdm=False) == []
+    assert llm.generate([]) == []  # nor a progress bar
+    assert llm.stats() == before
+
+
+def test_empty_text_is_bos_alone(llm):
+    for prompts in ("", [""], [[llm.tokenizer.bos_id]]):
+        (output,) = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert output["prompt_token_ids"] == [llm.tokenizer.bos_id]
+        assert len(output["token_ids"]) == 10
+    # text never becomes a special token, not even its name
+    (output,) = llm.generate("<|bos|>", GREEDY, use_tqdm=False)
+    assert output["prompt_token_ids"].count(llm.tokenizer.bos_id) == 1
+
+
+def test_text_that_is_no_unicode_is_served(llm):
+    """Half a surrogate pair, from a file read with surrogateescape, say."""
+    outputs = llm.generate(["\ud800", "caf\udce9", "\0", "\uffff"], GREEDY, use_tqdm=False)
+    assert [len(output["token_ids"]) for output in outputs] == [10] * 4
+
+
+def test_numpy_ids_are_served(llm):
+    """As they come out of a data set; the outputs are plain integers again."""
+    prompts = [np.array(GOOD, dtype=dtype) for dtype in (np.uint8, np.int16, np.uint64)]
+    prompts += [[np.int32(token) for token in GOOD], tuple(GOOD)]
+    for output in llm.generate(prompts, GREEDY, use_tqdm=False):
+        assert output["prompt_token_ids"] == GOOD
+        assert all(type(token) is int for token in output["prompt_token_ids"])
+        assert all(type(token) is int for token in output["token_ids"])
+
+
+# the engine's own arguments ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("num_blocks", 1, ValueError),
+        ("num_blocks", 0, ValueError),
+        ("num_blocks", -5, ValueError),
+        ("num_blocks", 2.0, TypeError),
+        ("num_blocks", "64", TypeError),
+        ("num_blocks", True, TypeError),
+        ("block_size", 0, ValueError),
+        ("block_size", -16, ValueError),
+        ("block_size", 16.0, TypeError),
+        ("block_size", None, TypeError),
+        ("block_size", True, TypeError),
+        ("max_batch_size", 0, ValueError),
+        ("max_batch_size", -1, ValueError),
+        ("max_batch_size", 1.0, TypeError),
+        ("max_batch_size", False, TypeError),
+        ("max_batched_tokens", 0, ValueError),
+        ("max_batched_tokens", "1k", TypeError),
+        ("max_batched_tokens", math.nan, TypeError),
+        ("max_model_len", 1, ValueError),
+        ("max_model_len", 0, ValueError),
+        ("max_model_len", 400.0, TypeError),
+        ("max_model_len", 4001, ValueError),
+        ("seed", -1, ValueError),
+        ("seed", 0.5, TypeError),
+        ("seed", "7", TypeError),
+        ("seed", None, TypeError),
+        ("dtype", "float", ValueError),
+        ("dtype", torch.int32, ValueError),
+        ("device", "gpu0", ValueError),
+        ("device", 3.5, ValueError),
+        ("attention", "flash", ValueError),
+        ("attention", None, ValueError),
+        ("attention", "triton", ValueError),
+        ("step", 484, FileNotFoundError),
+        ("step", -1, ValueError),
+        ("step", "483", TypeError),
+        ("softcap", "20", ValueError),
+        ("round_rotary", 1, ValueError),
+        ("temperature", 0.5, TypeError),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_named_with_its_value(name, value, error):
+    with pytest.raises(error) as info:
+        LLM(MODEL, **{"device": "cpu"} | {name: value})
+    assert type(info.value) is error
+    assert name in str(info.value)
+    if name != "temperature":  # an unknown name; its value says nothing
+        shown = str(value) if error is FileNotFoundError else repr(value)
+        assert shown in str(info.value)
+
+
+def test_a_context_of_up_to_ten_times_the_training_and_no_more():
+    """Where the rotary tables of nanochat end."""
+    ids = np.random.default_rng(0).integers(0, 311, 2070).tolist()
+    with LLM(OTHER, device="cpu", max_model_len=2080, max_batched_tokens=500, softcap=20) as llm:
+        (output,) = llm.generate(
+            [ids], SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+        )
+        assert len(output["token_ids"]) == 10 and output["finish_reason"] == "length"
+        with pytest.raises(ValueError, match="2081 tokens.* 2 too many"):
+            llm.generate([ids + [0] * 11])
+    with pytest.raises(ValueError) as info:
+        LLM(OTHER, device="cpu", max_model_len=2081)
+    for word in ("max_model_len=2081", "2080", "208", "rotary"):
+        assert word in str(info.value)
+    # not given, it is the checkpoint's own
+    with LLM(OTHER, device="cpu", num_blocks=20) as llm:
+        assert llm.max_model_len == 208
+        with pytest.raises(ValueError, match="208 tokens and max_model_len is 208: 1 too many"):
+            llm.generate([ids[:208]])

@@ -1,0 +1,751 @@
+"""The engine against a naive loop over the same model: whatever the pool, the budget, the batch and
+the cache do, every request gets the tokens it would get alone."""
+
+import functools
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL, Fixture, era_fixtures, hand_made_batch
+from test_scheduler import Simulation, text
+
+from microvllm import LLM, SamplingParams
+from microvllm.checkpoint import load_model
+from microvllm.engine import PagedKVCache, make_batch
+from microvllm.sampler import noise
+
+FIXTURES = {name: Fixture(*found) for name, found in era_fixtures().items()}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are tiny: a second thread would only wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class TooClose(AssertionError):
+    """No test may hang on a rounding: this one needs another prompt or seed."""
+
+
+class Naive:
+    """One sequence at a time, all of it computed again for every token, sampled in float64."""
+
+    def __init__(self, directory, overrides=None):
+        self.model = load_model(directory, attention="sdpa", **(overrides or {}))
+        self.known: dict[tuple, np.ndarray] = {}  # text -> logits of what follows
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """(V,) float64, of the token after these."""
+        key = tuple(tokens)
+        if key not in self.known:
+            table = range(1, 2 + len(tokens) // 16)
+            batch = hand_made_batch([(tokens, 0, len(tokens), table)], 16)
+            batch.logit_rows = batch.logit_rows[-1:]
+            model = self.model
+            cache = PagedKVCache(model.config, 1 + len(table), 16, model.dtype, model.device)
+            with torch.inference_mode():
+                row = model.head(model.forward(batch, cache))[0]
+            self.known[key] = row.double().numpy()
+        return self.known[key]
+
+    def pick(self, logits: np.ndarray, params: SamplingParams, uniform: float) -> int:
+        """The next token, by the definition of each parameter."""
+        keep = 1 if params.temperature == 0 else params.top_k or len(logits)
+        ranked = [*np.sort(logits)[::-1], -np.inf]
+        if ranked[keep - 1] - ranked[keep] < 1e-4:
+            raise TooClose
+        if keep == 1:
+            return int(logits.argmax())
+        logits = np.where(logits < ranked[keep - 1], -np.inf, logits)
+        p = np.exp((logits - logits.max()) / params.temperature)
+        cdf = p.cumsum() / p.sum()
+        if np.abs(cdf - uniform).min() < 1e-6:
+            raise TooClose
+        return int(np.searchsorted(cdf, uniform, side="right"))
+
+    def complete(self, prompt, params: SamplingParams, sample_id=0, stop=frozenset()) -> list[int]:
+        """The tokens that follow, up to and with the first one of `stop`."""
+        tokens = list(prompt)
+        stop = stop | {*params.stop_token_ids}
+        limit = min(len(tokens) + params.max_tokens, self.model.config.sequence_len)
+        while len(tokens) < limit:
+            (uniform,) = noise([params.seed or 0], [sample_id], [len(tokens)])
+            tokens.append(self.pick(self.logits(tokens), params, float(uniform)))
+            if tokens[-1] in stop:
+                break
+        return tokens[len(prompt) :]
+
+
+@functools.cache
+def naive(name: str) -> Naive:
+    return Naive(FIXTURES[name].directory, FIXTURES[name].overrides)
+
+
+def build(name: str = "era5", overlap: bool = False, **kwargs) -> LLM:
+    """An engine over a fixture. overlap: the loop of a GPU, one step ahead of what the host has
+    read; nothing in it needs a GPU."""
+    fixture = FIXTURES[name]
+    kwargs = {"num_blocks": 200, "device": "cpu"} | fixture.overrides | kwargs
+    llm = LLM(fixture.directory, tokenizer_path=fixture.tokenizer, **kwargs)
+    llm.overlap = overlap
+    return llm
+
+
+def check(llm: LLM) -> None:
+    """What holds after every step."""
+    scheduler = llm.scheduler
+    scheduler.blocks.check(scheduler.running)
+    assert len(scheduler.running) <= llm.max_batch_size
+    assert not any(len(seq.table) for seq in scheduler.waiting)
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nobody is left and every block is free again."""
+    blocks, stats = llm.scheduler.blocks, llm.stats()
+    assert llm.is_finished() and not llm.scheduler.running and not llm.scheduler.waiting
+    assert blocks.num_free == blocks.num_usable and not any(blocks.ref_count)
+    assert stats["free_blocks"] == stats["num_blocks"] and stats["running"] == 0
+
+
+def finish(llm: LLM) -> dict[int, dict]:
+    """Step until all requests are done, checking each step. Outputs by request id."""
+    outputs = {}
+    while not llm.is_finished():
+        for output in llm.step():
+            outputs[output["request_id"]] = output
+        check(llm)
+    assert_idle(llm)
+    return outputs
+
+
+def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list[dict]:
+    """All requests at once, step by step."""
+    ids = [llm.add_request(prompt, params) for prompt, params in work]
+    outputs = finish(llm)
+    return [outputs[request_id] for request_id in ids]
+
+
+def assert_naive(outputs: list[dict], work, name: str = "era5", eos=frozenset()) -> None:
+    for output, (prompt, params) in zip(outputs, work, strict=True):
+        assert output["prompt_token_ids"] == prompt
+        assert len(output["samples"]) == params.n
+        stop = frozenset() if params.ignore_eos else eos
+        for i, sample in enumerate(output["samples"]):
+            wanted = naive(name).complete(prompt, params, i, stop)
+            assert sample["token_ids"] == wanted, (len(prompt), params, i)
+            ended = wanted[-1] in stop | {*params.stop_token_ids}
+            assert sample["finish_reason"] == ("stop" if ended else "length")
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    """A prompt of so many token ids, another one for each seed."""
+    return random.Random(seed).choices(range(256), k=length)
+
+
+def greedy(max_tokens: int, **kwargs) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **kwargs)
+
+
+def sampled(max_tokens: int, seed: int, **kwargs) -> SamplingParams:
+    kwargs = {"temperature": 1.0, "ignore_eos": True} | kwargs
+    return SamplingParams(max_tokens=max_tokens, seed=seed, **kwargs)
+
+
+# prompts shorter and longer than a block and than the short window, greedy rows among sampled ones
+MIXED = [
+    (ids(1, 1), greedy(12)),
+    (ids(2, 2), sampled(12, seed=5)),
+    (ids(3, 3), greedy(1)),
+    (ids(15, 4), greedy(9)),
+    (ids(16, 5), sampled(5, seed=6, temperature=0.7, top_k=5)),
+    (ids(17, 6), greedy(17)),
+    (ids(33, 7), sampled(1, seed=7)),
+    (ids(48, 8), greedy(2)),
+    (ids(64, 9), sampled(14, seed=8, top_k=20)),
+    (ids(140, 10), greedy(10)),
+    (ids(127, 11), sampled(6, seed=9, temperature=1.5)),
+]
+# beginnings in common, one prompt twice, one that ends where a block ends
+SHARED = [
+    (ids(40, 1), greedy(9)),
+    (ids(40, 1), greedy(9)),
+    (ids(40, 1)[:32], greedy(12)),
+    (ids(40, 1)[:32] + ids(7, 2), sampled(9, seed=1)),
+    (ids(40, 1)[:17] + ids(20, 3), greedy(9)),
+    (ids(64, 4), greedy(4)),
+    (ids(64, 4), sampled(4, seed=2)),
+]
+
+
+def growing(shortest: int) -> list:
+    """Many that grow, for pools that do not hold them all."""
+    lengths = range(shortest, shortest + 28, 4)
+    return [
+        (ids(n, 20 + i), greedy(40) if i % 2 else sampled(36, seed=i))
+        for i, n in enumerate(lengths)
+    ]
+
+
+GROWING = growing(3)
+
+both_loops = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "ahead"])
+
+
+# the same tokens as the naive loop ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["era1_padded", "era3", "era5"])
+def test_the_naive_loop_itself_gives_nanochats_tokens(name):
+    prompt = next(p for p in FIXTURES[name].json["prompts"] if p["length"] == 17)
+    tokens = naive(name).complete(prompt["ids"], greedy(12))
+    assert tokens == prompt["greedy_tokens"][:12]
+
+
+@both_loops
+@pytest.mark.parametrize("name", ["era1_padded", "era3", "era5"])
+def test_mixed_lengths(name, overlap):
+    with build(name, overlap) as llm:
+        assert_naive(serve(llm, MIXED), MIXED, name)
+
+
+def test_the_gathering_backend():
+    with build(attention="sdpa") as llm:
+        assert_naive(serve(llm, MIXED), MIXED)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 64])
+def test_block_sizes_with_a_cold_and_a_warm_cache(block_size, caching):
+    with build(
+        block_size=block_size, num_blocks=1024 // block_size, enable_prefix_caching=caching
+    ) as llm:
+        for turn in range(2):
+            for work in (SHARED, MIXED):
+                outputs = serve(llm, work)
+                assert_naive(outputs, work)
+                for output, (prompt, _) in zip(outputs, work, strict=True):
+                    hit = (len(prompt) - 1) // block_size * block_size if turn and caching else 0
+                    assert output["num_cached_tokens"] >= hit
+                    assert caching or output["num_cached_tokens"] == 0
+
+
+@both_loops
+@pytest.mark.parametrize("budget", [1, 2, 7, 64, None])
+def test_token_budgets(budget, overlap, monkeypatch):
+    work = SHARED + MIXED[:9]
+    with build(max_batched_tokens=budget, overlap=overlap) as llm:
+        forward, rows = llm.model.forward, []
+        monkeypatch.setattr(
+            llm.model,
+            "forward",
+            lambda batch, kv: rows.append(len(batch.ids)) or forward(batch, kv),
+        )
+        assert_naive(serve(llm, work), work)
+        assert max(rows) == min(budget or 1024, llm.stats()["prefill_tokens"])
+
+
+@both_loops
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 70), (4, 19), (16, 6), (64, 4)])
+def test_pools_so_small_that_sequences_make_room(block_size, num_blocks, caching, overlap):
+    with build(
+        block_size=block_size,
+        num_blocks=num_blocks,
+        enable_prefix_caching=caching,
+        overlap=overlap,
+    ) as llm:
+        work = growing(3 if block_size < 64 else 36)
+        for _ in range(2):
+            assert_naive(serve(llm, work), work)
+        assert llm.stats()["preemptions"] > 0
+        assert llm.stats()["peak_blocks"] == num_blocks - 1
+
+
+@both_loops
+@pytest.mark.parametrize("max_batch_size", [1, 2, 3])
+def test_never_more_than_max_batch_size_run_at_once(max_batch_size, overlap):
+    most = 0
+    with build(max_batch_size=max_batch_size, overlap=overlap) as llm:
+        for prompt, params in MIXED[:8]:
+            llm.add_request(prompt, params)
+        outputs = []
+        while not llm.is_finished():
+            outputs += llm.step()
+            check(llm)
+            most = max(most, llm.stats()["running"])
+        assert_naive(sorted(outputs, key=lambda o: o["request_id"]), MIXED[:8])
+    assert most == max_batch_size
+
+
+@both_loops
+def test_everything_at_once(overlap):
+    work = [
+        (ids(18, 1), sampled(9, seed=3, n=3)),
+        (ids(18, 1), greedy(20)),
+        *GROWING[:4],
+        (ids(18, 1)[:16], sampled(20, seed=4, n=2)),
+    ]
+    with build(
+        block_size=4, num_blocks=20, max_batched_tokens=7, max_batch_size=5, overlap=overlap
+    ) as llm:
+        for _ in range(2):
+            assert_naive(serve(llm, work), work)
+        assert llm.stats()["preemptions"] > 0 and llm.stats()["cached_tokens"] > 0
+
+
+@both_loops
+def test_the_bundled_model(overlap):
+    with LLM(MODEL, device="cpu", num_blocks=30, max_batched_tokens=16) as llm:
+        llm.overlap = overlap
+        prompts = ["Who wrote Moby Dick?", "The capital of France", ""]
+        work = [(llm.tokenizer.encode(p, bos=True), greedy(10)) for p in prompts]
+        outputs = llm.generate(prompts, greedy(10))
+        check(llm)
+        assert_idle(llm)
+    loop = Naive(MODEL)
+    for output, (prompt, params) in zip(outputs, work, strict=True):
+        assert output["token_ids"] == loop.complete(prompt, params)
+        assert output["prompt_token_ids"] == prompt
+
+
+# sampling -----------------------------------------------------------------------------------------
+
+SAMPLED = [(ids(5 + 6 * i, 40 + i), sampled(24, seed=i, temperature=1 + i / 5)) for i in range(5)]
+
+
+@both_loops
+def test_a_seed_gives_the_same_tokens_in_any_company(overlap):
+    with build(overlap=overlap) as llm:
+        together = serve(llm, SAMPLED)
+        assert_naive(together, SAMPLED)
+        wanted = [output["token_ids"] for output in together]
+        # now with a warm cache, and in the other order
+        assert [o["token_ids"] for o in serve(llm, SAMPLED[::-1])] == wanted[::-1]
+        assert llm.stats()["cached_tokens"] > 0
+        # alone
+        assert [serve(llm, [request])[0]["token_ids"] for request in SAMPLED] == wanted
+    # sent away and computed again
+    with build(overlap=overlap, block_size=4, num_blocks=15) as llm:
+        assert [o["token_ids"] for o in serve(llm, SAMPLED)] == wanted
+        assert llm.stats()["preemptions"] > 0
+    # in pieces
+    with build(overlap=overlap, max_batched_tokens=3) as llm:
+        assert [o["token_ids"] for o in serve(llm, SAMPLED)] == wanted
+
+
+def test_samples_of_a_prompt_are_computed_from_one_prefill():
+    prompt, params = ids(21, 1), sampled(9, seed=7, n=4)
+    with build() as llm:
+        (output,) = serve(llm, [(prompt, params)])
+        assert_naive([output], [(prompt, params)])
+        assert llm.stats()["prefill_tokens"] == 21
+    samples = [sample["token_ids"] for sample in output["samples"]]
+    assert len({tuple(tokens) for tokens in samples}) == 4
+    assert output["token_ids"] == samples[0]  # the first is also at the top level
+
+
+def test_a_sample_depends_on_its_seed_and_index_and_on_nothing_else():
+    prompt = ids(21, 1)
+    work = [
+        (prompt, sampled(9, seed=7, n=3)),
+        (prompt, sampled(9, seed=7)),
+        (prompt, sampled(9, seed=8, n=3)),
+        (prompt, sampled(9, seed=7, n=2)),
+    ]
+    with build() as llm:
+        outputs = serve(llm, work)
+    a, b, c, d = ([sample["token_ids"] for sample in output["samples"]] for output in outputs)
+    assert b == a[:1] and d == a[:2]  # the same seed and index: the same tokens
+    assert len({tuple(tokens) for tokens in a + c}) == 6  # another seed or index: others
+
+
+def test_greedy_samples_are_all_the_same():
+    with build(block_size=4) as llm:
+        (output,) = serve(llm, [(ids(6, 1), greedy(9, n=3))])
+    assert len({tuple(sample["token_ids"]) for sample in output["samples"]}) == 1
+    assert_naive([output], [(ids(6, 1), greedy(9, n=3))])
+
+
+@pytest.mark.parametrize("num_blocks", [8, 9, 11, 14])
+@both_loops
+def test_samples_under_memory_pressure(num_blocks, overlap):
+    work = [(ids(6, 1), sampled(20, seed=1, n=4)), (ids(9, 2), sampled(12, seed=2, n=2))]
+    with build(block_size=4, num_blocks=num_blocks, overlap=overlap) as llm:
+        assert_naive(serve(llm, work), work)
+        assert llm.stats()["preemptions"] > 0
+
+
+def test_top_k_1_is_greedy_at_any_temperature():
+    with build() as llm:
+        a, b = serve(llm, [(ids(9), greedy(9)), (ids(9), sampled(9, 1, top_k=1, temperature=9.0))])
+    assert a["token_ids"] == b["token_ids"]
+
+
+def test_the_order_of_temperatures_in_a_batch_is_kept():
+    work = [(ids(9, i), sampled(6, seed=i, temperature=t)) for i, t in enumerate([0, 2.0, 0, 0.1])]
+    with build() as llm:
+        assert_naive(serve(llm, work), work)
+
+
+# how requests end ---------------------------------------------------------------------------------
+
+
+def ending(prompt: list[int], index: int, eos: frozenset[int], **kwargs) -> SamplingParams:
+    """Params whose seed makes the naive loop sample its first end token as token `index`."""
+    for seed in range(5000):
+        params = sampled(20, seed, temperature=3.0, ignore_eos=False, **kwargs)
+        try:
+            tokens = naive("era5").complete(prompt, replace(params, max_tokens=index + 1), stop=eos)
+        except TooClose:
+            continue
+        if len(tokens) == index + 1 and tokens[-1] in eos:
+            return params
+    raise AssertionError("no seed")
+
+
+@both_loops
+def test_an_end_token_ends_a_request_unless_told_otherwise(overlap):
+    prompt = ids(9, 3)
+    with build(overlap=overlap) as llm:
+        eos = llm.tokenizer.eos_ids
+        params = ending(prompt, 1, eos)
+        work = [(prompt, params), (prompt, replace(params, ignore_eos=True)), MIXED[3]]
+        outputs = serve(llm, work)
+        assert_naive(outputs, work, eos=eos)
+        stopped, ignored, _ = outputs
+    assert len(stopped["token_ids"]) == 2 and stopped["finish_reason"] == "stop"
+    assert stopped["stop_reason"] == stopped["token_ids"][-1] in eos
+    assert len(ignored["token_ids"]) == 20 and ignored["finish_reason"] == "length"
+    assert ignored["token_ids"][:2] == stopped["token_ids"]
+    assert ignored["stop_reason"] == "max_tokens"
+
+
+@both_loops
+def test_an_end_token_in_the_prompt_ends_nothing(overlap):
+    with build(overlap=overlap) as llm:
+        eos = llm.tokenizer.eos_ids
+        prompt = [*ids(5), *eos, *ids(5, 1), *eos]
+        params = SamplingParams(temperature=0, max_tokens=6)
+        outputs = serve(llm, [(prompt, params)])
+        assert_naive(outputs, [(prompt, params)], eos=eos)
+        assert len(outputs[0]["token_ids"]) == 6
+
+
+@both_loops
+def test_stop_token_ids_end_a_request_with_ignore_eos_too(overlap):
+    prompt = ids(9, 3)
+    tokens = naive("era5").complete(prompt, sampled(12, 1))
+    stop = next(t for i, t in enumerate(tokens) if i > 3 and t not in tokens[:i])
+    params = sampled(12, 1, stop_token_ids=(stop,))
+    work = [(prompt, params), *MIXED[:4]]
+    with build(overlap=overlap) as llm:
+        outputs = serve(llm, work)
+        assert_naive(outputs, work)
+    assert outputs[0]["token_ids"] == tokens[: tokens.index(stop) + 1]
+    assert outputs[0]["stop_reason"] == stop
+
+
+@both_loops
+@pytest.mark.parametrize("length", [1, 15, 16, 17])
+def test_max_tokens_1(length, overlap):
+    work = [(ids(length, i), params) for i, params in enumerate([greedy(1), sampled(1, seed=3)])]
+    with build(overlap=overlap) as llm:
+        outputs = serve(llm, work)
+        assert_naive(outputs, work)
+        assert llm.stats()["output_tokens"] == 2
+        assert llm.stats()["peak_blocks"] == 2 * -(-length // 16)
+
+
+@both_loops
+def test_the_context_ends_at_max_model_len(overlap):
+    with build(max_model_len=40, overlap=overlap) as llm:
+        work = [(ids(length, length), greedy(30)) for length in (1, 30, 39)]
+        outputs = serve(llm, work)
+        assert [len(o["token_ids"]) for o in outputs] == [30, 10, 1]
+        assert [o["finish_reason"] for o in outputs] == ["length"] * 3
+        assert [o["stop_reason"] for o in outputs] == ["max_tokens"] + ["max_model_len"] * 2
+        with pytest.raises(ValueError, match="40 tokens and max_model_len is 40: 1 too many"):
+            llm.add_request(ids(40))
+        assert_idle(llm)
+
+
+def test_a_context_longer_than_the_checkpoints():
+    with build(max_model_len=600) as llm:  # 400 in the checkpoint
+        (output,) = serve(llm, [(ids(390), greedy(30))])
+        assert len(output["token_ids"]) == 30
+
+
+# requests come and go -----------------------------------------------------------------------------
+
+
+@both_loops
+def test_requests_may_arrive_at_any_time(overlap):
+    with build(block_size=4, num_blocks=30, max_batched_tokens=16, overlap=overlap) as llm:
+        arrivals, outputs = list(GROWING), {}
+        while arrivals or not llm.is_finished():
+            if arrivals and llm.stats()["steps"] % 5 < 2:
+                llm.add_request(*arrivals.pop(0))
+            for output in llm.step():
+                outputs[output["request_id"]] = output
+            check(llm)
+        assert_naive([outputs[i] for i in range(len(GROWING))], GROWING)
+
+
+@both_loops
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_request_may_be_aborted_at_any_stage(steps, n, overlap):
+    # 40 tokens at 16 a step: it waits, is computed in part, generates, has split into samples
+    params = sampled(20, seed=3, n=n)
+    with build(max_batched_tokens=16, overlap=overlap) as llm:
+        other = llm.add_request(ids(7, 1), greedy(15))
+        victim = llm.add_request(ids(40, 2), params)
+        outputs = {}
+        for _ in range(steps):
+            outputs |= {o["request_id"]: o for o in llm.step()}
+        llm.abort(victim)
+        check(llm)
+        llm.abort(victim)  # and it is gone: nothing happens
+        llm.abort(12345)
+        outputs |= finish(llm)
+    assert_naive([outputs[other]], [(ids(7, 1), greedy(15))])
+    assert outputs[victim]["finish_reason"] == "abort"
+    assert outputs[victim]["prompt_token_ids"] == ids(40, 2)
+    for i, sample in enumerate(outputs[victim]["samples"]):
+        wanted = naive("era5").complete(ids(40, 2), params, i)
+        assert sample["token_ids"] == wanted[: len(sample["token_ids"])]
+        assert sample["finish_reason"] == "abort" and len(sample["token_ids"]) < 20
+    assert (len(outputs[victim]["token_ids"]) > 0) == (steps > 3 + overlap)
+
+
+@both_loops
+def test_a_request_with_one_sample_done_may_be_aborted(overlap):
+    prompt = ids(9, 3)
+    with build(overlap=overlap) as llm:
+        eos = llm.tokenizer.eos_ids
+        params = ending(prompt, 1, eos, n=2)
+        request = llm.add_request(prompt, params)
+        for _ in range(6):
+            assert llm.step() == []
+        assert llm.stats()["running"] == 1
+        llm.abort(request)
+        outputs = finish(llm)
+    first, second = outputs[request]["samples"]
+    assert first["finish_reason"] == "stop" and second["finish_reason"] == "abort"
+    assert first["token_ids"] == naive("era5").complete(prompt, params, 0, eos)
+
+
+def test_close_aborts_what_is_unfinished():
+    llm = build()
+    llm.add_request(ids(9), greedy(9))
+    llm.step()
+    llm.close()
+    assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_usable
+
+
+@both_loops
+def test_outputs_of_strangers_wait_for_the_next_step(overlap):
+    work = MIXED[:4]
+    with build(overlap=overlap) as llm:
+        strangers = [llm.add_request(*request) for request in work[:2]]
+        own = llm.generate([work[3][0]], [work[3][1]])
+        assert_naive(own, work[3:])
+        late = llm.add_request(*work[2])
+        outputs = finish(llm)
+        assert set(outputs) == {*strangers, late}
+        assert_naive([outputs[i] for i in [*strangers, late]], work[:3])
+
+
+def test_generate_returns_outputs_in_the_order_asked():
+    work = MIXED[::-1]  # the longest first, and the shortest is done first
+    with build(max_batch_size=3) as llm:
+        outputs = llm.generate([p for p, _ in work], [params for _, params in work])
+        assert_naive(outputs, work)
+        assert_idle(llm)
+        assert llm.step() == []
+
+
+# failures -----------------------------------------------------------------------------------------
+
+
+def fail_once(llm: LLM, monkeypatch, at: int, error: BaseException) -> None:
+    """Let the forward number `at` leave rubbish all over the cache, and raise."""
+    forward, calls = llm.model.forward, []
+
+    def failing(batch, cache):
+        calls.append(batch)
+        if len(calls) == at:
+            cache.data.fill_(7.0)
+            raise error
+        return forward(batch, cache)
+
+    monkeypatch.setattr(llm.model, "forward", failing)
+
+
+@both_loops
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [1, 2, 5, 9])
+def test_a_failed_step_takes_generates_own_requests_and_no_others(at, error, overlap, monkeypatch):
+    with build(max_batched_tokens=40, overlap=overlap) as llm:
+        shared = ids(32, 1)
+        serve(llm, [(shared, greedy(1))])  # cached, and stale after the failure
+        work = [(shared + ids(3, 2), greedy(12)), (ids(50, 3), sampled(9, seed=1, n=2))]
+        strangers = [llm.add_request(*request) for request in work]
+        quick = llm.add_request(ids(3, 4), greedy(2))  # done before the later failures
+        fail_once(llm, monkeypatch, at, error)
+        with pytest.raises(type(error)) as caught:
+            llm.generate([ids(10, 5), shared], sampled(30, seed=2))
+        assert caught.value is error
+        check(llm)
+        assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_usable
+        outputs = finish(llm)
+        assert set(outputs) == {*strangers, quick}
+        assert_naive([outputs[i] for i in [*strangers, quick]], [*work, (ids(3, 4), greedy(2))])
+        assert_naive(serve(llm, SHARED), SHARED)  # and it goes on as if nothing had been
+
+
+@both_loops
+def test_a_failed_step_in_a_crowded_pool(overlap, monkeypatch):
+    for at in (3, 14, 31):
+        with build(block_size=4, num_blocks=19, overlap=overlap) as llm:
+            fail_once(llm, monkeypatch, at, RuntimeError("no memory"))
+            requests = [llm.add_request(*request) for request in GROWING]
+            outputs = {}
+            with pytest.raises(RuntimeError, match="no memory"):
+                while True:
+                    outputs |= {o["request_id"]: o for o in llm.step()}
+            outputs |= finish(llm)
+            assert_naive([outputs[i] for i in requests], GROWING)
+
+
+# too large ----------------------------------------------------------------------------------------
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
+    with build(num_blocks=5) as llm:  # 4 blocks of 16 and the sink
+        with pytest.raises(ValueError) as refusal:
+            llm.add_request(ids(60), greedy(10))
+        # 69 slots: the last token is never fed back
+        for number in ("60 prompt", "max_tokens=10", "5 blocks", "has 4", "5 tokens too many"):
+            assert number in str(refusal.value)
+        assert "num_blocks" in str(refusal.value)
+        assert_idle(llm)
+        work = [(ids(60), greedy(5))]
+        assert_naive(serve(llm, work), work)
+
+
+# outputs, numbers, progress -----------------------------------------------------------------------
+
+
+def test_prompts_are_texts_or_token_ids():
+    with build() as llm:
+        bos = llm.tokenizer.bos_id
+        hello = llm.tokenizer.encode("hello")
+        params = greedy(4)
+        outputs = llm.generate(["hello", [bos, *hello], np.array([bos, *hello]), ""], params)
+        assert [o["prompt_token_ids"] for o in outputs] == [[bos, *hello]] * 3 + [[bos]]
+        assert len({tuple(o["token_ids"]) for o in outputs[:3]}) == 1
+        (alone,) = llm.generate("hello", params)
+        assert alone["token_ids"] == outputs[0]["token_ids"]
+        assert llm.generate([], params) == []
+        assert alone.text == alone["text"] == llm.tokenizer.decode(alone["token_ids"])
+        with pytest.raises(AttributeError):
+            alone.no_such_key  # noqa: B018
+
+
+def test_special_tokens_are_not_shown():
+    prompt = ids(9, 3)
+    with build() as llm:
+        (output,) = serve(llm, [(prompt, ending(prompt, 1, llm.tokenizer.eos_ids))])
+        assert output["text"] == llm.tokenizer.decode(output["token_ids"][:-1])
+
+
+def test_stats_add_up():
+    with build(num_blocks=60) as llm:
+        outputs = serve(llm, SHARED)
+        stats = llm.stats()
+        total = sum(len(prompt) for prompt, _ in SHARED)
+        assert stats["prompt_tokens"] == total
+        assert stats["output_tokens"] == sum(len(o["token_ids"]) for o in outputs)
+        assert stats["cached_tokens"] == sum(o["num_cached_tokens"] for o in outputs) > 0
+        assert stats["prefill_tokens"] == total - stats["cached_tokens"]
+        assert stats["steps"] == max(params.max_tokens for _, params in SHARED)
+        assert stats["preemptions"] == stats["waiting"] == 0
+        assert (stats["num_blocks"], stats["block_size"]) == (59, 16)
+        assert stats["prefill_seconds"] > 0 and stats["decode_seconds"] > 0
+
+
+def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch):
+    with build() as llm:
+        llm.generate([ids(5)], greedy(2))
+        assert capsys.readouterr().err == ""  # not a terminal
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        llm.generate([ids(5)], greedy(2), use_tqdm=False)
+        assert capsys.readouterr().err == ""
+        llm.generate([ids(5)], greedy(2))
+        assert "tokens/s" in capsys.readouterr().err
+
+
+# a plan as tensors --------------------------------------------------------------------------------
+
+
+class Compared(Simulation):
+    """A simulation that compares every batch with one that is spelled out row by row."""
+
+    def run(self, step):
+        size = self.blocks.block_size
+        batch = make_batch(step, size)
+        spelled = hand_made_batch(
+            [(seq.tokens, start, stop, seq.table) for seq, start, stop in step.chunks], size
+        )
+        ends = spelled.cu_seqlens[1:] - 1
+        spelled.logit_rows = ends[[index for index, _, _ in step.samples]]
+        for index, _, first, stop in step.scored:
+            rows = torch.arange(first, stop) - step.chunks[index][1] + spelled.cu_seqlens[index]
+            spelled.logit_rows = torch.cat([spelled.logit_rows, rows.int()])
+        width = batch.block_tables.shape[1]
+        # no column is missing; those that a shorter table leaves over are the sink's
+        assert width == max(len(seq.table) for seq, _, _ in step.chunks)
+        spelled.block_tables = spelled.block_tables[:, :width]
+        uploaded = batch.upload(torch.device("cpu"))
+        for name, wanted in vars(spelled).items():
+            if isinstance(wanted, int):
+                assert getattr(uploaded, name) == wanted, name
+            else:
+                assert getattr(uploaded, name).dtype == torch.int32
+                assert torch.equal(getattr(uploaded, name), wanted), name
+        places = [(s.params.seed, s.sample_id, position) for _, s, position in step.samples]
+        wanted = noise(*zip(*places, strict=True)) if places else []
+        assert uploaded.noise.tolist() == list(wanted)
+        assert uploaded.temperature.tolist() == [s.params.temperature for _, s, _ in step.samples]
+        assert batch.prev_ids.min() >= 0, "the token before a token is always known"
+        return super().run(step)
+
+
+@both_loops
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_a_batch_is_its_plan(block_size, overlap):
+    sim = Compared(
+        usable=90 // block_size, block_size=block_size, max_batched_tokens=20, max_batch_size=5
+    )
+    for i in range(8):
+        sim.add(text(1 + 5 * i % 23, i % 5), max_tokens=1 + 3 * i, n=1 + i % 3)
+        sim.add(text(1 + 5 * i % 23, i % 5), targets=text(1 + i, i))
+    sim.drain(ahead=overlap)
+
+
+def test_copies_read_all_sources_before_they_write():
+    config = naive("era5").model.config
+    cache = PagedKVCache(config, 5, 4, torch.float32, torch.device("cpu"))
+    assert not cache.data.any()  # a NaN in a slot that nobody wrote would spread
+    for block in range(5):
+        cache.data[:, :, block] = block
+    cache.copy_blocks([(1, 2), (2, 3), (1, 4)])
+    for layer in range(config.n_layer):
+        for part in cache.layer(layer):
+            assert [part[block].unique().item() for block in range(5)] == [0, 1, 1, 2, 1]

@@ -1,0 +1,309 @@
+"""CUDA-graph decode steps, also where there is no card.
+
+Without a GPU a graph is a tape: the operations and kernel launches of a step, written down with the
+memory they work on and done again by `replay`, as CUDA does it. Triton's interpreter runs the
+kernels. On a machine with a GPU the same tests use the real ones.
+"""
+
+import gc
+import os
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import Fixture, era_fixtures
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
+
+from triton.runtime.interpreter import GridExecutor  # noqa: E402
+
+from microvllm import LLM, SamplingParams, kernels_gpu  # noqa: E402
+from microvllm.engine import make_batch  # noqa: E402
+from microvllm.graphs import DecodeGraphs  # noqa: E402
+from microvllm.scheduler import Sequence, Step  # noqa: E402
+
+ERAS = {name: Fixture(*found) for name, found in era_fixtures().items()}
+
+
+class Tape(TorchDispatchMode):
+    """Runs what happens inside and writes it down."""
+
+    def __init__(self, graph):
+        super().__init__()
+        self.calls, self.launching = graph.calls, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a value"
+        out = func(*args, **(kwargs or {}))
+        if not self.launching:
+            self.calls.append(partial(self.again, partial(func, *args, **(kwargs or {})), out))
+        return out
+
+    @staticmethod
+    def again(func, out):
+        """Do it again, and put the result where it was put the first time."""
+        for old, new in zip(tree_leaves(out), tree_leaves(func()), strict=True):
+            if old.data_ptr() != new.data_ptr():  # a view, or done in place: it is there
+                old.copy_(new)
+
+    def launch(self, executor, *args, **kwargs):
+        """A Triton kernel: its launch is one entry, not what the interpreter does."""
+        self.launching = True
+        executor(*args, **kwargs)
+        self.launching = False
+        self.calls.append(partial(executor, *args, **kwargs))
+
+
+class FakeGraph:
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+@contextmanager
+def no_card():
+    """torch.cuda's graphs, and its pinned memory, on the CPU."""
+    execute, empty, tapes = GridExecutor.__call__, torch.empty, []
+
+    @contextmanager
+    def capture(graph, pool):
+        with Tape(graph) as tape:
+            tapes.append(tape)
+            yield
+        tapes.pop()
+
+    def launch(self, *args, **kwargs):
+        run = partial(execute, self)
+        tapes[-1].launch(run, *args, **kwargs) if tapes else run(*args, **kwargs)
+
+    def pinned(*args, pin_memory=False, **kwargs):
+        return empty(*args, **kwargs).fill_(-99) if pin_memory else empty(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", launch)
+        patch.setattr(torch, "empty", pinned)
+        # weights as they are on a GPU, and not in an order that a CPU likes better
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        patch.setattr(torch.cuda, "graph", capture)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        patch.setattr(torch.cuda, "synchronize", lambda device: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def card():
+    with nullcontext() if CUDA else no_card():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are tiny: a second thread would only wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(name: str, graphs: bool, **kwargs) -> LLM:
+    """With graphs: the kernels and the loop of a GPU. Without: the plain loop on the CPU."""
+    fixture = ERAS[name]
+    device = "cuda" if CUDA and graphs else "cpu"
+    options = {"num_blocks": 60, "block_size": 4, "max_batch_size": 4, "max_model_len": 62}
+    options |= {"device": device, "dtype": "float32", "cuda_graphs": False}
+    llm = LLM(fixture.directory, tokenizer_path=fixture.tokenizer, **options | kwargs)
+    if graphs:
+        llm.model.ops, llm.model.attend = kernels_gpu, kernels_gpu.paged_attention
+        llm.overlap = True
+        llm.graphs = DecodeGraphs(llm.model, llm.cache, llm.max_batch_size, llm.max_model_len)
+        llm.cache.data[:, :, 1:] = torch.nan  # whoever reads a slot that nobody wrote will tell
+        watch(llm)
+    return llm
+
+
+class Launch(NamedTuple):
+    """What was seen of a step."""
+
+    graph: bool
+    rows: int  # of the plan
+    waits: list[tuple[int, int]]  # (row, row of the last step whose token it is)
+
+
+def watch(llm: LLM) -> None:
+    """Write each launch to llm.seen, and check what a replay reads and writes."""
+    llm.seen = []
+    launch, replay, graphs = llm._launch, llm.graphs.replay, llm.graphs
+
+    def checked_launch(plan):
+        firsts = [(i, seq.tokens[start]) for i, (seq, start, _) in enumerate(plan.chunks)]
+        waits = [(i, ~token) for i, token in firsts if token < 0]
+        llm.seen.append(Launch(False, sum(b - a for _, a, b in plan.chunks), waits))
+        flight = launch(plan)
+        if CUDA:
+            return flight
+        # on a GPU the tokens are copied to the host before the next replay can overwrite them
+        return flight._replace(on_host=[t if t is None else t.clone() for t in flight.on_host])
+
+    def checked_replay(batch, last):
+        llm.seen[-1] = llm.seen[-1]._replace(graph=True)
+        before = llm.cache.data.clone()
+        tokens = replay(batch, last)
+        size = next(size for size in graphs.sizes if size >= len(batch.ids))
+        _, tables = graphs._split(graphs.inputs.cpu().numpy(), size)
+        wanted = np.zeros((size, -(-llm.max_model_len // 4)), np.int32)
+        wanted[: len(batch.ids), : batch.block_tables.shape[1]] = batch.block_tables
+        assert np.array_equal(tables, wanted)
+        # compared as bits: a NaN is equal to itself
+        changed = (llm.cache.data.view(torch.int32) != before.view(torch.int32)).cpu()
+        blocks, slots = changed.any(0).any(0).any(1).any(-1).nonzero().T.tolist()
+        written = {4 * block + slot for block, slot in zip(blocks, slots, strict=True)}
+        assert {slot for slot in written if slot >= 4} == set(batch.slots.tolist())  # 0-3: the sink
+        return tokens
+
+    llm._launch, llm.graphs.replay = checked_launch, checked_replay
+
+
+def sampling(max_tokens: int, temperature: float, seed: int = 0, **kwargs) -> SamplingParams:
+    kwargs = {"temperature": temperature, "ignore_eos": True} | kwargs
+    return SamplingParams(max_tokens=max_tokens, seed=seed, **kwargs)
+
+
+def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list:
+    prompts, params = zip(*work, strict=True)
+    outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
+    return [[sample["token_ids"] for sample in output["samples"]] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[LLM, LLM]:
+    """An engine with graphs and one without, of the era that has most in it."""
+    return build("era5", True), build("era5", False)
+
+
+def test_graphs_and_eager_steps_give_the_same_tokens(pair):
+    """Rows leave, by length and by a stop token that is seen one step late, others move up and new
+    ones come; greedy among sampled; so a step's tokens are found by the next wherever they are."""
+    llm, plain = pair
+    work = [
+        ([1, 2, 3], sampling(3, 0.0)),
+        ([70, 7], sampling(4, 1.2, seed=2)),
+        ([40, 41, 42, 43, 44], sampling(9, 0.9, seed=1)),
+        ([9] * 11, sampling(12, 0.0)),
+        ([1, 2, 3, 4], sampling(3, 0.8, seed=3, top_k=5)),
+        ([9] * 11 + [4, 5, 6], sampling(3, 0.0)),
+    ]
+    late = serve(plain, work[2:3])[0][0][5]
+    work[2] = (work[2][0], sampling(9, 0.9, seed=1, stop_token_ids=(late,)))
+    del llm.seen[:]
+    assert serve(llm, work) == serve(plain, work)
+    seen = llm.seen
+    assert {step.rows for step in seen if step.graph} >= {1, 2, 3, 4}
+    steps = list(zip(seen, seen[1:], strict=False))
+    moved = {(a.graph, b.graph) for a, b in steps if any(row != old for row, old in b.waits)}
+    assert moved >= {(False, True), (True, False), (True, True)}
+
+
+def test_samples_of_one_prompt_fork_in_an_eager_step_and_go_on_in_graphs(pair):
+    llm, plain = pair
+    work = [([5, 6, 7, 8, 9, 10], sampling(4, 1.0, seed=5, n=3)), ([30], sampling(6, 1.0))]
+    del llm.seen[:]
+    assert serve(llm, work) == serve(plain, work)
+    assert [step.graph for step in llm.seen].count(False) == 1
+    assert {step.rows for step in llm.seen if step.graph} == {4, 1}
+
+
+def test_new_weights_are_in_the_graphs_at_once(pair):
+    llm, plain = pair
+    work = [([5, 6, 7], sampling(4, 0.0))]
+    before = serve(plain, work)
+    changed = {name: w.clone() for name, w in plain.model.weights.items()}
+    changed["lm_head.weight"] = changed["lm_head.weight"].roll(1, 0)
+    changed["transformer.wte.weight"] = changed["transformer.wte.weight"].roll(1, 0)
+    for engine in pair:
+        engine.update_weights(changed)
+    after = serve(plain, work)
+    assert after != before
+    assert serve(llm, work) == after
+
+
+def test_a_sequence_that_was_sent_away_comes_back_to_the_graphs():
+    # 8 blocks of 4 tokens: enough until both are 9 tokens longer. contexts are split in two here
+    work = [([1] * 12, sampling(11, 0.5, seed=1)), ([2] * 4, sampling(13, 0.5, seed=2))]
+    llm = build("era1_padded", True, num_blocks=9, max_batch_size=2, max_model_len=70)
+    assert serve(llm, work) == serve(build("era1_padded", False), work)
+    assert llm.stats()["preemptions"] == 1
+    assert [step.rows for step in llm.seen if step.graph] == [2] * 8 + [1, 1] + [1, 1, 1]
+
+
+# which steps fit ----------------------------------------------------------------------------------
+
+
+def plan(chunks: list[tuple[int, int]], samples: list[int], scored: list[int] = (), **kwargs):
+    """A batch, and the parameters of its samples. chunks: (start, stop) of sequences of as many
+    tokens; samples, scored: indices of the chunks sampled, and scored."""
+    params = sampling(4, 0.5)
+    seqs = [Sequence(i, list(range(stop)), params) for i, (_, stop) in enumerate(chunks)]
+    for seq in seqs:
+        seq.table.extend(range(1, 2 + len(seq.tokens) // 4))
+    step = Step(
+        [(seq, *chunk) for seq, chunk in zip(seqs, chunks, strict=True)],
+        [(i, seqs[i], chunks[i][1]) for i in samples],
+        [],
+        [(i, seqs[i], *chunks[i]) for i in scored],
+    )
+    return make_batch(step, 4), [sampling(4, 0.5, **kwargs) for _ in samples]
+
+
+@pytest.mark.parametrize(
+    "fits, batch",
+    {
+        "decodes": (True, plan([(4, 5), (9, 10), (2, 3)], [0, 1, 2])),
+        "a prompt of one token": (True, plan([(4, 5), (0, 1)], [0, 1])),
+        "a chunk": (False, plan([(4, 5), (0, 2)], [0, 1])),
+        "a fork": (False, plan([(4, 5)], [0, 0])),
+        "a fork, and a row that is not sampled": (False, plan([(4, 5), (0, 1)], [0, 0])),
+        "a prompt that has more to come": (False, plan([(4, 5), (0, 1)], [0])),
+        "a score": (False, plan([(4, 5), (6, 7)], [0], scored=[1])),
+        "a filter": (False, plan([(4, 5), (9, 10)], [0, 1], top_k=3)),
+        "no filter": (True, plan([(4, 5), (9, 10)], [0, 1], top_k=0)),
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_was_recorded_is_replayed_and_nothing_else(fits, batch):
+    expected, (batch, params) = batch
+    assert DecodeGraphs.fits(None, batch, params) == expected
+
+
+@pytest.mark.parametrize(
+    "max_batch_size, sizes",
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (5, [1, 2, 4, 5]),
+        (16, [1, 2, 4, 8, 16]),
+        (33, [1, 2, 4, 8, 16, 32, 33]),
+        (512, [1, 2, 4, 8, *range(16, 513, 16)]),
+    ],
+)
+def test_sizes_go_up_to_the_largest_batch_and_not_beyond(max_batch_size, sizes, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(DecodeGraphs, "_decode", lambda *args: recorded.append(args[3]))
+    model, cache = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(block_size=16)
+    with no_card():
+        graphs = DecodeGraphs(model, cache, max_batch_size, 33)
+    assert graphs.sizes == sizes == sorted(graphs.graphs)
+    assert recorded == [size for size in reversed(sizes) for _ in range(2)]  # run, then recorded
+    assert graphs.columns == 3 and gc.get_freeze_count() == 0
