@@ -294,6 +294,10 @@ def pick_device(name: str | torch.device) -> torch.device:
         raise ValueError(
             f"device {name!r} is not available here; device='auto' takes what there is"
         )
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)  # kernels are launched on the current one
     return device
 
 

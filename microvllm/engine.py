@@ -69,7 +69,10 @@ class PagedKVCache:
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """(source, destination) pairs, all layers at once."""
-        source, target = torch.tensor(copies, device=self.data.device).T
+        pairs = torch.tensor(copies)
+        if self.data.is_cuda:  # pinned, so that the host does not wait for the running step
+            pairs = pairs.pin_memory()
+        source, target = pairs.to(self.data.device, non_blocking=True).T
         self.data[:, :, target] = self.data[:, :, source]
 
 
@@ -316,7 +319,7 @@ class LLM:
             num_blocks = self._blocks_that_fit(block_size, gpu_memory_utilization)
         self.cache = PagedKVCache(config, num_blocks, block_size, self.model.dtype, self.device)
         self.overlap = cuda
-        if cuda and cuda_graphs and self.model.ops.__name__.endswith("kernels_gpu"):
+        if cuda and cuda_graphs and self.model.attend.__module__.endswith("kernels_gpu"):
             from .graphs import DecodeGraphs
 
             self.graphs = DecodeGraphs(
@@ -367,10 +370,12 @@ class LLM:
         wanted = self.max_batch_size * -(-self.max_model_len // block_size) + 1
         if self.device.type == "cuda":
             taken = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
             self._warm_up(block_size)
             activations = torch.cuda.max_memory_allocated(self.device) - taken
             torch.cuda.empty_cache()
-            free = int(free_memory(self.device) * utilization) - activations
+            # once for eager steps, once more at most for the memory of the recorded ones
+            free = int(free_memory(self.device) * utilization) - 2 * activations
         else:
             free = free_memory(self.device) // 2
         if free < 2 * block_bytes:
@@ -905,7 +910,7 @@ class LLM:
         """Drop the weights and the cache; whatever is unfinished is aborted."""
         for request_id in list(self._requests):
             self.abort(request_id)
-        self.model = self.cache = None
+        self.model = self.cache = self.graphs = self._flight = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -8,102 +8,108 @@ sequences of one token in block 0, the sink.
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import kernels_gpu
+from .engine import Batch
 from .sampler import is_plain
+
+# fields of a row beside its block table, in the order of `Batch`; cu_seqlens never changes
+FIELDS = 7  # ids, prev_ids, positions, slots, seq_lens, temperature, noise
 
 
 class DecodeGraphs:
-    """Recorded decode steps for batch sizes 1, 2, 4, 8 and all multiples of 16.
+    """Recorded decode steps for batch sizes 1, 2, 4, 8, the multiples of 16, and the largest.
 
     model, cache: whose weights and blocks the graphs read, at their present addresses;
     max_batch_size: largest batch; max_model_len: longest sequence in tokens.
     """
 
     def __init__(self, model, cache, max_batch_size: int, max_model_len: int):
-        self.block_size = cache.block_size
-        self.columns = -(-max_model_len // cache.block_size)  # of the block table
-        sizes = [s for s in (1, 2, 4, 8) if s < max_batch_size]
-        self.sizes = sizes + list(range(16, max_batch_size + 15, 16))
-        device = model.device
-        # one row is id, prev_id, position, slot, cu_seqlen, seq_len, temperature, noise and a table
-        self.inputs = torch.zeros(
-            self.sizes[-1] * (8 + self.columns) + 1, dtype=torch.int32, device=device
-        )
-        self.last = torch.zeros(self.sizes[-1], dtype=torch.int32, device=device)  # newest tokens
+        device, sizes = model.device, (1, 2, 4, 8, *range(16, max_batch_size, 16))
+        self.sizes = [size for size in sizes if size < max_batch_size] + [max_batch_size]
+        self.columns = -(-max_model_len // cache.block_size)  # of the block tables
+        # where the recorded kernels read; zeros are sequences of no token, whose row goes to the
+        # sink. a smaller size has its fields and tables nearer to the beginning
+        ints = {"dtype": torch.int32, "device": device}
+        self.inputs = torch.zeros(max_batch_size * (FIELDS + self.columns), **ints)
+        self.cu_seqlens = torch.arange(max_batch_size + 1, **ints)
+        self.last = torch.zeros(max_batch_size, **ints)  # the newest tokens
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
-        with torch.inference_mode():
-            for size in reversed(self.sizes):  # the largest first: the others reuse its memory
-                self._write(self._pad(None, size))
-                self._decode(model, cache, size, max_model_len)  # kernels may not load in a graph
-                torch.cuda.synchronize(device)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    self._decode(model, cache, size, max_model_len)
-                self.graphs[size] = graph
+        gc.freeze()  # older versions of torch collect garbage before every capture: leave them none
+        try:
+            with torch.inference_mode():
+                for size in reversed(self.sizes):  # the largest first: the others reuse its memory
+                    self._decode(model, cache, size, max_model_len)  # no kernel loads in a graph
+                    torch.cuda.synchronize(device)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool):
+                        self._decode(model, cache, size, max_model_len)
+                    self.graphs[size] = graph
+        finally:
+            gc.unfreeze()
 
-    def fits(self, batch, params) -> bool:
-        """Is it a step that was recorded: one token per sequence, each of them sampled plainly?"""
-        size = len(batch.ids)
+    def fits(self, batch: Batch, params) -> bool:
+        """Is it a step that was recorded: one row per sequence, each sampled once and plainly?"""
         return (
             batch.max_query == 1
-            and size == len(params) == len(batch.logit_rows) <= self.sizes[-1]
-            and (size < 2 or bool((np.diff(batch.logit_rows) == 1).all()))
+            and len(params) == len(batch.ids)
+            and np.array_equal(batch.logit_rows, batch.cu_seqlens[:-1])
             and is_plain(params)
         )
 
-    def replay(self, batch, last: Tensor | None) -> Tensor:
-        """Run a batch (numpy); `last` are the tokens of the step before, for ids that are ~row.
-        Returns (R,) tokens on the device, valid until the replay after the next."""
-        size = len(batch.ids)
+    def replay(self, batch: Batch, last: Tensor | None) -> Tensor:
+        """Run a batch (numpy) and return its (R,) tokens, on the device.
+
+        last: the tokens of the step before, for ids that are ~row. What is returned is memory that
+        the next replay writes to: copies are to be queued on the same stream before it.
+        """
         if last is not None and last.data_ptr() != self.last.data_ptr():
-            self.last[: len(last)].copy_(last)
-        padded = next(s for s in self.sizes if s >= size)
-        self._write(self._pad(batch, padded))
-        self.graphs[padded].replay()
-        return self.last[:size]
+            self.last[: len(last)].copy_(last)  # they come from a step that was no graph
+        rows = len(batch.ids)
+        size = next(size for size in self.sizes if size >= rows)
+        # pinned, so that the copy takes its place in the stream and the host goes on. torch keeps
+        # the memory until the copy is done and hands it out again after that
+        count = size * (FIELDS + self.columns)
+        pinned = torch.empty(count, dtype=torch.int32, pin_memory=True)
+        fields, tables = self._split(pinned.numpy(), size)
+        fields[:, :rows] = (
+            batch.ids, batch.prev_ids, batch.positions, batch.slots, batch.seq_lens,
+            batch.temperature.view(np.int32), batch.noise.view(np.int32),
+        )  # fmt: skip
+        fields[:, rows:] = 0
+        fields[4, rows:] = 1  # a padding row is a sequence of one token
+        used = batch.block_tables.shape[1]
+        tables[:rows, :used] = batch.block_tables
+        tables[:rows, used:] = 0
+        tables[rows:] = 0
+        self.inputs[:count].copy_(pinned, non_blocking=True)
+        self.graphs[size].replay()
+        return self.last[:rows]
 
-    def _pad(self, batch, size: int) -> np.ndarray:
-        """The batch as one array: eight columns of `size`, then the tables."""
-        flat = np.zeros(size * (8 + self.columns) + 1, np.int32)
-        columns = flat[: 7 * size].reshape(7, size)
-        columns[4] = 1  # a padding row is a sequence of one token
-        flat[7 * size : 8 * size + 1] = np.arange(size + 1)
-        if batch is not None:
-            n = len(batch.ids)
-            fields = (batch.ids, batch.prev_ids, batch.positions, batch.slots, batch.seq_lens)
-            for column, values in zip(columns, fields, strict=False):
-                column[:n] = values
-            columns[5, :n] = batch.temperature.view(np.int32)
-            columns[6, :n] = batch.noise.view(np.int32)
-            tables = flat[8 * size + 1 :].reshape(size, self.columns)
-            tables[:n, : batch.block_tables.shape[1]] = batch.block_tables
-        return flat
-
-    def _write(self, flat: np.ndarray) -> None:
-        # pinned, so that the copy takes its place in the stream and the host goes on
-        self.inputs[: len(flat)].copy_(torch.from_numpy(flat).pin_memory(), non_blocking=True)
+    def _split(self, flat, size: int):
+        """The inputs of a batch of `size` rows as (FIELDS, size) and (size, columns), array or
+        tensor."""
+        end = size * (FIELDS + self.columns)
+        fields, tables = flat[: FIELDS * size], flat[FIELDS * size : end]
+        return fields.reshape(FIELDS, size), tables.reshape(size, self.columns)
 
     def _decode(self, model, cache, size: int, max_model_len: int) -> None:
         """What is recorded: read the inputs, forward, sample, leave the tokens in `last`."""
-        from .engine import Batch
-
-        ids, prev_ids, positions, slots, seq_lens, temperature, noise = self.inputs[
-            : 7 * size
-        ].view(7, size)
-        cu_seqlens = self.inputs[7 * size : 8 * size + 1]
-        tables = self.inputs[8 * size + 1 : size * (8 + self.columns) + 1].view(size, self.columns)
-        known = self.last[(~ids).clamp(min=0)]
+        fields, tables = self._split(self.inputs, size)
+        ids, prev_ids, positions, slots, seq_lens, temperature, noise = fields
+        cu_seqlens = self.cu_seqlens[: size + 1]
+        ids = torch.where(ids < 0, self.last[(~ids).clamp(min=0)], ids)
         batch = Batch(
-            torch.where(ids < 0, known, ids), prev_ids, positions, slots, cu_seqlens, seq_lens,
-            tables, cu_seqlens[:-1], temperature.view(torch.float32), noise.view(torch.float32),
+            ids, prev_ids, positions, slots, cu_seqlens, seq_lens, tables, cu_seqlens[:-1],
+            temperature.view(torch.float32), noise.view(torch.float32),
             num_decodes=size, max_query=1, max_seq=max_model_len,
         )  # fmt: skip
         logits = model.logits(model.forward(batch, cache))
-        softcap = model.recipe.softcap
-        tokens = kernels_gpu.sample(logits, batch.temperature, batch.noise, softcap)
+        tokens = kernels_gpu.sample(logits, batch.temperature, batch.noise, model.recipe.softcap)
         self.last[:size].copy_(tokens)

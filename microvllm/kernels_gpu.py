@@ -1,5 +1,4 @@
-"""
-Triton kernels: the fused steps of model.py, paged attention, and the sampler.
+"""Triton kernels: the fused steps of model.py, paged attention, and the sampler.
 
 `add_norm`, `rope_store` and `relu2` have the names and the meaning of the plain torch functions in
 model.py; `paged_attention` has the signature every attention backend has. All of them
@@ -7,9 +6,8 @@ model.py; `paged_attention` has the signature every attention backend has. All o
 - never look at the device from the host: grids follow from shapes and host integers alone, lengths
   are read by the kernels. So they can be captured in a CUDA graph once and replayed for ever;
 - do their arithmetic in float32 and keep bfloat16, float16 or float32 in memory;
-- on Hopper and later start before the kernel in front of them has ended (programmatic dependent
-  launch). The rule that keeps this right: every kernel calls `_begin` before it touches anything
-  another kernel may have written, so "the kernel before me has ended" implies all before it have.
+- call `_begin` before they touch anything another kernel may have written, so that EARLY_START is
+  right: "the kernel before me has ended" then implies that all before it have.
 
 Under `TRITON_INTERPRET=1` everything here runs on the CPU, slowly: that is how the tests run.
 """
@@ -21,8 +19,20 @@ import torch
 import triton
 import triton.language as tl
 
-SPLIT_WAVES = 4  # programs per multiprocessor that paged decoding aims at when it splits contexts
+WARPS_PER_PROCESSOR = 32  # what paged decoding aims at when it splits contexts
 SAMPLE_CHUNK = 2048  # vocabulary entries per program of the sampler: fixed, so sums do not vary
+
+# programmatic dependent launch, on Hopper and its successor: a kernel is started before the one in
+# front of it has ended, and waits for that in `_begin`. not measured yet, hence off: set it before
+# the first kernel runs (benchmarks/gpu_kernels.py tries both)
+EARLY_START = False
+
+# arguments that change from step to step or from layer to layer. they are views into something
+# larger, so their addresses divide by 16 or do not: no second variant of a kernel for that
+VARIES = (
+    "ids positions slots tables seq_lens cu_seqlens temperatures us sums a b "
+    "table_stride h_stride window first_sequence num_sequences splits"
+).split()
 
 
 @functools.lru_cache
@@ -32,7 +42,9 @@ def _device(device):
         return 8, 2**16, {"PDL": False}
     card = torch.cuda.get_device_properties(device)
     memory = getattr(card, "shared_memory_per_block_optin", 2**16)
-    if torch.version.hip is None and card.major >= 9:
+    # on consumer Blackwell (12) others saw it break a graph's capture. gdc_wait: triton 3.4
+    early = EARLY_START and torch.version.hip is None and card.major in (9, 10)
+    if early and hasattr(tl.extra.cuda, "gdc_wait"):
         return card.multi_processor_count, memory, {"PDL": True, "launch_pdl": True}
     return card.multi_processor_count, memory, {"PDL": False}
 
@@ -50,7 +62,7 @@ def _begin(PDL: tl.constexpr):
 # fused steps of a layer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _add_norm(
     x, y, x0, a, b, x_new, h, eps, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
@@ -68,8 +80,7 @@ def _add_norm(
 
 
 def add_norm(x, y, x0, a, b, eps):
-    """
-    One pass over the residual stream: x_new = a * (x + y) + b * x0, h = rms(x_new). All (T, C).
+    """One pass over the residual stream: x_new = a * (x + y) + b * x0, h = rms(x_new). All (T, C).
 
     y None: nothing to add. a None: no lambdas (a and b are 0-dim float32 tensors). Returns
     (x_new, h); x_new is x itself when nothing was added or scaled.
@@ -77,30 +88,29 @@ def add_norm(x, y, x0, a, b, eps):
     h = torch.empty_like(x)
     x_new = None if y is None and a is None else torch.empty_like(x)
     T, C = x.shape
-    options = _device(x.device)[2]
-    warps = 4 if C <= 1024 else 8
     _add_norm[(T,)](
-        x, y, x0, a, b, x_new, h, eps, C, triton.next_power_of_2(C), num_warps=warps, **options
-    )
+        x, y, x0, a, b, x_new, h, eps, C, triton.next_power_of_2(C),
+        num_warps=4 if C <= 1024 else 8, **_device(x.device)[2],
+    )  # fmt: skip
     return (x if x_new is None else x_new), h
 
 
 @triton.jit
-def _relu2(x, out, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _relu2(x, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _begin(PDL)
     z = tl.maximum(tl.load(x + i, i < n, 0.0).to(tl.float32), 0.0)
-    tl.store(out + i, z * z, i < n)
+    tl.store(x + i, z * z, i < n)
 
 
 def relu2(x):
     """relu(x)^2, in place. x: contiguous, any shape."""
     n = x.numel()
-    _relu2[(triton.cdiv(n, 2048),)](x, x, n, 2048, num_warps=4, **_device(x.device)[2])
+    _relu2[(triton.cdiv(n, 2048),)](x, n, 2048, num_warps=4, **_device(x.device)[2])
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _rope_store(
     qkv, h, ve, ve_gate, cos, sin, ids, positions, slots, k, v, q,
     h_stride, block_stride, qk_scale, gate_scale, eps,
@@ -149,12 +159,9 @@ def _rope_store(
     tl.store(v + to_kv + D // 2, hi, live & is_v)
 
 
-def rope_store(
-    qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps
-):  # fmt: skip
-    """
-    From the QKV product to attention's input: rotate, norm and scale q and k, mix the gated value
-    embedding into v, write k and v into their slots. Returns q (T, n_head, D).
+def rope_store(qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps):
+    """From the QKV product to attention's input: rotate, norm and scale q and k, mix the gated
+    value embedding into v, write k and v into their slots. Returns q (T, n_head, D).
 
     qkv (T, (n_head + 2 * n_kv_head) * D) with the q, then the k, then the v heads. h (T, >= c): the
     block's normed input, of which the gate reads the first c channels. ve (V, n_kv_head * D) or
@@ -164,8 +171,7 @@ def rope_store(
     n_kv, block_size, D = k.shape[1:]
     T = qkv.shape[0]
     q = torch.empty((T, n_head, D), dtype=qkv.dtype, device=qkv.device)
-    heads = 4
-    c = 1 if ve is None else ve_gate.shape[1]
+    heads, c = 4, 1 if ve is None else ve_gate.shape[1]
     _rope_store[(T, triton.cdiv(n_head + 2 * n_kv, heads))](
         qkv, h, ve, ve_gate, cos, sin, batch.ids, batch.positions, batch.slots, k, v, q,
         h.stride(0), k.stride(0), qk_scale, gate_scale, eps,
@@ -176,121 +182,32 @@ def rope_store(
 
 
 # -------------------------------------------------------------------------------------------------
-# matrix products of a few rows: reading the weights is all the work, the rest hides behind it
-
-
-@triton.jit
-def _linear(
-    x, w, y, h, stream, x0, a, b, eps, ROWS, N,
-    K: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, RELU2: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.arange(0, BLOCK_K)[None, :]
-    # all the weights this program needs, asked for at once and kept in registers. no kernel writes
-    # weights: they are on their way before the kernel in front has ended, and with them the bytes
-    # of this layer's next products, while rope and attention leave the memory idle
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    at = w + n.to(tl.int64)[:, None] * K + c
-    tiles = ()
-    for t in tl.static_range(TILES):
-        live = (n < N)[:, None] & (t * BLOCK_K + c < K)
-        tiles = tiles + (tl.load(at + t * BLOCK_K, live, 0.0, eviction_policy="evict_first"),)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    for row in range(ROWS):
-        xs = ()
-        for t in tl.static_range(TILES):
-            i = row * K + t * BLOCK_K + c
-            inside = t * BLOCK_K + c < K
-            z = tl.load(x + i, inside, 0.0)
-            if NORM and a is not None:
-                z0 = tl.load(x0 + i, inside, 0.0)
-                z = (tl.load(a) * z + tl.load(b) * z0).to(x.dtype.element_ty)
-            xs = xs + (z,)
-        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        squares = tl.zeros((1, BLOCK_K), tl.float32)
-        for t in tl.static_range(TILES):
-            z = xs[t].to(tl.float32)
-            squares += z * z
-            acc += tiles[t].to(tl.float32) * z
-        out = tl.sum(acc, 1)
-        if NORM:  # rms has no weight, it is one factor: it can wait until the sums are there
-            factor = tl.rsqrt(tl.sum(squares) / K + eps)
-            out *= factor
-            if tl.program_id(0) == 0:
-                tl.store(h + row * H + c, xs[0].to(tl.float32) * factor, c < H)
-        else:
-            old = tl.load(stream + row * N + n, n < N, 0.0).to(tl.float32)
-            if a is not None:
-                old0 = tl.load(x0 + row * N + n, n < N, 0.0).to(tl.float32)
-                old = tl.load(a) * old + tl.load(b) * old0
-            out += old
-        if RELU2:
-            out = tl.maximum(out, 0.0)
-            out *= out
-        tl.store(y + row * N + n, out, n < N)
-
-
-def _launch_linear(x, w, h, stream, x0, a, b, eps, relu2):
-    (rows, K), N = x.shape, w.shape[0]
-    y = torch.empty((rows, N), dtype=x.dtype, device=x.device)
-    # up to 5 tiles of 4 rows, 16 bytes a thread each: 80 registers of weights, and 130 KB on their
-    # way to every multiprocessor. fewer in flight cannot fill the memory's pipe, more spill
-    warps = triton.next_power_of_2(triton.cdiv(K, 5 * 256))
-    block_k = 256 * warps
-    _linear[(triton.cdiv(N, 4),)](
-        x, w, y, h, stream, x0, a, b, eps, rows, N,
-        K, 0 if h is None else h.shape[1], h is not None, relu2, 4, block_k, triton.cdiv(K, block_k),
-        num_warps=warps, **_device(x.device)[2],
-    )  # fmt: skip
-    return y
-
-
-def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False):
-    """
-    rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
-
-    x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
-    y = relu(.)^2. h: the first 32 channels of the normed x, all that `rope_store` wants to see.
-    """
-    h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
-    return _launch_linear(x, w, h, None, x0, a, b, eps, relu2), h
-
-
-def linear_add(x, w, stream, x0=None, a=None, b=None):
-    """
-    stream + x @ w.T in one launch, for a few rows. x (T, K), w (N, K), stream (T, N): returns (T, N).
-
-    With a, b and x0 (T, N), the stream is a * stream + b * x0 first: the same lambdas that
-    `norm_linear` applied to what it read, so that no one has to write the scaled stream down.
-    """
-    return _launch_linear(x, w, None, stream, x0, a, b, 0.0, False)
-
-
-# -------------------------------------------------------------------------------------------------
 # attention
 
 
 @triton.jit
-def _slots(table, position, seq_len, block_stride, D: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    # where in the cache (in elements, head 0) the keys of these positions lie. one table look-up
-    # per position, not per block: a tile of keys may then have any size, whatever the block's
-    block = tl.load(table + position // BLOCK_SIZE, position < seq_len, 0)
-    return block.to(tl.int64) * block_stride + position % BLOCK_SIZE * D
+def _keys(
+    k, v, table, position, stop, block_stride,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # keys and values (TILE, BLOCK_D) of these positions, 0 from `stop` on. one table look-up per
+    # position, not per block: a tile may then have any size, whatever the block's
+    d = tl.arange(0, BLOCK_D)[None, :]
+    block = tl.load(table + position // BLOCK_SIZE, position < stop, 0)
+    at = (block.to(tl.int64) * block_stride + position % BLOCK_SIZE * D)[:, None] + d
+    inside = (position < stop)[:, None] & (d < D)
+    return tl.load(k + at, inside, 0.0), tl.load(v + at, inside, 0.0)
 
 
-# windows take a handful of values: do not compile a variant for each kind of number
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=VARIES)
 def _decode(
     q, k, v, tables, seq_lens, out, lse, table_stride, block_stride, scale, window,
     N_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # one program: the query of one sequence, all query heads of one kv head, one split of the keys
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(2)  # not a constexpr: there would be a kernel for each count
     d = tl.arange(0, BLOCK_D)
     _begin(PDL)
     seq_len = tl.load(seq_lens + sequence)
@@ -298,8 +215,8 @@ def _decode(
     start = tl.where(window < 0, 0, tl.maximum(seq_len - 1 - window, 0))
     first = start // TILE * TILE
     tiles = tl.cdiv(seq_len - first, TILE)
-    lo = first + tl.cdiv(tiles, SPLITS) * TILE * split
-    hi = tl.minimum(lo + tl.cdiv(tiles, SPLITS) * TILE, seq_len)
+    lo = first + tl.cdiv(tiles, splits) * TILE * split
+    hi = tl.minimum(lo + tl.cdiv(tiles, splits) * TILE, seq_len)
     query_head = (sequence * N_KV + head) * GROUP
     g = tl.arange(0, BLOCK_G)  # BLOCK_G is 1, or a multiple of 16 that the matrix units take
     rows = query_head + g
@@ -311,12 +228,19 @@ def _decode(
     m = tl.full((BLOCK_G,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    within = tl.arange(0, TILE)
+    if BLOCK_G == 1:
+        # ask for a tile before the one in hand is worked on. left to itself, the compiler waits for
+        # memory several times in every tile
+        key2, value2 = _keys(k, v, table, lo + within, hi, block_stride, D, BLOCK_SIZE, BLOCK_D)
     for tile in range(lo, hi, TILE):
-        position = tile + tl.arange(0, TILE)
-        seen = (position >= start) & (position < seq_len)
-        at = _slots(table, position, seq_len, block_stride, D, BLOCK_SIZE)[:, None] + d[None, :]
-        key = tl.load(k + at, seen[:, None] & (d < D)[None, :], 0.0)
-        value = tl.load(v + at, seen[:, None] & (d < D)[None, :], 0.0)
+        position = tile + within
+        if BLOCK_G == 1:
+            key, value, ahead = key2, value2, position + TILE
+            key2, value2 = _keys(k, v, table, ahead, hi, block_stride, D, BLOCK_SIZE, BLOCK_D)
+        else:  # a loop around matrix products is pipelined by the compiler
+            key, value = _keys(k, v, table, position, hi, block_stride, D, BLOCK_SIZE, BLOCK_D)
+        seen = (position >= start) & (position < hi)
         if BLOCK_G == 1:  # nothing to share: plain multiply and add, memory is the limit
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :] * scale
         else:
@@ -336,16 +260,16 @@ def _decode(
     # a split without keys (or a sequence of length 0) has total 0: it writes 0, and no NaN
     divisor = tl.where(total > 0, total, 1.0)
     acc = acc / divisor[:, None]
-    part = rows * SPLITS + split
+    part = rows * splits + split
     tl.store(out + part[:, None].to(tl.int64) * D + d[None, :], acc, live)
-    if SPLITS > 1:
+    if lse is not None:
         tl.store(lse + part, tl.where(total > 0, m, -1e30) + tl.log2(divisor), g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _combine(
-    parts, lse, out, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    parts, lse, out, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # each split brought its own softmax: out_s, and lse_s = log2 of the sum it divided by. over all
     # keys the divisor is the sum of 2^lse_s, so split s counts with 2^lse_s / sum(2^lse)
@@ -353,14 +277,14 @@ def _combine(
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
     _begin(PDL)
-    size = tl.load(lse + row * SPLITS + s, s < SPLITS, -1e30)
-    weight = tl.where(s < SPLITS, tl.exp2(size - tl.max(size, 0)), 0.0)
-    live = (s < SPLITS)[:, None] & (d < D)[None, :]
-    part = tl.load(parts + (row * SPLITS + s)[:, None] * D + d[None, :], live, 0.0)
+    size = tl.load(lse + row * splits + s, s < splits, -1e30)
+    weight = tl.where(s < splits, tl.exp2(size - tl.max(size, 0)), 0.0)
+    live = (s < splits)[:, None] & (d < D)[None, :]
+    part = tl.load(parts + (row * splits + s)[:, None] * D + d[None, :], live, 0.0)
     tl.store(out + row * D + d, tl.sum(weight[:, None] * part, 0) / tl.sum(weight, 0), d < D)
 
 
-@triton.jit(do_not_specialize=["window", "first_sequence", "num_sequences"])
+@triton.jit(do_not_specialize=VARIES)
 def _chunk(
     q, k, v, tables, seq_lens, cu_seqlens, out, first_sequence, num_sequences,
     table_stride, block_stride, scale, window,
@@ -415,10 +339,7 @@ def _chunk(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for tile in range(lo, stop, TILE):
         position = tile + tl.arange(0, TILE)
-        inside = (position < stop)[:, None] & (d < D)[None, :]
-        slot = _slots(table, position, stop, block_stride, D, BLOCK_SIZE)[:, None] + d[None, :]
-        key = tl.load(k + slot, inside, 0.0)
-        value = tl.load(v + slot, inside, 0.0)
+        key, value = _keys(k, v, table, position, stop, block_stride, D, BLOCK_SIZE, BLOCK_D)
         score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
         seen = (position[None, :] <= query[:, None]) & (position[None, :] >= left[:, None])
         score = tl.where(seen, score, -1e30)
@@ -433,63 +354,69 @@ def _chunk(
 
 
 def paged_attention(q, k, v, batch, window, num_splits=None):
-    """
-    Causal attention of a flat batch over the block tables. Returns (T, n_head, D), q's dtype.
+    """Causal attention of a flat batch over the block tables. Returns (T, n_head, D), q's dtype.
 
     q (T, n_head, D): rotated, normed and scaled. k, v (num_blocks, n_kv_head, block_size, D), which
     already hold the batch's own rows. A query at position p sees keys p - window .. p; window < 0:
     all of them. The first `batch.num_decodes` rows go to one kernel, the chunks to another.
-    num_splits: programs that share the context of one decoding sequence (None: as many as it takes
-    to fill the card, from the batch's size alone).
+    num_splits: programs that share the context of one decoding sequence. None: as many as fill the
+    card, and tiles that suit the chunks. A number fixes both, and then the bits of a row depend
+    neither on who shares its batch nor on where its chunk begins.
     The online softmax and the split of the context are FlashAttention's (Dao et al., 2022) and
     Flash-Decoding's (Dao et al., 2023), the block table PagedAttention's (Kwon et al., 2023).
     """
     T, n_head, D = q.shape
     n_kv, block_size = k.shape[1:3]
     assert k.stride()[1:] == (block_size * D, D, 1), k.stride()
-    group = n_head // n_kv
+    group, size = n_head // n_kv, q.element_size()
     block_d = max(16, triton.next_power_of_2(D))
     decodes, chunks = batch.num_decodes, batch.seq_lens.shape[0] - batch.num_decodes
-    sms, memory, options = _device(q.device)
+    processors, memory, options = _device(q.device)
     scale = math.log2(math.e) / math.sqrt(D)  # exp2 is what the hardware has
     tables, table_stride = batch.block_tables, batch.block_tables.stride(0)
     out = torch.empty_like(q)
     if decodes:
-        programs = decodes * n_kv
-        if num_splits is None:
-            num_splits = max(
-                1, min(SPLIT_WAVES * sms // programs, triton.cdiv(batch.max_seq, 64), 64)
-            )
-        block_g = 1 if group == 1 else max(16, triton.next_power_of_2(group))
-        tile = 16
+        if group == 1:  # one warp with 4 KB of keys at a time: many small programs fill the card
+            block_g, warps, tile = 1, 1, max(4096 // (block_d * size), 1)
+        else:
+            block_g, warps = max(16, triton.next_power_of_2(group)), 4
+            tile = 16 if size == 4 else min(8192 // block_d, 64)
+        splits = num_splits
+        if splits is None:
+            wanted = WARPS_PER_PROCESSOR // warps * processors // (decodes * n_kv)
+            splits = max(1, min(wanted, triton.cdiv(batch.max_seq, 64), 64))
         parts, lse = out, None
-        if num_splits > 1:
-            shape = (decodes, n_head, num_splits)
+        if splits > 1:
+            shape = (decodes, n_head, splits)
             parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
             lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        _decode[(n_kv, decodes, num_splits)](
+        _decode[(n_kv, decodes, splits)](
             q, k, v, tables, batch.seq_lens, parts, lse, table_stride, k.stride(0), scale, window,
-            n_kv, group, D, block_size, block_d, block_g, tile, num_splits,
-            num_warps=1 if block_g == 1 else 4, **options,
+            n_kv, group, D, block_size, block_d, block_g, tile, num_warps=warps, **options,
         )  # fmt: skip
-        if num_splits > 1:
-            block_s = triton.next_power_of_2(num_splits)
+        if splits > 1:
+            block_s = triton.next_power_of_2(splits)
             _combine[(decodes * n_head,)](
-                parts, lse, out, D, block_d, num_splits, block_s, num_warps=4, **options
+                parts, lse, out, splits, D, block_d, block_s, num_warps=4, **options
             )
     if chunks:
         block_g = triton.next_power_of_2(group)
-        block_m = min(max(64, triton.next_power_of_2(batch.max_query * block_g)), 128)
-        # K and V tiles, double-buffered, next to the queries
-        tile = 64
-        while tile > 16 and (4 * tile + block_m) * block_d * q.element_size() > memory:
+        # small blocks for short prompts, and for float32, which has no matrix units and spills
+        mean = (T - decodes) // chunks * block_g
+        short = size == 4 or (num_splits is None and mean <= 32)
+        block_m, tile, warps = (32, 32, 4) if short else (128, 64, 8)
+        if block_d > 128:
+            block_m, tile, warps = min(block_m, 64), tile // 2, 8
+        block_m = max(block_m, block_g)
+        # two K and two V tiles beside the queries, and a little for the look-ups
+        while tile > 16 and (4 * tile + block_m) * block_d * size + 1024 > memory:
             tile //= 2
         blocks = (T - decodes) // (block_m // block_g) + chunks
         _chunk[(n_kv, blocks)](
             q, k, v, tables, batch.seq_lens, batch.cu_seqlens, out, decodes, chunks,
             table_stride, k.stride(0), scale, window,
             n_kv, group, D, block_size, block_d, block_g, block_m, tile,
-            num_warps=8 if block_m == 128 else 4, num_stages=2, **options,
+            num_warps=warps, num_stages=3, **options,
         )  # fmt: skip
     return out
 
@@ -501,10 +428,8 @@ def paged_attention(q, k, v, batch, window, num_splits=None):
 @triton.jit
 def _cap(x, softcap):
     # softcap * tanh(x / softcap); 0: none. -inf becomes -softcap: callers mask it themselves
-    bounded = softcap - 2.0 * softcap / (
-        tl.exp(2.0 * x / tl.where(softcap > 0, softcap, 1.0)) + 1.0
-    )
-    return tl.where(softcap > 0, bounded, x)
+    c = tl.where(softcap > 0, softcap, 1.0)
+    return tl.where(softcap > 0, c - 2.0 * c / (tl.exp(2.0 * x / c) + 1.0), x)
 
 
 @triton.jit
@@ -514,10 +439,9 @@ def _chunk_weights(x, top, temperature, softcap):
     return tl.where(x > float("-inf"), weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _sample_chunks(
-    logits, temperatures, tops, ids, sums, softcap, V,
-    CHUNK: tl.constexpr, PDL: tl.constexpr,
+    logits, temperatures, tops, ids, sums, softcap, V, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -542,7 +466,7 @@ def _first(weight, index, target):
     return found, tl.sum(tl.where(index < found, weight, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _sample_pick(
     logits, temperatures, us, tops, ids, sums, tokens, softcap, V, CHUNKS,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -571,8 +495,7 @@ def _sample_pick(
 
 
 def sample(logits, temperature, u, softcap):
-    """
-    One token per row: the first id whose cumulative probability exceeds u. Returns (R,) int32.
+    """One token per row: the first id whose cumulative probability exceeds u. Returns (R,) int32.
 
     logits (R, V) before the softcap; softcap: a float, 0 for none. temperature (R,) float32, 0 for
     the most likely token (the lowest id of equals). u (R,) float32 in [0, 1). An id whose logit is

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sampler import cap_logits
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -498,8 +500,7 @@ class GPT:
 
     def head(self, h: Tensor) -> Tensor:
         """(R, C) rows of `forward` to (R, vocab_size) capped float32 logits."""
-        cap = self.recipe.softcap
-        return cap * torch.tanh(self.logits(h).float() / cap)
+        return cap_logits(self.logits(h), self.recipe.softcap)
 
     def logprobs(self, h: Tensor, targets: Tensor) -> Tensor:
         """(R, C) rows of `forward` to (R,) the log-probability of each row's target, in slices of

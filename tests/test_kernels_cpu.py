@@ -154,10 +154,12 @@ def test_a_second_process_compiles_nothing_and_torch_keeps_its_threads(layer):
     """And two Python threads may call at once, even on the layer that forbids it."""
     check([(1, 5)], -1)  # now the kernel is on disk
     script = """
-import threading, torch
+import ctypes, threading, torch
 torch.set_num_threads(1)
 from microvllm import kernels_cpu
 assert torch.get_num_threads() == 1
+nested_teams = getattr(ctypes.CDLL(None), "omp_get_nested", int)
+assert not nested_teams()  # with them torch's own attention crawls
 torch.set_num_threads(2)
 from test_kernels_cpu import check
 callers = [threading.Thread(target=lambda: [check([(1, 5)], -1) for _ in range(20)]) for _ in "ab"]

@@ -327,6 +327,24 @@ def test_masked_and_impossible_tokens_are_never_drawn(softcap):
 
 # compiled for a card that is not there ------------------------------------------------------------
 
+
+@pytest.mark.parametrize(
+    "card, hip, asked, early",
+    [(9, None, False, False), (9, None, True, True), (10, None, True, True)]
+    + [(8, None, True, False), (12, None, True, False), (9, "6.4", True, False)],
+)
+def test_kernels_start_early_only_if_asked_to_and_where_it_works(
+    card, hip, asked, early, monkeypatch
+):
+    properties = SimpleNamespace(major=card, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    if asked:
+        monkeypatch.setattr(kernels_gpu, "EARLY_START", True)
+    _, _, options = kernels_gpu._device.__wrapped__(torch.device("cuda", 0))
+    assert options == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
+
+
 TARGET = """
 from types import SimpleNamespace
 import torch

@@ -15,6 +15,7 @@ import pytest
 
 import run
 import test_alpaca
+from microvllm import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,7 +80,7 @@ def test_help_does_not_wait_for_torch(script, tmp_path):
     assert process.returncode == 0 and "--max-batch-size" in process.stdout
     imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines()}
     assert "argparse" in imported
-    assert not imported & {"torch", "numpy", "numba", "microvllm"}
+    assert not imported & {"torch", "numpy", "numba"}
 
 
 @pytest.mark.parametrize("module", [run, test_alpaca])
@@ -209,7 +210,7 @@ def test_alpaca_asks_in_chat_form_unless_raw(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_alpaca_reads_each_format(suffix, tmp_path):
     # Parquet fills the fields that a row lacks with nulls
-    assert test_alpaca.read_prompts(write(tmp_path / f"rows{suffix}", ROWS)) == PROMPTS
+    assert bench.read_prompts(write(tmp_path / f"rows{suffix}", ROWS)) == PROMPTS
 
 
 @pytest.mark.parametrize(
@@ -258,8 +259,8 @@ def test_the_data_set_is_preferred_where_it_can_be_had(monkeypatch):
     asked = []
     datasets.load_dataset = lambda name, split: asked.append((name, split)) or ROWS
     monkeypatch.setitem(sys.modules, "datasets", datasets)
-    monkeypatch.setattr(test_alpaca, "hub_answers", lambda: True)
-    assert test_alpaca.find_prompts(None, 3) == (PROMPTS, "tatsu-lab/alpaca")
+    monkeypatch.setattr(bench, "hub_answers", lambda: True)
+    assert bench.find_prompts(None, 3) == (PROMPTS, "tatsu-lab/alpaca")
     assert asked == [("tatsu-lab/alpaca", "train[:3]")]
 
 
@@ -269,20 +270,20 @@ def test_the_bundled_prompts_serve_where_the_data_set_cannot_be_had(monkeypatch)
     offline = {}
 
     def load_dataset(name, split):
-        offline.update(HF_HUB_OFFLINE=test_alpaca.os.environ.get("HF_HUB_OFFLINE"))
+        offline.update(HF_HUB_OFFLINE=bench.os.environ.get("HF_HUB_OFFLINE"))
         raise ConnectionError("no network")
 
     datasets.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", datasets)
-    monkeypatch.setattr(test_alpaca, "hub_answers", lambda: False)
+    monkeypatch.setattr(bench, "hub_answers", lambda: False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # so that it is put back afterwards
-    prompts, source = test_alpaca.find_prompts(None, 2)
+    prompts, source = bench.find_prompts(None, 2)
     assert offline == {"HF_HUB_OFFLINE": "1"}
-    assert prompts == test_alpaca.read_prompts(test_alpaca.BUNDLED)[:2]
+    assert prompts == bench.read_prompts(bench.BUNDLED)[:2]
     assert "bundled" in source and "ConnectionError" in source
 
-    monkeypatch.setattr(test_alpaca.importlib.util, "find_spec", lambda name: None)
-    prompts, source = test_alpaca.find_prompts(None, 1000)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    prompts, source = bench.find_prompts(None, 1000)
     assert len(prompts) == 512 and "bundled" in source and "pip install datasets" in source
 
 
@@ -290,9 +291,9 @@ def test_a_silent_hub_is_given_up_soon(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listening:  # takes the call and says nothing
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
         start = time.perf_counter()
-        assert not test_alpaca.hub_answers(timeout=0.3)
+        assert not bench.hub_answers(timeout=0.3)
         assert time.perf_counter() - start < 5
-    assert not test_alpaca.hub_answers()  # nobody listens there any more
+    assert not bench.hub_answers()  # nobody listens there any more
 
 
 def test_a_hub_that_answers_is_heard(monkeypatch):
@@ -308,7 +309,7 @@ def test_a_hub_that_answers_is_heard(monkeypatch):
         thread = threading.Thread(target=server.handle_request)
         thread.start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert test_alpaca.hub_answers()
+        assert bench.hub_answers()
         thread.join()
 
 

@@ -1,0 +1,500 @@
+"""How close does each kernel come to what the card can do?
+
+    python benchmarks/gpu_kernels.py                          # all parts
+    python benchmarks/gpu_kernels.py --only decode,few-rows   # some of them
+    python benchmarks/gpu_kernels.py --compile                # compile on all cores before anything
+
+The shapes are those of nanochat's d34 (34 layers, 2,176 wide, 17 heads of 128, vocabulary 65,536),
+in bfloat16. A launch is timed in a CUDA graph of many, each on other memory than the one before, so
+that no cache helps. The bytes are those that have to move, the FLOPs those of the products; both
+are compared with a copy and a matrix product timed in the same run. "default" is what the package
+launches, the lines after it are other tiles, warps and splits. The last line is all of it as JSON.
+
+The parts:
+    decode    paged attention of sequences with one row each
+    chunk     paged attention of prompts
+    fused     the steps between the matrix products
+    sample    from logits to tokens
+    few-rows  an experiment that the package does not use, since nobody has measured it: products of
+              a few rows that norm, add and relu2 on the way, and a whole decode step of one row,
+              with them and with cuBLAS's, with kernels that start early (EARLY_START) and without
+
+It needs a CUDA card: without one it says so and exits with 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():  # and so there may be no triton
+    print("benchmarks/gpu_kernels.py needs a CUDA card, and torch sees none here", file=sys.stderr)
+    sys.exit(2)
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from gpu import copy_bandwidth, describe, free_memory, median_seconds, product_peak, say
+
+from microvllm import kernels_gpu as K
+
+LAYERS, WIDTH, HEADS, DIM, VOCAB, BLOCK_SIZE = 34, 2176, 17, 128, 65536, 16
+EPS, SCALE = 2.0**-23, math.log2(math.e) / math.sqrt(DIM)
+BEYOND_CACHE = 300_000_000  # bytes to go through before memory is used again
+
+
+class Case(NamedTuple):
+    """Something to time."""
+
+    name: str
+    launch: Callable[[int], object]  # the i-th launch, on the i-th memory
+    amount: float  # bytes or FLOPs of one launch
+    unit: str = "TB/s"  # or "TFLOP/s"
+    launches: int = 20  # in the graph that is timed
+
+
+# products of a few rows: reading the weights is all the work, the rest hides behind it ------------
+
+
+@triton.jit(do_not_specialize=K.VARIES)
+def _linear(
+    x, w, y, h, stream, x0, a, b, eps, ROWS, N,
+    K: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, RELU2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_K)[None, :]
+    # all the weights this program needs, asked for at once and kept in registers. the kernel in
+    # front does not write weights: they are on their way before it has ended, and so are those of
+    # the products after this one, while rope and attention leave the memory idle
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    at = w + n.to(tl.int64)[:, None] * K + c
+    tiles = ()
+    for t in tl.static_range(TILES):
+        live = (n < N)[:, None] & (t * BLOCK_K + c < K)
+        tiles = tiles + (tl.load(at + t * BLOCK_K, live, 0.0, eviction_policy="evict_first"),)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for row in range(ROWS):
+        xs = ()
+        for t in tl.static_range(TILES):
+            i = row * K + t * BLOCK_K + c
+            inside = t * BLOCK_K + c < K
+            z = tl.load(x + i, inside, 0.0)
+            if NORM and a is not None:
+                z0 = tl.load(x0 + i, inside, 0.0)
+                z = (tl.load(a) * z + tl.load(b) * z0).to(x.dtype.element_ty)
+            xs = xs + (z,)
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        squares = tl.zeros((1, BLOCK_K), tl.float32)
+        for t in tl.static_range(TILES):
+            z = xs[t].to(tl.float32)
+            squares += z * z
+            acc += tiles[t].to(tl.float32) * z
+        out = tl.sum(acc, 1)
+        if NORM:  # rms has no weight, it is one factor: it can wait until the sums are there
+            factor = tl.rsqrt(tl.sum(squares) / K + eps)
+            out *= factor
+            if tl.program_id(0) == 0:
+                tl.store(h + row * H + c, xs[0].to(tl.float32) * factor, c < H)
+        else:
+            old = tl.load(stream + row * N + n, n < N, 0.0).to(tl.float32)
+            if a is not None:
+                old0 = tl.load(x0 + row * N + n, n < N, 0.0).to(tl.float32)
+                old = tl.load(a) * old + tl.load(b) * old0
+            out += old
+        if RELU2:
+            out = tl.maximum(out, 0.0)
+            out *= out
+        tl.store(y + row * N + n, out, n < N)
+
+
+def _launch_linear(x, w, h, stream, x0, a, b, eps, relu2, block_n=4, warps=None):
+    (rows, k), n = x.shape, w.shape[0]
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    # up to 5 tiles of 4 rows, 16 bytes a thread each: 80 registers of weights, and 130 KB on their
+    # way to every multiprocessor. fewer in flight cannot fill the memory's pipe, more spill
+    warps = warps or triton.next_power_of_2(triton.cdiv(k, 5 * 256))
+    block_k = 256 * warps
+    _linear[(triton.cdiv(n, block_n),)](
+        x, w, y, h, stream, x0, a, b, eps, rows, n,
+        k, 0 if h is None else h.shape[1], h is not None, relu2,
+        block_n, block_k, triton.cdiv(k, block_k), num_warps=warps, **K._device(x.device)[2],
+    )  # fmt: skip
+    return y
+
+
+def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, **tiles):
+    """rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
+
+    x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
+    y = relu(.)^2. h: the first 32 channels of the normed x, all that `rope_store` wants to see.
+    """
+    h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
+    return _launch_linear(x, w, h, None, x0, a, b, eps, relu2, **tiles), h
+
+
+def linear_add(x, w, stream, x0=None, a=None, b=None, **tiles):
+    """stream + x @ w.T in one launch, for a few rows. x (T, K), w (N, K), stream and result (T, N).
+
+    With a, b and x0 (T, N), the stream is a * stream + b * x0 first: the same lambdas that
+    `norm_linear` applied to what it read, so that no one has to write the scaled stream down.
+    """
+    return _launch_linear(x, w, None, stream, x0, a, b, 0.0, False, **tiles)
+
+
+# inputs -------------------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def options() -> dict:
+    """What every launch of the package's kernels is given."""
+    return K._device(device())[2]
+
+
+def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=device()).normal_(0, scale)
+
+
+def ints(values) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.int32, device=device())
+
+
+class Paged:
+    """A batch of (rows, tokens in the cache) each, decodes first, and caches for so many layers."""
+
+    def __init__(self, sequences: list[tuple[int, int]], layers: int | None = None):
+        rows, lengths = zip(*sequences, strict=True)
+        self.kv_bytes = sum(lengths) * HEADS * DIM * 4
+        self.layers = layers or max(1, min(LAYERS, BEYOND_CACHE // self.kv_bytes))
+        blocks = [-(-n // BLOCK_SIZE) for n in lengths]
+        self.cache = random(self.layers, 2, sum(blocks) + 1, HEADS, BLOCK_SIZE, DIM)
+        # block 0 is the sink; nobody's blocks are neighbours
+        order = torch.randperm(sum(blocks)) + 1
+        tables = torch.zeros(len(rows), max(blocks), dtype=torch.int32)
+        for b, part in enumerate(order.split(blocks)):
+            tables[b, : len(part)] = part
+        firsts = [sum(rows[:i]) for i in range(len(rows) + 1)]
+        positions = [p for r, n in sequences for p in range(n - r, n)]
+        owners = [b for b, r in enumerate(rows) for _ in range(r)]
+        slots = [int(tables[b, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE
+                 for b, p in zip(owners, positions, strict=True)]  # fmt: skip
+        self.batch = SimpleNamespace(
+            ids=ints([5] * sum(rows)), positions=ints(positions), slots=ints(slots),
+            cu_seqlens=ints(firsts), seq_lens=ints(lengths), block_tables=tables.to(device()),
+            num_decodes=rows.count(1), max_query=max(rows), max_seq=max(lengths),
+        )  # fmt: skip
+        self.q = random(sum(rows), HEADS, DIM)
+        self.out = torch.empty_like(self.q)
+
+    def layer(self, i: int) -> torch.Tensor:
+        return self.cache[i % self.layers]
+
+    def attend(self, i: int) -> None:
+        K.paged_attention(self.q, *self.layer(i), self.batch, -1)
+
+    def decode(self, tile: int, warps: int, splits: int, i: int) -> None:
+        (k, v), batch, count = self.layer(i), self.batch, len(self.q)
+        parts, lse = self.out, None
+        if splits > 1:
+            shape = (count, HEADS, splits)
+            parts = torch.empty((*shape, DIM), dtype=torch.float32, device=k.device)
+            lse = torch.empty(shape, dtype=torch.float32, device=k.device)
+        K._decode[(HEADS, count, splits)](
+            self.q, k, v, batch.block_tables, batch.seq_lens, parts, lse,
+            batch.block_tables.stride(0), k.stride(0), SCALE, -1,
+            HEADS, 1, DIM, BLOCK_SIZE, DIM, 1, tile, num_warps=warps, **options(),
+        )  # fmt: skip
+        if splits > 1:
+            block = triton.next_power_of_2(splits)
+            K._combine[(count * HEADS,)](
+                parts, lse, self.out, splits, DIM, DIM, block, num_warps=4, **options()
+            )
+
+    def chunk(self, block_m: int, tile: int, warps: int, stages: int, i: int) -> None:
+        (k, v), batch, count = self.layer(i), self.batch, len(self.batch.seq_lens)
+        K._chunk[(HEADS, len(self.q) // block_m + count)](
+            self.q, k, v, batch.block_tables, batch.seq_lens, batch.cu_seqlens, self.out, 0, count,
+            batch.block_tables.stride(0), k.stride(0), SCALE, -1, HEADS, 1, DIM, BLOCK_SIZE, DIM, 1,
+            block_m, tile, num_warps=warps, num_stages=stages, **options(),
+        )  # fmt: skip
+
+
+# the parts ----------------------------------------------------------------------------------------
+
+
+def decode_cases() -> Iterator[Case]:
+    many = [(16, 1, 1), (32, 1, 1), (32, 2, 1), (64, 2, 1), (64, 4, 1), (32, 4, 1)]
+    some = [(16, 1, 1), (16, 1, 2), (16, 1, 4), (32, 1, 4), (32, 2, 1), (32, 2, 4), (64, 4, 4)]
+    few = [(16, 1, 1), (16, 1, 4), (16, 1, 8), (16, 1, 16), (32, 1, 8), (32, 2, 8), (64, 4, 4)]
+    long = [(16, 1, 16), (16, 1, 32), (32, 1, 16), (32, 2, 16), (32, 2, 32), (64, 4, 8)]
+    for count, longest, sizes in (
+        (512, 88, many), (512, 512, many), (64, 1024, some), (1, 256, few), (1, 2000, long)
+    ):  # fmt: skip
+        least = longest if count == 1 else longest // 2
+        lengths = torch.randint(least, longest + 1, (count,)).tolist()
+        paged = Paged([(1, n) for n in lengths])
+        name = f"{count} x {longest}"
+        yield Case(f"{name} default", paged.attend, paged.kv_bytes)
+        for tile, warps, splits in sizes:
+            yield Case(
+                f"{name} tile {tile} warps {warps} splits {splits}",
+                partial(paged.decode, tile, warps, splits),
+                paged.kv_bytes,
+            )
+
+
+def chunk_cases() -> Iterator[Case]:
+    large = [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
+    small = [(16, 32, 1, 2), (16, 64, 4, 2), (32, 32, 2, 2), (32, 32, 4, 3), (32, 64, 4, 2)]
+    prompts = torch.randint(6, 41, (256,)).tolist()
+    for name, sequences, sizes in (
+        ("1 x 2048", [(2048, 2048)], large),
+        ("4 x 2048", [(2048, 2048)] * 4, large),
+        ("256 x 23", [(n, n) for n in prompts], small),
+    ):
+        paged = Paged(sequences)
+        pairs = sum(rows * n - rows * (rows - 1) // 2 for rows, n in sequences)
+        flops = 4 * HEADS * DIM * pairs  # two products, a multiplication and an addition each
+        yield Case(f"{name} default", paged.attend, flops, "TFLOP/s")
+        for block_m, tile, warps, stages in sizes:
+            yield Case(
+                f"{name} rows {block_m} tile {tile} warps {warps} stages {stages}",
+                partial(paged.chunk, block_m, tile, warps, stages),
+                flops,
+                "TFLOP/s",
+            )
+
+
+def fused_cases() -> Iterator[Case]:
+    one = torch.ones((), device=device())
+    for rows in (1, 512, 4096):
+        x = random(4, rows, WIDTH)
+        x0, y, x_new, h = (random(rows, WIDTH) for _ in range(4))
+        wide, qkv = random(4, rows, 4 * WIDTH), random(4, rows, 3 * WIDTH)
+        # add_norm reads three and writes two
+
+        def add_norm(i, x=x, y=y, x0=x0):
+            K.add_norm(x[i % 4], y, x0, one, one, EPS)
+
+        def add_norm_with(warps, i, x=x, y=y, x0=x0, x_new=x_new, h=h):
+            K._add_norm[(len(x0),)](
+                x[i % 4], y, x0, one, one, x_new, h, EPS, WIDTH, triton.next_power_of_2(WIDTH),
+                num_warps=warps, **options(),
+            )  # fmt: skip
+
+        yield Case(f"add_norm {rows} default", add_norm, rows * WIDTH * 10)
+        for warps in (4, 8, 16):
+            name = f"add_norm {rows} warps {warps}"
+            yield Case(name, partial(add_norm_with, warps), rows * WIDTH * 10)
+
+        def relu2(i, wide=wide):
+            K.relu2(wide[i % 4])
+
+        def relu2_with(block, warps, i, wide=wide):
+            count = wide[0].numel()
+            grid = (triton.cdiv(count, block),)
+            K._relu2[grid](wide[i % 4], count, block, num_warps=warps, **options())
+
+        yield Case(f"relu2 {rows} default", relu2, rows * WIDTH * 16)
+        for block, warps in ((1024, 4), (2048, 4), (4096, 4), (4096, 8)):
+            name = f"relu2 {rows} block {block} warps {warps}"
+            yield Case(name, partial(relu2_with, block, warps), rows * WIDTH * 16)
+
+        paged = Paged([(1, 1)] * rows, layers=1)
+        ve, gate = random(VOCAB, WIDTH), random(HEADS, 32)
+        cos, sin = torch.rand(2, 1, DIM // 2, device=device())
+
+        def rope_store(ve, gate, i, paged=paged, qkv=qkv, h=h, cos=cos, sin=sin):
+            k, v = paged.layer(0)
+            K.rope_store(qkv[i % 4], h, ve, gate, cos, sin, paged.batch, k, v, HEADS, 1.2, 3.0, EPS)
+
+        yield Case(f"rope_store {rows}", partial(rope_store, None, None), rows * WIDTH * 12)
+        name = f"rope_store {rows} value embeddings"  # of one id: they are in the cache
+        yield Case(name, partial(rope_store, ve, gate), rows * WIDTH * 12)
+
+
+def sample_cases() -> Iterator[Case]:
+    default = K.SAMPLE_CHUNK
+
+    def sample(chunk, logits, temperature, u, i):
+        K.SAMPLE_CHUNK = chunk
+        K.sample(logits[i % len(logits)], temperature, u, 15.0)
+        K.SAMPLE_CHUNK = default
+
+    for rows in (1, 512):
+        logits = random(3, rows, VOCAB, scale=3.0)
+        inputs = logits, torch.full((rows,), 0.7, device=device()), torch.rand(rows).to(device())
+        for chunk in (default, 1024, 4096):
+            name = f"{rows} rows chunk {chunk}{' default' * (chunk == default)}"
+            yield Case(name, partial(sample, chunk, *inputs), rows * VOCAB * 2)
+
+
+def few_rows_cases() -> Iterator[Case]:
+    def cublas(x, w, i):
+        F.linear(x, w[i % len(w)])
+
+    def normed(x, w, relu2, tiles, i):
+        norm_linear(x, w[i % len(w)], EPS, relu2=relu2, **tiles)
+
+    def added(x, w, stream, tiles, i):
+        linear_add(x, w[i % len(w)], stream, **tiles)
+
+    other = [(8, 2), (2, 2), (4, 1), (8, 4)]
+    for name, n, k, norm, sizes in (
+        ("qkv", 3 * WIDTH, WIDTH, True, other),
+        ("proj", WIDTH, WIDTH, False, other),
+        ("fc", 4 * WIDTH, WIDTH, True, other),
+        ("mlp", WIDTH, 4 * WIDTH, False, [(2, 8), (2, 4), (4, 4), (1, 4)]),
+        ("head", VOCAB, WIDTH, True, other),
+    ):
+        w = random(max(2, BEYOND_CACHE // (2 * n * k)), n, k)
+        for rows in (1, 2, 4, 8):
+            x, stream = random(rows, k), random(rows, n)
+            launch = partial(normed, x, w, name == "fc") if norm else partial(added, x, w, stream)
+            label = f"{name} {rows} row{'s' * (rows > 1)}"
+            yield Case(f"{label} cublas", partial(cublas, x, w), 2 * n * k)
+            yield Case(f"{label} few-rows", partial(launch, {}), 2 * n * k)
+            for block_n, warps in sizes if rows == 1 else ():
+                tiles = {"block_n": block_n, "warps": warps}
+                case = f"{label} few-rows block {block_n} warps {warps}"
+                yield Case(case, partial(launch, tiles), 2 * n * k)
+    yield from step_cases()
+
+
+def step_cases() -> Iterator[Case]:
+    """A decode step of one row at context 192: all layers, the head and the sampler."""
+    shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)]
+    weights = [[random(*shape, scale=0.02) for shape in shapes] for _ in range(LAYERS)]
+    head, x_in = random(VOCAB, WIDTH, scale=0.02), random(1, WIDTH)
+    paged = Paged([(1, 192)], LAYERS)
+    paged.batch.max_seq = 2048  # a graph knows no better
+    cos, sin = torch.rand(2, 192, DIM // 2, device=device())
+    temperature, u = torch.full((1,), 0.7, device=device()), torch.rand(1).to(device())
+
+    def attention(qkv, h, i):
+        rest = (HEADS, 1.0, 1.0, EPS)
+        k, v = paged.layer(i)
+        q = K.rope_store(qkv, h, None, None, cos, sin, paged.batch, k, v, *rest)
+        return K.paged_attention(q, k, v, paged.batch, -1).view(1, WIDTH)
+
+    def with_cublas():
+        x, y = x_in, None
+        for i, (qkv, proj, fc, mlp) in enumerate(weights):
+            x, h = K.add_norm(x, y, None, None, None, EPS)
+            y = F.linear(attention(F.linear(h, qkv), h, i), proj)
+            x, h = K.add_norm(x, y, None, None, None, EPS)
+            y = F.linear(K.relu2(F.linear(h, fc)), mlp)
+        return F.linear(K.add_norm(x, y, None, None, None, EPS)[1], head)
+
+    def with_few_rows():
+        x = x_in
+        for i, (qkv, proj, fc, mlp) in enumerate(weights):
+            x = linear_add(attention(*norm_linear(x, qkv, EPS), i), proj, x)
+            x = linear_add(norm_linear(x, fc, EPS, relu2=True)[0], mlp, x)
+        return norm_linear(x, head, EPS)[0]
+
+    def step(logits, early, i):
+        K.EARLY_START = early
+        K._device.cache_clear()
+        K.sample(logits(), temperature, u, 15.0)
+        K.EARLY_START = False
+        K._device.cache_clear()
+
+    bytes_read = 2 * (LAYERS * 12 * WIDTH * WIDTH + VOCAB * WIDTH)
+    for name, logits in (("cublas", with_cublas), ("few-rows", with_few_rows)):
+        for early in (False, True):
+            case = f"step {name}{' early start' * early}"
+            yield Case(case, partial(step, logits, early), bytes_read, launches=1)
+
+
+PARTS = {
+    "decode": decode_cases, "chunk": chunk_cases, "fused": fused_cases, "sample": sample_cases,
+    "few-rows": few_rows_cases,
+}  # fmt: skip
+
+
+# running them -------------------------------------------------------------------------------------
+
+
+def compile_share(parts: list[str], share: int, shares: int) -> None:
+    """Launch every shares-th case once, so that its kernels are on disk."""
+    for part in parts:
+        for i, case in enumerate(PARTS[part]()):
+            if i % shares == share:
+                case.launch(0)
+        free_memory()
+
+
+def compile_all(parts: list[str]) -> None:
+    shares = min(8, os.cpu_count() or 1)  # each has inputs of its own, some 5 GB
+    with ProcessPoolExecutor(shares, get_context("spawn")) as pool:
+        for done in [pool.submit(compile_share, parts, i, shares) for i in range(shares)]:
+            done.result()
+
+
+def measure(case: Case, ceilings: dict[str, float]) -> dict:
+    """Time one case and print its line."""
+
+    def run():
+        for i in range(case.launches):
+            case.launch(i)
+
+    seconds = median_seconds(run, device()) / case.launches
+    speed = case.amount / seconds
+    share = speed / ceilings[case.unit]
+    say(f"{case.name:45} {seconds * 1e6:9.1f} us {speed / 1e12:8.2f} {case.unit:8} {share:6.1%}")
+    return {"case": case.name, "us": round(seconds * 1e6, 2), "unit": case.unit,
+            "speed": round(speed / 1e12, 3), "share": round(share, 3)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help=f"the parts to run, with commas: {','.join(PARTS)}")
+    parser.add_argument("--compile", action="store_true", help="compile on all cores first")
+    args = parser.parse_args()
+    parts = args.only.split(",") if args.only else list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only knows {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
+    facts = describe(device())
+    say(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if args.compile:
+        compile_all(parts)
+    ceilings = {
+        "TB/s": copy_bandwidth(device()),
+        "TFLOP/s": product_peak(8192, device(), torch.bfloat16),
+    }
+    free_memory()
+    say(", ".join(f"ceiling {value / 1e12:.2f} {unit}" for unit, value in ceilings.items()))
+    results = {}
+    for part in parts:
+        say(f"\n{part}")
+        torch.manual_seed(0)
+        results[part] = [measure(case, ceilings) for case in PARTS[part]()]
+        free_memory()
+    measured = {unit: round(value / 1e12, 3) for unit, value in ceilings.items()}
+    say(json.dumps({"benchmark": "kernels"} | facts | {"ceilings": measured} | results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""The `microvllm` command: run, chat, bench, score, info.
+
+A user's mistake is one line and exit status 2. torch takes seconds to import, so that is done where
+it is needed, once the flags make sense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from . import __version__, terminal
+from . import bench as speed
+from .terminal import Parser, execute, positive, user_errors
+
+if TYPE_CHECKING:
+    from . import LLM, SamplingParams
+
+MODEL_DIR = speed.MODELS / "oldbooks-d6"
+CHECKPOINT = "a directory, sft, base:d20, rl:d20:650, or owner/name on the hub"
+
+
+# flags --------------------------------------------------------------------------------------------
+
+
+def checkpoint_flags(parser: Parser) -> Callable:
+    """How to read and where to run a checkpoint; returns what adds to this group of flags."""
+    add = parser.add_argument_group("model").add_argument
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--step", type=int, metavar="N", help="training step of the checkpoint (the last one)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
+    add("--dtype", default="auto", choices=dtypes, help="(bfloat16 on CUDA, else float32)")
+    tell = "a constant that the weights cannot tell, such as softcap=20; may be repeated"
+    add("--recipe", action="append", default=[], metavar="NAME=VALUE", help=tell)
+    return add
+
+
+def engine_flags(parser: Parser, raw: bool = True) -> None:
+    """What makes an engine; raw: and whether its prompts are plain text."""
+    add = checkpoint_flags(parser)
+    where = f"{CHECKPOINT} (the bundled model)"
+    add("-m", "--model", "--model-dir", dest="model", metavar="CHECKPOINT", help=where)
+    add("--tokenizer-dir", metavar="DIR", help="where tokenizer.pkl is (beside the model)")
+    add("--num-blocks", type=int, metavar="N", help="blocks of the KV cache (what memory allows)")
+    add("--max-batch-size", type=int, metavar="N", help="sequences that run at once, at most")
+    add("--max-model-len", type=int, metavar="N", help="prompt plus answer (the context)")
+    if raw:
+        add("--raw", action="store_true", help="plain text, also where the model can chat")
+
+
+def sampling_flags(parser: Parser, max_tokens: int, temperature: float, top_k: int, seed=0) -> None:
+    """What makes SamplingParams; seed None: a random one."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-tokens", type=int, default=max_tokens, metavar="N", help="at most (%(default)s)")
+    greedy = "0: the likeliest always (%(default)s)"
+    add("--temperature", type=float, default=temperature, metavar="T", help=greedy)
+    add("--top-k", type=int, default=top_k, metavar="K", help="the likeliest, 0: all (%(default)s)")
+    add("--top-p", type=float, metavar="P", help="the likeliest that sum to this probability")
+    add("--min-p", type=float, metavar="P", help="those this likely, as a share of the likeliest")
+    add("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less")
+    add("--stop", action="append", metavar="TEXT", help="end before it; may be repeated")
+    add("--ignore-eos", action="store_true", help="go on past the end of an answer")
+    what = "the same seed gives the same answers " + ("(%(default)s)" if seed == 0 else "(random)")
+    add("--seed", type=int, default=seed, metavar="N", help=what)
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """The SamplingParams that the flags describe."""
+    from . import SamplingParams
+
+    names = "max_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos n".split()
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    with user_errors(args):
+        return SamplingParams(**given)
+
+
+def overrides(args: argparse.Namespace) -> dict[str, object]:
+    """--recipe softcap=20 as {"softcap": 20}."""
+    try:
+        pairs = [item.split("=") for item in args.recipe]
+        return {name: json.loads(value.lower()) for name, value in pairs}
+    except ValueError:
+        raise ValueError(f"--recipe wants NAME=VALUE, got {' '.join(args.recipe)!r}") from None
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """The checkpoint that is asked for, by default the bundled one."""
+    if args.model is None and not MODEL_DIR.is_dir():
+        raise ValueError("name a model, such as sft or owner/name: none came with this install")
+    return args.model or str(MODEL_DIR)
+
+
+def load(args: argparse.Namespace) -> LLM:
+    """The engine that the flags describe."""
+    from . import LLM
+
+    seed = getattr(args, "seed", 0)
+    with user_errors(args):
+        return LLM(
+            model_name(args),
+            step=args.step,
+            tokenizer_path=args.tokenizer_dir,
+            device=args.device,
+            num_blocks=args.num_blocks,
+            max_batch_size=args.max_batch_size,
+            dtype=args.dtype,
+            max_model_len=args.max_model_len,
+            seed=random.getrandbits(31) if seed is None else seed,
+            **overrides(args),
+        )
+
+
+def encode(llm: LLM, prompts: list[str], raw: bool) -> list[str] | list[list[int]]:
+    """Each prompt as the user's turn of a conversation, or as it is: raw, or no chat tokens."""
+    if raw or not llm.tokenizer.has_chat:
+        return prompts
+    render = llm.tokenizer.render_for_completion
+    return [render([{"role": "user", "content": prompt}]) for prompt in prompts]
+
+
+# commands -----------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer prompts; a single one is seen while it is written."""
+    with user_errors(args):
+        texts = args.prompts + args.prompt
+        if not texts and not sys.stdin.isatty():
+            texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        if not texts:
+            raise ValueError("no prompt: give one, or pipe some in, one a line")
+    params = sampling_params(args)
+    with load(args) as llm:
+        if len(texts) > 1 or params.n > 1 or args.json:
+            summary = answer(args, llm, texts, params)
+            if sys.stderr.isatty():
+                terminal.note(summary)
+            return
+        chat = llm.tokenizer.has_chat and not args.raw
+        # a completion goes on where its prompt stops
+        lead = texts[0] if not chat and sys.stdout.isatty() else ""
+        with user_errors(args, llm):
+            prompt = encode(llm, texts, args.raw)[0]
+            found = terminal.live(llm, prompt, params, tools=chat, lead=lead)
+        if found["finish_reason"] == "abort":
+            raise KeyboardInterrupt
+
+
+def answer(args: argparse.Namespace, llm: LLM, texts: list[str], params: SamplingParams) -> str:
+    """Answer prompts all at once and print what came of them; returns a line about the speed."""
+    chat = llm.tokenizer.has_chat and not args.raw
+    with user_errors(args, llm):
+        prompts = encode(llm, texts, args.raw)
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, tools=chat)
+    seconds = time.perf_counter() - start
+    count = terminal.show_all(llm, texts, outputs, params, chat, args.json)
+    rate = speed.rate(count, seconds)
+    return f"{len(texts)} prompts, {count} tokens in {seconds:.2f} s: {rate:.0f} tokens/s"
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Hold a conversation."""
+    params = sampling_params(args)
+    args.max_batch_size = args.max_batch_size or 1  # no more cache than one conversation can fill
+    with load(args) as llm:
+        if not llm.tokenizer.has_chat:
+            args.error("the tokenizer has no chat tokens: `microvllm run` completes plain text")
+        terminal.converse(llm, params, args.json)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Throughput, on texts or on random tokens."""
+    length, shared = args.random_input_len, args.shared_prefix
+    at_random = bool(length or shared or args.random_output_len)
+    if at_random:
+        length = length or 256
+        args.max_tokens, args.ignore_eos = args.random_output_len or args.max_tokens, True
+        what = f"{args.num_prompts} prompts of {length} random tokens behind a prefix of {shared}"
+    else:
+        with user_errors(args):
+            prompts, source = speed.find_prompts(args.prompts_file, args.num_prompts)
+        what = f"{len(prompts)} prompts from {source}"
+    if not args.json:
+        print(what, flush=True)
+    params = sampling_params(args)
+    with load(args) as llm:
+        if at_random:
+            vocabulary = llm.tokenizer.num_ordinary
+            prompts = speed.random_prompts(args.num_prompts, length, shared, vocabulary, args.seed)
+        with user_errors(args, llm):
+            prompts = prompts if at_random else encode(llm, prompts, args.raw)
+            start = time.perf_counter()
+            outputs = llm.generate(prompts, params)
+        found = speed.results(outputs, time.perf_counter() - start, llm.stats())
+    if not args.json:
+        print(speed.report(found))
+    print(json.dumps(found))
+
+
+def score(args: argparse.Namespace) -> None:
+    """Rank continuations by the log-probability that the model gives them."""
+    with user_errors(args):
+        if bool(args.file) == (len(args.texts) > 1):
+            raise ValueError("give PROMPT CONTINUATION..., or --file")
+        given = [{"prompt": "".join(args.texts[:1]), "continuations": args.texts[1:]}]
+        rows = speed.read_rows(args.file) if args.file else given
+        speed.check_choices(rows, args.file or "the command line")
+    with load(args) as llm:
+        pairs = [(row["prompt"], tail) for row in rows for tail in row["continuations"]]
+        with user_errors(args, llm):
+            prompts = encode(llm, [prompt for prompt, _ in pairs], args.raw)
+            found = iter(llm.score(prompts, [tail for _, tail in pairs]))
+    for row in rows:
+        ranked = []
+        for tail in row["continuations"]:
+            logprobs = next(found)
+            total, mean = sum(logprobs), sum(logprobs) / len(logprobs)
+            ranked.append({"text": tail, "total": total, "per_token": mean, "logprobs": logprobs})
+        ranked.sort(key=lambda r: -r["total"])
+        if args.json:
+            print(json.dumps({"prompt": row["prompt"], "continuations": ranked}))
+        else:
+            terminal.show_ranking(row["prompt"], ranked)
+
+
+def info(args: argparse.Namespace) -> None:
+    """What a checkpoint is and takes, without loading it: its files are mapped."""
+    from .checkpoint import find_checkpoint, pick_device, read_checkpoint
+
+    with user_errors(args):
+        device = pick_device(args.device)
+        directory, step = find_checkpoint(model_name(args), args.step)
+        config, recipe, weights = read_checkpoint(directory, step)
+        recipe = recipe.override(**overrides(args))
+    found = {"checkpoint": str(directory), "step": step}
+    found |= speed.describe(config, recipe, weights, device, args.dtype)
+    print(json.dumps(found) if args.json else speed.description(found))
+
+
+# the command line ---------------------------------------------------------------------------------
+
+
+def make_parser() -> Parser:
+    """The parser of the whole command."""
+    parser = Parser(prog="microvllm", description="Inference for nanochat models.")
+    parser.epilog = "examples:\n"
+    parser.add_argument("--version", action="version", version=f"microvllm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(work: Callable, what: str, *examples: str) -> tuple[Parser, Callable]:
+        lines = [f"  microvllm {work.__name__} {example}\n" for example in examples]
+        parser.epilog += lines[0]
+        epilog = "examples:\n" + "".join(lines)
+        sub = commands.add_parser(work.__name__, help=what, description=what, epilog=epilog)
+        sub.add_argument("--json", action="store_true", help="for machines: an object a line")
+        sub.set_defaults(command=work)
+        return sub, sub.add_argument
+
+    sub, add = command(
+        run,
+        "answer prompts, many at once",
+        '"Who wrote Moby Dick?"',
+        '-m sft --temperature 0 "What is 7+8?" "Name a book by Jane Austen."',
+        '--raw --max-tokens 40 "It was a dark and stormy night, and"',
+        "--json < questions.txt > answers.jsonl",
+    )
+    add("prompts", nargs="*", default=[], metavar="PROMPT", help="(the lines of what is piped in)")
+    add("--prompt", action="append", default=[], metavar="PROMPT", help="may be repeated")
+    add("-n", type=positive, default=1, metavar="N", help="answers to each prompt (%(default)s)")
+    engine_flags(sub)
+    sampling_flags(sub, max_tokens=128, temperature=0.8, top_k=50)
+
+    sub, _ = command(chat, "talk to a model", "", "-m rl:d20:650 --temperature 0.9")
+    engine_flags(sub, raw=False)
+    sampling_flags(sub, max_tokens=256, temperature=0.6, top_k=50, seed=None)
+
+    sub, add = command(
+        bench,
+        "measure tokens per second",
+        "--num-prompts 64",
+        "--random-input-len 512 --random-output-len 128 --num-prompts 64",
+        "--shared-prefix 384 --random-input-len 64 --num-prompts 64",
+    )
+    bench_flags(sub)
+    add = sub.add_argument_group("random workload, in place of texts").add_argument
+    add("--random-input-len", type=positive, metavar="N", help="tokens of each prompt (256)")
+    add("--random-output-len", type=positive, metavar="N", help="new tokens, exactly so many")
+    shared = "tokens in front of them, the same for all prompts (%(default)s)"
+    add("--shared-prefix", type=positive, default=0, metavar="N", help=shared)
+
+    sub, add = command(
+        score,
+        "rank continuations of a prompt by their log-probability",
+        '"Who wrote Emma?" "Emma was written by Jane Austen." "Emma was written by Mark Twain."',
+        '--raw "The capital of France is" " Paris" " London"',
+        '--file rows.jsonl    # each {"prompt": "...", "continuations": ["...", ...]}',
+    )
+    add("texts", nargs="*", metavar="PROMPT CONTINUATION", help="a prompt and what may follow it")
+    add("--file", metavar="FILE", help="such rows, in .jsonl, .json or .parquet")
+    engine_flags(sub)
+
+    sub, add = command(
+        info, "say what a checkpoint is and takes", "", "base:d20", "owner/name --json"
+    )
+    add("model", nargs="?", metavar="CHECKPOINT", help=f"{CHECKPOINT} (the bundled model)")
+    checkpoint_flags(sub)
+    return parser
+
+
+def bench_flags(parser: Parser) -> None:
+    """What test_alpaca.py takes."""
+    add = parser.add_argument
+    count = "the first so many (%(default)s)"
+    add("--num-prompts", type=positive, default=512, metavar="N", help=count)
+    where = ".json, .jsonl or .parquet (Alpaca's data set if it can be had, else the bundled one)"
+    add("--prompts-file", metavar="FILE", help=where)
+    parser.set_defaults(random_input_len=None, random_output_len=None, shared_prefix=0, json=False)
+    engine_flags(parser)
+    sampling_flags(parser, max_tokens=64, temperature=0.7, top_k=0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The console script."""
+    execute(make_parser().parse_args(argv))
