@@ -248,13 +248,13 @@ def info(args: argparse.Namespace) -> None:
 
 def make_parser() -> Parser:
     """The parser of the whole command."""
-    parser = Parser(prog="microvllm", description="Inference for nanochat models.")
-    parser.epilog = "examples:\n"
+    what = "Inference for nanochat models."
+    parser = Parser(prog="microvllm", description=what, epilog="examples:\n")
     parser.add_argument("--version", action="version", version=f"microvllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(work: Callable, what: str, *examples: str) -> tuple[Parser, Callable]:
-        lines = [f"  microvllm {work.__name__} {example}\n" for example in examples]
+        lines = [f"  microvllm {work.__name__} {example}".rstrip() + "\n" for example in examples]
         parser.epilog += lines[0]
         epilog = "examples:\n" + "".join(lines)
         sub = commands.add_parser(work.__name__, help=what, description=what, epilog=epilog)
@@ -316,8 +316,7 @@ def make_parser() -> Parser:
 def bench_flags(parser: Parser) -> None:
     """What test_alpaca.py takes."""
     add = parser.add_argument
-    count = "the first so many (%(default)s)"
-    add("--num-prompts", type=positive, default=512, metavar="N", help=count)
+    add("--num-prompts", type=positive, default=512, metavar="N", help="at most (%(default)s)")
     where = ".json, .jsonl or .parquet (Alpaca's data set if it can be had, else the bundled one)"
     add("--prompts-file", metavar="FILE", help=where)
     parser.set_defaults(random_input_len=None, random_output_len=None, shared_prefix=0, json=False)

@@ -30,6 +30,15 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The model is tiny, and on a busy machine two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def command(capsys, monkeypatch):
     """Run the command in this process; returns (its output, what it says beside it)."""
@@ -340,6 +349,27 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch, capsys):
     assert first["finish_reason"] == second["finish_reason"] == "abort"
     assert len(first["token_ids"]) == 5
     assert second["prompt_tokens"] > first["prompt_tokens"] + 5
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_leaves(monkeypatch, capsys):
+    keys = [KeyboardInterrupt, "hello", EOFError]
+
+    def pressed(prompt):
+        key = keys.pop(0)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", pressed)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert terminal.read_line() == "hello"
+    assert "(Ctrl-D or /exit leaves)" in capsys.readouterr().err
+    assert terminal.read_line() is None
+
+    keys.append(KeyboardInterrupt)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # a pipe has nobody to go on
+    with pytest.raises(KeyboardInterrupt):
+        terminal.read_line()
 
 
 # bench, score, info -------------------------------------------------------------------------------
