@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ERAS, MODEL, Fixture, era_fixtures
 
-from microvllm import LLM
+from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import find_nanochat, find_tokenizer, load_model, pick_device
 from microvllm.model import GPTConfig, check_weights, recognise
 
@@ -683,8 +683,6 @@ def test_a_base_directory_of_nanochat(name, monkeypatch):
             **arguments, device="cpu", num_blocks=64, **fixture.overrides
         ) as llm:  # fmt: skip
             prompt = fixture.json["prompts"][4]
-            from microvllm import SamplingParams
-
             params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
             (output,) = llm.generate([prompt["ids"]], params, use_tqdm=False)
             assert output["token_ids"] == prompt["greedy_tokens"]

@@ -10,9 +10,19 @@ from conftest import hand_made_batch
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import load_model
 from microvllm.engine import PagedKVCache, SequenceKVView
-from microvllm.model import RECIPES, GPTConfig, layer_windows
+from microvllm.model import GPT, RECIPES, GPTConfig, layer_windows
 
 TOLERANCE = 1e-4  # absolute, in float32 logits: nanochat's own two paths differ by up to 1.6e-5
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny steps: two threads would wait for each other most of the time, and for
+    seconds where the cores are busy. test_attention.py has the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["sdpa", "numba"])
@@ -234,8 +244,6 @@ def test_a_missing_pattern_means_long_layers():
 @pytest.mark.parametrize("era", ["era1_unpadded", "era3", "era5"], indirect=True)
 def test_as_many_kv_heads_as_query_heads(era, attention):
     """Each kv head written out twice is the same model without sharing."""
-    from microvllm.model import GPT, GPTConfig
-
     shared = load(era, attention)
     c = shared.config
     weights = torch.load(era.directory / f"model_{era.json['checkpoint']['step']:06d}.pt")
