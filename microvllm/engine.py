@@ -37,7 +37,7 @@ from .checkpoint import (
     wrap_model,
 )
 from .model import GPTConfig
-from .sampler import SamplingParams, check_int, noise, sample
+from .sampler import History, Sampled, SamplingParams, check_int, noise, sample
 from .scheduler import BlockManager, Scheduler, Sequence, Step
 from .tokenizer import wrap_tokenizer
 
@@ -179,7 +179,8 @@ class Flight(NamedTuple):
 
     plan: Step
     tokens: Tensor | None  # (R,) on the device, which the next step may read before the host does
-    on_host: list[Tensor | None]  # (R,) the same and (S,) scores, on their way to the host
+    on_host: list[Tensor | None]  # the same, scores, log-probabilities: on their way to the host
+    sampled: Sampled | None  # where some row asked for log-probabilities
     event: torch.cuda.Event | None  # when they have arrived
 
 
@@ -188,10 +189,12 @@ class RequestOutput(dict):
 
     text (special tokens and what ended it not shown), token_ids (as generated, with the stop token
     if it ended there), mask (0 for the tokens that a tool forced, else 1), prompt_token_ids,
-    finish_reason ("stop" | "length" | "abort"), stop_reason (the stop token's id, the stop string,
-    or which limit was met: "max_tokens" | "max_model_len"), num_cached_tokens (of the prompt, found
-    in the prefix cache), request_id, and samples: such a dict for each of the n samples, the first
-    of which is also at the top level.
+    finish_reason ("stop" | "length" | "abort" | "error": the filters left no token to draw),
+    logprobs where asked for (one dict per token of token_id, logprob: the model's, sampler_logprob:
+    after temperature and filters, top: alternatives; None for forced tokens), stop_reason (the stop
+    token's id, the stop string, or which limit was met: "max_tokens" | "max_model_len"),
+    num_cached_tokens (of the prompt, found in the prefix cache), request_id, and samples: such a
+    dict for each of the n samples, the first of which is also at the top level.
     """
 
     def __getattr__(self, name: str):
@@ -227,6 +230,7 @@ class Request:
     events: deque | None  # pieces of text for stream
     done: list[Sequence] = field(default_factory=list)  # finished samples
     answers: dict[int, Answer] = field(default_factory=dict)  # by sample index
+    logprobs: dict[tuple[int, int], dict] = field(default_factory=dict)  # (sample, position)
     output: RequestOutput | None = None
 
     @property
@@ -627,8 +631,7 @@ class LLM:
             raise TypeError(
                 f"a prompt is a string or a list of token ids, got {type(prompt).__name__}"
             )
-        if bad := [t for t in params.stop_token_ids if not 0 <= t < vocab]:
-            raise ValueError(f"stop_token_ids {bad} are outside the vocabulary of {vocab}")
+        params.check_vocabulary(vocab)
         if params.n > self.max_batch_size:
             raise ValueError(
                 f"n={params.n} samples do not fit max_batch_size={self.max_batch_size}"
@@ -654,6 +657,11 @@ class LLM:
     def _add(self, ids, params, *, tools=False, owned=False, events=None, targets=None) -> Request:
         if params.seed is None:
             params = replace(params, seed=self._seeds.getrandbits(63))
+        if any(isinstance(word, str) for word in params.bad_words):
+            encode = self.tokenizer.encode  # a word has other tokens at the beginning of a text
+            words = [(w, " " + w) if isinstance(w, str) else (w,) for w in params.bad_words]
+            banned = [w if isinstance(w, tuple) else tuple(encode(w)) for w in chain(*words)]
+            params = replace(params, bad_words=tuple(banned))
         request = Request(self._next_id, ids, params, tools, owned, events)
         self._next_id += 1
         stop_ids = frozenset(params.stop_token_ids)
@@ -687,6 +695,11 @@ class LLM:
         if self._flight is None:
             self._clock = time.perf_counter()
         try:
+            if self._flight and any(
+                s.params.needs_history for _, s, _ in self._flight.plan.samples
+            ):
+                landing, self._flight = self._flight, None
+                self._land(landing)  # a filter wants to know the last token before the next
             if self.scheduler.waiting or self.scheduler.running:
                 plan = self.scheduler.schedule()
                 blocks, stats = self.scheduler.blocks, self._stats
@@ -711,7 +724,7 @@ class LLM:
             self.cache.copy_blocks(plan.copies)
         params = [seq.params for _, seq, _ in plan.samples]
         last = self._flight.tokens if self._flight else None
-        tokens = scores = None
+        tokens = scores = sampled = None
         if self.graphs and self.graphs.fits(batch, params):
             tokens = self.graphs.replay(batch, last)
         else:
@@ -725,7 +738,15 @@ class LLM:
             h = self.model.forward(batch, self.cache)
             if params:
                 logits, cap = self.model.logits(h[: len(params)]), self.model.recipe.softcap
-                tokens = sample(logits, params, batch.temperature, batch.noise, cap)
+                history = [
+                    History(seq.tokens, seq.num_prompt, position, seq.stop_ids)
+                    if seq.params.edited
+                    else None
+                    for _, seq, position in plan.samples
+                ]
+                tokens = sample(logits, params, batch.temperature, batch.noise, cap, history)
+                if isinstance(tokens, Sampled):
+                    sampled, tokens = tokens, tokens.tokens
             if plan.scored:
                 targets = [
                     token
@@ -733,21 +754,28 @@ class LLM:
                     for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
                 ]
                 scores = self.model.logprobs(h[len(params) :], torch.tensor(targets))
-        on_host, event = [tokens, scores], None
+        on_host, event = [tokens, scores, sampled and sampled.packed], None
         if self.device.type == "cuda":
             on_host = [t if t is None else t.to("cpu", non_blocking=True) for t in on_host]
             event = torch.cuda.Event()
             event.record()
-        return Flight(plan, tokens, on_host, event)
+        return Flight(plan, tokens, on_host, sampled, event)
 
     def _land(self, flight: Flight) -> None:
         """Read a step's tokens and hand them to the scheduler; collect the requests that are
         done."""
         if flight.event:
             flight.event.synchronize()
-        token_ids, scores = ([] if t is None else t.tolist() for t in flight.on_host)
+        tokens, scores, packed = flight.on_host
+        token_ids, scores = ([] if t is None else t.tolist() for t in (tokens, scores))
         changed = self.scheduler.update(flight.plan, token_ids, scores)
         self._count(flight.plan, len(changed))
+        if flight.sampled:
+            news = set(map(id, changed))
+            for row, entry in flight.sampled._replace(packed=packed).logprobs().items():
+                _, seq, position = flight.plan.samples[row]
+                if id(seq) in news:
+                    self._requests[seq.request_id].logprobs[seq.sample_id, position] = entry
         for seq in changed:
             request = self._requests[seq.request_id]
             if request.watched:
@@ -872,6 +900,10 @@ class LLM:
                     "stop_reason": self._stop_reason(seq, answer),
                 }
             )
+            if request.params.logprobs is not None:
+                positions = range(seq.num_prompt, len(seq.tokens))
+                found = [request.logprobs.get((seq.sample_id, p)) for p in positions]
+                samples[-1]["logprobs"] = found
         cached = request.done[0].num_cached or 0 if request.done else 0
         self._stats["cached_tokens"] += cached
         self._stats["requests"] += 1

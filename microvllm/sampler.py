@@ -5,21 +5,39 @@ nothing else. So a request with a seed gives the same tokens alone, in a full ba
 preemption, and as sample i of n. The token is the first whose cumulative probability exceeds the
 noise: one number a row is all the randomness there is, made on the host and uploaded with the
 batch.
+
+What a row's parameters ask for is done to its logits in this order: allowed_token_ids, logit_bias,
+bad_words and min_tokens, repetition_penalty, presence_penalty, frequency_penalty, logits_processor;
+then temperature; then top_k, top_p (of what top_k left) and min_p; then the draw. A filter works on
+the rows that use it, and one that no row uses does not run.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import math
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+# the least and the most that a number may be, which is an integer if they are
+RANGES = {
+    "temperature": (0.0, 1e38), "top_p": (1e-6, 1.0), "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-6, 1e6), "presence_penalty": (-1e6, 1e6),
+    "frequency_penalty": (-1e6, 1e6), "logit_bias": (-1e6, 1e6),
+    "max_tokens": (1, 2**31 - 1), "n": (1, 2**31 - 1), "min_tokens": (0, 2**31 - 1),
+    "top_k": (0, 2**31 - 1), "logprobs": (0, 2**31 - 1), "seed": (0, 2**64 - 1),
+}  # fmt: skip
 
-def check_int(name: str, value: object, least: int, most: int = 2**31 - 1) -> int:
+
+def check_int(name: str, value: object, least: int = 0, most: int = 2**31 - 1) -> int:
     """The value as an int. Raises TypeError or ValueError, naming the argument, unless it is an
     integer in range."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -29,50 +47,156 @@ def check_int(name: str, value: object, least: int, most: int = 2**31 - 1) -> in
     return int(value)  # numpy's small integers would overflow when they are added to a length
 
 
+def check_number(name: str, value: object, least: float, most: float) -> float:
+    """The same for a number, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {value!r:.80}")
+    if not least <= value <= most:  # a NaN fails both
+        limits = f"finite and between {least:g} and {most:g}"
+        raise ValueError(f"{name} must be {limits}, got {value!r:.80}")
+    return float(value)
+
+
+def check_text(name: str, value: object) -> str:
+    """The same for a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be strings, got {value!r:.80}")
+    return value
+
+
+def check_list(name: str, values: object, check: Callable = check_int) -> tuple:
+    """The same for a list, by the check of its items, as a tuple."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list, got {values!r:.80}")
+    return tuple(check(name, value) for value in values)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled. Raises ValueError or TypeError when built with a value that makes
     no sense."""
 
-    temperature: float = 1.0  # 0 is greedy: exact argmax
+    temperature: float = 1.0  # 0 is greedy: exact argmax, the lowest id of equals
     max_tokens: int = 256  # new tokens at most
     top_k: int | None = None  # sample among the k largest logits; None or 0 is off
     ignore_eos: bool = False  # do not stop at the tokenizer's end tokens
+    _: KW_ONLY
     n: int = 1  # samples of the prompt; the prefill is done once and shared
-    seed: int | None = None  # None: the engine draws one
+    top_p: float = 1.0  # sample among the likeliest tokens that together hold this probability
+    min_p: float = 0.0  # drop what is less likely than this times the likeliest
+    repetition_penalty: float = 1.0  # for prompt and output: logits above 0 / it, others * it
+    presence_penalty: float = 0.0  # taken off the logits of tokens that are in the output
+    frequency_penalty: float = 0.0  # taken off once for each time that they are in it
+    min_tokens: int = 0  # no stop token before so many new ones
     stop: tuple[str, ...] = ()  # strings that end the text and are cut off
     stop_token_ids: tuple[int, ...] = ()  # further tokens that end the text, also with ignore_eos
+    seed: int | None = None  # None: the engine draws one
+    logprobs: int | None = None  # log-probabilities of the token and of so many alternatives
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # added to logits
+    allowed_token_ids: tuple[int, ...] | None = None  # nothing but these
+    # texts, or lists of ids, whose last token must not follow the others. the engine makes them ids
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    # constrained decoding: gets the tokens so far and their (V,) float32 logits, returns logits, in
+    # which -inf rules a token out
+    logits_processor: Callable[[list[int], Tensor], Tensor] | None = None
+    # worked out here once, since every step asks every row
+    plain: bool = field(init=False, repr=False, compare=False)  # is temperature all there is?
+    edited: bool = field(init=False, repr=False, compare=False)  # do logits change before it?
+    truncated: bool = field(init=False, repr=False, compare=False)  # are tokens dropped after it?
+    needs_history: bool = field(init=False, repr=False, compare=False)  # do earlier tokens matter?
 
     def __post_init__(self):
         def put(name, value):
             object.__setattr__(self, name, value)
 
-        numbers = (int, float, np.integer, np.floating)
-        if isinstance(self.temperature, bool) or not isinstance(self.temperature, numbers):
-            raise TypeError(f"temperature must be a number, got {self.temperature!r:.80}")
-        if not 0 <= self.temperature <= 1e38:  # float32's range; a NaN fails both
-            raise ValueError(
-                "temperature must be 0 (greedy) or more and finite, 1e38 at most, got "
-                f"{self.temperature!r:.80}"
-            )
+        def check_word(name, word):
+            return check_text(name, word) if isinstance(word, str) else check_list(name, word)
+
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            optional = value is None and name in ("top_k", "logprobs", "seed")
+            if not optional and name != "logit_bias":
+                check = check_int if isinstance(least, int) else check_number
+                put(name, check(name, value, least, most))
         # below what float32 can divide by it is greedy, for every row and on every device
-        put("temperature", float(self.temperature) if self.temperature >= 1e-30 else 0.0)
+        put("temperature", self.temperature if self.temperature >= 1e-30 else 0.0)
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
-        put("max_tokens", check_int("max_tokens", self.max_tokens, 1))
-        put("n", check_int("n", self.n, 1))
-        if self.top_k is not None:
-            put("top_k", check_int("top_k", self.top_k, 0))
-        if self.seed is not None:
-            put("seed", check_int("seed", self.seed, 0, 2**64 - 1))
-        strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in strings):
-            raise TypeError(f"stop must be a string or a list of them, got {self.stop!r:.80}")
-        put("stop", strings)
-        stops = self.stop_token_ids
-        if isinstance(stops, (str, bytes)) or not isinstance(stops, Iterable):
-            raise TypeError(f"stop_token_ids must be a list of integers, got {stops!r:.80}")
-        put("stop_token_ids", tuple(check_int("stop_token_ids", t, 0) for t in stops))
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        put("stop", check_list("stop", stop, check_text))
+        put("stop_token_ids", check_list("stop_token_ids", self.stop_token_ids))
+        put("bad_words", check_list("bad_words", self.bad_words, check_word))
+        for name in ("stop", "bad_words"):
+            if not all(getattr(self, name)):
+                raise ValueError(f"{name} must not be empty, got {getattr(self, name)!r:.80}")
+        if self.allowed_token_ids is not None:
+            put("allowed_token_ids", check_list("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids must not be empty, got (); None allows all")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise TypeError(f"logit_bias must be a dict, got {self.logit_bias!r:.80}")
+            ids, limits = check_list("logit_bias", self.logit_bias), RANGES["logit_bias"]
+            values = [check_number("logit_bias", x, *limits) for x in self.logit_bias.values()]
+            put("logit_bias", dict(zip(ids, values, strict=True)))
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise TypeError(f"logits_processor must be callable, got {self.logits_processor!r:.80}")
+
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        # the last two together may leave no token, which must be known before the next step
+        stuck = self.min_tokens and self.allowed_token_ids
+        put("needs_history", bool(penalties or self.bad_words or self.logits_processor or stuck))
+        others = self.min_tokens or self.allowed_token_ids or self.logit_bias
+        put("edited", bool(self.needs_history or others))
+        truncated = self.top_k or self.top_p < 1 or self.min_p  # the argmax survives all of these
+        put("truncated", bool(truncated and self.temperature))
+        put("plain", not (self.edited or self.truncated or self.logprobs is not None))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError, naming the field, if a token id in it does not exist."""
+        words = [word for word in self.bad_words if not isinstance(word, str)]
+        for name, ids in {
+            "stop_token_ids": self.stop_token_ids,
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "logit_bias": self.logit_bias or (),
+            "bad_words": chain.from_iterable(words),
+        }.items():
+            if bad := [token for token in ids if token >= vocab_size]:
+                raise ValueError(f"{name} {bad} are outside the vocabulary of {vocab_size}")
+
+
+class History(NamedTuple):
+    """What filters may ask of a row's sequence."""
+
+    tokens: Seq[int]  # prompt and output; from `position` on they are not looked at
+    num_prompt: int
+    position: int  # of the token to be sampled
+    stop_ids: Iterable[int] = ()  # that may not come before min_tokens
+
+
+class Sampled(NamedTuple):
+    """Tokens and, since some row asked for them, log-probabilities; all of it on the device."""
+
+    tokens: Tensor  # (R,)
+    asked: list[tuple[int, int]]  # (row, its number of alternatives) of the n rows that asked
+    # (n, 3, m) int32, to be read in one go: token ids, the bits of the model's and of the sampler's
+    # log-probabilities; first the token that was drawn, then the m - 1 that the model likes best
+    packed: Tensor
+
+    def logprobs(self) -> dict[int, dict]:
+        """For each row that asked: token_id; logprob, the model's (softmax of its logits);
+        sampler_logprob, that of the draw itself (after all filters and temperature: -inf for what
+        could not be drawn, 0 for the argmax at temperature 0); top, the other tokens that the model
+        likes best, as (token_id, logprob, sampler_logprob)."""
+        listed = {}
+        for (row, k), bits in zip(self.asked, self.packed.cpu().numpy(), strict=True):
+            ids, (model, sampler) = bits[0].tolist(), bits[1:].view(np.float32).tolist()
+            chosen, *others = zip(ids, model, sampler, strict=True)
+            listed[row] = dict(zip(("token_id", "logprob", "sampler_logprob"), chosen, strict=True))
+            listed[row]["top"] = [other for other in others if other[0] != chosen[0]][:k]
+        return listed
 
 
 def noise(seeds: Seq[int], samples: Seq[int], positions: Seq[int]) -> np.ndarray:
@@ -91,60 +215,193 @@ def noise(seeds: Seq[int], samples: Seq[int], positions: Seq[int]) -> np.ndarray
     return (x >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
+def is_plain(params: Seq[SamplingParams]) -> bool:
+    """Does temperature alone decide, in all rows?"""
+    return False not in [p.plain for p in params]
+
+
 def sample(
     logits: Tensor,
     params: Seq[SamplingParams],
     temperature: Tensor,
     uniform: Tensor,
     softcap: float = 0.0,
-) -> Tensor:
+    history: Seq[History | None] | None = None,
+) -> Tensor | Sampled:
     """Pick a token for each row.
 
     logits (R, V), to be capped at +-softcap unless it is 0; temperature, uniform (R,) float32, on
-    the device: params[i].temperature and the row's noise. Returns (R,) integers.
+    the device: params[i].temperature and the row's noise; history: one for each row, None for one
+    without penalties, bad_words, min_tokens and logits_processor. Returns (R,) integers, or Sampled
+    if some row asks for log-probabilities. A row for which nothing is left (the only allowed token
+    is a bad word, say, or a logits_processor returned NaN) gets -1.
     """
-    if logits.is_cuda and is_plain(params) and importlib.util.find_spec("triton"):
-        from . import kernels_gpu
+    tokens = pick(logits, params, temperature, uniform, softcap)
+    special = [i for i, p in enumerate(params) if p.edited or p.logprobs is not None]
+    asked = [(i, params[i].logprobs) for i in special if params[i].logprobs is not None]
+    most = max((k for _, k in asked), default=0)
+    # a CPU takes some rows at a time, so that what is made of them stays in its cache
+    size = max(1, 2**19 // logits.shape[1]) if logits.device.type == "cpu" else len(params)
+    scores = []
+    for start in range(0, len(special), size):
+        rows = special[start : start + size]
+        own, theirs = cap_logits(logits[rows], softcap), [params[i] for i in rows]
+        past = [history[i] if history else None for i in rows]
+        new = tokens[rows]
+        scores += finish(own, theirs, temperature[rows], uniform[rows], past, new, most)
+        tokens[rows] = new
+    return Sampled(tokens, asked, torch.cat(scores)) if asked else tokens
 
-        return kernels_gpu.sample(logits, temperature, uniform, softcap)
-    sampled = [p.temperature > 0 for p in params]
-    if not any(sampled):  # the cap keeps their order
-        return logits.argmax(-1)
-    logits = cap_logits(logits, softcap)
-    logits_over_t = logits / temperature.clamp(min=1e-30)[:, None]
-    if any(p.top_k for p in params):
-        logits_over_t = keep_top_k(logits_over_t, [p.top_k or 0 for p in params])
-    drawn = draw(logits_over_t, uniform)
-    if all(sampled):
-        return drawn
-    # greedy rows are the argmax of the logits themselves: no division, no rounding, no noise
-    return torch.where(temperature > 0, drawn, logits.argmax(-1))
+
+def finish(logits, params, temperature, uniform, history, tokens, most) -> list[Tensor]:
+    """The rest of `sample` for rows whose logits are edited or that ask for log-probabilities.
+
+    logits, capped, and tokens are changed in place; most: alternatives of whoever wants most.
+    Returns a list of the rows' part of `Sampled.packed`, if any.
+    """
+    asking = [i for i, p in enumerate(params) if p.logprobs is not None]
+    model = torch.log_softmax(logits[asking], -1)
+    if edited := [i for i, p in enumerate(params) if p.edited]:
+        edit(logits, params, history)
+        own, theirs = logits[edited], [params[i] for i in edited]
+        drawn = pick(own, theirs, temperature[edited], uniform[edited], 0.0).to(tokens.dtype)
+        tokens[edited] = torch.where(own.amax(-1) > -torch.inf, drawn, -1)
+    if not asking:
+        return []
+    chosen, temperature = tokens[asking, None].long().clamp(min=0), temperature[asking, None]
+    # one more than asked for, since the token itself may be among them
+    ids = torch.cat([chosen, model.topk(min(most + 1, model.shape[1])).indices], 1)
+    scaled = logits[asking].div_(temperature.clamp(min=1e-30))
+    sampler = torch.log_softmax(truncate(scaled, [params[i] for i in asking]), -1).gather(1, ids)
+    greedy = torch.where(ids == chosen, 0.0, -torch.inf)
+    sampler = torch.where(temperature > 0, sampler, greedy)
+    bits = [x.view(torch.int32) for x in (model.gather(1, ids), sampler)]
+    return [torch.stack([ids.int(), *bits], 1)]
 
 
-def is_plain(params: Seq[SamplingParams]) -> bool:
-    """Does temperature alone decide? Then no filter is worth a pass over the vocabulary."""
-    return not any(p.top_k for p in params)
+def pick(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap: float) -> Tensor:
+    """`sample` for what is left when the logits have been edited: (R,) tokens."""
+    if logits.is_cuda and importlib.util.find_spec("triton"):
+        if not any(p.truncated for p in params):
+            from . import kernels_gpu
+
+            return kernels_gpu.sample(logits, temperature, uniform, softcap)
+    if logits.device.type == "cpu" and importlib.util.find_spec("numba"):
+        from . import sampler_cpu
+
+        filters = [[p.top_k or 0, p.top_p, p.min_p] for p in params]
+        return sampler_cpu.sample(logits.float(), temperature, uniform, softcap, filters)
+    # greedy rows are the argmax of the logits themselves: no cap (which keeps their order, but may
+    # make them equal), no division, no noise
+    largest = logits.argmax(-1)
+    if not any(p.temperature for p in params):
+        return largest
+    scaled = cap_logits(logits, softcap) / temperature.clamp(min=1e-30)[:, None]
+    return torch.where(temperature > 0, draw(truncate(scaled, params), uniform), largest)
 
 
 def cap_logits(logits: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(logits / softcap) in float32; 0 is no cap.
+    """softcap * tanh(logits / softcap) in float32 and in new memory; 0 is no cap.
 
     tanh(x) is 2 sigmoid(2x) - 1, and torch's sigmoid takes a CPU a fifth of its tanh's time; the
     difference is below 4e-6.
     """
-    logits = logits.float()
     if not softcap:
-        return logits
-    return torch.sigmoid(logits * (2 / softcap)).mul_(2 * softcap).sub_(softcap)
+        return logits.to(torch.float32, copy=True)
+    return torch.sigmoid(logits.float() * (2 / softcap)).mul_(2 * softcap).sub_(softcap)
 
 
-def keep_top_k(logits: Tensor, top_k: Seq[int]) -> Tensor:
-    """Mask all but the k largest logits of each row (0: keep all). Ties with the k-th stay."""
-    largest = min(max(top_k), logits.shape[1])
-    ks = torch.tensor([min(k, largest) if k else largest for k in top_k], device=logits.device)
-    kth = logits.topk(largest).values.gather(1, ks[:, None] - 1)
-    off = torch.tensor([k == 0 for k in top_k], device=logits.device)
-    return logits.masked_fill((logits < kth) & ~off[:, None], -torch.inf)
+def edit(logits: Tensor, params: Seq[SamplingParams], history: Seq[History | None]) -> None:
+    """Do to the logits, in place, all that comes before temperature."""
+
+    def index(rows, lists):
+        """All (row, id) of the lists of ids as an index of logits, and which list each is from."""
+        owner = np.repeat(np.arange(len(rows)), [len(ids) for ids in lists])
+        ids = np.frombuffer(b"".join([array("q", ids) for ids in lists]), np.int64)
+        flat = np.stack([np.array(rows)[owner], ids, owner])
+        row, ids, owner = torch.from_numpy(flat).to(logits.device)
+        return (row, ids), owner
+
+    def values(rows, name, owner):
+        return torch.tensor([getattr(params[i], name) for i in rows], device=logits.device)[owner]
+
+    if rows := [i for i, p in enumerate(params) if p.allowed_token_ids]:
+        at, _ = index(rows, [params[i].allowed_token_ids for i in rows])
+        allowed = logits[at]
+        logits[rows] = -torch.inf
+        logits[at] = allowed
+    if rows := [i for i, p in enumerate(params) if p.logit_bias]:
+        at, _ = index(rows, [params[i].logit_bias for i in rows])
+        bias = [value for i in rows for value in params[i].logit_bias.values()]
+        logits[at] += torch.tensor(bias, device=logits.device)
+    if rows := [i for i, p in enumerate(params) if p.bad_words or p.min_tokens]:
+        at, _ = index(rows, [banned(params[i], history[i]) for i in rows])
+        logits[at] = -torch.inf
+    if rows := [i for i, p in enumerate(params) if p.repetition_penalty != 1]:
+        at, owner = index(rows, [history[i].tokens[: history[i].position] for i in rows])
+        old, penalty = logits[at], values(rows, "repetition_penalty", owner)
+        # an id that is there often is changed once: all write the same
+        logits[at] = torch.where(old > 0, old / penalty, old * penalty)
+    if rows := [i for i, p in enumerate(params) if p.presence_penalty or p.frequency_penalty]:
+        output = [history[i].tokens[history[i].num_prompt : history[i].position] for i in rows]
+        at, owner = index(rows, output)
+        logits[at] = logits[at] - values(rows, "presence_penalty", owner)  # once, as above
+        # and as often as it is there
+        logits.index_put_(at, -values(rows, "frequency_penalty", owner), accumulate=True)
+    for i in [i for i, p in enumerate(params) if p.logits_processor]:
+        new = params[i].logits_processor(list(history[i].tokens[: history[i].position]), logits[i])
+        if not isinstance(new, Tensor) or new.shape != logits[i].shape:
+            got = tuple(new.shape) if isinstance(new, Tensor) else repr(new)
+            want = tuple(logits[i].shape)
+            raise TypeError(f"logits_processor must return logits of shape {want}, got {got}")
+        logits[i] = new
+
+
+def banned(params: SamplingParams, history: History) -> list[int]:
+    """The tokens that bad_words and min_tokens rule out."""
+    tokens, position = history.tokens, history.position
+    ids = []
+    for *start, last in params.bad_words:
+        if tokens[position - len(start) : position] == start:  # a longer start is no part of them
+            ids.append(last)
+    if position - history.num_prompt < params.min_tokens:
+        ids.extend(history.stop_ids)
+    return ids
+
+
+def truncate(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
+    """What comes after temperature: -inf for the tokens that top_k, top_p and min_p drop."""
+    odd = [i for i, p in enumerate(params) if p.truncated]
+    if rows := [i for i in odd if params[i].top_k]:
+        logits[rows] = keep_top_k(logits[rows], [params[i].top_k for i in rows])
+    if rows := [i for i in odd if params[i].top_p < 1]:
+        logits[rows] = keep_top_p(logits[rows], [params[i].top_p for i in rows])
+    if rows := [i for i in odd if params[i].min_p]:
+        logits[rows] = keep_min_p(logits[rows], [params[i].min_p for i in rows])
+    return logits
+
+
+def keep_top_k(logits: Tensor, top_k: list[int]) -> Tensor:
+    """The k largest logits of each row. Ties with the k-th stay."""
+    ks = [min(k, logits.shape[1]) for k in top_k]
+    kth = torch.tensor(ks, device=logits.device)[:, None] - 1
+    return logits.masked_fill(logits < logits.topk(max(ks)).values.gather(1, kth), -torch.inf)
+
+
+def keep_top_p(logits: Tensor, top_p: list[float]) -> Tensor:
+    """The tokens for which all likelier ones together hold less than p (Holtzman et al. 2020), of
+    what is left. Ties stay."""
+    weights = torch.softmax(logits, -1)
+    ordered = weights.sort(-1, descending=True).values
+    likelier = ordered.cumsum(-1) - ordered
+    count = (likelier < torch.tensor(top_p, device=logits.device)[:, None]).sum(-1, keepdim=True)
+    return logits.masked_fill(weights < ordered.gather(1, count - 1), -torch.inf)
+
+
+def keep_min_p(logits: Tensor, min_p: list[float]) -> Tensor:
+    """The tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024)."""
+    below = torch.tensor([math.log(p) for p in min_p], device=logits.device)[:, None]
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + below, -torch.inf)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:

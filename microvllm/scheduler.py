@@ -51,7 +51,7 @@ class Sequence:
         self.hashes: list[bytes] = []  # of the full blocks, each chained over its predecessors
         self.num_published = 0  # blocks of the table that the prefix cache was told of
         self.running = False
-        self.finish_reason: str | None = None  # "stop", "length" or "abort" once it is over
+        self.finish_reason: str | None = None  # "stop", "length", "abort", "error"
         self.forks = params.n - 1  # samples that will split off when the prompt is computed
 
     @property
@@ -363,8 +363,11 @@ class Scheduler:
             # it ended, or a tool wrote this token, while the step was under way
             if seq.finish_reason or seq.tokens[position] >= 0:
                 continue
-            seq.tokens[position] = token
             changed.append(seq)
+            if token < 0:  # the filters left nothing to draw
+                self.finish(seq, "error")
+                continue
+            seq.tokens[position] = token
             if token in seq.stop_ids:
                 self.finish(seq, "stop")
             elif position + 1 >= seq.max_length:

@@ -350,3 +350,65 @@ def test_a_prompts_generate_batch_equals_nanochats_golden():
             )
             results = run["generate_batch_2"]
             assert sequences == results["results"] and masks == results["masks"]
+
+
+# every sampling control, through the engine -----------------------------------------------------
+
+
+def test_log_probabilities_of_greedy_tokens_are_those_that_score_gives(llm):
+    prompt = question(llm, "Who wrote Dracula?")
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=2)
+    output = llm.generate([prompt], params)[0]
+    (scores,) = llm.score([prompt], [output["token_ids"]])
+    entries = output["logprobs"]
+    assert [e["token_id"] for e in entries] == output["token_ids"]
+    assert max(abs(e["logprob"] - s) for e, s in zip(entries, scores, strict=True)) < 1e-4
+    assert all(e["sampler_logprob"] == 0 and len(e["top"]) == 2 for e in entries)
+    assert "logprobs" not in llm.generate([prompt], GREEDY)[0]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_filters_are_kept_by_the_engine_in_a_mixed_batch(overlap):
+    with LLM(MODEL, num_blocks=200) as llm:
+        llm.overlap = overlap
+        prompt = question(llm, "Who wrote Dracula?")
+        plain = llm.generate([prompt], GREEDY)[0]
+        end = llm.tokenizer.special_tokens["<|assistant_end|>"]
+        seen = []
+
+        def only_fives(token_ids, logits):
+            seen.append(list(token_ids))
+            return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor([5]), 0.0)
+
+        params = [
+            SamplingParams(temperature=0, max_tokens=24, bad_words=["Bram"]),
+            SamplingParams(temperature=0, max_tokens=24, min_tokens=20),
+            SamplingParams(temperature=0.9, max_tokens=12, allowed_token_ids=[7, 8], seed=1),
+            SamplingParams(temperature=0, max_tokens=4, logit_bias={9: 1e5}),
+            SamplingParams(temperature=0, max_tokens=6, frequency_penalty=1e5),
+            SamplingParams(temperature=0, max_tokens=5, logits_processor=only_fives),
+            SamplingParams(temperature=0.8, max_tokens=9, logprobs=0, n=2, top_p=0.9, seed=3),
+            GREEDY,
+        ]
+        outputs = llm.generate([prompt] * len(params), params)
+        assert "Bram" not in outputs[0]["text"] and "Bram" in plain["text"]
+        assert end not in outputs[1]["token_ids"][:20] and end in plain["token_ids"]
+        assert set(outputs[2]["token_ids"]) == {7, 8}
+        assert outputs[3]["token_ids"] == [9] * 4
+        assert len(set(outputs[4]["token_ids"])) == 6
+        assert outputs[5]["token_ids"] == [5] * 5
+        assert seen == [prompt + [5] * k for k in range(5)]
+        assert [len(s["logprobs"]) for s in outputs[6]["samples"]] == [9, 9]
+        assert all(e["sampler_logprob"] >= e["logprob"] - 3 for e in outputs[6]["logprobs"])
+        assert outputs[7]["token_ids"] == plain["token_ids"]
+        assert everything_is_free(llm)
+
+
+def test_a_row_with_nothing_left_to_draw_ends_alone(llm):
+    stuck = SamplingParams(
+        temperature=0, max_tokens=9, logits_processor=lambda ids, x: x * torch.nan
+    )
+    failed, fine = llm.generate(["Once", "Once"], [stuck, GREEDY])
+    assert (failed["finish_reason"], failed["token_ids"]) == ("error", [])
+    assert fine["token_ids"] == llm.generate(["Once"], GREEDY)[0]["token_ids"]
+    assert everything_is_free(llm)

@@ -1,0 +1,112 @@
+"""What does sampling cost, beside the decode step that it ends?
+
+    python benchmarks/sampler.py                        # nanochat's d12: 12 layers, 768 wide
+    python benchmarks/sampler.py --rows 256 --vocab 4096 --layers 6 --width 256
+    python benchmarks/sampler.py --rows 5 --vocab 99 --layers 1 --width 16 --turns 1  # does it run?
+
+A step is its matrix products alone, in the layout that the model uses: without attention and norms,
+so that the shares are a little too high. Each is a median of --turns, in which everything has its
+turn. The logits are normal, with --spread as standard deviation: with a small one top_p keeps tens
+of thousands of tokens, with a large one a few. The last line is all of it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+
+import torch
+
+from microvllm import SamplingParams
+from microvllm.model import Linear
+from microvllm.sampler import History, noise, sample
+
+SETTINGS = {
+    "greedy": {"temperature": 0.0},
+    "plain": {},
+    "top_k": {"top_k": 50},
+    "top_p": {"top_p": 0.9},
+    "min_p": {"min_p": 0.05},
+    "all three": {"top_k": 50, "top_p": 0.9, "min_p": 0.05},
+    "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "logprobs": {"logprobs": 5},
+}
+
+
+def products(rows: int, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+    """A function that does the matrix products of a step, and returns what reaches the head."""
+    C, V = args.width, args.vocab
+    layer = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))
+    shapes = [*layer * args.layers, (V, C)]
+    weights = [Linear([torch.randn(shape)], device, dtype, share=False) for shape in shapes]
+    inputs = {size: torch.randn(rows, size, device=device, dtype=dtype) for size in (C, 4 * C)}
+    return lambda: [
+        linear(inputs[size]) for linear, (_, size) in zip(weights, shapes, strict=True)
+    ][-1]
+
+
+def seconds(run, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Milliseconds of the products and of sampling with each of SETTINGS."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    runs = {"products": products(rows, args, device, dtype)}
+    logits = (args.spread * torch.randn(rows, args.vocab)).to(device, dtype)
+    uniform = torch.from_numpy(noise(range(rows), [0] * rows, [0] * rows)).to(device)
+    ids = torch.randint(args.vocab, (rows, 512)).tolist()
+    history = [History(tokens, 256, 512) for tokens in ids]
+    for name, given in SETTINGS.items():
+        params = [SamplingParams(**{"temperature": 0.8, **given}) for _ in range(rows)]
+        temperature = torch.tensor([p.temperature for p in params], device=device)
+        rest = (params, temperature, uniform, 15.0, history)
+        runs[name] = lambda rest=rest: sample(logits, *rest)
+    times = {name: [] for name in runs}
+    for _ in range(1 + args.turns):
+        for name, run in runs.items():
+            times[name].append(1000 * seconds(run, device))
+    return {name: statistics.median(t[1:]) for name, t in times.items()}  # the first warms up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default="64,512", help="rows to sample, with commas")
+    parser.add_argument("--vocab", type=int, default=65536)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--spread", type=float, default=3.0)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    facts = {"device": f"{device.type}, {card}", "threads": torch.get_num_threads(), **vars(args)}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    results = {}
+    with torch.inference_mode():
+        for rows in map(int, args.rows.split(",")):
+            results[rows] = times = measure(rows, args, device)
+            for name, ms in times.items():
+                share = f"{ms / times['products']:8.1%} of the products" * (name != "products")
+                print(f"{rows:5d} rows  {name:10s} {ms:9.2f} ms {share}")
+    print(json.dumps({**facts, "milliseconds": results}))
+
+
+if __name__ == "__main__":
+    main()
