@@ -3,8 +3,6 @@
 import argparse
 
 from microvllm import cli
-from microvllm.cli import MODEL_DIR as MODEL_DIR
-from microvllm.cli import encode as encode
 
 QUESTIONS = (
     "Who wrote Moby Dick?",

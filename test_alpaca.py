@@ -6,8 +6,6 @@ a script, and pytest does not collect it.
 """
 
 from microvllm import cli
-from microvllm.bench import BUNDLED as BUNDLED
-from microvllm.bench import read_prompts as read_prompts
 
 
 def main() -> None:

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scr
 import torch
 
 from microvllm import LLM, SamplingParams
-from run import MODEL_DIR, QUESTIONS, encode
-from test_alpaca import BUNDLED, read_prompts
+from microvllm.bench import BUNDLED, read_prompts
+from microvllm.cli import MODEL_DIR, encode
+from run import QUESTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -37,7 +37,7 @@ from .checkpoint import (
     wrap_model,
 )
 from .model import GPTConfig
-from .sampler import History, Sampled, SamplingParams, check_int, noise, sample
+from .sampler import History, Sampled, SamplingParams, check_int, check_number, noise, sample
 from .scheduler import BlockManager, Scheduler, Sequence, Step
 from .tokenizer import wrap_tokenizer
 
@@ -293,6 +293,13 @@ class LLM:
         ):
             if value is not None:
                 check_int(name, value, least)
+        for name, value in (
+            ("enable_prefix_caching", enable_prefix_caching),
+            ("cuda_graphs", cuda_graphs),
+        ):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r:.80}")
+        check_number("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0)
         if (model_path is None) == (model is None):
             raise TypeError("give either model_path or model (a live nanochat GPT module)")
         if model is not None and tokenizer is None and tokenizer_path is None:
@@ -321,7 +328,13 @@ class LLM:
         self.graphs = None
         if num_blocks is None:
             num_blocks = self._blocks_that_fit(block_size, gpu_memory_utilization)
-        self.cache = PagedKVCache(config, num_blocks, block_size, self.model.dtype, self.device)
+        try:
+            self.cache = PagedKVCache(config, num_blocks, block_size, self.model.dtype, self.device)
+        except (MemoryError, RuntimeError, ValueError):  # numpy and torch each have their own
+            raise ValueError(
+                f"num_blocks={num_blocks} blocks of {block_size} tokens are more than this machine "
+                f"can hold: {free_memory(self.device):,} bytes are free; lower it"
+            ) from None
         self.overlap = cuda
         if cuda and cuda_graphs and self.model.attend.__module__.endswith("kernels_gpu"):
             from .graphs import DecodeGraphs
@@ -638,9 +651,10 @@ class LLM:
             )
         if len(ids) >= self.max_model_len:
             limit = 10 * self.model.config.sequence_len
+            raised = f" (it may be raised to {limit})" if len(ids) < limit else ""
             raise ValueError(
                 f"the prompt has {len(ids)} tokens and max_model_len is {self.max_model_len}: "
-                f"{len(ids) + 1 - self.max_model_len} too many (it may be raised to {limit})"
+                f"{len(ids) + 1 - self.max_model_len} too many{raised}"
             )
         blocks = self.scheduler.blocks
         # the last token is never fed back, so it needs no slot
@@ -728,22 +742,20 @@ class LLM:
         if self.graphs and self.graphs.fits(batch, params):
             tokens = self.graphs.replay(batch, last)
         else:
-            waiting = batch.ids.min() < 0
+            pending = batch.ids.min() < 0
             batch = batch.upload(self.device)
-            if (
-                waiting
-            ):  # a negative id is ~row of the last step's tokens, which only the device knows
+            if pending:  # an id that is ~row of the last step's tokens: only the device knows it
                 known = last[(~batch.ids).clamp(min=0)].to(torch.int32)
                 batch = batch._replace(ids=torch.where(batch.ids < 0, known, batch.ids))
             h = self.model.forward(batch, self.cache)
             if params:
                 logits, cap = self.model.logits(h[: len(params)]), self.model.recipe.softcap
-                history = [
-                    History(seq.tokens, seq.num_prompt, position, seq.stop_ids)
-                    if seq.params.edited
-                    else None
-                    for _, seq, position in plan.samples
-                ]
+                history = None
+                if any(p.edited for p in params):
+                    history = [
+                        History(q.tokens, q.num_prompt, position, q.stop_ids)
+                        for _, q, position in plan.samples
+                    ]
                 tokens = sample(logits, params, batch.temperature, batch.noise, cap, history)
                 if isinstance(tokens, Sampled):
                     sampled, tokens = tokens, tokens.tokens

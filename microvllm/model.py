@@ -426,7 +426,13 @@ class GPT:
             self.smear_gate = take("smear_gate.weight")
             self.smear_lambda = take("smear_lambda")
             self.backout_lambda = take("backout_lambda")
-        self.cos, self.sin = self._rotary(max_len or config.sequence_len)
+        max_len = max_len or config.sequence_len
+        try:
+            self.cos, self.sin = self._rotary(max_len)
+        except RuntimeError:  # torch's word for too little memory
+            raise ValueError(
+                f"no memory for rotary tables of {max_len} positions: give a smaller max_model_len"
+            ) from None
 
     @property
     def weights(self) -> dict[str, Tensor]:

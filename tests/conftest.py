@@ -71,3 +71,13 @@ def hand_made_batch(chunks: list[tuple], block_size: int) -> SimpleNamespace:
         max_query=max(lengths),
         max_seq=max(stop for _, _, stop, _ in chunks),
     )
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules of thousands of tiny steps: two threads would wait for each other most of the
+    time, and for seconds where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -279,3 +279,26 @@ def test_a_context_of_up_to_ten_times_the_training_and_no_more():
         assert llm.max_model_len == 208
         with pytest.raises(ValueError, match="208 tokens and max_model_len is 208: 1 too many"):
             llm.generate([ids[:208]])
+
+
+@pytest.mark.parametrize(
+    "option, named",
+    [
+        ({"enable_prefix_caching": "false"}, "enable_prefix_caching"),
+        ({"cuda_graphs": 1}, "cuda_graphs"),
+        ({"gpu_memory_utilization": 7}, "gpu_memory_utilization"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization"),
+        ({"num_blocks": 2**31 - 1, "block_size": 2**16}, "num_blocks"),
+    ],
+)
+def test_an_option_of_the_engine_that_makes_no_sense_is_named(option, named):
+    with pytest.raises((TypeError, ValueError), match=named):
+        LLM(MODEL, **option)
+
+
+def test_raising_the_limit_is_advised_only_where_it_helps():
+    with LLM(MODEL, num_blocks=20, max_model_len=20) as llm:
+        with pytest.raises(ValueError, match="may be raised to 4000"):
+            llm.generate([[5] * 30])
+        with pytest.raises(ValueError, match="3981 too many$"):
+            llm.generate([[5] * 4000])

@@ -30,13 +30,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The model is tiny, and on a busy machine two threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -15,14 +15,7 @@ from microvllm.model import GPT, RECIPES, GPTConfig, layer_windows
 TOLERANCE = 1e-4  # absolute, in float32 logits: nanochat's own two paths differ by up to 1.6e-5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny steps: two threads would wait for each other most of the time, and for
-    seconds where the cores are busy. test_attention.py has the threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["sdpa", "numba"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from microvllm import SamplingParams, sampler, sampler_cpu
+from microvllm import SamplingParams, kernels_cpu, sampler
 from microvllm.sampler import History, Sampled, is_plain, noise, sample
 
 V = 60
@@ -471,7 +471,7 @@ def test_a_block_whose_sum_was_rounded_up_gives_no_token_without_weight():
     w[0], w[1], w[300] = 1, 0.75 * step, 1
     sums = np.zeros(2, np.float32)
     u = (1 + 0.9 * float(step)) / (2 + float(step))
-    assert sampler_cpu._draw(w, sums, u) == 1
+    assert kernels_cpu._draw(w, sums, u) == 1
     assert sums[0] == 1 + step
 
 

@@ -12,7 +12,6 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 import run
 import test_alpaca
@@ -28,13 +27,7 @@ ROWS = [
 PROMPTS = ["Who wrote Moby Dick?", "Continue:\n\nIt was\u2028a dark night", "What is 2+2?"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The model is tiny, and on a busy machine two threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
