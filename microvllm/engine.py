@@ -19,7 +19,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ from .checkpoint import (
     wrap_model,
 )
 from .model import GPTConfig
+from .request import Request, RequestOutput
 from .sampler import History, Sampled, SamplingParams, check_int, check_number, noise, sample
 from .scheduler import BlockManager, Scheduler, Sequence, Step
 from .tokenizer import wrap_tokenizer
@@ -167,7 +168,7 @@ def make_batch(step: Step, block_size: int) -> Batch:
         np.array([p.temperature for p in params], np.float32),
         noise(
             [p.seed for p in params],
-            [s.sample_id for _, s, _ in step.samples],
+            [s.params.sample_index + s.sample_id for _, s, _ in step.samples],
             [position for _, _, position in step.samples],
         ),
         int((rows == 1).sum()), int(rows.max()), int(stops.max()),
@@ -182,61 +183,6 @@ class Flight(NamedTuple):
     on_host: list[Tensor | None]  # the same, scores, log-probabilities: on their way to the host
     sampled: Sampled | None  # where some row asked for log-probabilities
     event: torch.cuda.Event | None  # when they have arrived
-
-
-class RequestOutput(dict):
-    """What became of a request; reads as a dict, and its keys as attributes too.
-
-    text (special tokens and what ended it not shown), token_ids (as generated, with the stop token
-    if it ended there), mask (0 for the tokens that a tool forced, else 1), prompt_token_ids,
-    finish_reason ("stop" | "length" | "abort" | "error": the filters left no token to draw),
-    logprobs where asked for (one dict per token of token_id, logprob: the model's, sampler_logprob:
-    after temperature and filters, top: alternatives; None for forced tokens), stop_reason (the stop
-    token's id, the stop string, or which limit was met: "max_tokens" | "max_model_len"),
-    num_cached_tokens (of the prompt, found in the prefix cache), request_id, and samples: such a
-    dict for each of the n samples, the first of which is also at the top level.
-    """
-
-    def __getattr__(self, name: str):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-@dataclass
-class Answer:
-    """One sample's text while it grows; kept only where someone looks before it is done."""
-
-    decoder: object  # tokenizer.IncrementalDecoder
-    calculator: object = None  # tools.Calculator, where tools are on
-    text: str = ""
-    seen: int = 0  # output tokens that are in the text
-    told: int = 0  # characters that a stream has had
-    told_tokens: int = 0  # tokens that a stream has had
-    forced: list[int] = field(default_factory=list)  # indices of the output tokens a tool wrote
-    stop: str | None = None  # the stop string that ended it
-
-
-@dataclass
-class Request:
-    """A request from its arrival to its output."""
-
-    id: int
-    prompt: list[int]
-    params: SamplingParams
-    tools: bool  # run the calculator
-    owned: bool  # generate or stream waits for the output; otherwise step() returns it
-    events: deque | None  # pieces of text for stream
-    done: list[Sequence] = field(default_factory=list)  # finished samples
-    answers: dict[int, Answer] = field(default_factory=dict)  # by sample index
-    logprobs: dict[tuple[int, int], dict] = field(default_factory=dict)  # (sample, position)
-    output: RequestOutput | None = None
-
-    @property
-    def watched(self) -> bool:
-        """Is its text needed token by token?"""
-        return self.tools or bool(self.params.stop) or self.events is not None
 
 
 @contextmanager
@@ -676,7 +622,7 @@ class LLM:
             words = [(w, " " + w) if isinstance(w, str) else (w,) for w in params.bad_words]
             banned = [w if isinstance(w, tuple) else tuple(encode(w)) for w in chain(*words)]
             params = replace(params, bad_words=tuple(banned))
-        request = Request(self._next_id, ids, params, tools, owned, events)
+        request = Request(self._next_id, ids, params, tools, owned, events, targets is not None)
         self._next_id += 1
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -753,9 +699,12 @@ class LLM:
                 history = None
                 if any(p.edited for p in params):
                     history = [
-                        History(q.tokens, q.num_prompt, position, q.stop_ids)
-                        for _, q, position in plan.samples
-                    ]
+                        History(
+                            seq.tokens, seq.num_prompt, position, seq.stop_ids,
+                            self._requests[seq.request_id].errors,
+                        )
+                        for _, seq, position in plan.samples
+                    ]  # fmt: skip
                 tokens = sample(logits, params, batch.temperature, batch.noise, cap, history)
                 if isinstance(tokens, Sampled):
                     sampled, tokens = tokens, tokens.tokens
@@ -791,77 +740,15 @@ class LLM:
         for seq in changed:
             request = self._requests[seq.request_id]
             if request.watched:
-                self._watch(request, seq)
+                forced = request.watch(seq, self.scheduler, self.tokenizer)
+                self._stats["output_tokens"] += forced
             if seq.finish_reason:
                 self._collect(request, seq)
-
-    def _watch(self, request: Request, seq: Sequence) -> None:
-        """Bring a sample's text up to its tokens: stop strings, the calculator, pieces to
-        stream."""
-        answer = request.answers.get(seq.sample_id)
-        if answer is None:
-            answer = Answer(self.tokenizer.decoder())
-            if request.tools:
-                from .tools import Calculator
-
-                answer.calculator = Calculator(self.tokenizer)
-            request.answers[seq.sample_id] = answer
-        params = request.params
-        while answer.stop is None and answer.seen < seq.num_known - seq.num_prompt:
-            token = seq.tokens[seq.num_prompt + answer.seen]
-            answer.seen += 1
-            last = seq.num_prompt + answer.seen == len(seq.tokens)
-            if seq.finish_reason == "stop" and last:
-                break  # the stop token's text is not shown
-            answer.text += answer.decoder.push(token)
-            if answer.calculator and (forced := answer.calculator.push(token)):
-                if seq.finish_reason is None:
-                    count = self.scheduler.force(seq, forced)
-                    answer.forced.extend(range(answer.seen, answer.seen + count))
-                    self._stats["output_tokens"] += count
-            ends = [(i, s) for s in params.stop if (i := answer.text.find(s, answer.told)) >= 0]
-            if ends:
-                at, answer.stop = min(ends)
-                answer.text = answer.text[:at]
-                del seq.tokens[seq.num_prompt + answer.seen :]
-                if seq.finish_reason is None:
-                    self.scheduler.finish(seq, "stop")
-                seq.finish_reason = "stop"
-        if seq.finish_reason and answer.stop is None:
-            answer.text += answer.decoder.flush()
-        if request.events is None:
-            return
-        safe = len(answer.text)
-        if not seq.finish_reason:  # the beginning of a stop string waits until it is none
-            held = (k for s in params.stop for k in range(1, len(s)) if answer.text.endswith(s[:k]))
-            safe = max(safe - max(held, default=0), answer.told)
-        if safe > answer.told or seq.finish_reason:
-            output = seq.tokens[seq.num_prompt : seq.num_known]
-            request.events.append(
-                {
-                    "request_id": request.id,
-                    "sample": seq.sample_id,
-                    "text": answer.text[answer.told : safe],
-                    "token_ids": output[answer.told_tokens :],
-                    "finish_reason": seq.finish_reason,
-                    "stop_reason": self._stop_reason(seq, answer),
-                }
-            )
-            answer.told, answer.told_tokens = safe, len(output)
-
-    def _stop_reason(self, seq: Sequence, answer: Answer | None) -> int | str | None:
-        """What ended a sample: a stop string, a token id, or the name of the limit."""
-        if seq.finish_reason == "stop":
-            return answer.stop if answer and answer.stop is not None else seq.tokens[-1]
-        if seq.finish_reason == "length":
-            full = len(seq.tokens) - seq.num_prompt == seq.params.max_tokens
-            return "max_tokens" if full else "max_model_len"
-        return None
 
     def _collect(self, request: Request, seq: Sequence) -> None:
         """A sample is over; with the last of them the request is."""
         if request.watched and seq.finish_reason == "abort":
-            self._watch(request, seq)
+            request.watch(seq, self.scheduler, self.tokenizer)
         request.done.append(seq)
         if len(request.done) == request.params.n:
             self._finish(request)
@@ -885,48 +772,13 @@ class LLM:
         stats["decode_seconds"] += seconds * (1 - share)
 
     def _finish(self, request: Request) -> None:
-        """Turn a request's finished samples into its output."""
-        if request.done and request.done[0].targets is not None:
-            request.output = RequestOutput(logprobs=request.done[0].scores)
-            del self._requests[request.id]
-            return
-        samples = []
-        for seq in sorted(request.done, key=lambda s: s.sample_id):
-            answer = request.answers.get(seq.sample_id)
-            token_ids = seq.tokens[seq.num_prompt :]
-            mask = [1] * len(token_ids)
-            if answer:
-                text = answer.text
-                for i in answer.forced:
-                    if i < len(mask):
-                        mask[i] = 0
-            else:
-                shown = token_ids[:-1] if seq.finish_reason == "stop" else token_ids
-                text = self.tokenizer.decode(shown, skip_special=True)
-            samples.append(
-                {
-                    "text": text,
-                    "token_ids": token_ids,
-                    "mask": mask,
-                    "finish_reason": seq.finish_reason,
-                    "stop_reason": self._stop_reason(seq, answer),
-                }
-            )
-            if request.params.logprobs is not None:
-                positions = range(seq.num_prompt, len(seq.tokens))
-                found = [request.logprobs.get((seq.sample_id, p)) for p in positions]
-                samples[-1]["logprobs"] = found
-        cached = request.done[0].num_cached or 0 if request.done else 0
-        self._stats["cached_tokens"] += cached
-        self._stats["requests"] += 1
-        request.output = RequestOutput(
-            samples[0],
-            request_id=request.id,
-            prompt_token_ids=request.prompt,
-            num_cached_tokens=cached,
-            samples=samples,
-        )
+        """The last sample of a request is over: make its output."""
+        request.output = request.make_output(self.tokenizer)
         del self._requests[request.id]
+        if request.scored:
+            return
+        self._stats["cached_tokens"] += request.output["num_cached_tokens"]
+        self._stats["requests"] += 1
         if not request.owned:
             self._finished.append(request.output)
 

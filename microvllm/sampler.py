@@ -34,6 +34,7 @@ RANGES = {
     "frequency_penalty": (-1e6, 1e6), "logit_bias": (-1e6, 1e6),
     "max_tokens": (1, 2**31 - 1), "n": (1, 2**31 - 1), "min_tokens": (0, 2**31 - 1),
     "top_k": (0, 2**31 - 1), "logprobs": (0, 2**31 - 1), "seed": (0, 2**64 - 1),
+    "sample_index": (0, 2**31 - 1),
 }  # fmt: skip
 
 
@@ -91,13 +92,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # strings that end the text and are cut off
     stop_token_ids: tuple[int, ...] = ()  # further tokens that end the text, also with ignore_eos
     seed: int | None = None  # None: the engine draws one
+    sample_index: int = 0  # of the first sample: with i it is what sample i of n would have been
     logprobs: int | None = None  # log-probabilities of the token and of so many alternatives
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # added to logits
     allowed_token_ids: tuple[int, ...] | None = None  # nothing but these
     # texts, or lists of ids, whose last token must not follow the others. the engine makes them ids
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     # constrained decoding: gets the tokens so far and their (V,) float32 logits, returns logits, in
-    # which -inf rules a token out
+    # which -inf rules a token out. if it raises, its request ends with that error, no other
     logits_processor: Callable[[list[int], Tensor], Tensor] | None = None
     # worked out here once, since every step asks every row
     plain: bool = field(init=False, repr=False, compare=False)  # is temperature all there is?
@@ -174,6 +176,7 @@ class History(NamedTuple):
     num_prompt: int
     position: int  # of the token to be sampled
     stop_ids: Iterable[int] = ()  # that may not come before min_tokens
+    errors: list[Exception] | None = None  # where to put what a logits_processor raises
 
 
 class Sampled(NamedTuple):
@@ -349,12 +352,24 @@ def edit(logits: Tensor, params: Seq[SamplingParams], history: Seq[History | Non
         # and as often as it is there
         logits.index_put_(at, -values(rows, "frequency_penalty", owner), accumulate=True)
     for i in [i for i, p in enumerate(params) if p.logits_processor]:
-        new = params[i].logits_processor(list(history[i].tokens[: history[i].position]), logits[i])
-        if not isinstance(new, Tensor) or new.shape != logits[i].shape:
-            got = tuple(new.shape) if isinstance(new, Tensor) else repr(new)
-            want = tuple(logits[i].shape)
-            raise TypeError(f"logits_processor must return logits of shape {want}, got {got}")
-        logits[i] = new
+        try:
+            logits[i] = processed(params[i].logits_processor, history[i], logits[i])
+        except Exception as error:  # the caller's code: others in the batch are not to suffer
+            if history[i].errors is None:
+                raise
+            history[i].errors.append(error)
+            logits[i] = torch.nan  # nothing can be drawn from it
+
+
+def processed(processor: Callable, history: History, logits: Tensor) -> Tensor:
+    """What a logits_processor makes of its row. Raises what it raises, and TypeError for a result
+    that is no row of logits."""
+    new = processor(list(history.tokens[: history.position]), logits)
+    if not isinstance(new, Tensor) or new.shape != logits.shape:
+        got = tuple(new.shape) if isinstance(new, Tensor) else repr(new)
+        want = tuple(logits.shape)
+        raise TypeError(f"logits_processor must return logits of shape {want}, got {got!s:.80}")
+    return new
 
 
 def banned(params: SamplingParams, history: History) -> list[int]:

@@ -123,7 +123,7 @@ def live(
     if show:
         print(flush=True)
         if sys.stderr.isatty():
-            end = "" if answer["finish_reason"] == "stop" else _ENDS[answer["stop_reason"]]
+            end = "" if answer["finish_reason"] == "stop" else _ENDS.get(answer["stop_reason"], "")
             hits = f"{cached} of {total} prompt tokens cached"
             note(f"[{count} tokens, {speed} tokens/s; {hits}{end}]")
     return answer | {

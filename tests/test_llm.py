@@ -412,3 +412,48 @@ def test_a_row_with_nothing_left_to_draw_ends_alone(llm):
     assert (failed["finish_reason"], failed["token_ids"]) == ("error", [])
     assert fine["token_ids"] == llm.generate(["Once"], GREEDY)[0]["token_ids"]
     assert everything_is_free(llm)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_logits_processor_that_raises_ends_its_request_alone(overlap):
+    def third_time_fails(token_ids, logits):
+        if len(token_ids) - len(prompt) == 2:
+            raise KeyError("no rule for this")
+        return logits
+
+    def too_short(token_ids, logits):
+        return logits[:3]
+
+    with LLM(MODEL, num_blocks=100) as llm:
+        llm.overlap = overlap
+        prompt = llm.tokenizer.encode("Once upon a time", bos=True)
+        greedy = SamplingParams(temperature=0, max_tokens=9)
+        plain = llm.generate([prompt], greedy)[0]["token_ids"]
+        params = [
+            SamplingParams(temperature=0, max_tokens=9, logits_processor=third_time_fails),
+            SamplingParams(temperature=0, max_tokens=9, logits_processor=too_short),
+            greedy,
+        ]
+        ids = [llm.add_request(prompt, p) for p in params]
+        outputs = {}
+        while not llm.is_finished():
+            outputs |= {output["request_id"]: output for output in llm.step()}
+            llm.scheduler.blocks.check(llm.scheduler.running)
+        late, bad, fine = (outputs[i] for i in ids)
+        assert (late["finish_reason"], late["token_ids"]) == ("error", plain[:2])
+        assert late["stop_reason"] == "logits_processor: KeyError: 'no rule for this'"
+        assert bad["finish_reason"] == "error" and bad["token_ids"] == []
+        assert "must return logits of shape" in bad["stop_reason"]
+        assert fine["token_ids"] == plain
+        assert everything_is_free(llm)
+
+
+def test_sample_i_of_n_can_be_asked_for_on_its_own(llm):
+    def draw(**kwargs):
+        params = SamplingParams(max_tokens=8, temperature=1.0, seed=11, **kwargs)
+        return [s["token_ids"] for s in llm.generate(["The sea was"], params)[0]["samples"]]
+
+    together = draw(n=4)
+    assert len(set(map(tuple, together))) > 1
+    assert [draw(sample_index=i)[0] for i in range(4)] == together
+    assert draw(sample_index=1, n=3) == together[1:]
