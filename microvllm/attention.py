@@ -8,7 +8,7 @@ with:
 q (T, H, D) are the batch's queries, rotated, normed and scaled; k, v (N, Hkv, block_size, D) one
 layer's cache, in which the batch's own rows are already written. A query at position p sees the
 keys j of its own sequence with p - window <= j <= p (window < 0: all j <= p), scores are divided by
-sqrt(D), query head n reads kv head n // (H // Hkv).
+sqrt(D), query head n reads kv head n // (H // Hkv). k and v may be of a smaller dtype than q.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype) -> Callabl
     if name == "auto":
         if device.type == "cuda" and importlib.util.find_spec("triton"):
             name = "triton"
-        elif device.type == "cpu" and dtype == torch.float32 and importlib.util.find_spec("numba"):
+        elif device.type == "cpu" and dtype != torch.float16 and importlib.util.find_spec("numba"):
             name = "numba"
         else:
             name = "sdpa"
     if name == "sdpa":
         return sdpa_attention
     if name == "numba":
-        if device.type != "cpu" or dtype != torch.float32:
-            raise ValueError(f"attention='numba' runs in float32 on a CPU, not {dtype} on {device}")
+        if device.type != "cpu" or dtype == torch.float16:
+            raise ValueError(
+                f"attention='numba' runs in float32 and bfloat16 on a CPU, not {dtype} on {device}"
+            )
         from . import kernels_cpu
 
         return kernels_cpu.paged_attention
@@ -69,8 +71,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tenso
     if n:
         # (n, blocks, Hkv, block_size, D) -> (n, Hkv, keys, D)
         tables = batch.block_tables[:n, : -(-batch.max_seq // block_size)]
-        keys = k[tables].transpose(1, 2).flatten(2, 3)
-        values = v[tables].transpose(1, 2).flatten(2, 3)
+        keys, values = (x[tables].transpose(1, 2).flatten(2, 3).to(q.dtype) for x in (k, v))
         seen = torch.arange(keys.shape[2], device=q.device)
         mask = visible(batch.positions[:n, None], seen, window)[:, None]
         y = F.scaled_dot_product_attention(q[:n, :, None], keys, values, mask, enable_gqa=True)
@@ -79,8 +80,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tenso
     for b in range(n, len(lengths)):
         rows, length = slice(firsts[b], firsts[b + 1]), lengths[b]
         table = batch.block_tables[b, : -(-length // block_size)]
-        keys = k[table].transpose(0, 1).flatten(1, 2)[:, :length]
-        values = v[table].transpose(0, 1).flatten(1, 2)[:, :length]
+        keys, values = (
+            x[table].transpose(0, 1).flatten(1, 2)[:, :length].to(q.dtype) for x in (k, v)
+        )
         mask = visible(batch.positions[rows], torch.arange(length, device=q.device), window)
         y = F.scaled_dot_product_attention(
             q[rows].transpose(0, 1)[None], keys[None], values[None], mask, enable_gqa=True

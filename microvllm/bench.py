@@ -10,7 +10,6 @@ import json
 import os
 import random
 import textwrap
-import threading
 import time
 from itertools import groupby
 from pathlib import Path
@@ -98,28 +97,6 @@ def check_choices(rows: list, source: str) -> None:
             raise ValueError(f"{source}: row {number}: expected {wanted}, not {row!r:.80}")
 
 
-def hub_answers(timeout: float = 3.0) -> bool:
-    """Whether the hub is there. `datasets` itself would retry for half a minute."""
-    import urllib.request
-
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answers = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=timeout).close()
-            answers.append(True)
-        except (OSError, ValueError):  # no network, a refusal; an HF_ENDPOINT that is no address
-            pass
-
-    # in a thread, since looking up a name has no time limit of its own
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(answers)
-
-
 def find_prompts(path: str | None, count: int) -> tuple[list[str], str]:
     """(the first `count` prompts, or as many as there are, and where they come from): the file
     `path`, else Alpaca's data set if the `datasets` package can reach it, else the bundled file."""
@@ -127,6 +104,8 @@ def find_prompts(path: str | None, count: int) -> tuple[list[str], str]:
         return read_prompts(path)[:count], path
     reason = f"`pip install datasets` for {DATASET}"
     if importlib.util.find_spec("datasets") is not None:
+        from .huggingface import hub_answers
+
         if not hub_answers():
             os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: its local copy, or an error now
         try:

@@ -125,6 +125,7 @@ def load_model(
     *,
     attention="auto",
     max_len=None,
+    quantization=None,
     **overrides,
 ) -> GPT:
     """Load a checkpoint of any era, strictly; model_path and step: see find_checkpoint.
@@ -133,19 +134,30 @@ def load_model(
     an override that is no constant of the recipe.
     """
     parts = read_checkpoint(*find_checkpoint(model_path, step))
-    return _build(*parts, device, dtype, attention, max_len, overrides)
+    return _build(*parts, device, dtype, attention, max_len, quantization, overrides)
 
 
-def wrap_model(module, device="cpu", dtype="auto", *, attention="auto", max_len=None, **overrides):
+def wrap_model(
+    module,
+    device="cpu",
+    dtype="auto",
+    *,
+    attention="auto",
+    max_len=None,
+    quantization=None,
+    **overrides,
+) -> GPT:
     """A GPT on the weights of a live nanochat module, shared where device and dtype allow it.
 
     Raises TypeError for what is no nanochat GPT, ValueError for one of an unknown era.
     """
-    return _build(*from_module(module), device, dtype, attention, max_len, overrides, share=True)
+    parts = from_module(module)
+    options = attention, max_len, quantization
+    return _build(*parts, device, dtype, *options, overrides, share=True)
 
 
 def _build(
-    config, recipe, weights, device, dtype, attention, max_len, overrides, share=False
+    config, recipe, weights, device, dtype, attention, max_len, quantization, overrides, share=False
 ) -> GPT:
     device = torch.device(device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -160,8 +172,17 @@ def _build(
             f"max_model_len={max_len} is beyond the rotary tables: {10 * config.sequence_len} at "
             f"most, ten times the sequence_len of {config.sequence_len}"
         )
+    if quantization not in (None, "int8"):
+        raise ValueError(f"quantization must be None or 'int8', got {quantization!r:.80}")
+    if quantization and (device.type != "cpu" or dtype != torch.float32):
+        raise ValueError(f"quantization='int8' is for float32 on a CPU, not {dtype} on {device}")
+    if quantization and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        raise ValueError("quantization='int8' needs a torch with oneDNN, which this one lacks")
     recipe, attend = recipe.override(**overrides), pick_backend(attention, device, dtype)
-    return GPT(config, recipe, weights, attend, device, dtype, max_len, share)
+    store = torch.int8 if quantization else None
+    if dtype == torch.bfloat16 and attend.__module__.endswith("kernels_cpu"):
+        dtype, store = torch.float32, torch.bfloat16  # a CPU saves memory's time, not arithmetic's
+    return GPT(config, recipe, weights, attend, device, dtype, max_len, share, store)
 
 
 def from_module(module) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:

@@ -36,6 +36,7 @@ def checkpoint_flags(parser: Parser) -> Callable:
     add("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
     add("--dtype", default="auto", choices=dtypes, help="(bfloat16 on CUDA, else float32)")
     tell = "a constant that the weights cannot tell, such as softcap=20; may be repeated"
+    add("--quantization", choices=["int8"], help="smaller matrices, faster on a CPU (none)")
     add("--recipe", action="append", default=[], metavar="NAME=VALUE", help=tell)
     return add
 
@@ -109,6 +110,7 @@ def load(args: argparse.Namespace) -> LLM:
             num_blocks=args.num_blocks,
             max_batch_size=args.max_batch_size,
             dtype=args.dtype,
+            quantization=args.quantization,
             max_model_len=args.max_model_len,
             seed=random.getrandbits(31) if seed is None else seed,
             **overrides(args),

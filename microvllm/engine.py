@@ -217,8 +217,9 @@ class LLM:
     seed: of requests that bring none; model, tokenizer: a live nanochat GPT module, whose weights
     are shared where device and dtype allow it, and its tokenizer, instead of paths;
     gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
-    steps; any constant of model.Recipe may be overridden by name (softcap=20 for a checkpoint of
-    era 3b).
+    steps; quantization: "int8" makes the matrices and the inputs of all products int8, and K and V
+    bfloat16, on a CPU; any constant of model.Recipe may be overridden by name (softcap=20 for a
+    checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
     """
@@ -227,7 +228,8 @@ class LLM:
         self, model_path=None, step=None, tokenizer_path=None, device="auto", num_blocks=None,
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
         max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
-        tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, **overrides,
+        tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, quantization=None,
+        **overrides,
     ):  # fmt: skip
         check_int("block_size", block_size, 1)
         check_int("seed", seed, 0)
@@ -252,6 +254,7 @@ class LLM:
             raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
         self.device = pick_device(device)
         options = {"attention": attention, "max_len": max_model_len, **overrides}
+        options["quantization"] = quantization
         if model is None:
             model_path, step = find_checkpoint(model_path, step)
             self.model = load_model(model_path, step, self.device, dtype, **options)
@@ -275,7 +278,9 @@ class LLM:
         if num_blocks is None:
             num_blocks = self._blocks_that_fit(block_size, gpu_memory_utilization)
         try:
-            self.cache = PagedKVCache(config, num_blocks, block_size, self.model.dtype, self.device)
+            self.cache = PagedKVCache(
+                config, num_blocks, block_size, self.model.cache_dtype, self.device
+            )
         except (MemoryError, RuntimeError, ValueError):  # numpy and torch each have their own
             raise ValueError(
                 f"num_blocks={num_blocks} blocks of {block_size} tokens are more than this machine "
@@ -327,7 +332,7 @@ class LLM:
         `utilization` is for the cache. On a CPU the cache takes half of what is free, 4 GB at most
         (a longer memory of prompts is not worth a laptop's), and only as it is touched.
         """
-        config, dtype = self.model.config, self.model.dtype
+        config, dtype = self.model.config, self.model.cache_dtype
         block_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
         block_bytes *= block_size
         wanted = self.max_batch_size * -(-self.max_model_len // block_size) + 1

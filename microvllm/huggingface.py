@@ -6,7 +6,11 @@ rotary tables are not rounded, and the epsilon of the norms is written in config
 
 from __future__ import annotations
 
+import os
 import re
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from torch import Tensor
@@ -149,6 +153,28 @@ def read_tokenizer(file: Path) -> Tokenizer:
 # -----------------------------------------------------------------------------
 
 
+def hub_answers(timeout: float = 3.0) -> bool:
+    """Whether the hub is there. Its own packages would retry for half a minute."""
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answers = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=timeout).close()
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)  # someone said no, but someone is there
+        except (OSError, ValueError):  # no network, a refusal; an HF_ENDPOINT that is no address
+            pass
+
+    # in a thread, since looking up a name has no time limit of its own
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(answers)
+
+
 def fetch(name: str, step: int | None) -> Path:
     """Fetch a checkpoint and its tokenizer from the hub; returns where they lie in its cache.
 
@@ -170,23 +196,27 @@ def fetch(name: str, step: int | None) -> Path:
         f"there is no directory {name}, and no repository {repo} on the Hugging Face hub that you "
         "may read (if it is private or gated: `hf auth login`, and ask for access on its page)"
     )
+    names = None  # without a network the cache may have it
     try:
-        names = list_repo_files(repo)
+        names = list_repo_files(repo) if hub_answers() else None
     except RepositoryNotFoundError:
         raise denied from None
-    except Exception:  # without a network, whatever the http library of the hub's version raises
-        names = None  # then the cache may have it
+    except Exception as error:  # whatever the http library of the hub's version raises
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        reason = "the hub does not answer"
     wanted = None if names is None else _choose(repo, folder, names, step)
     try:
         cached = snapshot_download(repo, allow_patterns=wanted, local_files_only=names is None)
     except RepositoryNotFoundError:  # a gated one shows its list of files to everybody
         raise denied from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if names is not None:
+            reason = f"{type(error).__name__}: {error}"
         raise ConnectionError(
             f"{repo} cannot be fetched from the Hugging Face hub and is not in its cache "
-            f"({reason:.200}): try again with a network and without HF_HUB_OFFLINE, or download "
-            "its files elsewhere and give their directory"
+            f"({reason.splitlines()[0]:.200}): try again with a network and without "
+            "HF_HUB_OFFLINE, or download its files elsewhere and give their directory"
         ) from None
     return Path(cached) / folder
 

@@ -19,9 +19,10 @@ from collections.abc import Sequence as Seq
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 # numba's OpenMP layer binds to the OpenMP library that torch has loaded before it, so the kernel
@@ -49,6 +50,47 @@ _f32 = np.float32
 # sums may be reordered, else nothing is vectorised; but NaN stays NaN (see _largest)
 _fast = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9
+
+
+# numbers of the cache ----------------------------------------------------------------------------
+
+# K and V are float32, or bfloat16, which numpy does not know: uint16 with the upper half of the
+# float32's bits. all arithmetic is in float32
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _load(x, i):
+    """x[i] as a float32."""
+
+
+@overload(_load, jit_options=_fast, inline="always")
+def _load_of(x, i):
+    if x.dtype == types.uint16:
+        return lambda x, i: np.uint32(x[i] << np.uint32(16)).view(np.float32)
+    return lambda x, i: x[i]
+
+
+def _store(x, i, value):
+    """x[i] = value, a float32, rounded to the nearest, of two equally near to the even one."""
+
+
+@overload(_store, jit_options=_fast, inline="always")
+def _store_of(x, i, value):
+    if x.dtype == types.uint16:
+
+        def store(x, i, value):
+            bits = _f32(value).view(np.uint32)
+            x[i] = np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+    else:
+
+        def store(x, i, value):
+            x[i] = value
+
+    return store
 
 
 # fused steps of a layer --------------------------------------------------------------------------
@@ -96,44 +138,44 @@ def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @numba.njit(**_fast)
-def _rotate(x, cos, sin, qk_scale, eps, y):
-    """y (D,) = qk_scale * the norm of x (D,) rotated."""
+def _rotate(x, cos, sin, qk_scale, eps, z, y):
+    """y (D,) = qk_scale * the norm of x (D,) rotated; z (D,) is scratch."""
     half = cos.size
     for j in range(half):
-        y[j] = x[j] * cos[j] + x[half + j] * sin[j]
-        y[half + j] = x[half + j] * cos[j] - x[j] * sin[j]
-    scale = _rms_scale(y, eps) * qk_scale
+        z[j] = x[j] * cos[j] + x[half + j] * sin[j]
+        z[half + j] = x[half + j] * cos[j] - x[j] * sin[j]
+    scale = _rms_scale(z, eps) * qk_scale
     for j in range(y.size):
-        y[j] *= scale
+        _store(y, j, z[j] * scale)
 
 
 @numba.njit(parallel=True, **_fast)
 def _rope_store(
-    qkv, h, ve, ve_gate, gated, cos, sin, ids, positions, slots, k, v,
+    qkv, h, e, ve_gate, gated, cos, sin, positions, slots, k, v,
     qk_scale, gate_scale, eps, threads, q,
 ):  # fmt: skip
     T, n_head = q.shape[:2]
-    n_kv_head, block_size = k.shape[1:3]
+    n_kv_head, block_size, D = k.shape[1:]
     for thread in numba.prange(threads):
+        z = np.empty(D, np.float32)
         for t in range(T * thread // threads, T * (thread + 1) // threads):
             c, s = cos[positions[t]], sin[positions[t]]
             block, slot = slots[t] // block_size, slots[t] % block_size
             for i in range(n_head):
-                _rotate(qkv[t, i], c, s, qk_scale, eps, q[t, i])
+                _rotate(qkv[t, i], c, s, qk_scale, eps, z, q[t, i])
             for i in range(n_kv_head):
-                _rotate(qkv[t, n_head + i], c, s, qk_scale, eps, k[block, i, slot])
+                _rotate(qkv[t, n_head + i], c, s, qk_scale, eps, z, k[block, i, slot])
                 vi, to = qkv[t, n_head + n_kv_head + i], v[block, i, slot]
                 if gated:
-                    z = _f32(0)
+                    dot = _f32(0)
                     for j in range(ve_gate.shape[1]):
-                        z += h[t, j] * ve_gate[i, j]
-                    gate = gate_scale / (_f32(1) + np.exp(-z))
-                    e = ve[ids[t], i]
-                    for j in range(vi.size):
-                        to[j] = vi[j] + gate * e[j]
+                        dot += h[t, j] * ve_gate[i, j]
+                    gate = gate_scale / (_f32(1) + np.exp(-dot))
+                    for j in range(D):
+                        _store(to, j, vi[j] + gate * e[t, i, j])
                 else:
-                    for j in range(vi.size):
-                        to[j] = vi[j]
+                    for j in range(D):
+                        _store(to, j, vi[j])
 
 
 def rope_store(
@@ -143,17 +185,52 @@ def rope_store(
     slots; arguments and result as in model.py."""
     n_kv_head, _, D = k.shape[1:]
     q, gated = torch.empty(len(qkv), n_head, D), ve is not None
-    # a kernel takes arrays, never None: any of their shapes will do
-    ve, ve_gate = (ve.view(-1, n_kv_head, D), ve_gate) if gated else (q, h)
-    tensors = qkv.view(len(qkv), -1, D), h, ve, ve_gate
-    arrays = [x.numpy() for x in tensors]
-    tensors = cos, sin, batch.ids, batch.positions, batch.slots, k, v
+    if gated:
+        e = F.embedding(batch.ids, ve).float().view(-1, n_kv_head, D)
+    else:  # a kernel takes arrays, never None: any of their shapes will do
+        e, ve_gate = q, h
+    arrays = [x.numpy() for x in (qkv.view(len(qkv), -1, D), h, e, ve_gate)]
+    tensors = cos, sin, batch.positions, batch.slots, k, v
     with _one_at_a_time:
         _rope_store(
-            *arrays, gated, *[x.numpy() for x in tensors], _f32(qk_scale), _f32(gate_scale),
+            *arrays, gated, *[_array(x) for x in tensors], _f32(qk_scale), _f32(gate_scale),
             _f32(eps), _threads_for(1 + len(qkv) // 4), q.numpy(),
         )  # fmt: skip
     return q
+
+
+@numba.njit(parallel=True, **_fast)
+def _quantize_rows(x, levels, threads, q, scale):
+    C = x.shape[1]
+    for thread in numba.prange(threads):
+        xt = np.empty(C, np.float32)
+        for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
+            qt = q[t]
+            xt[:] = x[t]
+            half = C // 2
+            while half >= C // min(32, C & -C):
+                for start in range(0, C, 2 * half):
+                    a, b = xt[start : start + half], xt[start + half : start + 2 * half]
+                    for c in range(half):
+                        a[c], b[c] = a[c] + b[c], a[c] - b[c]
+                half //= 2
+            bits, largest = xt.view(np.int32), np.int32(0)
+            for c in range(xt.size):  # without the sign they are in the order of the floats
+                largest = max(largest, bits[c] & np.int32(0x7FFFFFFF))
+            most = max(_float(largest), _f32(1e-30))
+            scale[t, 0] = most / levels
+            steps = levels / most
+            for c in range(xt.size):
+                qt[c] = np.uint8(np.int32(xt[c] * steps + _f32(128.5)))
+
+
+def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """x (T, C), rotated, in steps that fit the row, as in model.py."""
+    q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
+    with _one_at_a_time:
+        threads = _threads_for(1 + len(x) // 8)
+        _quantize_rows(x.numpy(), _f32(levels), threads, q.numpy(), scale.numpy())
+    return q, scale
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -190,7 +267,7 @@ def _fetch(block, x):
     two before it are at work: that is another tenth.
     """
     D = block.shape[1]
-    for d in range(x * D, (x + 4) * D, 16):
+    for d in range(x * D, (x + 4) * D, 64 // block.itemsize):
         _prefetch(block, d)
 
 
@@ -209,10 +286,10 @@ def _score(q, k, scores, near, far):
             qi, si = q[i], scores[i, x:]
             s0 = s1 = s2 = s3 = _f32(0)
             for d in range(D):
-                s0 += qi[d] * k0[d]
-                s1 += qi[d] * k1[d]
-                s2 += qi[d] * k2[d]
-                s3 += qi[d] * k3[d]
+                s0 += qi[d] * _load(k0, d)
+                s1 += qi[d] * _load(k1, d)
+                s2 += qi[d] * _load(k2, d)
+                s3 += qi[d] * _load(k3, d)
             si[0], si[1], si[2], si[3] = s0, s1, s2, s3
         _fetch(far, x)
 
@@ -232,7 +309,8 @@ def _mix(p, v, y, near, far):
             p2 = pi[2] if x + 2 <= last else _f32(0)
             p3 = pi[3] if x + 3 <= last else _f32(0)
             for d in range(D):
-                yi[d] += p0 * v0[d] + p1 * v1[d] + p2 * v2[d] + p3 * v3[d]
+                yi[d] += p0 * _load(v0, d) + p1 * _load(v1, d)
+                yi[d] += p2 * _load(v2, d) + p3 * _load(v3, d)
         _fetch(far, x)
 
 
@@ -363,7 +441,8 @@ def _attend(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
     """Attention of a flat batch over the paged cache, as attention.py describes it. Float32.
 
-    q (T, n_head, D); k, v (num_blocks, n_kv_head, block_size, D); returns (T, n_head, D).
+    q (T, n_head, D); k, v (num_blocks, n_kv_head, block_size, D), which may be bfloat16; returns
+    (T, n_head, D).
 
     Chunks come here too, of any length: a gather and torch's attention take 5 to 8 times as long
     for 64 prompts of 23 tokens, 1.4 to 2.4 times for one of 512, 0.9 to 1.3 times for 2,048.
@@ -375,7 +454,7 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tens
     width = ((batch.max_seq + 3 + 15) // 16 | 1) * 16  # + 3: see _score
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     tensors = q.contiguous(), k, v, batch.cu_seqlens, batch.seq_lens, batch.block_tables
-    arrays = [x.numpy() for x in tensors]
+    arrays = [_array(x) for x in tensors]
     with _one_at_a_time:
         threads = _threads_for(len(q) * k.shape[1])
         scratch = torch.empty(threads, rows * group * (2 * D + width))
@@ -524,7 +603,7 @@ def sample(
 
 
 try:
-    for _kernel in (_add_norm, _rope_store, _attend, _sample):
+    for _kernel in (_add_norm, _rope_store, _quantize_rows, _attend, _sample):
         _kernel.enable_caching()
 except RuntimeError:  # neither the package's folder nor the user's cache can be written
     pass

@@ -276,10 +276,10 @@ def rope_store(
         qk = qk * qk_scale
     if ve is not None:
         gate = gate_scale * torch.sigmoid(F.linear(h[:, : ve_gate.shape[1]], ve_gate))
-        new_v = new_v + gate[:, :, None] * F.embedding(batch.ids, ve).view_as(new_v)
+        new_v = new_v + gate[:, :, None] * F.embedding(batch.ids, ve).view_as(new_v).to(h.dtype)
     blocks, offsets = batch.slots // block_size, batch.slots % block_size
-    k[blocks, :, offsets] = qk[:, n_head:]
-    v[blocks, :, offsets] = new_v
+    k[blocks, :, offsets] = qk[:, n_head:].to(k.dtype)
+    v[blocks, :, offsets] = new_v.to(v.dtype)
     return qk[:, :n_head]
 
 
@@ -288,26 +288,60 @@ def relu2(x: Tensor) -> Tensor:
     return x.relu_().square_()
 
 
+def rotate(x: Tensor) -> Tensor:
+    """x (T, C) times a Hadamard matrix of +-1 over 32 channels each, that lie C / 32 apart.
+
+    A residual stream has a few channels that are far larger than all others, and a scale that fits
+    them leaves little of the rest. Here each number is spread over 32 (Ashkboos et al. 2024,
+    QuaRot); with inputs and weights turned alike a product does not change, but for a factor: twice
+    is x * min(32, C & -C).
+    """
+    size = min(32, x.shape[1] & -x.shape[1])
+    half, y = x.shape[1] // 2, x
+    while half >= x.shape[1] // size:
+        a, b = y.reshape(len(x), -1, 2, half).unbind(2)
+        y, half = torch.stack((a + b, a - b), 2), half // 2
+    return y.reshape(x.shape)
+
+
+def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """x (T, C), rotated, as integers from -levels to levels, stored plus 128: (T, C) uint8, and
+    what one of them is worth in each row, (T, 1) float32."""
+    x = rotate(x)
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / levels
+    return (x / scale).round_().add_(128).to(torch.uint8), scale
+
+
 class Linear:
     """A weight matrix (out, in), kept once, in the layout that its products like best.
 
     parts: matrices of a checkpoint, one on top of the other: q, k and v are one product; share: use
     them as they are, without a copy, if device and dtype allow it; rows: how many outputs are
-    wanted, the others are padding.
+    wanted, the others are padding; quantize: make the weights int8, with one scale for each output,
+    and the inputs of each product with this function, that is `quantize_rows`.
     """
 
-    def __init__(self, parts: list[Tensor], device, dtype, share: bool, rows: int | None = None):
-        self.sizes = [len(part) for part in parts]
+    def __init__(
+        self, parts: list[Tensor], device, dtype, share: bool, rows: int | None = None,
+        quantize=None,
+    ):  # fmt: skip
+        self.sizes, self.width = [len(part) for part in parts], parts[0].shape[1]
         self.rows = rows or sum(self.sizes)
-        self.device, self.dtype = device, dtype
-        self.shared = share and parts[0].device == device and parts[0].dtype == dtype
-        # float32 on an x86 processor: oneDNN's own layout is faster, see benchmarks/linear.py
+        self.device, self.dtype, self.quantize = device, dtype, quantize
+        same = parts[0].device == device and parts[0].dtype == dtype
+        self.shared = share and same and not quantize
+        # without the instructions for them, sums of two products of int8 are held in 16 bits
+        self.levels = 127 if torch.cpu._is_vnni_supported() else 63
+        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported  # the instructions for it
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        # on an x86 processor oneDNN's own layout is faster, at some numbers of rows twice as fast
         self.packed = (
             not self.shared
+            and not quantize
             and device.type == "cpu"
-            and dtype == torch.float32
-            and platform.machine().lower() in ("x86_64", "amd64")
+            and x86
             and torch.backends.mkldnn.is_available()
+            and (dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16()))
         )
         self.weight: Tensor | None = None
         self.load(parts)
@@ -321,6 +355,13 @@ class Linear:
             for old, new in zip(self.weights, parts, strict=True):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+        elif self.quantize:
+            whole = rotate(torch.cat(parts).to(torch.float32))
+            whole /= min(32, self.width & -self.width)  # what rotating both has multiplied by
+            self.scale = whole.abs().amax(-1).clamp_(min=1e-30) / 127
+            whole = (whole / self.scale[:, None]).round_().to(torch.int8)
+            self.zeros = torch.zeros(len(whole), dtype=torch.int64)
+            self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
         elif self.packed:
             whole = torch.cat(parts) if len(parts) > 1 else parts[0]
             whole = whole.to(dtype=self.dtype).contiguous()
@@ -336,17 +377,33 @@ class Linear:
         """The parts again; views where the layout allows it."""
         if self.shared:
             return self.weights
+        if self.quantize:  # there is no way back from its layout: multiply it out
+            whole = self._int8_product(torch.eye(self.width))
+            return list(whole.T.split(self.sizes))
         whole = self.weight.to_dense() if self.packed else self.weight
         return list(whole.split(self.sizes))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (T, in) @ weight.T: (T, rows)."""
+        """x (T, in) @ weight.T: (T, rows), in x's dtype."""
+        if self.quantize:
+            return self._int8_product(x)[:, : self.rows]
+        given, x = x.dtype, x.to(self.dtype)
         if self.packed:
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-            return y[:, : self.rows]
-        if self.weight is None:
-            return torch.cat([F.linear(x, part) for part in self.weights], dim=-1)
-        return F.linear(x, self.weight[: self.rows])
+            y = y[:, : self.rows]
+        elif self.weight is None:
+            y = torch.cat([F.linear(x, part) for part in self.weights], dim=-1)
+        else:
+            y = F.linear(x, self.weight[: self.rows])
+        return y.to(given)
+
+    def _int8_product(self, x: Tensor) -> Tensor:
+        x, scale = self.quantize(x, self.levels)
+        y = torch.ops.onednn.qlinear_pointwise(
+            x, 1.0, 128, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32,
+            "none", [], "",
+        )  # fmt: skip
+        return y.mul_(scale)
 
 
 @dataclass
@@ -369,12 +426,14 @@ class GPT:
 
     weights: a checked state dict (see `check_weights`); attend: a backend of attention.py; max_len:
     positions the rotary tables cover; share: use the given tensors where device and dtype allow it
-    instead of copying them.
+    instead of copying them; store: less than `dtype` for what is read most, on a CPU: bfloat16 for
+    matrices, tables and the cache, or int8 for the matrices and bfloat16 for the others.
     """
 
     def __init__(
         self, config: GPTConfig, recipe: Recipe, weights: dict[str, Tensor], attend,
         device="cpu", dtype=torch.float32, max_len: int | None = None, share: bool = False,
+        store: torch.dtype | None = None,
     ):  # fmt: skip
         self.config, self.recipe, self.attend = config, recipe, attend
         self.device, self.dtype = torch.device(device), dtype
@@ -386,13 +445,17 @@ class GPT:
             self.ops = kernels_gpu
         elif attend.__module__.endswith("kernels_cpu"):
             self.ops = sys.modules[attend.__module__]
+        self.cache_dtype = torch.bfloat16 if store else dtype  # of K and V
+        quantize = self.ops.quantize_rows if store == torch.int8 else None
         self._linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint
         self._tensors: dict[str, Tensor] = {}
 
         # one at a time: the file is memory-mapped, and only what is made here stays
         def linear(*names: str, rows: int | None = None) -> Linear:
             parts = [weights[f"{name}.weight"].detach() for name in names]
-            made = self._linears[names] = Linear(parts, self.device, dtype, share, rows)
+            kept = torch.bfloat16 if store == torch.bfloat16 else dtype
+            made = Linear(parts, self.device, kept, share, rows, quantize)
+            self._linears[names] = made
             return made
 
         def take(name: str, dtype: torch.dtype = dtype) -> Tensor:
@@ -402,7 +465,7 @@ class GPT:
             self._tensors[name] = made
             return made
 
-        self.wte = take("transformer.wte.weight")
+        self.wte = take("transformer.wte.weight", self.cache_dtype)
         # padding rows of the vocabulary end here, so that no one downstream can see them
         self.lm_head = linear("lm_head", rows=config.vocab_size)
         if recipe.lambdas:
@@ -419,7 +482,7 @@ class GPT:
                 window=self.windows[i],
             )
             if f"value_embeds.{i}.weight" in weights:
-                layer.ve = take(f"value_embeds.{i}.weight")
+                layer.ve = take(f"value_embeds.{i}.weight", self.cache_dtype)
                 layer.ve_gate = take(attn + "ve_gate.weight")
             if recipe.lambdas:
                 layer.resid_lambda, layer.x0_lambda = resid_lambdas[i], x0_lambdas[i]
@@ -471,10 +534,10 @@ class GPT:
         """(T, C) normed embeddings; the newest era smears the previous token's into the present
         one."""
         eps = self.recipe.eps
-        x = rms(F.embedding(batch.ids, self.wte), eps)
+        x = rms(F.embedding(batch.ids, self.wte).to(self.dtype), eps)
         if not self.recipe.smear:
             return x
-        previous = rms(F.embedding(batch.prev_ids, self.wte), eps)
+        previous = rms(F.embedding(batch.prev_ids, self.wte).to(self.dtype), eps)
         gate = self.smear_lambda * torch.sigmoid(F.linear(x[:, :24], self.smear_gate))
         return x + gate * (batch.positions > 0)[:, None] * previous  # position 0 has no neighbour
 

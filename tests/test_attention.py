@@ -199,7 +199,8 @@ def test_a_view_reads_a_sequence_in_its_own_order():
 
 def test_auto_is_the_fastest_that_runs_here():
     assert pick_backend("auto", CPU, torch.float32) is pick_backend("numba", CPU, torch.float32)
-    assert pick_backend("auto", CPU, torch.bfloat16) is sdpa_attention
+    assert pick_backend("auto", CPU, torch.bfloat16) is pick_backend("numba", CPU, torch.bfloat16)
+    assert pick_backend("auto", CPU, torch.float16) is sdpa_attention
     assert pick_backend("sdpa", CPU, torch.float32) is sdpa_attention
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import run
 import test_alpaca
-from microvllm import bench
+from microvllm import bench, huggingface
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -262,7 +262,7 @@ def test_the_data_set_is_preferred_where_it_can_be_had(monkeypatch):
     asked = []
     datasets.load_dataset = lambda name, split: asked.append((name, split)) or ROWS
     monkeypatch.setitem(sys.modules, "datasets", datasets)
-    monkeypatch.setattr(bench, "hub_answers", lambda: True)
+    monkeypatch.setattr(huggingface, "hub_answers", lambda: True)
     assert bench.find_prompts(None, 3) == (PROMPTS, "tatsu-lab/alpaca")
     assert asked == [("tatsu-lab/alpaca", "train[:3]")]
 
@@ -278,7 +278,7 @@ def test_the_bundled_prompts_serve_where_the_data_set_cannot_be_had(monkeypatch)
 
     datasets.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", datasets)
-    monkeypatch.setattr(bench, "hub_answers", lambda: False)
+    monkeypatch.setattr(huggingface, "hub_answers", lambda: False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # so that it is put back afterwards
     prompts, source = bench.find_prompts(None, 2)
     assert offline == {"HF_HUB_OFFLINE": "1"}
@@ -294,9 +294,9 @@ def test_a_silent_hub_is_given_up_soon(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listening:  # takes the call and says nothing
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
         start = time.perf_counter()
-        assert not bench.hub_answers(timeout=0.3)
+        assert not huggingface.hub_answers(timeout=0.3)
         assert time.perf_counter() - start < 5
-    assert not bench.hub_answers()  # nobody listens there any more
+    assert not huggingface.hub_answers()  # nobody listens there any more
 
 
 def test_a_hub_that_answers_is_heard(monkeypatch):
@@ -312,7 +312,7 @@ def test_a_hub_that_answers_is_heard(monkeypatch):
         thread = threading.Thread(target=server.handle_request)
         thread.start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert bench.hub_answers()
+        assert huggingface.hub_answers()
         thread.join()
 
 

@@ -1,0 +1,106 @@
+"""Smaller weights on a CPU: int8 products, bfloat16 products and cache, and what they cost."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import ERAS, MODEL, ROOT
+
+from microvllm import LLM, SamplingParams
+from microvllm.checkpoint import load_model
+from microvllm.model import Linear, quantize_rows, rotate
+
+SMALLER = [{"quantization": "int8"}, {"dtype": "bfloat16"}]
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def test_rotating_twice_multiplies_by_the_size_of_the_groups():
+    for channels, size in ((32, 32), (768, 32), (80, 16), (33, 1)):
+        x = torch.randn(5, channels)
+        torch.testing.assert_close(rotate(rotate(x)), size * x, atol=1e-4, rtol=1e-4)
+        assert math.isclose(rotate(x).norm(), size**0.5 * x.norm(), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 70])
+@pytest.mark.parametrize("channels", [64, 80, 256])
+def test_an_int8_product_is_as_near_as_its_steps_allow(rows, channels):
+    torch.manual_seed(0)
+    parts = [torch.randn(n, channels) for n in (48, 16, 16)]
+    linear = Linear(parts, torch.device("cpu"), torch.float32, True, 70, quantize_rows)
+    x = torch.randn(rows, channels)
+    x[:, 3] *= 100  # a channel that is far larger than all others
+    exact = x @ torch.cat(parts).T[:, :70]
+    y = linear(x)
+    assert y.shape == (rows, 70)
+    assert (y - exact).norm() / exact.norm() < 0.02
+    # the same inputs without the rotation lose most of what is in the other channels
+    x[:, 3] = 0
+    assert (linear(x) - x @ torch.cat(parts).T[:, :70]).norm() / exact.norm() < 0.02
+
+
+def test_its_weights_can_be_told():
+    parts = [torch.randn(n, 64) for n in (40, 8)]
+    linear = Linear(parts, torch.device("cpu"), torch.float32, False, None, quantize_rows)
+    for kept, given in zip(linear.dense(), parts, strict=True):
+        assert kept.shape == given.shape
+        # half a step of the rotated matrix in each of 32 places that are added up
+        assert (kept - given).norm() / given.norm() < 0.01
+
+
+@pytest.mark.parametrize("options", SMALLER, ids=str)
+def test_perplexity_stays_within_one_percent(options):
+    rows = json.loads((ROOT / "models" / "prompts" / "oldbooks_instructions.json").read_text())
+    rows = [row for row in rows if row["output"]][:80]
+
+    def perplexity(**options):
+        with LLM(MODEL, num_blocks=400, **options) as llm:
+            render = llm.tokenizer.render_for_completion
+            prompts = [render([{"role": "user", "content": row["instruction"]}]) for row in rows]
+            found = sum(llm.score(prompts, [row["output"] for row in rows]), [])
+        assert len(found) > 4000
+        return math.exp(-sum(found) / len(found))
+
+    exact = perplexity()
+    assert perplexity(**options) != exact
+    assert abs(perplexity(**options) / exact - 1) < 0.01
+
+
+@pytest.mark.parametrize("options", SMALLER, ids=str)
+def test_what_is_stored_is_smaller(options):
+    with LLM(MODEL, num_blocks=40, **options) as llm:
+        assert llm.cache.data.dtype == torch.bfloat16
+        assert llm.model.dtype == torch.float32
+        cold = llm.generate(["Who wrote Dracula?"] * 2, GREEDY)
+        assert len(cold[0]["token_ids"]) == 12 or cold[0]["finish_reason"] == "stop"
+        assert cold[0]["token_ids"] == cold[1]["token_ids"]
+        llm.scheduler.blocks.check(llm.scheduler.running)
+
+
+@pytest.mark.parametrize("options", SMALLER, ids=str)
+@pytest.mark.parametrize("era", ["era1_padded", "era3", "era5"])
+def test_every_kind_of_layer_has_it(era, options):
+    (file,) = (ERAS / era).rglob("model_*.pt")
+    exact, small = load_model(file.parent).weights, load_model(file.parent, **options).weights
+    assert exact.keys() == small.keys()
+    for name, weight in exact.items():
+        assert (small[name].float() - weight).norm() <= 0.02 * weight.norm(), name
+
+
+@pytest.mark.parametrize("options", SMALLER, ids=str)
+def test_weights_are_swapped(options):
+    with LLM(MODEL, num_blocks=40, **options) as llm, LLM(MODEL, num_blocks=40) as other:
+        state = {name: w.clone() for name, w in other.model.weights.items()}
+        before = llm.generate(["Once upon a time"], GREEDY)[0]["token_ids"]
+        torch.manual_seed(0)
+        llm.update_weights({name: w + 0.3 * torch.randn_like(w) for name, w in state.items()})
+        assert llm.generate(["Once upon a time"], GREEDY)[0]["token_ids"] != before
+        llm.update_weights(state)
+        assert llm.generate(["Once upon a time"], GREEDY)[0]["token_ids"] == before
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="quantization must be .*'int8', got 'int3'"):
+        LLM(MODEL, quantization="int3")
+    with pytest.raises(ValueError, match="quantization='int8' is for float32 on a CPU"):
+        LLM(MODEL, quantization="int8", dtype="bfloat16")
