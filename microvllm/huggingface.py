@@ -215,8 +215,8 @@ def fetch(name: str, step: int | None) -> Path:
             reason = f"{type(error).__name__}: {error}"
         raise ConnectionError(
             f"there is no directory {name}, and {repo} cannot be fetched from the Hugging Face hub "
-            f"nor is it in its cache ({reason.splitlines()[0]:.200}): try again with a network and without "
-            "HF_HUB_OFFLINE, or download its files elsewhere and give their directory"
+            f"nor is it in its cache ({reason.splitlines()[0]:.200}): try again with a network "
+            "and without HF_HUB_OFFLINE, or download its files elsewhere and give their directory"
         ) from None
     return Path(cached) / folder
 

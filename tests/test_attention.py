@@ -209,7 +209,7 @@ def test_auto_is_the_fastest_that_runs_here():
     [
         ("flash", torch.float32, ["attention", "'flash'", "'auto'", "'sdpa'", "'numba'"]),
         (None, torch.float32, ["attention", "None", "'auto'"]),
-        ("numba", torch.bfloat16, ["numba", "float32", "bfloat16"]),
+        ("numba", torch.float16, ["numba", "float32", "bfloat16", "float16"]),
         ("triton", torch.float32, ["triton", "GPU", "cpu"]),
     ],
 )
