@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             axes.set(xlabel=key, ylim=(0, None))
             axes.axhline(GOAL / 512, color="#999999", lw=0.8, ls="--")
         panels[0].set_ylabel("microseconds a scheduled token")
+        panels[1].set_title("dashed: the goal, 1 ms for 512")
         figure.tight_layout()
         return figure
 

@@ -69,7 +69,7 @@ def measure(name: str, args) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = world.Parser(__doc__, "fig02", lengths=True)
-    parser.add_argument("--requests", type=positive, default=500, metavar="N")
+    parser.add_argument("--requests", type=positive, default=1000, metavar="N")
     args = parser.parse_args(argv)
     found = {name: measure(name, args) for name in PAPER}
     rows = [[name, PAPER[name], *shares.values()] for name, shares in found.items()]

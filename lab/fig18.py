@@ -3,7 +3,7 @@
 A large block leaves more of itself empty at the end of a sequence, a small one makes tables long.
 For each size: the share of the slots in use that hold no token, how many sequences are in a batch
 when all requests are there from the start, and the seconds a request takes at a rate that the
-paper's server bears (its figure 18b).
+paged server of figure 12 bears.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from microvllm.terminal import positive
 from . import world
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-RATES = {"sharegpt": 2.0, "alpaca": 30.0}
+RATES = {"sharegpt": 1.5, "alpaca": 30.0}
 COLORS = {"sharegpt": "#0072B2", "alpaca": "#E69F00"}
 WHY = """
 Paper: with ShareGPT's lengths 16 to 128 do best, with Alpaca's 16 and 32; beyond, sequences are

@@ -3,7 +3,7 @@
 The device is one A100 with 40 GB that serves OPT-13B in float16, as in the paper's section 6.2. A
 step reads the weights, or computes, whichever takes longer; it reads the K and V of every token in
 the batch; and the host takes its time, as it did in 2023: HOST was chosen so that the paged system
-has as many requests in a batch as in the paper's figure 13, at the two rates that are given there.
+has about as many requests in a batch as in the paper's figure 13, at the two rates given there.
 """
 
 from __future__ import annotations
