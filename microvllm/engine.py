@@ -338,8 +338,8 @@ class LLM:
         """How many blocks memory has room for, up to all sequences at full length at once.
 
         On a GPU the largest step is run once to see what activations take; of the rest,
-        `utilization` is for the cache. On a CPU the cache takes half of what is free, and only as
-        it is touched.
+        `utilization` is for the cache. On a CPU the cache takes half of what is free, 4 GB at most
+        (a longer memory of prompts is not worth a laptop's), and only as it is touched.
         """
         config, dtype = self.model.config, self.model.dtype
         block_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
@@ -354,7 +354,7 @@ class LLM:
             # once for eager steps, once more at most for the memory of the recorded ones
             free = int(free_memory(self.device) * utilization) - 2 * activations
         else:
-            free = free_memory(self.device) // 2
+            free = min(free_memory(self.device) // 2, 2**32)
         if free < 2 * block_bytes:
             raise ValueError(
                 f"no memory for a KV cache: {free:,} bytes are left and a block of {block_size} "

@@ -1,4 +1,4 @@
-"""Paged attention and the draw on the CPU, in numba: the block table is walked, nothing gathered.
+"""The CPU's kernels in numba: the fused steps of model.py, paged attention, and the draw.
 
 Gathering a paged cache before torch's attention costs more than all matrix products of a step. Here
 every block is read where it lies, once for all the query heads that share it, and a step of decodes
@@ -37,10 +37,131 @@ torch.set_num_threads(_threads)
 getattr(_openmp, "omp_set_nested", int)(_nested)
 _one_at_a_time = threading.Lock()  # the workqueue layer aborts the process on concurrent launches
 
+
+def _threads_for(jobs: int) -> int:
+    """Set and return how many threads share so many jobs: torch's number, or fewer."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, jobs)
+    numba.set_num_threads(threads)
+    return threads
+
+
 _f32 = np.float32
 # sums may be reordered, else nothing is vectorised; but NaN stays NaN (see _largest)
 _fast = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9
+
+
+# fused steps of a layer --------------------------------------------------------------------------
+
+# what model.py's functions of these names do, in one pass over the rows. torch would go through
+# memory once for each addition, product and norm
+
+
+@numba.njit(**_fast)
+def _rms_scale(x, eps):
+    total = _f32(0)
+    for c in range(x.size):
+        total += x[c] * x[c]
+    return _f32(1) / np.sqrt(total / _f32(x.size) + eps)
+
+
+@numba.njit(parallel=True, **_fast)
+def _add_norm(x, y, x0, a, b, eps, adds, mixes, threads, x_new, h):
+    for thread in numba.prange(threads):
+        for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
+            xt, yt, x0t, zt, ht = x[t], y[t], x0[t], x_new[t], h[t]
+            if adds:
+                for c in range(xt.size):
+                    zt[c] = xt[c] + yt[c]
+                xt = zt
+            if mixes:
+                for c in range(xt.size):
+                    zt[c] = a * xt[c] + b * x0t[c]
+                xt = zt
+            scale = _rms_scale(xt, eps)
+            for c in range(xt.size):
+                ht[c] = xt[c] * scale
+
+
+def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
+    """x_new = a * (x + y) + b * x0 and its norm, all (T, C); y, or a and b, may be None."""
+    h, adds, mixes = torch.empty_like(x), y is not None, a is not None
+    x_new = torch.empty_like(x) if adds or mixes else x
+    arrays = [z.numpy() for z in (x, y if adds else x, x0 if mixes else x)]
+    a, b = (_f32(a), _f32(b)) if mixes else (_f32(1), _f32(0))
+    with _one_at_a_time:
+        threads = _threads_for(1 + len(x) // 8)  # waking one takes as long as a few rows
+        _add_norm(*arrays, a, b, _f32(eps), adds, mixes, threads, x_new.numpy(), h.numpy())
+    return x_new, h
+
+
+@numba.njit(**_fast)
+def _rotate(x, cos, sin, qk_scale, eps, y):
+    """y (D,) = qk_scale * the norm of x (D,) rotated."""
+    half = cos.size
+    for j in range(half):
+        y[j] = x[j] * cos[j] + x[half + j] * sin[j]
+        y[half + j] = x[half + j] * cos[j] - x[j] * sin[j]
+    scale = _rms_scale(y, eps) * qk_scale
+    for j in range(y.size):
+        y[j] *= scale
+
+
+@numba.njit(parallel=True, **_fast)
+def _rope_store(
+    qkv, h, ve, ve_gate, gated, cos, sin, ids, positions, slots, k, v,
+    qk_scale, gate_scale, eps, threads, q,
+):  # fmt: skip
+    T, n_head = q.shape[:2]
+    n_kv_head, block_size = k.shape[1:3]
+    for thread in numba.prange(threads):
+        for t in range(T * thread // threads, T * (thread + 1) // threads):
+            c, s = cos[positions[t]], sin[positions[t]]
+            block, slot = slots[t] // block_size, slots[t] % block_size
+            for i in range(n_head):
+                _rotate(qkv[t, i], c, s, qk_scale, eps, q[t, i])
+            for i in range(n_kv_head):
+                _rotate(qkv[t, n_head + i], c, s, qk_scale, eps, k[block, i, slot])
+                vi, to = qkv[t, n_head + n_kv_head + i], v[block, i, slot]
+                if gated:
+                    z = _f32(0)
+                    for j in range(ve_gate.shape[1]):
+                        z += h[t, j] * ve_gate[i, j]
+                    gate = gate_scale / (_f32(1) + np.exp(-z))
+                    e = ve[ids[t], i]
+                    for j in range(vi.size):
+                        to[j] = vi[j] + gate * e[j]
+                else:
+                    for j in range(vi.size):
+                        to[j] = vi[j]
+
+
+def rope_store(
+    qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps
+) -> Tensor:
+    """Rotate, norm and scale q and k, mix the value embedding into v, write k and v to their
+    slots; arguments and result as in model.py."""
+    n_kv_head, _, D = k.shape[1:]
+    q, gated = torch.empty(len(qkv), n_head, D), ve is not None
+    # a kernel takes arrays, never None: any of their shapes will do
+    ve, ve_gate = (ve.view(-1, n_kv_head, D), ve_gate) if gated else (q, h)
+    tensors = qkv.view(len(qkv), -1, D), h, ve, ve_gate
+    arrays = [x.numpy() for x in tensors]
+    tensors = cos, sin, batch.ids, batch.positions, batch.slots, k, v
+    with _one_at_a_time:
+        _rope_store(
+            *arrays, gated, *[x.numpy() for x in tensors], _f32(qk_scale), _f32(gate_scale),
+            _f32(eps), _threads_for(1 + len(qkv) // 4), q.numpy(),
+        )  # fmt: skip
+    return q
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)^2, in place."""
+    return x.relu_().square_()  # there is nothing to fuse: torch's two passes are as fast as one
+
+
+# attention ---------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -239,12 +360,6 @@ def _attend(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, 
                     turn = (turn + 1) % threads
 
 
-try:
-    _attend.enable_caching()
-except RuntimeError:  # neither the package's folder nor the user's cache can be written
-    pass
-
-
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
     """Attention of a flat batch over the paged cache, as attention.py describes it. Float32.
 
@@ -254,17 +369,16 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tens
     for 64 prompts of 23 tokens, 1.4 to 2.4 times for one of 512, 0.9 to 1.3 times for 2,048.
     """
     group, D = q.shape[1] // k.shape[1], q.shape[2]
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     # 16 queries read a block of keys together: their scores still fit in the second-level cache
     rows = max(1, min(batch.max_query, 16 // group))
     # an odd number of cache lines per row, else the same column of all rows falls into one set
     width = ((batch.max_seq + 3 + 15) // 16 | 1) * 16  # + 3: see _score
-    scratch = torch.empty(threads, rows * group * (2 * D + width))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     tensors = q.contiguous(), k, v, batch.cu_seqlens, batch.seq_lens, batch.block_tables
     arrays = [x.numpy() for x in tensors]
     with _one_at_a_time:
-        numba.set_num_threads(threads)
+        threads = _threads_for(len(q) * k.shape[1])
+        scratch = torch.empty(threads, rows * group * (2 * D + width))
         _attend(*arrays, window, rows, scratch.numpy(), out.numpy())
     return out
 
@@ -383,12 +497,6 @@ def _sample(logits, V, stride, u, scale, softcap, filters, threads, tokens):
                 tokens[r] = _draw(w, sums, u[r])
 
 
-try:
-    _sample.enable_caching()
-except RuntimeError:  # neither the package's folder nor the user's cache can be written
-    pass
-
-
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -404,13 +512,19 @@ def sample(
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     stride = logits.stride(0)  # rows may be longer than V, or all the same
     flat = logits.as_strided(((R - 1) * stride + V,), (1,))
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, R)
     T, tokens = temperature.numpy(), torch.empty(R, dtype=torch.int64)
     scale = np.divide(_LOG2E, T, out=np.zeros_like(T), where=T > 0)
     with _one_at_a_time:
-        numba.set_num_threads(threads)
+        threads = _threads_for(R)
         _sample(
             flat.numpy(), V, stride, uniform.numpy(), scale, _f32(softcap),
             np.array(filters, np.float64), threads, tokens.numpy(),
         )  # fmt: skip
     return tokens
+
+
+try:
+    for _kernel in (_add_norm, _rope_store, _attend, _sample):
+        _kernel.enable_caching()
+except RuntimeError:  # neither the package's folder nor the user's cache can be written
+    pass

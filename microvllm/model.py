@@ -384,6 +384,8 @@ class GPT:
             from . import kernels_gpu
 
             self.ops = kernels_gpu
+        elif attend.__module__.endswith("kernels_cpu"):
+            self.ops = sys.modules[attend.__module__]
         self._linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint
         self._tensors: dict[str, Tensor] = {}
 
@@ -490,14 +492,19 @@ class GPT:
                 n_head, recipe.qk_scale, recipe.gate_scale, recipe.eps,
             )  # fmt: skip
             y = self.attend(q, k, v, batch, layer.window)
+            if layer is self.layers[-1]:  # all K and V are written: only the head's rows go on
+                x, y = x[batch.logit_rows], y[batch.logit_rows]
+                if not len(x):
+                    return x
+                middle = None if middle is None else middle[batch.logit_rows]
             y = layer.proj(y.flatten(1))
             x, h = ops.add_norm(x, y, None, None, None, recipe.eps)
             y = layer.mlp_proj(ops.relu2(layer.fc(h)))
             if recipe.smear and i == self.config.n_layer // 2:
                 middle = x + y
-        x = x[batch.logit_rows] + y[batch.logit_rows]
+        x = x + y
         if middle is not None:
-            x = x - self.backout_lambda * middle[batch.logit_rows]
+            x = x - self.backout_lambda * middle
         return rms(x, recipe.eps)
 
     def logits(self, h: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import hand_made_batch
+from conftest import MODEL, hand_made_batch
 
-from microvllm import kernels_cpu
+from microvllm import kernels_cpu, model
 from microvllm.attention import sdpa_attention
+from microvllm.checkpoint import load_model
 from microvllm.kernels_cpu import paged_attention
 
 # (rows in this step, tokens in the cache after it): decodes, then chunks that begin at 0 and later
@@ -172,3 +174,65 @@ assert sum(stats.cache_hits.values()) == 1 and not stats.cache_misses, stats
     env = {**os.environ, "PYTHONPATH": path, "NUMBA_THREADING_LAYER": layer}
     run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+# the fused steps of a layer -----------------------------------------------------------------------
+
+ROWS = pytest.mark.parametrize("rows", [1, 7, 8, 65])  # alone, and split between threads
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    """New memory is NaN, so that what a kernel forgets to write is seen."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a: empty(*a).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: empty_like(*a, **kw).fill_(torch.nan))
+
+
+@ROWS
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_add_norm_is_the_reference(rows, adds, mixes, poisoned_outputs):
+    x, y, x0 = torch.randn(3, rows, 136)
+    given = x.clone()
+    a, b = (torch.tensor(z) if mixes else None for z in (0.7, -0.4))
+    rest = y if adds else None, x0, a, b, 1e-3
+    for ours, reference in zip(
+        kernels_cpu.add_norm(x, *rest), model.add_norm(x, *rest), strict=True
+    ):
+        torch.testing.assert_close(ours, reference, atol=2e-6, rtol=2e-6)
+    assert torch.equal(x, given)  # x0 of the next layers may be this very tensor
+
+
+@ROWS
+@pytest.mark.parametrize(
+    "n_head, n_kv_head, dim, block_size, channels",
+    [(3, 3, 32, 4, 12), (8, 1, 16, 1, 0), (4, 2, 128, 16, 32), (6, 3, 20, 64, 12)],
+)
+def test_rope_store_is_the_reference(
+    rows, n_head, n_kv_head, dim, block_size, channels, poisoned_outputs
+):
+    num_blocks, vocab, positions = 70, 11, 50
+    qkv, h = torch.randn(rows, (n_head + 2 * n_kv_head) * dim), torch.randn(rows, 40)
+    ve = torch.randn(vocab, n_kv_head * dim) if channels else None
+    ve_gate = torch.randn(n_kv_head, channels) if channels else None
+    angle = torch.randn(positions, dim // 2)
+    batch = SimpleNamespace(
+        ids=torch.randint(vocab, (rows,), dtype=torch.int32),
+        positions=torch.randint(positions, (rows,), dtype=torch.int32),
+        slots=torch.randperm(num_blocks * block_size)[:rows].int(),
+    )
+    k, v = torch.randn(2, num_blocks, n_kv_head, block_size, dim)
+    k_ref, v_ref = k.clone(), v.clone()
+    given = qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch
+    rest = n_head, 1.2, 3.0, 1e-3
+    q = kernels_cpu.rope_store(*given, k, v, *rest)
+    q_ref = model.rope_store(*given, k_ref, v_ref, *rest)
+    # the whole caches: nothing else was touched
+    for ours, reference in ((q, q_ref), (k, k_ref), (v, v_ref)):
+        torch.testing.assert_close(ours, reference, atol=5e-6, rtol=5e-6)
+
+
+def test_the_fused_steps_come_with_the_attention():
+    assert load_model(MODEL).ops is kernels_cpu
+    assert load_model(MODEL, attention="sdpa").ops is model  # all of the reference

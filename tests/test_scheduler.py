@@ -27,6 +27,7 @@ class Params(NamedTuple):
     n: int = 1
     temperature: float = 0.0
     seed: int = 0
+    sample_index: int = 0
 
 
 def next_token(text: list[int], sample_id: int) -> int:
