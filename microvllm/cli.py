@@ -1,4 +1,4 @@
-"""The `microvllm` command: run, chat, bench, score, info.
+"""The `microvllm` command: run, chat, bench, score, info, lab.
 
 A user's mistake is one line and exit status 2. torch takes seconds to import, so that is done where
 it is needed, once the flags make sense.
@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, terminal
@@ -245,6 +246,19 @@ def info(args: argparse.Namespace) -> None:
     print(json.dumps(found) if args.json else speed.description(found))
 
 
+def lab(args: argparse.Namespace) -> None:
+    """Run a program of lab/, which a checkout has and an installed package has not."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "lab" / "__main__.py").is_file():
+        args.error(
+            "the lab is not in this install: clone the project, and `pip install -e .` there"
+        )
+    sys.path.insert(0, str(root))
+    from lab.__main__ import main
+
+    main(args.words)
+
+
 # the command line ---------------------------------------------------------------------------------
 
 
@@ -312,6 +326,13 @@ def make_parser() -> Parser:
     )
     add("model", nargs="?", metavar="CHECKPOINT", help=f"{CHECKPOINT} (the bundled model)")
     checkpoint_flags(sub)
+
+    what = "see what a paged KV cache does: the paper's figures, policies, exercises"
+    listed = f"{what}. Without a NAME it lists them; NAME --help says what one shows."
+    sub = commands.add_parser("lab", help=what, description=listed)
+    sub.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME")
+    sub.set_defaults(command=lab)
+    parser.epilog += "  microvllm lab\n"
     return parser
 
 

@@ -39,7 +39,15 @@ from .checkpoint import (
 from .model import GPTConfig
 from .request import Request, RequestOutput
 from .sampler import History, Sampled, SamplingParams, check_int, check_number, noise, sample
-from .scheduler import BlockManager, Scheduler, Sequence, Step
+from .scheduler import (
+    BlockManager,
+    Scheduler,
+    Sequence,
+    Step,
+    first_come,
+    least_recently_used,
+    youngest,
+)
 from .tokenizer import wrap_tokenizer
 
 log = logging.getLogger("microvllm")
@@ -218,7 +226,8 @@ class LLM:
     are shared where device and dtype allow it, and its tokenizer, instead of paths;
     gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
     steps; quantization: "int8" makes the matrices and the inputs of all products int8, and K and V
-    bfloat16, on a CPU; any constant of model.Recipe may be overridden by name (softcap=20 for a
+    bfloat16, on a CPU; victim, admission, eviction: policies, functions such as those in
+    scheduler.py; any constant of model.Recipe may be overridden by name (softcap=20 for a
     checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
@@ -229,7 +238,7 @@ class LLM:
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
         max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
         tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, quantization=None,
-        **overrides,
+        victim=youngest, admission=first_come, eviction=least_recently_used, **overrides,
     ):  # fmt: skip
         check_int("block_size", block_size, 1)
         check_int("seed", seed, 0)
@@ -247,6 +256,9 @@ class LLM:
         ):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r:.80}")
+        for name, value in (("victim", victim), ("admission", admission), ("eviction", eviction)):
+            if not callable(value):
+                raise TypeError(f"{name} must be a function, got {value!r:.80}")
         check_number("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0)
         if (model_path is None) == (model is None):
             raise TypeError("give either model_path or model (a live nanochat GPT module)")
@@ -293,8 +305,10 @@ class LLM:
             self.graphs = DecodeGraphs(
                 self.model, self.cache, self.max_batch_size, self.max_model_len
             )
-        blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
-        self.scheduler = Scheduler(blocks, self.max_batch_size, self.max_batched_tokens)
+        blocks = BlockManager(num_blocks, block_size, enable_prefix_caching, eviction)
+        self.scheduler = Scheduler(
+            blocks, self.max_batch_size, self.max_batched_tokens, victim, admission
+        )
         self._seeds = random.Random(seed)
         self._next_id = 0
         self._requests: dict[int, Request] = {}  # the unfinished ones

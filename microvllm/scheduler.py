@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,22 +73,48 @@ class Sequence:
         return twin
 
 
+# policies -----------------------------------------------------------------------------------------
+# the three choices of the engine, each a function of the one who asks. these are the defaults, all
+# O(1); lab/policies.py has others. a choice costs time, never a token
+
+
+def least_recently_used(blocks: BlockManager) -> int:
+    """Eviction: which of `blocks.cached`, free but findable, is given to a new text."""
+    return next(iter(blocks.cached))
+
+
+def youngest(scheduler: Scheduler, seq: Sequence) -> Sequence:
+    """Victim: who of `scheduler.running` gives its blocks back, so that `seq` (or, if it is `seq`
+    itself, the others) can go on. The oldest has waited longest."""
+    return scheduler.running[-1]
+
+
+def first_come(scheduler: Scheduler) -> Sequence:
+    """Admission: who of `scheduler.waiting` is next. If there is no room for it, nobody is let
+    in."""
+    return scheduler.waiting[0]
+
+
 class BlockManager:
     """Hands out the blocks of the pool, shares them between sequences, and finds them again by
     content.
 
     num_blocks: blocks in the pool, of which block 0 is a sink for padding and never handed out;
-    block_size: tokens in a block. Every other block is in exactly one of three states:
+    block_size: tokens in a block; eviction: a policy. Every other block is in exactly one of three
+    states:
 
         state      what it is                        kept in
         blank      free, nothing worth keeping       blank
-        cached     free, findable by its hash        cached, the next to be evicted first
+        cached     free, findable by its hash        cached, the least recently used first
         in use     in at least one block table       ref_count, in how many
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True,
+        eviction: Callable[[BlockManager], int] = least_recently_used,
+    ):  # fmt: skip
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.enable_prefix_caching = enable_prefix_caching
+        self.enable_prefix_caching, self.eviction = enable_prefix_caching, eviction
         self.ref_count = [0] * num_blocks
         self.blank = list(range(num_blocks - 1, 0, -1))  # a stack: pop() gives block 1 first
         # OrderedDict, since a plain dict walks over all its deleted entries to find the first live
@@ -112,11 +138,14 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def _take(self) -> int:
-        """A free block, blank if there is one, else the one least recently used."""
+        """A free block, blank if there is one, else the one that the policy gives up."""
         if self.blank:
             block = self.blank.pop()
         else:
-            block, _ = self.cached.popitem(last=False)
+            block = self.eviction(self)
+            if block not in self.cached:
+                raise ValueError(f"eviction gave {block!r:.80}: return one of blocks.cached")
+            del self.cached[block]
             del self.block_of[self.hash_of.pop(block)]
         self.ref_count[block] = 1
         return block
@@ -167,7 +196,8 @@ class BlockManager:
                 del self.cached[block]
             self.ref_count[block] += 1
         seq.table.extend(hits)
-        seq.table.extend([self._take() for _ in range(fresh)])
+        for _ in range(fresh):
+            seq.table.append(self._take())
         seq.num_computed = len(hits) * self.block_size
         seq.num_published = len(hits)
         return True
@@ -231,10 +261,14 @@ class BlockManager:
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert what must always hold, given all sequences that have a table."""
-        counts = [0] * self.num_blocks
+        counts, texts = [0] * self.num_blocks, {}
         for seq in sequences:
-            for block in seq.table:
+            for i, block in enumerate(seq.table):
                 counts[block] += 1
+                if self.ref_count[block] > 1:  # or someone wrote where others read
+                    stop = min((i + 1) * self.block_size, seq.num_computed)
+                    text = seq.tokens[i * self.block_size : stop]
+                    assert texts.setdefault(block, text) == text, f"block {block} has two texts"
             assert len(seq.table) >= self.blocks_for(seq.num_computed), (
                 seq.table,
                 seq.num_computed,
@@ -268,11 +302,15 @@ class Scheduler:
 
     There is no prefill phase and no decode phase: a sequence has tokens, some of them computed, and
     needs the rest. max_batch_size: sequences that run at once; max_batched_tokens: tokens of a
-    step.
+    step; victim, admission: policies.
     """
 
-    def __init__(self, blocks: BlockManager, max_batch_size: int, max_batched_tokens: int):
-        self.blocks = blocks
+    def __init__(
+        self, blocks: BlockManager, max_batch_size: int, max_batched_tokens: int,
+        victim: Callable[[Scheduler, Sequence], Sequence] = youngest,
+        admission: Callable[[Scheduler], Sequence] = first_come,
+    ):  # fmt: skip
+        self.blocks, self.victim, self.admission = blocks, victim, admission
         self.max_batch_size, self.max_batched_tokens = max_batch_size, max_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -301,9 +339,15 @@ class Scheduler:
                 i += 1
                 continue
             while not blocks.grow(seq, start, stop):
-                victim = self.running[-1]  # the youngest: the oldest has waited longest
+                victim = self.victim(self, seq)
+                if victim not in self.running:
+                    raise ValueError(f"victim gave {victim!r:.80}: return one of scheduler.running")
+                at = self.running.index(victim)
                 self._preempt(victim)
                 preempted = True
+                if at < i:  # it was planned already: plan anew. what `grow` has granted stays
+                    chunks, budget, i = [], self.max_batched_tokens, 0
+                    break
                 if victim is seq:
                     break
             else:
@@ -314,13 +358,15 @@ class Scheduler:
         # whoever runs should be able to go on for a while before the newcomer is sent away again
         reserve = blocks.blocks_for(16 * len(self.running)) if self.running else 0
         while self.waiting and budget and not preempted:
-            seq = self.waiting[0]
+            seq = self.admission(self)
+            if seq not in self.waiting:
+                raise ValueError(f"admission gave {seq!r:.80}: return one of scheduler.waiting")
             hits = blocks.match(seq)
             start = len(hits) * blocks.block_size
             stop = min(len(seq.tokens), start + budget)
             if 1 + seq.forks > seats or not blocks.admit(seq, hits, stop, reserve):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(seq)
             self.running.append(seq)
             seq.running = True
             if seq.num_cached is None:  # re-admitted ones hit their own blocks: not counted
@@ -332,19 +378,23 @@ class Scheduler:
             # published before it is computed: the step writes all K and V of a layer before any row
             # reads them, so equal prompts of one step share their blocks already
             blocks.publish(seq, stop)
-        chunks.sort(key=lambda c: c[2] - c[1] > 1)  # stable: one-token chunks first
+        if self.max_batched_tokens - budget > len(chunks):  # some are of more than one token
+            chunks.sort(key=lambda c: c[2] - c[1] > 1)  # stable: one-token chunks first
         samples, scored = [], []
         for index, (seq, start, stop) in enumerate(chunks):
             seq.num_computed = stop
-            blocks.publish(seq, min(stop, seq.num_known))
+            if stop // blocks.block_size > seq.num_published:
+                blocks.publish(seq, min(stop, seq.num_known))
             if seq.targets is not None:
                 if stop >= seq.num_prompt:
                     scored.append((index, seq, max(start, seq.num_prompt - 1), stop))
             elif stop == len(seq.tokens):
-                twins = [blocks.fork(seq, k) for k in range(1, 1 + seq.forks)]
-                self.running.extend(twins)
-                seq.forks = 0
-                for s in (seq, *twins):
+                group = [seq]
+                if seq.forks:
+                    group += [blocks.fork(seq, k) for k in range(1, 1 + seq.forks)]
+                    self.running += group[1:]
+                    seq.forks = 0
+                for s in group:
                     s.tokens.append(~len(samples))
                     samples.append((index, s, stop))
         copies, blocks.copies = blocks.copies, []
@@ -417,16 +467,18 @@ class Scheduler:
         all K and V."""
         while self.running:
             self._preempt(self.running[-1])
-        for seq in self.waiting:  # also those whom the failed step had just sent away
+        for seq in self.waiting:  # also those whom the failed step had just sent away, or let in
             del seq.tokens[seq.num_known :]
+            self.blocks.free(seq)
         self.blocks.copies.clear()
         self.blocks.forget()
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take the last running sequence's blocks away; it keeps its tokens and is first in the
-        queue."""
-        assert self.running.pop() is seq
+        """Take a running sequence's blocks away; it keeps its tokens and is first in the queue."""
+        self.running.remove(seq)
         self.blocks.free(seq)
+        # a block it has just got for a copy is free again, and may be the next one's for another
+        self.blocks.copies = [c for c in self.blocks.copies if self.blocks.ref_count[c[1]]]
         seq.running = False
         self.waiting.appendleft(seq)
         self.num_preemptions += 1

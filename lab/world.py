@@ -1,0 +1,242 @@
+"""What the labs have in common: traffic, a fake model that only takes time, and reports.
+
+The device is one A100 with 40 GB that serves OPT-13B in float16, as in the paper's section 6.2. A
+step reads the weights, or computes, whichever takes longer; it reads the K and V of every token in
+the batch; and the host takes its time, as it did in 2023: HOST was chosen so that the paged system
+has about as many requests in a batch as in the paper's figure 13, at the two rates given there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from microvllm import terminal
+from microvllm.scheduler import Scheduler, Sequence, Step
+
+KV_BYTES = 2 * 40 * 5120 * 2  # of a token: K and V, 40 layers, 5120 wide, two bytes each
+SLOTS = 12 * 2**30 // KV_BYTES  # tokens that the paper's 12 GB of cache hold: 15,728
+CONTEXT = 2048  # OPT's longest sequence
+BANDWIDTH = 1.555e12  # bytes a second, of the data sheet
+FLOPS = 312e12 / 2  # dense float16 a second, of the data sheet; half of it is what is reached
+PARAMETERS = 13e9
+HOST = (0.0116, 0.00031)  # seconds a step, and seconds for each sequence in it
+
+
+def seconds(step: Step) -> float:
+    """How long a step takes on the fake device."""
+    rows = sum(stop - start for _, start, stop in step.chunks)
+    context = sum(stop for _, _, stop in step.chunks)
+    weights, arithmetic = 2 * PARAMETERS / BANDWIDTH, 2 * PARAMETERS * rows / FLOPS
+    host = HOST[0] + HOST[1] * len(step.chunks)
+    return max(weights, arithmetic) + context * KV_BYTES / BANDWIDTH + host
+
+
+# traffic ------------------------------------------------------------------------------------------
+
+
+class Params(NamedTuple):
+    """What the scheduler reads of SamplingParams, which would import torch."""
+
+    max_tokens: int
+    n: int = 1
+
+
+# (mean, spread) of prompts and of outputs: log-normal, drawn again if both exceed the context; the
+# spread is the standard deviation of the logarithm. what remains has the paper's means (figure 11),
+# 161.31 and 337.99, 19.31 and 58.45. the spread of ShareGPT's outputs is the one at which Orca Max
+# keeps 457 tokens a request, as the paper's does (20.4 % of 15,728 slots, 7 requests): a request
+# holds its prompt and on average half its output, and long ones are seen longer. the other three
+# spreads are our guess
+FITS = {
+    "sharegpt": ((172.4, 1.1), (363.5, 0.879)),
+    "alpaca": ((19.31, 0.6), (58.45, 0.9)),
+}
+
+
+def lengths(name: str, rng: random.Random, pairs: list | None = None) -> Iterator[tuple[int, int]]:
+    """(prompt, output) tokens of one request after the other, without end.
+
+    name: "sharegpt" or "alpaca", log-normal with the constants in FITS; pairs: of a real file, from
+    which is drawn instead if it is for "sharegpt". None is longer than the context.
+    """
+    pairs = pairs if name == "sharegpt" else None
+    while True:
+        if pairs:
+            prompt, output = rng.choice(pairs)
+        else:
+            prompt, output = (
+                max(1, round(rng.lognormvariate(math.log(mean) - spread**2 / 2, spread)))
+                for mean, spread in FITS[name]
+            )
+        if prompt + output <= CONTEXT:
+            yield prompt, output
+
+
+def read_sharegpt(path: str) -> list[tuple[int, int]]:
+    """The lengths of each conversation's first question and its answer, at four bytes a token,
+    about what OPT's tokenizer makes of English.
+
+    The file: [{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}, ...].
+    Raises argparse.ArgumentTypeError, which becomes the one line that a user sees.
+    """
+    wrong = argparse.ArgumentTypeError
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        talks = [[(t["from"], t["value"]) for t in row["conversations"]] for row in rows]
+    except OSError as error:
+        raise wrong(str(error)) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise wrong(f"{path} is not in ShareGPT's JSON format: {error!r}") from None
+    pairs = []
+    for talk in talks:
+        for (asks, question), (_, answer) in zip(talk, talk[1:], strict=False):
+            if asks in ("human", "user"):
+                pair = [-(-len(text.encode()) // 4) for text in (question, answer)]
+                pairs += [tuple(pair)] if all(pair) and sum(pair) <= CONTEXT else []
+                break
+    if not pairs:
+        raise wrong(f"{path} has no question that fits into {CONTEXT} tokens with its answer")
+    return pairs
+
+
+class Request(NamedTuple):
+    """A sequence and when it comes, in seconds."""
+
+    arrival: float
+    seq: Sequence
+
+
+def traffic(
+    name: str, count: int, rate: float, seed: int = 0, pairs: list | None = None, n: int = 1
+) -> list[Request]:
+    """`count` requests that share nothing, at `rate` a second in a Poisson process (math.inf: all
+    at once), each for n samples; name, pairs: of `lengths`."""
+    rng, clock, found = random.Random(seed), 0.0, []
+    source = lengths(name, rng, pairs)
+    for i in range(count):
+        prompt, output = next(source)
+        clock += rng.expovariate(rate) if rate < math.inf else 0
+        # a token of its own: no two of them begin alike
+        found.append(Request(clock, Sequence(i, [i + 1] * prompt, Params(output, n))))
+    return found
+
+
+# running ------------------------------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    """A sequence that has ended, and when it came, had its first token, and ended, in seconds."""
+
+    seq: Sequence
+    arrival: float
+    first: float
+    end: float
+
+    @property
+    def latency(self) -> float:
+        return self.end - self.arrival
+
+    @property
+    def per_token(self) -> float:
+        """The paper's normalized latency: seconds a token of output."""
+        return self.latency / (len(self.seq.tokens) - self.seq.num_prompt)
+
+
+def replay(
+    scheduler: Scheduler,
+    requests: list[Request],
+    watch: Callable[[Step, float], None] = lambda step, took: None,
+    model: Callable[[Sequence, int], int] = lambda seq, position: 0,
+) -> list[Done]:
+    """Run the traffic through a scheduler, in simulated time; returns who ended, in order.
+
+    watch: called with each step, once it is planned, and the seconds that it takes; model: the
+    token that a sequence has at a position.
+    """
+    clock, done, coming = 0.0, [], deque(requests)
+    arrivals = {r.seq.request_id: r.arrival for r in requests}
+    first: dict[Sequence, float] = {}
+    while coming or scheduler.waiting or scheduler.running:
+        if not (scheduler.waiting or scheduler.running):
+            clock = max(clock, coming[0].arrival)
+        while coming and coming[0].arrival <= clock:
+            scheduler.add(coming.popleft().seq)
+        step = scheduler.schedule()
+        assert step.chunks, "nobody can go on"
+        took = seconds(step)
+        watch(step, took)
+        clock += took
+        tokens = [model(seq, position) for _, seq, position in step.samples]
+        for seq in scheduler.update(step, tokens):
+            first.setdefault(seq, clock)
+            if seq.finish_reason:
+                done.append(Done(seq, arrivals[seq.request_id], first.pop(seq), clock))
+    return done
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that this share of them does not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+# reports ------------------------------------------------------------------------------------------
+
+
+class Parser(terminal.Parser):
+    """The flags of every lab, and --sharegpt where lengths are drawn; its help is a docstring."""
+
+    def __init__(self, doc: str, name: str, lengths: bool = False):
+        super().__init__(prog=f"microvllm lab {name}", description=doc)
+        self.name = name
+        if lengths:
+            what = "lengths from a file in ShareGPT's JSON format"
+            self.add_argument("--sharegpt", type=read_sharegpt, metavar="FILE", help=what)
+        self.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+        where = "where NAME.png and NAME.json go (%(default)s)"
+        self.add_argument("--out", type=Path, default="lab-results", metavar="DIR", help=where)
+        self.add_argument("--no-plot", action="store_true", help="numbers alone, no matplotlib")
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
+            self.error("plots need matplotlib: pip install 'microvllm[lab]', or give --no-plot")
+        args.name = self.name
+        return args
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """Rows under a head, in columns; floats to three digits."""
+    cells = [head, *[[f"{v:,.3g}" if isinstance(v, float) else str(v) for v in r] for r in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[v.rjust(w) for v, w in zip(row, widths, strict=True)] for row in cells]
+    for line, row in zip(lines, cells, strict=True):
+        line[0] = row[0].ljust(widths[0])
+    return "\n".join(map("  ".join, lines))
+
+
+def finish(args: argparse.Namespace, results: dict, draw: Callable) -> None:
+    """Write the numbers, and the figure that draw(pyplot) returns."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    written = [str(path)]
+    if not args.no_plot:
+        import matplotlib
+
+        matplotlib.use("Agg")  # no window
+        import matplotlib.pyplot as plt
+
+        figure = draw(plt)
+        path = args.out / f"{args.name}.png"
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+        plt.close(figure)
+        written.append(str(path))
+    print(f"\nwritten: {', '.join(written)}")

@@ -1,0 +1,185 @@
+"""Policies: whatever they choose, no token changes, no block is lost, and nobody waits forever."""
+
+import inspect
+import itertools
+import random
+
+import pytest
+from conftest import MODEL
+from test_scheduler import Params, Simulation, crowded, served, text
+
+from lab import policies
+from microvllm import LLM, SamplingParams
+from microvllm.scheduler import BlockManager, Sequence, first_come, least_recently_used, youngest
+
+
+def oldest(scheduler, seq):
+    """A victim that this step has planned already, as often as can be."""
+    return scheduler.running[0]
+
+
+def last_come(scheduler):
+    return scheduler.waiting[-1]
+
+
+VICTIMS = [youngest, oldest, *policies.OTHERS["victim"]]
+ADMISSIONS = [first_come, last_come, *policies.OTHERS["admission"]]
+EVICTIONS = [least_recently_used, *policies.OTHERS["eviction"]]
+
+
+def names(functions):
+    return {"argvalues": functions, "ids": [function.__name__ for function in functions]}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("victim", **names(VICTIMS))
+@pytest.mark.parametrize("admission", **names(ADMISSIONS))
+def test_everyone_gets_all_tokens_under_any_policies(victim, admission, ahead):
+    preemptions = 0
+    for seed, eviction in enumerate(EVICTIONS):
+        rng = random.Random(seed)
+        sim = Simulation(usable=14, max_batch_size=6, max_batched_tokens=rng.choice([5, 24]))
+        sim.scheduler.victim, sim.scheduler.admission = victim, admission
+        sim.blocks.eviction = eviction
+        for i in range(8):
+            sim.add(text(rng.randint(1, 20), i % 3), rng.randint(1, 20), n=rng.randint(1, 3))
+            for _ in range(rng.randint(0, 3)):
+                sim.step_ahead() if ahead else sim.step()
+        sim.drain(ahead)
+        preemptions += sim.scheduler.num_preemptions
+    assert preemptions > 4
+
+
+def test_a_victim_that_was_planned_already_leaves_its_rows_and_its_copies_to_others():
+    planned = copies = 0
+    for usable, length in itertools.product(range(6, 14), range(9, 16)):
+        sim = Simulation(usable=usable, max_batch_size=6)
+
+        def victim(scheduler, seq, sim=sim):
+            nonlocal planned, copies
+            chosen = scheduler.running[0]
+            planned += chosen is not seq
+            copies += any(target in chosen.table for _, target in sim.blocks.copies)
+            return chosen
+
+        sim.scheduler.victim = victim
+        sim.add(text(length, 1), max_tokens=9, n=4)
+        sim.add(text(6, 2), max_tokens=9, n=2)
+        sim.drain()
+        assert len(sim.finished) == 6
+    assert planned > 50 and copies > 2
+
+
+def test_the_default_victim_is_the_youngest_and_a_policy_may_choose_another():
+    for victim, last in ((youngest, 2), (oldest, 0)):
+        sim, seqs = crowded()
+        sim.scheduler.victim = victim
+        while not sim.scheduler.num_preemptions:
+            sim.step()
+        assert sim.scheduler.waiting[0] is seqs[last]
+
+
+def test_admission_decides_who_is_next():
+    sim = Simulation(max_batch_size=1)
+    sim.scheduler.admission = policies.shortest
+    for length in (9, 3, 6):
+        sim.add(text(length), max_tokens=2)
+    sim.drain()
+    assert sim.started == [1, 2, 0]
+
+
+def test_the_best_cached_is_admitted_first():
+    sim = Simulation(max_batch_size=1)
+    sim.scheduler.admission = policies.best_cached
+    served(sim, text(17, 1))
+    for seed in (2, 1):
+        sim.add(text(17, seed), max_tokens=2)
+    sim.drain()
+    assert sim.started == [0, 2, 1]
+
+
+def test_the_first_that_fits_does_not_wait_behind_a_large_one():
+    sim = Simulation(usable=12)
+    sim.scheduler.admission = policies.first_fit
+    sim.add(text(20, 1), max_tokens=8)
+    sim.step()
+    large, small = sim.add(text(30, 2), max_tokens=2), sim.add(text(2, 3), max_tokens=2)
+    sim.step()
+    assert small.tokens[2:] and list(sim.scheduler.waiting) == [large]
+    sim.drain()
+
+
+@pytest.mark.parametrize(
+    ("eviction", "gone"),
+    [(least_recently_used, 2), (policies.most_recently_used, 1), (policies.first_published, 1)],
+)
+def test_eviction_decides_which_text_is_lost(eviction, gone):
+    sim = Simulation(usable=4, block_size=4)
+    sim.blocks.eviction = eviction
+    served(sim, text(5, 1)), served(sim, text(5, 2)), served(sim, text(5, 1))
+    served(sim, text(9, 3))  # two blank blocks for three: one block of two is evicted
+    held = {s for s in (1, 2) if sim.blocks.match(Sequence(9, text(5, s), Params()))}
+    assert held == {1, 2} - {gone}
+
+
+@pytest.mark.parametrize("kind", ["victim", "admission", "eviction"])
+def test_a_policy_that_answers_nonsense_is_told_so_and_costs_nothing(kind):
+    sim, _ = crowded()
+    before = sim.blocks if kind == "eviction" else sim.scheduler
+    good = getattr(before, kind)
+    setattr(before, kind, lambda *_: None)
+    with pytest.raises(ValueError, match=f"{kind} gave None: return one of"):
+        for _ in range(99):
+            sim.step()
+            sim.add(text(8, random.random()), max_tokens=1)
+    setattr(before, kind, good)
+    sim.reset()
+    assert sim.blocks.num_free == sim.blocks.num_usable
+    sim.drain()
+
+
+def test_an_eviction_that_fails_in_the_midst_of_an_admission_loses_no_block():
+    sim = Simulation(usable=4, block_size=4)
+    served(sim, text(13))  # three blocks are cached, one is blank
+    sim.blocks.eviction = lambda blocks: 1 / 0
+    sim.add(text(10, 1), max_tokens=3)
+    with pytest.raises(ZeroDivisionError):
+        sim.plan()
+    sim.blocks.eviction = least_recently_used
+    sim.reset()
+    sim.drain()
+
+
+def test_the_alternatives_are_ten_lines_at_most_three_of_each():
+    for functions in policies.OTHERS.values():
+        assert len(functions) == 3
+        assert all(len(inspect.getsource(f).splitlines()) <= 10 for f in functions)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_engine_takes_policies_and_answers_the_same():
+    asked = []
+
+    def victim(scheduler, seq):
+        asked.append(seq)
+        return oldest(scheduler, seq)
+
+    prompts, params = ["Who wrote Emma?", "Who wrote Dracula?"] * 3, SamplingParams(max_tokens=40)
+    answers = []
+    for options in ({}, {"victim": victim, "admission": last_come, "eviction": policies.by_chance}):
+        with LLM(str(MODEL), device="cpu", num_blocks=14, seed=3, **options) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        answers.append([output.token_ids for output in outputs])
+    assert asked and answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["victim", "admission", "eviction"])
+def test_an_engine_refuses_what_is_no_function(kind):
+    with pytest.raises(TypeError, match=f"{kind} must be a function, got 'lru'"):
+        LLM(str(MODEL), device="cpu", **{kind: "lru"})
+
+
+def test_the_defaults_are_functions_written_the_same_way():
+    assert BlockManager(9, 4).eviction is least_recently_used
+    sim = Simulation()
+    assert (sim.scheduler.victim, sim.scheduler.admission) == (youngest, first_come)
