@@ -73,7 +73,7 @@ ENGINES = {
 }
 # every so many-th request is enough: one at a time, the speed does not depend on how many; and in a
 # batch padded to its longest request, transformers would copy gigabytes at each step
-SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8}, "transformers": {"W2": 4}}
+SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8}, "transformers": {"W2": 8}}
 WORKLOADS = ("W1", "W2", "W3", "W4")
 FIRST = 8  # tokens of a request that have to agree
 SPECIAL = 9  # the last ids of a vocabulary
@@ -189,7 +189,8 @@ class Peer:
     def peak_bytes(self) -> int:
         """The most memory that it and the processes it started had, each at its own worst time.
 
-        Not getrusage's maxrss: on Linux that begins with what the parent had when it forked.
+        0 where there is no /proc. getrusage's maxrss would begin with what the parent had when it
+        forked.
         """
         peak, children = 0, defaultdict(list)
         for process in Path("/proc").glob("[0-9]*"):
@@ -202,7 +203,8 @@ class Peer:
         while waiting:
             pid = waiting.pop()
             waiting += children[pid]
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            status = Path(f"/proc/{pid}/status")
+            for line in status.read_text().splitlines() if status.exists() else ():
                 peak += 1024 * int(line.split()[1]) if line.startswith("VmHWM:") else 0
         return peak
 
@@ -324,12 +326,12 @@ class Comparison:
         for name, work in found.items():
             lines.append(
                 f"\n{name}: {work['requests']} requests, {work['prompt_tokens']:,} tokens in, "
-                f"{work['new_tokens']:,} out\n{'':20}{'tokens/s':>26}{'of limit':>10}"
+                f"{work['new_tokens']:,} out\n{'':20}{'tokens/s':>36}{'of limit':>10}"
                 f"{'ours/it':>9}{'agree: first':>14}{'all':>7}"
             )
             for engine, n in work["engines"].items():
                 low, high = n["lowest"], n["highest"]
-                line = f"{engine:20}{n['tokens_per_s']:>10,.1f}{f'({low:,.1f}-{high:,.1f})':>16}"
+                line = f"{engine:20}{n['tokens_per_s']:>12,.1f}{f'({low:,.1f}-{high:,.1f})':>24}"
                 shares = (("share_of_limit", 10, ".0%"), ("ours_over_it", 9, ".2f"),
                           ("agree_first", 14, ".0%"), ("agree_tokens", 7, ".1%"))  # fmt: skip
                 for key, width, kind in shares:
