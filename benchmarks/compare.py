@@ -281,8 +281,9 @@ class Comparison:
                     self.limits[name].append(answer)
                     continue
                 answers[peer.name] = answer["tokens"]
-                ours = answers["microvllm"][::every]
-                self.agreed[name][peer.name].append(agreement(ours, answer["tokens"]))
+                if ours := answers.get("microvllm"):
+                    same = agreement(ours[::every], answer["tokens"])
+                    self.agreed[name][peer.name].append(same)
             done = ", ".join(f"{n} {s[-1]:,.1f}" for n, s in self.speeds[name].items())
             say(f"turn {turn}, {name}: {done}" if turn else f"warmed up for {name}")
 
@@ -308,7 +309,7 @@ class Comparison:
                     "tokens_per_s": round(statistics.median(speeds), 1),
                     "lowest": round(min(speeds), 1), "highest": round(max(speeds), 1),
                 }  # fmt: skip
-                limits, ours = self.speeds[name]["limit"], self.speeds[name]["microvllm"]
+                limits, ours = (self.speeds[name].get(of, []) for of in ("limit", "microvllm"))
                 if len(limits) == len(speeds):
                     shares = [speed / most for speed, most in zip(speeds, limits, strict=True)]
                     numbers["share_of_limit"] = round(statistics.median(shares), 3)
@@ -436,6 +437,8 @@ def main() -> None:
                     run.load(name, python)
                 else:
                     say(f"{name} cannot be imported by {python}")
+            if "microvllm" in run.failed:
+                sys.exit("there is nothing to compare with")
             for turn in range(args.turns + 1):
                 run.turn(turn)
             for peer in run.peers:
