@@ -71,8 +71,8 @@ ENGINES = {
     "transformers": "transformers",
     "vllm": "vllm",
 }
-# every so many-th request is enough: one at a time, the speed does not depend on how many; and in a
-# batch padded to its longest request, transformers would copy gigabytes at each step
+# every so many-th request is enough: one at a time, the speed does not depend on how many; and
+# transformers copies its whole cache, padded to the longest request, at each step
 SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8}, "transformers": {"W2": 8}}
 WORKLOADS = ("W1", "W2", "W3", "W4")
 FIRST = 8  # tokens of a request that have to agree

@@ -194,7 +194,7 @@ def transformers(options: dict) -> Callable[[dict], dict]:
 
 def vllm(options: dict) -> Callable[[dict], dict]:
     """vLLM for CPU, which runs NanoChat through its Transformers backend."""
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options["kv_gib"])  # it does not start without
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options["kv_gib"])
     from vllm import LLM, SamplingParams
 
     llm = LLM(
