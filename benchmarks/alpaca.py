@@ -15,8 +15,6 @@ number of rows of its steps), plus the time to read the K and V that its decodes
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
 
 import torch
+from compare import cores, processor
 
 from microvllm import LLM, SamplingParams
 from microvllm.bench import BUNDLED, read_prompts
@@ -43,21 +42,6 @@ for question in {QUESTIONS!r}:
     prompt = llm.tokenizer.render_for_completion(turn)
     print(llm.generate([prompt], SamplingParams(max_tokens=1))[0]["text"])
 """
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def best_seconds(work: Callable[[], object], repeats: int = 7) -> float:

@@ -3,9 +3,10 @@
     python benchmarks/checkpoint.py OUT --depth 34 --era 1 --vocab 65536
 
 writes one flat directory, as published checkpoints are: OUT/model_000000.pt, OUT/meta_000000.json
-and OUT/tokenizer.pkl. The weights are noise, of a size that keeps activations sane through any
-depth. The tokenizer has the single bytes, made-up words and nanochat's nine special tokens: its
-text means nothing, and takes the time that real text takes.
+and OUT/tokenizer.pkl; with --hf (era 1 only) the model is OUT/config.json and OUT/model.safetensors
+instead, as transformers has it. The weights are noise, of a size that keeps activations sane
+through any depth. The tokenizer has the single bytes, made-up words and nanochat's nine special
+tokens: its text means nothing, and takes the time that real text takes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 import tiktoken
 import torch
 
+from microvllm import huggingface
 from microvllm.model import RECIPES, GPTConfig, expected_shapes
 
 SPECIAL = (
@@ -138,19 +140,65 @@ def make_checkpoint(out: Path, args: argparse.Namespace, device: str) -> Path:
     return out
 
 
+def make_hf_folder(out: Path, args: argparse.Namespace, device: str) -> Path:
+    """Write a NanoChat folder of Hugging Face's, and a tokenizer.pkl, into `out`; returns it.
+
+    Raises ValueError for any era but the first, the only one that transformers has.
+    """
+    if args.era != "1":
+        raise ValueError(f"transformers has only nanochat's era 1, not --era {args.era}")
+    from safetensors.torch import save_file
+
+    config = shape(args)
+    storage = getattr(torch, args.storage)
+    weights = {}
+    for name, tensor in random_weights(config, args.era, device, storage, args.seed).items():
+        for theirs, ours in huggingface.NAMES.items():
+            name = name.replace(ours, theirs)
+        # padding rows of the vocabulary would be tokens there
+        padded = name.startswith(("lm_head", "model.embed_tokens"))
+        tensor = tensor[: args.vocab] if padded else tensor
+        weights[name] = tensor.to(storage).contiguous()
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    tokenizer = random_tokenizer(args.vocab)
+    (out / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer, protocol=4))
+    bos, end = (tokenizer._special_tokens[f"<|{name}|>"] for name in ("bos", "assistant_end"))
+    settings = {theirs: config[ours] for ours, theirs in huggingface.SIZES.items()}
+    settings |= {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "intermediate_size": 4 * config["n_embd"],
+        "bos_token_id": bos,
+        "eos_token_id": [end, bos],
+        "pad_token_id": bos,
+        "hidden_act": "relu2",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "final_logit_softcapping": 15.0,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "dtype": args.storage,
+    }
+    (out / "config.json").write_text(json.dumps(settings, indent=2))
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="directory to write into")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hf", action="store_true", help="as a Hugging Face folder")
     add_shape_arguments(parser)
     args = parser.parse_args()
     start = time.perf_counter()
     try:
-        make_checkpoint(args.out, args, args.device)
+        (make_hf_folder if args.hf else make_checkpoint)(args.out, args, args.device)
     except ValueError as error:
         parser.error(str(error))
-    size = (args.out / "model_000000.pt").stat().st_size
+    name = "model.safetensors" if args.hf else "model_000000.pt"
+    size = (args.out / name).stat().st_size
     print(f"{args.out}: era {args.era}, {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s")
 
 

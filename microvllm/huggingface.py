@@ -20,7 +20,7 @@ from .model import RECIPES, GPTConfig, Recipe, check_weights
 from .tokenizer import Tokenizer
 
 # nanochat's model_config -> config.json
-_SIZES = {
+SIZES = {
     "sequence_len": "max_position_embeddings",
     "vocab_size": "vocab_size",
     "n_layer": "num_hidden_layers",
@@ -37,7 +37,7 @@ _FIXED = {
     "rope_type": "default",
 }
 # parts of a tensor's name -> nanochat's
-_NAMES = {
+NAMES = {
     "model.embed_tokens.": "transformer.wte.",
     "model.layers.": "transformer.h.",
     ".self_attn.q_proj.": ".attn.c_q.",
@@ -67,9 +67,9 @@ def read_folder(directory: Path) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
     for key, value in _FIXED.items():
         if found.get(key, value) != value:
             raise ValueError(f"{file}: {key} is {found[key]!r}, and nanochat's is {value!r}")
-    sizes = {ours: given.get(theirs) for ours, theirs in _SIZES.items()}
+    sizes = {ours: given.get(theirs) for ours, theirs in SIZES.items()}
     sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
-    if missing := [_SIZES[ours] for ours, value in sizes.items() if value is None]:
+    if missing := [SIZES[ours] for ours, value in sizes.items() if value is None]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     config, weights = GPTConfig.from_meta(sizes, str(file)), _read_tensors(directory)
     try:
@@ -108,7 +108,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         except Exception as error:  # safetensors' own error, or the system's
             raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
         for name, tensor in tensors.items():
-            for theirs, ours in _NAMES.items():
+            for theirs, ours in NAMES.items():
                 name = name.replace(theirs, ours)
             weights[name] = tensor
     return weights

@@ -1,4 +1,4 @@
-"""The GPU benchmark on a CPU, tiny: it runs, does the work it says, and its limits add up."""
+"""The benchmarks, tiny: they run, do the work they say, and their limits add up."""
 
 import json
 import os
@@ -17,7 +17,9 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, which import one another
 
 import checkpoint  # noqa: E402
+import compare  # noqa: E402
 import gpu  # noqa: E402
+import peers  # noqa: E402
 
 TINY = SimpleNamespace(
     depth=3, aspect=64, width=96, head_dim=32, kv_heads=1, vocab=500, sequence_len=256, seed=0
@@ -123,3 +125,94 @@ def test_the_benchmark_runs_on_a_cpu():
     assert result["prefill"]["ms"] > 0
     # 4 prompts share 8 tokens: two blocks, which all four find once they were seen
     assert result["prefix"]["seen_cached_tokens"] == 4 * 8
+
+
+# compare.py: other engines on a CPU
+
+
+def test_the_workloads_are_the_ones_that_it_says():
+    first, second, *_, shared = (compare.workload(name, 1, 4096, 1) for name in compare.WORKLOADS)
+    sizes = [len(prompt) for prompt in first["prompts"]]
+    assert (len(sizes), sum(sizes)) == (64, 64 * 23) and 6 <= min(sizes) < max(sizes) <= 77
+    assert first["new"] == [64] * 64 and len({*map(tuple, first["prompts"])}) == 64
+    sizes = [len(prompt) for prompt in second["prompts"]]
+    assert 20 <= min(sizes) < max(sizes) <= 512 and sum(second["new"]) == 8710
+    assert 16 <= min(second["new"]) < max(second["new"]) <= 256
+    assert len({tuple(prompt[:256]) for prompt in shared["prompts"]}) == 1
+    assert len({tuple(prompt[256:]) for prompt in shared["prompts"]}) == 32
+    # another turn: the same lengths, other tokens, or its prompts would lie in a prefix cache
+    again = compare.workload("W2", 2, 4096, 1)
+    assert [len(prompt) for prompt in again["prompts"]] == sizes and again["new"] == second["new"]
+    assert not {tuple(p[:16]) for p in again["prompts"]} & {
+        tuple(p[:16]) for p in second["prompts"]
+    }
+    assert max(max(prompt) for prompt in again["prompts"]) < 4096 - compare.SPECIAL
+
+
+def test_agreement_counts_the_tokens_before_a_difference():
+    ours = [list(range(10)), list(range(10))]
+    late, early = [*range(9), 0], [0, 2, *range(2, 10)]
+    assert compare.agreement(ours, ours) == (1, 1)
+    assert compare.agreement(ours, [late, early]) == (0.5, 10 / 20)
+    assert compare.agreement([[1, 2]], [[1, 2]]) == (1, 1)  # shorter than what has to agree
+
+
+@pytest.mark.parametrize("era", ["1", "2", "3", "4", "5"])
+def test_the_loop_that_stands_for_nanochat_makes_the_engines_tokens(tmp_path, era):
+    # a context of 128: windows of 64 in eras 2 and 3, of 128 in 4 and 5, which the prompt passes
+    args = SimpleNamespace(**vars(TINY) | {"sequence_len": 128}, era=era, storage="float32")
+    path = str(checkpoint.make_checkpoint(tmp_path / "model", args, "cpu"))
+    options = {
+        "folder": path, "threads": 1, "dtype": "float32", "max_len": 256, "kv_gib": 1, "llm": {},
+    }  # fmt: skip
+    job = {"prompts": [list(range(5, 150)), [7, 8, 9], [7]], "new": [8, 12, 1], "shared": 0}
+    threads = torch.get_num_threads()
+    ours, theirs = (engine(options)(job)["tokens"] for engine in (peers.microvllm, peers.nanochat))
+    torch.set_num_threads(threads)
+    assert ours == theirs and [len(tokens) for tokens in ours] == job["new"]
+
+
+def test_the_folder_for_transformers_is_the_checkpoint_under_other_names(tmp_path):
+    args = SimpleNamespace(**vars(TINY), era="1", storage="float32")
+    config, _, ours = peers.read_model(str(checkpoint.make_checkpoint(tmp_path / "a", args, "cpu")))
+    found, recipe, theirs = peers.read_model(
+        str(checkpoint.make_hf_folder(tmp_path / "b", args, "cpu"))
+    )
+    assert found == config and recipe.eps == 1e-6 and ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():  # 500 tokens: the padding to 512 rows is cut
+        assert torch.equal(tensor, ours[name][: len(tensor)].float())
+    assert len(theirs["lm_head.weight"]) == 500
+    with pytest.raises(ValueError, match="only nanochat's era 1, not --era 5"):
+        checkpoint.make_hf_folder(tmp_path, SimpleNamespace(**vars(args) | {"era": "5"}), "cpu")
+
+
+def test_the_comparison_runs(tmp_path):
+    options = "--model tiny --shrink 16 --turns 2 --threads 1 --pause 0 --kv-gib 1"
+    parts = "--workloads W1,W4 --engines nanochat"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "compare.py", *f"{options} {parts}".split()],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["failed"], result["disagree"]) == ([], [])
+    assert list(result["workloads"]) == ["W1", "W4"]
+    for work in result["workloads"].values():
+        assert list(work["engines"]) == ["limit", "microvllm", "nanochat"]
+        for engine in ("microvllm", "nanochat"):
+            numbers = work["engines"][engine]
+            assert 0 < numbers["lowest"] <= numbers["tokens_per_s"] <= numbers["highest"]
+            assert numbers["agree_first"] == 1 and numbers["share_of_limit"] > 0
+        assert work["engines"]["microvllm"]["ours_over_it"] == 1
+    for fact in result["engines"].values():
+        assert fact["first_token_s"] > 0 and (fact["peak_gb"] or 1) > 0.05  # Python with torch
+
+
+def test_an_engine_that_cannot_be_imported_or_dies_is_told():
+    assert compare.version(sys.executable, "torch").startswith("2.")
+    assert compare.version(sys.executable, "no_such_engine") is None
+    peer = compare.Peer("nanochat", sys.executable, {"threads": 1})  # says no folder
+    with pytest.raises(RuntimeError, match="nanochat died(.|\n)*KeyError: 'dtype'"):
+        peer.ask({})
+    peer.close()

@@ -1,0 +1,478 @@
+"""This engine beside others a user could install, on a CPU, at the same work.
+
+    python benchmarks/compare.py                                # the d12 shape, what is importable
+    python benchmarks/compare.py --model small --workloads W1,W3 --turns 5
+    python benchmarks/compare.py --peer-python vllm=/opt/vllm/bin/python    # it has its own torch
+    python benchmarks/compare.py --quantization int8 --engines microvllm,vllm
+    python benchmarks/compare.py --model tiny --shrink 16 --turns 1         # does it run?
+
+Nothing is installed. Each engine that can be imported, by this interpreter or by the one that
+--peer-python names, is loaded once in a process of its own (peers.py) and then asked to run each
+workload in turns, A B C A B C; while one works the others are blocked in a read. So a machine whose
+speed drifts treats them alike: ratios are the medians of the turns' ratios.
+
+The workloads are greedy and ignore the end tokens; their lengths are drawn once, their ids anew for
+each turn, so that no turn finds its prompts in a prefix cache:
+
+    W1  64 prompts of 6 to 77 tokens (mean 23), 64 new tokens each
+    W2  64 requests, 20 to 512 tokens in (mean 100), 16 to 256 out, 8,710 in all
+    W3  one prompt of 128 tokens, 128 new
+    W4  32 prompts that share 256 tokens and own 16, 32 new each
+
+Engines that would take minutes run a part of the requests (SOME, below); tokens per second count
+the tokens that were asked for, nothing else. "agree" compares the tokens with this engine's: the
+share of requests whose first 8 tokens are the same, and of all tokens those before the first
+difference. All compute the same model in float32, so that only a tie within rounding may differ; if
+less than nine requests of ten agree, the run fails. With another dtype it is only reported.
+
+The limit is measured in the same turns: see `limit` in peers.py. Of what a workload repeats, K and
+V that several sequences share are counted once for each, since every engine here reads them so.
+
+Peak memory is that of an engine's processes together, weights and pool and all; the pool is
+--kv-gib for engines that have one. "first token" is from the start of the process to the first
+token of its first request, with the compilation caches as this user's earlier runs left them.
+
+vLLM's own defaults keep one core from the model and run it in three processes. With two cores it is
+faster when told otherwise, for instance by a script given as its interpreter, which sets
+VLLM_ENABLE_V1_MULTIPROCESSING=0, VLLM_CPU_OMP_THREADS_BIND=0-1 and LD_PRELOAD to tcmalloc and
+libiomp5.so before it starts python. A name may be given twice with different ends, to measure both:
+--peer-python vllm=... --peer-python vllm-tuned=...
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from itertools import cycle
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+# shapes of random checkpoints of the first era, the only one that the others know
+SHAPES = {
+    "d12": "--depth 12 --vocab 32768",
+    "small": "--depth 4 --width 256 --head-dim 64 --kv-heads 2 --vocab 4096",
+    "tiny": "--depth 2 --width 64 --head-dim 32 --vocab 512",
+}
+BUNDLED = HERE.parent / "models" / "oldbooks-d6"
+# engine -> the package it needs
+ENGINES = {
+    "microvllm": "torch",
+    "nanochat": "torch",
+    "transformers": "transformers",
+    "vllm": "vllm",
+}
+# every so many-th request is enough: one at a time, the speed does not depend on how many; and
+# transformers copies its whole cache, padded to the longest request, at each step
+SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8}, "transformers": {"W2": 8}}
+WORKLOADS = ("W1", "W2", "W3", "W4")
+FIRST = 8  # tokens of a request that have to agree
+SPECIAL = 9  # the last ids of a vocabulary
+MAX_LEN = 1024
+
+# what is asked for, and its version, in whichever interpreter
+VERSION = """
+import sys, importlib.metadata as found, importlib.util
+if importlib.util.find_spec(sys.argv[1]) is None: sys.exit(3)
+print(found.version(found.packages_distributions()[sys.argv[1]][0]))
+"""
+
+
+# the work -----------------------------------------------------------------------------------------
+
+
+def lengths(rng: random.Random, count: int, total: int, sigma: float, low: int, high: int):
+    """`count` log-normal whole numbers from low to high, `total` in all."""
+    draws = [rng.lognormvariate(0.0, sigma) for _ in range(count)]
+
+    def scaled(scale: float) -> list[int]:
+        return [min(high, max(low, int(draw * scale))) for draw in draws]
+
+    assert count * low <= total <= count * high, (count, total, low, high)
+    few, many = 0.0, 1e6
+    for _ in range(60):  # the largest scale that does not pass the total
+        middle = (few + many) / 2
+        few, many = (middle, many) if sum(scaled(middle)) <= total else (few, middle)
+    sizes = scaled(few)
+    for i in cycle(range(count)):
+        if sum(sizes) == total:
+            return sizes
+        sizes[i] += sizes[i] < high
+
+
+def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0) -> dict:
+    """prompts (token ids), new (tokens of each), shared (that all begin with): a job of peers.py.
+
+    shrink: divides counts and lengths.
+    """
+    rng = random.Random(f"lengths of {name}")
+
+    def less(number: int) -> int:
+        return max(1, number // shrink)
+
+    count, shared = {"W1": less(64), "W2": less(64), "W3": 1, "W4": less(32)}[name], 0
+    if name == "W1":
+        sizes = lengths(rng, count, count * less(23), 0.55, less(6), less(77))
+        new = [less(64)] * count
+    elif name == "W2":
+        sizes = lengths(rng, count, count * less(100), 0.9, less(20), less(512))
+        new = lengths(rng, count, count * 8710 // 64 // shrink, 0.8, less(16), less(256))
+    elif name == "W3":
+        sizes, new = [less(128)], [less(128)]
+    else:
+        shared = less(256)
+        sizes, new = [shared + less(16)] * count, [less(32)] * count
+    rng = random.Random(f"ids of {name}, turn {turn}, seed {seed}")
+    ids = [[rng.randrange(vocab - SPECIAL) for _ in range(size)] for size in sizes]
+    prompts = [ids[0][:shared] + own[shared:] for own in ids]
+    return {"prompts": prompts, "new": new, "shared": shared}
+
+
+def part(job: dict, every: int) -> dict:
+    """Every so many-th request of a job."""
+    return job | {"prompts": job["prompts"][::every], "new": job["new"][::every]}
+
+
+def agreement(ours: list[list[int]], theirs: list[list[int]]) -> tuple[float, float]:
+    """Share of requests whose first tokens are the same; of tokens, those before a difference."""
+    same = []
+    for a, b in zip(ours, theirs, strict=True):
+        assert len(a) == len(b), "an engine made another number of tokens than it was asked for"
+        same.append(
+            next((i for i, pair in enumerate(zip(a, b, strict=True)) if len({*pair}) > 1), len(a))
+        )
+    first = sum(n >= min(FIRST, len(a)) for n, a in zip(same, ours, strict=True)) / len(ours)
+    return first, sum(same) / sum(map(len, ours))
+
+
+# the engines --------------------------------------------------------------------------------------
+
+
+class Peer:
+    """An engine in its own process: loaded once, then asked."""
+
+    def __init__(self, name: str, python: str, options: dict):
+        self.name, self.engine = name, name.split("-")[0]
+        self.log = tempfile.TemporaryFile("w+")
+        self.start = time.perf_counter()
+        self.process = subprocess.Popen(
+            [python, HERE / "peers.py", self.engine, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(options["threads"])},
+        )
+
+    def ask(self, job: dict) -> dict:
+        """Raises RuntimeError, with what it said last, if it died."""
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.log.seek(0)
+            raise RuntimeError(f"{self.name} died: ...{self.log.read()[-3000:]}")
+        return json.loads(line)
+
+    def peak_bytes(self) -> int:
+        """The most memory that it and the processes it started had, each at its own worst time.
+
+        0 where there is no /proc. getrusage's maxrss would begin with what the parent had when it
+        forked.
+        """
+        peak, children = 0, defaultdict(list)
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            except OSError:  # it ended
+                continue
+            children[int(parent)].append(int(process.name))
+        waiting = [self.process.pid]
+        while waiting:
+            pid = waiting.pop()
+            waiting += children[pid]
+            status = Path(f"/proc/{pid}/status")
+            for line in status.read_text().splitlines() if status.exists() else ():
+                peak += 1024 * int(line.split()[1]) if line.startswith("VmHWM:") else 0
+        return peak
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.process.stdout.close(), self.log.close()
+
+
+def version(python: str, package: str) -> str | None:
+    """None if that interpreter cannot import the package."""
+    done = subprocess.run([python, "-c", VERSION, package], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+class Comparison:
+    """Engines, turns, and what was measured."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, vocab: int):
+        self.args, self.vocab = args, vocab
+        self.options = {
+            "folder": str(folder), "threads": args.threads, "max_len": MAX_LEN,
+            "dtype": args.peer_dtype, "kv_gib": args.kv_gib, "llm": args.llm,
+        }  # fmt: skip
+        self.peers: list[Peer] = []
+        self.failed: list[str] = []
+        self.facts: dict[str, dict] = {}  # engine -> version, start and memory
+        self.speeds = defaultdict(lambda: defaultdict(list))  # workload -> engine -> tokens/s
+        self.agreed = defaultdict(lambda: defaultdict(list))  # workload -> engine -> two shares
+        self.limits = defaultdict(list)  # workload -> answers of the limit
+
+    def load(self, name: str, python: str) -> None:
+        """Start an engine, alone, and time its first token."""
+        peer = Peer(name, python, self.options)
+        if name == "limit":
+            self.peers.append(peer)
+            return
+        job = workload("W3", 0, self.vocab, max(8, self.args.shrink)) | {"new": [1]}
+        if self.ask(peer, job):
+            self.facts[name] |= {"first_token_s": round(time.perf_counter() - peer.start, 2)}
+            self.peers.append(peer)
+            say(f"{name} {self.facts[name]['version']}: first token after "
+                f"{self.facts[name]['first_token_s']} s")  # fmt: skip
+
+    def ask(self, peer: Peer, job: dict) -> dict | None:
+        """If it fails we say so and go on without it."""
+        time.sleep(self.args.pause)  # threads that were at work before may spin for a while
+        try:
+            return peer.ask(job)
+        except RuntimeError as error:
+            say(str(error))
+            self.failed.append(peer.name)
+            self.peers = [other for other in self.peers if other is not peer]
+            return None
+
+    def turn(self, turn: int) -> None:
+        """All workloads by all engines; turn 0 is short and not counted."""
+        for name in self.args.workloads:
+            whole, answers = workload(name, turn, self.vocab, self.args.shrink, self.args.seed), {}
+            if turn == 0:
+                whole = part(whole, 8) | {"new": [min(n, 4) for n in whole["new"][::8]]}
+            for peer in list(self.peers):
+                every = SOME.get(peer.engine, {}).get(name, 1) if turn else 1
+                job = part(whole, every)
+                answer = self.ask(peer, job)
+                if answer is None or turn == 0:
+                    continue
+                speed = sum(job["new"]) / answer["seconds"]
+                self.speeds[name][peer.name].append(speed)
+                if peer.name == "limit":
+                    self.limits[name].append(answer)
+                    continue
+                answers[peer.name] = answer["tokens"]
+                if ours := answers.get("microvllm"):
+                    same = agreement(ours[::every], answer["tokens"])
+                    self.agreed[name][peer.name].append(same)
+            done = ", ".join(f"{n} {s[-1]:,.1f}" for n, s in self.speeds[name].items())
+            say(f"turn {turn}, {name}: {done}" if turn else f"warmed up for {name}")
+
+    def results(self) -> dict:
+        """By workload and engine: tokens/s, and how they compare."""
+        found = {}
+        for name in self.args.workloads:
+            job = workload(name, 1, self.vocab, self.args.shrink)
+            asked = sum(map(len, job["prompts"]))
+            found[name] = {
+                "requests": len(job["new"]), "prompt_tokens": asked, "new_tokens": sum(job["new"]),
+            }  # fmt: skip
+            if limits := self.limits[name]:
+                products = statistics.median(x["products_seconds"] / x["seconds"] for x in limits)
+                gb = statistics.median(x["bandwidth_gb"] for x in limits)
+                found[name] |= {
+                    "limit_products_share": round(products, 3),
+                    "read_gb_per_s": round(gb, 1),
+                }
+            engines = found[name]["engines"] = {}
+            for engine, speeds in self.speeds[name].items():
+                numbers = engines[engine] = {
+                    "tokens_per_s": round(statistics.median(speeds), 1),
+                    "lowest": round(min(speeds), 1), "highest": round(max(speeds), 1),
+                }  # fmt: skip
+                limits, ours = (self.speeds[name].get(of, []) for of in ("limit", "microvllm"))
+                if len(limits) == len(speeds):
+                    shares = [speed / most for speed, most in zip(speeds, limits, strict=True)]
+                    numbers["share_of_limit"] = round(statistics.median(shares), 3)
+                if engine != "limit" and len(ours) == len(speeds):
+                    ratios = [our / speed for our, speed in zip(ours, speeds, strict=True)]
+                    numbers["ours_over_it"] = round(statistics.median(ratios), 2)
+                if pairs := self.agreed[name][engine]:
+                    first, tokens = (statistics.mean(column) for column in zip(*pairs, strict=True))
+                    numbers |= {"agree_first": round(first, 3), "agree_tokens": round(tokens, 3)}
+        return found
+
+    def table(self, found: dict) -> str:
+        """The same for people."""
+        lines = []
+        for name, work in found.items():
+            lines.append(
+                f"\n{name}: {work['requests']} requests, {work['prompt_tokens']:,} tokens in, "
+                f"{work['new_tokens']:,} out\n{'':20}{'tokens/s':>36}{'of limit':>10}"
+                f"{'ours/it':>9}{'agree: first':>14}{'all':>7}"
+            )
+            for engine, n in work["engines"].items():
+                low, high = n["lowest"], n["highest"]
+                line = f"{engine:20}{n['tokens_per_s']:>12,.1f}{f'({low:,.1f}-{high:,.1f})':>24}"
+                shares = (("share_of_limit", 10, ".0%"), ("ours_over_it", 9, ".2f"),
+                          ("agree_first", 14, ".0%"), ("agree_tokens", 7, ".1%"))  # fmt: skip
+                for key, width, kind in shares:
+                    line += f"{format(n[key], kind) if key in n else '-':>{width}}"
+                lines.append(line)
+        lines.append(f"\n{'':20}{'first token':>12}{'peak memory':>13}")
+        for engine, fact in self.facts.items():
+            if "peak_gb" in fact:
+                start, peak = f"{fact['first_token_s']:.1f} s", f"{fact['peak_gb']:.2f} GB"
+                lines.append(f"{engine:20}{start:>12}{peak:>13}  {fact['version']}")
+        return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=[*SHAPES, "bundled"], default="d12")
+    parser.add_argument("--models", type=Path, help="where random models are kept for next time")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--engines", help=f"of {','.join(ENGINES)} (default: what is importable)")
+    parser.add_argument(
+        "--peer-python", action="append", default=[], metavar="NAME=PATH",
+        help="the interpreter of an engine; NAME is the engine's, or that, a dash and any label",
+    )  # fmt: skip
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--kv-gib", type=int, default=2, help="for K and V (default: %(default)s)")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds before each run")
+    parser.add_argument("--shrink", type=int, default=1, help="divide counts and lengths")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", help="an argument of LLM")
+    parser.add_argument("--quantization", help="an argument of LLM")
+    parser.add_argument("--peer-dtype", default="float32", help="the others' (%(default)s)")
+    args = parser.parse_args()
+    args.workloads = args.workloads.split(",")
+    if unknown := set(args.workloads) - set(WORKLOADS):
+        parser.error(f"--workloads knows {', '.join(WORKLOADS)}; not {', '.join(sorted(unknown))}")
+    args.pythons = {}
+    for given in args.peer_python:
+        name, _, python = given.partition("=")
+        if name.split("-")[0] not in ENGINES or not Path(python).is_file():
+            parser.error(f"--peer-python {given}: expected ENGINE=/path/to/python")
+        args.pythons[name] = python
+    named = {name.split("-")[0] for name in args.pythons}
+    args.pythons |= {name: sys.executable for name in ENGINES if name not in named}
+    wanted = args.engines.split(",") if args.engines else list(args.pythons)
+    if unknown := set(wanted) - set(args.pythons):
+        parser.error(
+            f"--engines: {', '.join(sorted(unknown))} is none of {', '.join(args.pythons)}"
+        )
+    # ours is what the others are compared with: always there, and first
+    args.engines = sorted({"microvllm", *wanted}, key=["microvllm", *wanted].index)
+    given = {"dtype": args.dtype, "quantization": args.quantization}
+    args.llm = {key: value for key, value in given.items() if value is not None}
+    return args
+
+
+def find_model(args: argparse.Namespace, scratch: Path) -> tuple[Path, int]:
+    """The model's folder, made if need be, and how many tokens it knows."""
+    if args.model == "bundled":
+        (meta,) = BUNDLED.glob("meta_*.json")
+        return BUNDLED, json.loads(meta.read_text())["model_config"]["vocab_size"]
+    folder = (args.models or scratch) / args.model
+    if not (folder / "config.json").exists():
+        maker = [sys.executable, HERE / "checkpoint.py", folder, "--hf", "--device", "cpu"]
+        subprocess.run([*maker, *SHAPES[args.model].split()], check=True, stdout=sys.stderr)
+    return folder, json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
+def main() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, vocab = find_model(args, Path(scratch))
+        run = Comparison(args, folder, vocab)
+        try:
+            run.load("limit", sys.executable)
+            for name in args.engines:
+                engine, python = name.split("-")[0], args.pythons[name]
+                if args.model == "bundled" and engine in ("transformers", "vllm"):
+                    say(f"{name} does not know this era of nanochat")
+                elif found := version(python, ENGINES[engine]):
+                    run.facts[name] = {"version": f"{ENGINES[engine]} {found}"}
+                    run.load(name, python)
+                else:
+                    say(f"{name} cannot be imported by {python}")
+            if "microvllm" in run.failed:
+                sys.exit("there is nothing to compare with")
+            for turn in range(args.turns + 1):
+                run.turn(turn)
+            for peer in run.peers:
+                if peer.name != "limit":
+                    run.facts[peer.name]["peak_gb"] = round(peer.peak_bytes() / 1e9, 2)
+        finally:
+            for peer in run.peers:
+                peer.close()
+    found = run.results()
+    ours = ", ".join(f"{key} {value}" for key, value in args.llm.items()) or "float32"
+    print(
+        f"{processor()}, {args.threads} of {cores()} cores; {args.model}; microvllm in {ours}, the "
+        f"others in {args.peer_dtype}; {args.kv_gib} GiB for K and V; median of {args.turns} turns"
+        f"\n{run.table(found)}\n"
+    )
+    exact = not args.llm and args.peer_dtype == "float32"
+    wrong = [
+        f"{engine} ({name})"
+        for name, work in found.items()
+        for engine, numbers in work["engines"].items()
+        if exact and numbers.get("agree_first", 1) < 0.9
+    ]
+    result = {
+        "benchmark": "compare", "cpu": processor(), "cores": cores(), "threads": args.threads,
+        "model": args.model, "llm": args.llm, "peer_dtype": args.peer_dtype,
+        "kv_gib": args.kv_gib, "turns": args.turns, "shrink": args.shrink,
+        "workloads": found, "engines": run.facts, "failed": run.failed, "disagree": wrong,
+    }  # fmt: skip
+    print(json.dumps(result))
+    if run.failed or wrong:
+        sys.exit(
+            f"failed: {', '.join(run.failed) or 'none'}; disagree: {', '.join(wrong) or 'none'}"
+        )
+
+
+if __name__ == "__main__":
+    main()

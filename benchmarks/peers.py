@@ -1,0 +1,343 @@
+"""One engine in a process of its own, for compare.py.
+
+    python benchmarks/peers.py ENGINE OPTIONS
+
+ENGINE is a function of this file, OPTIONS its argument as JSON. It loads its model and then answers
+each line of JSON on stdin, a job, with one on stdout. Between two jobs it is blocked in a read and
+takes no time from the others. What the engine itself prints goes to stderr.
+
+Only the standard library is imported up here: the interpreter may be any that has the engine.
+
+job     prompts: lists of token ids; new: how many tokens to make of each, greedily, whatever they
+        are; shared: tokens that all prompts begin with (only the limit needs to know)
+answer  seconds; tokens: the new ones of each prompt (the limit has none)
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where microvllm is
+
+Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
+
+
+def timed(generate: Generate) -> Callable[[dict], dict]:
+    """Answers jobs with what `generate(prompts, new)` returns, and its seconds."""
+
+    def answer(job: dict) -> dict:
+        start = time.perf_counter()
+        tokens = generate(job["prompts"], job["new"])
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return answer
+
+
+# engines ------------------------------------------------------------------------------------------
+#
+# options: folder: of the model; threads; dtype: "float32" or "bfloat16"; max_len: of prompt and
+# answer together; kv_gib: for K and V, where the engine has a pool; and for microvllm `llm`, more
+# arguments of LLM.
+
+
+def microvllm(options: dict) -> Callable[[dict], dict]:
+    """This engine."""
+    import torch
+
+    from microvllm import LLM, SamplingParams
+
+    torch.set_num_threads(options["threads"])
+    block_size, settings = 16, options["llm"]
+    config = read_model(options["folder"])[0]
+    itemsize = 2 if settings.get("dtype") == "bfloat16" else 4
+    token_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * itemsize
+    blocks = options["kv_gib"] * 2**30 // (token_bytes * block_size)
+    llm = LLM(
+        options["folder"], device="cpu", num_blocks=blocks, block_size=block_size,
+        max_model_len=options["max_len"], **settings,
+    )  # fmt: skip
+
+    def generate(prompts: list[list[int]], new: list[int]) -> list[list[int]]:
+        params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in new]
+        return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    return timed(generate)
+
+
+def nanochat(options: dict) -> Callable[[dict], dict]:
+    """A stand-in for nanochat's Engine: plain torch, one prompt at a time, contiguous K and V.
+
+    Every era's model, written straight down. A prompt is one forward pass, each new token another.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from microvllm.model import layer_windows
+
+    torch.set_num_threads(options["threads"])
+    dtype = getattr(torch, options["dtype"])
+    config, recipe, stored = read_model(options["folder"])
+    weights = {name: w.to(dtype) if w.ndim == 2 else w.float() for name, w in stored.items()}
+    d, windows = config.head_dim, layer_windows(config, recipe)
+    wte, head = weights["transformer.wte.weight"], weights["lm_head.weight"][: config.vocab_size]
+    resid, first = weights.get("resid_lambdas"), weights.get("x0_lambdas")
+    exponent = torch.arange(0, d, 2, dtype=torch.float32) / d
+    positions = torch.arange(options["max_len"], dtype=torch.float32)
+    angles = torch.outer(positions, 1 / recipe.rope_base**exponent)
+    tables = angles.cos(), angles.sin()
+    if recipe.round_rotary:
+        tables = tuple(table.bfloat16() for table in tables)
+    cos, sin = (table.to(dtype) for table in tables)
+
+    def rms(x):
+        return F.rms_norm(x, (x.shape[-1],), eps=recipe.eps)
+
+    def rotated(x, start):  # (T, heads, D)
+        left, right = x.chunk(2, dim=-1)
+        c, s = cos[start : start + len(x), None], sin[start : start + len(x), None]
+        return rms(torch.cat((left * c + right * s, right * c - left * s), dim=-1))
+
+    def forward(tokens: list[int], start: int, cache) -> torch.Tensor:
+        """Logits (V,) after the tokens; those before `start` have their K and V in the cache."""
+        ids = torch.tensor(tokens[start:])
+        T, end = len(ids), len(tokens)
+        x = rms(F.embedding(ids, wte))
+        if recipe.smear:
+            before = rms(F.embedding(torch.tensor([0, *tokens])[start:end], wte))
+            gate = torch.sigmoid(F.linear(x[:, :24], weights["smear_gate.weight"]))
+            gate = gate * weights["smear_lambda"].to(dtype)
+            gate[: max(0, 1 - start)] = 0  # nothing comes before the first token
+            x = x + gate * before
+        x0 = x
+        for i, (keys, values) in enumerate(cache):
+            part = f"transformer.h.{i}."
+            if recipe.lambdas:
+                x = resid[i].to(dtype) * x + first[i].to(dtype) * x0
+            h = rms(x)
+            q, k, v = (
+                F.linear(h, weights[f"{part}attn.c_{name}.weight"]).view(T, -1, d) for name in "qkv"
+            )
+            q, k = (rotated(t, start) * recipe.qk_scale for t in (q, k))
+            if f"value_embeds.{i}.weight" in weights:
+                gate = F.linear(h[:, : recipe.gate_channels], weights[f"{part}attn.ve_gate.weight"])
+                gate = recipe.gate_scale * torch.sigmoid(gate)
+                embedded = F.embedding(ids, weights[f"value_embeds.{i}.weight"])
+                v = v + gate[..., None] * embedded.view_as(v)
+            keys[:, start:end], values[:, start:end] = k.transpose(0, 1), v.transpose(0, 1)
+            low, mask = 0, None
+            if 0 <= windows[i] < end - 1:
+                low = max(0, start - windows[i])
+                distance = torch.arange(start, end)[:, None] - torch.arange(low, end)
+                mask = (distance >= 0) & (distance <= windows[i])
+            y = F.scaled_dot_product_attention(
+                q.transpose(0, 1)[None], keys[None, :, low:end], values[None, :, low:end], mask,
+                is_causal=mask is None and T > 1, enable_gqa=True,
+            )  # fmt: skip
+            y = y[0].transpose(0, 1).reshape(T, -1)
+            x = x + F.linear(y, weights[f"{part}attn.c_proj.weight"])
+            h = F.relu(F.linear(rms(x), weights[f"{part}mlp.c_fc.weight"])).square()
+            x = x + F.linear(h, weights[f"{part}mlp.c_proj.weight"])
+            if recipe.smear and i == config.n_layer // 2:
+                middle = x
+        if recipe.smear:
+            x = x - weights["backout_lambda"].to(dtype) * middle
+        logits = F.linear(rms(x[-1]), head).float()
+        return recipe.softcap * torch.tanh(logits / recipe.softcap)
+
+    @torch.inference_mode()
+    def generate(prompts: list[list[int]], new: list[int]) -> list[list[int]]:
+        answers = []
+        for prompt, count in zip(prompts, new, strict=True):
+            size = (config.n_layer, 2, config.n_kv_head, len(prompt) + count, d)
+            cache, tokens, start = torch.zeros(size, dtype=dtype), list(prompt), 0
+            for _ in range(count):
+                logits = forward(tokens, start, cache)
+                start = len(tokens)
+                tokens.append(int(logits.argmax()))
+            answers.append(tokens[len(prompt) :])
+        return answers
+
+    return timed(generate)
+
+
+def transformers(options: dict) -> Callable[[dict], dict]:
+    """Hugging Face's `generate`: one batch, padded on the left, until the longest is done."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(options["threads"])
+    dtype = getattr(torch, options["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(options["folder"], dtype=dtype).eval()
+
+    @torch.inference_mode()
+    def generate(prompts: list[list[int]], new: list[int]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        pads = [longest - len(prompt) for prompt in prompts]
+        ids = [[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]
+        mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+        out = model.generate(
+            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=max(new),
+            do_sample=False, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        rows = out[:, longest:].tolist()
+        return [row[:count] for row, count in zip(rows, new, strict=True)]
+
+    return timed(generate)
+
+
+def vllm(options: dict) -> Callable[[dict], dict]:
+    """vLLM for CPU, which runs NanoChat through its Transformers backend."""
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options["kv_gib"])
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        options["folder"], dtype=options["dtype"], skip_tokenizer_init=True,
+        max_model_len=options["max_len"],
+    )  # fmt: skip
+
+    def generate(prompts: list[list[int]], new: list[int]) -> list[list[int]]:
+        params = [
+            SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+            for n in new
+        ]
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    return timed(generate)
+
+
+# the limit ----------------------------------------------------------------------------------------
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of a step, whose products are timed; as needed
+
+
+def limit(options: dict) -> Callable[[dict], dict]:
+    """No engine: the least time that this processor needs for a job.
+
+    A step of r rows, s of them sampled, takes its matrix products, body(r) + head(s), and the bytes
+    of K and V that its sequences see over the bandwidth of reading. The first step computes all
+    prompts, what they share once; then all sequences advance until their last token. Products are
+    timed plain and with the weights in oneDNN's layout, the faster counts, which of the two may
+    depend on the number of rows; between and beyond the measured rows: a straight line.
+    """
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from microvllm.model import layer_windows
+
+    torch.set_num_threads(options["threads"])
+    config, recipe, _ = read_model(options["folder"])
+    dtype = torch.bfloat16 if options["llm"].get("dtype") == "bfloat16" else torch.float32
+    c, kv = config.n_embd, config.n_kv_head * config.head_dim
+    windows = layer_windows(config, recipe)
+
+    def layouts(out: int, into: int) -> list[Callable]:
+        """The product with a weight matrix of its own, in each layout there is."""
+        weight = (torch.randn(out, into) * into**-0.5).to(dtype)
+        products = [lambda x: F.linear(x, weight)]
+        if options["llm"].get("quantization") == "int8":
+            linear = torch.nn.Linear(into, out, bias=False)
+            whole = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear))
+            products.append(whole[0])
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported() or dtype == torch.float32:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+            products.append(
+                lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+            )
+        return products
+
+    # each layer has weights of its own, or the cache would serve them
+    sizes = [(c + 2 * kv, c), (c, c), (4 * c, c), (c, 4 * c)]
+    layers = [[layouts(*size) for size in sizes] for _ in range(config.n_layer)]
+    head = layouts(config.vocab_size, c)
+    data = torch.ones(2**26)  # 256 MB
+
+    def fastest(run: Callable) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def body_seconds(rows: int) -> float:
+        x, wide = torch.randn(rows, c).to(dtype), torch.randn(rows, 4 * c).to(dtype)
+
+        def run(layout: int) -> None:
+            for *narrow, down in layers:
+                for products in narrow:
+                    products[layout](x)
+                down[layout](wide)
+
+        return min(fastest(partial(run, layout)) for layout in range(len(head)))
+
+    def head_seconds(rows: int) -> float:
+        x = torch.randn(rows, c).to(dtype)
+        return min(fastest(partial(product, x)) for product in head)
+
+    def line(seconds: Callable[[int], float], wanted: list[int]) -> dict[int, float]:
+        """Seconds of each wanted number of rows."""
+        near = set()
+        for rows in wanted:
+            at = min(bisect.bisect_left(ROWS, rows), len(ROWS) - 1)
+            near |= {ROWS[at], ROWS[max(0, at - (ROWS[at] > rows))]}
+        measured = {rows: seconds(rows) for rows in sorted(near)}
+        last, found = max(measured), {}
+        for rows in wanted:
+            between = np.interp(rows, list(measured), list(measured.values()))
+            found[rows] = float(between) * max(1, rows / last)
+        return found
+
+    def context_bytes(context: int) -> int:
+        seen = sum(context if w < 0 else min(context, w + 1) for w in windows)
+        return seen * 2 * kv * dtype.itemsize
+
+    @torch.inference_mode()
+    def answer(job: dict) -> dict:
+        lengths, shared, new = [len(p) for p in job["prompts"]], job["shared"], job["new"]
+        rows = [shared + sum(length - shared for length in lengths)]
+        sampled, read = [len(lengths)], [sum(map(context_bytes, lengths))]
+        for step in range(1, max(new)):
+            running = [n + step for n, last in zip(lengths, new, strict=True) if step < last]
+            rows.append(len(running))
+            sampled.append(len(running))
+            read.append(sum(map(context_bytes, running)))
+        body, head = line(body_seconds, sorted(set(rows))), line(head_seconds, sorted(set(sampled)))
+        bandwidth = data.nbytes / fastest(data.sum)
+        products = sum(body[n] for n in rows) + sum(head[n] for n in sampled)
+        return {
+            "seconds": products + sum(read) / bandwidth,
+            "products_seconds": products,
+            "bandwidth_gb": bandwidth / 1e9,
+        }
+
+    return answer
+
+
+def read_model(folder: str) -> tuple:
+    """Config, recipe and weights (memory-mapped) of a checkpoint of any kind."""
+    from microvllm.checkpoint import find_checkpoint, read_checkpoint
+
+    return read_checkpoint(*find_checkpoint(folder, None))
+
+
+def main() -> None:
+    engine, options = sys.argv[1], json.loads(sys.argv[2])
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # engines print to stdout, processes that they start do too
+    answer = globals()[engine](options)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=replies)
+
+
+if __name__ == "__main__":  # vLLM's processes import this file again
+    main()
