@@ -21,7 +21,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ from .model import GPTConfig
 from .sampler import History, Sampled, SamplingParams, check_int, check_number, noise, sample
 from .scheduler import BlockManager, Scheduler, Sequence, Step
 from .tokenizer import wrap_tokenizer
+
+if TYPE_CHECKING:
+    from .trace import Trace
 
 log = logging.getLogger("microvllm")
 
@@ -271,8 +275,8 @@ class LLM:
     seed: of requests that bring none; model, tokenizer: a live nanochat GPT module, whose weights
     are shared where device and dtype allow it, and its tokenizer, instead of paths;
     gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
-    steps; any constant of model.Recipe may be overridden by name (softcap=20 for a checkpoint of
-    era 3b).
+    steps; trace: a file to write events to, see trace.py; any constant of model.Recipe may be
+    overridden by name (softcap=20 for a checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
     """
@@ -281,7 +285,7 @@ class LLM:
         self, model_path=None, step=None, tokenizer_path=None, device="auto", num_blocks=None,
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
         max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
-        tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, **overrides,
+        tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, trace=None, **overrides,
     ):  # fmt: skip
         check_int("block_size", block_size, 1)
         check_int("seed", seed, 0)
@@ -354,6 +358,9 @@ class LLM:
         counters += " peak_blocks"
         self._stats = dict.fromkeys(counters.split(), 0)
         self._stats.update(prefill_seconds=0.0, decode_seconds=0.0)
+        self._name = Path(model_path).name if model_path else type(model).__name__
+        if trace is not None:
+            self._attach(trace)
         log.info(
             "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens (%.1f MB)", model_path,
             self.model.recipe.era, config.n_layer, str(self.model.dtype)[6:], self.device,
@@ -572,10 +579,41 @@ class LLM:
         """
         state = weights.state_dict() if hasattr(weights, "state_dict") else weights
         self.model.update({k.removeprefix("_orig_mod."): w for k, w in state.items()})
+        self._settle()
+        self.scheduler.reset()
+
+    @contextmanager
+    def tracing(self, path=None, on_step=None) -> Iterator[Trace]:
+        """Trace what is done inside: `with llm.tracing() as t: ...`, then t.page("run.html").
+
+        path: a file to write events to, by default they are kept in memory; on_step: called after
+        every step. Raises ValueError if there is a trace already.
+        """
+        trace = self._attach(path, on_step)
+        try:
+            yield trace
+        finally:
+            try:
+                self._settle()
+            finally:
+                trace.close()
+
+    def _attach(self, path, on_step=None) -> Trace:
+        from .trace import Trace
+
+        def decode(token: int) -> str:  # half a character: \xe2
+            return self.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
+
+        self._settle()
+        trace = Trace(path, decode, on_step)
+        trace.attach(self.scheduler, model=self._name, device=str(self.device))
+        return trace
+
+    def _settle(self) -> None:
+        """Read the step that is under way, if one is."""
         if self._flight:
             flight, self._flight = self._flight, None
             self._land(flight)
-        self.scheduler.reset()
 
     def add_request(
         self, prompt, sampling_params: SamplingParams | None = None, *, tools: bool = False
@@ -705,9 +743,11 @@ class LLM:
         tokens, so that the device never waits for the host. A sequence that turns out to have
         ended is in the next step by mistake; `Scheduler.update` drops its token there.
         """
-        flight = None
+        flight, trace = None, self.scheduler.blocks.trace
         if self._flight is None:
             self._clock = time.perf_counter()
+        if trace:
+            trace.lap("outside")
         try:
             if self._flight and any(
                 s.params.needs_history for _, s, _ in self._flight.plan.samples
@@ -733,7 +773,10 @@ class LLM:
     def _launch(self, plan: Step) -> Flight:
         """Start a step: upload, copy shared blocks, forward, sample. On a GPU it returns at
         once."""
+        trace = self.scheduler.blocks.trace
         batch = make_batch(plan, self.cache.block_size)
+        if trace:
+            trace.lap("batch")
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
         params = [seq.params for _, seq, _ in plan.samples]
@@ -748,6 +791,8 @@ class LLM:
                 known = last[(~batch.ids).clamp(min=0)].to(torch.int32)
                 batch = batch._replace(ids=torch.where(batch.ids < 0, known, batch.ids))
             h = self.model.forward(batch, self.cache)
+            if trace:
+                trace.lap("forward")
             if params:
                 logits, cap = self.model.logits(h[: len(params)]), self.model.recipe.softcap
                 history = None
@@ -766,6 +811,8 @@ class LLM:
                     for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
                 ]
                 scores = self.model.logprobs(h[len(params) :], torch.tensor(targets))
+        if trace:  # a replayed graph is forward and sample in one
+            trace.lap("sample")
         on_host, event = [tokens, scores, sampled and sampled.packed], None
         if self.device.type == "cuda":
             on_host = [t if t is None else t.to("cpu", non_blocking=True) for t in on_host]
@@ -780,6 +827,9 @@ class LLM:
             flight.event.synchronize()
         tokens, scores, packed = flight.on_host
         token_ids, scores = ([] if t is None else t.tolist() for t in (tokens, scores))
+        trace = self.scheduler.blocks.trace
+        if trace:
+            trace.wait()
         changed = self.scheduler.update(flight.plan, token_ids, scores)
         self._count(flight.plan, len(changed))
         if flight.sampled:
@@ -794,6 +844,8 @@ class LLM:
                 self._watch(request, seq)
             if seq.finish_reason:
                 self._collect(request, seq)
+        if trace:
+            trace.end()
 
     def _watch(self, request: Request, seq: Sequence) -> None:
         """Bring a sample's text up to its tokens: stop strings, the calculator, pieces to
@@ -955,6 +1007,8 @@ class LLM:
         for request_id in list(self._requests):
             self.abort(request_id)
         self.model = self.cache = self.graphs = self._flight = None
+        if self.scheduler.blocks.trace:
+            self.scheduler.blocks.trace.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
