@@ -27,7 +27,10 @@ def engine(root: Path):
     for name in [name for name in sys.modules if name.split(".")[0] == "microvllm"]:
         del sys.modules[name]
     sys.path.insert(0, str(root))
-    package, bench = importlib.import_module("microvllm"), importlib.import_module("microvllm.bench")
+    package, bench = (
+        importlib.import_module("microvllm"),
+        importlib.import_module("microvllm.bench"),
+    )
     importlib.import_module("microvllm.engine")
     sys.path.remove(str(root))
     assert Path(package.__file__).is_relative_to(root.resolve()), package.__file__
@@ -94,10 +97,9 @@ def main() -> None:
     for side in times.keys() - {"off"}:
         ratios = [a / b for a, b in zip(times[side], times["off"], strict=True)]
         found[f"{side}_by_off"] = round(statistics.median(ratios), 4)
-        print(
-            f"{side} / off: {statistics.median(ratios):.4f} ({min(ratios):.4f} to "
-            f"{max(ratios):.4f}), {1000 * (found[f'{side}_seconds'] - found['off_seconds']) / steps:+.3f} ms a step"
-        )
+        more = 1000 * (found[f"{side}_seconds"] - found["off_seconds"]) / steps
+        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"{side} / off: {middle:.4f} ({low:.4f} to {high:.4f}), {more:+.3f} ms a step")
     print(json.dumps(found))
     folder.cleanup()
 

@@ -583,13 +583,13 @@ class LLM:
         self.scheduler.reset()
 
     @contextmanager
-    def tracing(self, path=None, on_step=None) -> Iterator[Trace]:
+    def tracing(self, path=None) -> Iterator[Trace]:
         """Trace what is done inside: `with llm.tracing() as t: ...`, then t.page("run.html").
 
-        path: a file to write events to, by default they are kept in memory; on_step: called after
-        every step. Raises ValueError if there is a trace already.
+        path: a file to write events to, by default they are kept in memory. Raises ValueError if
+        there is a trace already.
         """
-        trace = self._attach(path, on_step)
+        trace = self._attach(path)
         try:
             yield trace
         finally:
@@ -598,14 +598,14 @@ class LLM:
             finally:
                 trace.close()
 
-    def _attach(self, path, on_step=None) -> Trace:
+    def _attach(self, path) -> Trace:
         from .trace import Trace
 
         def decode(token: int) -> str:  # half a character: \xe2
             return self.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
 
         self._settle()
-        trace = Trace(path, decode, on_step)
+        trace = Trace(path, decode)
         trace.attach(self.scheduler, model=self._name, device=str(self.device))
         return trace
 

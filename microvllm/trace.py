@@ -73,15 +73,22 @@ so one without a model can be traced as well, by `Trace.attach`; it has no `end`
 
 from __future__ import annotations
 
+import colorsys
 import json
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from .engine import LLM
     from .scheduler import Scheduler, Sequence
 
 VERSION = 1
@@ -118,21 +125,17 @@ class Trace:
     """Writes down what a scheduler and its blocks do, from `attach` to `close`.
 
     path: file to write, whole at the end of every step, so that the trace of a run that was killed
-    can be read; None: kept in memory. decode: the text of a token id; on_step: called at the end of
-    every step. Raises OSError if the file cannot be written.
+    can be read; None: kept in memory. decode: the text of a token id. Set `on_step` to a function
+    and it is called at the end of every step. Raises OSError if the file cannot be written.
     """
 
-    def __init__(
-        self,
-        path: str | Path | None = None,
-        decode: Callable[[int], str] | None = None,
-        on_step: Callable[[], None] | None = None,
-    ):
+    def __init__(self, path: str | Path | None = None, decode: Callable[[int], str] | None = None):
         if path is not None and not isinstance(path, (str, Path)):
             raise TypeError(f"a trace is written to a file's path, not to {path!r:.80}")
         self.path = path
         self._file = None if path is None else open(path, "w", encoding="ascii")
-        self._decode, self._on_step = decode, on_step
+        self.on_step: Callable[[], None] | None = None
+        self._decode = decode
         self._lines: list[str] = []  # not in the file yet, or all there are
         self._seen: set[int] = set()  # token ids whose text was told
         self._seqs: dict[Sequence, list[int]] = {}  # its number, and how many tokens were told
@@ -221,8 +224,8 @@ class Trace:
         ms["update"] = self._lap()
         self._tell("end", t=self._now(), step=number, ms=ms)
         self._flush()
-        if self._on_step:
-            self._on_step()
+        if self.on_step:
+            self.on_step()
 
     # told by the scheduler and the block manager
 
@@ -651,3 +654,81 @@ def write_chrome(events: list[dict], path: str | Path) -> None:
     for number in list(open_slices):
         turn(number, None)
     Path(path).write_text(_encode({"traceEvents": found, "displayTimeUnit": "ms"}))
+
+
+# in the terminal ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(llm: LLM, console: Console | None = None) -> Iterator[None]:
+    """Draw the pool, the queue and the rates while the engine works, on stderr unless told where.
+
+    Raises ImportError without the package `rich`.
+    """
+    try:
+        from rich.console import Console
+        from rich.live import Live
+    except ImportError:
+        raise ImportError("the picture is drawn by rich: pip install 'microvllm[watch]'") from None
+
+    console = console or Console(stderr=True)
+    drawn, past = 0.0, deque([(time.perf_counter(), llm.stats())], 16)
+
+    def draw(now: bool = False) -> None:
+        nonlocal drawn
+        if now or time.perf_counter() - drawn > 0.125:
+            past.append((time.perf_counter(), llm.stats()))
+            live.update(picture(llm, past, console.width, console.height), refresh=True)
+            drawn = time.perf_counter()
+
+    running = llm.scheduler.blocks.trace
+    with nullcontext(running) if running else llm.tracing(os.devnull) as trace:
+        with Live(console=console, auto_refresh=False) as live:
+            trace.on_step = draw
+            try:
+                yield
+            finally:
+                trace.on_step = None
+                draw(now=True)
+
+
+def picture(llm: LLM, past: deque[tuple[float, dict]], width: int, height: int) -> RenderableType:
+    """The engine as it is, for a terminal of that size; past: moments and what stats() said."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    blocks, stats = llm.scheduler.blocks, past[-1][1]
+    owner = {block: seq.request_id for seq in llm.scheduler.running for block in seq.table}
+    # blank blocks are handed out from the front: behind the last that was touched they all are
+    last = max(chain(owner, blocks.hash_of, [stats["peak_blocks"]]))
+    columns, rows = max(8, width - 4), max(1, height - 7)
+    each = -(-(last + 1) // (columns * rows))  # blocks in a cell: the first in use stands for them
+    cells = Text()
+    for cell in range(0, last + 1, each):
+        group = range(cell, min(cell + each, last + 1))
+        used = next((block for block in group if block in owner), None)
+        if used is not None:
+            hue = owner[used] * 0.382 % 1
+            red, green, blue = (int(255 * x) for x in colorsys.hls_to_rgb(hue, 0.55, 0.6))
+            mark = "▣" if blocks.ref_count[used] > 1 else "■"
+            cells.append(mark, f"rgb({red},{green},{blue})")
+        else:
+            cells.append("□" if any(block in blocks.cached for block in group) else "·", "dim")
+    used, cached = blocks.num_usable - blocks.num_free, len(blocks.cached)
+    per_cell = f", {each} blocks a cell" if each > 1 else ""
+    key = (
+        f"■ in use {used:,}  ▣ shared  □ cached {cached:,}  · blank {len(blocks.blank):,}{per_cell}"
+    )
+    (then, before), (now, _) = past[0], past[-1]
+    span = max(now - then, 1e-6)
+    rates = {name: (stats[name] - before[name]) / span for name in ("output_tokens", "steps")}
+    rates["prefill_tokens"] = (stats["prefill_tokens"] - before["prefill_tokens"]) / span
+    lines = (
+        f"running {stats['running']:,}  waiting {stats['waiting']:,}  "
+        f"preemptions {stats['preemptions']:,}  done {stats['requests']:,}",
+        f"{rates['output_tokens']:,.0f} tokens/s  {rates['prefill_tokens']:,.0f} prompt tokens/s  "
+        f"{rates['steps']:,.1f} steps/s  {stats['output_tokens']:,} tokens in all",
+    )
+    title = f"the pool: {blocks.num_usable:,} blocks of {blocks.block_size} tokens"
+    return Panel(Group(cells, Text(key, "bold"), *map(Text, lines)), title=title, height=None)

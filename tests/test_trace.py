@@ -144,7 +144,8 @@ def test_an_engines_trace_replays_step_by_step(llm, follow, overlap):
     llm.scheduler.reset()
     llm.overlap = overlap
     before = llm.stats()
-    with llm.tracing(on_step=follow) as trace:
+    with llm.tracing() as trace:
+        trace.on_step = follow
         outputs = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
         follow()
         assert [o["samples"] for o in outputs] == [o["samples"] for o in wanted]
@@ -188,7 +189,8 @@ def test_a_trace_may_begin_and_end_in_the_middle(llm, follow, overlap):
     for _ in range(3):
         llm.step()
     assert llm.scheduler.running and llm.scheduler.waiting
-    with llm.tracing(on_step=follow):
+    with llm.tracing() as trace:
+        trace.on_step = follow
         follow()
         for _ in range(30):
             llm.step()
@@ -211,7 +213,8 @@ def test_a_failed_step_is_followed(llm, follow, monkeypatch):
 
     monkeypatch.setattr(llm.model, "forward", sometimes)
     llm.overlap = True
-    with llm.tracing(on_step=follow) as trace:
+    with llm.tracing() as trace:
+        trace.on_step = follow
         ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
         with pytest.raises(RuntimeError, match="out of luck"):
             while True:
@@ -225,7 +228,8 @@ def test_a_failed_step_is_followed(llm, follow, monkeypatch):
 
 
 def test_a_calculator_and_scores_are_in_the_trace(llm, follow):
-    with llm.tracing(on_step=follow) as trace:
+    with llm.tracing() as trace:
+        trace.on_step = follow
         llm.score(["1 + 1 ="], [" 2 and so on"])
         llm.chat([{"role": "user", "content": "What is 12*3?"}], GREEDY, use_tqdm=False)
     assert next(e for e in trace.events if e["e"] == "arrive")["score"] > 3
