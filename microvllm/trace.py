@@ -568,36 +568,37 @@ def write_chrome(events: list[dict], path: str | Path) -> None:
     """
     found: list[dict] = []
     replay = Replay()
-    open_slices: dict[int, list] = {}  # of each sequence: name, since when, steps
-    begins: dict[int, float] = {}
-    last_end, new_tokens = 0.0, 0
+    doing: dict[int, list] = {}  # of each sequence: what, since when, for how many steps
+    begins: dict[int, int] = {}  # of each step that is under way; times are whole microseconds
+    idle = {1: 0, 2: 0}  # from when on the engine's tracks are: their slices may not overlap
+    last_end, new_tokens = 0, 0
 
-    def add(phase: str, name: str, seconds: float, pid: int, tid: int, **fields) -> None:
-        fields = {"ph": phase, "name": name, "pid": pid, "tid": tid, **fields}
-        found.append({**fields, "ts": round(1e6 * seconds, 1)})
+    def add(phase: str, name: str, pid: int, tid: int, ts: int, **fields) -> None:
+        found.append({"ph": phase, "name": name, "pid": pid, "tid": tid, "ts": ts, **fields})
 
     def label(pid: int, tid: int, what: str, name: str) -> None:
-        add("M", what, 0, pid, tid, args={"name": name})
+        add("M", what, pid, tid, 0, args={"name": name})
 
-    def turn(number: int, name: str | None, steps: int = 0) -> None:
+    def turn(number: int, what: str | None, now: int) -> None:
         """The sequence does something else from now on."""
-        old, since, count = open_slices.pop(number, (None, 0.0, 0))
-        if old == name == "decode":
-            open_slices[number] = [old, since, count + 1]
+        old, since, steps = doing.pop(number, ("", now, 0))
+        if old == what == "decode":
+            doing[number] = [old, since, steps + 1]
             return
         if old:
-            args = {"steps": count} if count else {}
-            long = round(1e6 * (replay.time - since), 1)
-            add("X", old, since, 2, number + 1, dur=long, args=args)
-        if name:
-            open_slices[number] = [name, replay.time, steps]
+            add("X", old, 2, number + 1, since, dur=now - since, args={"steps": steps})
+        if what:
+            doing[number] = [what, now, 1]
 
-    def phases(names: str, ms: dict, seconds: float, tid: int) -> None:
-        """One after the other, from `seconds` on."""
-        for name in names.split():
-            if name in ms:
-                add("X", name, seconds, 1, tid, dur=round(1000 * ms[name], 1), args={})
-                seconds += ms[name] / 1000
+    def phases(tid: int, title: str, names: str, ms: dict, start: int) -> None:
+        """A slice, and in it one after the other what it was made of."""
+        parts = [(name, round(1000 * ms[name])) for name in names.split() if name in ms]
+        start, total = max(start, idle[tid]), sum(long for _, long in parts)
+        idle[tid] = start + total
+        add("X", title, 1, tid, start, dur=total, args=ms)
+        for name, long in parts:
+            add("X", name, 1, tid, start, dur=long, args={})
+            start += long
 
     label(1, 0, "process_name", "engine")
     label(1, 1, "thread_name", "launch")
@@ -605,54 +606,54 @@ def write_chrome(events: list[dict], path: str | Path) -> None:
     label(2, 0, "process_name", "requests")
     for event in events:
         replay.apply(event)
-        name, now, number = event["e"], replay.time, event.get("seq", -1)
+        name, number = event["e"], event.get("seq", -1)
+        now = round(1e6 * replay.time)
         if name in ("arrive", "fork"):
             life = replay.seqs[number]
             sample = f", sample {life.sample}" if life.sample or name == "fork" else ""
             label(2, number + 1, "thread_name", f"request {life.request}{sample}")
-            turn(number, "waiting" if name == "arrive" else "decode", 1)
+            turn(number, "waiting" if name == "arrive" else "decode", now)
         elif name == "begin":
             decodes = list(unspan(event["decodes"]))
             for number in decodes:
-                turn(number, "decode", 1)
+                turn(number, "decode", now)
             for number, start, stop in event["prefills"]:
-                turn(number, f"prefill {start}-{stop}", 1)
+                turn(number, f"prefill {start}-{stop}", now)
             begins[event["step"]] = now
             free = replay.num_blocks - 1 - replay.num_used
             cached, states = len(replay.cached), replay.states
             waiting = states["waiting"] + states["preempted"]
             rows = sum(stop - start for _, start, stop in event["prefills"])
             counts = {"used": replay.num_used, "cached": cached, "blank": free - cached}
-            add("C", "blocks", now, 1, 0, args=counts)
-            add("C", "batch", now, 1, 0, args={"decode": len(decodes), "prefill": rows})
+            add("C", "blocks", 1, 0, now, args=counts)
+            add("C", "batch", 1, 0, now, args={"decode": len(decodes), "prefill": rows})
             counts = {"running": states["running"], "waiting": waiting}
-            add("C", "sequences", now, 1, 0, args=counts)
+            add("C", "sequences", 1, 0, now, args=counts)
         elif name == "tokens":
             new_tokens = len(event["tokens"])
         elif name == "end":
-            ms, began = event["ms"], begins.pop(event["step"])
-            long = sum(ms.get(key, 0) for key in ("schedule", "batch", "forward", "sample"))
-            start = began - ms["schedule"] / 1000
-            add("X", f"step {event['step']}", start, 1, 1, dur=round(1000 * long, 1), args=ms)
-            phases("schedule batch forward sample", ms, start, 1)
-            phases("wait update", ms, now - (ms["wait"] + ms["update"]) / 1000, 2)
-            rate = new_tokens / max(now - last_end, 1e-6)
-            add("C", "tokens per second", now, 1, 0, args={"tokens/s": round(rate, 1)})
+            ms, began, title = event["ms"], begins.pop(event["step"]), f"step {event['step']}"
+            launch = began - round(1000 * ms["schedule"])
+            phases(1, title, "schedule batch forward sample", ms, launch)
+            results = now - round(1000 * (ms["wait"] + ms["update"]))
+            phases(2, title, "wait update", ms, results)
+            rate = 1e6 * new_tokens / max(now - last_end, 1)
+            add("C", "tokens per second", 1, 0, now, args={"tokens/s": round(rate, 1)})
             last_end = now
         elif name == "preempt":
-            turn(number, "preempted")
+            turn(number, "preempted", now)
         elif name in ("finish", "abort"):
-            turn(number, None)
+            turn(number, None, now)
         elif name == "copy":
             what = f"copy block {event['source']} to {event['target']}"
-            add("i", what, now, 2, number + 1, s="t")
+            add("i", what, 2, number + 1, now, s="t")
         elif name == "evict":
-            add("i", f"evict block {event['block']}", now, 1, 1, s="t")
+            add("i", f"evict block {event['block']}", 1, 1, now, s="t")
         elif name == "reset":
             begins.clear()
-            add("i", "reset", now, 1, 1, s="g")
-    for number in list(open_slices):
-        turn(number, None)
+            add("i", "reset", 1, 1, now, s="g")
+    for number in list(doing):
+        turn(number, None, now)
     Path(path).write_text(_encode({"traceEvents": found, "displayTimeUnit": "ms"}))
 
 

@@ -1,8 +1,9 @@
 """A trace tells everything: from its events alone the pool and all sequences can be rebuilt."""
 
+import io
 import json
 import random
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 import test_state_machine
@@ -14,7 +15,7 @@ from test_state_machine import Engine, long_life
 
 from microvllm import LLM, SamplingParams
 from microvllm.scheduler import BlockManager
-from microvllm.trace import Replay, Trace, read, spans, unspan
+from microvllm.trace import Replay, Trace, picture, read, spans, unspan, watching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -278,3 +279,106 @@ def test_mistakes_are_told(llm, tmp_path):
         with pytest.raises(ValueError, match=what) as error:
             read(bad)
         assert "bad.jsonl" in str(error.value)
+
+
+# other formats ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_chromes_format_has_a_track_per_request_and_counters(llm, tmp_path, overlap):
+    llm.overlap = overlap
+    with llm.tracing() as trace:
+        llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+    trace.chrome(tmp_path / "run.json")
+    found = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in found if e["name"] == "thread_name"}
+    first = trace.events[0]["e"] == "pool" and min(
+        e["request"] for e in trace.events if e["e"] == "arrive"
+    )
+    wanted = {f"request {first + i}, sample {k}" for i in range(4) for k in (1, 2)}
+    wanted |= {f"request {first + i}" for i in range(4)} | {"launch", "results"}
+    assert set(names.values()) == wanted
+
+    slices = {}
+    for event in found:
+        assert isinstance(event["ts"], int) and event["ts"] >= 0 and event["name"]
+        if event["ph"] == "X":
+            slices.setdefault((event["pid"], event["tid"]), []).append(event)
+        else:
+            assert event["ph"] in "MCi"
+    assert slices.keys() == names.keys()
+    for track in slices.values():  # nested or apart
+        ends = []
+        for event in track if track[0]["pid"] == 1 else sorted(track, key=lambda e: e["ts"]):
+            while ends and ends[-1] <= event["ts"]:
+                ends.pop()
+            assert event["dur"] >= 0 and (not ends or event["ts"] + event["dur"] <= ends[-1])
+            ends.append(event["ts"] + event["dur"])
+    requests = {
+        name
+        for key, track in slices.items()
+        if key[0] == 2
+        for name in {event["name"].split()[0] for event in track}
+    }
+    assert requests == {"waiting", "prefill", "decode", "preempted"}
+    lives = [event for event in trace.events if event["e"] == "begin"]
+    decodes = sum(e["args"]["steps"] for e in found if e["ph"] == "X" and e["name"] == "decode")
+    assert decodes == sum(len(list(unspan(event["decodes"]))) for event in lives) + 8  # forks
+
+    counters = [e["args"] for e in found if e["ph"] == "C" and e["name"] == "blocks"]
+    replay, expected = Replay(), []
+    for event in trace.events:
+        replay.apply(event)
+        if event["e"] == "begin":
+            used, cached = replay.num_used, len(replay.cached)
+            expected.append({"used": used, "cached": cached, "blank": 23 - used - cached})
+    assert counters == expected
+    assert {e["name"] for e in found if e["ph"] == "C"} == {
+        "blocks", "batch", "sequences", "tokens per second"
+    }  # fmt: skip
+
+
+def test_the_picture_in_the_terminal_counts_what_there_is(llm):
+    console_of = pytest.importorskip("rich.console", reason="needs pip install rich").Console
+    for prompt in 2 * PROMPTS:
+        llm.add_request(prompt, SAMPLED)
+    past = deque([(0.0, llm.stats())])
+    for _ in range(20):
+        llm.step()
+    past.append((2.0, llm.stats()))
+    console = console_of(width=60, height=12, record=True, file=io.StringIO())
+    console.print(picture(llm, past, 60, 12))
+    shown, blocks = console.export_text(), llm.scheduler.blocks
+    grid = "".join(
+        line.strip("│ ")
+        for line in shown.splitlines()
+        if set(line) & set("■□·") and "in use" not in line
+    )
+    used = [block for block in range(1, 24) if blocks.ref_count[block]]
+    assert grid.count("■") + grid.count("▣") == len(used)
+    assert grid.count("▣") == sum(blocks.ref_count[block] > 1 for block in used)
+    assert grid.count("□") == len(blocks.cached)
+    assert f"in use {len(used)} " in shown and f"cached {len(blocks.cached)} " in shown
+    stats = llm.stats()
+    assert f"running {stats['running']} " in shown and f"waiting {stats['waiting']} " in shown
+    assert "10.0 steps/s" in shown
+    # a terminal with fewer cells than the pool has blocks
+    small = console_of(width=12, height=8, record=True, file=io.StringIO(), no_color=True)
+    small.print(picture(llm, past, 12, 8))
+    assert "3 blocks" in small.export_text()
+
+
+def test_watching_draws_and_leaves_the_tokens_alone(llm):
+    console_of = pytest.importorskip("rich.console", reason="needs pip install rich").Console
+    llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+    plain = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+    shown = io.StringIO()
+    with watching(llm, console_of(file=shown, force_terminal=True, width=80, height=20)):
+        assert llm.scheduler.blocks.trace
+        watched = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+    assert not llm.scheduler.blocks.trace
+    assert [o["samples"] for o in watched] == [o["samples"] for o in plain]
+    assert shown.getvalue().count("the pool: 23 blocks") >= 2
+    with llm.tracing() as trace, watching(llm, console_of(file=shown)):  # both at once
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    assert Counter(event["e"] for event in trace.events)["finish"] == 1
