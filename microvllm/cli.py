@@ -1,4 +1,4 @@
-"""The `microvllm` command: run, chat, bench, score, info, lab.
+"""The `microvllm` command: run, chat, bench, score, info, trace, lab.
 
 A user's mistake is one line and exit status 2. torch takes seconds to import, so that is done where
 it is needed, once the flags make sense.
@@ -12,6 +12,8 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +53,9 @@ def engine_flags(parser: Parser, raw: bool = True) -> None:
     add("--num-blocks", type=int, metavar="N", help="blocks of the KV cache (what memory allows)")
     add("--max-batch-size", type=int, metavar="N", help="sequences that run at once, at most")
     add("--max-model-len", type=int, metavar="N", help="prompt plus answer (the context)")
+    told = "write down what happens to every block; `microvllm trace FILE` shows it"
+    add("--trace", metavar="FILE", help=told)
+    parser.set_defaults(watch=False)
     if raw:
         add("--raw", action="store_true", help="plain text, also where the model can chat")
 
@@ -114,6 +119,7 @@ def load(args: argparse.Namespace) -> LLM:
             quantization=args.quantization,
             max_model_len=args.max_model_len,
             seed=random.getrandbits(31) if seed is None else seed,
+            trace=args.trace,
             **overrides(args),
         )
 
@@ -124,6 +130,21 @@ def encode(llm: LLM, prompts: list[str], raw: bool) -> list[str] | list[list[int
         return prompts
     render = llm.tokenizer.render_for_completion
     return [render([{"role": "user", "content": prompt}]) for prompt in prompts]
+
+
+def check_watch(args: argparse.Namespace) -> None:
+    """Refuse --watch where it cannot draw, before a model is loaded."""
+    if args.watch and not find_spec("rich"):
+        args.error("--watch draws with rich: pip install 'microvllm[watch]'")
+
+
+def watched(args: argparse.Namespace, llm: LLM) -> AbstractContextManager:
+    """With --watch, a picture of the engine while it works."""
+    if not args.watch:
+        return nullcontext()
+    from .trace import watching
+
+    return watching(llm)
 
 
 # commands -----------------------------------------------------------------------------------------
@@ -137,9 +158,10 @@ def run(args: argparse.Namespace) -> None:
             texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         if not texts:
             raise ValueError("no prompt: give one, or pipe some in, one a line")
+    check_watch(args)
     params = sampling_params(args)
     with load(args) as llm:
-        if len(texts) > 1 or params.n > 1 or args.json:
+        if len(texts) > 1 or params.n > 1 or args.json or args.watch:
             summary = answer(args, llm, texts, params)
             if sys.stderr.isatty():
                 terminal.note(summary)
@@ -160,7 +182,8 @@ def answer(args: argparse.Namespace, llm: LLM, texts: list[str], params: Samplin
     with user_errors(args, llm):
         prompts = encode(llm, texts, args.raw)
         start = time.perf_counter()
-        outputs = llm.generate(prompts, params, tools=chat)
+        with watched(args, llm):
+            outputs = llm.generate(prompts, params, not args.watch, tools=chat)
     seconds = time.perf_counter() - start
     count = terminal.show_all(llm, texts, outputs, params, chat, args.json)
     rate = speed.rate(count, seconds)
@@ -179,6 +202,7 @@ def chat(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Throughput, on texts or on random tokens."""
+    check_watch(args)
     length, shared = args.random_input_len, args.shared_prefix
     at_random = bool(length or shared or args.random_output_len)
     if at_random:
@@ -199,7 +223,8 @@ def bench(args: argparse.Namespace) -> None:
         with user_errors(args, llm):
             prompts = prompts if at_random else encode(llm, prompts, args.raw)
             start = time.perf_counter()
-            outputs = llm.generate(prompts, params)
+            with watched(args, llm):
+                outputs = llm.generate(prompts, params, not args.watch)
         found = speed.results(outputs, time.perf_counter() - start, llm.stats())
     if not args.json:
         print(speed.report(found))
@@ -259,6 +284,24 @@ def lab(args: argparse.Namespace) -> None:
     main(args.words)
 
 
+def trace(args: argparse.Namespace) -> None:
+    """Turn a trace into a web page, or into Chrome's format."""
+    from .trace import read, write_chrome, write_page
+
+    with user_errors(args):
+        events = read(args.file)
+        page = args.output or (None if args.chrome else Path(args.file).with_suffix(".html"))
+        if page:
+            write_page(events, page)
+        if args.chrome:
+            write_chrome(events, args.chrome)
+    kinds = [event["e"] for event in events]
+    found = {"events": len(events), "steps": kinds.count("begin")}
+    found["files"] = [str(path) for path in (page, args.chrome) if path]
+    told = f"{found['steps']:,} steps, {found['events']:,} events: {' and '.join(found['files'])}"
+    print(json.dumps(found) if args.json else told)
+
+
 # the command line ---------------------------------------------------------------------------------
 
 
@@ -290,6 +333,7 @@ def make_parser() -> Parser:
     add("--prompt", action="append", default=[], metavar="PROMPT", help="may be repeated")
     add("-n", type=positive, default=1, metavar="N", help="answers to each prompt (%(default)s)")
     engine_flags(sub)
+    watch_flag(sub)
     sampling_flags(sub, max_tokens=128, temperature=0.8, top_k=50)
 
     sub, _ = command(chat, "talk to a model", "", "-m rl:d20:650 --temperature 0.9")
@@ -333,6 +377,15 @@ def make_parser() -> Parser:
     sub.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME")
     sub.set_defaults(command=lab)
     parser.epilog += "  microvllm lab\n"
+    sub, add = command(
+        trace,
+        "turn a trace into a web page that replays every block",
+        "run.jsonl -o run.html",
+        "run.jsonl --chrome run.json    # for ui.perfetto.dev",
+    )
+    add("file", metavar="FILE", help="what --trace FILE wrote")
+    add("-o", "--output", metavar="PAGE", help="the page (FILE with .html at its end)")
+    add("--chrome", metavar="FILE", help="Chrome's trace format, in place of the page or beside it")
     return parser
 
 
@@ -344,7 +397,14 @@ def bench_flags(parser: Parser) -> None:
     add("--prompts-file", metavar="FILE", help=where)
     parser.set_defaults(random_input_len=None, random_output_len=None, shared_prefix=0, json=False)
     engine_flags(parser)
+    watch_flag(parser)
     sampling_flags(parser, max_tokens=64, temperature=0.7, top_k=0)
+
+
+def watch_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--watch", action="store_true", help="draw the blocks and the queue (microvllm[watch])"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +50,9 @@ from .scheduler import (
     youngest,
 )
 from .tokenizer import wrap_tokenizer
+
+if TYPE_CHECKING:
+    from .trace import Trace
 
 log = logging.getLogger("microvllm")
 
@@ -226,9 +230,9 @@ class LLM:
     are shared where device and dtype allow it, and its tokenizer, instead of paths;
     gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
     steps; quantization: "int8" makes the matrices and the inputs of all products int8, and K and V
-    bfloat16, on a CPU; victim, admission, eviction: policies, functions such as those in
-    scheduler.py; any constant of model.Recipe may be overridden by name (softcap=20 for a
-    checkpoint of era 3b).
+    bfloat16, on a CPU; trace: a file to write events to, see trace.py; victim, admission, eviction:
+    policies, functions such as those in scheduler.py; any constant of model.Recipe may be
+    overridden by name (softcap=20 for a checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
     """
@@ -238,7 +242,8 @@ class LLM:
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
         max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
         tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, quantization=None,
-        victim=youngest, admission=first_come, eviction=least_recently_used, **overrides,
+        trace=None, victim=youngest, admission=first_come, eviction=least_recently_used,
+        **overrides,
     ):  # fmt: skip
         check_int("block_size", block_size, 1)
         check_int("seed", seed, 0)
@@ -319,6 +324,9 @@ class LLM:
         counters += " peak_blocks"
         self._stats = dict.fromkeys(counters.split(), 0)
         self._stats.update(prefill_seconds=0.0, decode_seconds=0.0)
+        self._name = Path(model_path).name if model_path else type(model).__name__
+        if trace is not None:
+            self._attach(trace)
         log.info(
             "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens (%.1f MB)", model_path,
             self.model.recipe.era, config.n_layer, str(self.model.dtype)[6:], self.device,
@@ -537,10 +545,41 @@ class LLM:
         """
         state = weights.state_dict() if hasattr(weights, "state_dict") else weights
         self.model.update({k.removeprefix("_orig_mod."): w for k, w in state.items()})
+        self._settle()
+        self.scheduler.reset()
+
+    @contextmanager
+    def tracing(self, path=None) -> Iterator[Trace]:
+        """Trace what is done inside: `with llm.tracing() as t: ...`, then t.page("run.html").
+
+        path: a file to write events to, by default they are kept in memory. Raises ValueError if
+        there is a trace already.
+        """
+        trace = self._attach(path)
+        try:
+            yield trace
+        finally:
+            try:
+                self._settle()
+            finally:
+                trace.close()
+
+    def _attach(self, path) -> Trace:
+        from .trace import Trace
+
+        def decode(token: int) -> str:  # half a character: \xe2
+            return self.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
+
+        self._settle()
+        trace = Trace(path, decode)
+        trace.attach(self.scheduler, model=self._name, device=str(self.device))
+        return trace
+
+    def _settle(self) -> None:
+        """Read the step that is under way, if one is."""
         if self._flight:
             flight, self._flight = self._flight, None
             self._land(flight)
-        self.scheduler.reset()
 
     def add_request(
         self, prompt, sampling_params: SamplingParams | None = None, *, tools: bool = False
@@ -670,9 +709,11 @@ class LLM:
         tokens, so that the device never waits for the host. A sequence that turns out to have
         ended is in the next step by mistake; `Scheduler.update` drops its token there.
         """
-        flight = None
+        flight, trace = None, self.scheduler.blocks.trace
         if self._flight is None:
             self._clock = time.perf_counter()
+        if trace:
+            trace.lap("outside")
         try:
             if self._flight and any(
                 s.params.needs_history for _, s, _ in self._flight.plan.samples
@@ -698,7 +739,10 @@ class LLM:
     def _launch(self, plan: Step) -> Flight:
         """Start a step: upload, copy shared blocks, forward, sample. On a GPU it returns at
         once."""
+        trace = self.scheduler.blocks.trace
         batch = make_batch(plan, self.cache.block_size)
+        if trace:
+            trace.lap("batch")
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
         params = [seq.params for _, seq, _ in plan.samples]
@@ -713,6 +757,8 @@ class LLM:
                 known = last[(~batch.ids).clamp(min=0)].to(torch.int32)
                 batch = batch._replace(ids=torch.where(batch.ids < 0, known, batch.ids))
             h = self.model.forward(batch, self.cache)
+            if trace:
+                trace.lap("forward")
             if params:
                 logits, cap = self.model.logits(h[: len(params)]), self.model.recipe.softcap
                 history = None
@@ -734,6 +780,8 @@ class LLM:
                     for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
                 ]
                 scores = self.model.logprobs(h[len(params) :], torch.tensor(targets))
+        if trace:  # a replayed graph is forward and sample in one
+            trace.lap("sample")
         on_host, event = [tokens, scores, sampled and sampled.packed], None
         if self.device.type == "cuda":
             on_host = [t if t is None else t.to("cpu", non_blocking=True) for t in on_host]
@@ -748,6 +796,9 @@ class LLM:
             flight.event.synchronize()
         tokens, scores, packed = flight.on_host
         token_ids, scores = ([] if t is None else t.tolist() for t in (tokens, scores))
+        trace = self.scheduler.blocks.trace
+        if trace:
+            trace.wait()
         changed = self.scheduler.update(flight.plan, token_ids, scores)
         self._count(flight.plan, len(changed))
         if flight.sampled:
@@ -763,6 +814,8 @@ class LLM:
                 self._stats["output_tokens"] += forced
             if seq.finish_reason:
                 self._collect(request, seq)
+        if trace:
+            trace.end()
 
     def _collect(self, request: Request, seq: Sequence) -> None:
         """A sample is over; with the last of them the request is."""
@@ -826,6 +879,8 @@ class LLM:
         for request_id in list(self._requests):
             self.abort(request_id)
         self.model = self.cache = self.graphs = self._flight = None
+        if self.scheduler.blocks.trace:
+            self.scheduler.blocks.trace.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -17,6 +17,7 @@ import xxhash
 
 if TYPE_CHECKING:
     from .sampler import SamplingParams
+    from .trace import Trace
 
 
 class Sequence:
@@ -125,6 +126,7 @@ class BlockManager:
         self.copies: list[
             tuple[int, int]
         ] = []  # (source, destination) to be done before the forward
+        self.trace: Trace | None = None  # who is told what happens to the blocks, and who runs
 
     @property
     def num_free(self) -> int:
@@ -147,6 +149,8 @@ class BlockManager:
                 raise ValueError(f"eviction gave {block!r:.80}: return one of blocks.cached")
             del self.cached[block]
             del self.block_of[self.hash_of.pop(block)]
+            if self.trace:
+                self.trace.evict(block)
         self.ref_count[block] = 1
         return block
 
@@ -200,6 +204,8 @@ class BlockManager:
             seq.table.append(self._take())
         seq.num_computed = len(hits) * self.block_size
         seq.num_published = len(hits)
+        if self.trace:
+            self.trace.admit(seq, len(hits))
         return True
 
     def grow(self, seq: Sequence, start: int, stop: int) -> bool:
@@ -219,8 +225,12 @@ class BlockManager:
             self.copies.append((source, target))
             seq.table[first] = target
             self._release(source)
+            if self.trace:
+                self.trace.copy(seq, first, source)
         for _ in range(fresh):
             seq.table.append(self._take())
+        if self.trace and fresh > 0:
+            self.trace.allocate(seq, fresh)
         return True
 
     def publish(self, seq: Sequence, num_tokens: int) -> None:
@@ -235,6 +245,8 @@ class BlockManager:
             if hashes[i] not in self.block_of and seq.table[i] not in self.hash_of:
                 self.block_of[hashes[i]] = seq.table[i]
                 self.hash_of[seq.table[i]] = hashes[i]
+                if self.trace:
+                    self.trace.publish(seq, i)
         seq.num_published = count
 
     def fork(self, seq: Sequence, sample_id: int) -> Sequence:
@@ -242,6 +254,8 @@ class BlockManager:
         twin = seq.fork(sample_id)
         for block in twin.table:
             self.ref_count[block] += 1
+        if self.trace:
+            self.trace.fork(seq, twin)
         return twin
 
     def free(self, seq: Sequence) -> None:
@@ -251,6 +265,8 @@ class BlockManager:
             self._release(block)
         seq.table = array("i")
         seq.num_computed = seq.num_published = 0
+        if self.trace:
+            self.trace.free(seq)
 
     def forget(self) -> None:
         """Empty the prefix cache: new weights, or a step that failed, make every K and V stale."""
@@ -258,6 +274,8 @@ class BlockManager:
         self.cached.clear()
         self.hash_of.clear()
         self.block_of.clear()
+        if self.trace:
+            self.trace.forget()
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert what must always hold, given all sequences that have a table."""
@@ -318,6 +336,8 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
+        if self.blocks.trace:
+            self.blocks.trace.arrive(seq)
 
     def schedule(self) -> Step:
         """Plan the next step: running sequences first, then, if nobody had to make room, new ones.
@@ -398,6 +418,8 @@ class Scheduler:
                     s.tokens.append(~len(samples))
                     samples.append((index, s, stop))
         copies, blocks.copies = blocks.copies, []
+        if blocks.trace and chunks:
+            blocks.trace.begin(chunks)
         return Step(chunks, samples, copies, scored)
 
     def update(
@@ -431,6 +453,8 @@ class Scheduler:
             if stop == len(seq.tokens) and not seq.finish_reason:
                 changed.append(seq)
                 self.finish(seq, "length")
+        if self.blocks.trace and step.chunks:
+            self.blocks.trace.tokens(changed)
         return changed
 
     def force(self, seq: Sequence, token_ids: list[int]) -> int:
@@ -439,6 +463,8 @@ class Scheduler:
         del seq.tokens[seq.num_known :]  # a sampled one may be on its way: `update` will drop it
         token_ids = token_ids[: seq.max_length - len(seq.tokens)]
         seq.tokens.extend(token_ids)
+        if self.blocks.trace:
+            self.blocks.trace.force(seq)
         if len(seq.tokens) == seq.max_length:
             self.finish(seq, "length")
         return len(token_ids)
@@ -454,6 +480,8 @@ class Scheduler:
         elif seq in self.waiting:
             self.waiting.remove(seq)
         seq.running = False
+        if self.blocks.trace:
+            self.blocks.trace.finish(seq)
 
     def abort(self, request_id: int) -> list[Sequence]:
         """End all samples of a request, wherever they are."""
@@ -471,6 +499,8 @@ class Scheduler:
             del seq.tokens[seq.num_known :]
             self.blocks.free(seq)
         self.blocks.copies.clear()
+        if self.blocks.trace:
+            self.blocks.trace.reset()
         self.blocks.forget()
 
     def _preempt(self, seq: Sequence) -> None:
@@ -482,3 +512,5 @@ class Scheduler:
         seq.running = False
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
+        if self.blocks.trace:
+            self.blocks.trace.preempt(seq)

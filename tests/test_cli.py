@@ -73,7 +73,7 @@ def process(*flags: str, **kwargs) -> subprocess.Popen:
 # help and mistakes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sub", [[], ["run"], ["chat"], ["bench"], ["score"], ["info"]])
+@pytest.mark.parametrize("sub", [[], ["run"], ["chat"], ["bench"], ["score"], ["info"], ["trace"]])
 def test_help_shows_examples_that_parse(sub, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*sub, "--help"])
@@ -122,6 +122,9 @@ def test_help_is_instant():
         (["info", "no/such/place"], "no/such/place"),
         (["info", "--device", "abacus"], "abacus"),
         (["info", "--recipe", "charm=3"], "charm"),
+        (["trace", "absent.jsonl"], "absent.jsonl"),
+        (["trace", str(ROOT / "pyproject.toml")], "line 1"),
+        (["run", *SMALL, "--trace", "no/such/place/run.jsonl", "hi"], "no/such/place"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(flags, named, mistake):
@@ -548,3 +551,53 @@ def test_a_reader_who_goes_away_is_no_error():
         child.stdout.close()
         err = child.stderr.read()
     assert (child.returncode, err) == (141, b"")
+
+
+# trace --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["run", "--max-tokens", "3", "hi"],
+        ["run", "--max-tokens", "3", "hi", "there"],
+        ["bench", "--num-prompts", "2", "--max-tokens", "3"],
+        ["score", "a prompt", " and more"],
+        ["chat", "--max-tokens", "3"],
+    ],
+)
+def test_every_command_that_runs_a_model_can_be_traced(flags, command, tmp_path):
+    file = tmp_path / "run.jsonl"
+    command(flags[0], *SMALL, "--trace", file, *flags[1:], stdin="hi\n")
+    kinds = [json.loads(line)["e"] for line in file.read_text().splitlines()]
+    assert kinds[0] == "pool" and {"arrive", "begin", "end", "finish"} <= set(kinds)
+
+
+def test_a_trace_becomes_a_page_and_chromes_format(command, tmp_path):
+    file, page, chrome = (tmp_path / name for name in ("run.jsonl", "run.html", "chrome.json"))
+    command("run", *SMALL, "--trace", file, "--max-tokens", "3", "--ignore-eos", "hi")
+    out, _ = command("trace", file)
+    assert out.startswith("3 steps, ") and str(page) in out
+    assert "<!doctype html>" in page.read_text() and "/*events*/" not in page.read_text()
+    page.unlink()
+    found = json.loads(command("trace", file, "--chrome", chrome, "--json")[0])
+    assert found["files"] == [str(chrome)] and not page.exists()
+    assert json.loads(chrome.read_text())["traceEvents"]
+    out, _ = command("trace", file, "-o", tmp_path / "other.html", "--chrome", chrome)
+    assert "other.html" in out and "chrome.json" in out
+
+
+def test_watch_draws_beside_the_answers(command):
+    pytest.importorskip("rich", reason="needs pip install rich")
+    flags = [*SMALL, "--temperature", "0", "--watch"]
+    out, err = command("run", *flags, "Who wrote Moby Dick?")
+    assert out == "> Who wrote Moby Dick?\nMoby Dick was written by Herman Melville.\n\n"
+    assert "the pool: 39 blocks" in err and "done 1" in err
+    out, err = command("bench", *flags, "--num-prompts", "2", "--max-tokens", "4", "--json")
+    assert json.loads(out) and "the pool: 39 blocks" in err
+
+
+def test_watch_without_rich_says_what_to_install(mistake, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert "pip install 'microvllm[watch]'" in mistake("run", "--watch", "hi")
+    assert "microvllm[watch]" in mistake("bench", "--watch")

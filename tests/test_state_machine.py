@@ -113,33 +113,39 @@ def test_whatever_happens_the_books_balance():
     )
 
 
+def long_life(seed: int) -> Engine:
+    """The same events with a fixed seed, to the end of all requests."""
+    rng, life = random.Random(seed), Engine()
+    life.start(
+        usable=rng.randint(8, 24),
+        block_size=rng.randint(2, 5),
+        max_batch_size=rng.randint(3, 6),
+        max_batched_tokens=rng.randint(4, 24),
+        caching=seed % 4 > 0,
+    )
+    for _ in range(60):
+        event, busy = rng.random(), life.sim.scheduler.running
+        shared, tail = rng.choice(SHARED), text(rng.randint(0, 3), rng.random())
+        if event < 0.4:
+            sizes = rng.randint(0, 30), tail, rng.randint(1, 12), rng.randint(1, 3)
+            life.add(shared, *sizes, rng.random() < 0.5, rng.random() < 0.5)
+        elif event < 0.45:
+            life.add_to_score(shared, rng.randint(1, 30), rng.randint(1, 8))
+        elif event < 0.9 or not busy:
+            life.step([rng.random() < 0.7 for _ in range(rng.randint(1, 8))])
+        elif event < 0.97:
+            life.abort(rng.randint(0, 99))
+        else:
+            life.fail(rng.random() < 0.5)
+    life.teardown()
+    return life
+
+
 def test_long_lives_meet_everything_there_is_to_meet():
-    # the same events with fixed seeds: proof that the machine above does get to the hard places
+    # proof that the machine above does get to the hard places
     met = Counter()
     for seed in range(12):
-        rng, life = random.Random(seed), Engine()
-        life.start(
-            usable=rng.randint(8, 24),
-            block_size=rng.randint(2, 5),
-            max_batch_size=rng.randint(3, 6),
-            max_batched_tokens=rng.randint(4, 24),
-            caching=seed % 4 > 0,
-        )
-        for _ in range(60):
-            event, busy = rng.random(), life.sim.scheduler.running
-            shared, tail = rng.choice(SHARED), text(rng.randint(0, 3), rng.random())
-            if event < 0.4:
-                sizes = rng.randint(0, 30), tail, rng.randint(1, 12), rng.randint(1, 3)
-                life.add(shared, *sizes, rng.random() < 0.5, rng.random() < 0.5)
-            elif event < 0.45:
-                life.add_to_score(shared, rng.randint(1, 30), rng.randint(1, 8))
-            elif event < 0.9 or not busy:
-                life.step([rng.random() < 0.7 for _ in range(rng.randint(1, 8))])
-            elif event < 0.97:
-                life.abort(rng.randint(0, 99))
-            else:
-                life.fail(rng.random() < 0.5)
-        life.teardown()
+        life = long_life(seed)
         met += life.met
         met["preemptions"] += life.sim.scheduler.num_preemptions
         met["stopped"] += sum(seq.finish_reason == "stop" for seq in life.sim.finished)

@@ -1,0 +1,108 @@
+"""What does a trace cost?
+
+    python benchmarks/trace.py                      # 512 instructions x 64 tokens, on and off
+    python benchmarks/trace.py --baseline ../other  # off, against another checkout of the project
+
+Each turn runs the same prompts with a trace to a file, without one, and, where there is a baseline,
+through that checkout's engine, in another order every turn. One process has it all (the baseline is
+loaded beside the engine), so that a machine whose speed drifts treats all alike. The ratios are
+medians over the turns of a turn's ratio. The last line is all of it as JSON.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def engine(root: Path):
+    """The package of a checkout, under whose name another may be loaded afterwards."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "microvllm"]:
+        del sys.modules[name]
+    sys.path.insert(0, str(root))
+    package, bench = (
+        importlib.import_module("microvllm"),
+        importlib.import_module("microvllm.bench"),
+    )
+    importlib.import_module("microvllm.engine")
+    sys.path.remove(str(root))
+    assert Path(package.__file__).is_relative_to(root.resolve()), package.__file__
+    return package, bench
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-prompts", type=int, default=512, help="%(default)s")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of each prompt (%(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="%(default)s")
+    parser.add_argument("--baseline", type=Path, help="another checkout of the project")
+    args = parser.parse_args()
+
+    sides = {"baseline": args.baseline} if args.baseline else {}
+    engines = {}
+    for side, root in {**sides, "off": ROOT}.items():
+        package, bench = engine(root)
+        llm = package.LLM(ROOT / "models" / "oldbooks-d6", device="cpu")
+        params = package.SamplingParams(
+            temperature=0.7, max_tokens=args.max_tokens, ignore_eos=True, seed=1
+        )
+        engines[side] = llm, params
+    prompts = [
+        llm.tokenizer.render_for_completion([{"role": "user", "content": prompt}])
+        for prompt in bench.read_prompts(bench.BUNDLED)[: args.num_prompts]
+    ]
+    engines["on"] = engines["off"]
+    folder = tempfile.TemporaryDirectory()
+    file = Path(folder.name) / "run.jsonl"
+
+    def seconds(side: str) -> float:
+        llm, params = engines[side]
+        llm.scheduler.reset()  # nothing is left in the prefix cache
+        start = time.perf_counter()
+        if side == "on":
+            with llm.tracing(file):
+                llm.generate(prompts, params, use_tqdm=False)
+        else:
+            llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    times = {side: [] for side in engines}
+    order = list(times)
+    for turn in range(1 + args.turns):
+        for side in order:
+            times[side].append(seconds(side))
+        order.append(order.pop(0))
+        print(f"turn {turn} of {args.turns}", file=sys.stderr)
+    steps = sum('"e":"begin"' in line for line in file.open())
+    found = {
+        "prompts": len(prompts),
+        "max_tokens": args.max_tokens,
+        "turns": args.turns,
+        "cores": os.cpu_count(),
+        "steps": steps,
+        "trace_bytes": file.stat().st_size,
+    }
+    times = {side: values[1:] for side, values in times.items()}  # the first turn warms up
+    for side, values in times.items():
+        found[f"{side}_seconds"] = round(statistics.median(values), 3)
+    for side in times.keys() - {"off"}:
+        ratios = [a / b for a, b in zip(times[side], times["off"], strict=True)]
+        found[f"{side}_by_off"] = round(statistics.median(ratios), 4)
+        more = 1000 * (found[f"{side}_seconds"] - found["off_seconds"]) / steps
+        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"{side} / off: {middle:.4f} ({low:.4f} to {high:.4f}), {more:+.3f} ms a step")
+    print(json.dumps(found))
+    folder.cleanup()
+
+
+if __name__ == "__main__":
+    main()

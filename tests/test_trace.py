@@ -1,0 +1,384 @@
+"""A trace tells everything: from its events alone the pool and all sequences can be rebuilt."""
+
+import io
+import json
+import random
+from collections import Counter, deque
+
+import pytest
+import test_state_machine
+from conftest import MODEL
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from test_scheduler import Simulation
+from test_state_machine import Engine, long_life
+
+from microvllm import LLM, SamplingParams
+from microvllm.scheduler import BlockManager
+from microvllm.trace import Replay, Trace, picture, read, spans, unspan, watching
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def compare(replay: Replay, scheduler) -> None:
+    """The replay is the live pool: every block's state, count, hash, and who holds it."""
+    blocks: BlockManager = scheduler.blocks
+    assert replay.ref_count == blocks.ref_count
+    assert replay.hash_of == {block: named.hex() for block, named in blocks.hash_of.items()}
+    assert list(replay.cached) == list(blocks.cached), "another order of eviction"
+    blank = {b for b in range(blocks.num_blocks) if replay.state(b) == "blank"}
+    assert blank == set(blocks.blank)
+    assert replay.num_used == blocks.num_usable - blocks.num_free
+
+    def seen(lives):
+        return [(s.request, s.sample, s.table, s.computed, s.tokens) for s in lives]
+
+    def real(seqs):
+        return [
+            (s.request_id, s.sample_id, s.table.tolist(), s.num_computed, s.tokens[: s.num_known])
+            for s in seqs
+        ]
+
+    lives = sorted(replay.seqs.values(), key=lambda s: (s.request, s.sample))
+    running, waiting = (
+        sorted(seqs, key=lambda s: (s.request_id, s.sample_id))
+        for seqs in (scheduler.running, scheduler.waiting)
+    )
+    assert seen([s for s in lives if s.state == "running"]) == real(running)
+    assert seen([s for s in lives if s.state in ("waiting", "preempted")]) == real(waiting)
+    fill = {}
+    for seq in scheduler.running:
+        for position in range(seq.num_computed):
+            fill[seq.table[position // blocks.block_size], position % blocks.block_size] = True
+    assert replay.num_filled() == len(fill)
+
+
+class Traced(Simulation):
+    """A simulation whose trace is replayed, and compared with it, at every check."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.trace, self.replay, self.met = Trace(), Replay(), Counter()
+        self.trace.attach(self.scheduler)
+        self.told = 0
+
+    def check(self) -> None:
+        super().check()
+        lines = self.trace._lines
+        for line in lines[self.told :]:
+            event = json.loads(line)
+            self.replay.apply(event)
+            self.met[event["e"]] += 1
+        self.told = len(lines)
+        compare(self.replay, self.scheduler)
+
+
+def test_lists_of_numbers_are_written_as_spans():
+    assert spans([]) == "" and list(unspan("")) == []
+    assert spans([4, 5, 6, 2, 9, 9, 10, 0]) == "4-6 2 9 9-10 0"
+    for seed in range(20):
+        numbers = random.Random(seed).choices(range(12), k=seed)
+        assert list(unspan(spans(numbers))) == numbers
+
+
+def test_whatever_happens_the_trace_replays(monkeypatch):
+    monkeypatch.setattr(test_state_machine, "Simulation", Traced)
+    run_state_machine_as_test(
+        Engine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
+    )
+
+
+def test_every_event_is_met_and_replays(monkeypatch):
+    # proof that the test above does get to the hard places
+    monkeypatch.setattr(test_state_machine, "Simulation", Traced)
+    met = Counter()
+    for seed in range(8):
+        met += long_life(seed).sim.met
+    wanted = "arrive admit hit miss evict allocate copy publish fork begin tokens force free"
+    wanted += " preempt finish abort reset forget"
+    assert all(met[name] > 5 for name in wanted.split()), met
+
+
+# an engine ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared_llm():
+    with LLM(MODEL, device="cpu", num_blocks=24, max_batched_tokens=48) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(shared_llm):
+    """A pool of 23 blocks, nothing in it."""
+    shared_llm.scheduler.reset()
+    shared_llm.overlap = False
+    return shared_llm
+
+
+@pytest.fixture
+def follow(llm):
+    """A callback for `tracing` that replays the trace so far and compares it with the engine."""
+    replay = Replay()
+    told = 0
+
+    def look() -> None:
+        nonlocal told
+        lines = llm.scheduler.blocks.trace._lines
+        for line in lines[told:]:
+            replay.apply(json.loads(line))
+        told = len(lines)
+        compare(replay, llm.scheduler)
+
+    look.replay = replay
+    return look
+
+
+PROMPTS = [f"It was a dark and stormy night in the {name} of" for name in "old new far big".split()]
+SAMPLED = SamplingParams(n=3, max_tokens=40, temperature=1.0, ignore_eos=True, seed=5)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_engines_trace_replays_step_by_step(llm, follow, overlap):
+    wanted = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+    llm.scheduler.reset()
+    llm.overlap = overlap
+    before = llm.stats()
+    with llm.tracing() as trace:
+        trace.on_step = follow
+        outputs = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+        follow()
+        assert [o["samples"] for o in outputs] == [o["samples"] for o in wanted]
+    met = Counter(event["e"] for event in trace.events)
+    assert met["preempt"] == llm.stats()["preemptions"] - before["preemptions"] > 0
+    assert met["begin"] == met["tokens"] == met["end"] == llm.stats()["steps"] - before["steps"]
+    assert met["fork"] == 2 * met["finish"] / 3 == 8 and met["copy"] and met["hit"] and met["evict"]
+    lives = sorted(follow.replay.seqs.values(), key=lambda life: (life.request, life.sample))
+    samples = [sample for output in outputs for sample in output["samples"]]
+    for life, sample in zip(lives, samples, strict=True):
+        assert life.state == "done" and life.tokens[life.prompt :] == sample["token_ids"]
+    words = follow.replay.words
+    assert "".join(words[token] for token in lives[0].tokens) == "<|bos|>" + PROMPTS[0] + "".join(
+        words[token] for token in samples[0]["token_ids"]
+    )
+
+
+def test_a_step_has_its_milliseconds_by_phase(llm):
+    with llm.tracing() as trace:
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    ends = [event for event in trace.events if event["e"] == "end"]
+    begins = [event for event in trace.events if event["e"] == "begin"]
+    phases = {"outside", "schedule", "batch", "forward", "sample", "wait", "update"}
+    for begin, end in zip(begins, ends, strict=True):
+        assert end["ms"].keys() == phases and min(end["ms"].values()) >= 0
+        took = sum(ms for name, ms in end["ms"].items() if name not in ("outside", "schedule"))
+        assert took == pytest.approx(1000 * (end["t"] - begin["t"]), abs=1)
+    assert [end["step"] for end in ends] == list(range(1, len(ends) + 1))
+    rows = sum(len(list(unspan(b["decodes"]))) for b in begins)
+    rows += sum(stop - start for b in begins for _, start, stop in b["prefills"])
+    prompts = [event["prompt"] for event in trace.events if event["e"] == "arrive"]
+    assert rows == sum(prompts) + len(PROMPTS) * (GREEDY.max_tokens - 1)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_trace_may_begin_and_end_in_the_middle(llm, follow, overlap):
+    llm.generate(PROMPTS[:1], GREEDY, use_tqdm=False)  # its blocks stay findable
+    llm.overlap = overlap
+    for prompt in 2 * PROMPTS:
+        llm.add_request(prompt, SAMPLED)
+    for _ in range(3):
+        llm.step()
+    assert llm.scheduler.running and llm.scheduler.waiting
+    with llm.tracing() as trace:
+        trace.on_step = follow
+        follow()
+        for _ in range(30):
+            llm.step()
+        follow()
+        llm.abort(next(iter(llm._requests)))
+        follow()
+    assert llm.scheduler.blocks.trace is None
+    while not llm.is_finished():
+        llm.step()
+
+
+def test_a_failed_step_is_followed(llm, follow, monkeypatch):
+    broken = iter([False] * 6 + [True])
+    forward = llm.model.forward
+
+    def sometimes(batch, cache):
+        if next(broken, False):
+            raise RuntimeError("out of luck")
+        return forward(batch, cache)
+
+    monkeypatch.setattr(llm.model, "forward", sometimes)
+    llm.overlap = True
+    with llm.tracing() as trace:
+        trace.on_step = follow
+        ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+        with pytest.raises(RuntimeError, match="out of luck"):
+            while True:
+                llm.step()
+        follow()
+        assert follow.replay.num_used == len(follow.replay.cached) == 0
+        while not llm.is_finished():
+            llm.step()
+    met = Counter(event["e"] for event in trace.events)
+    assert met["reset"] == met["forget"] == 1 and met["finish"] == len(ids)
+
+
+def test_a_calculator_and_scores_are_in_the_trace(llm, follow):
+    with llm.tracing() as trace:
+        trace.on_step = follow
+        llm.score(["1 + 1 ="], [" 2 and so on"])
+        llm.chat([{"role": "user", "content": "What is 12*3?"}], GREEDY, use_tqdm=False)
+    assert next(e for e in trace.events if e["e"] == "arrive")["score"] > 3
+
+
+def test_a_file_is_whole_after_every_step_and_after_close(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    with LLM(MODEL, device="cpu", num_blocks=24, trace=path) as llm:
+        llm.add_request("Once upon a time", GREEDY)
+        for _ in range(4):
+            llm.step()
+        assert read(path)[-1]["e"] == "end" and read(path)[-1]["step"] == 4
+    events = read(path)
+    assert [e["e"] for e in events[-2:]] == ["free", "abort"]
+    assert events[0]["model"] == MODEL.name and str(tmp_path) not in path.read_text()
+    assert Replay(events).num_used == 0
+    # killed in the middle of a line
+    path.write_bytes(path.read_bytes()[:-7])
+    assert read(path) == events[:-1]
+
+
+def test_mistakes_are_told(llm, tmp_path):
+    with pytest.raises(TypeError, match="path"):
+        LLM(MODEL, device="cpu", num_blocks=24, trace=7)
+    with llm.tracing(), pytest.raises(ValueError, match="already"):
+        with llm.tracing():
+            pass
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "absent.jsonl")
+    bad = tmp_path / "bad.jsonl"
+    pool = json.dumps(
+        {"e": "pool", "version": 1, "blocks": 4, "block_size": 2, "hashes": {}, "cached": []}
+    )
+    for lines, what in (
+        ("", "no whole line"),
+        ("{}\n", "line 1"),
+        ("[1]\n", "line 1"),
+        ("{\n", "line 1"),
+        (pool.replace("1", "9") + "\n", "version"),
+        (f"{pool}\n{pool}\n", "line 2"),
+        (pool + '\n{"e": "free", "seq": 3}\n', "line 2"),
+        (pool + '\n{"e": "apply", "seq": 3}\n', "line 2"),
+        (pool + '\n{"e": "evict", "block": 7}\n', "line 2"),
+    ):
+        bad.write_text(lines)
+        with pytest.raises(ValueError, match=what) as error:
+            read(bad)
+        assert "bad.jsonl" in str(error.value)
+
+
+# other formats ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_chromes_format_has_a_track_per_request_and_counters(llm, tmp_path, overlap):
+    llm.overlap = overlap
+    with llm.tracing() as trace:
+        llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+    trace.chrome(tmp_path / "run.json")
+    found = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in found if e["name"] == "thread_name"}
+    first = trace.events[0]["e"] == "pool" and min(
+        e["request"] for e in trace.events if e["e"] == "arrive"
+    )
+    wanted = {f"request {first + i}, sample {k}" for i in range(4) for k in (1, 2)}
+    wanted |= {f"request {first + i}" for i in range(4)} | {"launch", "results"}
+    assert set(names.values()) == wanted
+
+    slices = {}
+    for event in found:
+        assert isinstance(event["ts"], int) and event["ts"] >= 0 and event["name"]
+        if event["ph"] == "X":
+            slices.setdefault((event["pid"], event["tid"]), []).append(event)
+        else:
+            assert event["ph"] in "MCi"
+    assert slices.keys() == names.keys()
+    for track in slices.values():  # nested or apart
+        ends = []
+        for event in track if track[0]["pid"] == 1 else sorted(track, key=lambda e: e["ts"]):
+            while ends and ends[-1] <= event["ts"]:
+                ends.pop()
+            assert event["dur"] >= 0 and (not ends or event["ts"] + event["dur"] <= ends[-1])
+            ends.append(event["ts"] + event["dur"])
+    requests = {
+        name
+        for key, track in slices.items()
+        if key[0] == 2
+        for name in {event["name"].split()[0] for event in track}
+    }
+    assert requests == {"waiting", "prefill", "decode", "preempted"}
+    lives = [event for event in trace.events if event["e"] == "begin"]
+    decodes = sum(e["args"]["steps"] for e in found if e["ph"] == "X" and e["name"] == "decode")
+    assert decodes == sum(len(list(unspan(event["decodes"]))) for event in lives) + 8  # forks
+
+    counters = [e["args"] for e in found if e["ph"] == "C" and e["name"] == "blocks"]
+    replay, expected = Replay(), []
+    for event in trace.events:
+        replay.apply(event)
+        if event["e"] == "begin":
+            used, cached = replay.num_used, len(replay.cached)
+            expected.append({"used": used, "cached": cached, "blank": 23 - used - cached})
+    assert counters == expected
+    assert {e["name"] for e in found if e["ph"] == "C"} == {
+        "blocks", "batch", "sequences", "tokens per second"
+    }  # fmt: skip
+
+
+def test_the_picture_in_the_terminal_counts_what_there_is(llm):
+    console_of = pytest.importorskip("rich.console", reason="needs pip install rich").Console
+    for prompt in 2 * PROMPTS:
+        llm.add_request(prompt, SAMPLED)
+    past = deque([(0.0, llm.stats())])
+    for _ in range(20):
+        llm.step()
+    past.append((2.0, llm.stats()))
+    console = console_of(width=60, height=12, record=True, file=io.StringIO())
+    console.print(picture(llm, past, 60, 12))
+    shown, blocks = console.export_text(), llm.scheduler.blocks
+    grid = "".join(
+        line.strip("│ ")
+        for line in shown.splitlines()
+        if set(line) & set("■□·") and "in use" not in line
+    )
+    used = [block for block in range(1, 24) if blocks.ref_count[block]]
+    assert grid.count("■") + grid.count("▣") == len(used)
+    assert grid.count("▣") == sum(blocks.ref_count[block] > 1 for block in used)
+    assert grid.count("□") == len(blocks.cached)
+    assert f"in use {len(used)} " in shown and f"cached {len(blocks.cached)} " in shown
+    stats = llm.stats()
+    assert f"running {stats['running']} " in shown and f"waiting {stats['waiting']} " in shown
+    assert "10.0 steps/s" in shown
+    # a terminal with fewer cells than the pool has blocks
+    small = console_of(width=12, height=8, record=True, file=io.StringIO(), no_color=True)
+    small.print(picture(llm, past, 12, 8))
+    assert "3 blocks" in small.export_text()
+
+
+def test_watching_draws_and_leaves_the_tokens_alone(llm):
+    console_of = pytest.importorskip("rich.console", reason="needs pip install rich").Console
+    llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+    plain = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+    shown = io.StringIO()
+    with watching(llm, console_of(file=shown, force_terminal=True, width=80, height=20)):
+        assert llm.scheduler.blocks.trace
+        watched = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
+    assert not llm.scheduler.blocks.trace
+    assert [o["samples"] for o in watched] == [o["samples"] for o in plain]
+    assert shown.getvalue().count("the pool: 23 blocks") >= 2
+    with llm.tracing() as trace, watching(llm, console_of(file=shown)):  # both at once
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    assert Counter(event["e"] for event in trace.events)["finish"] == 1

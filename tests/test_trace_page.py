@@ -1,0 +1,352 @@
+"""The trace page in a real browser: it shows what the trace says, and runs nothing else.
+
+Needs playwright (`pip install 'microvllm[browser]'`) and a chromium of the system's.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import test_state_machine
+from conftest import MODEL
+from test_state_machine import long_life
+from test_trace import Traced
+
+from microvllm import LLM, SamplingParams
+from microvllm.trace import TEMPLATE, Replay, write_page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+HOSTILE = "</script><img src=x onerror='window.hit=1'><!-- & \u2028 {} <b>bold</b>"
+COUNTS = ("used", "part", "shared", "cached", "blank", "running", "waiting")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    if not CHROMIUM:
+        pytest.skip("needs a chromium, such as Debian's package of that name")
+    with api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Open the page of some events; nothing may be fetched, nothing may go wrong."""
+    troubles = []
+
+    def call(events: list[dict], scheme: str = "light"):
+        path = tmp_path / "run.html"
+        write_page(events, path)
+        page = browser.new_page(
+            viewport={"width": 1400, "height": 900}, color_scheme=scheme, device_scale_factor=1
+        )
+        page.on("console", lambda message: troubles.append(message.text))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", lambda asked: asked.url == path.as_uri() or troubles.append(asked.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield call
+    for context in browser.contexts:
+        context.close()
+    assert not troubles
+
+
+@pytest.fixture(scope="module")
+def events():
+    """A run in a small pool: hits, copies, preemptions, evictions, and a prompt that means harm."""
+    sampled = SamplingParams(n=3, max_tokens=40, temperature=1.0, ignore_eos=True, seed=5)
+    prompts = [f"It was a dark and stormy night in the {name} of" for name in "ab"] + [HOSTILE]
+    with LLM(MODEL, device="cpu", num_blocks=24, max_batched_tokens=48) as llm:
+        with llm.tracing() as trace:
+            llm.generate([*prompts, prompts[0] + " its sons"], sampled, use_tqdm=False)
+        return trace.events
+
+
+def frames(events: list[dict]) -> list[dict]:
+    """What the page must show for each step, and for the end: the pool while the step runs."""
+    found, replay = [], Replay()
+
+    def look() -> None:
+        size, blocks = replay.block_size, range(1, replay.num_blocks)
+        states = [replay.state(block) for block in blocks]
+        ends = {}
+        for life in replay.seqs.values():
+            for i, block in enumerate(life.table):
+                held = min(size, life.computed - i * size)
+                ends[block] = max(ends.get(block, 0), held)
+        counts = {
+            "used": states.count("used") + states.count("shared"),
+            "part": sum(held < size for held in ends.values()),
+            "shared": states.count("shared"),
+            "cached": states.count("cached"),
+            "blank": states.count("blank"),
+            "running": replay.states["running"],
+            "waiting": replay.states["waiting"] + replay.states["preempted"],
+        }
+        found.append(
+            {
+                "counts": {name: f"{counts[name]:,}" for name in COUNTS},
+                "ref": list(replay.ref_count),
+                "cached": list(replay.cached),
+                "hashes": {str(block): named for block, named in replay.hash_of.items()},
+                "tables": {
+                    str(s): life.table.copy()
+                    for s, life in replay.seqs.items()
+                    if life.state == "running"
+                },
+                "fill": {str(block): held for block, held in ends.items() if held},
+            }
+        )
+
+    for event in events:
+        replay.apply(event)
+        if event["e"] == "begin":
+            look()
+    look()
+    return found
+
+
+STATE = """order => order.map(f => {
+  go(f);
+  return {
+    counts: Object.fromEntries(NAMES.map(name => [name, $(`n-${name}`).textContent])),
+    ref: [...state.ref],
+    cached: [...state.cached],
+    hashes: Object.fromEntries([...state.hash].map((n, b) => [b, hashes[n]]).filter(x => x[1])),
+    tables: Object.fromEntries([...state.tables].map(([s, table]) => [s, [...table]])),
+    fill: Object.fromEntries([...fill].map((n, b) => [b, n]).filter(([b, n]) => n && state.ref[b])),
+  };
+})""".replace("NAMES", json.dumps(COUNTS))
+
+
+def test_the_page_is_small_and_names_no_other_place():
+    text = TEMPLATE.read_text(encoding="utf-8")
+    assert len(text) < 300_000
+    assert "http:" not in text and "https:" not in text and "innerHTML" not in text
+
+
+def test_every_step_shows_what_the_trace_says(show, events):
+    page, wanted = show(events), frames(events)
+    last = len(wanted) - 1
+    assert page.evaluate("LAST") == last > 48, "one key frame is not enough to test"
+    order = [*range(last + 1), *range(last, -1, -7), *((f * 37) % (last + 1) for f in range(60))]
+    for f, found in zip(order, page.evaluate(STATE, order), strict=True):
+        assert found == wanted[f], f
+    assert page.evaluate("[...series.used]") == [len(w["fill"]) for w in wanted]
+    empty = [
+        100 * (1 - sum(w["fill"].values()) / (16 * len(w["fill"]))) if w["fill"] else 0
+        for w in wanted
+    ]
+    assert page.evaluate("[...series.waste]") == pytest.approx(empty)
+    made = sum(len(event["tokens"]) for event in events if event["e"] == "tokens")
+    assert page.evaluate("series.tokens.reduce((a, b) => a + b)") == made
+    for kind in ("preempt", "evict", "copy"):
+        total = sum(event["e"] == kind for event in events)
+        assert total and page.inner_text(f"[data-jump={kind}] b") == str(total)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_forks_failures_and_a_loop_that_runs_ahead_are_shown(show, monkeypatch, seed):
+    monkeypatch.setattr(test_state_machine, "Simulation", Traced)
+    told = long_life(seed).sim.trace.events
+    wanted = frames(told)
+    assert show(told).evaluate(STATE, list(range(len(wanted)))) == wanted
+
+
+def test_the_slider_moves_the_grid_and_the_keyboard_works(show, events):
+    page = show(events)
+
+    def grid() -> str:
+        return page.evaluate("$('grid').toDataURL()")
+
+    def at() -> int:
+        return page.evaluate("frame")
+
+    def press(*keys: str) -> int:
+        for key in keys:
+            page.keyboard.press(key)
+        return at()
+
+    page.locator("#slider").fill("3")
+    assert at() == 3 and "Step 4" in page.inner_text("#where")
+    before = grid()
+    page.locator("#slider").fill("20")
+    assert at() == 20 and grid() != before and "Step 21" in page.inner_text("#where")
+    page.locator("#slider").fill("3")
+    assert grid() == before
+    page.focus("#slider")  # its own arrow keys must not add to the page's
+    assert press("ArrowRight") == 4 and press("Shift+ArrowRight") == 14
+    assert press("ArrowLeft") == 13 and press("Home") == 0 and press("ArrowLeft") == 0
+    last = page.evaluate("LAST")
+    assert press("End") == last and press("ArrowRight") == last
+    for key, kind in zip("pec", ("preempt", "evict", "copy"), strict=True):
+        marks, begun = [], 0
+        for event in events:
+            if event["e"] == kind and begun not in marks:
+                marks.append(begun)
+            begun += event["e"] == "begin"
+        marks = [mark for mark in marks if mark > 0]
+        press("Home")
+        assert [press(key) for _ in marks] == marks and press(key) == marks[-1]
+        if len(marks) > 1:
+            assert press(f"Shift+{key.upper()}") == marks[-2]
+    press("Home")
+    page.select_option("#speed", "120")
+    page.locator("body").press(" ")
+    while at() <= 5:  # it goes on by itself
+        page.wait_for_timeout(20)
+    assert page.inner_text("#play") == "Pause"
+    page.locator("body").press(" ")
+    assert page.inner_text("#play") == "Play"
+    press("?")
+    assert page.is_visible("#guide") and "block table" in page.inner_text("#guide")
+    press("?")
+    assert not page.is_visible("#guide")
+
+
+def block_at(page, block: int) -> None:
+    """Put the mouse on a block."""
+    page.locator("#gridscroll").scroll_into_view_if_needed()
+    x, y = page.evaluate(f"place({block})")
+    box, half = page.locator("#gridscroll").bounding_box(), page.evaluate("grid.cell") / 2
+    page.mouse.move(box["x"] + x + half - 1, box["y"] + y + half - 1)
+
+
+def test_hovering_tells_what_a_block_is_and_why(show, events):
+    page, wanted = show(events), frames(events)
+    told = Replay(events)  # texts and tokens
+    f = next(i for i, w in enumerate(wanted) if max(w["ref"]) > 1 and w["cached"])
+    page.evaluate(f"go({f})")
+    here = wanted[f]
+    shared = here["ref"].index(max(here["ref"]))
+    block_at(page, shared)
+    tip = page.inner_text("#tip")
+    assert f"Block {shared}: shared by {max(here['ref'])}" in tip
+    assert f"reference count {max(here['ref'])}" in tip and "Handed out in step" in tip
+    assert here["hashes"].get(str(shared), "no hash") in tip
+    holders = [(s, t.index(shared)) for s, t in here["tables"].items() if shared in t]
+    for s, line in holders[:4]:
+        life = told.seqs[int(s)]
+        assert f"request {life.request}, sample {life.sample}: line {line} of its table" in tip
+    life, line = told.seqs[int(holders[0][0])], holders[0][1]
+    ids = life.tokens[line * 16 : line * 16 + here["fill"][str(shared)]]
+    shown = page.locator("#tip .tokens").evaluate("node => node.textContent")
+    assert shown == "".join(told.words[token] for token in ids).replace("\n", "⏎")
+
+    block_at(page, here["cached"][0])
+    tip = page.inner_text("#tip")
+    assert f"Number 1 of {len(here['cached'])} to be evicted" in tip and "reference count 0" in tip
+    block_at(page, 0)
+    assert "the sink" in page.inner_text("#tip")
+    page.mouse.move(2, 2)
+    assert not page.is_visible("#tip")
+
+    copy = next(e for e in events if e["e"] == "copy")
+    page.evaluate(f"go({sum(e['e'] == 'begin' for e in events[: events.index(copy)])})")
+    block_at(page, copy["target"])
+    assert f"Copied from block {copy['source']}" in page.inner_text("#tip")
+
+
+def test_a_selected_request_shows_its_block_table_and_its_life(show, events):
+    page, wanted = show(events), frames(events)
+    sent = next(event["seq"] for event in events if event["e"] == "preempt")
+    page.evaluate(f"select({sent})")
+    told = Replay(events)
+    for f in (3, len(wanted) // 2, len(wanted) - 1):
+        page.evaluate(f"go({f})")
+        rows = page.locator("#rows tr")
+        table = wanted[f]["tables"].get(str(sent), [])
+        assert [row.split("\t")[0] for row in rows.all_inner_texts()] == list(
+            map(str, range(len(table)))
+        )
+        blocks = page.evaluate("[...$('rows').rows].map(r => +r.cells[2].textContent)")
+        assert blocks == table
+    life = told.seqs[sent]
+    assert f"Request {life.request}, sample {life.sample} is done (length)" in page.inner_text(
+        "#rname"
+    )
+    words = page.inner_text("#life")
+    for what in ("leaves the queue", "is preempted", "is done", "40 tokens written"):
+        assert what in words
+    page.click("#life button:has-text('is preempted')")
+    assert f"request {life.request}, sample {life.sample}" in page.inner_text("#story")
+    assert "preempted" in page.inner_text("#story")
+    page.keyboard.press("ArrowLeft")
+    p = page.evaluate(f"state.computed[{sent}]") - 1
+    f = page.evaluate("frame")
+    block = wanted[f]["tables"][str(sent)][p // 16]
+    said = f"{p} = {p // 16} × 16 + {p % 16}, and line {p // 16} says block {block}"
+    assert said in page.inner_text("#sum")
+
+    page.keyboard.press("Escape")
+    assert page.locator("#rows").count() == 0
+    page.keyboard.press("]")
+    assert "Request 0" in page.inner_text("#rname")
+    # a click on a line of the timeline
+    box = page.locator("#lanescroll").bounding_box()
+    page.locator("#lanescroll").click(position={"x": box["width"] / 3, "y": 15 * 4 + 8})
+    assert page.evaluate("selected === lanes[4]")
+    # and on a block
+    used = next(int(b) for b in wanted[page.evaluate("frame")]["fill"])
+    block_at(page, used)
+    page.mouse.down()
+    page.mouse.up()
+    assert used in page.evaluate("state.tables.get(selected)")
+
+
+def test_a_prompt_that_means_harm_is_only_text(show, events):
+    page = show(events)
+    assert HOSTILE.split("'")[0] not in Path(page.url.removeprefix("file://")).read_text()
+    seq = next(
+        e["seq"] for e in events if e["e"] == "arrive" and e["request"] == 2 and e["sample"] == 0
+    )
+    page.evaluate(f"go(1); select({seq})")
+    texts = page.evaluate("[...$('rows').rows].map(r => r.cells[3].textContent).join('')")
+    assert "</script><img src=x onerror=" in texts
+    for f in range(0, page.evaluate("LAST"), 5):
+        page.evaluate(f"go({f})")
+        for block in page.evaluate("[...state.ref.keys()].filter(b => state.ref[b])"):
+            page.evaluate(f"showTip({{clientX: 9, clientY: 9}}, describe({block}))")
+    assert page.locator("img").count() == page.locator("b:has-text('bold')").count() == 0
+    assert page.evaluate("window.hit") is None
+
+
+def test_light_and_dark(show, events):
+    light, dark = show(events), show(events, "dark")
+    for page, theme in ((light, "light"), (dark, "dark")):
+        assert page.evaluate("document.documentElement.dataset.theme") == theme
+    seen = [page.evaluate("$('grid').toDataURL()") for page in (light, dark)]
+    assert seen[0] != seen[1]
+    dark.click("#theme")
+    assert dark.evaluate("$('grid').toDataURL()") == seen[0]
+
+
+def test_states_differ_without_colour(show, events):
+    # drawn in one colour, no two kinds of block have the same picture
+    pictures = show(events).evaluate("""() => {
+      const kinds = [["used", 1, 1], ["used", .5, 1], ["used", 1, 2], ["cached", 1, 0],
+                     ["blank", 1, 0], ["sink", 1, 0]];
+      for (const name of Object.keys(css)) if (name !== "panel") css[name] = "#000";
+      return [16, 7].map(side => kinds.map(([kind, part, holders]) => {
+        const canvas = document.createElement("canvas");
+        const g = fit(canvas, side, side);
+        paint(g, 0, 0, side, kind, "#000", part, holders);
+        return canvas.toDataURL();
+      }));
+    }""")
+    assert all(len(set(side)) == 6 for side in pictures)
+
+
+def test_a_run_that_did_nothing_and_one_that_was_killed(show, events):
+    for told in (events[:1], events[:4], events[: len(events) // 2]):
+        page = show(told)
+        assert page.evaluate("LAST") == sum(event["e"] == "begin" for event in told)
+        page.keyboard.press("End")
+        page.keyboard.press("]")
+        page.locator("body").press(" ")
