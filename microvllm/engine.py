@@ -434,8 +434,7 @@ class LLM:
                 if progress:
                     progress()
         finally:
-            for request in waiting:
-                self.abort(request.id)
+            self.abort(*[request.id for request in waiting])
 
     def stream(
         self, prompts, sampling_params=None, *, tools: bool = False
@@ -457,8 +456,7 @@ class LLM:
                     event = events.popleft()
                     yield RequestOutput(index=index[event.pop("request_id")], **event)
         finally:
-            for request in requests:
-                self.abort(request.id)
+            self.abort(*[request.id for request in requests])
 
     def chat(
         self, messages, sampling_params=None, use_tqdm: bool = True, *, tools: bool = True
@@ -587,11 +585,15 @@ class LLM:
         """Queue one prompt (a string or token ids) and return the id its output will carry."""
         return self._add(*self._check(prompt, sampling_params), tools=tools).id
 
-    def abort(self, request_id: int) -> None:
-        """End a request now, wherever it is; its output says "abort". Unknown ids are ignored."""
-        if request := self._requests.get(request_id):
-            for seq in self.scheduler.abort(request_id):
-                self._collect(request, seq)
+    def abort(self, *request_ids: int) -> None:
+        """End requests now, wherever they are; their outputs say "abort". Unknown ids are
+        ignored."""
+        requests = {i: self._requests[i] for i in request_ids if i in self._requests}
+        if not requests:
+            return
+        for seq in self.scheduler.abort(*requests):
+            self._collect(requests[seq.request_id], seq)
+        for request in requests.values():
             if request.output is None:  # samples that had not split off yet are not listed
                 self._finish(request)
 
@@ -876,8 +878,7 @@ class LLM:
 
     def close(self) -> None:
         """Drop the weights and the cache; whatever is unfinished is aborted."""
-        for request_id in list(self._requests):
-            self.abort(request_id)
+        self.abort(*self._requests)
         self.model = self.cache = self.graphs = self._flight = None
         if self.scheduler.blocks.trace:
             self.scheduler.blocks.trace.close()

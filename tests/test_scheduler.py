@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import zlib
+from collections import deque
 from typing import NamedTuple
 
 import pytest
@@ -781,6 +782,28 @@ def test_a_request_may_be_aborted_at_any_stage(ahead):
     assert {(running, begun) for _, running, begun in seen} == {
         (False, False), (True, False), (True, True), (False, True)
     }  # fmt: skip
+
+
+def test_many_requests_are_aborted_in_one_walk_over_the_queue():
+    """One walk for each, and a Ctrl-C behind a long queue would be felt."""
+
+    class Queue(deque):
+        walks = 0
+
+        def __iter__(self):
+            Queue.walks += 1
+            return super().__iter__()
+
+    scheduler = Scheduler(BlockManager(20, 4), 8, 64)
+    for i in range(300):
+        scheduler.add(Sequence(i, text(5), Params()))
+    scheduler.schedule()
+    scheduler.waiting = Queue(scheduler.waiting)
+    victims = scheduler.abort(*range(10, 300), 999)
+    assert sorted(seq.request_id for seq in victims) == list(range(10, 300))
+    assert Queue.walks == 2  # to find them, and to keep the others
+    assert {seq.request_id for seq in (*scheduler.running, *scheduler.waiting)} == set(range(10))
+    scheduler.blocks.check(scheduler.running)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
