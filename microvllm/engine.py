@@ -516,24 +516,24 @@ class LLM:
         if len(prompts) != len(continuations):
             raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
         checked = []
-        for i, (prompt, tail) in enumerate(zip(prompts, continuations, strict=True)):
+        for i, pair in enumerate(zip(prompts, continuations, strict=True)):
             try:
-                tail = self.tokenizer.encode(tail) if isinstance(tail, str) else tail
-                tail, params = self._check(tail, SamplingParams(max_tokens=1))
-                ids, params = self._check(prompt, SamplingParams(max_tokens=len(tail), seed=0))
-                if len(ids) + len(tail) > self.max_model_len:
-                    raise ValueError(
-                        f"{len(ids)} tokens and {len(tail)} more are beyond max_model_len, "
-                        f"{self.max_model_len}"
-                    )
+                checked.append(self._check_pair(*pair))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"prompts[{i}], continuations[{i}]: {error}") from None
-            checked.append((ids, params, tail))
-        requests = [
-            self._add(ids, params, owned=True, targets=tail) for ids, params, tail in checked
-        ]
+        requests = [self._add(*pair, owned=True) for pair in checked]
         self._run(requests)
         return [request.output["logprobs"] for request in requests]
+
+    def _check_pair(self, prompt, tail) -> tuple[list[int], SamplingParams, list[int]]:
+        """Token ids, params and targets of a continuation to score; raises as _check does."""
+        tail = self.tokenizer.encode(tail) if isinstance(tail, str) else tail
+        tail, params = self._check(tail, SamplingParams(max_tokens=1))
+        ids, params = self._check(prompt, SamplingParams(max_tokens=len(tail), seed=0))
+        if len(ids) + len(tail) > self.max_model_len:
+            limit = f"max_model_len, {self.max_model_len}"
+            raise ValueError(f"{len(ids)} tokens and {len(tail)} more are beyond {limit}")
+        return ids, params, tail
 
     def update_weights(self, weights) -> None:
         """Swap the weights in place: a state dict of the same shapes, or a module that has one.
@@ -580,9 +580,13 @@ class LLM:
             self._land(flight)
 
     def add_request(
-        self, prompt, sampling_params: SamplingParams | None = None, *, tools: bool = False
-    ) -> int:
-        """Queue one prompt (a string or token ids) and return the id its output will carry."""
+        self, prompt, sampling_params: SamplingParams | None = None, *, tools: bool = False,
+        continuation=None,
+    ) -> int:  # fmt: skip
+        """Queue one prompt (a string or token ids) and return the id its output will carry. With a
+        continuation (text or ids) nothing is written: the output has its logprobs, as in score."""
+        if continuation is not None:
+            return self._add(*self._check_pair(prompt, continuation)).id
         return self._add(*self._check(prompt, sampling_params), tools=tools).id
 
     def abort(self, *request_ids: int) -> None:
@@ -674,7 +678,7 @@ class LLM:
             )
         return ids, params
 
-    def _add(self, ids, params, *, tools=False, owned=False, events=None, targets=None) -> Request:
+    def _add(self, ids, params, targets=None, *, tools=False, owned=False, events=None) -> Request:
         if params.seed is None:
             params = replace(params, seed=self._seeds.getrandbits(63))
         if any(isinstance(word, str) for word in params.bad_words):
@@ -849,8 +853,6 @@ class LLM:
         """The last sample of a request is over: make its output."""
         request.output = request.make_output(self.tokenizer)
         del self._requests[request.id]
-        if request.scored:
-            return
         self._stats["cached_tokens"] += request.output["num_cached_tokens"]
         self._stats["requests"] += 1
         if not request.owned:

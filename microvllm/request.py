@@ -146,17 +146,14 @@ class Request:
 
     def make_output(self, tokenizer: Tokenizer) -> RequestOutput:
         """What the finished samples amount to."""
+        found = {"request_id": self.id, "prompt_token_ids": self.prompt}
+        found["num_cached_tokens"] = self.done[0].num_cached or 0
         if self.scored:
-            return RequestOutput(logprobs=self.done[0].scores)
+            seq = self.done[0]
+            return RequestOutput(found, finish_reason=seq.finish_reason, logprobs=seq.scores)
         done = sorted(self.done, key=lambda seq: seq.sample_id)
         samples = [self._sample(seq, tokenizer) for seq in done]
-        return RequestOutput(
-            samples[0],
-            request_id=self.id,
-            prompt_token_ids=self.prompt,
-            num_cached_tokens=self.done[0].num_cached or 0,
-            samples=samples,
-        )
+        return RequestOutput(samples[0], **found, samples=samples)
 
     def _sample(self, seq: Sequence, tokenizer: Tokenizer) -> dict:
         answer = self.answers.get(seq.sample_id)

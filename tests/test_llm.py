@@ -220,6 +220,22 @@ def test_scoring_runs_beside_generation_and_refuses_what_does_not_fit(llm):
         llm.score(["a"], [[]])
 
 
+def test_step_returns_the_scores_of_a_queued_continuation_and_counts_its_hits(llm):
+    pairs = [("It was the best of times, it was the", " worst of times"), ([5] * 40, [6, 7])]
+    wanted = llm.score(*zip(*pairs, strict=True))
+    before = llm.stats()
+    ids = [llm.add_request(prompt, continuation=tail) for prompt, tail in pairs]
+    found = {}
+    while not llm.is_finished():
+        found |= {output.request_id: output for output in llm.step()}
+    for request, scores in zip(ids, wanted, strict=True):
+        assert found[request].logprobs == pytest.approx(scores, abs=1e-5)
+    assert found[ids[1]].num_cached_tokens == 32 and found[ids[1]].finish_reason == "length"
+    assert llm.stats()["requests"] - before["requests"] == 2
+    with pytest.raises(ValueError, match="max_model_len"):
+        llm.add_request([5] * 600, continuation=[5] * 600)
+
+
 # chat, nanochat's scripts, live weights --------------------------------------------------------
 
 
