@@ -565,8 +565,8 @@ class LLM:
     def _attach(self, path) -> Trace:
         from .trace import Trace
 
-        def decode(token: int) -> str:  # half a character: \xe2
-            return self.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
+        def decode(token: int) -> str:
+            return self.tokenizer.token_bytes(token).decode("utf-8", "surrogateescape")
 
         self._settle()
         trace = Trace(path, decode)

@@ -17,7 +17,8 @@ arrival. A list of such numbers is written "0-3 7", which is 0, 1, 2, 3, 7.
                                                  max_batch_size, max_batched_tokens, hashes {block:
                                                  hash}, cached [block...] the next to be evicted
                                                  first; model, device, where an engine is traced
-    text      the first of these tokens follow   ids {token id: its text}, \\xe2 for half characters
+    text      the first of these tokens follow   ids {token id: its text}; \\udce2 for a byte e2
+                                                 that is a part of a character
     arrive    a request waits in the queue       t, seq, request, sample (of the request), samples
                                                  (it will fork into so many), tokens, prompt (how
                                                  many of the tokens are that), limit (it ends at so

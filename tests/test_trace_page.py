@@ -350,3 +350,18 @@ def test_a_run_that_did_nothing_and_one_that_was_killed(show, events):
         page.keyboard.press("End")
         page.keyboard.press("]")
         page.locator("body").press(" ")
+
+
+def test_characters_of_several_tokens_are_put_together(show):
+    text = "« été » 雪 🙂 \\xe2"
+    with LLM(MODEL, device="cpu", num_blocks=24) as llm:
+        with llm.tracing() as trace:
+            llm.generate([text], SamplingParams(max_tokens=1), use_tqdm=False)
+        pieces = [llm.tokenizer.token_bytes(i) for i in llm.tokenizer.encode(text)]
+    assert any("\ufffd" in piece.decode(errors="replace") for piece in pieces), "none is cut"
+    page = show(trace.events)
+    page.evaluate("go(0); select(0)")
+    shown = page.evaluate("[...$('rows').rows].map(r => r.cells[3].textContent).join('')")
+    assert shown.replace("\ufffd", "") in f"<|bos|>{text}" and "été » 雪" in shown
+    tokens = page.evaluate("[...tokensOf(0, 0, 16).children].map(n => n.textContent)")
+    assert tokens[1:] == [p.decode("utf-8", "backslashreplace") for p in pieces[:15]]
