@@ -38,7 +38,7 @@ from .checkpoint import (
     wrap_model,
 )
 from .model import GPTConfig
-from .request import Request, RequestOutput
+from .request import Request, RequestOutput, prompt_ids
 from .sampler import History, Sampled, SamplingParams, check_int, check_number, noise, sample
 from .scheduler import (
     BlockManager,
@@ -102,8 +102,7 @@ class SequenceKVView:
         return [self.table[p // size] * size + p % size for p in range(start, stop)]
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
-        """k and v of one layer, each (num_tokens, n_kv_head, head_dim), copied out of the
-        blocks."""
+        """k and v of a layer, each (num_tokens, n_kv_head, head_dim), copied out of the blocks."""
         return tuple(
             x[self.table].transpose(1, 2).flatten(0, 1)[: self.num_tokens]
             for x in self.cache.layer(layer)
@@ -406,14 +405,11 @@ class LLM:
         order. A bad prompt is refused before any work is done.
         """
         requests = self._submit(prompts, sampling_params, tools=tools)
-        if not use_tqdm:
-            self._run(requests)
-            return [request.output for request in requests]
         from tqdm import tqdm
 
         began, before = time.perf_counter(), self._stats["output_tokens"]
-        # disable=None: shown on a terminal only
-        with tqdm(total=len(requests), desc="generating", unit="prompt", disable=None) as bar:
+        hidden = None if use_tqdm else True  # None: shown on a terminal only
+        with tqdm(total=len(requests), desc="generating", unit="prompt", disable=hidden) as bar:
 
             def progress() -> None:
                 rate = (self._stats["output_tokens"] - before) / (time.perf_counter() - began)
@@ -521,7 +517,7 @@ class LLM:
                 checked.append(self._check_pair(*pair))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"prompts[{i}], continuations[{i}]: {error}") from None
-        requests = [self._add(*pair, owned=True) for pair in checked]
+        requests = self._queue(checked)
         self._run(requests)
         return [request.output["logprobs"] for request in requests]
 
@@ -543,8 +539,10 @@ class LLM:
         """
         state = weights.state_dict() if hasattr(weights, "state_dict") else weights
         self.model.update({k.removeprefix("_orig_mod."): w for k, w in state.items()})
-        self._settle()
-        self.scheduler.reset()
+        try:
+            self._settle()
+        finally:
+            self.scheduler.reset()
 
     @contextmanager
     def tracing(self, path=None) -> Iterator[Trace]:
@@ -574,10 +572,14 @@ class LLM:
         return trace
 
     def _settle(self) -> None:
-        """Read the step that is under way, if one is."""
+        """Read the step that is under way, if one is; if that fails it never was."""
         if self._flight:
             flight, self._flight = self._flight, None
-            self._land(flight)
+            try:
+                self._land(flight)
+            except BaseException:
+                self.scheduler.reset()
+                raise
 
     def add_request(
         self, prompt, sampling_params: SamplingParams | None = None, *, tools: bool = False,
@@ -589,9 +591,9 @@ class LLM:
             return self._add(*self._check_pair(prompt, continuation)).id
         return self._add(*self._check(prompt, sampling_params), tools=tools).id
 
+    @_uninterrupted()
     def abort(self, *request_ids: int) -> None:
-        """End requests now, wherever they are; their outputs say "abort". Unknown ids are
-        ignored."""
+        """End requests now; their outputs say "abort". Unknown ids are ignored."""
         requests = {i: self._requests[i] for i in request_ids if i in self._requests}
         if not requests:
             return
@@ -625,36 +627,26 @@ class LLM:
                 checked.append(self._check(prompt, params))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"prompts[{i}]: {error}") from None
-        return [self._add(*request, tools=tools, owned=True, events=events) for request in checked]
+        return self._queue(checked, tools=tools, events=events)
+
+    def _queue(self, checked: list[tuple], **options) -> list[Request]:
+        """Queue requests that someone waits for: all of them or, if that fails, none."""
+        first = self._next_id
+        try:
+            return [self._add(*request, owned=True, **options) for request in checked]
+        except BaseException:  # a Ctrl-C among many
+            self.abort(*range(first, self._next_id))
+            raise
 
     def _check(self, prompt, params: SamplingParams | None) -> tuple[list[int], SamplingParams]:
-        """Token ids and params of a request. Raises TypeError or ValueError if it can never be
-        served."""
+        """Token ids and params of a request. Raises TypeError or ValueError if it cannot be."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(
                 f"sampling_params must be a SamplingParams, got {type(params).__name__}"
             )
-        vocab = self.model.config.vocab_size
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, bos=True)
-        elif isinstance(prompt, (list, tuple, np.ndarray)):
-            ids = list(prompt)
-            for token in ids:
-                if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
-                    raise TypeError(f"a prompt of token ids must hold integers, got {token!r:.80}")
-                if not 0 <= token < vocab:
-                    raise ValueError(f"token id {token} is outside the vocabulary of {vocab}")
-            ids = [int(token) for token in ids]
-            if not ids:
-                raise ValueError(
-                    "a prompt of token ids needs at least one (the text '' is BOS alone)"
-                )
-        else:
-            raise TypeError(
-                f"a prompt is a string or a list of token ids, got {type(prompt).__name__}"
-            )
-        params.check_vocabulary(vocab)
+        ids = prompt_ids(prompt, self.tokenizer)
+        params.check_vocabulary(self.tokenizer.vocab_size)
         if params.n > self.max_batch_size:
             raise ValueError(
                 f"n={params.n} samples do not fit max_batch_size={self.max_batch_size}"
@@ -678,6 +670,7 @@ class LLM:
             )
         return ids, params
 
+    @_uninterrupted()
     def _add(self, ids, params, targets=None, *, tools=False, owned=False, events=None) -> Request:
         if params.seed is None:
             params = replace(params, seed=self._seeds.getrandbits(63))
@@ -692,15 +685,22 @@ class LLM:
         if not params.ignore_eos:
             stop_ids |= self.tokenizer.eos_ids
         max_length = min(len(ids) + params.max_tokens, self.max_model_len)
-        self.scheduler.add(Sequence(request.id, ids, params, max_length, stop_ids, targets))
         self._requests[request.id] = request
+        self.scheduler.add(Sequence(request.id, ids, params, max_length, stop_ids, targets))
         self._stats["prompt_tokens"] += len(ids)
         return request
 
     # the loop ------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Run the model once over whatever is due; returns the requests that finished."""
+        """Run the model once over whatever is due; returns the requests that finished.
+
+        If that fails (the device has no memory left, say), the exception gets out and no request is
+        lost: all wait again with the tokens they have, and the next step goes on from there to the
+        same tokens as ever. Whoever failed in `generate`, `stream` or `score` ends its own
+        requests. What fails for one request alone, its logits_processor or its text, ends it with
+        finish_reason "error", and nobody else.
+        """
         self._advance()
         finished, self._finished = self._finished, []
         return finished
@@ -721,11 +721,9 @@ class LLM:
         if trace:
             trace.lap("outside")
         try:
-            if self._flight and any(
-                s.params.needs_history for _, s, _ in self._flight.plan.samples
-            ):
-                landing, self._flight = self._flight, None
-                self._land(landing)  # a filter wants to know the last token before the next
+            samples = self._flight.plan.samples if self._flight else ()
+            if any(seq.params.needs_history for _, seq, _ in samples):
+                self._settle()  # a filter wants to know the last token before the next
             if self.scheduler.waiting or self.scheduler.running:
                 plan = self.scheduler.schedule()
                 blocks, stats = self.scheduler.blocks, self._stats
@@ -743,8 +741,7 @@ class LLM:
             raise
 
     def _launch(self, plan: Step) -> Flight:
-        """Start a step: upload, copy shared blocks, forward, sample. On a GPU it returns at
-        once."""
+        """Start a step: upload, copy shared blocks, forward, sample. A GPU does not wait for it."""
         trace = self.scheduler.blocks.trace
         batch = make_batch(plan, self.cache.block_size)
         if trace:
@@ -796,8 +793,7 @@ class LLM:
         return Flight(plan, tokens, on_host, sampled, event)
 
     def _land(self, flight: Flight) -> None:
-        """Read a step's tokens and hand them to the scheduler; collect the requests that are
-        done."""
+        """Read a step's tokens, hand them to the scheduler, collect the requests that are done."""
         if flight.event:
             flight.event.synchronize()
         tokens, scores, packed = flight.on_host
@@ -805,14 +801,15 @@ class LLM:
         trace = self.scheduler.blocks.trace
         if trace:
             trace.wait()
+        listed = flight.sampled._replace(packed=packed).logprobs() if flight.sampled else {}
         changed = self.scheduler.update(flight.plan, token_ids, scores)
+        # nothing may fail from here on: whoever has ended is in no queue any more
         self._count(flight.plan, len(changed))
-        if flight.sampled:
-            news = set(map(id, changed))
-            for row, entry in flight.sampled._replace(packed=packed).logprobs().items():
-                _, seq, position = flight.plan.samples[row]
-                if id(seq) in news:
-                    self._requests[seq.request_id].logprobs[seq.sample_id, position] = entry
+        news = set(map(id, changed))
+        for row, entry in listed.items():
+            _, seq, position = flight.plan.samples[row]
+            if id(seq) in news:
+                self._requests[seq.request_id].logprobs[seq.sample_id, position] = entry
         for seq in changed:
             request = self._requests[seq.request_id]
             if request.watched:

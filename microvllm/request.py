@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .sampler import SamplingParams
 from .scheduler import Scheduler, Sequence
 from .tokenizer import IncrementalDecoder, Tokenizer
@@ -20,12 +22,12 @@ class RequestOutput(dict):
     text (special tokens and what ended it not shown), token_ids (as generated, with the stop token
     if it ended there), mask (0 for the tokens that a tool forced, else 1), prompt_token_ids,
     finish_reason ("stop" | "length" | "abort" | "error": the filters left no token to draw, or a
-    logits_processor raised), stop_reason (the stop token's id, the stop string, which limit was
-    met: "max_tokens" | "max_model_len", or the error), logprobs where asked for (one dict per token
-    of token_id, logprob: the model's, sampler_logprob: after temperature and filters, top:
-    alternatives; None for forced tokens), num_cached_tokens (of the prompt, found in the prefix
-    cache), request_id, and samples: such a dict for each of the n samples, the first of which is
-    also at the top level.
+    logits_processor or the tokenizer raised), stop_reason (the stop token's id, the stop string,
+    which limit was met: "max_tokens" | "max_model_len", or the error), logprobs where asked for
+    (one dict per token of token_id, logprob: the model's, sampler_logprob: after temperature and
+    filters, top: alternatives; None for forced tokens), num_cached_tokens (of the prompt, found in
+    the prefix cache), request_id, and samples: such a dict for each of the n samples, the first of
+    which is also at the top level.
     """
 
     def __getattr__(self, name: str):
@@ -98,6 +100,24 @@ class Answer:
         return event
 
 
+def prompt_ids(prompt, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of a prompt: of a text, behind BOS, or of a list of ids, as they are. Raises
+    TypeError or ValueError for what is neither, is empty, or has an id that does not exist."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, bos=True)
+    if not isinstance(prompt, (list, tuple, np.ndarray)):
+        raise TypeError(f"a prompt is a string or a list of token ids, got {type(prompt).__name__}")
+    vocab = tokenizer.vocab_size
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise TypeError(f"a prompt of token ids must hold integers, got {token!r:.80}")
+        if not 0 <= token < vocab:
+            raise ValueError(f"token id {token} is outside the vocabulary of {vocab}")
+    if not len(prompt):
+        raise ValueError("a prompt of token ids needs at least one (the text '' is BOS alone)")
+    return [int(token) for token in prompt]
+
+
 @dataclass
 class Request:
     """A request from its arrival to its output."""
@@ -113,6 +133,7 @@ class Request:
     answers: dict[int, Answer] = field(default_factory=dict)  # by sample index
     logprobs: dict[tuple[int, int], dict] = field(default_factory=dict)  # (sample, position)
     errors: list[Exception] = field(default_factory=list)  # of its logits_processor
+    broken: Exception | None = None  # why its text could not be made
     output: RequestOutput | None = None
 
     @property
@@ -126,11 +147,20 @@ class Request:
         if answer is None:
             answer = self.answers[seq.sample_id] = Answer(tokenizer, self.tools)
         before = len(answer.forced)
-        answer.read(seq, scheduler)
+        try:
+            answer.read(seq, scheduler)
+        except Exception as error:  # of the tokenizer: others in the batch are not to suffer
+            if seq.finish_reason is None:
+                scheduler.finish(seq, "error")
+            self._break(seq, error)
         if self.events is not None and (event := answer.tell(seq)):
             event |= {"request_id": self.id, "stop_reason": self._stop_reason(seq)}
             self.events.append(event)
         return len(answer.forced) - before
+
+    def _break(self, seq: Sequence, error: Exception) -> None:
+        """A sample whose text cannot be made has failed, however it ended."""
+        self.broken, seq.finish_reason = error, "error"
 
     def _stop_reason(self, seq: Sequence) -> int | str | None:
         """What ended a sample: a stop string, a token id, the name of the limit, or the error."""
@@ -140,8 +170,10 @@ class Request:
         if seq.finish_reason == "length":
             full = len(seq.tokens) - seq.num_prompt == seq.params.max_tokens
             return "max_tokens" if full else "max_model_len"
-        if seq.finish_reason == "error" and self.errors:
-            return f"logits_processor: {type(self.errors[0]).__name__}: {self.errors[0]}"
+        if seq.finish_reason == "error" and (self.broken or self.errors):
+            what = "tokenizer" if self.broken else "logits_processor"
+            error = self.broken or self.errors[0]
+            return f"{what}: {type(error).__name__}: {error}"
         return "no token is left to draw" if seq.finish_reason == "error" else None
 
     def make_output(self, tokenizer: Tokenizer) -> RequestOutput:
@@ -166,7 +198,11 @@ class Request:
                     mask[i] = 0
         else:
             shown = token_ids[:-1] if seq.finish_reason == "stop" else token_ids
-            text = tokenizer.decode(shown, skip_special=True)
+            try:
+                text = tokenizer.decode(shown, skip_special=True)
+            except Exception as error:
+                text = ""
+                self._break(seq, error)
         sample = {
             "text": text,
             "token_ids": token_ids,

@@ -410,7 +410,8 @@ def keep_top_p(logits: Tensor, top_p: list[float]) -> Tensor:
     ordered = weights.sort(-1, descending=True).values
     likelier = ordered.cumsum(-1) - ordered
     count = (likelier < torch.tensor(top_p, device=logits.device)[:, None]).sum(-1, keepdim=True)
-    return logits.masked_fill(weights < ordered.gather(1, count - 1), -torch.inf)
+    last = (count - 1).clamp(min=0)  # a row without any token is all NaN, and has no first either
+    return logits.masked_fill(weights < ordered.gather(1, last), -torch.inf)
 
 
 def keep_min_p(logits: Tensor, min_p: list[float]) -> Tensor:

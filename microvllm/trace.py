@@ -76,11 +76,12 @@ from __future__ import annotations
 
 import colorsys
 import json
+import logging
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -91,6 +92,8 @@ if TYPE_CHECKING:
 
     from .engine import LLM
     from .scheduler import Scheduler, Sequence
+
+log = logging.getLogger("microvllm")
 
 VERSION = 1
 TEMPLATE = Path(__file__).with_name("trace.html")
@@ -127,14 +130,16 @@ class Trace:
 
     path: file to write, whole at the end of every step, so that the trace of a run that was killed
     can be read; None: kept in memory. decode: the text of a token id. Set `on_step` to a function
-    and it is called at the end of every step. Raises OSError if the file cannot be written.
+    and it is called at the end of every step. Raises OSError if the file cannot be opened; if it
+    cannot be written later on, as on a full disk, the trace ends there with a warning, and the run
+    goes on.
     """
 
     def __init__(self, path: str | Path | None = None, decode: Callable[[int], str] | None = None):
         if path is not None and not isinstance(path, (str, Path)):
             raise TypeError(f"a trace is written to a file's path, not to {path!r:.80}")
         self.path = path
-        self._file = None if path is None else open(path, "w", encoding="ascii")
+        self._file = None
         self.on_step: Callable[[], None] | None = None
         self._decode = decode
         self._lines: list[str] = []  # not in the file yet, or all there are
@@ -155,6 +160,8 @@ class Trace:
         blocks = scheduler.blocks
         if blocks.trace:
             raise ValueError(f"there is a trace already, to {blocks.trace.path or 'memory'}")
+        if self.path is not None:
+            self._file = open(self.path, "w", encoding="ascii")
         self._scheduler, blocks.trace = scheduler, self
         self._tell(
             "pool",
@@ -183,11 +190,10 @@ class Trace:
         """Write what is left and let go of the scheduler. Harmless when done already."""
         if self._scheduler and self._scheduler.blocks.trace is self:
             self._scheduler.blocks.trace = None
+        self._flush()
         if self._file:
-            file, self._file = self._file, None
-            with file:
-                file.write("".join(self._lines))
-                self._lines.clear()
+            self._file.close()
+            self._file = None
 
     @property
     def events(self) -> list[dict]:
@@ -356,8 +362,15 @@ class Trace:
 
     def _flush(self) -> None:
         if self._file:
-            self._file.write("".join(self._lines))
-            self._file.flush()
+            try:
+                self._file.write("".join(self._lines))
+                self._file.flush()
+            except OSError as error:
+                log.warning("the trace %s ends here: %s", self.path, error)
+                with suppress(OSError):  # it tries once more to write
+                    self._file.close()
+                self._file = None
+                self.close()
             self._lines.clear()
 
 

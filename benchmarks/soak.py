@@ -1,0 +1,696 @@
+"""The engine under fire: random stories of requests, each token compared with a naive loop.
+
+    python benchmarks/soak.py                           # an hour
+    python benchmarks/soak.py --seconds 30 --seed 7
+    python benchmarks/soak.py --seed 7 --case 123       # one story again
+
+A story is a small engine (any era of nanochat, a pool as small as its longest request allows, any
+block size, token budget and policy, with and without a prefix cache, in the plain loop and in the
+one that runs a step ahead) and what happens to it: requests of all kinds and parameters arrive, are
+aborted, streamed, scored, left half-way; weights change; steps fail. `check()` is called after each
+step. At its end every output is read again by the naive loop of the tests: its tokens one after the
+other, each of which must be what its request's parameters pick from the logits of a plain forward
+of all that comes before it.
+
+A token that differs where the choice hangs on a rounding of the logits is counted and not a
+failure. After a failure the story is cut down to the shortest that still fails, and printed; the
+exit status is 1. The last line is all of it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a clone, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import numpy as np
+import torch
+from test_engine import FIXTURES, assert_idle, build, check, ids, naive
+from test_failures import PLACES, Fault, failing
+from test_sampling import ban_even, favour_the_last, naive_edits, naive_probabilities
+from test_trace import compare
+
+from lab import policies
+from microvllm import SamplingParams, scheduler
+from microvllm.checkpoint import load_model
+from microvllm.sampler import History, noise
+from microvllm.terminal import Parser, positive
+from microvllm.tools import Calculator
+from microvllm.trace import Replay
+
+ROUNDING = 1e-3  # by how much a logit may differ between two ways to compute it
+
+
+def fail_at_times(tokens, logits):
+    """A logits_processor that raises at places that the text decides."""
+    if sum(tokens) % 11 == 0:
+        raise KeyError("no rule for this")
+    return logits
+
+
+def nothing_left_at_times(tokens, logits):
+    """A logits_processor that leaves no token at places that the text decides."""
+    return logits - torch.inf if sum(tokens) % 9 == 0 else logits
+
+
+PROCESSORS = {f.__name__: f for f in (ban_even, favour_the_last, fail_at_times)}
+PROCESSORS["nothing_left_at_times"] = nothing_left_at_times
+VICTIMS = scheduler.youngest, policies.largest, policies.cheapest, policies.furthest
+ADMISSIONS = scheduler.first_come, policies.shortest, policies.best_cached, policies.first_fit
+EVICTIONS = scheduler.least_recently_used, policies.most_recently_used, policies.first_published
+
+
+# a story, as plain data ---------------------------------------------------------------------------
+
+
+def some_params(rng: random.Random, max_tokens: int, tools: bool) -> dict:
+    """Keywords of SamplingParams: most of them rarely, all of them together at times."""
+    share = rng.choice([0, 0.1, 0.3, 0.8])
+
+    def rarely() -> bool:
+        return rng.random() < share
+
+    given = {"temperature": rng.choice([0, 0, 0.3, 0.8, 1, 2.5]), "max_tokens": max_tokens}
+    given["seed"] = None if rng.random() < 0.1 else rng.getrandbits(rng.choice([3, 32, 64]))
+    given["ignore_eos"] = rng.random() < 0.6
+    choices = {
+        "top_k": lambda: rng.choice([0, 1, 2, 20, 1000]),
+        "top_p": lambda: rng.choice([1e-6, 0.3, 0.9, 0.999]),
+        "min_p": lambda: rng.choice([0.01, 0.2, 1.0]),
+        "repetition_penalty": lambda: rng.choice([0.7, 1.2, 2.0]),
+        "presence_penalty": lambda: rng.choice([-1.0, 0.7]),
+        "frequency_penalty": lambda: rng.choice([-0.3, 0.5]),
+        "min_tokens": lambda: rng.randint(0, max_tokens),
+        "stop": lambda: [rng.choice(["e", "a ", "th", "\ufffd", "12", "0"]) for _ in range(2)],
+        "stop_token_ids": lambda: rng.choices(range(311), k=rng.choice([1, 20])),
+        "sample_index": lambda: rng.choice([1, 7, 2**31 - 1]),
+        "logprobs": lambda: rng.choice([0, 1, 5, 1000]),
+        "logit_bias": lambda: {rng.randrange(311): rng.choice([-100, -1, 2, 9]) for _ in range(5)},
+        "allowed_token_ids": lambda: rng.sample(range(311), rng.choice([1, 2, 50])),
+        "bad_words": lambda: ["e", [rng.randrange(311)], rng.choices(range(311), k=2)],
+        "logits_processor": lambda: rng.choice(list(PROCESSORS)),
+    }
+    given |= {name: choice() for name, choice in choices.items() if rarely()}
+    if tools and rng.random() < 0.7:  # let it call the calculator again and again
+        given["allowed_token_ids"] = [*b"12+*/", 307, 308]
+        given["temperature"] = 3.0
+    return given
+
+
+def make_story(seed: str) -> dict:
+    """An engine's arguments and the events of its life."""
+    rng = random.Random(seed)
+    longest = rng.choice([6, 20, 60, 60, 200])  # tokens of a request, prompt and output
+    batch = rng.choice([1, 2, 3, 5, 8])
+    size = rng.choice([1, 2, 3, 4, 5, 8, 16, 16, 64])
+    story = {
+        "era": rng.choice(sorted(FIXTURES)),
+        "overlap": rng.random() < 0.5,
+        "trace": rng.random() < 0.2,
+        "options": {
+            "block_size": size,
+            "num_blocks": 1 + -(-(longest - 1) // size) + rng.choice([0, 0, 1, 2, 5, 20]),
+            "max_batch_size": batch,
+            "max_batched_tokens": rng.choice([1, 2, 3, 7, 16, 64, 1024]),
+            "max_model_len": rng.choice([None, longest, max(2, longest - 5)]),
+            "enable_prefix_caching": rng.random() < 0.75,
+            "attention": rng.choice(["numba", "numba", "sdpa"]),
+            "seed": rng.randrange(100),
+        },
+        "policies": [rng.choice([0, 0, 0, 1, 2, 3]) for _ in range(2)] + [rng.choice([0, 0, 1, 2])],
+    }
+    texts = [ids(longest, rng.randrange(10_000)) for _ in range(rng.choice([1, 2, 5]))]
+    crowded = rng.choice([0.25, 0.4, 0.6])  # how many events are arrivals
+
+    def prompt(length: int) -> list[int]:
+        length = max(1, length)
+        text = rng.choice(texts)[: rng.choice([length, length // size * size or length, length])]
+        if rng.random() < 0.5:
+            cut = rng.randint(0, len(text) - 1)
+            text = text[:cut] + ids(len(text) - cut, rng.randrange(10_000))
+        if rng.random() < 0.05:
+            text[rng.randrange(len(text))] = 306  # an end token in the prompt
+        return text
+
+    def request() -> dict:
+        max_tokens = rng.randint(1, max(1, longest - 1))
+        tools = rng.random() < 0.25
+        params = some_params(rng, max_tokens, tools)
+        if rng.random() < 0.25:
+            params["n"] = rng.randint(1, batch)
+        return {"prompt": prompt(longest - max_tokens), "params": params, "tools": tools}
+
+    events: list[tuple] = []
+    for _ in range(rng.choice([5, 20, 60])):
+        dice = rng.random()
+        if dice < crowded:
+            events.append(("add", request()))
+        elif dice < 0.84:
+            events.append(("step", rng.choice([1, 1, 2, 5, 20])))
+        elif dice < 0.89:
+            events.append(("abort", rng.randrange(1000)))
+        elif dice < 0.92:
+            wanted = [request() for _ in range(rng.randint(1, 3))]
+            events.append(("stream", wanted, rng.choice([None, None, rng.randint(0, 20)])))
+        elif dice < 0.94:
+            events.append(("generate", [request() for _ in range(rng.randint(0, 4))]))
+        elif dice < 0.96:
+            tails = [rng.randint(1, max(1, longest // 2)) for _ in range(rng.randint(1, 4))]
+            pairs = [(prompt(longest - n), ids(n, rng.randrange(10_000))) for n in tails]
+            events.append(("score", pairs))
+        elif dice < 0.97:
+            events.append(("weights", rng.randrange(2)))
+        else:
+            events.append(("fail", rng.choice(sorted(PLACES)), rng.choice([0, 1, 5])))
+    story["events"] = events
+    return story
+
+
+# what a request must give -------------------------------------------------------------------------
+
+
+class Reference:
+    """The naive loop of the tests over an era's model, with either of two sets of weights."""
+
+    def __init__(self, era: str):
+        self.loops = [naive(era), SimpleNamespace()]
+        fixture = FIXTURES[era]
+        other = load_model(fixture.directory, attention="sdpa", **fixture.overrides)
+        draw = torch.Generator().manual_seed(0)
+        self.weights = [
+            {name: tensor.clone() for name, tensor in other.weights.items()},
+            {
+                name: tensor * (1 + 0.2 * torch.randn(tensor.shape, generator=draw))
+                for name, tensor in other.weights.items()
+            },
+        ]
+        other.update(self.weights[1])
+        self.loops[1] = type(self.loops[0]).__new__(type(self.loops[0]))
+        self.loops[1].model, self.loops[1].known = other, {}
+
+    def logits(self, tokens: list[int], weights: int) -> np.ndarray:
+        """(V,) float64: what follows these tokens."""
+        return self.loops[weights].logits(tokens)
+
+    def follow(self, tokens: list[int], weights: int) -> None:
+        """Let the loop know what follows every beginning of these tokens, in one forward."""
+        self.loops[weights].follow(tokens)
+
+    def forget(self) -> None:
+        for loop in self.loops:
+            loop.known.clear()
+
+
+class Reader:
+    """Reads an output as the naive loop would have written it."""
+
+    def __init__(self, llm, reference: Reference, met: Counter):
+        self.tokenizer, self.max_model_len = llm.tokenizer, llm.max_model_len
+        self.reference, self.met = reference, met
+
+    def params(self, given: dict) -> SamplingParams:
+        """SamplingParams as a sampler that knows no text has them."""
+        given = dict(given)
+        if name := given.get("logits_processor"):
+            given["logits_processor"] = PROCESSORS[name]
+        if "bad_words" in given:
+            encode, words = self.tokenizer.encode, []
+            for word in given["bad_words"]:
+                texts = [word, " " + word] if isinstance(word, str) else []
+                words += [encode(text) for text in texts] or [word]
+            given["bad_words"] = words
+        return SamplingParams(**given)
+
+    def agree(self, token: int | None, logits, params, sample: int, history) -> dict:
+        """Assert that `token` (None: none) is the one to draw. Returns its log-probabilities."""
+        uniform = float(noise([params.seed], [params.sample_index + sample], [history.position])[0])
+        try:
+            edited = np.array(naive_edits(list(logits), params, history))
+        except KeyError:  # a logits_processor that fails
+            edited = np.full(len(logits), np.nan)
+        if not (edited > -np.inf).any():
+            assert token is None, f"{token} was drawn where nothing was left"
+            return {}
+        assert token is not None, "nothing was drawn where something was left"
+        for turn in range(6):  # the logits as they are, then as other roundings may have them
+            moved = logits
+            if turn:
+                draw = np.random.default_rng(turn)
+                moved = logits + draw.uniform(-ROUNDING, ROUNDING, len(logits))
+            p = naive_probabilities(list(moved), params, history)
+            slack, after = (0, 2e-3)[turn > 0], p.cumsum()
+            before = after[token] - p[token]
+            low, high = before - slack, after[token] + slack
+            if p[token] > 0 and low <= uniform * after[-1] <= high:
+                self.met["close calls"] += turn > 0
+                return {"sampler": float(np.log(p[token])), "exact": not turn}
+        if params.temperature == 0 and edited.max() - edited[token] < ROUNDING:
+            self.met["close calls"] += 1
+            return {"sampler": 0.0, "exact": False}
+        raise AssertionError(
+            f"token {token} at position {history.position} of sample {sample}: probability "
+            f"{p[token]:.3g}, noise {uniform:.6f} outside {low:.6f} to {high:.6f}; {params}"
+        )
+
+    def sample(self, asked: dict, params, number: int, found: dict, swaps: list) -> None:
+        """Assert that a sample is what it must be, as far as it goes.
+
+        asked: the request; found: the sample, or what its stream added up to; swaps: (index of the
+        first output token, weights) from which on other weights were in place.
+        """
+        prompt, given = asked["prompt"], found["token_ids"]
+        stops = set(params.stop_token_ids)
+        stops |= set() if params.ignore_eos else self.tokenizer.eos_ids
+        limit = min(len(prompt) + params.max_tokens, self.max_model_len)
+        for first, weights in swaps:
+            if first <= len(given):
+                self.reference.follow(prompt + given, weights)
+        tool = Calculator(self.tokenizer) if asked["tools"] else None
+        push, text, tokens, forced = self.tokenizer.decoder(), "", list(prompt), []
+        ended = reason = None
+        ends = found["finish_reason"]
+        for i, token in enumerate([*given, *[None] * (ends == "error")]):
+            assert ended is None, f"{len(given) - i} tokens after its end by {ended}: {reason!r}"
+            is_forced = bool(forced) and token is not None
+            if is_forced:
+                assert token == forced.pop(0), "not what the calculator says"
+                self.met["forced tokens"] += 1
+            else:
+                weights = [w for first, w in swaps if first <= i][-1]
+                history = History(tokens, len(prompt), len(tokens), stops)
+                logits = self.reference.logits(tokens, weights)
+                told = self.agree(token, logits, params, number, history)
+                self.met["tokens"] += 1
+                if params.logprobs is not None and token is not None and "logprobs" in found:
+                    self.logprobs(found["logprobs"][i], token, logits, params, told)
+            if "mask" in found and token is not None:
+                assert found["mask"][i] == 1 - is_forced
+            if token is None:
+                ended, reason = "error", found["stop_reason"]
+                break
+            tokens.append(token)
+            if not is_forced and token in stops:
+                ended, reason = "stop", token
+                continue
+            text += push.push(token)
+            if len(tokens) == limit and not forced:
+                ended = "length"
+                full = len(tokens) - len(prompt) == params.max_tokens
+                reason = "max_tokens" if full else "max_model_len"
+            if tool and (answer := tool.push(token)) and ended is None:
+                forced = answer[: limit - len(tokens)]
+                self.met["tool calls"] += 1
+            if hits := [(at, stop) for stop in params.stop if (at := text.find(stop)) >= 0]:
+                at, reason = min(hits)
+                text, ended, forced = text[:at], "stop", []
+                self.met["stop strings"] += 1
+        self.met[f"ended: {ends}"] += 1
+        if ends == "abort":
+            assert ended is None, f"ended by {reason!r}, and said to be aborted"
+            return
+        assert (ends, found["stop_reason"]) == (ended, reason), (ended, reason)
+        if not (ended == "stop" and isinstance(reason, str)):
+            text += push.flush()
+        assert found["text"] == text, f"{found['text']!r} is not {text!r}"
+
+    def logprobs(self, entry: dict, token: int, logits, params, told: dict) -> None:
+        own = logits - np.logaddexp.reduce(logits)
+        assert entry["token_id"] == token and abs(entry["logprob"] - own[token]) < 5 * ROUNDING
+        if not params.temperature:
+            assert entry["sampler_logprob"] == 0.0
+        elif told["exact"] and not params.truncated:
+            slack = ROUNDING * 5 * (1 + max(1, params.repetition_penalty) / params.temperature)
+            assert abs(entry["sampler_logprob"] - told["sampler"]) < slack, (entry, told)
+        best = np.sort(own)[::-1]
+        assert len(entry["top"]) <= params.logprobs
+        for rank, (other, model, _) in enumerate(entry["top"]):
+            assert abs(model - own[other]) < 5 * ROUNDING
+            assert model <= best[rank] + 5 * ROUNDING
+        self.met["log-probabilities"] += 1 + len(entry["top"])
+
+
+# living it ----------------------------------------------------------------------------------------
+
+
+class Life:
+    """A story as it happens to an engine."""
+
+    def __init__(self, story: dict, reference: Reference, met: Counter):
+        victim, admission, eviction = story["policies"]
+        self.met, self.reference = met, reference
+        self.llm = build(
+            story["era"], story["overlap"], **story["options"], victim=VICTIMS[victim],
+            admission=ADMISSIONS[admission], eviction=EVICTIONS[eviction],
+        )  # fmt: skip
+        self.reader = Reader(self.llm, reference, met)
+        self.requests: dict[int, dict] = {}  # by id: what was asked
+        self.outputs: list[dict] = []
+        self.weights = 0  # which are in place
+        self.armed = None  # the failure that waits for its place
+        self.drawn = random.Random(story["options"]["seed"])  # seeds of those that bring none
+        self.trace = self.llm._attach(None) if story["trace"] else None
+        self.replay = Replay()
+        self.told = 0  # events that were replayed
+        advance = self.llm._advance
+
+        def checked():
+            try:
+                advance()
+            finally:
+                self.check()
+
+        self.llm._advance = checked
+
+    def check(self) -> None:
+        check(self.llm)
+        self.met["steps"] += 1
+        if self.trace:
+            lines = self.trace._lines[self.told :]
+            self.told += len(lines)
+            for line in lines:
+                self.replay.apply(json.loads(line))
+            if self.llm._flight is None:
+                compare(self.replay, self.llm.scheduler)
+
+    def remember(self, request_id: int, asked: dict) -> dict:
+        params = dict(asked["params"])
+        if params["seed"] is None:
+            params["seed"] = self.drawn.getrandbits(63)
+        kept = {**asked, "params": params, "swaps": [({}, self.weights)]}
+        self.requests[request_id] = kept
+        return kept
+
+    def made(self, asked: dict) -> SamplingParams:
+        given = dict(asked["params"])
+        if name := given.get("logits_processor"):
+            given["logits_processor"] = PROCESSORS[name]
+        return SamplingParams(**given)
+
+    def fits(self, asked: dict) -> bool:
+        """Whether the engine takes it: what is refused must be for its length."""
+        try:
+            self.llm._check(asked["prompt"], self.made(asked))
+        except ValueError as error:
+            assert "blocks" in str(error) or "max_model_len" in str(error), error
+            self.met["refused"] += 1
+            return False
+        return True
+
+    def verify(self, request_id: int, samples: list[dict]) -> None:
+        asked = self.requests.pop(request_id)
+        params = self.reader.params(asked["params"])
+        aborted = any(s["finish_reason"] == "abort" for s in samples)
+        assert len(samples) == params.n or aborted
+        self.met["requests"] += 1
+        for number, sample in enumerate(samples):
+            swaps = [(counts.get(number, 0), w) for counts, w in asked["swaps"]]
+            self.reader.sample(asked, params, number, sample, swaps)
+
+    def step(self) -> bool:
+        """Whether it went well."""
+        try:
+            self.outputs += self.llm.step()
+        except Fault:
+            self.met["failed steps"] += 1
+            return False
+        return True
+
+    def happen(self, event: tuple) -> None:
+        llm, (what, *args) = self.llm, event
+        if what == "add" and self.fits(args[0]):
+            asked = args[0]
+            number = llm.add_request(asked["prompt"], self.made(asked), tools=asked["tools"])
+            self.remember(number, asked)
+        elif what == "step":
+            for _ in range(args[0]):
+                self.step()
+        elif what == "abort" and self.requests:
+            victims = sorted(self.requests)
+            llm.abort(victims[args[0] % len(victims)], -1)
+            check(llm)
+        elif what == "stream":
+            self.stream([asked for asked in args[0] if self.fits(asked)], args[1])
+        elif what == "generate":
+            self.generate([asked for asked in args[0] if self.fits(asked)])
+        elif what == "score":
+            self.score(args[0])
+        elif what == "weights":
+            try:
+                llm.update_weights(self.reference.weights[args[0]])
+            except Fault:  # the step under way was lost, and the weights are there
+                self.met["failed steps"] += 1
+            self.weights = args[0]
+            check(llm)
+            for number in self.requests.keys() & llm._requests.keys():  # the unfinished
+                counts = {seq.sample_id: 2**31 for seq in llm._requests[number].done}
+                for seq in [*llm.scheduler.running, *llm.scheduler.waiting]:
+                    if seq.request_id == number:
+                        counts[seq.sample_id] = seq.num_known - seq.num_prompt
+                self.requests[number]["swaps"].append((counts, args[0]))
+            self.met["new weights"] += 1
+
+    def stream(self, wanted: list[dict], leave: int | None) -> None:
+        first, tools = self.llm._next_id, bool(wanted) and wanted[0]["tools"]
+        for i, asked in enumerate(wanted):
+            self.remember(first + i, {**asked, "tools": tools})
+        found: dict[tuple, dict] = {}
+        events = self.llm.stream(
+            [asked["prompt"] for asked in wanted],
+            [self.made(asked) for asked in wanted],
+            tools=tools,
+        )
+        try:
+            with closing(events):
+                for count, event in enumerate(events):
+                    if count == leave:
+                        break
+                    empty = {"text": "", "token_ids": []}
+                    so_far = found.setdefault((event["index"], event["sample"]), empty)
+                    so_far["text"] += event["text"]
+                    so_far["token_ids"] += event["token_ids"]
+                    assert not so_far.get("finish_reason"), "an event after the last"
+                    so_far |= {k: event[k] for k in ("finish_reason", "stop_reason")}
+                else:
+                    for i, asked in enumerate(wanted):
+                        n = asked["params"].get("n", 1)
+                        self.verify(first + i, [found[i, k] for k in range(n)])
+                    self.met["streams"] += 1
+        except Fault:
+            self.met["failed streams"] += 1
+        check(self.llm)
+        for i in range(len(wanted)):
+            self.requests.pop(first + i, None)
+
+    def generate(self, wanted: list[dict]) -> None:
+        first = self.llm._next_id
+        for i, asked in enumerate(wanted):
+            self.remember(first + i, {**asked, "tools": True})
+        try:
+            outputs = self.llm.generate(
+                [asked["prompt"] for asked in wanted],
+                [self.made(asked) for asked in wanted],
+                use_tqdm=False,
+                tools=True,
+            )
+        except Fault:
+            self.met["failed generates"] += 1
+            outputs = []
+        for i in range(len(wanted)):
+            if outputs:
+                self.verify(first + i, outputs[i]["samples"])
+            self.requests.pop(first + i, None)
+
+    def score(self, pairs: list[tuple]) -> None:
+        prompts, tails = zip(*pairs, strict=True)
+        try:
+            scores = self.llm.score(prompts, tails)
+        except Fault:
+            self.met["failed scores"] += 1
+            return
+        except ValueError as error:
+            assert "blocks" in str(error) or "max_model_len" in str(error), error
+            self.met["refused"] += 1
+            return
+        for prompt, tail, found in zip(prompts, tails, scores, strict=True):
+            assert len(found) == len(tail)
+            self.reference.follow(prompt + tail, self.weights)
+            for i, token in enumerate(tail):
+                logits = self.reference.logits(prompt + tail[:i], self.weights)
+                wanted = logits[token] - np.logaddexp.reduce(logits)
+                assert abs(found[i] - wanted) < 5 * ROUNDING, (found[i], wanted)
+            self.met["scored tokens"] += len(tail)
+
+    def live(self, events: list[tuple]) -> None:
+        """All of it, to the last output."""
+        llm = self.llm
+        for i, event in enumerate(events):
+            if event[0] == "fail":  # from here on, until it has happened
+                with failing(llm, event[1], event[2]) as calls:
+                    self.tail(events[i + 1 :])
+                self.met["faults"] += calls[0] > event[2]
+                break
+            self.happen(event)
+        else:
+            self.tail([])
+        stats = llm.stats()
+        for name in ("preemptions", "cached_tokens", "prefill_tokens"):
+            self.met[name] += stats[name]
+
+    def tail(self, events: list[tuple]) -> None:
+        for event in events:
+            if event[0] != "fail":
+                self.happen(event)
+        steps = 0
+        while not self.llm.is_finished():
+            self.step()
+            steps += 1
+            assert steps < 20_000, "it does not end"
+        assert_idle(self.llm)
+        for output in self.outputs:
+            self.verify(output["request_id"], output["samples"])
+        self.met["aborted"] += sum(o["finish_reason"] == "abort" for o in self.outputs)
+        assert not self.requests, f"requests without an output: {sorted(self.requests)}"
+
+
+def live(story: dict, references: dict, met: Counter) -> None:
+    """Let a story happen. Raises what it finds."""
+    era = story["era"]
+    if era not in references:
+        references[era] = Reference(era)
+    references[era].forget()
+    torch.manual_seed(0)
+    life = Life(story, references[era], met)
+    life.live(story["events"])
+    life.llm.close()
+
+
+def simpler(event: tuple) -> Iterator[Callable[[tuple], tuple]]:
+    """Ways to make an event smaller: with fewer requests, and these with fewer parameters."""
+    what, *rest = event
+    if what in ("stream", "generate", "score"):
+        for k in reversed(range(len(rest[0]))):
+            yield lambda e, k=k: (e[0], e[1][:k] + e[1][k + 1 :], *e[2:])
+    names = {n for asked in requests_of(event) for n in asked["params"]} - {"max_tokens", "seed"}
+    for name in sorted(names):
+
+        def without(e: tuple, name: str = name) -> tuple:
+            kept = [
+                {**a, "params": {n: v for n, v in a["params"].items() if n != name}}
+                for a in requests_of(e)
+            ]
+            return (e[0], kept[0] if e[0] == "add" else kept, *e[2:])
+
+        yield without
+
+
+def requests_of(event: tuple) -> list[dict]:
+    what, *rest = event
+    return [rest[0]] if what == "add" else rest[0] if what in ("stream", "generate") else []
+
+
+def smallest(story: dict, references: dict, seconds: float) -> dict:
+    """The shortest story that still fails, as far as it is found in so many seconds."""
+    until = time.perf_counter() + seconds
+
+    def fails(shorter: dict) -> bool:
+        try:
+            live(shorter, references, Counter())
+        except Exception:
+            return True
+        return False
+
+    size = max(1, len(story["events"]) // 2)
+    while time.perf_counter() < until:
+        at, before = 0, len(story["events"])
+        while at < len(story["events"]) and time.perf_counter() < until:
+            shorter = {**story, "events": story["events"][:at] + story["events"][at + size :]}
+            if fails(shorter):
+                story = shorter
+            else:
+                at += size
+        if size == 1 and before == len(story["events"]):
+            break
+        size = max(1, size // 2)
+    for i, event in enumerate(story["events"]):  # then what is in them
+        for way in simpler(event):
+            events = [*story["events"][:i], way(story["events"][i]), *story["events"][i + 1 :]]
+            if time.perf_counter() < until and fails({**story, "events": events}):
+                story = {**story, "events": events}
+    for name in ("trace", "overlap"):
+        if story[name] and time.perf_counter() < until and fails({**story, name: False}):
+            story = {**story, name: False}
+    return story
+
+
+def soak(
+    seed: int,
+    seconds: float,
+    first: int = 0,
+    cases: float = math.inf,
+    shrink: float = 60,
+    say=print,
+) -> dict:
+    """Stories from number `first` on, until time is over or there were so many. Returns what they
+    met; `failure` is there if one failed: seed, case, error, and the story cut down in at most
+    `shrink` seconds."""
+    began, met, references = time.perf_counter(), Counter(), {}
+    torch.set_num_threads(1)
+    number, said = first, began
+    while True:
+        story = make_story(f"{seed}:{number}")
+        try:
+            live(story, references, met)
+        except Exception as error:
+            say("".join(traceback.format_exception(error)))
+            shortest = smallest(story, references, shrink)
+            again = f"python benchmarks/soak.py --seed {seed} --case {number}"
+            say(f"case {number} of seed {seed} failed: {again}\n{shortest}")
+            met["failures"] += 1
+            failure = {"seed": seed, "case": number, "error": repr(error)[:300]}
+            return {**report(met, began, seed), "failure": {**failure, "story": shortest}}
+        met["cases"] += 1
+        met["ahead" if story["overlap"] else "plain"] += 1
+        met["smallest pools"] += story["options"]["num_blocks"] <= 3
+        number += 1
+        now = time.perf_counter()
+        if met["cases"] >= cases or now - began > seconds:
+            return report(met, began, seed)
+        if now - said > 60:
+            said = now
+            told = {name: met[name] for name in ("cases", "requests", "tokens", "close calls")}
+            say(f"{now - began:6.0f} s: {told}")
+
+
+def report(met: Counter, began: float, seed: int) -> dict:
+    return {"seed": seed, "seconds": round(time.perf_counter() - began, 1), **dict(met)}
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seconds", type=positive, default=3600, help="how long (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the stories (%(default)s)")
+    parser.add_argument("--case", type=int, help="one story again")
+    args: argparse.Namespace = parser.parse_args()
+    which = {} if args.case is None else {"first": args.case, "cases": 1}
+    found = soak(args.seed, args.seconds, **which, say=lambda text: print(text, flush=True))
+    for name, count in sorted(found.items()):
+        if name != "failure":
+            print(f"{name:24} {count}")
+    print(json.dumps(found))
+    sys.exit("failure" in found)
+
+
+if __name__ == "__main__":
+    main()
