@@ -214,6 +214,15 @@ def _uninterrupted():
         raise KeyboardInterrupt
 
 
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Say which of many arguments a user's mistake is in."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
 class LLM:
     """A nanochat model ready to generate.
 
@@ -384,12 +393,10 @@ class LLM:
         ]
         for seq in seqs:
             seq.table = array("i", [0] * -(-length // block_size))
-        chunks = [(seq, 0, length) for seq in seqs]
-        batch = make_batch(
-            Step(chunks, [(i, s, length) for i, s in enumerate(seqs)], []), block_size
-        )
+        samples = [(i, seq, length) for i, seq in enumerate(seqs)]
+        step = Step([(seq, 0, length) for seq in seqs], samples, [])
+        batch = make_batch(step, block_size).upload(self.device)
         cache = PagedKVCache(self.model.config, 1, block_size, self.model.dtype, self.device)
-        batch = batch.upload(self.device)
         rows = batch.logit_rows.repeat(self.max_batch_size)[: self.max_batch_size]
         self.model.head(self.model.forward(batch._replace(logit_rows=rows), cache))
 
@@ -404,9 +411,9 @@ class LLM:
         nanochat's calculator when the model calls it. Returns one RequestOutput per prompt, in
         order. A bad prompt is refused before any work is done.
         """
-        requests = self._submit(prompts, sampling_params, tools=tools)
         from tqdm import tqdm
 
+        requests = self._submit(prompts, sampling_params, tools=tools)
         began, before = time.perf_counter(), self._stats["output_tokens"]
         hidden = None if use_tqdm else True  # None: shown on a terminal only
         with tqdm(total=len(requests), desc="generating", unit="prompt", disable=hidden) as bar:
@@ -462,9 +469,12 @@ class LLM:
         messages: [{"role": "system" | "user" | "assistant", "content": ...}, ...], ending with the
         user's turn. Rendered as nanochat does; an answer ends at <|assistant_end|>.
         """
-        one = bool(messages) and isinstance(messages[0], dict)
-        render = self.tokenizer.render_for_completion
-        prompts = [render(conversation) for conversation in ([messages] if one else messages)]
+        if not isinstance(messages, (list, tuple)) or dict in map(type, messages):
+            messages = [messages]  # one conversation
+        prompts = []
+        for i, conversation in enumerate(messages):
+            with _naming(f"conversation {i}"):
+                prompts.append(self.tokenizer.render_for_completion(conversation))
         return self.generate(prompts, sampling_params, use_tqdm, tools=tools)
 
     def generate_batch(
@@ -478,18 +488,19 @@ class LLM:
         with one list of num_samples each; prompt i is drawn with seed + i. max_tokens None: as many
         as the context has room for; `more` goes to SamplingParams.
         """
-        several = bool(tokens) and not isinstance(tokens[0], (int, np.integer))
+        listed = isinstance(tokens, (list, tuple)) and len(tokens) > 0
+        several = listed and not isinstance(tokens[0], (int, np.integer))
         prompts = tokens if several else [tokens]
         params = [
             SamplingParams(
                 temperature=temperature,
-                max_tokens=max_tokens or max(1, self.max_model_len - len(prompt)),
+                max_tokens=self.max_model_len if max_tokens is None else max_tokens,
                 top_k=top_k,
                 n=num_samples,
                 seed=seed + i,
                 **more,
             )
-            for i, prompt in enumerate(prompts)
+            for i in range(len(prompts))
         ]
         sequences, masks = [], []
         for output in self.generate(prompts, params, use_tqdm=False, tools=True):
@@ -509,14 +520,15 @@ class LLM:
         computed once. Long ones are computed in chunks of the token budget, and their logits in
         slices, so memory does not grow with the lengths.
         """
+        for name, texts in ("prompts", prompts), ("continuations", continuations):
+            if not isinstance(texts, (list, tuple)):
+                raise TypeError(f"{name} must be a list, got {texts!r:.80}")
         if len(prompts) != len(continuations):
             raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
         checked = []
         for i, pair in enumerate(zip(prompts, continuations, strict=True)):
-            try:
+            with _naming(f"prompts[{i}], continuations[{i}]"):
                 checked.append(self._check_pair(*pair))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"prompts[{i}], continuations[{i}]: {error}") from None
         requests = self._queue(checked)
         self._run(requests)
         return [request.output["logprobs"] for request in requests]
@@ -538,6 +550,8 @@ class LLM:
         is ever read. Raises ValueError, and changes nothing, if a tensor is missing or misshapen.
         """
         state = weights.state_dict() if hasattr(weights, "state_dict") else weights
+        if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):
+            raise TypeError(f"weights must be a state dict, or a module, got {weights!r:.80}")
         self.model.update({k.removeprefix("_orig_mod."): w for k, w in state.items()})
         try:
             self._settle()
@@ -623,10 +637,8 @@ class LLM:
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params")
         checked = []
         for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
-            try:
+            with _naming(f"prompts[{i}]"):
                 checked.append(self._check(prompt, params))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"prompts[{i}]: {error}") from None
         return self._queue(checked, tools=tools, events=events)
 
     def _queue(self, checked: list[tuple], **options) -> list[Request]:

@@ -15,6 +15,7 @@ MODEL = ERAS / "era5" / "chatsft_checkpoints" / "d4"  # context 400, vocabulary 
 OTHER = ERAS / "era3b" / "chatrl_checkpoints" / "d5"  # context 208
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 GOOD = list(range(1, 30))
+TURN = {"role": "user", "content": "a"}
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,32 @@ def test_numpy_ids_are_served(llm):
         assert output["prompt_token_ids"] == GOOD
         assert all(type(token) is int for token in output["prompt_token_ids"])
         assert all(type(token) is int for token in output["token_ids"])
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda llm: llm.chat(5), TypeError, ["conversation 0", "int"]),
+        (lambda llm: llm.chat(None), TypeError, ["NoneType"]),
+        (lambda llm: llm.chat({"role": "user", "content": "a"}), TypeError, ["messages", "dict"]),
+        (lambda llm: llm.chat([TURN, 5]), TypeError, ["messages[1]", "int"]),
+        (lambda llm: llm.chat([[TURN], [TURN, TURN]]), ValueError, ["conversation 1", "'user'"]),
+        (lambda llm: llm.chat([[TURN], "a"]), TypeError, ["conversation 1", "str"]),
+        (lambda llm: llm.generate_batch(5), TypeError, ["prompts[0]", "int"]),
+        (lambda llm: llm.generate_batch([]), ValueError, ["prompts[0]", "at least one"]),
+        (lambda llm: llm.generate_batch([5], max_tokens=0), ValueError, ["max_tokens", "0"]),
+        (lambda llm: llm.score(5, 6), TypeError, ["prompts", "5"]),
+        (lambda llm: llm.score("abc", ["d", "e", "f"]), TypeError, ["prompts", "'abc'"]),
+        (lambda llm: llm.score(["a"], "b"), TypeError, ["continuations", "'b'"]),
+        (lambda llm: llm.score(["a", "b"], ["c", 5]), TypeError, ["continuations[1]", "int"]),
+        (lambda llm: llm.update_weights(5), TypeError, ["weights", "5"]),
+        (lambda llm: llm.update_weights("sft"), TypeError, ["weights", "'sft'"]),
+        (lambda llm: llm.update_weights({"a": np.ones(2)}), TypeError, ["weights", "array"]),
+    ],
+)
+def test_mistakes_in_the_other_calls_are_named_too(llm, call, error, words):
+    with refused(llm, error, *words):
+        call(llm)
 
 
 # the engine's own arguments ----------------------------------------------------------------------

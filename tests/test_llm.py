@@ -94,11 +94,22 @@ def test_a_stop_string_may_straddle_tokens_and_is_cut_off(llm):
     text = llm.generate([prompt], GREEDY)[0]["text"]
     assert text == "Dracula was written by Bram Stoker."
     for stop in ("ula w", "Stok", "by Bram S", "."):
-        output = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=24, stop=stop))[0]
+        params = SamplingParams(temperature=0, max_tokens=24, stop=stop)
+        output = llm.generate([prompt], params)[0]
         assert output["text"] == text[: text.index(stop)]
         assert (output["finish_reason"], output["stop_reason"]) == ("stop", stop)
         shown = llm.tokenizer.decode(output["token_ids"])
         assert stop in shown and not llm.tokenizer.decode(output["token_ids"][:-1]).count(stop)
+        # nor does a stream let the beginning of a stop string out
+        assert "".join(e["text"] for e in llm.stream([prompt], params)) == output["text"]
+
+
+def test_of_several_stop_strings_the_first_in_the_text_ends_it(llm):
+    prompt = question(llm, "Who wrote Dracula?")
+    # " written" is one token, and completes all of these at once
+    for stops, ends in ((("tt", "ri"), "ri"), (("en", "s wr", "it"), "s wr")):
+        params = SamplingParams(temperature=0, max_tokens=24, stop=stops)
+        assert llm.generate([prompt], params)[0]["stop_reason"] == ends, stops
 
 
 def test_a_stop_token_is_in_the_ids_and_not_in_the_text(llm):
