@@ -196,7 +196,8 @@ def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict
     layer_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize  # K and V of a token
     sequence_bytes = config.n_layer * layer_bytes * length
     free = free_memory(device)
-    # what the engine leaves for its cache: nearly all of a GPU, or half of what is free
+    # what the cache may have: nearly all of a GPU, or half of what is free elsewhere. unasked the
+    # engine takes 4 GB of the latter at most
     room = max(0, free - parameters * dtype.itemsize) * (0.9 if on_gpu else 0.5)
     bandwidth = copy_bandwidth(device)
     seen = layer_bytes * sum(min(length // 2, w + 1 if w >= 0 else length) for w in windows)

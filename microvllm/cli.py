@@ -39,7 +39,6 @@ def checkpoint_flags(parser: Parser) -> Callable:
     add("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
     add("--dtype", default="auto", choices=dtypes, help="(bfloat16 on CUDA, else float32)")
     tell = "a constant that the weights cannot tell, such as softcap=20; may be repeated"
-    add("--quantization", choices=["int8"], help="smaller matrices, faster on a CPU (none)")
     add("--recipe", action="append", default=[], metavar="NAME=VALUE", help=tell)
     return add
 
@@ -50,6 +49,7 @@ def engine_flags(parser: Parser, raw: bool = True) -> None:
     where = f"{CHECKPOINT} (the bundled model)"
     add("-m", "--model", "--model-dir", dest="model", metavar="CHECKPOINT", help=where)
     add("--tokenizer-dir", metavar="DIR", help="where tokenizer.pkl is (beside the model)")
+    add("--quantization", choices=["int8"], help="smaller matrices, faster on a CPU (none)")
     add("--num-blocks", type=int, metavar="N", help="blocks of the KV cache (what memory allows)")
     add("--max-batch-size", type=int, metavar="N", help="sequences that run at once, at most")
     add("--max-model-len", type=int, metavar="N", help="prompt plus answer (the context)")
@@ -317,7 +317,8 @@ def make_parser() -> Parser:
         parser.epilog += lines[0]
         epilog = "examples:\n" + "".join(lines)
         sub = commands.add_parser(work.__name__, help=what, description=what, epilog=epilog)
-        sub.add_argument("--json", action="store_true", help="for machines: an object a line")
+        if work is not lab:  # whose programs have flags of their own
+            sub.add_argument("--json", action="store_true", help="for machines: an object a line")
         sub.set_defaults(command=work)
         return sub, sub.add_argument
 
@@ -372,11 +373,9 @@ def make_parser() -> Parser:
     checkpoint_flags(sub)
 
     what = "see what a paged KV cache does: the paper's figures, policies, exercises"
-    listed = f"{what}. Without a NAME it lists them; NAME --help says what one shows."
-    sub = commands.add_parser("lab", help=what, description=listed)
-    sub.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME")
-    sub.set_defaults(command=lab)
-    parser.epilog += "  microvllm lab\n"
+    sub, add = command(lab, what, "", "fig12 --help")
+    add("words", nargs=argparse.REMAINDER, metavar="NAME", help="a program (a list of them)")
+
     sub, add = command(
         trace,
         "turn a trace into a web page that replays every block",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -204,10 +205,12 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool) -> None:
         note("Ctrl-C stops an answer, /clear starts over, /exit or Ctrl-D leaves")
     turns: list[list[int]] = []
     while (line := read_line()) not in (None, "/exit"):
-        if line == "/clear":
-            turns.clear()
-            note("(a new conversation)")
-        if line in ("", "/clear"):
+        if re.fullmatch(r"(/\w+)?", line):
+            if line == "/clear":
+                turns.clear()
+                note("(a new conversation)")
+            elif line:
+                note(f"({line} is no command: /clear starts over, /exit leaves)")
             continue
         try:
             turn = [user_start, *tokenizer.encode(line), *asks]

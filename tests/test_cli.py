@@ -73,7 +73,9 @@ def process(*flags: str, **kwargs) -> subprocess.Popen:
 # help and mistakes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sub", [[], ["run"], ["chat"], ["bench"], ["score"], ["info"], ["trace"]])
+@pytest.mark.parametrize(
+    "sub", [[], ["run"], ["chat"], ["bench"], ["score"], ["info"], ["lab"], ["trace"]]
+)
 def test_help_shows_examples_that_parse(sub, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*sub, "--help"])
@@ -305,6 +307,12 @@ def test_clear_starts_over_and_exit_leaves(command):
     first, second = talk(command, *SMALL, lines=lines)
     assert first["prompt_tokens"] == second["prompt_tokens"]
     assert first["token_ids"] == second["token_ids"]
+
+
+def test_a_command_that_there_is_not_is_not_said_to_the_model(command):
+    out, err = command("chat", *SMALL, "--json", stdin="/claer\nWhat is /clear?\n")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["What is /clear?"]
+    assert "(/claer is no command: /clear starts over, /exit leaves)" in err
 
 
 @pytest.mark.parametrize("limit", [["--max-model-len", "81"], ["--num-blocks", "6"]])
