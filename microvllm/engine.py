@@ -505,11 +505,10 @@ class LLM:
         sequences, masks = [], []
         for output in self.generate(prompts, params, use_tqdm=False, tools=True):
             prompt = output["prompt_token_ids"]
-            ends = [s["finish_reason"] == "stop" for s in output["samples"]]
-            sizes = [len(s["token_ids"]) - e for s, e in zip(output["samples"], ends, strict=True)]
-            pairs = list(zip(output["samples"], sizes, strict=True))
-            sequences.append([prompt + s["token_ids"][:size] for s, size in pairs])
-            masks.append([[0] * len(prompt) + s["mask"][:size] for s, size in pairs])
+            # without the end token, if there is one
+            parts = [(s, -1 if s["finish_reason"] == "stop" else None) for s in output["samples"]]
+            sequences.append([prompt + s["token_ids"][:stop] for s, stop in parts])
+            masks.append([[0] * len(prompt) + s["mask"][:stop] for s, stop in parts])
         return (sequences, masks) if several else (sequences[0], masks[0])
 
     def score(self, prompts, continuations) -> list[list[float]]:

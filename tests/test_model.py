@@ -1,6 +1,7 @@
 """The model against nanochat's own numbers: every era, every position, whole and in chunks."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -279,3 +280,17 @@ def test_half_precision_stays_near(era, dtype, tolerance):
     error = np.abs(np.stack([logits[-1] for logits in prefill]) - era.arrays["last_logits"])
     print(f"{dtype}: largest error {error.max():.3f}, mean {error.mean():.4f}")
     assert error.max() < tolerance
+
+
+def test_scores_are_computed_in_slices_of_64_mb_of_logits():
+    """Of a vocabulary of 4 million, that is; the numbers themselves are few."""
+    h, targets, sizes = torch.randn(10, 7), torch.arange(10) % 7, []
+
+    def head(rows):
+        sizes.append(len(rows))
+        return rows
+
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2**22), head=head)
+    found = GPT.logprobs(model, h, targets)
+    assert sizes == [4, 4, 2]
+    torch.testing.assert_close(found, h.log_softmax(-1)[range(10), targets])
