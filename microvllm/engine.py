@@ -847,11 +847,7 @@ class LLM:
         seconds = self._clock - began
         stats["steps"] += 1
         stats["output_tokens"] += new_tokens
-        prefill = sum(
-            min(stop, s.num_prompt) - start
-            for s, start, stop in plan.chunks
-            if start < s.num_prompt
-        )
+        prefill = sum(max(0, min(stop, s.num_prompt) - start) for s, start, stop in plan.chunks)
         stats["prefill_tokens"] += prefill
         share = prefill / sum(stop - start for _, start, stop in plan.chunks)
         stats["prefill_seconds"] += seconds * share
