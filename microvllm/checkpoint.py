@@ -214,7 +214,7 @@ def _load_weights(file: Path) -> dict[str, Tensor]:
         why = f"it asks for {asked[1]}, nothing of it was run" if asked else str(error)
         raise ValueError(
             f"{file} is not a readable checkpoint (truncated, or no state dict of tensors): "
-            f"{why.split('. ')[0] or type(error).__name__:.200}"
+            f"{why.splitlines()[0].split('. ')[0] if why else type(error).__name__:.200}"
         ) from None
     if not isinstance(weights, dict) or not all(
         isinstance(k, str) and isinstance(w, Tensor) for k, w in weights.items()

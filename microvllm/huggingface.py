@@ -95,8 +95,10 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         ) from None
     files = [directory / "model.safetensors"]
     if not files[0].is_file() and (index := directory / "model.safetensors.index.json").is_file():
-        shards = read_json(index).get("weight_map", {}).values()
-        files = [directory / Path(shard).name for shard in sorted(set(shards))]
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise ValueError(f"{index} has no weight_map from tensors to files")
+        files = [directory / Path(shard).name for shard in sorted(set(shards.values()))]
     weights = {}
     for file in files:
         if not file.is_file():

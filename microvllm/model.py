@@ -202,11 +202,20 @@ def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe)
         if k in weights and tuple(weights[k].shape) != shape
     ]
     unusable = [k for k in expected if k in weights and not weights[k].is_floating_point()]
+    # a sparse one, one on the device "meta", or one number that claims to be a whole matrix
+    hollow = [
+        k
+        for k, w in weights.items()
+        if w.layout != torch.strided
+        or w.is_meta
+        or w.untyped_storage().nbytes() < w.numel() * w.itemsize
+    ]
     problems = {
         "missing": [k for k in expected if k not in weights],
         "unexpected": [k for k in weights if k not in expected],
         "misshapen": misshapen,
         "not floating point": unusable,
+        "not stored in full": hollow,
     }
     found = [
         f"{len(v)} {what} ({', '.join(v[:3])}{' ...' * (len(v) > 3)})"

@@ -7,6 +7,7 @@ that merely looks like one stays plain bytes, so no prompt can forge the end of 
 
 import codecs
 import pickletools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import tiktoken
 
 # nanochat's own vocabularies (65,536 tokens at most) take about 1 MB
 _MAX_FILE_BYTES = 8 * 1024 * 1024
+
+# so many blanks in a row, and tiktoken's pattern gives up, but not without a word on stderr
+_MAX_BLANKS = 999_000
+_TOO_BLANK = rf"(?<![^\S\r\n])[^\S\r\n]{{{_MAX_BLANKS}}}"
 
 # the kinds of parts an assistant's message may be made of, and the special tokens around each
 _PART_MARKS = {
@@ -176,6 +181,11 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, not {type(text).__name__}")
+        if len(text) >= _MAX_BLANKS and re.search(_TOO_BLANK, text):
+            raise ValueError(
+                f"text of {len(text):,} characters cannot be split: it has {_MAX_BLANKS:,} blanks "
+                "in a row"
+            )
         try:
             ids = self._encoding.encode_ordinary(text)
         except BaseException as error:

@@ -98,6 +98,12 @@ log = logging.getLogger("microvllm")
 VERSION = 1
 TEMPLATE = Path(__file__).with_name("trace.html")
 
+# fields that are a whole number in any event
+_COUNTS = (
+    "seq request sample samples prompt limit score computed parent block index source target count "
+    "step block_size"
+).split()
+
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -413,6 +419,12 @@ class Replay:
     def apply(self, event: dict) -> None:
         try:
             name, self.time = event["e"], event.get("t", self.time)
+            times = [self.time, *event.get("ms", {}).values()]
+            counts = [event[key] for key in _COUNTS if key in event]
+            if not all(0 <= x < 1e12 for x in times) or not all(0 <= x < 2**53 for x in counts):
+                raise ValueError("a number is out of range")
+            if not all(type(x) is int for x in counts):
+                raise ValueError("a number is none")
             if (name == "pool") is bool(self.num_blocks):
                 raise ValueError("`pool` comes first, and once")
             getattr(self, f"_on_{name}")(event)
@@ -462,6 +474,8 @@ class Replay:
         if e["version"] != VERSION:
             raise ValueError(f"version {VERSION} is wanted")
         self.num_blocks, self.block_size = e["blocks"], e["block_size"]
+        if type(self.num_blocks) is not int or not 0 < self.num_blocks <= 2**24:
+            raise ValueError("a pool has 1 to 16,777,216 blocks")
         self.ref_count = [0] * self.num_blocks
         self.hash_of = {int(block): named for block, named in e["hashes"].items()}
         self.cached = dict.fromkeys(e["cached"])
@@ -511,7 +525,9 @@ class Replay:
         self.step = e["step"]
         for number in unspan(e["decodes"]):
             self.seqs[number].computed += 1
-        for number, _, stop in e["prefills"]:
+        for number, start, stop in e["prefills"]:
+            if not 0 <= start < stop < 2**53:
+                raise ValueError("a chunk without tokens")
             self.seqs[number].computed = stop
 
     def _on_tokens(self, e: dict) -> None:
@@ -646,10 +662,10 @@ def write_chrome(events: list[dict], path: str | Path) -> None:
         elif name == "tokens":
             new_tokens = len(event["tokens"])
         elif name == "end":
-            ms, began, title = event["ms"], begins.pop(event["step"]), f"step {event['step']}"
-            launch = began - round(1000 * ms["schedule"])
+            ms, began, title = event["ms"], begins.pop(event["step"], now), f"step {event['step']}"
+            launch = began - round(1000 * ms.get("schedule", 0))
             phases(1, title, "schedule batch forward sample", ms, launch)
-            results = now - round(1000 * (ms["wait"] + ms["update"]))
+            results = now - round(1000 * (ms.get("wait", 0) + ms.get("update", 0)))
             phases(2, title, "wait update", ms, results)
             rate = 1e6 * new_tokens / max(now - last_end, 1)
             add("C", "tokens per second", 1, 0, now, args={"tokens/s": round(rate, 1)})
