@@ -55,7 +55,7 @@ def find_checkpoint(name, step=None) -> tuple[Path, int | None]:
     directory = Path(os.path.abspath(os.path.expanduser(name)))
     if isinstance(name, str) and not directory.exists():
         if place := re.fullmatch(r"(base|mid|sft|rl)(?::([^:]*)(?::(\d+))?)?", name):
-            directory = find_nanochat(place[1], place[2] or None)[0]
+            directory = find_nanochat(place[1], place[2] or None)
             if place[3] and step not in (None, int(place[3])):
                 raise ValueError(f"{name!r} and step={step} ask for two steps, give one of them")
             step = int(place[3]) if place[3] else step
@@ -245,15 +245,9 @@ def find_tokenizer(directory, tokenizer_path=None) -> Path:
     if tokenizer_path is not None:
         return Path(os.path.expanduser(tokenizer_path))
     model = Path(os.path.abspath(os.path.expanduser(directory)))
-    # beside the weights as published checkpoints have it, next to the model, in nanochat's base
-    # directory
-    places = [
-        model,
-        model.parent / "tokenizer",
-        model.parent.parent / "tokenizer",
-        nanochat_base() / "tokenizer",
-    ]
-    places.append(Path(os.path.expanduser("~/.cache/nanochat/tokenizer")))
+    # published checkpoints have it beside the weights, nanochat in its base directory
+    beside = [model.parent, model.parent.parent, nanochat_base(), Path.home() / ".cache/nanochat"]
+    places = [model, *(folder / "tokenizer" for folder in beside)]
     for place in places:
         if (place / "tokenizer.pkl").is_file() or (place / "tokenizer.json").is_file():
             return place
@@ -273,13 +267,13 @@ def open_tokenizer(directory, tokenizer_path=None) -> Tokenizer:
     return load_tokenizer(place)
 
 
-def find_nanochat(source: str, model_tag: str | None = None) -> tuple[Path, Path]:
-    """(checkpoint directory, base directory) as nanochat lays them out."""
+def find_nanochat(source: str, model_tag: str | None = None) -> Path:
+    """The checkpoint directory as nanochat lays them out; model_tag: by default the largest
+    d<number>, else the newest."""
     folders = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
     if source not in folders:
         raise ValueError(f"source must be one of {', '.join(folders)}, got {source!r}")
-    base = nanochat_base()
-    directory = base / f"{folders[source]}_checkpoints"
+    directory = nanochat_base() / f"{folders[source]}_checkpoints"
     tags = [d for d in directory.iterdir() if d.is_dir()] if directory.is_dir() else []
     if not tags:
         raise FileNotFoundError(
@@ -287,12 +281,12 @@ def find_nanochat(source: str, model_tag: str | None = None) -> tuple[Path, Path
         )
     if model_tag is None:
         numbered = [(int(m[1]), d) for d in tags if (m := re.match(r"d(\d+)", d.name))]
-        return (max(numbered)[1] if numbered else max(tags, key=lambda d: d.stat().st_mtime)), base
+        return max(numbered)[1] if numbered else max(tags, key=lambda d: d.stat().st_mtime)
     if directory / model_tag not in tags:
         raise FileNotFoundError(
             f"{directory} has no {model_tag!r}, only {', '.join(sorted(d.name for d in tags))}"
         )
-    return directory / model_tag, base
+    return directory / model_tag
 
 
 # the machine

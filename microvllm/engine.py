@@ -346,14 +346,8 @@ class LLM:
         cls, source: str = "sft", model_tag: str | None = None, step: int | None = None, **kwargs
     ):
         """Find a checkpoint the way nanochat lays them out under $NANOCHAT_BASE_DIR
-        (~/.cache/nanochat).
-
-        source: "base", "mid", "sft" or "rl"; model_tag: by default the largest d<number>, else the
-        newest.
-        """
-        path, base = find_nanochat(source, model_tag)
-        kwargs.setdefault("tokenizer_path", base / "tokenizer")
-        return cls(path, step, **kwargs)
+        (~/.cache/nanochat). source: "base", "mid", "sft" or "rl"; model_tag: see find_nanochat."""
+        return cls(find_nanochat(source, model_tag), step, **kwargs)
 
     def _blocks_that_fit(self, block_size: int, utilization: float) -> int:
         """How many blocks memory has room for, up to all sequences at full length at once.

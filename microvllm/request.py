@@ -132,8 +132,7 @@ class Request:
     done: list[Sequence] = field(default_factory=list)  # finished samples
     answers: dict[int, Answer] = field(default_factory=dict)  # by sample index
     logprobs: dict[tuple[int, int], dict] = field(default_factory=dict)  # (sample, position)
-    errors: list[Exception] = field(default_factory=list)  # of its logits_processor
-    broken: Exception | None = None  # why its text could not be made
+    errors: list[str] = field(default_factory=list)  # of its logits_processor, or of the tokenizer
     output: RequestOutput | None = None
 
     @property
@@ -160,7 +159,8 @@ class Request:
 
     def _break(self, seq: Sequence, error: Exception) -> None:
         """A sample whose text cannot be made has failed, however it ended."""
-        self.broken, seq.finish_reason = error, "error"
+        self.errors.insert(0, f"tokenizer: {type(error).__name__}: {error}")
+        seq.finish_reason = "error"
 
     def _stop_reason(self, seq: Sequence) -> int | str | None:
         """What ended a sample: a stop string, a token id, the name of the limit, or the error."""
@@ -170,11 +170,9 @@ class Request:
         if seq.finish_reason == "length":
             full = len(seq.tokens) - seq.num_prompt == seq.params.max_tokens
             return "max_tokens" if full else "max_model_len"
-        if seq.finish_reason == "error" and (self.broken or self.errors):
-            what = "tokenizer" if self.broken else "logits_processor"
-            error = self.broken or self.errors[0]
-            return f"{what}: {type(error).__name__}: {error}"
-        return "no token is left to draw" if seq.finish_reason == "error" else None
+        if seq.finish_reason == "error":
+            return self.errors[0] if self.errors else "no token is left to draw"
+        return None
 
     def make_output(self, tokenizer: Tokenizer) -> RequestOutput:
         """What the finished samples amount to."""

@@ -176,7 +176,7 @@ class History(NamedTuple):
     num_prompt: int
     position: int  # of the token to be sampled
     stop_ids: Iterable[int] = ()  # that may not come before min_tokens
-    errors: list[Exception] | None = None  # where to put what a logits_processor raises
+    errors: list[str] | None = None  # where to put what a logits_processor raises
 
 
 class Sampled(NamedTuple):
@@ -357,7 +357,7 @@ def edit(logits: Tensor, params: Seq[SamplingParams], history: Seq[History | Non
         except Exception as error:  # the caller's code: others in the batch are not to suffer
             if history[i].errors is None:
                 raise
-            history[i].errors.append(error)
+            history[i].errors.append(f"logits_processor: {type(error).__name__}: {error}")
             logits[i] = torch.nan  # nothing can be drawn from it
 
 

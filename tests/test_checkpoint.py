@@ -672,7 +672,7 @@ def test_a_base_directory_of_nanochat(name, monkeypatch):
     fixture = FIXTURES[name]
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(ERAS / name))
     wanted = fixture.json["checkpoint"]
-    folder = find_nanochat(wanted["source"])[0]
+    folder = find_nanochat(wanted["source"])
     assert folder == fixture.directory and folder.name == wanted["model_tag"]
     tag = wanted["model_tag"]
     for arguments in [
@@ -715,11 +715,11 @@ def test_the_default_tag_is_the_largest_number_else_the_newest(tmp_path, monkeyp
     for age, tag in enumerate(["newest", "middle", "depth"]):
         (folder / tag).mkdir()
         os.utime(folder / tag, (1e9 - age, 1e9 - age))
-    assert find_nanochat("base") == (folder / "newest", tmp_path)
+    assert find_nanochat("base") == folder / "newest"
     for tag, expected in [("d4", "d4"), ("d20", "d20"), ("d9", "d20"), ("d32-long", "d32-long")]:
         (folder / tag).mkdir()
-        assert find_nanochat("base") == (folder / expected, tmp_path)
-    assert find_nanochat("base", "middle") == (folder / "middle", tmp_path)
+        assert find_nanochat("base") == folder / expected
+    assert find_nanochat("base", "middle") == folder / "middle"
     for tag in ("../base_checkpoints", "", ".", "d99", "D4"):
         with refused(FileNotFoundError, repr(tag), "d20", "newest"):
             find_nanochat("base", tag)
@@ -732,11 +732,11 @@ def test_each_source_has_its_folder(tmp_path, monkeypatch, no_base):
             (base / f"{folder}_checkpoints" / "d4").mkdir(parents=True)
     for source, folder in folders.items():
         home = no_base / ".cache/nanochat"
-        assert find_nanochat(source) == (home / f"{folder}_checkpoints" / "d4", home)
+        assert find_nanochat(source) == home / f"{folder}_checkpoints" / "d4"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
             expected = tmp_path / "base" / f"{folder}_checkpoints" / "d4"
-            assert find_nanochat(source) == (expected, tmp_path / "base")
+            assert find_nanochat(source) == expected
 
 
 # the machine -------------------------------------------------------------------------------------
