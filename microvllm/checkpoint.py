@@ -20,6 +20,9 @@ from .model import GPT, GPTConfig, Recipe, check_weights, recognise
 from .sampler import check_int
 from .tokenizer import Tokenizer, load_tokenizer
 
+# the largest that anyone needs, the tokenizer.json of a large vocabulary, takes about 30 MB
+_MAX_JSON_BYTES = 256 * 1024 * 1024
+
 
 def _find_last_step(directory: Path) -> int:
     """The highest step of the model_<step>.pt files, compared as numbers: 1000000 comes after
@@ -98,6 +101,8 @@ def read_checkpoint(
 
 def read_json(file: Path) -> dict:
     """The JSON object in a file. Raises ValueError naming the file."""
+    if (size := file.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{file} is not valid JSON for us: {size:,} bytes are far too many")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -205,9 +210,11 @@ def _load_weights(file: Path) -> dict[str, Tensor]:
     """The state dict of a .pt file, memory-mapped; only tensors are ever built from it
     (weights_only)."""
     try:
-        weights = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
+        if zipped := zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(record.compress_type for record in archive.infolist()):
+                    raise ValueError("its records are compressed, and may have any size")
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises a different type for every way a file can be broken
         asked = re.search(r"GLOBAL (\S+)", str(error))
         # only its first sentence: the rest is advice to trust the file

@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(error=self.error)
 
     def error(self, message: object) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+        self.exit(2, f"{self.prog}: error: {plain(' '.join(str(message).split()))}\n")
 
 
 def positive(text: str) -> int:
@@ -76,6 +76,12 @@ def execute(args: argparse.Namespace) -> None:
     except BrokenPipeError:  # `| head`. python flushes once more at its end, which may not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def plain(text: str) -> str:
+    """The text without the control characters by which a terminal takes orders: a model, or the
+    names in its file, may say anything."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def note(text: str) -> None:
@@ -116,6 +122,7 @@ def live(
                 answer |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
             if show:
                 text = event.text if params.stop else read(event.token_ids)
+                text = plain(text) if sys.stdout.isatty() else text
                 print(lead + text, end="", flush=True)
                 lead = ""
     count = len(answer["token_ids"])
@@ -148,6 +155,7 @@ def show_all(
                 continue
             # a stop string cuts the text, and the token ids do not know
             said = sample["text"] if params.stop else reader(llm)(ids)
+            said = plain(said) if sys.stdout.isatty() else said
             print(f"> {text}\n{said.strip()}" if chat else f"{text}{said}", end="")
             cut = f"  [cut at {len(ids)} tokens]" if sample["finish_reason"] == "length" else ""
             print(cut, end="\n\n")
