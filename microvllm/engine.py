@@ -306,6 +306,9 @@ class LLM:
             self.cache = PagedKVCache(
                 config, num_blocks, block_size, self.model.cache_dtype, self.device
             )
+            # a CPU's pages are taken as they are written: too late to say that there are none
+            if self.device.type == "cpu" and self.cache.data.nbytes > free_memory(self.device):
+                raise MemoryError
         except (MemoryError, RuntimeError, ValueError):  # numpy and torch each have their own
             raise ValueError(
                 f"num_blocks={num_blocks} blocks of {block_size} tokens are more than this machine "
@@ -379,7 +382,7 @@ class LLM:
 
     @torch.inference_mode()
     def _warm_up(self, block_size: int) -> None:
-        """Run the largest step once on a cache of nothing but the sink."""
+        """Run the largest step once on a cache of nothing but the sink, with every filter."""
         length = min(self.max_model_len - 1, self.max_batched_tokens)
         seqs = [
             Sequence(0, [0] * length, SamplingParams(seed=0))
@@ -392,7 +395,10 @@ class LLM:
         batch = make_batch(step, block_size).upload(self.device)
         cache = PagedKVCache(self.model.config, 1, block_size, self.model.dtype, self.device)
         rows = batch.logit_rows.repeat(self.max_batch_size)[: self.max_batch_size]
-        self.model.head(self.model.forward(batch._replace(logit_rows=rows), cache))
+        logits = self.model.logits(self.model.forward(batch._replace(logit_rows=rows), cache))
+        params = SamplingParams(seed=0, top_k=50, top_p=0.9, repetition_penalty=1.1, logprobs=20)
+        history, ones = History(seqs[0].tokens, 1, length), torch.ones_like(logits[:, 0]).float()
+        sample(logits, [params] * len(rows), ones, ones / 2, 1.0, [history] * len(rows))
 
     # requests ------------------------------------------------------------------------------------
 

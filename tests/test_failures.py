@@ -305,3 +305,42 @@ def test_a_second_trace_to_the_same_file_is_refused_and_the_first_stays(tmp_path
             pass
         assert path.read_text() == before
     assert json.loads(path.read_text().splitlines()[0])["e"] == "pool"
+
+
+# memory is counted at the start -------------------------------------------------------------------
+
+
+def test_a_pool_beyond_the_free_memory_is_refused_at_the_start_with_the_numbers(monkeypatch):
+    # a CPU gave the addresses, and the system ended the process when they were written to
+    with build(num_blocks=100) as llm:
+        size = llm.cache.data.nbytes
+    monkeypatch.setattr(engine, "free_memory", lambda device: size - 1)
+    with pytest.raises(ValueError, match=f"num_blocks=100 .*{size - 1:,} bytes are free"):
+        build(num_blocks=100)
+    with build(num_blocks=None) as llm:  # what is not asked for is made to fit, and half is left
+        assert size // 2 - size // 50 < llm.cache.data.nbytes <= size // 2
+    monkeypatch.setattr(engine, "free_memory", lambda device: 100)
+    with pytest.raises(ValueError, match="no memory for a KV cache: 50 bytes are left"):
+        build(num_blocks=None)
+
+
+def test_the_step_that_is_measured_is_as_large_as_any(monkeypatch):
+    # as many rows as a step takes, and as many samples as run at once, with every filter
+    with build(max_batch_size=30, max_batched_tokens=64) as llm:
+        rows, samples, forward, real = [], [], llm.model.forward, engine.sample
+
+        def sample(logits, params, *more):
+            samples.append((len(logits), params[0]))
+            return real(logits, params, *more)
+
+        monkeypatch.setattr(engine, "sample", sample)
+        monkeypatch.setattr(
+            llm.model,
+            "forward",
+            lambda batch, kv: rows.append(len(batch.ids)) or forward(batch, kv),
+        )
+        llm._warm_up(16)
+        (measured,), ((count, params),) = rows, samples
+        assert params.truncated and params.edited and params.logprobs
+        serve(llm, [(ids(7, i), sampled(4, seed=i, top_p=0.9, logprobs=3)) for i in range(40)])
+        assert measured >= max(rows) and count >= max(n for n, _ in samples) == 30
