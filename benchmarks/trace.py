@@ -6,7 +6,8 @@
 Each turn runs the same prompts with a trace to a file, without one, and, where there is a baseline,
 through that checkout's engine, in another order every turn. One process has it all (the baseline is
 loaded beside the engine), so that a machine whose speed drifts treats all alike. The ratios are
-medians over the turns of a turn's ratio. The last line is all of it as JSON.
+medians over the turns of a turn's ratio: of the time on the clock, and of the processor's, which
+does not count what other programs take. The last line is all of it as JSON.
 """
 
 import argparse
@@ -64,16 +65,16 @@ def main() -> None:
     folder = tempfile.TemporaryDirectory()
     file = Path(folder.name) / "run.jsonl"
 
-    def seconds(side: str) -> float:
+    def seconds(side: str) -> tuple[float, float]:
         llm, params = engines[side]
         llm.scheduler.reset()  # nothing is left in the prefix cache
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         if side == "on":
             with llm.tracing(file):
                 llm.generate(prompts, params, use_tqdm=False)
         else:
             llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
 
     times = {side: [] for side in engines}
     order = list(times)
@@ -93,13 +94,13 @@ def main() -> None:
     }
     times = {side: values[1:] for side, values in times.items()}  # the first turn warms up
     for side, values in times.items():
-        found[f"{side}_seconds"] = round(statistics.median(values), 3)
+        found[f"{side}_seconds"] = round(statistics.median(clock for clock, _ in values), 3)
     for side in times.keys() - {"off"}:
-        ratios = [a / b for a, b in zip(times[side], times["off"], strict=True)]
-        found[f"{side}_by_off"] = round(statistics.median(ratios), 4)
-        more = 1000 * (found[f"{side}_seconds"] - found["off_seconds"]) / steps
-        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-        print(f"{side} / off: {middle:.4f} ({low:.4f} to {high:.4f}), {more:+.3f} ms a step")
+        for at, what in enumerate(("clock", "processor")):
+            ratios = [a[at] / b[at] for a, b in zip(times[side], times["off"], strict=True)]
+            middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+            found[f"{side}_by_off_{what}"] = round(middle, 4)
+            print(f"{side} / off, {what}: {middle:.4f} ({low:.4f} to {high:.4f})")
     print(json.dumps(found))
     folder.cleanup()
 

@@ -54,6 +54,9 @@ def test_fig15_more_samples_share_more(lab):
     found, _ = lab("fig15", "--requests", "30")
     for saved in found["ours"].values():
         assert 0 < saved["2"] < saved["4"] < saved["6"] < 100
+    # what is shared is the prompt, and no more than it: samples have texts of their own
+    crowd, _ = lab("fig15", "--requests", "80")
+    assert crowd["ours"]["sharegpt"]["6"] < 30
 
 
 def test_fig16_a_shared_beginning_pays_and_a_longer_one_pays_more(lab):
