@@ -54,9 +54,28 @@ def test_fig15_more_samples_share_more(lab):
     found, _ = lab("fig15", "--requests", "30")
     for saved in found["ours"].values():
         assert 0 < saved["2"] < saved["4"] < saved["6"] < 100
-    # what is shared is the prompt, and no more than it: samples have texts of their own
-    crowd, _ = lab("fig15", "--requests", "80")
-    assert crowd["ours"]["sharegpt"]["6"] < 30
+
+
+def test_fig15_samples_share_their_prompt_and_no_more(monkeypatch, lab):
+    preemptions = 0
+
+    def replay(scheduler, requests, watch, *model):
+        def look(step, took):
+            for seq in scheduler.running:
+                for i, block in enumerate(seq.table):
+                    prompt = i * scheduler.blocks.block_size < seq.num_prompt
+                    assert prompt or scheduler.blocks.ref_count[block] == 1
+            watch(step, took)
+
+        nonlocal preemptions
+        done = world_replay(scheduler, requests, look, *model)
+        preemptions += scheduler.num_preemptions
+        return done
+
+    world_replay = world.replay
+    monkeypatch.setattr(world, "replay", replay)
+    lab("fig15", "--requests", "40")
+    assert preemptions, "nobody came back, so nobody looked for blocks by hash"
 
 
 def test_fig16_a_shared_beginning_pays_and_a_longer_one_pays_more(lab):
