@@ -18,14 +18,7 @@ from microvllm.sampler import noise
 
 FIXTURES = {name: Fixture(*found) for name, found in era_fixtures().items()}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: a second thread would only wait for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TooClose(AssertionError):

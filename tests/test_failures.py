@@ -19,7 +19,6 @@ from test_engine import (
     greedy,
     ids,
     naive,
-    one_thread,  # noqa: F401 (a fixture, for this file too)
     sampled,
     serve,
 )
@@ -27,6 +26,8 @@ from test_engine import (
 from microvllm import SamplingParams, engine
 from microvllm.sampler import Sampled
 from microvllm.trace import Replay, read
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Fault(Exception):

@@ -19,7 +19,6 @@ from test_engine import (
     greedy,
     ids,
     naive,
-    one_thread,  # noqa: F401 (a fixture, for this file too)
     sampled,
     serve,
 )
@@ -27,6 +26,8 @@ from test_engine import (
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import load_model
 from microvllm.sampler import noise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ from microvllm.scheduler import Sequence, Step  # noqa: E402
 
 ERAS = {name: Fixture(*found) for name, found in era_fixtures().items()}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Tape(TorchDispatchMode):
     """Runs what happens inside and writes it down."""
@@ -107,15 +109,6 @@ def no_card():
 def card():
     with nullcontext() if CUDA else no_card():
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: a second thread would only wait for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str, graphs: bool, **kwargs) -> LLM:
