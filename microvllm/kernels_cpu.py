@@ -581,11 +581,12 @@ def sample(
     temperature: Tensor,
     uniform: Tensor,
     softcap: float,
-    filters: Seq[tuple[int, float, float]],
+    filters: Seq[tuple[int, float, float]] | None = None,
 ) -> Tensor:
     """A token for each row of logits (R, V), float32: what sampler.py says, with its arguments.
 
-    filters: top_k, top_p and min_p of each row; 0, 1 and 0 are off. Returns (R,) int64.
+    filters: top_k, top_p and min_p of each row, 0, 1 and 0 being off; None: all are. Returns (R,)
+    int64.
     """
     R, V = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -593,11 +594,12 @@ def sample(
     flat = logits.as_strided(((R - 1) * stride + V,), (1,))
     T, tokens = temperature.numpy(), torch.empty(R, dtype=torch.int64)
     scale = np.divide(_LOG2E, T, out=np.zeros_like(T), where=T > 0)
+    filters = np.array(filters) if filters else np.tile([0.0, 1.0, 0.0], (R, 1))
     with _one_at_a_time:
         threads = _threads_for(R)
         _sample(
             flat.numpy(), V, stride, uniform.numpy(), scale, _f32(softcap),
-            np.array(filters, np.float64), threads, tokens.numpy(),
+            filters, threads, tokens.numpy(),
         )  # fmt: skip
     return tokens
 

@@ -292,7 +292,9 @@ def pick(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap: 
     if logits.device.type == "cpu" and importlib.util.find_spec("numba"):
         from . import kernels_cpu
 
-        filters = [[p.top_k or 0, p.top_p, p.min_p] for p in params]
+        filters = None
+        if any(p.truncated for p in params):
+            filters = [(p.top_k or 0, p.top_p, p.min_p) for p in params]
         return kernels_cpu.sample(logits.float(), temperature, uniform, softcap, filters)
     # greedy rows are the argmax of the logits themselves: no cap (which keeps their order, but may
     # make them equal), no division, no noise
