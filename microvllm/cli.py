@@ -1,4 +1,4 @@
-"""The `microvllm` command: run, chat, bench, score, info, trace, lab.
+"""The `microvllm` command: run, chat, batch, bench, score, info, trace, lab.
 
 A user's mistake is one line and exit status 2. torch takes seconds to import, so that is done where
 it is needed, once the flags make sense.
@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,10 +80,13 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The SamplingParams that the flags describe."""
     from . import SamplingParams
 
-    names = "max_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos n".split()
-    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     with user_errors(args):
-        return SamplingParams(**given)
+        return SamplingParams(**sampling_options(args))
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, object]:
+    names = "max_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos n".split()
+    return {k: v for k, v in vars(args).items() if k in names and v is not None}
 
 
 def overrides(args: argparse.Namespace) -> dict[str, object]:
@@ -106,22 +109,27 @@ def load(args: argparse.Namespace) -> LLM:
     """The engine that the flags describe."""
     from . import LLM
 
-    seed = getattr(args, "seed", 0)
     with user_errors(args):
-        return LLM(
-            model_name(args),
-            step=args.step,
-            tokenizer_path=args.tokenizer_dir,
-            device=args.device,
-            num_blocks=args.num_blocks,
-            max_batch_size=args.max_batch_size,
-            dtype=args.dtype,
-            quantization=args.quantization,
-            max_model_len=args.max_model_len,
-            seed=random.getrandbits(31) if seed is None else seed,
-            trace=args.trace,
-            **overrides(args),
-        )
+        return LLM(**engine_options(args))
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, object]:
+    """The arguments of LLM that the flags describe."""
+    seed = getattr(args, "seed", 0)
+    return dict(
+        model_path=model_name(args),
+        step=args.step,
+        tokenizer_path=args.tokenizer_dir,
+        device=args.device,
+        num_blocks=args.num_blocks,
+        max_batch_size=args.max_batch_size,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        max_model_len=args.max_model_len,
+        seed=random.getrandbits(31) if seed is None else seed,
+        trace=args.trace,
+        **overrides(args),
+    )
 
 
 def encode(llm: LLM, prompts: list[str], raw: bool) -> list[str] | list[list[int]]:
@@ -198,6 +206,48 @@ def chat(args: argparse.Namespace) -> None:
         if not llm.tokenizer.has_chat:
             args.error("the tokenizer has no chat tokens: `microvllm run` completes plain text")
         terminal.converse(llm, params, args.json)
+
+
+def batch(args: argparse.Namespace) -> None:
+    """Answer the rows of a file, one engine or many; started again, it goes on where it was."""
+    from .batch import Ask, Job, answer, carry_out
+    from .checkpoint import find_checkpoint
+
+    sampling_params(args)
+    with user_errors(args):
+        args.model, args.step = find_checkpoint(model_name(args), args.step)
+        columns = {k: v for k, v in vars(args).items() if k.endswith("_column")}
+        ask = Ask(args.task, args.raw, sampling_options(args), args.seed, **columns)
+        options = engine_options(args) | {"model_path": str(args.model)}
+        if args.ray is not None and args.trace:
+            raise ValueError("--trace is for one engine: give it without --ray")
+        names = "model_path step tokenizer_path dtype quantization max_model_len".split()
+        settings = {k: options[k] for k in names} | overrides(args) | vars(ask)
+        job = Job(args.input, args.output, ask, settings)
+    with ExitStack() as stack:
+        llm = None
+        if job.num_done == job.num_rows:
+            outcomes = iter(())
+        elif args.ray is None:
+            llm = stack.enter_context(load(args))
+            outcomes = answer(llm, job.pending(), ask)
+        else:
+            from .parallel import answer_on_ray
+
+            where = {"address": args.ray, "replicas": args.replicas, "gpus": args.gpus_per_replica}
+            outcomes = answer_on_ray(job, options, **where)
+        try:
+            with user_errors(args, llm):
+                found = carry_out(job, outcomes, args.ordered)
+        except OSError as error:
+            args.error(f"{error}; the same command goes on from here")
+    if args.json:
+        print(json.dumps(found))
+    elif found["bad"] or sys.stderr.isatty():
+        rate = speed.rate(found["new_tokens"], found["seconds"])
+        bad = f", {found['bad']} of them bad: see {job.errors}" if found["bad"] else ""
+        terminal.note(f"{found['rows']} rows in {job.output}{bad}; {rate:.0f} tokens/s")
+    sys.exit(1 if found["bad"] else 0)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -340,6 +390,39 @@ def make_parser() -> Parser:
     sub, _ = command(chat, "talk to a model", "", "-m rl:d20:650 --temperature 0.9")
     engine_flags(sub, raw=False)
     sampling_flags(sub, max_tokens=256, temperature=0.6, top_k=50, seed=None)
+
+    sub, add = command(
+        batch,
+        "answer a file of prompts; killed and started again, it goes on where it was",
+        'prompts.jsonl -o answers.jsonl    # each {"prompt": "..."}, or with "id" and "params"',
+        "prompts.parquet -o answers.parquet --prompt-column question --ordered --temperature 0",
+        "pairs.jsonl -o scores.jsonl --task score",
+        "prompts.jsonl -o answers.jsonl --ray --replicas 2 --gpus-per-replica 1",
+    )
+    add("input", metavar="INPUT", help="rows, in .jsonl or .parquet")
+    what = "what becomes of them, in either; bad rows go to OUTPUT.errors (then exit status 1)"
+    add("-o", "--output", required=True, metavar="OUTPUT", help=what)
+    add("--ordered", action="store_true", help="in the input's order (as they are done)")
+    add("-n", type=positive, default=1, metavar="N", help="answers to each prompt (%(default)s)")
+    add = sub.add_argument_group("rows").add_argument
+    what = "(chat where the model can, else completion)"
+    add("--task", choices=["chat", "completion", "score"], help=what)
+    what = "a text, token ids, or for chat a list of messages (%(default)s)"
+    add("--prompt-column", default="prompt", metavar="NAME", help=what)
+    what = "a text or integer that no other row has (id where there is one, else the line)"
+    add("--id-column", metavar="NAME", help=what)
+    what = "an object of sampling parameters, in place of the flags' (%(default)s)"
+    add("--params-column", default="params", metavar="NAME", help=what)
+    what = "for score: a text, or a list of them (%(default)s)"
+    add("--continuation-column", default="continuation", metavar="NAME", help=what)
+    add = sub.add_argument_group("many machines").add_argument
+    what = "on Ray: the cluster at ADDRESS (the one that runs, else a new one here)"
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help=what)
+    add("--replicas", type=positive, default=1, metavar="N", help="engines (%(default)s)")
+    what = "of each engine, may be a part of one (%(default)s)"
+    add("--gpus-per-replica", type=float, default=0, metavar="N", help=what)
+    engine_flags(sub)
+    sampling_flags(sub, max_tokens=128, temperature=0.8, top_k=50)
 
     sub, add = command(
         bench,

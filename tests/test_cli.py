@@ -74,7 +74,7 @@ def process(*flags: str, **kwargs) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-    "sub", [[], ["run"], ["chat"], ["bench"], ["score"], ["info"], ["lab"], ["trace"]]
+    "sub", [[], *([name] for name in "run chat batch bench score info lab trace".split())]
 )
 def test_help_shows_examples_that_parse(sub, capsys):
     with pytest.raises(SystemExit) as stop:

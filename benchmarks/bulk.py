@@ -1,0 +1,147 @@
+"""What a bulk job costs beside the engine, and what it gains from sorted prompts.
+
+    python benchmarks/bulk.py memory --rows 1000000
+    python benchmarks/bulk.py routing --groups 48 --rows 16 --replicas 2
+
+memory: an engine that writes at once, so that nothing but the job is seen: the memory of a process
+that reads, answers, writes and at last sorts so many rows. routing: a shuffled file in which groups
+of prompts begin alike, through Ray, with pools too small for all beginnings: the share of prompt
+tokens that the replicas' prefix caches had, the rows sorted by their prompts or as they come.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+
+from microvllm.batch import Ask, Job, answer, carry_out
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class FakeLLM:
+    """An engine whose tokens are a function of prompt and seed, and whose requests end in any
+    order, a few in each step. seconds: of a step."""
+
+    tokenizer = SimpleNamespace(has_chat=False)
+
+    def __init__(self, max_batch_size: int = 32, seconds: float = 0.0):
+        self.max_batch_size, self.seconds = max_batch_size, seconds
+        self.queue, self.count, self.order = deque(), 0, random.Random()
+
+    def add_request(self, prompt, params=None, *, tools=False, continuation=None) -> int:
+        if len(prompt) > 1000:
+            raise ValueError(f"the prompt has {len(prompt)} tokens and max_model_len is 1000")
+        self.count += 1
+        self.queue.append((self.count, prompt, params, continuation))
+        return self.count
+
+    def step(self) -> list[dict]:
+        time.sleep(self.seconds)
+        self.queue.rotate(self.order.randrange(len(self.queue)))
+        return [self._output(*self.queue.popleft()) for _ in range(min(4, len(self.queue)))]
+
+    def _output(self, request, prompt, params, continuation) -> dict:
+        found = {"request_id": request, "prompt_token_ids": prompt, "num_cached_tokens": 1}
+        if continuation is not None:
+            return found | {"logprobs": [-float(len(prompt)), -float(len(continuation))]}
+        draw = random.Random(f"{prompt} {params.seed}")
+        tokens = [draw.randrange(1000) for _ in range(params.max_tokens)]
+        ends = {"finish_reason": "length", "stop_reason": "max_tokens"}
+        sample = {"text": f"{tokens}", "token_ids": tokens, **ends}
+        return found | sample | {"samples": [sample] * params.n}
+
+    def abort(self, *requests: int) -> None:
+        self.queue = deque(r for r in self.queue if r[0] not in requests)
+
+
+def resident() -> float:
+    """Memory of this process in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1e3
+    raise OSError("no /proc/self/status: this is for Linux")
+
+
+def memory_curve(rows: int, output: Path, points: int = 20) -> list[tuple[int, float]]:
+    """(rows done, MB) while a job of so many rows runs, then once more when it was sorted."""
+    source = output.with_suffix(".in.jsonl")
+    with open(source, "w") as file:
+        for i in range(rows):
+            file.write(
+                json.dumps({"id": f"row {i}", "prompt": f"the prompt of row {i} " * 4}) + "\n"
+            )
+    import torch  # noqa: F401, what SamplingParams needs is not the job's
+
+    curve = [(0, resident())]
+    job = Job(source, output, Ask(params={"max_tokens": 16}), {})
+    curve.append((0, resident()))
+
+    def watched():
+        for outcome in answer(FakeLLM(), job.pending(), job.ask):
+            yield outcome
+            if job.num_done % (rows // points) == 0:
+                curve.append((job.num_done, resident()))
+
+    carry_out(job, watched(), ordered=True)
+    return [*curve, (rows, resident())]
+
+
+def beginnings(groups: int, rows: int) -> list[str]:
+    """Prompts in random order, of which so many begin with the same sixty words, in each group."""
+    words = (ROOT / "models" / "README.md").read_text().split()
+    draw, prompts = random.Random(0), []
+    for _ in range(groups):
+        beginning = " ".join(draw.choice(words) for _ in range(60))
+        prompts += [f"{beginning} {draw.choice(words)} {i}" for i in range(rows)]
+    draw.shuffle(prompts)
+    return prompts
+
+
+def routing(groups: int, rows: int, replicas: int, folder: Path) -> dict[str, dict]:
+    """What the replicas' caches had of the prompts, sorted and as they come."""
+    from microvllm.parallel import answer_on_ray
+
+    prompts, found = beginnings(groups, rows), {}
+    source = folder / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    ask = Ask("completion", params={"max_tokens": 8, "temperature": 0.8, "ignore_eos": True})
+    options = {"model_path": str(ROOT / "models" / "oldbooks-d6"), "device": "cpu"}
+    options |= {"num_blocks": 400, "max_batch_size": 16}
+    for name, grouped in (("sorted", True), ("as they come", False)):
+        job = Job(source, folder / f"{name}.jsonl", ask, options)
+        outcomes = answer_on_ray(job, options, replicas=replicas, grouped=grouped)
+        found[name] = carry_out(job, outcomes, ordered=True)
+        found[name]["hit_rate"] = found[name]["cached_tokens"] / found[name]["prompt_tokens"]
+    tokens = [
+        [json.loads(line)["token_ids"] for line in open(folder / f"{name}.jsonl")] for name in found
+    ]
+    assert tokens[0] == tokens[1], "the order decides what is written"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["memory", "routing"])
+    parser.add_argument("--rows", type=int, help="rows (1,000,000), or rows of a group (16)")
+    parser.add_argument("--groups", type=int, default=48)
+    parser.add_argument("--replicas", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.what == "memory":
+            began = time.perf_counter()
+            curve = memory_curve(args.rows or 10**6, Path(folder) / "out.jsonl")
+            for rows, megabytes in curve:
+                print(f"{rows:12,} rows {megabytes:8.1f} MB", file=sys.stderr)
+            print(json.dumps({"seconds": round(time.perf_counter() - began, 1), "curve": curve}))
+        else:
+            print(json.dumps(routing(args.groups, args.rows or 16, args.replicas, Path(folder))))
+
+
+if __name__ == "__main__":
+    main()
