@@ -221,6 +221,8 @@ def batch(args: argparse.Namespace) -> None:
         options = engine_options(args) | {"model_path": str(args.model)}
         if args.ray is not None and args.trace:
             raise ValueError("--trace is for one engine: give it without --ray")
+        if args.ray is None and (args.replicas, args.gpus_per_replica) != (1, 0):
+            raise ValueError("--replicas and --gpus-per-replica are for --ray: give it too")
         names = "model_path step tokenizer_path dtype quantization max_model_len".split()
         settings = {k: options[k] for k in names} | overrides(args) | vars(ask)
         job = Job(args.input, args.output, ask, settings)

@@ -351,6 +351,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         (["{rows}", "-o", "{out}", "--num-blocks", "1"], "num_blocks"),
         (["{rows}", "-o", "{out}", "--task", "chat", "--raw", "--num-blocks", "40"], "completion"),
         (["{rows}", "-o", "{out}", "--ray", "auto", "--trace", "t.jsonl"], "--trace"),
+        (["{rows}", "-o", "{out}", "--replicas", "2"], "--ray"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(flags, named, tmp_path, capsys):
