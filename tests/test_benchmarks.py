@@ -209,6 +209,26 @@ def test_the_comparison_runs(tmp_path):
         assert fact["first_token_s"] > 0 and (fact["peak_gb"] or 1) > 0.05  # Python with torch
 
 
+def test_a_profile_names_every_part_of_a_step_and_the_perplexity_of_each_kind_of_weights():
+    options = "--models tiny --sequences 3 --prompts 9"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "cpu.py", *options.split()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    found = result["profile"]["tiny"]
+    assert (found["sequences"], found["steps"]) == (3, 2 * 63)  # the first step has the prompts
+    assert len(found["parts_ms"]) == 12 and min(found["parts_ms"].values()) >= 0
+    assert abs(sum(found["parts_ms"].values()) - found["step_ms"]) < 0.01
+    exact = result["perplexity"].pop("float32")
+    for small in result["perplexity"].values():
+        assert small["tokens"] == exact["tokens"] and small != exact
+        assert abs(small["perplexity"] / exact["perplexity"] - 1) < 0.01
+
+
 def test_an_engine_that_cannot_be_imported_or_dies_is_told():
     assert compare.version(sys.executable, "torch").startswith("2.")
     assert compare.version(sys.executable, "no_such_engine") is None

@@ -1,0 +1,171 @@
+"""Where the time of a step goes on a CPU, and what smaller weights cost.
+
+    python benchmarks/cpu.py                 # both, of a small random model and of the bundled one
+    python benchmarks/cpu.py --parts profile --models bundled --sequences 1
+
+The profile: as many sequences as asked for decode together, greedily, and each part of a step is
+timed by a clock around its call; a part inside another one is taken off the other. The numbers are
+medians over the steps in which all of them decode, and the step is their sum: what else the machine
+does in some of the steps does not count. "python" is all of a step that is neither in the model nor
+in the sampler: planning, tensors for the plan, reading the tokens, books. The clocks' own time is
+in there too.
+
+The perplexity: of the answers of the bundled prompts, given their instructions, by the bundled
+model in float32, bfloat16 and int8. The last line is all of it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
+
+import torch
+from compare import BUNDLED, SHAPES, cores, find_model, processor, workload
+
+from microvllm import LLM, SamplingParams, engine, model
+from microvllm.bench import BUNDLED as PROMPTS
+
+KINDS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
+PYTHON = ("schedule", "batch", "upload", "update", "other python")
+
+
+class Clocks:
+    """Seconds of each part of the present step."""
+
+    def __init__(self):
+        self.steps: list[tuple[int, Counter]] = []  # (rows, seconds by part)
+        self.now, self.inside = Counter(), [0.0]
+
+    def around(self, owner: object, name: str, part: str) -> None:
+        """Time every call of owner.name, without what is timed inside it."""
+        call = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            self.inside.append(0.0)
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            seconds = time.perf_counter() - start
+            self.now[part] += seconds - self.inside.pop()
+            self.inside[-1] += seconds
+            return result
+
+        setattr(owner, name, timed)
+
+    def watch(self, llm: LLM) -> Callable[[], None]:
+        """Put a clock around each part of this engine; returns what takes them off again."""
+        ops, kept = llm.model.ops, []
+        places = [
+            (llm, "_advance", "other python"), (llm.scheduler, "schedule", "schedule"),
+            (engine, "make_batch", "batch"), (engine.Batch, "upload", "upload"),
+            (llm.scheduler, "update", "update"), (engine, "sample", "sampler"),
+            (llm.model, "forward", "model, the rest"), (llm.model, "attend", "attention"),
+            (ops, "add_norm", "add_norm"), (ops, "rope_store", "rope_store"),
+            (ops, "relu2", "relu2"), (model.Linear, "__call__", "products"),
+            (llm.model, "logits", "model, the rest"),
+        ]  # fmt: skip
+        for owner, name, part in places:
+            kept.append((owner, name, vars(owner).get(name)))
+            self.around(owner, name, part)
+
+        def restore() -> None:
+            for owner, name, old in kept:
+                delattr(owner, name) if old is None else setattr(owner, name, old)
+
+        return restore
+
+    def step(self, rows: int) -> None:
+        self.steps.append((rows, self.now))
+        self.now, self.inside = Counter(), [0.0]
+
+
+def profile(folder: str, vocab: int, sequences: int) -> dict:
+    """Milliseconds of each part of a step, and the share of Python outside model and sampler."""
+    with LLM(folder, device="cpu", max_batch_size=max(64, sequences)) as llm:
+        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+        clocks = Clocks()
+        for turn in range(3):  # the first one loads what numba has compiled
+            job = workload("W1", turn, vocab, 1)
+            for prompt in job["prompts"][:sequences]:
+                llm.add_request(prompt, params)
+            restore = clocks.watch(llm) if turn else lambda: None
+            while not llm.is_finished():
+                before = llm.stats()["output_tokens"], llm.stats()["prefill_tokens"]
+                llm.step()
+                made, prompt = (
+                    llm.stats()[key] - old
+                    for key, old in zip(("output_tokens", "prefill_tokens"), before, strict=True)
+                )
+                clocks.step(0 if prompt else made)
+            restore()
+    full = [parts for rows, parts in clocks.steps if rows == sequences and parts]
+    names = list(dict.fromkeys(name for parts in full for name in parts))
+    found = {n: 1000 * statistics.median(p[n] for p in full) for n in names}
+    total = sum(found.values())
+    share = sum(ms for n, ms in found.items() if n in PYTHON) / total
+    return {
+        "sequences": sequences, "steps": len(full), "step_ms": round(total, 3),
+        "parts_ms": {n: round(ms, 3) for n, ms in sorted(found.items(), key=lambda x: -x[1])},
+        "python_share": round(share, 4),
+    }  # fmt: skip
+
+
+def perplexity(count: int, options: dict) -> dict:
+    """Of the answers of the first so many bundled prompts that have one."""
+    rows = [row for row in json.loads(PROMPTS.read_text()) if row["output"]][:count]
+    with LLM(str(BUNDLED), device="cpu", **options) as llm:
+        prompts = []
+        for row in rows:
+            asked = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
+            prompts.append(
+                llm.tokenizer.render_for_completion([{"role": "user", "content": asked}])
+            )
+        found = sum(llm.score(prompts, [row["output"] for row in rows]), [])
+    return {"tokens": len(found), "perplexity": round(math.exp(-sum(found) / len(found)), 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default="profile,perplexity")
+    parser.add_argument("--models", default="small,bundled", help=f"of {','.join(SHAPES)},bundled")
+    parser.add_argument("--sequences", type=int, default=64, help="of the profile (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=512, help="of the perplexity (%(default)s)")
+    args = parser.parse_args()
+    result = {"benchmark": "cpu", "cpu": processor(), "cores": cores(),
+              "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    print(f"{processor()}, {cores()} cores, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, float32")  # fmt: skip
+    if "profile" in args.parts:
+        result["profile"] = {}
+        for name in args.models.split(","):
+            with tempfile.TemporaryDirectory() as scratch:
+                wanted = argparse.Namespace(model=name, models=None)
+                folder, vocab = find_model(wanted, Path(scratch))
+                found = result["profile"][name] = profile(str(folder), vocab, args.sequences)
+            print(f"\n{name}: a step of {found['sequences']} decodes, medians of {found['steps']}\n"
+                  f"{'all of it':20}{found['step_ms']:9.3f} ms")  # fmt: skip
+            for part, ms in found["parts_ms"].items():
+                print(f"{part:20}{ms:9.3f} ms{ms / found['step_ms']:7.1%}")
+            print(f"{'python':20}{'':12}{found['python_share']:7.1%}  ({', '.join(PYTHON)})")
+    if "perplexity" in args.parts:
+        result["perplexity"] = {k: perplexity(args.prompts, o) for k, o in KINDS.items()}
+        exact = result["perplexity"]["float32"]["perplexity"]
+        print(f"\nperplexity of {result['perplexity']['float32']['tokens']:,} tokens of answers")
+        for kind, found in result["perplexity"].items():
+            print(f"{kind:20}{found['perplexity']:9.4f}{found['perplexity'] / exact - 1:+10.3%}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
