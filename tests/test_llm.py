@@ -273,6 +273,10 @@ def test_generate_batch_is_nanochats(llm):
     several, their_masks = llm.generate_batch([prompt, [5, 6]], max_tokens=4, temperature=0.0)
     assert [len(s) for s in several] == [1, 1] and len(their_masks[1][0]) == len(several[1][0])
     assert several[0][0] == sequences[0][: len(prompt) + 4]
+    # equal prompts are not drawn alike: each has the seed after the one before
+    twice, _ = llm.generate_batch([[5, 6]] * 2, num_samples=2, max_tokens=8, seed=3)
+    assert twice[0] != twice[1]
+    assert twice[1] == llm.generate_batch([5, 6], num_samples=2, max_tokens=8, seed=4)[0]
 
 
 class LiveModule(torch.nn.Module):
@@ -353,6 +357,20 @@ def test_the_calculator_answers_inside_the_loop_as_nanochats_does(overlap, optio
         assert all(0 not in output["mask"] for output in plain)
         assert plain[0]["token_ids"] != outputs[0]["token_ids"]
         assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_usable
+
+
+def test_chat_calls_the_calculator_unless_it_is_told_not_to():
+    goldens = json.loads((ERAS / "tool_chain" / "goldens.json").read_text())
+    params = SamplingParams(temperature=0, max_tokens=60)
+    with chain() as llm:
+        for run in goldens["runs"]:
+            (answer,) = llm.chat(run["messages"], params)
+            assert (answer["token_ids"], answer["mask"]) == (run["tokens"], run["masks"])
+            (plain,) = llm.chat(run["messages"], params, tools=False)
+            assert plain["token_ids"] != answer["token_ids"] and 0 not in plain["mask"]
+            # nor where the text is looked at for another reason
+            pieces = [e["token_ids"] for e in llm.stream([run["prompt"]], params)]
+            assert sum(pieces, []) == plain["token_ids"]
 
 
 def test_forced_tokens_count_towards_max_tokens_and_are_cut_by_it():
