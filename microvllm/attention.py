@@ -21,10 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pick_backend(name: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+def pick_backend(
+    name: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False
+) -> Callable[..., Tensor]:
     """The backend called `name`; "auto" is the fastest one that runs on `device`.
 
-    Raises ValueError for an unknown name, or for a backend that cannot run here, saying why.
+    deterministic: the bits of a row may depend on nothing but its sequence up to there. Raises
+    ValueError for an unknown name, or for a backend that cannot run here, saying why.
     """
     if name == "auto":
         if device.type == "cuda" and importlib.util.find_spec("triton"):
@@ -34,6 +37,11 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype) -> Callabl
         else:
             name = "sdpa"
     if name == "sdpa":
+        if deterministic:
+            raise ValueError(
+                "deterministic=True is for attention='numba' on a CPU (pip install numba, float32 "
+                f"or bfloat16) and 'triton' on a GPU (pip install triton), not 'sdpa' on {device}"
+            )
         return sdpa_attention
     if name == "numba":
         if device.type != "cpu" or dtype == torch.float16:
@@ -50,7 +58,7 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype) -> Callabl
             )
         from . import kernels_gpu
 
-        return kernels_gpu.paged_attention
+        return kernels_gpu.fixed_attention if deterministic else kernels_gpu.paged_attention
     raise ValueError(f"attention must be 'auto', 'sdpa', 'numba' or 'triton', got {name!r}")
 
 

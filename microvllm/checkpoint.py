@@ -131,6 +131,7 @@ def load_model(
     attention="auto",
     max_len=None,
     quantization=None,
+    deterministic=False,
     **overrides,
 ) -> GPT:
     """Load a checkpoint of any era, strictly; model_path and step: see find_checkpoint.
@@ -139,7 +140,8 @@ def load_model(
     an override that is no constant of the recipe.
     """
     parts = read_checkpoint(*find_checkpoint(model_path, step))
-    return _build(*parts, device, dtype, attention, max_len, quantization, overrides)
+    options = attention, max_len, quantization, deterministic
+    return _build(*parts, device, dtype, *options, overrides)
 
 
 def wrap_model(
@@ -150,6 +152,7 @@ def wrap_model(
     attention="auto",
     max_len=None,
     quantization=None,
+    deterministic=False,
     **overrides,
 ) -> GPT:
     """A GPT on the weights of a live nanochat module, shared where device and dtype allow it.
@@ -157,13 +160,14 @@ def wrap_model(
     Raises TypeError for what is no nanochat GPT, ValueError for one of an unknown era.
     """
     parts = from_module(module)
-    options = attention, max_len, quantization
+    options = attention, max_len, quantization, deterministic
     return _build(*parts, device, dtype, *options, overrides, share=True)
 
 
 def _build(
-    config, recipe, weights, device, dtype, attention, max_len, quantization, overrides, share=False
-) -> GPT:
+    config, recipe, weights, device, dtype, attention, max_len, quantization, deterministic,
+    overrides, share=False,
+) -> GPT:  # fmt: skip
     device = torch.device(device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
@@ -183,11 +187,13 @@ def _build(
         raise ValueError(f"quantization='int8' is for float32 on a CPU, not {dtype} on {device}")
     if quantization and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         raise ValueError("quantization='int8' needs a torch with oneDNN, which this one lacks")
-    recipe, attend = recipe.override(**overrides), pick_backend(attention, device, dtype)
+    recipe = recipe.override(**overrides)
+    attend = pick_backend(attention, device, dtype, deterministic)
     store = torch.int8 if quantization else None
     if dtype == torch.bfloat16 and attend.__module__.endswith("kernels_cpu"):
         dtype, store = torch.float32, torch.bfloat16  # a CPU saves memory's time, not arithmetic's
-    return GPT(config, recipe, weights, attend, device, dtype, max_len, share, store)
+    options = max_len, share, store, deterministic
+    return GPT(config, recipe, weights, attend, device, dtype, *options)
 
 
 def from_module(module) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:

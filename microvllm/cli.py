@@ -53,6 +53,8 @@ def engine_flags(parser: Parser, raw: bool = True) -> None:
     add("--num-blocks", type=int, metavar="N", help="blocks of the KV cache (what memory allows)")
     add("--max-batch-size", type=int, metavar="N", help="sequences that run at once, at most")
     add("--max-model-len", type=int, metavar="N", help="prompt plus answer (the context)")
+    same = "the same bits alone or in a batch, cold or warm; slower"
+    add("--deterministic", action="store_true", help=same)
     told = "write down what happens to every block; `microvllm trace FILE` shows it"
     add("--trace", metavar="FILE", help=told)
     parser.set_defaults(watch=False)
@@ -125,6 +127,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, object]:
         max_batch_size=args.max_batch_size,
         dtype=args.dtype,
         quantization=args.quantization,
+        deterministic=args.deterministic,
         max_model_len=args.max_model_len,
         seed=random.getrandbits(31) if seed is None else seed,
         trace=args.trace,

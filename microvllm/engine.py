@@ -238,9 +238,11 @@ class LLM:
     are shared where device and dtype allow it, and its tokenizer, instead of paths;
     gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
     steps; quantization: "int8" makes the matrices and the inputs of all products int8, and K and V
-    bfloat16, on a CPU; trace: a file to write events to, see trace.py; victim, admission, eviction:
-    policies, functions such as those in scheduler.py; any constant of model.Recipe may be
-    overridden by name (softcap=20 for a checkpoint of era 3b).
+    bfloat16, on a CPU; deterministic: logits, and so tokens, bit for bit the same alone or in a
+    batch, cold or warm, at a price: see model.in_slices, kernels_gpu.linear; trace: a file to write
+    events to, see trace.py; victim, admission, eviction: policies, functions such as those in
+    scheduler.py; any constant of model.Recipe may be overridden by name (softcap=20 for a
+    checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
     """
@@ -250,8 +252,8 @@ class LLM:
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
         max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
         tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, quantization=None,
-        trace=None, victim=youngest, admission=first_come, eviction=least_recently_used,
-        **overrides,
+        deterministic=False, trace=None, victim=youngest, admission=first_come,
+        eviction=least_recently_used, **overrides,
     ):  # fmt: skip
         check_int("block_size", block_size, 1)
         check_int("seed", seed, 0)
@@ -266,6 +268,7 @@ class LLM:
         for name, value in (
             ("enable_prefix_caching", enable_prefix_caching),
             ("cuda_graphs", cuda_graphs),
+            ("deterministic", deterministic),
         ):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r:.80}")
@@ -279,7 +282,7 @@ class LLM:
             raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
         self.device = pick_device(device)
         options = {"attention": attention, "max_len": max_model_len, **overrides}
-        options["quantization"] = quantization
+        options.update(quantization=quantization, deterministic=deterministic)
         if model is None:
             model_path, step = find_checkpoint(model_path, step)
             self.model = load_model(model_path, step, self.device, dtype, **options)
@@ -784,7 +787,8 @@ class LLM:
                         )
                         for _, seq, position in plan.samples
                     ]  # fmt: skip
-                tokens = sample(logits, params, batch.temperature, batch.noise, cap, history)
+                size = 1 if self.model.sliced else None
+                tokens = sample(logits, params, batch.temperature, batch.noise, cap, history, size)
                 if isinstance(tokens, Sampled):
                     sampled, tokens = tokens, tokens.tokens
             if plan.scored:

@@ -381,6 +381,9 @@ def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
             qs_i[d] = qi[d] * scale
             yi[d] = 0
     start = max(0, position - window) if window >= 0 else 0
+    # keys are read four at a time: the same four whatever row of the tile comes first, so that the
+    # bits of a row do not depend on it
+    start -= start % block_size % 4
     stop = position + q.shape[0]  # some row sees the keys [start, stop)
     table = table[start // block_size : (stop - 1) // block_size + 1]
     skip = start % block_size

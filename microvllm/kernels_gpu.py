@@ -31,7 +31,7 @@ EARLY_START = False
 # larger, so their addresses divide by 16 or do not: no second variant of a kernel for that
 VARIES = (
     "ids positions slots tables seq_lens cu_seqlens temperatures us sums a b "
-    "table_stride h_stride window first_sequence num_sequences splits"
+    "table_stride h_stride window first_sequence num_sequences splits rows"
 ).split()
 
 
@@ -179,6 +179,38 @@ def rope_store(qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gat
         num_warps=1, **_device(qkv.device)[2],
     )  # fmt: skip
     return q
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _linear(
+    x, w, y, rows, X_STRIDE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    _begin(PDL)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + m[:, None] * X_STRIDE + k, (m < rows)[:, None] & (k < K), 0.0)
+        b = tl.load(w + n[:, None] * K + k, (n < N)[:, None] & (k < K), 0.0)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    tl.store(y + m[:, None] * N + n, acc, (m < rows)[:, None] & (n < N))
+
+
+def linear(x, w):
+    """x (T, K) @ w.T (K, N), in tiles of one size and sums of one order: unlike in cuBLAS, which
+    has another kernel for another T, the bits of a row depend on nothing but the row. Returns
+    (T, N).
+    """
+    (T, K), N = x.shape, len(w)
+    assert x.stride(1) == 1 and w.is_contiguous(), (x.stride(), w.stride())
+    y = torch.empty((T, N), dtype=x.dtype, device=x.device)
+    _linear[(triton.cdiv(N, 64), triton.cdiv(T, 64))](
+        x, w, y, T, x.stride(0), N, K, 64, 64, 64 if x.element_size() == 2 else 32,
+        num_warps=4, num_stages=4, **_device(x.device)[2],
+    )  # fmt: skip
+    return y
 
 
 # -------------------------------------------------------------------------------------------------
@@ -353,15 +385,20 @@ def _chunk(
     tl.store(out + at, acc / total[:, None], live)
 
 
-def paged_attention(q, k, v, batch, window, num_splits=None):
+def fixed_attention(q, k, v, batch, window):
+    """`paged_attention` in which the bits of a row depend neither on who shares its batch nor on
+    where its chunk begins, nor on whether it is a decode: all rows go through one kernel."""
+    return paged_attention(q, k, v, batch, window, fixed=True)
+
+
+def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
     """Causal attention of a flat batch over the block tables. Returns (T, n_head, D), q's dtype.
 
     q (T, n_head, D): rotated, normed and scaled. k, v (num_blocks, n_kv_head, block_size, D), which
     already hold the batch's own rows. A query at position p sees keys p - window .. p; window < 0:
     all of them. The first `batch.num_decodes` rows go to one kernel, the chunks to another.
-    num_splits: programs that share the context of one decoding sequence. None: as many as fill the
-    card, and tiles that suit the chunks. A number fixes both, and then the bits of a row depend
-    neither on who shares its batch nor on where its chunk begins.
+    num_splits: programs that share the context of one decoding sequence; None: as many as fill the
+    card. fixed: see fixed_attention.
     The online softmax and the split of the context are FlashAttention's (Dao et al., 2022) and
     Flash-Decoding's (Dao et al., 2023), the block table PagedAttention's (Kwon et al., 2023).
     """
@@ -370,7 +407,8 @@ def paged_attention(q, k, v, batch, window, num_splits=None):
     assert k.stride()[1:] == (block_size * D, D, 1), k.stride()
     group, size = n_head // n_kv, q.element_size()
     block_d = max(16, triton.next_power_of_2(D))
-    decodes, chunks = batch.num_decodes, batch.seq_lens.shape[0] - batch.num_decodes
+    decodes = 0 if fixed else batch.num_decodes
+    chunks = batch.seq_lens.shape[0] - decodes
     processors, memory, options = _device(q.device)
     scale = math.log2(math.e) / math.sqrt(D)  # exp2 is what the hardware has
     tables, table_stride = batch.block_tables, batch.block_tables.stride(0)
@@ -403,8 +441,10 @@ def paged_attention(q, k, v, batch, window, num_splits=None):
         block_g = triton.next_power_of_2(group)
         # small blocks for short prompts, and for float32, which has no matrix units and spills
         mean = (T - decodes) // chunks * block_g
-        short = size == 4 or (num_splits is None and mean <= 32)
+        short = size == 4 or mean <= 32
         block_m, tile, warps = (32, 32, 4) if short else (128, 64, 8)
+        if fixed and size < 4:
+            block_m, tile, warps = 64, 64, 4
         if block_d > 128:
             block_m, tile, warps = min(block_m, 64), tile // 2, 8
         block_m = max(block_m, block_g)

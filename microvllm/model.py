@@ -321,22 +321,30 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return (x / scale).round_().add_(128).to(torch.uint8), scale
 
 
+def in_slices(function, x: Tensor, rows: int = 16) -> Tensor:
+    """function(x) of x (T, C), always of `rows` rows at a time, the last of them padding: what
+    becomes of a row then follows from the row, not from how many others there are."""
+    whole = F.pad(x, (0, 0, 0, -len(x) % rows))
+    return torch.cat([function(part) for part in whole.split(rows)])[: len(x)]
+
+
 class Linear:
     """A weight matrix (out, in), kept once, in the layout that its products like best.
 
     parts: matrices of a checkpoint, one on top of the other: q, k and v are one product; share: use
     them as they are, without a copy, if device and dtype allow it; rows: how many outputs are
     wanted, the others are padding; quantize: make the weights int8, with one scale for each output,
-    and the inputs of each product with this function, that is `quantize_rows`.
+    and the inputs of each product with this function, that is `quantize_rows`; product: of x and a
+    plain weight; sliced: the bits of a row may not depend on the rows beside it, see `in_slices`.
     """
 
     def __init__(
         self, parts: list[Tensor], device, dtype, share: bool, rows: int | None = None,
-        quantize=None,
+        quantize=None, product=F.linear, sliced: bool = False,
     ):  # fmt: skip
         self.sizes, self.width = [len(part) for part in parts], parts[0].shape[1]
         self.rows = rows or sum(self.sizes)
-        self.device, self.dtype, self.quantize = device, dtype, quantize
+        self.device, self.dtype, self.quantize, self.product = device, dtype, quantize, product
         same = parts[0].device == device and parts[0].dtype == dtype
         self.shared = share and same and not quantize
         # without the instructions for them, sums of two products of int8 are held in 16 bits
@@ -354,6 +362,10 @@ class Linear:
         )
         self.weight: Tensor | None = None
         self.load(parts)
+        self.slice = 0
+        if sliced:  # do equal rows get equal bits wherever they are? else one is done at a time
+            y = self._product(torch.arange(self.width).sin().expand(16, -1).contiguous())
+            self.slice = 16 if torch.equal(y, y[:1].expand_as(y)) else 1
 
     def load(self, parts: list[Tensor]) -> None:
         """Take the weights of `parts`; in place where there were others before."""
@@ -394,6 +406,9 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (T, in) @ weight.T: (T, rows), in x's dtype."""
+        return in_slices(self._product, x, self.slice) if self.slice else self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.quantize:
             return self._int8_product(x)[:, : self.rows]
         given, x = x.dtype, x.to(self.dtype)
@@ -401,9 +416,9 @@ class Linear:
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
             y = y[:, : self.rows]
         elif self.weight is None:
-            y = torch.cat([F.linear(x, part) for part in self.weights], dim=-1)
+            y = torch.cat([self.product(x, part) for part in self.weights], dim=-1)
         else:
-            y = F.linear(x, self.weight[: self.rows])
+            y = self.product(x, self.weight[: self.rows])
         return y.to(given)
 
     def _int8_product(self, x: Tensor) -> Tensor:
@@ -436,22 +451,25 @@ class GPT:
     weights: a checked state dict (see `check_weights`); attend: a backend of attention.py; max_len:
     positions the rotary tables cover; share: use the given tensors where device and dtype allow it
     instead of copying them; store: less than `dtype` for what is read most, on a CPU: bfloat16 for
-    matrices, tables and the cache, or int8 for the matrices and bfloat16 for the others.
+    matrices, tables and the cache, or int8 for the matrices and bfloat16 for the others;
+    deterministic: a row's bits follow from its sequence alone (`attend` has to play its part).
     """
 
     def __init__(
         self, config: GPTConfig, recipe: Recipe, weights: dict[str, Tensor], attend,
         device="cpu", dtype=torch.float32, max_len: int | None = None, share: bool = False,
-        store: torch.dtype | None = None,
+        store: torch.dtype | None = None, deterministic: bool = False,
     ):  # fmt: skip
         self.config, self.recipe, self.attend = config, recipe, attend
         self.device, self.dtype = torch.device(device), dtype
         self.windows = layer_windows(config, recipe)
-        self.ops = sys.modules[__name__]
+        self.ops, self.product = sys.modules[__name__], F.linear
+        self.sliced = deterministic and self.device.type == "cpu"
         if self.device.type == "cuda" and importlib.util.find_spec("triton"):
             from . import kernels_gpu
 
             self.ops = kernels_gpu
+            self.product = kernels_gpu.linear if deterministic else F.linear
         elif attend.__module__.endswith("kernels_cpu"):
             self.ops = sys.modules[attend.__module__]
         self.cache_dtype = torch.bfloat16 if store else dtype  # of K and V
@@ -463,7 +481,8 @@ class GPT:
         def linear(*names: str, rows: int | None = None) -> Linear:
             parts = [weights[f"{name}.weight"].detach() for name in names]
             kept = torch.bfloat16 if store == torch.bfloat16 else dtype
-            made = Linear(parts, self.device, kept, share, rows, quantize)
+            how = quantize, self.product, self.sliced
+            made = Linear(parts, self.device, kept, share, rows, *how)
             self._linears[names] = made
             return made
 
@@ -542,13 +561,21 @@ class GPT:
     def embed(self, batch) -> Tensor:
         """(T, C) normed embeddings; the newest era smears the previous token's into the present
         one."""
-        eps = self.recipe.eps
-        x = rms(F.embedding(batch.ids, self.wte).to(self.dtype), eps)
+        x = self.norm(F.embedding(batch.ids, self.wte).to(self.dtype))
         if not self.recipe.smear:
             return x
-        previous = rms(F.embedding(batch.prev_ids, self.wte).to(self.dtype), eps)
-        gate = self.smear_lambda * torch.sigmoid(F.linear(x[:, :24], self.smear_gate))
+        previous = self.norm(F.embedding(batch.prev_ids, self.wte).to(self.dtype))
+
+        def gate(x: Tensor) -> Tensor:
+            return self.smear_lambda * torch.sigmoid(self.product(x, self.smear_gate))
+
+        first = x[:, :24]
+        gate = in_slices(gate, first) if self.sliced else gate(first)
         return x + gate * (batch.positions > 0)[:, None] * previous  # position 0 has no neighbour
+
+    def norm(self, x: Tensor) -> Tensor:
+        """x (T, C), its rows normed."""
+        return self.ops.add_norm(x, None, None, None, None, self.recipe.eps)[1]
 
     def forward(self, batch, cache) -> Tensor:
         """Run the batch, write its K and V into the cache, return (R, C): the normed rows of the
@@ -577,7 +604,7 @@ class GPT:
         x = x + y
         if middle is not None:
             x = x - self.backout_lambda * middle
-        return rms(x, recipe.eps)
+        return self.norm(x)
 
     def logits(self, h: Tensor) -> Tensor:
         """(R, C) rows of `forward` to (R, vocab_size) raw logits; the softcap is yet to come."""
@@ -590,7 +617,7 @@ class GPT:
     def logprobs(self, h: Tensor, targets: Tensor) -> Tensor:
         """(R, C) rows of `forward` to (R,) the log-probability of each row's target, in slices of
         64 MB of logits."""
-        size = max(1, 2**24 // self.config.vocab_size)
+        size = 1 if self.sliced else max(1, 2**24 // self.config.vocab_size)
         return torch.cat(
             [
                 -F.cross_entropy(self.head(rows), wanted.to(h.device), reduction="none")

@@ -230,12 +230,14 @@ def sample(
     uniform: Tensor,
     softcap: float = 0.0,
     history: Seq[History | None] | None = None,
+    size: int | None = None,
 ) -> Tensor | Sampled:
     """Pick a token for each row.
 
     logits (R, V), to be capped at +-softcap unless it is 0; temperature, uniform (R,) float32, on
     the device: params[i].temperature and the row's noise; history: one for each row, None for one
-    without penalties, bad_words, min_tokens and logits_processor. Returns (R,) integers, or Sampled
+    without penalties, bad_words, min_tokens and logits_processor; size: rows of which the others of
+    these, and log-probabilities, are made at once. Returns (R,) integers, or Sampled
     if some row asks for log-probabilities. A row for which nothing is left (the only allowed token
     is a bad word, say, or a logits_processor returned NaN) gets -1.
     """
@@ -244,7 +246,8 @@ def sample(
     asked = [(i, params[i].logprobs) for i in special if params[i].logprobs is not None]
     most = max((k for _, k in asked), default=0)
     # a CPU takes some rows at a time, so that what is made of them stays in its cache
-    size = max(1, 2**19 // logits.shape[1]) if logits.device.type == "cpu" else len(params)
+    cpu = logits.device.type == "cpu"
+    size = size or (max(1, 2**19 // logits.shape[1]) if cpu else len(params))
     scores = []
     for start in range(0, len(special), size):
         rows = special[start : start + size]

@@ -400,6 +400,7 @@ x = bf16(8, 2176)
 for one in torch.zeros(5)[:2]:  # a layer's lambdas
     K.add_norm(x, x, x, one, one, 1e-7)
 K.relu2(x)
+K.linear(x, x), K.linear(x[:1], x)
 tables = torch.zeros(64, 64)
 for at in (0, 1, 8):  # where in one upload the batch's arrays lie
     flat = torch.zeros(200, dtype=torch.int32)[at:]
@@ -419,6 +420,9 @@ for at in (0, 1, 8):  # where in one upload the batch's arrays lie
         if at == 0:
             for num_splits in (1, 2, 16):
                 K.paged_attention(q, k, v, batch, -1, num_splits=num_splits)
+            K.fixed_attention(q, k, v, batch, -1)
+            batch.num_decodes, batch.seq_lens = 0, flat[28:29]
+            K.paged_attention(bf16(80, n_head, 128), k, v, batch, -1)  # a long chunk
     K.sample(bf16(2, 5000), flat[:2].view(torch.float32), flat[2:4].view(torch.float32), 15.0)
 """
 
@@ -430,8 +434,8 @@ def test_the_kernels_compile_for_hopper_and_wait_for_the_kernel_before_them():
     by how much a context is split makes a new variant."""
     kernels = compile_for_hopper(CALLS)
     assert {name: int(variants) for name, variants, *_ in kernels} == {
-        "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 4, "_combine": 2, "_chunk": 4,
-        "_sample_chunks": 1, "_sample_pick": 1,
+        "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 4, "_combine": 2, "_chunk": 6,
+        "_sample_chunks": 1, "_sample_pick": 1, "_linear": 1,
     }  # fmt: skip
     for name, _, waits, early, later in kernels:
         assert (waits, early, later) == ("True", "0", "0"), name
