@@ -13,12 +13,23 @@ sqrt(D), query head n reads kv head n // (H // Hkv). k and v may be of a smaller
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@functools.cache
+def has_triton(device: torch.device) -> bool:
+    """Do the Triton kernels run there: an NVIDIA card from Ampere on, or one of AMD's?"""
+    if device.type != "cuda" or not importlib.util.find_spec("triton"):
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def pick_backend(
@@ -30,7 +41,7 @@ def pick_backend(
     ValueError for an unknown name, or for a backend that cannot run here, saying why.
     """
     if name == "auto":
-        if device.type == "cuda" and importlib.util.find_spec("triton"):
+        if has_triton(device):
             name = "triton"
         elif device.type == "cpu" and dtype != torch.float16 and importlib.util.find_spec("numba"):
             name = "numba"
@@ -52,14 +63,111 @@ def pick_backend(
 
         return kernels_cpu.paged_attention
     if name == "triton":
-        if device.type != "cuda":
+        if not has_triton(device):
             raise ValueError(
-                f"attention='triton' needs a GPU, and the device is {device}; use 'auto'"
+                "attention='triton' needs a GPU (of NVIDIA's, Ampere or newer) and triton, and the "
+                f"device is {device}; use 'auto'"
             )
         from . import kernels_gpu
 
         return kernels_gpu.fixed_attention if deterministic else kernels_gpu.paged_attention
-    raise ValueError(f"attention must be 'auto', 'sdpa', 'numba' or 'triton', got {name!r}")
+    if name == "flash":
+        if deterministic:
+            raise ValueError("deterministic=True is for attention='triton' on a GPU, not 'flash'")
+        return _pick_flash(device, dtype)
+    raise ValueError(
+        f"attention must be 'auto', 'sdpa', 'numba', 'triton' or 'flash', got {name!r}"
+    )
+
+
+# FlashAttention with a paged cache ----------------------------------------------------------------
+
+# three packages have it, each by another name. all take K and V as (blocks, slots, heads, D), of
+# which only the last has to be contiguous: ours, with two axes exchanged, are read as they lie
+
+
+def _pick_flash(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The best FlashAttention that is installed and runs on this card. Raises ValueError saying
+    what is missing."""
+    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            "attention='flash' is for float16 and bfloat16 on a GPU of NVIDIA's, not "
+            f"{dtype} on {device}; use 'auto'"
+        )
+    card = torch.cuda.get_device_capability(device)
+    for name, cards, load in (
+        ("flash_attn_interface", (9,), _flash3),
+        ("flash_attn.cute", (9, 10), _flash4),
+        ("kernels", (9,), lambda kernels: _flash3(kernels.get_kernel(FLASH3))),
+        ("torch.nn.attention.varlen", (8, 9, 10, 11, 12), _flash_of_torch),
+    ):
+        if card[0] in cards:
+            try:
+                return load(importlib.import_module(name))
+            except Exception:  # not there, too old for a block table, or its hub out of reach
+                continue
+    raise ValueError(
+        "attention='flash' found no FlashAttention with a block table for a card of compute "
+        f"capability {card[0]}.{card[1]}: pip install 'torch>=2.12' (8.0 or newer), or "
+        "flash-attn-4 or kernels (9.0); attention='triton' needs none of them"
+    )
+
+
+FLASH3 = "kernels-community/flash-attn3"  # on the Hugging Face hub
+
+
+def _flash3(module) -> Callable[..., Tensor]:
+    """FlashAttention-3 (Shah et al. 2024), blocks of any size. https://github.com/Dao-AILab/
+    flash-attention, hopper/flash_attn_interface.py."""
+    flash = module.flash_attn_with_kvcache
+
+    def attend(q, k, v, batch, window):
+        return flash(
+            q, k.transpose(1, 2), v.transpose(1, 2), cache_seqlens=batch.seq_lens,
+            page_table=batch.block_tables, cu_seqlens_q=batch.cu_seqlens,
+            max_seqlen_q=batch.max_query, causal=True, window_size=(window, min(window, 0)),
+        )  # fmt: skip
+
+    return attend
+
+
+def _flash4(module) -> Callable[..., Tensor]:
+    """FlashAttention-4, blocks of any size; None is no limit of a window. The same repository,
+    flash_attn/cute/interface.py."""
+    flash = module.flash_attn_varlen_func
+
+    def attend(q, k, v, batch, window):
+        out = flash(
+            q, k.transpose(1, 2), v.transpose(1, 2), cu_seqlens_q=batch.cu_seqlens,
+            max_seqlen_q=batch.max_query, max_seqlen_k=batch.max_seq, seqused_k=batch.seq_lens,
+            page_table=batch.block_tables, causal=True,
+            window_size=(window, 0) if window >= 0 else (None, None),
+        )  # fmt: skip
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
+def _flash_of_torch(module) -> Callable[..., Tensor]:
+    """torch's own, FlashAttention-2 unless another was activated: blocks of a multiple of 256."""
+    flash = module.varlen_attn
+    if "block_table" not in inspect.signature(flash).parameters:
+        raise AttributeError
+
+    def attend(q, k, v, batch, window):
+        """torch's FlashAttention wants blocks of 256 tokens: block_size=256, or attention='triton',
+        or pip install flash-attn-4 or kernels, which take any"""
+        # its kernel wants the keys' running sum, too, and then reads the lengths. one split: with
+        # more the rows after the first sequence's stay unwritten (pytorch/pytorch#194167)
+        sums = F.pad(batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+        return flash(
+            q, k.transpose(1, 2), v.transpose(1, 2), batch.cu_seqlens, sums, batch.max_query,
+            batch.max_seq, window_size=(window, 0), enable_gqa=True, seqused_k=batch.seq_lens,
+            block_table=batch.block_tables, num_splits=1,
+        )  # fmt: skip
+
+    attend.block_step = 256
+    return attend
 
 
 def visible(positions: Tensor, keys: Tensor, window: int) -> Tensor:

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -171,7 +173,8 @@ def _build(
     device = torch.device(device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if bf16 else torch.float32
     if isinstance(dtype, str):
         dtype = dtypes.get(dtype, dtype)
     if dtype not in dtypes.values():
@@ -181,19 +184,37 @@ def _build(
             f"max_model_len={max_len} is beyond the rotary tables: {10 * config.sequence_len} at "
             f"most, ten times the sequence_len of {config.sequence_len}"
         )
-    if quantization not in (None, "int8"):
-        raise ValueError(f"quantization must be None or 'int8', got {quantization!r:.80}")
-    if quantization and (device.type != "cpu" or dtype != torch.float32):
+    if quantization not in (None, "int8", "fp8"):
+        raise ValueError(f"quantization must be None, 'int8' or 'fp8', got {quantization!r:.80}")
+    if quantization == "fp8":
+        _check_fp8(config, device, dtype, deterministic)
+    if quantization == "int8" and (device.type != "cpu" or dtype != torch.float32):
         raise ValueError(f"quantization='int8' is for float32 on a CPU, not {dtype} on {device}")
-    if quantization and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+    if quantization == "int8" and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         raise ValueError("quantization='int8' needs a torch with oneDNN, which this one lacks")
     recipe = recipe.override(**overrides)
     attend = pick_backend(attention, device, dtype, deterministic)
-    store = torch.int8 if quantization else None
+    store = {None: None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[quantization]
     if dtype == torch.bfloat16 and attend.__module__.endswith("kernels_cpu"):
         dtype, store = torch.float32, torch.bfloat16  # a CPU saves memory's time, not arithmetic's
     options = max_len, share, store, deterministic
-    return GPT(config, recipe, weights, attend, device, dtype, *options)
+    size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
+    with fits(f"weights of {size:,} bytes in {dtype}", device):
+        return GPT(config, recipe, weights, attend, device, dtype, *options)
+
+
+def _check_fp8(config: GPTConfig, device: torch.device, dtype, deterministic: bool) -> None:
+    """Raises ValueError where torch._scaled_mm has no product of scaled rows."""
+    card = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if card < (8, 9) or torch.version.hip or dtype != torch.bfloat16:
+        raise ValueError(
+            "quantization='fp8' is for bfloat16 on an NVIDIA card of compute capability 8.9 or "
+            f"newer (Ada, Hopper), not {dtype} on {device}; on a CPU there is 'int8'"
+        )
+    if config.n_embd % 16 or config.n_kv_head * config.head_dim % 16:
+        raise ValueError(f"quantization='fp8' needs widths in steps of 16, not {config.n_embd}")
+    if deterministic:
+        raise ValueError("quantization='fp8' has no deterministic=True: cuBLAS does its products")
 
 
 def from_module(module) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
@@ -327,6 +348,18 @@ def pick_device(name: str | torch.device) -> torch.device:
             raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)  # kernels are launched on the current one
     return device
+
+
+@contextmanager
+def fits(what: str, device: torch.device) -> Iterator[None]:
+    """Raises ValueError with the numbers if there is no memory for what is made inside."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise ValueError(
+            f"no memory for {what}: {free_memory(device):,} bytes are free on {device}; lower "
+            "max_batched_tokens or use a smaller model"
+        ) from None
 
 
 def free_memory(device: torch.device) -> int:

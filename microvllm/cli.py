@@ -49,7 +49,7 @@ def engine_flags(parser: Parser, raw: bool = True) -> None:
     where = f"{CHECKPOINT} (the bundled model)"
     add("-m", "--model", "--model-dir", dest="model", metavar="CHECKPOINT", help=where)
     add("--tokenizer-dir", metavar="DIR", help="where tokenizer.pkl is (beside the model)")
-    add("--quantization", choices=["int8"], help="smaller matrices, faster on a CPU (none)")
+    add("--quantization", choices=["int8", "fp8"], help="of matrices: int8 on a CPU, fp8 on a GPU")
     add("--num-blocks", type=int, metavar="N", help="blocks of the KV cache (what memory allows)")
     add("--max-batch-size", type=int, metavar="N", help="sequences that run at once, at most")
     add("--max-model-len", type=int, metavar="N", help="prompt plus answer (the context)")

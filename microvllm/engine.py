@@ -31,6 +31,7 @@ from torch import Tensor
 from .checkpoint import (
     find_checkpoint,
     find_nanochat,
+    fits,
     free_memory,
     load_model,
     open_tokenizer,
@@ -237,12 +238,11 @@ class LLM:
     seed: of requests that bring none; model, tokenizer: a live nanochat GPT module, whose weights
     are shared where device and dtype allow it, and its tokenizer, instead of paths;
     gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
-    steps; quantization: "int8" makes the matrices and the inputs of all products int8, and K and V
-    bfloat16, on a CPU; deterministic: logits, and so tokens, bit for bit the same alone or in a
-    batch, cold or warm, at a price: see model.in_slices, kernels_gpu.linear; trace: a file to write
-    events to, see trace.py; victim, admission, eviction: policies, functions such as those in
-    scheduler.py; any constant of model.Recipe may be overridden by name (softcap=20 for a
-    checkpoint of era 3b).
+    steps; quantization: on a CPU "int8", of the matrices and the inputs of all products (K and V
+    are bfloat16), on a GPU "fp8"; deterministic: logits, and so tokens, bit for bit the same alone
+    or in a batch, cold or warm, at a price; trace: a file to write events to, see trace.py; victim,
+    admission, eviction: policies, such as those in scheduler.py; any constant of model.Recipe may
+    be overridden by name (softcap=20 for a checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
     """
@@ -289,6 +289,8 @@ class LLM:
         else:
             self.model = wrap_model(model, self.device, dtype, **options)
         config = self.model.config
+        if block_size % getattr(self.model.attend, "block_step", 1):
+            raise ValueError(f"block_size={block_size}: {self.model.attend.__doc__}")
         if tokenizer is not None:
             self.tokenizer = wrap_tokenizer(tokenizer)
         else:
@@ -359,20 +361,20 @@ class LLM:
         """How many blocks memory has room for, up to all sequences at full length at once.
 
         On a GPU the largest step is run once to see what activations take; of the rest,
-        `utilization` is for the cache. On a CPU the cache takes half of what is free, 4 GB at most
-        (a longer memory of prompts is not worth a laptop's), and only as it is touched.
+        `utilization` is for it. On a CPU it is half of what is free, 4 GB at most.
         """
         config, dtype = self.model.config, self.model.cache_dtype
-        block_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
-        block_bytes *= block_size
+        dims = 2 * config.n_layer * config.n_kv_head * config.head_dim
+        block_bytes = dims * dtype.itemsize * block_size
         wanted = self.max_batch_size * -(-self.max_model_len // block_size) + 1
         if self.device.type == "cuda":
             taken = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._warm_up(block_size)
+            with fits(f"steps of max_batched_tokens={self.max_batched_tokens}", self.device):
+                self._warm_up(block_size)
             activations = torch.cuda.max_memory_allocated(self.device) - taken
             torch.cuda.empty_cache()
-            # once for eager steps, once more at most for the memory of the recorded ones
+            # twice: the memory of the recorded steps is their own
             free = int(free_memory(self.device) * utilization) - 2 * activations
         else:
             free = min(free_memory(self.device) // 2, 2**32)
@@ -386,21 +388,17 @@ class LLM:
     @torch.inference_mode()
     def _warm_up(self, block_size: int) -> None:
         """Run the largest step once on a cache of nothing but the sink, with every filter."""
-        length = min(self.max_model_len - 1, self.max_batched_tokens)
-        seqs = [
-            Sequence(0, [0] * length, SamplingParams(seed=0))
-            for _ in range(min(self.max_batch_size, -(-self.max_batched_tokens // length)))
-        ]
-        for seq in seqs:
-            seq.table = array("i", [0] * -(-length // block_size))
-        samples = [(i, seq, length) for i, seq in enumerate(seqs)]
-        step = Step([(seq, 0, length) for seq in seqs], samples, [])
-        batch = make_batch(step, block_size).upload(self.device)
+        full, rest = divmod(self.max_batched_tokens, self.max_model_len - 1)
+        lengths = ([rest] * (rest > 0) + [self.max_model_len - 1] * full)[-self.max_batch_size :]
+        chunks = [(Sequence(0, [0] * n, SamplingParams(seed=0)), 0, n) for n in lengths]
+        for seq, _, n in chunks:
+            seq.table = array("i", [0] * -(-n // block_size))
+        batch = make_batch(Step(chunks, [(0, seq, n)], []), block_size).upload(self.device)
         cache = PagedKVCache(self.model.config, 1, block_size, self.model.dtype, self.device)
         rows = batch.logit_rows.repeat(self.max_batch_size)[: self.max_batch_size]
         logits = self.model.logits(self.model.forward(batch._replace(logit_rows=rows), cache))
         params = SamplingParams(seed=0, top_k=50, top_p=0.9, repetition_penalty=1.1, logprobs=20)
-        history, ones = History(seqs[0].tokens, 1, length), torch.ones_like(logits[:, 0]).float()
+        history, ones = History(seq.tokens, 1, n), torch.ones_like(logits[:, 0]).float()
         sample(logits, [params] * len(rows), ones, ones / 2, 1.0, [history] * len(rows))
 
     # requests ------------------------------------------------------------------------------------
@@ -787,8 +785,8 @@ class LLM:
                         )
                         for _, seq, position in plan.samples
                     ]  # fmt: skip
-                size = 1 if self.model.sliced else None
-                tokens = sample(logits, params, batch.temperature, batch.noise, cap, history, size)
+                given = batch.temperature, batch.noise, cap, history, self.model.at_once
+                tokens = sample(logits, params, *given)
                 if isinstance(tokens, Sampled):
                     sampled, tokens = tokens, tokens.tokens
             if plan.scored:
@@ -797,7 +795,7 @@ class LLM:
                     for _, seq, first, stop in plan.scored
                     for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
                 ]
-                scores = self.model.logprobs(h[len(params) :], torch.tensor(targets))
+                scores = self.model.logprobs(h[len(params) :], targets)
         if trace:  # a replayed graph is forward and sample in one
             trace.lap("sample")
         on_host, event = [tokens, scores, sampled and sampled.packed], None

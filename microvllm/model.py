@@ -12,7 +12,6 @@ plain torch. kernels_gpu.py has the same functions, fused; the model picks one o
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import platform
 import sys
@@ -22,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sampler import cap_logits
+from .attention import has_triton
+from .sampler import cap_logits, on
 
 
 @dataclass(frozen=True)
@@ -328,13 +328,21 @@ def in_slices(function, x: Tensor, rows: int = 16) -> Tensor:
     return torch.cat([function(part) for part in whole.split(rows)])[: len(x)]
 
 
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
+    each row, (T, 1) float32."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
 class Linear:
     """A weight matrix (out, in), kept once, in the layout that its products like best.
 
     parts: matrices of a checkpoint, one on top of the other: q, k and v are one product; share: use
     them as they are, without a copy, if device and dtype allow it; rows: how many outputs are
-    wanted, the others are padding; quantize: make the weights int8, with one scale for each output,
-    and the inputs of each product with this function, that is `quantize_rows`; product: of x and a
+    wanted, the others are padding; quantize: make the inputs of each product int8 with this
+    function, that is `quantize_rows`, or float8, `fp8_rows`, and the weights as well, with one
+    scale for each output; product: of x and a
     plain weight; sliced: the bits of a row may not depend on the rows beside it, see `in_slices`.
     """
 
@@ -376,6 +384,14 @@ class Linear:
             for old, new in zip(self.weights, parts, strict=True):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+        elif self.quantize is fp8_rows:
+            # a row of padding more or less: the product wants outputs in steps of 16
+            whole = torch.cat([*parts, parts[0].new_zeros(-sum(self.sizes) % 16, self.width)])
+            new = fp8_rows(whole.to(self.device, torch.float32))
+            if self.weight is None:
+                self.weight, self.scale = new
+            else:  # where recorded steps read them
+                self.weight.copy_(new[0]), self.scale.copy_(new[1])
         elif self.quantize:
             whole = rotate(torch.cat(parts).to(torch.float32))
             whole /= min(32, self.width & -self.width)  # what rotating both has multiplied by
@@ -398,6 +414,9 @@ class Linear:
         """The parts again; views where the layout allows it."""
         if self.shared:
             return self.weights
+        if self.quantize is fp8_rows:
+            whole = self.weight.to(torch.float32) * self.scale
+            return list(whole[: sum(self.sizes)].split(self.sizes))
         if self.quantize:  # there is no way back from its layout: multiply it out
             whole = self._int8_product(torch.eye(self.width))
             return list(whole.T.split(self.sizes))
@@ -409,6 +428,13 @@ class Linear:
         return in_slices(self._product, x, self.slice) if self.slice else self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
+        if self.quantize is fp8_rows:
+            # both scales are applied to the float32 sums, which are then rounded to bfloat16
+            rows, scale = fp8_rows(x)
+            y = torch._scaled_mm(
+                rows, self.weight.t(), scale, self.scale.t(), out_dtype=torch.bfloat16
+            )
+            return y[:, : self.rows].to(x.dtype)
         if self.quantize:
             return self._int8_product(x)[:, : self.rows]
         given, x = x.dtype, x.to(self.dtype)
@@ -451,7 +477,8 @@ class GPT:
     weights: a checked state dict (see `check_weights`); attend: a backend of attention.py; max_len:
     positions the rotary tables cover; share: use the given tensors where device and dtype allow it
     instead of copying them; store: less than `dtype` for what is read most, on a CPU: bfloat16 for
-    matrices, tables and the cache, or int8 for the matrices and bfloat16 for the others;
+    matrices, tables and the cache, or int8 for the matrices and bfloat16 for the others; on a GPU
+    float8_e4m3fn for the matrices;
     deterministic: a row's bits follow from its sequence alone (`attend` has to play its part).
     """
 
@@ -465,7 +492,8 @@ class GPT:
         self.windows = layer_windows(config, recipe)
         self.ops, self.product = sys.modules[__name__], F.linear
         self.sliced = deterministic and self.device.type == "cpu"
-        if self.device.type == "cuda" and importlib.util.find_spec("triton"):
+        self.at_once = 1 if self.sliced else None  # rows that log-probabilities are made of
+        if has_triton(self.device):
             from . import kernels_gpu
 
             self.ops = kernels_gpu
@@ -474,6 +502,7 @@ class GPT:
             self.ops = sys.modules[attend.__module__]
         self.cache_dtype = torch.bfloat16 if store else dtype  # of K and V
         quantize = self.ops.quantize_rows if store == torch.int8 else None
+        quantize = fp8_rows if store == torch.float8_e4m3fn else quantize
         self._linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint
         self._tensors: dict[str, Tensor] = {}
 
@@ -614,13 +643,15 @@ class GPT:
         """(R, C) rows of `forward` to (R, vocab_size) capped float32 logits."""
         return cap_logits(self.logits(h), self.recipe.softcap)
 
-    def logprobs(self, h: Tensor, targets: Tensor) -> Tensor:
+    def logprobs(self, h: Tensor, targets: list[int]) -> Tensor:
         """(R, C) rows of `forward` to (R,) the log-probability of each row's target, in slices of
         64 MB of logits."""
-        size = 1 if self.sliced else max(1, 2**24 // self.config.vocab_size)
+        size = self.at_once or max(1, 2**24 // self.config.vocab_size)
         return torch.cat(
             [
-                -F.cross_entropy(self.head(rows), wanted.to(h.device), reduction="none")
-                for rows, wanted in zip(h.split(size), targets.split(size), strict=True)
+                -F.cross_entropy(self.head(rows), wanted, reduction="none")
+                for rows, wanted in zip(
+                    h.split(size), on(h.device, targets).split(size), strict=True
+                )
             ]
         )

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .attention import has_triton
+
 # the least and the most that a number may be, which is an integer if they are
 RANGES = {
     "temperature": (0.0, 1e38), "top_p": (1e-6, 1.0), "min_p": (0.0, 1.0),
@@ -218,6 +220,14 @@ def noise(seeds: Seq[int], samples: Seq[int], positions: Seq[int]) -> np.ndarray
     return (x >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
+def on(device: torch.device, values) -> Tensor:
+    """A list or an array as a tensor on the device, for which the host does not wait."""
+    values = torch.as_tensor(values)
+    if device.type == "cuda":  # from pinned memory, or torch waits for all that runs there
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def is_plain(params: Seq[SamplingParams]) -> bool:
     """Does temperature alone decide, in all rows?"""
     return False not in [p.plain for p in params]
@@ -251,11 +261,12 @@ def sample(
     scores = []
     for start in range(0, len(special), size):
         rows = special[start : start + size]
-        own, theirs = cap_logits(logits[rows], softcap), [params[i] for i in rows]
+        at = on(logits.device, rows)
+        own, theirs = cap_logits(logits[at], softcap), [params[i] for i in rows]
         past = [history[i] if history else None for i in rows]
-        new = tokens[rows]
-        scores += finish(own, theirs, temperature[rows], uniform[rows], past, new, most)
-        tokens[rows] = new
+        new = tokens[at]
+        scores += finish(own, theirs, temperature[at], uniform[at], past, new, most)
+        tokens[at] = new
     return Sampled(tokens, asked, torch.cat(scores)) if asked else tokens
 
 
@@ -266,18 +277,21 @@ def finish(logits, params, temperature, uniform, history, tokens, most) -> list[
     Returns a list of the rows' part of `Sampled.packed`, if any.
     """
     asking = [i for i, p in enumerate(params) if p.logprobs is not None]
-    model = torch.log_softmax(logits[asking], -1)
+    if asking:
+        ask = on(logits.device, asking)
+        model = torch.log_softmax(logits[ask], -1)
     if edited := [i for i, p in enumerate(params) if p.edited]:
         edit(logits, params, history)
-        own, theirs = logits[edited], [params[i] for i in edited]
-        drawn = pick(own, theirs, temperature[edited], uniform[edited], 0.0).to(tokens.dtype)
-        tokens[edited] = torch.where(own.amax(-1) > -torch.inf, drawn, -1)
+        at, theirs = on(logits.device, edited), [params[i] for i in edited]
+        own = logits[at]
+        drawn = pick(own, theirs, temperature[at], uniform[at], 0.0).to(tokens.dtype)
+        tokens[at] = torch.where(own.amax(-1) > -torch.inf, drawn, -1)
     if not asking:
         return []
-    chosen, temperature = tokens[asking, None].long().clamp(min=0), temperature[asking, None]
+    chosen, temperature = tokens[ask, None].long().clamp(min=0), temperature[ask, None]
     # one more than asked for, since the token itself may be among them
     ids = torch.cat([chosen, model.topk(min(most + 1, model.shape[1])).indices], 1)
-    scaled = logits[asking].div_(temperature.clamp(min=1e-30))
+    scaled = logits[ask].div_(temperature.clamp(min=1e-30))
     sampler = torch.log_softmax(truncate(scaled, [params[i] for i in asking]), -1).gather(1, ids)
     greedy = torch.where(ids == chosen, 0.0, -torch.inf)
     sampler = torch.where(temperature > 0, sampler, greedy)
@@ -287,7 +301,7 @@ def finish(logits, params, temperature, uniform, history, tokens, most) -> list[
 
 def pick(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap: float) -> Tensor:
     """`sample` for what is left when the logits have been edited: (R,) tokens."""
-    if logits.is_cuda and importlib.util.find_spec("triton"):
+    if has_triton(logits.device):
         if not any(p.truncated for p in params):
             from . import kernels_gpu
 
@@ -327,21 +341,21 @@ def edit(logits: Tensor, params: Seq[SamplingParams], history: Seq[History | Non
         owner = np.repeat(np.arange(len(rows)), [len(ids) for ids in lists])
         ids = np.frombuffer(b"".join([array("q", ids) for ids in lists]), np.int64)
         flat = np.stack([np.array(rows)[owner], ids, owner])
-        row, ids, owner = torch.from_numpy(flat).to(logits.device)
+        row, ids, owner = on(logits.device, flat)
         return (row, ids), owner
 
     def values(rows, name, owner):
-        return torch.tensor([getattr(params[i], name) for i in rows], device=logits.device)[owner]
+        return on(logits.device, [getattr(params[i], name) for i in rows])[owner]
 
     if rows := [i for i, p in enumerate(params) if p.allowed_token_ids]:
         at, _ = index(rows, [params[i].allowed_token_ids for i in rows])
         allowed = logits[at]
-        logits[rows] = -torch.inf
+        logits[on(logits.device, rows)] = -torch.inf
         logits[at] = allowed
     if rows := [i for i, p in enumerate(params) if p.logit_bias]:
         at, _ = index(rows, [params[i].logit_bias for i in rows])
         bias = [value for i in rows for value in params[i].logit_bias.values()]
-        logits[at] += torch.tensor(bias, device=logits.device)
+        logits[at] += on(logits.device, bias)
     if rows := [i for i, p in enumerate(params) if p.bad_words or p.min_tokens]:
         at, _ = index(rows, [banned(params[i], history[i]) for i in rows])
         logits[at] = -torch.inf
@@ -393,18 +407,21 @@ def truncate(logits: Tensor, params: Seq[SamplingParams]) -> Tensor:
     """What comes after temperature: -inf for the tokens that top_k, top_p and min_p drop."""
     odd = [i for i, p in enumerate(params) if p.truncated]
     if rows := [i for i in odd if params[i].top_k]:
-        logits[rows] = keep_top_k(logits[rows], [params[i].top_k for i in rows])
+        at = on(logits.device, rows)
+        logits[at] = keep_top_k(logits[at], [params[i].top_k for i in rows])
     if rows := [i for i in odd if params[i].top_p < 1]:
-        logits[rows] = keep_top_p(logits[rows], [params[i].top_p for i in rows])
+        at = on(logits.device, rows)
+        logits[at] = keep_top_p(logits[at], [params[i].top_p for i in rows])
     if rows := [i for i in odd if params[i].min_p]:
-        logits[rows] = keep_min_p(logits[rows], [params[i].min_p for i in rows])
+        at = on(logits.device, rows)
+        logits[at] = keep_min_p(logits[at], [params[i].min_p for i in rows])
     return logits
 
 
 def keep_top_k(logits: Tensor, top_k: list[int]) -> Tensor:
     """The k largest logits of each row. Ties with the k-th stay."""
     ks = [min(k, logits.shape[1]) for k in top_k]
-    kth = torch.tensor(ks, device=logits.device)[:, None] - 1
+    kth = on(logits.device, ks)[:, None] - 1
     return logits.masked_fill(logits < logits.topk(max(ks)).values.gather(1, kth), -torch.inf)
 
 
@@ -414,14 +431,14 @@ def keep_top_p(logits: Tensor, top_p: list[float]) -> Tensor:
     weights = torch.softmax(logits, -1)
     ordered = weights.sort(-1, descending=True).values
     likelier = ordered.cumsum(-1) - ordered
-    count = (likelier < torch.tensor(top_p, device=logits.device)[:, None]).sum(-1, keepdim=True)
+    count = (likelier < on(logits.device, top_p)[:, None]).sum(-1, keepdim=True)
     last = (count - 1).clamp(min=0)  # a row without any token is all NaN, and has no first either
     return logits.masked_fill(weights < ordered.gather(1, last), -torch.inf)
 
 
 def keep_min_p(logits: Tensor, min_p: list[float]) -> Tensor:
     """The tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024)."""
-    below = torch.tensor([math.log(p) for p in min_p], device=logits.device)[:, None]
+    below = on(logits.device, [math.log(p) for p in min_p])[:, None]
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + below, -torch.inf)
 
 

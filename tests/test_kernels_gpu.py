@@ -421,8 +421,8 @@ for at in (0, 1, 8):  # where in one upload the batch's arrays lie
             for num_splits in (1, 2, 16):
                 K.paged_attention(q, k, v, batch, -1, num_splits=num_splits)
             K.fixed_attention(q, k, v, batch, -1)
-            batch.num_decodes, batch.seq_lens = 0, flat[28:29]
-            K.paged_attention(bf16(80, n_head, 128), k, v, batch, -1)  # a long chunk
+            long = SimpleNamespace(**{**vars(batch), "num_decodes": 0, "seq_lens": flat[28:29]})
+            K.paged_attention(bf16(80, n_head, 128), k, v, long, -1)
     K.sample(bf16(2, 5000), flat[:2].view(torch.float32), flat[2:4].view(torch.float32), 15.0)
 """
 

@@ -502,3 +502,38 @@ def test_sample_i_of_n_can_be_asked_for_on_its_own(llm):
     assert len(set(map(tuple, together))) > 1
     assert [draw(sample_index=i)[0] for i in range(4)] == together
     assert draw(sample_index=1, n=3) == together[1:]
+
+
+# memory on a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "max_batched_tokens, max_model_len, max_batch_size, rows",
+    [(100, 31, 9, 100), (100, 61, 9, 100), (61, 31, 9, 61), (20, 61, 9, 20), (100, 31, 2, 60)],
+)
+def test_the_largest_step_is_tried_and_no_larger_one(
+    max_batched_tokens, max_model_len, max_batch_size, rows
+):
+    with LLM(
+        MODEL, num_blocks=20, device="cpu", max_batched_tokens=max_batched_tokens,
+        max_model_len=max_model_len, max_batch_size=max_batch_size,
+    ) as llm:  # fmt: skip
+        seen, forward = [], llm.model.forward
+        llm.model.forward = lambda batch, cache: seen.append(batch) or forward(batch, cache)
+        llm._warm_up(16)
+        (batch,) = seen
+        assert len(batch.ids) == rows and len(batch.logit_rows) == max_batch_size
+        lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
+        assert max(lengths) < max_model_len and 1 not in lengths[batch.num_decodes :]
+
+
+def test_weights_that_do_not_fit_are_told_in_bytes(monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr("microvllm.checkpoint.GPT", full)
+    with pytest.raises(
+        ValueError,
+        match=r"no memory for weights of [\d,]{9,} bytes in torch.float32: [\d,]{6,} bytes are",
+    ):
+        LLM(MODEL, device="cpu")

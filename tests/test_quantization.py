@@ -9,7 +9,7 @@ from conftest import ERAS, MODEL, ROOT
 
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import load_model
-from microvllm.model import Linear, quantize_rows, rotate
+from microvllm.model import Linear, fp8_rows, quantize_rows, rotate
 
 SMALLER = [{"quantization": "int8"}, {"dtype": "bfloat16"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -48,19 +48,20 @@ def test_its_weights_can_be_told():
         assert (kept - given).norm() / given.norm() < 0.01
 
 
-@pytest.mark.parametrize("options", SMALLER, ids=str)
-def test_perplexity_stays_within_one_percent(options):
+def perplexity(**options) -> float:
+    """Of the bundled answers."""
     rows = json.loads((ROOT / "models" / "prompts" / "oldbooks_instructions.json").read_text())
     rows = [row for row in rows if row["output"]][:80]
+    with LLM(MODEL, num_blocks=400, device="cpu", **options) as llm:
+        render = llm.tokenizer.render_for_completion
+        prompts = [render([{"role": "user", "content": row["instruction"]}]) for row in rows]
+        found = sum(llm.score(prompts, [row["output"] for row in rows]), [])
+    assert len(found) > 4000
+    return math.exp(-sum(found) / len(found))
 
-    def perplexity(**options):
-        with LLM(MODEL, num_blocks=400, **options) as llm:
-            render = llm.tokenizer.render_for_completion
-            prompts = [render([{"role": "user", "content": row["instruction"]}]) for row in rows]
-            found = sum(llm.score(prompts, [row["output"] for row in rows]), [])
-        assert len(found) > 4000
-        return math.exp(-sum(found) / len(found))
 
+@pytest.mark.parametrize("options", SMALLER, ids=str)
+def test_perplexity_stays_within_one_percent(options):
     exact = perplexity()
     assert perplexity(**options) != exact
     assert abs(perplexity(**options) / exact - 1) < 0.01
@@ -99,8 +100,64 @@ def test_weights_are_swapped(options):
         assert llm.generate(["Once upon a time"], GREEDY)[0]["token_ids"] == before
 
 
+# float8 is for GPUs: here the same products (torch._scaled_mm: float8 times float8, sums in
+# float32, a scale for each row and each output) on the CPU, which the engine itself refuses
+
+
+@pytest.fixture
+def fp8_here(monkeypatch):
+    monkeypatch.setattr("microvllm.checkpoint._check_fp8", lambda *_: None)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_a_float8_product_is_what_its_numbers_say(rows):
+    torch.manual_seed(0)
+    parts = [torch.randn(n, 64) * 3 for n in (48, 16, 20)]  # 84 outputs: no multiple of 16
+    parts[0][5] *= 100
+    linear = Linear(parts, torch.device("cpu"), torch.float32, True, 70, fp8_rows)
+    x = torch.randn(rows, 64)
+    (x8, worth), weight = fp8_rows(x), torch.cat(linear.dense())
+    assert weight.shape == (84, 64) and linear.weight.dtype == x8.dtype == torch.float8_e4m3fn
+    exact = (x8.float() * worth) @ weight.T[:, :70]
+    y = linear(x)
+    assert y.shape == (rows, 70) and (y - exact).norm() < 4e-3 * exact.norm()  # bfloat16's rounding
+    # every weight within half a step of 3 bits of fraction, whatever the size of its row
+    assert ((weight - torch.cat(parts)).norm(dim=1) < 0.04 * torch.cat(parts).norm(dim=1)).all()
+    before = linear.weight.data_ptr(), linear.scale.data_ptr()
+    linear.load([2 * part for part in parts])  # in place: recorded steps read it there
+    assert before == (linear.weight.data_ptr(), linear.scale.data_ptr())
+    assert torch.equal(linear(x), 2 * y)
+
+
+def test_perplexity_in_float8(fp8_here):
+    change = perplexity(quantization="fp8") / perplexity() - 1
+    assert 0 < abs(change) < 0.02, change
+
+
+def test_where_float8_is_refused(monkeypatch):
+    from microvllm.checkpoint import _check_fp8
+    from microvllm.model import GPTConfig
+
+    card = torch.device("cuda", 0)
+    config = GPTConfig(64, 100, 1, 2, 1, 64)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    _check_fp8(config, card, torch.bfloat16, False)
+    for words, *asked in (
+        ("not torch.float32 on cuda", config, card, torch.float32, False),
+        ("on a CPU there is 'int8'", config, torch.device("cpu"), torch.bfloat16, False),
+        ("widths in steps of 16, not 40", GPTConfig(64, 100, 1, 2, 1, 40), card, torch.bfloat16, 0),
+        ("has no deterministic=True", config, card, torch.bfloat16, True),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _check_fp8(*asked)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ValueError, match="compute capability 8.9 or newer"):
+        _check_fp8(config, card, torch.bfloat16, False)
+
+
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="quantization must be .*'int8', got 'int3'"):
+    with pytest.raises(ValueError, match="quantization must be .*'int8' or 'fp8', got 'int3'"):
         LLM(MODEL, quantization="int3")
     with pytest.raises(ValueError, match="quantization='int8' is for float32 on a CPU"):
         LLM(MODEL, quantization="int8", dtype="bfloat16")

@@ -1,0 +1,216 @@
+"""attention="flash" without its packages: stand-ins that have their signatures, insist on what
+their kernels insist on, and compute with the reference. And, on a card, the packages themselves."""
+
+import inspect
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conftest import MODEL
+from test_attention import DECODES, MIXED, Case
+
+from microvllm import LLM
+from microvllm.attention import has_triton, pick_backend, sdpa_attention
+
+CARD = torch.device("cuda", 0)
+CUDA = torch.cuda.is_available()
+
+
+def attend(q, k, v, cu_seqlens, seq_lens, tables, max_query, max_seq, left, right, step=1):
+    """What all three compute, after the checks that all three make."""
+    T, n_head, dim = q.shape
+    blocks, block_size, n_kv_head, _ = k.shape
+    assert k.shape == v.shape and k.shape[3] == dim and n_head % n_kv_head == 0
+    assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == tables.stride(-1) == 1
+    assert all(stride * 2 % 16 == 0 for x in (q, k, v) for stride in x.stride()[:-1])
+    assert dim % 8 == 0 and dim <= 256 and block_size % step == 0
+    for x in (cu_seqlens, seq_lens, tables):
+        assert x.dtype == torch.int32
+    assert cu_seqlens.is_contiguous() and seq_lens.is_contiguous()
+    n = len(seq_lens)
+    assert cu_seqlens.shape == (n + 1,) and tables.shape[0] == n and int(cu_seqlens[-1]) == T
+    assert max_query == int(cu_seqlens.diff().max()) and max_seq >= int(seq_lens.max())
+    assert right == 0 and (left is None or left >= -1)
+    ends = zip(cu_seqlens[1:].tolist(), cu_seqlens.diff().tolist(), seq_lens.tolist(), strict=True)
+    batch = SimpleNamespace(
+        positions=torch.cat([torch.arange(length - rows, length) for _, rows, length in ends]),
+        cu_seqlens=cu_seqlens, seq_lens=seq_lens, block_tables=tables, max_seq=max_seq,
+        num_decodes=cu_seqlens.diff().tolist().count(1),
+    )  # fmt: skip
+    # back to our layout: the same memory, read as it lies
+    k, v = (x.transpose(1, 2) for x in (k, v))
+    assert k.is_contiguous() and v.is_contiguous()
+    left = -1 if left is None else left
+    return sdpa_attention(q.float(), k.float(), v.float(), batch, left).to(q.dtype)
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None,
+    cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, page_table=None,
+    cu_seqlens_q=None, cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None,
+    q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False,
+    window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
+    scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False,
+):  # fmt: skip
+    """FlashAttention-3, hopper/flash_attn_interface.py; causal makes the right side 0."""
+    assert causal and k is None and window_size[1] in (-1, 0)
+    room = page_table.shape[1] * k_cache.shape[1]
+    return attend(
+        q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, max_seqlen_q, room,
+        window_size[0], 0,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    seqused_q=None, seqused_k=None, page_table=None, softmax_scale=None, causal=False,
+    window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
+    deterministic=False, score_mod=None, mask_mod=None, block_sparse_tensors=None,
+    cu_total_m_blocks=None, cu_total_n_blocks=None, aux_tensors=None, return_lse=False,
+):  # fmt: skip
+    """FlashAttention-4, flash_attn/cute/interface.py: no running sum of keys with a page table."""
+    assert causal and cu_seqlens_k is None and window_size[0] != -1
+    out = attend(
+        q, k, v, cu_seqlens_q, seqused_k, page_table, max_seqlen_q, max_seqlen_k, window_size[0], 0
+    )
+    return out, None
+
+
+def varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    """torch's, with FlashAttention-2 behind it: a running sum of keys, blocks of 256, one split."""
+    assert cu_seq_k.dtype == torch.int32 and cu_seq_k.tolist()[1:] == seqused_k.cumsum(0).tolist()
+    assert num_splits == 1 and (enable_gqa or query.shape[1] == key.shape[2])
+    return attend(
+        query, key, value, cu_seq_q, seqused_k, block_table, max_q, max_k, *window_size, 256
+    )
+
+
+PLACES = {
+    "flash_attn_interface": flash_attn_with_kvcache,
+    "flash_attn.cute": flash_attn_varlen_func,
+    "torch.nn.attention.varlen": varlen_attn,
+}
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """install(names, capability): a card, and on its machine these packages alone."""
+
+    def install(names, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
+        hub = ModuleType("kernels")
+        hub.get_kernel = lambda name: {"kernels-community/flash-attn3": module}[name]
+        module = ModuleType("hub's")
+        module.flash_attn_with_kvcache = flash_attn_with_kvcache
+        for place, function in PLACES.items():
+            module = ModuleType(place)
+            setattr(module, function.__name__, function)
+            monkeypatch.setitem(sys.modules, place, module if place in names else None)
+        module = ModuleType("hub's")
+        module.flash_attn_with_kvcache = flash_attn_with_kvcache
+        monkeypatch.setitem(sys.modules, "kernels", hub if "kernels" in names else None)
+
+    return install
+
+
+@pytest.mark.parametrize("window", [-1, 0, 20])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize(
+    "package, block_size",
+    [("flash_attn_interface", 16), ("flash_attn.cute", 4), ("kernels", 16)]
+    + [("torch.nn.attention.varlen", 256)],
+)
+def test_each_is_called_as_it_wants_to_be(install, package, block_size, heads, window):
+    install([package])
+    flash = pick_backend("flash", CARD, torch.bfloat16)
+    assert getattr(flash, "block_step", 1) == (256 if "varlen" in package else 1)
+    for sequences in (MIXED, DECODES):
+        case = Case(sequences, *heads, block_size=block_size)
+        q, (k, v) = case.q.bfloat16(), (x.bfloat16() for x in case.cache.layer(1))
+        out = flash(q, k, v, case.batch, window)
+        wanted = sdpa_attention(q.float(), k.float(), v.float(), case.batch, window)
+        assert out.shape == q.shape and out.dtype == q.dtype
+        torch.testing.assert_close(out.float(), wanted, rtol=0, atol=2e-2)
+
+
+def test_torchs_signature_is_the_one_that_is_installed():
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch 2.12 or newer")
+    real = inspect.signature(varlen.varlen_attn).parameters
+    if "block_table" not in real:
+        pytest.skip("torch 2.12 or newer has a block table")
+    ours = inspect.signature(varlen_attn).parameters
+    assert [(p.name, p.kind, p.default) for p in real.values()] == [
+        (p.name, p.kind, p.default) for p in ours.values()
+    ]
+
+
+def test_the_best_that_runs_on_the_card_is_taken(install):
+    def chosen():
+        return pick_backend("flash", CARD, torch.float16).__qualname__.split(".")[0]
+
+    everything = [*PLACES, "kernels"]
+    install(everything)
+    assert chosen() == "_flash3"
+    install(everything, (10, 0))
+    assert chosen() == "_flash4"
+    install(everything, (8, 6))
+    assert chosen() == "_flash_of_torch"
+    install(["kernels", "torch.nn.attention.varlen"])
+    assert chosen() == "_flash3"
+
+
+def test_what_is_missing_is_said(install):
+    install(["flash_attn_interface", "flash_attn.cute"], (8, 6))
+    with pytest.raises(ValueError, match="card of compute capability 8.6: pip install 'torch>="):
+        pick_backend("flash", CARD, torch.float16)
+    install([*PLACES], (7, 5))
+    with pytest.raises(ValueError, match="found no FlashAttention .* 7.5"):
+        pick_backend("flash", CARD, torch.float16)
+    with pytest.raises(ValueError, match="float16 and bfloat16 on a GPU"):
+        pick_backend("flash", CARD, torch.float32)
+    with pytest.raises(ValueError, match="deterministic=True is for attention='triton'"):
+        pick_backend("flash", CARD, torch.float16, deterministic=True)
+
+
+def test_blocks_that_torch_cannot_take_are_refused(install, monkeypatch):
+    install(["torch.nn.attention.varlen"], (8, 0))
+    flash = pick_backend("flash", CARD, torch.bfloat16)
+    monkeypatch.setattr("microvllm.checkpoint.pick_backend", lambda *_: flash)
+    with pytest.raises(ValueError, match="block_size=16: .*block_size=256, or attention='triton'"):
+        LLM(MODEL, num_blocks=20, device="cpu", attention="flash")
+
+
+def test_older_cards_go_without_triton(install):
+    for index, (capability, here) in enumerate([((7, 5), False), ((8, 0), True), ((9, 0), True)]):
+        install([], capability)
+        device = torch.device("cuda", 90 + index)  # it asks once for each card
+        assert has_triton(device) == here
+        name = "triton" if here else "sdpa"
+        assert (pick_backend("auto", device, torch.float32) is sdpa_attention) == (name == "sdpa")
+    with pytest.raises(ValueError, match="Ampere"):
+        pick_backend("triton", torch.device("cuda", 90), torch.float32)
+    assert not has_triton(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a card, and a FlashAttention for it")
+@pytest.mark.parametrize("window", [-1, 20])
+def test_the_real_one(window):
+    try:
+        flash = pick_backend("flash", CARD, torch.bfloat16)
+    except ValueError as error:
+        pytest.skip(str(error))
+    for sequences in (MIXED, DECODES):
+        case = Case(sequences, 4, 2, 64, block_size=256)
+        q, (k, v) = case.q.bfloat16(), (x.bfloat16() for x in case.cache.layer(1))
+        batch = SimpleNamespace(
+            **{n: x.to(CARD) if hasattr(x, "to") else x for n, x in vars(case.batch).items()}
+        )
+        out = flash(q.to(CARD), k.to(CARD), v.to(CARD), batch, window)
+        wanted = sdpa_attention(q.float(), k.float(), v.float(), case.batch, window)
+        torch.testing.assert_close(out.float().cpu(), wanted, rtol=0, atol=2e-2)
