@@ -535,7 +535,8 @@ class Replay:
             self.seqs[number].tokens.append(token)
 
     def _on_end(self, e: dict) -> None:
-        pass
+        if not e.keys() >= {"t", "step", "ms"}:
+            raise ValueError("it lacks t, step or ms")
 
     def _on_force(self, e: dict) -> None:
         self.seqs[e["seq"]].tokens += e["tokens"]
