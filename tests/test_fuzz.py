@@ -330,6 +330,50 @@ def test_a_file_of_prompts_of_any_content(place, rows, suffix, noise):
             assert str(file) in str(error)
 
 
+# bulk jobs ----------------------------------------------------------------------------------------
+
+ROW = {
+    "id": "a",
+    "prompt": "Say it",
+    "params": {"max_tokens": 2, "temperature": 0.5, "top_k": 3, "stop": ["e"], "seed": 3},
+    "messages": [{"role": "user", "content": "Say it"}],
+    "continuation": "twice",
+}
+
+
+@fuzz(12)
+@given(
+    lines=st.lists(
+        changed(ROW).map(json.dumps).map(str.encode)
+        | JSON.map(json.dumps).map(str.encode)
+        | damaged(json.dumps(ROW).encode())
+        | st.binary(max_size=30),
+        max_size=5,
+    ),
+    task=st.sampled_from(["chat", "completion", "score"]),
+)
+def test_a_bulk_job_over_rows_of_any_content(place, lines, task):
+    """Every line is answered or reported, once, and a second run finds nothing to do."""
+    source, target = place / "rows.jsonl", place / "answers.jsonl"
+    for file in place.glob("answers.jsonl*"):
+        file.unlink()
+    source.write_bytes(b"\n".join(lines) + b"\n")
+    words = ["-m", str(CHECKPOINT), "--tokenizer-dir", str(TOKENIZER), "--max-tokens", "2"]
+    found = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            main(["batch", str(source), "-o", str(target), "--task", task, *words])
+        found.append((end.value.code, target.read_bytes() if target.exists() else b""))
+    assert found[0][0] in (0, 1, 2) and found[1] == found[0]
+    if found[0][0] < 2:
+        rows = found[0][1].splitlines()
+        if (errors := place / "answers.jsonl.errors").exists():
+            rows += errors.read_bytes().splitlines()
+        numbers = sorted(json.loads(row)["line"] for row in rows)
+        kept = [i for i, line in enumerate(source.read_bytes().split(b"\n"), 1) if line.strip()]
+        assert numbers == kept
+
+
 # traces -------------------------------------------------------------------------------------------
 
 
