@@ -124,52 +124,31 @@ def _recognise_strictly(weights: dict[str, Tensor], config: GPTConfig, source) -
     return recipe
 
 
-def load_model(
-    model_path,
-    step=None,
-    device="cpu",
-    dtype="auto",
-    *,
-    attention="auto",
-    max_len=None,
-    quantization=None,
-    deterministic=False,
-    **overrides,
-) -> GPT:
-    """Load a checkpoint of any era, strictly; model_path and step: see find_checkpoint.
+def load_model(model_path, step=None, device="cpu", dtype="auto", **options) -> GPT:
+    """Load a checkpoint of any era, strictly; model_path and step: see find_checkpoint, options:
+    see _build.
 
-    Raises FileNotFoundError or ValueError naming the file and what is wrong with it; TypeError for
-    an override that is no constant of the recipe.
+    Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
     """
     parts = read_checkpoint(*find_checkpoint(model_path, step))
-    options = attention, max_len, quantization, deterministic
-    return _build(*parts, device, dtype, *options, overrides)
+    return _build(*parts, False, device, dtype, **options)
 
 
-def wrap_model(
-    module,
-    device="cpu",
-    dtype="auto",
-    *,
-    attention="auto",
-    max_len=None,
-    quantization=None,
-    deterministic=False,
-    **overrides,
-) -> GPT:
-    """A GPT on the weights of a live nanochat module, shared where device and dtype allow it.
+def wrap_model(module, device="cpu", dtype="auto", **options) -> GPT:
+    """A GPT on the weights of a live nanochat module, shared where device and dtype allow it;
+    options: see _build.
 
     Raises TypeError for what is no nanochat GPT, ValueError for one of an unknown era.
     """
-    parts = from_module(module)
-    options = attention, max_len, quantization, deterministic
-    return _build(*parts, device, dtype, *options, overrides, share=True)
+    return _build(*from_module(module), True, device, dtype, **options)
 
 
 def _build(
-    config, recipe, weights, device, dtype, attention, max_len, quantization, deterministic,
-    overrides, share=False,
+    config, recipe, weights, share, device, dtype, *, attention="auto", max_len=None,
+    quantization=None, deterministic=False, **overrides,
 ) -> GPT:  # fmt: skip
+    """The GPT that LLM's options ask for (max_len is its max_model_len). Raises ValueError for an
+    option that cannot be here, TypeError for an override that is no constant of the recipe."""
     device = torch.device(device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":

@@ -281,8 +281,10 @@ class LLM:
         if model is not None and tokenizer is None and tokenizer_path is None:
             raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
         self.device = pick_device(device)
-        options = {"attention": attention, "max_len": max_model_len, **overrides}
-        options.update(quantization=quantization, deterministic=deterministic)
+        options = dict(
+            attention=attention, max_len=max_model_len, quantization=quantization,
+            deterministic=deterministic, **overrides,
+        )  # fmt: skip
         if model is None:
             model_path, step = find_checkpoint(model_path, step)
             self.model = load_model(model_path, step, self.device, dtype, **options)
