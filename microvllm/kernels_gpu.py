@@ -80,11 +80,8 @@ def _add_norm(
 
 
 def add_norm(x, y, x0, a, b, eps):
-    """One pass over the residual stream: x_new = a * (x + y) + b * x0, h = rms(x_new). All (T, C).
-
-    y None: nothing to add. a None: no lambdas (a and b are 0-dim float32 tensors). Returns
-    (x_new, h); x_new is x itself when nothing was added or scaled.
-    """
+    """model.py's, in one pass over the residual stream; x itself where nothing is added or
+    scaled."""
     h = torch.empty_like(x)
     x_new = None if y is None and a is None else torch.empty_like(x)
     T, C = x.shape
@@ -104,7 +101,7 @@ def _relu2(x, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 def relu2(x):
-    """relu(x)^2, in place. x: contiguous, any shape."""
+    """model.py's. x: contiguous, any shape."""
     n = x.numel()
     _relu2[(triton.cdiv(n, 2048),)](x, n, 2048, num_warps=4, **_device(x.device)[2])
     return x
@@ -160,14 +157,7 @@ def _rope_store(
 
 
 def rope_store(qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps):
-    """From the QKV product to attention's input: rotate, norm and scale q and k, mix the gated
-    value embedding into v, write k and v into their slots. Returns q (T, n_head, D).
-
-    qkv (T, (n_head + 2 * n_kv_head) * D) with the q, then the k, then the v heads. h (T, >= c): the
-    block's normed input, of which the gate reads the first c channels. ve (V, n_kv_head * D) or
-    None, ve_gate (n_kv_head, c). cos, sin (max_positions, D // 2) float32. k, v: one layer's caches
-    (num_blocks, n_kv_head, block_size, D).
-    """
+    """model.py's: from the QKV product to attention's input in one kernel."""
     n_kv, block_size, D = k.shape[1:]
     T = qkv.shape[0]
     q = torch.empty((T, n_head, D), dtype=qkv.dtype, device=qkv.device)
@@ -392,11 +382,8 @@ def fixed_attention(q, k, v, batch, window):
 
 
 def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
-    """Causal attention of a flat batch over the block tables. Returns (T, n_head, D), q's dtype.
+    """A backend as attention.py describes it; decodes go to one kernel, chunks to another.
 
-    q (T, n_head, D): rotated, normed and scaled. k, v (num_blocks, n_kv_head, block_size, D), which
-    already hold the batch's own rows. A query at position p sees keys p - window .. p; window < 0:
-    all of them. The first `batch.num_decodes` rows go to one kernel, the chunks to another.
     num_splits: programs that share the context of one decoding sequence; None: as many as fill the
     card. fixed: see fixed_attention.
     The online softmax and the split of the context are FlashAttention's (Dao et al., 2022) and
