@@ -12,6 +12,7 @@ tokens that the replicas' prefix caches had, the rows sorted by their prompts or
 import argparse
 import json
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -115,7 +116,7 @@ def routing(groups: int, rows: int, replicas: int, folder: Path) -> dict[str, di
     options |= {"num_blocks": 400, "max_batch_size": 16}
     for name, grouped in (("sorted", True), ("as they come", False)):
         job = Job(source, folder / f"{name}.jsonl", ask, options)
-        outcomes = answer_on_ray(job, options, replicas=replicas, grouped=grouped)
+        outcomes = answer_on_ray(job, options, "local", replicas, grouped=grouped)
         found[name] = carry_out(job, outcomes, ordered=True)
         found[name]["hit_rate"] = found[name]["cached_tokens"] / found[name]["prompt_tokens"]
     tokens = [
@@ -138,7 +139,10 @@ def main() -> None:
             curve = memory_curve(args.rows or 10**6, Path(folder) / "out.jsonl")
             for rows, megabytes in curve:
                 print(f"{rows:12,} rows {megabytes:8.1f} MB", file=sys.stderr)
-            print(json.dumps({"seconds": round(time.perf_counter() - began, 1), "curve": curve}))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kB on Linux
+            print(f"{'peak':>12}      {peak:8.1f} MB", file=sys.stderr)
+            seconds = round(time.perf_counter() - began, 1)
+            print(json.dumps({"seconds": seconds, "peak": peak, "curve": curve}))
         else:
             print(json.dumps(routing(args.groups, args.rows or 16, args.replicas, Path(folder))))
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class LLMPredictor:
     """An engine in an actor of Ray Data, which answers the rows of each batch that comes by:
 
-        ds.map_batches(LLMPredictor, batch_format="pyarrow", batch_size=1024, concurrency=2,
-                       num_gpus=1, fn_constructor_kwargs={"model_path": "sft", "id_column": "id"})
+        ds.map_batches(LLMPredictor, fn_constructor_kwargs={"model_path": "sft", "id_column": "id"},
+                       compute=ray.data.ActorPoolStrategy(size=2), num_gpus=1, batch_size=1024)
 
     Its arguments are those of LLM and of batch.Ask (task, params, prompt_column, ...). A row's
     tokens follow from its id; without one, from its place in its batch, which may be another the
@@ -110,7 +110,8 @@ def answer_on_ray(
     except ImportError:
         raise ImportError("replicas need Ray: pip install 'microvllm[ray]'") from None
     pa, blocks = import_pyarrow(), []
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.data"):  # which tells its plans, where a job has its bar
+        logging.getLogger(name).setLevel(logging.ERROR)
     if started := not ray.is_initialized():
         ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR)
     try:

@@ -31,9 +31,11 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 80_000_000}
-    # how long until a node that does not answer is given up: 15 s by default
-    patience = {"health_check_period_ms": 300, "health_check_failure_threshold": 3}
-    head = {"node_ip_address": "127.0.0.2", "include_dashboard": False, "_system_config": patience}
+    # a node that does not answer is given up soon, not after 15 s; and replicas get their share of
+    # a busy machine, where Ray's workers would let everybody else go first
+    system = {"health_check_period_ms": 300, "health_check_failure_threshold": 3}
+    system |= {"worker_niceness": 0}
+    head = {"node_ip_address": "127.0.0.2", "include_dashboard": False, "_system_config": system}
     cluster = Cluster(initialize_head=True, head_node_args=node | head)
     try:
         yield cluster, cluster.add_node(node_ip_address="127.0.0.3", **node)
