@@ -281,15 +281,13 @@ class LLM:
         if model is not None and tokenizer is None and tokenizer_path is None:
             raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
         self.device = pick_device(device)
-        options = dict(
-            attention=attention, max_len=max_model_len, quantization=quantization,
-            deterministic=deterministic, **overrides,
-        )  # fmt: skip
+        options = {"attention": attention, "max_len": max_model_len}
+        options |= {"quantization": quantization, "deterministic": deterministic}
         if model is None:
             model_path, step = find_checkpoint(model_path, step)
-            self.model = load_model(model_path, step, self.device, dtype, **options)
+            self.model = load_model(model_path, step, self.device, dtype, **options, **overrides)
         else:
-            self.model = wrap_model(model, self.device, dtype, **options)
+            self.model = wrap_model(model, self.device, dtype, **options, **overrides)
         config = self.model.config
         if block_size % getattr(self.model.attend, "block_step", 1):
             raise ValueError(f"block_size={block_size}: {self.model.attend.__doc__}")
