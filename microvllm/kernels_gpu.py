@@ -171,6 +171,31 @@ def rope_store(qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gat
     return q
 
 
+@triton.jit
+def _fp8_rows(x, y, scales, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    c = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    _begin(PDL)
+    z = tl.load(x + row * C + c, c < C, 0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(z), 0), 1e-30) / 448
+    tl.store(scales + row, scale)
+    tl.store(y + row * C + c, (z / scale).to(y.dtype.element_ty), c < C)
+
+
+def fp8_rows(x):
+    """`model.fp8_rows` in one pass: x (T, C) as float8_e4m3fn, and the rows' scales, (T, 1)
+    float32."""
+    T, C = x.shape
+    assert x.is_contiguous(), x.stride()
+    y = torch.empty((T, C), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((T, 1), dtype=torch.float32, device=x.device)
+    _fp8_rows[(T,)](
+        x, y, scales, C, triton.next_power_of_2(C),
+        num_warps=4 if C <= 1024 else 8, **_device(x.device)[2],
+    )  # fmt: skip
+    return y, scales
+
+
 @triton.jit(do_not_specialize=VARIES)
 def _linear(
     x, w, y, rows, X_STRIDE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,

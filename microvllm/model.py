@@ -331,6 +331,10 @@ def in_slices(function, x: Tensor, rows: int = 16) -> Tensor:
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
     each row, (T, 1) float32."""
+    if has_triton(x.device):
+        from . import kernels_gpu
+
+        return kernels_gpu.fp8_rows(x)
     scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
     return (x / scale).to(torch.float8_e4m3fn), scale
 
@@ -342,8 +346,8 @@ class Linear:
     them as they are, without a copy, if device and dtype allow it; rows: how many outputs are
     wanted, the others are padding; quantize: make the inputs of each product int8 with this
     function, that is `quantize_rows`, or float8, `fp8_rows`, and the weights as well, with one
-    scale for each output; product: of x and a
-    plain weight; sliced: the bits of a row may not depend on the rows beside it, see `in_slices`.
+    scale for each output; product: of x and a plain weight; sliced: the bits of a row may not
+    depend on the rows beside it, see `in_slices`.
     """
 
     def __init__(
