@@ -290,7 +290,7 @@ def test_scores_are_computed_in_slices_of_64_mb_of_logits():
         sizes.append(len(rows))
         return rows
 
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2**22), head=head)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2**22), head=head, at_once=None)
     found = GPT.logprobs(model, h, targets)
     assert sizes == [4, 4, 2]
     torch.testing.assert_close(found, h.log_softmax(-1)[range(10), targets])

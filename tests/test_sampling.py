@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from microvllm import SamplingParams, kernels_cpu, sampler
-from microvllm.sampler import History, Sampled, is_plain, noise, sample
+from microvllm.sampler import History, Sampled, is_plain, noise, on, sample
 
 V = 60
 STOP_IDS = frozenset({7, 8})
@@ -491,3 +493,42 @@ def test_the_benchmark_runs():
     times = json.loads(last)["milliseconds"]
     assert times.keys() == {"3", "5"} and times["3"].keys() == times["5"].keys()
     assert len(lines) == 1 + 2 * len(times["3"]) and min(times["5"].values()) > 0
+
+
+def test_a_device_is_never_waited_for(monkeypatch):
+    """On the device "meta", which has no numbers: to read one, or to ask how many are true, is an
+    error there. And whatever goes up, goes through `on`, from pinned memory."""
+    sent, uploads = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            devices = [t.device.type for t in tree_leaves((args, out)) if torch.is_tensor(t)]
+            uploads.extend([func] * ("cpu" in devices and "meta" in devices))
+            return out
+
+    monkeypatch.setattr(sampler, "on", lambda *args: sent.append(args) or on(*args))
+    params = [
+        SamplingParams(),
+        SamplingParams(top_k=3, top_p=0.5, min_p=0.1, logprobs=2, logit_bias={3: 1.0}),
+        SamplingParams(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.2),
+        SamplingParams(bad_words=((3, 4),), min_tokens=5, allowed_token_ids=[1, 2], logprobs=1),
+        SamplingParams(temperature=0, logits_processor=lambda token_ids, logits: 2 * logits),
+    ]
+    history = [History([1, 2, 3, 4, 5], 2, 5, (7,))] * len(params)
+    numbers = torch.empty(len(params), device="meta")
+    with Watch():
+        drawn = sample(torch.empty(len(params), 90, device="meta"), params, numbers, numbers, 15.0,
+                       history)  # fmt: skip
+    assert drawn.tokens.shape == (5,) and drawn.packed.shape == (2, 3, 4)
+    assert len(uploads) == len(sent) > 20
+    with pytest.raises(NotImplementedError):
+        numbers[numbers > 0]
+
+
+def test_on_a_gpu_an_upload_is_pinned_and_asynchronous(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: calls.append("pin") or t)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *to, **how: calls.append((*to, how)) or t)
+    on(torch.device("cuda", 0), [1, 2])
+    assert calls == ["pin", (torch.device("cuda", 0), {"non_blocking": True})]
