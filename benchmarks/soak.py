@@ -48,7 +48,7 @@ from microvllm.checkpoint import load_model
 from microvllm.sampler import History, noise
 from microvllm.terminal import Parser, positive
 from microvllm.tools import Calculator
-from microvllm.trace import Replay
+from microvllm.trace import Replay, attach
 
 ROUNDING = 1e-3  # by how much a logit may differ between two ways to compute it
 
@@ -360,7 +360,7 @@ class Life:
         self.weights = 0  # which are in place
         self.armed = None  # the failure that waits for its place
         self.drawn = random.Random(story["options"]["seed"])  # seeds of those that bring none
-        self.trace = self.llm._attach(None) if story["trace"] else None
+        self.trace = attach(self.llm, None) if story["trace"] else None
         self.replay = Replay()
         self.told = 0  # events that were replayed
         advance = self.llm._advance

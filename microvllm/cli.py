@@ -55,6 +55,8 @@ def engine_flags(parser: Parser, raw: bool = True) -> None:
     add("--max-model-len", type=int, metavar="N", help="prompt plus answer (the context)")
     same = "the same bits alone or in a batch, cold or warm; slower"
     add("--deterministic", action="store_true", help=same)
+    among = "share the model among N processes that torchrun started (%(default)s)"
+    add("--tensor-parallel", type=positive, default=1, metavar="N", help=among)
     told = "write down what happens to every block; `microvllm trace FILE` shows it"
     add("--trace", metavar="FILE", help=told)
     parser.set_defaults(watch=False)
@@ -130,6 +132,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, object]:
         deterministic=args.deterministic,
         max_model_len=args.max_model_len,
         seed=random.getrandbits(31) if seed is None else seed,
+        tensor_parallel=args.tensor_parallel,
         trace=args.trace,
         **overrides(args),
     )
@@ -222,6 +225,8 @@ def batch(args: argparse.Namespace) -> None:
         columns = {k: v for k, v in vars(args).items() if k.endswith("_column")}
         ask = Ask(args.task, args.raw, sampling_options(args), args.seed, **columns)
         options = engine_options(args) | {"model_path": str(args.model)}
+        if args.tensor_parallel > 1:
+            raise ValueError("--tensor-parallel is not for batch, whose file one process writes")
         if args.ray is not None and args.trace:
             raise ValueError("--trace is for one engine: give it without --ray")
         if args.ray is None and (args.replicas, args.gpus_per_replica) != (1, 0):

@@ -35,7 +35,7 @@ from .checkpoint import (
     free_memory,
     load_model,
     open_tokenizer,
-    pick_device,
+    pick_devices,
     wrap_model,
 )
 from .model import GPTConfig
@@ -200,17 +200,16 @@ class Flight(NamedTuple):
 @contextmanager
 def _uninterrupted():
     """Let a Ctrl-C take effect only at the end, where the engine's books are in order."""
-    handler = signal.getsignal(signal.SIGINT)
+    handler, pressed = signal.getsignal(signal.SIGINT), []
     main = threading.current_thread() is threading.main_thread()
-    if not main or handler is not signal.default_int_handler:
-        yield
-        return
-    pressed = []
-    signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    ours = main and handler is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
     if pressed:
         raise KeyboardInterrupt
 
@@ -240,9 +239,10 @@ class LLM:
     gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
     steps; quantization: on a CPU "int8", of the matrices and the inputs of all products (K and V
     are bfloat16), on a GPU "fp8"; deterministic: logits, and so tokens, bit for bit the same alone
-    or in a batch, cold or warm, at a price; trace: a file to write events to, see trace.py; victim,
-    admission, eviction: policies, such as those in scheduler.py; any constant of model.Recipe may
-    be overridden by name (softcap=20 for a checkpoint of era 3b).
+    or in a batch, cold or warm, at a price; tensor_parallel: torchrun's processes, which share the
+    model and all do the same; trace: a file to write events to, see trace.py; victim, admission,
+    eviction: policies, such as those in scheduler.py; any constant of model.Recipe may be
+    overridden by name (softcap=20 for a checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
     """
@@ -252,7 +252,7 @@ class LLM:
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
         max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
         tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, quantization=None,
-        deterministic=False, trace=None, victim=youngest, admission=first_come,
+        deterministic=False, tensor_parallel=1, trace=None, victim=youngest, admission=first_come,
         eviction=least_recently_used, **overrides,
     ):  # fmt: skip
         check_int("block_size", block_size, 1)
@@ -265,11 +265,8 @@ class LLM:
         ):
             if value is not None:
                 check_int(name, value, least)
-        for name, value in (
-            ("enable_prefix_caching", enable_prefix_caching),
-            ("cuda_graphs", cuda_graphs),
-            ("deterministic", deterministic),
-        ):
+        flags = {"enable_prefix_caching": enable_prefix_caching, "cuda_graphs": cuda_graphs}
+        for name, value in (flags | {"deterministic": deterministic}).items():
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r:.80}")
         for name, value in (("victim", victim), ("admission", admission), ("eviction", eviction)):
@@ -280,8 +277,8 @@ class LLM:
             raise TypeError("give either model_path or model (a live nanochat GPT module)")
         if model is not None and tokenizer is None and tokenizer_path is None:
             raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
-        self.device = pick_device(device)
-        options = {"attention": attention, "max_len": max_model_len}
+        self.device, self.group = pick_devices(device, tensor_parallel)
+        options = {"attention": attention, "max_len": max_model_len, "group": self.group}
         options |= {"quantization": quantization, "deterministic": deterministic}
         if model is None:
             model_path, step = find_checkpoint(model_path, step)
@@ -309,7 +306,7 @@ class LLM:
             num_blocks = self._blocks_that_fit(block_size, gpu_memory_utilization)
         try:
             self.cache = PagedKVCache(
-                config, num_blocks, block_size, self.model.cache_dtype, self.device
+                self.model.local, num_blocks, block_size, self.model.cache_dtype, self.device
             )
             # a CPU's pages are taken as they are written: too late to say that there are none
             if self.device.type == "cpu" and self.cache.data.nbytes > free_memory(self.device):
@@ -320,6 +317,7 @@ class LLM:
                 f"can hold: {free_memory(self.device):,} bytes are free; lower it"
             ) from None
         self.overlap = cuda
+        cuda_graphs = cuda_graphs and not self.group  # graphs of collectives are not measured
         if cuda and cuda_graphs and self.model.attend.__module__.endswith("kernels_gpu"):
             from .graphs import DecodeGraphs
 
@@ -341,8 +339,12 @@ class LLM:
         self._stats = dict.fromkeys(counters.split(), 0)
         self._stats.update(prefill_seconds=0.0, decode_seconds=0.0)
         self._name = Path(model_path).name if model_path else type(model).__name__
+        if self.group:
+            self.group.same_engine(self, seed)
         if trace is not None:
-            self._attach(trace)
+            from .trace import attach
+
+            attach(self, trace)
         log.info(
             "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens (%.1f MB)", model_path,
             self.model.recipe.era, config.n_layer, str(self.model.dtype)[6:], self.device,
@@ -363,7 +365,7 @@ class LLM:
         On a GPU the largest step is run once to see what activations take; of the rest,
         `utilization` is for it. On a CPU it is half of what is free, 4 GB at most.
         """
-        config, dtype = self.model.config, self.model.cache_dtype
+        config, dtype = self.model.local, self.model.cache_dtype
         dims = 2 * config.n_layer * config.n_kv_head * config.head_dim
         block_bytes = dims * dtype.itemsize * block_size
         wanted = self.max_batch_size * -(-self.max_model_len // block_size) + 1
@@ -378,6 +380,8 @@ class LLM:
             free = int(free_memory(self.device) * utilization) - 2 * activations
         else:
             free = min(free_memory(self.device) // 2, 2**32)
+        if self.group:  # with as many blocks as the others they all plan the same
+            free = self.group.least(free)
         if free < 2 * block_bytes:
             raise ValueError(
                 f"no memory for a KV cache: {free:,} bytes are left and a block of {block_size} "
@@ -394,7 +398,7 @@ class LLM:
         for seq, _, n in chunks:
             seq.table = array("i", [0] * -(-n // block_size))
         batch = make_batch(Step(chunks, [(0, seq, n)], []), block_size).upload(self.device)
-        cache = PagedKVCache(self.model.config, 1, block_size, self.model.dtype, self.device)
+        cache = PagedKVCache(self.model.local, 1, block_size, self.model.dtype, self.device)
         rows = batch.logit_rows.repeat(self.max_batch_size)[: self.max_batch_size]
         logits = self.model.logits(self.model.forward(batch._replace(logit_rows=rows), cache))
         params = SamplingParams(seed=0, top_k=50, top_p=0.9, repetition_penalty=1.1, logprobs=20)
@@ -565,7 +569,9 @@ class LLM:
         path: a file to write events to, by default they are kept in memory. Raises ValueError if
         there is a trace already.
         """
-        trace = self._attach(path)
+        from .trace import attach
+
+        trace = attach(self, path)
         try:
             yield trace
         finally:
@@ -573,17 +579,6 @@ class LLM:
                 self._settle()
             finally:
                 trace.close()
-
-    def _attach(self, path) -> Trace:
-        from .trace import Trace
-
-        def decode(token: int) -> str:
-            return self.tokenizer.token_bytes(token).decode("utf-8", "surrogateescape")
-
-        self._settle()
-        trace = Trace(path, decode)
-        trace.attach(self.scheduler, model=self._name, device=str(self.device))
-        return trace
 
     def _settle(self) -> None:
         """Read the step that is under way, if one is; if that fails it never was."""
@@ -654,9 +649,7 @@ class LLM:
         """Token ids and params of a request. Raises TypeError or ValueError if it cannot be."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise TypeError(
-                f"sampling_params must be a SamplingParams, got {type(params).__name__}"
-            )
+            raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
         ids = prompt_ids(prompt, self.tokenizer)
         params.check_vocabulary(self.tokenizer.vocab_size)
         if params.n > self.max_batch_size:
@@ -747,7 +740,9 @@ class LLM:
                 flight, self._flight = self._flight, flight
             if flight:
                 self._land(flight)
-        except BaseException:
+        except BaseException as error:
+            if self.group:
+                self.group.fail(error)
             self.scheduler.reset()
             self._flight = None
             raise
@@ -756,6 +751,8 @@ class LLM:
         """Start a step: upload, copy shared blocks, forward, sample. A GPU does not wait for it."""
         trace = self.scheduler.blocks.trace
         batch = make_batch(plan, self.cache.block_size)
+        if self.group:
+            self.group.same_step(batch)
         if trace:
             trace.lap("batch")
         if plan.copies:

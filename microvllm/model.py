@@ -482,16 +482,19 @@ class GPT:
     positions the rotary tables cover; share: use the given tensors where device and dtype allow it
     instead of copying them; store: less than `dtype` for what is read most, on a CPU: bfloat16 for
     matrices, tables and the cache, or int8 for the matrices and bfloat16 for the others; on a GPU
-    float8_e4m3fn for the matrices;
-    deterministic: a row's bits follow from its sequence alone (`attend` has to play its part).
+    float8_e4m3fn for the matrices; deterministic: a row's bits follow from its sequence alone
+    (`attend` has to play its part); group: the ranks that share the model, a parallel.Group.
     """
 
     def __init__(
         self, config: GPTConfig, recipe: Recipe, weights: dict[str, Tensor], attend,
         device="cpu", dtype=torch.float32, max_len: int | None = None, share: bool = False,
-        store: torch.dtype | None = None, deterministic: bool = False,
+        store: torch.dtype | None = None, deterministic: bool = False, group=None,
     ):  # fmt: skip
-        self.config, self.recipe, self.attend = config, recipe, attend
+        self.config, self.recipe, self.attend, self.group = config, recipe, attend, group
+        self.local = config  # as far as attention goes: with the heads that are here
+        if group:
+            self.local, weights, share = group.local(config), group.share(weights, config), False
         self.device, self.dtype = torch.device(device), dtype
         self.windows = layer_windows(config, recipe)
         self.ops, self.product = sys.modules[__name__], F.linear
@@ -517,7 +520,7 @@ class GPT:
             how = quantize, self.product, self.sliced
             made = Linear(parts, self.device, kept, share, rows, *how)
             self._linears[names] = made
-            return made
+            return group.complete(names[0], made, config) if group else made
 
         def take(name: str, dtype: torch.dtype = dtype) -> Tensor:
             given = weights[name].detach()
@@ -562,7 +565,8 @@ class GPT:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The weights under their names in a checkpoint; copies, where the layout is our own."""
+        """The weights under their names in a checkpoint; copies, where the layout is our own.
+        With a group, those of this rank."""
         found = dict(self._tensors)
         for names, linear in self._linears.items():
             found.update({f"{n}.weight": w for n, w in zip(names, linear.dense(), strict=True)})
@@ -572,6 +576,7 @@ class GPT:
     def update(self, weights: dict[str, Tensor]) -> None:
         """Write new weights over the old ones, in place. Raises ValueError if they do not fit."""
         check_weights(weights, self.config, self.recipe)
+        weights = self.group.share(weights, self.config) if self.group else weights
         for name, tensor in self._tensors.items():
             if weights[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(weights[name])
@@ -613,7 +618,7 @@ class GPT:
     def forward(self, batch, cache) -> Tensor:
         """Run the batch, write its K and V into the cache, return (R, C): the normed rows of the
         head."""
-        ops, recipe, n_head = self.ops, self.recipe, self.config.n_head
+        ops, recipe, n_head = self.ops, self.recipe, self.local.n_head
         x, y, middle = self.embed(batch), None, None
         x0 = x
         for i, layer in enumerate(self.layers):

@@ -35,9 +35,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.set_defaults(error=self.error)
+        self.set_defaults(error=self.tell)
 
     def error(self, message: object) -> NoReturn:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
+            self.exit(2)  # all that torchrun started were given these flags
+        self.tell(message)
+
+    def tell(self, message: object) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {plain(' '.join(str(message).split()))}\n")
 
 
@@ -69,7 +74,13 @@ def execute(args: argparse.Namespace) -> None:
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # what its encoding lacks is a ?, no crash
-        args.command(args)
+        if getattr(args, "tensor_parallel", 1) > 1:
+            from .parallel import one_voice
+
+            with one_voice(args):
+                args.command(args)
+        else:
+            args.command(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -563,6 +563,18 @@ class Replay:
         self.hash_of.clear()
 
 
+def attach(llm: LLM, path: str | Path | None) -> Trace:
+    """Begin a trace of an engine. Of the ranks that share a model one writes the file."""
+
+    def decode(token: int) -> str:
+        return llm.tokenizer.token_bytes(token).decode("utf-8", "surrogateescape")
+
+    llm._settle()
+    trace = Trace(os.devnull if path and llm.group and llm.group.rank else path, decode)
+    trace.attach(llm.scheduler, model=llm._name, device=str(llm.device))
+    return trace
+
+
 def read(path: str | Path) -> list[dict]:
     """The events of a trace. What a run that was killed left of its last line is dropped.
 
