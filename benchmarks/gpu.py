@@ -1,15 +1,15 @@
 """How close to what the card allows does `LLM.generate` come?
 
-    python benchmarks/gpu.py                          # all parts but the peers, nanochat's d34
+    python benchmarks/gpu.py                          # all parts, nanochat's d34
     python benchmarks/gpu.py --only headline,single --checkpoint /tmp/d34    # kept for next time
-    python benchmarks/gpu.py --peers                  # and other programs, in the same run
     python benchmarks/gpu.py --device cpu --depth 2 --width 64 --head-dim 32 --vocab 512 \\
         --shrink 32 --num-blocks 512                  # does it run?
 
 Every number is printed as soon as it is there; the last line is all of them as one line of JSON.
 The model is a random checkpoint made on the spot (checkpoint.py). Prompts are random ids, drawn
 anew for each repeat, so that no repeat finds its prompts in the prefix cache. Everything is sampled
-at temperature 0.7 and ignores the end tokens. A number is the median of --repeats.
+at temperature 0.7 and ignores the end tokens. A number is the median of --repeats, by the clock;
+card_seconds in the JSON are those between two CUDA events around the last repeat.
 
 The limit. A step in which r rows are computed and s of them sampled takes at least
 
@@ -33,8 +33,9 @@ The parts:
     prefill   one prompt of 2,048 tokens, one new
     prefix    128 prompts that share 256 tokens and own 16, 32 new: without the prefix cache, then
               with it, the prefix never seen before, and with it, the prefix seen
-    peers     transformers' generate and generate_batch, and an eager loop like nanochat's Engine,
-              which serves one prompt at a time, or ("samples") 512 samples of one
+    peers     other programs: transformers' generate and generate_batch, if it is installed (and
+              psutil), and an eager loop like nanochat's Engine, which serves one prompt at a time,
+              or ("samples") 512 samples of one
 """
 
 from __future__ import annotations
@@ -102,13 +103,9 @@ def median_seconds(run: Callable, device: torch.device, graph: bool = True) -> f
         run = captured.replay
         run()
     # all of them queued before the first ends, so that no launch is waited for
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(20)]
-    for start, stop in events:
-        start.record()
-        run()
-        stop.record()
+    events = [(mark(device), run(), mark(device)) for _ in range(20)]
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) / 1000 for start, stop in events)
+    return statistics.median(start.elapsed_time(stop) / 1000 for start, _, stop in events)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -319,7 +316,7 @@ class Bench:
             self.generate([self.prompt(length) for _ in range(count)], new)
         warm, stats = time.perf_counter() - start, self.llm.stats()
         tokens = stats["num_blocks"] * stats["block_size"]
-        gb = tokens * self.ceilings.token_bytes * self.config.n_layer / 1e9
+        gb = self.llm.cache.data.nbytes / 1e9
         self.report(
             "engine" if enable_prefix_caching else "engine without prefix cache",
             f"built in {built:.1f} s, warm after {warm:.1f}; KV budget {tokens:,} tokens in blocks "
@@ -334,14 +331,16 @@ class Bench:
         free_memory()
 
     def generate(self, prompts: list[list[int]], new: list[int]) -> tuple[float, dict]:
-        """Seconds of one `LLM.generate`, and how much each of its statistics grew."""
+        """Seconds of one `LLM.generate` by the clock, and how much each of its statistics grew; on
+        a card also card_seconds, between two events around it."""
         params = [
             SamplingParams(temperature=TEMPERATURE, max_tokens=n, ignore_eos=True) for n in new
         ]
         before = self.llm.stats()
         synchronize(self.device)
-        start = time.perf_counter()
+        start, first = time.perf_counter(), mark(self.device)
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        last = mark(self.device)
         synchronize(self.device)
         seconds = time.perf_counter() - start
         made = [len(output["token_ids"]) for output in outputs]
@@ -350,7 +349,10 @@ class Bench:
                 f"asked for {sum(new)} tokens, got {sum(made)}: not the work to time"
             )
         after = self.llm.stats()
-        return seconds, {name: after[name] - before[name] for name in STATS}
+        stats = {name: after[name] - before[name] for name in STATS}
+        if first:
+            stats["card_seconds"] = first.elapsed_time(last) / 1000
+        return seconds, stats
 
     def batch(self, part: str, requests: list[Request], limit: float) -> None:
         """Time the requests with fresh prompts, `repeats` times; `limit` in seconds."""
@@ -426,7 +428,8 @@ class Bench:
 
     def prefill(self) -> None:
         size, card = self.shrunk(2048), self.ceilings
-        times = [self.generate([self.prompt(size)], [1])[0] for _ in range(3 * self.args.repeats)]
+        runs = [self.generate([self.prompt(size)], [1]) for _ in range(3 * self.args.repeats)]
+        times, (_, stats) = [seconds for seconds, _ in runs], runs[-1]
         seconds, limit = statistics.median(times), card.body(size) + card.head(1)
         products, attention = card.prefill_flops(size)
         bare, whole = (flops / seconds / card.peak for flops in (products, products + attention))
@@ -436,7 +439,7 @@ class Bench:
             f"{max(times) * 1e3:.2f}): {bare:.1%} of the peak product counting matrix products, "
             f"{whole:.1%} with attention; {limit / seconds:.1%} of the limit {limit * 1e3:.2f} ms",
             ms=seconds * 1e3, limit_ms=limit * 1e3, share=limit / seconds,
-            share_of_peak_products=bare, share_of_peak_with_attention=whole,
+            share_of_peak_products=bare, share_of_peak_with_attention=whole, **stats,
         )  # fmt: skip
 
     def prefix(self) -> None:
@@ -673,6 +676,15 @@ def lengths(count: int, mean: float, sigma: float, low: int, high: int, seed: in
     return cut.astype(int).tolist()
 
 
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """An event where the card's work stands now; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -705,7 +717,6 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help=f"the parts to run, with commas: {','.join(PARTS)}")
-    parser.add_argument("--peers", action="store_true", help="the other parts and the peers too")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--checkpoint", type=Path, help="made there if it is not there, and kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -723,7 +734,7 @@ def parse() -> argparse.Namespace:
     engine.add_argument("--block-size", type=int, default=16)
     engine.add_argument("--attention", default="auto")
     args = parser.parse_args()
-    parts = args.only.split(",") if args.only else [p for p in PARTS if p != "peers" or args.peers]
+    parts = args.only.split(",") if args.only else list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only knows {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
     args.parts = parts

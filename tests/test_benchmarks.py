@@ -1,9 +1,11 @@
 """The benchmarks, tiny: they run, do the work they say, and their limits add up."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,9 +106,8 @@ def test_lengths_keep_their_mean_and_their_borders(mean, sigma, low, high):
 def test_the_benchmark_runs_on_a_cpu():
     options = "--device cpu --depth 2 --width 64 --head-dim 32 --vocab 320 --shrink 32 --repeats 1"
     engine = "--num-blocks 512 --block-size 4 --max-batch-size 8 --attention sdpa"
-    parts = "--only startup,headline,single,mixed,prefill,prefix"
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "gpu.py", *f"{options} {engine} {parts}".split()],
+    done = subprocess.run(  # every part there is
+        [sys.executable, BENCHMARKS / "gpu.py", *f"{options} {engine}".split()],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -125,6 +126,97 @@ def test_the_benchmark_runs_on_a_cpu():
     assert result["prefill"]["ms"] > 0
     # 4 prompts share 8 tokens: two blocks, which all four find once they were seen
     assert result["prefix"]["seen_cached_tokens"] == 4 * 8
+    for part in ("single", "headline", "samples"):
+        assert result["peers"][f"eager_{part}_tokens_per_s"] > 0
+    if importlib.util.find_spec("transformers"):
+        assert result["peers"]["transformers_generate_headline_tokens_per_s"] > 0
+    assert set(gpu.PARTS) <= set(result)
+
+
+def test_the_eager_loop_makes_what_one_pass_over_everything_would():
+    torch.manual_seed(0)
+    config = GPTConfig(64, 100, 2, 4, 2, 64)
+    loop = gpu.EagerLoop(config, torch.device("cpu"), torch.float32)
+    first, second = torch.zeros(2, 2, 2, 3, 2, 9, 16)  # two caches for three samples
+    ids = torch.randint(100, (3, 9))
+    with torch.inference_mode():
+        whole = loop.forward(ids, first, 0)
+        loop.forward(ids[:, :5], second, 0)
+        for at in range(5, 9):
+            logits = loop.forward(ids[:, at : at + 1], second, at)
+        columns = loop.generate([1, 2, 3], samples=3, new=4)
+    torch.testing.assert_close(logits, whole)
+    torch.testing.assert_close(first, second)
+    assert (len(columns), len(columns[0])) == (4, 3)
+
+
+class FakeCard:
+    """CUDA graphs and events: an event is when the work queued before it ended."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.waiting, self.capturing, self.recorded = 0.0, 0, None, 0
+        card = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                assert card.capturing is None
+                self.at = card.now
+
+            def elapsed_time(self, other):
+                assert not card.waiting, "read before it is over"
+                return 1000 * (other.at - self.at)
+
+        class Graph:
+            def replay(self):
+                for seconds in self.work:
+                    card.work(seconds)
+
+        @contextmanager
+        def capture(graph):
+            assert not card.waiting, "synchronize before a capture"
+            card.capturing = graph.work = []
+            yield
+            card.capturing, card.recorded = None, card.recorded + 1
+
+        for name, fake in {"Event": Event, "CUDAGraph": Graph, "graph": capture}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(card, "waiting", 0))
+
+    def work(self, seconds: float) -> None:
+        if self.capturing is not None:
+            self.capturing.append(seconds)
+        else:
+            self.now, self.waiting = self.now + seconds, self.waiting + 1
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_card_is_timed_by_its_events(monkeypatch, graph):
+    card, runs = FakeCard(monkeypatch), []
+
+    def run():
+        runs.append(len(runs))
+        card.work(0.25)
+        card.work(0.5)
+
+    seconds = gpu.median_seconds(run, torch.device("cuda"), graph)
+    assert seconds == 0.75 and card.recorded == graph
+    assert len(runs) == (4 if graph else 23)
+
+
+def test_an_engines_run_is_timed_by_the_clock_and_by_events(monkeypatch):
+    card = FakeCard(monkeypatch)
+
+    def generate(prompts, params, use_tqdm):
+        card.work(3.0)
+        return [{"token_ids": [0] * p.max_tokens} for p in params]
+
+    llm = SimpleNamespace(generate=generate, stats=lambda: dict.fromkeys(gpu.STATS, 0))
+    bench = SimpleNamespace(llm=llm, device=torch.device("cuda"))
+    seconds, stats = gpu.Bench.generate(bench, [[1], [2]], [4, 5])
+    assert 0 < seconds < 1 and stats["card_seconds"] == 3.0
 
 
 # compare.py: other engines on a CPU
