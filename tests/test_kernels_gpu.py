@@ -100,6 +100,13 @@ def test_fp8_rows(dtype, channels):
     assert torch.equal(exact.to(torch.float8_e4m3fn).float(), expected.float())
 
 
+def test_products_in_float8_take_it_where_it_runs(monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "fp8_rows", lambda x: "fused")
+    for there in (True, False):
+        monkeypatch.setattr(model, "has_triton", lambda device, there=there: there)
+        assert (model.fp8_rows(torch.ones(1, 8)) == "fused") == there
+
+
 @DTYPES
 @pytest.mark.parametrize(
     "n_head, n_kv, dim, block_size, channels",

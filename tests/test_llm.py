@@ -527,6 +527,34 @@ def test_the_largest_step_is_tried_and_no_larger_one(
         assert max(lengths) < max_model_len and 1 not in lengths[batch.num_decodes :]
 
 
+def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
+    """Of a card with so much free, 0.9 is for us; 3 MB is what activations took, and the recorded
+    steps have as much again."""
+    with LLM(MODEL, num_blocks=20, device="cpu", max_batch_size=400) as llm:
+        free, block = 200_000_000, llm.cache.data.nbytes // 20
+        wanted = 400 * -(-llm.max_model_len // 16) + 1
+        llm.device = torch.device("cuda", 0)  # from here on only its numbers
+        monkeypatch.setattr(llm, "_warm_up", lambda block_size: None)
+        for name, value in {
+            "memory_allocated": 7_000_000, "max_memory_allocated": 10_000_000,
+            "reset_peak_memory_stats": None, "empty_cache": None, "mem_get_info": (free, 0),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        assert llm._blocks_that_fit(16, 0.9) == (180_000_000 - 6_000_000) // block < wanted
+        with pytest.raises(ValueError, match="-4,000,000 bytes are left and a block of 16 tokens"):
+            llm._blocks_that_fit(16, 0.01)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2 * wanted * block, 0))
+        assert llm._blocks_that_fit(16, 0.9) == wanted  # no more than all sequences can fill
+
+        def full(block_size):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+        monkeypatch.setattr(llm, "_warm_up", full)
+        with pytest.raises(ValueError, match="no memory for steps of max_batched_tokens=1024: .*"):
+            llm._blocks_that_fit(16, 0.9)
+        llm.device = torch.device("cpu")
+
+
 def test_weights_that_do_not_fit_are_told_in_bytes(monkeypatch):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
