@@ -122,7 +122,7 @@ def profile(folder: str, vocab: int, sequences: int) -> dict:
 def perplexity(count: int, options: dict) -> dict:
     """Of the answers of the first so many bundled prompts that have one."""
     rows = [row for row in json.loads(PROMPTS.read_text()) if row["output"]][:count]
-    with LLM(str(BUNDLED), device="cpu", **options) as llm:
+    with LLM(str(BUNDLED), **{"device": "cpu"} | options) as llm:
         prompts = []
         for row in rows:
             asked = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")

@@ -33,6 +33,8 @@ The parts:
     prefill   one prompt of 2,048 tokens, one new
     prefix    128 prompts that share 256 tokens and own 16, 32 new: without the prefix cache, then
               with it, the prefix never seen before, and with it, the prefix seen
+    quantized headline and single in float8 (on a CPU int8), as shares of the same limit, that of
+              plain products; and the perplexity of the bundled answers by the bundled model
     peers     other programs: transformers' generate and generate_batch, if it is installed (and
               psutil), and an eager loop like nanochat's Engine, which serves one prompt at a time,
               or ("samples") 512 samples of one
@@ -64,12 +66,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from checkpoint import SPECIAL, add_shape_arguments, make_checkpoint, shape
+from cpu import perplexity
 
 from microvllm import LLM, SamplingParams
 from microvllm.model import RECIPES, GPTConfig, layer_windows
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("startup", "headline", "single", "mixed", "prefill", "prefix", "peers")
+PARTS = ("startup", "headline", "single", "mixed", "prefill", "prefix", "quantized", "peers")
 ROWS = (1, 32, 128, 256, 512, 1024, 2048, 4096)  # rows of a step whose matrix products are timed
 TEMPERATURE = 0.7
 STATS = (
@@ -304,11 +307,11 @@ class Bench:
         """Random ids, none of them special."""
         return self.rng.integers(0, self.config.vocab_size - len(SPECIAL), length).tolist()
 
-    def start_engine(self, enable_prefix_caching: bool = True) -> None:
+    def start_engine(self, name: str = "engine", **options) -> None:
         """A fresh engine, its kernels compiled and its graphs captured before anything is timed."""
         self.stop_engine()
         start = time.perf_counter()
-        self.llm = LLM(**self.options, enable_prefix_caching=enable_prefix_caching)
+        self.llm = LLM(**self.options, **options)
         built = time.perf_counter() - start
         if (era := self.llm.model.recipe.era) != self.args.era:
             raise SystemExit(f"{self.path} is of era {era}, asked for {self.args.era}")
@@ -322,7 +325,7 @@ class Bench:
         tokens = stats["num_blocks"] * stats["block_size"]
         gb = self.llm.cache.data.nbytes / 1e9
         self.report(
-            "engine" if enable_prefix_caching else "engine without prefix cache",
+            name,
             f"built in {built:.1f} s, warm after {warm:.1f}; KV budget {tokens:,} tokens in blocks "
             f"of {stats['block_size']}, {gb:.2f} GB",
             built_s=built, kv_tokens=tokens, kv_gb=gb, block_size=stats["block_size"],
@@ -409,14 +412,14 @@ class Bench:
                 **{f"{kind}_{what}_s": seconds for what, seconds in at.items()},
             )
 
-    def headline(self) -> None:
+    def headline(self, name: str = "headline") -> None:
         requests = self.headline_requests()
         limit = self.ceilings.batch_seconds(requests, self.args.max_batch_size)
-        self.batch("headline", requests, limit)
+        self.batch(name, requests, limit)
 
-    def single(self) -> None:
+    def single(self, name: str = "single") -> None:
         request = (self.shrunk(128), self.shrunk(128))
-        self.batch("single", [request], self.ceilings.stream_seconds(*request))
+        self.batch(name, [request], self.ceilings.stream_seconds(*request))
 
     def mixed(self) -> None:
         count, most = self.shrunk(1000), self.shrunk(2048)
@@ -447,7 +450,7 @@ class Bench:
         )  # fmt: skip
 
     def prefix(self) -> None:
-        """Last of the engine's parts: it needs a second engine, one without the prefix cache."""
+        """It needs a second engine, one without the prefix cache."""
         count, shared, own, new = (self.shrunk(n) for n in (128, 256, 16, 32))
         rows = count * (shared + own)
 
@@ -461,7 +464,7 @@ class Bench:
             start = self.prompt(shared)
             runs["unseen"].append(ask(start))
             runs["seen"].append(ask(start))
-        self.start_engine(enable_prefix_caching=False)
+        self.start_engine("engine without prefix cache", enable_prefix_caching=False)
         runs["without"] = [ask(self.prompt(shared)) for _ in range(self.args.repeats)]
         middle = {name: sorted(times)[len(times) // 2] for name, times in runs.items()}
         without, _ = middle.pop("without")
@@ -477,6 +480,28 @@ class Bench:
                    f"{name}_gain": without / seconds, f"{name}_cached_tokens": cached,
                    f"{name}_predicted_gain": without / (without - predicted)},
             )  # fmt: skip
+
+    def quantized(self) -> None:
+        """Last of the engine's parts: it needs another engine."""
+        kind = "fp8" if self.device.type == "cuda" else "int8"
+        try:
+            self.start_engine(f"engine in {kind}", quantization=kind)
+        except ValueError as error:  # a card without it
+            say(f"quantized: skipped, {error}")
+            return
+        self.headline(f"headline in {kind}")
+        self.single(f"single in {kind}")
+        self.stop_engine()
+        count, options = self.shrunk(512), {"device": self.args.device}
+        exact = perplexity(count, options)
+        small = perplexity(count, options | {"quantization": kind})["perplexity"]
+        plain, tokens = exact["perplexity"], exact["tokens"]
+        self.report(
+            "quantized",
+            f"perplexity of {tokens:,} tokens {plain:.3f} in {self.dtype}, {small:.3f} in {kind}: "
+            f"{small / plain - 1:+.2%}",
+            kind=kind, perplexity=small, plain_perplexity=plain, tokens=tokens,
+        )  # fmt: skip
 
     # peers ----------------------------------------------------------------------------------------
 
@@ -723,7 +748,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", help=f"the parts to run, with commas: {','.join(PARTS)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--checkpoint", type=Path, help="made there if it is not there, and kept")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda", help="cpu: does it run? with a small model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--shrink", type=int, default=1, help="divide all counts and lengths, to try it out"
@@ -736,8 +761,11 @@ def parse() -> argparse.Namespace:
     engine.add_argument("--max-model-len", type=int, default=2064)
     engine.add_argument("--num-blocks", type=int)
     engine.add_argument("--block-size", type=int, default=16)
-    engine.add_argument("--attention", default="auto")
+    backends = ("auto", "triton", "flash", "sdpa", "numba")
+    engine.add_argument("--attention", choices=backends, default="auto")
     args = parser.parse_args()
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA card here; --device cpu tries the benchmark out")
     parts = args.only.split(",") if args.only else list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only knows {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")

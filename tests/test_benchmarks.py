@@ -120,12 +120,16 @@ def test_the_benchmark_runs_on_a_cpu():
     assert result["headline"]["new_tokens"] == 512 // 32 * (64 // 32)
     assert result["headline"]["prefill_tokens"] == result["headline"]["prompt_tokens"]
     assert result["single"]["new_tokens"] == 4
-    for part in ("headline", "single", "mixed"):
+    for part in ("headline", "single", "mixed", "headline in int8", "single in int8"):
         assert result[part]["tokens_per_s"] > 0 and result[part]["limit_tokens_per_s"] > 0
         assert result[part]["cached_tokens"] == 0  # fresh prompts, or it would flatter
     assert result["prefill"]["ms"] > 0
     # 4 prompts share 8 tokens: two blocks, which all four find once they were seen
     assert result["prefix"]["seen_cached_tokens"] == 4 * 8
+    smaller = result["quantized"]
+    assert (
+        smaller["tokens"] > 100 and 0.9 < smaller["perplexity"] / smaller["plain_perplexity"] < 1.1
+    )
     for part in ("single", "headline", "samples"):
         assert result["peers"][f"eager_{part}_tokens_per_s"] > 0
     if importlib.util.find_spec("transformers"):
