@@ -7,7 +7,7 @@ import sys
 
 from microvllm.terminal import Parser
 
-NAMES = ["fig02", "fig12", "fig15", "fig16", "fig18", "policies", "cost", "check"]
+NAMES = ["fig02", "fig12", "fig15", "fig16", "fig18", "policies", "windows", "cost", "check"]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from . import world
 
 def largest(scheduler: Scheduler, seq: Sequence) -> Sequence:
     """Who holds the most blocks: one such victim makes room for many."""
-    return max(scheduler.running, key=lambda s: len(s.table))
+    return max(scheduler.running, key=lambda s: sum(map(bool, s.table)))
 
 
 def cheapest(scheduler: Scheduler, seq: Sequence) -> Sequence:

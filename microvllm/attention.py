@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache: one function, several backends.
+"""The paged KV cache, and attention over it: one function, several backends.
 
 Every backend has the signature of `sdpa_attention`, the reference that all of them are compared
 with:
@@ -17,11 +17,76 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class PagedKVCache:
+    """K and V of all layers in one allocation, cut into blocks.
+
+    groups: (window, layers) of those that share block tables, see scheduler.group_layers, by
+    default all do. A block serves one group, and which one its owner knows: the same memory is the
+    first layer's of any group.
+
+    Inside a block the order is [kv_head, slot, dim]: one head's keys of a block are contiguous,
+    which a CPU reads a quarter faster than [slot, kv_head, dim]; a GPU does not mind. Zeroed, since
+    a masked score of 0 times a NaN left in an unused slot would be NaN.
+    """
+
+    def __init__(self, config, num_blocks: int, block_size: int, dtype, device, groups=None):
+        groups = [layers for _, layers in groups or [(-1, range(config.n_layer))]]
+        depth = max(map(len, groups))
+        shape = (depth, 2, num_blocks, config.n_kv_head, block_size, config.head_dim)
+        if torch.device(device).type == "cpu":
+            # numpy's zeros are pages that exist only once they are written; torch would write them
+            zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+            self.data = torch.from_numpy(zeros).view(dtype).view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_blocks, self.block_size, self.num_groups = num_blocks, block_size, len(groups)
+        places = sorted((i, g, j) for g, group in enumerate(groups) for j, i in enumerate(group))
+        self.group_of = [g for _, g, _ in places]  # of each layer
+        self.layers = [(self.data[j, 0], self.data[j, 1]) for _, _, j in places]
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor]:
+        """k, v of layer i, each (num_blocks, n_kv_head, block_size, head_dim)."""
+        return self.layers[i]
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """(source, destination) pairs, all layers of their group at once."""
+        pairs = torch.tensor(copies)
+        if self.data.is_cuda:  # pinned, so that the host does not wait for the running step
+            pairs = pairs.pin_memory()
+        source, target = pairs.to(self.data.device, non_blocking=True).T
+        self.data[:, :, target] = self.data[:, :, source]
+
+
+class SequenceKVView:
+    """The logical picture of one sequence: its K and V in order, wherever its blocks lie. The sink
+    stands for what has left a window."""
+
+    def __init__(self, cache: PagedKVCache, table: Iterable[int], num_tokens: int):
+        self.cache, self.table, self.num_tokens = cache, list(table), num_tokens
+
+    def slots(self, start: int = 0, stop: int | None = None, group: int = 0) -> list[int]:
+        """Physical slots (block * block_size + offset) of the tokens [start, stop)."""
+        size, table = self.cache.block_size, self.table[group :: self.cache.num_groups]
+        stop = self.num_tokens if stop is None else stop
+        return [table[p // size] * size + p % size for p in range(start, stop)]
+
+    def gather(self, layer: int) -> tuple[Tensor, Tensor]:
+        """k and v of one layer, each (num_tokens, n_kv_head, head_dim), copied out of the
+        blocks."""
+        table = self.table[self.cache.group_of[layer] :: self.cache.num_groups]
+        return tuple(
+            x[table].transpose(1, 2).flatten(0, 1)[: self.num_tokens]
+            for x in self.cache.layer(layer)
+        )
 
 
 @functools.cache

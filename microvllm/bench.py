@@ -187,6 +187,7 @@ def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict
 
     from .checkpoint import free_memory
     from .model import layer_windows
+    from .scheduler import group_layers, most_blocks
 
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
@@ -194,7 +195,9 @@ def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict
     parameters = sum(w.numel() for w in weights.values())
     tables = sum(w.numel() for key, w in weights.items() if "wte" in key or "value_embeds" in key)
     layer_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize  # K and V of a token
-    sequence_bytes = config.n_layer * layer_bytes * length
+    groups = group_layers(windows, length)  # in blocks of 16 tokens, as many layers in each
+    blocks = most_blocks([window for window, _ in groups], 16, length)
+    sequence_bytes = blocks * 16 * max(len(layers) for _, layers in groups) * layer_bytes
     free = free_memory(device)
     # what the cache may have: nearly all of a GPU, or half of what is free elsewhere. unasked the
     # engine takes 4 GB of the latter at most

@@ -10,14 +10,13 @@ scheduler.
 from __future__ import annotations
 
 import logging
-import math
 import random
 import signal
 import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .attention import PagedKVCache
 from .checkpoint import (
     find_checkpoint,
     find_nanochat,
@@ -38,7 +38,6 @@ from .checkpoint import (
     pick_devices,
     wrap_model,
 )
-from .model import GPTConfig
 from .request import Request, RequestOutput, prompt_ids
 from .sampler import History, Sampled, SamplingParams, check_int, check_number, noise, sample
 from .scheduler import (
@@ -47,7 +46,9 @@ from .scheduler import (
     Sequence,
     Step,
     first_come,
+    group_layers,
     least_recently_used,
+    most_blocks,
     youngest,
 )
 from .tokenizer import wrap_tokenizer
@@ -58,75 +59,27 @@ if TYPE_CHECKING:
 log = logging.getLogger("microvllm")
 
 
-class PagedKVCache:
-    """K and V of all layers in one allocation, cut into blocks.
-
-    Inside a block the order is [kv_head, slot, dim]: one head's keys of a block are contiguous,
-    which a CPU reads a quarter faster than [slot, kv_head, dim]; a GPU does not mind. Zeroed, since
-    a masked score of 0 times a NaN left in an unused slot would be NaN.
-    """
-
-    def __init__(self, config: GPTConfig, num_blocks: int, block_size: int, dtype, device):
-        shape = (config.n_layer, 2, num_blocks, config.n_kv_head, block_size, config.head_dim)
-        if torch.device(device).type == "cpu":
-            # numpy's zeros are pages that exist only once they are written; torch would write them
-            zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-            self.data = torch.from_numpy(zeros).view(dtype).view(shape)
-        else:
-            self.data = torch.zeros(shape, dtype=dtype, device=device)
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.layers = [(kv[0], kv[1]) for kv in self.data]
-
-    def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """k, v of layer i, each (num_blocks, n_kv_head, block_size, head_dim)."""
-        return self.layers[i]
-
-    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """(source, destination) pairs, all layers at once."""
-        pairs = torch.tensor(copies)
-        if self.data.is_cuda:  # pinned, so that the host does not wait for the running step
-            pairs = pairs.pin_memory()
-        source, target = pairs.to(self.data.device, non_blocking=True).T
-        self.data[:, :, target] = self.data[:, :, source]
-
-
-class SequenceKVView:
-    """The logical picture of one sequence: its K and V in order, wherever its blocks lie."""
-
-    def __init__(self, cache: PagedKVCache, table: Iterable[int], num_tokens: int):
-        self.cache, self.table, self.num_tokens = cache, list(table), num_tokens
-
-    def slots(self, start: int = 0, stop: int | None = None) -> list[int]:
-        """Physical slots (block * block_size + offset) of the tokens [start, stop)."""
-        size = self.cache.block_size
-        stop = self.num_tokens if stop is None else stop
-        return [self.table[p // size] * size + p % size for p in range(start, stop)]
-
-    def gather(self, layer: int) -> tuple[Tensor, Tensor]:
-        """k and v of a layer, each (num_tokens, n_kv_head, head_dim), copied out of the blocks."""
-        return tuple(
-            x[self.table].transpose(1, 2).flatten(0, 1)[: self.num_tokens]
-            for x in self.cache.layer(layer)
-        )
-
-
 class Batch(NamedTuple):
-    """A step as arrays: T rows (tokens) of B sequences, R of them sampled. numpy as `make_batch`
-    has it, tensors once it was uploaded."""
+    """A step as arrays: T rows (tokens) of B sequences, R of them sampled, on the blocks of G
+    groups of layers. numpy as `make_batch` has it, tensors once it was uploaded."""
 
     ids: Tensor  # (T,) int32 token ids; sequences with one row first
     prev_ids: Tensor  # (T,) int32 the id one position earlier (0 at position 0), for the smear
     positions: Tensor  # (T,) int32
-    slots: Tensor  # (T,) int32 block * block_size + offset, where K and V of the row go
+    slots: Tensor  # (G, T) int32 block * block_size + offset, where K and V of the row go
     cu_seqlens: Tensor  # (B + 1,) int32 first row of each sequence
     seq_lens: Tensor  # (B,) int32 tokens of each sequence in the cache after this step
-    block_tables: Tensor  # (B, M) int32, unused columns are 0, the sink
+    block_tables: Tensor  # (G, B, M) int32, unused columns are 0, the sink
     logit_rows: Tensor  # (R + S,) int32 rows that reach the head: the sampled, then the scored
     temperature: Tensor  # (R,) float32
     noise: Tensor  # (R,) float32 in [0, 1)
     num_decodes: int  # the first so many sequences have one row each
     max_query: int  # rows of the longest sequence
     max_seq: int  # largest of seq_lens
+
+    def group(self, g: int) -> Batch:
+        """What one group's layers see: slots (T,) and block_tables (B, M)."""
+        return self._replace(slots=self.slots[g], block_tables=self.block_tables[g])
 
     def upload(self, device: torch.device) -> Batch:
         """The batch as tensors on the device: one array, one copy, then views into it."""
@@ -142,7 +95,7 @@ class Batch(NamedTuple):
         return Batch(*views, *self[10:])
 
 
-def make_batch(step: Step, block_size: int) -> Batch:
+def make_batch(step: Step, block_size: int, num_groups: int = 1) -> Batch:
     """Turn a plan into a batch of numpy arrays."""
     seqs = [seq for seq, _, _ in step.chunks]
     starts = np.array([start for _, start, _ in step.chunks], np.int32)
@@ -168,7 +121,8 @@ def make_batch(step: Step, block_size: int) -> Batch:
     tables[np.arange(tables.shape[1]) < lengths[:, None]] = np.frombuffer(
         b"".join([seq.table for seq in seqs]), np.int32
     )
-    slots = tables[owner, positions // block_size] * block_size + positions % block_size
+    tables = tables.reshape(len(seqs), -1, num_groups).transpose(2, 0, 1)
+    slots = tables[:, owner, positions // block_size] * block_size + positions % block_size
     logit_rows = [cu_seqlens[index + 1] - 1 for index, _, _ in step.samples]
     for index, _, first, stop in step.scored:
         end = cu_seqlens[index + 1]
@@ -301,13 +255,15 @@ class LLM:
         self.max_model_len = max_model_len or config.sequence_len
         self.max_batch_size = max_batch_size or (512 if cuda else 256)
         self.max_batched_tokens = max_batched_tokens or (8192 if cuda else 1024)
-        self.graphs = None
+        self.graphs, self.groups = None, group_layers(self.model.windows, self.max_model_len)
         if num_blocks is None:
             num_blocks = self._blocks_that_fit(block_size, gpu_memory_utilization)
+        # what the user calls a block, of all layers, is one of each group and as much memory
+        windows = [window for window, _ in self.groups]
+        parts = (num_blocks - 1) * len(windows) + 1
         try:
-            self.cache = PagedKVCache(
-                self.model.local, num_blocks, block_size, self.model.cache_dtype, self.device
-            )
+            kind = self.model.cache_dtype, self.device, self.groups
+            self.cache = PagedKVCache(self.model.local, parts, block_size, *kind)
             # a CPU's pages are taken as they are written: too late to say that there are none
             if self.device.type == "cpu" and self.cache.data.nbytes > free_memory(self.device):
                 raise MemoryError
@@ -324,7 +280,7 @@ class LLM:
             self.graphs = DecodeGraphs(
                 self.model, self.cache, self.max_batch_size, self.max_model_len
             )
-        blocks = BlockManager(num_blocks, block_size, enable_prefix_caching, eviction)
+        blocks = BlockManager(parts, block_size, enable_prefix_caching, eviction, windows)
         self.scheduler = Scheduler(
             blocks, self.max_batch_size, self.max_batched_tokens, victim, admission
         )
@@ -366,9 +322,11 @@ class LLM:
         `utilization` is for it. On a CPU it is half of what is free, 4 GB at most.
         """
         config, dtype = self.model.local, self.model.cache_dtype
-        dims = 2 * config.n_layer * config.n_kv_head * config.head_dim
-        block_bytes = dims * dtype.itemsize * block_size
-        wanted = self.max_batch_size * -(-self.max_model_len // block_size) + 1
+        windows, dims = [window for window, _ in self.groups], config.n_kv_head * config.head_dim
+        places = len(windows) * max(len(layers) for _, layers in self.groups)
+        block_bytes = 2 * places * dims * dtype.itemsize * block_size
+        longest = most_blocks(windows, block_size, self.max_model_len)
+        wanted = -(-self.max_batch_size * longest // len(windows)) + 1
         if self.device.type == "cuda":
             taken = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -395,10 +353,12 @@ class LLM:
         full, rest = divmod(self.max_batched_tokens, self.max_model_len - 1)
         lengths = ([rest] * (rest > 0) + [self.max_model_len - 1] * full)[-self.max_batch_size :]
         chunks = [(Sequence(0, [0] * n, SamplingParams(seed=0)), 0, n) for n in lengths]
+        num_groups, kind = len(self.groups), (self.model.dtype, self.device, self.groups)
         for seq, _, n in chunks:
-            seq.table = array("i", [0] * -(-n // block_size))
-        batch = make_batch(Step(chunks, [(0, seq, n)], []), block_size).upload(self.device)
-        cache = PagedKVCache(self.model.local, 1, block_size, self.model.dtype, self.device)
+            seq.table = array("i", [0] * -(-n // block_size) * num_groups)
+        step = Step(chunks, [(0, seq, n)], [])
+        batch = make_batch(step, block_size, num_groups).upload(self.device)
+        cache = PagedKVCache(self.model.local, 1, block_size, *kind)
         rows = batch.logit_rows.repeat(self.max_batch_size)[: self.max_batch_size]
         logits = self.model.logits(self.model.forward(batch._replace(logit_rows=rows), cache))
         params = SamplingParams(seed=0, top_k=50, top_p=0.9, repetition_penalty=1.1, logprobs=20)
@@ -666,12 +626,15 @@ class LLM:
         blocks = self.scheduler.blocks
         # the last token is never fed back, so it needs no slot
         slots = min(len(ids) + params.max_tokens, self.max_model_len) - 1
-        if (need := blocks.blocks_for(slots)) > blocks.num_usable:
-            room = blocks.num_usable * blocks.block_size
+        chunk, groups = self.max_batched_tokens, blocks.num_groups
+        need = most_blocks(blocks.windows, blocks.block_size, slots, chunk)
+        if need > blocks.num_usable:
+            lower = "max_tokens" if groups == 1 else "max_tokens, or max_batched_tokens"
             raise ValueError(
-                f"{len(ids)} prompt tokens with max_tokens={params.max_tokens} need {need} blocks "
-                f"and the pool has {blocks.num_usable}: {slots - room} tokens too many; raise "
-                "num_blocks or lower max_tokens"
+                f"{len(ids)} prompt tokens with max_tokens={params.max_tokens} need "
+                f"{-(-need // groups)} blocks and the pool has {blocks.num_usable // groups}: "
+                f"{slots - blocks.longest(chunk)} tokens too many; raise num_blocks or lower "
+                f"{lower}"
             )
         return ids, params
 
@@ -750,7 +713,7 @@ class LLM:
     def _launch(self, plan: Step) -> Flight:
         """Start a step: upload, copy shared blocks, forward, sample. A GPU does not wait for it."""
         trace = self.scheduler.blocks.trace
-        batch = make_batch(plan, self.cache.block_size)
+        batch = make_batch(plan, self.cache.block_size, self.cache.num_groups)
         if self.group:
             self.group.same_step(batch)
         if trace:
@@ -867,15 +830,16 @@ class LLM:
         requests finished, prompt_tokens asked, output_tokens made, cached_tokens of prompts that
         the prefix cache served (of finished requests), prefill_tokens computed (again after a
         preemption), steps, preemptions, prefill_seconds and decode_seconds (a step's time is
-        split by its rows), peak_blocks in use, num_blocks and free_blocks (without the
-        sink), block_size, running, waiting.
+        split by its rows), peak_blocks in use, num_blocks and free_blocks (without the sink;
+        blocks of all layers, as many of each group make one), block_size, running, waiting.
         """
-        blocks = self.scheduler.blocks
+        blocks, groups = self.scheduler.blocks, len(self.groups)
         return {
             **self._stats,
+            "peak_blocks": -(-self._stats["peak_blocks"] // groups),
             "preemptions": self.scheduler.num_preemptions,
-            "num_blocks": blocks.num_usable,
-            "free_blocks": blocks.num_free,
+            "num_blocks": blocks.num_usable // groups,
+            "free_blocks": blocks.num_free // groups,
             "block_size": blocks.block_size,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),

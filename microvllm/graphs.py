@@ -18,8 +18,8 @@ from . import kernels_gpu
 from .engine import Batch
 from .sampler import is_plain
 
-# fields of a row beside its block table, in the order of `Batch`; cu_seqlens never changes
-FIELDS = 7  # ids, prev_ids, positions, slots, seq_lens, temperature, noise
+# fields of a row beside its slots and block tables; cu_seqlens never changes
+FIELDS = 6  # ids, prev_ids, positions, seq_lens, temperature, noise
 
 
 class DecodeGraphs:
@@ -33,10 +33,12 @@ class DecodeGraphs:
         device, sizes = model.device, (1, 2, 4, 8, *range(16, max_batch_size, 16))
         self.sizes = [size for size in sizes if size < max_batch_size] + [max_batch_size]
         self.columns = -(-max_model_len // cache.block_size)  # of the block tables
+        self.groups = cache.num_groups  # each with a slot and a table of its own
+        self.width = FIELDS + self.groups * (1 + self.columns)  # of a row
         # where the recorded kernels read; zeros are sequences of no token, whose row goes to the
         # sink. a smaller size has its fields and tables nearer to the beginning
         ints = {"dtype": torch.int32, "device": device}
-        self.inputs = torch.zeros(max_batch_size * (FIELDS + self.columns), **ints)
+        self.inputs = torch.zeros(max_batch_size * self.width, **ints)
         self.cu_seqlens = torch.arange(max_batch_size + 1, **ints)
         self.last = torch.zeros(max_batch_size, **ints)  # the newest tokens
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -75,39 +77,39 @@ class DecodeGraphs:
         size = next(size for size in self.sizes if size >= rows)
         # pinned, so that the copy takes its place in the stream and the host goes on. torch keeps
         # the memory until the copy is done and hands it out again after that
-        count = size * (FIELDS + self.columns)
+        count = size * self.width
         pinned = torch.empty(count, dtype=torch.int32, pin_memory=True)
         fields, tables = self._split(pinned.numpy(), size)
         fields[:, :rows] = (
-            batch.ids, batch.prev_ids, batch.positions, batch.slots, batch.seq_lens,
-            batch.temperature.view(np.int32), batch.noise.view(np.int32),
+            batch.ids, batch.prev_ids, batch.positions, batch.seq_lens,
+            batch.temperature.view(np.int32), batch.noise.view(np.int32), *batch.slots,
         )  # fmt: skip
         fields[:, rows:] = 0
-        fields[4, rows:] = 1  # a padding row is a sequence of one token
-        used = batch.block_tables.shape[1]
-        tables[:rows, :used] = batch.block_tables
-        tables[:rows, used:] = 0
-        tables[rows:] = 0
+        fields[3, rows:] = 1  # a padding row is a sequence of one token
+        used = batch.block_tables.shape[2]
+        tables[:, :rows, :used] = batch.block_tables
+        tables[:, :rows, used:] = 0
+        tables[:, rows:] = 0
         self.inputs[:count].copy_(pinned, non_blocking=True)
         self.graphs[size].replay()
         return self.last[:rows]
 
     def _split(self, flat, size: int):
-        """The inputs of a batch of `size` rows as (FIELDS, size) and (size, columns), array or
-        tensor."""
-        end = size * (FIELDS + self.columns)
-        fields, tables = flat[: FIELDS * size], flat[FIELDS * size : end]
-        return fields.reshape(FIELDS, size), tables.reshape(size, self.columns)
+        """The inputs of a batch of `size` rows as (FIELDS + groups, size) and (groups, size,
+        columns), array or tensor."""
+        rows = FIELDS + self.groups
+        fields, tables = flat[: rows * size], flat[rows * size : self.width * size]
+        return fields.reshape(rows, size), tables.reshape(self.groups, size, self.columns)
 
     def _decode(self, model, cache, size: int, max_model_len: int) -> None:
         """What is recorded: read the inputs, forward, sample, leave the tokens in `last`."""
         fields, tables = self._split(self.inputs, size)
-        ids, prev_ids, positions, slots, seq_lens, temperature, noise = fields
+        ids, prev_ids, positions, seq_lens, temperature, noise = fields[:FIELDS]
         cu_seqlens = self.cu_seqlens[: size + 1]
         ids = torch.where(ids < 0, self.last[(~ids).clamp(min=0)], ids)
         batch = Batch(
-            ids, prev_ids, positions, slots, cu_seqlens, seq_lens, tables, cu_seqlens[:-1],
-            temperature.view(torch.float32), noise.view(torch.float32),
+            ids, prev_ids, positions, fields[FIELDS:], cu_seqlens, seq_lens, tables,
+            cu_seqlens[:-1], temperature.view(torch.float32), noise.view(torch.float32),
             num_decodes=size, max_query=1, max_seq=max_model_len,
         )  # fmt: skip
         logits = model.logits(model.forward(batch, cache))

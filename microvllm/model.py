@@ -620,9 +620,10 @@ class GPT:
         head."""
         ops, recipe, n_head = self.ops, self.recipe, self.local.n_head
         x, y, middle = self.embed(batch), None, None
-        x0 = x
+        x0, groups = x, [batch.group(g) for g in range(cache.num_groups)]
         for i, layer in enumerate(self.layers):
             k, v = cache.layer(i)
+            batch = groups[cache.group_of[i]]
             x, h = ops.add_norm(x, y, x0, layer.resid_lambda, layer.x0_lambda, recipe.eps)
             q = ops.rope_store(
                 layer.qkv(h), h, layer.ve, layer.ve_gate, self.cos, self.sin, batch, k, v,

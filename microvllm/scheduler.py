@@ -8,9 +8,12 @@ Language Model Serving with PagedAttention", 2023.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain, islice
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -25,8 +28,8 @@ class Sequence:
 
     __slots__ = (
         "request_id", "sample_id", "params", "tokens", "num_prompt", "max_length", "stop_ids",
-        "targets", "scores", "num_computed", "num_cached", "table", "hashes", "num_published",
-        "running", "finish_reason", "forks",
+        "targets", "scores", "num_computed", "num_cached", "table", "slides_at", "hashes",
+        "num_published", "running", "finish_reason", "forks",
     )  # fmt: skip
 
     def __init__(
@@ -48,7 +51,10 @@ class Sequence:
         self.tokens.extend(targets[:-1] if targets else ())
         self.num_computed = 0  # tokens whose K and V are in the cache (or will be after this step)
         self.num_cached: int | None = None  # of the prompt, by the prefix cache, once admitted
-        self.table = array("i")  # the block of tokens [0, block_size), of the next as many, ...
+        # the block of tokens [0, block_size), of the next as many, ... where layers are in groups,
+        # one for each group, side by side. 0 is one that has left the group's window
+        self.table = array("i")
+        self.slides_at: float = 0  # the position whose step may give such a block back
         self.hashes: list[bytes] = []  # of the full blocks, each chained over its predecessors
         self.num_published = 0  # blocks of the table that the prefix cache was told of
         self.running = False
@@ -69,8 +75,8 @@ class Sequence:
         twin.sample_id, twin.forks, twin.running = sample_id, 0, self.running
         twin.tokens, twin.num_prompt = self.tokens.copy(), self.num_prompt
         twin.num_computed, twin.num_cached = self.num_computed, self.num_cached
-        twin.table, twin.hashes = self.table[:], self.hashes.copy()
-        twin.num_published = self.num_published
+        twin.table, twin.slides_at = self.table[:], self.slides_at
+        twin.hashes, twin.num_published = self.hashes.copy(), self.num_published
         return twin
 
 
@@ -96,13 +102,50 @@ def first_come(scheduler: Scheduler) -> Sequence:
     return scheduler.waiting[0]
 
 
+def group_layers(windows: list[int], length: int) -> list[tuple[int, list[int]]]:
+    """Layers that share a block table, for sequences of up to `length` tokens: (window, layers) of
+    each group, those that see all (-1) first.
+
+    A group has layers of one window. Since a block of any group takes the same memory, that of the
+    largest one, a single pool serves them all (the idea of vLLM's hybrid KV cache manager). Taken
+    is the size that needs least of it for a sequence of that length. Where windows save nothing,
+    all layers are one group.
+    """
+    kinds: dict[int, list[int]] = {}
+    for i, window in enumerate(windows):
+        kinds.setdefault(window if 0 <= window < length - 1 else -1, []).append(i)
+
+    def split(size: int) -> list[tuple[int, list[int]]]:
+        parts = sorted(kinds.items())
+        return [(w, of[i : i + size]) for w, of in parts for i in range(0, len(of), size)]
+
+    def cost(groups) -> int:  # a window begins and ends anywhere in a block, of 16 as a rule
+        tokens = sum(min(w + 32, length) if w >= 0 else length for w, _ in groups)
+        return tokens * max(len(layers) for _, layers in groups)
+
+    options = [[(-1, list(range(len(windows))))], *map(split, range(len(windows), 0, -1))]
+    # every group's table goes to the device in each step: four are enough for SSSL
+    return min((groups for groups in options if len(groups) <= 4), key=cost)
+
+
+def most_blocks(windows: Iterable[int], block_size: int, num_tokens: int, chunk: int = 1) -> int:
+    """Blocks that a sequence holds at most on its way to so many tokens, if a step computes up to
+    `chunk` of them; windows: as BlockManager has them."""
+    full = -(-num_tokens // block_size)
+    # a chunk and the window before it, wherever in a block they begin
+    spans = (-(-(w + chunk - 1) // block_size) + 1 if w >= 0 else full for w in windows)
+    return sum(min(full, span) for span in spans)
+
+
 class BlockManager:
     """Hands out the blocks of the pool, shares them between sequences, and finds them again by
     content.
 
     num_blocks: blocks in the pool, of which block 0 is a sink for padding and never handed out;
-    block_size: tokens in a block; eviction: a policy. Every other block is in exactly one of three
-    states:
+    block_size: tokens in a block; eviction: a policy; windows: how many tokens back a layer sees,
+    -1 is all, of each group of layers that has blocks of its own (`group_layers`). A block of
+    which no token is seen any more is given back, and the sink takes its place in the table. Every
+    other block is in exactly one of three states:
 
         state      what it is                        kept in
         blank      free, nothing worth keeping       blank
@@ -113,8 +156,12 @@ class BlockManager:
     def __init__(
         self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True,
         eviction: Callable[[BlockManager], int] = least_recently_used,
+        windows: Iterable[int] = (-1,),
     ):  # fmt: skip
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size, self.windows = num_blocks, block_size, tuple(windows)
+        self.num_groups = len(self.windows)
+        # what a text's hash is followed by where a group's block is looked for
+        self.marks = [b"", *(bytes([group]) for group in range(1, self.num_groups))]
         self.enable_prefix_caching, self.eviction = enable_prefix_caching, eviction
         self.ref_count = [0] * num_blocks
         self.blank = list(range(num_blocks - 1, 0, -1))  # a stack: pop() gives block 1 first
@@ -137,7 +184,17 @@ class BlockManager:
         return self.num_blocks - 1  # without the sink
 
     def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        """Entries in the table of so many tokens."""
+        return -(-num_tokens // self.block_size) * self.num_groups
+
+    def longest(self, chunk: int) -> int:
+        """Tokens of the longest sequence that the pool can hold, computed `chunk` at a time."""
+        need = partial(most_blocks, self.windows, self.block_size, chunk=chunk)
+        return bisect(range(2**31), self.num_usable, key=need) - 1
+
+    def _first_seen(self, position: int) -> list[int]:
+        """The first block, in the order of the text, that a token there sees, for each group."""
+        return [max(0, position - w) // self.block_size if w >= 0 else 0 for w in self.windows]
 
     def _take(self) -> int:
         """A free block, blank if there is one, else the one that the policy gives up."""
@@ -175,84 +232,108 @@ class BlockManager:
         return seq.hashes
 
     def match(self, seq: Sequence) -> list[int]:
-        """The blocks that already hold the sequence's beginning. Never the last token, nor the last
-        of a prompt with a continuation to score: their logits are needed."""
-        hits: list[int] = []
-        if self.enable_prefix_caching:
-            length = len(seq.tokens) if seq.targets is None else seq.num_prompt
-            count = (length - 1) // self.block_size
-            for h in self._hashes(seq, count)[:count]:
-                block = self.block_of.get(h)
-                if block is None:
-                    break
-                hits.append(block)
-        return hits
+        """A table for as much of the sequence's beginning as the blocks are there for: all blocks,
+        or those that the next token sees. Never the last token, nor the last of a prompt with a
+        continuation to score: their logits are needed."""
+        if not self.enable_prefix_caching:
+            return []
+        length = len(seq.tokens) if seq.targets is None else seq.num_prompt
+        count = (length - 1) // self.block_size
+        hashes, found = self._hashes(seq, count)[:count], self.block_of.get
+        rows = [[found(h + mark, 0) for h in hashes] for mark in self.marks]
+        while True:  # a gap is seen by all that is longer than up to there
+            seen = list(zip(rows, self._first_seen(count * self.block_size), strict=True))
+            gaps = [row.index(0, first) for row, first in seen if 0 in row[first:count]]
+            if not gaps:
+                return [row[i] if i >= first else 0 for i in range(count) for row, first in seen]
+            count = min(gaps)
 
     def admit(self, seq: Sequence, hits: list[int], stop: int, reserve: int = 0) -> bool:
         """Give a new sequence its hits and fresh blocks up to token `stop`. False, and nothing
         done, if that would leave fewer than `reserve` free blocks."""
-        fresh = self.blocks_for(stop) - len(hits)
-        free_hits = sum(self.ref_count[b] == 0 for b in hits)
+        fresh, held = self.blocks_for(stop) - len(hits), [b for b in hits if b]
+        free_hits = sum(self.ref_count[b] == 0 for b in held)
         if self.num_free - free_hits - fresh < reserve:
             return False
-        for block in hits:
+        for block in held:
             if self.ref_count[block] == 0:
                 del self.cached[block]
             self.ref_count[block] += 1
         seq.table.extend(hits)
         for _ in range(fresh):
             seq.table.append(self._take())
-        seq.num_computed = len(hits) * self.block_size
-        seq.num_published = len(hits)
+        seq.num_published = len(hits) // self.num_groups
+        seq.num_computed = seq.num_published * self.block_size
         if self.trace:
             self.trace.admit(seq, len(hits))
         return True
 
     def grow(self, seq: Sequence, start: int, stop: int) -> bool:
         """Make the tokens [start, stop) writable: fresh blocks at the end, and a copy of a
-        part-filled block that another sample also holds (copy-on-write). False, and nothing done,
-        if too few are free.
+        part-filled block that another sample also holds (copy-on-write). Before that, blocks that
+        have left their window are given back. False, and nothing else done, if too few are free.
         """
-        fresh = -(-stop // self.block_size) - len(seq.table)
-        first = start // self.block_size
-        shared = first < len(seq.table) and self.ref_count[seq.table[first]] > 1
+        if start >= seq.slides_at:
+            self._slide(seq, start)
+        table, size, groups = seq.table, self.block_size, self.num_groups
+        fresh = -(-stop // size) * groups - len(table)
+        first = start // size * groups
+        # what holds for one group's block here holds for all: check() asserts it
+        shared = first < len(table) and self.ref_count[table[first]] > 1
         if fresh <= 0 and not shared:
             return True
-        if max(fresh, 0) + shared > self.num_free:
+        if max(fresh, 0) + shared * groups > self.num_free:
             return False
-        if shared:
-            source, target = seq.table[first], self._take()
+        for i in range(first, first + shared * groups):
+            source, target = table[i], self._take()
             self.copies.append((source, target))
-            seq.table[first] = target
+            table[i] = target
             self._release(source)
             if self.trace:
-                self.trace.copy(seq, first, source)
+                self.trace.copy(seq, i, source)
         for _ in range(fresh):
-            seq.table.append(self._take())
+            table.append(self._take())
         if self.trace and fresh > 0:
             self.trace.allocate(seq, fresh)
         return True
+
+    def _slide(self, seq: Sequence, start: int) -> None:
+        """Give back the blocks that no token from `start` on sees; what is nearer is worth less."""
+        gone, seq.slides_at = [], inf
+        for group, first in enumerate(self._first_seen(start)):
+            if self.windows[group] >= 0:
+                leaves = self.windows[group] + (first + 1) * self.block_size
+                seq.slides_at = min(seq.slides_at, leaves)
+            for i in range((first - 1) * self.num_groups + group, -1, -self.num_groups):
+                if not seq.table[i]:
+                    break
+                gone.append(seq.table[i])
+                seq.table[i] = 0
+                self._release(gone[-1])
+        if self.trace and gone:
+            self.trace.window(seq, gone)
 
     def publish(self, seq: Sequence, num_tokens: int) -> None:
         """Let the full blocks among the first `num_tokens` be found by their hash from now on."""
         count = num_tokens // self.block_size
         if not self.enable_prefix_caching or count <= seq.num_published:
             return
-        hashes = self._hashes(seq, count)
-        for i in range(seq.num_published, count):
+        hashes, groups = self._hashes(seq, count), self.num_groups
+        for i in range(seq.num_published * groups, count * groups):
+            block, key = seq.table[i], hashes[i // groups] + self.marks[i % groups]
             # of two blocks with one content the first is findable; a shared block has its hash
             # already
-            if hashes[i] not in self.block_of and seq.table[i] not in self.hash_of:
-                self.block_of[hashes[i]] = seq.table[i]
-                self.hash_of[seq.table[i]] = hashes[i]
+            if block and key not in self.block_of and block not in self.hash_of:
+                self.block_of[key] = block
+                self.hash_of[block] = key
                 if self.trace:
-                    self.trace.publish(seq, i)
+                    self.trace.publish(seq, block)
         seq.num_published = count
 
     def fork(self, seq: Sequence, sample_id: int) -> Sequence:
         """A twin of the sequence on the same blocks."""
         twin = seq.fork(sample_id)
-        for block in twin.table:
+        for block in filter(None, twin.table):
             self.ref_count[block] += 1
         if self.trace:
             self.trace.fork(seq, twin)
@@ -261,10 +342,10 @@ class BlockManager:
     def free(self, seq: Sequence) -> None:
         """Give all blocks back, the last first: the beginning of a text is worth keeping
         longest."""
-        for block in reversed(seq.table):
+        for block in filter(None, reversed(seq.table)):
             self._release(block)
         seq.table = array("i")
-        seq.num_computed = seq.num_published = 0
+        seq.num_computed = seq.num_published = seq.slides_at = 0
         if self.trace:
             self.trace.free(seq)
 
@@ -279,14 +360,23 @@ class BlockManager:
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert what must always hold, given all sequences that have a table."""
-        counts, texts = [0] * self.num_blocks, {}
+        counts, texts, size = [0] * self.num_blocks, {}, self.block_size
         for seq in sequences:
-            for i, block in enumerate(seq.table):
+            first_seen = self._first_seen(seq.num_computed)
+            for entry, block in enumerate(seq.table):
+                i, group = divmod(entry, self.num_groups)
+                if block == 0:
+                    assert i < first_seen[group], f"the next token sees entry {entry}, the sink"
+                    continue
+                window = self.windows[group]
+                assert window < 0 or window + (i + 1) * size >= seq.slides_at, "a block stayed"
                 counts[block] += 1
                 if self.ref_count[block] > 1:  # or someone wrote where others read
-                    stop = min((i + 1) * self.block_size, seq.num_computed)
-                    text = seq.tokens[i * self.block_size : stop]
+                    text = group, seq.tokens[i * size : min((i + 1) * size, seq.num_computed)]
                     assert texts.setdefault(block, text) == text, f"block {block} has two texts"
+            at = seq.num_computed // size * self.num_groups
+            holders = {self.ref_count[block] for block in seq.table[at : at + self.num_groups]}
+            assert len(holders) <= 1, f"some groups share what is written next: {holders}"
             assert len(seq.table) >= self.blocks_for(seq.num_computed), (
                 seq.table,
                 seq.num_computed,
@@ -382,7 +472,7 @@ class Scheduler:
             if seq not in self.waiting:
                 raise ValueError(f"admission gave {seq!r:.80}: return one of scheduler.waiting")
             hits = blocks.match(seq)
-            start = len(hits) * blocks.block_size
+            start = len(hits) // blocks.num_groups * blocks.block_size
             stop = min(len(seq.tokens), start + budget)
             if 1 + seq.forks > seats or not blocks.admit(seq, hits, stop, reserve):
                 break

@@ -217,7 +217,7 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool) -> None:
     tokenizer, blocks = llm.tokenizer, llm.scheduler.blocks
     names = ("user_start", "user_end", "assistant_start", "assistant_end")
     user_start, *asks, end = (tokenizer.encode_special(f"<|{name}|>") for name in names)
-    llm.max_model_len = min(llm.max_model_len, blocks.num_usable * blocks.block_size + 1)
+    llm.max_model_len = min(llm.max_model_len, blocks.longest(llm.max_batched_tokens) + 1)
     limit = llm.max_model_len
     room = limit - min(params.max_tokens, limit // 4)  # for the prompt; the rest is the answer's
     if sys.stdin.isatty():

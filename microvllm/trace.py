@@ -16,7 +16,10 @@ arrival. A list of such numbers is written "0-3 7", which is 0, 1, 2, 3, 7.
               it is now                          block_size, caching (is the prefix cache on),
                                                  max_batch_size, max_batched_tokens, hashes {block:
                                                  hash}, cached [block...] the next to be evicted
-                                                 first; model, device, where an engine is traced
+                                                 first; windows [tokens...] of each group of layers
+                                                 with blocks of its own, -1 is none (the entries of
+                                                 a table are theirs in turn); model, device, where
+                                                 an engine is traced
     text      the first of these tokens follow   ids {token id: its text}; \\udce2 for a byte e2
                                                  that is a part of a character
     arrive    a request waits in the queue       t, seq, request, sample (of the request), samples
@@ -28,8 +31,8 @@ arrival. A list of such numbers is written "0-3 7", which is 0, 1, 2, 3, 7.
               trace began
     admit     it leaves the queue; its table is  t, seq, computed (tokens that the prefix cache had)
               empty and it gets:
-    hit       blocks of the prefix cache, put    seq, blocks
-              at the table's end
+    hit       blocks of the prefix cache, put    seq, blocks (0 for one that its window would
+              at the table's end                 have left already)
     miss      the prefix cache had no more       seq, count (full blocks that were looked for and
                                                  not found)
     evict     a cached block is the oldest and   block
@@ -63,9 +66,9 @@ arrival. A list of such numbers is written "0-3 7", which is 0, 1, 2, 3, 7.
     reset     a step failed, or the weights      t
               changed: steps under way are void
     forget    the prefix cache is emptied        -
-    window    reserved: blocks that left the     seq, blocks
-              attention window of all layers
-              were freed. nothing does that yet
+    window    blocks have left the window of     seq, blocks
+              their layers: one holder less
+              each, and 0 stands in the table
 
 A GPU's loop is one step ahead: `begin` of step 8 comes before `tokens` and `end` of step 7, whose
 finished sequences are in step 8 by mistake. Scheduler and BlockManager tell most events themselves,
@@ -177,6 +180,7 @@ class Trace:
             caching=blocks.enable_prefix_caching,
             max_batch_size=scheduler.max_batch_size,
             max_batched_tokens=scheduler.max_batched_tokens,
+            windows=blocks.windows,
             hashes={block: h.hex() for block, h in blocks.hash_of.items()},
             cached=list(blocks.cached),
             **facts,
@@ -259,7 +263,7 @@ class Trace:
         if num_hits:
             self._tell("hit", seq=number, blocks=seq.table[:num_hits].tolist())
         length = len(seq.tokens) if seq.targets is None else seq.num_prompt  # see `match`
-        missing = (length - 1) // blocks.block_size - num_hits
+        missing = (length - 1) // blocks.block_size * blocks.num_groups - num_hits
         if blocks.enable_prefix_caching and missing:
             self._tell("miss", seq=number, count=missing)
         if len(seq.table) > num_hits:
@@ -275,9 +279,12 @@ class Trace:
     def evict(self, block: int) -> None:
         self._tell("evict", block=block)
 
-    def publish(self, seq: Sequence, index: int) -> None:
-        named = seq.hashes[index].hex()
-        self._tell("publish", seq=self._number(seq), block=seq.table[index], hash=named)
+    def window(self, seq: Sequence, gone: list[int]) -> None:
+        self._tell("window", seq=self._number(seq), blocks=gone)
+
+    def publish(self, seq: Sequence, block: int) -> None:
+        named = self._scheduler.blocks.hash_of[block].hex()
+        self._tell("publish", seq=self._number(seq), block=block, hash=named)
 
     def fork(self, seq: Sequence, twin: Sequence) -> None:
         parent, told = self._seqs[seq]
@@ -444,11 +451,11 @@ class Replay:
         fill: dict[int, int] = {}
         for life in self.seqs.values():
             for i, block in enumerate(life.table):
-                held = min(self.block_size, life.computed - i * self.block_size)
-                fill[block] = max(fill.get(block, 0), held)
+                held = min(self.block_size, life.computed - i // self.groups * self.block_size)
+                fill[block] = max(fill.get(block, 0), held) if block else 0
         return sum(fill.values())
 
-    def _hold(self, blocks: list[int]) -> None:
+    def _hold(self, blocks: Iterable[int]) -> None:
         for block in blocks:
             if not 0 < block < self.num_blocks:
                 raise ValueError(f"there is no block {block}")
@@ -476,6 +483,7 @@ class Replay:
         self.num_blocks, self.block_size = e["blocks"], e["block_size"]
         if type(self.num_blocks) is not int or not 0 < self.num_blocks <= 2**24:
             raise ValueError("a pool has 1 to 16,777,216 blocks")
+        self.groups = len(e.get("windows") or [-1])
         self.ref_count = [0] * self.num_blocks
         self.hash_of = {int(block): named for block, named in e["hashes"].items()}
         self.cached = dict.fromkeys(e["cached"])
@@ -495,7 +503,7 @@ class Replay:
         self._become(e["seq"], "running").computed = e["computed"]
 
     def _on_allocate(self, e: dict) -> None:
-        self._hold(e["blocks"])
+        self._hold(filter(None, e["blocks"]))
         self.seqs[e["seq"]].table += e["blocks"]
 
     _on_hit = _on_allocate
@@ -511,12 +519,18 @@ class Replay:
         self.seqs[e["seq"]].table[e["index"]] = e["target"]
         self._release(e["source"])
 
+    def _on_window(self, e: dict) -> None:
+        table = self.seqs[e["seq"]].table
+        for block in filter(None, e["blocks"]):
+            table[table.index(block)] = 0
+            self._release(block)
+
     def _on_publish(self, e: dict) -> None:
         self.hash_of[e["block"]] = e["hash"]
 
     def _on_fork(self, e: dict) -> None:
         of = self.seqs[e["parent"]]
-        self._hold(of.table)
+        self._hold(filter(None, of.table))
         tokens, table = of.tokens.copy(), of.table.copy()
         self.seqs[e["seq"]] = Life(of.request, e["sample"], of.prompt, tokens, "", table)
         self._become(e["seq"], "running").computed = e["computed"]
@@ -543,7 +557,7 @@ class Replay:
 
     def _on_free(self, e: dict) -> None:
         life = self.seqs[e["seq"]]
-        for block in reversed(life.table):
+        for block in filter(None, reversed(life.table)):
             self._release(block)
         life.table, life.computed = [], 0
 
@@ -743,9 +757,10 @@ def picture(llm: LLM, past: deque[tuple[float, dict]], width: int, height: int) 
     from rich.text import Text
 
     blocks, stats = llm.scheduler.blocks, past[-1][1]
-    owner = {block: seq.request_id for seq in llm.scheduler.running for block in seq.table}
+    seqs = llm.scheduler.running
+    owner = {block: seq.request_id for seq in seqs for block in seq.table if block}
     # blank blocks are handed out from the front: behind the last that was touched they all are
-    last = max(chain(owner, blocks.hash_of, [stats["peak_blocks"]]))
+    last = max(chain(owner, blocks.hash_of, [stats["peak_blocks"] * blocks.num_groups]))
     columns, rows = max(8, width - 4), max(1, height - 7)
     each = -(-(last + 1) // (columns * rows))  # blocks in a cell: the first in use stands for them
     cells = Text()
@@ -774,5 +789,7 @@ def picture(llm: LLM, past: deque[tuple[float, dict]], width: int, height: int) 
         f"{rates['output_tokens']:,.0f} tokens/s  {rates['prefill_tokens']:,.0f} prompt tokens/s  "
         f"{rates['steps']:,.1f} steps/s  {stats['output_tokens']:,} tokens in all",
     )
-    title = f"the pool: {blocks.num_usable:,} blocks of {blocks.block_size} tokens"
+    groups, size = blocks.num_groups, blocks.block_size
+    title = f"the pool: {blocks.num_usable // groups:,} blocks of {size} tokens"
+    title += f" for each of {groups} groups of layers" if groups > 1 else ""
     return Panel(Group(cells, Text(key, "bold"), *map(Text, lines)), title=title, height=None)

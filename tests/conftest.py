@@ -44,8 +44,14 @@ def era(request) -> Fixture:
     return Fixture(*era_fixtures()[request.param])
 
 
-def hand_made_batch(chunks: list[tuple], block_size: int) -> SimpleNamespace:
-    """What make_batch would give, spelled out row by row, with the logits of every row.
+class HandMade(SimpleNamespace):
+    def group(self, g: int):
+        return self
+
+
+def hand_made_batch(chunks: list[tuple], block_size: int) -> HandMade:
+    """What make_batch would give all layers of one group, spelled out row by row, with the logits
+    of every row.
 
     chunks: (ids, start, stop, table) each: the tokens [start, stop) of a sequence; single rows
     first.
@@ -58,7 +64,7 @@ def hand_made_batch(chunks: list[tuple], block_size: int) -> SimpleNamespace:
     assert lengths == sorted(lengths, key=lambda n: n > 1), "decodes come first"
     rows = [(ids, p, table) for ids, start, stop, table in chunks for p in range(start, stop)]
     width = 1 + max(len(table) for *_, table in chunks)  # a column that nobody uses, at least
-    return SimpleNamespace(
+    return HandMade(
         ids=ints(ids[p] for ids, p, _ in rows),
         prev_ids=ints(ids[p - 1] if p else 0 for ids, p, _ in rows),
         positions=ints(p for _, p, _ in rows),

@@ -5,8 +5,7 @@ import pytest
 import torch
 from conftest import hand_made_batch
 
-from microvllm.attention import pick_backend, sdpa_attention
-from microvllm.engine import PagedKVCache, SequenceKVView
+from microvllm.attention import PagedKVCache, SequenceKVView, pick_backend, sdpa_attention
 from microvllm.model import GPTConfig
 
 BACKENDS = ["sdpa", "numba"]

@@ -464,10 +464,18 @@ def test_info_agrees_with_the_engine(era, command):
         assert found["recipe"] == vars(llm.model.recipe)
         assert found["windows"] == llm.model.windows
         assert found["config"] == vars(llm.model.config)
-        assert found["kv_bytes_per_token"] * 10 * 16 == llm.cache.data.nbytes
+        depth, layers = len(llm.cache.data), len(llm.model.windows)
+        slots = llm.cache.num_blocks * 16
+        assert found["kv_bytes_per_token"] // layers * depth * slots == llm.cache.data.nbytes
         assert found["parameters"] == sum(w.numel() for w in llm.model.weights.values())
     length = found["config"]["sequence_len"]
-    assert found["kv_bytes_per_sequence"] == found["kv_bytes_per_token"] * length
+    # layers with a window w need the blocks of w + 1 tokens, wherever they begin
+    blocks = [
+        length // 16 if not 0 <= w < length - 1 else -(-w // 16) + 1 for w in found["windows"]
+    ]
+    blocks = sum(blocks[group[0]] for _, group in llm.groups) * depth  # of one layer each
+    wanted = blocks * 16 * found["kv_bytes_per_token"] // layers
+    assert found["kv_bytes_per_sequence"] == wanted
     assert found["dtype"] == "float32" and found["weight_bytes"] == 4 * found["parameters"]
 
 
@@ -484,13 +492,13 @@ def test_the_roofline_counts_what_a_decode_step_reads(command, monkeypatch):
     expected = {batch: batch * 1e9 / (read + batch * seen) for batch in (1, 8, 64)}
     assert limits == pytest.approx(expected, rel=1e-3)
     room = (10**9 - found["weight_bytes"]) / 2
-    assert found["full_sequences_that_fit"] == int(room / (1024 * 6 * 2 * 2 * 64 * 2))
+    assert found["full_sequences_that_fit"] == int(room / ((64 * 2 + 17 * 4) * 16 * 2 * 2 * 64 * 2))
 
 
 def test_info_describes_a_checkpoint_to_people(command):
     out, _ = command("info")
     assert out.startswith(f"{MODEL}, step 11414\n  era       5: softcap 15, ")
-    assert "6,144 bytes a token, 6.29 MB a sequence of 1,024" in out
+    assert "6,144 bytes a token, 3.21 MB a sequence of 1,024" in out
     assert "3 x 256, 1 x 1024, 1 x 256, 1 x 1024 (layers x tokens back)" in out
     assert re.search(r"roofline  an estimate, from [\d.]+ [GM]B/s measured", out)
     assert max(map(len, out.splitlines()[1:])) <= 96

@@ -711,11 +711,11 @@ class Compared(Simulation):
         for index, _, first, stop in step.scored:
             rows = torch.arange(first, stop) - step.chunks[index][1] + spelled.cu_seqlens[index]
             spelled.logit_rows = torch.cat([spelled.logit_rows, rows.int()])
-        width = batch.block_tables.shape[1]
+        width = batch.block_tables.shape[2]
         # no column is missing; those that a shorter table leaves over are the sink's
         assert width == max(len(seq.table) for seq, _, _ in step.chunks)
         spelled.block_tables = spelled.block_tables[:, :width]
-        uploaded = batch.upload(torch.device("cpu"))
+        uploaded = batch.upload(torch.device("cpu")).group(0)
         for name, wanted in vars(spelled).items():
             if isinstance(wanted, int):
                 assert getattr(uploaded, name) == wanted, name

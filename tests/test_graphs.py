@@ -156,14 +156,15 @@ def watch(llm: LLM) -> None:
         tokens = replay(batch, last)
         size = next(size for size in graphs.sizes if size >= len(batch.ids))
         _, tables = graphs._split(graphs.inputs.cpu().numpy(), size)
-        wanted = np.zeros((size, -(-llm.max_model_len // 4)), np.int32)
-        wanted[: len(batch.ids), : batch.block_tables.shape[1]] = batch.block_tables
+        wanted = np.zeros((graphs.groups, size, -(-llm.max_model_len // 4)), np.int32)
+        wanted[:, : len(batch.ids), : batch.block_tables.shape[2]] = batch.block_tables
         assert np.array_equal(tables, wanted)
         # compared as bits: a NaN is equal to itself
         changed = (llm.cache.data.view(torch.int32) != before.view(torch.int32)).cpu()
         blocks, slots = changed.any(0).any(0).any(1).any(-1).nonzero().T.tolist()
         written = {4 * block + slot for block, slot in zip(blocks, slots, strict=True)}
-        assert {slot for slot in written if slot >= 4} == set(batch.slots.tolist())  # 0-3: the sink
+        slots = set(batch.slots.ravel().tolist())
+        assert {slot for slot in written if slot >= 4} == slots  # 0-3: the sink
         return tokens
 
     llm._launch, llm.graphs.replay = checked_launch, checked_replay
@@ -294,7 +295,8 @@ def test_what_was_recorded_is_replayed_and_nothing_else(fits, batch):
 def test_sizes_go_up_to_the_largest_batch_and_not_beyond(max_batch_size, sizes, monkeypatch):
     recorded = []
     monkeypatch.setattr(DecodeGraphs, "_decode", lambda *args: recorded.append(args[3]))
-    model, cache = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(block_size=16)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    cache = SimpleNamespace(block_size=16, num_groups=1)
     with no_card():
         graphs = DecodeGraphs(model, cache, max_batch_size, 33)
     assert graphs.sizes == sizes == sorted(graphs.graphs)

@@ -50,6 +50,18 @@ def test_fig12_paging_batches_more_at_the_same_rate(lab):
     assert fast["latency"] < slow["latency"]
 
 
+def test_windows_hold_twice_as_many_in_the_same_memory(lab):
+    found, told = lab("windows", "--sequences", "4", "--context", "512", "--prompt", "99")
+    for depth, row in found.items():
+        followed, uniform = row["followed"], row["uniform"]
+        assert uniform["slots"] == int(depth[1:]) * 512 and uniform["fit"] == 4
+        # d26's and d34's last group of short layers is not full; a third of d6's layers are long
+        assert followed["fit"] >= (8 if depth in ("d12", "d20") else 7 if depth != "d6" else 6)
+        assert row["seen"] < followed["slots"] and followed["steps"] < uniform["steps"]
+    assert found["d20"]["followed"]["slots"] == 20 * 512 * (32 + 3 * 9) // 128
+    assert "5L 5S 5S 5S" in told
+
+
 def test_fig15_more_samples_share_more(lab):
     found, _ = lab("fig15", "--requests", "30")
     for saved in found["ours"].values():

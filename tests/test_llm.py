@@ -205,8 +205,9 @@ def test_scores_are_the_log_softmax_of_a_plain_forward(budget):
             ids = llm.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
             tail = llm.tokenizer.encode(tail) if isinstance(tail, str) else tail
             seq = Sequence(0, ids + tail, SamplingParams(seed=0))
-            seq.table.extend(range(1, 9))
-            batch = make_batch(Step([(seq, 0, len(seq.tokens))], [], []), 16)
+            groups = llm.cache.num_groups
+            seq.table.extend(range(1, 1 + 8 * groups))
+            batch = make_batch(Step([(seq, 0, len(seq.tokens))], [], []), 16, groups)
             batch = batch.upload(llm.device)._replace(logit_rows=torch.arange(len(seq.tokens)))
             with torch.inference_mode():
                 logits = llm.model.head(llm.model.forward(batch, llm.cache))
@@ -531,8 +532,10 @@ def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
     """Of a card with so much free, 0.9 is for us; 3 MB is what activations took, and the recorded
     steps have as much again."""
     with LLM(MODEL, num_blocks=20, device="cpu", max_batch_size=400) as llm:
-        free, block = 200_000_000, llm.cache.data.nbytes // 20
-        wanted = 400 * -(-llm.max_model_len // 16) + 1
+        # a block of all layers is three of two layers each
+        free, block = 200_000_000, 3 * llm.cache.data.nbytes // llm.cache.num_blocks
+        # 1,024 tokens are in 64 blocks, of the layers with a window of 256 in 17 twice
+        wanted = -(-400 * (64 + 2 * 17) // 3) + 1
         llm.device = torch.device("cuda", 0)  # from here on only its numbers
         monkeypatch.setattr(llm, "_warm_up", lambda block_size: None)
         for name, value in {

@@ -9,8 +9,8 @@ import torch
 from conftest import hand_made_batch
 
 from microvllm import LLM, SamplingParams
+from microvllm.attention import PagedKVCache, SequenceKVView
 from microvllm.checkpoint import load_model
-from microvllm.engine import PagedKVCache, SequenceKVView
 from microvllm.model import GPT, RECIPES, GPTConfig, layer_windows
 
 TOLERANCE = 1e-4  # absolute, in float32 logits: nanochat's own two paths differ by up to 1.6e-5

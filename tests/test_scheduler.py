@@ -15,7 +15,14 @@ from typing import NamedTuple
 import pytest
 
 from microvllm import scheduler
-from microvllm.scheduler import BlockManager, Scheduler, Sequence, Step, first_come
+from microvllm.scheduler import (
+    BlockManager,
+    Scheduler,
+    Sequence,
+    Step,
+    first_come,
+    most_blocks,
+)
 
 VOCAB = 8
 TOOL, RESULT = 6, [5, 1, 3]  # where tools are on, this token is followed by these, unsampled
@@ -63,11 +70,13 @@ class Simulation:
     """
 
     def __init__(
-        self, usable=40, block_size=4, max_batch_size=8, max_batched_tokens=64, caching=True
-    ):
-        self.blocks = BlockManager(usable + 1, block_size, caching)
+        self, usable=40, block_size=4, max_batch_size=8, max_batched_tokens=64, caching=True,
+        windows=(-1,),
+    ):  # fmt: skip
+        self.blocks = BlockManager(usable + 1, block_size, caching, windows=windows)
         self.scheduler = Scheduler(self.blocks, max_batch_size, max_batched_tokens)
-        self.slots: dict[int, tuple[int, ...]] = {}  # what the K and V in a slot were made from
+        # which group of layers a slot has K and V of, and the text they were made from
+        self.slots: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.flight: tuple[Step, list[int], list[float]] | None = None  # run, and not yet read
         self.requests = 0
         self.tools: set[int] = set()  # requests that a tool writes into
@@ -91,9 +100,19 @@ class Simulation:
         prompt, tools = seq.tokens[: seq.num_prompt], seq.request_id in self.tools
         return complete(prompt, seq.params.max_tokens, seq.sample_id, seq.stop_ids, tools)
 
-    def slot(self, seq: Sequence, position: int) -> int:
-        size = self.blocks.block_size
-        return seq.table[position // size] * size + position % size
+    def need(self, num_tokens: int) -> int:
+        """Blocks of a request of so many tokens; it is refused if the pool has fewer."""
+        blocks, chunk = self.blocks, self.scheduler.max_batched_tokens
+        return most_blocks(blocks.windows, blocks.block_size, num_tokens, chunk)
+
+    @property
+    def room(self) -> int:
+        """Tokens of the longest request."""
+        return max(n for n in range(200) if self.need(n) <= self.blocks.num_usable)
+
+    def slot(self, seq: Sequence, position: int, group: int = 0) -> int:
+        size, groups = self.blocks.block_size, self.blocks.num_groups
+        return seq.table[position // size * groups + group] * size + position % size
 
     def plan(self) -> Step:
         """schedule(), and what every plan must be."""
@@ -132,15 +151,18 @@ class Simulation:
             # a negative token is ~row of the last step's tokens, which only the device knows
             text = [token if token >= 0 else last[~token] for token in seq.tokens[:stop]]
             for position in range(start, stop):
-                written.append(self.slot(seq, position))
-                self.slots[written[-1]] = tuple(text[: position + 1])
+                for group in range(self.blocks.num_groups):
+                    written.append(self.slot(seq, position, group))
+                    self.slots[written[-1]] = group, tuple(text[: position + 1])
             texts.append(text)
         assert len(set(written)) == len(written), "two sequences write one slot"
         assert not {slot // size for slot in written} & {0}, "the sink was written"
-        for (seq, _, stop), text in zip(step.chunks, texts, strict=True):
-            for position in range(stop):
-                held = self.slots.get(self.slot(seq, position))
-                assert held == tuple(text[: position + 1]), (seq.table, position, held, text)
+        for (seq, start, stop), text in zip(step.chunks, texts, strict=True):
+            for group, window in enumerate(self.blocks.windows):
+                for position in range(max(0, start - window) if window >= 0 else 0, stop):
+                    held = self.slots.get(self.slot(seq, position, group))
+                    wanted = group, tuple(text[: position + 1])
+                    assert held == wanted, (seq.table, group, position, held, text)
         tokens = [next_token(texts[index], seq.sample_id) for index, seq, _ in step.samples]
         scores = []
         for index, seq, first, stop in step.scored:
@@ -195,6 +217,8 @@ class Simulation:
         self.blocks.check(scheduler.running)
         assert len(scheduler.running) <= scheduler.max_batch_size
         assert not any(seq.table or seq.num_computed for seq in scheduler.waiting)
+        for seq in scheduler.running:
+            assert sum(map(bool, seq.table)) <= self.need(len(seq.tokens))
         for seq in [*scheduler.running, *scheduler.waiting, *self.finished]:
             known, wanted = seq.tokens[seq.num_prompt : seq.num_known], self.wanted(seq)
             assert known == wanted[: len(known)], (seq.request_id, known, wanted)
@@ -203,8 +227,8 @@ class Simulation:
         """A hash names a full block of computed tokens that are known, and all before them."""
         size = self.blocks.block_size
         for block, named in self.blocks.hash_of.items():
-            held = self.slots[block * size + size - 1]
-            assert len(held) % size == 0 and named == self.hash(held)
+            group, held = self.slots[block * size + size - 1]
+            assert len(held) % size == 0 and named == self.hash(held) + self.blocks.marks[group]
         for seq in [*self.scheduler.running, *self.scheduler.waiting]:
             ends = [(i + 1) * size for i in range(len(seq.hashes))]
             assert seq.hashes == [self.hash(tuple(seq.tokens[:end])) for end in ends]

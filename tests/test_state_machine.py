@@ -22,6 +22,8 @@ from test_scheduler import VOCAB, Simulation, text
 
 STOP = 7
 SHARED = [text(40, seed) for seed in (1, 2)]  # beginnings that prompts have in common
+# of groups of layers: one that sees all, some that do not, none that does
+WINDOWS = [(-1,), (-1, 6, 6), (4,), (-1, 0), (9, -1, 3)]
 
 
 class Engine(RuleBasedStateMachine):
@@ -33,6 +35,7 @@ class Engine(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 6),
         max_batched_tokens=st.integers(1, 24),
         caching=st.booleans(),
+        windows=st.sampled_from(WINDOWS),
     )
     def start(self, **sizes):
         self.sim = Simulation(**sizes)
@@ -49,8 +52,7 @@ class Engine(RuleBasedStateMachine):
         tools=st.booleans(),
     )
     def add(self, shared, length, tail, max_tokens, n, stops, tools):
-        blocks = self.sim.blocks
-        room = blocks.num_usable * blocks.block_size  # a larger request is refused when it comes
+        room = self.sim.room  # a larger request is refused when it comes
         prompt = (shared[:length] + tail)[:room] or [0]
         max_tokens = min(max_tokens, room - len(prompt) + 1)
         n = min(n, self.sim.scheduler.max_batch_size)
@@ -58,8 +60,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule(shared=st.sampled_from(SHARED), length=st.integers(1, 30), count=st.integers(1, 8))
     def add_to_score(self, shared, length, count):
-        blocks = self.sim.blocks
-        room = blocks.num_usable * blocks.block_size
+        room = self.sim.room
         length = min(length, room)
         self.sim.add(shared[:length], targets=shared[length:][: min(count, room - length + 1)])
 
@@ -70,6 +71,7 @@ class Engine(RuleBasedStateMachine):
             self.met["copies"] += len(step.copies)
             self.met["mixed"] += len({stop - start > 1 for _, start, stop in step.chunks}) == 2
             self.met["shared"] += max(self.sim.blocks.ref_count) > 1
+            self.met["slid"] += any(0 in seq.table for seq, _, _ in step.chunks)
             self.nothing_generated_is_lost()
 
     @precondition(lambda self: self.sim.scheduler.running or self.sim.scheduler.waiting)
@@ -122,6 +124,7 @@ def long_life(seed: int) -> Engine:
         max_batch_size=rng.randint(3, 6),
         max_batched_tokens=rng.randint(4, 24),
         caching=seed % 4 > 0,
+        windows=WINDOWS[seed % len(WINDOWS)],
     )
     for _ in range(60):
         event, busy = rng.random(), life.sim.scheduler.running
@@ -152,5 +155,5 @@ def test_long_lives_meet_everything_there_is_to_meet():
         met["tools"] += sum(seq.request_id in life.sim.tools for seq in life.sim.finished)
         met["scored"] += sum(seq.targets is not None for seq in life.sim.finished)
         met["hits"] += sum(bool(seq.num_cached) for seq in life.sim.finished)
-    wanted = "copies mixed shared preemptions stopped tools scored hits".split()
+    wanted = "copies mixed shared slid preemptions stopped tools scored hits".split()
     assert all(met[name] > 20 for name in wanted) and met["aborted under way"], met

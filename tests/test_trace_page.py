@@ -70,7 +70,8 @@ def events():
     """A run in a small pool: hits, copies, preemptions, evictions, and a prompt that means harm."""
     sampled = SamplingParams(n=3, max_tokens=40, temperature=1.0, ignore_eos=True, seed=5)
     prompts = [f"It was a dark and stormy night in the {name} of" for name in "ab"] + [HOSTILE]
-    with LLM(MODEL, device="cpu", num_blocks=24, max_batched_tokens=48) as llm:
+    sizes = {"num_blocks": 24, "max_batched_tokens": 48, "max_model_len": 256}
+    with LLM(MODEL, device="cpu", **sizes) as llm:
         with llm.tracing() as trace:
             llm.generate([*prompts, prompts[0] + " its sons"], sampled, use_tqdm=False)
         return trace.events
@@ -86,8 +87,9 @@ def frames(events: list[dict]) -> list[dict]:
         ends = {}
         for life in replay.seqs.values():
             for i, block in enumerate(life.table):
-                held = min(size, life.computed - i * size)
-                ends[block] = max(ends.get(block, 0), held)
+                held = min(size, life.computed - i // replay.groups * size)
+                if block:
+                    ends[block] = max(ends.get(block, 0), held)
         counts = {
             "used": states.count("used") + states.count("shared"),
             "part": sum(held < size for held in ends.values()),
@@ -362,7 +364,7 @@ def test_a_run_that_did_nothing_and_one_that_was_killed(show, events):
 
 def test_characters_of_several_tokens_are_put_together(show):
     text = "« été » 雪 🙂 \\xe2"
-    with LLM(MODEL, device="cpu", num_blocks=24) as llm:
+    with LLM(MODEL, device="cpu", num_blocks=24, max_model_len=256) as llm:
         with llm.tracing() as trace:
             llm.generate([text], SamplingParams(max_tokens=1), use_tqdm=False)
         pieces = [llm.tokenizer.token_bytes(i) for i in llm.tokenizer.encode(text)]

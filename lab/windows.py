@@ -1,0 +1,99 @@
+"""Windows: the memory of layers that see only some tokens back, and who fits into what is saved.
+
+nanochat's pattern SSSL: three layers of four see a quarter of the context, the fourth and the last
+see all of it. One table for all layers keeps every token in every layer. Groups of layers with a
+table of their own each keep what they see. Both serve the same requests, all at once and as long as
+the context, in a pool of the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+from microvllm.scheduler import BlockManager, Scheduler, Sequence, group_layers, most_blocks
+from microvllm.terminal import positive
+
+from . import world
+
+DEPTHS = [6, 12, 20, 26, 34]
+SIZE = 16  # tokens in a block
+
+
+def windows_of(depth: int, context: int) -> list[int]:
+    """How many tokens back each layer sees: a quarter of the context, in steps of 128, or all."""
+    short = 128 * math.ceil(context / 512)
+    return [short if i % 4 < 3 and i < depth - 1 else context for i in range(depth)]
+
+
+def serve(groups: list[tuple[int, list[int]]], args) -> dict[str, float]:
+    """What a full-length sequence takes, in slots of one layer's K and V, and how the pool did."""
+    windows, depth = [w for w, _ in groups], max(len(layers) for _, layers in groups)
+    need = most_blocks(windows, SIZE, args.context)
+    # as many bytes as args.sequences take without windows
+    pool = args.sequences * -(-args.context // SIZE) * args.layers // depth
+    blocks = BlockManager(pool + 1, SIZE, windows=windows)
+    scheduler = Scheduler(blocks, 10**6, 512)
+    for i in range(4 * args.sequences):
+        prompt = [i + 1] * args.prompt  # nothing is shared
+        scheduler.add(Sequence(i, prompt, world.Params(args.context - args.prompt)))
+    steps = 0
+    while scheduler.waiting or scheduler.running:
+        step = scheduler.schedule()
+        scheduler.update(step, [0] * len(step.samples))
+        steps += 1
+    blocks.check([])
+    return {
+        "slots": need * SIZE * depth,
+        "fit": pool // need,
+        "steps": steps,
+        "preempted": scheduler.num_preemptions,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = world.Parser(__doc__, "windows")
+    add = parser.add_argument
+    add("--context", type=positive, default=2048, metavar="N", help="tokens (%(default)s)")
+    add("--prompt", type=positive, default=512, metavar="N", help="of them (%(default)s)")
+    what = "that the pool holds without windows; four times as many come (%(default)s)"
+    add("--sequences", type=positive, default=8, metavar="N", help=what)
+    args = parser.parse_args(argv)
+    if args.prompt >= args.context:
+        parser.error("argument --prompt: must be less than the context")
+    found = {}
+    for args.layers in DEPTHS:
+        windows = windows_of(args.layers, args.context)
+        groups = group_layers(windows, args.context)
+        found[args.layers] = {
+            "windows": windows,
+            "groups": groups,
+            "followed": serve(groups, args),
+            "uniform": serve([(-1, list(range(args.layers)))], args),
+            "seen": sum(min(w + 1, args.context) for w in windows),  # no less will do
+        }
+    rows = []
+    for depth, row in found.items():
+        a, b = row["uniform"], row["followed"]
+        sizes = " ".join(f"{len(layers)}{'L' if w < 0 else 'S'}" for w, layers in row["groups"])
+        share, least = (100 * n / a["slots"] for n in (b["slots"], row["seen"]))
+        numbers = [f"{a[key]:,} > {b[key]:,}" for key in ("fit", "preempted", "steps")]
+        rows.append([f"d{depth}", sizes, share, least, *numbers])
+    head = ["", "groups", "% of the memory", "% seen", "full ones that fit"]
+    print(world.table([*head, "preempted", "steps"], rows))
+    print("\nLeft of > is one table for all layers, right of it are groups, in as many bytes.")
+
+    def draw(plt):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+        for axes, key in ((left, "fit"), (right, "steps")):
+            for shift, kind, colour in ((-0.2, "uniform", "#999999"), (0.2, "followed", "#0072B2")):
+                values = [row[kind][key] for row in found.values()]
+                axes.bar([i + shift for i in range(len(DEPTHS))], values, 0.4, color=colour,
+                         label={"uniform": "one table", "followed": "groups"}[kind])  # fmt: skip
+            axes.set_xticks(range(len(DEPTHS)), [f"d{depth}" for depth in DEPTHS])
+        left.set_ylabel("full-length sequences in the pool")
+        right.set_ylabel(f"steps for {4 * args.sequences} requests")
+        left.legend(frameon=False)
+        figure.tight_layout()
+        return figure
+
+    world.finish(args, {f"d{depth}": row for depth, row in found.items()}, draw)
