@@ -26,7 +26,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton (pip install t
 
 from triton.runtime.interpreter import GridExecutor  # noqa: E402
 
-from microvllm import LLM, SamplingParams, kernels_gpu  # noqa: E402
+from microvllm import LLM, SamplingParams, kernels_gpu, model  # noqa: E402
 from microvllm.engine import make_batch  # noqa: E402
 from microvllm.graphs import DecodeGraphs  # noqa: E402
 from microvllm.scheduler import Sequence, Step  # noqa: E402
@@ -240,6 +240,30 @@ def test_a_sequence_that_was_sent_away_comes_back_to_the_graphs():
     assert serve(llm, work) == serve(build("era1_padded", False), work)
     assert llm.stats()["preemptions"] == 1
     assert [step.rows for step in llm.seen if step.graph] == [2] * 8 + [1, 1] + [1, 1, 1]
+
+
+def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch):
+    """What has left the window of 8 is given back, and its place in the table is the sink's."""
+    windows = model.layer_windows
+    monkeypatch.setattr(
+        model, "layer_windows", lambda *of: [8 if i % 2 else w for i, w in enumerate(windows(*of))]
+    )
+    work = [
+        ([1, 2, 3], sampling(4, 0.0)),
+        ([9] * 21, sampling(7, 0.7, seed=1)),
+        ([40, 41, 42, 43, 44], sampling(12, 0.9, seed=2)),
+    ]
+    llm, plain = build("era5", True), build("era5", False)
+    assert llm.graphs.groups == llm.cache.num_groups > 1
+    sinks, replay = [], llm.graphs.replay
+
+    def watched(batch, last):
+        sinks.append(batch.block_tables[:, :, 0].any(1).all())  # first blocks that are still there
+        return replay(batch, last)
+
+    llm.graphs.replay = watched
+    assert serve(llm, work) == serve(plain, work)
+    assert len(sinks) > 9 and not all(sinks)
 
 
 # which steps fit ----------------------------------------------------------------------------------
