@@ -305,6 +305,20 @@ def test_what_was_recorded_is_replayed_and_nothing_else(fits, batch):
     assert DecodeGraphs.fits(None, batch, params) == expected
 
 
+def test_a_step_that_is_no_graph_is_one_upload_from_pinned_memory(monkeypatch):
+    batch, _ = plan([(4, 5), (9, 10), (0, 6)], [0, 1, 2])
+    pinned, moved = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device, **how: moved.append((t, how)) or t)
+    there = batch.upload(torch.device("cuda", 0))
+    assert len(pinned) == 1
+    assert [t is pinned[0] for t, _ in moved] == [True, True]  # the second: it is there
+    assert moved[0][1] == {"non_blocking": True}
+    assert {t.untyped_storage().data_ptr() for t in there[:10]} == {pinned[0].data_ptr()}
+    for found, given in zip(there[:10], batch[:10], strict=True):
+        assert np.array_equal(found.numpy(), given) and found.numpy().dtype == given.dtype
+
+
 @pytest.mark.parametrize(
     "max_batch_size, sizes",
     [
