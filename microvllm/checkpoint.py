@@ -145,7 +145,7 @@ def wrap_model(module, device="cpu", dtype="auto", **options) -> GPT:
 
 def _build(
     config, recipe, weights, share, device, dtype, *, attention="auto", max_len=None,
-    quantization=None, deterministic=False, group=None, **overrides,
+    quantization=None, deterministic=False, ranks=None, **overrides,
 ) -> GPT:  # fmt: skip
     """The GPT that LLM's options ask for (max_len is its max_model_len). Raises ValueError for an
     option that cannot be here, TypeError for an override that is no constant of the recipe."""
@@ -176,12 +176,12 @@ def _build(
     store = {None: None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[quantization]
     if dtype == torch.bfloat16 and attend.__module__.endswith("kernels_cpu"):
         dtype, store = torch.float32, torch.bfloat16  # a CPU saves memory's time, not arithmetic's
-    if group and (quantization == "fp8" or (deterministic and group.size > 2)):
+    if ranks and (quantization == "fp8" or (deterministic and ranks.size > 2)):
         raise ValueError(
             "tensor_parallel has no quantization='fp8' yet, and deterministic=True for 2 processes "
             "at most: in which order the sums of more are made depends on the batch"
         )
-    options = max_len, share, store, deterministic, group
+    options = max_len, share, store, deterministic, ranks
     size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
     with fits(f"weights of {size:,} bytes in {dtype}", device):
         return GPT(config, recipe, weights, attend, device, dtype, *options)
@@ -335,13 +335,13 @@ def pick_device(name: str | torch.device) -> torch.device:
 
 
 def pick_devices(name: str | torch.device, tensor_parallel: int) -> tuple[torch.device, object]:
-    """This process's device and, if there are more than one, the parallel.Group of its model's."""
+    """This process's device and, if there are more than one, the parallel.Ranks of its model's."""
     if check_int("tensor_parallel", tensor_parallel, 1) == 1:
         return pick_device(name), None
-    from .parallel import Group
+    from .parallel import Ranks
 
-    group = Group(tensor_parallel, name)
-    return group.device, group
+    ranks = Ranks(tensor_parallel, name)
+    return ranks.device, ranks
 
 
 @contextmanager

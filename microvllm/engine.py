@@ -231,8 +231,8 @@ class LLM:
             raise TypeError("give either model_path or model (a live nanochat GPT module)")
         if model is not None and tokenizer is None and tokenizer_path is None:
             raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
-        self.device, self.group = pick_devices(device, tensor_parallel)
-        options = {"attention": attention, "max_len": max_model_len, "group": self.group}
+        self.device, self.ranks = pick_devices(device, tensor_parallel)
+        options = {"attention": attention, "max_len": max_model_len, "ranks": self.ranks}
         options |= {"quantization": quantization, "deterministic": deterministic}
         if model is None:
             model_path, step = find_checkpoint(model_path, step)
@@ -273,7 +273,7 @@ class LLM:
                 f"can hold: {free_memory(self.device):,} bytes are free; lower it"
             ) from None
         self.overlap = cuda
-        cuda_graphs = cuda_graphs and not self.group  # graphs of collectives are not measured
+        cuda_graphs = cuda_graphs and not self.ranks  # graphs of collectives are not measured
         if cuda and cuda_graphs and self.model.attend.__module__.endswith("kernels_gpu"):
             from .graphs import DecodeGraphs
 
@@ -295,8 +295,8 @@ class LLM:
         self._stats = dict.fromkeys(counters.split(), 0)
         self._stats.update(prefill_seconds=0.0, decode_seconds=0.0)
         self._name = Path(model_path).name if model_path else type(model).__name__
-        if self.group:
-            self.group.same_engine(self, seed)
+        if self.ranks:
+            self.ranks.same_engine(self, seed)
         if trace is not None:
             from .trace import attach
 
@@ -338,8 +338,8 @@ class LLM:
             free = int(free_memory(self.device) * utilization) - 2 * activations
         else:
             free = min(free_memory(self.device) // 2, 2**32)
-        if self.group:  # with as many blocks as the others they all plan the same
-            free = self.group.least(free)
+        if self.ranks:  # with as many blocks as the others they all plan the same
+            free = self.ranks.least(free)
         if free < 2 * block_bytes:
             raise ValueError(
                 f"no memory for a KV cache: {free:,} bytes are left and a block of {block_size} "
@@ -704,8 +704,8 @@ class LLM:
             if flight:
                 self._land(flight)
         except BaseException as error:
-            if self.group:
-                self.group.fail(error)
+            if self.ranks:
+                self.ranks.fail(error)
             self.scheduler.reset()
             self._flight = None
             raise
@@ -714,8 +714,8 @@ class LLM:
         """Start a step: upload, copy shared blocks, forward, sample. A GPU does not wait for it."""
         trace = self.scheduler.blocks.trace
         batch = make_batch(plan, self.cache.block_size, self.cache.num_groups)
-        if self.group:
-            self.group.same_step(batch)
+        if self.ranks:
+            self.ranks.same_step(batch)
         if trace:
             trace.lap("batch")
         if plan.copies:

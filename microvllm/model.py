@@ -483,18 +483,18 @@ class GPT:
     instead of copying them; store: less than `dtype` for what is read most, on a CPU: bfloat16 for
     matrices, tables and the cache, or int8 for the matrices and bfloat16 for the others; on a GPU
     float8_e4m3fn for the matrices; deterministic: a row's bits follow from its sequence alone
-    (`attend` has to play its part); group: the ranks that share the model, a parallel.Group.
+    (`attend` has to play its part); ranks: those that share the model, a parallel.Ranks.
     """
 
     def __init__(
         self, config: GPTConfig, recipe: Recipe, weights: dict[str, Tensor], attend,
         device="cpu", dtype=torch.float32, max_len: int | None = None, share: bool = False,
-        store: torch.dtype | None = None, deterministic: bool = False, group=None,
+        store: torch.dtype | None = None, deterministic: bool = False, ranks=None,
     ):  # fmt: skip
-        self.config, self.recipe, self.attend, self.group = config, recipe, attend, group
+        self.config, self.recipe, self.attend, self.ranks = config, recipe, attend, ranks
         self.local = config  # as far as attention goes: with the heads that are here
-        if group:
-            self.local, weights, share = group.local(config), group.share(weights, config), False
+        if ranks:
+            self.local, weights, share = ranks.local(config), ranks.share(weights, config), False
         self.device, self.dtype = torch.device(device), dtype
         self.windows = layer_windows(config, recipe)
         self.ops, self.product = sys.modules[__name__], F.linear
@@ -520,7 +520,7 @@ class GPT:
             how = quantize, self.product, self.sliced
             made = Linear(parts, self.device, kept, share, rows, *how)
             self._linears[names] = made
-            return group.complete(names[0], made, config) if group else made
+            return ranks.complete(names[0], made, config) if ranks else made
 
         def take(name: str, dtype: torch.dtype = dtype) -> Tensor:
             given = weights[name].detach()
@@ -566,7 +566,7 @@ class GPT:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The weights under their names in a checkpoint; copies, where the layout is our own.
-        With a group, those of this rank."""
+        With ranks, those of this rank."""
         found = dict(self._tensors)
         for names, linear in self._linears.items():
             found.update({f"{n}.weight": w for n, w in zip(names, linear.dense(), strict=True)})
@@ -576,7 +576,7 @@ class GPT:
     def update(self, weights: dict[str, Tensor]) -> None:
         """Write new weights over the old ones, in place. Raises ValueError if they do not fit."""
         check_weights(weights, self.config, self.recipe)
-        weights = self.group.share(weights, self.config) if self.group else weights
+        weights = self.ranks.share(weights, self.config) if self.ranks else weights
         for name, tensor in self._tensors.items():
             if weights[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(weights[name])

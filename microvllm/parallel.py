@@ -79,7 +79,7 @@ def first_failure(what: str) -> str:
         return what
 
 
-class Group:
+class Ranks:
     """This rank and the others of one model.
 
     size: how many; device: of this rank, "auto" and "cuda" are the GPU of its number on its
@@ -94,7 +94,7 @@ class Group:
             self.device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}")
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"tensor_parallel runs on cpu or cuda, and device is {self.device}")
-        self.ranks = dist.new_group(backend=_backend())
+        self.peers = dist.new_group(backend=_backend())
 
     def local(self, config: GPTConfig) -> GPTConfig:
         """The attention of one rank: that of a narrower model. Raises ValueError if the kv heads,
@@ -192,17 +192,17 @@ class Group:
 
     def fail(self, error: BaseException) -> None:
         """A step failed on this rank: let the others, who wait for its part, fail with its error.
-        There is no way back to the same step, so the group ends."""
+        There is no way back to the same step, so they part."""
         first_failure(f"rank {self.rank} failed: {type(error).__name__}: {error}")
-        ranks, self.ranks = self.ranks, None
-        if ranks and self.device.type == "cpu":  # NCCL's end with the process, and torchrun sees it
-            dist.destroy_process_group(ranks)
+        peers, self.peers = self.peers, None
+        if peers and self.device.type == "cpu":  # NCCL's end with the process, and torchrun sees it
+            dist.destroy_process_group(peers)
 
     def _together(self, collective: Callable, *args) -> None:
-        if self.ranks is None:
+        if self.peers is None:
             raise RuntimeError("tensor parallel: a step failed, and the ranks have parted: restart")
         try:
-            collective(*args, group=self.ranks)
+            collective(*args, group=self.peers)
         except RuntimeError as error:
             gone = f"another rank is gone ({str(error).splitlines()[0]:.200})"
             raise RuntimeError(f"tensor parallel: {first_failure(gone)}") from None

@@ -584,7 +584,7 @@ def attach(llm: LLM, path: str | Path | None) -> Trace:
         return llm.tokenizer.token_bytes(token).decode("utf-8", "surrogateescape")
 
     llm._settle()
-    trace = Trace(os.devnull if path and llm.group and llm.group.rank else path, decode)
+    trace = Trace(os.devnull if path and llm.ranks and llm.ranks.rank else path, decode)
     trace.attach(llm.scheduler, model=llm._name, device=str(llm.device))
     return trace
 

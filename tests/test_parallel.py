@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PATIENCE = 120  # seconds that nothing here may take, however busy the machine is
 
 
-class Ranks:
+class Pair:
     """Two processes that have met over a file, and do what they are told."""
 
     def __init__(self, directory):
@@ -79,7 +79,7 @@ def obey(rank: int, store: str, pipe) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    both = Ranks(tmp_path_factory.mktemp("ranks"))
+    both = Pair(tmp_path_factory.mktemp("ranks"))
     yield both
     both.end()
 
@@ -149,7 +149,7 @@ def test_smaller_weights_are_shared_out_like_others(ranks, options):
     assert sum(first[2][1]) == pytest.approx(sum(alone("bundled", **options)[2][1]), rel=0.02)
 
 
-def random_model(era: str, group=None) -> GPT:
+def random_model(era: str, ranks=None) -> GPT:
     """A model of an era with 2 query heads to each of 2 kv heads, and an odd vocabulary."""
     config = GPTConfig(64, 301, 4, 4, 2, 64, "SL")
     recipe, draw = RECIPES[era], torch.Generator().manual_seed(int(era))
@@ -157,14 +157,14 @@ def random_model(era: str, group=None) -> GPT:
         name: torch.randn(shape, generator=draw) / 5
         for name, shape in expected_shapes(config, recipe, 320).items()
     }
-    return GPT(config, recipe, weights, sdpa_attention, group=group)
+    return GPT(config, recipe, weights, sdpa_attention, ranks=ranks)
 
 
 @torch.inference_mode()
 def random_logits(rank: int, era: str, size: int) -> tuple:
-    from microvllm.parallel import Group
+    from microvllm.parallel import Ranks
 
-    model = random_model(era, Group(size, "cpu") if size > 1 else None)
+    model = random_model(era, Ranks(size, "cpu") if size > 1 else None)
     cache = PagedKVCache(model.local, 8, 16, model.dtype, "cpu")
     text = [5 * i % 301 for i in range(40)]
     batch = hand_made_batch([(text[:17], 16, 17, [4, 5]), (text, 0, 40, [1, 2, 3])], 16)
@@ -310,7 +310,7 @@ def endless(rank: int) -> str:
 
 
 def test_a_rank_that_is_killed_ends_the_others(tmp_path):
-    both = Ranks(tmp_path)
+    both = Pair(tmp_path)
     try:
         both(work, "era5", 2, {})
         both.tell(endless)
