@@ -20,10 +20,11 @@ PAPER = {"Orca Max": 20.4, "Orca Pow2": 26.8, "Orca Oracle": 38.2, "paged": 96.3
 KINDS = {"tokens": "#0072B2", "reserved": "#56B4E9", "internal": "#D55E00", "rounded": "#E69F00",
          "free": "#BBBBBB"}  # fmt: skip
 WHY = """
-The spread of the output lengths was chosen so that Orca Max agrees; the others follow from it. How
-the paper rounds what Pow2 reserves is not said; here the buddy allocator takes the next power of
-two of prompt and output together. Paged: free is the room that our scheduler leaves to those who
-run (16 tokens each), so as not to send them away again soon; the rest is half a block a sequence.
+Without --sharegpt the spread of the output lengths is one at which Orca Max agrees; the others
+follow from it. How the paper rounds what Pow2 reserves is not said; here the buddy allocator takes
+the next power of two of prompt and output together. Paged: free is the room that our scheduler
+leaves to those who run (16 tokens each), so as not to send them away again soon; the rest is half a
+block a sequence.
 """
 
 
