@@ -29,8 +29,9 @@ The limit is measured in the same turns: see `limit` in peers.py. Of what a work
 V that several sequences share are counted once for each, since every engine here reads them so.
 
 Peak memory is that of an engine's processes together, weights and pool and all; the pool is
---kv-gib for engines that have one. "first token" is from the start of the process to the first
-token of its first request, with the compilation caches as this user's earlier runs left them.
+--kv-gib for engines that have one, and written to before any clock starts. "first token" is from
+the start of the process to the first token of its first request, with the compilation caches as
+this user's earlier runs left them.
 
 vLLM's own defaults keep one core from the model and run it in three processes. With two cores it is
 faster when told otherwise, for instance by a script given as its interpreter, which sets

@@ -63,6 +63,7 @@ def microvllm(options: dict) -> Callable[[dict], dict]:
         options["folder"], device="cpu", num_blocks=blocks, block_size=block_size,
         max_model_len=options["max_len"], **settings,
     )  # fmt: skip
+    llm.cache.data.zero_()  # the pool's pages exist once they are written; vLLM's do from its start
 
     def generate(prompts: list[list[int]], new: list[int]) -> list[list[int]]:
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in new]
