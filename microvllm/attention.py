@@ -241,22 +241,30 @@ def visible(positions: Tensor, keys: Tensor, window: int) -> Tensor:
     return (distance >= 0) if window < 0 else (distance >= 0) & (distance <= window)
 
 
+# numbers that are gathered at a time, of K and of V each: 256 MB of float32. with all decodes at
+# once, padded to the longest, a few long sequences in a full batch would take gigabytes in mid-run
+GATHERED = 2**26
+
+
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
     """The reference: gather K and V through the block table, then torch's own attention.
 
-    All decodes in one padded call, each longer chunk in one of its own.
+    Decodes in padded calls, as many at a time as GATHERED allows, each longer chunk in one of its
+    own.
     """
     out = torch.empty_like(q)
-    block_size = k.shape[2]
-    n = batch.num_decodes
-    if n:
-        # (n, blocks, Hkv, block_size, D) -> (n, Hkv, keys, D)
-        tables = batch.block_tables[:n, : -(-batch.max_seq // block_size)]
+    block_size, n = k.shape[2], batch.num_decodes
+    width = -(-batch.max_seq // block_size)  # columns of the block tables
+    seen = torch.arange(width * block_size, device=q.device)
+    size = max(1, GATHERED // (k[0].numel() * width))
+    for first in range(0, n, size):
+        rows = slice(first, min(first + size, n))
+        # (rows, blocks, Hkv, block_size, D) -> (rows, Hkv, keys, D)
+        tables = batch.block_tables[rows, :width]
         keys, values = (x[tables].transpose(1, 2).flatten(2, 3).to(q.dtype) for x in (k, v))
-        seen = torch.arange(keys.shape[2], device=q.device)
-        mask = visible(batch.positions[:n, None], seen, window)[:, None]
-        y = F.scaled_dot_product_attention(q[:n, :, None], keys, values, mask, enable_gqa=True)
-        out[:n] = y[:, :, 0]
+        mask = visible(batch.positions[rows, None], seen, window)[:, None]
+        y = F.scaled_dot_product_attention(q[rows, :, None], keys, values, mask, enable_gqa=True)
+        out[rows] = y[:, :, 0]
     firsts, lengths = batch.cu_seqlens.tolist(), batch.seq_lens.tolist()
     for b in range(n, len(lengths)):
         rows, length = slice(firsts[b], firsts[b + 1]), lengths[b]

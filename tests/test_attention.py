@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import hand_made_batch
 
+from microvllm import attention
 from microvllm.attention import PagedKVCache, SequenceKVView, pick_backend, sdpa_attention
 from microvllm.model import GPTConfig
 
@@ -218,3 +220,23 @@ def test_a_backend_that_cannot_run_is_refused(name, dtype, words):
         pick_backend(name, CPU, dtype)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("window", [-1, 20])
+def test_what_is_gathered_at_a_time_has_a_limit(window, monkeypatch):
+    """Or a full batch with one long sequence in it would take gigabytes in mid-run."""
+    case = Case(DECODES + [(3, 40)])
+    whole = case.attend("sdpa", window)
+    k, v = case.cache.layer(1)
+    longest = 13 * k[0].numel()  # what the longest, of 200 tokens, has in its 13 blocks
+    monkeypatch.setattr(attention, "GATHERED", 3 * longest)
+    sizes, attend = [], F.scaled_dot_product_attention
+
+    def watch(q, keys, *rest, **options):
+        sizes.append(keys.numel())
+        return attend(q, keys, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    parts = case.attend("sdpa", window)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-6)
+    assert len(sizes) == 3 + 1 and max(sizes) == 3 * longest  # 8 decodes by threes, one chunk
