@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MAX_LINE = 2**24  # bytes of a row; what is longer is no prompt
 _NUMBER = re.compile(rb'\{"line": (\d+), ')  # what every line of a journal begins with
-_TODO, _TWICE, _DONE = range(3)
+_OPEN, _TWICE, _DONE = range(3)
 
 
 @dataclass(frozen=True)
