@@ -231,8 +231,8 @@ def batch(args: argparse.Namespace) -> None:
             raise ValueError("--trace is for one engine: give it without --ray")
         if args.ray is None and (args.replicas, args.gpus_per_replica) != (1, 0):
             raise ValueError("--replicas and --gpus-per-replica are for --ray: give it too")
-        names = "model_path step tokenizer_path dtype quantization max_model_len".split()
-        settings = {k: options[k] for k in names} | overrides(args) | vars(ask)
+        names = ["model_path", "step", "tokenizer_path", "dtype", "quantization", "deterministic"]
+        settings = {k: options[k] for k in [*names, "max_model_len"]} | overrides(args) | vars(ask)
         job = Job(args.input, args.output, ask, settings)
     with ExitStack() as stack:
         llm = None

@@ -246,10 +246,10 @@ def sample(
 
     logits (R, V), to be capped at +-softcap unless it is 0; temperature, uniform (R,) float32, on
     the device: params[i].temperature and the row's noise; history: one for each row, None for one
-    without penalties, bad_words, min_tokens and logits_processor; size: rows of which the others of
-    these, and log-probabilities, are made at once. Returns (R,) integers, or Sampled
-    if some row asks for log-probabilities. A row for which nothing is left (the only allowed token
-    is a bad word, say, or a logits_processor returned NaN) gets -1.
+    without penalties, bad_words, min_tokens and logits_processor; size: how many rows with edits or
+    log-probabilities are worked on at once, by default what a CPU's cache holds, or all. Returns
+    (R,) integers, or Sampled if some row asks for log-probabilities. A row for which nothing is
+    left (the only allowed token is a bad word, say, or a logits_processor returned NaN) gets -1.
     """
     tokens = pick(logits, params, temperature, uniform, softcap)
     special = [i for i, p in enumerate(params) if p.edited or p.logprobs is not None]

@@ -105,7 +105,7 @@ def test_a_job_killed_twenty_times_has_each_row_once_and_the_same_tokens(name, t
     assert len(read(Path(f"{output}.errors"))) == 19
 
 
-def test_the_command_killed_with_its_real_engine_gives_the_same_tokens(tmp_path):
+def test_the_command_killed_with_its_real_engine_gives_the_same_tokens(tmp_path, capsys):
     questions = json.loads((ROOT / "models" / "prompts" / "oldbooks_instructions.json").read_text())
     rows = [{"prompt": q["instruction"], "id": i} for i, q in enumerate(questions[:60])]
     source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
@@ -125,6 +125,12 @@ def test_the_command_killed_with_its_real_engine_gives_the_same_tokens(tmp_path)
         assert stop.value.code == 0
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert [row["id"] for row in read(output)] == list(range(60))
+    capsys.readouterr()
+    for flag in ("--deterministic", "--raw"):  # either may give other tokens
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*flags, str(output), flag])
+        assert stop.value.code == 2
+        assert f"begun with {flag[2:]}=False, not True" in capsys.readouterr().err
 
 
 def test_wherever_the_last_write_was_torn_the_job_goes_on(tmp_path):
