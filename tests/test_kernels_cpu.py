@@ -219,8 +219,10 @@ def test_quantize_rows_is_the_reference(rows, channels):
         module.quantize_rows(x, 127) for module in (kernels_cpu, model)
     )
     torch.testing.assert_close(scale, scale_ref, rtol=1e-6, atol=0)
-    difference = (ours.int() - reference.int()).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3  # a tie, now and then
+    # each is the nearest integer; float32's rounding decides where two are equally near
+    exact = model.rotate(x.double()) / scale.double()
+    for found in (ours, reference):
+        assert (found.double() - 128 - exact).abs().max() <= 0.5 + 1e-4
     # they say what x was, up to half a step of the rotated one
     steps = (ours.float() - 128) * scale - model.rotate(x)
     assert (steps.abs() <= 0.5001 * scale).all()
