@@ -347,12 +347,13 @@ class Linear:
     wanted, the others are padding; quantize: make the inputs of each product int8 with this
     function, that is `quantize_rows`, or float8, `fp8_rows`, and the weights as well, with one
     scale for each output; product: of x and a plain weight; sliced: the bits of a row may not
-    depend on the rows beside it, see `in_slices`.
+    depend on the rows beside it, see `in_slices`; squared: relu2 comes after it; ops: of the
+    functions that model.py and kernels_cpu.py have both, whose.
     """
 
     def __init__(
         self, parts: list[Tensor], device, dtype, share: bool, rows: int | None = None,
-        quantize=None, product=F.linear, sliced: bool = False,
+        quantize=None, product=F.linear, sliced: bool = False, squared: bool = False, ops=None,
     ):  # fmt: skip
         self.sizes, self.width = [len(part) for part in parts], parts[0].shape[1]
         self.rows = rows or sum(self.sizes)
@@ -363,11 +364,13 @@ class Linear:
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
         has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported  # the instructions for it
         x86 = platform.machine().lower() in ("x86_64", "amd64")
+        self.squared, self.ops = squared, ops or sys.modules[__name__]
+        plain = self.shared or quantize or device.type != "cpu"
+        # in panels, the layout of our own product, where there is one
+        self.paneled = not plain and dtype == torch.float32 and getattr(self.ops, "LANES", 0) > 0
         # on an x86 processor oneDNN's own layout is faster, at some numbers of rows twice as fast
         self.packed = (
-            not self.shared
-            and not quantize
-            and device.type == "cpu"
+            not (plain or self.paneled)
             and x86
             and torch.backends.mkldnn.is_available()
             and (dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16()))
@@ -375,7 +378,7 @@ class Linear:
         self.weight: Tensor | None = None
         self.load(parts)
         self.slice = 0
-        if sliced:  # do equal rows get equal bits wherever they are? else one is done at a time
+        if sliced and not self.paneled:  # do equal rows get equal bits wherever they are? else one is done at a time
             y = self._product(torch.arange(self.width).sin().expand(16, -1).contiguous())
             self.slice = 16 if torch.equal(y, y[:1].expand_as(y)) else 1
 
@@ -403,10 +406,13 @@ class Linear:
             whole = (whole / self.scale[:, None]).round_().to(torch.int8)
             self.zeros = torch.zeros(len(whole), dtype=torch.int64)
             self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
-        elif self.packed:
+        elif self.packed or self.paneled:
             whole = torch.cat(parts) if len(parts) > 1 else parts[0]
             whole = whole.to(dtype=self.dtype).contiguous()
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, 64)
+            if self.paneled:
+                self.weight = self.ops.panels(whole)
+            else:
+                self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, 64)
         else:
             if self.weight is None:
                 shape = (sum(self.sizes), *parts[0].shape[1:])
@@ -424,12 +430,18 @@ class Linear:
         if self.quantize:  # there is no way back from its layout: multiply it out
             whole = self._int8_product(torch.eye(self.width))
             return list(whole.T.split(self.sizes))
-        whole = self.weight.to_dense() if self.packed else self.weight
+        if self.paneled:
+            whole = self.weight.transpose(1, 2).flatten(0, 1)[: sum(self.sizes)]
+        else:
+            whole = self.weight.to_dense() if self.packed else self.weight
         return list(whole.split(self.sizes))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (T, in) @ weight.T: (T, rows), in x's dtype."""
-        return in_slices(self._product, x, self.slice) if self.slice else self._product(x)
+        """x (T, in) @ weight.T: (T, rows), in x's dtype; if `squared`, relu2 of it."""
+        if self.paneled:
+            return self.ops.linear(x, self.weight, self.rows, self.squared)
+        y = in_slices(self._product, x, self.slice) if self.slice else self._product(x)
+        return self.ops.relu2(y) if self.squared else y
 
     def _product(self, x: Tensor) -> Tensor:
         if self.quantize is fp8_rows:
@@ -466,7 +478,7 @@ class Layer:
 
     qkv: Linear  # ((H + 2 Hkv) D, C)
     proj: Linear  # (C, C)
-    fc: Linear  # (4C, C)
+    fc: Linear  # (4C, C), and relu2
     mlp_proj: Linear  # (C, 4C)
     window: int  # tokens back that are visible, -1 all
     ve: Tensor | None = None  # (V, Hkv D) value embedding
@@ -517,7 +529,7 @@ class GPT:
         def linear(*names: str, rows: int | None = None) -> Linear:
             parts = [weights[f"{name}.weight"].detach() for name in names]
             kept = torch.bfloat16 if store == torch.bfloat16 else dtype
-            how = quantize, self.product, self.sliced
+            how = quantize, self.product, self.sliced, names[0].endswith("mlp.c_fc"), self.ops
             made = Linear(parts, self.device, kept, share, rows, *how)
             self._linears[names] = made
             return ranks.complete(names[0], made, config) if ranks else made
@@ -637,7 +649,7 @@ class GPT:
                 middle = None if middle is None else middle[batch.logit_rows]
             y = layer.proj(y.flatten(1))
             x, h = ops.add_norm(x, y, None, None, None, recipe.eps)
-            y = layer.mlp_proj(ops.relu2(layer.fc(h)))
+            y = layer.mlp_proj(layer.fc(h))
             if recipe.smear and i == self.config.n_layer // 2:
                 middle = x + y
         x = x + y
