@@ -15,6 +15,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence as Seq
+from functools import partial
 
 import numba
 import numpy as np
@@ -238,6 +239,71 @@ def relu2(x: Tensor) -> Tensor:
     return x.relu_().square_()  # there is nothing to fuse: torch's two passes are as fast as one
 
 
+# vectors -----------------------------------------------------------------------------------------
+
+# numba leaves it to the compiler to make vectors of a loop; where that does less than the processor
+# can, here is what it is made of, in the compiler's own language (llvmlite.ir)
+
+_cpu = binding.get_host_cpu_features()
+# numbers in a register
+LANES = 16 if _cpu.get("avx512f") else 8 if _cpu.get("avx2") and _cpu.get("fma") else 4
+_i32, _i64, _float32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def _kind(item, lanes: int):
+    return ir.VectorType(item, lanes) if lanes > 1 else item
+
+
+def _splat(builder, value, lanes: int):
+    """A vector of equal numbers."""
+    if lanes == 1:
+        return value
+    vector = builder.insert_element(
+        ir.Constant(_kind(_float32, lanes), ir.Undefined), value, _i32(0)
+    )
+    return builder.shuffle_vector(vector, vector, ir.Constant(_kind(_i32, lanes), [0] * lanes))
+
+
+def _multiply_add(builder, a, b, c):
+    """a * b + c, rounded once where the processor can."""
+    name = f"v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "f32"
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.{name}")
+    return builder.call(function, [a, b, c])
+
+
+def _read(builder, start, lanes: int = LANES):
+    """Numbers of the cache, float32 or bfloat16, from a pointer on, as float32."""
+    item = start.type.pointee
+    value = builder.load(builder.bitcast(start, _kind(item, lanes).as_pointer()))
+    value.align = 4 if item == _float32 else 2
+    if item == _float32:
+        return value
+    shift = ir.Constant(_kind(_i32, lanes), [16] * lanes if lanes > 1 else 16)
+    value = builder.shl(builder.zext(value, _kind(_i32, lanes)), shift)
+    return builder.bitcast(value, _kind(_float32, lanes))
+
+
+def _write(builder, value, start):
+    builder.store(value, builder.bitcast(start, value.type.as_pointer())).align = 4
+
+
+def _at(builder, start, *counts):
+    """The address of start[the sum of a * b for these (a, b)]."""
+    for a, b in counts:
+        a, b = (_i64(z) if isinstance(z, int) else z for z in (a, b))
+        start = builder.gep(start, [builder.mul(a, b)])
+    return start
+
+
+def _start_loading(builder, start):
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _i32, _i32, _i32])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    # for reading; into the second-level cache; data
+    builder.call(prefetch, [builder.bitcast(start, byte), _i32(0), _i32(2), _i32(1)])
+
+
 # matrix products ---------------------------------------------------------------------------------
 
 # of few rows: the weights come from memory, are used once, and a library that reads them as it gets
@@ -245,11 +311,10 @@ def relu2(x: Tensor) -> Tensor:
 # second-level cache: for up to 64 rows 1.2 times as fast as oneDNN, for more the same. And a row's
 # sums are always added up in one order, whatever rows there are beside it
 
-_cpu = binding.get_host_cpu_features()
-# numbers in a register; 0: a processor without the instructions that this is made for
-LANES = 16 if _cpu.get("avx512f") else 8 if _cpu.get("avx2") and _cpu.get("fma") else 0
-PANEL = 2 * LANES  # outputs whose weights lie together: two registers of them,
-_ROWS = 12 if LANES == 16 else 6  # so many rows, and the registers that are left hold the sums
+# outputs whose weights lie together: two registers of them, so many rows, and the registers that
+# are left hold the sums. 0: a processor without the instructions that this is made for
+PANEL = 2 * LANES if LANES > 4 else 0
+_ROWS = 12 if LANES == 16 else 6
 _DEPTH = 512  # inputs at a time: the weights of a panel for them stay in the cache
 _MANY = 240  # rows at a time: they stay there, too
 
@@ -265,64 +330,49 @@ def _multiply(context, n, wide, K, x, x_at, w, w_at, y, y_at, ahead, every, add,
     """
 
     def codegen(context, builder, signature, args):
+        n, wide, K, _, x_at, _, w_at, _, y_at, ahead, every, add, square = args
         arrays = [
             context.make_array(signature.args[i])(context, builder, args[i]) for i in (3, 5, 7)
         ]
-        n, wide, K, _, x_at, _, w_at, _, y_at, ahead, every, add, square = args
-        i32, i64, byte = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
-        vector = ir.VectorType(ir.FloatType(), LANES)
-        zero = ir.Constant(vector, [0.0] * LANES)
-        everywhere = ir.Constant(ir.VectorType(i32, LANES), [0] * LANES)
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32"
-        )
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        sums = [cgutils.alloca_once(builder, vector) for _ in range(2 * _ROWS)]
+        at, (xs, ws, ys) = partial(_at, builder), (array.data for array in arrays)
         x_stride, w_stride, y_stride = (builder.extract_value(a.shape, 1) for a in arrays)
-        w_stride = builder.mul(w_stride, i64(PANEL))
-
-        def at(start, *counts):  # the address of start[sum of a * b for the (a, b)]
-            for a, b in counts:
-                a, b = (ir.Constant(i64, z) if isinstance(z, int) else z for z in (a, b))
-                start = builder.gep(start, [builder.mul(a, b)])
-            return start
-
-        xs, ys = at(arrays[0].data, (x_at, 1)), at(arrays[2].data, (y_at, 1))
-        ws, aheads = (at(arrays[1].data, (i, 1)) for i in (w_at, ahead))
-
-        def load(pointer):
-            value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
-            value.align = 4
-            return value
+        w_stride = builder.mul(w_stride, _i64(PANEL))
+        xs, ws, aheads, ys = (
+            at(xs, (x_at, 1)),
+            at(ws, (w_at, 1)),
+            at(ws, (ahead, 1)),
+            at(ys, (y_at, 1)),
+        )
+        vector = _kind(_float32, LANES)
+        zero = ir.Constant(vector, [0.0] * LANES)
+        sums = [cgutils.alloca_once(builder, vector) for _ in range(2 * _ROWS)]
 
         def multiply(n, panels):
             rows, mine = [at(xs, (x_stride, i)) for i in range(n)], sums[: 2 * panels * n]
             for each in mine:
                 builder.store(zero, each)
-            with cgutils.for_range(builder, K, intp=i64) as loop:
+            with cgutils.for_range(builder, K, intp=_i64) as loop:
                 k, weights = loop.index, []
                 for panel in range(panels):
                     start = at(ws, (w_stride, panel), (k, PANEL))
-                    weights += [load(start), load(at(start, (LANES, 1)))]
+                    weights += [_read(builder, start), _read(builder, at(start, (LANES, 1)))]
                 for i, row in enumerate(rows):
-                    value = builder.insert_element(zero, builder.load(at(row, (k, 1))), i32(0))
-                    value = builder.shuffle_vector(value, zero, everywhere)
+                    value = _splat(builder, builder.load(at(row, (k, 1))), LANES)
                     for weight, each in zip(weights, mine[len(weights) * i :], strict=False):
-                        builder.store(builder.call(fma, [weight, value, builder.load(each)]), each)
-                skipped = builder.and_(k, builder.not_(builder.shl(i64(-1), every)))
-                with builder.if_then(builder.icmp_unsigned("==", skipped, i64(0))):
+                        more = _multiply_add(builder, weight, value, builder.load(each))
+                        builder.store(more, each)
+                skipped = builder.and_(k, builder.not_(builder.shl(_i64(-1), every)))
+                with builder.if_then(builder.icmp_unsigned("==", skipped, _i64(0))):
                     for panel in range(panels):
                         start = at(aheads, (w_stride, panel), (builder.lshr(k, every), PANEL))
                         for line in range(0, PANEL, 16):
-                            line = builder.bitcast(at(start, (line, 1)), byte)
-                            builder.call(prefetch, [line, i32(0), i32(2), i32(1)])
+                            _start_loading(builder, at(start, (line, 1)))
             places = [
                 at(ys, (y_stride, i), (LANES, j)) for i in range(n) for j in range(2 * panels)
             ]
             with builder.if_then(add):
                 for each, place in zip(mine, places, strict=True):
-                    builder.store(builder.fadd(builder.load(each), load(place)), each)
+                    builder.store(builder.fadd(builder.load(each), _read(builder, place)), each)
             with builder.if_then(square):
                 for each in mine:
                     value = builder.load(each)
@@ -330,16 +380,15 @@ def _multiply(context, n, wide, K, x, x_at, w, w_at, y, y_at, ahead, every, add,
                     value = builder.select(negative, zero, value)
                     builder.store(builder.fmul(value, value), each)
             for each, place in zip(mine, places, strict=True):
-                place = builder.bitcast(place, vector.as_pointer())
-                builder.store(builder.load(each), place).align = 4
+                _write(builder, builder.load(each), place)
 
         done = builder.append_basic_block("done")
-        case = builder.add(n, builder.select(wide, i64(_ROWS), i64(0)))
+        case = builder.add(n, builder.select(wide, _i64(_ROWS), _i64(0)))
         switch = builder.switch(case, done)
         for panels, most in ((1, _ROWS), (2, _ROWS // 2)):
             for i in range(1, most + 1):
                 block = builder.append_basic_block(f"{i}_rows_{panels}_panels")
-                switch.add_case(i64(i + (panels - 1) * _ROWS), block)
+                switch.add_case(_i64(i + (panels - 1) * _ROWS), block)
                 builder.position_at_end(block)
                 multiply(i, panels)
                 builder.branch(done)
@@ -411,76 +460,96 @@ def linear(x: Tensor, packed: Tensor, rows: int, square: bool = False) -> Tensor
 
 
 @intrinsic
-def _prefetch(typing_context, array, offset):
-    """Start loading the cache line of array[offset], the array contiguous and read as flat."""
+def _fetch(context, x, start, D):
+    """Start loading four rows of D numbers from x's flat index `start` on, which are read later.
+
+    The next block of a sequence may lie anywhere, the hardware cannot guess where.
+    """
 
     def codegen(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        line = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
-        i32 = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [line.type, i32, i32, i32])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [line.type], kind)
-        builder.call(prefetch, [line, i32(0), i32(3), i32(1)])  # for reading, all levels, data
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        line = 64 // (context.get_abi_sizeof(array.data.type.pointee))
+        start, count = builder.gep(array.data, [args[1]]), builder.mul(args[2], _i64(4))
+        with cgutils.for_range_slice(builder, _i64(0), count, _i64(line), _i64) as (d, _):
+            _start_loading(builder, builder.gep(start, [d]))
         return context.get_dummy_value()
 
-    return types.void(array, offset), codegen
+    return types.void(x, start, D), codegen
 
 
-@numba.njit(**_fast)
-def _fetch(block, x):
-    """Start loading the rows x to x + 3 of a block (block_size, D) that is read later.
+@intrinsic
+def _dot4(context, q, q_at, k, at0, at1, at2, at3, D, s, s_at):
+    """s (4,) = q (D,) times each of four keys (D,), all at flat indices: four independent sums."""
 
-    The next block of a sequence may lie anywhere, the hardware cannot guess where: without this
-    decodes take 1.3 times as long, those of 4 query heads per kv head 2.6 times. A processor drops
-    requests that come in bursts, so a block is asked for twice, some rows at a time, while the
-    two before it are at work: that is another tenth.
-    """
-    D = block.shape[1]
-    for d in range(x * D, (x + 4) * D, 64 // block.itemsize):
-        _prefetch(block, d)
+    def codegen(context, builder, signature, args):
+        q, k, s = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2, 8)
+        )
+        at, D = partial(_at, builder), args[7]
+        q, s = at(q, (args[1], 1)), at(s, (args[9], 1))
+        keys = [at(k, (i, 1)) for i in args[3:7]]
+        whole, totals = builder.mul(builder.udiv(D, _i64(LANES)), _i64(LANES)), []
+
+        def add(sums, d, lanes):
+            value = _read(builder, at(q, (d, 1)), lanes)
+            for each, key in zip(sums, keys, strict=True):
+                product = value, _read(builder, at(key, (d, 1)), lanes), builder.load(each)
+                builder.store(_multiply_add(builder, *product), each)
+
+        vector = _kind(_float32, LANES)
+        sums = [cgutils.alloca_once(builder, vector) for _ in keys]
+        for each in sums:
+            builder.store(ir.Constant(vector, [0.0] * LANES), each)
+        with cgutils.for_range_slice(builder, _i64(0), whole, _i64(LANES), _i64) as (d, _):
+            add(sums, d, LANES)
+        kind, name = (
+            ir.FunctionType(_float32, [_float32, vector]),
+            f"llvm.vector.reduce.fadd.v{LANES}f32",
+        )
+        reduce = cgutils.get_or_insert_function(builder.module, kind, name)
+        for each in sums:
+            total = builder.call(reduce, [_float32(0), builder.load(each)], fastmath=("reassoc",))
+            totals.append(cgutils.alloca_once_value(builder, total))
+        with cgutils.for_range_slice(builder, whole, D, _i64(1), _i64) as (d, _):
+            add(totals, d, 1)
+        for i, total in enumerate(totals):
+            _write(builder, builder.load(total), at(s, (i, 1)))
+        return context.get_dummy_value()
+
+    return types.void(q, q_at, k, at0, at1, at2, at3, D, s, s_at), codegen
 
 
-@numba.njit(**_fast)
-def _score(q, k, scores, near, far):
-    """scores (n, m) = q (n, D) @ k (m, D).T, by four keys: four independent sums.
+@intrinsic
+def _mix(context, p, p_at, m, v, v_at, D, y, y_at):
+    """y (D,) += p (m,) @ v (m, D), all at flat indices; a part of y stays in registers."""
 
-    Where m is no multiple of 4 up to three more columns are written: the last key's, again.
-    """
-    n, D = q.shape
-    last = k.shape[0] - 1
-    for x in range(0, last + 1, 4):
-        _fetch(near, x)
-        k0, k1, k2, k3 = k[x], k[min(x + 1, last)], k[min(x + 2, last)], k[min(x + 3, last)]
-        for i in range(n):
-            qi, si = q[i], scores[i, x:]
-            s0 = s1 = s2 = s3 = _f32(0)
-            for d in range(D):
-                s0 += qi[d] * _load(k0, d)
-                s1 += qi[d] * _load(k1, d)
-                s2 += qi[d] * _load(k2, d)
-                s3 += qi[d] * _load(k3, d)
-            si[0], si[1], si[2], si[3] = s0, s1, s2, s3
-        _fetch(far, x)
+    def codegen(context, builder, signature, args):
+        p, v, y = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 6)
+        )
+        at, m, D = partial(_at, builder), args[2], args[5]
+        p, v, y = at(p, (args[1], 1)), at(v, (args[4], 1)), at(y, (args[7], 1))
+        start = _i64(0)
+        for count, lanes in ((4, LANES), (1, LANES), (1, 1)):
+            sums = [cgutils.alloca_once(builder, _kind(_float32, lanes)) for _ in range(count)]
+            size = _i64(count * lanes)
+            stop = builder.mul(builder.udiv(D, size), size)
+            with cgutils.for_range_slice(builder, start, stop, size, _i64) as (d, _):
+                for i, each in enumerate(sums):
+                    builder.store(_read(builder, at(y, (d, 1), (i, lanes)), lanes), each)
+                with cgutils.for_range(builder, m, intp=_i64) as loop:
+                    weight = _splat(builder, builder.load(at(p, (loop.index, 1))), lanes)
+                    row = at(v, (loop.index, D), (d, 1))
+                    for i, each in enumerate(sums):
+                        value = _read(builder, at(row, (i, lanes)), lanes)
+                        more = _multiply_add(builder, weight, value, builder.load(each))
+                        builder.store(more, each)
+                for i, each in enumerate(sums):
+                    _write(builder, builder.load(each), at(y, (d, 1), (i, lanes)))
+            start = stop
+        return context.get_dummy_value()
 
-
-@numba.njit(**_fast)
-def _mix(p, v, y, near, far):
-    """y (n, D) += p (n, m) @ v (m, D), by four keys: y is loaded and stored less often."""
-    n, D = y.shape
-    last = v.shape[0] - 1
-    for x in range(0, last + 1, 4):
-        _fetch(near, x)
-        v0, v1, v2, v3 = v[x], v[min(x + 1, last)], v[min(x + 2, last)], v[min(x + 3, last)]
-        for i in range(n):
-            yi, pi = y[i], p[i, x:]
-            p0 = pi[0]
-            p1 = pi[1] if x + 1 <= last else _f32(0)
-            p2 = pi[2] if x + 2 <= last else _f32(0)
-            p3 = pi[3] if x + 3 <= last else _f32(0)
-            for d in range(D):
-                yi[d] += p0 * _load(v0, d) + p1 * _load(v1, d)
-                yi[d] += p2 * _load(v2, d) + p3 * _load(v3, d)
-        _fetch(far, x)
+    return types.void(p, p_at, m, v, v_at, D, y, y_at), codegen
 
 
 @numba.njit(**_fast)
@@ -527,13 +596,6 @@ def _softmax(scores):
 
 
 @numba.njit(**_fast)
-def _block(k, v, h, table, i):
-    """What is read as number i: K of the table's blocks in order, then V; then the last one."""
-    i = min(i, 2 * table.size - 1)
-    return k[table[i], h] if i < table.size else v[table[i - table.size], h]
-
-
-@numba.njit(**_fast)
 def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
     """Some consecutive rows of one sequence, the first at `position`, against kv head h.
 
@@ -541,8 +603,8 @@ def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
     are scratch, n being count times the query heads of h.
     """
     n, D = qs.shape
-    block_size = k.shape[2]
-    group = q.shape[1] // k.shape[1]
+    n_kv_head, block_size = k.shape[1:3]
+    group, width = q.shape[1] // n_kv_head, scores.shape[1]
     scale = _f32(1 / (math.sqrt(D) * math.log(2)))  # powers of 2, not of e
     for i in range(n):
         qi, qs_i, yi = q[i // group, h * group + i % group], qs[i], ys[i]
@@ -554,25 +616,35 @@ def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
     # bits of a row do not depend on it
     start -= start % block_size % 4
     stop = position + q.shape[0]  # some row sees the keys [start, stop)
-    table = table[start // block_size : (stop - 1) // block_size + 1]
-    skip = start % block_size
-    for j in range(table.size):
-        at = j * block_size - skip  # of the block's first key among the seen
+    first, blocks = start // block_size, (stop - 1) // block_size + 1
+    for b in range(first, blocks):
+        at = b * block_size - start  # of the block's first key among the seen
         x0, x1 = max(-at, 0), min(stop - start - at, block_size)
-        near, far = _block(k, v, h, table, j + 1), _block(k, v, h, table, j + 2)
-        _score(qs, k[table[j], h, x0:x1], scores[:, at + x0 :], near, far)
+        base = (table[b] * n_kv_head + h) * block_size
+        near = (table[min(b + 1, blocks - 1)] * n_kv_head + h) * block_size
+        for x in range(x0, x1, 4):
+            _fetch(k, (near + x) * D, D)
+            last = (base + x1 - 1) * D
+            k0 = (base + x) * D
+            k1, k2, k3 = min(k0 + D, last), min(k0 + 2 * D, last), min(k0 + 3 * D, last)
+            for i in range(n):
+                # where the block ends the last key comes again, to be overwritten
+                _dot4(qs, i * D, k, k0, k1, k2, k3, D, scores, i * width + at + x)
     for i in range(n):
         right = position + i // group + 1 - start
         left = max(0, right - 1 - window) if window >= 0 else 0
         scores[i, :left] = 0
         scores[i, right : stop - start] = 0
         qs[i, 0] = 1 / _softmax(scores[i, left:right])  # the query is not needed any more
-    for j in range(table.size):
-        at = j * block_size - skip
+    for b in range(first, blocks):
+        at = b * block_size - start
         x0, x1 = max(-at, 0), min(stop - start - at, block_size)
-        i = table.size + j
-        near, far = _block(k, v, h, table, i + 1), _block(k, v, h, table, i + 2)
-        _mix(scores[:, at + x0 :], v[table[j], h, x0:x1], ys, near, far)
+        base = (table[b] * n_kv_head + h) * block_size
+        near = (table[min(b + 1, blocks - 1)] * n_kv_head + h) * block_size
+        for x in range(x0, x1, 4):
+            _fetch(v, (near + x) * D, D)
+            for i in range(n):
+                _mix(scores, i * width + at + x, min(4, x1 - x), v, (base + x) * D, D, ys, i * D)
     for i in range(n):
         out_i, yi = out[i // group, h * group + i % group], ys[i]
         for d in range(D):

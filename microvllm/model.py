@@ -367,7 +367,7 @@ class Linear:
         self.squared, self.ops = squared, ops or sys.modules[__name__]
         plain = self.shared or quantize or device.type != "cpu"
         # in panels, the layout of our own product, where there is one
-        self.paneled = not plain and dtype == torch.float32 and getattr(self.ops, "LANES", 0) > 0
+        self.paneled = not plain and dtype == torch.float32 and getattr(self.ops, "PANEL", 0) > 0
         # on an x86 processor oneDNN's own layout is faster, at some numbers of rows twice as fast
         self.packed = (
             not (plain or self.paneled)
@@ -378,7 +378,9 @@ class Linear:
         self.weight: Tensor | None = None
         self.load(parts)
         self.slice = 0
-        if sliced and not self.paneled:  # do equal rows get equal bits wherever they are? else one is done at a time
+        if (
+            sliced and not self.paneled
+        ):  # do equal rows get equal bits wherever they are? else one is done at a time
             y = self._product(torch.arange(self.width).sin().expand(16, -1).contiguous())
             self.slice = 16 if torch.equal(y, y[:1].expand_as(y)) else 1
 
