@@ -10,46 +10,40 @@ The very first call compiles for some seconds; numba keeps the result on disk fo
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import threading
 from collections.abc import Sequence as Seq
 from functools import partial
 
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-# numba's OpenMP layer binds to the OpenMP library that torch has loaded before it, so the kernel
-# runs on torch's own threads. A second pool fights for the cores: torch's workers keep spinning
-# for milliseconds after a matrix product, in case another one follows. But as it starts it sets
-# that library's number of threads and allows nested teams, and with these torch's own attention
-# takes 6 to 140 times as long. So both are put back.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-_openmp = ctypes.CDLL(None) if os.name == "posix" else None  # without it, int() does nothing
-_threads, _nested = torch.get_num_threads(), getattr(_openmp, "omp_get_nested", int)()
-numba.set_num_threads(1)  # starts the layer
-torch.set_num_threads(_threads)
-getattr(_openmp, "omp_set_nested", int)(_nested)
-_one_at_a_time = threading.Lock()  # the workqueue layer aborts the process on concurrent launches
-
-
-def _threads_for(jobs: int) -> int:
-    """Set and return how many threads share so many jobs: torch's number, or fewer."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, jobs)
-    numba.set_num_threads(threads)
-    return threads
-
+from .products_cpu import (
+    FAST,
+    LANES,
+    _linear,
+    address,
+    f32,
+    i64,
+    keep_compiled,
+    kind_of,
+    multiply_add,
+    one_at_a_time,
+    read,
+    splat,
+    start_loading,
+    threads_for,
+    write,
+)
+from .products_cpu import PANEL as PANEL  # which model.py asks for here
+from .products_cpu import linear as linear
+from .products_cpu import panels as panels
 
 _f32 = np.float32
-# sums may be reordered, else nothing is vectorised; but NaN stays NaN (see _largest)
-_fast = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9
 
 
@@ -67,7 +61,7 @@ def _load(x, i):
     """x[i] as a float32."""
 
 
-@overload(_load, jit_options=_fast, inline="always")
+@overload(_load, jit_options=FAST, inline="always")
 def _load_of(x, i):
     if x.dtype == types.uint16:
         return lambda x, i: np.uint32(x[i] << np.uint32(16)).view(np.float32)
@@ -78,7 +72,7 @@ def _store(x, i, value):
     """x[i] = value, a float32, rounded to the nearest, of two equally near to the even one."""
 
 
-@overload(_store, jit_options=_fast, inline="always")
+@overload(_store, jit_options=FAST, inline="always")
 def _store_of(x, i, value):
     if x.dtype == types.uint16:
 
@@ -100,7 +94,7 @@ def _store_of(x, i, value):
 # memory once for each addition, product and norm
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _rms_scale(x, eps):
     total = _f32(0)
     for c in range(x.size):
@@ -108,7 +102,7 @@ def _rms_scale(x, eps):
     return _f32(1) / np.sqrt(total / _f32(x.size) + eps)
 
 
-@numba.njit(parallel=True, **_fast)
+@numba.njit(parallel=True, **FAST)
 def _add_norm(x, y, x0, a, b, eps, adds, mixes, threads, x_new, h):
     for thread in numba.prange(threads):
         for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
@@ -132,13 +126,13 @@ def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
     x_new = torch.empty_like(x) if adds or mixes else x
     arrays = [z.numpy() for z in (x, y if adds else x, x0 if mixes else x)]
     a, b = (_f32(a), _f32(b)) if mixes else (_f32(1), _f32(0))
-    with _one_at_a_time:
-        threads = _threads_for(1 + len(x) // 8)  # waking one takes as long as a few rows
+    with one_at_a_time:
+        threads = threads_for(1 + len(x) // 8)  # waking one takes as long as a few rows
         _add_norm(*arrays, a, b, _f32(eps), adds, mixes, threads, x_new.numpy(), h.numpy())
     return x_new, h
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _rotate(x, cos, sin, qk_scale, eps, z, y):
     """y (D,) = qk_scale * the norm of x (D,) rotated; z (D,) is scratch."""
     half = cos.size
@@ -150,9 +144,9 @@ def _rotate(x, cos, sin, qk_scale, eps, z, y):
         _store(y, j, z[j] * scale)
 
 
-@numba.njit(parallel=True, **_fast)
+@numba.njit(parallel=True, **FAST)
 def _rope_store(
-    qkv, h, e, ve_gate, gated, cos, sin, positions, slots, k, v,
+    qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
     qk_scale, gate_scale, eps, threads, q,
 ):  # fmt: skip
     T, n_head = q.shape[:2]
@@ -162,6 +156,7 @@ def _rope_store(
         for t in range(T * thread // threads, T * (thread + 1) // threads):
             c, s = cos[positions[t]], sin[positions[t]]
             block, slot = slots[t] // block_size, slots[t] % block_size
+            e = ve[ids[t] if gated else 0]
             for i in range(n_head):
                 _rotate(qkv[t, i], c, s, qk_scale, eps, z, q[t, i])
             for i in range(n_kv_head):
@@ -173,7 +168,7 @@ def _rope_store(
                         dot += h[t, j] * ve_gate[i, j]
                     gate = gate_scale / (_f32(1) + np.exp(-dot))
                     for j in range(D):
-                        _store(to, j, vi[j] + gate * e[t, i, j])
+                        _store(to, j, vi[j] + gate * _load(e, i * D + j))
                 else:
                     for j in range(D):
                         _store(to, j, vi[j])
@@ -184,23 +179,22 @@ def rope_store(
 ) -> Tensor:
     """Rotate, norm and scale q and k, mix the value embedding into v, write k and v to their
     slots; arguments and result as in model.py."""
-    n_kv_head, _, D = k.shape[1:]
-    q, gated = torch.empty(len(qkv), n_head, D), ve is not None
-    if gated:
-        e = F.embedding(batch.ids, ve).float().view(-1, n_kv_head, D)
-    else:  # a kernel takes arrays, never None: any of their shapes will do
-        e, ve_gate = q, h
-    arrays = [x.numpy() for x in (qkv.view(len(qkv), -1, D), h, e, ve_gate)]
-    tensors = cos, sin, batch.positions, batch.slots, k, v
-    with _one_at_a_time:
+    q, gated = torch.empty(len(qkv), n_head, k.shape[3]), ve is not None
+    if not gated:  # a kernel takes arrays, never None: any of their kind will do
+        ve, ve_gate = k[0, 0], h
+    ids = batch.ids if gated else batch.slots
+    tensors = ids, ve, ve_gate, cos, sin, batch.positions, batch.slots, k, v
+    ids, ve, ve_gate, *others = [_array(x) for x in tensors]
+    with one_at_a_time:
         _rope_store(
-            *arrays, gated, *[_array(x) for x in tensors], _f32(qk_scale), _f32(gate_scale),
-            _f32(eps), _threads_for(1 + len(qkv) // 4), q.numpy(),
+            qkv.view(len(qkv), -1, k.shape[3]).numpy(), h.numpy(), ids, ve, ve_gate, gated,
+            *others, _f32(qk_scale), _f32(gate_scale), _f32(eps), threads_for(1 + len(qkv) // 4),
+            q.numpy(),
         )  # fmt: skip
     return q
 
 
-@numba.njit(parallel=True, **_fast)
+@numba.njit(parallel=True, **FAST)
 def _quantize_rows(x, levels, threads, q, scale):
     C = x.shape[1]
     for thread in numba.prange(threads):
@@ -228,8 +222,8 @@ def _quantize_rows(x, levels, threads, q, scale):
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """x (T, C), rotated, in steps that fit the row, as in model.py."""
     q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
-    with _one_at_a_time:
-        threads = _threads_for(1 + len(x) // 8)
+    with one_at_a_time:
+        threads = threads_for(1 + len(x) // 8)
         _quantize_rows(x.numpy(), _f32(levels), threads, q.numpy(), scale.numpy())
     return q, scale
 
@@ -237,223 +231,6 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2, in place."""
     return x.relu_().square_()  # there is nothing to fuse: torch's two passes are as fast as one
-
-
-# vectors -----------------------------------------------------------------------------------------
-
-# numba leaves it to the compiler to make vectors of a loop; where that does less than the processor
-# can, here is what it is made of, in the compiler's own language (llvmlite.ir)
-
-_cpu = binding.get_host_cpu_features()
-# numbers in a register
-LANES = 16 if _cpu.get("avx512f") else 8 if _cpu.get("avx2") and _cpu.get("fma") else 4
-_i32, _i64, _float32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-
-
-def _kind(item, lanes: int):
-    return ir.VectorType(item, lanes) if lanes > 1 else item
-
-
-def _splat(builder, value, lanes: int):
-    """A vector of equal numbers."""
-    if lanes == 1:
-        return value
-    vector = builder.insert_element(
-        ir.Constant(_kind(_float32, lanes), ir.Undefined), value, _i32(0)
-    )
-    return builder.shuffle_vector(vector, vector, ir.Constant(_kind(_i32, lanes), [0] * lanes))
-
-
-def _multiply_add(builder, a, b, c):
-    """a * b + c, rounded once where the processor can."""
-    name = f"v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "f32"
-    kind = ir.FunctionType(a.type, [a.type] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.{name}")
-    return builder.call(function, [a, b, c])
-
-
-def _read(builder, start, lanes: int = LANES):
-    """Numbers of the cache, float32 or bfloat16, from a pointer on, as float32."""
-    item = start.type.pointee
-    value = builder.load(builder.bitcast(start, _kind(item, lanes).as_pointer()))
-    value.align = 4 if item == _float32 else 2
-    if item == _float32:
-        return value
-    shift = ir.Constant(_kind(_i32, lanes), [16] * lanes if lanes > 1 else 16)
-    value = builder.shl(builder.zext(value, _kind(_i32, lanes)), shift)
-    return builder.bitcast(value, _kind(_float32, lanes))
-
-
-def _write(builder, value, start):
-    builder.store(value, builder.bitcast(start, value.type.as_pointer())).align = 4
-
-
-def _at(builder, start, *counts):
-    """The address of start[the sum of a * b for these (a, b)]."""
-    for a, b in counts:
-        a, b = (_i64(z) if isinstance(z, int) else z for z in (a, b))
-        start = builder.gep(start, [builder.mul(a, b)])
-    return start
-
-
-def _start_loading(builder, start):
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, _i32, _i32, _i32])
-    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-    # for reading; into the second-level cache; data
-    builder.call(prefetch, [builder.bitcast(start, byte), _i32(0), _i32(2), _i32(1)])
-
-
-# matrix products ---------------------------------------------------------------------------------
-
-# of few rows: the weights come from memory, are used once, and a library that reads them as it gets
-# to them waits. Here, while one panel of them is multiplied, the next one is on its way to the
-# second-level cache: for up to 64 rows 1.2 times as fast as oneDNN, for more the same. And a row's
-# sums are always added up in one order, whatever rows there are beside it
-
-# outputs whose weights lie together: two registers of them, so many rows, and the registers that
-# are left hold the sums. 0: a processor without the instructions that this is made for
-PANEL = 2 * LANES if LANES > 4 else 0
-_ROWS = 12 if LANES == 16 else 6
-_DEPTH = 512  # inputs at a time: the weights of a panel for them stay in the cache
-_MANY = 240  # rows at a time: they stay there, too
-
-
-@intrinsic
-def _multiply(context, n, wide, K, x, x_at, w, w_at, y, y_at, ahead, every, add, square):
-    """y (n, PANEL) = x (n, K) @ w (K, PANEL), n being 1 to _ROWS; if `add`, more by that.
-
-    These parts of the arrays, all contiguous, begin at the flat indices x_at, w_at and y_at: a
-    slice takes as long as a few rows do. wide: of two panels, for up to half as many rows, which
-    loads less often; square: then relu(y)^2; ahead: where in w to start loading, PANEL numbers at
-    each (2^every)-th input.
-    """
-
-    def codegen(context, builder, signature, args):
-        n, wide, K, _, x_at, _, w_at, _, y_at, ahead, every, add, square = args
-        arrays = [
-            context.make_array(signature.args[i])(context, builder, args[i]) for i in (3, 5, 7)
-        ]
-        at, (xs, ws, ys) = partial(_at, builder), (array.data for array in arrays)
-        x_stride, w_stride, y_stride = (builder.extract_value(a.shape, 1) for a in arrays)
-        w_stride = builder.mul(w_stride, _i64(PANEL))
-        xs, ws, aheads, ys = (
-            at(xs, (x_at, 1)),
-            at(ws, (w_at, 1)),
-            at(ws, (ahead, 1)),
-            at(ys, (y_at, 1)),
-        )
-        vector = _kind(_float32, LANES)
-        zero = ir.Constant(vector, [0.0] * LANES)
-        sums = [cgutils.alloca_once(builder, vector) for _ in range(2 * _ROWS)]
-
-        def multiply(n, panels):
-            rows, mine = [at(xs, (x_stride, i)) for i in range(n)], sums[: 2 * panels * n]
-            for each in mine:
-                builder.store(zero, each)
-            with cgutils.for_range(builder, K, intp=_i64) as loop:
-                k, weights = loop.index, []
-                for panel in range(panels):
-                    start = at(ws, (w_stride, panel), (k, PANEL))
-                    weights += [_read(builder, start), _read(builder, at(start, (LANES, 1)))]
-                for i, row in enumerate(rows):
-                    value = _splat(builder, builder.load(at(row, (k, 1))), LANES)
-                    for weight, each in zip(weights, mine[len(weights) * i :], strict=False):
-                        more = _multiply_add(builder, weight, value, builder.load(each))
-                        builder.store(more, each)
-                skipped = builder.and_(k, builder.not_(builder.shl(_i64(-1), every)))
-                with builder.if_then(builder.icmp_unsigned("==", skipped, _i64(0))):
-                    for panel in range(panels):
-                        start = at(aheads, (w_stride, panel), (builder.lshr(k, every), PANEL))
-                        for line in range(0, PANEL, 16):
-                            _start_loading(builder, at(start, (line, 1)))
-            places = [
-                at(ys, (y_stride, i), (LANES, j)) for i in range(n) for j in range(2 * panels)
-            ]
-            with builder.if_then(add):
-                for each, place in zip(mine, places, strict=True):
-                    builder.store(builder.fadd(builder.load(each), _read(builder, place)), each)
-            with builder.if_then(square):
-                for each in mine:
-                    value = builder.load(each)
-                    negative = builder.fcmp_ordered("<", value, zero)  # a NaN is not
-                    value = builder.select(negative, zero, value)
-                    builder.store(builder.fmul(value, value), each)
-            for each, place in zip(mine, places, strict=True):
-                _write(builder, builder.load(each), place)
-
-        done = builder.append_basic_block("done")
-        case = builder.add(n, builder.select(wide, _i64(_ROWS), _i64(0)))
-        switch = builder.switch(case, done)
-        for panels, most in ((1, _ROWS), (2, _ROWS // 2)):
-            for i in range(1, most + 1):
-                block = builder.append_basic_block(f"{i}_rows_{panels}_panels")
-                switch.add_case(_i64(i + (panels - 1) * _ROWS), block)
-                builder.position_at_end(block)
-                multiply(i, panels)
-                builder.branch(done)
-        builder.position_at_end(done)
-        return context.get_dummy_value()
-
-    kinds = n, wide, K, x, x_at, w, w_at, y, y_at, ahead, every, add, square
-    return types.void(*kinds), codegen
-
-
-@numba.njit(parallel=True, **_fast)
-def _linear(x, w, square, threads, y):
-    T, N = y.shape
-    panels, K, width = w.shape
-    blocks, parts = -(-T // _MANY), -(-K // _DEPTH)
-    wide = T >= 128
-    rows, step = (_ROWS // 2, 2) if wide else (_ROWS, 1)
-    for thread in numba.prange(threads):
-        first, end = panels * thread // threads, panels * (thread + 1) // threads
-        for turn in range(blocks * parts):
-            block, part = turn // parts, turn % parts
-            t0, t1 = T * block // blocks, T * (block + 1) // blocks
-            k0, k1 = K * part // parts, K * (part + 1) // parts
-            tiles = -(-(t1 - t0) // rows)
-            every = 0  # what one tile does not ask for, the next one does
-            while 2 << every <= tiles:
-                every += 1
-            size = ((k1 - k0) >> every) * width
-            for p in range(first, end, step):
-                both = p + step <= end and wide
-                near = (min(p + step, end - 1) * K + k0) * width
-                for i in range(tiles):
-                    r0, r1 = t0 + (t1 - t0) * i // tiles, t0 + (t1 - t0) * (i + 1) // tiles
-                    _multiply(
-                        r1 - r0, both, k1 - k0, x, r0 * K + k0, w, (p * K + k0) * width,
-                        y, r0 * N + p * width, near + min(i, (1 << every) - 1) * size,
-                        every, part > 0, square and part == parts - 1,
-                    )  # fmt: skip
-
-
-def panels(weight: Tensor) -> Tensor:
-    """A matrix (out, in), float32, as panels of PANEL outputs, (panels, in, PANEL), the last one
-    filled up with zeros."""
-    whole, rest = divmod(len(weight), PANEL)
-    # numpy asks the system for large pages, torch does not: few rows are a fifth faster with them.
-    # but it does not begin at a cache line
-    shape = whole + (rest > 0), weight.shape[1], PANEL
-    packed = np.empty(math.prod(shape) + 16, np.float32)
-    start = -packed.ctypes.data % 64 // packed.itemsize
-    packed = torch.from_numpy(packed[start : start + math.prod(shape)]).view(shape)
-    packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, -1).transpose(1, 2)
-    if rest:
-        packed[-1] = 0
-        packed[-1, :, :rest] = weight[whole * PANEL :].T
-    return packed
-
-
-def linear(x: Tensor, packed: Tensor, rows: int, square: bool = False) -> Tensor:
-    """x (T, in) @ the first `rows` outputs of a packed weight, transposed: (T, rows); square: then
-    relu(y)^2."""
-    y = torch.empty(len(x), packed.shape[0] * PANEL)
-    with _one_at_a_time:
-        threads = _threads_for(len(packed))
-        _linear(x.contiguous().numpy(), packed.numpy(), square, threads, y.numpy())
-    return y if rows == y.shape[1] else y[:, :rows].contiguous()
 
 
 # attention ---------------------------------------------------------------------------------------
@@ -469,9 +246,9 @@ def _fetch(context, x, start, D):
     def codegen(context, builder, signature, args):
         array = context.make_array(signature.args[0])(context, builder, args[0])
         line = 64 // (context.get_abi_sizeof(array.data.type.pointee))
-        start, count = builder.gep(array.data, [args[1]]), builder.mul(args[2], _i64(4))
-        with cgutils.for_range_slice(builder, _i64(0), count, _i64(line), _i64) as (d, _):
-            _start_loading(builder, builder.gep(start, [d]))
+        start, count = builder.gep(array.data, [args[1]]), builder.mul(args[2], i64(4))
+        with cgutils.for_range_slice(builder, i64(0), count, i64(line), i64) as (d, _):
+            start_loading(builder, builder.gep(start, [d]))
         return context.get_dummy_value()
 
     return types.void(x, start, D), codegen
@@ -485,35 +262,35 @@ def _dot4(context, q, q_at, k, at0, at1, at2, at3, D, s, s_at):
         q, k, s = (
             context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2, 8)
         )
-        at, D = partial(_at, builder), args[7]
+        at, D = partial(address, builder), args[7]
         q, s = at(q, (args[1], 1)), at(s, (args[9], 1))
         keys = [at(k, (i, 1)) for i in args[3:7]]
-        whole, totals = builder.mul(builder.udiv(D, _i64(LANES)), _i64(LANES)), []
+        whole, totals = builder.mul(builder.udiv(D, i64(LANES)), i64(LANES)), []
 
         def add(sums, d, lanes):
-            value = _read(builder, at(q, (d, 1)), lanes)
+            value = read(builder, at(q, (d, 1)), lanes)
             for each, key in zip(sums, keys, strict=True):
-                product = value, _read(builder, at(key, (d, 1)), lanes), builder.load(each)
-                builder.store(_multiply_add(builder, *product), each)
+                product = value, read(builder, at(key, (d, 1)), lanes), builder.load(each)
+                builder.store(multiply_add(builder, *product), each)
 
-        vector = _kind(_float32, LANES)
+        vector = kind_of(f32, LANES)
         sums = [cgutils.alloca_once(builder, vector) for _ in keys]
         for each in sums:
             builder.store(ir.Constant(vector, [0.0] * LANES), each)
-        with cgutils.for_range_slice(builder, _i64(0), whole, _i64(LANES), _i64) as (d, _):
+        with cgutils.for_range_slice(builder, i64(0), whole, i64(LANES), i64) as (d, _):
             add(sums, d, LANES)
         kind, name = (
-            ir.FunctionType(_float32, [_float32, vector]),
+            ir.FunctionType(f32, [f32, vector]),
             f"llvm.vector.reduce.fadd.v{LANES}f32",
         )
         reduce = cgutils.get_or_insert_function(builder.module, kind, name)
         for each in sums:
-            total = builder.call(reduce, [_float32(0), builder.load(each)], fastmath=("reassoc",))
+            total = builder.call(reduce, [f32(0), builder.load(each)], fastmath=("reassoc",))
             totals.append(cgutils.alloca_once_value(builder, total))
-        with cgutils.for_range_slice(builder, whole, D, _i64(1), _i64) as (d, _):
+        with cgutils.for_range_slice(builder, whole, D, i64(1), i64) as (d, _):
             add(totals, d, 1)
         for i, total in enumerate(totals):
-            _write(builder, builder.load(total), at(s, (i, 1)))
+            write(builder, builder.load(total), at(s, (i, 1)))
         return context.get_dummy_value()
 
     return types.void(q, q_at, k, at0, at1, at2, at3, D, s, s_at), codegen
@@ -527,44 +304,44 @@ def _mix(context, p, p_at, m, v, v_at, D, y, y_at):
         p, v, y = (
             context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 6)
         )
-        at, m, D = partial(_at, builder), args[2], args[5]
+        at, m, D = partial(address, builder), args[2], args[5]
         p, v, y = at(p, (args[1], 1)), at(v, (args[4], 1)), at(y, (args[7], 1))
-        start = _i64(0)
+        start = i64(0)
         for count, lanes in ((4, LANES), (1, LANES), (1, 1)):
-            sums = [cgutils.alloca_once(builder, _kind(_float32, lanes)) for _ in range(count)]
-            size = _i64(count * lanes)
+            sums = [cgutils.alloca_once(builder, kind_of(f32, lanes)) for _ in range(count)]
+            size = i64(count * lanes)
             stop = builder.mul(builder.udiv(D, size), size)
-            with cgutils.for_range_slice(builder, start, stop, size, _i64) as (d, _):
+            with cgutils.for_range_slice(builder, start, stop, size, i64) as (d, _):
                 for i, each in enumerate(sums):
-                    builder.store(_read(builder, at(y, (d, 1), (i, lanes)), lanes), each)
-                with cgutils.for_range(builder, m, intp=_i64) as loop:
-                    weight = _splat(builder, builder.load(at(p, (loop.index, 1))), lanes)
+                    builder.store(read(builder, at(y, (d, 1), (i, lanes)), lanes), each)
+                with cgutils.for_range(builder, m, intp=i64) as loop:
+                    weight = splat(builder, builder.load(at(p, (loop.index, 1))), lanes)
                     row = at(v, (loop.index, D), (d, 1))
                     for i, each in enumerate(sums):
-                        value = _read(builder, at(row, (i, lanes)), lanes)
-                        more = _multiply_add(builder, weight, value, builder.load(each))
+                        value = read(builder, at(row, (i, lanes)), lanes)
+                        more = multiply_add(builder, weight, value, builder.load(each))
                         builder.store(more, each)
                 for i, each in enumerate(sums):
-                    _write(builder, builder.load(each), at(y, (d, 1), (i, lanes)))
+                    write(builder, builder.load(each), at(y, (d, 1), (i, lanes)))
             start = stop
         return context.get_dummy_value()
 
     return types.void(p, p_at, m, v, v_at, D, y, y_at), codegen
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _key(x):
     """An integer for a float, in the same order; a NaN comes after all numbers or before them."""
     bits = _f32(x).view(np.int32)
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _float(key):
     return np.int32(key ^ ((key >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _largest(x):
     """Integers, since the compiler makes no vectors of the maximum of floats: 12 times faster."""
     bits, largest = x.view(np.int32), np.int32(-(2**31))
@@ -573,7 +350,7 @@ def _largest(x):
     return _float(largest)
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _exp2(x):
     """2**x for x <= 0, to 1e-7 of it. LLVM has no vector exp of its own, this it vectorises."""
     x = _f32(-126) if x < _f32(-126) else x  # the smallest power that has an exponent's bits
@@ -584,7 +361,7 @@ def _exp2(x):
     return y * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _softmax(scores):
     """In place, but for the division by the sum, which is returned."""
     largest = _largest(scores)
@@ -595,7 +372,7 @@ def _softmax(scores):
     return total
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
     """Some consecutive rows of one sequence, the first at `position`, against kv head h.
 
@@ -651,7 +428,7 @@ def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
             out_i[d] = yi[d] * qs[i, 0]
 
 
-@numba.njit(parallel=True, **_fast)
+@numba.njit(parallel=True, **FAST)
 def _attend(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, out):
     """Tiles of up to `rows` rows and one kv head, dealt to the threads like cards.
 
@@ -682,6 +459,14 @@ def _attend(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, 
                     turn = (turn + 1) % threads
 
 
+def _tile(batch, group: int) -> tuple[int, int]:
+    """Rows of one sequence that are done together, and how long a row of scores is."""
+    # 16 queries read a block of keys together: their scores still fit in the second-level cache
+    rows = max(1, min(batch.max_query, 16 // group))
+    # an odd number of cache lines per row, else the same column of all rows falls into one set
+    return rows, ((batch.max_seq + 3 + 15) // 16 | 1) * 16  # + 3: keys come by four
+
+
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
     """Attention of a flat batch over the paged cache, as attention.py describes it. Float32.
 
@@ -692,18 +477,111 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tens
     for 64 prompts of 23 tokens, 1.4 to 2.4 times for one of 512, 0.9 to 1.3 times for 2,048.
     """
     group, D = q.shape[1] // k.shape[1], q.shape[2]
-    # 16 queries read a block of keys together: their scores still fit in the second-level cache
-    rows = max(1, min(batch.max_query, 16 // group))
-    # an odd number of cache lines per row, else the same column of all rows falls into one set
-    width = ((batch.max_seq + 3 + 15) // 16 | 1) * 16  # + 3: see _score
+    rows, width = _tile(batch, group)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     tensors = q.contiguous(), k, v, batch.cu_seqlens, batch.seq_lens, batch.block_tables
     arrays = [_array(x) for x in tensors]
-    with _one_at_a_time:
-        threads = _threads_for(len(q) * k.shape[1])
+    with one_at_a_time:
+        threads = threads_for(len(q) * k.shape[1])
         scratch = torch.empty(threads, rows * group * (2 * D + width))
         _attend(*arrays, window, rows, scratch.numpy(), out.numpy())
     return out
+
+
+# the parts of a layer -----------------------------------------------------------------------------
+
+# between two products every call from Python takes 10 to 50 microseconds, since the weights that
+# have just gone through the caches have swept out what Python needs. With one call for all that
+# comes before attention and it, and one for all that comes after, a step of one sequence is a tenth
+# faster
+
+
+@numba.njit(**FAST)
+def _attention_part(
+    x, y, x0, a, b, adds, mixes, eps, qkv_weight, ids, ve, ve_gate, gated, cos, sin, positions,
+    slots, k, v, n_head, qk_scale, gate_scale, cu_seqlens, seq_lens, block_tables, window,
+    rows, width, threads, x_new, out,
+):  # fmt: skip
+    T, C = x.shape
+    n_kv_head, _, D = k.shape[1:]
+    h, q = np.empty((T, C), np.float32), np.empty((T, n_head, D), np.float32)
+    qkv = np.empty((T, qkv_weight.shape[0] * qkv_weight.shape[2]), np.float32)
+    scratch = np.empty((threads, rows * (n_head // n_kv_head) * (2 * D + width)), np.float32)
+    few = min(threads, 1 + T // 8)
+    _add_norm(x, y, x0, a, b, eps, adds, mixes, few, x_new, h)
+    _linear(h, qkv_weight, False, threads, qkv)
+    _rope_store(
+        qkv.reshape(T, -1, D), h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
+        qk_scale, gate_scale, eps, few, q,
+    )  # fmt: skip
+    _attend(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, out)
+
+
+@numba.njit(**FAST)
+def _mlp_part(x, y, proj, fc, mlp_proj, eps, threads, x_new, out):
+    T, C = x.shape
+    h, wide = np.empty((T, C), np.float32), np.empty((T, fc.shape[0] * fc.shape[2]), np.float32)
+    _linear(y, proj, False, threads, out)
+    few = min(threads, 1 + T // 8)
+    _add_norm(x, out, x, _f32(1), _f32(0), eps, True, False, few, x_new, h)
+    _linear(h, fc, True, threads, wide)
+    _linear(wide, mlp_proj, False, threads, out)
+
+
+class Parts:
+    """What model.py's `attention_part` and `mlp_part` do for a model, in one call each."""
+
+    def __init__(self, model):
+        recipe, tables = model.recipe, (model.cos.numpy(), model.sin.numpy())
+        self.eps, self.qk_scale = _f32(recipe.eps), _f32(recipe.qk_scale)
+        self.gate_scale, self.n_head = _f32(recipe.gate_scale), model.config.n_head
+        self.batch, self.constants = None, []
+        for layer in model.layers:
+            weights = [w.weight.numpy() for w in (layer.qkv, layer.proj, layer.fc, layer.mlp_proj)]
+            mixes, gated = layer.resid_lambda is not None, layer.ve is not None
+            scales = [layer.resid_lambda, layer.x0_lambda] if mixes else [1, 0]
+            # a kernel takes arrays, never None: any of their kind will do
+            ve = (
+                [_array(layer.ve), layer.ve_gate.numpy()]
+                if gated
+                else [_array(model.wte), tables[0]]
+            )
+            self.constants.append((weights, (*map(_f32, scales), mixes), (*ve, gated, *tables)))
+
+    def attention(self, i: int, x, y, x0, batch, k, v, window: int) -> tuple[Tensor, Tensor]:
+        weights, scales, tables = self.constants[i]
+        if batch is not self.batch:
+            self.batch, group = batch, self.n_head // k.shape[1]
+            self.rows, self.width = _tile(batch, group)
+            self.ids, self.positions, self.slots, *self.lengths = (
+                z.numpy() for z in (
+                    batch.ids, batch.positions, batch.slots, batch.cu_seqlens, batch.seq_lens,
+                    batch.block_tables,
+                )
+            )  # fmt: skip
+        adds, T = y is not None, len(x)
+        x_new = torch.empty_like(x) if adds or scales[2] else x
+        out = torch.empty(T, self.n_head, k.shape[3])
+        arrays = [z.numpy() for z in (x, y if adds else x, x0)]
+        with one_at_a_time:
+            _attention_part(
+                *arrays, *scales[:2], adds, scales[2], self.eps, weights[0], self.ids, *tables,
+                self.positions, self.slots, _array(k), _array(v), self.n_head, self.qk_scale,
+                self.gate_scale, *self.lengths, window, self.rows, self.width,
+                threads_for(len(weights[0])), x_new.numpy(), out.numpy(),
+            )  # fmt: skip
+        return x_new, out
+
+    def mlp(self, i: int, x, y) -> tuple[Tensor, Tensor]:
+        _, *weights = self.constants[i][0]
+        x_new, out = torch.empty_like(x), torch.empty_like(x)
+        arrays = x.numpy(), y.flatten(1).numpy()
+        with one_at_a_time:
+            _mlp_part(
+                *arrays, *weights, self.eps, threads_for(len(weights[1])), x_new.numpy(),
+                out.numpy(),
+            )  # fmt: skip
+        return x_new, out
 
 
 # the sampler -------------------------------------------------------------------------------------
@@ -717,7 +595,7 @@ _LOG2E = _f32(1 / math.log(2))
 _BLOCK = 256  # weights that are summed before one of them is looked for
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _least(values, counting, limit, low, high):
     """The least of the values that stay: those for which all larger ones together hold less than
     `limit`, each holding what it is or, if counting, 1. It lies between low and high."""
@@ -738,7 +616,7 @@ def _least(values, counting, limit, low, high):
     return _float(np.int32(first))
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
     """w (V,) = 2**(scale * (x - the largest)), x being capped, and 0 for what the filters drop."""
     top = _largest(x)
@@ -771,7 +649,7 @@ def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
             w[i] = w[i] if w[i] >= min_p else _f32(0)
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _draw(w, sums, u):
     """The first index at which the running sum of w exceeds u of the whole."""
     total = 0.0
@@ -796,7 +674,7 @@ def _draw(w, sums, u):
     return token
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def _argmax(x):
     largest = _largest(x)
     for i in range(x.size):
@@ -805,7 +683,7 @@ def _argmax(x):
     return 0  # NaN
 
 
-@numba.njit(parallel=True, **_fast)
+@numba.njit(parallel=True, **FAST)
 def _sample(logits, V, stride, u, scale, softcap, filters, threads, tokens):
     """Rows dealt to the threads; that of number r begins at logits[r * stride]."""
     for thread in numba.prange(threads):
@@ -839,8 +717,8 @@ def sample(
     T, tokens = temperature.numpy(), torch.empty(R, dtype=torch.int64)
     scale = np.divide(_LOG2E, T, out=np.zeros_like(T), where=T > 0)
     filters = np.array(filters) if filters else np.tile([0.0, 1.0, 0.0], (R, 1))
-    with _one_at_a_time:
-        threads = _threads_for(R)
+    with one_at_a_time:
+        threads = threads_for(R)
         _sample(
             flat.numpy(), V, stride, uniform.numpy(), scale, _f32(softcap),
             filters, threads, tokens.numpy(),
@@ -848,8 +726,4 @@ def sample(
     return tokens
 
 
-try:
-    for _kernel in (_add_norm, _rope_store, _quantize_rows, _linear, _attend, _sample):
-        _kernel.enable_caching()
-except RuntimeError:  # neither the package's folder nor the user's cache can be written
-    pass
+keep_compiled(_add_norm, _rope_store, _quantize_rows, _attend, _sample, _attention_part, _mlp_part)
