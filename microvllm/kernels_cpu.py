@@ -25,12 +25,12 @@ from torch import Tensor
 from .products_cpu import (
     FAST,
     LANES,
-    _linear,
     address,
     f32,
     i64,
     keep_compiled,
     kind_of,
+    multiply,
     multiply_add,
     one_at_a_time,
     read,
@@ -498,18 +498,18 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tens
 
 @numba.njit(**FAST)
 def _attention_part(
-    x, y, x0, a, b, adds, mixes, eps, qkv_weight, ids, ve, ve_gate, gated, cos, sin, positions,
-    slots, k, v, n_head, qk_scale, gate_scale, cu_seqlens, seq_lens, block_tables, window,
+    x, y, x0, a, b, adds, mixes, eps, qkv_weight, proj, ids, ve, ve_gate, gated, cos, sin,
+    positions, slots, k, v, qk_scale, gate_scale, cu_seqlens, seq_lens, block_tables, window,
     rows, width, threads, x_new, out,
 ):  # fmt: skip
     T, C = x.shape
-    n_kv_head, _, D = k.shape[1:]
+    n_head, n_kv_head, D = out.shape[1], k.shape[1], out.shape[2]
     h, q = np.empty((T, C), np.float32), np.empty((T, n_head, D), np.float32)
     qkv = np.empty((T, qkv_weight.shape[0] * qkv_weight.shape[2]), np.float32)
     scratch = np.empty((threads, rows * (n_head // n_kv_head) * (2 * D + width)), np.float32)
     few = min(threads, 1 + T // 8)
     _add_norm(x, y, x0, a, b, eps, adds, mixes, few, x_new, h)
-    _linear(h, qkv_weight, False, threads, qkv)
+    multiply(h, qkv_weight, False, proj, threads, qkv)
     _rope_store(
         qkv.reshape(T, -1, D), h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
         qk_scale, gate_scale, eps, few, q,
@@ -518,14 +518,14 @@ def _attention_part(
 
 
 @numba.njit(**FAST)
-def _mlp_part(x, y, proj, fc, mlp_proj, eps, threads, x_new, out):
+def _mlp_part(x, y, proj, fc, mlp_proj, following, eps, threads, x_new, out):
     T, C = x.shape
     h, wide = np.empty((T, C), np.float32), np.empty((T, fc.shape[0] * fc.shape[2]), np.float32)
-    _linear(y, proj, False, threads, out)
+    multiply(y, proj, False, fc, threads, out)
     few = min(threads, 1 + T // 8)
     _add_norm(x, out, x, _f32(1), _f32(0), eps, True, False, few, x_new, h)
-    _linear(h, fc, True, threads, wide)
-    _linear(wide, mlp_proj, False, threads, out)
+    multiply(h, fc, True, mlp_proj, threads, wide)
+    multiply(wide, mlp_proj, False, following, threads, out)
 
 
 class Parts:
@@ -535,52 +535,48 @@ class Parts:
         recipe, tables = model.recipe, (model.cos.numpy(), model.sin.numpy())
         self.eps, self.qk_scale = _f32(recipe.eps), _f32(recipe.qk_scale)
         self.gate_scale, self.n_head = _f32(recipe.gate_scale), model.config.n_head
-        self.batch, self.constants = None, []
-        for layer in model.layers:
-            weights = [w.weight.numpy() for w in (layer.qkv, layer.proj, layer.fc, layer.mlp_proj)]
+        self.batch, self.layers = None, []
+        one, none = np.ones((), np.float32), np.zeros((), np.float32)
+        ends = [layer.qkv for layer in model.layers[1:]] + [model.lm_head]
+        for layer, following in zip(model.layers, ends, strict=True):
+            linears = layer.qkv, layer.proj, layer.fc, layer.mlp_proj, following
             mixes, gated = layer.resid_lambda is not None, layer.ve is not None
-            scales = [layer.resid_lambda, layer.x0_lambda] if mixes else [1, 0]
-            # a kernel takes arrays, never None: any of their kind will do
-            ve = (
-                [_array(layer.ve), layer.ve_gate.numpy()]
-                if gated
-                else [_array(model.wte), tables[0]]
+            lambdas = (
+                (layer.resid_lambda.numpy(), layer.x0_lambda.numpy()) if mixes else (one, none)
             )
-            self.constants.append((weights, (*map(_f32, scales), mixes), (*ve, gated, *tables)))
+            # a kernel takes arrays, never None: any of their kind will do
+            ve = (layer.ve, layer.ve_gate) if gated else (model.wte, model.cos)
+            tables = (*map(_array, ve), gated, model.cos.numpy(), model.sin.numpy())
+            self.layers.append(([w.weight.numpy() for w in linears], mixes, lambdas, tables))
 
     def attention(self, i: int, x, y, x0, batch, k, v, window: int) -> tuple[Tensor, Tensor]:
-        weights, scales, tables = self.constants[i]
+        weights, mixes, (a, b), tables = self.layers[i]
         if batch is not self.batch:
-            self.batch, group = batch, self.n_head // k.shape[1]
-            self.rows, self.width = _tile(batch, group)
-            self.ids, self.positions, self.slots, *self.lengths = (
-                z.numpy() for z in (
-                    batch.ids, batch.positions, batch.slots, batch.cu_seqlens, batch.seq_lens,
-                    batch.block_tables,
-                )
-            )  # fmt: skip
-        adds, T = y is not None, len(x)
-        x_new = torch.empty_like(x) if adds or scales[2] else x
-        out = torch.empty(T, self.n_head, k.shape[3])
+            self.batch, self.tile = batch, _tile(batch, self.n_head // k.shape[1])
+            self.rows = [z.numpy() for z in (batch.positions, batch.slots)]
+            self.lengths = [
+                z.numpy() for z in (batch.cu_seqlens, batch.seq_lens, batch.block_tables)
+            ]
+        adds = y is not None
+        x_new = torch.empty_like(x) if adds or mixes else x
+        out = torch.empty(len(x), self.n_head, k.shape[3])
         arrays = [z.numpy() for z in (x, y if adds else x, x0)]
         with one_at_a_time:
             _attention_part(
-                *arrays, *scales[:2], adds, scales[2], self.eps, weights[0], self.ids, *tables,
-                self.positions, self.slots, _array(k), _array(v), self.n_head, self.qk_scale,
-                self.gate_scale, *self.lengths, window, self.rows, self.width,
-                threads_for(len(weights[0])), x_new.numpy(), out.numpy(),
+                *arrays, a[()], b[()], adds, mixes, self.eps, *weights[:2], batch.ids.numpy(),
+                *tables, *self.rows, _array(k), _array(v), self.qk_scale, self.gate_scale,
+                *self.lengths, window, *self.tile, threads_for(len(weights[0])), x_new.numpy(),
+                out.numpy(),
             )  # fmt: skip
         return x_new, out
 
     def mlp(self, i: int, x, y) -> tuple[Tensor, Tensor]:
-        _, *weights = self.constants[i][0]
+        _, *weights = self.layers[i][0]
         x_new, out = torch.empty_like(x), torch.empty_like(x)
         arrays = x.numpy(), y.flatten(1).numpy()
         with one_at_a_time:
-            _mlp_part(
-                *arrays, *weights, self.eps, threads_for(len(weights[1])), x_new.numpy(),
-                out.numpy(),
-            )  # fmt: skip
+            threads = threads_for(len(weights[1]))
+            _mlp_part(*arrays, *weights, self.eps, threads, x_new.numpy(), out.numpy())
         return x_new, out
 
 

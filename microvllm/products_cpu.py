@@ -120,42 +120,42 @@ def start_loading(builder, start):
 # are left hold the sums. 0: a processor without the instructions that this is made for
 PANEL = 2 * LANES if LANES > 4 else 0
 _ROWS = 12 if LANES == 16 else 6
-_DEPTH = 512  # inputs at a time: the weights of a panel for them stay in the cache
+_DEPTH = 1024  # inputs at a time: the weights of a panel for them stay in the cache
 _MANY = 240  # rows at a time: they stay there, too
 
 
 @intrinsic
-def _multiply(context, n, wide, K, x, x_at, w, w_at, y, y_at, ahead, every, add, square):
+def _multiply(
+    context, n, wide, K, x, x_at, w, w_at, y, y_at, ahead, ahead_at, every, add, square
+):  # fmt: skip
     """y (n, PANEL) = x (n, K) @ w (K, PANEL), n being 1 to _ROWS; if `add`, more by that.
 
     These parts of the arrays, all contiguous, begin at the flat indices x_at, w_at and y_at: a
     slice takes as long as a few rows do. wide: of two panels, for up to half as many rows, which
-    loads less often; square: then relu(y)^2; ahead: where in w to start loading, PANEL numbers at
-    each (2^every)-th input.
+    loads less often; square: then relu(y)^2; ahead: weights to start loading, PANEL of them at each
+    `every`-th input.
     """
 
     def codegen(context, builder, signature, args):
-        n, wide, K, _, x_at, _, w_at, _, y_at, ahead, every, add, square = args
+        n, wide, K, _, x_at, _, w_at, _, y_at, _, ahead_at, every, add, square = args
         arrays = [
-            context.make_array(signature.args[i])(context, builder, args[i]) for i in (3, 5, 7)
+            context.make_array(signature.args[i])(context, builder, args[i]) for i in (3, 5, 7, 9)
         ]
-        at, (xs, ws, ys) = partial(address, builder), (array.data for array in arrays)
-        x_stride, w_stride, y_stride = (builder.extract_value(a.shape, 1) for a in arrays)
+        at, starts = partial(address, builder), [array.data for array in arrays]
+        x_stride, w_stride, y_stride = (builder.extract_value(a.shape, 1) for a in arrays[:3])
         w_stride = builder.mul(w_stride, i64(PANEL))
-        xs, ws, aheads, ys = (
-            at(xs, (x_at, 1)),
-            at(ws, (w_at, 1)),
-            at(ws, (ahead, 1)),
-            at(ys, (y_at, 1)),
-        )
+        firsts = x_at, w_at, y_at, ahead_at
+        xs, ws, ys, aheads = (at(s, (i, 1)) for s, i in zip(starts, firsts, strict=True))
         vector = kind_of(f32, LANES)
         zero = ir.Constant(vector, [0.0] * LANES)
         sums = [cgutils.alloca_once(builder, vector) for _ in range(2 * _ROWS)]
+        due, fetched = (cgutils.alloca_once(builder, kind) for kind in (i64, aheads.type))
 
         def multiply(n, panels):
             rows, mine = [at(xs, (x_stride, i)) for i in range(n)], sums[: 2 * panels * n]
             for each in mine:
                 builder.store(zero, each)
+            builder.store(i64(0), due), builder.store(aheads, fetched)
             with cgutils.for_range(builder, K, intp=i64) as loop:
                 k, weights = loop.index, []
                 for panel in range(panels):
@@ -166,12 +166,13 @@ def _multiply(context, n, wide, K, x, x_at, w, w_at, y, y_at, ahead, every, add,
                     for weight, each in zip(weights, mine[len(weights) * i :], strict=False):
                         more = multiply_add(builder, weight, value, builder.load(each))
                         builder.store(more, each)
-                skipped = builder.and_(k, builder.not_(builder.shl(i64(-1), every)))
-                with builder.if_then(builder.icmp_unsigned("==", skipped, i64(0))):
+                with builder.if_then(builder.icmp_unsigned("==", k, builder.load(due))):
+                    builder.store(builder.add(k, every), due)
+                    start = builder.load(fetched)
+                    builder.store(at(start, (PANEL, 1)), fetched)
                     for panel in range(panels):
-                        start = at(aheads, (w_stride, panel), (builder.lshr(k, every), PANEL))
                         for line in range(0, PANEL, 16):
-                            start_loading(builder, at(start, (line, 1)))
+                            start_loading(builder, at(start, (w_stride, panel), (line, 1)))
             places = [
                 at(ys, (y_stride, i), (LANES, j)) for i in range(n) for j in range(2 * panels)
             ]
@@ -200,38 +201,53 @@ def _multiply(context, n, wide, K, x, x_at, w, w_at, y, y_at, ahead, every, add,
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    kinds = n, wide, K, x, x_at, w, w_at, y, y_at, ahead, every, add, square
+    kinds = n, wide, K, x, x_at, w, w_at, y, y_at, ahead, ahead_at, every, add, square
     return types.void(*kinds), codegen
 
 
-@numba.njit(parallel=True, **FAST)
-def _linear(x, w, square, threads, y):
+@numba.njit(**FAST)
+def _multiply_panels(x, w, square, first, end, following, ahead, y):
+    """y (T, N) of the panels from `first` to `end`; following, ahead: which weights come after, and
+    where they begin."""
     T, N = y.shape
-    panels, K, width = w.shape
+    _, K, width = w.shape
     blocks, parts = -(-T // _MANY), -(-K // _DEPTH)
     wide = T >= 128
     rows, step = (_ROWS // 2, 2) if wide else (_ROWS, 1)
+    for turn in range(blocks * parts):
+        block, part, after = turn // parts, turn % parts, (turn + 1) % parts
+        t0, t1 = T * block // blocks, T * (block + 1) // blocks
+        k0, k1 = K * part // parts, K * (part + 1) // parts
+        tiles = -(-(t1 - t0) // rows)
+        share = -(-(k1 - k0) // tiles) * width  # of what comes next, that each of them asks for
+        for p in range(first, end, step):
+            source = w
+            if p + step < end:
+                near = ((p + step) * K + k0) * width
+            elif turn + 1 < blocks * parts:
+                near = (first * K + K * after // parts) * width
+            else:
+                source, near = following, ahead
+            for i in range(tiles):
+                r0, r1 = t0 + (t1 - t0) * i // tiles, t0 + (t1 - t0) * (i + 1) // tiles
+                _multiply(
+                    r1 - r0, wide and p + step <= end, k1 - k0, x, r0 * K + k0,
+                    w, (p * K + k0) * width, y, r0 * N + p * width, source, near + i * share,
+                    tiles, part > 0, square and part == parts - 1,
+                )  # fmt: skip
+
+
+@numba.njit(parallel=True, **FAST)
+def multiply(x, w, square, following, threads, y):
+    """y (T, N) = x (T, K) @ w.T, of panels; square: then relu(y)^2; following: the weights of the
+    product that comes next, whose beginning is to be loaded."""
+    panels, later = len(w), len(following)
+    size = following.shape[1] * following.shape[2]
     for thread in numba.prange(threads):
-        first, end = panels * thread // threads, panels * (thread + 1) // threads
-        for turn in range(blocks * parts):
-            block, part = turn // parts, turn % parts
-            t0, t1 = T * block // blocks, T * (block + 1) // blocks
-            k0, k1 = K * part // parts, K * (part + 1) // parts
-            tiles = -(-(t1 - t0) // rows)
-            every = 0  # what one tile does not ask for, the next one does
-            while 2 << every <= tiles:
-                every += 1
-            size = ((k1 - k0) >> every) * width
-            for p in range(first, end, step):
-                both = p + step <= end and wide
-                near = (min(p + step, end - 1) * K + k0) * width
-                for i in range(tiles):
-                    r0, r1 = t0 + (t1 - t0) * i // tiles, t0 + (t1 - t0) * (i + 1) // tiles
-                    _multiply(
-                        r1 - r0, both, k1 - k0, x, r0 * K + k0, w, (p * K + k0) * width,
-                        y, r0 * N + p * width, near + min(i, (1 << every) - 1) * size,
-                        every, part > 0, square and part == parts - 1,
-                    )  # fmt: skip
+        _multiply_panels(
+            x, w, square, panels * thread // threads, panels * (thread + 1) // threads,
+            following, later * thread // threads * size, y,
+        )  # fmt: skip
 
 
 def panels(weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -258,7 +274,8 @@ def linear(x: Tensor, packed: Tensor, rows: int, square: bool = False) -> Tensor
     y = torch.empty(len(x), packed.shape[0] * PANEL)
     with one_at_a_time:
         threads = threads_for(len(packed))
-        _linear(x.contiguous().numpy(), packed.numpy(), square, threads, y.numpy())
+        weights = packed.numpy()
+        multiply(x.contiguous().numpy(), weights, square, weights, threads, y.numpy())
     return y if rows == y.shape[1] else y[:, :rows].contiguous()
 
 
@@ -271,4 +288,4 @@ def keep_compiled(*kernels) -> None:
         pass
 
 
-keep_compiled(_linear)
+keep_compiled(multiply)
