@@ -120,6 +120,7 @@ def start_loading(builder, start):
 # are left hold the sums. 0: a processor without the instructions that this is made for
 PANEL = 2 * LANES if LANES > 4 else 0
 _ROWS = 12 if LANES == 16 else 6
+_SOON = 768 // PANEL if PANEL else 0  # inputs whose weights are 3 KB
 _DEPTH = 1024  # inputs at a time: the weights of a panel for them stay in the cache
 _MANY = 240  # rows at a time: they stay there, too
 
@@ -222,7 +223,9 @@ def _multiply_panels(x, w, square, first, end, following, ahead, y):
         share = -(-(k1 - k0) // tiles) * width  # of what comes next, that each of them asks for
         for p in range(first, end, step):
             source = w
-            if p + step < end:
+            if tiles == 1:  # all of it comes from memory now: load what is needed soon
+                near = (p * K + k0 + _SOON) * width
+            elif p + step < end:
                 near = ((p + step) * K + k0) * width
             elif turn + 1 < blocks * parts:
                 near = (first * K + K * after // parts) * width
