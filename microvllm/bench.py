@@ -137,6 +137,12 @@ def rate(count: int, seconds: float) -> float:
     return round(count / seconds, 1) if seconds else 0.0
 
 
+def guesses(stats: dict) -> str:
+    """How many guesses of prompt lookup were right, where there were any, after other words."""
+    right, of = stats["accepted_tokens"], stats["guessed_tokens"]
+    return f"; {right} of {of} guesses right ({right / of:.0%})" if of else ""
+
+
 def results(outputs: list, seconds: float, stats: dict) -> dict:
     """What a benchmark is about, and the engine's own counters."""
     tokens = sum(len(output["token_ids"]) for output in outputs)
@@ -165,7 +171,7 @@ Throughput: {found["tokens_per_second"]} tokens/s
 Latency per request: {1000 * found["seconds_per_request"]:.1f} ms (total time / prompts)
 
 Prefill: {found["prefill_tokens"]} tokens, {found["prefill_tokens_per_second"]} tokens/s
-Decode: {decoded} tokens, {found["decode_tokens_per_second"]} tokens/s
+Decode: {decoded} tokens, {found["decode_tokens_per_second"]} tokens/s{guesses(found)}
 Prefix-cache hits: {found["cached_tokens"]} of {found["prompt_tokens"]} prompt tokens
 Preemptions: {found["preemptions"]}
 KV blocks used at peak: {found["peak_blocks"]} of {found["num_blocks"]}, of \

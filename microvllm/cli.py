@@ -59,7 +59,7 @@ def engine_flags(parser: Parser, raw: bool = True) -> None:
     add("--tensor-parallel", type=positive, default=1, metavar="N", help=among)
     told = "write down what happens to every block; `microvllm trace FILE` shows it"
     add("--trace", metavar="FILE", help=told)
-    parser.set_defaults(watch=False)
+    parser.set_defaults(watch=False, prompt_lookup=0)
     if raw:
         add("--raw", action="store_true", help="plain text, also where the model can chat")
 
@@ -132,6 +132,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, object]:
         deterministic=args.deterministic,
         max_model_len=args.max_model_len,
         seed=random.getrandbits(31) if seed is None else seed,
+        prompt_lookup=args.prompt_lookup,
         tensor_parallel=args.tensor_parallel,
         trace=args.trace,
         **overrides(args),
@@ -201,7 +202,8 @@ def answer(args: argparse.Namespace, llm: LLM, texts: list[str], params: Samplin
     seconds = time.perf_counter() - start
     count = terminal.show_all(llm, texts, outputs, params, chat, args.json)
     rate = speed.rate(count, seconds)
-    return f"{len(texts)} prompts, {count} tokens in {seconds:.2f} s: {rate:.0f} tokens/s"
+    guesses = speed.guesses(llm.stats())
+    return f"{len(texts)} prompts, {count} tokens in {seconds:.2f} s: {rate:.0f} tokens/s{guesses}"
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -394,11 +396,13 @@ def make_parser() -> Parser:
     add("--prompt", action="append", default=[], metavar="PROMPT", help="may be repeated")
     add("-n", type=positive, default=1, metavar="N", help="answers to each prompt (%(default)s)")
     engine_flags(sub)
+    lookup_flag(sub)
     watch_flag(sub)
     sampling_flags(sub, max_tokens=128, temperature=0.8, top_k=50)
 
     sub, _ = command(chat, "talk to a model", "", "-m rl:d20:650 --temperature 0.9")
     engine_flags(sub, raw=False)
+    lookup_flag(sub)
     sampling_flags(sub, max_tokens=256, temperature=0.6, top_k=50, seed=None)
 
     sub, add = command(
@@ -489,8 +493,14 @@ def bench_flags(parser: Parser) -> None:
     add("--prompts-file", metavar="FILE", help=where)
     parser.set_defaults(random_input_len=None, random_output_len=None, shared_prefix=0, json=False)
     engine_flags(parser)
+    lookup_flag(parser)
     watch_flag(parser)
     sampling_flags(parser, max_tokens=64, temperature=0.7, top_k=0)
+
+
+def lookup_flag(parser: Parser) -> None:
+    what = "guess up to N tokens a step from the text so far: the same answer, sooner (%(default)s)"
+    parser.add_argument("--prompt-lookup", type=int, default=0, metavar="N", help=what)
 
 
 def watch_flag(parser: Parser) -> None:

@@ -112,6 +112,8 @@ def make_batch(step: Step, block_size: int, num_groups: int = 1) -> Batch:
         np.int32,
         num_rows,
     )
+    for index, _, guesses in step.guessed:
+        ids[cu_seqlens[index + 1] - len(guesses) : cu_seqlens[index + 1]] = guesses
     prev_ids = np.empty_like(ids)
     prev_ids[1:] = ids[:-1]
     prev_ids[firsts] = [seq.tokens[start - 1] if start else 0 for seq, start, _ in step.chunks]
@@ -123,7 +125,10 @@ def make_batch(step: Step, block_size: int, num_groups: int = 1) -> Batch:
     )
     tables = tables.reshape(len(seqs), -1, num_groups).transpose(2, 0, 1)
     slots = tables[:, owner, positions // block_size] * block_size + positions % block_size
-    logit_rows = [cu_seqlens[index + 1] - 1 for index, _, _ in step.samples]
+    owners = np.array([index for index, _, _ in step.samples], np.int32)
+    places = np.array([position for _, _, position in step.samples], np.int32)
+    # what is sampled at a position follows from the row before it
+    logit_rows = (firsts[owners] + places - 1 - starts[owners]).tolist()
     for index, _, first, stop in step.scored:
         end = cu_seqlens[index + 1]
         logit_rows.extend(range(end - (stop - first), end))
@@ -135,7 +140,7 @@ def make_batch(step: Step, block_size: int, num_groups: int = 1) -> Batch:
         noise(
             [p.seed for p in params],
             [s.params.sample_index + s.sample_id for _, s, _ in step.samples],
-            [position for _, _, position in step.samples],
+            places,
         ),
         int((rows == 1).sum()), int(rows.max()), int(stops.max()),
     )  # fmt: skip
@@ -193,9 +198,11 @@ class LLM:
     gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
     steps; quantization: on a CPU "int8", of the matrices and the inputs of all products (K and V
     are bfloat16), on a GPU "fp8"; deterministic: logits, and so tokens, bit for bit the same alone
-    or in a batch, cold or warm, 1.5 times as slow on a CPU; tensor_parallel: torchrun's processes,
-    which share the model and all do the same; trace: a file to write events to, see trace.py;
-    victim, admission, eviction: policies, such as those in scheduler.py; any constant of
+    or in a batch, cold or warm, 1.5 times as slow on a CPU; prompt_lookup: on a CPU, tokens that a
+    sequence's text lets guess, at most so many a step, and kept if they are what is drawn: the same
+    output, sooner where it repeats itself and few run (lookup.py); tensor_parallel: torchrun's
+    processes, which share the model and all do the same; trace: a file to write events to, see
+    trace.py; victim, admission, eviction: policies, such as those in scheduler.py; any constant of
     model.Recipe may be overridden by name (softcap=20 for a checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
@@ -206,11 +213,12 @@ class LLM:
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
         max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
         tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, quantization=None,
-        deterministic=False, tensor_parallel=1, trace=None, victim=youngest, admission=first_come,
-        eviction=least_recently_used, **overrides,
+        deterministic=False, prompt_lookup=0, tensor_parallel=1, trace=None, victim=youngest,
+        admission=first_come, eviction=least_recently_used, **overrides,
     ):  # fmt: skip
         check_int("block_size", block_size, 1)
         check_int("seed", seed, 0)
+        check_int("prompt_lookup", prompt_lookup, 0)
         for name, value, least in (
             ("num_blocks", num_blocks, 2),
             ("max_model_len", max_model_len, 2),
@@ -232,6 +240,12 @@ class LLM:
         if model is not None and tokenizer is None and tokenizer_path is None:
             raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
         self.device, self.ranks = pick_devices(device, tensor_parallel)
+        if prompt_lookup and self.device.type == "cuda":
+            raise ValueError(
+                f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {self.device} a step "
+                "is planned before the last one's tokens are known, and there is nothing to guess "
+                "from; leave it 0, or give device='cpu'"
+            )
         options = {"attention": attention, "max_len": max_model_len, "ranks": self.ranks}
         options |= {"quantization": quantization, "deterministic": deterministic}
         if model is None:
@@ -255,6 +269,7 @@ class LLM:
         self.max_model_len = max_model_len or config.sequence_len
         self.max_batch_size = max_batch_size or (512 if cuda else 256)
         self.max_batched_tokens = max_batched_tokens or (8192 if cuda else 1024)
+        self.prompt_lookup = int(prompt_lookup)
         self.graphs, self.groups = None, group_layers(self.model.windows, self.max_model_len)
         if num_blocks is None:
             num_blocks = self._blocks_that_fit(block_size, gpu_memory_utilization)
@@ -654,7 +669,15 @@ class LLM:
             stop_ids |= self.tokenizer.eos_ids
         max_length = min(len(ids) + params.max_tokens, self.max_model_len)
         self._requests[request.id] = request
-        self.scheduler.add(Sequence(request.id, ids, params, max_length, stop_ids, targets))
+        lookup = None
+        # a logits_processor would be asked about texts that nobody writes: it may keep books
+        if self.prompt_lookup and targets is None and not params.logits_processor:
+            from .lookup import Lookup
+
+            tool_calls = {self.tokenizer.special_tokens.get("<|python_end|>")} if tools else set()
+            lookup = Lookup(self.prompt_lookup, stop_ids | tool_calls)
+        seq = Sequence(request.id, ids, params, max_length, stop_ids, targets, lookup)
+        self.scheduler.add(seq)
         self._stats["prompt_tokens"] += len(ids)
         return request
 
@@ -738,12 +761,16 @@ class LLM:
                 logits, cap = self.model.logits(h[: len(params)]), self.model.recipe.softcap
                 history = None
                 if any(p.edited for p in params):
+                    texts = {}  # those that end with guesses
+                    for index, _, guesses in plan.guessed:
+                        seq, start, _ = plan.chunks[index]
+                        texts[index] = seq.tokens[: start + 1] + guesses
                     history = [
                         History(
-                            seq.tokens, seq.num_prompt, position, seq.stop_ids,
+                            texts.get(index, seq.tokens), seq.num_prompt, position, seq.stop_ids,
                             self._requests[seq.request_id].errors,
                         )
-                        for _, seq, position in plan.samples
+                        for index, seq, position in plan.samples
                     ]  # fmt: skip
                 given = batch.temperature, batch.noise, cap, history, self.model.at_once
                 tokens = sample(logits, params, *given)
@@ -775,19 +802,20 @@ class LLM:
         if trace:
             trace.wait()
         listed = flight.sampled._replace(packed=packed).logprobs() if flight.sampled else {}
+        before = self.scheduler.num_accepted
         changed = self.scheduler.update(flight.plan, token_ids, scores)
         # nothing may fail from here on: whoever has ended is in no queue any more
-        self._count(flight.plan, len(changed))
+        self._count(flight.plan, len(changed) + self.scheduler.num_accepted - before)
         news = set(map(id, changed))
         for row, entry in listed.items():
             _, seq, position = flight.plan.samples[row]
-            if id(seq) in news:
+            if id(seq) in news and position < len(seq.tokens):  # else it was guessed in vain
                 self._requests[seq.request_id].logprobs[seq.sample_id, position] = entry
         for seq in changed:
             request = self._requests[seq.request_id]
             if request.watched:
-                forced = request.watch(seq, self.scheduler, self.tokenizer)
-                self._stats["output_tokens"] += forced
+                added = request.watch(seq, self.scheduler, self.tokenizer)
+                self._stats["output_tokens"] += added
             if seq.finish_reason:
                 self._collect(request, seq)
         if trace:
@@ -829,8 +857,9 @@ class LLM:
 
         requests finished, prompt_tokens asked, output_tokens made, cached_tokens of prompts that
         the prefix cache served (of finished requests), prefill_tokens computed (again after a
-        preemption), steps, preemptions, prefill_seconds and decode_seconds (a step's time is
-        split by its rows), peak_blocks in use, num_blocks and free_blocks (without the sink;
+        preemption), steps, preemptions, guessed_tokens and those of them that were right,
+        accepted_tokens, prefill_seconds and decode_seconds (a step's time is split by its rows),
+        peak_blocks in use, num_blocks and free_blocks (without the sink;
         blocks of all layers, as many of each group make one), block_size, running, waiting.
         """
         blocks, groups = self.scheduler.blocks, len(self.groups)
@@ -838,6 +867,8 @@ class LLM:
             **self._stats,
             "peak_blocks": -(-self._stats["peak_blocks"] // groups),
             "preemptions": self.scheduler.num_preemptions,
+            "guessed_tokens": self.scheduler.num_guessed,
+            "accepted_tokens": self.scheduler.num_accepted,
             "num_blocks": blocks.num_usable // groups,
             "free_blocks": blocks.num_free // groups,
             "block_size": blocks.block_size,

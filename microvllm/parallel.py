@@ -187,7 +187,7 @@ class Ranks:
         model, blocks = llm.model, llm.scheduler.blocks
         made = [model.config, model.recipe, model.dtype, seed, llm.max_model_len, blocks.num_blocks]
         made += [blocks.block_size, blocks.enable_prefix_caching]
-        made += [llm.max_batch_size, llm.max_batched_tokens]
+        made += [llm.max_batch_size, llm.max_batched_tokens, llm.prompt_lookup]
         self.agree("the model or its arguments", repr(made).encode())
 
     def fail(self, error: BaseException) -> None:

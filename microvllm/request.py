@@ -141,11 +141,12 @@ class Request:
         return self.tools or bool(self.params.stop) or self.events is not None
 
     def watch(self, seq: Sequence, scheduler: Scheduler, tokenizer: Tokenizer) -> int:
-        """Follow a sample that has new tokens or is over. Returns how many tokens a tool added."""
+        """Follow a sample that has new tokens or is over. Returns how many more it has afterwards:
+        a tool may write, and what is behind a stop string is cut off."""
         answer = self.answers.get(seq.sample_id)
         if answer is None:
             answer = self.answers[seq.sample_id] = Answer(tokenizer, self.tools)
-        before = len(answer.forced)
+        before = seq.num_known
         try:
             answer.read(seq, scheduler)
         except Exception as error:  # of the tokenizer: others in the batch are not to suffer
@@ -155,7 +156,7 @@ class Request:
         if self.events is not None and (event := answer.tell(seq)):
             event |= {"request_id": self.id, "stop_reason": self._stop_reason(seq)}
             self.events.append(event)
-        return len(answer.forced) - before
+        return seq.num_known - before
 
     def _break(self, seq: Sequence, error: Exception) -> None:
         """A sample whose text cannot be made has failed, however it ended."""

@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import xxhash
 
 if TYPE_CHECKING:
+    from .lookup import Lookup
     from .sampler import SamplingParams
     from .trace import Trace
+
+FEW_ROWS = 8  # a step of so many takes little longer than one of a single row
 
 
 class Sequence:
@@ -29,12 +32,13 @@ class Sequence:
     __slots__ = (
         "request_id", "sample_id", "params", "tokens", "num_prompt", "max_length", "stop_ids",
         "targets", "scores", "num_computed", "num_cached", "table", "slides_at", "hashes",
-        "num_published", "running", "finish_reason", "forks",
+        "num_published", "running", "finish_reason", "forks", "lookup",
     )  # fmt: skip
 
     def __init__(
         self, request_id: int, prompt: list[int], params: SamplingParams, max_length: int = 0,
         stop_ids: Iterable[int] = (), targets: list[int] | None = None,
+        lookup: Lookup | None = None,
     ):  # fmt: skip
         self.request_id = request_id
         self.sample_id = 0  # which of the request's n samples
@@ -60,6 +64,7 @@ class Sequence:
         self.running = False
         self.finish_reason: str | None = None  # "stop", "length", "abort", "error"
         self.forks = params.n - 1  # samples that will split off when the prompt is computed
+        self.lookup = lookup  # who guesses what comes next, if anybody does
 
     @property
     def num_known(self) -> int:
@@ -77,6 +82,7 @@ class Sequence:
         twin.num_computed, twin.num_cached = self.num_computed, self.num_cached
         twin.table, twin.slides_at = self.table[:], self.slides_at
         twin.hashes, twin.num_published = self.hashes.copy(), self.num_published
+        twin.lookup = self.lookup and self.lookup.fork()
         return twin
 
 
@@ -313,6 +319,18 @@ class BlockManager:
         if self.trace and gone:
             self.trace.window(seq, gone)
 
+    def shrink(self, seq: Sequence, num_tokens: int) -> None:
+        """Only the first `num_tokens` count as computed, what came after them was guessed wrongly:
+        blocks that hold nothing else are given back."""
+        count = self.blocks_for(num_tokens)
+        gone = seq.table[count:].tolist()
+        del seq.table[count:]
+        seq.num_computed = num_tokens
+        for block in reversed(gone):
+            self._release(block)
+        if self.trace:
+            self.trace.reject(seq, gone)
+
     def publish(self, seq: Sequence, num_tokens: int) -> None:
         """Let the full blocks among the first `num_tokens` be found by their hash from now on."""
         count = num_tokens // self.block_size
@@ -403,6 +421,9 @@ class Step(NamedTuple):
     copies: list[tuple[int, int]]  # blocks to copy first
     # (index into chunks, sequence, first, stop): the positions whose next token is scored
     scored: list[tuple[int, Sequence, int, int]] = []
+    # (index into chunks, index into samples, guesses): tokens at the end of a chunk that nobody
+    # knows yet, and the first of the samples that decide on them
+    guessed: list[tuple[int, int, list[int]]] = []
 
 
 class Scheduler:
@@ -423,6 +444,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
+        self.num_guessed = self.num_accepted = 0  # tokens
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -435,7 +457,8 @@ class Scheduler:
         Commits the plan: `num_computed` moves on, a prompt that is done splits into its n samples,
         and a sequence whose last token is computed gets a placeholder for the next, ~row of
         `Step.samples`. So the next step can be planned before this one's tokens are read; `update`
-        fills them in.
+        fills them in. Where tokens were guessed, there is a placeholder for each of them as well:
+        what is guessed is in the step alone, and gone with it.
         """
         blocks, chunks, budget = self.blocks, [], self.max_batched_tokens
         preempted = False
@@ -488,9 +511,10 @@ class Scheduler:
             # published before it is computed: the step writes all K and V of a layer before any row
             # reads them, so equal prompts of one step share their blocks already
             blocks.publish(seq, stop)
+        guesses, budget = self._guess(chunks, budget)
         if self.max_batched_tokens - budget > len(chunks):  # some are of more than one token
             chunks.sort(key=lambda c: c[2] - c[1] > 1)  # stable: one-token chunks first
-        samples, scored = [], []
+        samples, scored, guessed = [], [], []
         for index, (seq, start, stop) in enumerate(chunks):
             seq.num_computed = stop
             if stop // blocks.block_size > seq.num_published:
@@ -498,19 +522,47 @@ class Scheduler:
             if seq.targets is not None:
                 if stop >= seq.num_prompt:
                     scored.append((index, seq, max(start, seq.num_prompt - 1), stop))
-            elif stop == len(seq.tokens):
+            elif stop >= len(seq.tokens):
                 group = [seq]
+                if seq in guesses:
+                    guessed.append((index, len(samples), guesses[seq]))
                 if seq.forks:
                     group += [blocks.fork(seq, k) for k in range(1, 1 + seq.forks)]
                     self.running += group[1:]
                     seq.forks = 0
                 for s in group:
-                    s.tokens.append(~len(samples))
-                    samples.append((index, s, stop))
+                    for position in range(len(s.tokens), stop + 1):  # one, if nothing is guessed
+                        s.tokens.append(~len(samples))
+                        samples.append((index, s, position))
         copies, blocks.copies = blocks.copies, []
         if blocks.trace and chunks:
             blocks.trace.begin(chunks)
-        return Step(chunks, samples, copies, scored)
+        return Step(chunks, samples, copies, scored, guessed)
+
+    def _guess(
+        self, chunks: list[tuple[Sequence, int, int]], budget: int
+    ) -> tuple[dict[Sequence, list[int]], int]:
+        """Let sequences that decode guess what comes next, and make their chunks longer by it; only
+        in a step of few rows, and in blocks that nobody else wants. Returns the guesses, and what
+        is left of the token budget."""
+        guesses: dict[Sequence, list[int]] = {}
+        rows = self.max_batched_tokens - budget
+        able = [
+            i
+            for i, (seq, start, stop) in enumerate(chunks if rows < FEW_ROWS else ())
+            if seq.lookup and stop - start == 1 and stop == len(seq.tokens) and not seq.forks
+        ]
+        room = min(FEW_ROWS - rows, budget)
+        for left, i in zip(range(len(able), 0, -1), able, strict=True):
+            seq, start, stop = chunks[i]
+            most = min(room // left, seq.max_length - 1 - stop)  # the last is never fed back
+            found = seq.lookup.guess(seq.tokens, most) if most > 0 else []
+            if found and self.blocks.grow(seq, start, stop + len(found)):
+                guesses[seq] = found
+                chunks[i] = seq, start, stop + len(found)
+                room -= len(found)
+                budget -= len(found)
+        return guesses, budget
 
     def update(
         self, step: Step, token_ids: list[int], scores: Iterable[float] = ()
@@ -520,12 +572,16 @@ class Scheduler:
         token_ids: one per entry of step.samples; scores: one per position in step.scored. Returns
         the sequences that got a token or are done.
         """
+        for guess in step.guessed:
+            self._compare(step, *guess, token_ids)
         changed = []
         for (_, seq, position), token in zip(step.samples, token_ids, strict=True):
-            # it ended, or a tool wrote this token, while the step was under way
-            if seq.finish_reason or seq.tokens[position] >= 0:
+            # it ended, or a tool wrote this token, while the step was under way, or a guess before
+            # it was wrong
+            if seq.finish_reason or position >= len(seq.tokens) or seq.tokens[position] >= 0:
                 continue
-            changed.append(seq)
+            if not changed or changed[-1] is not seq:
+                changed.append(seq)
             if token < 0:  # the filters left nothing to draw
                 self.finish(seq, "error")
                 continue
@@ -546,6 +602,30 @@ class Scheduler:
         if self.blocks.trace and step.chunks:
             self.blocks.trace.tokens(changed)
         return changed
+
+    def _compare(
+        self, step: Step, index: int, row: int, guesses: list[int], token_ids: list[int]
+    ) -> None:
+        """Cut a sequence off behind the first token that was guessed wrongly.
+
+        Nothing has to be drawn again for the text to be as likely as without guesses: a token is a
+        function of its logits and of the noise of its position, so the one that stands here is the
+        one that would have been drawn alone. In the usual scheme (Leviathan et al. 2023) a guess
+        that is made without a doubt is kept with the probability that the model gives it, and else
+        replaced by a draw among all others: here too, with the same noise for both.
+        """
+        seq, start, _ = step.chunks[index]
+        if seq.finish_reason:
+            return
+        pairs = zip(guesses, token_ids[row : row + len(guesses)], strict=True)
+        accepted = next((i for i, (a, b) in enumerate(pairs) if a != b), len(guesses))
+        self.num_guessed += len(guesses)
+        self.num_accepted += accepted
+        seq.lookup.learn(len(guesses), accepted)
+        if accepted < len(guesses):
+            last = start + 1 + accepted  # where the first token is that differs
+            del seq.tokens[last + 1 :]
+            self.blocks.shrink(seq, last)
 
     def force(self, seq: Sequence, token_ids: list[int]) -> int:
         """Continue a sequence with tokens that nobody samples, as far as its length allows; they

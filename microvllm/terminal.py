@@ -16,6 +16,8 @@ from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from typing import TYPE_CHECKING, NoReturn
 
+from .bench import guesses
+
 if TYPE_CHECKING:
     from . import LLM, SamplingParams
 
@@ -138,13 +140,15 @@ def live(
                 lead = ""
     count = len(answer["token_ids"])
     speed = round(count / (time.perf_counter() - start), 1)
-    total, cached = (llm.stats()[key] - before[key] for key in ("prompt_tokens", "cached_tokens"))
+    names = "prompt_tokens", "cached_tokens", "guessed_tokens", "accepted_tokens"
+    now = {name: llm.stats()[name] - before[name] for name in names}
+    total, cached = now["prompt_tokens"], now["cached_tokens"]
     if show:
         print(flush=True)
         if sys.stderr.isatty():
             end = "" if answer["finish_reason"] == "stop" else _ENDS.get(answer["stop_reason"], "")
             hits = f"{cached} of {total} prompt tokens cached"
-            note(f"[{count} tokens, {speed} tokens/s; {hits}{end}]")
+            note(f"[{count} tokens, {speed} tokens/s; {hits}{guesses(now)}{end}]")
     return answer | {
         "tokens_per_second": speed,
         "prompt_tokens": total,

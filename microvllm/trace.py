@@ -48,7 +48,12 @@ arrival. A list of such numbers is written "0-3 7", which is 0, 1, 2, 3, 7.
               begins: same tokens, same table    with the prompt's last, whose step begins next)
     begin     a step is planned and starts.      t, step (1, 2, ...), decodes "seqs" one token each,
               `computed` of all its sequences    prefills [[seq, start, stop]...] chunks of prompts,
-              moves on                           or of what has to be computed once more
+              moves on                           of what has to be computed once more, or of a token
+                                                 and guesses, where stop is beyond what is known
+    reject    it had guessed wrongly: it goes    seq, computed, blocks
+              back to fewer computed tokens, and
+              so many blocks less at its table's
+              end
     tokens    a step's new tokens are known      step, seqs "seqs", tokens [token id...] one for one
     end       the step is over                   t, step, ms {phase: milliseconds of the host}:
                                                  outside (between steps), schedule, batch (arrays),
@@ -281,6 +286,9 @@ class Trace:
 
     def window(self, seq: Sequence, gone: list[int]) -> None:
         self._tell("window", seq=self._number(seq), blocks=gone)
+
+    def reject(self, seq: Sequence, gone: list[int]) -> None:
+        self._tell("reject", seq=self._number(seq), computed=seq.num_computed, blocks=gone)
 
     def publish(self, seq: Sequence, block: int) -> None:
         named = self._scheduler.blocks.hash_of[block].hex()
@@ -525,6 +533,14 @@ class Replay:
             table[table.index(block)] = 0
             self._release(block)
 
+    def _on_reject(self, e: dict) -> None:
+        life, blocks = self.seqs[e["seq"]], e["blocks"]
+        if life.table[len(life.table) - len(blocks) :] != blocks:
+            raise ValueError("these blocks are not its last")
+        for _ in blocks:
+            self._release(life.table.pop())
+        life.computed = e["computed"]
+
     def _on_publish(self, e: dict) -> None:
         self.hash_of[e["block"]] = e["hash"]
 
@@ -675,7 +691,8 @@ def write_chrome(events: list[dict], path: str | Path) -> None:
             for number in decodes:
                 turn(number, "decode", now)
             for number, start, stop in event["prefills"]:
-                turn(number, f"prefill {start}-{stop}", now)
+                guesses = stop > len(replay.seqs[number].tokens)
+                turn(number, "decode" if guesses else f"prefill {start}-{stop}", now)
             begins[event["step"]] = now
             free = replay.num_blocks - 1 - replay.num_used
             cached, states = len(replay.cached), replay.states

@@ -62,6 +62,29 @@ def complete(
     return text[len(prompt) :]
 
 
+class Guesser:
+    """Guesses, in place of a Lookup: most of them are right, so that long ones are kept too."""
+
+    def __init__(self, ends: set[int], sample_id: int = 0):
+        self.ends, self.sample_id, self.forks = ends, sample_id, 0
+
+    def fork(self):
+        self.forks += 1
+        return Guesser(self.ends, self.forks)
+
+    def guess(self, tokens: list[int], room: int) -> list[int]:
+        draw, found = random.Random(len(tokens)), []
+        for _ in range(draw.randint(0, room)):
+            right = next_token([*tokens, *found], self.sample_id)
+            found.append(right if draw.random() < 0.8 else draw.randrange(VOCAB))
+            if found[-1] in self.ends:
+                return found[:-1]
+        return found
+
+    def learn(self, guessed: int, accepted: int) -> None:
+        assert 0 <= accepted <= guessed > 0
+
+
 class Simulation:
     """A scheduler with its pool, the fake device, and the loop around them.
 
@@ -71,8 +94,9 @@ class Simulation:
 
     def __init__(
         self, usable=40, block_size=4, max_batch_size=8, max_batched_tokens=64, caching=True,
-        windows=(-1,),
+        windows=(-1,), guesses=False,
     ):  # fmt: skip
+        self.guesses = guesses  # are tokens guessed? then all steps are those of the plain loop
         self.blocks = BlockManager(usable + 1, block_size, caching, windows=windows)
         self.scheduler = Scheduler(self.blocks, max_batch_size, max_batched_tokens)
         # which group of layers a slot has K and V of, and the text they were made from
@@ -87,6 +111,8 @@ class Simulation:
     def add(self, prompt, max_tokens=8, n=1, stop=(), tools=False, targets=None) -> Sequence:
         params = Params(len(targets) if targets else max_tokens, n)
         seq = Sequence(self.requests, prompt, params, 0, frozenset(stop), targets)
+        if self.guesses and targets is None:
+            seq.lookup = Guesser({*stop, TOOL} if tools else {*stop})
         if tools:
             self.tools.add(self.requests)
         self.requests += 1
@@ -147,9 +173,12 @@ class Simulation:
         self.slots.update(moved)
         last = self.flight[1] if self.flight else []
         texts, written = [], []
-        for seq, start, stop in step.chunks:
+        guesses = {index: tokens for index, _, tokens in step.guessed}
+        for index, (seq, start, stop) in enumerate(step.chunks):
+            guessed = guesses.get(index, [])
             # a negative token is ~row of the last step's tokens, which only the device knows
-            text = [token if token >= 0 else last[~token] for token in seq.tokens[:stop]]
+            known = seq.tokens[: stop - len(guessed)]
+            text = [token if token >= 0 else last[~token] for token in known] + guessed
             for position in range(start, stop):
                 for group in range(self.blocks.num_groups):
                     written.append(self.slot(seq, position, group))
@@ -163,7 +192,10 @@ class Simulation:
                     held = self.slots.get(self.slot(seq, position, group))
                     wanted = group, tuple(text[: position + 1])
                     assert held == wanted, (seq.table, group, position, held, text)
-        tokens = [next_token(texts[index], seq.sample_id) for index, seq, _ in step.samples]
+        tokens = [
+            next_token(texts[index][:position], seq.sample_id)
+            for index, seq, position in step.samples
+        ]
         scores = []
         for index, seq, first, stop in step.scored:
             for position in range(first, stop):
@@ -191,6 +223,8 @@ class Simulation:
         return step
 
     def step_ahead(self) -> Step:
+        if self.guesses:
+            return self.step()
         step = self.plan()
         flight = (step, *self.run(step)) if step.chunks else None
         flight, self.flight = self.flight, flight

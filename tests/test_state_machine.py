@@ -36,6 +36,7 @@ class Engine(RuleBasedStateMachine):
         max_batched_tokens=st.integers(1, 24),
         caching=st.booleans(),
         windows=st.sampled_from(WINDOWS),
+        guesses=st.booleans(),
     )
     def start(self, **sizes):
         self.sim = Simulation(**sizes)
@@ -71,6 +72,7 @@ class Engine(RuleBasedStateMachine):
             self.met["copies"] += len(step.copies)
             self.met["mixed"] += len({stop - start > 1 for _, start, stop in step.chunks}) == 2
             self.met["shared"] += max(self.sim.blocks.ref_count) > 1
+            self.met["guessed"] += len(step.guessed)
             self.met["slid"] += any(0 in seq.table for seq, _, _ in step.chunks)
             self.nothing_generated_is_lost()
 
@@ -115,7 +117,7 @@ def test_whatever_happens_the_books_balance():
     )
 
 
-def long_life(seed: int) -> Engine:
+def long_life(seed: int, guesses: bool = False) -> Engine:
     """The same events with a fixed seed, to the end of all requests."""
     rng, life = random.Random(seed), Engine()
     life.start(
@@ -125,6 +127,7 @@ def long_life(seed: int) -> Engine:
         max_batched_tokens=rng.randint(4, 24),
         caching=seed % 4 > 0,
         windows=WINDOWS[seed % len(WINDOWS)],
+        guesses=guesses,
     )
     for _ in range(60):
         event, busy = rng.random(), life.sim.scheduler.running
@@ -147,13 +150,16 @@ def long_life(seed: int) -> Engine:
 def test_long_lives_meet_everything_there_is_to_meet():
     # proof that the machine above does get to the hard places
     met = Counter()
-    for seed in range(12):
-        life = long_life(seed)
+    for seed in range(24):
+        life = long_life(seed % 12, guesses=seed >= 12)
         met += life.met
+        met["accepted"] += life.sim.scheduler.num_accepted
+        met["rejected"] += life.sim.scheduler.num_guessed - life.sim.scheduler.num_accepted
         met["preemptions"] += life.sim.scheduler.num_preemptions
         met["stopped"] += sum(seq.finish_reason == "stop" for seq in life.sim.finished)
         met["tools"] += sum(seq.request_id in life.sim.tools for seq in life.sim.finished)
         met["scored"] += sum(seq.targets is not None for seq in life.sim.finished)
         met["hits"] += sum(bool(seq.num_cached) for seq in life.sim.finished)
     wanted = "copies mixed shared slid preemptions stopped tools scored hits".split()
+    wanted += "guessed accepted rejected".split()
     assert all(met[name] > 20 for name in wanted) and met["aborted under way"], met

@@ -161,10 +161,11 @@ def test_every_step_shows_what_the_trace_says(show, events):
         assert total and page.inner_text(f"[data-jump={kind}] b") == str(total)
 
 
+@pytest.mark.parametrize("guesses", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_forks_failures_and_a_loop_that_runs_ahead_are_shown(show, monkeypatch, seed):
+def test_forks_failures_guesses_and_a_loop_that_runs_ahead(show, monkeypatch, seed, guesses):
     monkeypatch.setattr(test_state_machine, "Simulation", Traced)
-    told = long_life(seed).sim.trace.events
+    told = long_life(seed, guesses).sim.trace.events
     wanted = frames(told)
     assert show(told).evaluate(STATE, list(range(len(wanted)))) == wanted
 
