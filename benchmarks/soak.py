@@ -5,9 +5,10 @@
     python benchmarks/soak.py --seed 7 --case 123       # one story again
 
 A story is a small engine (any era of nanochat, a pool as small as its longest request allows, any
-block size, token budget and policy, with and without a prefix cache, in the plain loop and in the
-one that runs a step ahead) and what happens to it: requests of all kinds and parameters arrive, are
-aborted, streamed, scored, left half-way; weights change; steps fail. `check()` is called after each
+block size, token budget and policy, with and without a prefix cache and prompt lookup, in the plain
+loop and in the one that runs a step ahead) and what happens to it: requests of all kinds and
+parameters arrive, are aborted, streamed, scored, left half-way; weights change; steps fail.
+`check()` is called after each
 step. At its end every output is read again by the naive loop of the tests: its tokens one after the
 other, each of which must be what its request's parameters pick from the logits of a plain forward
 of all that comes before it.
@@ -131,6 +132,8 @@ def make_story(seed: str) -> dict:
         },
         "policies": [rng.choice([0, 0, 0, 1, 2, 3]) for _ in range(2)] + [rng.choice([0, 0, 1, 2])],
     }
+    if not story["overlap"]:  # guesses are for the plain loop; the rest of the story stays as it is
+        story["options"]["prompt_lookup"] = random.Random(f"{seed}:guess").choice([0, 1, 3, 8])
     texts = [ids(longest, rng.randrange(10_000)) for _ in range(rng.choice([1, 2, 5]))]
     crowded = rng.choice([0.25, 0.4, 0.6])  # how many events are arrivals
 
@@ -545,7 +548,8 @@ class Life:
         else:
             self.tail([])
         stats = llm.stats()
-        for name in ("preemptions", "cached_tokens", "prefill_tokens"):
+        names = "preemptions cached_tokens prefill_tokens guessed_tokens accepted_tokens"
+        for name in names.split():
             self.met[name] += stats[name]
 
     def tail(self, events: list[tuple]) -> None:
@@ -631,6 +635,9 @@ def smallest(story: dict, references: dict, seconds: float) -> dict:
     for name in ("trace", "overlap"):
         if story[name] and time.perf_counter() < until and fails({**story, name: False}):
             story = {**story, name: False}
+    unguessed = {**story, "options": {**story["options"], "prompt_lookup": 0}}
+    if story["options"].get("prompt_lookup") and time.perf_counter() < until and fails(unguessed):
+        story = unguessed
     return story
 
 

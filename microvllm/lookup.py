@@ -48,7 +48,7 @@ class Lookup:
         for n in SIZES:
             if at := self.after.get(tuple(tokens[-n:])):
                 # where the text ends before the guess does it repeats itself, and so may go on
-                copied = islice(cycle(tokens[at : at + count]), max(0, count))
+                copied = islice(cycle(tokens[at : at + count]), count)
                 return list(takewhile(lambda token: token not in self.ends, copied))
         return []
 

@@ -27,7 +27,11 @@ class Record(dict):
         launch, logits = llm._launch, llm.model.logits
 
         def watched_launch(plan):
-            self.texts = [tuple(seq.tokens[:position]) for _, seq, position in plan.samples]
+            guesses = {index: guessed for index, _, guessed in plan.guessed}
+            self.texts = []
+            for index, seq, position in plan.samples:
+                known = seq.tokens[: plan.chunks[index][2] - len(guesses.get(index, ()))]
+                self.texts.append(tuple([*known, *guesses.get(index, ())][:position]))
             return launch(plan)
 
         def watched_logits(h):

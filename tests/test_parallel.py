@@ -142,6 +142,21 @@ def test_preempted_sequences_too(ranks):
     assert first[0] == work(0, "era5", 1, {}, 48)[0]
 
 
+def guessing(rank: int, size: int) -> tuple:
+    prompts, params = (
+        [PROMPTS[1] * 3, PROMPTS[2]],
+        [GREEDY, replace(GREEDY, temperature=0.8, seed=1)],
+    )
+    with build("bundled", size, prompt_lookup=4) as llm:
+        tokens = [output["token_ids"] for output in llm.generate(prompts, params, False)]
+        return tokens, llm.stats()["accepted_tokens"]
+
+
+def test_all_ranks_guess_the_same(ranks):
+    first, second = ranks(guessing, 2)
+    assert first == second == guessing(0, 1) and first[1] > 0
+
+
 @pytest.mark.parametrize("options", [{"quantization": "int8"}, {"dtype": "bfloat16"}], ids=str)
 def test_smaller_weights_are_shared_out_like_others(ranks, options):
     first, second = ranks(work, "bundled", 2, options)

@@ -17,6 +17,7 @@ def test_some_stories_end_well_and_meet_what_there_is_to_meet():
     met = soak.soak(seed=1, seconds=300, cases=10)
     assert "failure" not in met
     wanted = "requests tokens preemptions cached_tokens faults streams ahead plain forced_tokens"
+    wanted += " guessed_tokens accepted_tokens"
     assert all(met[name.replace("forced_", "forced ")] for name in wanted.split()), met
 
 
