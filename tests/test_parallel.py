@@ -143,13 +143,10 @@ def test_preempted_sequences_too(ranks):
 
 
 def guessing(rank: int, size: int) -> tuple:
-    prompts, params = (
-        [PROMPTS[1] * 3, PROMPTS[2]],
-        [GREEDY, replace(GREEDY, temperature=0.8, seed=1)],
-    )
+    params = [replace(GREEDY, max_tokens=80), replace(GREEDY, temperature=0.8, seed=1)]
     with build("bundled", size, prompt_lookup=4) as llm:
-        tokens = [output["token_ids"] for output in llm.generate(prompts, params, False)]
-        return tokens, llm.stats()["accepted_tokens"]
+        outputs = llm.generate([PROMPTS[1] * 3, PROMPTS[2]], params, False)
+        return [output["token_ids"] for output in outputs], llm.stats()["accepted_tokens"]
 
 
 def test_all_ranks_guess_the_same(ranks):
