@@ -488,96 +488,121 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tens
     return out
 
 
-# the parts of a layer -----------------------------------------------------------------------------
+# all layers in one call --------------------------------------------------------------------------
 
-# between two products every call from Python takes 10 to 50 microseconds, since the weights that
-# have just gone through the caches have swept out what Python needs. With one call for all that
-# comes before attention and it, and one for all that comes after, a step of one sequence is a tenth
-# faster
+# a call from Python takes 30 to 100 microseconds between two products, since the weights that have
+# just gone through the caches have swept out what Python needs. model.py's loop over the layers has
+# ten such calls in each; here is the same loop once more, compiled
+
+
+@intrinsic
+def _pointer(context, number):
+    """A pointer to float32 numbers from an address."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], f32.as_pointer())
+
+    return types.CPointer(types.float32)(number), codegen
 
 
 @numba.njit(**FAST)
-def _attention_part(
-    x, y, x0, a, b, adds, mixes, eps, qkv_weight, proj, ids, ve, ve_gate, gated, cos, sin,
-    positions, slots, k, v, qk_scale, gate_scale, cu_seqlens, seq_lens, block_tables, window,
-    rows, width, threads, x_new, out,
+def _weight(addresses, shapes, i, kind):
+    shape = shapes[kind, 0], shapes[kind, 1], shapes[kind, 2]
+    return numba.carray(_pointer(addresses[i, kind]), shape)
+
+
+@numba.njit(**FAST)
+def _layers(
+    x0, ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables, cache, depths, groups,
+    windows, addresses, shapes, head, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
+    rows, width, threads,
 ):  # fmt: skip
-    T, C = x.shape
-    n_head, n_kv_head, D = out.shape[1], k.shape[1], out.shape[2]
-    h, q = np.empty((T, C), np.float32), np.empty((T, n_head, D), np.float32)
-    qkv = np.empty((T, qkv_weight.shape[0] * qkv_weight.shape[2]), np.float32)
+    T, C = x0.shape
+    n_layer, n_kv_head, D = len(windows), cache.shape[3], cache.shape[5]
+    n_head, mixes, smear = C // D, resid.size > 0, backout.size > 0
+    few = min(threads, 1 + T // 8)  # waking one takes as long as a few rows
+    x, spare, y, h, middle = x0.copy(), np.empty_like(x0), np.empty_like(x0), np.empty_like(x0), x0
+    q, seen = np.empty((T, n_head, D), np.float32), np.empty((T, n_head, D), np.float32)
+    qkv, wide = np.empty((T, C + 2 * n_kv_head * D), np.float32), np.empty((T, 4 * C), np.float32)
     scratch = np.empty((threads, rows * (n_head // n_kv_head) * (2 * D + width)), np.float32)
-    few = min(threads, 1 + T // 8)
-    _add_norm(x, y, x0, a, b, eps, adds, mixes, few, x_new, h)
-    multiply(h, qkv_weight, False, proj, threads, qkv)
-    _rope_store(
-        qkv.reshape(T, -1, D), h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
-        qk_scale, gate_scale, eps, few, q,
-    )  # fmt: skip
-    _attend(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, out)
+    one, none = _f32(1), _f32(0)
+    for i in range(n_layer):
+        a, b = (resid[i], first[i]) if mixes else (one, none)
+        _add_norm(x, y, x0, a, b, eps, i > 0, mixes, few, spare, h)
+        if i > 0 or mixes:
+            x, spare = spare, x
+        proj, fc = _weight(addresses, shapes, i, 1), _weight(addresses, shapes, i, 2)
+        multiply(h, _weight(addresses, shapes, i, 0), False, proj, threads, qkv)
+        k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
+        gated = addresses[i, 4] != 0
+        ve = _weight(addresses, shapes, i, 4)[0] if gated else x0
+        ve_gate = _weight(addresses, shapes, i, 5)[0] if gated else x0
+        _rope_store(
+            qkv.reshape(T, -1, D), h, ids, ve, ve_gate, gated, cos, sin, positions, slots[group],
+            k, v, qk_scale, gate_scale, eps, few, q,
+        )  # fmt: skip
+        _attend(q, k, v, cu_seqlens, seq_lens, tables[group], windows[i], rows, scratch, seen)
+        if i == n_layer - 1:
+            T = len(logit_rows)
+            if T == 0:
+                return y[:0]
+            few = min(threads, 1 + T // 8)
+            x, seen = x[logit_rows], seen[logit_rows]
+            spare, y, h = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+            wide = np.empty((T, 4 * C), np.float32)
+            if smear and i > n_layer // 2:
+                middle = middle[logit_rows]
+        multiply(seen.reshape(T, C), proj, False, fc, threads, y)
+        _add_norm(x, y, x, one, none, eps, True, False, few, spare, h)
+        x, spare = spare, x
+        mlp_proj = _weight(addresses, shapes, i, 3)
+        multiply(h, fc, True, mlp_proj, threads, wide)
+        following = head if i == n_layer - 1 else _weight(addresses, shapes, i + 1, 0)
+        multiply(wide, mlp_proj, False, following, threads, y)
+        if smear and i == n_layer // 2:
+            middle = x + y
+    _add_norm(x, y, x, one, none, eps, True, False, few, spare, h)
+    if smear:
+        spare -= backout[0] * middle
+        _add_norm(spare, y, x, one, none, eps, False, False, few, x, h)
+    return h
 
 
-@numba.njit(**FAST)
-def _mlp_part(x, y, proj, fc, mlp_proj, following, eps, threads, x_new, out):
-    T, C = x.shape
-    h, wide = np.empty((T, C), np.float32), np.empty((T, fc.shape[0] * fc.shape[2]), np.float32)
-    multiply(y, proj, False, fc, threads, out)
-    few = min(threads, 1 + T // 8)
-    _add_norm(x, out, x, _f32(1), _f32(0), eps, True, False, few, x_new, h)
-    multiply(h, fc, True, mlp_proj, threads, wide)
-    multiply(wide, mlp_proj, False, following, threads, out)
-
-
-class Parts:
-    """What model.py's `attention_part` and `mlp_part` do for a model, in one call each."""
+class Layers:
+    """All layers of a model whose weights are in panels, on a batch: see GPT.forward."""
 
     def __init__(self, model):
-        recipe, tables = model.recipe, (model.cos.numpy(), model.sin.numpy())
-        self.eps, self.qk_scale = _f32(recipe.eps), _f32(recipe.qk_scale)
-        self.gate_scale, self.n_head = _f32(recipe.gate_scale), model.config.n_head
-        self.batch, self.layers = None, []
-        one, none = np.ones((), np.float32), np.zeros((), np.float32)
-        ends = [layer.qkv for layer in model.layers[1:]] + [model.lm_head]
-        for layer, following in zip(model.layers, ends, strict=True):
-            linears = layer.qkv, layer.proj, layer.fc, layer.mlp_proj, following
-            mixes, gated = layer.resid_lambda is not None, layer.ve is not None
-            lambdas = (
-                (layer.resid_lambda.numpy(), layer.x0_lambda.numpy()) if mixes else (one, none)
-            )
-            # a kernel takes arrays, never None: any of their kind will do
-            ve = (layer.ve, layer.ve_gate) if gated else (model.wte, model.cos)
-            tables = (*map(_array, ve), gated, model.cos.numpy(), model.sin.numpy())
-            self.layers.append(([w.weight.numpy() for w in linears], mixes, lambdas, tables))
+        recipe, kinds = model.recipe, []
+        for layer in model.layers:
+            linears = layer.qkv, layer.proj, layer.fc, layer.mlp_proj
+            kinds.append([*(linear.weight for linear in linears), layer.ve, layer.ve_gate])
+        # the same for all layers, but that some have no value embeddings
+        some = [next((x for x in kind if x is not None), None) for kind in zip(*kinds, strict=True)]
+        shapes = [(0,) * 3 if x is None else (1,) * (3 - x.ndim) + x.shape for x in some]
+        addresses = [[0 if x is None else x.data_ptr() for x in layer] for layer in kinds]
+        self.weights = np.array(addresses, np.int64), np.array(shapes, np.int64)
+        self.windows = np.array([layer.window for layer in model.layers])
+        self.head = model.lm_head.weight.numpy()
+        names, none = ("resid_lambdas", "x0_lambdas", "backout_lambda"), torch.empty(0)
+        numbers = [model.tensors.get(name, none) for name in names]
+        self.numbers = [x.numpy() for x in (*numbers, model.cos, model.sin)]
+        self.scales = [_f32(x) for x in (recipe.qk_scale, recipe.gate_scale, recipe.eps)]
+        self.group = model.config.n_head // model.config.n_kv_head
 
-    def attention(self, i: int, x, y, x0, batch, k, v, window: int) -> tuple[Tensor, Tensor]:
-        weights, mixes, (a, b), tables = self.layers[i]
-        if batch is not self.batch:
-            self.batch, self.tile = batch, _tile(batch, self.n_head // k.shape[1])
-            self.rows = [z.numpy() for z in (batch.positions, batch.slots)]
-            self.lengths = [
-                z.numpy() for z in (batch.cu_seqlens, batch.seq_lens, batch.block_tables)
-            ]
-        adds = y is not None
-        x_new = torch.empty_like(x) if adds or mixes else x
-        out = torch.empty(len(x), self.n_head, k.shape[3])
-        arrays = [z.numpy() for z in (x, y if adds else x, x0)]
+    def __call__(self, x: Tensor, batch, cache) -> Tensor:
+        """x (T, C), the embeddings; returns (R, C), the normed rows of the head."""
+        names = "ids", "positions", "cu_seqlens", "seq_lens", "logit_rows", "slots", "block_tables"
+        *arrays, slots, tables = [getattr(batch, name).numpy() for name in names]
+        slots = slots.reshape(cache.num_groups, len(x))
+        tables = tables.reshape(cache.num_groups, len(batch.seq_lens), -1)
+        places = np.array(cache.depth_of), np.array(cache.group_of)
         with one_at_a_time:
-            _attention_part(
-                *arrays, a[()], b[()], adds, mixes, self.eps, *weights[:2], batch.ids.numpy(),
-                *tables, *self.rows, _array(k), _array(v), self.qk_scale, self.gate_scale,
-                *self.lengths, window, *self.tile, threads_for(len(weights[0])), x_new.numpy(),
-                out.numpy(),
+            threads = threads_for(len(self.head))
+            h = _layers(
+                x.numpy(), *arrays, slots, tables, cache.data.numpy(), *places, self.windows, *self.weights,
+                self.head, *self.numbers, *self.scales, *_tile(batch, self.group), threads,
             )  # fmt: skip
-        return x_new, out
-
-    def mlp(self, i: int, x, y) -> tuple[Tensor, Tensor]:
-        _, *weights = self.layers[i][0]
-        x_new, out = torch.empty_like(x), torch.empty_like(x)
-        arrays = x.numpy(), y.flatten(1).numpy()
-        with one_at_a_time:
-            threads = threads_for(len(weights[1]))
-            _mlp_part(*arrays, *weights, self.eps, threads, x_new.numpy(), out.numpy())
-        return x_new, out
+        return torch.from_numpy(h)
 
 
 # the sampler -------------------------------------------------------------------------------------
@@ -722,4 +747,4 @@ def sample(
     return tokens
 
 
-keep_compiled(_add_norm, _rope_store, _quantize_rows, _attend, _sample, _attention_part, _mlp_part)
+keep_compiled(_add_norm, _rope_store, _quantize_rows, _attend, _sample, _layers)

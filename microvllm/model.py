@@ -525,7 +525,7 @@ class GPT:
         quantize = self.ops.quantize_rows if store == torch.int8 else None
         quantize = fp8_rows if store == torch.float8_e4m3fn else quantize
         self._linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint
-        self._tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
 
         # one at a time: the file is memory-mapped, and only what is made here stays
         def linear(*names: str, rows: int | None = None) -> Linear:
@@ -540,7 +540,7 @@ class GPT:
             given = weights[name].detach()
             same = share and given.device == self.device and given.dtype == dtype
             made = given if same else given.to(self.device, dtype, copy=True)
-            self._tensors[name] = made
+            self.tensors[name] = made
             return made
 
         self.wte = take("transformer.wte.weight", self.cache_dtype)
@@ -577,17 +577,15 @@ class GPT:
                 f"no memory for rotary tables of {max_len} positions: give a smaller max_model_len"
             ) from None
 
-        self.parts = self.attention_part, self.mlp_part
         linears = [w for x in self.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
-        if not ranks and all(w.paneled and sum(w.sizes) % self.ops.PANEL == 0 for w in linears):
-            fused = self.ops.Parts(self)
-            self.parts = fused.attention, fused.mlp
+        whole = all(w.paneled and sum(w.sizes) % self.ops.PANEL == 0 for w in linears)
+        self.compiled = self.ops.Layers(self) if whole and not ranks else None
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The weights under their names in a checkpoint; copies, where the layout is our own.
         With ranks, those of this rank."""
-        found = dict(self._tensors)
+        found = dict(self.tensors)
         for names, linear in self._linears.items():
             found.update({f"{n}.weight": w for n, w in zip(names, linear.dense(), strict=True)})
         return found
@@ -597,7 +595,7 @@ class GPT:
         """Write new weights over the old ones, in place. Raises ValueError if they do not fit."""
         check_weights(weights, self.config, self.recipe)
         weights = self.ranks.share(weights, self.config) if self.ranks else weights
-        for name, tensor in self._tensors.items():
+        for name, tensor in self.tensors.items():
             if weights[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(weights[name])
         for names, linear in self._linears.items():
@@ -635,39 +633,32 @@ class GPT:
         """x (T, C), its rows normed."""
         return self.ops.add_norm(x, None, None, None, None, self.recipe.eps)[1]
 
-    def attention_part(self, i: int, x, y, x0, batch, k, v, window: int) -> tuple[Tensor, Tensor]:
-        """Layer i up to its attention: the residual stream (T, C), to which y of the layer before
-        is added, and what the rows see, (T, H, D); their K and V are written."""
-        layer, recipe, ops = self.layers[i], self.recipe, self.ops
-        x, h = ops.add_norm(x, y, x0, layer.resid_lambda, layer.x0_lambda, recipe.eps)
-        q = ops.rope_store(
-            layer.qkv(h), h, layer.ve, layer.ve_gate, self.cos, self.sin, batch, k, v,
-            self.local.n_head, recipe.qk_scale, recipe.gate_scale, recipe.eps,
-        )  # fmt: skip
-        return x, self.attend(q, k, v, batch, window)
-
-    def mlp_part(self, i: int, x, y) -> tuple[Tensor, Tensor]:
-        """The rest of layer i: the stream, and what is yet to be added to it, both (T, C)."""
-        layer = self.layers[i]
-        x, h = self.ops.add_norm(x, layer.proj(y.flatten(1)), None, None, None, self.recipe.eps)
-        return x, layer.mlp_proj(layer.fc(h))
-
     def forward(self, batch, cache) -> Tensor:
         """Run the batch, write its K and V into the cache, return (R, C): the normed rows of the
         head."""
+        ops, recipe, n_head = self.ops, self.recipe, self.local.n_head
         x, y, middle = self.embed(batch), None, None
+        if self.compiled:  # all of the following in one call
+            return self.compiled(x, batch, cache)
         x0, groups = x, [batch.group(g) for g in range(cache.num_groups)]
-        attention, mlp = self.parts
         for i, layer in enumerate(self.layers):
+            k, v = cache.layer(i)
             batch = groups[cache.group_of[i]]
-            x, y = attention(i, x, y, x0, batch, *cache.layer(i), layer.window)
+            x, h = ops.add_norm(x, y, x0, layer.resid_lambda, layer.x0_lambda, recipe.eps)
+            q = ops.rope_store(
+                layer.qkv(h), h, layer.ve, layer.ve_gate, self.cos, self.sin, batch, k, v,
+                n_head, recipe.qk_scale, recipe.gate_scale, recipe.eps,
+            )  # fmt: skip
+            y = self.attend(q, k, v, batch, layer.window)
             if layer is self.layers[-1]:  # all K and V are written: only the head's rows go on
                 x, y = x[batch.logit_rows], y[batch.logit_rows]
                 if not len(x):
                     return x
                 middle = None if middle is None else middle[batch.logit_rows]
-            x, y = mlp(i, x, y)
-            if self.recipe.smear and i == self.config.n_layer // 2:
+            y = layer.proj(y.flatten(1))
+            x, h = ops.add_norm(x, y, None, None, None, recipe.eps)
+            y = layer.mlp_proj(layer.fc(h))
+            if recipe.smear and i == self.config.n_layer // 2:
                 middle = x + y
         x = x + y
         if middle is not None:
