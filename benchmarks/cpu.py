@@ -8,7 +8,8 @@ timed by a clock around its call; a part inside another one is taken off the oth
 medians over the steps in which all of them decode, and the step is their sum: what else the machine
 does in some of the steps does not count. "python" is all of a step that is neither in the model nor
 in the sampler: planning, tensors for the plan, reading the tokens, books. The clocks' own time is
-in there too.
+in there too. All layers are one compiled call, into which no clock can look, so the same work is
+done once more with model.py's loop over them instead: it takes longer, but shows where.
 
 The perplexity: of the answers of the bundled prompts, given their instructions, by the bundled
 model in float32, bfloat16 and int8. The last line is all of it as JSON.
@@ -73,6 +74,8 @@ class Clocks:
             (ops, "relu2", "relu2"), (model.Linear, "__call__", "products"),
             (llm.model, "logits", "model, the rest"),
         ]  # fmt: skip
+        if llm.model.compiled:
+            places.append((llm.model, "compiled", "all layers"))
         for owner, name, part in places:
             kept.append((owner, name, vars(owner).get(name)))
             self.around(owner, name, part)
@@ -91,32 +94,45 @@ class Clocks:
 def profile(folder: str, vocab: int, sequences: int) -> dict:
     """Milliseconds of each part of a step, and the share of Python outside model and sampler."""
     with LLM(folder, device="cpu", max_batch_size=max(64, sequences)) as llm:
-        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-        clocks = Clocks()
-        for turn in range(3):  # the first one loads what numba has compiled
-            job = workload("W1", turn, vocab, 1)
-            for prompt in job["prompts"][:sequences]:
-                llm.add_request(prompt, params)
-            restore = clocks.watch(llm) if turn else lambda: None
-            while not llm.is_finished():
-                before = llm.stats()["output_tokens"], llm.stats()["prefill_tokens"]
-                llm.step()
-                made, prompt = (
-                    llm.stats()[key] - old
-                    for key, old in zip(("output_tokens", "prefill_tokens"), before, strict=True)
-                )
-                clocks.step(0 if prompt else made)
-            restore()
-    full = [parts for rows, parts in clocks.steps if rows == sequences and parts]
-    names = list(dict.fromkeys(name for parts in full for name in parts))
-    found = {n: 1000 * statistics.median(p[n] for p in full) for n in names}
-    total = sum(found.values())
-    share = sum(ms for n, ms in found.items() if n in PYTHON) / total
+        llm.cache.data.zero_()  # the pages exist once they are written
+        (steps, parts), loop = decode(llm, vocab, sequences), None
+        if llm.model.compiled:
+            llm.model.compiled = None
+            loop = decode(llm, vocab, sequences)[1]
+    total = sum(parts.values())
+    share = sum(ms for n, ms in parts.items() if n in PYTHON) / total
+
+    def ordered(found: dict) -> dict:
+        return {n: round(ms, 3) for n, ms in sorted(found.items(), key=lambda x: -x[1])}
+
     return {
-        "sequences": sequences, "steps": len(full), "step_ms": round(total, 3),
-        "parts_ms": {n: round(ms, 3) for n, ms in sorted(found.items(), key=lambda x: -x[1])},
+        "sequences": sequences, "steps": steps, "step_ms": round(total, 3),
+        "parts_ms": ordered(parts), "loop_ms": loop and ordered(loop),
         "python_share": round(share, 4),
     }  # fmt: skip
+
+
+def decode(llm: LLM, vocab: int, sequences: int) -> tuple[int, dict]:
+    """How many steps were measured, and the milliseconds of each part."""
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    clocks = Clocks()
+    for turn in range(3):  # the first one loads what numba has compiled
+        job = workload("W1", turn, vocab, 1)
+        for prompt in job["prompts"][:sequences]:
+            llm.add_request(prompt, params)
+        restore = clocks.watch(llm) if turn else lambda: None
+        while not llm.is_finished():
+            before = llm.stats()["output_tokens"], llm.stats()["prefill_tokens"]
+            llm.step()
+            made, prompt = (
+                llm.stats()[key] - old
+                for key, old in zip(("output_tokens", "prefill_tokens"), before, strict=True)
+            )
+            clocks.step(0 if prompt else made)
+        restore()
+    full = [parts for rows, parts in clocks.steps if rows == sequences and parts]
+    names = list(dict.fromkeys(name for parts in full for name in parts))
+    return len(full), {n: 1000 * statistics.median(p[n] for p in full) for n in names}
 
 
 def perplexity(count: int, options: dict) -> dict:
@@ -158,6 +174,11 @@ def main() -> None:
             for part, ms in found["parts_ms"].items():
                 print(f"{part:20}{ms:9.3f} ms{ms / found['step_ms']:7.1%}")
             print(f"{'python':20}{'':12}{found['python_share']:7.1%}  ({', '.join(PYTHON)})")
+            if loop := found["loop_ms"]:
+                total = sum(loop.values())
+                print(f"with the loop over the layers, {total:.3f} ms")
+                for part, ms in loop.items():
+                    print(f"  {part:18}{ms:9.3f} ms{ms / total:7.1%}")
     if "perplexity" in args.parts:
         result["perplexity"] = {k: perplexity(args.prompts, o) for k, o in KINDS.items()}
         exact = result["perplexity"]["float32"]["perplexity"]

@@ -227,7 +227,9 @@ def limit(options: dict) -> Callable[[dict], dict]:
     of K and V that its sequences see over the bandwidth of reading. The first step computes all
     prompts, what they share once; then all sequences advance until their last token. Products are
     timed plain and with the weights in oneDNN's layout, the faster counts, which of the two may
-    depend on the number of rows; between and beyond the measured rows: a straight line.
+    depend on the number of rows; between and beyond the measured rows: a straight line. That is
+    `seconds`: what an engine can reach with a library's products. For `own_seconds` this engine's
+    count as well, where it has any.
     """
     import numpy as np
     import torch
@@ -235,9 +237,14 @@ def limit(options: dict) -> Callable[[dict], dict]:
 
     from microvllm.model import layer_windows
 
+    try:
+        from microvllm import products_cpu
+    except ImportError:
+        products_cpu = None
     torch.set_num_threads(options["threads"])
     config, recipe, _ = read_model(options["folder"])
     dtype = torch.bfloat16 if options["llm"].get("dtype") == "bfloat16" else torch.float32
+    owns = bool(dtype == torch.float32 and products_cpu and products_cpu.PANEL)
     c, kv = config.n_embd, config.n_kv_head * config.head_dim
     windows = layer_windows(config, recipe)
 
@@ -254,6 +261,9 @@ def limit(options: dict) -> Callable[[dict], dict]:
             products.append(
                 lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
             )
+        if owns:
+            panels = products_cpu.panels(weight)
+            products.append(lambda x: products_cpu.linear(x, panels, out))
         return products
 
     # each layer has weights of its own, or the cache would serve them
@@ -270,7 +280,11 @@ def limit(options: dict) -> Callable[[dict], dict]:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    def body_seconds(rows: int) -> float:
+    def least(times: list[float]) -> tuple[float, float]:
+        """Of a library's layouts; of all of them."""
+        return min(times[: len(times) - owns]), min(times)
+
+    def body_seconds(rows: int) -> tuple[float, float]:
         x, wide = torch.randn(rows, c).to(dtype), torch.randn(rows, 4 * c).to(dtype)
 
         def run(layout: int) -> None:
@@ -279,24 +293,22 @@ def limit(options: dict) -> Callable[[dict], dict]:
                     products[layout](x)
                 down[layout](wide)
 
-        return min(fastest(partial(run, layout)) for layout in range(len(head)))
+        return least([fastest(partial(run, layout)) for layout in range(len(head))])
 
-    def head_seconds(rows: int) -> float:
+    def head_seconds(rows: int) -> tuple[float, float]:
         x = torch.randn(rows, c).to(dtype)
-        return min(fastest(partial(product, x)) for product in head)
+        return least([fastest(partial(product, x)) for product in head])
 
-    def line(seconds: Callable[[int], float], wanted: list[int]) -> dict[int, float]:
-        """Seconds of each wanted number of rows."""
+    def line(seconds: Callable[[int], tuple], wanted: list[int]) -> np.ndarray:
+        """(2, n) seconds, a library's and the least, for as many rows as is wanted each time."""
         near = set()
-        for rows in wanted:
+        for rows in set(wanted):
             at = min(bisect.bisect_left(ROWS, rows), len(ROWS) - 1)
             near |= {ROWS[at], ROWS[max(0, at - (ROWS[at] > rows))]}
         measured = {rows: seconds(rows) for rows in sorted(near)}
-        last, found = max(measured), {}
-        for rows in wanted:
-            between = np.interp(rows, list(measured), list(measured.values()))
-            found[rows] = float(between) * max(1, rows / last)
-        return found
+        beyond = np.maximum(1, np.array(wanted) / max(measured))
+        each = zip(*measured.values(), strict=True)
+        return np.array([np.interp(wanted, list(measured), times) for times in each]) * beyond
 
     def context_bytes(context: int) -> int:
         seen = sum(context if w < 0 else min(context, w + 1) for w in windows)
@@ -312,12 +324,13 @@ def limit(options: dict) -> Callable[[dict], dict]:
             rows.append(len(running))
             sampled.append(len(running))
             read.append(sum(map(context_bytes, running)))
-        body, head = line(body_seconds, sorted(set(rows))), line(head_seconds, sorted(set(sampled)))
+        products = line(body_seconds, rows).sum(1) + line(head_seconds, sampled).sum(1)
         bandwidth = data.nbytes / fastest(data.sum)
-        products = sum(body[n] for n in rows) + sum(head[n] for n in sampled)
+        seconds, own_seconds = products + sum(read) / bandwidth
         return {
-            "seconds": products + sum(read) / bandwidth,
-            "products_seconds": products,
+            "seconds": seconds,
+            "own_seconds": own_seconds,
+            "products_seconds": products[0],
             "bandwidth_gb": bandwidth / 1e9,
         }
 

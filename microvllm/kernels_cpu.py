@@ -599,8 +599,9 @@ class Layers:
         with one_at_a_time:
             threads = threads_for(len(self.head))
             h = _layers(
-                x.numpy(), *arrays, slots, tables, cache.data.numpy(), *places, self.windows, *self.weights,
-                self.head, *self.numbers, *self.scales, *_tile(batch, self.group), threads,
+                x.numpy(), *arrays, slots, tables, cache.data.numpy(), *places, self.windows,
+                *self.weights, self.head, *self.numbers, *self.scales, *_tile(batch, self.group),
+                threads,
             )  # fmt: skip
         return torch.from_numpy(h)
 

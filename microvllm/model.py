@@ -577,9 +577,11 @@ class GPT:
                 f"no memory for rotary tables of {max_len} positions: give a smaller max_model_len"
             ) from None
 
-        linears = [w for x in self.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
-        whole = all(w.paneled and sum(w.sizes) % self.ops.PANEL == 0 for w in linears)
-        self.compiled = self.ops.Layers(self) if whole and not ranks else None
+        self.compiled = None  # all layers in one call
+        if not ranks:  # of whom each has to wait for the others in every layer
+            linears = [w for x in self.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
+            if all(w.paneled and sum(w.sizes) % self.ops.PANEL == 0 for w in linears):
+                self.compiled = self.ops.Layers(self)
 
     @property
     def weights(self) -> dict[str, Tensor]:

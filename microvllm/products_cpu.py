@@ -12,6 +12,7 @@ import math
 import os
 import threading
 from functools import partial
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -264,7 +265,7 @@ def panels(weight: Tensor, out: Tensor | None = None) -> Tensor:
         flat = np.empty(math.prod(shape) + 16, np.float32)
         start = -flat.ctypes.data % 64 // flat.itemsize
         out = torch.from_numpy(flat[start : start + math.prod(shape)]).view(shape)
-    out[:whole] = weight[: whole * PANEL].view(whole, PANEL, -1).transpose(1, 2)
+    out[:whole] = weight[: whole * PANEL].view(whole, PANEL, weight.shape[1]).transpose(1, 2)
     if rest:
         out[-1] = 0
         out[-1, :, :rest] = weight[whole * PANEL :].T
@@ -282,13 +283,21 @@ def linear(x: Tensor, packed: Tensor, rows: int, square: bool = False) -> Tensor
     return y if rows == y.shape[1] else y[:, :rows].contiguous()
 
 
+def stamp() -> tuple:
+    """What tells these sources from others: when each file was written, and its size."""
+    files = (Path(__file__).with_name(name) for name in ("products_cpu.py", "kernels_cpu.py"))
+    return tuple((file.stat().st_mtime, file.stat().st_size) for file in files)
+
+
 def keep_compiled(*kernels) -> None:
     """Let numba write what it compiles to disk, for later processes."""
     try:
         for kernel in kernels:
             kernel.enable_caching()
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        pass
+            # numba looks whether a kernel's own file has changed; it is made of both of ours
+            kernel._cache._cache_file._source_stamp = stamp()
+    except (RuntimeError, OSError):
+        pass  # neither the package's folder nor the user's cache can be written
 
 
 keep_compiled(multiply)

@@ -26,7 +26,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton (pip install t
 
 from triton.runtime.interpreter import GridExecutor  # noqa: E402
 
-from microvllm import LLM, SamplingParams, kernels_gpu, model  # noqa: E402
+from microvllm import LLM, SamplingParams, kernels_cpu, kernels_gpu, model  # noqa: E402
 from microvllm.engine import make_batch  # noqa: E402
 from microvllm.graphs import DecodeGraphs  # noqa: E402
 from microvllm.scheduler import Sequence, Step  # noqa: E402
@@ -98,6 +98,7 @@ def no_card():
         patch.setattr(torch, "empty", pinned)
         # weights as they are on a GPU, and not in an order that a CPU likes better
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        patch.setattr(kernels_cpu, "PANEL", 0)
         patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

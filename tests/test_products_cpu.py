@@ -1,0 +1,194 @@
+"""Matrix products of the CPU's own making against float64, and all layers in one call against the
+loop that it stands for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, hand_made_batch
+
+from microvllm import kernels_cpu, products_cpu
+from microvllm.attention import PagedKVCache
+from microvllm.checkpoint import load_model
+from microvllm.model import GPT, Linear, relu2
+from microvllm.products_cpu import PANEL, linear, panels
+
+CPU = torch.device("cpu")
+has_panels = pytest.mark.skipif(not PANEL, reason="this processor has neither AVX2 nor AVX-512")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New memory is NaN, so that what a kernel forgets to write is seen."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(torch.nan))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@has_panels
+@pytest.mark.parametrize("inputs", [1, 3, 64, 100, 1024, 1025, 2300])
+@pytest.mark.parametrize("outputs", [1, 31, 32, 33, 130])
+def test_a_product_is_that_of_float64(inputs, outputs, poisoned):
+    """Rows for every tile, for two panels at once, for several blocks of rows."""
+    weight = random(outputs, inputs, seed=1)
+    packed = panels(weight)
+    for rows in (*range(1, 26), 64, 127, 128, 133, 241, 490):
+        x = random(rows, inputs, seed=100 + rows)
+        want = x.double() @ weight.double().T
+        got = linear(x, packed, outputs)
+        assert got.shape == (rows, outputs) and got.is_contiguous()
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2.5e-7 * inputs + 1e-6)
+        squared = linear(x, packed, outputs, square=True)
+        assert torch.equal(squared, relu2(got.clone()))
+
+
+@has_panels
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_bits_of_a_row_follow_from_that_row(threads):
+    """Alone, in a tile of any size, in two panels at once: always the same sums in the same order,
+    whatever the other rows are, and by however many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        packed, x = panels(random(200, 1500)), random(500, 1500, seed=2)
+        alone = torch.cat([linear(x[i : i + 1], packed, 200) for i in range(500)])
+        for rows in (2, 7, 12, 13, 64, 127, 128, 300, 500):
+            assert torch.equal(linear(x[:rows], packed, 200), alone[:rows]), rows
+        x[1::2] = torch.nan
+        assert torch.equal(linear(x, packed, 200)[::2], alone[::2])
+    finally:
+        torch.set_num_threads(before)
+
+
+@has_panels
+def test_a_nan_comes_out_as_one_and_what_is_negative_as_nothing():
+    x = torch.tensor([[torch.nan, 1.0], [-2.0, 1.0], [3.0, -1.0], [torch.inf, 0.0]])
+    y = linear(x, panels(torch.eye(2)), 2, square=True)
+    assert torch.isnan(y[0]).tolist() == [True, True]  # 0 times NaN is one, too
+    assert y[1:3].tolist() == [[0, 1], [9, 0]]
+
+
+@has_panels
+def test_weights_in_panels_are_replaced_where_they_are():
+    """Other kernels know their address."""
+    parts = [random(40, 64), random(24, 64, seed=1)]
+    made = Linear(parts, CPU, torch.float32, False, 50, ops=kernels_cpu)
+    assert made.paneled and made(random(3, 64)).shape == (3, 50)
+    assert all(map(torch.equal, made.dense(), parts))
+    where = made.weight.data_ptr()
+    assert where % 64 == 0  # else each vector of weights is in two lines of the cache
+    parts = [part + 1 for part in parts]
+    made.load(parts)
+    assert made.weight.data_ptr() == where and all(map(torch.equal, made.dense(), parts))
+
+
+def compiled(folder) -> GPT:
+    """The model, or none of it where no panels fit its matrices."""
+    model = load_model(folder, None, CPU, "auto", attention="numba")
+    sizes = [sum(w.sizes) for x in model.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
+    assert bool(model.compiled) == all(size % PANEL == 0 for size in sizes)
+    if not model.compiled:
+        pytest.skip(f"outputs of {sizes} are no multiples of {PANEL}")
+    return model
+
+
+def run(model, chunks, block_size: int = 16, logit_rows=None):
+    """(R, C) rows of the head, and the cache they leave."""
+    cache = PagedKVCache(model.config, 12, block_size, model.cache_dtype, CPU)
+    batch = hand_made_batch(chunks, block_size)
+    if logit_rows is not None:
+        batch.logit_rows = torch.tensor(logit_rows, dtype=torch.int32)
+    return model.forward(batch, cache), cache.data
+
+
+@has_panels
+@pytest.mark.parametrize("logit_rows", [None, [0], [5, 5, 5, 0], [7] * 40, []])
+def test_all_layers_in_one_call_are_the_loop_over_them(era, logit_rows):
+    """Decodes and chunks; rows that samples share, more of them than there are, none at all."""
+    model = compiled(era.directory)
+    ids = random(3, 40).mul(1000).long().abs().remainder(model.config.vocab_size).tolist()
+    chunks = [(ids[0], 0, 1, [1]), (ids[1], 0, 1, [2]), (ids[2], 0, 38, [3, 4, 5])]
+    got = run(model, chunks, logit_rows=logit_rows)
+    model.compiled = None
+    for ours, loop in zip(got, run(model, chunks, logit_rows=logit_rows), strict=True):
+        torch.testing.assert_close(ours, loop, atol=2e-5, rtol=2e-5)
+
+
+@has_panels
+def test_new_weights_are_seen_in_the_one_call(era):
+    model = compiled(era.directory)
+    ids = list(range(1, 20))
+    old = run(model, [(ids, 0, 19, [1, 2])])[0]
+    new = {name: w * 1.1 for name, w in model.weights.items()}
+    model.update(new)
+    got = run(model, [(ids, 0, 19, [1, 2])])[0]
+    model.compiled = None
+    assert not torch.allclose(got, old, atol=1e-3)
+    torch.testing.assert_close(got, run(model, [(ids, 0, 19, [1, 2])])[0], atol=2e-5, rtol=2e-5)
+
+
+@has_panels
+def test_the_bundled_model_is_compiled():
+    assert compiled(MODEL)
+
+
+def test_a_processor_without_panels_takes_the_loop(monkeypatch):
+    monkeypatch.setattr(kernels_cpu, "PANEL", 0)
+    model = load_model(MODEL, None, CPU, "auto", attention="numba")
+    assert not model.compiled and not model.layers[0].fc.paneled
+
+
+OTHER = """
+import sys
+from llvmlite import binding
+
+found = binding.get_host_cpu_features()
+for name in sys.argv[1].split():
+    found[name] = False
+binding.get_host_cpu_features = lambda: found
+sys.path.insert(0, "tests")
+
+import torch
+import test_kernels_cpu
+import test_products_cpu
+from microvllm import products_cpu
+
+print(products_cpu.LANES, products_cpu.PANEL)
+test_kernels_cpu.check(test_kernels_cpu.MIXED, -1, head_dim=44)
+test_kernels_cpu.check(test_kernels_cpu.MIXED, 9, torch.bfloat16, n_head=6, n_kv_head=2)
+if products_cpu.PANEL:
+    weight = test_products_cpu.random(70, 1100)
+    for rows in (*range(1, 14), 128, 300):
+        x = test_products_cpu.random(rows, 1100, seed=rows)
+        got = products_cpu.linear(x, products_cpu.panels(weight), 70).double()
+        torch.testing.assert_close(got, x.double() @ weight.double().T, rtol=0, atol=2e-4)
+"""
+
+
+@pytest.mark.parametrize("without, said", [("avx512f", "8 16"), ("avx512f avx2", "4 0")])
+def test_processors_with_smaller_registers(without, said, tmp_path):
+    """Their vectors run here as well, as halves and quarters of this one's."""
+    if not PANEL and said != "4 0":
+        pytest.skip("this processor has no such registers")
+    root = Path(__file__).resolve().parents[1]
+    # what numba keeps on disk is for a processor, and that is what we lie about
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", OTHER, without]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == said
+
+
+def test_what_is_kept_on_disk_is_of_these_very_sources():
+    """A kernel is compiled again when any of the files changes that it is made of, not its own
+    alone."""
+    stamp = products_cpu.stamp()
+    assert len(stamp) == 2 and all(map(all, stamp))
+    for kernel in (kernels_cpu._layers, kernels_cpu._attend, products_cpu.multiply):
+        assert kernel._cache._cache_file._source_stamp == stamp
