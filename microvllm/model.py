@@ -443,7 +443,8 @@ class Linear:
         if self.paneled:
             return self.ops.linear(x, self.weight, self.rows, self.squared)
         y = in_slices(self._product, x, self.slice) if self.slice else self._product(x)
-        return self.ops.relu2(y) if self.squared else y
+        done = not self.squared or self.quantize not in (None, fp8_rows)
+        return y if done else self.ops.relu2(y)
 
     def _product(self, x: Tensor) -> Tensor:
         if self.quantize is fp8_rows:
@@ -454,7 +455,7 @@ class Linear:
             )
             return y[:, : self.rows].to(x.dtype)
         if self.quantize:
-            return self._int8_product(x)[:, : self.rows]
+            return self._int8_product(x, self.squared)[:, : self.rows]
         given, x = x.dtype, x.to(self.dtype)
         if self.packed:
             y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
@@ -465,13 +466,15 @@ class Linear:
             y = self.product(x, self.weight[: self.rows])
         return y.to(given)
 
-    def _int8_product(self, x: Tensor) -> Tensor:
+    def _int8_product(self, x: Tensor, squared: bool = False) -> Tensor:
         x, scale = self.quantize(x, self.levels)
+        alone = len(x) == 1  # a row's scale can go along, those of several cannot
         y = torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, 128, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32,
-            "none", [], "",
+            x, scale.item() if alone else 1.0, 128, self.weight, self.scale, self.zeros, None, 1.0,
+            0, torch.float32, "relu" if squared else "none", [], "",
         )  # fmt: skip
-        return y.mul_(scale)
+        y = y if alone else y.mul_(scale)
+        return y.square_() if squared else y
 
 
 @dataclass
