@@ -23,8 +23,11 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from .products_cpu import (
+    EXACT,
     FAST,
     LANES,
+    NOT_SCALED,
+    PANEL8,
     address,
     f32,
     i64,
@@ -39,7 +42,7 @@ from .products_cpu import (
     threads_for,
     write,
 )
-from .products_cpu import PANEL as PANEL  # which model.py asks for here
+from .products_cpu import PANEL as PANEL  # what model.py asks for here
 from .products_cpu import linear as linear
 from .products_cpu import panels as panels
 
@@ -228,6 +231,28 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+@numba.njit(**FAST)
+def _linear8(x, w, offset, w_scale, levels, square, threads, y):
+    T, C = x.shape
+    q, scale = np.empty((T, C), np.uint8), np.empty((T, 1), np.float32)
+    _quantize_rows(x, levels, min(threads, 1 + T // 8), q, scale)
+    scaling = offset, w_scale, scale.reshape(T)
+    multiply(q.view(np.int32), w, scaling, square, w, threads, y)
+
+
+def linear8(x: Tensor, packed, levels: int, rows: int, square: bool = False) -> Tensor:
+    """x (T, in) times the first `rows` outputs of an int8 matrix, transposed: (T, rows); square:
+    then relu(y)^2. packed: its panels, of four int8 each; 128 times the sums of its rows; what one
+    of its steps is worth in each."""
+    panels, offset, scale = [part.numpy() for part in packed]
+    y = torch.empty(len(x), len(panels) * PANEL8)
+    with one_at_a_time:
+        threads = threads_for(len(panels))
+        x = x.contiguous().numpy()
+        _linear8(x, panels, offset, scale, _f32(levels), square, threads, y.numpy())
+    return y if rows == y.shape[1] else y[:, :rows].contiguous()
+
+
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2, in place."""
     return x.relu_().square_()  # there is nothing to fuse: torch's two passes are as fast as one
@@ -372,7 +397,7 @@ def _softmax(scores):
     return total
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
     """Some consecutive rows of one sequence, the first at `position`, against kv head h.
 
@@ -532,7 +557,7 @@ def _layers(
         if i > 0 or mixes:
             x, spare = spare, x
         proj, fc = _weight(addresses, shapes, i, 1), _weight(addresses, shapes, i, 2)
-        multiply(h, _weight(addresses, shapes, i, 0), False, proj, threads, qkv)
+        multiply(h, _weight(addresses, shapes, i, 0), NOT_SCALED, False, proj, threads, qkv)
         k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
         gated = addresses[i, 4] != 0
         ve = _weight(addresses, shapes, i, 4)[0] if gated else x0
@@ -552,13 +577,13 @@ def _layers(
             wide = np.empty((T, 4 * C), np.float32)
             if smear and i > n_layer // 2:
                 middle = middle[logit_rows]
-        multiply(seen.reshape(T, C), proj, False, fc, threads, y)
+        multiply(seen.reshape(T, C), proj, NOT_SCALED, False, fc, threads, y)
         _add_norm(x, y, x, one, none, eps, True, False, few, spare, h)
         x, spare = spare, x
         mlp_proj = _weight(addresses, shapes, i, 3)
-        multiply(h, fc, True, mlp_proj, threads, wide)
+        multiply(h, fc, NOT_SCALED, True, mlp_proj, threads, wide)
         following = head if i == n_layer - 1 else _weight(addresses, shapes, i + 1, 0)
-        multiply(wide, mlp_proj, False, following, threads, y)
+        multiply(wide, mlp_proj, NOT_SCALED, False, following, threads, y)
         if smear and i == n_layer // 2:
             middle = x + y
     _add_norm(x, y, x, one, none, eps, True, False, few, spare, h)
@@ -748,4 +773,4 @@ def sample(
     return tokens
 
 
-keep_compiled(_add_norm, _rope_store, _quantize_rows, _attend, _sample, _layers)
+keep_compiled(_add_norm, _rope_store, _quantize_rows, _attend, _sample, _layers, _linear8)

@@ -365,9 +365,14 @@ class Linear:
         has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported  # the instructions for it
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         self.squared, self.ops = squared, ops or sys.modules[__name__]
+        self.int8 = quantize not in (None, fp8_rows)
         plain = self.shared or quantize or device.type != "cpu"
         # in panels, the layout of our own product, where there is one
-        self.paneled = not plain and dtype == torch.float32 and getattr(self.ops, "PANEL", 0) > 0
+        if self.int8:
+            self.paneled = getattr(self.ops, "PANEL8", 0) > 0 and self.width % 4 == 0
+        else:
+            whole = getattr(self.ops, "PANEL", 0) > 0
+            self.paneled = whole and not plain and dtype == torch.float32
         # on an x86 processor oneDNN's own layout is faster, at some numbers of rows twice as fast
         self.packed = (
             not (plain or self.paneled)
@@ -378,9 +383,8 @@ class Linear:
         self.weight: Tensor | None = None
         self.load(parts)
         self.slice = 0
-        if (
-            sliced and not self.paneled
-        ):  # do equal rows get equal bits wherever they are? else one is done at a time
+        if sliced and not self.paneled:
+            # do equal rows get equal bits wherever they are? else one is done at a time
             y = self._product(torch.arange(self.width).sin().expand(16, -1).contiguous())
             self.slice = 16 if torch.equal(y, y[:1].expand_as(y)) else 1
 
@@ -406,6 +410,12 @@ class Linear:
             whole /= min(32, self.width & -self.width)  # what rotating both has multiplied by
             self.scale = whole.abs().amax(-1).clamp_(min=1e-30) / 127
             whole = (whole / self.scale[:, None]).round_().to(torch.int8)
+            if self.paneled:
+                whole = F.pad(whole, (0, 0, 0, -len(whole) % self.ops.PANEL8))
+                scale = F.pad(self.scale, (0, len(whole) - len(self.scale)))
+                sums = whole.sum(1, dtype=torch.int32)
+                self.weight = self.ops.panels(whole.view(torch.int32)), 128 * sums, scale
+                return
             self.zeros = torch.zeros(len(whole), dtype=torch.int64)
             self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
         elif self.packed or self.paneled:
@@ -430,7 +440,11 @@ class Linear:
             whole = self.weight.to(torch.float32) * self.scale
             return list(whole[: sum(self.sizes)].split(self.sizes))
         if self.quantize:  # there is no way back from its layout: multiply it out
-            whole = self._int8_product(torch.eye(self.width))
+            one = torch.eye(self.width)
+            if self.paneled:
+                whole = self.ops.linear8(one, self.weight, self.levels, sum(self.sizes))
+            else:
+                whole = self._int8_product(one)
             return list(whole.T.split(self.sizes))
         if self.paneled:
             whole = self.weight.transpose(1, 2).flatten(0, 1)[: sum(self.sizes)]
@@ -440,11 +454,12 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (T, in) @ weight.T: (T, rows), in x's dtype; if `squared`, relu2 of it."""
+        if self.paneled and self.int8:
+            return self.ops.linear8(x, self.weight, self.levels, self.rows, self.squared)
         if self.paneled:
             return self.ops.linear(x, self.weight, self.rows, self.squared)
         y = in_slices(self._product, x, self.slice) if self.slice else self._product(x)
-        done = not self.squared or self.quantize not in (None, fp8_rows)
-        return y if done else self.ops.relu2(y)
+        return self.ops.relu2(y) if self.squared and not self.int8 else y
 
     def _product(self, x: Tensor) -> Tensor:
         if self.quantize is fp8_rows:
@@ -583,7 +598,8 @@ class GPT:
         self.compiled = None  # all layers in one call
         if not ranks:  # of whom each has to wait for the others in every layer
             linears = [w for x in self.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
-            if all(w.paneled and sum(w.sizes) % self.ops.PANEL == 0 for w in linears):
+            fits = all(w.paneled and sum(w.sizes) % self.ops.PANEL == 0 for w in linears)
+            if fits and not store:
                 self.compiled = self.ops.Layers(self)
 
     @property

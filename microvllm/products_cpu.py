@@ -45,6 +45,8 @@ def threads_for(jobs: int) -> int:
 
 # sums may be reordered, else nothing is vectorised; but NaN stays NaN (see _largest)
 FAST = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
+# for what is in vectors already, where one row could get other bits; a caller's would be inherited
+EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
 
 
 # vectors -----------------------------------------------------------------------------------------
@@ -66,7 +68,8 @@ def splat(builder, value, lanes: int):
     """A vector of equal numbers."""
     if lanes == 1:
         return value
-    vector = builder.insert_element(ir.Constant(kind_of(f32, lanes), ir.Undefined), value, i32(0))
+    vector = ir.Constant(kind_of(value.type, lanes), ir.Undefined)
+    vector = builder.insert_element(vector, value, i32(0))
     return builder.shuffle_vector(vector, vector, ir.Constant(kind_of(i32, lanes), [0] * lanes))
 
 
@@ -79,11 +82,11 @@ def multiply_add(builder, a, b, c):
 
 
 def read(builder, start, lanes: int = LANES):
-    """Numbers of the cache, float32 or bfloat16, from a pointer on, as float32."""
+    """Numbers from a pointer on; those of 16 bits are bfloat16, and become float32."""
     item = start.type.pointee
     value = builder.load(builder.bitcast(start, kind_of(item, lanes).as_pointer()))
-    value.align = 4 if item == f32 else 2
-    if item == f32:
+    value.align = 2 if item == ir.IntType(16) else 4
+    if item != ir.IntType(16):
         return value
     shift = ir.Constant(kind_of(i32, lanes), [16] * lanes if lanes > 1 else 16)
     value = builder.shl(builder.zext(value, kind_of(i32, lanes)), shift)
@@ -120,53 +123,67 @@ def start_loading(builder, start):
 # outputs whose weights lie together: two registers of them, so many rows, and the registers that
 # are left hold the sums. 0: a processor without the instructions that this is made for
 PANEL = 2 * LANES if LANES > 4 else 0
+# the same, for int8: the instruction that multiplies four bytes in each lane
+PANEL8 = PANEL if _cpu.get("avx512vnni" if LANES == 16 else "avxvnni") else 0
 _ROWS = 12 if LANES == 16 else 6
 _SOON = 768 // PANEL if PANEL else 0  # inputs whose weights are 3 KB
 _DEPTH = 1024  # inputs at a time: the weights of a panel for them stay in the cache
 _MANY = 240  # rows at a time: they stay there, too
 
 
+def _dot(builder, x, w, c):
+    """In each lane c plus the products of four unsigned bytes of x and four signed ones of w."""
+    kind = ir.FunctionType(c.type, [c.type] * 3)
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [c, x, w])
+
+
 @intrinsic
 def _multiply(
-    context, n, wide, K, x, x_at, w, w_at, y, y_at, ahead, ahead_at, every, add, square
+    context, n, wide, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, every, add, square,
+    offset, w_scale, x_scale,
 ):  # fmt: skip
     """y (n, PANEL) = x (n, K) @ w (K, PANEL), n being 1 to _ROWS; if `add`, more by that.
 
-    These parts of the arrays, all contiguous, begin at the flat indices x_at, w_at and y_at: a
-    slice takes as long as a few rows do. wide: of two panels, for up to half as many rows, which
-    loads less often; square: then relu(y)^2; ahead: weights to start loading, PANEL of them at each
-    `every`-th input.
+    These parts of the arrays, all contiguous, begin at the flat indices x_at and w_at, and at the
+    row and column of y: a slice takes as long as a few rows do. wide: of two panels, for up to half
+    as many rows, which loads less often; square: then relu(y)^2; ahead: weights to start loading,
+    PANEL of them at each `every`-th input. If x and w are int32, each is four int8, of x plus 128:
+    y = (x @ w - offset (N,)) * w_scale (N,) * x_scale (T,).
     """
 
     def codegen(context, builder, signature, args):
-        n, wide, K, _, x_at, _, w_at, _, y_at, _, ahead_at, every, add, square = args
-        arrays = [
-            context.make_array(signature.args[i])(context, builder, args[i]) for i in (3, 5, 7, 9)
-        ]
-        at, starts = partial(address, builder), [array.data for array in arrays]
-        x_stride, w_stride, y_stride = (builder.extract_value(a.shape, 1) for a in arrays[:3])
+        n, wide, K, _, x_at, _, w_at, _, row, column, _, ahead_at, every, add, square = args[:15]
+        x, w, y, ahead, *scaling = (
+            context.make_array(signature.args[i])(context, builder, args[i])
+            for i in (3, 5, 7, 10, 15, 16, 17)
+        )
+        at, integers = partial(address, builder), signature.args[5].dtype == types.int32
+        x_stride, w_stride, y_stride = (builder.extract_value(a.shape, 1) for a in (x, w, y))
         w_stride = builder.mul(w_stride, i64(PANEL))
-        firsts = x_at, w_at, y_at, ahead_at
-        xs, ws, ys, aheads = (at(s, (i, 1)) for s, i in zip(starts, firsts, strict=True))
-        vector = kind_of(f32, LANES)
-        zero = ir.Constant(vector, [0.0] * LANES)
+        xs, ws, aheads = at(x.data, (x_at, 1)), at(w.data, (w_at, 1)), at(ahead.data, (ahead_at, 1))
+        ys = at(y.data, (row, y_stride), (column, 1))
+        floats, vector = kind_of(f32, LANES), kind_of(i32 if integers else f32, LANES)
         sums = [cgutils.alloca_once(builder, vector) for _ in range(2 * _ROWS)]
+        results = [cgutils.alloca_once(builder, floats) for _ in sums] if integers else sums
         due, fetched = (cgutils.alloca_once(builder, kind) for kind in (i64, aheads.type))
+        multiplied = _dot if integers else multiply_add
 
         def multiply(n, panels):
             rows, mine = [at(xs, (x_stride, i)) for i in range(n)], sums[: 2 * panels * n]
             for each in mine:
-                builder.store(zero, each)
+                builder.store(ir.Constant(vector, [0] * LANES), each)
             builder.store(i64(0), due), builder.store(aheads, fetched)
             with cgutils.for_range(builder, K, intp=i64) as loop:
                 k, weights = loop.index, []
                 for panel in range(panels):
                     start = at(ws, (w_stride, panel), (k, PANEL))
                     weights += [read(builder, start), read(builder, at(start, (LANES, 1)))]
-                for i, row in enumerate(rows):
-                    value = splat(builder, builder.load(at(row, (k, 1))), LANES)
+                for i, place in enumerate(rows):
+                    value = splat(builder, builder.load(at(place, (k, 1))), LANES)
                     for weight, each in zip(weights, mine[len(weights) * i :], strict=False):
-                        more = multiply_add(builder, weight, value, builder.load(each))
+                        more = multiplied(builder, value, weight, builder.load(each))
                         builder.store(more, each)
                 with builder.if_then(builder.icmp_unsigned("==", k, builder.load(due))):
                     builder.store(builder.add(k, every), due)
@@ -175,19 +192,33 @@ def _multiply(
                     for panel in range(panels):
                         for line in range(0, PANEL, 16):
                             start_loading(builder, at(start, (w_stride, panel), (line, 1)))
-            places = [
-                at(ys, (y_stride, i), (LANES, j)) for i in range(n) for j in range(2 * panels)
-            ]
+            columns = range(2 * panels)
+            if integers:
+                offsets, w_scales = (
+                    [read(builder, at(a.data, (column, 1), (LANES, j))) for j in columns]
+                    for a in scaling[:2]
+                )
+                for i in range(n):
+                    scale = builder.load(at(scaling[2].data, (row, 1), (i, 1)))
+                    scale = splat(builder, scale, LANES)
+                    for j in columns:
+                        at_j = i * len(columns) + j
+                        value = builder.sub(builder.load(mine[at_j]), offsets[j])
+                        value = builder.fmul(builder.sitofp(value, floats), w_scales[j])
+                        builder.store(builder.fmul(value, scale), results[at_j])
+            places = [at(ys, (y_stride, i), (LANES, j)) for i in range(n) for j in columns]
+            done = results[: len(places)]
             with builder.if_then(add):
-                for each, place in zip(mine, places, strict=True):
+                for each, place in zip(done, places, strict=True):
                     builder.store(builder.fadd(builder.load(each), read(builder, place)), each)
             with builder.if_then(square):
-                for each in mine:
+                nothing = ir.Constant(floats, [0.0] * LANES)
+                for each in done:
                     value = builder.load(each)
-                    negative = builder.fcmp_ordered("<", value, zero)  # a NaN is not
-                    value = builder.select(negative, zero, value)
+                    negative = builder.fcmp_ordered("<", value, nothing)  # a NaN is not
+                    value = builder.select(negative, nothing, value)
                     builder.store(builder.fmul(value, value), each)
-            for each, place in zip(mine, places, strict=True):
+            for each, place in zip(done, places, strict=True):
                 write(builder, builder.load(each), place)
 
         done = builder.append_basic_block("done")
@@ -203,17 +234,20 @@ def _multiply(
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    kinds = n, wide, K, x, x_at, w, w_at, y, y_at, ahead, ahead_at, every, add, square
+    kinds = (
+        n, wide, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, every, add, square, offset,
+        w_scale, x_scale,
+    )  # fmt: skip
     return types.void(*kinds), codegen
 
 
-@numba.njit(**FAST)
-def _multiply_panels(x, w, square, first, end, following, ahead, y):
+@numba.njit(**EXACT)
+def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
     """y (T, N) of the panels from `first` to `end`; following, ahead: which weights come after, and
     where they begin."""
-    T, N = y.shape
-    _, K, width = w.shape
-    blocks, parts = -(-T // _MANY), -(-K // _DEPTH)
+    T, (_, K, width) = len(y), w.shape
+    offset, w_scale, x_scale = scaling
+    blocks, parts = -(-T // _MANY), 1 if offset.size else -(-K // _DEPTH)
     wide = T >= 128
     rows, step = (_ROWS // 2, 2) if wide else (_ROWS, 1)
     for turn in range(blocks * parts):
@@ -236,33 +270,36 @@ def _multiply_panels(x, w, square, first, end, following, ahead, y):
                 r0, r1 = t0 + (t1 - t0) * i // tiles, t0 + (t1 - t0) * (i + 1) // tiles
                 _multiply(
                     r1 - r0, wide and p + step <= end, k1 - k0, x, r0 * K + k0,
-                    w, (p * K + k0) * width, y, r0 * N + p * width, source, near + i * share,
-                    tiles, part > 0, square and part == parts - 1,
+                    w, (p * K + k0) * width, y, r0, p * width, source, near + i * share,
+                    tiles, part > 0, square and part == parts - 1, offset, w_scale, x_scale,
                 )  # fmt: skip
 
 
-@numba.njit(parallel=True, **FAST)
-def multiply(x, w, square, following, threads, y):
+@numba.njit(parallel=True, **EXACT)
+def multiply(x, w, scaling, square, following, threads, y):
     """y (T, N) = x (T, K) @ w.T, of panels; square: then relu(y)^2; following: the weights of the
-    product that comes next, whose beginning is to be loaded."""
+    product that comes next, whose beginning is to be loaded; scaling: of int8, see _multiply."""
     panels, later = len(w), len(following)
     size = following.shape[1] * following.shape[2]
     for thread in numba.prange(threads):
         _multiply_panels(
-            x, w, square, panels * thread // threads, panels * (thread + 1) // threads,
+            x, w, scaling, square, panels * thread // threads, panels * (thread + 1) // threads,
             following, later * thread // threads * size, y,
         )  # fmt: skip
 
 
+NOT_SCALED = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)
+
+
 def panels(weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """A matrix (out, in), float32, as panels of PANEL outputs, (panels, in, PANEL), the last one
-    filled up with zeros; written over `out`, where it was made of another one before."""
+    """A matrix (out, in) as panels of PANEL outputs, (panels, in, PANEL), the last one filled up
+    with zeros; written over `out`, where it was made of another one before."""
     whole, rest = divmod(len(weight), PANEL)
     if out is None:
         # numpy asks the system for large pages, torch does not: a few rows are a tenth faster with
         # them. but it does not begin at a cache line
         shape = whole + (rest > 0), weight.shape[1], PANEL
-        flat = np.empty(math.prod(shape) + 16, np.float32)
+        flat = np.empty(math.prod(shape) + 16, weight.numpy().dtype)
         start = -flat.ctypes.data % 64 // flat.itemsize
         out = torch.from_numpy(flat[start : start + math.prod(shape)]).view(shape)
     out[:whole] = weight[: whole * PANEL].view(whole, PANEL, weight.shape[1]).transpose(1, 2)
@@ -279,7 +316,8 @@ def linear(x: Tensor, packed: Tensor, rows: int, square: bool = False) -> Tensor
     with one_at_a_time:
         threads = threads_for(len(packed))
         weights = packed.numpy()
-        multiply(x.contiguous().numpy(), weights, square, weights, threads, y.numpy())
+        x = x.contiguous().numpy()
+        multiply(x, weights, NOT_SCALED, square, weights, threads, y.numpy())
     return y if rows == y.shape[1] else y[:, :rows].contiguous()
 
 

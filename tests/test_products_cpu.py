@@ -14,7 +14,7 @@ from microvllm import kernels_cpu, products_cpu
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import load_model
 from microvllm.model import GPT, Linear, relu2
-from microvllm.products_cpu import PANEL, linear, panels
+from microvllm.products_cpu import PANEL, PANEL8, linear, panels
 
 CPU = torch.device("cpu")
 has_panels = pytest.mark.skipif(not PANEL, reason="this processor has neither AVX2 nor AVX-512")
@@ -24,7 +24,12 @@ has_panels = pytest.mark.skipif(not PANEL, reason="this processor has neither AV
 def poisoned(monkeypatch):
     """New memory is NaN, so that what a kernel forgets to write is seen."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(torch.nan))
+
+    def poison(*args, **kwargs):
+        new = empty(*args, **kwargs)
+        return new.fill_(torch.nan if new.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poison)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -64,6 +69,56 @@ def test_the_bits_of_a_row_follow_from_that_row(threads):
         assert torch.equal(linear(x, packed, 200)[::2], alone[::2])
     finally:
         torch.set_num_threads(before)
+
+
+has_int8 = pytest.mark.skipif(not PANEL8, reason="this processor has no VNNI")
+
+
+def int8(parts, rows=None, **options) -> Linear:
+    return Linear(parts, CPU, torch.float32, False, rows, kernels_cpu.quantize_rows, **options)
+
+
+@has_int8
+@pytest.mark.parametrize("inputs", [64, 100, 2300, 8704])
+@pytest.mark.parametrize("outputs", [1, 33, 130])
+def test_an_int8_product_is_that_of_its_integers(inputs, outputs, poisoned):
+    """Sums of integers are exact: what is left is rounding three factors."""
+    weight = random(outputs, inputs, seed=1)
+    made = int8([weight], ops=kernels_cpu)
+    squared = int8([weight], ops=kernels_cpu, squared=True)
+    assert made.paneled
+    whole, _, scale = made.weight
+    integers = whole.transpose(1, 2).flatten(0, 1).contiguous().view(torch.int8)[:outputs]
+    for rows in (1, 2, 11, 12, 13, 64, 127, 128, 301):
+        x = random(rows, inputs, seed=100 + rows)
+        q, x_scale = kernels_cpu.quantize_rows(x, 127)
+        exact = (q.double() - 128) @ integers.double().T * scale[:outputs] * x_scale
+        y = made(x)
+        assert y.shape == (rows, outputs)
+        torch.testing.assert_close(y, exact.float(), rtol=3e-7, atol=1e-30)
+        assert torch.equal(squared(x), relu2(y.clone()))
+
+
+@has_int8
+def test_the_bits_of_an_int8_row_follow_from_that_row():
+    made, x = int8([random(200, 1504)], ops=kernels_cpu), random(300, 1504, seed=2)
+    alone = torch.cat([made(x[i : i + 1]) for i in range(300)])
+    for rows in (2, 7, 12, 13, 64, 127, 128, 300):
+        assert torch.equal(made(x[:rows]), alone[:rows]), rows
+
+
+@has_int8
+def test_int8_panels_hold_what_onednns_layout_holds():
+    parts = [random(40, 64), random(24, 64, seed=1)]
+    ours, theirs = int8(parts, 50, ops=kernels_cpu), int8(parts, 50)
+    assert ours.paneled and not theirs.paneled
+    x = random(9, 64, seed=2)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    for a, b in zip(ours.dense(), theirs.dense(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    ours.load([part + 1 for part in parts])
+    exact = x @ (torch.cat(parts) + 1).T[:, :50]
+    assert (ours(x) - exact).norm() / exact.norm() < 0.02
 
 
 @has_panels
@@ -168,6 +223,9 @@ if products_cpu.PANEL:
         x = test_products_cpu.random(rows, 1100, seed=rows)
         got = products_cpu.linear(x, products_cpu.panels(weight), 70).double()
         torch.testing.assert_close(got, x.double() @ weight.double().T, rtol=0, atol=2e-4)
+if products_cpu.PANEL8:
+    test_products_cpu.test_the_bits_of_an_int8_row_follow_from_that_row()
+    test_products_cpu.test_int8_panels_hold_what_onednns_layout_holds()
 """
 
 
