@@ -198,12 +198,12 @@ class LLM:
     gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
     steps; quantization: on a CPU "int8", of the matrices and the inputs of all products (K and V
     are bfloat16), on a GPU "fp8"; deterministic: logits, and so tokens, bit for bit the same alone
-    or in a batch, cold or warm, 1.5 times as slow on a CPU; prompt_lookup: on a CPU, tokens that a
-    sequence's text lets guess, at most so many a step, and kept if they are what is drawn: the same
-    output, sooner where it repeats itself and few run (lookup.py); tensor_parallel: torchrun's
-    processes, which share the model and all do the same; trace: a file to write events to, see
-    trace.py; victim, admission, eviction: policies, such as those in scheduler.py; any constant of
-    model.Recipe may be overridden by name (softcap=20 for a checkpoint of era 3b).
+    or in a batch, cold or warm, slower where the products are a library's; prompt_lookup: on a CPU,
+    tokens that a sequence's text lets guess, at most so many a step, and kept if they are what is
+    drawn: the same output, sooner where it repeats itself and few run (lookup.py); tensor_parallel:
+    torchrun's processes, which share the model and all do the same; trace: a file to write events
+    to, see trace.py; victim, admission, eviction: policies, such as those in scheduler.py; any
+    constant of model.Recipe may be overridden by name (softcap=20 for a checkpoint of era 3b).
 
     Raises FileNotFoundError, ValueError or TypeError, naming what is wrong and what to do.
     """

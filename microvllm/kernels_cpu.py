@@ -1,11 +1,11 @@
-"""The CPU's kernels in numba: the fused steps of model.py, paged attention, and the draw.
+"""The CPU's kernels in numba: model.py's steps, paged attention, a whole model, the draw.
 
 Gathering a paged cache before torch's attention costs more than all matrix products of a step. Here
 every block is read where it lies, once for all the query heads that share it, and a step of decodes
 runs at about the speed of the memory. Block tables are PagedAttention's (Kwon et al. 2023), the
 softmax is the plain one: the scores of a few rows fit in the processor's cache, nothing is online.
 
-The very first call compiles for some seconds; numba keeps the result on disk for later processes.
+The very first call compiles for a while; numba keeps the result on disk for later processes.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ cache: everything else a token needs (smear, value embeddings, x0) follows from 
 one before.
 
 The small steps between the matrix products (`add_norm`, `rope_store`, `relu2`) are written here in
-plain torch. kernels_gpu.py has the same functions, fused; the model picks one of the two by device.
+plain torch. kernels_cpu.py and kernels_gpu.py have the same functions, fused; the model picks by
+device. On most CPUs its loop over the layers is one call besides, `compiled`, that does the same.
 """
 
 from __future__ import annotations
