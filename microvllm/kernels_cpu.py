@@ -540,7 +540,7 @@ def _weight(addresses, shapes, i, kind):
 def _layers(
     x0, ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables, cache, depths, groups,
     windows, addresses, shapes, head, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
-    rows, width, threads,
+    rows, width, scaling, threads,
 ):  # fmt: skip
     T, C = x0.shape
     n_layer, n_kv_head, D = len(windows), cache.shape[3], cache.shape[5]
@@ -551,13 +551,15 @@ def _layers(
     qkv, wide = np.empty((T, C + 2 * n_kv_head * D), np.float32), np.empty((T, 4 * C), np.float32)
     scratch = np.empty((threads, rows * (n_head // n_kv_head) * (2 * D + width)), np.float32)
     one, none = _f32(1), _f32(0)
+    # no constants, or numba would compile each kernel for them once more
+    yes, no = threads > 0, threads < 0
     for i in range(n_layer):
         a, b = (resid[i], first[i]) if mixes else (one, none)
         _add_norm(x, y, x0, a, b, eps, i > 0, mixes, few, spare, h)
         if i > 0 or mixes:
             x, spare = spare, x
         proj, fc = _weight(addresses, shapes, i, 1), _weight(addresses, shapes, i, 2)
-        multiply(h, _weight(addresses, shapes, i, 0), NOT_SCALED, False, proj, threads, qkv)
+        multiply(h, _weight(addresses, shapes, i, 0), scaling, no, proj, threads, qkv)
         k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
         gated = addresses[i, 4] != 0
         ve = _weight(addresses, shapes, i, 4)[0] if gated else x0
@@ -577,19 +579,19 @@ def _layers(
             wide = np.empty((T, 4 * C), np.float32)
             if smear and i > n_layer // 2:
                 middle = middle[logit_rows]
-        multiply(seen.reshape(T, C), proj, NOT_SCALED, False, fc, threads, y)
-        _add_norm(x, y, x, one, none, eps, True, False, few, spare, h)
+        multiply(seen.reshape(T, C), proj, scaling, no, fc, threads, y)
+        _add_norm(x, y, x, one, none, eps, yes, no, few, spare, h)
         x, spare = spare, x
         mlp_proj = _weight(addresses, shapes, i, 3)
-        multiply(h, fc, NOT_SCALED, True, mlp_proj, threads, wide)
+        multiply(h, fc, scaling, yes, mlp_proj, threads, wide)
         following = head if i == n_layer - 1 else _weight(addresses, shapes, i + 1, 0)
-        multiply(wide, mlp_proj, NOT_SCALED, False, following, threads, y)
+        multiply(wide, mlp_proj, scaling, no, following, threads, y)
         if smear and i == n_layer // 2:
             middle = x + y
-    _add_norm(x, y, x, one, none, eps, True, False, few, spare, h)
+    _add_norm(x, y, x, one, none, eps, yes, no, few, spare, h)
     if smear:
         spare -= backout[0] * middle
-        _add_norm(spare, y, x, one, none, eps, False, False, few, x, h)
+        _add_norm(spare, y, x, one, none, eps, no, no, few, x, h)
     return h
 
 
@@ -626,7 +628,7 @@ class Layers:
             h = _layers(
                 x.numpy(), *arrays, slots, tables, cache.data.numpy(), *places, self.windows,
                 *self.weights, self.head, *self.numbers, *self.scales, *_tile(batch, self.group),
-                threads,
+                NOT_SCALED, threads,
             )  # fmt: skip
         return torch.from_numpy(h)
 
