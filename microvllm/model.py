@@ -558,7 +558,8 @@ class GPT:
         def take(name: str, dtype: torch.dtype = dtype) -> Tensor:
             given = weights[name].detach()
             same = share and given.device == self.device and given.dtype == dtype
-            made = given if same else given.to(self.device, dtype, copy=True)
+            dense = torch.contiguous_format  # kernels read it by its address
+            made = given if same else given.to(self.device, dtype, copy=True, memory_format=dense)
             self.tensors[name] = made
             return made
 

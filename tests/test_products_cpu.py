@@ -189,6 +189,16 @@ def test_new_weights_are_seen_in_the_one_call(era):
 
 
 @has_panels
+def test_weights_that_lie_column_by_column_are_read_right(era):
+    model = compiled(era.directory)
+    odd = {name: w.T.contiguous().T if w.ndim == 2 else w for name, w in model.weights.items()}
+    other = GPT(model.config, model.recipe, odd, model.attend)
+    assert other.compiled
+    chunk = [(list(range(1, 20)), 0, 19, [1, 2])]
+    assert torch.equal(run(other, chunk)[0], run(model, chunk)[0])
+
+
+@has_panels
 def test_the_bundled_model_is_compiled():
     assert compiled(MODEL)
 
