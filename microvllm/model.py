@@ -361,8 +361,6 @@ class Linear:
         self.device, self.dtype, self.quantize, self.product = device, dtype, quantize, product
         same = parts[0].device == device and parts[0].dtype == dtype
         self.shared = share and same and not quantize
-        # without the instructions for them, sums of two products of int8 are held in 16 bits
-        self.levels = 127 if torch.cpu._is_vnni_supported() else 63
         has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported  # the instructions for it
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         self.squared, self.ops = squared, ops or sys.modules[__name__]
@@ -374,6 +372,8 @@ class Linear:
         else:
             whole = getattr(self.ops, "PANEL", 0) > 0
             self.paneled = whole and not plain and dtype == torch.float32
+        # without the instructions for them, sums of two products of int8 are held in 16 bits
+        self.levels = 127 if self.paneled or torch.cpu._is_vnni_supported() else 63
         # on an x86 processor oneDNN's own layout is faster, at some numbers of rows twice as fast
         self.packed = (
             not (plain or self.paneled)
