@@ -50,8 +50,8 @@ class PagedKVCache:
             self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.num_blocks, self.block_size, self.num_groups = num_blocks, block_size, len(groups)
         places = sorted((i, g, j) for g, group in enumerate(groups) for j, i in enumerate(group))
-        self.group_of = [g for _, g, _ in places]  # of each layer
-        self.depth_of = [j for _, _, j in places]  # where in `data` it is
+        # of each layer: its group, and where in `data` it is
+        self.group_of, self.depth_of = (np.array([p[i] for p in places]) for i in (1, 2))
         self.layers = [(self.data[j, 0], self.data[j, 1]) for _, _, j in places]
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:

@@ -622,13 +622,12 @@ class Layers:
         *arrays, slots, tables = [getattr(batch, name).numpy() for name in names]
         slots = slots.reshape(cache.num_groups, len(x))
         tables = tables.reshape(cache.num_groups, len(batch.seq_lens), -1)
-        places = np.array(cache.depth_of), np.array(cache.group_of)
         with one_at_a_time:
             threads = threads_for(len(self.head))
             h = _layers(
-                x.numpy(), *arrays, slots, tables, cache.data.numpy(), *places, self.windows,
-                *self.weights, self.head, *self.numbers, *self.scales, *_tile(batch, self.group),
-                NOT_SCALED, threads,
+                x.numpy(), *arrays, slots, tables, cache.data.numpy(), cache.depth_of,
+                cache.group_of, self.windows, *self.weights, self.head, *self.numbers,
+                *self.scales, *_tile(batch, self.group), NOT_SCALED, threads,
             )  # fmt: skip
         return torch.from_numpy(h)
 
