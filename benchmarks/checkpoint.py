@@ -26,7 +26,8 @@ import tiktoken
 import torch
 
 from microvllm import huggingface
-from microvllm.model import RECIPES, GPTConfig, expected_shapes
+from microvllm.checkpoint import expected_shapes
+from microvllm.model import RECIPES, GPTConfig
 
 SPECIAL = (
     "bos", "user_start", "user_end", "assistant_start", "assistant_end",

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 import torch
 
 from microvllm import SamplingParams
-from microvllm.model import Linear
+from microvllm.linear import pick
 from microvllm.sampler import History, noise, sample
 
 SETTINGS = {
@@ -45,7 +45,8 @@ def products(rows: int, args: argparse.Namespace, device: torch.device, dtype: t
     C, V = args.width, args.vocab
     layer = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))
     shapes = [*layer * args.layers, (V, C)]
-    weights = [Linear([torch.randn(shape)], device, dtype, share=False) for shape in shapes]
+    kind = pick(device, dtype, None, False, C, None)
+    weights = [kind([torch.randn(shape)], device, dtype) for shape in shapes]
     inputs = {size: torch.randn(rows, size, device=device, dtype=dtype) for size in (C, 4 * C)}
     return lambda: [
         linear(inputs[size]) for linear, (_, size) in zip(weights, shapes, strict=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .attention import pick_backend
-from .model import GPT, GPTConfig, Recipe, check_weights, recognise
+from .model import GPT, RECIPES, GPTConfig, Recipe
 from .sampler import check_int
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -112,6 +112,104 @@ def read_json(file: Path) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no JSON object: {found!r:.80}")
     return found
+
+
+# layouts that existed for days on branches of nanochat; named so that the refusal says what it saw.
+_UNSUPPORTED = {
+    "v0_lambdas": "an experiment of 2026-01-16 with v0_lambdas (ungated value embeddings)",
+    "bigram_lambdas": "the hashed bigram embeddings (engram) of 2026-01-25 to 01-28",
+    ".moe.": "a mixture of experts (branch moe)",
+    ".mlp.router.": "a mixture of experts (branch moe3)",
+    ".mlp.experts.": "a mixture of experts (branch moe3)",
+    ".mlp.shared_expert.": "a mixture of experts (branch moe3)",
+}
+
+
+def recognise(weights: dict[str, Tensor]) -> Recipe:
+    """The recipe of a state dict (keys already without `_orig_mod.`), told by the keys it has.
+
+    Raises ValueError for layouts that no released nanochat had, naming what was seen.
+    """
+    for key in weights:
+        for mark, what in _UNSUPPORTED.items():
+            if mark in f".{key}." or key == mark:
+                raise ValueError(f"unsupported checkpoint: {key!r} belongs to {what}")
+    gates = {
+        w.shape[-1] for key, w in weights.items() if key.endswith("attn.ve_gate.weight") and w.ndim
+    }
+    if {"smear_gate.weight", "smear_lambda", "backout_lambda"} & weights.keys():
+        return RECIPES["5"]
+    if gates or any(key.startswith("value_embeds.") for key in weights):
+        if gates in ({12}, {32}):
+            return RECIPES["4" if gates == {12} else "3"]
+        raise ValueError(
+            f"unsupported checkpoint: value embeddings, gates of {sorted(gates) or 'no'} channels; "
+            "nanochat's eras have 32 (era 3) or 12 (eras 4 and 5)"
+        )
+    return RECIPES["2" if {"resid_lambdas", "x0_lambdas"} & weights.keys() else "1"]
+
+
+def expected_shapes(config: GPTConfig, recipe: Recipe, rows: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint; `rows` is the (padded) vocabulary."""
+    c, kv = config.n_embd, config.n_kv_head * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (rows, c),
+        "lm_head.weight": (rows, c),
+    }
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}."
+        shapes[block + "attn.c_q.weight"] = shapes[block + "attn.c_proj.weight"] = (c, c)
+        shapes[block + "attn.c_k.weight"] = shapes[block + "attn.c_v.weight"] = (kv, c)
+        shapes[block + "mlp.c_fc.weight"] = (4 * c, c)
+        shapes[block + "mlp.c_proj.weight"] = (c, 4 * c)
+        if recipe.gate_channels and i % 2 == (config.n_layer - 1) % 2:
+            shapes[f"value_embeds.{i}.weight"] = (rows, kv)
+            shapes[block + "attn.ve_gate.weight"] = (config.n_kv_head, recipe.gate_channels)
+    if recipe.lambdas:
+        shapes["resid_lambdas"] = shapes["x0_lambdas"] = (config.n_layer,)
+    if recipe.smear:
+        shapes["smear_gate.weight"] = (1, 24)
+        shapes["smear_lambda"] = shapes["backout_lambda"] = (1,)
+    return shapes
+
+
+def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe) -> None:
+    """Strict: no missing, no extra, no misshapen tensor. Raises ValueError naming them."""
+    if config.n_layer > len(weights):  # a million layers would take a while to list
+        raise ValueError(f"n_layer is {config.n_layer}, but there are {len(weights)} tensors")
+    wte = weights.get("transformer.wte.weight")
+    rows = wte.shape[0] if wte is not None and wte.ndim == 2 else config.vocab_size
+    if rows < config.vocab_size:
+        raise ValueError(f"the embedding has {rows} rows, but vocab_size is {config.vocab_size}")
+    expected = expected_shapes(config, recipe, rows)
+    misshapen = [
+        f"{k} is {tuple(weights[k].shape)}, not {shape}"
+        for k, shape in expected.items()
+        if k in weights and tuple(weights[k].shape) != shape
+    ]
+    unusable = [k for k in expected if k in weights and not weights[k].is_floating_point()]
+    # a sparse one, one on the device "meta", or one number that claims to be a whole matrix
+    hollow = [
+        k
+        for k, w in weights.items()
+        if w.layout != torch.strided
+        or w.is_meta
+        or w.untyped_storage().nbytes() < w.numel() * w.itemsize
+    ]
+    problems = {
+        "missing": [k for k in expected if k not in weights],
+        "unexpected": [k for k in weights if k not in expected],
+        "misshapen": misshapen,
+        "not floating point": unusable,
+        "not stored in full": hollow,
+    }
+    found = [
+        f"{len(v)} {what} ({', '.join(v[:3])}{' ...' * (len(v) > 3)})"
+        for what, v in problems.items()
+        if v
+    ]
+    if found:
+        raise ValueError(f"not a complete checkpoint of era {recipe.era}: " + "; ".join(found))
 
 
 def _recognise_strictly(weights: dict[str, Tensor], config: GPTConfig, source) -> Recipe:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .attention import PagedKVCache
 from .checkpoint import (
+    check_weights,
     find_checkpoint,
     find_nanochat,
     fits,
@@ -531,7 +532,9 @@ class LLM:
         state = weights.state_dict() if hasattr(weights, "state_dict") else weights
         if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):
             raise TypeError(f"weights must be a state dict, or a module, got {weights!r:.80}")
-        self.model.update({k.removeprefix("_orig_mod."): w for k, w in state.items()})
+        state = {k.removeprefix("_orig_mod."): w for k, w in state.items()}
+        check_weights(state, self.model.config, self.model.recipe)
+        self.model.update(state)
         try:
             self._settle()
         finally:

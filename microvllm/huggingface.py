@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import read_json
-from .model import RECIPES, GPTConfig, Recipe, check_weights
+from .checkpoint import check_weights, read_json
+from .model import RECIPES, GPTConfig, Recipe
 from .tokenizer import Tokenizer
 
 # nanochat's model_config -> config.json

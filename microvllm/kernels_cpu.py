@@ -22,6 +22,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from .model import relu2 as relu2  # nothing to fuse: torch's two passes are as fast as one
 from .products_cpu import (
     EXACT,
     FAST,
@@ -42,7 +43,7 @@ from .products_cpu import (
     threads_for,
     write,
 )
-from .products_cpu import PANEL as PANEL  # what model.py asks for here
+from .products_cpu import PANEL as PANEL  # what linear.py asks for here
 from .products_cpu import linear as linear
 from .products_cpu import panels as panels
 
@@ -223,7 +224,7 @@ def _quantize_rows(x, levels, threads, q, scale):
 
 
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """x (T, C), rotated, in steps that fit the row, as in model.py."""
+    """x (T, C), rotated, in steps that fit the row, as in linear.py."""
     q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
     with one_at_a_time:
         threads = threads_for(1 + len(x) // 8)
@@ -232,15 +233,15 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 @numba.njit(**FAST)
-def _linear8(x, w, offset, w_scale, levels, square, threads, y):
+def _linear8(x, w, offset, w_scale, square, threads, y):
     T, C = x.shape
     q, scale = np.empty((T, C), np.uint8), np.empty((T, 1), np.float32)
-    _quantize_rows(x, levels, min(threads, 1 + T // 8), q, scale)
+    _quantize_rows(x, _f32(127), min(threads, 1 + T // 8), q, scale)
     scaling = offset, w_scale, scale.reshape(T)
     multiply(q.view(np.int32), w, scaling, square, w, threads, y)
 
 
-def linear8(x: Tensor, packed, levels: int, rows: int, square: bool = False) -> Tensor:
+def linear8(x: Tensor, packed, rows: int, square: bool = False) -> Tensor:
     """x (T, in) times the first `rows` outputs of an int8 matrix, transposed: (T, rows); square:
     then relu(y)^2. packed: its panels, of four int8 each; 128 times the sums of its rows; what one
     of its steps is worth in each."""
@@ -249,13 +250,8 @@ def linear8(x: Tensor, packed, levels: int, rows: int, square: bool = False) -> 
     with one_at_a_time:
         threads = threads_for(len(panels))
         x = x.contiguous().numpy()
-        _linear8(x, panels, offset, scale, _f32(levels), square, threads, y.numpy())
+        _linear8(x, panels, offset, scale, square, threads, y.numpy())
     return y if rows == y.shape[1] else y[:, :rows].contiguous()
-
-
-def relu2(x: Tensor) -> Tensor:
-    """relu(x)^2, in place."""
-    return x.relu_().square_()  # there is nothing to fuse: torch's two passes are as fast as one
 
 
 # attention ---------------------------------------------------------------------------------------

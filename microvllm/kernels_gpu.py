@@ -183,7 +183,7 @@ def _fp8_rows(x, y, scales, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.conste
 
 
 def fp8_rows(x):
-    """`model.fp8_rows` in one pass: x (T, C) as float8_e4m3fn, and the rows' scales, (T, 1)
+    """`linear.fp8_rows` in one pass: x (T, C) as float8_e4m3fn, and the rows' scales, (T, 1)
     float32."""
     T, C = x.shape
     assert x.is_contiguous(), x.stride()

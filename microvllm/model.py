@@ -14,7 +14,6 @@ device. On most CPUs its loop over the layers is one call besides, `compiled`, t
 from __future__ import annotations
 
 import math
-import platform
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -129,103 +128,6 @@ RECIPES = {
     "5": replace(_ERA4, era="5", short_window=512, qk_scale=1.2, smear=True),
 }
 
-# layouts that existed for days on branches of nanochat; named so that the refusal says what it saw.
-_UNSUPPORTED = {
-    "v0_lambdas": "an experiment of 2026-01-16 with v0_lambdas (ungated value embeddings)",
-    "bigram_lambdas": "the hashed bigram embeddings (engram) of 2026-01-25 to 01-28",
-    ".moe.": "a mixture of experts (branch moe)",
-    ".mlp.router.": "a mixture of experts (branch moe3)",
-    ".mlp.experts.": "a mixture of experts (branch moe3)",
-    ".mlp.shared_expert.": "a mixture of experts (branch moe3)",
-}
-
-
-def recognise(weights: dict[str, Tensor]) -> Recipe:
-    """The recipe of a state dict (keys already without `_orig_mod.`), told by the keys it has.
-
-    Raises ValueError for layouts that no released nanochat had, naming what was seen.
-    """
-    for key in weights:
-        for mark, what in _UNSUPPORTED.items():
-            if mark in f".{key}." or key == mark:
-                raise ValueError(f"unsupported checkpoint: {key!r} belongs to {what}")
-    gates = {
-        w.shape[-1] for key, w in weights.items() if key.endswith("attn.ve_gate.weight") and w.ndim
-    }
-    if {"smear_gate.weight", "smear_lambda", "backout_lambda"} & weights.keys():
-        return RECIPES["5"]
-    if gates or any(key.startswith("value_embeds.") for key in weights):
-        if gates in ({12}, {32}):
-            return RECIPES["4" if gates == {12} else "3"]
-        raise ValueError(
-            f"unsupported checkpoint: value embeddings, gates of {sorted(gates) or 'no'} channels; "
-            "nanochat's eras have 32 (era 3) or 12 (eras 4 and 5)"
-        )
-    return RECIPES["2" if {"resid_lambdas", "x0_lambdas"} & weights.keys() else "1"]
-
-
-def expected_shapes(config: GPTConfig, recipe: Recipe, rows: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint; `rows` is the (padded) vocabulary."""
-    c, kv = config.n_embd, config.n_kv_head * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (rows, c),
-        "lm_head.weight": (rows, c),
-    }
-    for i in range(config.n_layer):
-        block = f"transformer.h.{i}."
-        shapes[block + "attn.c_q.weight"] = shapes[block + "attn.c_proj.weight"] = (c, c)
-        shapes[block + "attn.c_k.weight"] = shapes[block + "attn.c_v.weight"] = (kv, c)
-        shapes[block + "mlp.c_fc.weight"] = (4 * c, c)
-        shapes[block + "mlp.c_proj.weight"] = (c, 4 * c)
-        if recipe.gate_channels and i % 2 == (config.n_layer - 1) % 2:
-            shapes[f"value_embeds.{i}.weight"] = (rows, kv)
-            shapes[block + "attn.ve_gate.weight"] = (config.n_kv_head, recipe.gate_channels)
-    if recipe.lambdas:
-        shapes["resid_lambdas"] = shapes["x0_lambdas"] = (config.n_layer,)
-    if recipe.smear:
-        shapes["smear_gate.weight"] = (1, 24)
-        shapes["smear_lambda"] = shapes["backout_lambda"] = (1,)
-    return shapes
-
-
-def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe) -> None:
-    """Strict: no missing, no extra, no misshapen tensor. Raises ValueError naming them."""
-    if config.n_layer > len(weights):  # a million layers would take a while to list
-        raise ValueError(f"n_layer is {config.n_layer}, but there are {len(weights)} tensors")
-    wte = weights.get("transformer.wte.weight")
-    rows = wte.shape[0] if wte is not None and wte.ndim == 2 else config.vocab_size
-    if rows < config.vocab_size:
-        raise ValueError(f"the embedding has {rows} rows, but vocab_size is {config.vocab_size}")
-    expected = expected_shapes(config, recipe, rows)
-    misshapen = [
-        f"{k} is {tuple(weights[k].shape)}, not {shape}"
-        for k, shape in expected.items()
-        if k in weights and tuple(weights[k].shape) != shape
-    ]
-    unusable = [k for k in expected if k in weights and not weights[k].is_floating_point()]
-    # a sparse one, one on the device "meta", or one number that claims to be a whole matrix
-    hollow = [
-        k
-        for k, w in weights.items()
-        if w.layout != torch.strided
-        or w.is_meta
-        or w.untyped_storage().nbytes() < w.numel() * w.itemsize
-    ]
-    problems = {
-        "missing": [k for k in expected if k not in weights],
-        "unexpected": [k for k in weights if k not in expected],
-        "misshapen": misshapen,
-        "not floating point": unusable,
-        "not stored in full": hollow,
-    }
-    found = [
-        f"{len(v)} {what} ({', '.join(v[:3])}{' ...' * (len(v) > 3)})"
-        for what, v in problems.items()
-        if v
-    ]
-    if found:
-        raise ValueError(f"not a complete checkpoint of era {recipe.era}: " + "; ".join(found))
-
 
 def layer_windows(config: GPTConfig, recipe: Recipe) -> list[int]:
     """How many tokens back each layer sees; -1 is no limit. w means w + 1 visible keys."""
@@ -298,30 +200,6 @@ def relu2(x: Tensor) -> Tensor:
     return x.relu_().square_()
 
 
-def rotate(x: Tensor) -> Tensor:
-    """x (T, C) times a Hadamard matrix of +-1 over 32 channels each, that lie C / 32 apart.
-
-    A residual stream has a few channels that are far larger than all others, and a scale that fits
-    them leaves little of the rest. Here each number is spread over 32 (Ashkboos et al. 2024,
-    QuaRot); with inputs and weights turned alike a product does not change, but for a factor: twice
-    is x * min(32, C & -C).
-    """
-    size = min(32, x.shape[1] & -x.shape[1])
-    half, y = x.shape[1] // 2, x
-    while half >= x.shape[1] // size:
-        a, b = y.reshape(len(x), -1, 2, half).unbind(2)
-        y, half = torch.stack((a + b, a - b), 2), half // 2
-    return y.reshape(x.shape)
-
-
-def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """x (T, C), rotated, as integers from -levels to levels, stored plus 128: (T, C) uint8, and
-    what one of them is worth in each row, (T, 1) float32."""
-    x = rotate(x)
-    scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / levels
-    return (x / scale).round_().add_(128).to(torch.uint8), scale
-
-
 def in_slices(function, x: Tensor, rows: int = 16) -> Tensor:
     """function(x) of x (T, C), always of `rows` rows at a time, the last of them padding: what
     becomes of a row then follows from the row, not from how many others there are."""
@@ -329,168 +207,53 @@ def in_slices(function, x: Tensor, rows: int = 16) -> Tensor:
     return torch.cat([function(part) for part in whole.split(rows)])[: len(x)]
 
 
-def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
-    each row, (T, 1) float32."""
-    if has_triton(x.device):
-        from . import kernels_gpu
-
-        return kernels_gpu.fp8_rows(x)
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
-    return (x / scale).to(torch.float8_e4m3fn), scale
-
-
 class Linear:
-    """A weight matrix (out, in), kept once, in the layout that its products like best.
+    """A weight matrix (out, in) and its product, as torch has them; linear.py has others.
 
-    parts: matrices of a checkpoint, one on top of the other: q, k and v are one product; share: use
-    them as they are, without a copy, if device and dtype allow it; rows: how many outputs are
-    wanted, the others are padding; quantize: make the inputs of each product int8 with this
-    function, that is `quantize_rows`, or float8, `fp8_rows`, and the weights as well, with one
-    scale for each output; product: of x and a plain weight; sliced: the bits of a row may not
-    depend on the rows beside it, see `in_slices`; squared: relu2 comes after it; ops: of the
-    functions that model.py and kernels_cpu.py have both, whose.
+    parts: matrices of a checkpoint, one on top of the other: q, k and v are one product; rows: how
+    many outputs are wanted, the others are padding; squared: relu2 comes after it; ops: whose relu2
+    that is; product: of x and a weight; sliced: the bits of a row may not depend on the rows beside
+    it, see `in_slices`.
     """
 
+    fixed = False  # do they depend on the row alone anyhow?
+    squares = False  # does `multiply` do what `squared` asks for?
+
     def __init__(
-        self, parts: list[Tensor], device, dtype, share: bool, rows: int | None = None,
-        quantize=None, product=F.linear, sliced: bool = False, squared: bool = False, ops=None,
+        self, parts: list[Tensor], device, dtype, *, rows: int | None = None,
+        squared: bool = False, ops=None, product=F.linear, sliced: bool = False,
     ):  # fmt: skip
         self.sizes, self.width = [len(part) for part in parts], parts[0].shape[1]
         self.rows = rows or sum(self.sizes)
-        self.device, self.dtype, self.quantize, self.product = device, dtype, quantize, product
-        same = parts[0].device == device and parts[0].dtype == dtype
-        self.shared = share and same and not quantize
-        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported  # the instructions for it
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        self.device, self.dtype, self.product = device, dtype, product
         self.squared, self.ops = squared, ops or sys.modules[__name__]
-        self.int8 = quantize not in (None, fp8_rows)
-        plain = self.shared or quantize or device.type != "cpu"
-        # in panels, the layout of our own product, where there is one
-        if self.int8:
-            self.paneled = getattr(self.ops, "PANEL8", 0) > 0 and self.width % 4 == 0
-        else:
-            whole = getattr(self.ops, "PANEL", 0) > 0
-            self.paneled = whole and not plain and dtype == torch.float32
-        # without the instructions for them, sums of two products of int8 are held in 16 bits
-        self.levels = 127 if self.paneled or torch.cpu._is_vnni_supported() else 63
-        # on an x86 processor oneDNN's own layout is faster, at some numbers of rows twice as fast
-        self.packed = (
-            not (plain or self.paneled)
-            and x86
-            and torch.backends.mkldnn.is_available()
-            and (dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16()))
-        )
-        self.weight: Tensor | None = None
+        self.weight = None
         self.load(parts)
         self.slice = 0
-        if sliced and not self.paneled:
+        if sliced and not self.fixed:
             # do equal rows get equal bits wherever they are? else one is done at a time
-            y = self._product(torch.arange(self.width).sin().expand(16, -1).contiguous())
+            y = self.multiply(torch.arange(self.width).sin().expand(16, -1).contiguous())
             self.slice = 16 if torch.equal(y, y[:1].expand_as(y)) else 1
 
     def load(self, parts: list[Tensor]) -> None:
         """Take the weights of `parts`; in place where there were others before."""
-        if self.shared:
-            if self.weight is None:
-                self.weights = parts
-                self.weight = parts[0][: self.rows] if len(parts) == 1 else None
-            for old, new in zip(self.weights, parts, strict=True):
-                if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-        elif self.quantize is fp8_rows:
-            # a row of padding more or less: the product wants outputs in steps of 16
-            whole = torch.cat([*parts, parts[0].new_zeros(-sum(self.sizes) % 16, self.width)])
-            new = fp8_rows(whole.to(self.device, torch.float32))
-            if self.weight is None:
-                self.weight, self.scale = new
-            else:  # where recorded steps read them
-                self.weight.copy_(new[0]), self.scale.copy_(new[1])
-        elif self.quantize:
-            whole = rotate(torch.cat(parts).to(torch.float32))
-            whole /= min(32, self.width & -self.width)  # what rotating both has multiplied by
-            self.scale = whole.abs().amax(-1).clamp_(min=1e-30) / 127
-            whole = (whole / self.scale[:, None]).round_().to(torch.int8)
-            if self.paneled:
-                whole = F.pad(whole, (0, 0, 0, -len(whole) % self.ops.PANEL8))
-                scale = F.pad(self.scale, (0, len(whole) - len(self.scale)))
-                sums = whole.sum(1, dtype=torch.int32)
-                self.weight = self.ops.panels(whole.view(torch.int32)), 128 * sums, scale
-                return
-            self.zeros = torch.zeros(len(whole), dtype=torch.int64)
-            self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
-        elif self.packed or self.paneled:
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-            whole = whole.to(dtype=self.dtype).contiguous()
-            if self.paneled:
-                self.weight = self.ops.panels(whole, self.weight)
-            else:
-                self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, 64)
-        else:
-            if self.weight is None:
-                shape = (sum(self.sizes), *parts[0].shape[1:])
-                self.weight = torch.empty(shape, dtype=self.dtype, device=self.device)
-            for view, part in zip(self.weight.split(self.sizes), parts, strict=True):
-                view.copy_(part)
+        if self.weight is None:
+            shape = sum(self.sizes), self.width
+            self.weight = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for view, part in zip(self.weight.split(self.sizes), parts, strict=True):
+            view.copy_(part)
 
     def dense(self) -> list[Tensor]:
         """The parts again; views where the layout allows it."""
-        if self.shared:
-            return self.weights
-        if self.quantize is fp8_rows:
-            whole = self.weight.to(torch.float32) * self.scale
-            return list(whole[: sum(self.sizes)].split(self.sizes))
-        if self.quantize:  # there is no way back from its layout: multiply it out
-            one = torch.eye(self.width)
-            if self.paneled:
-                whole = self.ops.linear8(one, self.weight, self.levels, sum(self.sizes))
-            else:
-                whole = self._int8_product(one)
-            return list(whole.T.split(self.sizes))
-        if self.paneled:
-            whole = self.weight.transpose(1, 2).flatten(0, 1)[: sum(self.sizes)]
-        else:
-            whole = self.weight.to_dense() if self.packed else self.weight
-        return list(whole.split(self.sizes))
+        return list(self.weight.split(self.sizes))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return self.product(x.to(self.dtype), self.weight[: self.rows]).to(x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (T, in) @ weight.T: (T, rows), in x's dtype; if `squared`, relu2 of it."""
-        if self.paneled and self.int8:
-            return self.ops.linear8(x, self.weight, self.levels, self.rows, self.squared)
-        if self.paneled:
-            return self.ops.linear(x, self.weight, self.rows, self.squared)
-        y = in_slices(self._product, x, self.slice) if self.slice else self._product(x)
-        return self.ops.relu2(y) if self.squared and not self.int8 else y
-
-    def _product(self, x: Tensor) -> Tensor:
-        if self.quantize is fp8_rows:
-            # both scales are applied to the float32 sums, which are then rounded to bfloat16
-            rows, scale = fp8_rows(x)
-            y = torch._scaled_mm(
-                rows, self.weight.t(), scale, self.scale.t(), out_dtype=torch.bfloat16
-            )
-            return y[:, : self.rows].to(x.dtype)
-        if self.quantize:
-            return self._int8_product(x, self.squared)[:, : self.rows]
-        given, x = x.dtype, x.to(self.dtype)
-        if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-            y = y[:, : self.rows]
-        elif self.weight is None:
-            y = torch.cat([self.product(x, part) for part in self.weights], dim=-1)
-        else:
-            y = self.product(x, self.weight[: self.rows])
-        return y.to(given)
-
-    def _int8_product(self, x: Tensor, squared: bool = False) -> Tensor:
-        x, scale = self.quantize(x, self.levels)
-        alone = len(x) == 1  # a row's scale can go along, those of several cannot
-        y = torch.ops.onednn.qlinear_pointwise(
-            x, scale.item() if alone else 1.0, 128, self.weight, self.scale, self.zeros, None, 1.0,
-            0, torch.float32, "relu" if squared else "none", [], "",
-        )  # fmt: skip
-        y = y if alone else y.mul_(scale)
-        return y.square_() if squared else y
+        y = in_slices(self.multiply, x, self.slice) if self.slice else self.multiply(x)
+        return self.ops.relu2(y) if self.squared and not self.squares else y
 
 
 @dataclass
@@ -511,12 +274,13 @@ class Layer:
 class GPT:
     """A nanochat model: weights and the forward pass over a flat batch.
 
-    weights: a checked state dict (see `check_weights`); attend: a backend of attention.py; max_len:
-    positions the rotary tables cover; share: use the given tensors where device and dtype allow it
-    instead of copying them; store: less than `dtype` for what is read most, on a CPU: bfloat16 for
-    matrices, tables and the cache, or int8 for the matrices and bfloat16 for the others; on a GPU
-    float8_e4m3fn for the matrices; deterministic: a row's bits follow from its sequence alone
-    (`attend` has to play its part); ranks: those that share the model, a parallel.Ranks.
+    weights: a state dict that checkpoint.check_weights has passed; attend: a backend of
+    attention.py; max_len: positions the rotary tables cover; share: use the given tensors where
+    device and dtype allow it instead of copying them; store: less than `dtype` for what is read
+    most, on a CPU: bfloat16 for matrices, tables and the cache, or int8 for the matrices and
+    bfloat16 for the others; on a GPU float8_e4m3fn for the matrices; deterministic: a row's bits
+    follow from its sequence alone (`attend` has to play its part); ranks: those that share the
+    model, a parallel.Ranks.
     """
 
     def __init__(
@@ -524,6 +288,8 @@ class GPT:
         device="cpu", dtype=torch.float32, max_len: int | None = None, share: bool = False,
         store: torch.dtype | None = None, deterministic: bool = False, ranks=None,
     ):  # fmt: skip
+        from .linear import Panels, pick
+
         self.config, self.recipe, self.attend, self.ranks = config, recipe, attend, ranks
         self.local = config  # as far as attention goes: with the heads that are here
         if ranks:
@@ -541,17 +307,19 @@ class GPT:
         elif attend.__module__.endswith("kernels_cpu"):
             self.ops = sys.modules[attend.__module__]
         self.cache_dtype = torch.bfloat16 if store else dtype  # of K and V
-        quantize = self.ops.quantize_rows if store == torch.int8 else None
-        quantize = fp8_rows if store == torch.float8_e4m3fn else quantize
         self._linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint
         self.tensors: dict[str, Tensor] = {}
+        kept = torch.bfloat16 if store == torch.bfloat16 else dtype
 
         # one at a time: the file is memory-mapped, and only what is made here stays
         def linear(*names: str, rows: int | None = None) -> Linear:
             parts = [weights[f"{name}.weight"].detach() for name in names]
-            kept = torch.bfloat16 if store == torch.bfloat16 else dtype
-            how = quantize, self.product, self.sliced, names[0].endswith("mlp.c_fc"), self.ops
-            made = Linear(parts, self.device, kept, share, rows, *how)
+            same = share and parts[0].device == self.device and parts[0].dtype == kept
+            kind = pick(self.device, kept, store, same, parts[0].shape[1], self.ops)
+            made = kind(
+                parts, self.device, kept, rows=rows, squared=names[0].endswith("mlp.c_fc"),
+                ops=self.ops, product=self.product, sliced=self.sliced,
+            )  # fmt: skip
             self._linears[names] = made
             return ranks.complete(names[0], made, config) if ranks else made
 
@@ -600,8 +368,7 @@ class GPT:
         self.compiled = None  # all layers in one call
         if not ranks:  # of whom each has to wait for the others in every layer
             linears = [w for x in self.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
-            fits = all(w.paneled and sum(w.sizes) % self.ops.PANEL == 0 for w in linears)
-            if fits and not store:
+            if all(type(w) is Panels and sum(w.sizes) % self.ops.PANEL == 0 for w in linears):
                 self.compiled = self.ops.Layers(self)
 
     @property
@@ -615,8 +382,7 @@ class GPT:
 
     @torch.no_grad()
     def update(self, weights: dict[str, Tensor]) -> None:
-        """Write new weights over the old ones, in place. Raises ValueError if they do not fit."""
-        check_weights(weights, self.config, self.recipe)
+        """Write new weights, checked as those of the constructor, over the old ones, in place."""
         weights = self.ranks.share(weights, self.config) if self.ranks else weights
         for name, tensor in self.tensors.items():
             if weights[name].data_ptr() != tensor.data_ptr():

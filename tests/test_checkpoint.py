@@ -12,8 +12,15 @@ import torch
 from conftest import ERAS, MODEL, Fixture, era_fixtures
 
 from microvllm import LLM, SamplingParams
-from microvllm.checkpoint import find_nanochat, find_tokenizer, load_model, pick_device
-from microvllm.model import GPTConfig, check_weights, recognise
+from microvllm.checkpoint import (
+    check_weights,
+    find_nanochat,
+    find_tokenizer,
+    load_model,
+    pick_device,
+    recognise,
+)
+from microvllm.model import GPTConfig
 
 UNSUPPORTED = json.loads((ERAS / "unsupported_keys.json").read_text())["variants"]
 FIXTURES = {name: Fixture(*entry) for name, entry in era_fixtures().items()}

@@ -146,10 +146,10 @@ def test_where_equal_rows_get_other_bits_a_product_is_done_a_row_at_a_time(monke
 
     F = torch.nn.functional
     weight = torch.randn(8, 8)
-    parts = [weight], torch.device("cpu"), torch.float32, True, None, None
+    parts = [weight], torch.device("cpu"), torch.float32
     x = torch.randn(5, 8)
     assert model.Linear(*parts, sliced=True).slice == 16
-    odd = model.Linear(*parts, product, sliced=True)
+    odd = model.Linear(*parts, product=product, sliced=True)
     assert odd.slice == 1
     assert all(torch.equal(odd(x)[i], odd(x[i : i + 1])[0]) for i in range(5))
 
@@ -213,19 +213,22 @@ def test_a_row_of_attention_is_the_same_as_a_decode_or_in_any_chunk(kernels):
         assert torch.equal(kernels.fixed_attention(q[:1], k, v, alone, window), whole[:1])
 
 
-def test_an_engine_on_the_gpus_kernels(kernels, one_thread):
+def test_an_engine_on_the_gpus_kernels(kernels, one_thread, monkeypatch):
+    from microvllm import model
+
     fixture = ERAS["era5"]
 
     def build(**options):
         options = {"num_blocks": 60, "block_size": 4, "dtype": "float32"} | options
         options |= {"device": "cuda" if CUDA else "cpu", "tokenizer_path": fixture.tokenizer}
+        if not CUDA:
+            monkeypatch.setattr("microvllm.linear.pick", lambda *_: model.Linear)
         llm = LLM(fixture.directory, deterministic=True, **options)
         if not CUDA:
             llm.model.sliced, llm.model.product = False, kernels.linear
             llm.model.ops, llm.model.attend = kernels, kernels.fixed_attention
             for linear in llm.model._linears.values():
-                linear.slice, linear.packed, linear.product = 0, False, kernels.linear
-                linear.weight = linear.weight.to_dense()
+                linear.slice, linear.product = 0, kernels.linear
         return llm
 
     record, params = Record(), greedy(3)

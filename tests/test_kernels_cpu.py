@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import MODEL, hand_made_batch
 
-from microvllm import kernels_cpu, model
+from microvllm import kernels_cpu, linear, model
 from microvllm.attention import sdpa_attention
 from microvllm.checkpoint import load_model
 from microvllm.kernels_cpu import paged_attention
@@ -216,15 +216,15 @@ def test_quantize_rows_is_the_reference(rows, channels):
     x = torch.randn(rows, channels) * torch.logspace(-3, 3, rows)[:, None]
     x[-1] = 0
     (ours, scale), (reference, scale_ref) = (
-        module.quantize_rows(x, 127) for module in (kernels_cpu, model)
+        module.quantize_rows(x, 127) for module in (kernels_cpu, linear)
     )
     torch.testing.assert_close(scale, scale_ref, rtol=1e-6, atol=0)
     # each is the nearest integer; float32's rounding decides where two are equally near
-    exact = model.rotate(x.double()) / scale.double()
+    exact = linear.rotate(x.double()) / scale.double()
     for found in (ours, reference):
         assert (found.double() - 128 - exact).abs().max() <= 0.5 + 1e-4
     # they say what x was, up to half a step of the rotated one
-    steps = (ours.float() - 128) * scale - model.rotate(x)
+    steps = (ours.float() - 128) * scale - linear.rotate(x)
     assert (steps.abs() <= 0.5001 * scale).all()
 
 

@@ -18,7 +18,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
 
-from microvllm import kernels_gpu, model  # noqa: E402
+from microvllm import kernels_gpu, linear, model  # noqa: E402
 from microvllm.attention import sdpa_attention  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -85,7 +85,7 @@ def test_relu2(dtype):
 def test_fp8_rows(dtype, channels):
     x = randn(5, channels, dtype=dtype)
     x[1], x[2, 3] = 0.0, 300.0  # a row of nothing, and one number far larger than the others
-    expected, worth = model.fp8_rows(x.cpu())
+    expected, worth = linear.fp8_rows(x.cpu())
     out, scales = kernels_gpu.fp8_rows(x)
     assert out.dtype == torch.float8_e4m3fn and scales.shape == (5, 1)
     torch.testing.assert_close(scales.cpu(), worth, rtol=1e-6, atol=0)
@@ -103,8 +103,8 @@ def test_fp8_rows(dtype, channels):
 def test_products_in_float8_take_it_where_it_runs(monkeypatch):
     monkeypatch.setattr(kernels_gpu, "fp8_rows", lambda x: "fused")
     for there in (True, False):
-        monkeypatch.setattr(model, "has_triton", lambda device, there=there: there)
-        assert (model.fp8_rows(torch.ones(1, 8)) == "fused") == there
+        monkeypatch.setattr(linear, "has_triton", lambda device, there=there: there)
+        assert (linear.fp8_rows(torch.ones(1, 8)) == "fused") == there
 
 
 @DTYPES

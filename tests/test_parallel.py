@@ -17,8 +17,9 @@ from conftest import ERAS, MODEL, ROOT, Fixture, era_fixtures, hand_made_batch
 
 from microvllm import LLM, SamplingParams
 from microvllm.attention import sdpa_attention
+from microvllm.checkpoint import expected_shapes
 from microvllm.engine import PagedKVCache
-from microvllm.model import GPT, RECIPES, GPTConfig, expected_shapes
+from microvllm.model import GPT, RECIPES, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATIENCE = 120  # seconds that nothing here may take, however busy the machine is

@@ -13,7 +13,8 @@ from conftest import MODEL, hand_made_batch
 from microvllm import kernels_cpu, products_cpu
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import load_model
-from microvllm.model import GPT, Linear, relu2
+from microvllm.linear import Int8, Int8Panels, Panels
+from microvllm.model import GPT, relu2
 from microvllm.products_cpu import PANEL, PANEL8, linear, panels
 
 CPU = torch.device("cpu")
@@ -74,8 +75,8 @@ def test_the_bits_of_a_row_follow_from_that_row(threads):
 has_int8 = pytest.mark.skipif(not PANEL8, reason="this processor has no VNNI")
 
 
-def int8(parts, rows=None, **options) -> Linear:
-    return Linear(parts, CPU, torch.float32, False, rows, kernels_cpu.quantize_rows, **options)
+def int8(parts, kind=Int8Panels, **options) -> Int8Panels | Int8:
+    return kind(parts, CPU, torch.float32, ops=kernels_cpu, **options)
 
 
 @has_int8
@@ -84,9 +85,7 @@ def int8(parts, rows=None, **options) -> Linear:
 def test_an_int8_product_is_that_of_its_integers(inputs, outputs, poisoned):
     """Sums of integers are exact: what is left is rounding three factors."""
     weight = random(outputs, inputs, seed=1)
-    made = int8([weight], ops=kernels_cpu)
-    squared = int8([weight], ops=kernels_cpu, squared=True)
-    assert made.paneled
+    made, squared = int8([weight]), int8([weight], squared=True)
     whole, _, scale = made.weight
     integers = whole.transpose(1, 2).flatten(0, 1).contiguous().view(torch.int8)[:outputs]
     for rows in (1, 2, 11, 12, 13, 64, 127, 128, 301):
@@ -101,7 +100,7 @@ def test_an_int8_product_is_that_of_its_integers(inputs, outputs, poisoned):
 
 @has_int8
 def test_the_bits_of_an_int8_row_follow_from_that_row():
-    made, x = int8([random(200, 1504)], ops=kernels_cpu), random(300, 1504, seed=2)
+    made, x = int8([random(200, 1504)]), random(300, 1504, seed=2)
     alone = torch.cat([made(x[i : i + 1]) for i in range(300)])
     for rows in (2, 7, 12, 13, 64, 127, 128, 300):
         assert torch.equal(made(x[:rows]), alone[:rows]), rows
@@ -110,8 +109,7 @@ def test_the_bits_of_an_int8_row_follow_from_that_row():
 @has_int8
 def test_int8_panels_hold_what_onednns_layout_holds():
     parts = [random(40, 64), random(24, 64, seed=1)]
-    ours, theirs = int8(parts, 50, ops=kernels_cpu), int8(parts, 50)
-    assert ours.paneled and not theirs.paneled
+    ours, theirs = int8(parts, rows=50), int8(parts, Int8, rows=50)
     x = random(9, 64, seed=2)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
     for a, b in zip(ours.dense(), theirs.dense(), strict=True):
@@ -133,8 +131,8 @@ def test_a_nan_comes_out_as_one_and_what_is_negative_as_nothing():
 def test_weights_in_panels_are_replaced_where_they_are():
     """Other kernels know their address."""
     parts = [random(40, 64), random(24, 64, seed=1)]
-    made = Linear(parts, CPU, torch.float32, False, 50, ops=kernels_cpu)
-    assert made.paneled and made(random(3, 64)).shape == (3, 50)
+    made = Panels(parts, CPU, torch.float32, rows=50, ops=kernels_cpu)
+    assert made(random(3, 64)).shape == (3, 50)
     assert all(map(torch.equal, made.dense(), parts))
     where = made.weight.data_ptr()
     assert where % 64 == 0  # else each vector of weights is in two lines of the cache
@@ -206,7 +204,7 @@ def test_the_bundled_model_is_compiled():
 def test_a_processor_without_panels_takes_the_loop(monkeypatch):
     monkeypatch.setattr(kernels_cpu, "PANEL", 0)
     model = load_model(MODEL, None, CPU, "auto", attention="numba")
-    assert not model.compiled and not model.layers[0].fc.paneled
+    assert not model.compiled and not isinstance(model.layers[0].fc, Panels)
 
 
 OTHER = """

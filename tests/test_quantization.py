@@ -9,7 +9,7 @@ from conftest import ERAS, MODEL, ROOT
 
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import load_model
-from microvllm.model import Linear, fp8_rows, quantize_rows, rotate
+from microvllm.linear import Float8, Int8, fp8_rows, rotate
 
 SMALLER = [{"quantization": "int8"}, {"dtype": "bfloat16"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -27,7 +27,7 @@ def test_rotating_twice_multiplies_by_the_size_of_the_groups():
 def test_an_int8_product_is_as_near_as_its_steps_allow(rows, channels):
     torch.manual_seed(0)
     parts = [torch.randn(n, channels) for n in (48, 16, 16)]
-    linear = Linear(parts, torch.device("cpu"), torch.float32, True, 70, quantize_rows)
+    linear = Int8(parts, torch.device("cpu"), torch.float32, rows=70)
     x = torch.randn(rows, channels)
     x[:, 3] *= 100  # a channel that is far larger than all others
     exact = x @ torch.cat(parts).T[:, :70]
@@ -41,7 +41,7 @@ def test_an_int8_product_is_as_near_as_its_steps_allow(rows, channels):
 
 def test_its_weights_can_be_told():
     parts = [torch.randn(n, 64) for n in (40, 8)]
-    linear = Linear(parts, torch.device("cpu"), torch.float32, False, None, quantize_rows)
+    linear = Int8(parts, torch.device("cpu"), torch.float32)
     for kept, given in zip(linear.dense(), parts, strict=True):
         assert kept.shape == given.shape
         # half a step of the rotated matrix in each of 32 places that are added up
@@ -114,7 +114,7 @@ def test_a_float8_product_is_what_its_numbers_say(rows):
     torch.manual_seed(0)
     parts = [torch.randn(n, 64) * 3 for n in (48, 16, 20)]  # 84 outputs: no multiple of 16
     parts[0][5] *= 100
-    linear = Linear(parts, torch.device("cpu"), torch.float32, True, 70, fp8_rows)
+    linear = Float8(parts, torch.device("cpu"), torch.float32, rows=70)
     x = torch.randn(rows, 64)
     (x8, worth), weight = fp8_rows(x), torch.cat(linear.dense())
     assert weight.shape == (84, 64) and linear.weight.dtype == x8.dtype == torch.float8_e4m3fn
