@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 from functools import partial
+from itertools import chain
 
 import numba
 import numpy as np
@@ -27,7 +28,6 @@ from .products_cpu import (
     EXACT,
     FAST,
     LANES,
-    NOT_SCALED,
     PANEL8,
     address,
     f32,
@@ -232,25 +232,45 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def _product(x, weight, square, following, threads, y):
+    """y = x times a weight: (panels, offset, scale), the latter two empty unless it is int8."""
+
+
+@overload(_product, jit_options=FAST)
+def _product_of(x, weight, square, following, threads, y):
+    if weight[0].dtype == types.int32:
+
+        def product(x, weight, square, following, threads, y):
+            w, offset, w_scale = weight
+            T, C = x.shape
+            q, scale = np.empty((T, C), np.uint8), np.empty((T, 1), np.float32)
+            _quantize_rows(x, _f32(127), min(threads, 1 + T // 8), q, scale)
+            scaling = offset, w_scale, scale.reshape(T)
+            multiply(q.view(np.int32), w, scaling, square, following, threads, y)
+
+    else:
+
+        def product(x, weight, square, following, threads, y):
+            w, offset, w_scale = weight
+            multiply(x, w, (offset, w_scale, w_scale), square, following, threads, y)
+
+    return product
+
+
 @numba.njit(**FAST)
-def _linear8(x, w, offset, w_scale, square, threads, y):
-    T, C = x.shape
-    q, scale = np.empty((T, C), np.uint8), np.empty((T, 1), np.float32)
-    _quantize_rows(x, _f32(127), min(threads, 1 + T // 8), q, scale)
-    scaling = offset, w_scale, scale.reshape(T)
-    multiply(q.view(np.int32), w, scaling, square, w, threads, y)
+def _linear8(x, weight, square, threads, y):
+    _product(x, weight, square, weight[0], threads, y)
 
 
 def linear8(x: Tensor, packed, rows: int, square: bool = False) -> Tensor:
     """x (T, in) times the first `rows` outputs of an int8 matrix, transposed: (T, rows); square:
     then relu(y)^2. packed: its panels, of four int8 each; 128 times the sums of its rows; what one
     of its steps is worth in each."""
-    panels, offset, scale = [part.numpy() for part in packed]
-    y = torch.empty(len(x), len(panels) * PANEL8)
+    weight = tuple(part.numpy() for part in packed)
+    y = torch.empty(len(x), len(weight[0]) * PANEL8)
     with one_at_a_time:
-        threads = threads_for(len(panels))
-        x = x.contiguous().numpy()
-        _linear8(x, panels, offset, scale, square, threads, y.numpy())
+        threads = threads_for(len(weight[0]))
+        _linear8(x.contiguous().numpy(), weight, square, threads, y.numpy())
     return y if rows == y.shape[1] else y[:, :rows].contiguous()
 
 
@@ -517,26 +537,34 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tens
 
 
 @intrinsic
-def _pointer(context, number):
-    """A pointer to float32 numbers from an address."""
+def _pointer(context, number, like):
+    """A pointer from an address, to numbers such as the array `like` has."""
 
     def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], f32.as_pointer())
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(number), codegen
+    return types.CPointer(like.dtype)(number, like), codegen
 
 
 @numba.njit(**FAST)
-def _weight(addresses, shapes, i, kind):
+def _tensor(addresses, shapes, i, kind, like):
     shape = shapes[kind, 0], shapes[kind, 1], shapes[kind, 2]
-    return numba.carray(_pointer(addresses[i, kind]), shape)
+    return numba.carray(_pointer(addresses[i, kind], like), shape)
+
+
+@numba.njit(**FAST)
+def _weight(addresses, shapes, i, kind, likes):
+    """The panels, offset and scale of layer i's qkv, proj, fc or mlp_proj."""
+    w = _tensor(addresses, shapes, i, 3 * kind, likes[0])
+    offset = _tensor(addresses, shapes, i, 3 * kind + 1, likes[1])
+    return w, offset[0, 0], _tensor(addresses, shapes, i, 3 * kind + 2, likes[2])[0, 0]
 
 
 @numba.njit(**FAST)
 def _layers(
     x0, ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables, cache, depths, groups,
-    windows, addresses, shapes, head, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
-    rows, width, scaling, threads,
+    windows, addresses, shapes, likes, table, resid, first, backout, cos, sin, qk_scale, gate_scale,
+    eps, rows, width, threads,
 ):  # fmt: skip
     T, C = x0.shape
     n_layer, n_kv_head, D = len(windows), cache.shape[3], cache.shape[5]
@@ -554,12 +582,13 @@ def _layers(
         _add_norm(x, y, x0, a, b, eps, i > 0, mixes, few, spare, h)
         if i > 0 or mixes:
             x, spare = spare, x
-        proj, fc = _weight(addresses, shapes, i, 1), _weight(addresses, shapes, i, 2)
-        multiply(h, _weight(addresses, shapes, i, 0), scaling, no, proj, threads, qkv)
+        proj = _weight(addresses, shapes, i, 1, likes)
+        fc = _weight(addresses, shapes, i, 2, likes)
+        _product(h, _weight(addresses, shapes, i, 0, likes), no, proj[0], threads, qkv)
         k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
-        gated = addresses[i, 4] != 0
-        ve = _weight(addresses, shapes, i, 4)[0] if gated else x0
-        ve_gate = _weight(addresses, shapes, i, 5)[0] if gated else x0
+        gated = addresses[i, 12] != 0
+        ve = _tensor(addresses, shapes, i, 12, table)[0] if gated else table
+        ve_gate = _tensor(addresses, shapes, i, 13, x0)[0] if gated else x0
         _rope_store(
             qkv.reshape(T, -1, D), h, ids, ve, ve_gate, gated, cos, sin, positions, slots[group],
             k, v, qk_scale, gate_scale, eps, few, q,
@@ -575,13 +604,14 @@ def _layers(
             wide = np.empty((T, 4 * C), np.float32)
             if smear and i > n_layer // 2:
                 middle = middle[logit_rows]
-        multiply(seen.reshape(T, C), proj, scaling, no, fc, threads, y)
+        _product(seen.reshape(T, C), proj, no, fc[0], threads, y)
         _add_norm(x, y, x, one, none, eps, yes, no, few, spare, h)
         x, spare = spare, x
-        mlp_proj = _weight(addresses, shapes, i, 3)
-        multiply(h, fc, scaling, yes, mlp_proj, threads, wide)
-        following = head if i == n_layer - 1 else _weight(addresses, shapes, i + 1, 0)
-        multiply(wide, mlp_proj, scaling, no, following, threads, y)
+        mlp_proj = _weight(addresses, shapes, i, 3, likes)
+        _product(h, fc, yes, mlp_proj[0], threads, wide)
+        # the head comes after the last
+        following = likes[0] if i == n_layer - 1 else _weight(addresses, shapes, i + 1, 0, likes)[0]
+        _product(wide, mlp_proj, no, following, threads, y)
         if smear and i == n_layer // 2:
             middle = x + y
     _add_norm(x, y, x, one, none, eps, yes, no, few, spare, h)
@@ -591,6 +621,12 @@ def _layers(
     return h
 
 
+def _parts(linear) -> tuple[Tensor, Tensor, Tensor]:
+    """The panels, offset and scale of a weight."""
+    w = linear.weight
+    return w if isinstance(w, tuple) else (w, torch.empty(0, dtype=torch.int32), torch.empty(0))
+
+
 class Layers:
     """All layers of a model whose weights are in panels, on a batch: see GPT.forward."""
 
@@ -598,14 +634,16 @@ class Layers:
         recipe, kinds = model.recipe, []
         for layer in model.layers:
             linears = layer.qkv, layer.proj, layer.fc, layer.mlp_proj
-            kinds.append([*(linear.weight for linear in linears), layer.ve, layer.ve_gate])
+            parts = chain.from_iterable(map(_parts, linears))
+            kinds.append([*parts, layer.ve, layer.ve_gate])
         # the same for all layers, but that some have no value embeddings
         some = [next((x for x in kind if x is not None), None) for kind in zip(*kinds, strict=True)]
         shapes = [(0,) * 3 if x is None else (1,) * (3 - x.ndim) + x.shape for x in some]
         addresses = [[0 if x is None else x.data_ptr() for x in layer] for layer in kinds]
         self.weights = np.array(addresses, np.int64), np.array(shapes, np.int64)
         self.windows = np.array([layer.window for layer in model.layers])
-        self.head = model.lm_head.weight.numpy()
+        self.likes = tuple(part.numpy() for part in _parts(model.lm_head))
+        self.table = _array(model.wte)
         names, none = ("resid_lambdas", "x0_lambdas", "backout_lambda"), torch.empty(0)
         numbers = [model.tensors.get(name, none) for name in names]
         self.numbers = [x.numpy() for x in (*numbers, model.cos, model.sin)]
@@ -619,11 +657,11 @@ class Layers:
         slots = slots.reshape(cache.num_groups, len(x))
         tables = tables.reshape(cache.num_groups, len(batch.seq_lens), -1)
         with one_at_a_time:
-            threads = threads_for(len(self.head))
+            threads = threads_for(len(self.likes[0]))
             h = _layers(
-                x.numpy(), *arrays, slots, tables, cache.data.numpy(), cache.depth_of,
-                cache.group_of, self.windows, *self.weights, self.head, *self.numbers,
-                *self.scales, *_tile(batch, self.group), NOT_SCALED, threads,
+                x.numpy(), *arrays, slots, tables, _array(cache.data), cache.depth_of,
+                cache.group_of, self.windows, *self.weights, self.likes, self.table, *self.numbers,
+                *self.scales, *_tile(batch, self.group), threads,
             )  # fmt: skip
         return torch.from_numpy(h)
 

@@ -169,7 +169,11 @@ class Int8Panels(Linear):
         whole = F.pad(whole, (0, 0, 0, -len(whole) % self.ops.PANEL8))
         offset = 128 * whole.sum(1, dtype=torch.int32)  # of inputs that are stored plus 128
         scale = F.pad(scale, (0, len(whole) - len(scale)))
-        self.weight = self.ops.panels(whole.view(torch.int32)), offset, scale
+        if self.weight is None:
+            self.weight = self.ops.panels(whole.view(torch.int32)), offset, scale
+        else:  # where the compiled layers read them
+            self.ops.panels(whole.view(torch.int32), self.weight[0])
+            self.weight[1].copy_(offset), self.weight[2].copy_(scale)
 
     def dense(self) -> list[Tensor]:
         whole = self.ops.linear8(torch.eye(self.width), self.weight, sum(self.sizes))

@@ -288,7 +288,7 @@ class GPT:
         device="cpu", dtype=torch.float32, max_len: int | None = None, share: bool = False,
         store: torch.dtype | None = None, deterministic: bool = False, ranks=None,
     ):  # fmt: skip
-        from .linear import Panels, pick
+        from .linear import Int8Panels, Panels, pick
 
         self.config, self.recipe, self.attend, self.ranks = config, recipe, attend, ranks
         self.local = config  # as far as attention goes: with the heads that are here
@@ -367,8 +367,9 @@ class GPT:
 
         self.compiled = None  # all layers in one call
         if not ranks:  # of whom each has to wait for the others in every layer
+            kinds = Panels, Int8Panels
             linears = [w for x in self.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
-            if all(type(w) is Panels and sum(w.sizes) % self.ops.PANEL == 0 for w in linears):
+            if all(isinstance(w, kinds) and sum(w.sizes) % self.ops.PANEL == 0 for w in linears):
                 self.compiled = self.ops.Layers(self)
 
     @property

@@ -141,9 +141,13 @@ def test_weights_in_panels_are_replaced_where_they_are():
     assert made.weight.data_ptr() == where and all(map(torch.equal, made.dense(), parts))
 
 
-def compiled(folder) -> GPT:
+KINDS = [pytest.param(None, marks=has_panels), pytest.param("int8", marks=has_int8)]
+
+
+def compiled(folder, quantization=None) -> GPT:
     """The model, or none of it where no panels fit its matrices."""
-    model = load_model(folder, None, CPU, "auto", attention="numba")
+    kind = {"attention": "numba", "quantization": quantization}
+    model = load_model(folder, None, CPU, "auto", **kind)
     sizes = [sum(w.sizes) for x in model.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
     assert bool(model.compiled) == all(size % PANEL == 0 for size in sizes)
     if not model.compiled:
@@ -160,11 +164,11 @@ def run(model, chunks, block_size: int = 16, logit_rows=None):
     return model.forward(batch, cache), cache.data
 
 
-@has_panels
+@pytest.mark.parametrize("quantization", KINDS)
 @pytest.mark.parametrize("logit_rows", [None, [0], [5, 5, 5, 0], [7] * 40, []])
-def test_all_layers_in_one_call_are_the_loop_over_them(era, logit_rows):
+def test_all_layers_in_one_call_are_the_loop_over_them(era, logit_rows, quantization):
     """Decodes and chunks; rows that samples share, more of them than there are, none at all."""
-    model = compiled(era.directory)
+    model = compiled(era.directory, quantization)
     ids = random(3, 40).mul(1000).long().abs().remainder(model.config.vocab_size).tolist()
     chunks = [(ids[0], 0, 1, [1]), (ids[1], 0, 1, [2]), (ids[2], 0, 38, [3, 4, 5])]
     got = run(model, chunks, logit_rows=logit_rows)
@@ -173,9 +177,9 @@ def test_all_layers_in_one_call_are_the_loop_over_them(era, logit_rows):
         torch.testing.assert_close(ours, loop, atol=2e-5, rtol=2e-5)
 
 
-@has_panels
-def test_new_weights_are_seen_in_the_one_call(era):
-    model = compiled(era.directory)
+@pytest.mark.parametrize("quantization", KINDS)
+def test_new_weights_are_seen_in_the_one_call(era, quantization):
+    model = compiled(era.directory, quantization)
     ids = list(range(1, 20))
     old = run(model, [(ids, 0, 19, [1, 2])])[0]
     new = {name: w * 1.1 for name, w in model.weights.items()}
@@ -196,9 +200,9 @@ def test_weights_that_lie_column_by_column_are_read_right(era):
     assert torch.equal(run(other, chunk)[0], run(model, chunk)[0])
 
 
-@has_panels
-def test_the_bundled_model_is_compiled():
-    assert compiled(MODEL)
+@pytest.mark.parametrize("quantization", KINDS)
+def test_the_bundled_model_is_compiled(quantization):
+    assert compiled(MODEL, quantization)
 
 
 def test_a_processor_without_panels_takes_the_loop(monkeypatch):
