@@ -235,16 +235,21 @@ def limit(options: dict) -> Callable[[dict], dict]:
     import torch
     import torch.nn.functional as F
 
+    from microvllm.linear import Int8Panels, Panels
     from microvllm.model import layer_windows
 
     try:
-        from microvllm import products_cpu
+        from microvllm import kernels_cpu
     except ImportError:
-        products_cpu = None
+        kernels_cpu = None
     torch.set_num_threads(options["threads"])
     config, recipe, _ = read_model(options["folder"])
     dtype = torch.bfloat16 if options["llm"].get("dtype") == "bfloat16" else torch.float32
-    owns = bool(dtype == torch.float32 and products_cpu and products_cpu.PANEL)
+    int8 = options["llm"].get("quantization") == "int8"
+    kept = 2 if int8 else dtype.itemsize  # bytes of a number of K and V
+    own = Int8Panels if int8 else Panels
+    owns = bool(dtype == torch.float32 and kernels_cpu and kernels_cpu.PANEL)
+    owns = owns and bool(kernels_cpu.PANEL8 or not int8)
     c, kv = config.n_embd, config.n_kv_head * config.head_dim
     windows = layer_windows(config, recipe)
 
@@ -252,7 +257,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
         """The product with a weight matrix of its own, in each layout there is."""
         weight = (torch.randn(out, into) * into**-0.5).to(dtype)
         products = [lambda x: F.linear(x, weight)]
-        if options["llm"].get("quantization") == "int8":
+        if int8:
             linear = torch.nn.Linear(into, out, bias=False)
             whole = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear))
             products.append(whole[0])
@@ -262,8 +267,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
                 lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
             )
         if owns:
-            panels = products_cpu.panels(weight)
-            products.append(lambda x: products_cpu.linear(x, panels, out))
+            products.append(own([weight], weight.device, dtype, ops=kernels_cpu))
         return products
 
     # each layer has weights of its own, or the cache would serve them
@@ -312,7 +316,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
 
     def context_bytes(context: int) -> int:
         seen = sum(context if w < 0 else min(context, w + 1) for w in windows)
-        return seen * 2 * kv * dtype.itemsize
+        return seen * 2 * kv * kept
 
     @torch.inference_mode()
     def answer(job: dict) -> dict:
