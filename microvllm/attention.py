@@ -25,6 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# bytes that are copied at a time: what is on its way is kept twice, and 500 samples that diverge at
+# once would take gigabytes in mid-run
+COPIED = 2**28
+
 
 class PagedKVCache:
     """K and V of all layers in one allocation, cut into blocks.
@@ -63,8 +67,11 @@ class PagedKVCache:
         pairs = torch.tensor(copies)
         if self.data.is_cuda:  # pinned, so that the host does not wait for the running step
             pairs = pairs.pin_memory()
-        source, target = pairs.to(self.data.device, non_blocking=True).T
-        self.data[:, :, target] = self.data[:, :, source]
+        # in their order: a block that was copied from may have been taken for a later copy
+        size = max(1, COPIED // (self.data[:, :, 0].numel() * self.data.itemsize))
+        for part in pairs.to(self.data.device, non_blocking=True).split(size):
+            source, target = part.T
+            self.data[:, :, target] = self.data[:, :, source]
 
 
 class SequenceKVView:
@@ -164,7 +171,11 @@ def _pick_flash(device: torch.device, dtype: torch.dtype) -> Callable[..., Tenso
     for name, cards, load in (
         ("flash_attn_interface", (9,), _flash3),
         ("flash_attn.cute", (9, 10), _flash4),
-        ("kernels", (9,), lambda kernels: _flash3(kernels.get_kernel(FLASH3))),
+        # 2 is built for every torch from 2.9 on, 1 for each of them up to 2.12
+        *(
+            ("kernels", (9,), lambda hub, i=i: _flash3(hub.get_kernel(FLASH3, version=i)))
+            for i in (2, 1)
+        ),
         ("torch.nn.attention.varlen", (8, 9, 10, 11, 12), _flash_of_torch),
     ):
         if card[0] in cards:
@@ -175,7 +186,7 @@ def _pick_flash(device: torch.device, dtype: torch.dtype) -> Callable[..., Tenso
     raise ValueError(
         "attention='flash' found no FlashAttention with a block table for a card of compute "
         f"capability {card[0]}.{card[1]}: pip install 'torch>=2.12' (8.0 or newer), or "
-        "flash-attn-4 or kernels (9.0); attention='triton' needs none of them"
+        "flash-attn-4 or kernels>=0.12 (9.0); attention='triton' needs none of them"
     )
 
 

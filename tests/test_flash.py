@@ -105,7 +105,10 @@ def install(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", None)
         hub = ModuleType("kernels")
-        hub.get_kernel = lambda name: {"kernels-community/flash-attn3": module}[name]
+        # as kernels 0.17 has it: without a version it raises
+        hub.get_kernel = lambda name, *, version: {("kernels-community/flash-attn3", 1): module}[
+            name, version
+        ]
         module = ModuleType("hub's")
         module.flash_attn_with_kvcache = flash_attn_with_kvcache
         for place, function in PLACES.items():
