@@ -429,6 +429,8 @@ def pick_device(name: str | torch.device) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)  # kernels are launched on the current one
+    if device.type == "cuda":  # the name that its tensors have: "cuda" is not equal to "cuda:0"
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

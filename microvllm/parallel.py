@@ -89,9 +89,9 @@ class Ranks:
     def __init__(self, size: int, device="auto"):
         join(size)
         self.size, self.rank = size, dist.get_rank()
+        if str(device) in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
         self.device = pick_device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}")
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"tensor_parallel runs on cpu or cuda, and device is {self.device}")
         self.peers = dist.new_group(backend=_backend())

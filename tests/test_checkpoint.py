@@ -749,6 +749,14 @@ def test_each_source_has_its_folder(tmp_path, monkeypatch, no_base):
 # the machine -------------------------------------------------------------------------------------
 
 
+def test_a_card_has_the_name_that_its_tensors_have(monkeypatch):
+    """Or a live module's weights would be copied: torch.device("cuda") is not cuda:0."""
+    numbers = {"is_available": True, "device_count": 2, "current_device": 1, "set_device": None}
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
+
+
 def test_devices_by_name():
     assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
