@@ -39,8 +39,17 @@ from .checkpoint import (
     pick_devices,
     wrap_model,
 )
-from .request import Request, RequestOutput, prompt_ids
-from .sampler import History, Sampled, SamplingParams, check_int, check_number, noise, sample
+from .request import Request, RequestOutput, naming, prompt_ids
+from .sampler import (
+    History,
+    Sampled,
+    SamplingParams,
+    check_int,
+    check_number,
+    is_plain,
+    noise,
+    sample,
+)
 from .scheduler import (
     BlockManager,
     Scheduler,
@@ -172,15 +181,6 @@ def _uninterrupted():
             signal.signal(signal.SIGINT, handler)
     if pressed:
         raise KeyboardInterrupt
-
-
-@contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Say which of many arguments a user's mistake is in."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from None
 
 
 class LLM:
@@ -454,7 +454,7 @@ class LLM:
             messages = [messages]  # one conversation
         prompts = []
         for i, conversation in enumerate(messages):
-            with _naming(f"conversation {i}"):
+            with naming(f"conversation {i}"):
                 prompts.append(self.tokenizer.render_for_completion(conversation))
         return self.generate(prompts, sampling_params, use_tqdm, tools=tools)
 
@@ -507,7 +507,7 @@ class LLM:
             raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
         checked = []
         for i, pair in enumerate(zip(prompts, continuations, strict=True)):
-            with _naming(f"prompts[{i}], continuations[{i}]"):
+            with naming(f"prompts[{i}], continuations[{i}]"):
                 checked.append(self._check_pair(*pair))
         requests = self._queue(checked)
         self._run(requests)
@@ -610,7 +610,7 @@ class LLM:
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params")
         checked = []
         for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
-            with _naming(f"prompts[{i}]"):
+            with naming(f"prompts[{i}]"):
                 checked.append(self._check(prompt, params))
         return self._queue(checked, tools=tools, events=events)
 
@@ -749,8 +749,8 @@ class LLM:
         params = [seq.params for _, seq, _ in plan.samples]
         last = self._flight.tokens if self._flight else None
         tokens = scores = sampled = None
-        if self.graphs and self.graphs.fits(batch, params):
-            tokens = self.graphs.replay(batch, last)
+        if recorded := self.graphs and self.graphs.fits(batch, params):
+            tokens, logits, *given = self.graphs.replay(batch, last)
         else:
             pending = batch.ids.min() < 0
             batch = batch.upload(self.device)
@@ -760,33 +760,20 @@ class LLM:
             h = self.model.forward(batch, self.cache)
             if trace:
                 trace.lap("forward")
-            if params:
-                logits, cap = self.model.logits(h[: len(params)]), self.model.recipe.softcap
-                history = None
-                if any(p.edited for p in params):
-                    texts = {}  # those that end with guesses
-                    for index, _, guesses in plan.guessed:
-                        seq, start, _ = plan.chunks[index]
-                        texts[index] = seq.tokens[: start + 1] + guesses
-                    history = [
-                        History(
-                            texts.get(index, seq.tokens), seq.num_prompt, position, seq.stop_ids,
-                            self._requests[seq.request_id].errors,
-                        )
-                        for index, seq, position in plan.samples
-                    ]  # fmt: skip
-                given = batch.temperature, batch.noise, cap, history, self.model.at_once
-                tokens = sample(logits, params, *given)
-                if isinstance(tokens, Sampled):
-                    sampled, tokens = tokens, tokens.tokens
-            if plan.scored:
-                targets = [
-                    token
-                    for _, seq, first, stop in plan.scored
-                    for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
-                ]
-                scores = self.model.logprobs(h[len(params) :], targets)
-        if trace:  # a replayed graph is forward and sample in one
+            logits = self.model.logits(h[: len(params)]) if params else None
+            given = batch.temperature, batch.noise
+        if params and not (recorded and is_plain(params)):
+            tokens = self._draw(plan, logits, params, *given)
+            if isinstance(tokens, Sampled):
+                sampled, tokens = tokens, tokens.tokens
+        if plan.scored:
+            targets = [
+                token
+                for _, seq, first, stop in plan.scored
+                for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
+            ]
+            scores = self.model.logprobs(h[len(params) :], targets)
+        if trace:  # a replayed graph is forward and, but for filters, sample in one
             trace.lap("sample")
         on_host, event = [tokens, scores, sampled and sampled.packed], None
         if self.device.type == "cuda":
@@ -794,6 +781,24 @@ class LLM:
             event = torch.cuda.Event()
             event.record()
         return Flight(plan, tokens, on_host, sampled, event)
+
+    def _draw(self, plan: Step, logits: Tensor, params, *given) -> Tensor | Sampled:
+        """The tokens of a step; given: temperature and noise (R,), on the device."""
+        history = None
+        if any(p.edited for p in params):
+            texts = {}  # those that end with guesses
+            for index, _, guesses in plan.guessed:
+                seq, start, _ = plan.chunks[index]
+                texts[index] = seq.tokens[: start + 1] + guesses
+            history = [
+                History(
+                    texts.get(index, seq.tokens), seq.num_prompt, position, seq.stop_ids,
+                    self._requests[seq.request_id].errors,
+                )
+                for index, seq, position in plan.samples
+            ]  # fmt: skip
+        cap, at_once = self.model.recipe.softcap, self.model.at_once
+        return sample(logits, params, *given, cap, history, at_once)
 
     def _land(self, flight: Flight) -> None:
         """Read a step's tokens, hand them to the scheduler, collect the requests that are done."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import kernels_gpu
 from .engine import Batch
-from .sampler import is_plain
 
 # fields of a row beside its slots and block tables; cu_seqlens never changes
 FIELDS = 6  # ids, prev_ids, positions, seq_lens, temperature, noise
@@ -41,11 +40,14 @@ class DecodeGraphs:
         self.inputs = torch.zeros(max_batch_size * self.width, **ints)
         self.cu_seqlens = torch.arange(max_batch_size + 1, **ints)
         self.last = torch.zeros(max_batch_size, **ints)  # the newest tokens
+        self.logits: Tensor | None = None  # and what they were drawn from
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         gc.freeze()  # older versions of torch collect garbage before every capture: leave them none
         try:
-            with torch.inference_mode():
+            # up to torch 2.10 all graphs of a process share the generator's tensors, and those made
+            # in inference_mode nobody may change outside it: a user's own capture would fail
+            with torch.no_grad():
                 for size in reversed(self.sizes):  # the largest first: the others reuse its memory
                     self._decode(model, cache, size, max_model_len)  # no kernel loads in a graph
                     torch.cuda.synchronize(device)
@@ -57,16 +59,16 @@ class DecodeGraphs:
             gc.unfreeze()
 
     def fits(self, batch: Batch, params) -> bool:
-        """Is it a step that was recorded: one row per sequence, each sampled once and plainly?"""
+        """Is it a step that was recorded: one row per sequence, each sampled once?"""
         return (
             batch.max_query == 1
             and len(params) == len(batch.ids)
             and np.array_equal(batch.logit_rows, batch.cu_seqlens[:-1])
-            and is_plain(params)
         )
 
-    def replay(self, batch: Batch, last: Tensor | None) -> Tensor:
-        """Run a batch (numpy) and return its (R,) tokens, on the device.
+    def replay(self, batch: Batch, last: Tensor | None) -> tuple[Tensor, ...]:
+        """Run a batch (numpy). Returns, on the device, its (R,) tokens, as temperature alone makes
+        them, and what others are made from: logits (R, V), temperature and noise (R,).
 
         last: the tokens of the step before, for ids that are ~row. What is returned is memory that
         the next replay writes to: copies are to be queued on the same stream before it.
@@ -92,7 +94,8 @@ class DecodeGraphs:
         tables[:, rows:] = 0
         self.inputs[:count].copy_(pinned, non_blocking=True)
         self.graphs[size].replay()
-        return self.last[:rows]
+        temperature, noise = self._split(self.inputs, size)[0][4:6, :rows].view(torch.float32)
+        return self.last[:rows], self.logits[:rows], temperature, noise
 
     def _split(self, flat, size: int):
         """The inputs of a batch of `size` rows as (FIELDS + groups, size) and (groups, size,
@@ -102,7 +105,8 @@ class DecodeGraphs:
         return fields.reshape(rows, size), tables.reshape(self.groups, size, self.columns)
 
     def _decode(self, model, cache, size: int, max_model_len: int) -> None:
-        """What is recorded: read the inputs, forward, sample, leave the tokens in `last`."""
+        """What is recorded: read the inputs, forward, sample, leave the tokens in `last`, and the
+        logits for filters, which are no part of it."""
         fields, tables = self._split(self.inputs, size)
         ids, prev_ids, positions, seq_lens, temperature, noise = fields[:FIELDS]
         cu_seqlens = self.cu_seqlens[: size + 1]
@@ -115,3 +119,6 @@ class DecodeGraphs:
         logits = model.logits(model.forward(batch, cache))
         tokens = kernels_gpu.sample(logits, batch.temperature, batch.noise, model.recipe.softcap)
         self.last[:size].copy_(tokens)
+        if self.logits is None:  # the largest step's
+            self.logits = torch.empty_like(logits)
+        self.logits[:size].copy_(logits)

@@ -7,6 +7,8 @@ stream, the calculator, which answers to text that the model writes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +16,15 @@ import numpy as np
 from .sampler import SamplingParams
 from .scheduler import Scheduler, Sequence
 from .tokenizer import IncrementalDecoder, Tokenizer
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Say which of many arguments a user's mistake is in."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 class RequestOutput(dict):

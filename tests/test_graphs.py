@@ -154,7 +154,7 @@ def watch(llm: LLM) -> None:
     def checked_replay(batch, last):
         llm.seen[-1] = llm.seen[-1]._replace(graph=True)
         before = llm.cache.data.clone()
-        tokens = replay(batch, last)
+        tokens, *rest = replay(batch, last)
         size = next(size for size in graphs.sizes if size >= len(batch.ids))
         _, tables = graphs._split(graphs.inputs.cpu().numpy(), size)
         wanted = np.zeros((graphs.groups, size, -(-llm.max_model_len // 4)), np.int32)
@@ -166,7 +166,7 @@ def watch(llm: LLM) -> None:
         written = {4 * block + slot for block, slot in zip(blocks, slots, strict=True)}
         slots = set(batch.slots.ravel().tolist())
         assert {slot for slot in written if slot >= 4} == slots  # 0-3: the sink
-        return tokens
+        return tokens, *rest
 
     llm._launch, llm.graphs.replay = checked_launch, checked_replay
 
@@ -202,13 +202,31 @@ def test_graphs_and_eager_steps_give_the_same_tokens(pair):
     ]
     late = serve(plain, work[2:3])[0][0][5]
     work[2] = (work[2][0], sampling(9, 0.9, seed=1, stop_token_ids=(late,)))
-    del llm.seen[:]
-    assert serve(llm, work) == serve(plain, work)
-    seen = llm.seen
+    seen = []
+    for longest in (1, 3):  # of the first: with one token it leaves after an eager step
+        work[0] = ([1, 2, 3], sampling(longest, 0.0))
+        del llm.seen[:]
+        assert serve(llm, work) == serve(plain, work)
+        seen += llm.seen
     assert {step.rows for step in seen if step.graph} >= {1, 2, 3, 4}
     steps = list(zip(seen, seen[1:], strict=False))
     moved = {(a.graph, b.graph) for a, b in steps if any(row != old for row, old in b.waits)}
     assert moved >= {(False, True), (True, False), (True, True)}
+
+
+def test_filters_work_on_the_logits_that_a_graph_leaves(pair):
+    llm, plain = pair
+    filters = {"top_k": 5}, {"min_p": 0.2}, {"repetition_penalty": 1.5, "logprobs": 2}
+    prompts = [[5, 6, 7], [70, 7], [9] * 11, [1, 2]]
+    params = [sampling(6, 0.9, seed=i, **f) for i, f in enumerate([*filters, {}])]
+    del llm.seen[:]
+    ours, theirs = (x.generate(prompts, params, use_tqdm=False) for x in pair)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["token_ids"] == b["token_ids"]
+    asked = [output["samples"][0]["logprobs"] for output in (ours[2], theirs[2])]
+    for a, b in zip(*asked, strict=True):
+        assert a["sampler_logprob"] == pytest.approx(b["sampler_logprob"], abs=1e-3)
+    assert [step.graph for step in llm.seen].count(False) == 1
 
 
 def test_samples_of_one_prompt_fork_in_an_eager_step_and_go_on_in_graphs(pair):
@@ -296,8 +314,7 @@ def plan(chunks: list[tuple[int, int]], samples: list[int], scored: list[int] = 
         "a fork, and a row that is not sampled": (False, plan([(4, 5), (0, 1)], [0, 0])),
         "a prompt that has more to come": (False, plan([(4, 5), (0, 1)], [0])),
         "a score": (False, plan([(4, 5), (6, 7)], [0], scored=[1])),
-        "a filter": (False, plan([(4, 5), (9, 10)], [0, 1], top_k=3)),
-        "no filter": (True, plan([(4, 5), (9, 10)], [0, 1], top_k=0)),
+        "a filter": (True, plan([(4, 5), (9, 10)], [0, 1], top_k=3)),
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )
