@@ -750,7 +750,7 @@ class LLM:
         last = self._flight.tokens if self._flight else None
         tokens = scores = sampled = None
         if recorded := self.graphs and self.graphs.fits(batch, params):
-            tokens, logits, *given = self.graphs.replay(batch, last)
+            tokens, logits, *given = self.graphs.replay(batch, params, last)
         else:
             pending = batch.ids.min() < 0
             batch = batch.upload(self.device)
@@ -773,7 +773,7 @@ class LLM:
                 for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
             ]
             scores = self.model.logprobs(h[len(params) :], targets)
-        if trace:  # a replayed graph is forward and, but for filters, sample in one
+        if trace:  # a replayed graph is forward and, for plain rows, sample in one
             trace.lap("sample")
         on_host, event = [tokens, scores, sampled and sampled.packed], None
         if self.device.type == "cuda":

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from . import kernels_gpu
 from .engine import Batch
+from .sampler import filters
 
 # fields of a row beside its slots and block tables; cu_seqlens never changes
-FIELDS = 6  # ids, prev_ids, positions, seq_lens, temperature, noise
+FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
 
 
 class DecodeGraphs:
@@ -66,12 +67,13 @@ class DecodeGraphs:
             and np.array_equal(batch.logit_rows, batch.cu_seqlens[:-1])
         )
 
-    def replay(self, batch: Batch, last: Tensor | None) -> tuple[Tensor, ...]:
-        """Run a batch (numpy). Returns, on the device, its (R,) tokens, as temperature alone makes
-        them, and what others are made from: logits (R, V), temperature and noise (R,).
+    def replay(self, batch: Batch, params, last: Tensor | None) -> tuple[Tensor, ...]:
+        """Run a batch (numpy). Returns, on the device, its (R,) tokens, as they are where all rows
+        are plain, and what others are made from: logits (R, V), temperature and noise (R,).
 
-        last: the tokens of the step before, for ids that are ~row. What is returned is memory that
-        the next replay writes to: copies are to be queued on the same stream before it.
+        params: the SamplingParams of its rows; last: the tokens of the step before, for ids that
+        are ~row. What is returned is memory that the next replay writes to: copies are to be queued
+        on the same stream before it.
         """
         if last is not None and last.data_ptr() != self.last.data_ptr():
             self.last[: len(last)].copy_(last)  # they come from a step that was no graph
@@ -82,10 +84,11 @@ class DecodeGraphs:
         count = size * self.width
         pinned = torch.empty(count, dtype=torch.int32, pin_memory=True)
         fields, tables = self._split(pinned.numpy(), size)
-        fields[:, :rows] = (
-            batch.ids, batch.prev_ids, batch.positions, batch.seq_lens,
-            batch.temperature.view(np.int32), batch.noise.view(np.int32), *batch.slots,
-        )  # fmt: skip
+        fields[:4, :rows] = batch.ids, batch.prev_ids, batch.positions, batch.seq_lens
+        floats = fields[:, :rows].view(np.float32)
+        floats[4], floats[5] = batch.temperature, batch.noise
+        floats[6:9] = np.array(filters(params) or [(0, 1, 0)]).T
+        fields[FIELDS:, :rows] = batch.slots
         fields[:, rows:] = 0
         fields[3, rows:] = 1  # a padding row is a sequence of one token
         used = batch.block_tables.shape[2]
@@ -106,18 +109,19 @@ class DecodeGraphs:
 
     def _decode(self, model, cache, size: int, max_model_len: int) -> None:
         """What is recorded: read the inputs, forward, sample, leave the tokens in `last`, and the
-        logits for filters, which are no part of it."""
+        logits for rows that are not plain."""
         fields, tables = self._split(self.inputs, size)
-        ids, prev_ids, positions, seq_lens, temperature, noise = fields[:FIELDS]
+        ids, prev_ids, positions, seq_lens = fields[:4]
+        temperature, noise, *drop = fields[4:FIELDS].view(torch.float32)
         cu_seqlens = self.cu_seqlens[: size + 1]
         ids = torch.where(ids < 0, self.last[(~ids).clamp(min=0)], ids)
         batch = Batch(
             ids, prev_ids, positions, fields[FIELDS:], cu_seqlens, seq_lens, tables,
-            cu_seqlens[:-1], temperature.view(torch.float32), noise.view(torch.float32),
+            cu_seqlens[:-1], temperature, noise,
             num_decodes=size, max_query=1, max_seq=max_model_len,
         )  # fmt: skip
         logits = model.logits(model.forward(batch, cache))
-        tokens = kernels_gpu.sample(logits, batch.temperature, batch.noise, model.recipe.softcap)
+        tokens = kernels_gpu.sample(logits, temperature, noise, model.recipe.softcap, drop)
         self.last[:size].copy_(tokens)
         if self.logits is None:  # the largest step's
             self.logits = torch.empty_like(logits)

@@ -30,7 +30,8 @@ EARLY_START = False
 # arguments that change from step to step or from layer to layer. they are views into something
 # larger, so their addresses divide by 16 or do not: no second variant of a kernel for that
 VARIES = (
-    "ids positions slots tables seq_lens cu_seqlens temperatures us sums a b "
+    "ids positions slots tables seq_lens cu_seqlens temperatures us sums lows a b "
+    "top_ks top_ps min_ps "
     "table_stride h_stride window first_sequence num_sequences splits rows"
 ).split()
 
@@ -509,6 +510,84 @@ def _sample_chunks(
 
 
 @triton.jit
+def _key(x, SHIFT: tl.constexpr):
+    # float32 as integers of the same order. SHIFT: so many of the low bits say nothing
+    bits = x.to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000) >> SHIFT
+
+
+@triton.jit
+def _least(
+    logits, low, limit, top, temperature, softcap, V,
+    COUNT: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    # the least key of which all larger ones together hold less than `limit`: each holds 1 if COUNT,
+    # else its weight, or nothing below `low`. found from the top down, two bits in a pass
+    least = tl.full((), 0, tl.uint32)
+    for shift in range(30 - SHIFT, -1, -2):
+        step = tl.full((), 1, tl.uint32) << shift
+        held1 = tl.zeros((CHUNK,), tl.float32)
+        held2, held3 = held1, held1
+        for start in range(0, V, CHUNK):
+            i = start + tl.arange(0, CHUNK)
+            x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
+            key = _key(x, SHIFT)
+            if COUNT:
+                weight = tl.where(x > float("-inf"), 1.0, 0.0)
+            else:
+                weight = _chunk_weights(x, top, temperature, softcap)
+                weight = tl.where(key >= low, weight, 0.0)
+            held1 += tl.where(key >= least + step, weight, 0.0)
+            held2 += tl.where(key >= least + 2 * step, weight, 0.0)
+            held3 += tl.where(key >= least + 3 * step, weight, 0.0)
+        passed = (tl.sum(held1, 0) >= limit).to(tl.uint32) + (tl.sum(held2, 0) >= limit)
+        least += step * (passed + (tl.sum(held3, 0) >= limit))
+    return least
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _truncate(
+    logits, temperatures, top_ks, top_ps, min_ps, tops, sums, lows, softcap, V, CHUNKS,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # a program finds what the filters leave of a row: the keys from lows[row] on, since each of
+    # them keeps what is likeliest. then it weighs the row's chunks again
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK)
+    _begin(PDL)
+    temperature = tl.load(temperatures + row)
+    top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
+    low = tl.full((), 0, tl.uint32)
+    if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
+        logits += row * V
+        tops += row * CHUNKS
+        top = tl.max(tl.load(tops + j, j < CHUNKS, float("-inf")), 0)
+        if top_k > 0:
+            low = _least(logits, low, top_k, top, temperature, softcap, V, True, CHUNK, SHIFT)
+        if (top_p < 1) | (min_p > 0):
+            total = tl.zeros((CHUNK,), tl.float32)
+            least = tl.full((CHUNK,), 0xFFFFFFFF, tl.uint32)
+            for start in range(0, V, CHUNK):
+                i = start + tl.arange(0, CHUNK)
+                x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
+                key, weight = _key(x, SHIFT), _chunk_weights(x, top, temperature, softcap)
+                total += tl.where(key >= low, weight, 0.0)
+                least = tl.minimum(least, tl.where(weight >= min_p, key, least))
+            if top_p < 1:
+                limit = top_p * tl.sum(total, 0)
+                low = _least(logits, low, limit, top, temperature, softcap, V, False, CHUNK, SHIFT)
+            if min_p > 0:
+                low = tl.maximum(low, tl.min(least, 0))
+        for chunk in range(0, CHUNKS):
+            i = chunk * CHUNK + tl.arange(0, CHUNK)
+            x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
+            weight = _chunk_weights(x, tl.load(tops + chunk), temperature, softcap)
+            weight = tl.where(_key(x, SHIFT) >= low, weight, 0.0)
+            tl.store(sums + row * CHUNKS + chunk, tl.sum(weight, 0))
+    tl.store(lows + row, low.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def _first(weight, index, target):
     # (the first index whose running sum exceeds target, the sum before it). only an index with a
     # weight can be it, and if rounding leaves none past the target, the last with a weight is
@@ -520,8 +599,8 @@ def _first(weight, index, target):
 
 @triton.jit(do_not_specialize=VARIES)
 def _sample_pick(
-    logits, temperatures, us, tops, ids, sums, tokens, softcap, V, CHUNKS,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits, temperatures, us, tops, ids, sums, lows, tokens, softcap, V, CHUNKS,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK)
@@ -539,20 +618,26 @@ def _sample_pick(
         x = tl.load(logits + row * V + i, i < V, float("-inf")).to(tl.float32)
         unit = tl.load(tops + row * CHUNKS + chunk)
         target = (target - before) / _chunk_weights(unit, best, temperature, softcap)
-        token, _ = _first(_chunk_weights(x, unit, temperature, softcap), i, target)
+        weight = _chunk_weights(x, unit, temperature, softcap)
+        if lows is not None:
+            low = tl.load(lows + row).to(tl.uint32, bitcast=True)
+            weight = tl.where(_key(x, SHIFT) >= low, weight, 0.0)
+        token, _ = _first(weight, i, target)
         tl.store(tokens + row, token)
     else:  # chunks lie in id order: the first that holds the maximum holds the lowest such id
         chunk = tl.min(tl.where(top == best, j, CHUNKS - 1), 0)
         tl.store(tokens + row, tl.load(ids + row * CHUNKS + chunk))
 
 
-def sample(logits, temperature, u, softcap):
+def sample(logits, temperature, u, softcap, filters=None):
     """One token per row: the first id whose cumulative probability exceeds u. Returns (R,) int32.
 
     logits (R, V) before the softcap; softcap: a float, 0 for none. temperature (R,) float32, 0 for
-    the most likely token (the lowest id of equals). u (R,) float32 in [0, 1). An id whose logit is
-    -inf, or whose probability is 0, is never returned. Reads the logits once, and the one chunk of
-    the vocabulary in which the answer lies a second time.
+    the most likely token (the lowest id of equals). u (R,) float32 in [0, 1). filters (3, R)
+    float32: top_k, top_p and min_p, 0, 1 and 0 being off; None: all are. An id whose logit is -inf,
+    or whose probability is 0, is never returned. Reads the logits once, and the one chunk of the
+    vocabulary in which the answer lies a second time; of rows with filters, up to 20 times (a
+    float32's key has more digits than a bfloat16's: 36 times), mostly from the cache.
     """
     R, V = logits.shape
     logits = logits.contiguous()
@@ -564,8 +649,16 @@ def sample(logits, temperature, u, softcap):
     _sample_chunks[(R, chunks)](
         logits, temperature, tops, ids, sums, softcap, V, SAMPLE_CHUNK, num_warps=4, **options
     )
+    block, lows = triton.next_power_of_2(chunks), None
+    shift = 16 if logits.dtype == torch.bfloat16 else 0
+    if filters is not None:
+        lows = torch.empty((R,), dtype=torch.int32, device=logits.device)
+        _truncate[(R,)](
+            logits, temperature, *filters, tops, sums, lows, softcap, V, chunks,
+            SAMPLE_CHUNK, block, shift, num_warps=8, **options,
+        )  # fmt: skip
     _sample_pick[(R,)](
-        logits, temperature, u, tops, ids, sums, tokens, softcap, V, chunks,
-        SAMPLE_CHUNK, triton.next_power_of_2(chunks), num_warps=8, **options,
+        logits, temperature, u, tops, ids, sums, lows, tokens, softcap, V, chunks,
+        SAMPLE_CHUNK, block, shift, num_warps=8, **options,
     )  # fmt: skip
     return tokens

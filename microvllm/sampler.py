@@ -104,7 +104,7 @@ class SamplingParams:
     # which -inf rules a token out. if it raises, its request ends with that error, no other
     logits_processor: Callable[[list[int], Tensor], Tensor] | None = None
     # worked out here once, since every step asks every row
-    plain: bool = field(init=False, repr=False, compare=False)  # is temperature all there is?
+    plain: bool = field(init=False, repr=False, compare=False)  # not edited, no logprobs
     edited: bool = field(init=False, repr=False, compare=False)  # do logits change before it?
     truncated: bool = field(init=False, repr=False, compare=False)  # are tokens dropped after it?
     needs_history: bool = field(init=False, repr=False, compare=False)  # do earlier tokens matter?
@@ -156,7 +156,7 @@ class SamplingParams:
         put("edited", bool(self.needs_history or others))
         truncated = self.top_k or self.top_p < 1 or self.min_p  # the argmax survives all of these
         put("truncated", bool(truncated and self.temperature))
-        put("plain", not (self.edited or self.truncated or self.logprobs is not None))
+        put("plain", not self.edited and self.logprobs is None)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError, naming the field, if a token id in it does not exist."""
@@ -229,8 +229,15 @@ def on(device: torch.device, values) -> Tensor:
 
 
 def is_plain(params: Seq[SamplingParams]) -> bool:
-    """Does temperature alone decide, in all rows?"""
+    """Do temperature, top_k, top_p and min_p alone decide, in all rows?"""
     return False not in [p.plain for p in params]
+
+
+def filters(params: Seq[SamplingParams]) -> list[tuple[int, float, float]] | None:
+    """top_k, top_p and min_p of each row, 0, 1 and 0 being off; None if all are."""
+    if True in [p.truncated for p in params]:
+        return [(p.top_k or 0, p.top_p, p.min_p) for p in params]
+    return None
 
 
 def sample(
@@ -302,17 +309,15 @@ def finish(logits, params, temperature, uniform, history, tokens, most) -> list[
 def pick(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap: float) -> Tensor:
     """`sample` for what is left when the logits have been edited: (R,) tokens."""
     if has_triton(logits.device):
-        if not any(p.truncated for p in params):
-            from . import kernels_gpu
+        from . import kernels_gpu
 
-            return kernels_gpu.sample(logits, temperature, uniform, softcap)
+        if drop := filters(params):
+            drop = on(logits.device, np.array(drop, np.float32).T.copy())
+        return kernels_gpu.sample(logits, temperature, uniform, softcap, drop)
     if logits.device.type == "cpu" and importlib.util.find_spec("numba"):
         from . import kernels_cpu
 
-        filters = None
-        if any(p.truncated for p in params):
-            filters = [(p.top_k or 0, p.top_p, p.min_p) for p in params]
-        return kernels_cpu.sample(logits.float(), temperature, uniform, softcap, filters)
+        return kernels_cpu.sample(logits.float(), temperature, uniform, softcap, filters(params))
     # greedy rows are the argmax of the logits themselves: no cap (which keeps their order, but may
     # make them equal), no division, no noise
     largest = logits.argmax(-1)

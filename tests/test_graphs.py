@@ -151,10 +151,10 @@ def watch(llm: LLM) -> None:
         # on a GPU the tokens are copied to the host before the next replay can overwrite them
         return flight._replace(on_host=[t if t is None else t.clone() for t in flight.on_host])
 
-    def checked_replay(batch, last):
+    def checked_replay(batch, params, last):
         llm.seen[-1] = llm.seen[-1]._replace(graph=True)
         before = llm.cache.data.clone()
-        tokens, *rest = replay(batch, last)
+        tokens, *rest = replay(batch, params, last)
         size = next(size for size in graphs.sizes if size >= len(batch.ids))
         _, tables = graphs._split(graphs.inputs.cpu().numpy(), size)
         wanted = np.zeros((graphs.groups, size, -(-llm.max_model_len // 4)), np.int32)
@@ -276,9 +276,9 @@ def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch)
     assert llm.graphs.groups == llm.cache.num_groups > 1
     sinks, replay = [], llm.graphs.replay
 
-    def watched(batch, last):
+    def watched(batch, params, last):
         sinks.append(batch.block_tables[:, :, 0].any(1).all())  # first blocks that are still there
-        return replay(batch, last)
+        return replay(batch, params, last)
 
     llm.graphs.replay = watched
     assert serve(llm, work) == serve(plain, work)

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton (pip install t
 
 from microvllm import kernels_gpu, linear, model  # noqa: E402
 from microvllm.attention import sdpa_attention  # noqa: E402
+from microvllm.sampler import SamplingParams, cap_logits, filters, truncate  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 EPS = 2.0**-23
@@ -363,6 +364,44 @@ def test_masked_and_impossible_tokens_are_never_drawn(softcap):
     assert tokens == [3000, 3000, 3001, 4100, 4100, 4100]
 
 
+@pytest.mark.parametrize("vocab", [50, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sample_with_filters(dtype, vocab):
+    """What top_k, top_p and min_p leave is what the reference leaves, ties and all; mixed with
+    greedy rows and rows without any."""
+    given = [
+        {"top_k": 1}, {"top_k": 5}, {"top_k": vocab}, {"top_k": 2**31 - 1}, {"top_p": 0.3},
+        {"top_p": 1e-3}, {"top_p": 0.999}, {"min_p": 0.2}, {"min_p": 1.0}, {},
+        {"top_k": 7, "top_p": 0.6}, {"top_k": 20, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
+    ] * 2  # fmt: skip
+    params = [
+        SamplingParams(**{"temperature": 0.4 + 0.1 * (i % 7)} | g) for i, g in enumerate(given)
+    ]
+    R = len(params)
+    logits = 3 * torch.randn(R, vocab)
+    logits[R // 2 :] = logits[R // 2 :].round()  # many are equal
+    logits[:, 7], logits[:, 9] = -torch.inf, 5.0
+    logits = logits.to(DEVICE, dtype)
+    temperature = torch.tensor([p.temperature for p in params], device=DEVICE)
+    scaled = cap_logits(logits, 15.0) / temperature.clamp(min=1e-30)[:, None]
+    scaled[logits == -torch.inf] = -torch.inf  # which the cap makes finite
+    kept = truncate(scaled, params) > -torch.inf
+    kept[temperature == 0] = True
+    assert (kept.sum(1) == 1).any() and (kept.sum(1) > vocab // 2).any()
+    left = logits.masked_fill(~kept, -torch.inf)
+    drop = torch.tensor(filters(params), device=DEVICE).T.contiguous()
+    for u in (0.0, 0.3, 0.7, 1.0 - 2.0**-24):
+        u = torch.full((R,), u, device=DEVICE)
+        tokens = kernels_gpu.sample(logits, temperature, u, 15.0, drop)
+        check_samples(left, temperature, u, 15.0, tokens)
+        # the ends of what is left are reached: nothing else was dropped
+        if u[0] == 0:
+            first = kept.float().argmax(1)
+            sampled = temperature > 0
+            assert torch.equal(tokens[sampled].long(), first[sampled])
+
+
 # compiled for a card that is not there ------------------------------------------------------------
 
 
@@ -462,7 +501,9 @@ for at in (0, 1, 8):  # where in one upload the batch's arrays lie
             K.fixed_attention(q, k, v, batch, -1)
             long = SimpleNamespace(**{**vars(batch), "num_decodes": 0, "seq_lens": flat[28:29]})
             K.paged_attention(bf16(80, n_head, 128), k, v, long, -1)
-    K.sample(bf16(2, 5000), flat[:2].view(torch.float32), flat[2:4].view(torch.float32), 15.0)
+    f32 = flat.view(torch.float32)
+    K.sample(bf16(2, 5000), f32[:2], f32[2:4], 15.0)
+    K.sample(bf16(2, 5000), f32[:2], f32[2:4], 15.0, (f32[4:6], f32[6:8], f32[8:10]))
 """
 
 
@@ -474,7 +515,7 @@ def test_the_kernels_compile_for_hopper_and_wait_for_the_kernel_before_them():
     kernels = compile_for_hopper(CALLS)
     assert {name: int(variants) for name, variants, *_ in kernels} == {
         "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 4, "_combine": 2, "_chunk": 6,
-        "_sample_chunks": 1, "_sample_pick": 1, "_linear": 1, "_fp8_rows": 1,
+        "_sample_chunks": 1, "_sample_pick": 2, "_truncate": 1, "_linear": 1, "_fp8_rows": 1,
     }  # fmt: skip
     for name, _, waits, early, later in kernels:
         assert (waits, early, later) == ("True", "0", "0"), name

@@ -307,7 +307,7 @@ def test_what_a_step_asks_of_each_row_is_known_beforehand():
     assert flags() == flags(**neutral) == flags(bad_words=[], presence_penalty=0.0) == "p"
     assert flags(stop="x", stop_token_ids=[3], n=4, seed=1, ignore_eos=True) == "p"
     assert flags(temperature=0, top_k=5, top_p=0.5, min_p=0.5) == "p"
-    assert flags(top_k=5) == flags(top_p=0.5) == flags(min_p=0.5) == "T"
+    assert flags(top_k=5) == flags(top_p=0.5) == flags(min_p=0.5) == "pT"
     assert flags(logprobs=0) == ""
     assert flags(logit_bias={1: 1}) == flags(allowed_token_ids=[1]) == flags(min_tokens=1) == "e"
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
@@ -315,7 +315,8 @@ def test_what_a_step_asks_of_each_row_is_known_beforehand():
     assert flags(bad_words=["a"]) == flags(logits_processor=ban_even) == "eh"
     assert flags(min_tokens=1, allowed_token_ids=[1]) == "eh"  # no token may be left
     assert is_plain([SamplingParams()] * 3) and is_plain([])
-    assert not is_plain([SamplingParams(), SamplingParams(top_k=1)])
+    assert is_plain([SamplingParams(top_k=1)])
+    assert not is_plain([SamplingParams(), SamplingParams(logprobs=0)])
 
 
 # nothing left ------------------------------------------------------------------------------------
