@@ -30,9 +30,8 @@ EARLY_START = False
 # arguments that change from step to step or from layer to layer. they are views into something
 # larger, so their addresses divide by 16 or do not: no second variant of a kernel for that
 VARIES = (
-    "ids positions slots tables seq_lens cu_seqlens temperatures us sums lows a b "
-    "top_ks top_ps min_ps "
-    "table_stride h_stride window first_sequence num_sequences splits rows"
+    "ids positions slots tables seq_lens cu_seqlens temperatures us sums lows top_ks top_ps min_ps "
+    "a b table_stride h_stride window first_sequence num_sequences splits rows"
 ).split()
 
 
@@ -41,22 +40,31 @@ def _device(device):
     """(multiprocessors, bytes of shared memory per program, launch options) of a torch device."""
     if device.type != "cuda":  # the interpreter
         return 8, 2**16, {"PDL": False}
-    card = torch.cuda.get_device_properties(device)
-    memory = getattr(card, "shared_memory_per_block_optin", 2**16)
+    card, hip = torch.cuda.get_device_properties(device), torch.version.hip is not None
+    memory = getattr(card, "shared_memory_per_block_optin", 2**16 if hip else 101_376)
+    # a * b + c rounded once: triton 3.9 warns that one day it will not unless it is told to
+    options = {"enable_fp_fusion": True, "PDL": False}
     # on consumer Blackwell (12) others saw it break a graph's capture. gdc_wait: triton 3.4
-    early = EARLY_START and torch.version.hip is None and card.major in (9, 10)
-    if early and hasattr(tl.extra.cuda, "gdc_wait"):
-        return card.multi_processor_count, memory, {"PDL": True, "launch_pdl": True}
-    return card.multi_processor_count, memory, {"PDL": False}
+    if EARLY_START and not hip and card.major in (9, 10) and hasattr(tl.extra.cuda, "gdc_wait"):
+        options.update(PDL=True, launch_pdl=True)
+    return card.multi_processor_count, memory, options
 
 
-@triton.jit
-def _begin(PDL: tl.constexpr):
-    # let the next kernel start as soon as there is room for it (it will wait here as well), then
-    # wait until the one before has ended and its writes can be seen
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+if hasattr(tl.extra.cuda, "gdc_wait"):
+
+    @triton.jit
+    def _begin(PDL: tl.constexpr):
+        # let the next kernel start as soon as there is room for it (it will wait here as well),
+        # then wait until the one before has ended and its writes can be seen
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+
+else:  # before triton 3.4, which looks names up in branches that are not taken as well
+
+    @triton.jit
+    def _begin(PDL: tl.constexpr):
+        pass
 
 
 # -------------------------------------------------------------------------------------------------
@@ -235,15 +243,24 @@ def linear(x, w):
 
 @triton.jit
 def _keys(
-    k, v, table, position, stop, block_stride,
-    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    k, v, table, tile, stop, block_stride,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # keys and values (TILE, BLOCK_D) of these positions, 0 from `stop` on. one table look-up per
-    # position, not per block: a tile may then have any size, whatever the block's
+    # keys and values (TILE, BLOCK_D) of the positions from `tile` on, a multiple of TILE; 0 from
+    # `stop` on
+    within = tl.arange(0, TILE)
     d = tl.arange(0, BLOCK_D)[None, :]
-    block = tl.load(table + position // BLOCK_SIZE, position < stop, 0)
-    at = (block.to(tl.int64) * block_stride + position % BLOCK_SIZE * D)[:, None] + d
-    inside = (position < stop)[:, None] & (d < D)
+    if BLOCK_SIZE % TILE == 0:  # all in one block: one look-up, then a base and constant offsets
+        block = tl.load(table + tile // BLOCK_SIZE, tile < stop, 0)
+        base = block.to(tl.int64) * block_stride + tile % BLOCK_SIZE * D
+        k += base
+        v += base
+        at = within[:, None] * D + d
+    else:  # one look-up per position, not per block: any size of tile, whatever the block's
+        position = tile + within
+        block = tl.load(table + position // BLOCK_SIZE, position < stop, 0)
+        at = (block.to(tl.int64) * block_stride + position % BLOCK_SIZE * D)[:, None] + d
+    inside = (tile + within < stop)[:, None] & (d < D)
     return tl.load(k + at, inside, 0.0), tl.load(v + at, inside, 0.0)
 
 
@@ -280,14 +297,14 @@ def _decode(
     if BLOCK_G == 1:
         # ask for a tile before the one in hand is worked on. left to itself, the compiler waits for
         # memory several times in every tile
-        key2, value2 = _keys(k, v, table, lo + within, hi, block_stride, D, BLOCK_SIZE, BLOCK_D)
+        key2, value2 = _keys(k, v, table, lo, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
     for tile in range(lo, hi, TILE):
         position = tile + within
         if BLOCK_G == 1:
-            key, value, ahead = key2, value2, position + TILE
-            key2, value2 = _keys(k, v, table, ahead, hi, block_stride, D, BLOCK_SIZE, BLOCK_D)
+            key, value, ahead = key2, value2, tile + TILE
+            key2, value2 = _keys(k, v, table, ahead, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
         else:  # a loop around matrix products is pipelined by the compiler
-            key, value = _keys(k, v, table, position, hi, block_stride, D, BLOCK_SIZE, BLOCK_D)
+            key, value = _keys(k, v, table, tile, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
         seen = (position >= start) & (position < hi)
         if BLOCK_G == 1:  # nothing to share: plain multiply and add, memory is the limit
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :] * scale
@@ -387,7 +404,7 @@ def _chunk(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for tile in range(lo, stop, TILE):
         position = tile + tl.arange(0, TILE)
-        key, value = _keys(k, v, table, position, stop, block_stride, D, BLOCK_SIZE, BLOCK_D)
+        key, value = _keys(k, v, table, tile, stop, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
         score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
         seen = (position[None, :] <= query[:, None]) & (position[None, :] >= left[:, None])
         score = tl.where(seen, score, -1e30)
@@ -461,15 +478,20 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
         if block_d > 128:
             block_m, tile, warps = min(block_m, 64), tile // 2, 8
         block_m = max(block_m, block_g)
-        # two K and two V tiles beside the queries, and a little for the look-ups
-        while tile > 16 and (4 * tile + block_m) * block_d * size + 1024 > memory:
+        # two K and two V tiles beside the queries, three where products run by themselves (Hopper
+        # and later), a little for the look-ups, and weights if warps share rows
+        tiles = 6 if memory > 200_000 else 4
+        shared = tile * block_m * size * (16 * warps > block_m) + 1024
+        while tile > 16 and (tiles * tile + block_m) * block_d * size + shared > memory:
             tile //= 2
         blocks = (T - decodes) // (block_m // block_g) + chunks
         _chunk[(n_kv, blocks)](
             q, k, v, tables, batch.seq_lens, batch.cu_seqlens, out, decodes, chunks,
             table_stride, k.stride(0), scale, window,
             n_kv, group, D, block_size, block_d, block_g, block_m, tile,
-            num_warps=warps, num_stages=3, **options,
+            # a look-up, then a load: two steps of the compiler's pipeline. only from 5 stages on is
+            # a tile on its way while another is worked on; with 3 or 4 each is waited for at once
+            num_warps=warps, num_stages=5, **options,
         )  # fmt: skip
     return out
 

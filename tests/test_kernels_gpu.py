@@ -419,6 +419,7 @@ def test_kernels_start_early_only_if_asked_to_and_where_it_works(
     if asked:
         monkeypatch.setattr(kernels_gpu, "EARLY_START", True)
     _, _, options = kernels_gpu._device.__wrapped__(torch.device("cuda", 0))
+    assert options.pop("enable_fp_fusion")
     assert options == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
 
 
@@ -433,7 +434,8 @@ from microvllm import kernels_gpu as K
 target = GPUTarget("cuda", 90, 32)
 card = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}
 driver.set_active(SimpleNamespace(**card, get_current_target=lambda: target))
-K._device = lambda device: (132, 232448, {"PDL": True, "launch_pdl": True})
+options = {"PDL": True, "launch_pdl": True, "enable_fp_fusion": True}
+K._device = lambda device: (132, 232448, options)
 launch, compiled = JITFunction.run, {}
 
 def only_compile(self, *args, **kw):
