@@ -211,7 +211,7 @@ class Paged:
     def attend(self, i: int) -> None:
         K.paged_attention(self.q, *self.layer(i), self.batch, -1)
 
-    def decode(self, tile: int, warps: int, splits: int, i: int) -> None:
+    def decode(self, tile: int, warps: int, splits: int, units: bool, i: int) -> None:
         (k, v), batch, count = self.layer(i), self.batch, len(self.q)
         parts, lse = self.out, None
         if splits > 1:
@@ -221,7 +221,8 @@ class Paged:
         K._decode[(HEADS, count, splits)](
             self.q, k, v, batch.block_tables, batch.seq_lens, parts, lse,
             batch.block_tables.stride(0), k.stride(0), SCALE, -1,
-            HEADS, 1, DIM, BLOCK_SIZE, DIM, 1, tile, num_warps=warps, **options(),
+            HEADS, 1, DIM, BLOCK_SIZE, DIM, 16 if units else 1, tile,
+            num_warps=warps, num_stages=5, **options(),
         )  # fmt: skip
         if splits > 1:
             block = triton.next_power_of_2(splits)
@@ -255,16 +256,17 @@ def decode_cases() -> Iterator[Case]:
         name = f"{count} x {longest}"
         yield Case(f"{name} default", paged.attend, paged.kv_bytes)
         for tile, warps, splits in sizes:
-            yield Case(
-                f"{name} tile {tile} warps {warps} splits {splits}",
-                partial(paged.decode, tile, warps, splits),
-                paged.kv_bytes,
-            )
+            for units in (False, True):  # one query leaves 15 of 16 rows of a matrix unit empty
+                yield Case(
+                    f"{name} tile {tile} warps {warps} splits {splits}{' units' * units}",
+                    partial(paged.decode, tile, warps, splits, units),
+                    paged.kv_bytes,
+                )
 
 
 def chunk_cases() -> Iterator[Case]:
-    large = [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
-    small = [(16, 32, 1, 2), (16, 64, 4, 2), (32, 32, 2, 2), (32, 32, 4, 3), (32, 64, 4, 2)]
+    large = [(64, 64, 4, 3), (64, 64, 4, 5), (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3)]
+    small = [(16, 32, 1, 3), (16, 64, 4, 3), (32, 32, 2, 3), (32, 32, 4, 3), (32, 32, 4, 5)]
     prompts = torch.randint(6, 41, (256,)).tolist()
     for name, sequences, sizes in (
         ("1 x 2048", [(2048, 2048)], large),
