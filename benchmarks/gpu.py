@@ -28,6 +28,7 @@ The parts:
     startup   from the start of a process to its first token: kernels not compiled yet, then cached
     headline  512 prompts of 6 to 77 tokens (mean 23), 64 new tokens each
     single    one prompt of 128, 128 new
+    filtered  headline and single with top_k=50, as the command line samples by default
     mixed     1,000 requests of log-normal lengths, mean 135 in and 306 out, neither over 1,024; as
               in recorded chats, prompts spread more (sigma 0.9) than answers (0.55)
     prefill   one prompt of 2,048 tokens, one new
@@ -72,7 +73,9 @@ from microvllm import LLM, SamplingParams
 from microvllm.model import RECIPES, GPTConfig, layer_windows
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("startup", "headline", "single", "mixed", "prefill", "prefix", "quantized", "peers")
+PARTS = (
+    "startup", "headline", "single", "filtered", "mixed", "prefill", "prefix", "quantized", "peers",
+)  # fmt: skip
 ROWS = (1, 32, 128, 256, 512, 1024, 2048, 4096)  # rows of a step whose matrix products are timed
 TEMPERATURE = 0.7
 STATS = (
@@ -337,12 +340,11 @@ class Bench:
         self.llm = None
         free_memory()
 
-    def generate(self, prompts: list[list[int]], new: list[int]) -> tuple[float, dict]:
+    def generate(self, prompts: list[list[int]], new: list[int], **sampling) -> tuple[float, dict]:
         """Seconds of one `LLM.generate` by the clock, and how much each of its statistics grew; on
         a card also card_seconds, between two events around it."""
-        params = [
-            SamplingParams(temperature=TEMPERATURE, max_tokens=n, ignore_eos=True) for n in new
-        ]
+        sampling |= {"temperature": TEMPERATURE, "ignore_eos": True}
+        params = [SamplingParams(max_tokens=n, **sampling) for n in new]
         before = self.llm.stats()
         synchronize(self.device)
         start, first = time.perf_counter(), mark(self.device)
@@ -361,11 +363,11 @@ class Bench:
             stats["card_seconds"] = first.elapsed_time(last) / 1000
         return seconds, stats
 
-    def batch(self, part: str, requests: list[Request], limit: float) -> None:
+    def batch(self, part: str, requests: list[Request], limit: float, **sampling) -> None:
         """Time the requests with fresh prompts, `repeats` times; `limit` in seconds."""
         news = [new for _, new in requests]
         runs = [
-            self.generate([self.prompt(length) for length, _ in requests], news)
+            self.generate([self.prompt(length) for length, _ in requests], news, **sampling)
             for _ in range(self.args.repeats)
         ]
         rates = [sum(news) / seconds for seconds, _ in runs]
@@ -412,14 +414,18 @@ class Bench:
                 **{f"{kind}_{what}_s": seconds for what, seconds in at.items()},
             )
 
-    def headline(self, name: str = "headline") -> None:
+    def headline(self, name: str = "headline", **sampling) -> None:
         requests = self.headline_requests()
         limit = self.ceilings.batch_seconds(requests, self.args.max_batch_size)
-        self.batch(name, requests, limit)
+        self.batch(name, requests, limit, **sampling)
 
-    def single(self, name: str = "single") -> None:
+    def single(self, name: str = "single", **sampling) -> None:
         request = (self.shrunk(128), self.shrunk(128))
-        self.batch(name, [request], self.ceilings.stream_seconds(*request))
+        self.batch(name, [request], self.ceilings.stream_seconds(*request), **sampling)
+
+    def filtered(self) -> None:
+        self.headline("filtered", top_k=50)
+        self.single("filtered single", top_k=50)
 
     def mixed(self) -> None:
         count, most = self.shrunk(1000), self.shrunk(2048)

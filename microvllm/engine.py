@@ -366,17 +366,18 @@ class LLM:
     @torch.inference_mode()
     def _warm_up(self, block_size: int) -> None:
         """Run the largest step once on a cache of nothing but the sink, with every filter."""
-        full, rest = divmod(self.max_batched_tokens, self.max_model_len - 1)
-        lengths = ([rest] * (rest > 0) + [self.max_model_len - 1] * full)[-self.max_batch_size :]
-        chunks = [(Sequence(0, [0] * n, SamplingParams(seed=0)), 0, n) for n in lengths]
-        num_groups, kind = len(self.groups), (self.model.dtype, self.device, self.groups)
-        for seq, _, n in chunks:
-            seq.table = array("i", [0] * -(-n // block_size) * num_groups)
-        step = Step(chunks, [(0, seq, n)], [])
-        batch = make_batch(step, block_size, num_groups).upload(self.device)
+        kind = self.model.dtype, self.device, self.groups
         cache = PagedKVCache(self.model.local, 1, block_size, *kind)
-        rows = batch.logit_rows.repeat(self.max_batch_size)[: self.max_batch_size]
-        logits = self.model.logits(self.model.forward(batch._replace(logit_rows=rows), cache))
+        full, rest = divmod(self.max_batched_tokens, self.max_model_len - 1)
+        longest = ([rest] * (rest > 0) + [self.max_model_len - 1] * full)[-self.max_batch_size :]
+        for lengths in [2], longest:  # short prompts have a kernel of their own
+            chunks = [(Sequence(0, [0] * n, SamplingParams(seed=0)), 0, n) for n in lengths]
+            for seq, _, n in chunks:
+                seq.table = array("i", [0] * -(-n // block_size) * cache.num_groups)
+            plan = Step(chunks, [(0, seq, n)], [])
+            batch = make_batch(plan, block_size, cache.num_groups).upload(self.device)
+            rows = batch.logit_rows.repeat(self.max_batch_size)[: self.max_batch_size]
+            logits = self.model.logits(self.model.forward(batch._replace(logit_rows=rows), cache))
         params = SamplingParams(seed=0, top_k=50, top_p=0.9, repetition_penalty=1.1, logprobs=20)
         history, ones = History(seq.tokens, 1, n), torch.ones_like(logits[:, 0]).float()
         sample(logits, [params] * len(rows), ones, ones / 2, 1.0, [history] * len(rows))
@@ -689,11 +690,10 @@ class LLM:
     def step(self) -> list[RequestOutput]:
         """Run the model once over whatever is due; returns the requests that finished.
 
-        If that fails (the device has no memory left, say), the exception gets out and no request is
-        lost: all wait again with the tokens they have, and the next step goes on from there to the
-        same tokens as ever. Whoever failed in `generate`, `stream` or `score` ends its own
-        requests. What fails for one request alone, its logits_processor or its text, ends it with
-        finish_reason "error", and nobody else.
+        If that fails (no memory is left, say), the exception gets out and no request is lost: all
+        wait again with the tokens they have, and the next step goes on from there. Whoever failed
+        in `generate`, `stream` or `score` ends its own requests. What fails for one request alone,
+        its logits_processor or its text, ends it with finish_reason "error", and nobody else.
         """
         self._advance()
         finished, self._finished = self._finished, []

@@ -343,7 +343,7 @@ def test_the_step_that_is_measured_is_as_large_as_any(monkeypatch):
             lambda batch, kv: rows.append(len(batch.ids)) or forward(batch, kv),
         )
         llm._warm_up(16)
-        (measured,), ((count, params),) = rows, samples
+        (_, measured), ((count, params),) = rows, samples
         assert params.truncated and params.edited and params.logprobs
         serve(llm, [(ids(7, i), sampled(4, seed=i, top_p=0.9, logprobs=3)) for i in range(40)])
         assert measured >= max(rows) and count >= max(n for n, _ in samples) == 30

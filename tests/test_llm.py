@@ -522,7 +522,8 @@ def test_the_largest_step_is_tried_and_no_larger_one(
         seen, forward = [], llm.model.forward
         llm.model.forward = lambda batch, cache: seen.append(batch) or forward(batch, cache)
         llm._warm_up(16)
-        (batch,) = seen
+        short, batch = seen
+        assert len(short.ids) == 2
         assert len(batch.ids) == rows and len(batch.logit_rows) == max_batch_size
         lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
         assert max(lengths) < max_model_len and 1 not in lengths[batch.num_decodes :]
