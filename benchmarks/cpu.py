@@ -12,12 +12,17 @@ in there too. All layers are one compiled call, into which no clock can look, so
 done once more with model.py's loop over them instead: it takes longer, but shows where.
 
 The perplexity: of the answers of the bundled prompts, given their instructions, by the bundled
-model in float32, bfloat16 and int8. The last line is all of it as JSON.
+model in float32, bfloat16 and int8.
+
+The host: what a step takes of it in the loop that runs ahead of a GPU, with a device that takes no
+time in the GPU's place: planning, the upload's array, reading, books. Plain and with top_k=50. It
+is hidden as long as the device takes longer. The last line is all of it as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
@@ -27,6 +32,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
 
@@ -149,11 +156,43 @@ def perplexity(count: int, options: dict) -> dict:
     return {"tokens": len(found), "perplexity": round(math.exp(-sum(found) / len(found)), 4)}
 
 
+def host(sequences: int, top_k: int, new: int = 64) -> float:
+    """Milliseconds of a step of so many decodes, all prompts' steps among them."""
+    from microvllm.graphs import DecodeGraphs
+
+    class Idle(DecodeGraphs):
+        def _record(self, *_):
+            self.graphs = dict.fromkeys(self.sizes, SimpleNamespace(replay=lambda: None))
+            self.logits = torch.zeros(len(self.last), 1)
+
+    def drawn(logits, params, *_):
+        return torch.full((len(params),), 5, dtype=torch.int32)
+
+    options = {"max_batch_size": 512, "max_batched_tokens": 8192, "num_blocks": 7 * sequences + 1}
+    params = SamplingParams(temperature=0.7, top_k=top_k, max_tokens=new, ignore_eos=True)
+    empty, times = torch.empty, []
+    with (
+        LLM(str(BUNDLED), device="cpu", **options) as llm,
+        mock.patch.object(engine, "sample", drawn),
+        mock.patch.object(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k)),
+    ):
+        llm.overlap = True
+        llm.graphs = Idle(llm.model, llm.cache, llm.max_batch_size, llm.max_model_len)
+        llm.model.forward = lambda batch, cache: torch.zeros(len(batch.logit_rows), 1)
+        llm.model.logits = lambda h: h
+        for turn in range(5):
+            ids = torch.randint(10, 4000, (sequences, 23), generator=torch.manual_seed(turn))
+            before, began = llm.stats()["steps"], time.perf_counter()
+            llm.generate(ids.tolist(), params, use_tqdm=False)
+            times.append((time.perf_counter() - began) / (llm.stats()["steps"] - before))
+    return round(1000 * statistics.median(times), 3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default="profile,perplexity")
+    parser.add_argument("--parts", default="profile,perplexity,host")
     parser.add_argument("--models", default="small,bundled", help=f"of {','.join(SHAPES)},bundled")
     parser.add_argument("--sequences", type=int, default=64, help="of the profile (%(default)s)")
     parser.add_argument("--prompts", type=int, default=512, help="of the perplexity (%(default)s)")
@@ -185,6 +224,14 @@ def main() -> None:
         print(f"\nperplexity of {result['perplexity']['float32']['tokens']:,} tokens of answers")
         for kind, found in result["perplexity"].items():
             print(f"{kind:20}{found['perplexity']:9.4f}{found['perplexity'] / exact - 1:+10.3%}")
+    if "host" in args.parts and not importlib.util.find_spec("triton"):
+        print("\nhost: skipped, the kernels of a GPU need triton")
+    elif "host" in args.parts:
+        result["host_ms"] = {}
+        print("\na step on the host of a GPU")
+        for sequences in (512, 64, 1):
+            found = result["host_ms"][sequences] = [host(sequences, k) for k in (0, 50)]
+            print(f"{sequences:4} sequences {found[0]:12.3f} ms, with top_k {found[1]:.3f} ms")
     print(json.dumps(result))
 
 

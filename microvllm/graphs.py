@@ -43,7 +43,10 @@ class DecodeGraphs:
         self.last = torch.zeros(max_batch_size, **ints)  # the newest tokens
         self.logits: Tensor | None = None  # and what they were drawn from
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        pool = torch.cuda.graph_pool_handle()
+        self._record(model, cache, max_model_len)
+
+    def _record(self, model, cache, max_model_len: int) -> None:
+        device, pool = model.device, torch.cuda.graph_pool_handle()
         gc.freeze()  # older versions of torch collect garbage before every capture: leave them none
         try:
             # up to torch 2.10 all graphs of a process share the generator's tensors, and those made

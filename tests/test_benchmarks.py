@@ -329,6 +329,9 @@ def test_a_profile_names_every_part_of_a_step_and_the_perplexity_of_each_kind_of
     for small in result["perplexity"].values():
         assert small["tokens"] == exact["tokens"] and small != exact
         assert abs(small["perplexity"] / exact["perplexity"] - 1) < 0.01
+    if importlib.util.find_spec("triton"):
+        assert list(result["host_ms"]) == ["512", "64", "1"]
+        assert min(ms for found in result["host_ms"].values() for ms in found) > 0
 
 
 def test_an_engine_that_cannot_be_imported_or_dies_is_told():
