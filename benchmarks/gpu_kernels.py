@@ -337,9 +337,9 @@ def fused_cases() -> Iterator[Case]:
 def sample_cases() -> Iterator[Case]:
     default = K.SAMPLE_CHUNK
 
-    def sample(chunk, logits, temperature, u, i):
+    def sample(chunk, logits, temperature, u, i, drop=None):
         K.SAMPLE_CHUNK = chunk
-        K.sample(logits[i % len(logits)], temperature, u, 15.0)
+        K.sample(logits[i % len(logits)], temperature, u, 15.0, drop)
         K.SAMPLE_CHUNK = default
 
     for rows in (1, 512):
@@ -348,6 +348,10 @@ def sample_cases() -> Iterator[Case]:
         for chunk in (default, 1024, 4096):
             name = f"{rows} rows chunk {chunk}{' default' * (chunk == default)}"
             yield Case(name, partial(sample, chunk, *inputs), rows * VOCAB * 2)
+        for name, *filters in ("top_k 50", 50, 1, 0), ("top_p 0.9", 0, 0.9, 0):
+            drop = torch.tensor(filters, device=device())[:, None].expand(3, rows).contiguous()
+            run = partial(sample, default, *inputs, drop=drop)
+            yield Case(f"{rows} rows {name} default", run, rows * VOCAB * 2)
 
 
 def few_rows_cases() -> Iterator[Case]:

@@ -21,6 +21,7 @@ import triton.language as tl
 
 WARPS_PER_PROCESSOR = 32  # what paged decoding aims at when it splits contexts
 SAMPLE_CHUNK = 2048  # vocabulary entries per program of the sampler: fixed, so sums do not vary
+SAMPLE_TILE = 4096  # and of a row with filters at a time: fewer waits for memory
 
 # programmatic dependent launch, on Hopper and its successor: a kernel is started before the one in
 # front of it has ended, and waits for that in `_begin`. not measured yet, hence off: set it before
@@ -541,17 +542,17 @@ def _key(x, SHIFT: tl.constexpr):
 @triton.jit
 def _least(
     logits, low, limit, top, temperature, softcap, V,
-    COUNT: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr,
+    COUNT: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     # the least key of which all larger ones together hold less than `limit`: each holds 1 if COUNT,
     # else its weight, or nothing below `low`. found from the top down, two bits in a pass
     least = tl.full((), 0, tl.uint32)
     for shift in range(30 - SHIFT, -1, -2):
         step = tl.full((), 1, tl.uint32) << shift
-        held1 = tl.zeros((CHUNK,), tl.float32)
+        held1 = tl.zeros((TILE,), tl.float32)
         held2, held3 = held1, held1
-        for start in range(0, V, CHUNK):
-            i = start + tl.arange(0, CHUNK)
+        for start in range(0, V, TILE):
+            i = start + tl.arange(0, TILE)
             x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
             key = _key(x, SHIFT)
             if COUNT:
@@ -570,7 +571,8 @@ def _least(
 @triton.jit(do_not_specialize=VARIES)
 def _truncate(
     logits, temperatures, top_ks, top_ps, min_ps, tops, sums, lows, softcap, V, CHUNKS,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # a program finds what the filters leave of a row: the keys from lows[row] on, since each of
     # them keeps what is likeliest. then it weighs the row's chunks again
@@ -585,27 +587,29 @@ def _truncate(
         tops += row * CHUNKS
         top = tl.max(tl.load(tops + j, j < CHUNKS, float("-inf")), 0)
         if top_k > 0:
-            low = _least(logits, low, top_k, top, temperature, softcap, V, True, CHUNK, SHIFT)
+            low = _least(logits, low, top_k, top, temperature, softcap, V, True, TILE, SHIFT)
         if (top_p < 1) | (min_p > 0):
-            total = tl.zeros((CHUNK,), tl.float32)
-            least = tl.full((CHUNK,), 0xFFFFFFFF, tl.uint32)
-            for start in range(0, V, CHUNK):
-                i = start + tl.arange(0, CHUNK)
+            total = tl.zeros((TILE,), tl.float32)
+            least = tl.full((TILE,), 0xFFFFFFFF, tl.uint32)
+            for start in range(0, V, TILE):
+                i = start + tl.arange(0, TILE)
                 x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
                 key, weight = _key(x, SHIFT), _chunk_weights(x, top, temperature, softcap)
                 total += tl.where(key >= low, weight, 0.0)
                 least = tl.minimum(least, tl.where(weight >= min_p, key, least))
             if top_p < 1:
                 limit = top_p * tl.sum(total, 0)
-                low = _least(logits, low, limit, top, temperature, softcap, V, False, CHUNK, SHIFT)
+                low = _least(logits, low, limit, top, temperature, softcap, V, False, TILE, SHIFT)
             if min_p > 0:
                 low = tl.maximum(low, tl.min(least, 0))
-        for chunk in range(0, CHUNKS):
-            i = chunk * CHUNK + tl.arange(0, CHUNK)
+        for first in range(0, CHUNKS, TILE // CHUNK):
+            chunk = first + tl.arange(0, TILE // CHUNK)
+            i = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
             x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
-            weight = _chunk_weights(x, tl.load(tops + chunk), temperature, softcap)
+            unit = tl.load(tops + chunk, chunk < CHUNKS, 0.0)[:, None]
+            weight = _chunk_weights(x, unit, temperature, softcap)
             weight = tl.where(_key(x, SHIFT) >= low, weight, 0.0)
-            tl.store(sums + row * CHUNKS + chunk, tl.sum(weight, 0))
+            tl.store(sums + row * CHUNKS + chunk, tl.sum(weight, 1), chunk < CHUNKS)
     tl.store(lows + row, low.to(tl.int32, bitcast=True))
 
 
@@ -677,7 +681,7 @@ def sample(logits, temperature, u, softcap, filters=None):
         lows = torch.empty((R,), dtype=torch.int32, device=logits.device)
         _truncate[(R,)](
             logits, temperature, *filters, tops, sums, lows, softcap, V, chunks,
-            SAMPLE_CHUNK, block, shift, num_warps=8, **options,
+            SAMPLE_CHUNK, SAMPLE_TILE, block, shift, num_warps=16, **options,
         )  # fmt: skip
     _sample_pick[(R,)](
         logits, temperature, u, tops, ids, sums, lows, tokens, softcap, V, chunks,
