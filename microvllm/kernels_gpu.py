@@ -534,8 +534,8 @@ def _sample_chunks(
 
 @triton.jit
 def _key(x, SHIFT: tl.constexpr):
-    # float32 as integers of the same order. SHIFT: so many of the low bits say nothing
-    bits = x.to(tl.uint32, bitcast=True)
+    # float32 as integers of the same order, both zeros as one. SHIFT: so many low bits say nothing
+    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000) >> SHIFT
 
 

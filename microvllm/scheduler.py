@@ -592,9 +592,7 @@ class Scheduler:
                 self.finish(seq, "length")
         scores = iter(scores)
         for _, seq, first, stop in step.scored:
-            at = first - (
-                seq.num_prompt - 1
-            )  # the row of position p scores target p - num_prompt + 1
+            at = first - (seq.num_prompt - 1)  # position p scores target p - num_prompt + 1
             seq.scores[at : at + stop - first] = islice(scores, stop - first)
             if stop == len(seq.tokens) and not seq.finish_reason:
                 changed.append(seq)

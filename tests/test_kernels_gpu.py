@@ -380,7 +380,7 @@ def test_sample_with_filters(dtype, vocab):
     ]
     R = len(params)
     logits = 3 * torch.randn(R, vocab)
-    logits[R // 2 :] = logits[R // 2 :].round()  # many are equal
+    logits[R // 2 :] = logits[R // 2 :].round()  # many are equal, and there are zeros of both signs
     logits[:, 7], logits[:, 9] = -torch.inf, 5.0
     logits = logits.to(DEVICE, dtype)
     temperature = torch.tensor([p.temperature for p in params], device=DEVICE)
