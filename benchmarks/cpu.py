@@ -162,8 +162,11 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
 
     class Idle(DecodeGraphs):
         def _record(self, *_):
-            self.graphs = dict.fromkeys(self.sizes, SimpleNamespace(replay=lambda: None))
             self.logits = torch.zeros(len(self.last), 1)
+            return SimpleNamespace(replay=lambda: None)
+
+        def _choose(self, size):
+            pass
 
     def drawn(logits, params, *_):
         return torch.full((len(params),), 5, dtype=torch.int32)
@@ -174,6 +177,7 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
     with (
         LLM(str(BUNDLED), device="cpu", **options) as llm,
         mock.patch.object(engine, "sample", drawn),
+        mock.patch.object(torch.cuda, "graph_pool_handle", lambda: None),
         mock.patch.object(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k)),
     ):
         llm.overlap = True

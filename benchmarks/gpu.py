@@ -327,11 +327,14 @@ class Bench:
         warm, stats = time.perf_counter() - start, self.llm.stats()
         tokens = stats["num_blocks"] * stats["block_size"]
         gb = self.llm.cache.data.nbytes / 1e9
+        graphs = self.llm.graphs
+        ways = dict(sorted(graphs.ways.items())) if graphs else {}  # of steps of a few rows
+        found = "".join(f"; {size} rows: {way}" for size, way in ways.items())
         self.report(
             name,
             f"built in {built:.1f} s, warm after {warm:.1f}; KV budget {tokens:,} tokens in blocks "
-            f"of {stats['block_size']}, {gb:.2f} GB",
-            built_s=built, kv_tokens=tokens, kv_gb=gb, block_size=stats["block_size"],
+            f"of {stats['block_size']}, {gb:.2f} GB{found}",
+            built_s=built, kv_tokens=tokens, kv_gb=gb, block_size=stats["block_size"], ways=ways,
         )  # fmt: skip
 
     def stop_engine(self) -> None:

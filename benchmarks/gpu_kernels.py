@@ -15,9 +15,9 @@ The parts:
     chunk     paged attention of prompts
     fused     the steps between the matrix products
     sample    from logits to tokens
-    few-rows  an experiment that the package does not use, since nobody has measured it: products of
-              a few rows that norm, add and relu2 on the way, and a whole decode step of one row,
-              with them and with cuBLAS's, with kernels that start early (EARLY_START) and without
+    few-rows  products of a few rows that norm, add and relu2 on the way, beside cuBLAS's, and a
+              whole decode step of one row with each, with kernels that start early and without
+              (as graphs.py does at an engine's start, to choose)
 
 It needs a CUDA card: without one it says so and exits with 2.
 """
@@ -47,7 +47,6 @@ if __name__ == "__main__" and not torch.cuda.is_available():  # and so there may
 
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from gpu import copy_bandwidth, describe, free_memory, median_seconds, product_peak, say
 
 from microvllm import kernels_gpu as K
@@ -65,97 +64,6 @@ class Case(NamedTuple):
     amount: float  # bytes or FLOPs of one launch
     unit: str = "TB/s"  # or "TFLOP/s"
     launches: int = 20  # in the graph that is timed
-
-
-# products of a few rows: reading the weights is all the work, the rest hides behind it ------------
-
-
-@triton.jit(do_not_specialize=K.VARIES)
-def _linear(
-    x, w, y, h, stream, x0, a, b, eps, ROWS, N,
-    K: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, RELU2: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.arange(0, BLOCK_K)[None, :]
-    # all the weights this program needs, asked for at once and kept in registers. the kernel in
-    # front does not write weights: they are on their way before it has ended, and so are those of
-    # the products after this one, while rope and attention leave the memory idle
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    at = w + n.to(tl.int64)[:, None] * K + c
-    tiles = ()
-    for t in tl.static_range(TILES):
-        live = (n < N)[:, None] & (t * BLOCK_K + c < K)
-        tiles = tiles + (tl.load(at + t * BLOCK_K, live, 0.0, eviction_policy="evict_first"),)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    for row in range(ROWS):
-        xs = ()
-        for t in tl.static_range(TILES):
-            i = row * K + t * BLOCK_K + c
-            inside = t * BLOCK_K + c < K
-            z = tl.load(x + i, inside, 0.0)
-            if NORM and a is not None:
-                z0 = tl.load(x0 + i, inside, 0.0)
-                z = (tl.load(a) * z + tl.load(b) * z0).to(x.dtype.element_ty)
-            xs = xs + (z,)
-        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        squares = tl.zeros((1, BLOCK_K), tl.float32)
-        for t in tl.static_range(TILES):
-            z = xs[t].to(tl.float32)
-            squares += z * z
-            acc += tiles[t].to(tl.float32) * z
-        out = tl.sum(acc, 1)
-        if NORM:  # rms has no weight, it is one factor: it can wait until the sums are there
-            factor = tl.rsqrt(tl.sum(squares) / K + eps)
-            out *= factor
-            if tl.program_id(0) == 0:
-                tl.store(h + row * H + c, xs[0].to(tl.float32) * factor, c < H)
-        else:
-            old = tl.load(stream + row * N + n, n < N, 0.0).to(tl.float32)
-            if a is not None:
-                old0 = tl.load(x0 + row * N + n, n < N, 0.0).to(tl.float32)
-                old = tl.load(a) * old + tl.load(b) * old0
-            out += old
-        if RELU2:
-            out = tl.maximum(out, 0.0)
-            out *= out
-        tl.store(y + row * N + n, out, n < N)
-
-
-def _launch_linear(x, w, h, stream, x0, a, b, eps, relu2, block_n=4, warps=None):
-    (rows, k), n = x.shape, w.shape[0]
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    # up to 5 tiles of 4 rows, 16 bytes a thread each: 80 registers of weights, and 130 KB on their
-    # way to every multiprocessor. fewer in flight cannot fill the memory's pipe, more spill
-    warps = warps or triton.next_power_of_2(triton.cdiv(k, 5 * 256))
-    block_k = 256 * warps
-    _linear[(triton.cdiv(n, block_n),)](
-        x, w, y, h, stream, x0, a, b, eps, rows, n,
-        k, 0 if h is None else h.shape[1], h is not None, relu2,
-        block_n, block_k, triton.cdiv(k, block_k), num_warps=warps, **K._device(x.device)[2],
-    )  # fmt: skip
-    return y
-
-
-def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, **tiles):
-    """rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
-
-    x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
-    y = relu(.)^2. h: the first 32 channels of the normed x, all that `rope_store` wants to see.
-    """
-    h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
-    return _launch_linear(x, w, h, None, x0, a, b, eps, relu2, **tiles), h
-
-
-def linear_add(x, w, stream, x0=None, a=None, b=None, **tiles):
-    """stream + x @ w.T in one launch, for a few rows. x (T, K), w (N, K), stream and result (T, N).
-
-    With a, b and x0 (T, N), the stream is a * stream + b * x0 first: the same lambdas that
-    `norm_linear` applied to what it read, so that no one has to write the scaled stream down.
-    """
-    return _launch_linear(x, w, None, stream, x0, a, b, 0.0, False, **tiles)
 
 
 # inputs -------------------------------------------------------------------------------------------
@@ -359,10 +267,10 @@ def few_rows_cases() -> Iterator[Case]:
         F.linear(x, w[i % len(w)])
 
     def normed(x, w, relu2, tiles, i):
-        norm_linear(x, w[i % len(w)], EPS, relu2=relu2, **tiles)
+        K.norm_linear(x, w[i % len(w)], EPS, relu2=relu2, **tiles)
 
     def added(x, w, stream, tiles, i):
-        linear_add(x, w[i % len(w)], stream, **tiles)
+        K.linear_add(x, w[i % len(w)], stream, **tiles)
 
     other = [(8, 2), (2, 2), (4, 1), (8, 4)]
     for name, n, k, norm, sizes in (
@@ -414,16 +322,14 @@ def step_cases() -> Iterator[Case]:
     def with_few_rows():
         x = x_in
         for i, (qkv, proj, fc, mlp) in enumerate(weights):
-            x = linear_add(attention(*norm_linear(x, qkv, EPS), i), proj, x)
-            x = linear_add(norm_linear(x, fc, EPS, relu2=True)[0], mlp, x)
-        return norm_linear(x, head, EPS)[0]
+            x = K.linear_add(attention(*K.norm_linear(x, qkv, EPS), i), proj, x)
+            x = K.linear_add(K.norm_linear(x, fc, EPS, relu2=True)[0], mlp, x)
+        return K.norm_linear(x, head, EPS)[0]
 
     def step(logits, early, i):
         K.EARLY_START = early
-        K._device.cache_clear()
         K.sample(logits(), temperature, u, 15.0)
         K.EARLY_START = False
-        K._device.cache_clear()
 
     bytes_read = 2 * (LAYERS * 12 * WIDTH * WIDTH + VOCAB * WIDTH)
     for name, logits in (("cublas", with_cublas), ("few-rows", with_few_rows)):

@@ -4,29 +4,77 @@ A step in which every sequence computes one token has the same kernels each time
 in its batch differ. So it is recorded once per batch size, and replayed after the new numbers were
 copied to where the recorded kernels read them. Rows that pad a batch to a recorded size are
 sequences of one token in block 0, the sink.
+
+A step of a few rows is little more than reading the weights once. There are kernels for that
+which do all between two products on the way; the card decides at the start whether they win.
 """
 
 from __future__ import annotations
 
 import gc
+import statistics
+import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels_gpu
 from .engine import Batch
+from .model import Linear
 from .sampler import filters
 
 # fields of a row beside its slots and block tables; cu_seqlens never changes
 FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
+FEW = 8  # rows up to which `few_rows` is tried,
+TRIALS = 8  # with so many replays
+
+
+def few_rows(model, batch: Batch, cache) -> Tensor:
+    """The logits (R, V) of a few rows that decode: what model.forward and model.logits make of
+    them, in two thirds of the kernels. The norms are not rounded before the products."""
+    recipe, x, middle = model.recipe, model.embed(batch), None
+    x0, eps, backout = x, recipe.eps, (None, None, None)
+    for i, layer in enumerate(model.layers):
+        k, v = cache.layer(i)
+        group = batch.group(cache.group_of[i])
+        scaled = x0, layer.resid_lambda, layer.x0_lambda
+        qkv, h = kernels_gpu.norm_linear(x, layer.qkv.weight, eps, *scaled)
+        q = kernels_gpu.rope_store(
+            qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, group, k, v,
+            model.config.n_head, recipe.qk_scale, recipe.gate_scale, eps,
+        )  # fmt: skip
+        y = model.attend(q, k, v, group, layer.window)
+        x = kernels_gpu.linear_add(y.flatten(1), layer.proj.weight, x, *scaled)
+        y, _ = kernels_gpu.norm_linear(x, layer.fc.weight, eps, relu2=True)
+        x = kernels_gpu.linear_add(y, layer.mlp_proj.weight, x)
+        if recipe.smear and i == model.config.n_layer // 2:
+            middle = x
+    if middle is not None:
+        minus = -model.backout_lambda.float()
+        backout = middle, torch.ones_like(minus), minus
+    head = model.lm_head.weight[: model.config.vocab_size]
+    return kernels_gpu.norm_linear(x, head, eps, *backout)[0]
+
+
+def takes_few_rows(model) -> bool:
+    """Are the matrices of a GPT as `few_rows` wants them?"""
+    plain = all(type(w) is Linear and w.product is F.linear for w in model.linears.values())
+    return plain and kernels_gpu.TRITON_34 and torch.version.hip is None
+
+
+def fastest(times: dict[str, list[float]]) -> str:
+    """Whose median is the least."""
+    return min(times, key=lambda way: statistics.median(times[way]))
 
 
 class DecodeGraphs:
     """Recorded decode steps for batch sizes 1, 2, 4, 8, the multiples of 16, and the largest.
 
     model, cache: whose weights and blocks the graphs read, at their present addresses;
-    max_batch_size: largest batch; max_model_len: longest sequence in tokens.
+    max_batch_size: largest batch; max_model_len: longest sequence in tokens. `ways` says how the
+    steps of a few rows run, by size.
     """
 
     def __init__(self, model, cache, max_batch_size: int, max_model_len: int):
@@ -43,24 +91,55 @@ class DecodeGraphs:
         self.last = torch.zeros(max_batch_size, **ints)  # the newest tokens
         self.logits: Tensor | None = None  # and what they were drawn from
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._record(model, cache, max_model_len)
-
-    def _record(self, model, cache, max_model_len: int) -> None:
-        device, pool = model.device, torch.cuda.graph_pool_handle()
+        self.ways: dict[int, str] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.model, self.cache, self.max_model_len = model, cache, max_model_len
         gc.freeze()  # older versions of torch collect garbage before every capture: leave them none
         try:
             # up to torch 2.10 all graphs of a process share the generator's tensors, and those made
             # in inference_mode nobody may change outside it: a user's own capture would fail
             with torch.no_grad():
                 for size in reversed(self.sizes):  # the largest first: the others reuse its memory
-                    self._decode(model, cache, size, max_model_len)  # no kernel loads in a graph
-                    torch.cuda.synchronize(device)
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=pool):
-                        self._decode(model, cache, size, max_model_len)
-                    self.graphs[size] = graph
+                    self.graphs[size] = self._record(size)
+                    if size <= FEW and takes_few_rows(model):
+                        self._choose(size)
         finally:
             gc.unfreeze()
+
+    def _record(self, size: int, few: bool = False) -> torch.cuda.CUDAGraph:
+        self._decode(size, few)  # no kernel loads in a graph
+        torch.cuda.synchronize(self.model.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self._decode(size, few)
+        return graph
+
+    def _choose(self, size: int) -> None:
+        """Keep the fastest way to run a step of so many rows: all are timed, in turns."""
+        graphs = {"library": self.graphs[size]}
+        for early in (False, True)[: 1 + kernels_gpu.can_start_early(self.model.device)]:
+            before, kernels_gpu.EARLY_START = kernels_gpu.EARLY_START, early
+            try:
+                graphs["few_rows" + ", early start" * early] = self._record(size, few=True)
+            finally:
+                kernels_gpu.EARLY_START = before
+        times, logits = {way: [] for way in graphs}, {way: [] for way in graphs}
+        fields, _ = self._split(self.inputs, size)
+        for token in range(min(TRIALS, self.model.config.vocab_size)):
+            fields[0], fields[3] = token, 1  # sequences of one token, in the sink
+            for way, graph in graphs.items():
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record(), graph.replay(), last.record()
+                logits[way].append(self.logits[:size].clone())
+                torch.cuda.synchronize(self.model.device)
+                times[way].append(first.elapsed_time(last))
+        self.inputs.zero_()
+        # early or not, the sums are the same; where they are not, a kernel did not wait
+        if not all(map(torch.equal, logits["few_rows"], list(logits.values())[-1])):
+            warnings.warn("kernels that start early err on this card, so none do", stacklevel=2)
+            times.popitem()
+        self.ways[size] = fastest(times)
+        self.graphs[size] = graphs[self.ways[size]]
 
     def fits(self, batch: Batch, params) -> bool:
         """Is it a step that was recorded: one row per sequence, each sampled once?"""
@@ -110,9 +189,10 @@ class DecodeGraphs:
         fields, tables = flat[: rows * size], flat[rows * size : self.width * size]
         return fields.reshape(rows, size), tables.reshape(self.groups, size, self.columns)
 
-    def _decode(self, model, cache, size: int, max_model_len: int) -> None:
+    def _decode(self, size: int, few: bool) -> None:
         """What is recorded: read the inputs, forward, sample, leave the tokens in `last`, and the
         logits for rows that are not plain."""
+        model, cache = self.model, self.cache
         fields, tables = self._split(self.inputs, size)
         ids, prev_ids, positions, seq_lens = fields[:4]
         temperature, noise, *drop = fields[4:FIELDS].view(torch.float32)
@@ -121,9 +201,12 @@ class DecodeGraphs:
         batch = Batch(
             ids, prev_ids, positions, fields[FIELDS:], cu_seqlens, seq_lens, tables,
             cu_seqlens[:-1], temperature, noise,
-            num_decodes=size, max_query=1, max_seq=max_model_len,
+            num_decodes=size, max_query=1, max_seq=self.max_model_len,
         )  # fmt: skip
-        logits = model.logits(model.forward(batch, cache))
+        if few:
+            logits = few_rows(model, batch, cache)
+        else:
+            logits = model.logits(model.forward(batch, cache))
         tokens = kernels_gpu.sample(logits, temperature, noise, model.recipe.softcap, drop)
         self.last[:size].copy_(tokens)
         if self.logits is None:  # the largest step's

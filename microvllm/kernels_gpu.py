@@ -20,13 +20,16 @@ import triton
 import triton.language as tl
 
 WARPS_PER_PROCESSOR = 32  # what paged decoding aims at when it splits contexts
+FEW_ROWS_OUTPUTS = 4  # per program of a product of few rows
 SAMPLE_CHUNK = 2048  # vocabulary entries per program of the sampler: fixed, so sums do not vary
 SAMPLE_TILE = 4096  # and of a row with filters at a time: fewer waits for memory
 
 # programmatic dependent launch, on Hopper and its successor: a kernel is started before the one in
-# front of it has ended, and waits for that in `_begin`. not measured yet, hence off: set it before
-# the first kernel runs (benchmarks/gpu_kernels.py tries both)
+# front of it has ended, and waits for that in `_begin`. graphs.py tries both for a few rows; for
+# all others it is off, since nobody has measured it
 EARLY_START = False
+
+TRITON_34 = hasattr(tl.extra.cuda, "gdc_wait")  # or newer
 
 # arguments that change from step to step or from layer to layer. they are views into something
 # larger, so their addresses divide by 16 or do not: no second variant of a kernel for that
@@ -36,36 +39,61 @@ VARIES = (
 ).split()
 
 
+def can_start_early(device) -> bool:
+    """Has a torch device what EARLY_START takes?"""
+    if device.type != "cuda" or torch.version.hip is not None or not TRITON_34:
+        return False
+    # on consumer Blackwell (12) others saw it break a graph's capture
+    return torch.cuda.get_device_properties(device).major in (9, 10)
+
+
 @functools.lru_cache
-def _device(device):
-    """(multiprocessors, bytes of shared memory per program, launch options) of a torch device."""
+def _options(device, early):
     if device.type != "cuda":  # the interpreter
         return 8, 2**16, {"PDL": False}
     card, hip = torch.cuda.get_device_properties(device), torch.version.hip is not None
     memory = getattr(card, "shared_memory_per_block_optin", 2**16 if hip else 101_376)
     # a * b + c rounded once: triton 3.9 warns that one day it will not unless it is told to
     options = {"enable_fp_fusion": True, "PDL": False}
-    # on consumer Blackwell (12) others saw it break a graph's capture. gdc_wait: triton 3.4
-    if EARLY_START and not hip and card.major in (9, 10) and hasattr(tl.extra.cuda, "gdc_wait"):
+    if early and can_start_early(device):
         options.update(PDL=True, launch_pdl=True)
     return card.multi_processor_count, memory, options
 
 
-if hasattr(tl.extra.cuda, "gdc_wait"):
+def _device(device):
+    """(multiprocessors, bytes of shared memory per program, launch options) of a torch device."""
+    return _options(device, EARLY_START)
+
+
+if TRITON_34:
 
     @triton.jit
-    def _begin(PDL: tl.constexpr):
-        # let the next kernel start as soon as there is room for it (it will wait here as well),
-        # then wait until the one before has ended and its writes can be seen
+    def _release(PDL: tl.constexpr):
+        # let the next kernel start as soon as there is room for it
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
-
-else:  # before triton 3.4, which looks names up in branches that are not taken as well
 
     @triton.jit
-    def _begin(PDL: tl.constexpr):
+    def _wait(PDL: tl.constexpr):
+        # until the kernel before has ended and its writes can be seen
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+
+else:  # which looks names up in branches that are not taken as well
+
+    @triton.jit
+    def _release(PDL: tl.constexpr):
         pass
+
+    @triton.jit
+    def _wait(PDL: tl.constexpr):
+        pass
+
+
+@triton.jit
+def _begin(PDL: tl.constexpr):
+    _release(PDL)  # the next one will wait here as well
+    _wait(PDL)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -236,6 +264,93 @@ def linear(x, w):
         num_warps=4, num_stages=4, **_device(x.device)[2],
     )  # fmt: skip
     return y
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _few_rows(
+    x, w, y, h, stream, x0, a, b, eps, rows, N,
+    K: tl.constexpr, H: tl.constexpr, NORM: tl.constexpr, RELU2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_K)[None, :]
+    # all the weights this program needs, asked for at once and kept in registers. the kernel in
+    # front does not write weights: they are on their way before it has ended, and so are those of
+    # the products after this one, while rope and attention leave the memory idle
+    _release(PDL)
+    at = w + n.to(tl.int64)[:, None] * K + c
+    tiles = ()
+    for t in tl.static_range(TILES):
+        live = (n < N)[:, None] & (t * BLOCK_K + c < K)
+        tiles = tiles + (tl.load(at + t * BLOCK_K, live, 0.0, eviction_policy="evict_first"),)
+    _wait(PDL)
+    for row in range(rows):
+        xs = ()
+        for t in tl.static_range(TILES):
+            i = row * K + t * BLOCK_K + c
+            inside = t * BLOCK_K + c < K
+            z = tl.load(x + i, inside, 0.0)
+            if NORM and a is not None:
+                z0 = tl.load(x0 + i, inside, 0.0)
+                z = (tl.load(a) * z + tl.load(b) * z0).to(x.dtype.element_ty)
+            xs = xs + (z,)
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        squares = tl.zeros((1, BLOCK_K), tl.float32)
+        for t in tl.static_range(TILES):
+            z = xs[t].to(tl.float32)
+            squares += z * z
+            acc += tiles[t].to(tl.float32) * z
+        out = tl.sum(acc, 1)
+        if NORM:  # rms has no weight, it is one factor: it can wait until the sums are there
+            factor = tl.rsqrt(tl.sum(squares) / K + eps)
+            out *= factor
+            if tl.program_id(0) == 0:
+                tl.store(h + row * H + c, xs[0].to(tl.float32) * factor, c < H)
+        else:
+            old = tl.load(stream + row * N + n, n < N, 0.0).to(tl.float32)
+            if a is not None:
+                old0 = tl.load(x0 + row * N + n, n < N, 0.0).to(tl.float32)
+                old = tl.load(a) * old + tl.load(b) * old0
+            out += old
+        if RELU2:
+            out = tl.maximum(out, 0.0)
+            out *= out
+        tl.store(y + row * N + n, out, n < N)
+
+
+def _launch_few_rows(x, w, h, stream, x0, a, b, eps, relu2, block_n=None, warps=None):
+    (rows, k), n = x.shape, w.shape[0]
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    # up to 5 tiles of 4 outputs, 16 bytes a thread each: 80 registers of weights, and 130 KB on
+    # their way to every multiprocessor. fewer in flight cannot fill the memory's pipe, more spill
+    block_n = block_n or FEW_ROWS_OUTPUTS
+    warps = warps or min(triton.next_power_of_2(triton.cdiv(k, 5 * 256)), 32)
+    block_k = 256 * warps
+    _few_rows[(triton.cdiv(n, block_n),)](
+        x, w, y, h, stream, x0, a, b, eps, rows, n,
+        k, 0 if h is None else h.shape[1], h is not None, relu2,
+        block_n, block_k, triton.cdiv(k, block_k), num_warps=warps, **_device(x.device)[2],
+    )  # fmt: skip
+    return y
+
+
+def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, **tiles):
+    """rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
+
+    x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
+    y = relu(.)^2. h: the first 32 channels of the normed x, all that `rope_store` wants to see.
+    """
+    h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
+    return _launch_few_rows(x, w, h, None, x0, a, b, eps, relu2, **tiles), h
+
+
+def linear_add(x, w, stream, x0=None, a=None, b=None, **tiles):
+    """stream + x @ w.T in one launch, for a few rows. x (T, K), w (N, K), stream and result (T, N).
+
+    With a, b and x0 (T, N), the stream is a * stream + b * x0 first: the same lambdas that
+    `norm_linear` applied to what it read, so that no one has to write the scaled stream down.
+    """
+    return _launch_few_rows(x, w, None, stream, x0, a, b, 0.0, False, **tiles)
 
 
 # -------------------------------------------------------------------------------------------------

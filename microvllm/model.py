@@ -307,7 +307,7 @@ class GPT:
         elif attend.__module__.endswith("kernels_cpu"):
             self.ops = sys.modules[attend.__module__]
         self.cache_dtype = torch.bfloat16 if store else dtype  # of K and V
-        self._linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint
+        self.linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint
         self.tensors: dict[str, Tensor] = {}
         kept = torch.bfloat16 if store == torch.bfloat16 else dtype
 
@@ -320,7 +320,7 @@ class GPT:
                 parts, self.device, kept, rows=rows, squared=names[0].endswith("mlp.c_fc"),
                 ops=self.ops, product=self.product, sliced=self.sliced,
             )  # fmt: skip
-            self._linears[names] = made
+            self.linears[names] = made
             return ranks.complete(names[0], made, config) if ranks else made
 
         def take(name: str, dtype: torch.dtype = dtype) -> Tensor:
@@ -377,7 +377,7 @@ class GPT:
         """The weights under their names in a checkpoint; copies, where the layout is our own.
         With ranks, those of this rank."""
         found = dict(self.tensors)
-        for names, linear in self._linears.items():
+        for names, linear in self.linears.items():
             found.update({f"{n}.weight": w for n, w in zip(names, linear.dense(), strict=True)})
         return found
 
@@ -388,7 +388,7 @@ class GPT:
         for name, tensor in self.tensors.items():
             if weights[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(weights[name])
-        for names, linear in self._linears.items():
+        for names, linear in self.linears.items():
             linear.load([weights[f"{name}.weight"].detach() for name in names])
 
     def _rotary(self, max_len: int) -> tuple[Tensor, Tensor]:

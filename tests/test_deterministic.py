@@ -227,7 +227,7 @@ def test_an_engine_on_the_gpus_kernels(kernels, one_thread, monkeypatch):
         if not CUDA:
             llm.model.sliced, llm.model.product = False, kernels.linear
             llm.model.ops, llm.model.attend = kernels, kernels.fixed_attention
-            for linear in llm.model._linears.values():
+            for linear in llm.model.linears.values():
                 linear.slice, linear.product = 0, kernels.linear
         return llm
 

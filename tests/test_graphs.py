@@ -26,9 +26,10 @@ pytest.importorskip("triton", reason="the GPU kernels need triton (pip install t
 
 from triton.runtime.interpreter import GridExecutor  # noqa: E402
 
-from microvllm import LLM, SamplingParams, kernels_cpu, kernels_gpu, model  # noqa: E402
+from microvllm import LLM, SamplingParams, graphs, kernels_cpu, kernels_gpu, model  # noqa: E402
 from microvllm.engine import make_batch  # noqa: E402
 from microvllm.graphs import DecodeGraphs  # noqa: E402
+from microvllm.linear import Float8  # noqa: E402
 from microvllm.scheduler import Sequence, Step  # noqa: E402
 
 ERAS = {name: Fixture(*found) for name, found in era_fixtures().items()}
@@ -66,12 +67,26 @@ class Tape(TorchDispatchMode):
 
 
 class FakeGraph:
+    clock = 0.0  # of all of them
+
     def __init__(self):
         self.calls = []
 
     def replay(self):
+        FakeGraph.clock += len(self.calls)  # so that it is faster to do less
         for call in self.calls:
             call()
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeGraph.clock
+
+    def elapsed_time(self, other):
+        return other.at - self.at
 
 
 @contextmanager
@@ -99,7 +114,10 @@ def no_card():
         # weights as they are on a GPU, and not in an order that a CPU likes better
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         patch.setattr(kernels_cpu, "PANEL", 0)
+        patch.setattr(kernels_gpu, "FEW_ROWS_OUTPUTS", 256)  # an interpreter likes few programs
+        patch.setattr(graphs, "TRIALS", 1)
         patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        patch.setattr(torch.cuda, "Event", FakeEvent)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -112,14 +130,14 @@ def card():
         yield
 
 
-def build(name: str, graphs: bool, **kwargs) -> LLM:
-    """With graphs: the kernels and the loop of a GPU. Without: the plain loop on the CPU."""
+def build(name: str, recorded: bool, **kwargs) -> LLM:
+    """recorded: the kernels and the loop of a GPU, with graphs; else the plain loop on the CPU."""
     fixture = ERAS[name]
-    device = "cuda" if CUDA and graphs else "cpu"
+    device = "cuda" if CUDA and recorded else "cpu"
     options = {"num_blocks": 60, "block_size": 4, "max_batch_size": 4, "max_model_len": 62}
     options |= {"device": device, "dtype": "float32", "cuda_graphs": False}
     llm = LLM(fixture.directory, tokenizer_path=fixture.tokenizer, **options | kwargs)
-    if graphs:
+    if recorded:
         llm.model.ops, llm.model.attend = kernels_gpu, kernels_gpu.paged_attention
         llm.overlap = True
         llm.graphs = DecodeGraphs(llm.model, llm.cache, llm.max_batch_size, llm.max_model_len)
@@ -139,7 +157,7 @@ class Launch(NamedTuple):
 def watch(llm: LLM) -> None:
     """Write each launch to llm.seen, and check what a replay reads and writes."""
     llm.seen = []
-    launch, replay, graphs = llm._launch, llm.graphs.replay, llm.graphs
+    launch, replay = llm._launch, llm.graphs.replay
 
     def checked_launch(plan):
         firsts = [(i, seq.tokens[start]) for i, (seq, start, _) in enumerate(plan.chunks)]
@@ -155,9 +173,9 @@ def watch(llm: LLM) -> None:
         llm.seen[-1] = llm.seen[-1]._replace(graph=True)
         before = llm.cache.data.clone()
         tokens, *rest = replay(batch, params, last)
-        size = next(size for size in graphs.sizes if size >= len(batch.ids))
-        _, tables = graphs._split(graphs.inputs.cpu().numpy(), size)
-        wanted = np.zeros((graphs.groups, size, -(-llm.max_model_len // 4)), np.int32)
+        size = next(size for size in llm.graphs.sizes if size >= len(batch.ids))
+        _, tables = llm.graphs._split(llm.graphs.inputs.cpu().numpy(), size)
+        wanted = np.zeros((llm.graphs.groups, size, -(-llm.max_model_len // 4)), np.int32)
         wanted[:, : len(batch.ids), : batch.block_tables.shape[2]] = batch.block_tables
         assert np.array_equal(tables, wanted)
         # compared as bits: a NaN is equal to itself
@@ -182,10 +200,18 @@ def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list:
     return [[sample["token_ids"] for sample in output["samples"]] for output in outputs]
 
 
-@pytest.fixture(scope="module")
-def pair() -> tuple[LLM, LLM]:
-    """An engine with graphs and one without, of the era that has most in it."""
-    return build("era5", True), build("era5", False)
+WAYS = ["library", "few_rows"]
+if CUDA and kernels_gpu.can_start_early(torch.device("cuda", 0)):
+    WAYS.append("few_rows, early start")
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def pair(request) -> tuple[LLM, LLM]:
+    """An engine with graphs and one without, of the era that has most in it; once for each way to
+    run a step of a few rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "fastest", lambda times: request.param)
+        return build("era5", True), build("era5", False)
 
 
 def test_graphs_and_eager_steps_give_the_same_tokens(pair):
@@ -285,6 +311,88 @@ def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch)
     assert len(sinks) > 9 and not all(sinks)
 
 
+# steps of a few rows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ERAS)
+def test_few_rows_are_what_the_model_makes_of_them(name):
+    llm, rows = build(name, True, max_batch_size=2), []
+    assert set(llm.graphs.ways.values()) <= set(WAYS[1:])  # fewer launches
+    replay = llm.graphs.replay
+
+    def checked(batch, params, last):
+        known = None if last is None else last.clone()
+        out = replay(batch, params, last)
+        batch = batch.upload(llm.device)
+        if known is not None:
+            ids = torch.where(batch.ids < 0, known[(~batch.ids).clamp(min=0)], batch.ids)
+            batch = batch._replace(ids=ids)
+        expected = llm.model.logits(llm.model.forward(batch, llm.cache))
+        torch.testing.assert_close(out[1], expected, rtol=1e-4, atol=1e-4)
+        rows.append(len(expected))
+        return out
+
+    llm.graphs.replay = checked
+    work = [(list(range(5, 5 + 7 * n)), sampling(2 * n, 1.0, seed=n)) for n in (1, 2)]
+    assert serve(llm, work) == serve(build(name, False), work)
+    assert set(rows) == {1, 2}
+
+
+class Recorder(DecodeGraphs):
+    """Chooses for one row among graphs that only say what they would do; numbers are tokens."""
+
+    def __init__(self, seconds: dict[str, float], early_logits: float = 0.0):
+        config = SimpleNamespace(vocab_size=50)
+        self.model = SimpleNamespace(device=torch.device("cpu"), config=config)
+        self.groups, self.columns, self.width = 1, 1, 11
+        self.inputs, self.logits = torch.zeros(11, dtype=torch.int32), torch.zeros(1, 50)
+        self.seconds, self.early_logits, self.ways = seconds, early_logits, {}
+        self.graphs = {1: self._record(1)}
+        self._choose(1)
+
+    def _record(self, size, few=False):
+        early = kernels_gpu.EARLY_START
+        way = ("few_rows" + ", early start" * early) if few else "library"
+
+        def replay():
+            FakeGraph.clock += self.seconds[way]
+            token = self.inputs[0].item()
+            self.logits[:] = token + (self.early_logits if early and token == 5 else 0)
+
+        return SimpleNamespace(way=way, replay=replay)
+
+
+@pytest.mark.skipif(CUDA, reason="a card has its own opinion")
+@pytest.mark.parametrize("wins", ["library", "few_rows", "few_rows, early start"])
+def test_the_fastest_way_is_kept(wins, monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
+    seconds = dict.fromkeys(["library", "few_rows", "few_rows, early start"], 3.0) | {wins: 2.0}
+    chosen = Recorder(seconds)
+    assert chosen.ways[1] == chosen.graphs[1].way == wins
+    assert not kernels_gpu.EARLY_START and not chosen.inputs.any()
+
+
+@pytest.mark.skipif(CUDA, reason="a card has its own opinion")
+def test_kernels_that_start_early_and_err_are_not_kept(monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
+    monkeypatch.setattr(graphs, "TRIALS", 8)
+    seconds = {"library": 3.0, "few_rows": 2.0, "few_rows, early start": 1.0}
+    with pytest.warns(UserWarning, match="start early"):
+        assert Recorder(seconds, early_logits=1e-6).ways == {1: "few_rows"}
+
+
+@pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout"])
+def test_few_rows_want_plain_matrices(kind):
+    llm = LLM(ERAS["era5"].directory, tokenizer_path=ERAS["era5"].tokenizer, dtype="float32")
+    linears = llm.model.linears
+    if kind == "deterministic":  # as it is on a GPU
+        for linear in linears.values():
+            linear.product = kernels_gpu.linear
+    if kind == "of another layout":
+        linears[next(iter(linears))] = object.__new__(Float8)
+    assert graphs.takes_few_rows(llm.model) == (kind == "plain" and torch.version.hip is None)
+
+
 # which steps fit ----------------------------------------------------------------------------------
 
 
@@ -349,12 +457,15 @@ def test_a_step_that_is_no_graph_is_one_upload_from_pinned_memory(monkeypatch):
     ],
 )
 def test_sizes_go_up_to_the_largest_batch_and_not_beyond(max_batch_size, sizes, monkeypatch):
-    recorded = []
-    monkeypatch.setattr(DecodeGraphs, "_decode", lambda *args: recorded.append(args[3]))
+    recorded, tried = [], []
+    monkeypatch.setattr(DecodeGraphs, "_decode", lambda self, size, few: recorded.append(size))
+    monkeypatch.setattr(graphs, "takes_few_rows", lambda model: True)
+    monkeypatch.setattr(DecodeGraphs, "_choose", lambda self, size: tried.append(size))
     model = SimpleNamespace(device=torch.device("cpu"))
     cache = SimpleNamespace(block_size=16, num_groups=1)
     with no_card():
-        graphs = DecodeGraphs(model, cache, max_batch_size, 33)
-    assert graphs.sizes == sizes == sorted(graphs.graphs)
+        made = DecodeGraphs(model, cache, max_batch_size, 33)
+    assert made.sizes == sizes == sorted(made.graphs)
+    assert tried == [size for size in reversed(sizes) if size <= 8]
     assert recorded == [size for size in reversed(sizes) for _ in range(2)]  # run, then recorded
-    assert graphs.columns == 3 and gc.get_freeze_count() == 0
+    assert made.columns == 3 and gc.get_freeze_count() == 0
