@@ -326,10 +326,11 @@ class GPT:
         def take(name: str, dtype: torch.dtype = dtype) -> Tensor:
             given = weights[name].detach()
             same = share and given.device == self.device and given.dtype == dtype
-            dense = torch.contiguous_format  # kernels read it by its address
-            made = given if same else given.to(self.device, dtype, copy=True, memory_format=dense)
-            self.tensors[name] = made
-            return made
+            if not same or not given.is_contiguous():  # kernels read it by its address
+                dense = torch.contiguous_format
+                given = given.to(self.device, dtype, copy=True, memory_format=dense)
+            self.tensors[name] = given
+            return given
 
         self.wte = take("transformer.wte.weight", self.cache_dtype)
         # padding rows of the vocabulary end here, so that no one downstream can see them
@@ -369,7 +370,8 @@ class GPT:
         if not ranks:  # of whom each has to wait for the others in every layer
             kinds = Panels, Int8Panels
             linears = [w for x in self.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
-            if all(isinstance(w, kinds) and sum(w.sizes) % self.ops.PANEL == 0 for w in linears):
+            panels = all(isinstance(w, kinds) for w in (*linears, self.lm_head))
+            if panels and all(sum(w.sizes) % self.ops.PANEL == 0 for w in linears):
                 self.compiled = self.ops.Layers(self)
 
     @property

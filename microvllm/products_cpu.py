@@ -17,8 +17,9 @@ from pathlib import Path
 import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -54,9 +55,10 @@ EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
 # numba leaves it to the compiler to make vectors of a loop; where that does less than the processor
 # can, here is what it is made of, in the compiler's own language (llvmlite.ir)
 
-_cpu = binding.get_host_cpu_features()
+# what numba compiles for: this processor, or less where it was told so (NUMBA_CPU_NAME=generic)
+_cpu = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 # numbers in a register
-LANES = 16 if _cpu.get("avx512f") else 8 if _cpu.get("avx2") and _cpu.get("fma") else 4
+LANES = 16 if "+avx512f" in _cpu else 8 if "+avx2" in _cpu and "+fma" in _cpu else 4
 i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
@@ -124,7 +126,7 @@ def start_loading(builder, start):
 # are left hold the sums. 0: a processor without the instructions that this is made for
 PANEL = 2 * LANES if LANES > 4 else 0
 # the same, for int8: the instruction that multiplies four bytes in each lane
-PANEL8 = PANEL if _cpu.get("avx512vnni" if LANES == 16 else "avxvnni") else 0
+PANEL8 = PANEL if ("+avx512vnni" if LANES == 16 else "+avxvnni") in _cpu else 0
 _ROWS = 12 if LANES == 16 else 6
 _SOON = 768 // PANEL if PANEL else 0  # inputs whose weights are 3 KB
 _DEPTH = 1024  # inputs at a time: the weights of a panel for them stay in the cache

@@ -255,6 +255,17 @@ def test_processors_with_smaller_registers(without, said, tmp_path):
     assert done.stdout.split("\n")[0] == said
 
 
+@pytest.mark.parametrize("told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}])
+def test_no_instructions_are_used_that_numba_was_told_to_leave(told, tmp_path):
+    """The compiler ends the process where it is asked for what it does not have."""
+    root = Path(__file__).resolve().parents[1]
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)} | told
+    command = [sys.executable, "-c", OTHER, ""]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == "4 0"
+
+
 def test_what_is_kept_on_disk_is_of_these_very_sources():
     """A kernel is compiled again when any of the files changes that it is made of, not its own
     alone."""

@@ -618,6 +618,24 @@ def test_only_what_has_another_dtype_is_copied(era):
 
 
 @pytest.mark.parametrize("era", ["era5"], indirect=True)
+@pytest.mark.parametrize("halves", ["nothing", "lm_head", "lm_head .c_", ".c_"])
+def test_a_module_of_two_dtypes_in_another_order_is_read_right(era, halves):
+    """Some of it is copied, some shared; and kernels take shared weights by their address."""
+    module = live(era)
+    for name, parameter in module.named_parameters():
+        half = any(part in name for part in halves.split())
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.T.contiguous().T
+            parameter.data = parameter.data.bfloat16() if half else parameter.data
+    prompt = era.json["prompts"][5]
+    runner = Runner(wrap_model(module, max_len=500), [prompt["length"]])
+    (logits,) = runner.step((0, prompt["ids"], 0, prompt["length"]))
+    expected = era.arrays["all_logits_len033"]
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    assert error < (1e-5 if halves == "nothing" else 0.02)  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("era", ["era5"], indirect=True)
 def test_what_is_no_nanochat_module_is_refused_by_name(era):
     for other in (torch.nn.Linear(2, 2), Live(SimpleNamespace(hidden_size=4), {}), {}, "sft"):
         with pytest.raises(TypeError, match=f"nanochat GPT module, got {type(other).__name__}"):
