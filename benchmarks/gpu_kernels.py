@@ -272,12 +272,12 @@ def few_rows_cases() -> Iterator[Case]:
     def added(x, w, stream, tiles, i):
         K.linear_add(x, w[i % len(w)], stream, **tiles)
 
-    other = [(8, 2), (2, 2), (4, 1), (8, 4)]
+    other = [(1, 1), (2, 1), (4, 1), (8, 2), (8, 4)]
     for name, n, k, norm, sizes in (
         ("qkv", 3 * WIDTH, WIDTH, True, other),
         ("proj", WIDTH, WIDTH, False, other),
         ("fc", 4 * WIDTH, WIDTH, True, other),
-        ("mlp", WIDTH, 4 * WIDTH, False, [(2, 8), (2, 4), (4, 4), (1, 4)]),
+        ("mlp", WIDTH, 4 * WIDTH, False, [(1, 2), (1, 4), (2, 4), (2, 8), (4, 4)]),
         ("head", VOCAB, WIDTH, True, other),
     ):
         w = random(max(2, BEYOND_CACHE // (2 * n * k)), n, k)
@@ -287,9 +287,9 @@ def few_rows_cases() -> Iterator[Case]:
             label = f"{name} {rows} row{'s' * (rows > 1)}"
             yield Case(f"{label} cublas", partial(cublas, x, w), 2 * n * k)
             yield Case(f"{label} few-rows", partial(launch, {}), 2 * n * k)
-            for block_n, warps in sizes if rows == 1 else ():
-                tiles = {"block_n": block_n, "warps": warps}
-                case = f"{label} few-rows block {block_n} warps {warps}"
+            for outputs, warps in sizes if rows == 1 else ():
+                tiles = {"outputs": outputs, "warps": warps}
+                case = f"{label} few-rows outputs {outputs} warps {warps}"
                 yield Case(case, partial(launch, tiles), 2 * n * k)
     yield from step_cases()
 
@@ -319,12 +319,12 @@ def step_cases() -> Iterator[Case]:
             y = F.linear(K.relu2(F.linear(h, fc)), mlp)
         return F.linear(K.add_norm(x, y, None, None, None, EPS)[1], head)
 
-    def with_few_rows():
-        x = x_in
+    def with_few_rows(outputs):
+        x, tiles = x_in, {"outputs": outputs}
         for i, (qkv, proj, fc, mlp) in enumerate(weights):
-            x = K.linear_add(attention(*K.norm_linear(x, qkv, EPS), i), proj, x)
-            x = K.linear_add(K.norm_linear(x, fc, EPS, relu2=True)[0], mlp, x)
-        return K.norm_linear(x, head, EPS)[0]
+            x = K.linear_add(attention(*K.norm_linear(x, qkv, EPS, **tiles), i), proj, x, **tiles)
+            x = K.linear_add(K.norm_linear(x, fc, EPS, relu2=True, **tiles)[0], mlp, x, **tiles)
+        return K.norm_linear(x, head, EPS, **tiles)[0]
 
     def step(logits, early, i):
         K.EARLY_START = early
@@ -332,7 +332,8 @@ def step_cases() -> Iterator[Case]:
         K.EARLY_START = False
 
     bytes_read = 2 * (LAYERS * 12 * WIDTH * WIDTH + VOCAB * WIDTH)
-    for name, logits in (("cublas", with_cublas), ("few-rows", with_few_rows)):
+    ways = {f"few-rows outputs {n}": partial(with_few_rows, n) for n in (1, 2, 4)}
+    for name, logits in {"cublas": with_cublas, **ways}.items():
         for early in (False, True):
             case = f"step {name}{' early start' * early}"
             yield Case(case, partial(step, logits, early), bytes_read, launches=1)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import gc
 import statistics
 import warnings
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -28,34 +30,38 @@ from .sampler import filters
 # fields of a row beside its slots and block tables; cu_seqlens never changes
 FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
 FEW = 8  # rows up to which `few_rows` is tried,
-TRIALS = 8  # with so many replays
+OUTPUTS = 2, 4  # with so many outputs per program,
+TRIALS = 8  # in so many replays
 
 
-def few_rows(model, batch: Batch, cache) -> Tensor:
+def few_rows(model, batch: Batch, cache, outputs: int) -> Tensor:
     """The logits (R, V) of a few rows that decode: what model.forward and model.logits make of
-    them, in two thirds of the kernels. The norms are not rounded before the products."""
+    them, in two thirds of the kernels. The norms are not rounded before the products. outputs: per
+    program of a product."""
+    norm_linear = partial(kernels_gpu.norm_linear, outputs=outputs)
+    linear_add = partial(kernels_gpu.linear_add, outputs=outputs)
     recipe, x, middle = model.recipe, model.embed(batch), None
     x0, eps, backout = x, recipe.eps, (None, None, None)
     for i, layer in enumerate(model.layers):
         k, v = cache.layer(i)
         group = batch.group(cache.group_of[i])
         scaled = x0, layer.resid_lambda, layer.x0_lambda
-        qkv, h = kernels_gpu.norm_linear(x, layer.qkv.weight, eps, *scaled)
+        qkv, h = norm_linear(x, layer.qkv.weight, eps, *scaled)
         q = kernels_gpu.rope_store(
             qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, group, k, v,
             model.config.n_head, recipe.qk_scale, recipe.gate_scale, eps,
         )  # fmt: skip
         y = model.attend(q, k, v, group, layer.window)
-        x = kernels_gpu.linear_add(y.flatten(1), layer.proj.weight, x, *scaled)
-        y, _ = kernels_gpu.norm_linear(x, layer.fc.weight, eps, relu2=True)
-        x = kernels_gpu.linear_add(y, layer.mlp_proj.weight, x)
+        x = linear_add(y.flatten(1), layer.proj.weight, x, *scaled)
+        y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True)
+        x = linear_add(y, layer.mlp_proj.weight, x)
         if recipe.smear and i == model.config.n_layer // 2:
             middle = x
     if middle is not None:
         minus = -model.backout_lambda.float()
         backout = middle, torch.ones_like(minus), minus
     head = model.lm_head.weight[: model.config.vocab_size]
-    return kernels_gpu.norm_linear(x, head, eps, *backout)[0]
+    return norm_linear(x, head, eps, *backout)[0]
 
 
 def takes_few_rows(model) -> bool:
@@ -106,21 +112,23 @@ class DecodeGraphs:
         finally:
             gc.unfreeze()
 
-    def _record(self, size: int, few: bool = False) -> torch.cuda.CUDAGraph:
-        self._decode(size, few)  # no kernel loads in a graph
+    def _record(self, size: int, outputs: int = 0) -> torch.cuda.CUDAGraph:
+        """outputs: per program of the products of `few_rows`, 0 for the library's."""
+        self._decode(size, outputs)  # no kernel loads in a graph
         torch.cuda.synchronize(self.model.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            self._decode(size, few)
+            self._decode(size, outputs)
         return graph
 
     def _choose(self, size: int) -> None:
         """Keep the fastest way to run a step of so many rows: all are timed, in turns."""
         graphs = {"library": self.graphs[size]}
-        for early in (False, True)[: 1 + kernels_gpu.can_start_early(self.model.device)]:
+        can = kernels_gpu.can_start_early(self.model.device)
+        for outputs, early in product(OUTPUTS, (False, True)[: 1 + can]):
             before, kernels_gpu.EARLY_START = kernels_gpu.EARLY_START, early
             try:
-                graphs["few_rows" + ", early start" * early] = self._record(size, few=True)
+                graphs[f"few_rows, {outputs}" + ", early" * early] = self._record(size, outputs)
             finally:
                 kernels_gpu.EARLY_START = before
         times, logits = {way: [] for way in graphs}, {way: [] for way in graphs}
@@ -135,9 +143,10 @@ class DecodeGraphs:
                 times[way].append(first.elapsed_time(last))
         self.inputs.zero_()
         # early or not, the sums are the same; where they are not, a kernel did not wait
-        if not all(map(torch.equal, logits["few_rows"], list(logits.values())[-1])):
-            warnings.warn("kernels that start early err on this card, so none do", stacklevel=2)
-            times.popitem()
+        for way in [way for way in graphs if way.endswith("early")]:
+            if not all(map(torch.equal, logits[way], logits[way.removesuffix(", early")])):
+                warnings.warn("kernels that start early err on this card: unused", stacklevel=2)
+                del times[way]
         self.ways[size] = fastest(times)
         self.graphs[size] = graphs[self.ways[size]]
 
@@ -189,7 +198,7 @@ class DecodeGraphs:
         fields, tables = flat[: rows * size], flat[rows * size : self.width * size]
         return fields.reshape(rows, size), tables.reshape(self.groups, size, self.columns)
 
-    def _decode(self, size: int, few: bool) -> None:
+    def _decode(self, size: int, outputs: int) -> None:
         """What is recorded: read the inputs, forward, sample, leave the tokens in `last`, and the
         logits for rows that are not plain."""
         model, cache = self.model, self.cache
@@ -203,8 +212,8 @@ class DecodeGraphs:
             cu_seqlens[:-1], temperature, noise,
             num_decodes=size, max_query=1, max_seq=self.max_model_len,
         )  # fmt: skip
-        if few:
-            logits = few_rows(model, batch, cache)
+        if outputs:
+            logits = few_rows(model, batch, cache, outputs)
         else:
             logits = model.logits(model.forward(batch, cache))
         tokens = kernels_gpu.sample(logits, temperature, noise, model.recipe.softcap, drop)

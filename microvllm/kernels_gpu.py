@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 WARPS_PER_PROCESSOR = 32  # what paged decoding aims at when it splits contexts
-FEW_ROWS_OUTPUTS = 4  # per program of a product of few rows
 SAMPLE_CHUNK = 2048  # vocabulary entries per program of the sampler: fixed, so sums do not vary
 SAMPLE_TILE = 4096  # and of a row with filters at a time: fewer waits for memory
 
@@ -318,39 +317,41 @@ def _few_rows(
         tl.store(y + row * N + n, out, n < N)
 
 
-def _launch_few_rows(x, w, h, stream, x0, a, b, eps, relu2, block_n=None, warps=None):
+def _launch_few_rows(x, w, h, stream, x0, a, b, eps, relu2, outputs, warps=None):
     (rows, k), n = x.shape, w.shape[0]
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    # up to 5 tiles of 4 outputs, 16 bytes a thread each: 80 registers of weights, and 130 KB on
-    # their way to every multiprocessor. fewer in flight cannot fill the memory's pipe, more spill
-    block_n = block_n or FEW_ROWS_OUTPUTS
-    warps = warps or min(triton.next_power_of_2(triton.cdiv(k, 5 * 256)), 32)
+    # up to 80 registers of a thread are for weights, 16 bytes a load: then all programs of a
+    # multiprocessor have about 70 KB on their way. fewer cannot fill the memory's pipe, more spill
+    warps = warps or triton.next_power_of_2(triton.cdiv(k * min(outputs, 20), 20 * 256))
+    warps = min(warps, triton.next_power_of_2(triton.cdiv(k, 256)), 32)
     block_k = 256 * warps
-    _few_rows[(triton.cdiv(n, block_n),)](
+    _few_rows[(triton.cdiv(n, outputs),)](
         x, w, y, h, stream, x0, a, b, eps, rows, n,
         k, 0 if h is None else h.shape[1], h is not None, relu2,
-        block_n, block_k, triton.cdiv(k, block_k), num_warps=warps, **_device(x.device)[2],
+        outputs, block_k, triton.cdiv(k, block_k), num_warps=warps, **_device(x.device)[2],
     )  # fmt: skip
     return y
 
 
-def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, **tiles):
+def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, outputs=4, warps=None):
     """rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
 
     x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
     y = relu(.)^2. h: the first 32 channels of the normed x, all that `rope_store` wants to see.
+    outputs: how many a program computes, a power of two; warps: of a program, None: as they fit.
     """
     h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
-    return _launch_few_rows(x, w, h, None, x0, a, b, eps, relu2, **tiles), h
+    return _launch_few_rows(x, w, h, None, x0, a, b, eps, relu2, outputs, warps), h
 
 
-def linear_add(x, w, stream, x0=None, a=None, b=None, **tiles):
+def linear_add(x, w, stream, x0=None, a=None, b=None, outputs=4, warps=None):
     """stream + x @ w.T in one launch, for a few rows. x (T, K), w (N, K), stream and result (T, N).
 
     With a, b and x0 (T, N), the stream is a * stream + b * x0 first: the same lambdas that
     `norm_linear` applied to what it read, so that no one has to write the scaled stream down.
+    outputs, warps: as there.
     """
-    return _launch_few_rows(x, w, None, stream, x0, a, b, 0.0, False, **tiles)
+    return _launch_few_rows(x, w, None, stream, x0, a, b, 0.0, False, outputs, warps)
 
 
 # -------------------------------------------------------------------------------------------------

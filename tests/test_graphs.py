@@ -114,7 +114,7 @@ def no_card():
         # weights as they are on a GPU, and not in an order that a CPU likes better
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         patch.setattr(kernels_cpu, "PANEL", 0)
-        patch.setattr(kernels_gpu, "FEW_ROWS_OUTPUTS", 256)  # an interpreter likes few programs
+        patch.setattr(graphs, "OUTPUTS", (256,))  # an interpreter likes few programs
         patch.setattr(graphs, "TRIALS", 1)
         patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         patch.setattr(torch.cuda, "Event", FakeEvent)
@@ -200,9 +200,9 @@ def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list:
     return [[sample["token_ids"] for sample in output["samples"]] for output in outputs]
 
 
-WAYS = ["library", "few_rows"]
+WAYS = ["library", *(f"few_rows, {n}" for n in (graphs.OUTPUTS if CUDA else (256,)))]
 if CUDA and kernels_gpu.can_start_early(torch.device("cuda", 0)):
-    WAYS.append("few_rows, early start")
+    WAYS += [f"{way}, early" for way in WAYS[1:]]
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -350,9 +350,9 @@ class Recorder(DecodeGraphs):
         self.graphs = {1: self._record(1)}
         self._choose(1)
 
-    def _record(self, size, few=False):
+    def _record(self, size, outputs=0):
         early = kernels_gpu.EARLY_START
-        way = ("few_rows" + ", early start" * early) if few else "library"
+        way = f"few_rows, {outputs}" + ", early" * early if outputs else "library"
 
         def replay():
             FakeGraph.clock += self.seconds[way]
@@ -363,10 +363,12 @@ class Recorder(DecodeGraphs):
 
 
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
-@pytest.mark.parametrize("wins", ["library", "few_rows", "few_rows, early start"])
+@pytest.mark.parametrize("wins", ["library", "few_rows, 2", "few_rows, 4, early"])
 def test_the_fastest_way_is_kept(wins, monkeypatch):
     monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
-    seconds = dict.fromkeys(["library", "few_rows", "few_rows, early start"], 3.0) | {wins: 2.0}
+    monkeypatch.setattr(graphs, "OUTPUTS", (2, 4))
+    names = "library", "few_rows, 2", "few_rows, 4", "few_rows, 2, early", "few_rows, 4, early"
+    seconds = dict.fromkeys(names, 3.0) | {wins: 2.0}
     chosen = Recorder(seconds)
     assert chosen.ways[1] == chosen.graphs[1].way == wins
     assert not kernels_gpu.EARLY_START and not chosen.inputs.any()
@@ -376,9 +378,11 @@ def test_the_fastest_way_is_kept(wins, monkeypatch):
 def test_kernels_that_start_early_and_err_are_not_kept(monkeypatch):
     monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
     monkeypatch.setattr(graphs, "TRIALS", 8)
-    seconds = {"library": 3.0, "few_rows": 2.0, "few_rows, early start": 1.0}
+    monkeypatch.setattr(graphs, "OUTPUTS", (2,))
+    seconds = {"library": 3.0, "few_rows, 2": 2.0, "few_rows, 2, early": 1.0}
+    assert Recorder(seconds).ways == {1: "few_rows, 2, early"}
     with pytest.warns(UserWarning, match="start early"):
-        assert Recorder(seconds, early_logits=1e-6).ways == {1: "few_rows"}
+        assert Recorder(seconds, early_logits=1e-6).ways == {1: "few_rows, 2"}
 
 
 @pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout"])
@@ -458,7 +462,7 @@ def test_a_step_that_is_no_graph_is_one_upload_from_pinned_memory(monkeypatch):
 )
 def test_sizes_go_up_to_the_largest_batch_and_not_beyond(max_batch_size, sizes, monkeypatch):
     recorded, tried = [], []
-    monkeypatch.setattr(DecodeGraphs, "_decode", lambda self, size, few: recorded.append(size))
+    monkeypatch.setattr(DecodeGraphs, "_decode", lambda self, size, outputs: recorded.append(size))
     monkeypatch.setattr(graphs, "takes_few_rows", lambda model: True)
     monkeypatch.setattr(DecodeGraphs, "_choose", lambda self, size: tried.append(size))
     model = SimpleNamespace(device=torch.device("cpu"))

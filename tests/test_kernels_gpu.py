@@ -84,13 +84,13 @@ def test_relu2(dtype):
 
 @DTYPES
 @pytest.mark.parametrize("rows, K, N", [(1, 136, 50), (3, 600, 33), (8, 64, 27), (2, 4200, 33)])
-@pytest.mark.parametrize("lambdas", [False, True])
-def test_products_of_a_few_rows(dtype, rows, K, N, lambdas):
+@pytest.mark.parametrize("lambdas, outputs", [(False, 4), (True, 2)])
+def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
     """norm_linear and linear_add are add_norm, F.linear and relu2 in one."""
     a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
     x, w, x0 = randn(rows, K, dtype=dtype), randn(N, K, dtype=dtype), randn(rows, K, dtype=dtype)
     for relu2 in (False, True):
-        y, h = kernels_gpu.norm_linear(x, w, EPS, x0, a, b, relu2)
+        y, h = kernels_gpu.norm_linear(x, w, EPS, x0, a, b, relu2, outputs)
         summed = x.float() if a is None else a * x.float() + b * x0.float()
         h_ref = F.rms_norm(summed.to(dtype).float(), (K,), eps=EPS)
         y_ref = F.linear(h_ref, w.float())
@@ -99,7 +99,7 @@ def test_products_of_a_few_rows(dtype, rows, K, N, lambdas):
         # the interpreter cuts bfloat16 off instead of rounding, and a square doubles what it loses
         assert_close(*((y.float().sqrt(), y_ref.relu()) if relu2 else (y, y_ref)), dtype)
     stream, x0 = randn(rows, N, dtype=dtype), randn(rows, N, dtype=dtype)
-    out = kernels_gpu.linear_add(x, w, stream, x0, a, b)
+    out = kernels_gpu.linear_add(x, w, stream, x0, a, b, outputs)
     old = stream.float() if a is None else a * stream.float() + b * x0.float()
     assert_close(out, old + F.linear(x.float(), w.float()), dtype)
 
