@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 import torch
 from compare import BUNDLED, SHAPES, cores, find_model, processor, workload
 
-from microvllm import LLM, SamplingParams, engine, model
+from microvllm import LLM, SamplingParams, engine, linear
 from microvllm.bench import BUNDLED as PROMPTS
 
 KINDS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
@@ -78,7 +78,7 @@ class Clocks:
             (llm.scheduler, "update", "update"), (engine, "sample", "sampler"),
             (llm.model, "forward", "model, the rest"), (llm.model, "attend", "attention"),
             (ops, "add_norm", "add_norm"), (ops, "rope_store", "rope_store"),
-            (ops, "relu2", "relu2"), (model.Linear, "__call__", "products"),
+            (ops, "relu2", "relu2"), (linear.Linear, "__call__", "products"),
             (llm.model, "logits", "model, the rest"),
         ]  # fmt: skip
         if llm.model.compiled:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import kernels_gpu
 from .engine import Batch
-from .model import Linear
+from .linear import Linear
 from .sampler import filters
 
 # fields of a row beside its slots and block tables; cu_seqlens never changes

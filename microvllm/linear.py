@@ -1,7 +1,7 @@
-"""Where a matrix product is faster than torch's: other layouts, and smaller numbers.
+"""Weight matrices and their products.
 
-model.py's `Linear` keeps a weight as torch does; each class here does so in a way of its own, and
-`pick` says which one is for whom.
+`Linear` keeps a weight as torch does. The other classes keep it in a layout of their own, or in
+smaller numbers, where that is faster; `pick` says where.
 """
 
 from __future__ import annotations
@@ -13,12 +13,69 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import has_triton
-from .model import Linear
+
+
+def in_slices(function, x: Tensor, rows: int = 16) -> Tensor:
+    """function(x) of x (T, C), always of `rows` rows at a time, the last of them padding: what
+    becomes of a row then follows from the row, not from how many others there are."""
+    whole = F.pad(x, (0, 0, 0, -len(x) % rows))
+    return torch.cat([function(part) for part in whole.split(rows)])[: len(x)]
+
+
+class Linear:
+    """A weight matrix (out, in) and its product, as torch has them.
+
+    parts: matrices of a checkpoint, one on top of the other: q, k and v are one product; rows: how
+    many outputs are wanted, the others are padding; squared: relu2 comes after it; ops: the module
+    whose relu2 that is; product: of x and a weight; sliced: the bits of a row may not depend on the
+    rows beside it, see `in_slices`.
+    """
+
+    fixed = False  # True: they never do, there is no need to slice
+    squares = False  # True: `multiply` does the relu2, too, if there is to be one
+
+    def __init__(
+        self, parts: list[Tensor], device, dtype, *, rows: int | None = None,
+        squared: bool = False, ops=None, product=F.linear, sliced: bool = False,
+    ):  # fmt: skip
+        self.sizes, self.width = [len(part) for part in parts], parts[0].shape[1]
+        self.rows = rows or sum(self.sizes)
+        self.device, self.dtype, self.product = device, dtype, product
+        self.squared, self.ops = squared, ops
+        self.weight = None
+        self.load(parts)
+        self.slice = 0
+        if sliced and not self.fixed:
+            # do equal rows get equal bits wherever they are? else one is done at a time
+            y = self.multiply(torch.arange(self.width).sin().expand(16, -1).contiguous())
+            self.slice = 16 if torch.equal(y, y[:1].expand_as(y)) else 1
+
+    def load(self, parts: list[Tensor]) -> None:
+        """Take the weights of `parts`; in place where there were others before."""
+        if self.weight is None:
+            shape = sum(self.sizes), self.width
+            self.weight = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for view, part in zip(self.weight.split(self.sizes), parts, strict=True):
+            view.copy_(part)
+
+    def dense(self) -> list[Tensor]:
+        """The parts again; views where the layout allows it."""
+        return list(self.weight.split(self.sizes))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (T, in) @ weight.T: (T, rows), in x's dtype."""
+        return self.product(x.to(self.dtype), self.weight[: self.rows]).to(x.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same; if `squared`, relu2 of it."""
+        y = in_slices(self.multiply, x, self.slice) if self.slice else self.multiply(x)
+        return self.ops.relu2(y) if self.squared and not self.squares else y
 
 
 def pick(device, dtype, store, shared: bool, width: int, ops) -> type[Linear]:
-    """The class for a weight of so many inputs. shared: its parts can be used as they are; store:
-    see GPT; ops: the module with the device's kernels."""
+    """The class for a weight matrix of `width` inputs. device, dtype: where it is kept and as what;
+    store: see GPT; shared: the given tensors can be used as they are; ops: the module with the
+    device's kernels."""
     if store == torch.float8_e4m3fn:
         return Float8
     if store == torch.int8:

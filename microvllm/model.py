@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import has_triton
+from .linear import Int8Panels, Linear, Panels, in_slices, pick
 from .sampler import cap_logits, on
 
 
@@ -200,62 +201,6 @@ def relu2(x: Tensor) -> Tensor:
     return x.relu_().square_()
 
 
-def in_slices(function, x: Tensor, rows: int = 16) -> Tensor:
-    """function(x) of x (T, C), always of `rows` rows at a time, the last of them padding: what
-    becomes of a row then follows from the row, not from how many others there are."""
-    whole = F.pad(x, (0, 0, 0, -len(x) % rows))
-    return torch.cat([function(part) for part in whole.split(rows)])[: len(x)]
-
-
-class Linear:
-    """A weight matrix (out, in) and its product, as torch has them; linear.py has others.
-
-    parts: matrices of a checkpoint, one on top of the other: q, k and v are one product; rows: how
-    many outputs are wanted, the others are padding; squared: relu2 comes after it; ops: whose relu2
-    that is; product: of x and a weight; sliced: the bits of a row may not depend on the rows beside
-    it, see `in_slices`.
-    """
-
-    fixed = False  # do they depend on the row alone anyhow?
-    squares = False  # does `multiply` do what `squared` asks for?
-
-    def __init__(
-        self, parts: list[Tensor], device, dtype, *, rows: int | None = None,
-        squared: bool = False, ops=None, product=F.linear, sliced: bool = False,
-    ):  # fmt: skip
-        self.sizes, self.width = [len(part) for part in parts], parts[0].shape[1]
-        self.rows = rows or sum(self.sizes)
-        self.device, self.dtype, self.product = device, dtype, product
-        self.squared, self.ops = squared, ops or sys.modules[__name__]
-        self.weight = None
-        self.load(parts)
-        self.slice = 0
-        if sliced and not self.fixed:
-            # do equal rows get equal bits wherever they are? else one is done at a time
-            y = self.multiply(torch.arange(self.width).sin().expand(16, -1).contiguous())
-            self.slice = 16 if torch.equal(y, y[:1].expand_as(y)) else 1
-
-    def load(self, parts: list[Tensor]) -> None:
-        """Take the weights of `parts`; in place where there were others before."""
-        if self.weight is None:
-            shape = sum(self.sizes), self.width
-            self.weight = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for view, part in zip(self.weight.split(self.sizes), parts, strict=True):
-            view.copy_(part)
-
-    def dense(self) -> list[Tensor]:
-        """The parts again; views where the layout allows it."""
-        return list(self.weight.split(self.sizes))
-
-    def multiply(self, x: Tensor) -> Tensor:
-        return self.product(x.to(self.dtype), self.weight[: self.rows]).to(x.dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (T, in) @ weight.T: (T, rows), in x's dtype; if `squared`, relu2 of it."""
-        y = in_slices(self.multiply, x, self.slice) if self.slice else self.multiply(x)
-        return self.ops.relu2(y) if self.squared and not self.squares else y
-
-
 @dataclass
 class Layer:
     """The weights of one block."""
@@ -288,8 +233,6 @@ class GPT:
         device="cpu", dtype=torch.float32, max_len: int | None = None, share: bool = False,
         store: torch.dtype | None = None, deterministic: bool = False, ranks=None,
     ):  # fmt: skip
-        from .linear import Int8Panels, Panels, pick
-
         self.config, self.recipe, self.attend, self.ranks = config, recipe, attend, ranks
         self.local = config  # as far as attention goes: with the heads that are here
         if ranks:
@@ -314,7 +257,7 @@ class GPT:
         # one at a time: the file is memory-mapped, and only what is made here stays
         def linear(*names: str, rows: int | None = None) -> Linear:
             parts = [weights[f"{name}.weight"].detach() for name in names]
-            same = share and parts[0].device == self.device and parts[0].dtype == kept
+            same = share and all((p.device, p.dtype) == (self.device, kept) for p in parts)
             kind = pick(self.device, kept, store, same, parts[0].shape[1], self.ops)
             made = kind(
                 parts, self.device, kept, rows=rows, squared=names[0].endswith("mlp.c_fc"),

@@ -138,8 +138,8 @@ def test_scores_and_log_probabilities_as_well():
         assert [o["samples"] for o in llm.generate(prompts, params, False)] == drawn
 
 
-def test_where_equal_rows_get_other_bits_a_product_is_done_a_row_at_a_time(monkeypatch):
-    from microvllm import model
+def test_where_equal_rows_get_other_bits_a_product_is_done_a_row_at_a_time():
+    from microvllm.linear import Linear
 
     def product(x, weight):
         return F.linear(x, weight) * torch.linspace(1, 2, len(x))[:, None]
@@ -148,8 +148,8 @@ def test_where_equal_rows_get_other_bits_a_product_is_done_a_row_at_a_time(monke
     weight = torch.randn(8, 8)
     parts = [weight], torch.device("cpu"), torch.float32
     x = torch.randn(5, 8)
-    assert model.Linear(*parts, sliced=True).slice == 16
-    odd = model.Linear(*parts, product=product, sliced=True)
+    assert Linear(*parts, sliced=True).slice == 16
+    odd = Linear(*parts, product=product, sliced=True)
     assert odd.slice == 1
     assert all(torch.equal(odd(x)[i], odd(x[i : i + 1])[0]) for i in range(5))
 
@@ -215,6 +215,7 @@ def test_a_row_of_attention_is_the_same_as_a_decode_or_in_any_chunk(kernels):
 
 def test_an_engine_on_the_gpus_kernels(kernels, one_thread, monkeypatch):
     from microvllm import model
+    from microvllm.linear import Linear
 
     fixture = ERAS["era5"]
 
@@ -222,7 +223,7 @@ def test_an_engine_on_the_gpus_kernels(kernels, one_thread, monkeypatch):
         options = {"num_blocks": 60, "block_size": 4, "dtype": "float32"} | options
         options |= {"device": "cuda" if CUDA else "cpu", "tokenizer_path": fixture.tokenizer}
         if not CUDA:
-            monkeypatch.setattr("microvllm.linear.pick", lambda *_: model.Linear)
+            monkeypatch.setattr(model, "pick", lambda *_: Linear)
         llm = LLM(fixture.directory, deterministic=True, **options)
         if not CUDA:
             llm.model.sliced, llm.model.product = False, kernels.linear

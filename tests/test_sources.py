@@ -618,7 +618,7 @@ def test_only_what_has_another_dtype_is_copied(era):
 
 
 @pytest.mark.parametrize("era", ["era5"], indirect=True)
-@pytest.mark.parametrize("halves", ["nothing", "lm_head", "lm_head .c_", ".c_"])
+@pytest.mark.parametrize("halves", ["nothing", "lm_head", "lm_head .c_", ".c_", ".c_k"])
 def test_a_module_of_two_dtypes_in_another_order_is_read_right(era, halves):
     """Some of it is copied, some shared; and kernels take shared weights by their address."""
     module = live(era)
