@@ -14,9 +14,10 @@ done once more with model.py's loop over them instead: it takes longer, but show
 The perplexity: of the answers of the bundled prompts, given their instructions, by the bundled
 model in float32, bfloat16 and int8.
 
-The host: what a step takes of it in the loop that runs ahead of a GPU, with a device that takes no
-time in the GPU's place: planning, the upload's array, reading, books. Plain and with top_k=50. It
-is hidden as long as the device takes longer. The last line is all of it as JSON.
+The host: what a step of the loop that runs ahead of a GPU takes of the CPU, with a stand-in for the
+GPU that takes no time: planning, filling the array to upload, reading tokens, bookkeeping, the
+prompts' steps among them; not the calls to CUDA (launches, copies, pinned memory). Plain and with
+top_k=50. It is hidden as long as the GPU takes longer. The last line is all of it as JSON.
 """
 
 from __future__ import annotations

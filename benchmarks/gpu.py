@@ -34,6 +34,7 @@ The parts:
     prefill   one prompt of 2,048 tokens, one new
     prefix    128 prompts that share 256 tokens and own 16, 32 new: without the prefix cache, then
               with it, the prefix never seen before, and with it, the prefix seen
+    deterministic  headline and single with deterministic=True
     quantized headline and single in float8 (on a CPU int8), as shares of the same limit, that of
               plain products; and the perplexity of the bundled answers by the bundled model
     peers     other programs: transformers' generate and generate_batch, if it is installed (and
@@ -74,7 +75,8 @@ from microvllm.model import RECIPES, GPTConfig, layer_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (
-    "startup", "headline", "single", "filtered", "mixed", "prefill", "prefix", "quantized", "peers",
+    "startup", "headline", "single", "filtered", "mixed", "prefill", "prefix", "deterministic",
+    "quantized", "peers",
 )  # fmt: skip
 ROWS = (1, 32, 128, 256, 512, 1024, 2048, 4096)  # rows of a step whose matrix products are timed
 TEMPERATURE = 0.7
@@ -314,7 +316,7 @@ class Bench:
         """A fresh engine, its kernels compiled and its graphs captured before anything is timed."""
         self.stop_engine()
         start = time.perf_counter()
-        self.llm = LLM(**self.options, **options)
+        self.llm = LLM(**self.options | options)
         built = time.perf_counter() - start
         if (era := self.llm.model.recipe.era) != self.args.era:
             raise SystemExit(f"{self.path} is of era {era}, asked for {self.args.era}")
@@ -489,6 +491,12 @@ class Bench:
                    f"{name}_gain": without / seconds, f"{name}_cached_tokens": cached,
                    f"{name}_predicted_gain": without / (without - predicted)},
             )  # fmt: skip
+
+    def deterministic(self) -> None:
+        """It needs another engine, and not every backend can."""
+        self.start_engine("deterministic", deterministic=True, attention="auto")
+        self.headline("deterministic headline")
+        self.single("deterministic single")
 
     def quantized(self) -> None:
         """Last of the engine's parts: it needs another engine."""

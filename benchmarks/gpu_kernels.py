@@ -327,9 +327,8 @@ def step_cases() -> Iterator[Case]:
         return K.norm_linear(x, head, EPS, **tiles)[0]
 
     def step(logits, early, i):
-        K.EARLY_START = early
-        K.sample(logits(), temperature, u, 15.0)
-        K.EARLY_START = False
+        with K.early_start(early):
+            K.sample(logits(), temperature, u, 15.0)
 
     bytes_read = 2 * (LAYERS * 12 * WIDTH * WIDTH + VOCAB * WIDTH)
     ways = {f"few-rows outputs {n}": partial(with_few_rows, n) for n in (1, 2, 4)}

@@ -225,11 +225,12 @@ def limit(options: dict) -> Callable[[dict], dict]:
 
     A step of r rows, s of them sampled, takes its matrix products, body(r) + head(s), and the bytes
     of K and V that its sequences see over the bandwidth of reading. The first step computes all
-    prompts, what they share once; then all sequences advance until their last token. Products are
-    timed plain and with the weights in oneDNN's layout, the faster counts, which of the two may
-    depend on the number of rows; between and beyond the measured rows: a straight line. That is
-    `seconds`: what an engine can reach with a library's products. For `own_seconds` this engine's
-    count as well, where it has any.
+    prompts, what they share once; then all sequences advance until their last token, and K and V
+    that they share are counted for each: a cache that holds them between two sequences can beat
+    that. Products are timed plain, with the weights in oneDNN's layout, and in int8 as torch
+    quantizes a module; the fastest counts, which may depend on the number of rows; between and
+    beyond the measured rows: a straight line. That is `seconds`: what an engine can reach with a
+    library's products. For `own_seconds` this engine's count as well, where it has any.
     """
     import numpy as np
     import torch

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# bytes that are copied at a time: what is on its way is kept twice, and 500 samples that diverge at
-# once would take gigabytes in mid-run
-COPIED = 2**28
+# of blocks, at a time: a copy takes as much memory again while it runs, gigabytes for 500 samples
+# that diverge in one step
+COPY_BYTES = 2**28
 
 
 class PagedKVCache:
@@ -63,12 +63,12 @@ class PagedKVCache:
         return self.layers[i]
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """(source, destination) pairs, all layers of their group at once."""
+        """(source, destination) pairs, all layers of their group at once. A source may be a later
+        pair's destination (it was freed in between), never the other way round."""
         pairs = torch.tensor(copies)
         if self.data.is_cuda:  # pinned, so that the host does not wait for the running step
             pairs = pairs.pin_memory()
-        # in their order: a block that was copied from may have been taken for a later copy
-        size = max(1, COPIED // (self.data[:, :, 0].numel() * self.data.itemsize))
+        size = max(1, COPY_BYTES // (self.data[:, :, 0].numel() * self.data.itemsize))
         for part in pairs.to(self.data.device, non_blocking=True).split(size):
             source, target = part.T
             self.data[:, :, target] = self.data[:, :, source]

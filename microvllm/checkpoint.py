@@ -233,8 +233,8 @@ def load_model(model_path, step=None, device="cpu", dtype="auto", **options) -> 
 
 
 def wrap_model(module, device="cpu", dtype="auto", **options) -> GPT:
-    """A GPT on the weights of a live nanochat module, shared where device and dtype allow it;
-    options: see _build.
+    """A GPT on the weights of a live nanochat module, shared where device and dtype are the same
+    (and, but for matrices, the tensor is contiguous); options: see _build.
 
     Raises TypeError for what is no nanochat GPT, ValueError for one of an unknown era.
     """

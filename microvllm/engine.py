@@ -365,12 +365,12 @@ class LLM:
 
     @torch.inference_mode()
     def _warm_up(self, block_size: int) -> None:
-        """Run the largest step once on a cache of nothing but the sink, with every filter."""
+        """Run a short prompt and the largest step on a cache of the sink alone, all filters on."""
         kind = self.model.dtype, self.device, self.groups
         cache = PagedKVCache(self.model.local, 1, block_size, *kind)
         full, rest = divmod(self.max_batched_tokens, self.max_model_len - 1)
         longest = ([rest] * (rest > 0) + [self.max_model_len - 1] * full)[-self.max_batch_size :]
-        for lengths in [2], longest:  # short prompts have a kernel of their own
+        for lengths in [2], longest:  # a short prompt has a kernel of its own on a GPU
             chunks = [(Sequence(0, [0] * n, SamplingParams(seed=0)), 0, n) for n in lengths]
             for seq, _, n in chunks:
                 seq.table = array("i", [0] * -(-n // block_size) * cache.num_groups)
@@ -691,9 +691,9 @@ class LLM:
         """Run the model once over whatever is due; returns the requests that finished.
 
         If that fails (no memory is left, say), the exception gets out and no request is lost: all
-        wait again with the tokens they have, and the next step goes on from there. Whoever failed
-        in `generate`, `stream` or `score` ends its own requests. What fails for one request alone,
-        its logits_processor or its text, ends it with finish_reason "error", and nobody else.
+        wait again, and the next step goes on to the same tokens. Whoever failed in `generate`,
+        `stream` or `score` ends its own requests. What fails for one request alone, its
+        logits_processor or its text, ends it with finish_reason "error", and nobody else.
         """
         self._advance()
         finished, self._finished = self._finished, []
@@ -750,7 +750,7 @@ class LLM:
         last = self._flight.tokens if self._flight else None
         tokens = scores = sampled = None
         if recorded := self.graphs and self.graphs.fits(batch, params):
-            tokens, logits, *given = self.graphs.replay(batch, params, last)
+            tokens, logits, temperature, noise = self.graphs.replay(batch, params, last)
         else:
             pending = batch.ids.min() < 0
             batch = batch.upload(self.device)
@@ -758,12 +758,13 @@ class LLM:
                 known = last[(~batch.ids).clamp(min=0)].to(torch.int32)
                 batch = batch._replace(ids=torch.where(batch.ids < 0, known, batch.ids))
             h = self.model.forward(batch, self.cache)
-            if trace:
-                trace.lap("forward")
             logits = self.model.logits(h[: len(params)]) if params else None
-            given = batch.temperature, batch.noise
-        if params and not (recorded and is_plain(params)):
-            tokens = self._draw(plan, logits, params, *given)
+            temperature, noise = batch.temperature, batch.noise
+        drawn = recorded and is_plain(params)  # in the graph, so that it is one phase of a trace
+        if trace and not drawn:
+            trace.lap("forward")
+        if params and not drawn:
+            tokens = self._draw(plan, logits, params, temperature, noise)
             if isinstance(tokens, Sampled):
                 sampled, tokens = tokens, tokens.tokens
         if plan.scored:
@@ -773,7 +774,7 @@ class LLM:
                 for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
             ]
             scores = self.model.logprobs(h[len(params) :], targets)
-        if trace:  # a replayed graph is forward and, for plain rows, sample in one
+        if trace:
             trace.lap("sample")
         on_host, event = [tokens, scores, sampled and sampled.packed], None
         if self.device.type == "cuda":
@@ -782,8 +783,8 @@ class LLM:
             event.record()
         return Flight(plan, tokens, on_host, sampled, event)
 
-    def _draw(self, plan: Step, logits: Tensor, params, *given) -> Tensor | Sampled:
-        """The tokens of a step; given: temperature and noise (R,), on the device."""
+    def _draw(self, plan: Step, logits, params, temperature, noise) -> Tensor | Sampled:
+        """The (R,) tokens of a step, from logits (R, V), temperature and noise (R,)."""
         history = None
         if any(p.edited for p in params):
             texts = {}  # those that end with guesses
@@ -798,7 +799,7 @@ class LLM:
                 for index, seq, position in plan.samples
             ]  # fmt: skip
         cap, at_once = self.model.recipe.softcap, self.model.at_once
-        return sample(logits, params, *given, cap, history, at_once)
+        return sample(logits, params, temperature, noise, cap, history, at_once)
 
     def _land(self, flight: Flight) -> None:
         """Read a step's tokens, hand them to the scheduler, collect the requests that are done."""
@@ -867,8 +868,7 @@ class LLM:
         the prefix cache served (of finished requests), prefill_tokens computed (again after a
         preemption), steps, preemptions, guessed_tokens and those of them that were right,
         accepted_tokens, prefill_seconds and decode_seconds (a step's time is split by its rows),
-        peak_blocks in use, num_blocks and free_blocks (without the sink;
-        blocks of all layers, as many of each group make one), block_size, running, waiting.
+        peak_blocks in use, num_blocks and free_blocks (no sink), block_size, running, waiting.
         """
         blocks, groups = self.scheduler.blocks, len(self.groups)
         return {

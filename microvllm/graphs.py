@@ -5,8 +5,9 @@ in its batch differ. So it is recorded once per batch size, and replayed after t
 copied to where the recorded kernels read them. Rows that pad a batch to a recorded size are
 sequences of one token in block 0, the sink.
 
-A step of a few rows is little more than reading the weights once. There are kernels for that
-which do all between two products on the way; the card decides at the start whether they win.
+A step of a few rows is little more than reading the weights once. For these there are matrix-vector
+kernels with norm, residual add and relu^2 fused into them. They are timed beside the library's when
+the engine starts, and the fastest are kept.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from .sampler import filters
 
 # fields of a row beside its slots and block tables; cu_seqlens never changes
 FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
-FEW = 8  # rows up to which `few_rows` is tried,
-OUTPUTS = 2, 4  # with so many outputs per program,
-TRIALS = 8  # in so many replays
+FEW_ROWS = 8  # the largest batch for which `few_rows` is tried
+OUTPUTS = 2, 4  # per program of its products, both are tried
+TRIALS = 8  # timed replays of each way
 
 
 def few_rows(model, batch: Batch, cache, outputs: int) -> Tensor:
@@ -65,7 +66,8 @@ def few_rows(model, batch: Batch, cache, outputs: int) -> Tensor:
 
 
 def takes_few_rows(model) -> bool:
-    """Are the matrices of a GPT as `few_rows` wants them?"""
+    """Can a GPT's steps be `few_rows`? On NVIDIA's cards, from triton 3.4 on, and if each matrix is
+    one tensor with torch's product: not a live module's parts, float8, or deterministic=True."""
     plain = all(type(w) is Linear and w.product is F.linear for w in model.linears.values())
     return plain and kernels_gpu.TRITON_34 and torch.version.hip is None
 
@@ -107,14 +109,15 @@ class DecodeGraphs:
             with torch.no_grad():
                 for size in reversed(self.sizes):  # the largest first: the others reuse its memory
                     self.graphs[size] = self._record(size)
-                    if size <= FEW and takes_few_rows(model):
+                    if size <= FEW_ROWS and takes_few_rows(model):
                         self._choose(size)
         finally:
             gc.unfreeze()
 
     def _record(self, size: int, outputs: int = 0) -> torch.cuda.CUDAGraph:
-        """outputs: per program of the products of `few_rows`, 0 for the library's."""
-        self._decode(size, outputs)  # no kernel loads in a graph
+        """Run the step once, so that all kernels are compiled and loaded, then capture it.
+        outputs: per program of the products of `few_rows`, 0 for the library's."""
+        self._decode(size, outputs)
         torch.cuda.synchronize(self.model.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
@@ -126,11 +129,8 @@ class DecodeGraphs:
         graphs = {"library": self.graphs[size]}
         can = kernels_gpu.can_start_early(self.model.device)
         for outputs, early in product(OUTPUTS, (False, True)[: 1 + can]):
-            before, kernels_gpu.EARLY_START = kernels_gpu.EARLY_START, early
-            try:
+            with kernels_gpu.early_start(early):
                 graphs[f"few_rows, {outputs}" + ", early" * early] = self._record(size, outputs)
-            finally:
-                kernels_gpu.EARLY_START = before
         times, logits = {way: [] for way in graphs}, {way: [] for way in graphs}
         fields, _ = self._split(self.inputs, size)
         for token in range(min(TRIALS, self.model.config.vocab_size)):
@@ -138,7 +138,7 @@ class DecodeGraphs:
             for way, graph in graphs.items():
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 first.record(), graph.replay(), last.record()
-                logits[way].append(self.logits[:size].clone())
+                logits[way].append(self.logits[:size].view(torch.uint8).clone())  # NaN is NaN
                 torch.cuda.synchronize(self.model.device)
                 times[way].append(first.elapsed_time(last))
         self.inputs.zero_()

@@ -6,14 +6,17 @@ model.py; `paged_attention` has the signature every attention backend has. All o
 - never look at the device from the host: grids follow from shapes and host integers alone, lengths
   are read by the kernels. So they can be captured in a CUDA graph once and replayed for ever;
 - do their arithmetic in float32 and keep bfloat16, float16 or float32 in memory;
-- call `_begin` before they touch anything another kernel may have written, so that EARLY_START is
-  right: "the kernel before me has ended" then implies that all before it have.
+- call `_begin` (or `_release`, and later `_wait`) before they touch anything another kernel may
+  have written, so that `early_start` is right: "the kernel before me has ended" then implies that
+  all before it have. `_few_rows` reads weights before it waits: no kernel here writes those.
 
 Under `TRITON_INTERPRET=1` everything here runs on the CPU, slowly: that is how the tests run.
 """
 
 import functools
 import math
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import triton
@@ -21,12 +24,7 @@ import triton.language as tl
 
 WARPS_PER_PROCESSOR = 32  # what paged decoding aims at when it splits contexts
 SAMPLE_CHUNK = 2048  # vocabulary entries per program of the sampler: fixed, so sums do not vary
-SAMPLE_TILE = 4096  # and of a row with filters at a time: fewer waits for memory
-
-# programmatic dependent launch, on Hopper and its successor: a kernel is started before the one in
-# front of it has ended, and waits for that in `_begin`. graphs.py tries both for a few rows; for
-# all others it is off, since nobody has measured it
-EARLY_START = False
+SAMPLE_TILE = 4096  # entries that `_truncate` reads at a time: the more, the fewer waits for memory
 
 TRITON_34 = hasattr(tl.extra.cuda, "gdc_wait")  # or newer
 
@@ -38,8 +36,23 @@ VARIES = (
 ).split()
 
 
+_early = ContextVar("_early", default=False)
+
+
+@contextmanager
+def early_start(on: bool = True):
+    """Launches in here use programmatic dependent launch, where `can_start_early`: a kernel starts
+    before the one in front of it has ended, and waits for that in `_begin`. graphs.py tries it for
+    a few rows; for all others it is off, since nobody has measured it."""
+    before = _early.set(on)
+    try:
+        yield
+    finally:
+        _early.reset(before)
+
+
 def can_start_early(device) -> bool:
-    """Has a torch device what EARLY_START takes?"""
+    """Has a torch device what `early_start` takes?"""
     if device.type != "cuda" or torch.version.hip is not None or not TRITON_34:
         return False
     # on consumer Blackwell (12) others saw it break a graph's capture
@@ -51,7 +64,7 @@ def _options(device, early):
     if device.type != "cuda":  # the interpreter
         return 8, 2**16, {"PDL": False}
     card, hip = torch.cuda.get_device_properties(device), torch.version.hip is not None
-    memory = getattr(card, "shared_memory_per_block_optin", 2**16 if hip else 101_376)
+    memory = getattr(card, "shared_memory_per_block_optin", 2**16 if hip else 99 * 1024)
     # a * b + c rounded once: triton 3.9 warns that one day it will not unless it is told to
     options = {"enable_fp_fusion": True, "PDL": False}
     if early and can_start_early(device):
@@ -61,7 +74,7 @@ def _options(device, early):
 
 def _device(device):
     """(multiprocessors, bytes of shared memory per program, launch options) of a torch device."""
-    return _options(device, EARLY_START)
+    return _options(device, _early.get())
 
 
 if TRITON_34:
@@ -598,8 +611,10 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
         # two K and two V tiles beside the queries, three where products run by themselves (Hopper
         # and later), a little for the look-ups, and weights if warps share rows
         tiles = 6 if memory > 200_000 else 4
-        shared = tile * block_m * size * (16 * warps > block_m) + 1024
-        while tile > 16 and (tiles * tile + block_m) * block_d * size + shared > memory:
+        spilt = block_m * size * (16 * warps > block_m)  # per key
+        while tile > 16 and (
+            (tiles * tile + block_m) * block_d * size + tile * spilt + 1024 > memory
+        ):
             tile //= 2
         blocks = (T - decodes) // (block_m // block_g) + chunks
         _chunk[(n_kv, blocks)](
@@ -650,7 +665,8 @@ def _sample_chunks(
 
 @triton.jit
 def _key(x, SHIFT: tl.constexpr):
-    # float32 as integers of the same order, both zeros as one. SHIFT: so many low bits say nothing
+    # float32 as integers of the same order, both zeros as one. SHIFT: low bits to drop, 16 for
+    # bfloat16, whose lower half as a float32 is zero
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000) >> SHIFT
 
@@ -660,8 +676,9 @@ def _least(
     logits, low, limit, top, temperature, softcap, V,
     COUNT: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    # the least key of which all larger ones together hold less than `limit`: each holds 1 if COUNT,
-    # else its weight, or nothing below `low`. found from the top down, two bits in a pass
+    # the smallest key such that all larger ones together weigh less than `limit`. a key weighs 1 if
+    # COUNT, else its share of the probability (0 below `low`). found from the highest bit down, two
+    # bits in a pass
     least = tl.full((), 0, tl.uint32)
     for shift in range(30 - SHIFT, -1, -2):
         step = tl.full((), 1, tl.uint32) << shift

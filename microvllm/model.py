@@ -220,8 +220,8 @@ class GPT:
     """A nanochat model: weights and the forward pass over a flat batch.
 
     weights: a state dict that checkpoint.check_weights has passed; attend: a backend of
-    attention.py; max_len: positions the rotary tables cover; share: use the given tensors where
-    device and dtype allow it instead of copying them; store: less than `dtype` for what is read
+    attention.py; max_len: positions the rotary tables cover; share: do not copy given tensors whose
+    device, dtype and strides are as they should be; store: less than `dtype` for what is read
     most, on a CPU: bfloat16 for matrices, tables and the cache, or int8 for the matrices and
     bfloat16 for the others; on a GPU float8_e4m3fn for the matrices; deterministic: a row's bits
     follow from its sequence alone (`attend` has to play its part); ranks: those that share the

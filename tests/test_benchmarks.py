@@ -121,8 +121,8 @@ def test_the_benchmark_runs_on_a_cpu():
     assert result["headline"]["prefill_tokens"] == result["headline"]["prompt_tokens"]
     assert result["single"]["new_tokens"] == 4
     for part in (
-        "headline", "single", "filtered", "filtered single", "mixed", "headline in int8",
-        "single in int8",
+        "headline", "single", "filtered", "filtered single", "mixed", "deterministic headline",
+        "deterministic single", "headline in int8", "single in int8",
     ):  # fmt: skip
         assert result[part]["tokens_per_s"] > 0 and result[part]["limit_tokens_per_s"] > 0
         assert result[part]["cached_tokens"] == 0  # fresh prompts, or it would flatter

@@ -11,7 +11,7 @@ import torch
 from conftest import MODEL, Fixture, era_fixtures, hand_made_batch
 from test_scheduler import Simulation, text
 
-from microvllm import LLM, SamplingParams
+from microvllm import LLM, SamplingParams, attention
 from microvllm.checkpoint import load_model
 from microvllm.engine import PagedKVCache, make_batch
 from microvllm.sampler import noise
@@ -742,13 +742,15 @@ def test_a_batch_is_its_plan(block_size, overlap):
     sim.drain(ahead=overlap)
 
 
-def test_copies_read_all_sources_before_they_write():
+@pytest.mark.parametrize("at_once", [1, attention.COPY_BYTES])
+def test_copies_read_a_block_before_another_is_copied_to_it(at_once, monkeypatch):
+    monkeypatch.setattr(attention, "COPY_BYTES", at_once)
     config = naive("era5").model.config
     cache = PagedKVCache(config, 5, 4, torch.float32, torch.device("cpu"))
     assert not cache.data.any()  # a NaN in a slot that nobody wrote would spread
     for block in range(5):
         cache.data[:, :, block] = block
-    cache.copy_blocks([(1, 2), (2, 3), (1, 4)])
+    cache.copy_blocks([(1, 2), (1, 4), (3, 1)])
     for layer in range(config.n_layer):
         for part in cache.layer(layer):
-            assert [part[block].unique().item() for block in range(5)] == [0, 1, 1, 2, 1]
+            assert [part[block].unique().item() for block in range(5)] == [0, 3, 1, 3, 1]

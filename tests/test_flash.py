@@ -99,25 +99,28 @@ PLACES = {
 
 @pytest.fixture
 def install(monkeypatch):
-    """install(names, capability): a card, and on its machine these packages alone."""
+    """install(names, capability, versions): a card, on its machine these packages alone, and in
+    the hub's repository these versions. Returns the versions that are asked for."""
 
-    def install(names, capability=(9, 0)):
+    def install(names, capability=(9, 0), versions=(1,)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", None)
-        hub = ModuleType("kernels")
-        # as kernels 0.17 has it: without a version it raises
-        hub.get_kernel = lambda name, *, version: {("kernels-community/flash-attn3", 1): module}[
-            name, version
-        ]
-        module = ModuleType("hub's")
-        module.flash_attn_with_kvcache = flash_attn_with_kvcache
+        hub, in_hub = ModuleType("kernels"), ModuleType("hub's")
+        in_hub.flash_attn_with_kvcache = flash_attn_with_kvcache
+        asked = []
+
+        def get_kernel(name, *, version):  # as kernels 0.17 has it: without a version it raises
+            asked.append(version)
+            assert name == "kernels-community/flash-attn3"
+            return dict.fromkeys(versions, in_hub)[version]
+
+        hub.get_kernel = get_kernel
         for place, function in PLACES.items():
             module = ModuleType(place)
             setattr(module, function.__name__, function)
             monkeypatch.setitem(sys.modules, place, module if place in names else None)
-        module = ModuleType("hub's")
-        module.flash_attn_with_kvcache = flash_attn_with_kvcache
         monkeypatch.setitem(sys.modules, "kernels", hub if "kernels" in names else None)
+        return asked
 
     return install
 
@@ -140,6 +143,12 @@ def test_each_is_called_as_it_wants_to_be(install, package, block_size, heads, w
         wanted = sdpa_attention(q.float(), k.float(), v.float(), case.batch, window)
         assert out.shape == q.shape and out.dtype == q.dtype
         torch.testing.assert_close(out.float(), wanted, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("versions, asked", [((1, 2), [2]), ((1,), [2, 1]), ((2,), [2])])
+def test_the_hubs_newer_version_is_asked_for_first(install, versions, asked):
+    seen = install(["kernels"], versions=versions)
+    assert pick_backend("flash", CARD, torch.bfloat16) and seen == asked
 
 
 def test_torchs_signature_is_the_one_that_is_installed():

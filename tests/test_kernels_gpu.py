@@ -439,9 +439,10 @@ def test_kernels_start_early_only_if_asked_to_and_where_it_works(
     properties = SimpleNamespace(major=card, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(kernels_gpu, "EARLY_START", asked)
     monkeypatch.setattr(kernels_gpu, "_options", kernels_gpu._options.__wrapped__)
-    _, _, options = kernels_gpu._device(torch.device("cuda", 0))
+    with kernels_gpu.early_start(asked):
+        _, _, options = kernels_gpu._device(torch.device("cuda", 0))
+    assert not kernels_gpu._device(torch.device("cuda", 0))[2]["PDL"]
     assert options.pop("enable_fp_fusion")
     assert options == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
 
