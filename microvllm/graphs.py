@@ -26,7 +26,7 @@ from torch import Tensor
 from . import kernels_gpu
 from .engine import Batch
 from .linear import Linear
-from .sampler import filters
+from .sampler import filter_values
 
 # fields of a row beside its slots and block tables; cu_seqlens never changes
 FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
@@ -178,7 +178,7 @@ class DecodeGraphs:
         fields[:4, :rows] = batch.ids, batch.prev_ids, batch.positions, batch.seq_lens
         floats = fields[:, :rows].view(np.float32)
         floats[4], floats[5] = batch.temperature, batch.noise
-        floats[6:9] = np.array(filters(params) or [(0, 1, 0)]).T
+        floats[6:9] = np.array(filter_values(params) or [(0, 1, 0)]).T
         fields[FIELDS:, :rows] = batch.slots
         fields[:, rows:] = 0
         fields[3, rows:] = 1  # a padding row is a sequence of one token
@@ -200,11 +200,12 @@ class DecodeGraphs:
 
     def _decode(self, size: int, outputs: int) -> None:
         """What is recorded: read the inputs, forward, sample, leave the tokens in `last`, and the
-        logits for rows that are not plain."""
+        logits for rows that are not plain: a copy (67 MB of 512 rows and 65,536 ids), since what
+        the graphs compute in is used again by the next."""
         model, cache = self.model, self.cache
         fields, tables = self._split(self.inputs, size)
         ids, prev_ids, positions, seq_lens = fields[:4]
-        temperature, noise, *drop = fields[4:FIELDS].view(torch.float32)
+        temperature, noise, *filters = fields[4:FIELDS].view(torch.float32)
         cu_seqlens = self.cu_seqlens[: size + 1]
         ids = torch.where(ids < 0, self.last[(~ids).clamp(min=0)], ids)
         batch = Batch(
@@ -216,7 +217,7 @@ class DecodeGraphs:
             logits = few_rows(model, batch, cache, outputs)
         else:
             logits = model.logits(model.forward(batch, cache))
-        tokens = kernels_gpu.sample(logits, temperature, noise, model.recipe.softcap, drop)
+        tokens = kernels_gpu.sample(logits, temperature, noise, model.recipe.softcap, filters)
         self.last[:size].copy_(tokens)
         if self.logits is None:  # the largest step's
             self.logits = torch.empty_like(logits)

@@ -546,6 +546,9 @@ def _pointer(context, number, like):
     return types.CPointer(like.dtype)(number, like), codegen
 
 
+VE = 12  # where a layer's value embeddings are, and its gate: after four weights of three parts
+
+
 @numba.njit(**FAST)
 def _tensor(addresses, shapes, i, kind, like):
     shape = shapes[kind, 0], shapes[kind, 1], shapes[kind, 2]
@@ -553,17 +556,17 @@ def _tensor(addresses, shapes, i, kind, like):
 
 
 @numba.njit(**FAST)
-def _weight(addresses, shapes, i, kind, likes):
-    """The panels, offset and scale of layer i's qkv, proj, fc or mlp_proj."""
-    w = _tensor(addresses, shapes, i, 3 * kind, likes[0])
-    offset = _tensor(addresses, shapes, i, 3 * kind + 1, likes[1])
-    return w, offset[0, 0], _tensor(addresses, shapes, i, 3 * kind + 2, likes[2])[0, 0]
+def _weight(addresses, shapes, i, kind, head):
+    """The panels, offset and scale of layer i's qkv, proj, fc or mlp_proj, of the head's types."""
+    w = _tensor(addresses, shapes, i, 3 * kind, head[0])
+    offset = _tensor(addresses, shapes, i, 3 * kind + 1, head[1])
+    return w, offset[0, 0], _tensor(addresses, shapes, i, 3 * kind + 2, head[2])[0, 0]
 
 
 @numba.njit(**FAST)
 def _layers(
     x0, ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables, cache, depths, groups,
-    windows, addresses, shapes, likes, table, resid, first, backout, cos, sin, qk_scale, gate_scale,
+    windows, addresses, shapes, head, wte, resid, first, backout, cos, sin, qk_scale, gate_scale,
     eps, rows, width, threads,
 ):  # fmt: skip
     T, C = x0.shape
@@ -582,13 +585,13 @@ def _layers(
         _add_norm(x, y, x0, a, b, eps, i > 0, mixes, few, spare, h)
         if i > 0 or mixes:
             x, spare = spare, x
-        proj = _weight(addresses, shapes, i, 1, likes)
-        fc = _weight(addresses, shapes, i, 2, likes)
-        _product(h, _weight(addresses, shapes, i, 0, likes), no, proj[0], threads, qkv)
+        proj = _weight(addresses, shapes, i, 1, head)
+        fc = _weight(addresses, shapes, i, 2, head)
+        _product(h, _weight(addresses, shapes, i, 0, head), no, proj[0], threads, qkv)
         k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
-        gated = addresses[i, 12] != 0
-        ve = _tensor(addresses, shapes, i, 12, table)[0] if gated else table
-        ve_gate = _tensor(addresses, shapes, i, 13, x0)[0] if gated else x0
+        gated = addresses[i, VE] != 0
+        ve = _tensor(addresses, shapes, i, VE, wte)[0] if gated else wte
+        ve_gate = _tensor(addresses, shapes, i, VE + 1, x0)[0] if gated else x0
         _rope_store(
             qkv.reshape(T, -1, D), h, ids, ve, ve_gate, gated, cos, sin, positions, slots[group],
             k, v, qk_scale, gate_scale, eps, few, q,
@@ -607,10 +610,10 @@ def _layers(
         _product(seen.reshape(T, C), proj, no, fc[0], threads, y)
         _add_norm(x, y, x, one, none, eps, yes, no, few, spare, h)
         x, spare = spare, x
-        mlp_proj = _weight(addresses, shapes, i, 3, likes)
+        mlp_proj = _weight(addresses, shapes, i, 3, head)
         _product(h, fc, yes, mlp_proj[0], threads, wide)
         # the head comes after the last
-        following = likes[0] if i == n_layer - 1 else _weight(addresses, shapes, i + 1, 0, likes)[0]
+        following = head[0] if i == n_layer - 1 else _weight(addresses, shapes, i + 1, 0, head)[0]
         _product(wide, mlp_proj, no, following, threads, y)
         if smear and i == n_layer // 2:
             middle = x + y
@@ -642,8 +645,8 @@ class Layers:
         addresses = [[0 if x is None else x.data_ptr() for x in layer] for layer in kinds]
         self.weights = np.array(addresses, np.int64), np.array(shapes, np.int64)
         self.windows = np.array([layer.window for layer in model.layers])
-        self.likes = tuple(part.numpy() for part in _parts(model.lm_head))
-        self.table = _array(model.wte)
+        self.head = tuple(part.numpy() for part in _parts(model.lm_head))
+        self.wte = _array(model.wte)
         names, none = ("resid_lambdas", "x0_lambdas", "backout_lambda"), torch.empty(0)
         numbers = [model.tensors.get(name, none) for name in names]
         self.numbers = [x.numpy() for x in (*numbers, model.cos, model.sin)]
@@ -657,10 +660,10 @@ class Layers:
         slots = slots.reshape(cache.num_groups, len(x))
         tables = tables.reshape(cache.num_groups, len(batch.seq_lens), -1)
         with one_at_a_time:
-            threads = threads_for(len(self.likes[0]))
+            threads = threads_for(len(self.head[0]))
             h = _layers(
                 x.numpy(), *arrays, slots, tables, _array(cache.data), cache.depth_of,
-                cache.group_of, self.windows, *self.weights, self.likes, self.table, *self.numbers,
+                cache.group_of, self.windows, *self.weights, self.head, self.wte, *self.numbers,
                 *self.scales, *_tile(batch, self.group), threads,
             )  # fmt: skip
         return torch.from_numpy(h)

@@ -792,9 +792,9 @@ def sample(logits, temperature, u, softcap, filters=None):
     """One token per row: the first id whose cumulative probability exceeds u. Returns (R,) int32.
 
     logits (R, V) before the softcap; softcap: a float, 0 for none. temperature (R,) float32, 0 for
-    the most likely token (the lowest id of equals). u (R,) float32 in [0, 1). filters (3, R)
-    float32: top_k, top_p and min_p, 0, 1 and 0 being off; None: all are. An id whose logit is -inf,
-    or whose probability is 0, is never returned. Reads the logits once, and the one chunk of the
+    the most likely token (the lowest id of equals). u (R,) float32 in [0, 1). filters: top_k, top_p
+    and min_p, each (R,) float32, 0, 1 and 0 being off; None: all are. An id whose logit is -inf, or
+    whose probability is 0, is never returned. Reads the logits once, and the one chunk of the
     vocabulary in which the answer lies a second time; of rows with filters, up to 20 times (a
     float32's key has more digits than a bfloat16's: 36 times), mostly from the cache.
     """

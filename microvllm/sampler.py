@@ -9,7 +9,7 @@ batch.
 What a row's parameters ask for is done to its logits in this order: allowed_token_ids, logit_bias,
 bad_words and min_tokens, repetition_penalty, presence_penalty, frequency_penalty, logits_processor;
 then temperature; then top_k, top_p (of what top_k left) and min_p; then the draw. A filter works on
-the rows that use it, and one that no row uses does not run.
+the rows that use it, and one that no row uses does not run (in a CUDA graph: it returns at once).
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def is_plain(params: Seq[SamplingParams]) -> bool:
     return False not in [p.plain for p in params]
 
 
-def filters(params: Seq[SamplingParams]) -> list[tuple[int, float, float]] | None:
+def filter_values(params: Seq[SamplingParams]) -> list[tuple[int, float, float]] | None:
     """top_k, top_p and min_p of each row, 0, 1 and 0 being off; None if all are."""
     if True in [p.truncated for p in params]:
         return [(p.top_k or 0, p.top_p, p.min_p) for p in params]
@@ -311,13 +311,14 @@ def pick(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap: 
     if has_triton(logits.device):
         from . import kernels_gpu
 
-        if drop := filters(params):
-            drop = on(logits.device, np.array(drop, np.float32).T.copy())
-        return kernels_gpu.sample(logits, temperature, uniform, softcap, drop)
+        if filters := filter_values(params):
+            filters = on(logits.device, np.array(filters, np.float32).T.copy())
+        return kernels_gpu.sample(logits, temperature, uniform, softcap, filters)
     if logits.device.type == "cpu" and importlib.util.find_spec("numba"):
         from . import kernels_cpu
 
-        return kernels_cpu.sample(logits.float(), temperature, uniform, softcap, filters(params))
+        filters = filter_values(params)
+        return kernels_cpu.sample(logits.float(), temperature, uniform, softcap, filters)
     # greedy rows are the argmax of the logits themselves: no cap (which keeps their order, but may
     # make them equal), no division, no noise
     largest = logits.argmax(-1)

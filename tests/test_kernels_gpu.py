@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton (pip install t
 
 from microvllm import kernels_gpu, linear, model  # noqa: E402
 from microvllm.attention import sdpa_attention  # noqa: E402
-from microvllm.sampler import SamplingParams, cap_logits, filters, truncate  # noqa: E402
+from microvllm.sampler import SamplingParams, cap_logits, filter_values, truncate  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 EPS = 2.0**-23
@@ -413,10 +413,10 @@ def test_sample_with_filters(dtype, vocab):
     kept[temperature == 0] = True
     assert (kept.sum(1) == 1).any() and (kept.sum(1) > vocab // 2).any()
     left = logits.masked_fill(~kept, -torch.inf)
-    drop = torch.tensor(filters(params), device=DEVICE).T.contiguous()
+    filters = torch.tensor(filter_values(params), device=DEVICE).T.contiguous()
     for u in (0.0, 0.3, 0.7, 1.0 - 2.0**-24):
         u = torch.full((R,), u, device=DEVICE)
-        tokens = kernels_gpu.sample(logits, temperature, u, 15.0, drop)
+        tokens = kernels_gpu.sample(logits, temperature, u, 15.0, filters)
         check_samples(left, temperature, u, 15.0, tokens)
         # the ends of what is left are reached: nothing else was dropped
         if u[0] == 0:
