@@ -387,6 +387,24 @@ def test_kernels_that_start_early_and_err_are_not_kept(monkeypatch):
         assert Recorder(seconds, early_logits=1e-6).ways == {1: "few_rows, 2"}
 
 
+@pytest.mark.skipif(CUDA, reason="a card has its own opinion")
+@pytest.mark.parametrize("broken, kept", [("2", "few_rows, 4"), ("2, 4", "library")])
+def test_a_way_that_cannot_be_recorded_is_not_kept(broken, kept, monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
+    monkeypatch.setattr(graphs, "OUTPUTS", (2, 4))
+    record = Recorder._record
+
+    def failing(self, size, outputs=0):
+        if str(outputs) in broken or kernels_gpu._early.get():
+            raise RuntimeError("out of registers")
+        return record(self, size, outputs)
+
+    monkeypatch.setattr(Recorder, "_record", failing)
+    seconds = {"library": 3.0, "few_rows, 2": 1.0, "few_rows, 4": 2.0}
+    with pytest.warns(UserWarning, match="'few_rows, 2' here: .*out of registers"):
+        assert Recorder(seconds).ways == {1: kept}
+
+
 @pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout"])
 def test_few_rows_want_plain_matrices(kind):
     llm = LLM(ERAS["era5"].directory, tokenizer_path=ERAS["era5"].tokenizer, dtype="float32")
