@@ -9,13 +9,14 @@ import gc
 import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import Fixture, era_fixtures
+from conftest import Fixture, era_fixtures, hand_made_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,7 +29,7 @@ from triton.runtime.interpreter import GridExecutor  # noqa: E402
 
 from microvllm import LLM, SamplingParams, graphs, kernels_cpu, kernels_gpu, model  # noqa: E402
 from microvllm.engine import make_batch  # noqa: E402
-from microvllm.graphs import DecodeGraphs  # noqa: E402
+from microvllm.graphs import DecodeGraphs, few_rows  # noqa: E402
 from microvllm.linear import Float8  # noqa: E402
 from microvllm.scheduler import Sequence, Step  # noqa: E402
 
@@ -315,28 +316,30 @@ def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ERAS)
-def test_few_rows_are_what_the_model_makes_of_them(name, monkeypatch):
-    monkeypatch.setattr(graphs, "fastest", lambda times: WAYS[-1])
-    llm, rows = build(name, True, max_batch_size=2), []
-    assert llm.graphs.ways == {1: WAYS[-1], 2: WAYS[-1]}
-    replay = llm.graphs.replay
-
-    def checked(batch, params, last):
-        known = None if last is None else last.clone()
-        out = replay(batch, params, last)
-        batch = batch.upload(llm.device)
-        if known is not None:
-            ids = torch.where(batch.ids < 0, known[(~batch.ids).clamp(min=0)], batch.ids)
-            batch = batch._replace(ids=ids)
+def test_few_rows_are_what_the_model_makes_of_them(name):
+    """The logits, and what is written to the cache; contexts within the windows and beyond."""
+    llm = build(name, False, device="cuda" if CUDA else "cpu", max_model_len=150)
+    vocab, tables = llm.model.config.vocab_size, ([1, 2], [3], list(range(4, 40)))
+    chunks = [
+        ([7 * i % vocab for i in range(1, 1 + n)], 0, n, table)
+        for n, table in zip((6, 1, 141), tables, strict=True)
+    ]
+    with torch.device(llm.device), torch.inference_mode():
+        prompts = [(ids, 0, n - 1, table) for ids, _, n, table in chunks if n > 1]
+        llm.model.forward(hand_made_batch(prompts, 4), llm.cache)
+        batch = hand_made_batch([(ids, n - 1, n, table) for ids, _, n, table in chunks], 4)
+        before = llm.cache.data.clone()
         expected = llm.model.logits(llm.model.forward(batch, llm.cache))
-        torch.testing.assert_close(out[1], expected, rtol=1e-4, atol=1e-4)
-        rows.append(len(expected))
-        return out
-
-    llm.graphs.replay = checked
-    work = [(list(range(5, 5 + 7 * n)), sampling(2 * n, 1.0, seed=n)) for n in (1, 2)]
-    assert serve(llm, work) == serve(build(name, False), work)
-    assert set(rows) == {1, 2}
+        cache = llm.cache.data.clone()
+        llm.model.attend = kernels_gpu.paged_attention
+        can = kernels_gpu.can_start_early(llm.device)
+        for outputs, early in product(graphs.OUTPUTS, (False, True)[: 1 + can]):
+            llm.cache.data.copy_(before)
+            with kernels_gpu.early_start(early):
+                logits = few_rows(llm.model, batch, llm.cache, outputs)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(llm.cache.data, cache, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(before, cache)
 
 
 class Recorder(DecodeGraphs):
