@@ -414,12 +414,13 @@ def test_sample_with_filters(dtype, vocab):
     assert (kept.sum(1) == 1).any() and (kept.sum(1) > vocab // 2).any()
     left = logits.masked_fill(~kept, -torch.inf)
     filters = torch.tensor(filter_values(params), device=DEVICE).T.contiguous()
-    for u in (0.0, 0.3, 0.7, 1.0 - 2.0**-24):
-        u = torch.full((R,), u, device=DEVICE)
+    ends = torch.zeros(R), torch.full((R,), 1.0 - 2.0**-24)
+    for u in (ends[0], torch.rand(R), ends[1]):
+        u = u.to(DEVICE)
         tokens = kernels_gpu.sample(logits, temperature, u, 15.0, filters)
         check_samples(left, temperature, u, 15.0, tokens)
         # the ends of what is left are reached: nothing else was dropped
-        if u[0] == 0:
+        if not u.any():
             first = kept.float().argmax(1)
             sampled = temperature > 0
             assert torch.equal(tokens[sampled].long(), first[sampled])
