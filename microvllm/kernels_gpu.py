@@ -335,7 +335,7 @@ def _launch_few_rows(x, w, h, stream, x0, a, b, eps, relu2, outputs, warps=None)
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     # up to 80 registers of a thread are for weights, 16 bytes a load: then all programs of a
     # multiprocessor have about 70 KB on their way. fewer cannot fill the memory's pipe, more spill
-    warps = warps or triton.next_power_of_2(triton.cdiv(k * min(outputs, 20), 20 * 256))
+    warps = warps or triton.next_power_of_2(triton.cdiv(k * outputs, 20 * 256))
     warps = min(warps, triton.next_power_of_2(triton.cdiv(k, 256)), 32)
     block_k = 256 * warps
     _few_rows[(triton.cdiv(n, outputs),)](

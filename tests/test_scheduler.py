@@ -170,6 +170,10 @@ class Simulation:
             for i in range(size)
         }
         assert len(moved) == len(step.copies) * size, "a block is the target of two copies"
+        written = set()
+        for source, target in step.copies:  # which the device may do a few at a time
+            assert source not in written, f"{source} is copied on, after a copy to it"
+            written.add(target)
         self.slots.update(moved)
         last = self.flight[1] if self.flight else []
         texts, written = [], []
