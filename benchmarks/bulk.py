@@ -20,7 +20,7 @@ from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
-from microvllm.batch import Ask, Job, answer, carry_out
+from microvllm.jobs.batch import Ask, Job, answer, carry_out
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,7 +106,7 @@ def beginnings(groups: int, rows: int) -> list[str]:
 
 def routing(groups: int, rows: int, replicas: int, folder: Path) -> dict[str, dict]:
     """What the replicas' caches had of the prompts, sorted and as they come."""
-    from microvllm.parallel import answer_on_ray
+    from microvllm.jobs.ray import answer_on_ray
 
     prompts, found = beginnings(groups, rows), {}
     source = folder / "prompts.jsonl"

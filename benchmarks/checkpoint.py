@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 import tiktoken
 import torch
 
-from microvllm import huggingface
 from microvllm.checkpoint import expected_shapes
 from microvllm.model import RECIPES, GPTConfig
+from microvllm.sources import huggingface
 
 SPECIAL = (
     "bos", "user_start", "user_end", "assistant_start", "assistant_end",

@@ -41,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 import torch
 from compare import BUNDLED, SHAPES, cores, find_model, processor, workload
 
-from microvllm import LLM, SamplingParams, engine, linear
-from microvllm.bench import BUNDLED as PROMPTS
+from microvllm import LLM, SamplingParams, engine
+from microvllm.cli.bench import BUNDLED as PROMPTS
+from microvllm.fused import linear
 
 KINDS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
 PYTHON = ("schedule", "batch", "upload", "update", "other python")
@@ -159,7 +160,7 @@ def perplexity(count: int, options: dict) -> dict:
 
 def host(sequences: int, top_k: int, new: int = 64) -> float:
     """Milliseconds of a step of so many decodes, all prompts' steps among them."""
-    from microvllm.graphs import DecodeGraphs
+    from microvllm.gpu.graphs import DecodeGraphs
 
     class Idle(DecodeGraphs):
         def _record(self, *_):

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 import triton
 from gpu import copy_bandwidth, describe, free_memory, median_seconds, product_peak, say
 
-from microvllm import kernels_gpu as K
+from microvllm.gpu import kernels as K
 
 LAYERS, WIDTH, HEADS, DIM, VOCAB, BLOCK_SIZE = 34, 2176, 17, 128, 65536, 16
 EPS, SCALE = 2.0**-23, math.log2(math.e) / math.sqrt(DIM)

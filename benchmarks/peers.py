@@ -236,11 +236,11 @@ def limit(options: dict) -> Callable[[dict], dict]:
     import torch
     import torch.nn.functional as F
 
-    from microvllm.linear import Int8Panels, Panels
+    from microvllm.fused.linear import Int8Panels, Panels
     from microvllm.model import layer_windows
 
     try:
-        from microvllm import kernels_cpu
+        from microvllm.cpu import kernels as kernels_cpu
     except ImportError:
         kernels_cpu = None
     torch.set_num_threads(options["threads"])

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 import torch
 
 from microvllm import SamplingParams
-from microvllm.linear import pick
+from microvllm.fused.linear import pick
 from microvllm.sampler import History, noise, sample
 
 SETTINGS = {

@@ -35,6 +35,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a clone, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "core"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "trace"))
 
 import numpy as np
 import torch
@@ -46,9 +48,9 @@ from test_trace import compare
 from lab import policies
 from microvllm import SamplingParams, scheduler
 from microvllm.checkpoint import load_model
+from microvllm.cli.terminal import Parser, positive
+from microvllm.features.calculator import Calculator
 from microvllm.sampler import History, noise
-from microvllm.terminal import Parser, positive
-from microvllm.tools import Calculator
 from microvllm.trace import Replay, attach
 
 ROUNDING = 1e-3  # by how much a logit may differ between two ways to compute it

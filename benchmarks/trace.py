@@ -30,7 +30,7 @@ def engine(root: Path):
     sys.path.insert(0, str(root))
     package, bench = (
         importlib.import_module("microvllm"),
-        importlib.import_module("microvllm.bench"),
+        importlib.import_module("microvllm.cli.bench"),
     )
     importlib.import_module("microvllm.engine")
     sys.path.remove(str(root))

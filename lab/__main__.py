@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from microvllm.terminal import Parser
+from microvllm.cli.terminal import Parser
 
 NAMES = ["fig02", "fig12", "fig15", "fig16", "fig18", "policies", "windows", "cost", "check"]
 

@@ -12,8 +12,8 @@ import random
 import sys
 from types import ModuleType
 
+from microvllm.cli.terminal import Parser, positive
 from microvllm.scheduler import BlockManager, Scheduler, Sequence
-from microvllm.terminal import Parser, positive
 
 from . import exercises, solutions, world
 

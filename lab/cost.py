@@ -11,8 +11,8 @@ from __future__ import annotations
 import statistics
 import time
 
+from microvllm.cli.terminal import positive
 from microvllm.scheduler import BlockManager, Scheduler, Sequence
-from microvllm.terminal import positive
 
 from . import world
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import random
 
+from microvllm.cli.terminal import positive
 from microvllm.scheduler import BlockManager, Scheduler, Sequence
-from microvllm.terminal import positive
 
 from . import world
 from .orca import RESERVE, Contiguous

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 
+from microvllm.cli.terminal import positive
 from microvllm.scheduler import BlockManager, Scheduler
-from microvllm.terminal import positive
 
 from . import world
 

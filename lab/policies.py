@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 
+from microvllm.cli.terminal import positive
 from microvllm.scheduler import (
     BlockManager,
     Scheduler,
@@ -18,7 +19,6 @@ from microvllm.scheduler import (
     least_recently_used,
     youngest,
 )
-from microvllm.terminal import positive
 
 from . import world
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 
+from microvllm.cli.terminal import positive
 from microvllm.scheduler import BlockManager, Scheduler, Sequence, group_layers, most_blocks
-from microvllm.terminal import positive
 
 from . import world
 

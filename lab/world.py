@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from microvllm import terminal
+from microvllm.cli import terminal
 from microvllm.scheduler import Scheduler, Sequence, Step
 
 KV_BYTES = 2 * 40 * 5120 * 2  # of a token: K and V, 40 layers, 5120 wide, two bytes each

@@ -132,7 +132,7 @@ def pick_backend(
             raise ValueError(
                 f"attention='numba' runs in float32 and bfloat16 on a CPU, not {dtype} on {device}"
             )
-        from . import kernels_cpu
+        from .cpu import kernels as kernels_cpu
 
         return kernels_cpu.paged_attention
     if name == "triton":
@@ -141,7 +141,7 @@ def pick_backend(
                 "attention='triton' needs a GPU (of NVIDIA's, Ampere or newer) and triton, and the "
                 f"device is {device}; use 'auto'"
             )
-        from . import kernels_gpu
+        from .gpu import kernels as kernels_gpu
 
         return kernels_gpu.fixed_attention if deterministic else kernels_gpu.paged_attention
     if name == "flash":

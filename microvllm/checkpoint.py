@@ -65,7 +65,7 @@ def find_checkpoint(name, step=None) -> tuple[Path, int | None]:
                 raise ValueError(f"{name!r} and step={step} ask for two steps, give one of them")
             step = int(place[3]) if place[3] else step
         elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name):
-            from .huggingface import fetch
+            from .sources.huggingface import fetch
 
             directory = fetch(name, step)
     if (directory / "config.json").is_file() and not any(directory.glob("model_*.pt")):
@@ -88,7 +88,7 @@ def read_checkpoint(
     Raises ValueError naming the file and what is wrong with it.
     """
     if step is None:
-        from .huggingface import read_folder
+        from .sources.huggingface import read_folder
 
         return read_folder(directory)
     meta_file = directory / f"meta_{step:06d}.json"
@@ -272,7 +272,7 @@ def _build(
     recipe = recipe.override(**overrides)
     attend = pick_backend(attention, device, dtype, deterministic)
     store = {None: None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[quantization]
-    if dtype == torch.bfloat16 and attend.__module__.endswith("kernels_cpu"):
+    if dtype == torch.bfloat16 and attend.__module__.endswith("cpu.kernels"):
         dtype, store = torch.float32, torch.bfloat16  # a CPU saves memory's time, not arithmetic's
     if ranks and (quantization == "fp8" or (deterministic and ranks.size > 2)):
         raise ValueError(
@@ -377,7 +377,7 @@ def open_tokenizer(directory, tokenizer_path=None) -> Tokenizer:
     place = find_tokenizer(directory, tokenizer_path)
     other = place / "tokenizer.json" if place.is_dir() else place
     if other.suffix == ".json" and other.is_file() and not (place / "tokenizer.pkl").is_file():
-        from .huggingface import read_tokenizer
+        from .sources.huggingface import read_tokenizer
 
         return read_tokenizer(other)
     return load_tokenizer(place)
@@ -438,7 +438,7 @@ def pick_devices(name: str | torch.device, tensor_parallel: int) -> tuple[torch.
     """This process's device and, if there are more than one, the parallel.Ranks of its model's."""
     if check_int("tensor_parallel", tensor_parallel, 1) == 1:
         return pick_device(name), None
-    from .parallel import Ranks
+    from .features.parallel import Ranks
 
     ranks = Ranks(tensor_parallel, name)
     return ranks.device, ranks

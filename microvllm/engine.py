@@ -290,8 +290,8 @@ class LLM:
             ) from None
         self.overlap = cuda
         cuda_graphs = cuda_graphs and not self.ranks  # graphs of collectives are not measured
-        if cuda and cuda_graphs and self.model.attend.__module__.endswith("kernels_gpu"):
-            from .graphs import DecodeGraphs
+        if cuda and cuda_graphs and self.model.attend.__module__.endswith("gpu.kernels"):
+            from .gpu.graphs import DecodeGraphs
 
             self.graphs = DecodeGraphs(
                 self.model, self.cache, self.max_batch_size, self.max_model_len
@@ -676,7 +676,7 @@ class LLM:
         lookup = None
         # a logits_processor would be asked about texts that nobody writes: it may keep books
         if self.prompt_lookup and targets is None and not params.logits_processor:
-            from .lookup import Lookup
+            from .features.lookup import Lookup
 
             tool_calls = {self.tokenizer.special_tokens.get("<|python_end|>")} if tools else set()
             lookup = Lookup(self.prompt_lookup, stop_ids | tool_calls)

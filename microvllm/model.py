@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import has_triton
-from .linear import Int8Panels, Linear, Panels, in_slices, pick
+from .fused.linear import Int8Panels, Linear, Panels, in_slices, pick
 from .sampler import cap_logits, on
 
 
@@ -243,11 +243,11 @@ class GPT:
         self.sliced = deterministic and self.device.type == "cpu"
         self.at_once = 1 if self.sliced else None  # rows that log-probabilities are made of
         if has_triton(self.device):
-            from . import kernels_gpu
+            from .gpu import kernels as kernels_gpu
 
             self.ops = kernels_gpu
             self.product = kernels_gpu.linear if deterministic else F.linear
-        elif attend.__module__.endswith("kernels_cpu"):
+        elif attend.__module__.endswith("cpu.kernels"):
             self.ops = sys.modules[attend.__module__]
         self.cache_dtype = torch.bfloat16 if store else dtype  # of K and V
         self.linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint

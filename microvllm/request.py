@@ -55,7 +55,7 @@ class Answer:
         self.decoder: IncrementalDecoder = tokenizer.decoder()
         self.calculator = None
         if tools:
-            from .tools import Calculator
+            from .features.calculator import Calculator
 
             self.calculator = Calculator(tokenizer)
         self.text = ""

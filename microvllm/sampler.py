@@ -309,13 +309,13 @@ def finish(logits, params, temperature, uniform, history, tokens, most) -> list[
 def pick(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap: float) -> Tensor:
     """`sample` for what is left when the logits have been edited: (R,) tokens."""
     if has_triton(logits.device):
-        from . import kernels_gpu
+        from .gpu import kernels as kernels_gpu
 
         if filters := filter_values(params):
             filters = on(logits.device, np.array(filters, np.float32).T.copy())
         return kernels_gpu.sample(logits, temperature, uniform, softcap, filters)
     if logits.device.type == "cpu" and importlib.util.find_spec("numba"):
-        from . import kernels_cpu
+        from .cpu import kernels as kernels_cpu
 
         filters = filter_values(params)
         return kernels_cpu.sample(logits.float(), temperature, uniform, softcap, filters)

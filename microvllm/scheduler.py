@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import xxhash
 
 if TYPE_CHECKING:
-    from .lookup import Lookup
+    from .features.lookup import Lookup
     from .sampler import SamplingParams
     from .trace import Trace
 

@@ -1,0 +1,259 @@
+"""A person's side of the command line: mistakes, answers as they are written, a conversation.
+
+Answers go to stdout, what is said about them to stderr; colours and live lines are for terminals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from itertools import chain
+from typing import TYPE_CHECKING, NoReturn
+
+from .bench import guesses
+
+if TYPE_CHECKING:
+    from .. import LLM, SamplingParams
+
+_CALCULATOR = {"python_start": "`", "python_end": "`", "output_start": " = ", "output_end": " "}
+_ENDS = {
+    "abort": "; stopped",
+    "max_tokens": "; cut by --max-tokens",
+    "max_model_len": "; cut, the context is full",
+}
+
+
+# what every command needs -------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a user's mistake in one line and leaves with exit status 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.set_defaults(error=self.tell)
+
+    def error(self, message: object) -> NoReturn:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
+            self.exit(2)  # all that torchrun started were given these flags
+        self.tell(message)
+
+    def tell(self, message: object) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {plain(' '.join(str(message).split()))}\n")
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"give 1 or more, not {text!r}")
+    return int(text)
+
+
+@contextmanager
+def user_errors(args: argparse.Namespace, llm: LLM | None = None) -> Iterator[None]:
+    """What is refused in here is the user's mistake: one line, no traceback.
+
+    An engine refuses prompts before it takes the first of them: what it raises later is a bug, and
+    shows itself as one.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if llm is not None and llm.stats()["prompt_tokens"]:
+            raise
+        args.error(error)
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Run args.command. Ctrl-C ends it with exit status 130, a reader who goes away with 141."""
+    try:
+        for stream in (sys.stdin, sys.stdout):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # what its encoding lacks is a ?, no crash
+        if getattr(args, "tensor_parallel", 1) > 1:
+            from ..features.parallel import one_voice
+
+            with one_voice(args):
+                args.command(args)
+        else:
+            args.command(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head`. python flushes once more at its end, which may not fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def plain(text: str) -> str:
+    """The text without the control characters by which a terminal takes orders: a model, or the
+    names in its file, may say anything."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def note(text: str) -> None:
+    """Say something that is no answer: on stderr, in grey where there are colours."""
+    sys.stdout.flush()
+    if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        text = f"\033[2m{text}\033[0m"
+    print(text, file=sys.stderr, flush=True)
+
+
+# answers ------------------------------------------------------------------------------------------
+
+
+def reader(llm: LLM) -> Callable[[list[int]], str]:
+    """A decoder for people: the calculator's part of an answer reads `12*3` = 36."""
+    special = llm.tokenizer.special_tokens
+    marks = {special.get(f"<|{name}|>"): mark for name, mark in _CALCULATOR.items()}
+    push = llm.tokenizer.decoder().push
+    return lambda ids: "".join(marks[i] if i in marks else push(i) for i in ids)
+
+
+def live(
+    llm: LLM, prompt, params: SamplingParams, *, tools: bool, show: bool = True, lead: str = ""
+) -> dict:
+    """Stream the answer to one prompt (a text or token ids), and say how fast it was.
+
+    show: print it, after `lead`; tools: run the calculator. Returns its text, token_ids,
+    finish_reason, stop_reason, tokens_per_second, prompt_tokens and how many of them were
+    cached_tokens. Ctrl-C ends the answer alone: its finish_reason is "abort".
+    """
+    read, before, start = reader(llm), llm.stats(), time.perf_counter()
+    answer = {"text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": "abort"}
+    with suppress(KeyboardInterrupt), closing(llm.stream([prompt], params, tools=tools)) as events:
+        for event in events:
+            answer["text"] += event.text
+            answer["token_ids"] += event.token_ids
+            if event.finish_reason:
+                answer |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
+            if show:
+                text = event.text if params.stop else read(event.token_ids)
+                text = plain(text) if sys.stdout.isatty() else text
+                print(lead + text, end="", flush=True)
+                lead = ""
+    count = len(answer["token_ids"])
+    speed = round(count / (time.perf_counter() - start), 1)
+    names = "prompt_tokens", "cached_tokens", "guessed_tokens", "accepted_tokens"
+    now = {name: llm.stats()[name] - before[name] for name in names}
+    total, cached = now["prompt_tokens"], now["cached_tokens"]
+    if show:
+        print(flush=True)
+        if sys.stderr.isatty():
+            end = "" if answer["finish_reason"] == "stop" else _ENDS.get(answer["stop_reason"], "")
+            hits = f"{cached} of {total} prompt tokens cached"
+            note(f"[{count} tokens, {speed} tokens/s; {hits}{guesses(now)}{end}]")
+    return answer | {
+        "tokens_per_second": speed,
+        "prompt_tokens": total,
+        "cached_tokens": cached,
+    }
+
+
+def show_all(
+    llm: LLM, texts: list[str], outputs: list, params: SamplingParams, chat: bool, as_json: bool
+) -> int:
+    """Print the outputs of prompts: answers, completions (no chat) or JSON. Returns how many tokens
+    they have."""
+    count = 0
+    for text, output in zip(texts, outputs, strict=True):
+        for sample in output["samples"]:
+            ids = sample["token_ids"]
+            count += len(ids)
+            if as_json:
+                continue
+            # a stop string cuts the text, and the token ids do not know
+            said = sample["text"] if params.stop else reader(llm)(ids)
+            said = plain(said) if sys.stdout.isatty() else said
+            print(f"> {text}\n{said.strip()}" if chat else f"{text}{said}", end="")
+            cut = f"  [cut at {len(ids)} tokens]" if sample["finish_reason"] == "length" else ""
+            print(cut, end="\n\n")
+        if as_json:
+            shown = {k: v for k, v in output.items() if k != "samples" or params.n > 1}
+            print(json.dumps({"prompt": text, **shown}))
+    return count
+
+
+def show_ranking(prompt: str, ranked: list[dict]) -> None:
+    """Print the continuations of a prompt, best total first, and how they rank by the token."""
+    means = sorted((r["per_token"] for r in ranked), reverse=True)
+    print(f"> {prompt}\n      total       per token   tokens")
+    for rank, r in enumerate(ranked, 1):
+        mean = f"{r['per_token']:8.3f} #{means.index(r['per_token']) + 1:<3}"
+        print(f"{r['total']:10.2f} #{rank:<3}{mean}  {len(r['logprobs']):6}  {r['text']}")
+    print()
+
+
+# a conversation -----------------------------------------------------------------------------------
+
+
+def read_line() -> str | None:
+    """The user's next line, None at the end (Ctrl-D). On a terminal Ctrl-C only drops the line."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            return input("> " if terminal and sys.stdout.isatty() else "").strip()
+        except EOFError:
+            if terminal:
+                print(file=sys.stderr)
+            return None
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            note("\n(Ctrl-D or /exit leaves)")
+
+
+def converse(llm: LLM, params: SamplingParams, as_json: bool) -> None:
+    """A conversation, a line a turn, as nanochat's chat_cli has it.
+
+    The token ids of all turns are kept as they were written, tool outputs and all, so the prompt of
+    each turn begins with what the cache already has. When the context is full, the older half of
+    the turns is forgotten: not turn by turn, since what moves to the front is computed anew.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401, now input() has a history and arrow keys
+    tokenizer, blocks = llm.tokenizer, llm.scheduler.blocks
+    names = ("user_start", "user_end", "assistant_start", "assistant_end")
+    user_start, *asks, end = (tokenizer.encode_special(f"<|{name}|>") for name in names)
+    llm.max_model_len = min(llm.max_model_len, blocks.longest(llm.max_batched_tokens) + 1)
+    limit = llm.max_model_len
+    room = limit - min(params.max_tokens, limit // 4)  # for the prompt; the rest is the answer's
+    if sys.stdin.isatty():
+        note("Ctrl-C stops an answer, /clear starts over, /exit or Ctrl-D leaves")
+    turns: list[list[int]] = []
+    while (line := read_line()) not in (None, "/exit"):
+        if re.fullmatch(r"(/\w+)?", line):
+            if line == "/clear":
+                turns.clear()
+                note("(a new conversation)")
+            elif line:
+                note(f"({line} is no command: /clear starts over, /exit leaves)")
+            continue
+        try:
+            turn = [user_start, *tokenizer.encode(line), *asks]
+        except ValueError as error:
+            note(f"(not sent: {error})")
+            continue
+        if 1 + len(turn) > room:
+            note(f"(not sent: {1 + len(turn)} tokens, and the context has room for {room})")
+            continue
+        count = len(turns)
+        while 1 + sum(map(len, turns)) + len(turn) > room:
+            del turns[: (len(turns) + 1) // 2]
+        if forgotten := count - len(turns):
+            note(
+                f"(the context of {limit} tokens is full: the oldest {forgotten} of {count} turns "
+                "are forgotten)"
+            )
+        prompt = [tokenizer.bos_id, *chain(*turns), *turn]
+        answer = live(llm, prompt, params, tools=True, show=not as_json)
+        if as_json:
+            print(json.dumps({"prompt": line, **answer}), flush=True)
+        if ids := answer["token_ids"]:
+            turns.append(turn + ids + [end] * (ids[-1] != end))

@@ -1,0 +1,620 @@
+"""The microvllm command: what each subcommand prints, a conversation's memory, mistakes, Ctrl-C."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ERAS, MODEL, ROOT
+
+from microvllm import LLM, SamplingParams, cli
+from microvllm.cli import bench, terminal
+
+SMALL = ["--num-blocks", "40"]  # a pool that any machine has room for
+CALCULATOR = ["-m", str(ERAS / "tool_chain" / "chatsft_checkpoints" / "d1")]
+CALCULATOR += ["--tokenizer-dir", str(ERAS / "tool_chain" / "tokenizer")]
+CHOICES = [f"Emma was written by {name}." for name in ("Mark Twain", "Jane Austen", "H.G. Wells")]
+
+
+class Terminal(io.StringIO):
+    """Typed or shown text that claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run the command in this process; returns (its output, what it says beside it)."""
+
+    def call(*flags: str, stdin: str = "") -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        cli.main([str(flag) for flag in flags])
+        return capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def mistake(command, capsys):
+    """The one line that a mistake is told in, with exit status 2."""
+
+    def call(*flags: str, stdin: str = "") -> str:
+        with pytest.raises(SystemExit) as stop:
+            command(*flags, stdin=stdin)
+        out, err = capsys.readouterr()
+        assert (stop.value.code, out) == (2, "")
+        assert err.startswith("microvllm") and err.index("\n") == len(err) - 1
+        return err
+
+    return call
+
+
+def process(*flags: str, **kwargs) -> subprocess.Popen:
+    """The command as a process of its own, in which Ctrl-C means what it does in a shell."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "microvllm", *flags],
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **kwargs,
+    )
+
+
+# help and mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sub", [[], *([name] for name in "run chat batch bench score info lab trace".split())]
+)
+def test_help_shows_examples_that_parse(sub, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*sub, "--help"])
+    assert stop.value.code == 0
+    examples = re.findall(r"^  microvllm (.*)$", capsys.readouterr().out, re.M)
+    assert len(examples) >= 2
+    for example in examples:
+        words = re.findall(r'"[^"]*"|\S+', re.split(" [<#] ", example)[0])
+        args = cli.make_parser().parse_args([word.strip('"') for word in words])
+        assert args.command.__name__ == words[0] == (sub or words)[0]
+
+
+def test_help_is_instant():
+    flags = ["-X", "importtime", "-m", "microvllm", "run", "--help"]
+    done = subprocess.run([sys.executable, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: microvllm run")
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "microvllm.cli" in imported
+    assert not imported & {"torch", "numpy", "numba", "tiktoken", "urllib.request"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([], "COMMAND"),
+        (["walk"], "walk"),
+        (["run"], "no prompt"),
+        (["run", "-m", "no/such/place", "hi"], "no/such/place"),
+        (["run", "--temperature", "-1", "hi"], "temperature"),
+        (["run", "--recipe", "softcap", "hi"], "NAME=VALUE"),
+        (["run", "--recipe", "charm=3", "hi"], "charm"),
+        (["run", *SMALL, "word " * 2000], "max_model_len"),
+        (["run", *SMALL, "hi", "--prompt", "word " * 2000], "prompts[1]"),
+        (["run", "--json", "--num-blocks", "2", "hi"], "num_blocks"),
+        (["chat", "--step", "7"], "7"),
+        (["bench", "--num-prompts", "0"], "--num-prompts"),
+        (["bench", "--shared-prefix", "few"], "--shared-prefix"),
+        (["bench", "--json", *SMALL, "--random-input-len", "2000"], "2000"),
+        (["bench", "--prompts-file", "absent.json"], "absent.json"),
+        (["score"], "PROMPT CONTINUATION"),
+        (["score", "a prompt"], "PROMPT CONTINUATION"),
+        (["score", "a prompt", "more", "--file", "rows.jsonl"], "--file"),
+        (["score", "a prompt", ""], "no continuation empty"),
+        (["score", "--file", "absent.jsonl"], "absent.jsonl"),
+        (["score", *SMALL, "a prompt", "word " * 2000], "continuations[0]"),
+        (["info", "no/such/place"], "no/such/place"),
+        (["info", "--device", "abacus"], "abacus"),
+        (["info", "--recipe", "charm=3"], "charm"),
+        (["trace", "absent.jsonl"], "absent.jsonl"),
+        (["trace", str(ROOT / "pyproject.toml")], "line 1"),
+        (["run", *SMALL, "--trace", "no/such/place/run.jsonl", "hi"], "no/such/place"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(flags, named, mistake):
+    assert named in mistake(*flags)
+
+
+def test_a_model_that_completes_only_text_cannot_chat(mistake, monkeypatch):
+    real = LLM.__init__
+
+    def without_chat(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        self.tokenizer.has_chat = False
+
+    monkeypatch.setattr(LLM, "__init__", without_chat)
+    assert "microvllm run" in mistake("chat", *SMALL)
+
+
+def test_an_install_without_the_bundled_model_asks_for_one(mistake, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "MODEL_DIR", tmp_path / "oldbooks-d6")
+    assert "sft" in mistake("run", "hi")
+    assert "sft" in mistake("info")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["run", "hi"],
+        ["run", "hi", "there"],
+        ["bench", "--num-prompts", "2"],
+        ["score", "a prompt", "more"],
+        ["chat"],
+    ],
+)
+def test_a_bug_in_the_engine_is_not_passed_off_as_a_mistake(flags, command, monkeypatch):
+    def broken(self, plan):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(LLM, "_launch", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        command(*flags, *SMALL, stdin="hi\n")
+
+
+# run ----------------------------------------------------------------------------------------------
+
+
+def test_run_prints_the_answer_alone(command):
+    out, err = command("run", *SMALL, "--temperature", "0", "Who wrote Moby Dick?")
+    assert (out, err) == ("Moby Dick was written by Herman Melville.\n", "")
+
+
+def test_run_streams_what_generate_returns(command):
+    flags = ["--seed", "3", "--max-tokens", "40", "--temperature", "1", "--top-k", "0"]
+    out, _ = command("run", *SMALL, "--raw", *flags, "It was a dark")
+    with LLM(MODEL, num_blocks=40, seed=3) as llm:
+        params = SamplingParams(max_tokens=40, temperature=1.0, top_k=0)
+        (output,) = llm.generate("It was a dark", params, use_tqdm=False)
+    assert out == output["text"] + "\n"
+
+
+def test_run_on_a_terminal_shows_the_prompt_it_completes_and_the_speed(monkeypatch):
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    flags = ["run", *SMALL, "--raw", "--max-tokens", "3", "--ignore-eos", "It was a dark"]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    cli.main(flags)
+    line, speed, rest = shown.getvalue().split("\n")
+    assert line.startswith("It was a dark") and len(line) > 13 and rest == ""
+    pattern = (
+        r"\033\[2m\[3 tokens, [\d.]+ tokens/s; 0 of \d prompt tokens cached; cut by .*\]\033\[0m"
+    )
+    assert re.fullmatch(pattern, speed)
+
+    shown.truncate(shown.seek(0))
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli.main(flags)
+    assert "\033" not in shown.getvalue() and "[3 tokens, " in shown.getvalue()
+
+
+def test_run_answers_the_lines_it_is_piped(command):
+    flags = ["run", *SMALL, "--temperature", "0"]
+    out, err = command(*flags, stdin="Who wrote Emma?\n\nWho wrote Moby Dick?\n")
+    first, second = out.strip().split("\n\n")
+    assert first == "> Who wrote Emma?\nEmma was written by Jane Austen."
+    assert second.startswith("> Who wrote Moby Dick?\n") and err == ""
+
+
+def test_run_prints_json_for_machines(command):
+    flags = ["run", *SMALL, "--json", "--max-tokens", "5", "--ignore-eos"]
+    out, err = command(*flags, "One", "--prompt", "Two")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["One", "Two"] and err == ""
+    for row in rows:
+        assert len(row["token_ids"]) == 5 and row["finish_reason"] == "length"
+        assert isinstance(row["text"], str) and "samples" not in row
+
+    (row,) = [json.loads(line) for line in command(*flags, "-n", "3", "One")[0].splitlines()]
+    assert len({sample["text"] for sample in row["samples"]}) == 3
+
+
+def test_run_prints_each_of_several_samples(command):
+    flags = ["-n", "2", "--max-tokens", "4", "--ignore-eos", "--temperature", "1"]
+    out, _ = command("run", *SMALL, *flags, "Tell me a story.")
+    assert out.count("> Tell me a story.\n") == out.count("[cut at 4 tokens]") == 2
+
+
+def test_run_ends_before_a_stop_string(command):
+    flags = [*SMALL, "--temperature", "0", "--stop", " Herman", "Who wrote Moby Dick?"]
+    assert command("run", *flags)[0] == "Moby Dick was written by\n"
+    both, _ = command("run", *flags, "--prompt", "Who wrote Emma?")  # many: another way to print
+    assert both.startswith("> Who wrote Moby Dick?\nMoby Dick was written by\n\n")
+
+
+def test_run_marks_what_the_calculator_did(command):
+    out, _ = command("run", *CALCULATOR, "--temperature", "0", "What is 7*6?")
+    assert out == "So:`7*6` = 42  yes!\n"
+    many, _ = command("run", *CALCULATOR, "--temperature", "0", "What is 7*6?", "-n", "2")
+    assert many.count("\nSo:`7*6` = 42  yes!\n") == 2
+
+
+def test_run_takes_constants_that_the_weights_cannot_tell(command):
+    flags = ["run", *SMALL, "--json", "--temperature", "0", "Tell me a story."]
+    plain, odd = (
+        json.loads(command(*flags, *more)[0]) for more in ([], ["--recipe", "qk_scale=2"])
+    )
+    assert plain["token_ids"] != odd["token_ids"]
+
+
+# chat ---------------------------------------------------------------------------------------------
+
+
+def talk(command, *flags: str, lines: list[str]) -> list[dict]:
+    """The turns of a conversation, greedy."""
+    flags = ["--json", "--temperature", "0", *flags]
+    out, _ = command("chat", *flags, stdin="".join(line + "\n" for line in lines))
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_each_turn_finds_the_blocks_of_the_last_one(command):
+    lines = ["Who wrote Moby Dick?", "", "What is the capital of France?", "What is 7+8?"]
+    turns = talk(command, *SMALL, lines=lines)
+    assert [turn["prompt"] for turn in turns] == [line for line in lines if line]
+    assert "Herman Melville" in turns[0]["text"] and turns[0]["cached_tokens"] == 0
+    for before, turn in zip(turns, turns[1:], strict=False):
+        known = before["prompt_tokens"] + len(before["token_ids"]) - 1  # the last is not computed
+        assert turn["cached_tokens"] == known // 16 * 16 > 0
+
+
+def test_the_history_is_what_was_generated_and_ends_each_answer(command, monkeypatch):
+    prompts = []
+    stream = LLM.stream
+
+    def seen(self, given, *args, **kwargs):
+        prompts.extend(given)
+        return stream(self, given, *args, **kwargs)
+
+    monkeypatch.setattr(LLM, "stream", seen)
+    first, _ = talk(command, *CALCULATOR, lines=["What is 7*6?", "And now?"])
+    with LLM(CALCULATOR[1], tokenizer_path=CALCULATOR[3], num_blocks=8) as llm:
+        tokenizer = llm.tokenizer
+    asked = tokenizer.render_for_completion([{"role": "user", "content": "What is 7*6?"}])
+    assert prompts[0] == asked
+    assert tokenizer.encode_special("<|output_start|>") in first["token_ids"]
+    assert prompts[1][: len(asked) + len(first["token_ids"])] == asked + first["token_ids"]
+
+    prompts.clear()
+    cut, _ = talk(command, *SMALL, "--max-tokens", "3", lines=["Tell me a story.", "More."])
+    assert cut["finish_reason"] == "length"
+    with LLM(MODEL, num_blocks=8) as llm:
+        end = llm.tokenizer.encode_special("<|assistant_end|>")
+    length = len(prompts[0]) + 3
+    assert prompts[1][: length + 1] == [*prompts[0], *cut["token_ids"], end]
+
+
+def test_clear_starts_over_and_exit_leaves(command):
+    lines = ["Who wrote Emma?", "/clear", "Who wrote Emma?", "/exit", "Who wrote Emma?"]
+    first, second = talk(command, *SMALL, lines=lines)
+    assert first["prompt_tokens"] == second["prompt_tokens"]
+    assert first["token_ids"] == second["token_ids"]
+
+
+def test_a_command_that_there_is_not_is_not_said_to_the_model(command):
+    out, err = command("chat", *SMALL, "--json", stdin="/claer\nWhat is /clear?\n")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["What is /clear?"]
+    assert "(/claer is no command: /clear starts over, /exit leaves)" in err
+
+
+@pytest.mark.parametrize("limit", [["--max-model-len", "81"], ["--num-blocks", "6"]])
+def test_a_full_context_forgets_the_older_half_and_says_so(limit, command, capsys):
+    lines = "".join(f"Tell me story {n}.\n" for n in range(6))
+    flags = ["--json", "--temperature", "0", "--max-tokens", "12", "--ignore-eos", *limit]
+    out, err = command("chat", *flags, stdin=lines)
+    turns = [json.loads(line) for line in out.splitlines()]
+    assert len(turns) == 6 and all(len(turn["token_ids"]) == 12 for turn in turns)
+    assert all(turn["prompt_tokens"] + 12 <= 81 for turn in turns)
+    assert "(the context of 81 tokens is full: the oldest 2 of 3 turns are forgotten)" in err
+    assert any(turn["cached_tokens"] for turn in turns)
+
+
+def test_a_line_that_can_never_fit_is_not_sent(command):
+    lines = "Who wrote Emma?\n" + "word " * 100 + "\nWho wrote Emma?\n"
+    out, err = command("chat", "--json", "--max-model-len", "100", stdin=lines)
+    assert len(out.splitlines()) == 2
+    assert re.search(r"^\(not sent: \d+ tokens, and the context has room for 75\)$", err, re.M)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch, capsys):
+    with LLM(MODEL, num_blocks=40) as llm:
+        advance, steps = LLM._advance, []
+
+        def interrupted(self):
+            if len(steps) == 5:
+                steps.clear()
+                raise KeyboardInterrupt
+            steps.append(1)
+            advance(self)
+
+        monkeypatch.setattr(LLM, "_advance", interrupted)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Tell me a story.\nWho wrote Emma?\n"))
+        terminal.converse(llm, SamplingParams(temperature=0, ignore_eos=True), as_json=True)
+        assert llm.is_finished()
+        assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
+    first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert first["finish_reason"] == second["finish_reason"] == "abort"
+    assert len(first["token_ids"]) == 5
+    assert second["prompt_tokens"] > first["prompt_tokens"] + 5
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_leaves(monkeypatch, capsys):
+    keys = [KeyboardInterrupt, "hello", EOFError]
+
+    def pressed(prompt):
+        key = keys.pop(0)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", pressed)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert terminal.read_line() == "hello"
+    assert "(Ctrl-D or /exit leaves)" in capsys.readouterr().err
+    assert terminal.read_line() is None
+
+    keys.append(KeyboardInterrupt)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # a pipe has nobody to go on
+    with pytest.raises(KeyboardInterrupt):
+        terminal.read_line()
+
+
+# bench, score, info -------------------------------------------------------------------------------
+
+
+def test_bench_measures_a_random_workload(command):
+    sizes = ["--random-input-len", "20", "--random-output-len", "6", "--shared-prefix", "32"]
+    out, err = command("bench", "--num-blocks", "60", "--num-prompts", "5", *sizes)
+    assert out.startswith("5 prompts of 20 random tokens behind a prefix of 32\n") and err == ""
+    assert "Prefix-cache hits: 128 of 260 prompt tokens" in out
+    found = json.loads(out.splitlines()[-1])
+    assert (found["prompt_tokens"], found["total_output_tokens"]) == (260, 30)
+    assert found["cached_tokens"] == 4 * 32 and found["peak_blocks"] > 0
+    assert found["tokens_per_second"] > 0 and found["preemptions"] == 0
+
+    flags = ["--json", "--num-blocks", "20", "--num-prompts", "6", "--max-tokens", "40"]
+    out, _ = command("bench", *flags, "--random-input-len", "30")
+    (line,) = out.splitlines()
+    found = json.loads(line)
+    assert found["total_output_tokens"] == 240 and found["preemptions"] > 0  # 26 blocks into 19
+
+
+def test_random_prompts_share_exactly_their_prefix():
+    first, second = bench.random_prompts(2, 8, 4, 1000, seed=1)
+    assert first[:4] == second[:4] and first[4:] != second[4:]
+    assert len(first) == len(second) == 12 and max(first + second) < 1000
+    assert [first, second] == bench.random_prompts(2, 8, 4, 1000, seed=1)
+    assert first != bench.random_prompts(1, 8, 4, 1000, seed=2)[0]
+
+
+def test_score_ranks_the_author_first(command):
+    out, _ = command("score", *SMALL, "Who wrote Emma?", *CHOICES)
+    question, header, *rows = out.strip().split("\n")
+    assert question == "> Who wrote Emma?" and header.split() == ["total", "per", "token", "tokens"]
+    assert rows[0].split()[1::2][:2] == ["#1", "#1"] and rows[0].endswith(CHOICES[1])
+    assert [row.split()[1] for row in rows] == ["#1", "#2", "#3"]
+    totals = [float(row.split()[0]) for row in rows]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_score_ranks_by_total_and_says_how_tokens_rank(capsys):
+    def row(*logprobs: float) -> dict:
+        total = sum(logprobs)
+        text, mean = f"{len(logprobs)} tokens", total / len(logprobs)
+        return {"text": text, "total": total, "per_token": mean, "logprobs": logprobs}
+
+    terminal.show_ranking("?", [row(-3.0), row(-2.0, -2.0)])
+    first, second = capsys.readouterr().out.strip().split("\n")[2:]
+    assert first.split() == ["-3.00", "#1", "-3.000", "#2", "1", "1", "tokens"]
+    assert second.split() == ["-4.00", "#2", "-2.000", "#1", "2", "2", "tokens"]
+
+
+def test_score_reads_rows_and_prints_what_the_engine_says(command, tmp_path):
+    rows = [{"prompt": "The capital of", "continuations": [" France", " the old England"]}]
+    rows.append({"prompt": "", "continuations": ["Once"]})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    out, _ = command("score", *SMALL, "--raw", "--json", "--file", file)
+    found = [json.loads(line) for line in out.splitlines()]
+    with LLM(MODEL, num_blocks=40) as llm:
+        expected = llm.score(["The capital of"] * 2 + [""], [" France", " the old England", "Once"])
+    scores = {r["text"]: r["logprobs"] for row in found for r in row["continuations"]}
+    assert scores[" France"] == pytest.approx(expected[0], abs=1e-4)
+    assert scores[" the old England"] == pytest.approx(expected[1], abs=1e-4)
+    assert scores["Once"] == pytest.approx(expected[2], abs=1e-4)
+    for r in found[0]["continuations"]:
+        assert r["total"] == pytest.approx(sum(r["logprobs"]))
+        assert r["per_token"] == pytest.approx(r["total"] / len(r["logprobs"]))
+
+
+@pytest.mark.parametrize(
+    "row",
+    ['["a"]', "{}", '{"prompt": "a", "continuations": "b"}', '{"prompt": "a", "continuations": []}']
+    + ['{"prompt": 3, "continuations": ["b"]}', '{"prompt": "a", "continuations": ["b", 3]}'],
+)
+def test_score_names_the_row_at_fault(row, mistake, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "continuations": ["b"]}\n' + row)
+    assert f"{file}: row 2: " in mistake("score", "--file", file)
+
+
+def test_info_agrees_with_the_engine(era, command):
+    flags = [f"--recipe={name}={value}" for name, value in era.overrides.items()]
+    found = json.loads(command("info", era.directory, "--json", *flags)[0])
+    tokenizer = {"tokenizer_path": era.tokenizer, "num_blocks": 10}
+    with LLM(era.directory, **tokenizer, **era.overrides) as llm:
+        assert found["recipe"] == vars(llm.model.recipe)
+        assert found["windows"] == llm.model.windows
+        assert found["config"] == vars(llm.model.config)
+        depth, layers = len(llm.cache.data), len(llm.model.windows)
+        slots = llm.cache.num_blocks * 16
+        assert found["kv_bytes_per_token"] // layers * depth * slots == llm.cache.data.nbytes
+        assert found["parameters"] == sum(w.numel() for w in llm.model.weights.values())
+    length = found["config"]["sequence_len"]
+    # layers with a window w need the blocks of w + 1 tokens, wherever they begin
+    blocks = [
+        length // 16 if not 0 <= w < length - 1 else -(-w // 16) + 1 for w in found["windows"]
+    ]
+    blocks = sum(blocks[group[0]] for _, group in llm.groups) * depth  # of one layer each
+    wanted = blocks * 16 * found["kv_bytes_per_token"] // layers
+    assert found["kv_bytes_per_sequence"] == wanted
+    assert found["dtype"] == "float32" and found["weight_bytes"] == 4 * found["parameters"]
+
+
+def test_the_roofline_counts_what_a_decode_step_reads(command, monkeypatch):
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("microvllm.checkpoint.free_memory", lambda device: 10**9)
+    found = json.loads(command("info", "--json", "--dtype", "bfloat16")[0])
+    file = torch.load(MODEL / "model_011414.pt", weights_only=True, mmap=True)
+    read = sum(2 * w.numel() for key, w in file.items() if "wte" not in key)
+    read -= sum(2 * w.numel() for key, w in file.items() if key.startswith("value_embeds"))
+    # half of 1,024 tokens: the layers with a window of 256 see that and themselves
+    seen = 2 * 2 * 64 * 2 * (4 * 257 + 2 * 512)
+    limits = {int(batch): limit for batch, limit in found["decode_limits"].items()}
+    expected = {batch: batch * 1e9 / (read + batch * seen) for batch in (1, 8, 64)}
+    assert limits == pytest.approx(expected, rel=1e-3)
+    room = (10**9 - found["weight_bytes"]) / 2
+    assert found["full_sequences_that_fit"] == int(room / ((64 * 2 + 17 * 4) * 16 * 2 * 2 * 64 * 2))
+
+
+def test_info_describes_a_checkpoint_to_people(command):
+    out, _ = command("info")
+    assert out.startswith(f"{MODEL}, step 11414\n  era       5: softcap 15, ")
+    assert "6,144 bytes a token, 3.21 MB a sequence of 1,024" in out
+    assert "3 x 256, 1 x 1024, 1 x 256, 1 x 1024 (layers x tokens back)" in out
+    assert re.search(r"roofline  an estimate, from [\d.]+ [GM]B/s measured", out)
+    assert max(map(len, out.splitlines()[1:])) <= 96
+
+
+# real terminals, pipes and signals ----------------------------------------------------------------
+
+
+def test_a_conversation_on_a_terminal():
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    flags = ["chat", "--temperature", "0", "--ignore-eos", "--max-tokens", "900"]
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    shown, mark = "", 0
+    with process(*flags, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as child:
+        os.close(theirs)
+
+        def wait_for(pattern: str) -> re.Match:
+            nonlocal shown, mark
+            end = time.monotonic() + 30
+            while not (found := re.compile(pattern, re.S).search(shown, mark)):
+                assert time.monotonic() < end, f"never saw {pattern!r} after {shown[mark:]!r}"
+                if select.select([ours], [], [], 0.5)[0]:
+                    shown += os.read(ours, 4096).decode(errors="replace")
+            mark = found.end()
+            return found
+
+        try:
+            wait_for("> ")
+            os.write(ours, b"Tell me a story.\n")
+            wait_for("story.\r\n.{150}")  # it is being written
+            child.send_signal(signal.SIGINT)
+            wait_for(r"\033\[2m\[\d+ tokens, .*; 0 of 10 prompt tokens cached; stopped\]\033\[0m")
+            wait_for("> ")
+            os.write(ours, b"Another one.\n")
+            wait_for("one.\r\n.{10}")
+            child.send_signal(signal.SIGINT)
+            hits = int(wait_for(r"; (\d+) of \d+ prompt tokens cached; stopped\]")[1])
+            assert hits >= 16
+            for _ in range(60):  # a line editor that is just starting may drop what was typed
+                if child.poll() is not None:
+                    break
+                os.write(ours, b"\x04")
+                if select.select([ours], [], [], 0.5)[0]:
+                    with contextlib.suppress(OSError):  # its end of the terminal is closed
+                        os.read(ours, 4096)
+            assert child.wait(5) == 0
+        finally:
+            child.kill()
+            os.close(ours)
+
+
+def test_ctrl_c_ends_run_with_130_and_no_traceback():
+    flags = ["run", *SMALL, "--raw", "--ignore-eos", "--max-tokens", "600", "It was"]
+    with process(*flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout.read(1)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, b"")
+
+
+def test_a_reader_who_goes_away_is_no_error():
+    flags = ["run", *SMALL, "--json", "--max-tokens", "1", "One", "Two"]
+    with process(*flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.close()
+        err = child.stderr.read()
+    assert (child.returncode, err) == (141, b"")
+
+
+# trace --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["run", "--max-tokens", "3", "hi"],
+        ["run", "--max-tokens", "3", "hi", "there"],
+        ["bench", "--num-prompts", "2", "--max-tokens", "3"],
+        ["score", "a prompt", " and more"],
+        ["chat", "--max-tokens", "3"],
+    ],
+)
+def test_every_command_that_runs_a_model_can_be_traced(flags, command, tmp_path):
+    file = tmp_path / "run.jsonl"
+    command(flags[0], *SMALL, "--trace", file, *flags[1:], stdin="hi\n")
+    kinds = [json.loads(line)["e"] for line in file.read_text().splitlines()]
+    assert kinds[0] == "pool" and {"arrive", "begin", "end", "finish"} <= set(kinds)
+
+
+def test_a_trace_becomes_a_page_and_chromes_format(command, tmp_path):
+    file, page, chrome = (tmp_path / name for name in ("run.jsonl", "run.html", "chrome.json"))
+    command("run", *SMALL, "--trace", file, "--max-tokens", "3", "--ignore-eos", "hi")
+    out, _ = command("trace", file)
+    assert out.startswith("3 steps, ") and str(page) in out
+    assert "<!doctype html>" in page.read_text() and "/*events*/" not in page.read_text()
+    page.unlink()
+    found = json.loads(command("trace", file, "--chrome", chrome, "--json")[0])
+    assert found["files"] == [str(chrome)] and not page.exists()
+    assert json.loads(chrome.read_text())["traceEvents"]
+    out, _ = command("trace", file, "-o", tmp_path / "other.html", "--chrome", chrome)
+    assert "other.html" in out and "chrome.json" in out
+
+
+def test_watch_draws_beside_the_answers(command):
+    pytest.importorskip("rich", reason="needs pip install rich")
+    flags = [*SMALL, "--temperature", "0", "--watch"]
+    out, err = command("run", *flags, "Who wrote Moby Dick?")
+    assert out == "> Who wrote Moby Dick?\nMoby Dick was written by Herman Melville.\n\n"
+    assert "the pool: 39 blocks" in err and "done 1" in err
+    out, err = command("bench", *flags, "--num-prompts", "2", "--max-tokens", "4", "--json")
+    assert json.loads(out) and "the pool: 39 blocks" in err
+
+
+def test_watch_without_rich_says_what_to_install(mistake, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert "pip install 'microvllm[watch]'" in mistake("run", "--watch", "hi")
+    assert "microvllm[watch]" in mistake("bench", "--watch")

@@ -1,0 +1,518 @@
+"""The tokenizer against nanochat's own outputs, against hostile files, and streamed."""
+
+import copyreg
+import io
+import json
+import os
+import pickle
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from microvllm.tokenizer import Tokenizer, load_tokenizer
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "nanochat_eras"
+GOLDENS = json.loads((FIXTURES / "tokenizer_goldens.json").read_text(encoding="utf-8"))
+TOY_FILE = FIXTURES / "tokenizer" / "tokenizer.pkl"
+REAL_DIR = Path(__file__).parents[2] / "models" / "tokenizer"
+TOY = load_tokenizer(TOY_FILE)
+REAL = load_tokenizer(REAL_DIR)
+
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "What is 6 * 7?"},
+]
+
+
+def parts(**changes):
+    """The arguments of a valid little tokenizer, some of them changed."""
+    return {
+        "name": "bytes",
+        "pat_str": r"\s+|\S+",
+        "mergeable_ranks": {bytes([i]): i for i in range(256)},
+        "special_tokens": {"<|bos|>": 256},
+    } | changes
+
+
+def write(tmp_path, data: bytes) -> Path:
+    file = tmp_path / "tokenizer.pkl"
+    file.write_bytes(data)
+    return file
+
+
+# nanochat's own outputs
+
+
+@pytest.mark.parametrize("case", GOLDENS["encode"], ids=lambda case: repr(case["text"][:20]))
+def test_text_becomes_the_ids_nanochat_gives_it(case):
+    assert TOY.encode(case["text"]) == case["ids"]
+    assert TOY.encode(case["text"], bos=True) == case["ids_bos"]
+    assert TOY.decode(case["ids"]) == case["text"]
+
+
+@pytest.mark.parametrize("case", GOLDENS["decode"], ids=lambda case: str(case["ids"][:6]))
+def test_ids_become_the_text_nanochat_gives_them(case):
+    assert TOY.decode(case["ids"]) == case["text"]
+
+
+def test_every_token_has_the_bytes_nanochat_says():
+    assert TOY.vocab_size == GOLDENS["vocab_size"]
+    assert TOY.bos_id == GOLDENS["bos_token_id"]
+    assert TOY.special_tokens == GOLDENS["special_tokens"]
+    names = {id_: name for name, id_ in GOLDENS["special_tokens"].items()}
+    for id_, expected in enumerate(GOLDENS["token_bytes_hex"]):
+        if expected is None:
+            assert TOY.token_bytes(id_) == names[id_].encode()
+            assert TOY.token_bytes(id_, skip_special=True) == b""
+        else:
+            assert TOY.token_bytes(id_) == bytes.fromhex(expected)
+            assert TOY.token_bytes(id_, skip_special=True) == bytes.fromhex(expected)
+
+
+@pytest.mark.parametrize("case", GOLDENS["conversations"], ids=lambda case: case["name"])
+def test_conversations_are_rendered_as_nanochat_renders_them(case):
+    limit = {"max_tokens": case["max_tokens"]} if "max_tokens" in case else {}
+    ids, mask = TOY.render_conversation(case["messages"], **limit)
+    assert ids == case["render_conversation"]["ids"]
+    assert mask == case["render_conversation"]["mask"]
+    if "render_for_completion" in case:
+        messages = json.dumps(case["messages"])
+        assert TOY.render_for_completion(case["messages"]) == case["render_for_completion"]
+        assert TOY.render_for_completion(case["messages"][:-1]) == case["render_for_completion"]
+        assert json.dumps(case["messages"]) == messages, "the caller's messages were changed"
+
+
+def test_the_goldens_cover_what_they_are_here_for():
+    assert len(GOLDENS["encode"]) >= 30 and len(GOLDENS["decode"]) >= 15
+    assert sum("render_for_completion" in case for case in GOLDENS["conversations"]) >= 5
+
+
+# the bundled tokenizer
+
+
+def test_the_bundled_tokenizer_is_found_by_directory_and_by_file():
+    assert load_tokenizer(str(REAL_DIR / "tokenizer.pkl")).vocab_size == REAL.vocab_size == 4096
+    assert REAL.bos_id == REAL.encode_special("<|bos|>") == 4087
+    assert REAL.eos_ids == {REAL.bos_id, REAL.encode_special("<|assistant_end|>")}
+    assert REAL.has_chat
+
+
+def test_it_agrees_with_tiktoken_on_its_own_file():
+    with open(REAL_DIR / "tokenizer.pkl", "rb") as file:
+        encoding = pickle.load(file)  # our own file: here, and only here, it may be unpickled
+    text = "It was the best of times, it was the worst of times; 1859, naïve 你好 🌍\r\n\tthe end  "
+    assert REAL.encode(text) == encoding.encode_ordinary(text)
+    ids = list(range(REAL.vocab_size))
+    assert REAL.decode(ids) == encoding.decode(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_decoding_gives_back_any_text(text):
+    assert REAL.decode(REAL.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", sorted(REAL.special_tokens))
+def test_text_that_looks_like_a_special_token_is_plain_bytes(name):
+    for text in (name, f"end{name}start", name * 3):
+        ids = REAL.encode(text)
+        assert max(ids) < REAL.num_ordinary
+        assert REAL.decode(ids, skip_special=True) == text
+
+
+def test_a_lone_surrogate_is_replaced_rather_than_fatal():
+    assert REAL.decode(REAL.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_special_tokens_are_shown_by_name_unless_skipped():
+    ids = [REAL.bos_id, *REAL.encode("Hello"), REAL.encode_special("<|assistant_end|>")]
+    assert REAL.decode(ids) == "<|bos|>Hello<|assistant_end|>"
+    assert REAL.decode(ids, skip_special=True) == "Hello"
+    assert REAL.decode([]) == ""
+
+
+def test_a_special_token_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match=r"<\|nobody\|>.*<\|bos\|>"):
+        REAL.encode_special("<|nobody|>")
+
+
+@pytest.mark.parametrize("bad_id", [-1, 4096, 10**9])
+def test_an_id_outside_the_vocabulary_is_named(bad_id):
+    with pytest.raises(ValueError, match=f"token id {bad_id} "):
+        REAL.decode([65, bad_id])
+    with pytest.raises(ValueError, match=f"token id {bad_id} "):
+        REAL.decoder().push(bad_id)
+
+
+@pytest.mark.parametrize("not_text", [None, 5, b"bytes", ["list"]])
+def test_only_strings_are_text(not_text):
+    with pytest.raises(TypeError, match=type(not_text).__name__):
+        REAL.encode(not_text)
+
+
+def test_text_that_the_pattern_gives_up_on_is_an_ordinary_error():
+    text = " " * 3_000_000
+    try:  # the overflow of tiktoken's stack is a panic, which `except Exception` does not catch
+        assert REAL.decode(REAL.encode(text)) == text  # a newer tiktoken may well manage it
+    except ValueError as error:
+        assert "text of 3,000,000 characters cannot be split" in str(error)
+    assert REAL.encode(" ") == [32]
+
+
+# conversations
+
+
+def test_a_conversation_that_ends_with_the_user_asks_for_the_answer():
+    ids = TOY.render_for_completion(CHAT)
+    assert TOY.decode(ids) == (
+        "<|bos|><|user_start|>Hi<|user_end|><|assistant_start|>Hello.<|assistant_end|>"
+        "<|user_start|>What is 6 * 7?<|user_end|><|assistant_start|>"
+    )
+    assert ids == TOY.render_for_completion([*CHAT, {"role": "assistant", "content": "42"}])
+
+
+def test_a_long_conversation_is_cut_for_training_but_never_for_completion():
+    messages = [{"role": "user", "content": "a" * 5000}]
+    ids, mask = TOY.render_conversation(messages)
+    assert len(ids) == len(mask) == 2048
+    assert len(TOY.render_conversation(messages, max_tokens=None)[0]) == 5003
+    assert len(TOY.render_for_completion(messages)) == 5004
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, not 0"):
+        TOY.render_conversation(messages, max_tokens=0)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "messages, complaint",
+    [
+        ([], "no user message"),
+        ([SYSTEM], "no user message"),
+        ([assistant("x")], r"messages\[0\] has the role 'assistant' where 'user' was expected"),
+        ([user("a"), user("b")], r"messages\[1\] has the role 'user' where 'assistant'"),
+        ([SYSTEM, SYSTEM, user("a")], r"messages\[1\] has the role 'system' where 'user'"),
+        ([user("a"), SYSTEM], r"messages\[1\] has the role 'system' where 'assistant'"),
+        ([{"role": "tool", "content": "a"}], r"messages\[0\] has the role 'tool'"),
+        ([{"content": "a"}], r"messages\[0\] has the role None"),
+        ([{"role": "user"}], r"messages\[0\]: content is NoneType"),
+        ([user([{"type": "text", "text": "a"}])], r"messages\[0\]: content is list"),
+        ([{"role": "system", "content": 3}, user("a")], r"messages\[0\]: content is int"),
+        ([user("a"), assistant(["b"])], r"messages\[1\]: a part must be a dict"),
+        ([user("a"), assistant([{"type": "text"}])], r"messages\[1\]: a part must be a dict"),
+        ([user("a"), assistant([{"type": "image", "text": ""}])], "type is 'image', not text"),
+        (["hello"], r"messages\[0\] must be a dict, not str"),
+        ("hello", "messages must be a list of dicts, not str"),
+        ({"messages": []}, "messages must be a list of dicts, not dict"),
+    ],
+)
+def test_a_malformed_conversation_is_refused_and_the_message_named(messages, complaint):
+    with pytest.raises((ValueError, TypeError), match=complaint):
+        TOY.render_conversation(messages)
+    with pytest.raises((ValueError, TypeError), match=complaint):
+        TOY.render_for_completion(messages)
+
+
+def test_a_tokenizer_without_chat_tokens_says_so():
+    plain = Tokenizer(**parts())
+    assert not plain.has_chat
+    assert plain.eos_ids == {256}
+    with pytest.raises(ValueError, match=r"no special token '<\|user_start\|>'"):
+        plain.render_for_completion(CHAT)
+
+
+# streaming
+
+
+def stream(tokenizer, ids):
+    decoder = tokenizer.decoder()
+    return [decoder.push(id_) for id_ in ids], decoder.flush()
+
+
+def test_half_a_character_is_held_back_until_it_is_whole():
+    assert stream(TOY, [0xF0, 0x9F, 0x8C, 0x8D, ord("!")]) == (["", "", "", "🌍", "!"], "")
+
+
+def test_bytes_that_cannot_become_a_character_are_not_held_back():
+    assert stream(TOY, [0xF0, ord("a")]) == (["", "\ufffda"], "")
+
+
+def test_a_character_the_end_cuts_short_comes_with_the_flush():
+    assert stream(TOY, [ord("a"), 0xF0, 0x9F]) == (["a", "", ""], "\ufffd")
+
+
+def test_bytes_wait_for_each_other_across_a_special_token():
+    ids = [0xC3, TOY.bos_id, 0xA9]
+    assert stream(TOY, ids) == (["", "", "é"], "")
+    assert TOY.decode(ids, skip_special=True) == "é"
+    assert TOY.decode(ids) == "\ufffd<|bos|>\ufffd"
+
+
+def test_two_streams_of_one_tokenizer_do_not_mix():
+    one, other = TOY.decoder(), TOY.decoder()
+    assert [one.push(0xC3), other.push(0xE2), one.push(0xA9), other.flush()] == [
+        "",
+        "",
+        "é",
+        "\ufffd",
+    ]
+
+
+# every byte above 0x7f is a fragment of utf-8; a stream of them is where decoders disagree
+JUNK = st.lists(st.one_of(st.integers(0x80, 0xFF), st.integers(0, TOY.vocab_size - 1)))
+
+
+@settings(max_examples=400, deadline=None)
+@given(JUNK)
+def test_streamed_pieces_joined_are_the_decoded_text_for_any_junk(ids):
+    pieces, rest = stream(TOY, ids)
+    assert "".join(pieces) + rest == TOY.decode(ids, skip_special=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_stream_of_text_is_at_each_moment_a_prefix_of_it(text):
+    decoder, shown = TOY.decoder(), ""
+    for id_ in TOY.encode(text):
+        shown += decoder.push(id_)
+        assert text.startswith(shown)  # in particular it never shows a replacement for half of one
+    assert shown == text
+    assert decoder.flush() == ""
+
+
+# files that are no tokenizer
+
+
+class Call:
+    """Unpickling it calls `function(*arguments)`."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def encoding_with(state) -> tiktoken.Encoding:
+    """An Encoding that `dumps` pickles with this state instead of its own."""
+    encoding = tiktoken.Encoding.__new__(tiktoken.Encoding)
+    encoding.state = state
+    return encoding
+
+
+def dumps(thing, protocol: int = 4) -> bytes:
+    """pickle.dumps, as nanochat would call it, but for the states of Encodings."""
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer, protocol)
+    pickler.dispatch_table = {
+        tiktoken.Encoding: lambda made: (copyreg.__newobj__, (tiktoken.Encoding,), made.state)
+    }
+    pickler.dump(thing)
+    return buffer.getvalue()
+
+
+HOSTILE = {
+    "os.system": lambda marker: Call(os.system, f"touch {marker}"),
+    "eval": lambda marker: Call(eval, f"open({str(marker)!r}, 'w').close()"),
+    "exec": lambda marker: Call(exec, f"open({str(marker)!r}, 'w').close()"),
+    "subprocess": lambda marker: Call(subprocess.call, ["touch", str(marker)]),
+    "nested in a dict": lambda marker: {"name": Call(os.system, f"touch {marker}")},
+    "nested in an argument": lambda marker: Call(len, [Call(os.system, f"touch {marker}")]),
+    "nested in an Encoding": lambda marker: encoding_with(
+        parts(pat_str=Call(os.system, f"touch {marker}"))
+    ),
+}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_pickle_is_refused_and_not_run(attack, protocol, tmp_path):
+    marker = tmp_path / "it_ran"
+    data = dumps(HOSTILE[attack](marker), protocol)
+    file = write(tmp_path, data)
+    with pytest.raises(ValueError, match="is not a nanochat tokenizer.*nothing of it was run") as e:
+        load_tokenizer(file)
+    assert str(file) in str(e.value)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_the_attacks_above_are_real(attack, tmp_path):
+    marker = tmp_path / "it_ran"
+    try:
+        pickle.loads(dumps(HOSTILE[attack](marker)))
+    except (TypeError, ValueError):
+        pass  # what the attack leaves behind makes no sense, which is too late
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("function, name", [(os.system, "system"), (eval, "builtins.eval")])
+def test_the_refusal_names_the_function_the_file_asked_for(function, name, tmp_path):
+    with pytest.raises(ValueError, match=name):
+        load_tokenizer(write(tmp_path, dumps(Call(function, "1"))))
+
+
+@pytest.mark.parametrize(
+    "data, found",
+    [
+        (b"", "pickle exhausted"),
+        (b"\x80", "not enough data"),
+        (b"a text file, not a pickle\n", "the pickle instruction APPEND at byte 0"),
+        (b"Hello\n", "opcode b'H' unknown"),
+        (dumps({"mergeable_ranks": {}}), "it holds dict"),
+        (dumps("a string"), "it holds str"),
+        (dumps([1, 2]), "the pickle instruction EMPTY_LIST"),
+        (dumps(encoding_with("cl100k_base")), "it holds str"),
+        (dumps(encoding_with({"name": "x", "more": 1})), "the fields name, more"),
+        (dumps(Tokenizer), "it asks for microvllm.tokenizer.Tokenizer"),
+        (dumps(tiktoken.Encoding), "it holds type"),
+        (b"\x80\x04}" + dumps(parts())[2:-1] + b"b.", "it holds dict"),  # the state of a dict
+        (b"\x80\x04.", "index out of range"),
+        (b"\x80\x04}}s.", "index out of range"),
+    ],
+)
+def test_a_foreign_file_is_refused_with_what_was_found(data, found, tmp_path):
+    file = write(tmp_path, data)
+    with pytest.raises(ValueError, match=found) as e:
+        load_tokenizer(file)
+    assert str(e.value).startswith(f"{file} is not a nanochat tokenizer")
+
+
+def hash_bomb():
+    nested = ()
+    for _ in range(64):
+        nested = (nested, nested)  # 2**64 leaves for hash() to visit, 64 objects for pickle
+    return nested
+
+
+def repr_bomb():
+    nested = {}
+    for _ in range(64):
+        nested = {"a": nested, "b": nested}
+    return nested
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        # the bombs stand where they would be hashed, printed, or asked for as a global
+        b"\x80\x04}" + dumps(hash_bomb())[2:-1] + b"K\x01s.",
+        dumps(encoding_with(parts(name=repr_bomb()))),
+        dumps(encoding_with(repr_bomb())),
+        dumps(repr_bomb())[:-1] + b"\x8c\x08Encoding\x93.",
+        b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b".",  # lists in lists
+        b"\x80\x04" + b"}K\x01" * 100_000 + b"}" + b"s" * 100_000 + b".",  # dicts in dicts
+        b"\x80\x04N" + b"r\xff\xff\xff\x7f" + b".",  # a memo of two billion entries
+        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f" + b"x.",  # bytes that claim to be 2**63 long
+        b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f" + b"N.",  # a frame of that length
+    ],
+    ids=[
+        "hash",
+        "repr",
+        "repr of state",
+        "repr of module",
+        "lists",
+        "dicts",
+        "memo",
+        "len",
+        "frame",
+    ],
+)
+def test_a_pickle_bomb_is_refused_at_once(data, tmp_path):
+    with pytest.raises(ValueError, match="is not a nanochat tokenizer"):
+        load_tokenizer(write(tmp_path, data))
+
+
+def test_a_file_far_too_large_is_not_even_read(tmp_path):
+    file = write(tmp_path, b"")
+    os.truncate(file, 1 << 40)  # sparse: a terabyte of nothing
+    with pytest.raises(ValueError, match="1,099,511,627,776 bytes"):
+        load_tokenizer(file)
+
+
+def test_a_truncated_tokenizer_is_refused_wherever_it_was_cut(tmp_path):
+    whole = TOY_FILE.read_bytes()
+    for length in range(0, len(whole), 37):
+        with pytest.raises(ValueError, match="is not a nanochat tokenizer"):
+            load_tokenizer(write(tmp_path, whole[:length]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(TOY_FILE.read_bytes()) - 1), st.integers(0, 255))
+def test_a_damaged_tokenizer_is_refused_or_still_one(tmp_path_factory, position, byte):
+    data = bytearray(TOY_FILE.read_bytes())
+    data[position] = byte
+    file = write(tmp_path_factory.getbasetemp(), bytes(data))
+    try:
+        tokenizer = load_tokenizer(file)
+    except ValueError as error:
+        assert str(file) in str(error)
+    else:  # the byte was part of a token or of the pattern
+        assert tokenizer.decode(tokenizer.encode("some text")) == "some text"
+
+
+def test_a_missing_tokenizer_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer_path=") as e:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.pkl") in str(e.value)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+BYTES = {bytes([i]): i for i in range(256)}
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"name": 5}, "name and pat_str must be strings"),
+        ({"pat_str": b"."}, "name and pat_str must be strings"),
+        ({"pat_str": "("}, "parenthesis"),
+        ({"pat_str": ""}, "cannot be split|pat_str loses text"),
+        ({"pat_str": "[a-z]+"}, "pat_str loses text"),
+        ({"mergeable_ranks": {}}, "special_tokens must use each id from 0 to 0"),
+        ({"mergeable_ranks": [b"a"]}, "the pickle instruction EMPTY_LIST"),
+        ({"mergeable_ranks": "ab"}, "mergeable_ranks is str"),
+        ({"mergeable_ranks": BYTES | {"text": 256}}, "mergeable_ranks must map bytes to int"),
+        ({"mergeable_ranks": BYTES | {b"ab": "256"}}, "mergeable_ranks must map bytes to int"),
+        ({"mergeable_ranks": BYTES | {b"ab": 255}}, "each id from 0 to 256 once"),
+        ({"mergeable_ranks": BYTES | {b"ab": 257}}, "each id from 0 to 256 once"),
+        (
+            {
+                "mergeable_ranks": {bytes([i + 1]): i for i in range(255)},
+                "special_tokens": {"<|bos|>": 255},
+            },
+            "no token for the single byte 0",
+        ),
+        ({"special_tokens": {}}, r"no <\|bos\|> token"),
+        ({"special_tokens": {"<|endoftext|>": 256}}, r"no <\|bos\|> token"),
+        ({"special_tokens": {b"<|bos|>": 256}}, "special_tokens must map str to int"),
+        ({"special_tokens": {"<|bos|>": 255}}, "special_tokens must use each id from 256 to 256"),
+        ({"special_tokens": {"<|bos|>": 256, "<|x|>": 258}}, "each id from 256 to 257"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_together_is_refused(changes, complaint, tmp_path):
+    file = write(tmp_path, dumps(encoding_with(parts(**changes))))
+    with pytest.raises(ValueError, match=complaint) as e:
+        load_tokenizer(file)
+    assert str(file) in str(e.value)
+
+
+def test_a_vocabulary_that_does_fit_together_is_loaded(tmp_path):
+    data = dumps(encoding_with(parts()))
+    assert load_tokenizer(write(tmp_path, data)).encode("ab", bos=True) == [256, 97, 98]
+    data = pickle.dumps(tiktoken.Encoding(**parts()), pickle.HIGHEST_PROTOCOL)
+    assert load_tokenizer(write(tmp_path, data)).encode("ab", bos=True) == [256, 97, 98]

@@ -1,0 +1,279 @@
+"""Paged attention on the CPU against dense attention written out, on random mixed batches.
+
+Every slot of the cache that belongs to no live token is NaN, so that whatever reads it shows.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import MODEL, hand_made_batch
+
+from microvllm import model
+from microvllm.attention import sdpa_attention
+from microvllm.checkpoint import load_model
+from microvllm.cpu import kernels as kernels_cpu
+from microvllm.cpu.kernels import paged_attention
+from microvllm.fused import linear
+
+# (rows in this step, tokens in the cache after it): decodes, then chunks that begin at 0 and later
+MIXED = [(1, 1), (1, 2), (1, 77), (1, 16), (1, 17), (5, 5), (16, 16), (17, 40), (33, 70), (2, 64)]
+
+
+def case(work, n_head=4, n_kv_head=2, head_dim=32, block_size=16):
+    """Random q, k, v and a batch whose blocks lie anywhere in a cache that is otherwise NaN."""
+    counts = [-(-length // block_size) for _, length in work]
+    free = (1 + torch.randperm(sum(counts))).tolist()  # block 0 is the sink
+    k, v = torch.full((2, 1 + sum(counts), n_kv_head, block_size, head_dim), torch.nan)
+    chunks = []
+    for (rows, length), count in zip(work, counts, strict=True):
+        table = [free.pop() for _ in range(count)]
+        chunks.append(([0] * length, length - rows, length, table))
+        for i, block in enumerate(table):
+            used = min(block_size, length - i * block_size)
+            k[block, :, :used], v[block, :, :used] = torch.randn(2, n_kv_head, used, head_dim)
+    q = torch.randn(sum(rows for rows, _ in work), n_head, head_dim)
+    return q, k, v, hand_made_batch(chunks, block_size)
+
+
+def dense(q, k, v, batch, window):
+    """Row by row in float64: gather what the row may see, score, softmax, average."""
+    out = torch.empty_like(q, dtype=torch.float64)
+    block_size, group = k.shape[2], q.shape[1] // k.shape[1]
+    for b, length in enumerate(batch.seq_lens.tolist()):
+        slots = [
+            (int(batch.block_tables[b, p // block_size]), p % block_size) for p in range(length)
+        ]
+        keys, values = (torch.stack([x[i, :, s] for i, s in slots]).double() for x in (k, v))
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        first, stop = batch.cu_seqlens[b : b + 2].tolist()
+        for row in range(first, stop):
+            p = length - stop + row
+            seen = slice(0 if window < 0 else max(0, p - window), p + 1)
+            scores = torch.einsum("hd,jhd->hj", q[row].double(), keys[seen])
+            weights = torch.softmax(scores / math.sqrt(q.shape[2]), dim=1)
+            out[row] = torch.einsum("hj,jhd->hd", weights, values[seen])
+    return out
+
+
+def check(work, window, dtype=torch.float32, **shape):
+    q, k, v, batch = case(work, **shape)
+    k, v = k.to(dtype), v.to(dtype)
+    got, want = paged_attention(q, k, v, batch, window), dense(q, k, v, batch, window)
+    assert got.shape == q.shape and got.dtype == torch.float32 and got.is_contiguous()
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("window", [-1, 0, 3, 16, 10_000])
+@pytest.mark.parametrize("block_size", [1, 3, 4, 16, 64])
+def test_mixed_batch_of_decodes_and_chunks(block_size, window):
+    check(MIXED, window, block_size=block_size)
+
+
+@pytest.mark.parametrize("n_head, n_kv_head", [(1, 1), (3, 3), (4, 2), (4, 1), (6, 2), (20, 1)])
+@pytest.mark.parametrize("window", [-1, 7])
+def test_query_heads_share_kv_heads(n_head, n_kv_head, window):
+    check(MIXED, window, n_head=n_head, n_kv_head=n_kv_head)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128])
+def test_head_dims(head_dim):
+    check(MIXED, -1, head_dim=head_dim)
+
+
+@pytest.mark.parametrize("work", [[(1, 1)], [(1, 300)], [(1, 5), (1, 9)], [(23, 23)] * 3])
+def test_small_batches(work):
+    check(work, -1)
+
+
+@pytest.mark.parametrize("window", [-1, 50])
+def test_long_chunks(window):
+    check([(1, 30), (150, 150), (64, 400)], window)
+
+
+def test_a_prompt_in_chunks_is_the_prompt_at_once():
+    """Each row gets the same answer wherever the borders of the chunks fall."""
+    q, k, v, whole = case([(60, 60)])
+    table = whole.block_tables[0].tolist()
+    want = paged_attention(q, k, v, whole, 20)
+    for size in (1, 7, 16, 59):
+        for start in range(0, 60, size):
+            stop = min(60, start + size)
+            chunk = hand_made_batch([([0] * 60, start, stop, table)], 16)
+            got = paged_attention(q[start:stop], k, v, chunk, 20)
+            torch.testing.assert_close(got, want[start:stop], rtol=0, atol=1e-6)
+
+
+def test_extra_columns_of_the_table_and_larger_bounds_change_nothing():
+    """As in buffers of a fixed size, made for a larger batch."""
+    q, k, v, batch = case(MIXED)
+    want = paged_attention(q, k, v, batch, -1)
+    batch.block_tables = torch.nn.functional.pad(batch.block_tables, (0, 5))
+    batch.max_seq, batch.max_query = 500, 100
+    assert torch.equal(paged_attention(q, k, v, batch, -1), want)
+
+
+def test_agrees_with_the_sdpa_reference():
+    """The reference multiplies what it masks by zero, so here the unused slots are zero."""
+    q, k, v, batch = case(MIXED)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    for window in (-1, 9):
+        want = sdpa_attention(q, k, v, batch, window)
+        got = paged_attention(q, k, v, batch, window)
+        torch.testing.assert_close(got, want, rtol=0, atol=3e-6)
+
+
+def test_large_scores_do_not_overflow():
+    """One key wins by hundreds of units: its value comes out, the losers weigh next to nothing."""
+    q, k, v, batch = case([(1, 40), (6, 20)])
+    q, k = q * 30, k * 30
+    torch.testing.assert_close(
+        paged_attention(q, k, v, batch, -1).double(), dense(q, k, v, batch, -1), rtol=0, atol=1e-3
+    )
+
+
+def test_a_nan_shows_in_its_own_sequence_only():
+    q, k, v, batch = case([(1, 20), (1, 20), (4, 9)])
+    q[1] = torch.nan  # a broken row must not turn into a plausible answer
+    block = batch.block_tables[2, 0]
+    k[block, :, 0] = torch.nan
+    out = paged_attention(q, k, v, batch, -1)
+    assert not out[0].isnan().any() and out[1:].isnan().all()
+
+
+def test_rows_of_a_wider_tensor():
+    """q may be a slice of the fused projection; that is not worth a second compilation."""
+    q, k, v, batch = case(MIXED)
+    wide = torch.cat((q, torch.randn(len(q), 4, q.shape[2])), dim=1)
+    want = paged_attention(q, k, v, batch, -1)
+    compiled = len(kernels_cpu._attend.signatures)
+    assert torch.equal(paged_attention(wide[:, : q.shape[1]], k, v, batch, -1), want)
+    assert len(kernels_cpu._attend.signatures) == compiled
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_a_second_process_compiles_nothing_and_torch_keeps_its_threads(layer):
+    """And two Python threads may call at once, even on the layer that forbids it."""
+    check([(1, 5)], -1)  # now the kernel is on disk
+    script = """
+import ctypes, threading, torch
+torch.set_num_threads(1)
+from microvllm.cpu import kernels as kernels_cpu
+assert torch.get_num_threads() == 1
+nested_teams = getattr(ctypes.CDLL(None), "omp_get_nested", int)
+assert not nested_teams()  # with them torch's own attention crawls
+torch.set_num_threads(2)
+from test_kernels_cpu import check
+callers = [threading.Thread(target=lambda: [check([(1, 5)], -1) for _ in range(20)]) for _ in "ab"]
+[t.start() for t in callers], [t.join() for t in callers]
+stats = kernels_cpu._attend.stats
+assert sum(stats.cache_hits.values()) == 1 and not stats.cache_misses, stats
+"""
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.pathsep.join([os.path.dirname(here), here])
+    env = {**os.environ, "PYTHONPATH": path, "NUMBA_THREADING_LAYER": layer}
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+# the fused steps of a layer -----------------------------------------------------------------------
+
+ROWS = pytest.mark.parametrize("rows", [1, 7, 8, 65])  # alone, and split between threads
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    """New memory is NaN, so that what a kernel forgets to write is seen."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a: empty(*a).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: empty_like(*a, **kw).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("window", [-1, 20])
+def test_a_bfloat16_cache_is_read_as_the_float32_it_stands_for(window):
+    """To float32's rounding, as the others: not to the bit, since this is a kernel of its own, and
+    which sums the compiler reorders is its affair."""
+    check(MIXED, window, torch.bfloat16, n_head=6, n_kv_head=2)
+
+
+def test_rope_store_rounds_to_a_bfloat16_cache_as_torch_does():
+    qkv, cos, sin = torch.randn(9, 8 * 32), torch.randn(50, 16), torch.randn(50, 16)
+    batch = SimpleNamespace(positions=torch.arange(9).int(), slots=torch.arange(16, 25).int())
+    caches = torch.zeros(2, 4, 2, 16, 32)
+    small = caches.bfloat16()
+    for k, v in (caches, small):
+        kernels_cpu.rope_store(qkv, qkv, None, None, cos, sin, batch, k, v, 4, 1.2, 3.0, 1e-3)
+    assert torch.equal(small[1], caches[1].bfloat16())  # v: nothing was computed
+    # k: rounded to the nearest, but for the last bit of what was rounded, which may differ
+    torch.testing.assert_close(small[0].float(), caches[0], rtol=1.001 * 2**-8, atol=0)
+
+
+@ROWS
+@pytest.mark.parametrize("channels", [33, 64, 80, 256, 768])
+def test_quantize_rows_is_the_reference(rows, channels):
+    x = torch.randn(rows, channels) * torch.logspace(-3, 3, rows)[:, None]
+    x[-1] = 0
+    (ours, scale), (reference, scale_ref) = (
+        module.quantize_rows(x, 127) for module in (kernels_cpu, linear)
+    )
+    torch.testing.assert_close(scale, scale_ref, rtol=1e-6, atol=0)
+    # each is the nearest integer; float32's rounding decides where two are equally near
+    exact = linear.rotate(x.double()) / scale.double()
+    for found in (ours, reference):
+        assert (found.double() - 128 - exact).abs().max() <= 0.5 + 1e-4
+    # they say what x was, up to half a step of the rotated one
+    steps = (ours.float() - 128) * scale - linear.rotate(x)
+    assert (steps.abs() <= 0.5001 * scale).all()
+
+
+@ROWS
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_add_norm_is_the_reference(rows, adds, mixes, poisoned_outputs):
+    x, y, x0 = torch.randn(3, rows, 136)
+    given = x.clone()
+    a, b = (torch.tensor(z) if mixes else None for z in (0.7, -0.4))
+    rest = y if adds else None, x0, a, b, 1e-3
+    for ours, reference in zip(
+        kernels_cpu.add_norm(x, *rest), model.add_norm(x, *rest), strict=True
+    ):
+        torch.testing.assert_close(ours, reference, atol=2e-6, rtol=2e-6)
+    assert torch.equal(x, given)  # x0 of the next layers may be this very tensor
+
+
+@ROWS
+@pytest.mark.parametrize(
+    "n_head, n_kv_head, dim, block_size, channels",
+    [(3, 3, 32, 4, 12), (8, 1, 16, 1, 0), (4, 2, 128, 16, 32), (6, 3, 20, 64, 12)],
+)
+def test_rope_store_is_the_reference(
+    rows, n_head, n_kv_head, dim, block_size, channels, poisoned_outputs
+):
+    num_blocks, vocab, positions = 70, 11, 50
+    qkv, h = torch.randn(rows, (n_head + 2 * n_kv_head) * dim), torch.randn(rows, 40)
+    ve = torch.randn(vocab, n_kv_head * dim) if channels else None
+    ve_gate = torch.randn(n_kv_head, channels) if channels else None
+    angle = torch.randn(positions, dim // 2)
+    batch = SimpleNamespace(
+        ids=torch.randint(vocab, (rows,), dtype=torch.int32),
+        positions=torch.randint(positions, (rows,), dtype=torch.int32),
+        slots=torch.randperm(num_blocks * block_size)[:rows].int(),
+    )
+    k, v = torch.randn(2, num_blocks, n_kv_head, block_size, dim)
+    k_ref, v_ref = k.clone(), v.clone()
+    given = qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch
+    rest = n_head, 1.2, 3.0, 1e-3
+    q = kernels_cpu.rope_store(*given, k, v, *rest)
+    q_ref = model.rope_store(*given, k_ref, v_ref, *rest)
+    # the whole caches: nothing else was touched
+    for ours, reference in ((q, q_ref), (k, k_ref), (v, v_ref)):
+        torch.testing.assert_close(ours, reference, atol=5e-6, rtol=5e-6)
+
+
+def test_the_fused_steps_come_with_the_attention():
+    assert load_model(MODEL).ops is kernels_cpu
+    assert load_model(MODEL, attention="sdpa").ops is model  # all of the reference

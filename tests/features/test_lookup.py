@@ -1,0 +1,443 @@
+"""Prompt lookup: guesses make steps fewer and change nothing else."""
+
+import json
+import re
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import ERAS, MODEL
+from test_deterministic import Record
+from test_engine import assert_idle, assert_naive, build, check, greedy, ids, sampled, serve
+from test_failures import PLACES, live
+from test_sampling import ban_even
+from test_scheduler import Params, Simulation, text
+from test_trace import compare
+from test_windows import WINDOWED, beyond
+
+from microvllm import LLM, SamplingParams, cli, engine
+from microvllm.features.lookup import Lookup
+from microvllm.scheduler import FEW_ROWS, BlockManager, Scheduler, Sequence
+from microvllm.trace import Replay
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXTS = [
+    "It was a dark night, and the rain fell. It was a dark night, and the rain",
+    "one, two, three, four, one, two, three, four, one, two,",
+]
+AGAIN = [(ids(7, 1) * 4, greedy(24)), (ids(3, 2) * 9, sampled(24, seed=5, temperature=0.5))]
+
+
+# the guesses themselves ---------------------------------------------------------------------------
+
+
+def test_what_followed_the_last_tokens_before_is_guessed_to_follow_again():
+    assert Lookup(4).guess([1, 2, 3, 4, 5, 6, 1, 2, 3], 9) == [4, 5, 6, 1]
+    assert Lookup(4).guess([1, 2, 3, 4, 5, 6, 1, 2, 3], 2) == [4, 5]
+    assert Lookup(4).guess([1, 2, 3, 4, 5, 6, 1, 2, 3], 0) == []
+    assert Lookup(4).guess([1, 2, 3], 4) == Lookup(4).guess([7], 4) == []
+
+
+def test_the_longest_match_counts_and_of_equal_ones_the_last():
+    assert Lookup(1).guess([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1) == [4]
+    assert Lookup(1).guess([2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1) == [5]
+    assert Lookup(1).guess([3, 4, 9, 3, 5, 1, 3], 1) == [5]
+
+
+def test_a_text_that_repeats_itself_is_guessed_to_go_on_so():
+    assert Lookup(8).guess([5, 1, 1], 5) == [1] * 5
+    assert Lookup(8).guess([9, 1, 2, 3, 1, 2, 3], 8) == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
+def test_no_end_is_guessed():
+    assert Lookup(8, {4}).guess([1, 2, 3, 4, 5, 1, 2], 8) == [3]
+    assert Lookup(8, {3}).guess([1, 2, 3, 4, 5, 1, 2], 8) == []
+
+
+def test_the_index_is_brought_up_to_date_with_new_tokens_only():
+    lookup, tokens = Lookup(3), ids(200)
+
+    class Looked(list):
+        def __getitem__(self, at):
+            looked.append(at)
+            return super().__getitem__(at)
+
+    for token in ids(50, 1):
+        tokens.append(token)
+        looked = []
+        found = lookup.guess(Looked(tokens), 3)
+        assert found == Lookup(3).guess(tokens, 3)
+        assert len(looked) <= 7 or len(tokens) == 201
+    assert lookup.guess(tokens[:40], 3) == Lookup(3).guess(tokens[:40], 3)  # some are cut off
+
+
+def test_more_is_guessed_while_it_goes_well():
+    lookup = Lookup(8)
+    counts = []
+    for accepted in (False, False, False, False, True, True, True, True, False):
+        counts.append(len(lookup.guess([1] * 20, 99)))
+        lookup.learn(counts[-1], counts[-1] if accepted else 0)
+    assert counts == [8, 4, 2, 1, 1, 2, 4, 8, 8]
+    assert len(lookup.guess([1] * 20, 99)) == 4 and len(lookup.fork().guess([1] * 20, 99)) == 8
+
+
+# who guesses, and at what price -------------------------------------------------------------------
+
+
+def decoding(usable: int, *prompts: list[int], guesses: int = 8, size: int = 4, **more):
+    """A scheduler whose sequences have got their first token, which is a 1."""
+    blocks = BlockManager(usable + 1, size)
+    scheduler = Scheduler(blocks, 16, more.pop("budget", 64))
+    for i, prompt in enumerate(prompts):
+        params = Params(more.get("max_tokens", 20), more.get("n", 1))
+        scheduler.add(Sequence(i, prompt, params, lookup=Lookup(guesses)))
+    step = scheduler.schedule()
+    scheduler.update(step, [1] * len(step.samples))
+    return scheduler, list(scheduler.running)
+
+
+def lengths(step) -> list[int]:
+    return [stop - start for _, start, stop in step.chunks]
+
+
+def test_a_step_of_few_rows_is_filled_up_with_guesses():
+    for count in range(1, 10):
+        scheduler, _ = decoding(90, *[[1] * 5] * count)
+        step = scheduler.schedule()
+        assert sum(lengths(step)) == max(FEW_ROWS, count)
+        assert max(lengths(step)) - min(lengths(step)) <= 1 or count > FEW_ROWS  # fairly
+        assert [len(found) for _, _, found in step.guessed] == [
+            n - 1 for n in lengths(step) if n > 1
+        ]
+
+
+def test_no_guess_goes_beyond_the_token_budget_or_the_length():
+    scheduler, (seq,) = decoding(90, [1] * 5, budget=5)
+    assert lengths(scheduler.schedule()) == [5]
+    for max_tokens in range(2, 9):
+        scheduler, (seq,) = decoding(90, [1] * 5, max_tokens=max_tokens)
+        step = scheduler.schedule()
+        assert lengths(step) == [min(max_tokens - 1, FEW_ROWS)]
+        assert step.samples[-1][2] == min(5 + max_tokens - 1, 6 + FEW_ROWS - 1)
+        scheduler.update(step, [1] * len(step.samples))
+        assert seq.tokens == [1] * min(5 + max_tokens, 6 + FEW_ROWS)
+        assert (seq.finish_reason == "length") == (len(seq.tokens) == 5 + max_tokens)
+
+
+def test_nobody_makes_room_for_a_guess_and_what_was_wrong_is_given_back():
+    # two samples of 7 tokens: two blocks, and a copy of the second. one block is left
+    scheduler, (first, second) = decoding(4, [1] * 7, n=2)
+    step = scheduler.schedule()
+    assert [(seq, stop - start) for seq, start, stop in step.chunks] == [(second, 1), (first, 4)]
+    scheduler.blocks.check(scheduler.running)
+    scheduler.update(step, [2, 1, 1, 3, 1])
+    assert second.tokens == [1] * 8 + [2] and first.tokens == [1] * 10 + [3]
+    assert (first.num_computed, second.num_computed) == (10, 8)
+    assert (scheduler.num_guessed, scheduler.num_accepted, scheduler.num_preemptions) == (3, 2, 0)
+    scheduler.blocks.check(scheduler.running)
+
+
+def test_all_blocks_of_a_wrong_guess_are_free_again_and_none_was_findable():
+    scheduler, (seq,) = decoding(40, [1] * 3, size=1)
+    scheduler.update(scheduler.schedule(), [2] + [1] * 7)
+    assert seq.tokens == [1, 1, 1, 1, 2] and len(seq.table) == seq.num_computed == 4
+    assert scheduler.blocks.num_free == 36 and len(scheduler.blocks.hash_of) == 4
+    scheduler.blocks.check(scheduler.running)
+
+
+@pytest.mark.parametrize("how", ["reset", "abort", "finish"])
+def test_guesses_are_gone_with_their_step(how):
+    scheduler, (seq,) = decoding(40, [1] * 3, size=1)
+    step = scheduler.schedule()
+    assert len(seq.tokens) == 4 + len(step.samples) == 12
+    if how == "reset":
+        scheduler.reset()
+    elif how == "abort":
+        scheduler.abort(0)
+    else:
+        scheduler.finish(seq, "error")
+    assert seq.tokens == [1] * 4
+    assert scheduler.blocks.num_free == 40 and not seq.table
+    assert len(scheduler.blocks.hash_of) <= 4  # of known tokens
+    if how != "reset":
+        assert not scheduler.update(step, [1] * 8) and seq.tokens == [1] * 4
+
+
+def test_several_samples_guess_once_they_have_split():
+    sim = Simulation(60, 4, guesses=True)
+    sim.add(text(9), max_tokens=12, n=3)
+    assert not sim.step().guessed
+    assert any(sim.step().guessed for _ in range(3))
+    sim.drain()
+    assert sim.scheduler.num_accepted > 0
+
+
+# the same output ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """An engine that does not guess and one that does; of equal texts they have equal bits."""
+    options = {"device": "cpu", "num_blocks": 100, "deterministic": True, "max_model_len": 400}
+    with LLM(MODEL, **options) as plain, LLM(MODEL, **options, prompt_lookup=6) as guessing:
+        yield plain, guessing
+
+
+def shorn(outputs: list[dict]) -> list[dict]:
+    """Outputs without what depends on the cache."""
+    return [
+        {k: v for k, v in o.items() if k not in ("request_id", "num_cached_tokens")}
+        for o in outputs
+    ]
+
+
+WAYS = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 0.8},
+    "top_p": {"temperature": 0.7, "top_p": 0.8},
+    "top_k and min_p": {"temperature": 0.7, "top_k": 9, "min_p": 0.05},
+    "penalties": {"temperature": 0.3, "repetition_penalty": 1.1, "presence_penalty": 0.1},
+    "frequency": {"temperature": 0, "frequency_penalty": 0.02},
+    "three samples": {"temperature": 0.4, "n": 3},
+    "stop string": {"temperature": 0, "stop": ["ell", "hree"]},
+    "stop string of several tokens": {"temperature": 0, "stop": ["night, and", "two, three, four"]},
+    "stop tokens": {"temperature": 0, "stop_token_ids": [257, 300, 11]},
+    "an end in time": {"temperature": 0, "ignore_eos": False},
+    "min_tokens": {"temperature": 0.3, "min_tokens": 12, "ignore_eos": False},
+    "bad words": {"temperature": 0, "bad_words": ["rain", "two"]},
+    "bias": {"temperature": 0.4, "logit_bias": {300: 2, 301: -5}},
+    "only these": {"temperature": 0.5, "allowed_token_ids": [40, 41, 42, 43]},
+    "processor": {"temperature": 0, "logits_processor": ban_even},
+} | {f"max_tokens {n}": {"temperature": 0, "max_tokens": n} for n in (1, 2, 3, 4, 5)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_token_for_token_and_log_probability_for_log_probability(way, pair):
+    given = {"max_tokens": 48, "ignore_eos": True, "seed": 3, "logprobs": 2} | WAYS[way]
+    params, found = SamplingParams(**given), []
+    for llm in pair:
+        before = llm.stats()
+        outputs = llm.generate(TEXTS, params, use_tqdm=False)
+        alone = llm.generate(TEXTS[:1], params, use_tqdm=False)
+        found.append(shorn(outputs + alone))
+        assert_idle(llm)
+        made, steps, guessed, accepted = (
+            llm.stats()[name] - before[name]
+            for name in ("output_tokens", "steps", "guessed_tokens", "accepted_tokens")
+        )
+        samples = [sample for output in outputs + alone for sample in output["samples"]]
+        assert made == sum(len(sample["token_ids"]) for sample in samples)
+        for sample in samples:
+            assert [e["token_id"] for e in sample["logprobs"]] == sample["token_ids"]
+    assert found[0] == found[1]
+    if way in ("processor", "max_tokens 1"):
+        assert guessed == 0
+    elif given["temperature"] == 0 and made > 60 and way != "bad words":
+        assert guessed >= accepted > 0 and steps < made
+
+
+def test_logits_are_the_same_to_the_bit(pair):
+    plain, guessing = pair
+    record = Record()
+    for llm in pair:
+        llm.scheduler.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        for llm in pair:
+            patch.setattr(llm, "_launch", llm._launch)
+            patch.setattr(llm.model, "logits", llm.model.logits)
+            record.watch(llm)
+            seen = record.seen
+            llm.generate(TEXTS, greedy(60), use_tqdm=False)
+            assert record.seen - seen >= 120
+    assert guessing.stats()["accepted_tokens"] > 0
+
+
+def test_a_stream_has_all_pieces(pair):
+    params = SamplingParams(temperature=0.3, max_tokens=60, seed=1, stop=["zzz", "four, one"], n=2)
+    found = []
+    for llm in pair:
+        pieces = {}
+        for event in llm.stream(TEXTS, params):
+            piece = pieces.setdefault((event.index, event.sample), ["", [], 0])
+            piece[0] += event.text
+            piece[1] += event.token_ids
+            piece[2] = event.finish_reason, event.stop_reason
+        outputs = llm.generate(TEXTS, params, use_tqdm=False)
+        for (i, k), piece in pieces.items():
+            sample = outputs[i]["samples"][k]
+            assert piece[:2] == [sample["text"], sample["token_ids"]]
+        found.append(pieces)
+    assert found[0] == found[1]
+
+
+def test_a_calculator_gets_its_word_in():
+    folder, found = ERAS / "tool_chain", []
+    runs = json.loads((folder / "goldens.json").read_text())["runs"]
+    # what is asked was asked before, and answered
+    prompts = [run["prompt"] + run["tokens"] + run["prompt"] for run in runs]
+    params = SamplingParams(temperature=0, max_tokens=60)
+    for limit in (0, 8):
+        sizes = {"device": "cpu", "num_blocks": 80, "prompt_lookup": limit}
+        given = {"tokenizer_path": folder / "tokenizer"} | sizes
+        with LLM(folder / "chatsft_checkpoints" / "d1", **given) as llm:
+            outputs = [llm.generate([p], params, False, tools=True)[0] for p in prompts]
+            found.append(shorn(outputs))
+            assert llm.stats()["output_tokens"] == sum(len(o["token_ids"]) for o in outputs)
+            assert (llm.stats()["accepted_tokens"] > 0) == bool(limit)
+    assert found[0] == found[1] and all(0 in output["mask"] for output in found[0])
+
+
+# whatever the pool, the budget and the cache do ---------------------------------------------------
+
+
+@contextmanager
+def guessing(name: str = "era5", **options):
+    """An engine that guesses, and did in the end."""
+    with build(name, **{"prompt_lookup": 5} | options) as llm:
+        yield llm
+        assert llm.stats()["accepted_tokens"] > 0
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("block_size", [1, 3, 4, 16])
+def test_block_sizes_with_a_cold_and_a_warm_cache(block_size, caching):
+    options = {"block_size": block_size, "num_blocks": 1 + 400 // block_size}
+    with guessing(**options, enable_prefix_caching=caching) as llm:
+        for _ in range(2):
+            assert_naive(serve(llm, AGAIN), AGAIN)
+        assert llm.stats()["steps"] < 24 * 2
+
+
+@pytest.mark.parametrize("budget", [2, 3, 7])
+def test_token_budgets(budget):
+    with guessing(max_batched_tokens=budget) as llm:
+        assert_naive(serve(llm, AGAIN), AGAIN)
+
+
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 60), (4, 16), (16, 5)])
+def test_pools_so_small_that_sequences_make_room(block_size, num_blocks):
+    work = AGAIN + [(ids(5, 3) * 4, greedy(30)), (ids(4, 4) * 5, sampled(20, seed=2, n=2))]
+    with guessing(block_size=block_size, num_blocks=num_blocks) as llm:
+        for _ in range(2):
+            assert_naive(serve(llm, work), work)
+        assert llm.stats()["preemptions"] > 0
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_sliding_windows(name):
+    start = beyond(name)[0][0]
+    work = [(start + start[:20], greedy(40)), (start, sampled(30, seed=4, temperature=0.3))]
+    with guessing(name, block_size=4, max_batched_tokens=50, num_blocks=400) as llm:
+        assert llm.scheduler.blocks.num_groups > 1
+        for _ in range(2):
+            assert_naive(serve(llm, work), work, name)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "numba"])
+def test_both_backends(attention):
+    with guessing(attention=attention, prompt_lookup=100) as llm:
+        assert_naive(serve(llm, AGAIN), AGAIN)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_wherever_a_step_fails_everybody_gets_the_right_tokens(place):
+    options = {"block_size": 4, "num_blocks": 22, "max_batched_tokens": 16, "prompt_lookup": 5}
+    with build(**options) as llm:
+        count = live(llm, place, None)
+        assert llm.stats()["guessed_tokens"] > 0
+    for at in {0, count // 2, count - 1}:
+        with build(**options) as llm:
+            live(llm, place, at, MemoryError() if at else None)
+
+
+def test_a_step_with_guesses_fails_or_is_interrupted_and_they_are_forgotten(monkeypatch):
+    with guessing() as llm:
+        forward, broken = llm.model.forward, []
+
+        def fails(batch, cache):
+            if batch.max_query > 1 and batch.num_decodes < len(batch.seq_lens) and broken:
+                raise broken.pop()
+            return forward(batch, cache)
+
+        monkeypatch.setattr(llm.model, "forward", fails)
+        request = llm.add_request(*AGAIN[0])
+        llm.step()
+        for error in (MemoryError(), KeyboardInterrupt()):
+            while not (llm.scheduler.running and llm.scheduler.running[0].num_computed > 28):
+                llm.step()
+            broken.append(error)
+            with pytest.raises(type(error)):
+                while True:
+                    llm.step()
+            (seq,) = llm.scheduler.waiting
+            assert min(seq.tokens) >= 0 and not seq.table
+            check(llm)
+        outputs = []
+        while not llm.is_finished():
+            outputs += llm.step()
+        assert outputs[0]["request_id"] == request
+        assert_naive(outputs, AGAIN[:1])
+
+
+def test_a_trace_of_guesses_replays(tmp_path):
+    with guessing(block_size=2) as llm:
+        replay, told = Replay(), [0]
+
+        def follow() -> None:
+            lines = llm.scheduler.blocks.trace._lines
+            for line in lines[told[0] :]:
+                replay.apply(json.loads(line))
+            told[0] = len(lines)
+            compare(replay, llm.scheduler)
+
+        with llm.tracing() as trace:
+            trace.on_step = follow
+            outputs = [llm.generate([prompt], params, False)[0] for prompt, params in AGAIN]
+            follow()
+        lives = sorted(replay.seqs.values(), key=lambda life: life.request)
+        for life, output in zip(lives, outputs, strict=True):
+            assert life.tokens[life.prompt :] == output["token_ids"]
+        assert any(event["e"] == "reject" for event in trace.events)
+        trace.chrome(tmp_path / "run.json")
+        found = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+        prefills = [e for e in found if e["ph"] == "X" and e["name"].startswith("prefill")]
+        assert len(prefills) == 2  # steps with guesses are decodes
+
+
+# refusals, the command line -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value, error, words",
+    [
+        (-1, ValueError, "prompt_lookup must be between 0 and"),
+        (True, TypeError, "prompt_lookup must be an integer, got True"),
+        (2.5, TypeError, "prompt_lookup must be an integer, got 2.5"),
+    ],
+)
+def test_it_is_a_number_of_tokens(value, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        build(prompt_lookup=value)
+
+
+def test_it_is_refused_where_the_loop_is_a_step_ahead(monkeypatch):
+    cuda = torch.device("cuda"), None
+    monkeypatch.setattr(engine, "pick_devices", lambda *_: cuda)
+    with pytest.raises(ValueError, match="prompt_lookup=3 .* on cuda .* leave it 0"):
+        LLM(MODEL, prompt_lookup=3)
+
+
+def test_the_commands_have_it_and_say_how_often_it_was_right(capsys):
+    prompt = ["--raw", "--temperature", "0", "--max-tokens", "40", "--ignore-eos", TEXTS[1]]
+    answers = []
+    for flags in ([], ["--prompt-lookup", "6"]):
+        cli.main(["run", "--json", *flags, *prompt])
+        answers.append(json.loads(capsys.readouterr().out)["token_ids"])
+    assert answers[0] == answers[1]
+    flags = ["--random-input-len", "20", "--random-output-len", "60", "--temperature", "0"]
+    cli.main(["bench", "--num-prompts", "1", "--prompt-lookup", "6", *flags])
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    told = re.search(r"Decode: 59 tokens, .* tokens/s; (\d+) of (\d+) guesses right \(\d+%\)", out)
+    assert [int(n) for n in told.groups()] == [found["accepted_tokens"], found["guessed_tokens"]]

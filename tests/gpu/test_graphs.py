@@ -1,0 +1,502 @@
+"""CUDA-graph decode steps, also where there is no card.
+
+Without a GPU a graph is a tape: the operations and kernel launches of a step, written down with the
+memory they work on and done again by `replay`, as CUDA does it. Triton's interpreter runs the
+kernels. On a machine with a GPU the same tests use the real ones.
+"""
+
+import gc
+import os
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import Fixture, era_fixtures, hand_made_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
+
+from triton.runtime.interpreter import GridExecutor  # noqa: E402
+
+from microvllm import LLM, SamplingParams, model  # noqa: E402
+from microvllm.cpu import kernels as kernels_cpu  # noqa: E402
+from microvllm.engine import make_batch  # noqa: E402
+from microvllm.fused.linear import Float8  # noqa: E402
+from microvllm.gpu import graphs  # noqa: E402
+from microvllm.gpu import kernels as kernels_gpu  # noqa: E402
+from microvllm.gpu.graphs import DecodeGraphs, few_rows  # noqa: E402
+from microvllm.scheduler import Sequence, Step  # noqa: E402
+
+ERAS = {name: Fixture(*found) for name, found in era_fixtures().items()}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Tape(TorchDispatchMode):
+    """Runs what happens inside and writes it down."""
+
+    def __init__(self, graph):
+        super().__init__()
+        self.calls, self.launching = graph.calls, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a value"
+        out = func(*args, **(kwargs or {}))
+        if not self.launching:
+            self.calls.append(partial(self.again, partial(func, *args, **(kwargs or {})), out))
+        return out
+
+    @staticmethod
+    def again(func, out):
+        """Do it again, and put the result where it was put the first time."""
+        for old, new in zip(tree_leaves(out), tree_leaves(func()), strict=True):
+            if old.data_ptr() != new.data_ptr():  # a view, or done in place: it is there
+                old.copy_(new)
+
+    def launch(self, executor, *args, **kwargs):
+        """A Triton kernel: its launch is one entry, not what the interpreter does."""
+        self.launching = True
+        executor(*args, **kwargs)
+        self.launching = False
+        self.calls.append(partial(executor, *args, **kwargs))
+
+
+class FakeGraph:
+    clock = 0.0  # of all of them
+
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        FakeGraph.clock += len(self.calls)  # so that it is faster to do less
+        for call in self.calls:
+            call()
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeGraph.clock
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+@contextmanager
+def no_card():
+    """torch.cuda's graphs, and its pinned memory, on the CPU."""
+    execute, empty, tapes = GridExecutor.__call__, torch.empty, []
+
+    @contextmanager
+    def capture(graph, pool):
+        with Tape(graph) as tape:
+            tapes.append(tape)
+            yield
+        tapes.pop()
+
+    def launch(self, *args, **kwargs):
+        run = partial(execute, self)
+        tapes[-1].launch(run, *args, **kwargs) if tapes else run(*args, **kwargs)
+
+    def pinned(*args, pin_memory=False, **kwargs):
+        return empty(*args, **kwargs).fill_(-99) if pin_memory else empty(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", launch)
+        patch.setattr(torch, "empty", pinned)
+        # weights as they are on a GPU, and not in an order that a CPU likes better
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        patch.setattr(kernels_cpu, "PANEL", 0)
+        patch.setattr(graphs, "OUTPUTS", (256,))  # an interpreter likes few programs
+        patch.setattr(graphs, "TRIALS", 1)
+        patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        patch.setattr(torch.cuda, "Event", FakeEvent)
+        patch.setattr(torch.cuda, "graph", capture)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        patch.setattr(torch.cuda, "synchronize", lambda device: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def card():
+    with nullcontext() if CUDA else no_card():
+        yield
+
+
+def build(name: str, recorded: bool, **kwargs) -> LLM:
+    """recorded: the kernels and the loop of a GPU, with graphs; else the plain loop on the CPU."""
+    fixture = ERAS[name]
+    device = "cuda" if CUDA and recorded else "cpu"
+    options = {"num_blocks": 60, "block_size": 4, "max_batch_size": 4, "max_model_len": 62}
+    options |= {"device": device, "dtype": "float32", "cuda_graphs": False}
+    llm = LLM(fixture.directory, tokenizer_path=fixture.tokenizer, **options | kwargs)
+    if recorded:
+        llm.model.ops, llm.model.attend = kernels_gpu, kernels_gpu.paged_attention
+        llm.overlap = True
+        llm.graphs = DecodeGraphs(llm.model, llm.cache, llm.max_batch_size, llm.max_model_len)
+        llm.cache.data[:, :, 1:] = torch.nan  # whoever reads a slot that nobody wrote will tell
+        watch(llm)
+    return llm
+
+
+class Launch(NamedTuple):
+    """What was seen of a step."""
+
+    graph: bool
+    rows: int  # of the plan
+    waits: list[tuple[int, int]]  # (row, row of the last step whose token it is)
+
+
+def watch(llm: LLM) -> None:
+    """Write each launch to llm.seen, and check what a replay reads and writes."""
+    llm.seen = []
+    launch, replay = llm._launch, llm.graphs.replay
+
+    def checked_launch(plan):
+        firsts = [(i, seq.tokens[start]) for i, (seq, start, _) in enumerate(plan.chunks)]
+        waits = [(i, ~token) for i, token in firsts if token < 0]
+        llm.seen.append(Launch(False, sum(b - a for _, a, b in plan.chunks), waits))
+        flight = launch(plan)
+        if CUDA:
+            return flight
+        # on a GPU the tokens are copied to the host before the next replay can overwrite them
+        return flight._replace(on_host=[t if t is None else t.clone() for t in flight.on_host])
+
+    def checked_replay(batch, params, last):
+        llm.seen[-1] = llm.seen[-1]._replace(graph=True)
+        before = llm.cache.data.clone()
+        tokens, *rest = replay(batch, params, last)
+        size = next(size for size in llm.graphs.sizes if size >= len(batch.ids))
+        _, tables = llm.graphs._split(llm.graphs.inputs.cpu().numpy(), size)
+        wanted = np.zeros((llm.graphs.groups, size, -(-llm.max_model_len // 4)), np.int32)
+        wanted[:, : len(batch.ids), : batch.block_tables.shape[2]] = batch.block_tables
+        assert np.array_equal(tables, wanted)
+        # compared as bits: a NaN is equal to itself
+        changed = (llm.cache.data.view(torch.int32) != before.view(torch.int32)).cpu()
+        blocks, slots = changed.any(0).any(0).any(1).any(-1).nonzero().T.tolist()
+        written = {4 * block + slot for block, slot in zip(blocks, slots, strict=True)}
+        slots = set(batch.slots.ravel().tolist())
+        assert {slot for slot in written if slot >= 4} == slots  # 0-3: the sink
+        return tokens, *rest
+
+    llm._launch, llm.graphs.replay = checked_launch, checked_replay
+
+
+def sampling(max_tokens: int, temperature: float, seed: int = 0, **kwargs) -> SamplingParams:
+    kwargs = {"temperature": temperature, "ignore_eos": True} | kwargs
+    return SamplingParams(max_tokens=max_tokens, seed=seed, **kwargs)
+
+
+def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list:
+    prompts, params = zip(*work, strict=True)
+    outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
+    return [[sample["token_ids"] for sample in output["samples"]] for output in outputs]
+
+
+WAYS = ["library", *(f"few_rows, {n}" for n in (graphs.OUTPUTS if CUDA else (256,)))]
+if CUDA and kernels_gpu.can_start_early(torch.device("cuda", 0)):
+    WAYS += [f"{way}, early" for way in WAYS[1:]]
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def pair(request) -> tuple[LLM, LLM]:
+    """An engine with graphs and one without, of the era that has most in it; once for each way to
+    run a step of a few rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "fastest", lambda times: request.param)
+        return build("era5", True), build("era5", False)
+
+
+def test_graphs_and_eager_steps_give_the_same_tokens(pair):
+    """Rows leave, by length and by a stop token that is seen one step late, others move up and new
+    ones come; greedy among sampled; so a step's tokens are found by the next wherever they are."""
+    llm, plain = pair
+    work = [
+        ([1, 2, 3], sampling(3, 0.0)),
+        ([70, 7], sampling(4, 1.2, seed=2)),
+        ([40, 41, 42, 43, 44], sampling(9, 0.9, seed=1)),
+        ([9] * 11, sampling(12, 0.0)),
+        ([1, 2, 3, 4], sampling(3, 0.8, seed=3, top_k=5)),
+        ([9] * 11 + [4, 5, 6], sampling(3, 0.0)),
+    ]
+    late = serve(plain, work[2:3])[0][0][5]
+    work[2] = (work[2][0], sampling(9, 0.9, seed=1, stop_token_ids=(late,)))
+    seen = []
+    for longest in (1, 3):  # of the first: with one token it leaves after an eager step
+        work[0] = ([1, 2, 3], sampling(longest, 0.0))
+        del llm.seen[:]
+        assert serve(llm, work) == serve(plain, work)
+        seen += llm.seen
+    assert {step.rows for step in seen if step.graph} >= {1, 2, 3, 4}
+    steps = list(zip(seen, seen[1:], strict=False))
+    moved = {(a.graph, b.graph) for a, b in steps if any(row != old for row, old in b.waits)}
+    assert moved >= {(False, True), (True, False), (True, True)}
+
+
+def test_filters_work_on_the_logits_that_a_graph_leaves(pair):
+    llm, plain = pair
+    filters = {"top_k": 5}, {"min_p": 0.2}, {"repetition_penalty": 1.5, "logprobs": 2}
+    prompts = [[5, 6, 7], [70, 7], [9] * 11, [1, 2]]
+    params = [sampling(6, 0.9, seed=i, **f) for i, f in enumerate([*filters, {}])]
+    del llm.seen[:]
+    ours, theirs = (x.generate(prompts, params, use_tqdm=False) for x in pair)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["token_ids"] == b["token_ids"]
+    asked = [output["samples"][0]["logprobs"] for output in (ours[2], theirs[2])]
+    for a, b in zip(*asked, strict=True):
+        assert a["sampler_logprob"] == pytest.approx(b["sampler_logprob"], abs=1e-3)
+    assert [step.graph for step in llm.seen].count(False) == 1
+
+
+def test_samples_of_one_prompt_fork_in_an_eager_step_and_go_on_in_graphs(pair):
+    llm, plain = pair
+    work = [([5, 6, 7, 8, 9, 10], sampling(4, 1.0, seed=5, n=3)), ([30], sampling(6, 1.0))]
+    del llm.seen[:]
+    assert serve(llm, work) == serve(plain, work)
+    assert [step.graph for step in llm.seen].count(False) == 1
+    assert {step.rows for step in llm.seen if step.graph} == {4, 1}
+
+
+def test_new_weights_are_in_the_graphs_at_once(pair):
+    llm, plain = pair
+    work = [([5, 6, 7], sampling(4, 0.0))]
+    before = serve(plain, work)
+    changed = {name: w.clone() for name, w in plain.model.weights.items()}
+    changed["lm_head.weight"] = changed["lm_head.weight"].roll(1, 0)
+    changed["transformer.wte.weight"] = changed["transformer.wte.weight"].roll(1, 0)
+    for engine in pair:
+        engine.update_weights(changed)
+    after = serve(plain, work)
+    assert after != before
+    assert serve(llm, work) == after
+
+
+def test_a_sequence_that_was_sent_away_comes_back_to_the_graphs():
+    # 8 blocks of 4 tokens: enough until both are 9 tokens longer. contexts are split in two here
+    work = [([1] * 12, sampling(11, 0.5, seed=1)), ([2] * 4, sampling(13, 0.5, seed=2))]
+    llm = build("era1_padded", True, num_blocks=9, max_batch_size=2, max_model_len=70)
+    assert serve(llm, work) == serve(build("era1_padded", False), work)
+    assert llm.stats()["preemptions"] == 1
+    assert [step.rows for step in llm.seen if step.graph] == [2] * 8 + [1, 1] + [1, 1, 1]
+
+
+def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch):
+    """What has left the window of 8 is given back, and its place in the table is the sink's."""
+    windows = model.layer_windows
+    monkeypatch.setattr(
+        model, "layer_windows", lambda *of: [8 if i % 2 else w for i, w in enumerate(windows(*of))]
+    )
+    work = [
+        ([1, 2, 3], sampling(4, 0.0)),
+        ([9] * 21, sampling(7, 0.7, seed=1)),
+        ([40, 41, 42, 43, 44], sampling(12, 0.9, seed=2)),
+    ]
+    llm, plain = build("era5", True), build("era5", False)
+    assert llm.graphs.groups == llm.cache.num_groups > 1
+    sinks, replay = [], llm.graphs.replay
+
+    def watched(batch, params, last):
+        sinks.append(batch.block_tables[:, :, 0].any(1).all())  # first blocks that are still there
+        return replay(batch, params, last)
+
+    llm.graphs.replay = watched
+    assert serve(llm, work) == serve(plain, work)
+    assert len(sinks) > 9 and not all(sinks)
+
+
+# steps of a few rows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ERAS)
+def test_few_rows_are_what_the_model_makes_of_them(name):
+    """The logits, and what is written to the cache; contexts within the windows and beyond."""
+    llm = build(name, False, device="cuda" if CUDA else "cpu", max_model_len=150)
+    vocab, tables = llm.model.config.vocab_size, ([1, 2], [3], list(range(4, 40)))
+    chunks = [
+        ([7 * i % vocab for i in range(1, 1 + n)], 0, n, table)
+        for n, table in zip((6, 1, 141), tables, strict=True)
+    ]
+    with torch.device(llm.device), torch.inference_mode():
+        prompts = [(ids, 0, n - 1, table) for ids, _, n, table in chunks if n > 1]
+        llm.model.forward(hand_made_batch(prompts, 4), llm.cache)
+        batch = hand_made_batch([(ids, n - 1, n, table) for ids, _, n, table in chunks], 4)
+        before = llm.cache.data.clone()
+        expected = llm.model.logits(llm.model.forward(batch, llm.cache))
+        cache = llm.cache.data.clone()
+        llm.model.attend = kernels_gpu.paged_attention
+        can = kernels_gpu.can_start_early(llm.device)
+        for outputs, early in product(graphs.OUTPUTS, (False, True)[: 1 + can]):
+            llm.cache.data.copy_(before)
+            with kernels_gpu.early_start(early):
+                logits = few_rows(llm.model, batch, llm.cache, outputs)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(llm.cache.data, cache, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(before, cache)
+
+
+class Recorder(DecodeGraphs):
+    """Chooses for one row among graphs that only say what they would do; numbers are tokens."""
+
+    def __init__(self, seconds: dict[str, float], early_logits=0.0, logits=0.0):
+        config = SimpleNamespace(vocab_size=50)
+        self.model = SimpleNamespace(device=torch.device("cpu"), config=config)
+        self.groups, self.columns, self.width = 1, 1, 11
+        self.inputs, self.logits = torch.zeros(11, dtype=torch.int32), torch.zeros(1, 50)
+        self.seconds, self.ways, self.added = seconds, {}, (logits, early_logits)
+        self.graphs = {1: self._record(1)}
+        self._choose(1)
+
+    def _record(self, size, outputs=0):
+        early = kernels_gpu._early.get()
+        way = f"few_rows, {outputs}" + ", early" * early if outputs else "library"
+
+        def replay():
+            FakeGraph.clock += self.seconds[way]
+            token = self.inputs[0].item()
+            self.logits[:] = token + self.added[0] + self.added[1] * (early and token == 5)
+
+        return SimpleNamespace(way=way, replay=replay)
+
+
+@pytest.mark.skipif(CUDA, reason="a card has its own opinion")
+@pytest.mark.parametrize("wins", ["library", "few_rows, 2", "few_rows, 4, early"])
+def test_the_fastest_way_is_kept(wins, monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
+    monkeypatch.setattr(graphs, "OUTPUTS", (2, 4))
+    names = "library", "few_rows, 2", "few_rows, 4", "few_rows, 2, early", "few_rows, 4, early"
+    seconds = dict.fromkeys(names, 3.0) | {wins: 2.0}
+    chosen = Recorder(seconds)
+    assert chosen.ways[1] == chosen.graphs[1].way == wins
+    assert not chosen.inputs.any()
+
+
+@pytest.mark.skipif(CUDA, reason="a card has its own opinion")
+def test_kernels_that_start_early_and_err_are_not_kept(monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
+    monkeypatch.setattr(graphs, "TRIALS", 8)
+    monkeypatch.setattr(graphs, "OUTPUTS", (2,))
+    seconds = {"library": 3.0, "few_rows, 2": 2.0, "few_rows, 2, early": 1.0}
+    for logits in 0.0, torch.nan:  # the same, also where they are no numbers
+        assert Recorder(seconds, logits=logits).ways == {1: "few_rows, 2, early"}
+    with pytest.warns(UserWarning, match="start early"):
+        assert Recorder(seconds, early_logits=1e-6).ways == {1: "few_rows, 2"}
+
+
+@pytest.mark.skipif(CUDA, reason="a card has its own opinion")
+@pytest.mark.parametrize("broken, kept", [("2", "few_rows, 4"), ("2, 4", "library")])
+def test_a_way_that_cannot_be_recorded_is_not_kept(broken, kept, monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
+    monkeypatch.setattr(graphs, "OUTPUTS", (2, 4))
+    record = Recorder._record
+
+    def failing(self, size, outputs=0):
+        if str(outputs) in broken or kernels_gpu._early.get():
+            raise RuntimeError("out of registers")
+        return record(self, size, outputs)
+
+    monkeypatch.setattr(Recorder, "_record", failing)
+    seconds = {"library": 3.0, "few_rows, 2": 1.0, "few_rows, 4": 2.0}
+    with pytest.warns(UserWarning, match="'few_rows, 2' here: .*out of registers"):
+        assert Recorder(seconds).ways == {1: kept}
+
+
+@pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout"])
+def test_few_rows_want_plain_matrices(kind):
+    llm = LLM(ERAS["era5"].directory, tokenizer_path=ERAS["era5"].tokenizer, dtype="float32")
+    linears = llm.model.linears
+    if kind == "deterministic":  # as it is on a GPU
+        for linear in linears.values():
+            linear.product = kernels_gpu.linear
+    if kind == "of another layout":
+        linears[next(iter(linears))] = object.__new__(Float8)
+    plain = kind == "plain" and kernels_gpu.TRITON_34 and torch.version.hip is None
+    assert graphs.takes_few_rows(llm.model) == plain
+
+
+# which steps fit ----------------------------------------------------------------------------------
+
+
+def plan(chunks: list[tuple[int, int]], samples: list[int], scored: list[int] = (), **kwargs):
+    """A batch, and the parameters of its samples. chunks: (start, stop) of sequences of as many
+    tokens; samples, scored: indices of the chunks sampled, and scored."""
+    params = sampling(4, 0.5)
+    seqs = [Sequence(i, list(range(stop)), params) for i, (_, stop) in enumerate(chunks)]
+    for seq in seqs:
+        seq.table.extend(range(1, 2 + len(seq.tokens) // 4))
+    step = Step(
+        [(seq, *chunk) for seq, chunk in zip(seqs, chunks, strict=True)],
+        [(i, seqs[i], chunks[i][1]) for i in samples],
+        [],
+        [(i, seqs[i], *chunks[i]) for i in scored],
+    )
+    return make_batch(step, 4), [sampling(4, 0.5, **kwargs) for _ in samples]
+
+
+@pytest.mark.parametrize(
+    "fits, batch",
+    {
+        "decodes": (True, plan([(4, 5), (9, 10), (2, 3)], [0, 1, 2])),
+        "a prompt of one token": (True, plan([(4, 5), (0, 1)], [0, 1])),
+        "a chunk": (False, plan([(4, 5), (0, 2)], [0, 1])),
+        "a fork": (False, plan([(4, 5)], [0, 0])),
+        "a fork, and a row that is not sampled": (False, plan([(4, 5), (0, 1)], [0, 0])),
+        "a prompt that has more to come": (False, plan([(4, 5), (0, 1)], [0])),
+        "a score": (False, plan([(4, 5), (6, 7)], [0], scored=[1])),
+        "a filter": (True, plan([(4, 5), (9, 10)], [0, 1], top_k=3)),
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_was_recorded_is_replayed_and_nothing_else(fits, batch):
+    expected, (batch, params) = batch
+    assert DecodeGraphs.fits(None, batch, params) == expected
+
+
+def test_a_step_that_is_no_graph_is_one_upload_from_pinned_memory(monkeypatch):
+    batch, _ = plan([(4, 5), (9, 10), (0, 6)], [0, 1, 2])
+    pinned, moved = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device, **how: moved.append((t, how)) or t)
+    there = batch.upload(torch.device("cuda", 0))
+    assert len(pinned) == 1
+    assert [t is pinned[0] for t, _ in moved] == [True, True]  # the second: it is there
+    assert moved[0][1] == {"non_blocking": True}
+    assert {t.untyped_storage().data_ptr() for t in there[:10]} == {pinned[0].data_ptr()}
+    for found, given in zip(there[:10], batch[:10], strict=True):
+        assert np.array_equal(found.numpy(), given) and found.numpy().dtype == given.dtype
+
+
+@pytest.mark.parametrize(
+    "max_batch_size, sizes",
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (5, [1, 2, 4, 5]),
+        (16, [1, 2, 4, 8, 16]),
+        (33, [1, 2, 4, 8, 16, 32, 33]),
+        (512, [1, 2, 4, 8, *range(16, 513, 16)]),
+    ],
+)
+def test_sizes_go_up_to_the_largest_batch_and_not_beyond(max_batch_size, sizes, monkeypatch):
+    recorded, tried = [], []
+    monkeypatch.setattr(DecodeGraphs, "_decode", lambda self, size, outputs: recorded.append(size))
+    monkeypatch.setattr(graphs, "takes_few_rows", lambda model: True)
+    monkeypatch.setattr(DecodeGraphs, "_choose", lambda self, size: tried.append(size))
+    model = SimpleNamespace(device=torch.device("cpu"))
+    cache = SimpleNamespace(block_size=16, num_groups=1)
+    with no_card():
+        made = DecodeGraphs(model, cache, max_batch_size, 33)
+    assert made.sizes == sizes == sorted(made.graphs)
+    assert tried == [size for size in reversed(sizes) if size <= 8]
+    assert recorded == [size for size in reversed(sizes) for _ in range(2)]  # run, then recorded
+    assert made.columns == 3 and gc.get_freeze_count() == 0

@@ -1,0 +1,555 @@
+"""The Triton kernels against the plain torch functions they replace.
+
+Without a GPU they run in Triton's interpreter, on small shapes. Outputs start as NaN, so an element
+that a kernel forgets is seen; so do the slots of the cache that belong to nobody.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
+
+from microvllm import model  # noqa: E402
+from microvllm.attention import sdpa_attention  # noqa: E402
+from microvllm.fused import linear  # noqa: E402
+from microvllm.gpu import kernels as kernels_gpu  # noqa: E402
+from microvllm.sampler import SamplingParams, cap_logits, filter_values, truncate  # noqa: E402
+
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+EPS = 2.0**-23
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative to the norm
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    print("torch.manual_seed", torch.seed())  # other numbers each time; pytest shows it on failure
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(torch.nan if t.is_floating_point() else -(2**31))
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: poison(empty(*a, **kw)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: poison(empty_like(*a, **kw)))
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def assert_close(out, reference, dtype):
+    """reference: float32, computed from the same rounded inputs."""
+    assert out.shape == reference.shape
+    assert not out.isnan().any()
+    error = (out.float() - reference).norm() / reference.norm()
+    assert error < TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+# the fused steps ---------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("y, lambdas", [(False, False), (True, False), (False, True), (True, True)])
+def test_add_norm(dtype, y, lambdas):
+    x, x0 = randn(5, 136, dtype=dtype), randn(5, 136, dtype=dtype)
+    y = randn(5, 136, dtype=dtype) if y else None
+    a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
+    x_new, h = kernels_gpu.add_norm(x, y, x0, a, b, EPS)
+    assert x_new.dtype == h.dtype == dtype
+    x_ref, h_ref = model.add_norm(
+        x.float(), None if y is None else y.float(), x0.float(), a, b, EPS
+    )
+    assert_close(x_new, x_ref, dtype)
+    assert_close(h, h_ref, dtype)
+
+
+@DTYPES
+def test_relu2(dtype):
+    x = randn(3, 1000, dtype=dtype)
+    reference = model.relu2(x.float())
+    assert_close(kernels_gpu.relu2(x), reference, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows, K, N", [(1, 136, 50), (3, 600, 33), (8, 64, 19), (2, 4200, 17)])
+@pytest.mark.parametrize("lambdas, outputs", [(False, 4), (True, 2)])
+def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
+    """norm_linear and linear_add are add_norm, F.linear and relu2 in one."""
+    a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
+    x, w, x0 = randn(rows, K, dtype=dtype), randn(N, K, dtype=dtype), randn(rows, K, dtype=dtype)
+    for relu2 in (False, True):
+        y, h = kernels_gpu.norm_linear(x, w, EPS, x0, a, b, relu2, outputs)
+        summed = x.float() if a is None else a * x.float() + b * x0.float()
+        h_ref = F.rms_norm(summed.to(dtype).float(), (K,), eps=EPS)
+        y_ref = F.linear(h_ref, w.float())
+        assert y.dtype == h.dtype == dtype
+        assert_close(h, h_ref[:, :32], dtype)
+        # the interpreter cuts bfloat16 off instead of rounding, and a square doubles what it loses
+        assert_close(*((y.float().sqrt(), y_ref.relu()) if relu2 else (y, y_ref)), dtype)
+    stream, x0 = randn(rows, N, dtype=dtype), randn(rows, N, dtype=dtype)
+    out = kernels_gpu.linear_add(x, w, stream, x0, a, b, outputs)
+    old = stream.float() if a is None else a * stream.float() + b * x0.float()
+    assert_close(out, old + F.linear(x.float(), w.float()), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [80, 1000])
+def test_fp8_rows(dtype, channels):
+    x = randn(5, channels, dtype=dtype)
+    x[1], x[2, 3] = 0.0, 300.0  # a row of nothing, and one number far larger than the others
+    expected, worth = linear.fp8_rows(x.cpu())
+    out, scales = kernels_gpu.fp8_rows(x)
+    assert out.dtype == torch.float8_e4m3fn and scales.shape == (5, 1)
+    torch.testing.assert_close(scales.cpu(), worth, rtol=1e-6, atol=0)
+    if CUDA:  # a division of its own, which may fall on the other side of a border
+        assert_close(out.float(), expected.to(DEVICE).float(), torch.bfloat16)
+        return
+    # the interpreter's own cast to float8 errs at ties and where a power of two is reached
+    assert not out.float().isnan().any()
+    assert (out.float() != expected.float()).float().mean() < 0.2
+    exact = torch.empty(x.shape)
+    kernels_gpu._fp8_rows[(5,)](x, exact, scales, channels, 1024, PDL=False)
+    assert torch.equal(exact.to(torch.float8_e4m3fn).float(), expected.float())
+
+
+def test_products_in_float8_take_it_where_it_runs(monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "fp8_rows", lambda x: "fused")
+    for there in (True, False):
+        monkeypatch.setattr(linear, "has_triton", lambda device, there=there: there)
+        assert (linear.fp8_rows(torch.ones(1, 8)) == "fused") == there
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "n_head, n_kv, dim, block_size, channels",
+    [(3, 3, 32, 4, 12), (8, 1, 16, 1, 0), (4, 2, 128, 16, 32), (6, 3, 20, 64, 12)],
+)
+def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
+    T, num_blocks, vocab, max_positions = 6, 8, 11, 50
+    qkv = randn(T, (n_head + 2 * n_kv) * dim, dtype=dtype)
+    h = randn(T, 40, dtype=dtype)
+    ve = randn(vocab, n_kv * dim, dtype=dtype) if channels else None
+    ve_gate = randn(n_kv, channels, dtype=dtype) if channels else None
+    angle = randn(max_positions, dim // 2)
+    batch = SimpleNamespace(
+        ids=ints(torch.randint(vocab, (T,)).tolist()),
+        positions=ints(torch.randint(max_positions, (T,)).tolist()),
+        slots=ints(torch.randperm(num_blocks * block_size)[:T].tolist()),
+    )
+    layer = randn(2, num_blocks, n_kv, block_size, dim, dtype=dtype)
+    k, v = layer[0], layer[1]
+    k_ref, v_ref = k.float(), v.float()
+    rest = (n_head, 1.2, 3.0, EPS)
+    q = kernels_gpu.rope_store(qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch, k, v, *rest)
+    floats = [None if t is None else t.float() for t in (qkv, h, ve, ve_gate)]
+    q_ref = model.rope_store(*floats, angle.cos(), angle.sin(), batch, k_ref, v_ref, *rest)
+    assert q.dtype == dtype
+    assert_close(q, q_ref, dtype)
+    assert_close(k, k_ref, dtype)  # the whole caches: nothing else was touched
+    assert_close(v, v_ref, dtype)
+
+
+# attention ---------------------------------------------------------------------------------------
+
+
+def attention_case(sequences, n_head, n_kv, dim, block_size, dtype):
+    """sequences: (rows, tokens in the cache) each, decodes first. Returns q, a clean k and v for
+    the reference, a k and v with NaN wherever no sequence has a token, and the batch."""
+    blocks = [-(-length // block_size) for _, length in sequences]
+    k, v = randn(2, sum(blocks) + 3, n_kv, block_size, dim, dtype=dtype)
+    order = (torch.randperm(sum(blocks) + 2) + 1).tolist()  # block 0 is the sink
+    tables = torch.zeros(len(sequences), max(blocks) + 1, dtype=torch.int32)
+    owned = torch.zeros(len(k), block_size, dtype=torch.bool)
+    for b, (_, length) in enumerate(sequences):
+        tables[b, : blocks[b]] = torch.tensor([order.pop() for _ in range(blocks[b])])
+        for p in range(length):
+            owned[tables[b, p // block_size], p % block_size] = True
+    rows = [r for r, _ in sequences]
+    batch = SimpleNamespace(
+        positions=ints([p for r, n in sequences for p in range(n - r, n)]),
+        cu_seqlens=ints([sum(rows[:i]) for i in range(len(rows) + 1)]),
+        seq_lens=ints([n for _, n in sequences]),
+        block_tables=tables.to(DEVICE),
+        num_decodes=next((i for i, r in enumerate(rows) if r > 1), len(rows)),
+        max_query=max(rows),
+        max_seq=max(n for _, n in sequences),
+    )
+    q = randn(sum(rows), n_head, dim, dtype=dtype)
+    unowned = ~owned[:, None, :, None].to(DEVICE)
+    return q, (k, v), (k.masked_fill(unowned, torch.nan), v.masked_fill(unowned, torch.nan)), batch
+
+
+def check_attention(case, window, dtype, **kw):
+    q, (k, v), (k_used, v_used), batch = case
+    out = kernels_gpu.paged_attention(q, k_used, v_used, batch, window, **kw)
+    assert out.dtype == dtype
+    assert_close(out, sdpa_attention(q.float(), k.float(), v.float(), batch, window), dtype)
+    return out
+
+
+MIXED = [(1, 1), (1, 17), (1, 70), (2, 2), (40, 40), (5, 33), (17, 80)]
+
+
+@pytest.mark.parametrize("window", [-1, 0, 7, 30])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 64])
+def test_attention_of_a_mixed_batch(block_size, window):
+    case = attention_case(MIXED, 2, 2, 16, block_size, torch.float32)
+    check_attention(case, window, torch.float32)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "n_head, n_kv, dim", [(2, 1, 128), (3, 1, 32), (8, 1, 16), (6, 2, 20), (1, 1, 64)]
+)
+def test_attention_with_shared_kv_heads(dtype, n_head, n_kv, dim):
+    if dtype == torch.bfloat16 and not CUDA:
+        pytest.skip("the interpreter's matrix product takes bfloat16 for integers")
+    case = attention_case(MIXED[1:5], n_head, n_kv, dim, 8, dtype)
+    check_attention(case, 20, dtype)
+
+
+@pytest.mark.parametrize(
+    "group, dim, block_size, window",
+    [(1, 64, 1, -1), (2, 96, 2, 0), (3, 128, 4, 5), (4, 192, 8, 21), (5, 256, 16, -1)]
+    + [(6, 64, 32, 5), (7, 128, 64, 21), (8, 256, 128, 9), (1, 256, 256, 21)],
+)
+def test_every_group_head_dimension_and_block_size(group, dim, block_size, window):
+    case = attention_case([(1, 37), (1, 3), (3, 35)], 2 * group, 2, dim, block_size, torch.float32)
+    for num_splits in (1, 3):
+        check_attention(case, window, torch.float32, num_splits=num_splits)
+
+
+@pytest.mark.parametrize(
+    "group, dtype", [(1, torch.float32), (1, torch.bfloat16), (4, torch.float16)]
+)
+@pytest.mark.parametrize("num_splits", [1, 2, 5, 8])
+def test_a_context_split_across_programs(num_splits, group, dtype):
+    case = attention_case([(1, 200), (1, 3), (1, 64)], group, 1, 32, 4, dtype)
+    for window in (-1, 10):
+        check_attention(case, window, dtype, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("dim", [32, 256])
+def test_chunks_long_enough_for_the_large_tiles(dim):
+    sequences = [(1, 20), (150, 150), (70, 200), (2, 40)]
+    for n_head in (1, 3):
+        check_attention(
+            attention_case(sequences, n_head, 1, dim, 16, torch.float16), 90, torch.float16
+        )
+
+
+def test_few_sequences_are_split_and_many_are_not(monkeypatch):
+    """Seen by what reaches the combining kernel; the count follows from host numbers alone."""
+    seen = []
+    combine = kernels_gpu._combine
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **kw: (seen.append(args[3]), combine[grid](*args, **kw))
+
+    monkeypatch.setattr(kernels_gpu, "_combine", Spy())
+    monkeypatch.setattr(kernels_gpu, "_device", lambda device: (8, 2**16, {"PDL": False}))
+    check_attention(attention_case([(1, 300)], 1, 1, 16, 16, torch.float32), -1, torch.float32)
+    assert seen and 1 < seen[0] <= 5
+    seen.clear()
+    check_attention(attention_case([(1, 9)] * 40, 1, 1, 16, 16, torch.float32), -1, torch.float32)
+    assert not seen
+
+
+def chunk_of(batch, b, start, stop):
+    """The batch of rows start .. stop of one sequence's chunk, alone."""
+    rows = int(batch.cu_seqlens[b + 1] - batch.cu_seqlens[b])
+    return SimpleNamespace(
+        cu_seqlens=ints([0, stop - start]), seq_lens=batch.seq_lens[b : b + 1] - (rows - stop),
+        block_tables=batch.block_tables[b : b + 1], max_query=stop - start, max_seq=10_000,
+        num_decodes=int(stop - start == 1),
+    )  # fmt: skip
+
+
+def test_with_fixed_splits_a_row_does_not_depend_on_its_batch():
+    q, _, (k, v), batch = attention_case(MIXED, 2, 2, 16, 4, torch.float32)
+    together = kernels_gpu.paged_attention(q, k, v, batch, 20, num_splits=2)
+    for b in range(len(MIXED)):
+        rows = slice(batch.cu_seqlens[b], batch.cu_seqlens[b + 1])
+        alone = chunk_of(batch, b, 0, MIXED[b][0])
+        out = kernels_gpu.paged_attention(q[rows], k, v, alone, 20, num_splits=2)
+        assert torch.equal(out, together[rows])
+
+
+@pytest.mark.parametrize("border", [32, 27])
+def test_with_fixed_splits_a_chunk_border_changes_nothing(border):
+    q, _, (k, v), batch = attention_case([(40, 70)], 2, 2, 16, 4, torch.float32)
+    whole = kernels_gpu.paged_attention(q, k, v, batch, 20, num_splits=2)
+    for start, stop in ((0, border), (border, 40)):
+        chunk = chunk_of(batch, 0, start, stop)
+        out = kernels_gpu.paged_attention(q[start:stop], k, v, chunk, 20, num_splits=2)
+        if border == 32 or CUDA:  # a row's place in its tile is the same, or does not matter
+            assert torch.equal(out, whole[start:stop])
+        else:  # in numpy's matrix product it does
+            torch.testing.assert_close(out, whole[start:stop], rtol=0, atol=1e-6)
+
+
+def test_padding_rows_of_a_graph_are_harmless():
+    """Rows of length 1 in the sink, and of length 0, between two real ones."""
+    q, _, (k, v), batch = attention_case([(1, 30), (1, 30)], 2, 2, 16, 4, torch.float32)
+    alone = kernels_gpu.paged_attention(q, k, v, batch, -1, num_splits=3)
+    k[0] = v[0] = 0.0  # the engine zeroes the cache
+    padded = SimpleNamespace(
+        seq_lens=ints([30, 1, 0, 30]),
+        block_tables=batch.block_tables[[0, 0, 0, 1]].clone(),
+        num_decodes=4,
+        max_seq=4096,  # a graph knows nothing better than max_model_len
+    )
+    padded.block_tables[1:3] = 0
+    for num_splits in (1, 3):
+        out = kernels_gpu.paged_attention(q[[0, 0, 1, 1]], k, v, padded, -1, num_splits=num_splits)
+        assert not out.isnan().any()
+        torch.testing.assert_close(out[[0, 3]], alone)
+
+
+# sampling ----------------------------------------------------------------------------------------
+
+
+def check_samples(logits, temperature, u, softcap, tokens):
+    """Against float64: the token's own slice of the distribution holds u, up to rounding."""
+    assert tokens.dtype == torch.int32
+    x = logits.double()
+    masked = x == -torch.inf
+    x = softcap * torch.tanh(x / softcap) if softcap else x
+    x[masked] = -torch.inf
+    for row, token in enumerate(tokens.tolist()):
+        assert 0 <= token < logits.shape[1]
+        if temperature[row] == 0:
+            assert token == int(logits[row].float().argmax())
+            continue
+        p = torch.softmax(x[row] / temperature[row].double(), 0)
+        assert p[token] > 0
+        end = p[: token + 1].sum()
+        assert end - p[token] - 1e-5 <= u[row] <= end + 1e-5
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("vocab", [50, 2048, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sample(dtype, vocab, softcap):
+    R = 12
+    logits = (4 * torch.randn(R, vocab)).to(DEVICE, dtype)
+    u = torch.rand(R, device=DEVICE)
+    temperature = torch.rand(R, device=DEVICE) + 0.05
+    temperature[::3] = 0.0  # greedy rows among sampled ones
+    u[1], u[2] = 0.0, 1.0 - 2.0**-24  # both ends of the distribution
+    check_samples(
+        logits, temperature, u, softcap, kernels_gpu.sample(logits, temperature, u, softcap)
+    )
+
+
+def test_sampled_tokens_follow_the_distribution():
+    """Evenly spaced noise hits a token as often as its probability says."""
+    n = 60
+    logits = torch.randn(1, 6, device=DEVICE)
+    u = (torch.arange(n, device=DEVICE) + 0.5) / n
+    tokens = kernels_gpu.sample(logits.expand(n, 6), torch.full_like(u, 0.8), u, 0.0)
+    share = torch.bincount(tokens.long(), minlength=6) / n
+    assert (share - torch.softmax(logits[0] / 0.8, 0)).abs().max() < 1.5 / n
+
+
+def test_greedy_takes_the_lowest_of_equals():
+    logits = torch.zeros(3, 4500, device=DEVICE)
+    logits[0, [7, 2047, 4400]] = 1.0
+    logits[1, [2048, 4499]] = 1e-6
+    zero = torch.zeros(3, device=DEVICE)
+    assert kernels_gpu.sample(logits, zero, zero, 15.0).tolist() == [7, 2048, 0]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_masked_and_impossible_tokens_are_never_drawn(softcap):
+    """-inf everywhere but two ids, and a temperature so low that all but one id underflow."""
+    V = 6000
+    logits = torch.full((6, V), -torch.inf, device=DEVICE)
+    logits[:, 3000], logits[:, 3001] = 1.0, 1.0
+    logits[3:] = torch.randn(3, V, device=DEVICE)
+    logits[3:, 4100] = 9.0
+    u = torch.tensor([0.0, 0.25, 1.0 - 2.0**-24] * 2, device=DEVICE)
+    temperature = torch.tensor([1.0] * 3 + [1e-4] * 3, device=DEVICE)
+    tokens = kernels_gpu.sample(logits, temperature, u, softcap).tolist()
+    assert tokens == [3000, 3000, 3001, 4100, 4100, 4100]
+
+
+@pytest.mark.parametrize("vocab", [50, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sample_with_filters(dtype, vocab):
+    """What top_k, top_p and min_p leave is what the reference leaves, ties and all; mixed with
+    greedy rows and rows without any."""
+    given = [
+        {"top_k": 1}, {"top_k": 5}, {"top_k": vocab}, {"top_k": 2**31 - 1}, {"top_p": 0.3},
+        {"top_p": 1e-3}, {"top_p": 0.999}, {"min_p": 0.2}, {"min_p": 1.0}, {},
+        {"top_k": 7, "top_p": 0.6}, {"top_k": 20, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
+    ] * 2  # fmt: skip
+    params = [
+        SamplingParams(**{"temperature": 0.4 + 0.1 * (i % 7)} | g) for i, g in enumerate(given)
+    ]
+    R = len(params)
+    logits = 3 * torch.randn(R, vocab)
+    logits[R // 2 :] = logits[R // 2 :].round()  # many are equal, and there are zeros of both signs
+    logits[:, 7], logits[:, 9] = -torch.inf, 5.0
+    logits = logits.to(DEVICE, dtype)
+    temperature = torch.tensor([p.temperature for p in params], device=DEVICE)
+    scaled = cap_logits(logits, 15.0) / temperature.clamp(min=1e-30)[:, None]
+    scaled[logits == -torch.inf] = -torch.inf  # which the cap makes finite
+    kept = truncate(scaled, params) > -torch.inf
+    kept[temperature == 0] = True
+    assert (kept.sum(1) == 1).any() and (kept.sum(1) > vocab // 2).any()
+    left = logits.masked_fill(~kept, -torch.inf)
+    filters = torch.tensor(filter_values(params), device=DEVICE).T.contiguous()
+    ends = torch.zeros(R), torch.full((R,), 1.0 - 2.0**-24)
+    for u in (ends[0], torch.rand(R), ends[1]):
+        u = u.to(DEVICE)
+        tokens = kernels_gpu.sample(logits, temperature, u, 15.0, filters)
+        check_samples(left, temperature, u, 15.0, tokens)
+        # the ends of what is left are reached: nothing else was dropped
+        if not u.any():
+            first = kept.float().argmax(1)
+            sampled = temperature > 0
+            assert torch.equal(tokens[sampled].long(), first[sampled])
+
+
+# compiled for a card that is not there ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "card, hip, asked, early",
+    [(9, None, False, False), (9, None, True, True), (10, None, True, True)]
+    + [(8, None, True, False), (12, None, True, False), (9, "6.4", True, False)],
+)
+def test_kernels_start_early_only_if_asked_to_and_where_it_works(
+    card, hip, asked, early, monkeypatch
+):
+    properties = SimpleNamespace(major=card, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(kernels_gpu, "_options", kernels_gpu._options.__wrapped__)
+    with kernels_gpu.early_start(asked):
+        _, _, options = kernels_gpu._device(torch.device("cuda", 0))
+    assert not kernels_gpu._device(torch.device("cuda", 0))[2]["PDL"]
+    assert options.pop("enable_fp_fusion")
+    assert options == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
+
+
+TARGET = """
+from types import SimpleNamespace
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from microvllm.gpu import kernels as K
+
+target = GPUTarget("cuda", 90, 32)
+card = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}
+driver.set_active(SimpleNamespace(**card, get_current_target=lambda: target))
+options = {"PDL": True, "launch_pdl": True, "enable_fp_fusion": True}
+K._device = lambda device: (132, 232448, options)
+launch, compiled = JITFunction.run, {}
+
+def only_compile(self, *args, **kw):
+    kernel = launch(self, *args, **{**kw, "warmup": True})
+    compiled.setdefault(self.__name__, {})[kernel.hash] = kernel.asm["ptx"]
+
+JITFunction.run = only_compile
+
+def bf16(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+"""
+
+REPORT = """
+for name, variants in compiled.items():
+    for ptx in variants.values():
+        before, wait, after = ptx.partition("griddepcontrol.wait")
+        early = before.count("ld.global") + before.count("st.global") + before.count("cp.async")
+        print(name, len(variants), len(wait) > 0, early, after.count("griddepcontrol"))
+"""
+
+
+def compile_for_hopper(calls: str) -> list[list[str]]:
+    """Compile what the calls of the package's kernels (K) launch, in a process of its own. One
+    entry a kernel: name, variants, does it wait for its predecessor, accesses to memory before,
+    and instructions of this kind after that."""
+    pytest.importorskip("triton", "3.4", reason="launch_pdl came with triton 3.4")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", TARGET + calls + REPORT],
+        env=env,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [line.split() for line in run.stdout.splitlines()]
+
+
+CALLS = """
+x = bf16(8, 2176)
+for one in torch.zeros(5)[:2]:  # a layer's lambdas
+    K.add_norm(x, x, x, one, one, 1e-7)
+K.relu2(x)
+K.fp8_rows(x)
+K.linear(x, x), K.linear(x[:1], x)
+for one in torch.zeros(5)[:2]:
+    K.norm_linear(x, x, 1e-7, x, one, one)
+K.linear_add(x[:1], x, bf16(1, 8))
+tables = torch.zeros(64, 64)
+for at in (0, 1, 8):  # where in one upload the batch's arrays lie
+    flat = torch.zeros(200, dtype=torch.int32)[at:]
+    batch = SimpleNamespace(
+        ids=flat[:8], positions=flat[8:16], slots=flat[16:24], cu_seqlens=flat[24:28],
+        seq_lens=flat[28:31], block_tables=flat[32 : 32 + 3 * (15 + at)].view(3, -1),
+        num_decodes=2, max_query=6, max_seq=99,
+    )
+    for n_head, n_kv in ((17, 17), (16, 4)) if at == 0 else ((17, 17),):
+        k, v = bf16(2, 3, n_kv, 16, 128)
+        gate = bf16(64, n_kv * 128), bf16(n_kv, 12)
+        qkv = bf16(8, (n_head + 2 * n_kv) * 128)
+        h = bf16(8, 12 + at)
+        rest = (n_head, 1.2, 3.0, 1e-7)
+        q = K.rope_store(qkv, h, *gate, tables, tables, batch, k, v, *rest)
+        K.paged_attention(q, k, v, batch, 16 + at)
+        if at == 0:
+            for num_splits in (1, 2, 16):
+                K.paged_attention(q, k, v, batch, -1, num_splits=num_splits)
+            K.fixed_attention(q, k, v, batch, -1)
+            long = SimpleNamespace(**{**vars(batch), "num_decodes": 0, "seq_lens": flat[28:29]})
+            K.paged_attention(bf16(80, n_head, 128), k, v, long, -1)
+    f32 = flat.view(torch.float32)
+    K.sample(bf16(2, 5000), f32[:2], f32[2:4], 15.0)
+    K.sample(bf16(2, 5000), f32[:2], f32[2:4], 15.0, (f32[4:6], f32[6:8], f32[8:10]))
+"""
+
+
+@pytest.mark.skipif(CUDA, reason="a real card has compiled the kernels for itself")
+def test_the_kernels_compile_for_hopper_and_wait_for_the_kernel_before_them():
+    """What the interpreter cannot see: that Triton's compiler takes the kernels, that each waits
+    for its predecessor before it touches memory, and that neither where a batch lies in memory nor
+    by how much a context is split makes a new variant."""
+    kernels = compile_for_hopper(CALLS)
+    assert {name: int(variants) for name, variants, *_ in kernels} == {
+        "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 4, "_combine": 2, "_chunk": 6,
+        "_sample_chunks": 1, "_sample_pick": 2, "_truncate": 1, "_linear": 1, "_fp8_rows": 1,
+        "_few_rows": 2,
+    }  # fmt: skip
+    for name, _, waits, early, later in kernels:
+        assert (waits, later) == ("True", "0"), name
+        assert (int(early) > 0) == (name == "_few_rows"), name  # its weights, which no one writes

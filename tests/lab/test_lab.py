@@ -1,0 +1,285 @@
+"""The lab: every program runs, small; its numbers stand in the right order; every exercise can be
+solved and is not solved yet."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from lab import __main__ as front
+from lab import check, exercises, orca, solutions, world
+from microvllm import cli
+from microvllm.scheduler import Scheduler
+
+ORCAS = ["Orca Max", "Orca Pow2", "Orca Oracle"]
+
+
+@pytest.fixture
+def lab(tmp_path, capsys):
+    """Run one lab without a plot; returns its numbers and what it printed."""
+
+    def call(name: str, *flags: str) -> tuple[dict, str]:
+        front.main([name, *flags, "--no-plot", "--out", str(tmp_path)])
+        assert not list(tmp_path.glob("*.png"))
+        return json.loads((tmp_path / f"{name}.json").read_text()), capsys.readouterr().out
+
+    return call
+
+
+# the programs -------------------------------------------------------------------------------------
+
+
+def test_fig02_paging_fills_the_memory_and_orca_does_not(lab):
+    found, told = lab("fig02", "--requests", "150")
+    useful = [found["ours"][name]["tokens"] for name in [*ORCAS, "paged"]]
+    assert useful == sorted(useful) and useful[2] < 50 < 90 < useful[3]
+    assert all(sum(shares.values()) == pytest.approx(100) for shares in found["ours"].values())
+    assert "96.3" in told and "paper" in told
+
+
+def test_fig12_paging_batches_more_at_the_same_rate(lab):
+    found, _ = lab("fig12", "--traffic", "sharegpt", "--minutes", "2", "--rates", "1", "2")
+    batched = [found["ours"]["sharegpt"][name]["batched"] for name in [*ORCAS, "paged"]]
+    assert batched == sorted(batched) and batched[0] <= 7 < batched[3]
+    slow, fast = (found["ours"]["sharegpt"][name]["points"][0] for name in ("Orca Max", "paged"))
+    assert fast["latency"] < slow["latency"]
+
+
+def test_windows_hold_twice_as_many_in_the_same_memory(lab):
+    found, told = lab("windows", "--sequences", "4", "--context", "512", "--prompt", "99")
+    for depth, row in found.items():
+        followed, uniform = row["followed"], row["uniform"]
+        assert uniform["slots"] == int(depth[1:]) * 512 and uniform["fit"] == 4
+        # d26's and d34's last group of short layers is not full; a third of d6's layers are long
+        assert followed["fit"] >= (8 if depth in ("d12", "d20") else 7 if depth != "d6" else 6)
+        assert row["seen"] < followed["slots"] and followed["steps"] < uniform["steps"]
+    assert found["d20"]["followed"]["slots"] == 20 * 512 * (32 + 3 * 9) // 128
+    assert "5L 5S 5S 5S" in told
+
+
+def test_fig15_more_samples_share_more(lab):
+    found, _ = lab("fig15", "--requests", "30")
+    for saved in found["ours"].values():
+        assert 0 < saved["2"] < saved["4"] < saved["6"] < 100
+
+
+def test_fig15_samples_share_their_prompt_and_no_more(monkeypatch, lab):
+    preemptions = 0
+
+    def replay(scheduler, requests, watch, *model):
+        def look(step, took):
+            for seq in scheduler.running:
+                for i, block in enumerate(seq.table):
+                    prompt = i * scheduler.blocks.block_size < seq.num_prompt
+                    assert prompt or scheduler.blocks.ref_count[block] == 1
+            watch(step, took)
+
+        nonlocal preemptions
+        done = world_replay(scheduler, requests, look, *model)
+        preemptions += scheduler.num_preemptions
+        return done
+
+    world_replay = world.replay
+    monkeypatch.setattr(world, "replay", replay)
+    lab("fig15", "--requests", "40")
+    assert preemptions, "nobody came back, so nobody looked for blocks by hash"
+
+
+def test_fig16_a_shared_beginning_pays_and_a_longer_one_pays_more(lab):
+    found, _ = lab("fig16", "--requests", "200")
+    ratios = [s["paged, shared"]["rate"] / s["paged"]["rate"] for s in found["ours"].values()]
+    assert 1.2 < ratios[0] < ratios[1]
+
+
+def test_fig18_larger_blocks_waste_more(lab):
+    found, _ = lab("fig18", "--requests", "300")
+    for got in found.values():
+        assert got["empty"] == sorted(got["empty"]) and got["empty"][0] == 0
+        assert got["batched"][0] >= got["batched"][-1]
+
+
+def test_policies_are_compared_on_one_workload(lab):
+    found, told = lab("policies", "--conversations", "40", "--blocks", "400")
+    assert len(found) == 10 and all(name in told for name in found)
+    assert all(row["preempted"] and row["recomputed"] for row in found.values())
+    for kind in ("victim", "admission", "eviction"):
+        rows = [json.dumps(row) for name, row in found.items() if name.startswith(kind)]
+        assert json.dumps(found["the defaults"]) not in rows and len(set(rows)) > 1
+
+
+def test_cost_measures_every_size(lab, monkeypatch):
+    from lab import cost
+
+    small = {"running": [1, 512], "waiting": [0, 100], "blocks": [100, 1000]}
+    monkeypatch.setattr(cost, "CURVES", small)
+    monkeypatch.setattr(cost, "BASE", {"running": 8, "waiting": 0, "blocks": 4000})
+    found, told = lab("cost", "--steps", "3")
+    assert {key: got["size"] for key, got in found.items()} == small
+    assert all(min(got["a token"]) > 0 for got in found.values()) and "goal" in told
+
+
+def test_the_same_seed_gives_the_same_numbers(lab):
+    first, again, other = (
+        lab("fig15", "--requests", "10", "--seed", seed)[0]["ours"] for seed in "334"
+    )
+    assert first == again != other
+
+
+def test_a_plot_is_drawn(tmp_path, capsys):
+    for name in ("fig02", "fig15"):
+        front.main([name, "--requests", "90", "--out", str(tmp_path)])
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_torch_is_needed_and_matplotlib_only_to_plot(tmp_path):
+    hide = "import sys; sys.modules.update(torch=None, numpy=None, matplotlib=None)"
+    run = f"{hide}; from lab.__main__ import main; main(sys.argv[1:])"
+    flags = ["fig15", "--requests", "5", "--out", str(tmp_path)]
+
+    def call(*more):
+        command = [sys.executable, "-c", run, *flags, *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert call("--no-plot").returncode == 0
+    told = call()
+    assert told.returncode == 2 and "pip install 'microvllm[lab]'" in told.stderr
+
+
+# the command --------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_the_labs_and_runs_one(capsys, tmp_path):
+    cli.main(["lab"])
+    told = capsys.readouterr().out
+    modules = {path.stem for path in (ROOT / "lab").glob("*.py")}
+    assert set(front.NAMES) == modules - {"__init__", "__main__", "world", "orca", "exercises",
+                                          "solutions"}  # fmt: skip
+    assert all(re.search(rf"^  {name} ", told, re.M) for name in front.NAMES)
+    cli.main(["lab", "fig15", "--requests", "5", "--no-plot", "--out", str(tmp_path)])
+    assert "alpaca, n = 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["nonsense"], "choose from fig02"),
+        (["fig02", "--requests", "0"], "give 1 or more"),
+        (["fig02", "--sharegpt", "/nowhere.json"], "No such file"),
+        (["check", "11"], "1 to 10"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(flags, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["lab", *flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and told in err and err.count("\n") == 1
+
+
+def test_an_install_without_the_lab_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "microvllm" / "cli" / "__init__.py"))
+    with pytest.raises(SystemExit):
+        cli.main(["lab"])
+    assert "clone the project" in capsys.readouterr().err
+
+
+# the world ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "means"), [("sharegpt", (161.31, 337.99)), ("alpaca", (19.31, 58.45))]
+)
+def test_lengths_have_the_paper_s_means(name, means):
+    source = world.lengths(name, random.Random(1))
+    pairs = [next(source) for _ in range(20_000)]
+    for values, mean in zip(zip(*pairs, strict=True), means, strict=True):
+        assert sum(values) / len(values) == pytest.approx(mean, rel=0.03) and min(values) >= 1
+    assert max(map(sum, pairs)) <= world.CONTEXT
+
+
+def test_lengths_of_a_sharegpt_file(tmp_path):
+    talk = [{"from": "human", "value": "x" * 41}, {"from": "gpt", "value": "y" * 80},
+            {"from": "human", "value": "z" * 400}]  # fmt: skip
+    rows = [{"conversations": talk}, {"conversations": talk[1:]}, {"conversations": []}]
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps(rows))
+    assert world.read_sharegpt(str(path)) == [(11, 20)]
+    assert next(world.lengths("sharegpt", random.Random(0), [(11, 20)])) == (11, 20)
+    for wrong in ("{", '[{"talk": []}]', "[1]", "[]"):
+        path.write_text(wrong)
+        with pytest.raises(Exception, match=r"talks\.json"):
+            world.read_sharegpt(str(path))
+
+
+def test_the_buddy_allocator_hands_nothing_out_twice_and_puts_all_together_again():
+    rng, buddy = random.Random(0), orca.Buddy(world.SLOTS)
+    whole = {size: set(free) for size, free in buddy.free.items()}
+    held: list[tuple[int, int]] = []
+    for _ in range(3000):
+        if rng.random() < 0.52:
+            size = rng.randint(1, 900)
+            start = buddy.take(size)
+            if start is None:
+                assert not any(free for chunk, free in buddy.free.items() if chunk >= size)
+            else:
+                held.append((start, size))
+        elif held:
+            buddy.give(*held.pop(rng.randrange(len(held))))
+        ends = sorted((start, start + orca.power(size)) for start, size in held)
+        assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False))
+        free = sum(size * len(starts) for size, starts in buddy.free.items())
+        assert free + sum(orca.power(size) for _, size in held) == world.SLOTS
+    while held:
+        buddy.give(*held.pop())
+    assert buddy.free == whole
+
+
+def test_contiguous_memory_batches_as_many_as_the_paper_says():
+    # 15,728 slots are seven contexts of 2,048
+    blocks = orca.Contiguous(world.SLOTS, orca.RESERVE["Orca Max"])
+    scheduler = Scheduler(blocks, 256, 2560)
+    for request in world.traffic("sharegpt", 20, 1.0):
+        scheduler.add(request.seq)
+    for _ in range(9):
+        scheduler.update(step := scheduler.schedule(), [0] * len(step.samples))
+    assert len(scheduler.running) == 7
+
+
+# the exercises ------------------------------------------------------------------------------------
+
+NUMBERS = range(1, len(check.CHECKS) + 1)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_an_exercise_is_not_solved_yet_and_its_solution_is_one(number):
+    assert check.verdict(number, exercises)
+    assert check.verdict(number, solutions) is None
+
+
+def test_work_that_raises_is_not_solved():
+    assert "AttributeError" in check.verdict(1, SimpleNamespace())
+
+
+def test_the_command_says_what_is_solved(capsys):
+    cases = [(["4"], 1), ([], 1), (["--solutions"], 0), (["9", "2", "--solutions"], 0)]
+    for flags, status in cases:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["lab", "check", *flags])
+        assert stop.value.code == status
+        lines = capsys.readouterr().out.splitlines()
+        asked = [flag for flag in flags if flag.isdigit()] or list(map(str, NUMBERS))
+        assert [line.split()[0] for line in lines] == asked
+        assert all(("solved" in line) == (status == 0) for line in lines)
+
+
+def test_the_sheet_has_every_exercise_with_its_command():
+    sheet = (ROOT / "lab" / "EXERCISES.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (\d+) \| \*\*[\w ]+\.\*\* `(\w+)`.* `microvllm lab check (\d+)` \|$", sheet, re.M
+    )
+    assert [(int(a), int(b)) for a, _, b in rows] == [(n, n) for n in NUMBERS]
+    assert all(hasattr(exercises, name) and hasattr(solutions, name) for _, name, _ in rows)

@@ -1,0 +1,343 @@
+"""The benchmarks, tiny: they run, do the work they say, and their limits add up."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from microvllm import LLM, SamplingParams
+from microvllm.model import GPTConfig
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # scripts, which import one another
+
+import checkpoint  # noqa: E402
+import compare  # noqa: E402
+import gpu  # noqa: E402
+import peers  # noqa: E402
+
+TINY = SimpleNamespace(
+    depth=3, aspect=64, width=96, head_dim=32, kv_heads=1, vocab=500, sequence_len=256, seed=0
+)
+
+
+def ceilings(config: GPTConfig, era: str) -> gpu.Ceilings:
+    """A card whose steps take 2 s a row and 0.25 s a sampled row, and that copies 1 kB/s."""
+    card = gpu.Ceilings(config, era, torch.device("cpu"), torch.float32)
+    card.body_times, card.head_times = {1: 2.0, 64: 128.0}, {1: 0.25, 64: 16.0}
+    card.bandwidth = 1000.0
+    return card
+
+
+@pytest.mark.parametrize("era", ["1", "2", "3", "4", "5"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_a_random_checkpoint_of_each_era_loads_and_talks(tmp_path, era, storage):
+    args = SimpleNamespace(**vars(TINY), era=era, storage=storage)
+    path = str(checkpoint.make_checkpoint(tmp_path / "model", args, "cpu"))
+    with LLM(path, tokenizer_path=path, device="cpu", num_blocks=32, attention="sdpa") as llm:
+        assert llm.model.recipe.era == era
+        assert llm.tokenizer.vocab_size == 500 and llm.tokenizer.has_chat
+        greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        outputs = llm.generate([[5, 6, 7], "some text"], greedy, use_tqdm=False)
+    # activations that overflow or die out end in one token for ever
+    assert all(len(set(output["token_ids"])) > 3 for output in outputs)
+
+
+def test_a_vocabulary_without_room_for_bytes_and_specials_is_refused():
+    with pytest.raises(ValueError, match="--vocab must be 265 or more"):
+        checkpoint.shape(SimpleNamespace(**vars(TINY) | {"vocab": 264}, era="1"))
+    assert len(checkpoint.random_tokenizer(265)._mergeable_ranks) == 256
+
+
+def test_the_shape_is_nanochats():
+    d34 = SimpleNamespace(**vars(TINY) | {"depth": 34, "width": None, "head_dim": 128}, era="1")
+    config = checkpoint.shape(d34)
+    assert (config["n_embd"], config["n_head"], config["n_layer"]) == (2176, 17, 34)
+    d33 = SimpleNamespace(**vars(d34) | {"depth": 33})
+    assert checkpoint.shape(d33)["n_embd"] == 2176  # 2,112 is no whole number of heads
+
+
+def test_the_limit_of_a_batch_adds_up_its_steps():
+    card = ceilings(GPTConfig(256, 320, 2, 2, 1, 64), "1")
+    token = 2 * 2 * 32 * 4  # bytes of one token: K and V of 2 layers, one head of 32, float32
+    # one at a time: a prompt of 3, its second token at context 4, then a prompt of 5
+    alone = (3 * 2 + 1 * 2 + 5 * 2) + 3 * 0.25 + token * (3 + 4 + 5) / 1000
+    assert card.batch_seconds([(3, 2), (5, 1)], max_batch=1) == pytest.approx(alone)
+    # together: both prompts in a step, then the first's second token
+    both = (8 * 2 + 1 * 2) + 3 * 0.25 + token * (3 + 5 + 4) / 1000
+    assert card.batch_seconds([(3, 2), (5, 1)], max_batch=2) == pytest.approx(both)
+    weights = (2 * (4 * 64 * 64 + 64 * 64 * 8 - 2 * 64 * 32) + 320 * 64) * 4
+    stream = (2 * weights + token * (3 + 4)) / 1000
+    assert card.stream_seconds(3, 2) == pytest.approx(stream)
+
+
+def test_times_between_and_beyond_the_measured_rows():
+    times = {1: 1.0, 3: 2.0, 10: 4.0}
+    assert gpu.between(times, 2) == 1.5
+    assert gpu.between(times, 10) == 4.0
+    assert gpu.between(times, 25) == 10.0
+
+
+def test_windows_shorten_what_is_read_and_what_is_multiplied():
+    card = ceilings(GPTConfig(512, 320, 4, 2, 2, 64, "SSSL"), "5")
+    assert card.windows == {128: 3, 512: 1}
+    assert card.kv_bytes(300) == (3 * 129 + 300) * 2 * 64 * 4
+    pairs = sum(3 * min(p + 1, 129) + min(p + 1, 513) for p in range(300))
+    products, attention = card.prefill_flops(300)
+    assert attention == 4 * pairs * 64  # two products, a multiplication and an addition each
+    assert products == 2 * (300 * 4 * 12 * 64 * 64 + 320 * 64)
+
+
+@pytest.mark.parametrize("mean, sigma, low, high", [(23, 0.55, 6, 77), (306, 0.55, 1, 1024)])
+def test_lengths_keep_their_mean_and_their_borders(mean, sigma, low, high):
+    drawn = gpu.lengths(512, mean, sigma, low, high, seed=1)
+    assert drawn == gpu.lengths(512, mean, sigma, low, high, seed=1)
+    assert sum(drawn) / 512 == pytest.approx(mean, rel=0.01)
+    assert low <= min(drawn) < max(drawn) <= high
+
+
+def test_the_benchmark_runs_on_a_cpu():
+    options = "--device cpu --depth 2 --width 64 --head-dim 32 --vocab 320 --shrink 32 --repeats 1"
+    engine = "--num-blocks 512 --block-size 4 --max-batch-size 8 --attention sdpa"
+    done = subprocess.run(  # every part there is
+        [sys.executable, BENCHMARKS / "gpu.py", *f"{options} {engine}".split()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["model"] | {"era": "1", "n_layer": 2, "n_embd": 64} == result["model"]
+    startup = result["startup"]
+    assert 0 < startup["cached_torch_s"] < startup["cached_first_s"] < startup["cached_more_s"]
+    assert result["headline"]["new_tokens"] == 512 // 32 * (64 // 32)
+    assert result["headline"]["prefill_tokens"] == result["headline"]["prompt_tokens"]
+    assert result["single"]["new_tokens"] == 4
+    for part in (
+        "headline", "single", "filtered", "filtered single", "mixed", "deterministic headline",
+        "deterministic single", "headline in int8", "single in int8",
+    ):  # fmt: skip
+        assert result[part]["tokens_per_s"] > 0 and result[part]["limit_tokens_per_s"] > 0
+        assert result[part]["cached_tokens"] == 0  # fresh prompts, or it would flatter
+    assert result["prefill"]["ms"] > 0
+    # 4 prompts share 8 tokens: two blocks, which all four find once they were seen
+    assert result["prefix"]["seen_cached_tokens"] == 4 * 8
+    smaller = result["quantized"]
+    assert (
+        smaller["tokens"] > 100 and 0.9 < smaller["perplexity"] / smaller["plain_perplexity"] < 1.1
+    )
+    for part in ("single", "headline", "samples"):
+        assert result["peers"][f"eager_{part}_tokens_per_s"] > 0
+    if importlib.util.find_spec("transformers"):
+        assert result["peers"]["transformers_generate_headline_tokens_per_s"] > 0
+    assert set(gpu.PARTS) <= set(result)
+
+
+def test_the_eager_loop_makes_what_one_pass_over_everything_would():
+    torch.manual_seed(0)
+    config = GPTConfig(64, 100, 2, 4, 2, 64)
+    loop = gpu.EagerLoop(config, torch.device("cpu"), torch.float32)
+    first, second = torch.zeros(2, 2, 2, 3, 2, 9, 16)  # two caches for three samples
+    ids = torch.randint(100, (3, 9))
+    with torch.inference_mode():
+        whole = loop.forward(ids, first, 0)
+        loop.forward(ids[:, :5], second, 0)
+        for at in range(5, 9):
+            logits = loop.forward(ids[:, at : at + 1], second, at)
+        columns = loop.generate([1, 2, 3], samples=3, new=4)
+    torch.testing.assert_close(logits, whole)
+    torch.testing.assert_close(first, second)
+    assert (len(columns), len(columns[0])) == (4, 3)
+
+
+class FakeCard:
+    """CUDA graphs and events: an event is when the work queued before it ended."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.waiting, self.capturing, self.recorded = 0.0, 0, None, 0
+        card = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                assert card.capturing is None
+                self.at = card.now
+
+            def elapsed_time(self, other):
+                assert not card.waiting, "read before it is over"
+                return 1000 * (other.at - self.at)
+
+        class Graph:
+            def replay(self):
+                for seconds in self.work:
+                    card.work(seconds)
+
+        @contextmanager
+        def capture(graph):
+            assert not card.waiting, "synchronize before a capture"
+            card.capturing = graph.work = []
+            yield
+            card.capturing, card.recorded = None, card.recorded + 1
+
+        for name, fake in {"Event": Event, "CUDAGraph": Graph, "graph": capture}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(card, "waiting", 0))
+
+    def work(self, seconds: float) -> None:
+        if self.capturing is not None:
+            self.capturing.append(seconds)
+        else:
+            self.now, self.waiting = self.now + seconds, self.waiting + 1
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_card_is_timed_by_its_events(monkeypatch, graph):
+    card, runs = FakeCard(monkeypatch), []
+
+    def run():
+        runs.append(len(runs))
+        card.work(0.25)
+        card.work(0.5)
+
+    seconds = gpu.median_seconds(run, torch.device("cuda"), graph)
+    assert seconds == 0.75 and card.recorded == graph
+    assert len(runs) == (4 if graph else 23)
+
+
+def test_an_engines_run_is_timed_by_the_clock_and_by_events(monkeypatch):
+    card = FakeCard(monkeypatch)
+
+    def generate(prompts, params, use_tqdm):
+        card.work(3.0)
+        return [{"token_ids": [0] * p.max_tokens} for p in params]
+
+    llm = SimpleNamespace(generate=generate, stats=lambda: dict.fromkeys(gpu.STATS, 0))
+    bench = SimpleNamespace(llm=llm, device=torch.device("cuda"))
+    seconds, stats = gpu.Bench.generate(bench, [[1], [2]], [4, 5])
+    assert 0 < seconds < 1 and stats["card_seconds"] == 3.0
+
+
+# compare.py: other engines on a CPU
+
+
+def test_the_workloads_are_the_ones_that_it_says():
+    first, second, *_, shared = (compare.workload(name, 1, 4096, 1) for name in compare.WORKLOADS)
+    sizes = [len(prompt) for prompt in first["prompts"]]
+    assert (len(sizes), sum(sizes)) == (64, 64 * 23) and 6 <= min(sizes) < max(sizes) <= 77
+    assert first["new"] == [64] * 64 and len({*map(tuple, first["prompts"])}) == 64
+    sizes = [len(prompt) for prompt in second["prompts"]]
+    assert 20 <= min(sizes) < max(sizes) <= 512 and sum(second["new"]) == 8710
+    assert 16 <= min(second["new"]) < max(second["new"]) <= 256
+    assert len({tuple(prompt[:256]) for prompt in shared["prompts"]}) == 1
+    assert len({tuple(prompt[256:]) for prompt in shared["prompts"]}) == 32
+    # another turn: the same lengths, other tokens, or its prompts would lie in a prefix cache
+    again = compare.workload("W2", 2, 4096, 1)
+    assert [len(prompt) for prompt in again["prompts"]] == sizes and again["new"] == second["new"]
+    assert not {tuple(p[:16]) for p in again["prompts"]} & {
+        tuple(p[:16]) for p in second["prompts"]
+    }
+    assert max(max(prompt) for prompt in again["prompts"]) < 4096 - compare.SPECIAL
+
+
+def test_agreement_counts_the_tokens_before_a_difference():
+    ours = [list(range(10)), list(range(10))]
+    late, early = [*range(9), 0], [0, 2, *range(2, 10)]
+    assert compare.agreement(ours, ours) == (1, 1)
+    assert compare.agreement(ours, [late, early]) == (0.5, 10 / 20)
+    assert compare.agreement([[1, 2]], [[1, 2]]) == (1, 1)  # shorter than what has to agree
+
+
+@pytest.mark.parametrize("era", ["1", "2", "3", "4", "5"])
+def test_the_loop_that_stands_for_nanochat_makes_the_engines_tokens(tmp_path, era):
+    # a context of 128: windows of 64 in eras 2 and 3, of 128 in 4 and 5, which the prompt passes
+    args = SimpleNamespace(**vars(TINY) | {"sequence_len": 128}, era=era, storage="float32")
+    path = str(checkpoint.make_checkpoint(tmp_path / "model", args, "cpu"))
+    options = {
+        "folder": path, "threads": 1, "dtype": "float32", "max_len": 256, "kv_gib": 1, "llm": {},
+    }  # fmt: skip
+    job = {"prompts": [list(range(5, 150)), [7, 8, 9], [7]], "new": [8, 12, 1], "shared": 0}
+    threads = torch.get_num_threads()
+    ours, theirs = (engine(options)(job)["tokens"] for engine in (peers.microvllm, peers.nanochat))
+    torch.set_num_threads(threads)
+    assert ours == theirs and [len(tokens) for tokens in ours] == job["new"]
+
+
+def test_the_folder_for_transformers_is_the_checkpoint_under_other_names(tmp_path):
+    args = SimpleNamespace(**vars(TINY), era="1", storage="float32")
+    config, _, ours = peers.read_model(str(checkpoint.make_checkpoint(tmp_path / "a", args, "cpu")))
+    found, recipe, theirs = peers.read_model(
+        str(checkpoint.make_hf_folder(tmp_path / "b", args, "cpu"))
+    )
+    assert found == config and recipe.eps == 1e-6 and ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():  # 500 tokens: the padding to 512 rows is cut
+        assert torch.equal(tensor, ours[name][: len(tensor)].float())
+    assert len(theirs["lm_head.weight"]) == 500
+    with pytest.raises(ValueError, match="only nanochat's era 1, not --era 5"):
+        checkpoint.make_hf_folder(tmp_path, SimpleNamespace(**vars(args) | {"era": "5"}), "cpu")
+
+
+def test_the_comparison_runs(tmp_path):
+    options = "--model tiny --shrink 16 --turns 2 --threads 1 --pause 0 --kv-gib 1"
+    parts = "--workloads W1,W4 --engines nanochat"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "compare.py", *f"{options} {parts}".split()],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["failed"], result["disagree"]) == ([], [])
+    assert list(result["workloads"]) == ["W1", "W4"]
+    for work in result["workloads"].values():
+        assert list(work["engines"]) == ["limit", "limit, with ours", "microvllm", "nanochat"]
+        for engine in ("microvllm", "nanochat"):
+            numbers = work["engines"][engine]
+            assert 0 < numbers["lowest"] <= numbers["tokens_per_s"] <= numbers["highest"]
+            assert numbers["agree_first"] == 1 and numbers["share_of_limit"] > 0
+        assert work["engines"]["microvllm"]["ours_over_it"] == 1
+    for fact in result["engines"].values():
+        assert fact["first_token_s"] > 0 and (fact["peak_gb"] or 1) > 0.05  # Python with torch
+
+
+def test_a_profile_names_every_part_of_a_step_and_the_perplexity_of_each_kind_of_weights():
+    options = "--models tiny --sequences 3 --prompts 9"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "cpu.py", *options.split()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    found = result["profile"]["tiny"]
+    assert (found["sequences"], found["steps"]) == (3, 2 * 63)  # the first step has the prompts
+    assert abs(sum(found["parts_ms"].values()) - found["step_ms"]) < 0.01
+    # all layers are one call where the processor has what it takes
+    loop, parts = found["loop_ms"] or found["parts_ms"], {"products", "sampler", "batch"}
+    assert parts | {"attention", "rope_store", "add_norm"} <= loop.keys() and min(loop.values()) > 0
+    assert found["loop_ms"] is None or parts | {"all layers"} <= found["parts_ms"].keys()
+    exact = result["perplexity"].pop("float32")
+    for small in result["perplexity"].values():
+        assert small["tokens"] == exact["tokens"] and small != exact
+        assert abs(small["perplexity"] / exact["perplexity"] - 1) < 0.01
+    if importlib.util.find_spec("triton"):
+        assert list(result["host_ms"]) == ["512", "64", "1"]
+        assert min(ms for found in result["host_ms"].values() for ms in found) > 0
+
+
+def test_an_engine_that_cannot_be_imported_or_dies_is_told():
+    assert compare.version(sys.executable, "torch").startswith("2.")
+    assert compare.version(sys.executable, "no_such_engine") is None
+    peer = compare.Peer("nanochat", sys.executable, {"threads": 1})  # says no folder
+    with pytest.raises(RuntimeError, match="nanochat died(.|\n)*KeyError: 'dtype'"):
+        peer.ask({})
+    peer.close()
