@@ -1,250 +1,165 @@
-"""The paged KV cache, and attention over it: one function, several backends.
+"""Where do K and V lie, how does a plan become arrays, and how does a query find its keys?
 
-Every backend has the signature of `sdpa_attention`, the reference that all of them are compared
-with:
+An attention function has the signature of `sdpa_attention`, the reference with which tests compare
+all others (seam: GPT takes another as `attend`):
 
-    attend(q, k, v, batch, window) -> (T, H, D)
+    attend(q, k, v, batch, window) -> (T, H, D)    T tokens, H query heads of D channels, N blocks
 
-q (T, H, D) are the batch's queries, rotated, normed and scaled; k, v (N, Hkv, block_size, D) one
-layer's cache, in which the batch's own rows are already written. A query at position p sees the
-keys j of its own sequence with p - window <= j <= p (window < 0: all j <= p), scores are divided by
-sqrt(D), query head n reads kv head n // (H // Hkv). k and v may be of a smaller dtype than q.
+q (T, H, D): the batch's queries, rotated, normed and scaled. k, v (N, Hkv, block_size, D): one
+layer's blocks with Hkv kv heads; the batch's own K and V are written before. A query at position p
+sees the keys j of its own sequence with p - window <= j <= p (window < 0: all j <= p). Scores are
+divided by sqrt(D). Query head n reads kv head n // (H // Hkv). k, v: of q's or a smaller dtype.
+
+    what a sequence is                          where it lies, with blocks of 4 tokens
+    position   0 1 2 3 | 4 5 6 7 | 8 9          block 0   the sink, for padding
+    table      5         2         7            block 2   positions 4 to 7
+                                                block 5   positions 0 to 3
+    slot of position 6 = 2 * 4 + 2 = 10         block 7   positions 8 and 9, two slots free
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# of blocks, at a time: a copy takes as much memory again while it runs, gigabytes for 500 samples
-# that diverge in one step
-COPY_BYTES = 2**28
+from .sampler import noise
+
+if TYPE_CHECKING:
+    from .scheduler import BlockManager, Plan
+
+
+class Batch(NamedTuple):
+    """A step as arrays: T rows, one for each token, of B sequences, and R samples. `make_batch`
+    makes numpy arrays, `to` makes tensors of them."""
+
+    ids: Tensor  # (T,) int32 token ids; sequences with one row first
+    prev_ids: Tensor  # (T,) int32 the id one position earlier (0 at position 0), for GPT.embed
+    positions: Tensor  # (T,) int32 index of the token in its sequence
+    slots: Tensor  # (T,) int32 block * block_size + offset, where K and V of the row go
+    cu_seqlens: Tensor  # (B + 1,) int32 first row of each sequence, and at the end T
+    seq_lens: Tensor  # (B,) int32 tokens of each sequence in the cache after this step
+    block_tables: Tensor  # (B, M) int32 block numbers, shorter tables padded with 0, the sink
+    logit_rows: Tensor  # (R,) int32 rows of which logits are computed
+    temperature: Tensor  # (R,) float32
+    noise: Tensor  # (R,) float32 in [0, 1), see sampler.noise
+    num_decodes: int  # the first so many sequences have one row each
+    max_query: int  # most rows of a sequence
+    max_seq: int  # largest of seq_lens
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch as tensors on the device."""
+        put = torch.as_tensor
+        return Batch(*[x if isinstance(x, int) else put(x, device=device) for x in self])
+
+
+def make_batch(plan: Plan, blocks: BlockManager) -> Batch:
+    """Turn a plan into a batch of numpy arrays."""
+    starts = np.array([start for _, start, _ in plan.chunks], np.int32)
+    stops = np.array([stop for _, _, stop in plan.chunks], np.int32)
+    rows = stops - starts
+    cu_seqlens = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(rows, out=cu_seqlens[1:])
+    first_rows, num_rows = cu_seqlens[:-1], int(cu_seqlens[-1])
+    chunk_of_row = np.repeat(np.arange(len(rows)), rows)
+    positions = np.arange(num_rows, dtype=np.int32) + (starts - first_rows)[chunk_of_row]
+    tokens = [seq.tokens[start:stop] for seq, start, stop in plan.chunks]
+    ids = np.fromiter(chain.from_iterable(tokens), np.int32, num_rows)
+    prev_ids = np.empty_like(ids)
+    prev_ids[1:] = ids[:-1]
+    prev_ids[first_rows] = [seq.tokens[start - 1] if start else 0 for seq, start, _ in plan.chunks]
+    # (B, M), and slots (T,); a feature with G groups of layers has (G, B, M) and (G, T)
+    tables, size = blocks.block_tables([seq for seq, _, _ in plan.chunks]), blocks.block_size
+    slots = tables[..., chunk_of_row, positions // size] * size + positions % size
+    chunk_of_sample = np.array([i for i, _, _ in plan.samples], np.int64)
+    new_positions = np.array([position for _, _, position in plan.samples], np.int32)
+    params = plan.params
+    sample_ids = [seq.params.sample_index + seq.sample_id for _, seq, _ in plan.samples]
+    return Batch(
+        ids, prev_ids, positions, slots.astype(np.int32), cu_seqlens, stops, tables,
+        # the new token at a position is sampled from the row one position earlier
+        ((first_rows - starts)[chunk_of_sample] + new_positions - 1).astype(np.int32),
+        np.array([p.temperature for p in params], np.float32),
+        noise([p.seed for p in params], sample_ids, new_positions),
+        int((rows == 1).sum()), int(rows.max()), int(stops.max()),
+    )  # fmt: skip
 
 
 class PagedKVCache:
-    """K and V of all layers in one allocation, cut into blocks.
-
-    groups: (window, layers) of those that share block tables, see scheduler.group_layers, by
-    default all do. A block serves one group, and which one its owner knows: the same memory is the
-    first layer's of any group.
+    """K and V of all layers in one allocation, cut into blocks: (layers, 2, num_blocks, Hkv,
+    block_size, D).
 
     Inside a block the order is [kv_head, slot, dim]: one head's keys of a block are contiguous,
-    which a CPU reads a quarter faster than [slot, kv_head, dim]; a GPU does not mind. Zeroed, since
-    a masked score of 0 times a NaN left in an unused slot would be NaN.
+    which a CPU reads a quarter faster than [slot, kv_head, dim]; a GPU reads both alike. It begins
+    as zeros: a masked key has weight 0, but 0 times a NaN in an unused slot would be NaN.
     """
 
-    def __init__(self, config, num_blocks: int, block_size: int, dtype, device, groups=None):
-        groups = [layers for _, layers in groups or [(-1, range(config.n_layer))]]
-        depth = max(map(len, groups))
-        shape = (depth, 2, num_blocks, config.n_kv_head, block_size, config.head_dim)
-        if torch.device(device).type == "cpu":
-            # numpy's zeros are pages that exist only once they are written; torch would write them
-            zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-            self.data = torch.from_numpy(zeros).view(dtype).view(shape)
-        else:
-            self.data = torch.zeros(shape, dtype=dtype, device=device)
-        self.num_blocks, self.block_size, self.num_groups = num_blocks, block_size, len(groups)
-        places = sorted((i, g, j) for g, group in enumerate(groups) for j, i in enumerate(group))
-        # of each layer: its group, and where in `data` it is
-        self.group_of, self.depth_of = (np.array([p[i] for p in places]) for i in (1, 2))
-        self.layers = [(self.data[j, 0], self.data[j, 1]) for _, _, j in places]
+    def __init__(self, config, num_blocks: int, block_size: int, dtype, device):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.data = self.allocate(config, config.n_layer, dtype, torch.device(device))
+        self.kv = [tuple(layer) for layer in self.data]  # k and v of each layer
 
-    def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """k, v of layer i, each (num_blocks, n_kv_head, block_size, head_dim)."""
-        return self.layers[i]
+    def allocate(self, config, num_layers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros of the shape above."""
+        shape = (
+            num_layers, 2, self.num_blocks, config.n_kv_head, self.block_size, config.head_dim,
+        )  # fmt: skip
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # memory of numpy's zeros is used only once it is written; torch.zeros would write it all
+        zeros = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+        return torch.from_numpy(zeros).view(dtype).view(shape)
+
+    def layers(self, batch) -> Iterator[tuple[Tensor, Tensor, object]]:
+        """Of each layer: k, v and the batch, whose slots and block tables are for that layer.
+        Seam: groups of layers have slots and block tables of their own."""
+        for k, v in self.kv:
+            yield k, v, batch
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """(source, destination) pairs, all layers of their group at once. A source may be a later
-        pair's destination (it was freed in between), never the other way round."""
-        pairs = torch.tensor(copies)
-        if self.data.is_cuda:  # pinned, so that the host does not wait for the running step
-            pairs = pairs.pin_memory()
-        size = max(1, COPY_BYTES // (self.data[:, :, 0].numel() * self.data.itemsize))
-        for part in pairs.to(self.data.device, non_blocking=True).split(size):
-            source, target = part.T
+        """Copy blocks of all layers, given as (source, destination). All sources are read before
+        any is written, so a later pair may overwrite a source (it was freed in between)."""
+        if copies:
+            source, target = torch.tensor(copies, device=self.data.device).T
             self.data[:, :, target] = self.data[:, :, source]
 
 
 class SequenceKVView:
-    """The logical picture of one sequence: its K and V in order, wherever its blocks lie. The sink
-    stands for what has left a window."""
+    """K and V of one sequence and one layer in the order of the tokens, wherever in the pool its
+    blocks are.
 
-    def __init__(self, cache: PagedKVCache, table: Iterable[int], num_tokens: int):
-        self.cache, self.table, self.num_tokens = cache, list(table), num_tokens
+    k, v (N, Hkv, block_size, D): the layer's blocks; table: the sequence's block numbers.
+    """
 
-    def slots(self, start: int = 0, stop: int | None = None, group: int = 0) -> list[int]:
+    def __init__(self, k: Tensor, v: Tensor, table: Iterable[int], num_tokens: int):
+        self.k, self.v, self.num_tokens = k, v, num_tokens
+        self.table = torch.as_tensor(table, device=k.device)[: -(-num_tokens // k.shape[2])]
+
+    def slots(self, start: int = 0, stop: int | None = None) -> list[int]:
         """Physical slots (block * block_size + offset) of the tokens [start, stop)."""
-        size, table = self.cache.block_size, self.table[group :: self.cache.num_groups]
+        size, table = self.k.shape[2], self.table.tolist()
         stop = self.num_tokens if stop is None else stop
         return [table[p // size] * size + p % size for p in range(start, stop)]
 
-    def gather(self, layer: int) -> tuple[Tensor, Tensor]:
-        """k and v of one layer, each (num_tokens, n_kv_head, head_dim), copied out of the
-        blocks."""
-        table = self.table[self.cache.group_of[layer] :: self.cache.num_groups]
-        return tuple(
-            x[table].transpose(1, 2).flatten(0, 1)[: self.num_tokens]
-            for x in self.cache.layer(layer)
-        )
+    def gather(self) -> tuple[Tensor, Tensor]:
+        """k and v, each (Hkv, num_tokens, D), copied out of the blocks."""
+        # (blocks, Hkv, block_size, D) -> (Hkv, blocks * block_size, D)
+        k, v = (x[self.table].transpose(0, 1).flatten(1, 2) for x in (self.k, self.v))
+        return k[:, : self.num_tokens], v[:, : self.num_tokens]
 
 
-@functools.cache
-def has_triton(device: torch.device) -> bool:
-    """Do the Triton kernels run there: an NVIDIA card from Ampere on, or one of AMD's?"""
-    if device.type != "cuda" or not importlib.util.find_spec("triton"):
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def pick_backend(
-    name: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False
-) -> Callable[..., Tensor]:
-    """The backend called `name`; "auto" is the fastest one that runs on `device`.
-
-    deterministic: the bits of a row may depend on nothing but its sequence up to there. Raises
-    ValueError for an unknown name, or for a backend that cannot run here, saying why.
-    """
-    if name == "auto":
-        if has_triton(device):
-            name = "triton"
-        elif device.type == "cpu" and dtype != torch.float16 and importlib.util.find_spec("numba"):
-            name = "numba"
-        else:
-            name = "sdpa"
-    if name == "sdpa":
-        if deterministic:
-            raise ValueError(
-                "deterministic=True is for attention='numba' on a CPU (pip install numba, float32 "
-                f"or bfloat16) and 'triton' on a GPU (pip install triton), not 'sdpa' on {device}"
-            )
-        return sdpa_attention
-    if name == "numba":
-        if device.type != "cpu" or dtype == torch.float16:
-            raise ValueError(
-                f"attention='numba' runs in float32 and bfloat16 on a CPU, not {dtype} on {device}"
-            )
-        from .cpu import kernels as kernels_cpu
-
-        return kernels_cpu.paged_attention
-    if name == "triton":
-        if not has_triton(device):
-            raise ValueError(
-                "attention='triton' needs a GPU (of NVIDIA's, Ampere or newer) and triton, and the "
-                f"device is {device}; use 'auto'"
-            )
-        from .gpu import kernels as kernels_gpu
-
-        return kernels_gpu.fixed_attention if deterministic else kernels_gpu.paged_attention
-    if name == "flash":
-        if deterministic:
-            raise ValueError("deterministic=True is for attention='triton' on a GPU, not 'flash'")
-        return _pick_flash(device, dtype)
-    raise ValueError(
-        f"attention must be 'auto', 'sdpa', 'numba', 'triton' or 'flash', got {name!r}"
-    )
-
-
-# FlashAttention with a paged cache ----------------------------------------------------------------
-
-# three packages have it, each by another name. all take K and V as (blocks, slots, heads, D), of
-# which only the last has to be contiguous: ours, with two axes exchanged, are read as they lie
-
-
-def _pick_flash(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The best FlashAttention that is installed and runs on this card. Raises ValueError saying
-    what is missing."""
-    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            "attention='flash' is for float16 and bfloat16 on a GPU of NVIDIA's, not "
-            f"{dtype} on {device}; use 'auto'"
-        )
-    card = torch.cuda.get_device_capability(device)
-    for name, cards, load in (
-        ("flash_attn_interface", (9,), _flash3),
-        ("flash_attn.cute", (9, 10), _flash4),
-        # 2 is built for every torch from 2.9 on, 1 for each of them up to 2.12
-        *(
-            ("kernels", (9,), lambda hub, i=i: _flash3(hub.get_kernel(FLASH3, version=i)))
-            for i in (2, 1)
-        ),
-        ("torch.nn.attention.varlen", (8, 9, 10, 11, 12), _flash_of_torch),
-    ):
-        if card[0] in cards:
-            try:
-                return load(importlib.import_module(name))
-            except Exception:  # not there, too old for a block table, or its hub out of reach
-                continue
-    raise ValueError(
-        "attention='flash' found no FlashAttention with a block table for a card of compute "
-        f"capability {card[0]}.{card[1]}: pip install 'torch>=2.12' (8.0 or newer), or "
-        "flash-attn-4 or kernels>=0.12 (9.0); attention='triton' needs none of them"
-    )
-
-
-FLASH3 = "kernels-community/flash-attn3"  # on the Hugging Face hub
-
-
-def _flash3(module) -> Callable[..., Tensor]:
-    """FlashAttention-3 (Shah et al. 2024), blocks of any size. https://github.com/Dao-AILab/
-    flash-attention, hopper/flash_attn_interface.py."""
-    flash = module.flash_attn_with_kvcache
-
-    def attend(q, k, v, batch, window):
-        return flash(
-            q, k.transpose(1, 2), v.transpose(1, 2), cache_seqlens=batch.seq_lens,
-            page_table=batch.block_tables, cu_seqlens_q=batch.cu_seqlens,
-            max_seqlen_q=batch.max_query, causal=True, window_size=(window, min(window, 0)),
-        )  # fmt: skip
-
-    return attend
-
-
-def _flash4(module) -> Callable[..., Tensor]:
-    """FlashAttention-4, blocks of any size; None is no limit of a window. The same repository,
-    flash_attn/cute/interface.py."""
-    flash = module.flash_attn_varlen_func
-
-    def attend(q, k, v, batch, window):
-        out = flash(
-            q, k.transpose(1, 2), v.transpose(1, 2), cu_seqlens_q=batch.cu_seqlens,
-            max_seqlen_q=batch.max_query, max_seqlen_k=batch.max_seq, seqused_k=batch.seq_lens,
-            page_table=batch.block_tables, causal=True,
-            window_size=(window, 0) if window >= 0 else (None, None),
-        )  # fmt: skip
-        return out[0] if isinstance(out, tuple) else out
-
-    return attend
-
-
-def _flash_of_torch(module) -> Callable[..., Tensor]:
-    """torch's own, FlashAttention-2 unless another was activated: blocks of a multiple of 256."""
-    flash = module.varlen_attn
-    if "block_table" not in inspect.signature(flash).parameters:
-        raise AttributeError
-
-    def attend(q, k, v, batch, window):
-        """torch's FlashAttention wants blocks of 256 tokens: block_size=256, or attention='triton',
-        or pip install flash-attn-4 or kernels, which take any"""
-        # its kernel wants the keys' running sum, too, and then reads the lengths. one split: with
-        # more the rows after the first sequence's stay unwritten (pytorch/pytorch#194167)
-        sums = F.pad(batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
-        return flash(
-            q, k.transpose(1, 2), v.transpose(1, 2), batch.cu_seqlens, sums, batch.max_query,
-            batch.max_seq, window_size=(window, 0), enable_gqa=True, seqused_k=batch.seq_lens,
-            block_table=batch.block_tables, num_splits=1,
-        )  # fmt: skip
-
-    attend.block_step = 256
-    return attend
+def store(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, slots: Tensor) -> None:
+    """Write the batch's keys and values (T, Hkv, D) to their slots in a layer's blocks."""
+    block_size = k.shape[2]
+    blocks, offsets = slots // block_size, slots % block_size
+    k[blocks, :, offsets] = new_k.to(k.dtype)
+    v[blocks, :, offsets] = new_v.to(v.dtype)
 
 
 def visible(positions: Tensor, keys: Tensor, window: int) -> Tensor:
@@ -253,40 +168,18 @@ def visible(positions: Tensor, keys: Tensor, window: int) -> Tensor:
     return (distance >= 0) if window < 0 else (distance >= 0) & (distance <= window)
 
 
-# numbers that are gathered at a time, of K and of V each: 256 MB of float32. with all decodes at
-# once, padded to the longest, a few long sequences in a full batch would take gigabytes in mid-run
-GATHERED = 2**26
-
-
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
-    """The reference: gather K and V through the block table, then torch's own attention.
-
-    Decodes in padded calls, as many at a time as GATHERED allows, each longer chunk in one of its
-    own.
-    """
+    """The reference: for one sequence after the other, gather its K and V, then call torch's own
+    attention. Arguments: see the beginning of this file."""
     out = torch.empty_like(q)
-    block_size, n = k.shape[2], batch.num_decodes
-    width = -(-batch.max_seq // block_size)  # columns of the block tables
-    seen = torch.arange(width * block_size, device=q.device)
-    size = max(1, GATHERED // (k[0].numel() * width))
-    for first in range(0, n, size):
-        rows = slice(first, min(first + size, n))
-        # (rows, blocks, Hkv, block_size, D) -> (rows, Hkv, keys, D)
-        tables = batch.block_tables[rows, :width]
-        keys, values = (x[tables].transpose(1, 2).flatten(2, 3).to(q.dtype) for x in (k, v))
-        mask = visible(batch.positions[rows, None], seen, window)[:, None]
-        y = F.scaled_dot_product_attention(q[rows, :, None], keys, values, mask, enable_gqa=True)
-        out[rows] = y[:, :, 0]
-    firsts, lengths = batch.cu_seqlens.tolist(), batch.seq_lens.tolist()
-    for b in range(n, len(lengths)):
-        rows, length = slice(firsts[b], firsts[b + 1]), lengths[b]
-        table = batch.block_tables[b, : -(-length // block_size)]
-        keys, values = (
-            x[table].transpose(0, 1).flatten(1, 2)[:, :length].to(q.dtype) for x in (k, v)
-        )
+    first_rows, lengths = batch.cu_seqlens.tolist(), batch.seq_lens.tolist()
+    for b, length in enumerate(lengths):
+        rows = slice(first_rows[b], first_rows[b + 1])
+        keys, values = SequenceKVView(k, v, batch.block_tables[b], length).gather()
         mask = visible(batch.positions[rows], torch.arange(length, device=q.device), window)
         y = F.scaled_dot_product_attention(
-            q[rows].transpose(0, 1)[None], keys[None], values[None], mask, enable_gqa=True
-        )
+            q[rows].transpose(0, 1)[None], keys[None].to(q.dtype), values[None].to(q.dtype), mask,
+            enable_gqa=True,
+        )  # fmt: skip
         out[rows] = y[0].transpose(0, 1)
     return out

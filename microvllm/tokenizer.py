@@ -1,26 +1,22 @@
-"""nanochat's tokenizer: text to token ids and back, conversations to ids, ids to streamed text.
+"""How does text become token ids, and how do ids become text while they arrive?
 
-the vocabulary is byte-level BPE (tiktoken merges, we only hold it): any text has tokens, and a
-token may be half a character. special tokens (`<|bos|>` and friends) are added by name only; text
-that merely looks like one stays plain bytes, so no prompt can forge the end of a turn.
+The vocabulary is byte-level BPE, and tiktoken splits text into its tokens: any text has tokens, and
+a token may end inside a character. Special tokens (such as `<|bos|>`) are added by name only; text
+that contains such a name is encoded as plain bytes, so no prompt can forge the end of a turn.
+
+    tokens of "né!"   [n]   [C3]   [A9 !]     é is two bytes, here in two tokens
+    text so far        n     n      né!       the decoder holds C3 back until A9 comes
 """
 
 import codecs
 import pickletools
-import re
 from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
 
 import tiktoken
 
-# nanochat's own vocabularies (65,536 tokens at most) take about 1 MB
-_MAX_FILE_BYTES = 8 * 1024 * 1024
-
-# so many blanks in a row, and tiktoken's pattern gives up, but not without a word on stderr
-_MAX_BLANKS = 999_000
-_TOO_BLANK = rf"(?<![^\S\r\n])[^\S\r\n]{{{_MAX_BLANKS}}}"
-
-# the kinds of parts an assistant's message may be made of, and the special tokens around each
+# the kinds of parts of an assistant's message, and the special tokens around each
 _PART_MARKS = {
     "text": (),
     "python": ("<|python_start|>", "<|python_end|>"),
@@ -28,8 +24,8 @@ _PART_MARKS = {
 }
 
 
-def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """Open nanochat's tokenizer.pkl; `path` is that file or the directory it is in.
+def load_tokenizer(path: str | Path, kind: type | None = None) -> "Tokenizer":
+    """Open nanochat's tokenizer.pkl; path: the file or its directory; kind: subclass of Tokenizer.
 
     The file is a pickle, but it is never unpickled: see _read_pickled_encoding.
     Raises FileNotFoundError if there is none, ValueError if it holds anything but a tokenizer.
@@ -42,57 +38,40 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             f"no tokenizer at {file}: pass tokenizer_path=, the tokenizer.pkl that nanochat wrote "
             "or the directory it is in"
         )
-    if (size := file.stat().st_size) > _MAX_FILE_BYTES:
-        raise ValueError(f"{file} is not a nanochat tokenizer: {size:,} bytes are far too many")
     try:
-        return Tokenizer(**_read_pickled_encoding(file.read_bytes()))
-    # a program of pickle's that makes no sense fails in as many ways as a python one
+        return (kind or Tokenizer)(**_read_pickled_encoding(file.read_bytes()))
+    # what a malformed pickle raises while its instructions are run
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{file} is not a nanochat tokenizer: {error}") from error
 
 
-def wrap_tokenizer(tokenizer: object) -> "Tokenizer":
-    """A Tokenizer for what is one already, nanochat's own tokenizer object, or a tiktoken.Encoding.
-
-    Raises TypeError for anything else.
-    """
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    encoding = getattr(tokenizer, "enc", tokenizer)
-    if not isinstance(encoding, tiktoken.Encoding):
-        raise TypeError(
-            "tokenizer must be microvllm's, nanochat's or a tiktoken.Encoding, "
-            f"got {type(tokenizer).__name__}"
-        )
-    parts = (encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
-    return Tokenizer(encoding.name, *parts)
-
-
 def _read_pickled_encoding(data: bytes) -> dict:
-    """The four arguments of the one tiktoken.Encoding that `data` is a pickle of.
+    """The four arguments of the one tiktoken.Encoding of which `data` is a pickle.
 
-    A pickle is a program for a small stack machine, and its words for importing and calling are
-    what makes foreign pickles dangerous. An Encoding needs just the words below (protocol 4), so we
-    run these ourselves and refuse every other. Nothing is imported or called, and no word costs
-    more than its own items: there are no tuples, so no key whose hash takes forever either.
+    A pickle is a program for a small stack machine; its instructions to import and to call make an
+    untrusted one dangerous. An Encoding needs only the instructions below (protocol 4): these are
+    run here, without an import or a call, and all others are refused. Each costs no more than its
+    own items: without instructions for tuples there is no nested key, whose hash may take forever.
     """
     stack, memo, marks, state = [], [], [], None
-    for word, arg, position in pickletools.genops(data):
-        match word.name:
-            case "MEMOIZE":
-                memo.append(stack[-1])
+    for op, arg, position in pickletools.genops(data):
+        match op.name:
+            case "PROTO" | "FRAME" | "EMPTY_TUPLE" | "NEWOBJ" | "STOP":
+                pass  # NEWOBJ would build the Encoding: the caller does, from the checked state
             case "BININT" | "BININT1" | "BININT2" | "SHORT_BINBYTES" | "BINBYTES":
                 stack.append(arg)
             case "SHORT_BINUNICODE" | "BINUNICODE":
                 stack.append(arg)
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[arg])
             case "EMPTY_DICT":
                 stack.append({})
+            case "MEMOIZE":
+                memo.append(stack[-1])
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[arg])
             case "MARK":
                 marks.append(len(stack))
             case "SETITEMS" | "SETITEM":  # all that follows the mark, or one key and its value
-                start = marks.pop() if word.name == "SETITEMS" else len(stack) - 2
+                start = marks.pop() if op.name == "SETITEMS" else len(stack) - 2
                 items = stack[start:]
                 del stack[start:]
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
@@ -104,10 +83,8 @@ def _read_pickled_encoding(data: bytes) -> dict:
                 stack.append(tiktoken.Encoding)
             case "BUILD":
                 state = stack.pop()
-            case "PROTO" | "FRAME" | "EMPTY_TUPLE" | "NEWOBJ" | "STOP":
-                pass  # the Encoding that NEWOBJ stands for is made by us, once its state is checked
             case _:
-                found = word.name if arg is None else f"{word.name} {arg!r:.80}"
+                found = op.name if arg is None else f"{op.name} {arg!r:.80}"
                 raise ValueError(
                     f"it has the pickle instruction {found} at byte {position}, which no tokenizer "
                     "needs; nothing of it was run"
@@ -120,79 +97,59 @@ def _read_pickled_encoding(data: bytes) -> dict:
     return state
 
 
-def _check_table(what: str, table: dict, key_type: type, first: int) -> None:
-    """A table must give its keys the ids first, first + 1, ... each once: ids index arrays."""
-    if not isinstance(table, dict):
-        raise ValueError(f"{what} is {type(table).__name__} where a dict was expected")
-    if not all(type(key) is key_type and type(id_) is int for key, id_ in table.items()):
-        raise ValueError(f"{what} must map {key_type.__name__} to int")
-    if sorted(table.values()) != list(range(first, first + len(table))):
-        raise ValueError(f"{what} must use each id from {first} to {first + len(table) - 1} once")
-
-
 class Tokenizer:
     """A vocabulary: `num_ordinary` byte strings, then the special tokens.
 
     The arguments are a tiktoken.Encoding's:
-        name: what it is called
+        name: of the vocabulary
         pat_str: regular expression that splits text into the pieces within which bytes are merged
         mergeable_ranks: bytes of each ordinary token -> its id, 0 .. num_ordinary - 1
         special_tokens: name of each special token -> its id, from num_ordinary on
-    Raises ValueError if they do not fit together or `<|bos|>` is missing.
-
-    To read: `vocab_size`, `num_ordinary`, `special_tokens`, `bos_id`, `eos_ids` (the ids that end a
-    generation), `has_chat` (whether conversations can be rendered).
+    Raises ValueError if these are not the ids, or `<|bos|>` is missing.
     """
 
     def __init__(self, name: str, pat_str: str, mergeable_ranks: dict, special_tokens: dict):
-        _check_table("mergeable_ranks", mergeable_ranks, bytes, 0)
-        _check_table("special_tokens", special_tokens, str, len(mergeable_ranks))
-        if missing := [byte for byte in range(256) if bytes([byte]) not in mergeable_ranks]:
-            raise ValueError(f"mergeable_ranks has no token for the single byte {missing[0]}")
-        if "<|bos|>" not in special_tokens:
-            raise ValueError("it has no <|bos|> token, with which every nanochat sequence starts")
-        if not (isinstance(name, str) and isinstance(pat_str, str)):
-            raise ValueError("name and pat_str must be strings")
+        ids = [*sorted(mergeable_ranks.values()), *sorted(special_tokens.values())]
+        if ids != list(range(len(ids))) or "<|bos|>" not in special_tokens:
+            raise ValueError("its ids are not 0, 1, ..., special ones last, <|bos|> among them")
         self._encoding = tiktoken.Encoding(
             name, pat_str=pat_str, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens
         )
         self.special_tokens: dict[str, int] = dict(special_tokens)
         self.num_ordinary = len(mergeable_ranks)
-        self.vocab_size = self.num_ordinary + len(special_tokens)
+        self.vocab_size = len(ids)
         self.bos_id = special_tokens["<|bos|>"]
-        # the turn is over, or a new document begins: nanochat stops at both
-        ends = ("<|bos|>", "<|assistant_end|>")
-        self.eos_ids = frozenset(special_tokens[end] for end in ends if end in special_tokens)
+        # the ids that end a generation: the turn is over, or a new document begins
+        ends = {"<|bos|>", "<|assistant_end|>"} & special_tokens.keys()
+        self.eos_ids = frozenset(special_tokens[end] for end in ends)
         turn_marks = {f"<|{r}_{edge}|>" for r in ("user", "assistant") for edge in ("start", "end")}
-        self.has_chat = turn_marks <= special_tokens.keys()
+        self.has_chat = turn_marks <= special_tokens.keys()  # can conversations be rendered?
         ordinary = sorted(mergeable_ranks, key=mergeable_ranks.get)
         special = sorted(special_tokens, key=special_tokens.get)
-        self._token_bytes = ordinary + [mark.encode() for mark in special]  # id -> bytes
-        # a pattern may be well formed and still skip some characters, or match nothing at all
-        probe = "Every 1 of these, isn't it?\n\n\té\u3000\u200b\x00 "
-        if self.decode(self.encode(probe)) != probe:
-            raise ValueError(f"pat_str loses text: {pat_str!r:.200}")
+        self._token_bytes = ordinary + [mark.encode() for mark in special]  # by id
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of `text`, none of them special but the `<|bos|>` that `bos=True` puts in front.
-
-        Raises TypeError if `text` is no string, ValueError if the pattern gives up on it (it does
-        on a million spaces in a row).
-        """
+        Raises TypeError if `text` is no string, ValueError if the pattern cannot split it."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, not {type(text).__name__}")
-        if len(text) >= _MAX_BLANKS and re.search(_TOO_BLANK, text):
-            raise ValueError(
-                f"text of {len(text):,} characters cannot be split: it has {_MAX_BLANKS:,} blanks "
-                "in a row"
-            )
         try:
             ids = self._encoding.encode_ordinary(text)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # rust's panic is no Exception in python
+            if type(error).__name__ != "PanicException":  # tiktoken's, a BaseException
                 raise
             raise ValueError(f"text of {len(text):,} characters cannot be split: {error}") from None
         return [self.bos_id, *ids] if bos else ids
+
+    def prompt_ids(self, prompt: str | Iterable[int]) -> list[int]:
+        """The token ids of a prompt: of a text, with BOS in front; a list of ids is unchanged.
+        Raises TypeError if it is neither, ValueError if it is empty or an id is out of range."""
+        if isinstance(prompt, str):
+            return self.encode(prompt, bos=True)
+        ids = [index(token) for token in prompt]
+        if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise ValueError(f"a prompt needs ids from 0 to {self.vocab_size - 1}, got {ids!r:.80}")
+        return ids
 
     def encode_special(self, name: str) -> int:
         """Id of the special token `name`, such as `<|user_start|>`; ValueError if there is none."""
@@ -202,10 +159,8 @@ class Tokenizer:
         return self.special_tokens[name]
 
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
-        """Bytes of one token; a special one is its name, or nothing with `skip_special`.
-
-        Raises ValueError if the id is outside the vocabulary.
-        """
+        """Bytes of one token; a special one is its name, or nothing with `skip_special`. Raises
+        ValueError if the id is outside the vocabulary."""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is not in the vocabulary of {self.vocab_size}")
         if skip_special and token_id >= self.num_ordinary:
@@ -213,11 +168,8 @@ class Tokenizer:
         return self._token_bytes[token_id]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """Text of `ids`: their bytes joined, U+FFFD where these are not UTF-8.
-
-        `skip_special` leaves special tokens out *before* the bytes are joined, so the bytes on
-        their two sides may make one character.
-        """
+        """Text of `ids`: their bytes joined, U+FFFD where these are not UTF-8. skip_special leaves
+        special tokens out first, so the bytes before and after one may make a character."""
         return b"".join(self.token_bytes(i, skip_special) for i in ids).decode("utf-8", "replace")
 
     def decoder(self) -> "IncrementalDecoder":
@@ -227,7 +179,7 @@ class Tokenizer:
     def render_conversation(
         self, messages: Sequence[dict], max_tokens: int | None = 2048
     ) -> tuple[list[int], list[int]]:
-        """Ids of a conversation and its training mask (1: the assistant is to learn to say this).
+        """Ids of a conversation and its training mask (1: the model learns to predict this token).
 
         `messages` are `{"role": ..., "content": ...}`, user and assistant in turn; a system message
         may come first and is merged into the user's. The assistant's content may be a list of
@@ -237,40 +189,36 @@ class Tokenizer:
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
-        ids, mask = self._render(_turns(messages))
-        return ids[:max_tokens], mask[:max_tokens]
+        pairs = self._render(_turns(messages))[:max_tokens]
+        return [token for token, _ in pairs], [mask for _, mask in pairs]
 
     def render_for_completion(self, messages: Sequence[dict]) -> list[int]:
-        """Ids that ask for the assistant's next message: the conversation, then assistant_start.
-
-        An assistant's message at the end is left out: it is the one to be written anew. Unlike
-        nanochat's, the prompt is never cut, the engine refuses one that is too long.
-        """
+        """The prompt for the assistant's next message: the conversation, then assistant_start. An
+        assistant's message at the end is left out, since the model is to write it again. Unlike
+        nanochat's, the prompt is never cut: the engine refuses one that is too long."""
         turns = _turns(messages)
         if turns[-1][0] == "assistant":
             turns.pop()
-        return [*self._render(turns)[0], self.encode_special("<|assistant_start|>")]
+        ids = [token for token, _ in self._render(turns)]
+        return [*ids, self.encode_special("<|assistant_start|>")]
 
-    def _render(self, turns: list[tuple[str, list[dict]]]) -> tuple[list[int], list[int]]:
-        ids, mask = [self.bos_id], [0]
-
-        def add(tokens: list[int], learn: bool) -> None:
-            ids.extend(tokens)
-            mask.extend([int(learn)] * len(tokens))
-
+    def _render(self, turns: list[tuple[str, list[dict]]]) -> list[tuple[int, int]]:
+        """The tokens of a conversation, each with its value in the training mask."""
+        pairs = [(self.bos_id, 0)]
         for role, parts in turns:
-            add([self.encode_special(f"<|{role}_start|>")], False)
+            learned = int(role == "assistant")
+            pairs.append((self.encode_special(f"<|{role}_start|>"), 0))
             for part in parts:
+                mask = 0 if part["type"] == "python_output" else learned  # not by the model
                 marks = [self.encode_special(mark) for mark in _PART_MARKS[part["type"]]]
                 tokens = [*marks[:1], *self.encode(part["text"]), *marks[1:]]
-                # the output of a tool is read, not said
-                add(tokens, role == "assistant" and part["type"] != "python_output")
-            add([self.encode_special(f"<|{role}_end|>")], role == "assistant")
-        return ids, mask
+                pairs += [(token, mask) for token in tokens]
+            pairs.append((self.encode_special(f"<|{role}_end|>"), learned))
+        return pairs
 
 
 def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """The turns of a conversation as (role, parts), checked, the system message merged."""
+    """Check a conversation; its turns as (role, parts), the system message merged into one."""
     if not isinstance(messages, (list, tuple)):
         raise TypeError(f"messages must be a list of dicts, not {type(messages).__name__}")
     turns, system = [], ""
@@ -293,14 +241,11 @@ def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
             content = [{"type": "text", "text": content if turns else system + content}]
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                raise TypeError(
-                    f"messages[{i}]: a part must be a dict with a text, not {part!r:.80}"
-                )
-            if part.get("type") not in _PART_MARKS:
+                what = f"a part must be a dict with a text, not {part!r:.80}"
+                raise TypeError(f"messages[{i}]: {what}")
+            if (kind := part.get("type")) not in _PART_MARKS:
                 kinds = ", ".join(_PART_MARKS)
-                raise ValueError(
-                    f"messages[{i}]: a part's type is {part.get('type')!r}, not {kinds}"
-                )
+                raise ValueError(f"messages[{i}]: a part's type is {kind!r}, not {kinds}")
         turns.append((role, content))
     if not turns:
         raise ValueError("messages has no user message")
@@ -310,9 +255,9 @@ def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 class IncrementalDecoder:
     """The text of a growing sequence, in pieces of whole characters.
 
-    A token may end inside a character; its bytes wait here for the rest. The pieces and the flush,
-    joined, equal `tokenizer.decode(ids, skip_special=True)`, and each token is looked at once.
-    Special tokens are not shown and end nothing: waiting bytes go on waiting across them.
+    A token may end inside a character: its last bytes are kept until the rest arrives. The pieces
+    and the flush, joined, equal `tokenizer.decode(ids, skip_special=True)`. Each token is decoded
+    once. Special tokens are not shown, and bytes are kept across them.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -324,5 +269,50 @@ class IncrementalDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special=True))
 
     def flush(self) -> str:
-        """What is left once the sequence has ended: U+FFFD for an unfinished character."""
+        """To be called when the sequence has ended: U+FFFD if a character is unfinished, or ""."""
         return self._utf8.decode(b"", final=True)
+
+
+class Text:
+    """One sample's text while it grows, for streams and features; other samples are decoded at the
+    end. seq, scheduler: of scheduler.py; request: of engine.py, whose options features read.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, request):
+        self.decoder, self.request = tokenizer.decoder(), request
+        self.text = ""
+        self.num_read = 0  # output tokens that are in the text
+        self.num_sent = 0  # characters that were in the events of a stream
+        self.num_sent_tokens = 0  # output tokens that were in them
+
+    def read(self, seq, scheduler) -> None:
+        """Add the text of the sequence's new tokens."""
+        # `react` may change the number of tokens, so the loop asks again; a stop token is not shown
+        hidden = seq.num_prompt + (seq.finish_reason == "stop")
+        while self.num_read < len(seq.tokens) - hidden:
+            token = seq.tokens[seq.num_prompt + self.num_read]
+            self.num_read += 1
+            self.text += self.decoder.push(token)
+            self.react(seq, token, scheduler)
+        if seq.finish_reason:
+            self.text += self.decoder.flush()
+
+    def react(self, seq, token: int, scheduler) -> None:
+        """Called after each token. Seam: a feature may end the sequence here, or append tokens."""
+
+    def certain(self, seq) -> int:
+        """How many characters of the text are final. Seam: fewer, if the end may be cut (stops)."""
+        return len(self.text)
+
+    def event(self, seq) -> dict | None:
+        """The next event of a stream: all that is final and was not sent; None if that is none."""
+        certain = self.certain(seq)
+        if certain == self.num_sent and not seq.finish_reason:
+            return None
+        text = self.text[self.num_sent : certain]
+        token_ids = seq.tokens[seq.num_prompt + self.num_sent_tokens :]
+        self.num_sent, self.num_sent_tokens = certain, len(seq.tokens) - seq.num_prompt
+        return {
+            "sample": seq.sample_id, "text": text, "token_ids": token_ids,
+            "finish_reason": seq.finish_reason,
+        }  # fmt: skip

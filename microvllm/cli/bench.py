@@ -6,7 +6,6 @@ The prompts are those of Alpaca's instructions (Taori et al., 2023) or any file 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 import textwrap
@@ -20,47 +19,6 @@ BUNDLED = MODELS / "prompts" / "oldbooks_instructions.json"
 
 
 # prompts ------------------------------------------------------------------------------------------
-
-
-def read_rows(path: str | Path) -> list:
-    """The rows of a .json (a list), .jsonl or .parquet file.
-
-    Raises ValueError, with the file's name (and line), for what is not such a file or has none.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in (".json", ".jsonl", ".parquet"):
-        raise ValueError(f"{path}: expected a file named .json, .jsonl or .parquet")
-    if path.suffix.lower() == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(f"{path}: reading Parquet needs `pip install pyarrow`") from None
-        try:
-            data = pyarrow.BufferReader(path.read_bytes())
-            rows = pyarrow.parquet.read_table(data).to_pylist()
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path}: not a Parquet file: {error}") from None
-    else:
-        where = "it"
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            if path.suffix.lower() == ".json":
-                rows = json.loads(text)
-            else:
-                rows = []
-                # not splitlines(): a JSON string may hold U+2028 and its like as they are
-                for number, line in enumerate(text.split("\n"), 1):
-                    where = f"line {number}"
-                    rows += [json.loads(line)] if line.strip() else []
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: {where} is not JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a list of rows, not {type(rows).__name__}")
-    if not rows:
-        raise ValueError(f"{path}: no rows in it")
-    return rows
 
 
 def alpaca_prompts(rows: list, source: str) -> list[str]:
@@ -84,6 +42,8 @@ def alpaca_prompts(rows: list, source: str) -> list[str]:
 
 def read_prompts(path: str | Path) -> list[str]:
     """All prompts of an Alpaca-format file. Raises ValueError naming the file and the row."""
+    from ..jobs.rows import read_rows
+
     return alpaca_prompts(read_rows(path), str(path))
 
 
@@ -104,7 +64,7 @@ def find_prompts(path: str | None, count: int) -> tuple[list[str], str]:
         return read_prompts(path)[:count], path
     reason = f"`pip install datasets` for {DATASET}"
     if importlib.util.find_spec("datasets") is not None:
-        from ..sources.huggingface import hub_answers
+        from ..sources.hub import hub_answers
 
         if not hub_answers():
             os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: its local copy, or an error now
@@ -139,7 +99,7 @@ def rate(count: int, seconds: float) -> float:
 
 def guesses(stats: dict) -> str:
     """How many guesses of prompt lookup were right, where there were any, after other words."""
-    right, of = stats["accepted_tokens"], stats["guessed_tokens"]
+    right, of = stats.get("accepted_tokens"), stats.get("guessed_tokens")
     return f"; {right} of {of} guesses right ({right / of:.0%})" if of else ""
 
 
@@ -189,14 +149,11 @@ def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict
     the K and V that its sequences see (here: each half way through the context), and it cannot do
     that faster than the memory can.
     """
-    import torch
-
-    from ..checkpoint import free_memory
+    from ..checkpoint import free_memory, pick_dtype
+    from ..features.windows import group_layers, most_blocks
     from ..model import layer_windows
-    from ..scheduler import group_layers, most_blocks
 
-    on_gpu = device.type == "cuda"
-    dtype = getattr(torch, dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32")
+    on_gpu, dtype = device.type == "cuda", pick_dtype(dtype, device)
     length, windows = config.sequence_len, layer_windows(config, recipe)
     parameters = sum(w.numel() for w in weights.values())
     tables = sum(w.numel() for key, w in weights.items() if "wte" in key or "value_embeds" in key)

@@ -45,6 +45,10 @@ class Parser(argparse.ArgumentParser):
         self.tell(message)
 
     def tell(self, message: object) -> NoReturn:
+        if isinstance(message, ModuleNotFoundError) and str(message.name).startswith("microvllm."):
+            place = message.name.replace(".", "/")
+            remedy = "reinstall microvllm (pip install --force-reinstall microvllm)"
+            message = f"this command needs {place}, which is not there: {remedy}"
         self.exit(2, f"{self.prog}: error: {plain(' '.join(str(message).split()))}\n")
 
 
@@ -77,8 +81,8 @@ def execute(args: argparse.Namespace) -> None:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # what its encoding lacks is a ?, no crash
         if getattr(args, "tensor_parallel", 1) > 1:
-            from ..features.parallel import one_voice
-
+            with user_errors(args):
+                from .ranks import one_voice
             with one_voice(args):
                 args.command(args)
         else:
@@ -86,6 +90,10 @@ def execute(args: argparse.Namespace) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("microvllm."):
+            raise
+        args.error(error)  # a part of the package was deleted
     except BrokenPipeError:  # `| head`. python flushes once more at its end, which may not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -116,32 +124,43 @@ def reader(llm: LLM) -> Callable[[list[int]], str]:
     return lambda ids: "".join(marks[i] if i in marks else push(i) for i in ids)
 
 
+def cuts(params: SamplingParams) -> bool:
+    """May a stop string cut the text?"""
+    return bool(getattr(params, "stop", ()))  # which are a feature
+
+
+def tools(llm: LLM, chat: bool) -> dict[str, bool]:
+    """What `generate` takes for a conversation: the calculator, where it is installed."""
+    return {"tools": True} if chat and "tools" in llm.request_options else {}
+
+
 def live(
-    llm: LLM, prompt, params: SamplingParams, *, tools: bool, show: bool = True, lead: str = ""
+    llm: LLM, prompt, params: SamplingParams, *, chat: bool, show: bool = True, lead: str = ""
 ) -> dict:
     """Stream the answer to one prompt (a text or token ids), and say how fast it was.
 
-    show: print it, after `lead`; tools: run the calculator. Returns its text, token_ids,
+    show: print it, after `lead`; chat: with the calculator. Returns its text, token_ids,
     finish_reason, stop_reason, tokens_per_second, prompt_tokens and how many of them were
     cached_tokens. Ctrl-C ends the answer alone: its finish_reason is "abort".
     """
     read, before, start = reader(llm), llm.stats(), time.perf_counter()
     answer = {"text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": "abort"}
-    with suppress(KeyboardInterrupt), closing(llm.stream([prompt], params, tools=tools)) as events:
+    options = tools(llm, chat)
+    with suppress(KeyboardInterrupt), closing(llm.stream([prompt], params, **options)) as events:
         for event in events:
             answer["text"] += event.text
             answer["token_ids"] += event.token_ids
             if event.finish_reason:
                 answer |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
             if show:
-                text = event.text if params.stop else read(event.token_ids)
+                text = event.text if cuts(params) else read(event.token_ids)
                 text = plain(text) if sys.stdout.isatty() else text
                 print(lead + text, end="", flush=True)
                 lead = ""
     count = len(answer["token_ids"])
     speed = round(count / (time.perf_counter() - start), 1)
-    names = "prompt_tokens", "cached_tokens", "guessed_tokens", "accepted_tokens"
-    now = {name: llm.stats()[name] - before[name] for name in names}
+    after, names = llm.stats(), [name for name in before if name.endswith("_tokens")]
+    now = {name: after[name] - before[name] for name in names}
     total, cached = now["prompt_tokens"], now["cached_tokens"]
     if show:
         print(flush=True)
@@ -169,7 +188,7 @@ def show_all(
             if as_json:
                 continue
             # a stop string cuts the text, and the token ids do not know
-            said = sample["text"] if params.stop else reader(llm)(ids)
+            said = sample["text"] if cuts(params) else reader(llm)(ids)
             said = plain(said) if sys.stdout.isatty() else said
             print(f"> {text}\n{said.strip()}" if chat else f"{text}{said}", end="")
             cut = f"  [cut at {len(ids)} tokens]" if sample["finish_reason"] == "length" else ""
@@ -218,10 +237,14 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool) -> None:
     """
     with suppress(ImportError):
         import readline  # noqa: F401, now input() has a history and arrow keys
-    tokenizer, blocks = llm.tokenizer, llm.scheduler.blocks
+    with suppress(ImportError):
+        from ..features.checks import longest
+
+        room = longest(llm.scheduler.blocks, llm.max_batched_tokens)
+        llm.max_model_len = min(llm.max_model_len, room + 1)
+    tokenizer = llm.tokenizer
     names = ("user_start", "user_end", "assistant_start", "assistant_end")
     user_start, *asks, end = (tokenizer.encode_special(f"<|{name}|>") for name in names)
-    llm.max_model_len = min(llm.max_model_len, blocks.longest(llm.max_batched_tokens) + 1)
     limit = llm.max_model_len
     room = limit - min(params.max_tokens, limit // 4)  # for the prompt; the rest is the answer's
     if sys.stdin.isatty():
@@ -252,7 +275,7 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool) -> None:
                 "are forgotten)"
             )
         prompt = [tokenizer.bos_id, *chain(*turns), *turn]
-        answer = live(llm, prompt, params, tools=True, show=not as_json)
+        answer = live(llm, prompt, params, chat=True, show=not as_json)
         if as_json:
             print(json.dumps({"prompt": line, **answer}), flush=True)
         if ids := answer["token_ids"]:

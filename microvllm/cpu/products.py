@@ -44,7 +44,7 @@ def threads_for(jobs: int) -> int:
     return threads
 
 
-# sums may be reordered, else nothing is vectorised; but NaN stays NaN (see _largest)
+# sums may be reordered, else nothing is vectorised; but NaN stays NaN (see steps.largest)
 FAST = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
 # for what is in vectors already, where one row could get other bits; a caller's would be inherited
 EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
@@ -324,8 +324,8 @@ def linear(x: Tensor, packed: Tensor, rows: int, square: bool = False) -> Tensor
 
 
 def stamp() -> tuple:
-    """What tells these sources from others: when each file was written, and its size."""
-    files = (Path(__file__).with_name(name) for name in ("products.py", "kernels.py"))
+    """What tells these sources from others: when each of the room's files was written, its size."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
     return tuple((file.stat().st_mtime, file.stat().st_size) for file in files)
 
 
@@ -334,7 +334,7 @@ def keep_compiled(*kernels) -> None:
     try:
         for kernel in kernels:
             kernel.enable_caching()
-            # numba looks whether a kernel's own file has changed; it is made of both of ours
+            # numba looks whether a kernel's own file has changed; it is made of several of ours
             kernel._cache._cache_file._source_stamp = stamp()
     except (RuntimeError, OSError):
         pass  # neither the package's folder nor the user's cache can be written

@@ -10,7 +10,9 @@ import ast
 import operator
 import warnings
 
-from microvllm.tokenizer import Tokenizer
+from ..engine import LLM, Request
+from ..scheduler import Scheduler, Sequence
+from ..tokenizer import Text, Tokenizer
 
 # they bound all work and memory. the parser is the tightest: it recurses in C, where a stack that
 # overflows kills the process. these fit into a thread with 256 KiB of stack
@@ -158,3 +160,68 @@ class Calculator:
         else:
             self._block.append(token_id)
         return []
+
+
+class CalculatorScheduler(Scheduler):
+    """A Scheduler of sequences that are continued from outside."""
+
+    def force(self, seq: Sequence, token_ids: list[int]) -> int:
+        """Continue a sequence with tokens that nobody samples, as far as its length allows; they
+        are computed like a chunk of prompt. Returns how many there was room for."""
+        token_ids = token_ids[: seq.max_length - len(seq.tokens)]
+        seq.tokens.extend(token_ids)
+        self.blocks.events.force(seq)
+        if len(seq.tokens) == seq.max_length:
+            self.finish(seq, "length")
+        return len(token_ids)
+
+
+class CalculatorText(Text):
+    """A text in which the calculator writes, where it was asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request):
+        super().__init__(tokenizer, request)
+        self.calculator = Calculator(tokenizer) if request.options.get("tools") else None
+        self.forced: list[int] = []  # indices of the output tokens that it wrote
+
+    def react(self, seq: Sequence, token: int, scheduler: CalculatorScheduler) -> None:
+        super().react(seq, token, scheduler)
+        if self.calculator and (forced := self.calculator.push(token)):
+            if seq.finish_reason is None:
+                count = scheduler.force(seq, forced)
+                self.forced.extend(range(self.num_read, self.num_read + count))
+
+
+class CalculatorLLM(LLM):
+    """An engine that runs nanochat's calculator where the model calls it: `tools=True`, as chat has
+    it by default. Outputs have a mask: 0 for the tokens that it forced, else 1."""
+
+    request_options = LLM.request_options | {"tools"}
+
+    def chat(
+        self, messages, sampling_params=None, use_tqdm: bool = True, *, tools: bool = True,
+        **options,
+    ):  # fmt: skip
+        return super().chat(messages, sampling_params, use_tqdm, tools=tools, **options)
+
+    def watches(self, request: Request) -> bool:
+        return bool(request.options.get("tools")) or super().watches(request)
+
+    def _make_sequence(self, request: Request) -> Sequence:
+        seq = super()._make_sequence(request)
+        end = self.tokenizer.special_tokens.get("<|python_end|>")
+        if request.options.get("tools") and end is not None:
+            seq.tool_ids = frozenset([end])  # what comes after them is not the model's
+        return seq
+
+    def sample_output(self, request: Request, seq: Sequence) -> dict:
+        found = super().sample_output(request, seq)
+        mask = [1] * len(seq.output)
+        text = request.texts.get(seq.sample_id)
+        for i in text.forced if text else ():
+            if i < len(mask):
+                mask[i] = 0
+        return found | {"mask": mask}
+
+
+PARTS = {"llm": CalculatorLLM, "scheduler": CalculatorScheduler, "text": CalculatorText}

@@ -9,7 +9,13 @@ weights anyway, and never a token: it counts only if it is what is drawn.
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import copy
 from itertools import cycle, islice, takewhile
+
+from ..engine import LLM
+from ..scheduler import Scheduler, Sequence
+
+FEW_ROWS = 8  # a step of so many takes little longer than one of a single row
 
 # how many tokens must have been there before, the longest match first. a single one is right in a
 # fifth of the cases, and pays where a row more takes a tenth of a step or less
@@ -28,10 +34,6 @@ class Lookup:
         self.count = limit  # how many are guessed next
         self.after: dict[tuple[int, ...], int] = {}  # n tokens: the position behind their last ones
         self.seen = 0  # tokens up to which `after` is
-
-    def fork(self) -> Lookup:
-        """Of another sample, whose text will be another one."""
-        return Lookup(self.limit, self.ends)
 
     def guess(self, tokens: list[int], room: int) -> list[int]:
         """Up to `room` tokens that may follow these."""
@@ -58,3 +60,141 @@ class Lookup:
             self.count = min(2 * self.count, self.limit)
         else:
             self.count = max(1, guessed // 2)
+
+
+class LookupScheduler(Scheduler):
+    """Sequences that decode guess what comes next, in steps of few rows.
+
+    While a step is planned and run, what was guessed stands at the end of `seq.tokens`, where
+    everyone who makes a batch finds it; `update` takes it away again before it appends what was
+    drawn.
+    """
+
+    num_guesses = 0  # a step, for each sequence, at most; set by the engine
+
+    def __init__(self, *args, **policies):
+        super().__init__(*args, **policies)
+        self.num_guessed = self.num_accepted = 0  # tokens
+        self.guesses: dict[Sequence, int] = {}  # how many of its last tokens are guessed
+        self.lookups: dict[Sequence, Lookup] = {}
+
+    def choose(self):
+        chunks, total = super().choose()
+        able = [
+            i
+            for i, (seq, start, stop) in enumerate(chunks if total < FEW_ROWS else ())
+            if stop - start == 1 and stop == len(seq.tokens) and not seq.forks
+            if getattr(seq, "may_guess", True)  # not where somebody would see what is guessed
+        ]
+        room = min(FEW_ROWS, self.max_batched_tokens) - total
+        for left, i in zip(range(len(able), 0, -1), able, strict=True):
+            seq, start, stop = chunks[i]
+            most = min(room // left, seq.max_length - 1 - stop)  # the last is never fed back
+            found = self.lookup(seq).guess(seq.tokens, most) if most > 0 else []
+            # in blocks that nobody else wants
+            if found and self.blocks.grow(seq, start, stop + len(found)):
+                self.guesses[seq] = len(found)
+                seq.tokens += found
+                chunks[i] = seq, start, stop + len(found)
+                room -= len(found)
+                total += len(found)
+        return chunks, total
+
+    def lookup(self, seq: Sequence) -> Lookup:
+        """Whoever guesses for a sequence."""
+        if seq not in self.lookups:
+            ends = {*seq.stop_ids, *getattr(seq, "tool_ids", ())}
+            self.lookups[seq] = Lookup(self.num_guesses, ends)
+        return self.lookups[seq]
+
+    def samples(self, chunks):
+        samples = super().samples(chunks)
+        if not self.guesses:
+            return samples
+        found = []
+        for index, seq, position in samples:
+            for p in range(position - self.guesses.get(seq, 0), position + 1):
+                found.append((index, seq, p))
+        return found
+
+    def update(self, plan, token_ids):
+        """Keep the guesses that are what was drawn, up to the first that is not.
+
+        Nothing has to be drawn again for the text to be as likely as without guesses: a token is a
+        function of its logits and of the noise of its position, so the one that stands here is the
+        one that would have been drawn alone. In the usual scheme (Leviathan et al. 2023) a guess
+        that is made without a doubt is kept with the probability that the model gives it, and else
+        replaced by a draw among all others: here too, with the same noise for both.
+        """
+        if self.guesses:
+            plan, token_ids = self.accept(plan, token_ids)
+        changed = super().update(plan, token_ids)
+        for seq in changed:
+            if seq.finish_reason:
+                self.lookups.pop(seq, None)
+        return changed
+
+    def accept(self, plan, token_ids):
+        """Take the guesses away; returns the plan and its tokens without the rows after a wrong
+        one."""
+        drawn: dict[Sequence, list[int]] = {seq: [] for seq in self.guesses}
+        for (_, seq, _), token in zip(plan.samples, token_ids, strict=True):
+            if seq in drawn:
+                drawn[seq].append(token)
+        keep: dict[Sequence, int] = {}  # the last position that counts
+        for seq, tokens in drawn.items():
+            count, known = self.guesses.pop(seq), len(seq.tokens)
+            first, guessed = known - count, seq.tokens[known - count :]
+            pairs = zip(guessed, tokens[:-1], strict=True)
+            accepted = next((i for i, (a, b) in enumerate(pairs) if a != b), count)
+            del seq.tokens[first:]
+            self.num_guessed += count
+            self.num_accepted += accepted
+            self.lookup(seq).learn(count, accepted)
+            keep[seq] = first + accepted
+            if accepted < count and seq.table:
+                self.shrink(seq, first + accepted)
+        rows = [i for i, (_, s, p) in enumerate(plan.samples) if p <= keep.get(s, p)]
+        kept = copy(plan)
+        kept.samples = [plan.samples[i] for i in rows]
+        return kept, [token_ids[i] for i in rows]
+
+    def shrink(self, seq: Sequence, num_tokens: int) -> None:
+        """Only the first `num_tokens` count as computed: blocks that hold nothing else are given
+        back."""
+        blocks = self.blocks
+        count = blocks.blocks_for(num_tokens)
+        gone = seq.table[count:].tolist()
+        del seq.table[count:]
+        seq.num_computed, seq.num_writable = num_tokens, 0
+        for block in reversed(gone):
+            blocks.release(block)
+        blocks.events.note("reject", seq, gone)
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Take its guesses away; nobody will tell whether they were right."""
+        if count := self.guesses.pop(seq, 0):
+            del seq.tokens[-count:]
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        self.withdraw(seq)
+        super().finish(seq, reason)
+        self.lookups.pop(seq, None)
+
+    def reset(self) -> None:
+        for seq in list(self.guesses):
+            self.withdraw(seq)
+        super().reset()
+
+
+class LookupLLM(LLM):
+    """An engine that tells how well its guesses went."""
+
+    def stats(self) -> dict:
+        """As in the core; guessed_tokens, and those of them that were right, accepted_tokens."""
+        names = {"guessed_tokens": "num_guessed", "accepted_tokens": "num_accepted"}
+        found = {key: getattr(self.scheduler, name, 0) for key, name in names.items()}
+        return super().stats() | found
+
+
+PARTS = {"llm": LookupLLM, "guesser": LookupScheduler}

@@ -9,14 +9,9 @@ same noise.
 from __future__ import annotations
 
 import atexit
-import io
 import os
-import random
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,7 +20,9 @@ import xxhash
 from torch import Tensor
 
 from ..checkpoint import pick_device
+from ..engine import LLM, Runner
 from ..model import GPTConfig
+from ..scheduler import Plan
 
 
 def join(size: int) -> None:
@@ -84,6 +81,14 @@ class Ranks:
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"tensor_parallel runs on cpu or cuda, and device is {self.device}")
         self.peers = dist.new_group(backend=_backend())
+
+    def check(self, quantization: str | None, deterministic: bool) -> None:
+        """Raises ValueError for what ranks cannot do."""
+        if quantization == "fp8" or (deterministic and self.size > 2):
+            raise ValueError(
+                "tensor_parallel has no quantization='fp8' yet, and deterministic=True for 2 "
+                "processes at most: in which order the sums of more are made depends on the batch"
+            )
 
     def local(self, config: GPTConfig) -> GPTConfig:
         """The attention of one rank: that of a narrower model. Raises ValueError if the kv heads,
@@ -197,58 +202,38 @@ class Ranks:
             raise RuntimeError(f"tensor parallel: {first_failure(gone)}") from None
 
 
-class SharedInput(io.TextIOBase):
-    """Standard input that all ranks read alike: rank 0 reads it, line by line, for all."""
+class ParallelRunner(Runner):
+    """A Runner that makes sure that all ranks run the same step."""
 
-    def __init__(self, file):
-        self.file, self.count = file, 0
+    ranks: Ranks | None = None
 
-    def isatty(self) -> bool:
-        return self.file.isatty()
-
-    def readline(self, size: int = -1) -> str:
-        self.count += 1
-        line = self.file.readline() if dist.get_rank() == 0 else ""
-        return shared(f"line {self.count}", line)
+    def batch(self, plan: Plan):
+        batch = super().batch(plan)
+        if self.ranks:
+            self.ranks.same_step(batch)
+        return batch
 
 
-def shared(name: str, value: str) -> str:
-    """Rank 0's value, for as long as that takes: a person may be typing it."""
-    store = dist.distributed_c10d._get_default_store()
-    if dist.get_rank() == 0:
-        store.set(f"microvllm/{name}", value)
-        return value
-    store.wait([f"microvllm/{name}"], timedelta(days=300))
-    return store.get(f"microvllm/{name}").decode()
+class ParallelLLM(LLM):
+    """An engine that may be one of several ranks."""
+
+    ranks: Ranks | None = None
+
+    def _assemble(self, *args, **policies) -> None:
+        super()._assemble(*args, **policies)
+        if self.ranks:
+            self.runner.ranks = self.ranks
+            self.ranks.same_engine(self, args[-1])
+
+    def _free_for_cache(self, block_size: int) -> int:
+        free = super()._free_for_cache(block_size)
+        # with as many blocks as the others they all plan the same
+        return self.ranks.least(free) if self.ranks else free
+
+    def _recover(self, error: BaseException) -> None:
+        if self.ranks:
+            self.ranks.fail(error)
+        super()._recover(error)
 
 
-@contextmanager
-def one_voice(args) -> Iterator[None]:
-    """Run a command on all ranks as if it were one: rank 0 reads and prints. Of those that fail
-    the first tells why; mostly all make the same mistake."""
-    from ..cli.terminal import user_errors
-
-    nowhere = open(os.devnull, "w")
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = sys.stderr = nowhere
-    with user_errors(args):
-        join(args.tensor_parallel)
-    rank, tell = dist.get_rank(), args.error
-    sys.stdin = SharedInput(sys.stdin)
-    if getattr(args, "seed", 0) is None:
-        args.seed = int(shared("seed", str(random.getrandbits(31))))
-
-    def fell(error: object) -> None:
-        what = f"rank {rank} failed: {error}"
-        sys.stderr = sys.__stderr__ if first_failure(what) == what else nowhere
-
-    def mistake(message: object) -> None:
-        fell(message)
-        tell(message)
-
-    args.error = mistake
-    try:
-        yield
-    except BaseException as error:
-        fell(f"{type(error).__name__}: {error}")
-        raise
+PARTS = {"llm": ParallelLLM, "runner": ParallelRunner}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import statistics
 import warnings
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -23,53 +22,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine import Batch
+from ..engine import Batch, Runner
+from ..fused.backend import NO_FILTERS, filter_values
 from ..fused.linear import Linear
-from ..sampler import filter_values
-from . import kernels as kernels_gpu
+from ..scheduler import Plan
+from . import launch
+from .few_rows import linear_add, norm_linear
+from .sampler import sample
 
 # fields of a row beside its slots and block tables; cu_seqlens never changes
 FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
-FEW_ROWS = 8  # the largest batch for which `few_rows` is tried
+MAX_FEW_ROWS = 8  # the largest batch for which `few_rows_step` is tried
 OUTPUTS = 2, 4  # per program of its products, both are tried
 TRIALS = 8  # timed replays of each way
 
 
-def few_rows(model, batch: Batch, cache, outputs: int) -> Tensor:
+def few_rows_step(model, batch: Batch, cache, outputs: int) -> Tensor:
     """The logits (R, V) of a few rows that decode: what model.forward and model.logits make of
     them, in two thirds of the kernels. The norms are not rounded before the products. outputs: per
     program of a product."""
-    norm_linear = partial(kernels_gpu.norm_linear, outputs=outputs)
-    linear_add = partial(kernels_gpu.linear_add, outputs=outputs)
-    recipe, x, middle = model.recipe, model.embed(batch), None
-    x0, eps, backout = x, recipe.eps, (None, None, None)
-    for i, layer in enumerate(model.layers):
-        k, v = cache.layer(i)
-        group = batch.group(cache.group_of[i])
+    recipe, x, middle = model.recipe, model.embed(batch), None  # (1)
+    x0, eps, backout, tiles = x, recipe.eps, (None, None, None), {"outputs": outputs}
+    for i, (layer, (k, v, view)) in enumerate(zip(model.layers, cache.layers(batch), strict=True)):
+        # (2), the norm and (3) project; (4) rotate and norm, (5) write K and V, then attend
         scaled = x0, layer.resid_lambda, layer.x0_lambda
-        qkv, h = norm_linear(x, layer.qkv.weight, eps, *scaled)
-        q = kernels_gpu.rope_store(
-            qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, group, k, v,
+        qkv, h = norm_linear(x, layer.qkv.weight, eps, *scaled, **tiles)
+        q = model.backend.rope_store(
+            qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, view, k, v,
             model.config.n_head, recipe.qk_scale, recipe.gate_scale, eps,
         )  # fmt: skip
-        y = model.attend(q, k, v, group, layer.window)
-        x = linear_add(y.flatten(1), layer.proj.weight, x, *scaled)
-        y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True)
-        x = linear_add(y, layer.mlp_proj.weight, x)
+        y = model.backend.attend(q, k, v, view, layer.window)
+        x = linear_add(y.flatten(1), layer.proj.weight, x, *scaled, **tiles)
+        y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True, **tiles)  # (6)
+        x = linear_add(y, layer.mlp_proj.weight, x, **tiles)
         if recipe.smear and i == model.config.n_layer // 2:
             middle = x
-    if middle is not None:
+    if middle is not None:  # (7)
         minus = -model.backout_lambda.float()
         backout = middle, torch.ones_like(minus), minus
     head = model.lm_head.weight[: model.config.vocab_size]
-    return norm_linear(x, head, eps, *backout)[0]
+    return norm_linear(x, head, eps, *backout, **tiles)[0]
 
 
 def takes_few_rows(model) -> bool:
-    """Can a GPT's steps be `few_rows`? On NVIDIA's cards, from triton 3.4 on, and if each matrix is
+    """Does `few_rows_step` fit a model? On NVIDIA cards, from triton 3.4 on, and if each matrix is
     one tensor with torch's product: not a live module's parts, float8, or deterministic=True."""
-    plain = all(type(w) is Linear and w.product is F.linear for w in model.linears.values())
-    return plain and kernels_gpu.TRITON_34 and torch.version.hip is None
+    plain = all(type(w) is Linear for w in model.linears.values())
+    torchs = model.backend.product is F.linear
+    return plain and torchs and launch.TRITON_34 and torch.version.hip is None
 
 
 def fastest(times: dict[str, list[float]]) -> str:
@@ -89,10 +89,11 @@ class DecodeGraphs:
         device, sizes = model.device, (1, 2, 4, 8, *range(16, max_batch_size, 16))
         self.sizes = [size for size in sizes if size < max_batch_size] + [max_batch_size]
         self.columns = -(-max_model_len // cache.block_size)  # of the block tables
-        self.groups = cache.num_groups  # each with a slot and a table of its own
+        # of layers, each with a slot and a table of its own; a plain cache knows no groups
+        self.groups, self.is_grouped = getattr(cache, "num_groups", 1), hasattr(cache, "num_groups")
         self.width = FIELDS + self.groups * (1 + self.columns)  # of a row
-        # where the recorded kernels read; zeros are sequences of no token, whose row goes to the
-        # sink. a smaller size has its fields and tables nearer to the beginning
+        # where the recorded kernels read. a smaller size has its fields and tables nearer to the
+        # beginning
         ints = {"dtype": torch.int32, "device": device}
         self.inputs = torch.zeros(max_batch_size * self.width, **ints)
         self.cu_seqlens = torch.arange(max_batch_size + 1, **ints)
@@ -109,14 +110,16 @@ class DecodeGraphs:
             with torch.no_grad():
                 for size in reversed(self.sizes):  # the largest first: the others reuse its memory
                     self.graphs[size] = self._record(size)
-                    if size <= FEW_ROWS and takes_few_rows(model):
+                    if size <= MAX_FEW_ROWS and takes_few_rows(model):
                         self._choose(size)
         finally:
             gc.unfreeze()
 
     def _record(self, size: int, outputs: int = 0) -> torch.cuda.CUDAGraph:
         """Run the step once, so that all kernels are compiled and loaded, then capture it.
-        outputs: per program of the products of `few_rows`, 0 for the library's."""
+        outputs: per program of the products of `few_rows_step`, 0 for the library's."""
+        self.inputs.zero_()
+        self._split(self.inputs, size)[0][3] = 1  # sequences of one token, in the sink
         self._decode(size, outputs)
         torch.cuda.synchronize(self.model.device)
         graph = torch.cuda.CUDAGraph()
@@ -127,11 +130,11 @@ class DecodeGraphs:
     def _choose(self, size: int) -> None:
         """Keep the fastest way to run a step of so many rows: all are timed, in turns."""
         graphs = {"library": self.graphs[size]}
-        can = kernels_gpu.can_start_early(self.model.device)
+        can = launch.can_start_early(self.model.device)
         for outputs, early in product(OUTPUTS, (False, True)[: 1 + can]):
             way = f"few_rows, {outputs}" + ", early" * early
             try:
-                with kernels_gpu.early_start(early):
+                with launch.early_start(early):
                     graphs[way] = self._record(size, outputs)
             except Exception as error:  # the compiler's, or no memory: the library's is there
                 warnings.warn(f"no decode steps by {way!r} here: {error!r:.300}", stacklevel=2)
@@ -155,14 +158,6 @@ class DecodeGraphs:
         self.ways[size] = fastest(times)
         self.graphs[size] = graphs[self.ways[size]]
 
-    def fits(self, batch: Batch, params) -> bool:
-        """Is it a step that was recorded: one row per sequence, each sampled once?"""
-        return (
-            batch.max_query == 1
-            and len(params) == len(batch.ids)
-            and np.array_equal(batch.logit_rows, batch.cu_seqlens[:-1])
-        )
-
     def replay(self, batch: Batch, params, last: Tensor | None) -> tuple[Tensor, ...]:
         """Run a batch (numpy). Returns, on the device, its (R,) tokens, as they are where all rows
         are plain, and what others are made from: logits (R, V), temperature and noise (R,).
@@ -172,7 +167,8 @@ class DecodeGraphs:
         on the same stream before it.
         """
         if last is not None and last.data_ptr() != self.last.data_ptr():
-            self.last[: len(last)].copy_(last)  # they come from a step that was no graph
+            # they come from a step that was no graph, where -1 says that nothing could be drawn
+            self.last[: len(last)].copy_(last.clamp(min=0))
         rows = len(batch.ids)
         size = next(size for size in self.sizes if size >= rows)
         # pinned, so that the copy takes its place in the stream and the host goes on. torch keeps
@@ -183,11 +179,12 @@ class DecodeGraphs:
         fields[:4, :rows] = batch.ids, batch.prev_ids, batch.positions, batch.seq_lens
         floats = fields[:, :rows].view(np.float32)
         floats[4], floats[5] = batch.temperature, batch.noise
-        floats[6:9] = np.array(filter_values(params) or [(0, 1, 0)]).T
+        filters = filter_values(params)
+        floats[6:9] = np.array([NO_FILTERS] if filters is None else filters).T
         fields[FIELDS:, :rows] = batch.slots
         fields[:, rows:] = 0
         fields[3, rows:] = 1  # a padding row is a sequence of one token
-        used = batch.block_tables.shape[2]
+        used = batch.block_tables.shape[-1]
         tables[:, :rows, :used] = batch.block_tables
         tables[:, :rows, used:] = 0
         tables[:, rows:] = 0
@@ -213,17 +210,55 @@ class DecodeGraphs:
         temperature, noise, *filters = fields[4:FIELDS].view(torch.float32)
         cu_seqlens = self.cu_seqlens[: size + 1]
         ids = torch.where(ids < 0, self.last[(~ids).clamp(min=0)], ids)
+        slots = fields[FIELDS:]
+        if not self.is_grouped:
+            slots, tables = slots[0], tables[0]
         batch = Batch(
-            ids, prev_ids, positions, fields[FIELDS:], cu_seqlens, seq_lens, tables,
-            cu_seqlens[:-1], temperature, noise,
+            ids, prev_ids, positions, slots, cu_seqlens, seq_lens, tables, cu_seqlens[:-1],
+            temperature, noise,
             num_decodes=size, max_query=1, max_seq=self.max_model_len,
         )  # fmt: skip
         if outputs:
-            logits = few_rows(model, batch, cache, outputs)
+            logits = few_rows_step(model, batch, cache, outputs)
         else:
             logits = model.logits(model.forward(batch, cache))
-        tokens = kernels_gpu.sample(logits, temperature, noise, model.recipe.softcap, filters)
+        tokens = sample(logits, temperature, noise, model.recipe.softcap, filters)
         self.last[:size].copy_(tokens)
         if self.logits is None:  # the largest step's
             self.logits = torch.empty_like(logits)
         self.logits[:size].copy_(logits)
+
+
+def can_replay(plan: Plan) -> bool:
+    """Is it a step that was recorded: one row per sequence, each sampled once?"""
+    _, start, stop = plan.chunks[-1]  # longer chunks come last
+    owners = [index for index, _, _ in plan.samples]
+    return stop - start == 1 and owners == list(range(len(plan.chunks)))
+
+
+class GraphRunner(Runner):
+    """Replays the steps that were recorded, and runs all others."""
+
+    graphs: DecodeGraphs | None = None
+    last: Tensor | None = None  # (R,) tokens of the step before, see AheadRunner
+
+    def record(self, max_batch_size: int, max_model_len: int) -> None:
+        """Record the steps of up to so many sequences of up to so many tokens."""
+        self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_model_len)
+
+    def launch(self, plan: Plan) -> None:
+        if self.graphs is None or not can_replay(plan):
+            return super().launch(plan)
+        events, batch = self.blocks.events, self.batch(plan)
+        events.lap("batch")
+        self.copy(plan.copies)
+        tokens, *drawn_from = self.graphs.replay(batch, plan.params, self.last)
+        # where a feature changes logits or looks at them; else the draw is in the graph
+        if False in [getattr(p, "plain", True) for p in plan.params]:
+            events.lap("forward")
+            tokens = self.pick(plan, *drawn_from)
+        plan.results["tokens"] = tokens
+        events.lap("sample")
+
+
+PARTS = {"runner": GraphRunner}

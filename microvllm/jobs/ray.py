@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from .batch import Ask, Job, Outcome, answer, failed, import_pyarrow, parse, schema, to_table
+from .answers import Ask, Outcome, answer, failed
+from .job import Job
+from .rows import import_pyarrow, parse, schema, to_table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -21,7 +23,7 @@ class LLMPredictor:
         ds.map_batches(LLMPredictor, fn_constructor_kwargs={"model_path": "sft", "id_column": "id"},
                        compute=ray.data.ActorPoolStrategy(size=2), num_gpus=1, batch_size=1024)
 
-    Its arguments are those of LLM and of batch.Ask (task, params, prompt_column, ...). A row's
+    Its arguments are those of LLM and of Ask (task, params, prompt_column, ...). A row's
     tokens follow from its id; without one, from its place in its batch, which may be another the
     next time. An engine is full from max_batch_size rows on: let a batch have some times as many.
     Rows that begin alike should lie together, since what an engine has computed once it finds
@@ -35,7 +37,7 @@ class LLMPredictor:
         self.llm = LLM(model_path, **options)
 
     def __call__(self, batch: pyarrow.Table | dict) -> pyarrow.Table:
-        """The batch, with the columns of its answers (batch.schema, without line and id) and error:
+        """The batch, with the columns of its answers (rows.schema, without line and id) and error:
         null, or what is wrong with the row. They replace columns of the same name."""
         pa = import_pyarrow()
         if isinstance(batch, dict):
@@ -48,7 +50,7 @@ class LLMPredictor:
 
 
 class _Replica(LLMPredictor):
-    """The same for a job: rows come in as `batch.read` gives them, outcomes go out. What is refused
+    """The same for a job: rows come in as rows.read gives them, outcomes go out. What is refused
     does so too, for Ray takes an actor that raises for a machine that broke."""
 
     def __init__(self, *args, **options):

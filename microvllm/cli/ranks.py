@@ -1,0 +1,74 @@
+"""A command that torchrun started on every rank of a model, as if it were one process."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ..full import needed
+
+
+class SharedInput(io.TextIOBase):
+    """Standard input that all ranks read alike: rank 0 reads it, line by line, for all."""
+
+    def __init__(self, file):
+        self.file, self.count = file, 0
+
+    def isatty(self) -> bool:
+        return self.file.isatty()
+
+    def readline(self, size: int = -1) -> str:
+        self.count += 1
+        line = self.file.readline() if dist.get_rank() == 0 else ""
+        return shared(f"line {self.count}", line)
+
+
+def shared(name: str, value: str) -> str:
+    """Rank 0's value, for as long as that takes: a person may be typing it."""
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set(f"microvllm/{name}", value)
+        return value
+    store.wait([f"microvllm/{name}"], timedelta(days=300))
+    return store.get(f"microvllm/{name}").decode()
+
+
+@contextmanager
+def one_voice(args: argparse.Namespace) -> Iterator[None]:
+    """Run a command on all ranks as if it were one: rank 0 reads and prints. Of those that fail
+    the first tells why; mostly all make the same mistake."""
+    nowhere = open(os.devnull, "w")
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = sys.stderr = nowhere
+    try:
+        parallel = needed("tensor_parallel")
+        parallel.join(args.tensor_parallel)
+    except (ValueError, OSError, ImportError) as error:
+        args.error(error)
+    rank, tell = dist.get_rank(), args.error
+    sys.stdin = SharedInput(sys.stdin)
+    if getattr(args, "seed", 0) is None:
+        args.seed = int(shared("seed", str(random.getrandbits(31))))
+
+    def fell(error: object) -> None:
+        what = f"rank {rank} failed: {error}"
+        sys.stderr = sys.__stderr__ if parallel.first_failure(what) == what else nowhere
+
+    def mistake(message: object) -> None:
+        fell(message)
+        tell(message)
+
+    args.error = mistake
+    try:
+        yield
+    except BaseException as error:
+        fell(f"{type(error).__name__}: {error}")
+        raise

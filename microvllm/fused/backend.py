@@ -1,0 +1,164 @@
+"""What a device has to offer to the fused model: here in plain torch, with which all kernels are
+compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import sdpa_attention, visible
+from ..model import norm, rotate
+from ..sampler import SamplingParams, sample
+from .linear import Linear, Packed, Shared, has_onednn
+
+# numbers that are gathered at a time, of K and of V each: 256 MB of float32. With all decodes at
+# once, padded to the longest, a few long sequences in a full batch would take gigabytes in mid-run
+GATHERED = 2**26
+
+
+NO_FILTERS = 0, 1.0, 0.0  # top_k, top_p and min_p that drop nothing
+
+
+def filter_values(params: Seq[SamplingParams]) -> np.ndarray | None:
+    """(R, 3) top_k, top_p and min_p of each row, None if all of them are off."""
+    if True not in [p.truncated for p in params]:
+        return None
+    return np.array([(p.top_k or 0, p.top_p, p.min_p) for p in params])
+
+
+class Backend:
+    """Functions on the tensors of one device.
+
+    deterministic: the bits of a row may depend on nothing but its sequence up to there. Seam: cpu/,
+    gpu/ override what they have kernels for. Raises ValueError for what cannot be here.
+    """
+
+    name = "sdpa"
+    block_step = 1  # block_size must be a multiple of it
+    block_step_reason = ""  # why
+    product = staticmethod(F.linear)  # of x and a weight
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
+        self.device, self.dtype, self.deterministic = device, dtype, deterministic
+        # rows of library products that are done together, so that they all get the same bits
+        self.sliced = deterministic and device.type == "cpu"
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError if this backend cannot run here, saying why."""
+        if self.deterministic:
+            raise ValueError(
+                "deterministic=True is for attention='numba' on a CPU (pip install numba, float32 "
+                "or bfloat16) and 'triton' on a GPU (pip install triton), not 'sdpa' on "
+                f"{self.device}"
+            )
+
+    def check_quantization(self, quantization: str, config) -> None:
+        """Raises ValueError if weights of so few bits cannot be here."""
+        if quantization == "int8":
+            raise ValueError(
+                "quantization='int8' is for float32 on a CPU with attention='numba', not "
+                f"{self.dtype} on {self.device} with {self.name!r}"
+            )
+        raise ValueError(
+            "quantization='fp8' is for bfloat16 on an NVIDIA card of compute capability 8.9 or "
+            f"newer (Ada, Hopper), not {self.dtype} on {self.device}; on a CPU there is 'int8'"
+        )
+
+    def linear_class(self, quantization: str | None, shared: bool, width: int, dtype) -> type:
+        """The class for a weight matrix of `width` inputs. quantization: None, or the name of fewer
+        bits; shared: the given tensors can be used as they are; dtype: in which it is kept."""
+        if shared:
+            return Shared
+        return Packed if self.device.type == "cpu" and has_onednn(dtype) else Linear
+
+    def compile(self, model) -> Callable | None:
+        """All layers of the model as one function of (x, batch, cache), where there is one."""
+        return None
+
+    # the steps between the matrix products
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
+        """See attention.py."""
+        return batched_attention(q, k, v, batch, window)
+
+    def add_norm(self, x, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
+        """Add a branch to the residual stream and norm it for the next one.
+
+        x, y, x0 (T, C); a, b: the layer's resid and x0 lambdas (0-dim) or None. Returns x = a * (x
+        + y) + b * x0, or x + y without lambdas, and its norm; y may be None, too.
+        """
+        if y is not None:
+            x = x + y
+        if a is not None:
+            x = a * x + b * x0
+        return x, norm(x, eps)
+
+    def rope_store(
+        self, qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps
+    ) -> Tensor:
+        """Rotate, norm and scale q and k, mix the value embedding into v, write k and v to their
+        slots.
+
+        qkv (T, (H + 2 Hkv) D): query, key and value heads side by side; h (T, C) what they were
+        computed from (the gate reads its first channels); ve (V, Hkv D) and ve_gate (Hkv, channels)
+        or None; cos, sin (positions, D/2); k, v (N, Hkv, block_size, D): the layer's cache. Returns
+        q (T, H, D).
+        """
+        block_size, dim = k.shape[2:]
+        qkv = qkv.view(len(qkv), -1, dim)
+        n_kv_head = (qkv.shape[1] - n_head) // 2
+        qk, new_v = qkv[:, : n_head + n_kv_head], qkv[:, n_head + n_kv_head :]
+        qk = norm(rotate(qk, cos[batch.positions, None], sin[batch.positions, None]), eps)
+        if qk_scale != 1.0:
+            qk = qk * qk_scale
+        if ve is not None:
+            gate = gate_scale * torch.sigmoid(F.linear(h[:, : ve_gate.shape[1]], ve_gate))
+            new_v = new_v + gate[:, :, None] * F.embedding(batch.ids, ve).view_as(new_v).to(h.dtype)
+        blocks, offsets = batch.slots // block_size, batch.slots % block_size
+        k[blocks, :, offsets] = qk[:, n_head:].to(k.dtype)
+        v[blocks, :, offsets] = new_v.to(v.dtype)
+        return qk[:, :n_head]
+
+    def relu2(self, x: Tensor) -> Tensor:
+        """relu(x)^2, in place."""
+        return x.relu_().square_()
+
+    def sample(
+        self, logits: Tensor, params: Seq[SamplingParams], temperature: Tensor, uniform: Tensor,
+        softcap: float,
+    ) -> Tensor:  # fmt: skip
+        """See sampler.sample."""
+        return sample(logits, params, temperature, uniform, softcap)
+
+
+def batched_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
+    """The reference with fewer calls: decodes in padded batches, as many at a time as GATHERED
+    allows, longer chunks one by one."""
+    block_size, n = k.shape[2], batch.num_decodes
+    if not n:
+        return sdpa_attention(q, k, v, batch, window)
+    out = torch.empty_like(q)
+    width = -(-batch.max_seq // block_size)  # columns of the block tables
+    keys_at = torch.arange(width * block_size, device=q.device)
+    size = max(1, GATHERED // (k[0].numel() * width))
+    for first in range(0, n, size):
+        rows = slice(first, min(first + size, n))
+        # (rows, blocks, Hkv, block_size, D) -> (rows, Hkv, keys, D)
+        tables = batch.block_tables[rows, :width]
+        keys, values = (x[tables].transpose(1, 2).flatten(2, 3).to(q.dtype) for x in (k, v))
+        mask = visible(batch.positions[rows, None], keys_at, window)[:, None]
+        y = F.scaled_dot_product_attention(q[rows, :, None], keys, values, mask, enable_gqa=True)
+        out[rows] = y[:, :, 0]
+    if n < len(batch.seq_lens):
+        rest = batch._replace(
+            positions=batch.positions[n:], cu_seqlens=batch.cu_seqlens[n:] - n,
+            seq_lens=batch.seq_lens[n:], block_tables=batch.block_tables[n:],
+        )  # fmt: skip
+        out[n:] = sdpa_attention(q[n:], k, v, rest, window)
+    return out

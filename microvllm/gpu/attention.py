@@ -1,0 +1,270 @@
+"""Attention over the block table, with the signature that microvllm/attention.py describes."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .launch import VARIES, begin
+
+WARPS_PER_PROCESSOR = 32  # what paged decoding aims at when it splits contexts
+
+
+@triton.jit
+def _keys(
+    k, v, table, tile, stop, block_stride,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # keys and values (TILE, BLOCK_D) of the positions from `tile` on, a multiple of TILE; 0 from
+    # `stop` on
+    within = tl.arange(0, TILE)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    if BLOCK_SIZE % TILE == 0:  # all in one block: one look-up, then a base and constant offsets
+        block = tl.load(table + tile // BLOCK_SIZE, tile < stop, 0)
+        base = block.to(tl.int64) * block_stride + tile % BLOCK_SIZE * D
+        k += base
+        v += base
+        at = within[:, None] * D + d
+    else:  # one look-up per position, not per block: any size of tile, whatever the block's
+        position = tile + within
+        block = tl.load(table + position // BLOCK_SIZE, position < stop, 0)
+        at = (block.to(tl.int64) * block_stride + position % BLOCK_SIZE * D)[:, None] + d
+    inside = (tile + within < stop)[:, None] & (d < D)
+    return tl.load(k + at, inside, 0.0), tl.load(v + at, inside, 0.0)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _decode(
+    q, k, v, tables, seq_lens, out, lse, table_stride, block_stride, scale, window,
+    N_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # one program: the query of one sequence, all query heads of one kv head, one split of the keys
+    head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(2)  # not a constexpr: there would be a kernel for each count
+    d = tl.arange(0, BLOCK_D)
+    begin(PDL)
+    seq_len = tl.load(seq_lens + sequence)
+    # the keys seen are start .. seq_len - 1; tiles lie on a fixed grid, splits are whole tiles
+    start = tl.where(window < 0, 0, tl.maximum(seq_len - 1 - window, 0))
+    first = start // TILE * TILE
+    tiles = tl.cdiv(seq_len - first, TILE)
+    lo = first + tl.cdiv(tiles, splits) * TILE * split
+    hi = tl.minimum(lo + tl.cdiv(tiles, splits) * TILE, seq_len)
+    query_head = (sequence * N_KV + head) * GROUP
+    g = tl.arange(0, BLOCK_G)  # BLOCK_G is 1, or a multiple of 16 that the matrix units take
+    rows = query_head + g
+    live = (g < GROUP)[:, None] & (d < D)[None, :]
+    query = tl.load(q + rows[:, None] * D + d[None, :], live, 0.0)
+    table = tables + sequence.to(tl.int64) * table_stride
+    k += head * (BLOCK_SIZE * D)
+    v += head * (BLOCK_SIZE * D)
+    m = tl.full((BLOCK_G,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    within = tl.arange(0, TILE)
+    if BLOCK_G == 1:
+        # ask for a tile before the one in hand is worked on. left to itself, the compiler waits for
+        # memory several times in every tile
+        key2, value2 = _keys(k, v, table, lo, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
+    for tile in range(lo, hi, TILE):
+        position = tile + within
+        if BLOCK_G == 1:
+            key, value, ahead = key2, value2, tile + TILE
+            key2, value2 = _keys(k, v, table, ahead, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
+        else:  # a loop around matrix products is pipelined by the compiler
+            key, value = _keys(k, v, table, tile, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
+        seen = (position >= start) & (position < hi)
+        if BLOCK_G == 1:  # nothing to share: plain multiply and add, memory is the limit
+            score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :] * scale
+        else:
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, -1e30)
+        m_new = tl.maximum(m, tl.max(score, 1))
+        weight = tl.exp2(score - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        total = total * shrink + tl.sum(weight, 1)
+        if BLOCK_G == 1:
+            column = tl.reshape(weight, (TILE, 1))
+            acc = acc * shrink[:, None] + tl.sum(column * value.to(tl.float32), 0)[None, :]
+        else:
+            acc = acc * shrink[:, None]
+            acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
+        m = m_new
+    # a split without keys (or a sequence of length 0) has total 0: it writes 0, and no NaN
+    divisor = tl.where(total > 0, total, 1.0)
+    acc = acc / divisor[:, None]
+    part = rows * splits + split
+    tl.store(out + part[:, None].to(tl.int64) * D + d[None, :], acc, live)
+    if lse is not None:
+        tl.store(lse + part, tl.where(total > 0, m, -1e30) + tl.log2(divisor), g < GROUP)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _combine(
+    parts, lse, out, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    # each split brought its own softmax: out_s, and lse_s = log2 of the sum it divided by. over all
+    # keys the divisor is the sum of 2^lse_s, so split s counts with 2^lse_s / sum(2^lse)
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    begin(PDL)
+    size = tl.load(lse + row * splits + s, s < splits, -1e30)
+    weight = tl.where(s < splits, tl.exp2(size - tl.max(size, 0)), 0.0)
+    live = (s < splits)[:, None] & (d < D)[None, :]
+    part = tl.load(parts + (row * splits + s)[:, None] * D + d[None, :], live, 0.0)
+    tl.store(out + row * D + d, tl.sum(weight[:, None] * part, 0) / tl.sum(weight, 0), d < D)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _chunk(
+    q, k, v, tables, seq_lens, cu_seqlens, out, first_sequence, num_sequences,
+    table_stride, block_stride, scale, window,
+    N_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    # one program: BLOCK_Q neighbouring queries of one sequence and all query heads of one kv head.
+    # the last queries see the most keys, so they start first and the short ones fill up the end
+    BLOCK_Q: tl.constexpr = BLOCK_M // BLOCK_G
+    head = tl.program_id(0)
+    program = tl.num_programs(1) - 1 - tl.program_id(1)
+    begin(PDL)
+    # the host does not know the lengths one by one. sequence i of the chunks, starting at row c_i,
+    # gets the programs from c_i // BLOCK_Q + i on: always enough, at most one too many each.
+    # binary search for the last i that starts at or before this program
+    cu_seqlens += first_sequence
+    row0 = tl.load(cu_seqlens)
+    i = 0
+    end = num_sequences
+    while end - i > 1:
+        middle = (i + end) // 2
+        inside = (tl.load(cu_seqlens + middle) - row0) // BLOCK_Q + middle <= program
+        i = tl.where(inside, middle, i)
+        end = tl.where(inside, end, middle)
+    row = tl.load(cu_seqlens + i)
+    num_queries = tl.load(cu_seqlens + i + 1) - row
+    first_query = (program - (row - row0) // BLOCK_Q - i) * BLOCK_Q
+    if first_query >= num_queries:
+        return
+    sequence = (first_sequence + i).to(tl.int64)
+    seq_len = tl.load(seq_lens + sequence)
+    r = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    query = first_query + r // BLOCK_G
+    at = ((row + query) * N_KV + head) * GROUP + r % BLOCK_G
+    live = ((query < num_queries) & (r % BLOCK_G < GROUP))[:, None] & (d < D)[None, :]
+    at = at[:, None].to(tl.int64) * D + d[None, :]
+    x = tl.load(q + at, live, 0.0)
+    query += seq_len - num_queries  # from here on a position
+    first = first_query + seq_len - num_queries
+    stop = tl.minimum(first + BLOCK_Q, seq_len)
+    lo = tl.where(window < 0, 0, tl.maximum(first - window, 0)) // TILE * TILE
+    left = tl.where(window < 0, 0, query - window)
+    table = tables + sequence * table_stride
+    k += head * (BLOCK_SIZE * D)
+    v += head * (BLOCK_SIZE * D)
+    # masked scores are a finite -1e30: a row whose first tiles hold no key it sees collects
+    # nonsense there, which its first real key then multiplies by 2^-huge = 0
+    m = tl.full((BLOCK_M,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for tile in range(lo, stop, TILE):
+        position = tile + tl.arange(0, TILE)
+        key, value = _keys(k, v, table, tile, stop, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
+        score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
+        seen = (position[None, :] <= query[:, None]) & (position[None, :] >= left[:, None])
+        score = tl.where(seen, score, -1e30)
+        m_new = tl.maximum(m, tl.max(score, 1))
+        weight = tl.exp2(score - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        total = total * shrink + tl.sum(weight, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
+        m = m_new
+    tl.store(out + at, acc / total[:, None], live)
+
+
+def fixed_attention(q, k, v, batch, window):
+    """`paged_attention` in which the bits of a row depend neither on who shares its batch nor on
+    where its chunk begins, nor on whether it is a decode: all rows go through one kernel."""
+    return paged_attention(q, k, v, batch, window, fixed=True)
+
+
+def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
+    """Decodes go to one kernel, longer chunks to another.
+
+    num_splits: programs that share the context of one decoding sequence; None: as many as fill the
+    card. fixed: see fixed_attention.
+    The online softmax and the split of the context are FlashAttention's (Dao et al., 2022) and
+    Flash-Decoding's (Dao et al., 2023), the block table PagedAttention's (Kwon et al., 2023).
+    """
+    T, n_head, D = q.shape
+    n_kv, block_size = k.shape[1:3]
+    assert k.stride()[1:] == (block_size * D, D, 1), k.stride()
+    assert batch.block_tables.stride(1) == 1, batch.block_tables.stride()
+    group, size = n_head // n_kv, q.element_size()
+    block_d = max(16, triton.next_power_of_2(D))
+    decodes = 0 if fixed else batch.num_decodes
+    chunks = batch.seq_lens.shape[0] - decodes
+    processors, memory, options = launch.card(q.device)
+    scale = math.log2(math.e) / math.sqrt(D)  # exp2 is what the hardware has
+    tables, table_stride = batch.block_tables, batch.block_tables.stride(0)
+    out = torch.empty_like(q)
+    if decodes:
+        if group == 1:  # one warp with 4 KB of keys at a time: many small programs fill the card
+            block_g, warps, tile = 1, 1, max(4096 // (block_d * size), 1)
+        else:
+            block_g, warps = max(16, triton.next_power_of_2(group)), 4
+            tile = 16 if size == 4 else min(8192 // block_d, 64)
+        splits = num_splits
+        if splits is None:
+            wanted = WARPS_PER_PROCESSOR // warps * processors // (decodes * n_kv)
+            splits = max(1, min(wanted, triton.cdiv(batch.max_seq, 64), 64))
+        parts, lse = out, None
+        if splits > 1:
+            shape = (decodes, n_head, splits)
+            parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
+            lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        _decode[(n_kv, decodes, splits)](
+            q, k, v, tables, batch.seq_lens, parts, lse, table_stride, k.stride(0), scale, window,
+            n_kv, group, D, block_size, block_d, block_g, tile, num_warps=warps, **options,
+        )  # fmt: skip
+        if splits > 1:
+            block_s = triton.next_power_of_2(splits)
+            _combine[(decodes * n_head,)](
+                parts, lse, out, splits, D, block_d, block_s, num_warps=4, **options
+            )
+    if chunks:
+        block_g = triton.next_power_of_2(group)
+        # small blocks for short prompts, and for float32, which has no matrix units and spills
+        mean = (T - decodes) // chunks * block_g
+        short = size == 4 or mean <= 32
+        block_m, tile, warps = (32, 32, 4) if short else (128, 64, 8)
+        if fixed and size < 4:
+            block_m, tile, warps = 64, 64, 4
+        if block_d > 128:
+            block_m, tile, warps = min(block_m, 64), tile // 2, 8
+        block_m = max(block_m, block_g)
+        # two K and two V tiles beside the queries, three where products run by themselves (Hopper
+        # and later), a little for the look-ups, and weights if warps share rows
+        tiles = 6 if memory > 200_000 else 4
+        spilt = block_m * size * (16 * warps > block_m)  # per key
+        while tile > 16 and (
+            (tiles * tile + block_m) * block_d * size + tile * spilt + 1024 > memory
+        ):
+            tile //= 2
+        blocks = (T - decodes) // (block_m // block_g) + chunks
+        _chunk[(n_kv, blocks)](
+            q, k, v, tables, batch.seq_lens, batch.cu_seqlens, out, decodes, chunks,
+            table_stride, k.stride(0), scale, window,
+            n_kv, group, D, block_size, block_d, block_g, block_m, tile,
+            # a look-up, then a load: two steps of the compiler's pipeline. only from 5 stages on is
+            # a tile on its way while another is worked on; with 3 or 4 each is waited for at once
+            num_warps=warps, num_stages=5, **options,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,111 @@
+"""How the Triton kernels of this folder are launched. All of them
+
+- never look at the device from the host: grids follow from shapes and host integers alone, lengths
+  are read by the kernels. So they can be captured in a CUDA graph once and replayed any number of
+  times;
+- do their arithmetic in float32 and keep bfloat16, float16 or float32 in memory;
+- call `begin` (or `release`, and later `wait`) before they touch anything another kernel may have
+  written, so that `early_start` is right: "the kernel before me has ended" then implies that all
+  before it have. `_few_rows` reads weights before it waits: no kernel writes those.
+
+Under `TRITON_INTERPRET=1` they run on the CPU, slowly: that is how the tests run.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_34 = hasattr(tl.extra.cuda, "gdc_wait")  # or newer
+
+# Arguments that change from step to step or from layer to layer. They are views into something
+# larger, so their addresses divide by 16 or do not: no second variant of a kernel for that.
+VARIES = (
+    "ids positions slots tables seq_lens cu_seqlens temperatures us sums lows top_ks top_ps min_ps "
+    "a b table_stride h_stride window first_sequence num_sequences splits rows"
+).split()
+
+_early = ContextVar("_early", default=False)
+
+
+@contextmanager
+def early_start(on: bool = True) -> Iterator[None]:
+    """Launches in here use programmatic dependent launch, where `can_start_early`: a kernel starts
+    before the one in front of it has ended, and waits for that in `begin`. graphs.py tries it for
+    a few rows; for all others it is off, since it was not measured there."""
+    before = _early.set(on)
+    try:
+        yield
+    finally:
+        _early.reset(before)
+
+
+def starts_early() -> bool:
+    """Was `early_start` asked for?"""
+    return _early.get()
+
+
+def can_start_early(device: torch.device) -> bool:
+    """Has a torch device what `early_start` takes?"""
+    if device.type != "cuda" or torch.version.hip is not None or not TRITON_34:
+        return False
+    # on consumer Blackwell (12) others saw it break a graph's capture
+    return torch.cuda.get_device_properties(device).major in (9, 10)
+
+
+def card(device: torch.device) -> tuple[int, int, dict]:
+    """(multiprocessors, bytes of shared memory per program, launch options) of a torch device."""
+    return _card(device, starts_early())
+
+
+@functools.lru_cache
+def _card(device: torch.device, early: bool) -> tuple[int, int, dict]:
+    if device.type != "cuda":  # the interpreter
+        return 8, 2**16, {"PDL": False}
+    found, hip = torch.cuda.get_device_properties(device), torch.version.hip is not None
+    memory = getattr(found, "shared_memory_per_block_optin", 2**16 if hip else 99 * 1024)
+    # a * b + c rounded once: triton 3.9 warns that one day it will not unless it is told to
+    options = {"enable_fp_fusion": True, "PDL": False}
+    if early and can_start_early(device):
+        options.update(PDL=True, launch_pdl=True)
+    return found.multi_processor_count, memory, options
+
+
+def options(device: torch.device) -> dict:
+    """What every launch on the device is given."""
+    return card(device)[2]
+
+
+if TRITON_34:
+
+    @triton.jit
+    def release(PDL: tl.constexpr):
+        # let the next kernel start as soon as there is room for it
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def wait(PDL: tl.constexpr):
+        # until the kernel before has ended and its writes can be seen
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+
+else:  # which looks names up in branches that are not taken as well
+
+    @triton.jit
+    def release(PDL: tl.constexpr):
+        pass
+
+    @triton.jit
+    def wait(PDL: tl.constexpr):
+        pass
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    release(PDL)  # the next one will wait here as well
+    wait(PDL)

@@ -1,0 +1,206 @@
+"""The draw, in two readings of the logits, and the filters top_k, top_p and min_p without a sort.
+
+See microvllm/sampler.py for what is drawn.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .launch import VARIES, begin
+
+SAMPLE_CHUNK = 2048  # vocabulary entries per program of the sampler: fixed, so sums do not vary
+SAMPLE_TILE = 4096  # entries that `_truncate` reads at a time: the more, the fewer waits for memory
+
+
+@triton.jit
+def _cap(x, softcap):
+    # softcap * tanh(x / softcap); 0: none. -inf becomes -softcap: callers mask it themselves
+    c = tl.where(softcap > 0, softcap, 1.0)
+    return tl.where(softcap > 0, c - 2.0 * c / (tl.exp(2.0 * x / c) + 1.0), x)
+
+
+@triton.jit
+def _chunk_weights(x, top, temperature, softcap):
+    # exp((cap(x) - cap(top)) / temperature): relative to the chunk's own top, so the sum is >= 1
+    weight = tl.exp((_cap(x, softcap) - _cap(top, softcap)) / temperature)
+    return tl.where(x > float("-inf"), weight, 0.0)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _sample_chunks(
+    logits, temperatures, tops, ids, sums, softcap, V, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
+    begin(PDL)
+    temperature = tl.load(temperatures + row)
+    x = tl.load(logits + row * V + i, i < V, float("-inf")).to(tl.float32)
+    top = tl.max(x, 0)
+    to = row * tl.num_programs(1) + chunk
+    tl.store(tops + to, top)
+    tl.store(ids + to, tl.min(tl.where(x == top, i, V - 1), 0))
+    if temperature > 0:
+        tl.store(sums + to, tl.sum(_chunk_weights(x, top, temperature, softcap), 0))
+
+
+@triton.jit
+def _key(x, SHIFT: tl.constexpr):
+    # float32 as integers of the same order, both zeros as one. SHIFT: low bits to drop, 16 for
+    # bfloat16, whose lower half as a float32 is zero
+    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000) >> SHIFT
+
+
+@triton.jit
+def _least(
+    logits, low, limit, top, temperature, softcap, V,
+    COUNT: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    # the smallest key such that all larger ones together weigh less than `limit`. a key weighs 1 if
+    # COUNT, else its share of the probability (0 below `low`). found from the highest bit down, two
+    # bits in a pass
+    least = tl.full((), 0, tl.uint32)
+    for shift in range(30 - SHIFT, -1, -2):
+        step = tl.full((), 1, tl.uint32) << shift
+        held1 = tl.zeros((TILE,), tl.float32)
+        held2, held3 = held1, held1
+        for start in range(0, V, TILE):
+            i = start + tl.arange(0, TILE)
+            x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
+            key = _key(x, SHIFT)
+            if COUNT:
+                weight = tl.where(x > float("-inf"), 1.0, 0.0)
+            else:
+                weight = _chunk_weights(x, top, temperature, softcap)
+                weight = tl.where(key >= low, weight, 0.0)
+            held1 += tl.where(key >= least + step, weight, 0.0)
+            held2 += tl.where(key >= least + 2 * step, weight, 0.0)
+            held3 += tl.where(key >= least + 3 * step, weight, 0.0)
+        passed = (tl.sum(held1, 0) >= limit).to(tl.uint32) + (tl.sum(held2, 0) >= limit)
+        least += step * (passed + (tl.sum(held3, 0) >= limit))
+    return least
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _truncate(
+    logits, temperatures, top_ks, top_ps, min_ps, tops, sums, lows, softcap, V, CHUNKS,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    # a program finds what the filters leave of a row: the keys from lows[row] on, since each of
+    # them keeps what is likeliest. then it weighs the row's chunks again
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK)
+    begin(PDL)
+    temperature = tl.load(temperatures + row)
+    top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
+    low = tl.full((), 0, tl.uint32)
+    if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
+        logits += row * V
+        tops += row * CHUNKS
+        top = tl.max(tl.load(tops + j, j < CHUNKS, float("-inf")), 0)
+        if top_k > 0:
+            low = _least(logits, low, top_k, top, temperature, softcap, V, True, TILE, SHIFT)
+        if (top_p < 1) | (min_p > 0):
+            total = tl.zeros((TILE,), tl.float32)
+            least = tl.full((TILE,), 0xFFFFFFFF, tl.uint32)
+            for start in range(0, V, TILE):
+                i = start + tl.arange(0, TILE)
+                x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
+                key, weight = _key(x, SHIFT), _chunk_weights(x, top, temperature, softcap)
+                total += tl.where(key >= low, weight, 0.0)
+                least = tl.minimum(least, tl.where(weight >= min_p, key, least))
+            if top_p < 1:
+                limit = top_p * tl.sum(total, 0)
+                low = _least(logits, low, limit, top, temperature, softcap, V, False, TILE, SHIFT)
+            if min_p > 0:
+                low = tl.maximum(low, tl.min(least, 0))
+        for first in range(0, CHUNKS, TILE // CHUNK):
+            chunk = first + tl.arange(0, TILE // CHUNK)
+            i = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+            x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
+            unit = tl.load(tops + chunk, chunk < CHUNKS, 0.0)[:, None]
+            weight = _chunk_weights(x, unit, temperature, softcap)
+            weight = tl.where(_key(x, SHIFT) >= low, weight, 0.0)
+            tl.store(sums + row * CHUNKS + chunk, tl.sum(weight, 1), chunk < CHUNKS)
+    tl.store(lows + row, low.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _first(weight, index, target):
+    # (the first index whose running sum exceeds target, the sum before it). only an index with a
+    # weight can be it, and if rounding leaves none past the target, the last with a weight is
+    running = tl.cumsum(weight, 0)
+    last = tl.max(tl.where(weight > 0, index, 0), 0)
+    found = tl.min(tl.where((running > target) & (weight > 0), index, last), 0)
+    return found, tl.sum(tl.where(index < found, weight, 0.0), 0)
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _sample_pick(
+    logits, temperatures, us, tops, ids, sums, lows, tokens, softcap, V, CHUNKS,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK)
+    begin(PDL)
+    temperature = tl.load(temperatures + row)
+    top = tl.load(tops + row * CHUNKS + j, j < CHUNKS, float("-inf"))
+    best = tl.max(top, 0)
+    if temperature > 0:
+        share = tl.load(sums + row * CHUNKS + j, j < CHUNKS, 0.0)
+        share *= _chunk_weights(top, best, temperature, softcap)
+        target = tl.load(us + row) * tl.sum(share, 0)
+        chunk, before = _first(share, j, target)
+        # the same question inside the chunk, in units of its own largest weight
+        i = chunk * CHUNK + tl.arange(0, CHUNK)
+        x = tl.load(logits + row * V + i, i < V, float("-inf")).to(tl.float32)
+        unit = tl.load(tops + row * CHUNKS + chunk)
+        target = (target - before) / _chunk_weights(unit, best, temperature, softcap)
+        weight = _chunk_weights(x, unit, temperature, softcap)
+        if lows is not None:
+            low = tl.load(lows + row).to(tl.uint32, bitcast=True)
+            weight = tl.where(_key(x, SHIFT) >= low, weight, 0.0)
+        token, _ = _first(weight, i, target)
+        tl.store(tokens + row, token)
+    else:  # chunks lie in id order: the first that holds the maximum holds the lowest such id
+        chunk = tl.min(tl.where(top == best, j, CHUNKS - 1), 0)
+        tl.store(tokens + row, tl.load(ids + row * CHUNKS + chunk))
+
+
+def sample(logits, temperature, u, softcap, filters=None):
+    """One token per row: the first id whose cumulative probability exceeds u. Returns (R,) int32.
+
+    logits (R, V) before the softcap; softcap: a float, 0 for none. temperature (R,) float32, 0 for
+    the most likely token (the lowest id of equals). u (R,) float32 in [0, 1). filters: top_k, top_p
+    and min_p, each (R,) float32, 0, 1 and 0 being off; None: all are. An id whose logit is -inf, or
+    whose probability is 0, is never returned. Reads the logits once, and the one chunk of the
+    vocabulary in which the answer lies a second time; of rows with filters, up to 20 times (a
+    float32's key has more digits than a bfloat16's: 36 times), mostly from the cache.
+    """
+    R, V = logits.shape
+    logits = logits.contiguous()
+    chunks = triton.cdiv(V, SAMPLE_CHUNK)
+    tops, sums = torch.empty((2, R, chunks), dtype=torch.float32, device=logits.device)
+    ids = torch.empty((R, chunks), dtype=torch.int32, device=logits.device)
+    tokens = torch.empty((R,), dtype=torch.int32, device=logits.device)
+    options = launch.options(logits.device)
+    _sample_chunks[(R, chunks)](
+        logits, temperature, tops, ids, sums, softcap, V, SAMPLE_CHUNK, num_warps=4, **options
+    )
+    block, lows = triton.next_power_of_2(chunks), None
+    shift = 16 if logits.dtype == torch.bfloat16 else 0
+    if filters is not None:
+        assert filters[0].stride(0) == 1, "filters are read by their addresses"
+        lows = torch.empty((R,), dtype=torch.int32, device=logits.device)
+        _truncate[(R,)](
+            logits, temperature, *filters, tops, sums, lows, softcap, V, chunks,
+            SAMPLE_CHUNK, SAMPLE_TILE, block, shift, num_warps=16, **options,
+        )  # fmt: skip
+    _sample_pick[(R,)](
+        logits, temperature, u, tops, ids, sums, lows, tokens, softcap, V, chunks,
+        SAMPLE_CHUNK, block, shift, num_warps=8, **options,
+    )  # fmt: skip
+    return tokens

@@ -1,0 +1,175 @@
+"""The steps between the matrix products, fused, and a product whose rows do not depend on their
+batch. `add_norm`, `rope_store` and `relu2` are those of fused.backend.Backend."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .launch import VARIES, begin
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _add_norm(
+    x, y, x0, a, b, x_new, h, eps, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    c = tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * C + c
+    begin(PDL)
+    z = tl.load(x + i, c < C, 0.0).to(tl.float32)
+    if y is not None:
+        z += tl.load(y + i, c < C, 0.0).to(tl.float32)
+    if a is not None:
+        z = tl.load(a) * z + tl.load(b) * tl.load(x0 + i, c < C, 0.0).to(tl.float32)
+    if x_new is not None:
+        tl.store(x_new + i, z, c < C)
+    tl.store(h + i, z * tl.rsqrt(tl.sum(z * z) / C + eps), c < C)
+
+
+def add_norm(x, y, x0, a, b, eps):
+    """Backend.add_norm in one pass over the residual stream; x itself where nothing is added or
+    scaled."""
+    h = torch.empty_like(x)
+    x_new = None if y is None and a is None else torch.empty_like(x)
+    T, C = x.shape
+    _add_norm[(T,)](
+        x, y, x0, a, b, x_new, h, eps, C, triton.next_power_of_2(C),
+        num_warps=4 if C <= 1024 else 8, **launch.options(x.device),
+    )  # fmt: skip
+    return (x if x_new is None else x_new), h
+
+
+@triton.jit
+def _relu2(x, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    begin(PDL)
+    z = tl.maximum(tl.load(x + i, i < n, 0.0).to(tl.float32), 0.0)
+    tl.store(x + i, z * z, i < n)
+
+
+def relu2(x):
+    """Backend.relu2. x: contiguous, any shape."""
+    n = x.numel()
+    _relu2[(triton.cdiv(n, 2048),)](x, n, 2048, num_warps=4, **launch.options(x.device))
+    return x
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _rope_store(
+    qkv, h, ve, ve_gate, cos, sin, ids, positions, slots, k, v, q,
+    h_stride, block_stride, qk_scale, gate_scale, eps,
+    N_HEAD: tl.constexpr, N_KV: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    C: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # a program owns HEADS neighbouring heads of one row, be they q, k or v: it computes all three
+    # ways and stores each head where it belongs
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    half = tl.arange(0, HALF)[None, :]
+    live = (head < N_HEAD + 2 * N_KV) & (half < D // 2)
+    is_q = head < N_HEAD
+    is_v = head >= N_HEAD + N_KV
+    kv_head = head - N_HEAD - is_v.to(tl.int32) * N_KV
+    begin(PDL)
+    position = tl.load(positions + row)
+    slot = tl.load(slots + row)
+    source = qkv + row * ((N_HEAD + 2 * N_KV) * D) + head * D + half
+    lo = tl.load(source, live, 0.0).to(tl.float32)
+    hi = tl.load(source + D // 2, live, 0.0).to(tl.float32)
+    c = tl.load(cos + position * (D // 2) + half, half < D // 2, 0.0)
+    s = tl.load(sin + position * (D // 2) + half, half < D // 2, 0.0)
+    lo_r = lo * c + hi * s
+    hi_r = hi * c - lo * s
+    scale = qk_scale * tl.rsqrt(tl.sum(lo_r * lo_r + hi_r * hi_r, 1) / D + eps)[:, None]
+    if ve is not None:
+        channel = tl.arange(0, triton.next_power_of_2(C))[None, :]
+        w = tl.load(ve_gate + kv_head * C + channel, is_v & (kv_head < N_KV) & (channel < C), 0.0)
+        x = tl.load(h + row * h_stride + channel, channel < C, 0.0)
+        gate = gate_scale * tl.sigmoid(tl.sum(w.to(tl.float32) * x.to(tl.float32), 1))[:, None]
+        e = ve + (tl.load(ids + row).to(tl.int64) * N_KV + kv_head) * D + half
+        lo += gate * tl.load(e, live & is_v, 0.0).to(tl.float32)
+        hi += gate * tl.load(e + D // 2, live & is_v, 0.0).to(tl.float32)
+    lo = tl.where(is_v, lo, lo_r * scale)
+    hi = tl.where(is_v, hi, hi_r * scale)
+    to_q = q + (row * N_HEAD + head) * D + half
+    tl.store(to_q, lo, live & is_q)
+    tl.store(to_q + D // 2, hi, live & is_q)
+    to_kv = (slot // BLOCK_SIZE).to(tl.int64) * block_stride
+    to_kv += (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * D + half
+    is_k = live & ~(is_q | is_v)
+    tl.store(k + to_kv, lo, is_k)
+    tl.store(k + to_kv + D // 2, hi, is_k)
+    tl.store(v + to_kv, lo, live & is_v)
+    tl.store(v + to_kv + D // 2, hi, live & is_v)
+
+
+def rope_store(qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps):
+    """Backend.rope_store: from the QKV product to attention's input in one kernel."""
+    n_kv, block_size, D = k.shape[1:]
+    T = qkv.shape[0]
+    q = torch.empty((T, n_head, D), dtype=qkv.dtype, device=qkv.device)
+    heads, c = 4, 1 if ve is None else ve_gate.shape[1]
+    _rope_store[(T, triton.cdiv(n_head + 2 * n_kv, heads))](
+        qkv, h, ve, ve_gate, cos, sin, batch.ids, batch.positions, batch.slots, k, v, q,
+        h.stride(0), k.stride(0), qk_scale, gate_scale, eps,
+        n_head, n_kv, D, block_size, c, heads, triton.next_power_of_2(D // 2),
+        num_warps=1, **launch.options(qkv.device),
+    )  # fmt: skip
+    return q
+
+
+@triton.jit
+def _fp8_rows(x, y, scales, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    c = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    begin(PDL)
+    z = tl.load(x + row * C + c, c < C, 0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(z), 0), 1e-30) / 448
+    tl.store(scales + row, scale)
+    tl.store(y + row * C + c, (z / scale).to(y.dtype.element_ty), c < C)
+
+
+def fp8_rows(x):
+    """`layouts.fp8_rows` in one pass: x (T, C) as float8_e4m3fn, and the rows' scales, (T, 1)
+    float32."""
+    T, C = x.shape
+    assert x.is_contiguous(), x.stride()
+    y = torch.empty((T, C), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((T, 1), dtype=torch.float32, device=x.device)
+    _fp8_rows[(T,)](
+        x, y, scales, C, triton.next_power_of_2(C),
+        num_warps=4 if C <= 1024 else 8, **launch.options(x.device),
+    )  # fmt: skip
+    return y, scales
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _linear(
+    x, w, y, rows, X_STRIDE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    begin(PDL)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + m[:, None] * X_STRIDE + k, (m < rows)[:, None] & (k < K), 0.0)
+        b = tl.load(w + n[:, None] * K + k, (n < N)[:, None] & (k < K), 0.0)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    tl.store(y + m[:, None] * N + n, acc, (m < rows)[:, None] & (n < N))
+
+
+def linear(x, w):
+    """x (T, K) @ w.T (K, N), in tiles of one size and sums of one order: unlike in cuBLAS, which
+    has another kernel for another T, the bits of a row depend on nothing but the row. Returns
+    (T, N).
+    """
+    (T, K), N = x.shape, len(w)
+    assert x.stride(1) == 1 and w.is_contiguous(), (x.stride(), w.stride())
+    y = torch.empty((T, N), dtype=x.dtype, device=x.device)
+    _linear[(triton.cdiv(N, 64), triton.cdiv(T, 64))](
+        x, w, y, T, x.stride(0), N, K, 64, 64, 64 if x.element_size() == 2 else 32,
+        num_warps=4, num_stages=4, **launch.options(x.device),
+    )  # fmt: skip
+    return y

@@ -1,0 +1,102 @@
+"""The Hugging Face hub: fetch a checkpoint and its tokenizer into the hub's cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+
+def hub_answers(timeout: float = 3.0) -> bool:
+    """Whether the hub is there. Its own packages would retry for half a minute."""
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answers = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=timeout).close()
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)  # someone said no, but someone is there
+        except (OSError, ValueError):  # no network, a refusal; an HF_ENDPOINT that is no address
+            pass
+
+    # in a thread, since looking up a name has no time limit of its own
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(answers)
+
+
+def fetch(name: str, step: int | None) -> Path:
+    """Fetch a checkpoint and its tokenizer from the hub; returns where they lie in its cache.
+
+    name: owner/name or owner/name/folder; step: None is the last. Other steps, optimizer states and
+    whatever else is in the repository stay there. The hub shows the progress, and what was fetched
+    once is not fetched again.
+    Raises FileNotFoundError for what is not there, ConnectionError without a network.
+    """
+    try:
+        from huggingface_hub import list_repo_files, snapshot_download
+        from huggingface_hub.utils import RepositoryNotFoundError
+    except ImportError:
+        raise FileNotFoundError(
+            f"there is no directory {name}; if it is a repository on the Hugging Face hub, "
+            "pip install 'microvllm[hf]' to fetch it"
+        ) from None
+    repo, folder = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    denied = FileNotFoundError(
+        f"there is no directory {name}, and no repository {repo} on the Hugging Face hub that you "
+        "may read (if it is private or gated: `hf auth login`, and ask for access on its page)"
+    )
+    names = None  # without a network the cache may have it
+    try:
+        names = list_repo_files(repo) if hub_answers() else None
+    except RepositoryNotFoundError:
+        raise denied from None
+    except Exception as error:  # whatever the http library of the hub's version raises
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        reason = "the hub does not answer"
+    wanted = None if names is None else _choose(repo, folder, names, step)
+    try:
+        cached = snapshot_download(repo, allow_patterns=wanted, local_files_only=names is None)
+    except RepositoryNotFoundError:  # a gated one shows its list of files to everybody
+        raise denied from None
+    except Exception as error:
+        if names is not None:
+            reason = f"{type(error).__name__}: {error}"
+        raise ConnectionError(
+            f"there is no directory {name}, and {repo} cannot be fetched from the Hugging Face hub "
+            f"nor is it in its cache ({reason.splitlines()[0]:.200}): try again with a network "
+            "and without HF_HUB_OFFLINE, or download its files elsewhere and give their directory"
+        ) from None
+    return Path(cached) / folder
+
+
+def _choose(repo: str, folder: str, names: list[str], step: int | None) -> list[str]:
+    """Which files of a repository are the checkpoint in `folder` and its tokenizer."""
+    prefix = f"{folder}/" if folder else ""
+    here = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    steps = sorted(int(m[1]) for name in here if (m := re.fullmatch(r"model_(\d+)\.pt", name)))
+    if step is not None and step not in steps:
+        only = ", ".join(map(str, steps)) or "a model without steps"
+        raise FileNotFoundError(f"{repo} has no step {step} in {folder or 'its root'}, only {only}")
+    if steps:
+        step = steps[-1] if step is None else step
+        pattern = rf"(model|meta)_{step:06d}\.(pt|json)"
+    else:
+        pattern = r"(config|tokenizer)\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    wanted = [here[name] for name in here if re.fullmatch(pattern, name)]
+    if not any(name.endswith((".pt", ".safetensors")) for name in wanted):
+        folders = {m[1] for n in names if (m := re.match(r"(.+)/model.*\.(pt|safetensors)$", n))}
+        raise FileNotFoundError(
+            f"{repo} has neither model_<step>.pt nor model.safetensors in {folder or 'its root'}; "
+            f"folders that have: {', '.join(sorted(folders)) or 'none'} (give owner/name/folder)"
+        )
+    # the tokenizer lies beside the weights, or above them as in nanochat's own tree
+    return wanted + [name for name in names if name.split("/")[-1] == "tokenizer.pkl"]

@@ -1,0 +1,102 @@
+"""Where a model comes from: a directory, a place in nanochat's tree, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import checkpoint
+from ..model import GPTConfig, Recipe
+from ..tokenizer import Tokenizer
+from . import strict
+
+
+def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
+    """The directory and the step of a checkpoint; the step is None in Hugging Face's format.
+
+    name: a directory with model_<step>.pt and meta_<step>.json, or with config.json and
+    model.safetensors; or, where no such directory exists, source[:tag[:step]] in nanochat's own
+    tree ("sft", "base:d20", "rl:d20:650", see find_nanochat), or owner/name[/folder] on the Hugging
+    Face hub, which is fetched into its cache. step: by default the last one.
+
+    Raises FileNotFoundError or ValueError naming what is not there, ConnectionError where the hub
+    is out of reach.
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"model_path must be a string or a path, got {name!r:.80}")
+    directory = Path(os.path.abspath(os.path.expanduser(name)))
+    if isinstance(name, str) and not directory.exists():
+        if place := re.fullmatch(r"(base|mid|sft|rl)(?::([^:]*)(?::(\d+))?)?", name):
+            directory = find_nanochat(place[1], place[2] or None)
+            if place[3] and step not in (None, int(place[3])):
+                raise ValueError(f"{name!r} and step={step} ask for two steps, give one of them")
+            step = int(place[3]) if place[3] else step
+        elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name):
+            from .hub import fetch
+
+            directory = fetch(name, step)
+    if (directory / "config.json").is_file() and not any(directory.glob("model_*.pt")):
+        if step is not None:
+            raise ValueError(f"{directory} is in Hugging Face's format, without steps: {step=}")
+        return directory, None
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is not a directory: give one with model_<step>.pt in it, a place in "
+            "nanochat's tree (sft, base:d20, rl:d20:650), or owner/name on the Hugging Face hub"
+        )
+    return directory, checkpoint.find_step(directory, step)
+
+
+def find_nanochat(source: str, model_tag: str | None = None) -> Path:
+    """The checkpoint directory as nanochat lays them out; model_tag: by default the largest
+    d<number>, else the newest. Raises ValueError or FileNotFoundError naming what there is."""
+    folders = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
+    if source not in folders:
+        raise ValueError(f"source must be one of {', '.join(folders)}, got {source!r}")
+    directory = checkpoint.nanochat_base() / f"{folders[source]}_checkpoints"
+    tags = [d for d in directory.iterdir() if d.is_dir()] if directory.is_dir() else []
+    if not tags:
+        raise FileNotFoundError(
+            f"{directory} has no checkpoints (NANOCHAT_BASE_DIR names the base directory)"
+        )
+    if model_tag is None:
+        numbered = [(int(m[1]), d) for d in tags if (m := re.match(r"d(\d+)", d.name))]
+        return max(numbered)[1] if numbered else max(tags, key=lambda d: d.stat().st_mtime)
+    if directory / model_tag not in tags:
+        raise FileNotFoundError(
+            f"{directory} has no {model_tag!r}, only {', '.join(sorted(d.name for d in tags))}"
+        )
+    return directory / model_tag
+
+
+def read_checkpoint(
+    directory: Path, step: int | None
+) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
+    """Config, recipe and weights (memory-mapped) of what find_checkpoint found, of any format.
+
+    Raises ValueError naming the file and what is wrong with it.
+    """
+    if step is None:
+        from .huggingface import read_folder
+
+        return read_folder(directory)
+    return strict.read_checkpoint(directory, step)
+
+
+def open_tokenizer(directory, tokenizer_path=None) -> Tokenizer:
+    """The tokenizer of the checkpoint in `directory`, or the one that tokenizer_path names;
+    tokenizer.json counts where there is no tokenizer.pkl.
+
+    Raises FileNotFoundError listing every place that was tried, ValueError for a file that is none.
+    """
+    names = "tokenizer.pkl", "tokenizer.json"
+    place = checkpoint.find_tokenizer(directory, tokenizer_path, names)
+    other = place / "tokenizer.json" if place.is_dir() else place
+    if other.suffix == ".json" and other.is_file() and not (place / "tokenizer.pkl").is_file():
+        from .huggingface import read_tokenizer
+
+        return read_tokenizer(other)
+    return strict.open_tokenizer(place)

@@ -1,0 +1,291 @@
+"""Trace: listens to a scheduler, its block manager and the engine, and writes what they tell."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..scheduler import Events, Plan, Scheduler, Sequence
+from .chrome import write_chrome
+from .page import write_page
+from .replay import VERSION, encode, read, spans
+
+if TYPE_CHECKING:
+    from ..engine import LLM
+
+log = logging.getLogger("microvllm")
+
+
+class Trace(Events):
+    """Writes down what a scheduler and its blocks do, from `attach` to `close`.
+
+    path: file to write, whole at the end of every step, so that the trace of a run that was killed
+    can be read; None: kept in memory. decode: the text of a token id. Set `on_step` to a function
+    and it is called at the end of every step. Raises OSError if the file cannot be opened; if it
+    cannot be written later on, as on a full disk, the trace ends there with a warning, and the run
+    goes on.
+    """
+
+    def __init__(self, path: str | Path | None = None, decode: Callable[[int], str] | None = None):
+        if path is not None and not isinstance(path, (str, Path)):
+            raise TypeError(f"a trace is written to a file's path, not to {path!r:.80}")
+        self.path = path
+        self.on_step: Callable[[], None] | None = None
+        self._file = None
+        self._decode = decode
+        self._lines: list[str] = []  # not in the file yet, or all there are
+        self._seen: set[int] = set()  # token ids whose text was told
+        self._seqs: dict[Sequence, list[int]] = {}  # its number, and how many tokens were told
+        self._next = 0  # number of the next sequence
+        self._gone: list[Sequence] = []  # ended; the step that ended them may still tell tokens
+        self._steps = 0
+        # number and ms of the steps whose tokens are not known: two, if the loop is one step ahead
+        self._under_way: deque[tuple[int, dict]] = deque()
+        self._landed: tuple[int, dict] = (0, {})  # of the step whose tokens came last
+        self._start = self._clock = time.perf_counter()
+        self._outside = 0.0  # ms before the step that is planned now
+        self._scheduler: Scheduler | None = None
+
+    def attach(self, scheduler: Scheduler, **facts) -> None:
+        """Begin with the scheduler and pool as they are; facts: what else the first event tells.
+        No step may be under way. Raises ValueError if there is a trace already."""
+        blocks = scheduler.blocks
+        if isinstance(blocks.events, Trace):
+            raise ValueError(f"there is a trace already, to {blocks.events.path or 'memory'}")
+        if self.path is not None:
+            self._file = open(self.path, "w", encoding="ascii")
+        self._scheduler, blocks.events = scheduler, self
+        self._tell(
+            "pool", version=VERSION, blocks=blocks.num_blocks, block_size=blocks.block_size,
+            caching=blocks.enable_prefix_caching, max_batch_size=scheduler.max_batch_size,
+            max_batched_tokens=scheduler.max_batched_tokens,
+            windows=list(getattr(blocks, "windows", (-1,))),
+            hashes={block: h.hex() for block, h in blocks.hash_of.items()},
+            cached=list(blocks.cached), **facts,
+        )  # fmt: skip
+        for seq in scheduler.running:
+            self.arrive(seq)
+            number, table = self._number(seq), seq.table.tolist()
+            self._tell("resume", seq=number, table=table, computed=seq.num_computed)
+        for seq in scheduler.waiting:
+            self.arrive(seq)
+
+    def close(self) -> None:
+        """Write what is left and let go of the scheduler. Harmless when done already."""
+        if self._scheduler and self._scheduler.blocks.events is self:
+            self._scheduler.blocks.events = Events()
+        self._flush()
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    @property
+    def events(self) -> list[dict]:
+        """All events so far."""
+        if self.path is None:
+            return list(map(json.loads, self._lines))
+        self._flush()
+        return read(self.path)
+
+    def page(self, path: str | Path) -> None:
+        """Write the web page that shows it."""
+        write_page(self.events, path)
+
+    def chrome(self, path: str | Path) -> None:
+        """Write it in the format of Chrome's trace viewer, which Perfetto opens."""
+        write_chrome(self.events, path)
+
+    # told by the engine: how long things take
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap was spent on this phase: waiting is for the oldest step under
+        way, the time outside belongs to the step that is planned next, all else to the newest."""
+        milliseconds = self._lap()
+        if phase == "outside":
+            self._outside = milliseconds
+        else:
+            _, ms = self._under_way[0 if phase == "wait" else -1]
+            ms[phase] = milliseconds
+
+    def end(self) -> None:
+        """The step whose tokens were told last is over."""
+        number, ms = self._landed
+        ms["update"] = self._lap()
+        self._tell("end", t=self._now(), step=number, ms=ms)
+        self._flush()
+        if self.on_step:
+            self.on_step()
+
+    # told by the scheduler and the block manager
+
+    def arrive(self, seq: Sequence) -> None:
+        tokens, targets = list(seq.tokens), getattr(seq, "targets", None)
+        self._seqs[seq] = [self._next, len(tokens)]
+        self._spell(tokens)
+        self._tell(
+            "arrive", t=self._now(), seq=self._next, request=seq.request_id, sample=seq.sample_id,
+            samples=1 + seq.forks, tokens=tokens, prompt=seq.num_prompt, limit=seq.max_length,
+            score=len(targets or ()),
+        )  # fmt: skip
+        self._next += 1
+
+    def admit(self, seq: Sequence, num_hits: int) -> None:
+        number, blocks = self._number(seq), self._scheduler.blocks
+        self._tell("admit", t=self._now(), seq=number, computed=seq.num_computed)
+        if num_hits:
+            self._tell("hit", seq=number, blocks=seq.table[:num_hits].tolist())
+        full = self._scheduler.cacheable(seq) // blocks.block_size
+        missing = full * blocks.width - num_hits
+        if blocks.enable_prefix_caching and missing:
+            self._tell("miss", seq=number, count=missing)
+        if len(seq.table) > num_hits:
+            self.allocate(seq, len(seq.table) - num_hits)
+
+    def allocate(self, seq: Sequence, count: int) -> None:
+        self._tell("allocate", seq=self._number(seq), blocks=seq.table[-count:].tolist())
+
+    def copy(self, seq: Sequence, index: int, source: int) -> None:
+        number, target = self._number(seq), seq.table[index]
+        self._tell("copy", seq=number, index=index, source=source, target=target)
+
+    def evict(self, block: int) -> None:
+        self._tell("evict", block=block)
+
+    def publish(self, seq: Sequence, block: int) -> None:
+        named = self._scheduler.blocks.hash_of[block].hex()
+        self._tell("publish", seq=self._number(seq), block=block, hash=named)
+
+    def fork(self, seq: Sequence, twin: Sequence) -> None:
+        parent, told = self._seqs[seq]
+        self._seqs[twin] = [self._next, told]
+        self._tell(
+            "fork", seq=self._next, parent=parent, sample=twin.sample_id, computed=twin.num_computed
+        )
+        self._next += 1
+
+    def plan(self, plan: Plan) -> None:
+        """A step begins, if the plan has any work."""
+        if not plan.chunks:
+            return
+        for seq in self._gone:
+            self._seqs.pop(seq, None)
+        self._gone.clear()
+        decodes, prefills = [], []
+        for seq, start, stop in plan.chunks:
+            if stop - start == 1 and start >= seq.num_prompt:
+                decodes.append(self._seqs[seq][0])
+            else:
+                prefills.append((self._seqs[seq][0], start, stop))
+        self._steps += 1
+        ms = {"outside": self._outside, "schedule": self._lap()}
+        self._under_way.append((self._steps, ms))
+        self._tell(
+            "begin", t=self._now(), step=self._steps, decodes=spans(decodes), prefills=prefills
+        )
+
+    def update(self, plan: Plan, changed: list[Sequence]) -> None:
+        """The tokens of the oldest step under way, as far as they were not told."""
+        if not plan.chunks:
+            return
+        numbers, tokens = [], []
+        for seq in changed:
+            number, new = self._untold(seq)
+            tokens += new
+            numbers += [number] * len(new)
+        self._landed = self._under_way.popleft()
+        self._spell(tokens)
+        self._tell("tokens", step=self._landed[0], seqs=spans(numbers), tokens=tokens)
+
+    def force(self, seq: Sequence) -> None:
+        number, tokens = self._untold(seq)
+        self._spell(tokens)
+        self._tell("force", seq=number, tokens=tokens)
+
+    def note(self, name: str, seq: Sequence, blocks: list[int]) -> None:
+        """What a feature tells: "window" or "reject"."""
+        facts = {"computed": seq.num_computed} if name == "reject" else {}
+        self._tell(name, seq=self._number(seq), **facts, blocks=blocks)
+
+    def free(self, seq: Sequence) -> None:
+        self._tell("free", seq=self._number(seq))
+
+    def preempt(self, seq: Sequence) -> None:
+        self._tell("preempt", t=self._now(), seq=self._number(seq))
+
+    def finish(self, seq: Sequence) -> None:
+        number = self._number(seq)
+        self._gone.append(seq)
+        if seq.finish_reason == "abort":
+            self._tell("abort", t=self._now(), seq=number)
+        else:
+            self._tell("finish", t=self._now(), seq=number, reason=seq.finish_reason)
+
+    def reset(self) -> None:
+        self._under_way.clear()
+        self._tell("reset", t=self._now())
+
+    def forget(self) -> None:
+        self._tell("forget")
+
+    # how it is written
+
+    def _tell(self, name: str, **fields) -> None:
+        self._lines.append(encode({"e": name, **fields}) + "\n")
+
+    def _number(self, seq: Sequence) -> int:
+        if seq not in self._seqs:  # blocks may be managed without a scheduler
+            self.arrive(seq)
+        return self._seqs[seq][0]
+
+    def _untold(self, seq: Sequence) -> tuple[int, list[int]]:
+        """The sequence's number, and its tokens that were not told, which from now on they are."""
+        entry = self._seqs[seq]
+        number, told = entry
+        entry[1] = len(seq.tokens)
+        return number, seq.tokens[told:]
+
+    def _spell(self, tokens: list[int]) -> None:
+        """Tell the text of tokens that were not seen before."""
+        if self._decode and (new := set(tokens) - self._seen):
+            self._seen |= new
+            self._tell("text", ids={token: self._decode(token) for token in sorted(new)})
+
+    def _now(self) -> float:
+        return round(time.perf_counter() - self._start, 6)
+
+    def _lap(self) -> float:
+        last, self._clock = self._clock, time.perf_counter()
+        return round(1000 * (self._clock - last), 3)
+
+    def _flush(self) -> None:
+        if self._file:
+            try:
+                self._file.write("".join(self._lines))
+                self._file.flush()
+            except OSError as error:
+                log.warning("the trace %s ends here: %s", self.path, error)
+                with suppress(OSError):  # it tries once more to write
+                    self._file.close()
+                self._file = None
+                self.close()
+            self._lines.clear()
+
+
+def attach(llm: LLM, path: str | Path | None) -> Trace:
+    """Begin a trace of an engine. Of the ranks that share a model one writes the file."""
+
+    def decode(token: int) -> str:
+        return llm.tokenizer.token_bytes(token).decode("utf-8", "surrogateescape")
+
+    llm._settle()
+    ranks = getattr(llm, "ranks", None)
+    trace = Trace(os.devnull if path and ranks and ranks.rank else path, decode)
+    trace.attach(llm.scheduler, model=llm.name, device=str(llm.device))
+    return trace

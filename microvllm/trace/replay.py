@@ -1,0 +1,246 @@
+"""The format of a trace, and Replay: the pool and all sequences rebuilt from the events alone.
+
+Events may come from a file that others made, so each is checked before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+VERSION = 1
+
+# fields that are a whole number in any event
+COUNTS = (
+    "seq request sample samples prompt limit score computed parent block index source target count "
+    "step block_size"
+).split()
+
+encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 3, 7 as "0-3 7", in their order."""
+    parts, first, last = [], None, None
+    for number in [*numbers, None]:  # None ends the last span
+        if last is None or number != last + 1:
+            if last is not None:
+                parts.append(f"{first}-{last}" if first != last else f"{first}")
+            first = number
+        last = number
+    return " ".join(parts)
+
+
+def unspan(text: str) -> Iterator[int]:
+    """What `spans` was given."""
+    for part in text.split():
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def read(path: str | Path) -> list[dict]:
+    """The events of a trace. What a run that was killed left of its last line is dropped.
+
+    Raises FileNotFoundError, or ValueError with the file's name and the line for what is no trace.
+    """
+    events, replay = [], Replay()
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                break
+            try:
+                events.append(json.loads(line))
+                replay.apply(events[-1])
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {number}: {error}") from None
+    if not events:
+        raise ValueError(f"{path}: no trace: it has no whole line")
+    return events
+
+
+@dataclass
+class Life:
+    """A sequence as the events tell of it."""
+
+    request: int
+    sample: int
+    prompt: int  # how many of the tokens are the prompt
+    tokens: list[int]
+    state: str = ""  # "waiting", "running", "preempted", "done"
+    table: list[int] = field(default_factory=list)
+    computed: int = 0
+
+
+class Replay:
+    """The pool and all sequences after the events that were applied.
+
+    Raises ValueError for an event that is unknown, lacks a field, or cannot happen now.
+    """
+
+    def __init__(self, events: Iterable[dict] = ()):
+        self.num_blocks = self.block_size = 0
+        self.ref_count: list[int] = []
+        self.cached: dict[int, None] = {}  # free and findable, the next to be evicted first
+        self.hash_of: dict[int, str] = {}
+        self.num_used = 0  # blocks with a holder
+        self.seqs: dict[int, Life] = {}
+        self.states: Counter[str] = Counter()  # how many sequences are waiting, running, ...
+        self.words: dict[int, str] = {}  # texts of token ids
+        self.step = 0
+        self.time = 0.0  # seconds
+        for event in events:
+            self.apply(event)
+
+    def apply(self, event: dict) -> None:
+        try:
+            name, self.time = event["e"], event.get("t", self.time)
+            times = [self.time, *event.get("ms", {}).values()]
+            counts = [event[key] for key in COUNTS if key in event]
+            if not all(0 <= x < 1e12 for x in times) or not all(0 <= x < 2**53 for x in counts):
+                raise ValueError("a number is out of range")
+            if not all(type(x) is int for x in counts):
+                raise ValueError("a number is none")
+            if (name == "pool") is bool(self.num_blocks):
+                raise ValueError("`pool` comes first, and once")
+            getattr(self, f"_on_{name}")(event)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not an event of a trace: {event!r:.200} ({error!r})") from None
+
+    def state(self, block: int) -> str:
+        """ "sink", "used" (by one sequence), "shared", "cached" or "blank"."""
+        if block == 0:
+            return "sink"
+        if self.ref_count[block]:
+            return "shared" if self.ref_count[block] > 1 else "used"
+        return "cached" if block in self.cached else "blank"
+
+    def _hold(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            if not 0 < block < self.num_blocks:
+                raise ValueError(f"there is no block {block}")
+            self.cached.pop(block, None)
+            self.num_used += self.ref_count[block] == 0
+            self.ref_count[block] += 1
+
+    def _release(self, block: int) -> None:
+        self.ref_count[block] -= 1
+        if self.ref_count[block] == 0:
+            self.num_used -= 1
+            if block in self.hash_of:
+                self.cached[block] = None
+
+    def _become(self, number: int, state: str) -> Life:
+        life = self.seqs[number]
+        self.states[life.state] -= 1
+        self.states[state] += 1
+        life.state = state
+        return life
+
+    def _on_pool(self, e: dict) -> None:
+        if e["version"] != VERSION:
+            raise ValueError(f"version {VERSION} is wanted")
+        self.num_blocks, self.block_size = e["blocks"], e["block_size"]
+        if type(self.num_blocks) is not int or not 0 < self.num_blocks <= 2**24:
+            raise ValueError("a pool has 1 to 16,777,216 blocks")
+        self.groups = len(e.get("windows") or [-1])
+        self.ref_count = [0] * self.num_blocks
+        self.hash_of = {int(block): named for block, named in e["hashes"].items()}
+        self.cached = dict.fromkeys(e["cached"])
+
+    def _on_text(self, e: dict) -> None:
+        self.words.update((int(token), text) for token, text in e["ids"].items())
+
+    def _on_arrive(self, e: dict) -> None:
+        self.seqs[e["seq"]] = Life(e["request"], e["sample"], e["prompt"], list(e["tokens"]))
+        self._become(e["seq"], "waiting")
+
+    def _on_resume(self, e: dict) -> None:
+        self._on_admit(e)
+        self._on_allocate({"seq": e["seq"], "blocks": e["table"]})
+
+    def _on_admit(self, e: dict) -> None:
+        self._become(e["seq"], "running").computed = e["computed"]
+
+    def _on_allocate(self, e: dict) -> None:
+        self._hold(filter(None, e["blocks"]))
+        self.seqs[e["seq"]].table += e["blocks"]
+
+    _on_hit = _on_allocate
+
+    def _on_miss(self, e: dict) -> None:
+        """It changes nothing that is kept here."""
+
+    _on_reset = _on_miss
+
+    def _on_evict(self, e: dict) -> None:
+        del self.cached[e["block"]], self.hash_of[e["block"]]
+
+    def _on_copy(self, e: dict) -> None:
+        self._hold([e["target"]])
+        self.seqs[e["seq"]].table[e["index"]] = e["target"]
+        self._release(e["source"])
+
+    def _on_window(self, e: dict) -> None:
+        table = self.seqs[e["seq"]].table
+        for block in filter(None, e["blocks"]):
+            table[table.index(block)] = 0
+            self._release(block)
+
+    def _on_reject(self, e: dict) -> None:
+        life, blocks = self.seqs[e["seq"]], e["blocks"]
+        if life.table[len(life.table) - len(blocks) :] != blocks:
+            raise ValueError("these blocks are not its last")
+        for _ in blocks:
+            self._release(life.table.pop())
+        life.computed = e["computed"]
+
+    def _on_publish(self, e: dict) -> None:
+        self.hash_of[e["block"]] = e["hash"]
+
+    def _on_fork(self, e: dict) -> None:
+        of = self.seqs[e["parent"]]
+        self._hold(filter(None, of.table))
+        tokens, table = of.tokens.copy(), of.table.copy()
+        self.seqs[e["seq"]] = Life(of.request, e["sample"], of.prompt, tokens, "", table)
+        self._become(e["seq"], "running").computed = e["computed"]
+
+    def _on_begin(self, e: dict) -> None:
+        self.step = e["step"]
+        for number in unspan(e["decodes"]):
+            self.seqs[number].computed += 1
+        for number, start, stop in e["prefills"]:
+            if not 0 <= start < stop < 2**53:
+                raise ValueError("a chunk without tokens")
+            self.seqs[number].computed = stop
+
+    def _on_tokens(self, e: dict) -> None:
+        for number, token in zip(unspan(e["seqs"]), e["tokens"], strict=True):
+            self.seqs[number].tokens.append(token)
+
+    def _on_end(self, e: dict) -> None:
+        if not e.keys() >= {"t", "step", "ms"}:
+            raise ValueError("it lacks t, step or ms")
+
+    def _on_force(self, e: dict) -> None:
+        self.seqs[e["seq"]].tokens += e["tokens"]
+
+    def _on_free(self, e: dict) -> None:
+        life = self.seqs[e["seq"]]
+        for block in filter(None, reversed(life.table)):
+            self._release(block)
+        life.table, life.computed = [], 0
+
+    def _on_preempt(self, e: dict) -> None:
+        self._become(e["seq"], "preempted")
+
+    def _on_finish(self, e: dict) -> None:
+        self._become(e["seq"], "done")
+
+    _on_abort = _on_finish
+
+    def _on_forget(self, e: dict) -> None:
+        self.cached.clear()
+        self.hash_of.clear()
