@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ERAS = Path(__file__).parent / "fixtures" / "nanochat_eras"
 MODEL = ROOT / "models" / "oldbooks-d6"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two processes run side by side; a test of threads asks for more
 
 
 class Fixture:
@@ -45,8 +45,10 @@ def era(request) -> Fixture:
 
 
 class HandMade(SimpleNamespace):
-    def group(self, g: int):
-        return self
+    """A batch that no engine made."""
+
+    def _replace(self, **changes):
+        return HandMade(**{**vars(self), **changes})
 
 
 def hand_made_batch(chunks: list[tuple], block_size: int) -> HandMade:

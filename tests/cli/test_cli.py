@@ -16,7 +16,10 @@ import torch
 from conftest import ERAS, MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli
-from microvllm.cli import bench, terminal
+from microvllm.checkpoint import load_model
+from microvllm.cli import bench, commands, terminal
+from microvllm.cli.flags import make_parser
+from microvllm.features.windows import group_layers
 
 SMALL = ["--num-blocks", "40"]  # a pool that any machine has room for
 CALCULATOR = ["-m", str(ERAS / "tool_chain" / "chatsft_checkpoints" / "d1")]
@@ -85,7 +88,7 @@ def test_help_shows_examples_that_parse(sub, capsys):
     assert len(examples) >= 2
     for example in examples:
         words = re.findall(r'"[^"]*"|\S+', re.split(" [<#] ", example)[0])
-        args = cli.make_parser().parse_args([word.strip('"') for word in words])
+        args = make_parser().parse_args([word.strip('"') for word in words])
         assert args.command.__name__ == words[0] == (sub or words)[0]
 
 
@@ -146,7 +149,7 @@ def test_a_model_that_completes_only_text_cannot_chat(mistake, monkeypatch):
 
 
 def test_an_install_without_the_bundled_model_asks_for_one(mistake, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "MODEL_DIR", tmp_path / "oldbooks-d6")
+    monkeypatch.setattr(commands, "MODEL_DIR", tmp_path / "oldbooks-d6")
     assert "sft" in mistake("run", "hi")
     assert "sft" in mistake("info")
 
@@ -162,10 +165,10 @@ def test_an_install_without_the_bundled_model_asks_for_one(mistake, monkeypatch,
     ],
 )
 def test_a_bug_in_the_engine_is_not_passed_off_as_a_mistake(flags, command, monkeypatch):
-    def broken(self, plan):
+    def broken(self):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(LLM, "_launch", broken)
+    monkeypatch.setattr(LLM, "_advance", broken)
     with pytest.raises(ValueError, match="a bug"):
         command(*flags, *SMALL, stdin="hi\n")
 
@@ -468,13 +471,15 @@ def test_info_agrees_with_the_engine(era, command):
         depth, layers = len(llm.cache.data), len(llm.model.windows)
         slots = llm.cache.num_blocks * 16
         assert found["kv_bytes_per_token"] // layers * depth * slots == llm.cache.data.nbytes
-        assert found["parameters"] == sum(w.numel() for w in llm.model.weights.values())
+    weights = load_model(era.directory).state_dict()
+    assert found["parameters"] == sum(w.numel() for w in weights.values())
     length = found["config"]["sequence_len"]
     # layers with a window w need the blocks of w + 1 tokens, wherever they begin
     blocks = [
         length // 16 if not 0 <= w < length - 1 else -(-w // 16) + 1 for w in found["windows"]
     ]
-    blocks = sum(blocks[group[0]] for _, group in llm.groups) * depth  # of one layer each
+    groups = group_layers(found["windows"], length)
+    blocks = sum(blocks[group[0]] for _, group in groups) * depth  # of one layer each
     wanted = blocks * 16 * found["kv_bytes_per_token"] // layers
     assert found["kv_bytes_per_sequence"] == wanted
     assert found["dtype"] == "float32" and found["weight_bytes"] == 4 * found["parameters"]
@@ -615,6 +620,6 @@ def test_watch_draws_beside_the_answers(command):
 
 
 def test_watch_without_rich_says_what_to_install(mistake, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
     assert "pip install 'microvllm[watch]'" in mistake("run", "--watch", "hi")
     assert "microvllm[watch]" in mistake("bench", "--watch")

@@ -6,12 +6,22 @@ import torch
 import torch.nn.functional as F
 from conftest import hand_made_batch
 
-from microvllm import attention
-from microvllm.attention import PagedKVCache, SequenceKVView, pick_backend, sdpa_attention
+from microvllm.attention import PagedKVCache, SequenceKVView, sdpa_attention
+from microvllm.full import pick_backend
+from microvllm.fused import backend as fused
 from microvllm.model import GPTConfig
 
-BACKENDS = ["sdpa", "numba"]
+BACKENDS = [
+    "core",
+    "sdpa",
+    "numba",
+]  # the first two are torch's, one by one and all decodes at once
 CPU = torch.device("cpu")
+
+
+def attend_of(backend: str):
+    return sdpa_attention if backend == "core" else pick_backend(backend, CPU, torch.float32).attend
+
 
 # (rows, tokens in the cache after them): decodes, whole prompts, chunks; more than one of each
 MIXED = [(1, 1), (1, 17), (1, 70), (1, 33), (2, 2), (40, 40), (5, 33), (17, 80), (7, 8)]
@@ -36,11 +46,11 @@ class Case:
         tables = [part.tolist() for part in np.split(blocks, np.cumsum(needed)[:-1])]
         self.lengths = [length for _, length in sequences]
         self.rows = [rows for rows, _ in sequences]
+        k, v = self.k, self.v = self.cache.data[1]
         self.views = [
-            SequenceKVView(self.cache, table, length)
+            SequenceKVView(k, v, table, length)
             for table, length in zip(tables, self.lengths, strict=True)
         ]
-        k, v = self.cache.layer(1)
         for view in self.views:
             for slot in view.slots():
                 for x in (k, v):
@@ -58,8 +68,7 @@ class Case:
         return self.random.standard_normal(shape).astype(np.float32)
 
     def attend(self, backend, window):
-        attend = pick_backend(backend, CPU, torch.float32)
-        return attend(self.q, *self.cache.layer(1), self.batch, window)
+        return attend_of(backend)(self.q, self.k, self.v, self.batch, window)
 
     def expected(self, window):
         """Row by row and head by head in float64, from the definition."""
@@ -67,15 +76,15 @@ class Case:
         out = []
         queries = iter(self.q.double().numpy())
         for view, rows, length in zip(self.views, self.rows, self.lengths, strict=True):
-            k, v = (x.double().numpy() for x in view.gather(1))
-            group = n_head // k.shape[1]
+            k, v = (x.double().numpy() for x in view.gather())  # (Hkv, length, D)
+            group = n_head // len(k)
             for p in range(length - rows, length):
                 seen = [j for j in range(length) if j <= p and (window < 0 or p - j <= window)]
                 q = next(queries)
                 for head in range(n_head):
-                    scores = k[seen, head // group] @ q[head] / np.sqrt(dim)
+                    scores = k[head // group, seen] @ q[head] / np.sqrt(dim)
                     weights = np.exp(scores - scores.max())
-                    out.append(weights / weights.sum() @ v[seen, head // group])
+                    out.append(weights / weights.sum() @ v[head // group, seen])
         return torch.from_numpy(np.array(out)).view(self.q.shape)
 
     def check(self, backend, window):
@@ -122,7 +131,7 @@ def test_query_heads_that_share_kv_heads(backend, n_head, n_kv_head, head_dim):
 def test_the_window_has_both_ends_inside(backend):
     """w + 1 keys: the query itself and the w before it. Each value names its own position."""
     case = Case([(1, 30), (30, 30)], n_head=1, n_kv_head=1, head_dim=16, block_size=4)
-    k, v = case.cache.layer(1)
+    k, v = case.k, case.v
     k.zero_()  # so that all visible keys weigh the same
     for view in case.views:
         for p, slot in enumerate(view.slots()):
@@ -153,11 +162,8 @@ def test_a_sequence_does_not_depend_on_who_shares_its_batch(backend):
     together = case.attend(backend, 25)
     first = 0
     for view, rows, length in zip(case.views, case.rows, case.lengths, strict=True):
-        chunk = ([0] * length, length - rows, length, view.table)
-        attend = pick_backend(backend, CPU, torch.float32)
-        alone = attend(
-            case.q[first : first + rows], *case.cache.layer(1), hand_made_batch([chunk], 4), 25
-        )
+        batch = hand_made_batch([([0] * length, length - rows, length, view.table.tolist())], 4)
+        alone = attend_of(backend)(case.q[first : first + rows], case.k, case.v, batch, 25)
         torch.testing.assert_close(alone, together[first : first + rows], rtol=0, atol=1e-6)
         first += rows
 
@@ -170,39 +176,38 @@ def test_only_the_output_is_written(backend):
     assert torch.equal(case.cache.data, before[0]) and torch.equal(case.q, before[1])
 
 
-def test_half_precision_keeps_the_softmax_in_float32():
+@pytest.mark.parametrize("backend", ["core", "sdpa"])
+def test_half_precision_keeps_the_softmax_in_float32(backend):
     """300 equal keys: sums of weights of 1/300 would be off by a percent in bfloat16."""
     case = Case([(1, 300), (300, 300)])
-    reference = case.attend("sdpa", -1)
-    k, v = (x.bfloat16() for x in case.cache.layer(1))
-    out = sdpa_attention(case.q.bfloat16(), k, v, case.batch, -1)
+    reference = case.attend(backend, -1)
+    k, v = case.k.bfloat16(), case.v.bfloat16()
+    out = attend_of(backend)(case.q.bfloat16(), k, v, case.batch, -1)
     assert out.dtype == torch.bfloat16
     assert (out.float() - reference).norm() / reference.norm() < 8e-3
 
 
 def test_a_view_reads_a_sequence_in_its_own_order():
     case = Case([(1, 9), (1, 20)], block_size=4)
-    k, v = case.cache.layer(1)
     for view in case.views:
         slots = view.slots()
         assert len(slots) == len(set(slots)) == view.num_tokens
         assert view.slots(3, 7) == slots[3:7]
-        keys, values = view.gather(1)
-        assert keys.shape == values.shape == (view.num_tokens, 2, 16)
+        keys, values = view.gather()
+        assert keys.shape == values.shape == (2, view.num_tokens, 16)
         for p, slot in enumerate(slots):
             assert slot // 4 == view.table[p // 4] and slot % 4 == p % 4
-            assert torch.equal(keys[p], k[slot // 4, :, slot % 4])
-            assert torch.equal(values[p], v[slot // 4, :, slot % 4])
+            assert torch.equal(keys[:, p], case.k[slot // 4, :, slot % 4])
+            assert torch.equal(values[:, p], case.v[slot // 4, :, slot % 4])
 
 
 # choosing one ------------------------------------------------------------------------------------
 
 
 def test_auto_is_the_fastest_that_runs_here():
-    assert pick_backend("auto", CPU, torch.float32) is pick_backend("numba", CPU, torch.float32)
-    assert pick_backend("auto", CPU, torch.bfloat16) is pick_backend("numba", CPU, torch.bfloat16)
-    assert pick_backend("auto", CPU, torch.float16) is sdpa_attention
-    assert pick_backend("sdpa", CPU, torch.float32) is sdpa_attention
+    for dtype, name in (("float32", "numba"), ("bfloat16", "numba"), ("float16", "sdpa")):
+        assert pick_backend("auto", CPU, getattr(torch, dtype)).name == name
+    assert pick_backend("sdpa", CPU, torch.float32).name == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -227,9 +232,8 @@ def test_what_is_gathered_at_a_time_has_a_limit(window, monkeypatch):
     """Or a full batch with one long sequence in it would take gigabytes in mid-run."""
     case = Case(DECODES + [(3, 40)])
     whole = case.attend("sdpa", window)
-    k, v = case.cache.layer(1)
-    longest = 13 * k[0].numel()  # what the longest, of 200 tokens, has in its 13 blocks
-    monkeypatch.setattr(attention, "GATHERED", 3 * longest)
+    longest = 13 * case.k[0].numel()  # what the longest, of 200 tokens, has in its 13 blocks
+    monkeypatch.setattr(fused, "GATHERED", 3 * longest)
     sizes, attend = [], F.scaled_dot_product_attention
 
     def watch(q, keys, *rest, **options):

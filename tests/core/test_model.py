@@ -1,26 +1,27 @@
 """The model against nanochat's own numbers: every era, every position, whole and in chunks."""
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import hand_made_batch
 
-from microvllm import LLM, SamplingParams
+from microvllm import LLM, SamplingParams, checkpoint, full
 from microvllm.attention import PagedKVCache, SequenceKVView
-from microvllm.checkpoint import load_model
-from microvllm.model import GPT, RECIPES, GPTConfig, layer_windows
+from microvllm.model import RECIPES, GPTConfig, layer_windows
+from microvllm.sampler import cap_logits
 
 TOLERANCE = 1e-4  # absolute, in float32 logits: nanochat's own two paths differ by up to 1.6e-5
 
+# the core's model; the fused one in torch, in numba's kernels, and as their one compiled call
+FORMS = ["core", "torch", "loop", "compiled"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=["sdpa", "numba"])
-def attention(request) -> str:
+@pytest.fixture(params=FORMS)
+def form(request) -> str:
     return request.param
 
 
@@ -33,7 +34,8 @@ class Runner:
         blocks = random.Random(0).sample(range(1, 1 + sum(counts)), sum(counts))
         self.tables = [[blocks.pop() for _ in range(n)] for n in counts]
         self.model, self.block_size = model, block_size
-        self.cache = PagedKVCache(model.config, 1 + sum(counts), block_size, model.dtype, "cpu")
+        shape = 1 + sum(counts), block_size
+        self.cache = PagedKVCache(model.config, *shape, model.dtype, "cpu")
         self.cache.data.fill_(50.0)
 
     def step(self, *chunks: tuple[int, list[int], int, int]) -> list[np.ndarray]:
@@ -42,14 +44,33 @@ class Runner:
         spelled = [(ids, start, stop, self.tables[i]) for i, ids, start, stop in chunks]
         batch = hand_made_batch(spelled, self.block_size)
         with torch.inference_mode():
-            logits = self.model.head(self.model.forward(batch, self.cache))
+            logits = self.model.logits(self.model.forward(batch, self.cache))
+            logits = cap_logits(logits, self.model.recipe.softcap)
         assert logits.dtype == torch.float32
         return [x.numpy() for x in logits.split([stop - start for _, _, start, stop in chunks])]
 
 
-def load(era, attention="sdpa", **kwargs):
-    kwargs = {"max_len": 500} | era.overrides | kwargs
-    return load_model(era.directory, attention=attention, **kwargs)
+def build(form, *parts, **options):
+    """A model of a form from config, recipe and weights."""
+    options = {"max_len": 500} | options
+    if form == "core":
+        return checkpoint.make_model(*parts, **options)
+    attention = "sdpa" if form == "torch" else "numba"
+    model = full.build_model(*parts, torch.device("cpu"), attention=attention, **options)
+    if form == "loop":
+        model.compiled = None
+    elif form == "compiled" and not model.compiled:
+        pytest.skip("the widths of its matrices are no multiples of a panel")
+    return model
+
+
+def read(era):
+    """Config, recipe and weights of an era's checkpoint."""
+    return checkpoint.read_checkpoint(era.directory, era.json["checkpoint"]["step"])
+
+
+def load(era, form="core", **options):
+    return build(form, *read(era), **era.overrides | options)
 
 
 def assert_near(logits, golden):
@@ -78,11 +99,11 @@ def golden_lengths(era) -> list[int]:
 # nanochat's own numbers --------------------------------------------------------------------------
 
 
-def test_eight_prompts_in_one_batch_give_nanochats_logits_and_tokens(era, attention):
+def test_eight_prompts_in_one_batch_give_nanochats_logits_and_tokens(era, form):
     """Prefill all at once, then 40 greedy tokens each, feeding back what the model itself chose."""
     prompts = era.json["prompts"]
     texts = [list(p["ids"]) for p in prompts]
-    runner = Runner(load(era, attention), [len(ids) + 40 for ids in texts])
+    runner = Runner(load(era, form), [len(ids) + 40 for ids in texts])
     prefill = runner.step(*[(i, ids, 0, len(ids)) for i, ids in enumerate(texts)])
     last = np.stack([logits[-1] for logits in prefill])
     assert_near(last, era.arrays["last_logits"])
@@ -96,40 +117,26 @@ def test_eight_prompts_in_one_batch_give_nanochats_logits_and_tokens(era, attent
         assert [*ids[prompt["length"] :], token] == prompt["greedy_tokens"], prompt["name"]
 
 
-def test_every_position_of_a_whole_prompt(era, attention):
-    lengths = golden_lengths(era)
-    if not lengths:
-        assert era.json["nanochat_commit"] == "1076f97"
-        pytest.skip("these goldens have the last positions only")
-    model = load(era, attention)
-    for prompt in era.json["prompts"]:
-        if prompt["length"] in lengths:
-            runner = Runner(model, [prompt["length"]], block_size=7)
-            (logits,) = runner.step((0, prompt["ids"], 0, prompt["length"]))
-            assert_golden_positions(era, prompt["length"], logits)
-
-
-@pytest.mark.parametrize("block_size", [1, 16])
-def test_every_position_of_prompts_that_come_in_chunks(era, attention, block_size):
-    """The same prompt four times in one batch, in chunks of 1, 3, 7 and 64 tokens: smear, windows
+def test_every_position_of_prompts_that_come_whole_and_in_chunks(era, form):
+    """The same prompt five times, in chunks of 1, 3, 7 and 64 tokens and as a whole: smear, windows
     and causality across every chunk border. Single tokens start late in the longest prompt."""
     lengths = golden_lengths(era)
     if not lengths:
         assert era.json["nanochat_commit"] == "1076f97"
         pytest.skip("these goldens have the last positions only")
-    model = load(era, attention)
+    model, block_size = load(era, form), {"core": 7, "torch": 16, "loop": 3, "compiled": 1}[form]
     for prompt in era.json["prompts"]:
         length, ids = prompt["length"], prompt["ids"]
         if length not in lengths:
             continue
-        runner = Runner(model, [length] * 4, block_size)
-        sizes, done = [1, 3, 7, 64], [0] * 4
-        pieces = [[], [], [], []]
-        if length > 100:
-            done[0] = length - 100
+        runner = Runner(model, [length] * 5, block_size)
+        sizes, done = [1, 3, 7, 64, length], [0] * 5
+        pieces = [[], [], [], [], []]
+        if length > 60:
+            done[0] = length - 60
             pieces[0] += runner.step((0, ids, 0, done[0]))
         while any(start < length for start in done):
-            chunks = [(i, ids, done[i], min(length, done[i] + sizes[i])) for i in range(4)]
+            chunks = [(i, ids, done[i], min(length, done[i] + sizes[i])) for i in range(5)]
             chunks = [chunk for chunk in chunks if chunk[2] < length]
             chunks.sort(key=lambda chunk: chunk[3] - chunk[2] > 1)
             for (i, *_, stop), logits in zip(chunks, runner.step(*chunks), strict=True):
@@ -152,17 +159,33 @@ def test_greedy_tokens_through_the_engine(era):
         assert output["token_ids"] == prompt["greedy_tokens"], prompt["name"]
 
 
-def test_a_prompt_in_chunks_leaves_the_same_keys_and_values_as_whole(era, attention):
-    prompt = era.json["prompts"][6]
-    length, ids = prompt["length"], prompt["ids"]
-    runner = Runner(load(era, attention), [length, length], block_size=4)
-    runner.step((0, ids, 0, length))
-    for start in range(0, length, 9):
-        runner.step((1, ids, start, min(start + 9, length)))
-    whole, pieces = (SequenceKVView(runner.cache, table, length) for table in runner.tables)
-    for layer in range(runner.model.config.n_layer):
-        for a, b in zip(whole.gather(layer), pieces.gather(layer), strict=True):
+def test_all_forms_are_one_model(era):
+    """Chunks and decodes, within and beyond the windows: the core's model, the fused one in torch
+    and in numba, and its one compiled call give the same logits; and leave the same keys and
+    values, whether the prompt came whole or in chunks."""
+    prompt = era.json["prompts"][-1]  # longer than all windows but one
+    length, ids, seen = prompt["length"], prompt["ids"], {}
+    for form in FORMS:
+        try:
+            model = load(era, form)
+        except pytest.skip.Exception:
+            continue
+        runner = Runner(model, [length, length], block_size=4)
+        whole = runner.step((0, ids, 0, length))
+        parts = [runner.step((1, ids, p, min(p + 47, length)))[0] for p in range(0, length, 47)]
+        both = runner.step((0, ids, length - 1, length), (1, ids, length - 9, length))
+        views = [
+            [x for k, v in runner.cache.data for x in SequenceKVView(k, v, table, length).gather()]
+            for table in runner.tables
+        ]
+        for a, b in zip(*views, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+        assert_near(np.concatenate(parts), whole[0])
+        seen[form] = [*whole, *both, *(x.numpy() for x in views[0])]
+    assert len(seen) >= 3
+    for form, found in seen.items():
+        for ours, core in zip(found, seen["core"], strict=True):
+            assert np.abs(ours - core).max() < TOLERANCE, form
 
 
 # the recipe --------------------------------------------------------------------------------------
@@ -236,11 +259,9 @@ def test_a_missing_pattern_means_long_layers():
 
 
 @pytest.mark.parametrize("era", ["era1_unpadded", "era3", "era5"], indirect=True)
-def test_as_many_kv_heads_as_query_heads(era, attention):
+def test_as_many_kv_heads_as_query_heads(era, form):
     """Each kv head written out twice is the same model without sharing."""
-    shared = load(era, attention)
-    c = shared.config
-    weights = torch.load(era.directory / f"model_{era.json['checkpoint']['step']:06d}.pt")
+    c, recipe, weights = read(era)
     group = c.n_head // c.n_kv_head
     assert group == 2
     for key in weights:
@@ -253,7 +274,7 @@ def test_as_many_kv_heads_as_query_heads(era, attention):
             w = weights[key].unflatten(1, (c.n_kv_head, c.head_dim))
             weights[key] = w.repeat_interleave(group, 1).flatten(1, 2)
     meta = era.json["model_config"] | {"n_kv_head": c.n_head}
-    model = GPT(GPTConfig.from_meta(meta), shared.recipe, weights, shared.attend, max_len=500)
+    model = build(form, GPTConfig.from_meta(meta), recipe, weights)
     ids = era.json["prompts"][5]["ids"]
     (logits,) = Runner(model, [len(ids)]).step((0, ids, 0, len(ids)))
     assert_near(logits, era.arrays["all_logits_len033"])
@@ -272,25 +293,12 @@ def test_rotary_tables_have_the_precision_of_their_era(era):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.5), ("float16", 0.06)])
-def test_half_precision_stays_near(era, dtype, tolerance):
+@pytest.mark.parametrize("form", ["core", "torch"])
+def test_half_precision_stays_near(era, form, dtype, tolerance):
     """Logits reach +-15 here. One wrong constant costs 0.8 and more at nearly every prompt."""
     prompts = era.json["prompts"]
-    runner = Runner(load(era, dtype=dtype), [p["length"] for p in prompts])
+    runner = Runner(load(era, form, dtype=dtype), [p["length"] for p in prompts])
     prefill = runner.step(*[(i, p["ids"], 0, p["length"]) for i, p in enumerate(prompts)])
     error = np.abs(np.stack([logits[-1] for logits in prefill]) - era.arrays["last_logits"])
     print(f"{dtype}: largest error {error.max():.3f}, mean {error.mean():.4f}")
     assert error.max() < tolerance
-
-
-def test_scores_are_computed_in_slices_of_64_mb_of_logits():
-    """Of a vocabulary of 4 million, that is; the numbers themselves are few."""
-    h, targets, sizes = torch.randn(10, 7), torch.arange(10) % 7, []
-
-    def head(rows):
-        sizes.append(len(rows))
-        return rows
-
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2**22), head=head, at_once=None)
-    found = GPT.logprobs(model, h, targets)
-    assert sizes == [4, 4, 2]
-    torch.testing.assert_close(found, h.log_softmax(-1)[range(10), targets])

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from microvllm import SamplingParams
-from microvllm.sampler import draw, keep_top_k, noise, sample
+from microvllm.sampler import draw, keep_top_k, keep_top_p, noise, sample
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LARGEST = 1 - 2.0**-24  # of the noise
 
@@ -325,6 +327,14 @@ def test_top_k_keeps_the_largest_and_their_ties():
         assert (masked[list(kept)] == logits[list(kept)]).all()
         drawn = pick(logits.expand(2000, -1), [SamplingParams(top_k=k)] * 2000, grid(2000).tolist())
         assert set(drawn) == kept
+
+
+def test_top_p_keeps_no_more_than_hold_exactly_so_much():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    held = torch.softmax(logits, -1).cumsum(-1) - torch.softmax(logits, -1)  # by all likelier ones
+    for count in (1, 2, 3):
+        kept = keep_top_p(logits, [held[0, count].item()]).isfinite()
+        assert kept.sum() == count and kept[0, :count].all()
 
 
 def test_top_k_beyond_the_vocabulary_or_0_is_off():

@@ -149,6 +149,13 @@ def test_an_id_outside_the_vocabulary_is_named(bad_id):
         REAL.decoder().push(bad_id)
 
 
+@pytest.mark.parametrize("prompt", [[], [-1], [0, REAL.vocab_size]], ids=str)
+def test_a_prompt_has_ids_of_the_vocabulary(prompt):
+    assert REAL.prompt_ids([0, REAL.vocab_size - 1]) == [0, REAL.vocab_size - 1]
+    with pytest.raises(ValueError, match=f"ids from 0 to {REAL.vocab_size - 1}, got"):
+        REAL.prompt_ids(prompt)
+
+
 @pytest.mark.parametrize("not_text", [None, 5, b"bytes", ["list"]])
 def test_only_strings_are_text(not_text):
     with pytest.raises(TypeError, match=type(not_text).__name__):
@@ -410,7 +417,6 @@ def repr_bomb():
     [
         # the bombs stand where they would be hashed, printed, or asked for as a global
         b"\x80\x04}" + dumps(hash_bomb())[2:-1] + b"K\x01s.",
-        dumps(encoding_with(parts(name=repr_bomb()))),
         dumps(encoding_with(repr_bomb())),
         dumps(repr_bomb())[:-1] + b"\x8c\x08Encoding\x93.",
         b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b".",  # lists in lists
@@ -421,7 +427,6 @@ def repr_bomb():
     ],
     ids=[
         "hash",
-        "repr",
         "repr of state",
         "repr of module",
         "lists",
@@ -436,32 +441,11 @@ def test_a_pickle_bomb_is_refused_at_once(data, tmp_path):
         load_tokenizer(write(tmp_path, data))
 
 
-def test_a_file_far_too_large_is_not_even_read(tmp_path):
-    file = write(tmp_path, b"")
-    os.truncate(file, 1 << 40)  # sparse: a terabyte of nothing
-    with pytest.raises(ValueError, match="1,099,511,627,776 bytes"):
-        load_tokenizer(file)
-
-
 def test_a_truncated_tokenizer_is_refused_wherever_it_was_cut(tmp_path):
     whole = TOY_FILE.read_bytes()
     for length in range(0, len(whole), 37):
         with pytest.raises(ValueError, match="is not a nanochat tokenizer"):
             load_tokenizer(write(tmp_path, whole[:length]))
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, len(TOY_FILE.read_bytes()) - 1), st.integers(0, 255))
-def test_a_damaged_tokenizer_is_refused_or_still_one(tmp_path_factory, position, byte):
-    data = bytearray(TOY_FILE.read_bytes())
-    data[position] = byte
-    file = write(tmp_path_factory.getbasetemp(), bytes(data))
-    try:
-        tokenizer = load_tokenizer(file)
-    except ValueError as error:
-        assert str(file) in str(error)
-    else:  # the byte was part of a token or of the pattern
-        assert tokenizer.decode(tokenizer.encode("some text")) == "some text"
 
 
 def test_a_missing_tokenizer_says_where_it_was_looked_for(tmp_path):
@@ -476,37 +460,20 @@ BYTES = {bytes([i]): i for i in range(256)}
 
 
 @pytest.mark.parametrize(
-    "changes, complaint",
+    "changes",
     [
-        ({"name": 5}, "name and pat_str must be strings"),
-        ({"pat_str": b"."}, "name and pat_str must be strings"),
-        ({"pat_str": "("}, "parenthesis"),
-        ({"pat_str": ""}, "cannot be split|pat_str loses text"),
-        ({"pat_str": "[a-z]+"}, "pat_str loses text"),
-        ({"mergeable_ranks": {}}, "special_tokens must use each id from 0 to 0"),
-        ({"mergeable_ranks": [b"a"]}, "the pickle instruction EMPTY_LIST"),
-        ({"mergeable_ranks": "ab"}, "mergeable_ranks is str"),
-        ({"mergeable_ranks": BYTES | {"text": 256}}, "mergeable_ranks must map bytes to int"),
-        ({"mergeable_ranks": BYTES | {b"ab": "256"}}, "mergeable_ranks must map bytes to int"),
-        ({"mergeable_ranks": BYTES | {b"ab": 255}}, "each id from 0 to 256 once"),
-        ({"mergeable_ranks": BYTES | {b"ab": 257}}, "each id from 0 to 256 once"),
-        (
-            {
-                "mergeable_ranks": {bytes([i + 1]): i for i in range(255)},
-                "special_tokens": {"<|bos|>": 255},
-            },
-            "no token for the single byte 0",
-        ),
-        ({"special_tokens": {}}, r"no <\|bos\|> token"),
-        ({"special_tokens": {"<|endoftext|>": 256}}, r"no <\|bos\|> token"),
-        ({"special_tokens": {b"<|bos|>": 256}}, "special_tokens must map str to int"),
-        ({"special_tokens": {"<|bos|>": 255}}, "special_tokens must use each id from 256 to 256"),
-        ({"special_tokens": {"<|bos|>": 256, "<|x|>": 258}}, "each id from 256 to 257"),
+        {"mergeable_ranks": BYTES | {b"ab": 255}}, {"mergeable_ranks": BYTES | {b"ab": 257}},
+        {"mergeable_ranks": BYTES | {b"ab": "256"}}, {"mergeable_ranks": "ab"}, {"pat_str": "("},
+        {"special_tokens": {}}, {"special_tokens": {"<|endoftext|>": 256}},
+        {"special_tokens": {"<|bos|>": 256, "<|x|>": 258}},
     ],
-)
-def test_a_vocabulary_that_does_not_fit_together_is_refused(changes, complaint, tmp_path):
+    ids=str,
+)  # fmt: skip
+def test_ids_with_a_gap_or_no_bos_are_refused(changes, tmp_path):
+    """Ids index arrays, and every sequence starts with BOS. What the full engine says of each
+    mistake is in test_strict_tokenizer.py."""
     file = write(tmp_path, dumps(encoding_with(parts(**changes))))
-    with pytest.raises(ValueError, match=complaint) as e:
+    with pytest.raises(ValueError, match="is not a nanochat tokenizer") as e:
         load_tokenizer(file)
     assert str(file) in str(e.value)
 

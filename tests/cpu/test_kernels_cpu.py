@@ -9,16 +9,19 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODEL, hand_made_batch
 
-from microvllm import model
 from microvllm.attention import sdpa_attention
-from microvllm.checkpoint import load_model
-from microvllm.cpu import kernels as kernels_cpu
-from microvllm.cpu.kernels import paged_attention
-from microvllm.fused import linear
+from microvllm.cpu import steps
+from microvllm.cpu.attention import attend_rows, paged_attention
+from microvllm.cpu.layouts import rotate
+from microvllm.full import load_model
+from microvllm.fused.backend import Backend
+
+REFERENCE = Backend(torch.device("cpu"), torch.float32)
 
 # (rows in this step, tokens in the cache after it): decodes, then chunks that begin at 0 and later
 MIXED = [(1, 1), (1, 2), (1, 77), (1, 16), (1, 17), (5, 5), (16, 16), (17, 40), (33, 70), (2, 64)]
@@ -42,22 +45,21 @@ def case(work, n_head=4, n_kv_head=2, head_dim=32, block_size=16):
 
 def dense(q, k, v, batch, window):
     """Row by row in float64: gather what the row may see, score, softmax, average."""
-    out = torch.empty_like(q, dtype=torch.float64)
-    block_size, group = k.shape[2], q.shape[1] // k.shape[1]
+    q, k, v = (x.double().numpy() for x in (q, k, v))
+    out, block_size, group = np.empty_like(q), k.shape[2], q.shape[1] // k.shape[1]
     for b, length in enumerate(batch.seq_lens.tolist()):
-        slots = [
-            (int(batch.block_tables[b, p // block_size]), p % block_size) for p in range(length)
-        ]
-        keys, values = (torch.stack([x[i, :, s] for i, s in slots]).double() for x in (k, v))
-        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        at = np.arange(length)
+        blocks = batch.block_tables[b].numpy()[at // block_size]
+        keys, values = (x[blocks, :, at % block_size].repeat(group, axis=1) for x in (k, v))
         first, stop = batch.cu_seqlens[b : b + 2].tolist()
         for row in range(first, stop):
             p = length - stop + row
             seen = slice(0 if window < 0 else max(0, p - window), p + 1)
-            scores = torch.einsum("hd,jhd->hj", q[row].double(), keys[seen])
-            weights = torch.softmax(scores / math.sqrt(q.shape[2]), dim=1)
-            out[row] = torch.einsum("hj,jhd->hd", weights, values[seen])
-    return out
+            scores = np.einsum("hd,jhd->hj", q[row], keys[seen]) / math.sqrt(q.shape[2])
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            out[row] = np.einsum("hj,jhd->hd", weights, values[seen])
+    return torch.from_numpy(out)
 
 
 def check(work, window, dtype=torch.float32, **shape):
@@ -68,8 +70,20 @@ def check(work, window, dtype=torch.float32, **shape):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("window", [-1, 0, 3, 16, 10_000])
-@pytest.mark.parametrize("block_size", [1, 3, 4, 16, 64])
+@pytest.fixture
+def two_threads():
+    """Who share the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    "block_size, window",
+    [(1, -1), (1, 3), (3, 16), (3, 0), (4, 10_000), (4, -1), (16, 3), (16, 0), (64, 16), (64, -1)],
+)
 def test_mixed_batch_of_decodes_and_chunks(block_size, window):
     check(MIXED, window, block_size=block_size)
 
@@ -150,11 +164,12 @@ def test_rows_of_a_wider_tensor():
     q, k, v, batch = case(MIXED)
     wide = torch.cat((q, torch.randn(len(q), 4, q.shape[2])), dim=1)
     want = paged_attention(q, k, v, batch, -1)
-    compiled = len(kernels_cpu._attend.signatures)
+    compiled = len(attend_rows.signatures)
     assert torch.equal(paged_attention(wide[:, : q.shape[1]], k, v, batch, -1), want)
-    assert len(kernels_cpu._attend.signatures) == compiled
+    assert len(attend_rows.signatures) == compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["default", "workqueue"])
 def test_a_second_process_compiles_nothing_and_torch_keeps_its_threads(layer):
     """And two Python threads may call at once, even on the layer that forbids it."""
@@ -162,7 +177,7 @@ def test_a_second_process_compiles_nothing_and_torch_keeps_its_threads(layer):
     script = """
 import ctypes, threading, torch
 torch.set_num_threads(1)
-from microvllm.cpu import kernels as kernels_cpu
+from microvllm.cpu.attention import attend_rows
 assert torch.get_num_threads() == 1
 nested_teams = getattr(ctypes.CDLL(None), "omp_get_nested", int)
 assert not nested_teams()  # with them torch's own attention crawls
@@ -170,7 +185,7 @@ torch.set_num_threads(2)
 from test_kernels_cpu import check
 callers = [threading.Thread(target=lambda: [check([(1, 5)], -1) for _ in range(20)]) for _ in "ab"]
 [t.start() for t in callers], [t.join() for t in callers]
-stats = kernels_cpu._attend.stats
+stats = attend_rows.stats
 assert sum(stats.cache_hits.values()) == 1 and not stats.cache_misses, stats
 """
     here = os.path.dirname(os.path.abspath(__file__))
@@ -206,30 +221,38 @@ def test_rope_store_rounds_to_a_bfloat16_cache_as_torch_does():
     caches = torch.zeros(2, 4, 2, 16, 32)
     small = caches.bfloat16()
     for k, v in (caches, small):
-        kernels_cpu.rope_store(qkv, qkv, None, None, cos, sin, batch, k, v, 4, 1.2, 3.0, 1e-3)
+        steps.rope_store(qkv, qkv, None, None, cos, sin, batch, k, v, 4, 1.2, 3.0, 1e-3)
     assert torch.equal(small[1], caches[1].bfloat16())  # v: nothing was computed
     # k: rounded to the nearest, but for the last bit of what was rounded, which may differ
     torch.testing.assert_close(small[0].float(), caches[0], rtol=1.001 * 2**-8, atol=0)
 
 
+def quantized(x):
+    """x (T, C), rotated, as uint8 in steps of a 127th of its row's largest number, plus 128."""
+    x = rotate(x)
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (x / scale).round().add(128).to(torch.uint8), scale
+
+
+@pytest.mark.usefixtures("two_threads")
 @ROWS
 @pytest.mark.parametrize("channels", [33, 64, 80, 256, 768])
 def test_quantize_rows_is_the_reference(rows, channels):
     x = torch.randn(rows, channels) * torch.logspace(-3, 3, rows)[:, None]
     x[-1] = 0
-    (ours, scale), (reference, scale_ref) = (
-        module.quantize_rows(x, 127) for module in (kernels_cpu, linear)
-    )
+    ours, scale = steps.quantize_rows(x, 127)
+    reference, scale_ref = quantized(x)
     torch.testing.assert_close(scale, scale_ref, rtol=1e-6, atol=0)
     # each is the nearest integer; float32's rounding decides where two are equally near
-    exact = linear.rotate(x.double()) / scale.double()
+    exact = rotate(x.double()) / scale.double()
     for found in (ours, reference):
         assert (found.double() - 128 - exact).abs().max() <= 0.5 + 1e-4
     # they say what x was, up to half a step of the rotated one
-    steps = (ours.float() - 128) * scale - linear.rotate(x)
-    assert (steps.abs() <= 0.5001 * scale).all()
+    error = (ours.float() - 128) * scale - rotate(x)
+    assert (error.abs() <= 0.5001 * scale).all()
 
 
+@pytest.mark.usefixtures("two_threads")
 @ROWS
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("mixes", [False, True])
@@ -238,13 +261,12 @@ def test_add_norm_is_the_reference(rows, adds, mixes, poisoned_outputs):
     given = x.clone()
     a, b = (torch.tensor(z) if mixes else None for z in (0.7, -0.4))
     rest = y if adds else None, x0, a, b, 1e-3
-    for ours, reference in zip(
-        kernels_cpu.add_norm(x, *rest), model.add_norm(x, *rest), strict=True
-    ):
+    for ours, reference in zip(steps.add_norm(x, *rest), REFERENCE.add_norm(x, *rest), strict=True):
         torch.testing.assert_close(ours, reference, atol=2e-6, rtol=2e-6)
     assert torch.equal(x, given)  # x0 of the next layers may be this very tensor
 
 
+@pytest.mark.usefixtures("two_threads")
 @ROWS
 @pytest.mark.parametrize(
     "n_head, n_kv_head, dim, block_size, channels",
@@ -267,13 +289,15 @@ def test_rope_store_is_the_reference(
     k_ref, v_ref = k.clone(), v.clone()
     given = qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch
     rest = n_head, 1.2, 3.0, 1e-3
-    q = kernels_cpu.rope_store(*given, k, v, *rest)
-    q_ref = model.rope_store(*given, k_ref, v_ref, *rest)
+    q = steps.rope_store(*given, k, v, *rest)
+    q_ref = REFERENCE.rope_store(*given, k_ref, v_ref, *rest)
     # the whole caches: nothing else was touched
     for ours, reference in ((q, q_ref), (k, k_ref), (v, v_ref)):
         torch.testing.assert_close(ours, reference, atol=5e-6, rtol=5e-6)
 
 
 def test_the_fused_steps_come_with_the_attention():
-    assert load_model(MODEL).ops is kernels_cpu
-    assert load_model(MODEL, attention="sdpa").ops is model  # all of the reference
+    ours = load_model(MODEL).backend
+    assert ours.attend is paged_attention
+    assert (ours.add_norm, ours.rope_store) == (steps.add_norm, steps.rope_store)
+    assert type(load_model(MODEL, attention="sdpa").backend) is Backend  # all of the reference

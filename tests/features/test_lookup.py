@@ -10,14 +10,14 @@ from conftest import ERAS, MODEL
 from test_deterministic import Record
 from test_engine import assert_idle, assert_naive, build, check, greedy, ids, sampled, serve
 from test_failures import PLACES, live
-from test_sampling import ban_even
+from test_logits import ban_even
 from test_scheduler import Params, Simulation, text
 from test_trace import compare
 from test_windows import WINDOWED, beyond
 
-from microvllm import LLM, SamplingParams, cli, engine
-from microvllm.features.lookup import Lookup
-from microvllm.scheduler import FEW_ROWS, BlockManager, Scheduler, Sequence
+from microvllm import LLM, SamplingParams, cli, full
+from microvllm.features.lookup import FEW_ROWS, Lookup, LookupScheduler
+from microvllm.scheduler import BlockManager, Sequence
 from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,19 +79,22 @@ def test_more_is_guessed_while_it_goes_well():
         counts.append(len(lookup.guess([1] * 20, 99)))
         lookup.learn(counts[-1], counts[-1] if accepted else 0)
     assert counts == [8, 4, 2, 1, 1, 2, 4, 8, 8]
-    assert len(lookup.guess([1] * 20, 99)) == 4 and len(lookup.fork().guess([1] * 20, 99)) == 8
+    assert len(lookup.guess([1] * 20, 99)) == 4
 
 
 # who guesses, and at what price -------------------------------------------------------------------
 
 
-def decoding(usable: int, *prompts: list[int], guesses: int = 8, size: int = 4, **more):
+class Guessing(LookupScheduler):
+    num_guesses = 8
+
+
+def decoding(usable: int, *prompts: list[int], size: int = 4, **more):
     """A scheduler whose sequences have got their first token, which is a 1."""
-    blocks = BlockManager(usable + 1, size)
-    scheduler = Scheduler(blocks, 16, more.pop("budget", 64))
+    scheduler = Guessing(BlockManager(usable + 1, size), 16, more.pop("budget", 64))
     for i, prompt in enumerate(prompts):
         params = Params(more.get("max_tokens", 20), more.get("n", 1))
-        scheduler.add(Sequence(i, prompt, params, lookup=Lookup(guesses)))
+        scheduler.add(Sequence(i, prompt, params, 0, frozenset()))
     step = scheduler.schedule()
     scheduler.update(step, [1] * len(step.samples))
     return scheduler, list(scheduler.running)
@@ -107,9 +110,7 @@ def test_a_step_of_few_rows_is_filled_up_with_guesses():
         step = scheduler.schedule()
         assert sum(lengths(step)) == max(FEW_ROWS, count)
         assert max(lengths(step)) - min(lengths(step)) <= 1 or count > FEW_ROWS  # fairly
-        assert [len(found) for _, _, found in step.guessed] == [
-            n - 1 for n in lengths(step) if n > 1
-        ]
+        assert sorted(scheduler.guesses.values()) == [n - 1 for n in lengths(step) if n > 1]
 
 
 def test_no_guess_goes_beyond_the_token_budget_or_the_length():
@@ -150,7 +151,7 @@ def test_all_blocks_of_a_wrong_guess_are_free_again_and_none_was_findable():
 def test_guesses_are_gone_with_their_step(how):
     scheduler, (seq,) = decoding(40, [1] * 3, size=1)
     step = scheduler.schedule()
-    assert len(seq.tokens) == 4 + len(step.samples) == 12
+    assert len(seq.tokens) == 3 + len(step.samples) == 11
     if how == "reset":
         scheduler.reset()
     elif how == "abort":
@@ -171,6 +172,9 @@ def test_several_samples_guess_once_they_have_split():
     assert any(sim.step().guessed for _ in range(3))
     sim.drain()
     assert sim.scheduler.num_accepted > 0
+    scheduler, samples = decoding(90, [1] * 5, n=3)
+    scheduler.schedule()
+    assert len({id(scheduler.lookup(seq)) for seq in samples}) == len(scheduler.guesses) == 3
 
 
 # the same output ----------------------------------------------------------------------------------
@@ -244,8 +248,7 @@ def test_logits_are_the_same_to_the_bit(pair):
         llm.scheduler.reset()
     with pytest.MonkeyPatch.context() as patch:
         for llm in pair:
-            patch.setattr(llm, "_launch", llm._launch)
-            patch.setattr(llm.model, "logits", llm.model.logits)
+            patch.setattr(llm.runner, "pick", llm.runner.pick)
             record.watch(llm)
             seen = record.seen
             llm.generate(TEXTS, greedy(60), use_tqdm=False)
@@ -329,7 +332,7 @@ def test_sliding_windows(name):
     start = beyond(name)[0][0]
     work = [(start + start[:20], greedy(40)), (start, sampled(30, seed=4, temperature=0.3))]
     with guessing(name, block_size=4, max_batched_tokens=50, num_blocks=400) as llm:
-        assert llm.scheduler.blocks.num_groups > 1
+        assert llm.scheduler.blocks.width > 1
         for _ in range(2):
             assert_naive(serve(llm, work), work, name)
 
@@ -385,7 +388,7 @@ def test_a_trace_of_guesses_replays(tmp_path):
         replay, told = Replay(), [0]
 
         def follow() -> None:
-            lines = llm.scheduler.blocks.trace._lines
+            lines = trace._lines
             for line in lines[told[0] :]:
                 replay.apply(json.loads(line))
             told[0] = len(lines)
@@ -422,8 +425,7 @@ def test_it_is_a_number_of_tokens(value, error, words):
 
 
 def test_it_is_refused_where_the_loop_is_a_step_ahead(monkeypatch):
-    cuda = torch.device("cuda"), None
-    monkeypatch.setattr(engine, "pick_devices", lambda *_: cuda)
+    monkeypatch.setattr(full, "pick_device", lambda _: torch.device("cuda"))
     with pytest.raises(ValueError, match="prompt_lookup=3 .* on cuda .* leave it 0"):
         LLM(MODEL, prompt_lookup=3)
 

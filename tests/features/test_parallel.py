@@ -16,12 +16,13 @@ import torch
 from conftest import ERAS, MODEL, ROOT, Fixture, era_fixtures, hand_made_batch
 
 from microvllm import LLM, SamplingParams
-from microvllm.attention import sdpa_attention
-from microvllm.checkpoint import expected_shapes
-from microvllm.engine import PagedKVCache
-from microvllm.model import GPT, RECIPES, GPTConfig
+from microvllm.attention import PagedKVCache
+from microvllm.checkpoint import empty_model, find_step, read_checkpoint
+from microvllm.fused.backend import Backend
+from microvllm.fused.model import FusedGPT
+from microvllm.model import RECIPES, GPTConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 PATIENCE = 120  # seconds that nothing here may take, however busy the machine is
 
 
@@ -162,15 +163,17 @@ def test_smaller_weights_are_shared_out_like_others(ranks, options):
     assert sum(first[2][1]) == pytest.approx(sum(alone("bundled", **options)[2][1]), rel=0.02)
 
 
-def random_model(era: str, ranks=None) -> GPT:
+def random_model(era: str, ranks=None) -> FusedGPT:
     """A model of an era with 2 query heads to each of 2 kv heads, and an odd vocabulary."""
     config = GPTConfig(64, 301, 4, 4, 2, 64, "SL")
     recipe, draw = RECIPES[era], torch.Generator().manual_seed(int(era))
     weights = {
-        name: torch.randn(shape, generator=draw) / 5
-        for name, shape in expected_shapes(config, recipe, 320).items()
+        name: torch.randn(weight.shape, generator=draw) / 5
+        for name, weight in empty_model(config, recipe, 320).state_dict().items()
     }
-    return GPT(config, recipe, weights, sdpa_attention, ranks=ranks)
+    return FusedGPT(
+        config, recipe, weights, Backend(torch.device("cpu"), torch.float32), ranks=ranks
+    )
 
 
 @torch.inference_mode()
@@ -181,25 +184,27 @@ def random_logits(rank: int, era: str, size: int) -> tuple:
     cache = PagedKVCache(model.local, 8, 16, model.dtype, "cpu")
     text = [5 * i % 301 for i in range(40)]
     batch = hand_made_batch([(text[:17], 16, 17, [4, 5]), (text, 0, 40, [1, 2, 3])], 16)
-    logits = model.head(model.forward(batch, cache))
-    return logits, {name: w.shape for name, w in model.weights.items()}
+    logits = model.logits(model.forward(batch, cache))
+    sizes = {name: tensor.numel() for name, tensor in model.tensors.items()}
+    # a matrix, or three: as many numbers as the parts that this rank was given
+    sizes |= {names: sum(w.sizes) * w.width for names, w in model.linears.items()}
+    return logits, sizes
 
 
 @pytest.mark.parametrize("era", list(RECIPES))
 def test_every_era_is_shared_out(ranks, era):
-    (first, shapes), (second, others) = ranks(random_logits, era, 2)
-    whole, full = random_logits(0, era, 1)
+    (first, mine), (second, theirs) = ranks(random_logits, era, 2)
+    whole, sizes = random_logits(0, era, 1)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, whole, atol=1e-4, rtol=1e-4)
     # each matrix is there once: half of it here, half of it there
     kept = {"transformer.wte.weight", "resid_lambdas", "x0_lambdas", "smear_gate.weight"}
     kept |= {"smear_lambda", "backout_lambda"}
-    for name, shape in full.items():
-        both = [s.numel() for s in (shapes[name], others[name])]
-        if name == "lm_head.weight":  # 301 tokens: 151 and 150, and no padding
-            assert both == [151 * 64, 150 * 64]
+    for name, size in sizes.items():
+        if name == ("lm_head",):  # 301 tokens: 151 and 150, and no padding
+            assert (mine[name], theirs[name]) == (151 * 64, 150 * 64)
         else:
-            assert both == [shape.numel() // (1 if name in kept else 2)] * 2, name
+            assert [mine[name], theirs[name]] == [size // (1 if name in kept else 2)] * 2, name
 
 
 # new weights, pools, traces -----------------------------------------------------------------------
@@ -208,8 +213,8 @@ def test_every_era_is_shared_out(ranks, era):
 def swap(rank: int, size: int) -> list:
     with build("era5", size) as llm:
         old = llm.generate(PROMPTS, GREEDY)
-        with build("era5") as other:
-            state = {name: w.clone() for name, w in other.model.weights.items()}
+        directory = Fixture(*era_fixtures()["era5"]).directory
+        state = read_checkpoint(directory, find_step(directory, None))[2]
         draw = torch.Generator().manual_seed(1)
         new = {n: w + 0.2 * torch.randn(w.shape, generator=draw) for n, w in state.items()}
         llm.update_weights(new)

@@ -21,10 +21,14 @@ from test_engine import (
 )
 from test_scheduler import Params, Simulation, text
 
-from microvllm import LLM, SamplingParams, engine
-from microvllm.attention import PagedKVCache, SequenceKVView
+from microvllm import LLM, SamplingParams
+from microvllm.attention import SequenceKVView
+from microvllm.engine import make_batch
+from microvllm.features import windows as feature
+from microvllm.features.checks import longest
+from microvllm.features.windows import GroupedBlocks, GroupedCache, group_layers, most_blocks
 from microvllm.model import GPTConfig
-from microvllm.scheduler import BlockManager, Sequence, group_layers, most_blocks
+from microvllm.scheduler import Plan, Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOWED = ["era2", "era3", "era3b", "era4", "era5"]
@@ -69,21 +73,24 @@ def test_layers_of_one_window_share_tables_and_blocks_are_of_one_size(windows, l
 
 def test_a_layer_finds_its_own_blocks():
     config = GPTConfig(64, 9, n_layer=5, n_head=1, n_kv_head=1, n_embd=2)
-    groups = [(-1, [3, 4]), (8, [0, 1]), (8, [2])]
-    cache = PagedKVCache(config, 10, 4, torch.float32, "cpu", groups)
+    cache = GroupedCache(config, 10, 4, torch.float32, "cpu", [[3, 4], [0, 1], [2]])
     assert cache.data.shape == (2, 2, 10, 1, 4, 2)  # two layers in a block, not five
-    view = SequenceKVView(cache, [1, 2, 3, 4, 0, 6], 8)  # the first block of the second group left
-    for layer, (group, blocks) in enumerate(
-        [(1, [2, 0]), (1, [2, 0]), (2, [3, 6]), *[(0, [1, 4])] * 2]
-    ):
-        assert cache.group_of[layer] == group
-        k, v = cache.layer(layer)
-        k[blocks, 0, :, 0] = torch.arange(8.0).view(2, 4) + layer
-        slots = [4 * blocks[p // 4] + p % 4 for p in range(8)]
-        assert view.slots(group=group) == slots
-        assert view.gather(layer)[0][:, 0, 0].tolist() == [p + layer for p in range(8)]
-        assert not view.gather(layer)[1].any() and not v.any()
+    seq = Sequence(0, [0] * 8, Params())
+    seq.table.extend([1, 2, 3, 4, 0, 6])  # the first block of the second group left
+    blocks = GroupedBlocks(10, 4, windows=(-1, 8, 8))
+    plan = Plan([(seq, 0, 8)], [(0, seq, 8)], [])
+    batch = make_batch(plan, blocks)
+    tables = [[2, 0], [2, 0], [3, 6], [1, 4], [1, 4]]
+    for layer, (k, v, seen) in enumerate(cache.layers(batch)):
+        view = SequenceKVView(k, v, seen.block_tables[0], 8)
+        assert view.table.tolist() == tables[layer]
+        assert view.slots() == seen.slots.tolist()
+        k[tables[layer], 0, :, 0] = torch.arange(8.0).view(2, 4) + layer
+        keys, values = view.gather()
+        assert keys[0, :, 0].tolist() == [p + layer for p in range(8)]
+        assert not values.any() and not v.any()
         k.zero_()
+    assert layer == 4
 
 
 # what a sequence needs ----------------------------------------------------------------------------
@@ -112,11 +119,23 @@ def test_no_sequence_ever_holds_more_than_it_was_said_to_need(size, window, chun
         while not seq.finish_reason:
             step = sim.plan()
             most = max(most, sum(map(bool, seq.table)))
-            sim.read((step, *sim.run(step)))
+            sim.read(step, sim.run(step))
         said = most_blocks((window,), size, length + 29, chunk)
         assert most <= said
         reached += most == said
     assert reached  # and some do need as much
+
+
+@pytest.mark.parametrize("window", [6, 8])
+def test_a_block_is_given_back_by_the_first_step_that_does_not_see_it(window):
+    sim = Simulation(60, 4, windows=(-1, window))
+    seq = sim.add(text(3), max_tokens=30)
+    while not seq.finish_reason:
+        step = sim.plan()
+        _, start, _ = step.chunks[0]
+        held = [place for place, block in enumerate(seq.table[1::2]) if block]
+        assert held[0] == max(0, start - window) // 4
+        sim.read(step, sim.run(step))
 
 
 def serve_full_length(windows: list[int], usable: int, prompt: int) -> int:
@@ -147,9 +166,9 @@ def test_a_pool_holds_twice_as_many_full_sequences(prompt):
 # hits ---------------------------------------------------------------------------------------------
 
 
-def pool(windows, usable: int = 60) -> tuple[BlockManager, Sequence]:
+def pool(windows, usable: int = 60) -> tuple[GroupedBlocks, Sequence]:
     """A pool of blocks of 4 tokens, and a text of 42 whose blocks are all findable."""
-    blocks, seq = BlockManager(usable + 1, 4, windows=windows), Sequence(0, text(42), Params())
+    blocks, seq = GroupedBlocks(usable + 1, 4, windows=windows), Sequence(0, text(42), Params())
     assert blocks.admit(seq, [], 40)
     blocks.publish(seq, 40)
     blocks.free(seq)
@@ -157,20 +176,20 @@ def pool(windows, usable: int = 60) -> tuple[BlockManager, Sequence]:
     return blocks, seq
 
 
-def lose(blocks: BlockManager, seq: Sequence, group: int, index: int) -> None:
+def lose(blocks: GroupedBlocks, seq: Sequence, group: int, index: int) -> None:
     """The block of one group is given to another text."""
     block = blocks.block_of[seq.hashes[index] + blocks.marks[group]]
     blocks.eviction = lambda blocks: block
     blank, blocks.blank = blocks.blank, []
-    assert blocks._take() == block
-    blocks._release(block)
+    assert blocks.take() == block
+    blocks.release(block)
     blocks.blank += blank
 
 
-def hit(blocks: BlockManager, seq: Sequence) -> list[list[int]]:
+def hit(blocks: GroupedBlocks, seq: Sequence) -> list[list[int]]:
     """The hit's table: one list for each group."""
-    table = blocks.match(seq)
-    rows = [table[group :: blocks.num_groups] for group in range(blocks.num_groups)]
+    table = blocks.match(seq, len(seq.tokens) - 1)
+    rows = [table[group :: blocks.width] for group in range(blocks.width)]
     for group, row in enumerate(rows):
         for i, block in enumerate(row):
             assert not block or blocks.hash_of[block] == seq.hashes[i] + blocks.marks[group]
@@ -187,7 +206,7 @@ def test_a_hit_needs_all_of_the_long_layers_and_the_tail_of_the_short_ones():
         lose(blocks, seq, 1, index)
     assert hit(blocks, seq) == [long, short]
     twin = Sequence(1, text(42), Params())
-    assert blocks.admit(twin, blocks.match(twin), 42) and twin.num_computed == 40
+    assert blocks.admit(twin, blocks.match(twin, 41), 42) and twin.num_computed == 40
     assert sum(map(bool, twin.table)) == 10 + 3 + 2
     blocks.check([twin])
 
@@ -241,13 +260,13 @@ def test_what_left_the_window_is_found_again_until_it_is_evicted():
 def uniform(monkeypatch) -> None:
     """All layers in one group, nothing ever given back: the layout without windows."""
     layers = lambda windows, length: [(-1, list(range(len(windows))))]  # noqa: E731
-    monkeypatch.setattr(engine, "group_layers", layers)
+    monkeypatch.setattr(feature, "group_layers", layers)
 
 
 def held(llm: LLM) -> int:
     """Blocks in use, in blocks of all layers."""
     blocks = llm.scheduler.blocks
-    return (blocks.num_usable - blocks.num_free) / blocks.num_groups
+    return (blocks.num_usable - blocks.num_free) / blocks.width
 
 
 def beyond(name: str) -> list:
@@ -268,7 +287,7 @@ def beyond(name: str) -> list:
 def test_every_era_gives_the_tokens_of_the_naive_loop_beyond_its_windows(name, overlap):
     work = beyond(name)
     with build(name, overlap, block_size=8, max_batched_tokens=50) as llm:
-        assert llm.scheduler.blocks.num_groups > 1
+        assert llm.scheduler.blocks.width > 1
         for _ in range(2):  # cold, then warm
             assert_naive(serve(llm, work), work, name)
         for output, (prompt, _) in zip(serve(llm, work), work, strict=True):
@@ -334,8 +353,7 @@ def test_a_context_beyond_the_trained_one_slides_in_all_layers(monkeypatch):
         with llm:
             request = llm.add_request(ids(200, 1), params)
             found.append(finish(llm)[request]["token_ids"])
-            windows = llm.scheduler.blocks.windows
-    assert found[0] == found[1] and windows == (104, 208)
+    assert found[0] == found[1] and llm.scheduler.blocks.windows == (104, 208)
 
 
 # refusals, the size of the pool -------------------------------------------------------------------
@@ -350,7 +368,7 @@ def test_a_request_needs_fewer_blocks_and_the_refusal_says_how_many():
         # most, in each of the others. that is 55, or 14 of all layers, and 52 are enough for 352
         for number in ("need 14 blocks", "has 13", ": 47 tokens too many", "max_batched_tokens"):
             assert number in str(refusal.value)
-        assert llm.scheduler.blocks.longest(16) == 352
+        assert longest(llm.scheduler.blocks, 16) == 352
         work = [(ids(340), greedy(13))]
         assert_naive(serve(llm, work), work)
 

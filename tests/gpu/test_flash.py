@@ -7,14 +7,38 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL
-from test_attention import DECODES, MIXED, Case
+from conftest import MODEL, hand_made_batch
 
 from microvllm import LLM
-from microvllm.attention import has_triton, pick_backend, sdpa_attention
+from microvllm.attention import sdpa_attention
+from microvllm.full import pick_backend
+from microvllm.gpu import has_triton
+from microvllm.gpu.flash import FlashBackend
+
+# (rows, tokens in the cache after them): decodes, whole prompts, chunks; more than one of each
+MIXED = [(1, 1), (1, 17), (1, 70), (1, 33), (2, 2), (40, 40), (5, 33), (17, 80), (7, 8)]
+DECODES = [(1, n) for n in (1, 2, 15, 16, 17, 64, 65, 200)]
 
 CARD = torch.device("cuda", 0)
 CUDA = torch.cuda.is_available()
+
+
+def case(sequences, n_head: int, n_kv_head: int, dim: int, block_size: int):
+    """Queries, K and V of sequences whose blocks lie scattered, and their batch."""
+    blocks = [-(-length // block_size) for _, length in sequences]
+    order = torch.randperm(sum(blocks) + 3) + 1  # block 0 is the sink
+    chunks = [
+        ([0] * length, length - rows, length, table.tolist())
+        for (rows, length), table in zip(sequences, order[:-3].split(blocks), strict=True)
+    ]
+    # what no sequence owns must not matter: large, so that a leak shows at once
+    k, v = torch.full((2, len(order) + 1, n_kv_head, block_size, dim), 1e4).bfloat16()
+    for _, _, length, table in chunks:
+        for p in range(length):
+            for x in (k, v):
+                x[table[p // block_size], :, p % block_size] = torch.randn(n_kv_head, dim)
+    q = torch.randn(sum(rows for rows, _ in sequences), n_head, dim).bfloat16()
+    return q, k, v, hand_made_batch(chunks, block_size)
 
 
 def attend(q, k, v, cu_seqlens, seq_lens, tables, max_query, max_seq, left, right, step=1):
@@ -105,6 +129,7 @@ def install(monkeypatch):
     def install(names, capability=(9, 0), versions=(1,)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr("microvllm.gpu.backend.has_triton", lambda device: False)
         hub, in_hub = ModuleType("kernels"), ModuleType("hub's")
         in_hub.flash_attn_with_kvcache = flash_attn_with_kvcache
         asked = []
@@ -135,12 +160,11 @@ def install(monkeypatch):
 def test_each_is_called_as_it_wants_to_be(install, package, block_size, heads, window):
     install([package])
     flash = pick_backend("flash", CARD, torch.bfloat16)
-    assert getattr(flash, "block_step", 1) == (256 if "varlen" in package else 1)
+    assert flash.name == "flash" and flash.block_step == (256 if "varlen" in package else 1)
     for sequences in (MIXED, DECODES):
-        case = Case(sequences, *heads, block_size=block_size)
-        q, (k, v) = case.q.bfloat16(), (x.bfloat16() for x in case.cache.layer(1))
-        out = flash(q, k, v, case.batch, window)
-        wanted = sdpa_attention(q.float(), k.float(), v.float(), case.batch, window)
+        q, k, v, batch = case(sequences, *heads, 16, block_size)
+        out = flash.attend(q, k, v, batch, window)
+        wanted = sdpa_attention(q.float(), k.float(), v.float(), batch, window)
         assert out.shape == q.shape and out.dtype == q.dtype
         torch.testing.assert_close(out.float(), wanted, rtol=0, atol=2e-2)
 
@@ -148,7 +172,7 @@ def test_each_is_called_as_it_wants_to_be(install, package, block_size, heads, w
 @pytest.mark.parametrize("versions, asked", [((1, 2), [2]), ((1,), [2, 1]), ((2,), [2])])
 def test_the_hubs_newer_version_is_asked_for_first(install, versions, asked):
     seen = install(["kernels"], versions=versions)
-    assert pick_backend("flash", CARD, torch.bfloat16) and seen == asked
+    assert FlashBackend(CARD, torch.bfloat16).attend and seen == asked
 
 
 def test_torchs_signature_is_the_one_that_is_installed():
@@ -164,7 +188,7 @@ def test_torchs_signature_is_the_one_that_is_installed():
 
 def test_the_best_that_runs_on_the_card_is_taken(install):
     def chosen():
-        return pick_backend("flash", CARD, torch.float16).__qualname__.split(".")[0]
+        return FlashBackend(CARD, torch.float16).attend.__qualname__.split(".")[0]
 
     everything = [*PLACES, "kernels"]
     install(everything)
@@ -180,31 +204,33 @@ def test_the_best_that_runs_on_the_card_is_taken(install):
 def test_what_is_missing_is_said(install):
     install(["flash_attn_interface", "flash_attn.cute"], (8, 6))
     with pytest.raises(ValueError, match="card of compute capability 8.6: pip install 'torch>="):
-        pick_backend("flash", CARD, torch.float16)
+        FlashBackend(CARD, torch.float16)
     install([*PLACES], (7, 5))
     with pytest.raises(ValueError, match="found no FlashAttention .* 7.5"):
-        pick_backend("flash", CARD, torch.float16)
+        FlashBackend(CARD, torch.float16)
     with pytest.raises(ValueError, match="float16 and bfloat16 on a GPU"):
-        pick_backend("flash", CARD, torch.float32)
+        FlashBackend(CARD, torch.float32)
     with pytest.raises(ValueError, match="deterministic=True is for attention='triton'"):
-        pick_backend("flash", CARD, torch.float16, deterministic=True)
+        FlashBackend(CARD, torch.float16, deterministic=True)
 
 
 def test_blocks_that_torch_cannot_take_are_refused(install, monkeypatch):
     install(["torch.nn.attention.varlen"], (8, 0))
-    flash = pick_backend("flash", CARD, torch.bfloat16)
-    monkeypatch.setattr("microvllm.checkpoint.pick_backend", lambda *_: flash)
+    flash = FlashBackend(CARD, torch.bfloat16)
+    flash.device = torch.device("cpu")  # where its weights can be
+    monkeypatch.setattr("microvllm.full.pick_backend", lambda *_: flash)
     with pytest.raises(ValueError, match="block_size=16: .*block_size=256, or attention='triton'"):
         LLM(MODEL, num_blocks=20, device="cpu", attention="flash")
 
 
-def test_older_cards_go_without_triton(install):
+def test_older_cards_go_without_triton(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
     for index, (capability, here) in enumerate([((7, 5), False), ((8, 0), True), ((9, 0), True)]):
-        install([], capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
         device = torch.device("cuda", 90 + index)  # it asks once for each card
         assert has_triton(device) == here
         name = "triton" if here else "sdpa"
-        assert (pick_backend("auto", device, torch.float32) is sdpa_attention) == (name == "sdpa")
+        assert pick_backend("auto", device, torch.float32).name == name
     with pytest.raises(ValueError, match="Ampere"):
         pick_backend("triton", torch.device("cuda", 90), torch.float32)
     assert not has_triton(torch.device("cpu"))
@@ -214,15 +240,14 @@ def test_older_cards_go_without_triton(install):
 @pytest.mark.parametrize("window", [-1, 20])
 def test_the_real_one(window):
     try:
-        flash = pick_backend("flash", CARD, torch.bfloat16)
+        flash = FlashBackend(CARD, torch.bfloat16)
     except ValueError as error:
         pytest.skip(str(error))
     for sequences in (MIXED, DECODES):
-        case = Case(sequences, 4, 2, 64, block_size=256)
-        q, (k, v) = case.q.bfloat16(), (x.bfloat16() for x in case.cache.layer(1))
-        batch = SimpleNamespace(
-            **{n: x.to(CARD) if hasattr(x, "to") else x for n, x in vars(case.batch).items()}
+        q, k, v, batch = case(sequences, 4, 2, 64, 256)
+        there = SimpleNamespace(
+            **{n: x.to(CARD) if hasattr(x, "to") else x for n, x in vars(batch).items()}
         )
-        out = flash(q.to(CARD), k.to(CARD), v.to(CARD), batch, window)
-        wanted = sdpa_attention(q.float(), k.float(), v.float(), case.batch, window)
+        out = flash.attend(q.to(CARD), k.to(CARD), v.to(CARD), there, window)
+        wanted = sdpa_attention(q.float(), k.float(), v.float(), batch, window)
         torch.testing.assert_close(out.float().cpu(), wanted, rtol=0, atol=2e-2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_kernels_gpu import CUDA
 
-from microvllm.gpu import kernels as kernels_gpu
+from microvllm.gpu.few_rows import _few_rows
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, which import one another
@@ -30,7 +30,7 @@ def test_each_case_launches_a_kernel_with_the_arguments_it_takes(monkeypatch):
         assert all(n > 0 for n in grid)
         launched.add(self.fn.__name__)
 
-    monkeypatch.setattr(type(kernels_gpu._few_rows), "run", run)
+    monkeypatch.setattr(type(_few_rows), "run", run)
     monkeypatch.setattr(gpu_kernels, "device", lambda: torch.device("cpu"))
     sizes = {"LAYERS": 2, "WIDTH": 64, "HEADS": 2, "DIM": 32, "VOCAB": 300, "BEYOND_CACHE": 10_000}
     for name, value in sizes.items():

@@ -28,13 +28,16 @@ pytest.importorskip("triton", reason="the GPU kernels need triton (pip install t
 from triton.runtime.interpreter import GridExecutor  # noqa: E402
 
 from microvllm import LLM, SamplingParams, model  # noqa: E402
-from microvllm.cpu import kernels as kernels_cpu  # noqa: E402
+from microvllm.attention import PagedKVCache  # noqa: E402
+from microvllm.checkpoint import find_step, read_checkpoint  # noqa: E402
 from microvllm.engine import make_batch  # noqa: E402
-from microvllm.fused.linear import Float8  # noqa: E402
-from microvllm.gpu import graphs  # noqa: E402
-from microvllm.gpu import kernels as kernels_gpu  # noqa: E402
-from microvllm.gpu.graphs import DecodeGraphs, few_rows  # noqa: E402
-from microvllm.scheduler import Sequence, Step  # noqa: E402
+from microvllm.full import compose  # noqa: E402
+from microvllm.gpu import graphs, launch, steps  # noqa: E402
+from microvllm.gpu.ahead import AheadRunner  # noqa: E402
+from microvllm.gpu.backend import TritonBackend  # noqa: E402
+from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step  # noqa: E402
+from microvllm.gpu.layouts import Float8  # noqa: E402
+from microvllm.scheduler import BlockManager, Plan, Sequence  # noqa: E402
 
 ERAS = {name: Fixture(*found) for name, found in era_fixtures().items()}
 
@@ -117,7 +120,7 @@ def no_card():
         patch.setattr(torch, "empty", pinned)
         # weights as they are on a GPU, and not in an order that a CPU likes better
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        patch.setattr(kernels_cpu, "PANEL", 0)
+        patch.setattr("microvllm.gpu.backend.has_triton", lambda device: True)
         patch.setattr(graphs, "OUTPUTS", (256,))  # an interpreter likes few programs
         patch.setattr(graphs, "TRIALS", 1)
         patch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
@@ -139,14 +142,16 @@ def build(name: str, recorded: bool, **kwargs) -> LLM:
     fixture = ERAS[name]
     device = "cuda" if CUDA and recorded else "cpu"
     options = {"num_blocks": 60, "block_size": 4, "max_batch_size": 4, "max_model_len": 62}
-    options |= {"device": device, "dtype": "float32", "cuda_graphs": False}
-    llm = LLM(fixture.directory, tokenizer_path=fixture.tokenizer, **options | kwargs)
-    if recorded:
-        llm.model.ops, llm.model.attend = kernels_gpu, kernels_gpu.paged_attention
+    options |= {"device": device, "dtype": "float32", "tokenizer_path": fixture.tokenizer}
+    if not recorded:
+        return LLM(fixture.directory, **{"attention": "sdpa"} | options | kwargs)
+    llm = LLM(fixture.directory, attention="triton", **options | kwargs)
+    if not CUDA:
+        llm.runner.__class__ = compose(AheadRunner, GraphRunner, type(llm.runner))
+        llm.runner.record(llm.max_batch_size, llm.max_model_len)
         llm.overlap = True
-        llm.graphs = DecodeGraphs(llm.model, llm.cache, llm.max_batch_size, llm.max_model_len)
-        llm.cache.data[:, :, 1:] = torch.nan  # whoever reads a slot that nobody wrote will tell
-        watch(llm)
+    llm.cache.data[:, :, 1:] = torch.nan  # whoever reads a slot that nobody wrote will tell
+    watch(llm)
     return llm
 
 
@@ -161,26 +166,23 @@ class Launch(NamedTuple):
 def watch(llm: LLM) -> None:
     """Write each launch to llm.seen, and check what a replay reads and writes."""
     llm.seen = []
-    launch, replay = llm._launch, llm.graphs.replay
+    launch, replay = llm.runner.launch, llm.runner.graphs.replay
 
     def checked_launch(plan):
         firsts = [(i, seq.tokens[start]) for i, (seq, start, _) in enumerate(plan.chunks)]
         waits = [(i, ~token) for i, token in firsts if token < 0]
         llm.seen.append(Launch(False, sum(b - a for _, a, b in plan.chunks), waits))
-        flight = launch(plan)
-        if CUDA:
-            return flight
-        # on a GPU the tokens are copied to the host before the next replay can overwrite them
-        return flight._replace(on_host=[t if t is None else t.clone() for t in flight.on_host])
+        launch(plan)
 
     def checked_replay(batch, params, last):
         llm.seen[-1] = llm.seen[-1]._replace(graph=True)
         before = llm.cache.data.clone()
         tokens, *rest = replay(batch, params, last)
-        size = next(size for size in llm.graphs.sizes if size >= len(batch.ids))
-        _, tables = llm.graphs._split(llm.graphs.inputs.cpu().numpy(), size)
-        wanted = np.zeros((llm.graphs.groups, size, -(-llm.max_model_len // 4)), np.int32)
-        wanted[:, : len(batch.ids), : batch.block_tables.shape[2]] = batch.block_tables
+        graphs = llm.runner.graphs
+        size = next(size for size in graphs.sizes if size >= len(batch.ids))
+        _, tables = graphs._split(graphs.inputs.cpu().numpy(), size)
+        wanted = np.zeros((graphs.groups, size, -(-llm.max_model_len // 4)), np.int32)
+        wanted[:, : len(batch.ids), : batch.block_tables.shape[-1]] = batch.block_tables
         assert np.array_equal(tables, wanted)
         # compared as bits: a NaN is equal to itself
         changed = (llm.cache.data.view(torch.int32) != before.view(torch.int32)).cpu()
@@ -190,7 +192,7 @@ def watch(llm: LLM) -> None:
         assert {slot for slot in written if slot >= 4} == slots  # 0-3: the sink
         return tokens, *rest
 
-    llm._launch, llm.graphs.replay = checked_launch, checked_replay
+    llm.runner.launch, llm.runner.graphs.replay = checked_launch, checked_replay
 
 
 def sampling(max_tokens: int, temperature: float, seed: int = 0, **kwargs) -> SamplingParams:
@@ -205,7 +207,7 @@ def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list:
 
 
 WAYS = ["library", *(f"few_rows, {n}" for n in (graphs.OUTPUTS if CUDA else (256,)))]
-if CUDA and kernels_gpu.can_start_early(torch.device("cuda", 0)):
+if CUDA and launch.can_start_early(torch.device("cuda", 0)):
     WAYS += [f"{way}, early" for way in WAYS[1:]]
 
 
@@ -218,6 +220,7 @@ def pair(request) -> tuple[LLM, LLM]:
         return build("era5", True), build("era5", False)
 
 
+@pytest.mark.slow
 def test_graphs_and_eager_steps_give_the_same_tokens(pair):
     """Rows leave, by length and by a stop token that is seen one step late, others move up and new
     ones come; greedy among sampled; so a step's tokens are found by the next wherever they are."""
@@ -244,6 +247,7 @@ def test_graphs_and_eager_steps_give_the_same_tokens(pair):
     assert moved >= {(False, True), (True, False), (True, True)}
 
 
+@pytest.mark.slow
 def test_filters_work_on_the_logits_that_a_graph_leaves(pair):
     llm, plain = pair
     filters = {"top_k": 5}, {"min_p": 0.2}, {"repetition_penalty": 1.5, "logprobs": 2}
@@ -259,6 +263,7 @@ def test_filters_work_on_the_logits_that_a_graph_leaves(pair):
     assert [step.graph for step in llm.seen].count(False) == 1
 
 
+@pytest.mark.slow
 def test_samples_of_one_prompt_fork_in_an_eager_step_and_go_on_in_graphs(pair):
     llm, plain = pair
     work = [([5, 6, 7, 8, 9, 10], sampling(4, 1.0, seed=5, n=3)), ([30], sampling(6, 1.0))]
@@ -272,7 +277,9 @@ def test_new_weights_are_in_the_graphs_at_once(pair):
     llm, plain = pair
     work = [([5, 6, 7], sampling(4, 0.0))]
     before = serve(plain, work)
-    changed = {name: w.clone() for name, w in plain.model.weights.items()}
+    directory = ERAS["era5"].directory
+    *_, weights = read_checkpoint(directory, find_step(directory, None))
+    changed = {name: w.clone() for name, w in weights.items()}
     changed["lm_head.weight"] = changed["lm_head.weight"].roll(1, 0)
     changed["transformer.wte.weight"] = changed["transformer.wte.weight"].roll(1, 0)
     for engine in pair:
@@ -282,6 +289,7 @@ def test_new_weights_are_in_the_graphs_at_once(pair):
     assert serve(llm, work) == after
 
 
+@pytest.mark.slow
 def test_a_sequence_that_was_sent_away_comes_back_to_the_graphs():
     # 8 blocks of 4 tokens: enough until both are 9 tokens longer. contexts are split in two here
     work = [([1] * 12, sampling(11, 0.5, seed=1)), ([2] * 4, sampling(13, 0.5, seed=2))]
@@ -291,11 +299,13 @@ def test_a_sequence_that_was_sent_away_comes_back_to_the_graphs():
     assert [step.rows for step in llm.seen if step.graph] == [2] * 8 + [1, 1] + [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch):
     """What has left the window of 8 is given back, and its place in the table is the sink's."""
     windows = model.layer_windows
     monkeypatch.setattr(
-        model, "layer_windows", lambda *of: [8 if i % 2 else w for i, w in enumerate(windows(*of))]
+        "microvllm.fused.model.layer_windows",
+        lambda *of: [8 if i % 2 else w for i, w in enumerate(windows(*of))],
     )
     work = [
         ([1, 2, 3], sampling(4, 0.0)),
@@ -303,14 +313,14 @@ def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch)
         ([40, 41, 42, 43, 44], sampling(12, 0.9, seed=2)),
     ]
     llm, plain = build("era5", True), build("era5", False)
-    assert llm.graphs.groups == llm.cache.num_groups > 1
-    sinks, replay = [], llm.graphs.replay
+    assert llm.runner.graphs.groups == llm.cache.num_groups > 1
+    sinks, replay = [], llm.runner.graphs.replay
 
     def watched(batch, params, last):
         sinks.append(batch.block_tables[:, :, 0].any(1).all())  # first blocks that are still there
         return replay(batch, params, last)
 
-    llm.graphs.replay = watched
+    llm.runner.graphs.replay = watched
     assert serve(llm, work) == serve(plain, work)
     assert len(sinks) > 9 and not all(sinks)
 
@@ -322,6 +332,7 @@ def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch)
 def test_few_rows_are_what_the_model_makes_of_them(name):
     """The logits, and what is written to the cache; contexts within the windows and beyond."""
     llm = build(name, False, device="cuda" if CUDA else "cpu", max_model_len=150)
+    kv = PagedKVCache(llm.model.config, 60, 4, torch.float32, llm.device)
     vocab, tables = llm.model.config.vocab_size, ([1, 2], [3], list(range(4, 40)))
     chunks = [
         ([7 * i % vocab for i in range(1, 1 + n)], 0, n, table)
@@ -329,20 +340,20 @@ def test_few_rows_are_what_the_model_makes_of_them(name):
     ]
     with torch.device(llm.device), torch.inference_mode():
         prompts = [(ids, 0, n - 1, table) for ids, _, n, table in chunks if n > 1]
-        llm.model.forward(hand_made_batch(prompts, 4), llm.cache)
+        llm.model.forward(hand_made_batch(prompts, 4), kv)
         batch = hand_made_batch([(ids, n - 1, n, table) for ids, _, n, table in chunks], 4)
-        before = llm.cache.data.clone()
-        expected = llm.model.logits(llm.model.forward(batch, llm.cache))
-        cache = llm.cache.data.clone()
-        llm.model.attend = kernels_gpu.paged_attention
-        can = kernels_gpu.can_start_early(llm.device)
+        before = kv.data.clone()
+        expected = llm.model.logits(llm.model.forward(batch, kv))
+        after = kv.data.clone()
+        llm.model.backend = TritonBackend(llm.device, torch.float32)
+        can = launch.can_start_early(llm.device)
         for outputs, early in product(graphs.OUTPUTS, (False, True)[: 1 + can]):
-            llm.cache.data.copy_(before)
-            with kernels_gpu.early_start(early):
-                logits = few_rows(llm.model, batch, llm.cache, outputs)
+            kv.data.copy_(before)
+            with launch.early_start(early):
+                logits = few_rows_step(llm.model, batch, kv, outputs)
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(llm.cache.data, cache, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(before, cache)
+            torch.testing.assert_close(kv.data, after, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(before, after)
 
 
 class Recorder(DecodeGraphs):
@@ -358,7 +369,7 @@ class Recorder(DecodeGraphs):
         self._choose(1)
 
     def _record(self, size, outputs=0):
-        early = kernels_gpu._early.get()
+        early = launch.starts_early()
         way = f"few_rows, {outputs}" + ", early" * early if outputs else "library"
 
         def replay():
@@ -372,7 +383,7 @@ class Recorder(DecodeGraphs):
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
 @pytest.mark.parametrize("wins", ["library", "few_rows, 2", "few_rows, 4, early"])
 def test_the_fastest_way_is_kept(wins, monkeypatch):
-    monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
+    monkeypatch.setattr(launch, "can_start_early", lambda device: True)
     monkeypatch.setattr(graphs, "OUTPUTS", (2, 4))
     names = "library", "few_rows, 2", "few_rows, 4", "few_rows, 2, early", "few_rows, 4, early"
     seconds = dict.fromkeys(names, 3.0) | {wins: 2.0}
@@ -383,7 +394,7 @@ def test_the_fastest_way_is_kept(wins, monkeypatch):
 
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
 def test_kernels_that_start_early_and_err_are_not_kept(monkeypatch):
-    monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
+    monkeypatch.setattr(launch, "can_start_early", lambda device: True)
     monkeypatch.setattr(graphs, "TRIALS", 8)
     monkeypatch.setattr(graphs, "OUTPUTS", (2,))
     seconds = {"library": 3.0, "few_rows, 2": 2.0, "few_rows, 2, early": 1.0}
@@ -396,12 +407,12 @@ def test_kernels_that_start_early_and_err_are_not_kept(monkeypatch):
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
 @pytest.mark.parametrize("broken, kept", [("2", "few_rows, 4"), ("2, 4", "library")])
 def test_a_way_that_cannot_be_recorded_is_not_kept(broken, kept, monkeypatch):
-    monkeypatch.setattr(kernels_gpu, "can_start_early", lambda device: True)
+    monkeypatch.setattr(launch, "can_start_early", lambda device: True)
     monkeypatch.setattr(graphs, "OUTPUTS", (2, 4))
     record = Recorder._record
 
     def failing(self, size, outputs=0):
-        if str(outputs) in broken or kernels_gpu._early.get():
+        if str(outputs) in broken or launch.starts_early():
             raise RuntimeError("out of registers")
         return record(self, size, outputs)
 
@@ -413,64 +424,61 @@ def test_a_way_that_cannot_be_recorded_is_not_kept(broken, kept, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout"])
 def test_few_rows_want_plain_matrices(kind):
-    llm = LLM(ERAS["era5"].directory, tokenizer_path=ERAS["era5"].tokenizer, dtype="float32")
+    llm = build("era5", False, device="cuda" if CUDA else "cpu")
     linears = llm.model.linears
     if kind == "deterministic":  # as it is on a GPU
-        for linear in linears.values():
-            linear.product = kernels_gpu.linear
+        llm.model.backend.product = steps.linear
     if kind == "of another layout":
         linears[next(iter(linears))] = object.__new__(Float8)
-    plain = kind == "plain" and kernels_gpu.TRITON_34 and torch.version.hip is None
+    plain = kind == "plain" and launch.TRITON_34 and torch.version.hip is None
     assert graphs.takes_few_rows(llm.model) == plain
 
 
 # which steps fit ----------------------------------------------------------------------------------
 
 
-def plan(chunks: list[tuple[int, int]], samples: list[int], scored: list[int] = (), **kwargs):
-    """A batch, and the parameters of its samples. chunks: (start, stop) of sequences of as many
-    tokens; samples, scored: indices of the chunks sampled, and scored."""
-    params = sampling(4, 0.5)
+def planned(chunks: list[tuple[int, int]], samples: list[int], **kwargs) -> Plan:
+    """chunks: (start, stop) of sequences of as many tokens; samples: indices of the chunks sampled;
+    kwargs: of all parameters."""
+    params = sampling(4, 0.5, **kwargs)
     seqs = [Sequence(i, list(range(stop)), params) for i, (_, stop) in enumerate(chunks)]
     for seq in seqs:
         seq.table.extend(range(1, 2 + len(seq.tokens) // 4))
-    step = Step(
+    return Plan(
         [(seq, *chunk) for seq, chunk in zip(seqs, chunks, strict=True)],
         [(i, seqs[i], chunks[i][1]) for i in samples],
         [],
-        [(i, seqs[i], *chunks[i]) for i in scored],
     )
-    return make_batch(step, 4), [sampling(4, 0.5, **kwargs) for _ in samples]
 
 
 @pytest.mark.parametrize(
-    "fits, batch",
+    "fits, plan",
     {
-        "decodes": (True, plan([(4, 5), (9, 10), (2, 3)], [0, 1, 2])),
-        "a prompt of one token": (True, plan([(4, 5), (0, 1)], [0, 1])),
-        "a chunk": (False, plan([(4, 5), (0, 2)], [0, 1])),
-        "a fork": (False, plan([(4, 5)], [0, 0])),
-        "a fork, and a row that is not sampled": (False, plan([(4, 5), (0, 1)], [0, 0])),
-        "a prompt that has more to come": (False, plan([(4, 5), (0, 1)], [0])),
-        "a score": (False, plan([(4, 5), (6, 7)], [0], scored=[1])),
-        "a filter": (True, plan([(4, 5), (9, 10)], [0, 1], top_k=3)),
+        "decodes": (True, planned([(4, 5), (9, 10), (2, 3)], [0, 1, 2])),
+        "a prompt of one token": (True, planned([(4, 5), (0, 1)], [0, 1])),
+        "a chunk": (False, planned([(4, 5), (0, 2)], [0, 1])),
+        "a fork": (False, planned([(4, 5)], [0, 0])),
+        "a fork, and a row that is not sampled": (False, planned([(4, 5), (0, 1)], [0, 0])),
+        "a prompt that has more to come": (False, planned([(4, 5), (0, 1)], [0])),
+        "a score": (False, planned([(4, 5), (6, 7)], [0])),
+        "a filter": (True, planned([(4, 5), (9, 10)], [0, 1], top_k=3)),
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_was_recorded_is_replayed_and_nothing_else(fits, batch):
-    expected, (batch, params) = batch
-    assert DecodeGraphs.fits(None, batch, params) == expected
+def test_what_was_recorded_is_replayed_and_nothing_else(fits, plan):
+    expected, plan = plan
+    assert can_replay(plan) == expected
 
 
 def test_a_step_that_is_no_graph_is_one_upload_from_pinned_memory(monkeypatch):
-    batch, _ = plan([(4, 5), (9, 10), (0, 6)], [0, 1, 2])
+    batch = make_batch(planned([(4, 5), (9, 10), (0, 6)], [0, 1, 2]), BlockManager(9, 4))
     pinned, moved = [], []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
     monkeypatch.setattr(torch.Tensor, "to", lambda t, device, **how: moved.append((t, how)) or t)
-    there = batch.upload(torch.device("cuda", 0))
+    card = SimpleNamespace(device=torch.device("cuda", 0))
+    there = AheadRunner(card, None, None).upload(batch)
     assert len(pinned) == 1
-    assert [t is pinned[0] for t, _ in moved] == [True, True]  # the second: it is there
-    assert moved[0][1] == {"non_blocking": True}
+    assert [t is pinned[0] for t, _ in moved] == [True] and moved[0][1] == {"non_blocking": True}
     assert {t.untyped_storage().data_ptr() for t in there[:10]} == {pinned[0].data_ptr()}
     for found, given in zip(there[:10], batch[:10], strict=True):
         assert np.array_equal(found.numpy(), given) and found.numpy().dtype == given.dtype

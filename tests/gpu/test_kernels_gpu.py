@@ -19,13 +19,16 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
 
-from microvllm import model  # noqa: E402
 from microvllm.attention import sdpa_attention  # noqa: E402
-from microvllm.fused import linear  # noqa: E402
-from microvllm.gpu import kernels as kernels_gpu  # noqa: E402
-from microvllm.sampler import SamplingParams, cap_logits, filter_values, truncate  # noqa: E402
+from microvllm.fused.backend import Backend, filter_values  # noqa: E402
+from microvllm.gpu import attention, launch, layouts, steps  # noqa: E402
+from microvllm.gpu.attention import paged_attention  # noqa: E402
+from microvllm.gpu.few_rows import linear_add, norm_linear  # noqa: E402
+from microvllm.gpu.sampler import sample  # noqa: E402
+from microvllm.sampler import SamplingParams, cap_logits, truncate  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+PLAIN = Backend(torch.device("cpu"), torch.float32)  # the functions that kernels replace
 EPS = 2.0**-23
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative to the norm
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -68,9 +71,9 @@ def test_add_norm(dtype, y, lambdas):
     x, x0 = randn(5, 136, dtype=dtype), randn(5, 136, dtype=dtype)
     y = randn(5, 136, dtype=dtype) if y else None
     a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
-    x_new, h = kernels_gpu.add_norm(x, y, x0, a, b, EPS)
+    x_new, h = steps.add_norm(x, y, x0, a, b, EPS)
     assert x_new.dtype == h.dtype == dtype
-    x_ref, h_ref = model.add_norm(
+    x_ref, h_ref = PLAIN.add_norm(
         x.float(), None if y is None else y.float(), x0.float(), a, b, EPS
     )
     assert_close(x_new, x_ref, dtype)
@@ -80,8 +83,8 @@ def test_add_norm(dtype, y, lambdas):
 @DTYPES
 def test_relu2(dtype):
     x = randn(3, 1000, dtype=dtype)
-    reference = model.relu2(x.float())
-    assert_close(kernels_gpu.relu2(x), reference, dtype)
+    reference = PLAIN.relu2(x.float())
+    assert_close(steps.relu2(x), reference, dtype)
 
 
 @DTYPES
@@ -92,7 +95,7 @@ def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
     a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
     x, w, x0 = randn(rows, K, dtype=dtype), randn(N, K, dtype=dtype), randn(rows, K, dtype=dtype)
     for relu2 in (False, True):
-        y, h = kernels_gpu.norm_linear(x, w, EPS, x0, a, b, relu2, outputs)
+        y, h = norm_linear(x, w, EPS, x0, a, b, relu2, outputs)
         summed = x.float() if a is None else a * x.float() + b * x0.float()
         h_ref = F.rms_norm(summed.to(dtype).float(), (K,), eps=EPS)
         y_ref = F.linear(h_ref, w.float())
@@ -101,7 +104,7 @@ def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
         # the interpreter cuts bfloat16 off instead of rounding, and a square doubles what it loses
         assert_close(*((y.float().sqrt(), y_ref.relu()) if relu2 else (y, y_ref)), dtype)
     stream, x0 = randn(rows, N, dtype=dtype), randn(rows, N, dtype=dtype)
-    out = kernels_gpu.linear_add(x, w, stream, x0, a, b, outputs)
+    out = linear_add(x, w, stream, x0, a, b, outputs)
     old = stream.float() if a is None else a * stream.float() + b * x0.float()
     assert_close(out, old + F.linear(x.float(), w.float()), dtype)
 
@@ -111,8 +114,8 @@ def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
 def test_fp8_rows(dtype, channels):
     x = randn(5, channels, dtype=dtype)
     x[1], x[2, 3] = 0.0, 300.0  # a row of nothing, and one number far larger than the others
-    expected, worth = linear.fp8_rows(x.cpu())
-    out, scales = kernels_gpu.fp8_rows(x)
+    expected, worth = layouts.fp8_rows(x.cpu())
+    out, scales = steps.fp8_rows(x)
     assert out.dtype == torch.float8_e4m3fn and scales.shape == (5, 1)
     torch.testing.assert_close(scales.cpu(), worth, rtol=1e-6, atol=0)
     if CUDA:  # a division of its own, which may fall on the other side of a border
@@ -122,15 +125,15 @@ def test_fp8_rows(dtype, channels):
     assert not out.float().isnan().any()
     assert (out.float() != expected.float()).float().mean() < 0.2
     exact = torch.empty(x.shape)
-    kernels_gpu._fp8_rows[(5,)](x, exact, scales, channels, 1024, PDL=False)
+    steps._fp8_rows[(5,)](x, exact, scales, channels, 1024, PDL=False)
     assert torch.equal(exact.to(torch.float8_e4m3fn).float(), expected.float())
 
 
 def test_products_in_float8_take_it_where_it_runs(monkeypatch):
-    monkeypatch.setattr(kernels_gpu, "fp8_rows", lambda x: "fused")
+    monkeypatch.setattr(steps, "fp8_rows", lambda x: "fused")
     for there in (True, False):
-        monkeypatch.setattr(linear, "has_triton", lambda device, there=there: there)
-        assert (linear.fp8_rows(torch.ones(1, 8)) == "fused") == there
+        monkeypatch.setattr(layouts, "has_triton", lambda device, there=there: there)
+        assert (layouts.fp8_rows(torch.ones(1, 8)) == "fused") == there
 
 
 @DTYPES
@@ -154,9 +157,9 @@ def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
     k, v = layer[0], layer[1]
     k_ref, v_ref = k.float(), v.float()
     rest = (n_head, 1.2, 3.0, EPS)
-    q = kernels_gpu.rope_store(qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch, k, v, *rest)
+    q = steps.rope_store(qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch, k, v, *rest)
     floats = [None if t is None else t.float() for t in (qkv, h, ve, ve_gate)]
-    q_ref = model.rope_store(*floats, angle.cos(), angle.sin(), batch, k_ref, v_ref, *rest)
+    q_ref = PLAIN.rope_store(*floats, angle.cos(), angle.sin(), batch, k_ref, v_ref, *rest)
     assert q.dtype == dtype
     assert_close(q, q_ref, dtype)
     assert_close(k, k_ref, dtype)  # the whole caches: nothing else was touched
@@ -195,7 +198,7 @@ def attention_case(sequences, n_head, n_kv, dim, block_size, dtype):
 
 def check_attention(case, window, dtype, **kw):
     q, (k, v), (k_used, v_used), batch = case
-    out = kernels_gpu.paged_attention(q, k_used, v_used, batch, window, **kw)
+    out = paged_attention(q, k_used, v_used, batch, window, **kw)
     assert out.dtype == dtype
     assert_close(out, sdpa_attention(q.float(), k.float(), v.float(), batch, window), dtype)
     return out
@@ -255,14 +258,14 @@ def test_chunks_long_enough_for_the_large_tiles(dim):
 def test_few_sequences_are_split_and_many_are_not(monkeypatch):
     """Seen by what reaches the combining kernel; the count follows from host numbers alone."""
     seen = []
-    combine = kernels_gpu._combine
+    combine = attention._combine
 
     class Spy:
         def __getitem__(self, grid):
             return lambda *args, **kw: (seen.append(args[3]), combine[grid](*args, **kw))
 
-    monkeypatch.setattr(kernels_gpu, "_combine", Spy())
-    monkeypatch.setattr(kernels_gpu, "_device", lambda device: (8, 2**16, {"PDL": False}))
+    monkeypatch.setattr(attention, "_combine", Spy())
+    monkeypatch.setattr(launch, "card", lambda device: (8, 2**16, {"PDL": False}))
     check_attention(attention_case([(1, 300)], 1, 1, 16, 16, torch.float32), -1, torch.float32)
     assert seen and 1 < seen[0] <= 5
     seen.clear()
@@ -282,21 +285,21 @@ def chunk_of(batch, b, start, stop):
 
 def test_with_fixed_splits_a_row_does_not_depend_on_its_batch():
     q, _, (k, v), batch = attention_case(MIXED, 2, 2, 16, 4, torch.float32)
-    together = kernels_gpu.paged_attention(q, k, v, batch, 20, num_splits=2)
+    together = paged_attention(q, k, v, batch, 20, num_splits=2)
     for b in range(len(MIXED)):
         rows = slice(batch.cu_seqlens[b], batch.cu_seqlens[b + 1])
         alone = chunk_of(batch, b, 0, MIXED[b][0])
-        out = kernels_gpu.paged_attention(q[rows], k, v, alone, 20, num_splits=2)
+        out = paged_attention(q[rows], k, v, alone, 20, num_splits=2)
         assert torch.equal(out, together[rows])
 
 
 @pytest.mark.parametrize("border", [32, 27])
 def test_with_fixed_splits_a_chunk_border_changes_nothing(border):
     q, _, (k, v), batch = attention_case([(40, 70)], 2, 2, 16, 4, torch.float32)
-    whole = kernels_gpu.paged_attention(q, k, v, batch, 20, num_splits=2)
+    whole = paged_attention(q, k, v, batch, 20, num_splits=2)
     for start, stop in ((0, border), (border, 40)):
         chunk = chunk_of(batch, 0, start, stop)
-        out = kernels_gpu.paged_attention(q[start:stop], k, v, chunk, 20, num_splits=2)
+        out = paged_attention(q[start:stop], k, v, chunk, 20, num_splits=2)
         if border == 32 or CUDA:  # a row's place in its tile is the same, or does not matter
             assert torch.equal(out, whole[start:stop])
         else:  # in numpy's matrix product it does
@@ -306,7 +309,7 @@ def test_with_fixed_splits_a_chunk_border_changes_nothing(border):
 def test_padding_rows_of_a_graph_are_harmless():
     """Rows of length 1 in the sink, and of length 0, between two real ones."""
     q, _, (k, v), batch = attention_case([(1, 30), (1, 30)], 2, 2, 16, 4, torch.float32)
-    alone = kernels_gpu.paged_attention(q, k, v, batch, -1, num_splits=3)
+    alone = paged_attention(q, k, v, batch, -1, num_splits=3)
     k[0] = v[0] = 0.0  # the engine zeroes the cache
     padded = SimpleNamespace(
         seq_lens=ints([30, 1, 0, 30]),
@@ -316,7 +319,7 @@ def test_padding_rows_of_a_graph_are_harmless():
     )
     padded.block_tables[1:3] = 0
     for num_splits in (1, 3):
-        out = kernels_gpu.paged_attention(q[[0, 0, 1, 1]], k, v, padded, -1, num_splits=num_splits)
+        out = paged_attention(q[[0, 0, 1, 1]], k, v, padded, -1, num_splits=num_splits)
         assert not out.isnan().any()
         torch.testing.assert_close(out[[0, 3]], alone)
 
@@ -352,9 +355,7 @@ def test_sample(dtype, vocab, softcap):
     temperature = torch.rand(R, device=DEVICE) + 0.05
     temperature[::3] = 0.0  # greedy rows among sampled ones
     u[1], u[2] = 0.0, 1.0 - 2.0**-24  # both ends of the distribution
-    check_samples(
-        logits, temperature, u, softcap, kernels_gpu.sample(logits, temperature, u, softcap)
-    )
+    check_samples(logits, temperature, u, softcap, sample(logits, temperature, u, softcap))
 
 
 def test_sampled_tokens_follow_the_distribution():
@@ -362,7 +363,7 @@ def test_sampled_tokens_follow_the_distribution():
     n = 60
     logits = torch.randn(1, 6, device=DEVICE)
     u = (torch.arange(n, device=DEVICE) + 0.5) / n
-    tokens = kernels_gpu.sample(logits.expand(n, 6), torch.full_like(u, 0.8), u, 0.0)
+    tokens = sample(logits.expand(n, 6), torch.full_like(u, 0.8), u, 0.0)
     share = torch.bincount(tokens.long(), minlength=6) / n
     assert (share - torch.softmax(logits[0] / 0.8, 0)).abs().max() < 1.5 / n
 
@@ -372,7 +373,7 @@ def test_greedy_takes_the_lowest_of_equals():
     logits[0, [7, 2047, 4400]] = 1.0
     logits[1, [2048, 4499]] = 1e-6
     zero = torch.zeros(3, device=DEVICE)
-    assert kernels_gpu.sample(logits, zero, zero, 15.0).tolist() == [7, 2048, 0]
+    assert sample(logits, zero, zero, 15.0).tolist() == [7, 2048, 0]
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
@@ -385,11 +386,11 @@ def test_masked_and_impossible_tokens_are_never_drawn(softcap):
     logits[3:, 4100] = 9.0
     u = torch.tensor([0.0, 0.25, 1.0 - 2.0**-24] * 2, device=DEVICE)
     temperature = torch.tensor([1.0] * 3 + [1e-4] * 3, device=DEVICE)
-    tokens = kernels_gpu.sample(logits, temperature, u, softcap).tolist()
+    tokens = sample(logits, temperature, u, softcap).tolist()
     assert tokens == [3000, 3000, 3001, 4100, 4100, 4100]
 
 
-@pytest.mark.parametrize("vocab", [50, 5000])
+@pytest.mark.parametrize("vocab", [50, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sample_with_filters(dtype, vocab):
     """What top_k, top_p and min_p leave is what the reference leaves, ties and all; mixed with
@@ -415,11 +416,11 @@ def test_sample_with_filters(dtype, vocab):
     kept[temperature == 0] = True
     assert (kept.sum(1) == 1).any() and (kept.sum(1) > vocab // 2).any()
     left = logits.masked_fill(~kept, -torch.inf)
-    filters = torch.tensor(filter_values(params), device=DEVICE).T.contiguous()
+    filters = torch.tensor(filter_values(params), dtype=torch.float32, device=DEVICE).T.contiguous()
     ends = torch.zeros(R), torch.full((R,), 1.0 - 2.0**-24)
     for u in (ends[0], torch.rand(R), ends[1]):
         u = u.to(DEVICE)
-        tokens = kernels_gpu.sample(logits, temperature, u, 15.0, filters)
+        tokens = sample(logits, temperature, u, 15.0, filters)
         check_samples(left, temperature, u, 15.0, tokens)
         # the ends of what is left are reached: nothing else was dropped
         if not u.any():
@@ -442,10 +443,10 @@ def test_kernels_start_early_only_if_asked_to_and_where_it_works(
     properties = SimpleNamespace(major=card, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(kernels_gpu, "_options", kernels_gpu._options.__wrapped__)
-    with kernels_gpu.early_start(asked):
-        _, _, options = kernels_gpu._device(torch.device("cuda", 0))
-    assert not kernels_gpu._device(torch.device("cuda", 0))[2]["PDL"]
+    monkeypatch.setattr(launch, "_card", launch._card.__wrapped__)
+    with launch.early_start(asked):
+        options = launch.options(torch.device("cuda", 0))
+    assert not launch.options(torch.device("cuda", 0))["PDL"]
     assert options.pop("enable_fp_fusion")
     assert options == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
 
@@ -456,13 +457,17 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from microvllm.gpu import kernels as K
+from microvllm.gpu import launch
+from microvllm.gpu.attention import fixed_attention, paged_attention
+from microvllm.gpu.few_rows import linear_add, norm_linear
+from microvllm.gpu.sampler import sample
+from microvllm.gpu.steps import add_norm, fp8_rows, linear, relu2, rope_store
 
 target = GPUTarget("cuda", 90, 32)
 card = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}
 driver.set_active(SimpleNamespace(**card, get_current_target=lambda: target))
 options = {"PDL": True, "launch_pdl": True, "enable_fp_fusion": True}
-K._device = lambda device: (132, 232448, options)
+launch.card = lambda device: (132, 232448, options)
 launch, compiled = JITFunction.run, {}
 
 def only_compile(self, *args, **kw):
@@ -485,7 +490,7 @@ for name, variants in compiled.items():
 
 
 def compile_for_hopper(calls: str) -> list[list[str]]:
-    """Compile what the calls of the package's kernels (K) launch, in a process of its own. One
+    """Compile what the calls of the package's kernels launch, in a process of its own. One
     entry a kernel: name, variants, does it wait for its predecessor, accesses to memory before,
     and instructions of this kind after that."""
     pytest.importorskip("triton", "3.4", reason="launch_pdl came with triton 3.4")
@@ -504,13 +509,13 @@ def compile_for_hopper(calls: str) -> list[list[str]]:
 CALLS = """
 x = bf16(8, 2176)
 for one in torch.zeros(5)[:2]:  # a layer's lambdas
-    K.add_norm(x, x, x, one, one, 1e-7)
-K.relu2(x)
-K.fp8_rows(x)
-K.linear(x, x), K.linear(x[:1], x)
+    add_norm(x, x, x, one, one, 1e-7)
+relu2(x)
+fp8_rows(x)
+linear(x, x), linear(x[:1], x)
 for one in torch.zeros(5)[:2]:
-    K.norm_linear(x, x, 1e-7, x, one, one)
-K.linear_add(x[:1], x, bf16(1, 8))
+    norm_linear(x, x, 1e-7, x, one, one)
+linear_add(x[:1], x, bf16(1, 8))
 tables = torch.zeros(64, 64)
 for at in (0, 1, 8):  # where in one upload the batch's arrays lie
     flat = torch.zeros(200, dtype=torch.int32)[at:]
@@ -525,17 +530,17 @@ for at in (0, 1, 8):  # where in one upload the batch's arrays lie
         qkv = bf16(8, (n_head + 2 * n_kv) * 128)
         h = bf16(8, 12 + at)
         rest = (n_head, 1.2, 3.0, 1e-7)
-        q = K.rope_store(qkv, h, *gate, tables, tables, batch, k, v, *rest)
-        K.paged_attention(q, k, v, batch, 16 + at)
+        q = rope_store(qkv, h, *gate, tables, tables, batch, k, v, *rest)
+        paged_attention(q, k, v, batch, 16 + at)
         if at == 0:
             for num_splits in (1, 2, 16):
-                K.paged_attention(q, k, v, batch, -1, num_splits=num_splits)
-            K.fixed_attention(q, k, v, batch, -1)
+                paged_attention(q, k, v, batch, -1, num_splits=num_splits)
+            fixed_attention(q, k, v, batch, -1)
             long = SimpleNamespace(**{**vars(batch), "num_decodes": 0, "seq_lens": flat[28:29]})
-            K.paged_attention(bf16(80, n_head, 128), k, v, long, -1)
+            paged_attention(bf16(80, n_head, 128), k, v, long, -1)
     f32 = flat.view(torch.float32)
-    K.sample(bf16(2, 5000), f32[:2], f32[2:4], 15.0)
-    K.sample(bf16(2, 5000), f32[:2], f32[2:4], 15.0, (f32[4:6], f32[6:8], f32[8:10]))
+    sample(bf16(2, 5000), f32[:2], f32[2:4], 15.0)
+    sample(bf16(2, 5000), f32[:2], f32[2:4], 15.0, (f32[4:6], f32[6:8], f32[8:10]))
 """
 
 

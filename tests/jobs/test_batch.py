@@ -19,7 +19,8 @@ import pytest
 from conftest import MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli
-from microvllm.jobs.batch import MAX_LINE, Ask, Job, answer, carry_out
+from microvllm.jobs import Ask, Job, answer, carry_out
+from microvllm.jobs.rows import MAX_LINE
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -105,6 +106,7 @@ def test_a_job_killed_twenty_times_has_each_row_once_and_the_same_tokens(name, t
     assert len(read(Path(f"{output}.errors"))) == 19
 
 
+@pytest.mark.slow
 def test_the_command_killed_with_its_real_engine_gives_the_same_tokens(tmp_path, capsys):
     questions = json.loads((ROOT / "models" / "prompts" / "oldbooks_instructions.json").read_text())
     rows = [{"prompt": q["instruction"], "id": i} for i, q in enumerate(questions[:60])]

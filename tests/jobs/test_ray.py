@@ -10,14 +10,15 @@ import pytest
 from conftest import MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli
-from microvllm.jobs.batch import Ask, Job, Outcome, answer, carry_out
-from microvllm.jobs.ray import LLMPredictor, make_batches
+from microvllm.cli.commands import encode
+from microvllm.jobs import Ask, Job, LLMPredictor, Outcome, answer, carry_out
+from microvllm.jobs.ray import make_batches
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from bulk import FakeLLM, beginnings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 ENGINE = {"num_blocks": 200, "max_batch_size": 8, "device": "cpu"}
 FLAGS = ["--num-blocks", "200", "--max-batch-size", "8", "--device", "cpu", "--max-tokens", "24"]
 
@@ -105,7 +106,7 @@ def test_an_own_pipeline_and_a_refused_engine_on_the_node_that_is_left(
     answers = {row["key"]: row for row in found}
     assert len(found) == len(answers) == 21
     with LLM(MODEL, **ENGINE) as llm:
-        prompts = [cli.encode(llm, [row["prompt"]], raw=False)[0] for row in rows]
+        prompts = [encode(llm, [row["prompt"]], raw=False)[0] for row in rows]
         wanted = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
     for row, output in zip(rows, wanted, strict=True):
         assert list(answers[row["key"]]["token_ids"]) == output.token_ids

@@ -15,6 +15,7 @@ import torch
 from microvllm import LLM, SamplingParams
 from microvllm.model import GPTConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, which import one another
 
@@ -103,9 +104,10 @@ def test_lengths_keep_their_mean_and_their_borders(mean, sigma, low, high):
     assert low <= min(drawn) < max(drawn) <= high
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_on_a_cpu():
     options = "--device cpu --depth 2 --width 64 --head-dim 32 --vocab 320 --shrink 32 --repeats 1"
-    engine = "--num-blocks 512 --block-size 4 --max-batch-size 8 --attention sdpa"
+    engine = "--num-blocks 512 --block-size 4 --max-batch-size 8"
     done = subprocess.run(  # every part there is
         [sys.executable, BENCHMARKS / "gpu.py", *f"{options} {engine}".split()],
         capture_output=True,
@@ -285,6 +287,7 @@ def test_the_folder_for_transformers_is_the_checkpoint_under_other_names(tmp_pat
         checkpoint.make_hf_folder(tmp_path, SimpleNamespace(**vars(args) | {"era": "5"}), "cpu")
 
 
+@pytest.mark.slow
 def test_the_comparison_runs(tmp_path):
     options = "--model tiny --shrink 16 --turns 2 --threads 1 --pause 0 --kv-gib 1"
     parts = "--workloads W1,W4 --engines nanochat"
@@ -308,6 +311,7 @@ def test_the_comparison_runs(tmp_path):
         assert fact["first_token_s"] > 0 and (fact["peak_gb"] or 1) > 0.05  # Python with torch
 
 
+@pytest.mark.slow
 def test_a_profile_names_every_part_of_a_step_and_the_perplexity_of_each_kind_of_weights():
     options = "--models tiny --sequences 3 --prompts 9"
     done = subprocess.run(
@@ -334,6 +338,20 @@ def test_a_profile_names_every_part_of_a_step_and_the_perplexity_of_each_kind_of
         assert min(ms for found in result["host_ms"].values() for ms in found) > 0
 
 
+@pytest.mark.slow
+def test_what_sampling_costs_is_told_beside_the_products():
+    flags = "--rows 3,5 --vocab 99 --layers 1 --width 16 --turns 1 --device cpu"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "sampler.py", *flags.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    times = json.loads(last)["milliseconds"]
+    assert times.keys() == {"3", "5"} and times["3"].keys() == times["5"].keys()
+    assert len(lines) == 1 + 2 * len(times["3"]) and min(times["5"].values()) > 0
+
+
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_imported_or_dies_is_told():
     assert compare.version(sys.executable, "torch").startswith("2.")
     assert compare.version(sys.executable, "no_such_engine") is None

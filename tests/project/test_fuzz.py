@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from test_tokenizer import dumps, encoding_with, parts
 
 from microvllm import LLM, SamplingParams
-from microvllm.checkpoint import find_checkpoint, load_model, read_checkpoint
 from microvllm.cli import main
-from microvllm.cli.bench import check_choices, read_prompts, read_rows
+from microvllm.cli.bench import check_choices, read_prompts
 from microvllm.features.calculator import calculate
-from microvllm.tokenizer import load_tokenizer
+from microvllm.full import find_checkpoint, load_model, read_checkpoint
+from microvllm.jobs.rows import read_rows
+from microvllm.sources.strict import open_tokenizer
 from microvllm.trace import read, write_chrome, write_page
 
 EXAMPLES = int(os.environ.get("FUZZ", 0))
@@ -273,7 +274,7 @@ def test_a_damaged_tokenizer(place, data):
     file = place / "tokenizer" / "tokenizer.pkl"
     file.write_bytes(data)
     try:
-        tokenizer = load_tokenizer(file)
+        tokenizer = open_tokenizer(file)
     except ValueError as error:
         assert str(file) in str(error)
     else:
@@ -293,7 +294,7 @@ def test_any_program_for_the_stack_machine_of_pickle(place, program):
     file = place / "tokenizer" / "tokenizer.pkl"
     file.write_bytes(b"\x80\x04" + program + b".")
     with pytest.raises(ValueError, match="is not a nanochat tokenizer"):
-        load_tokenizer(file)
+        open_tokenizer(file)
 
 
 @fuzz(100)
@@ -302,7 +303,7 @@ def test_a_tokenizer_with_any_pattern(place, pattern):
     file = place / "tokenizer" / "tokenizer.pkl"
     file.write_bytes(dumps(encoding_with(parts(pat_str=pattern))))
     try:
-        use(load_tokenizer(file))
+        use(open_tokenizer(file))
     except ValueError as error:
         assert str(file) in str(error) or "cannot be split" in str(error)
 
@@ -517,7 +518,7 @@ def test_a_command_line_of_any_words(place, monkeypatch, command, words):
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.stdin", io.StringIO("a line\n"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("microvllm.sources.huggingface.hub_answers", lambda: False)
+    monkeypatch.setattr("microvllm.sources.hub.hub_answers", lambda: False)
     (place / "two.jsonl").write_text('{"instruction": "a"}\n{"instruction": "b"}\n')
     known = {"trace": [], "info": ["-m", str(CHECKPOINT)]}.get(
         command, ["-m", str(CHECKPOINT), "--tokenizer-dir", str(TOKENIZER)]
@@ -625,7 +626,7 @@ def test_a_step_that_ends_without_a_beginning_is_drawn(place, ms):
 
 @pytest.mark.parametrize("text", [" " * 3_000_000, "a" + "\t " * 700_000 + "b"], ids=["a", "b"])
 def test_a_million_blanks_are_refused_without_a_panic_on_stderr(text, capfd):
-    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer = open_tokenizer(TOKENIZER)
     with pytest.raises(ValueError, match="blanks in a row"):
         tokenizer.encode(text)
     assert capfd.readouterr().err == ""

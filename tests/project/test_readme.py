@@ -1,24 +1,53 @@
 """What the README shows is what happens."""
 
+import io
 import json
 import os
+import pdb
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
+PACKAGE = ROOT / "microvllm"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CORE = "__init__ attention checkpoint engine model sampler scheduler tokenizer".split()
 
 
+def blocks(language: str, text: str = README) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.+?)^```", text, re.M | re.S)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_example_of_the_readme_runs(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"^```python\n(.+?)^```", README, re.M | re.S)
-    exec(compile(code, "README.md", "exec"), {})
+    example, _ = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.count("length 2") + printed.count("stop 2") >= 2
     assert "Bram Stoker" in printed
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_breakpoint_in_the_plain_model_is_reached(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, example = blocks("python")
+    typed = [line for block in blocks("text") for line in re.findall(r"^\(Pdb\) (.+)", block, re.M)]
+    assert typed[0] == "break GPT.forward"
+    shown = io.StringIO()
+    keys = io.StringIO("\n".join([*typed, "clear 1", "continue", ""]))
+    debugger = pdb.Pdb(stdin=keys, stdout=shown, nosigint=True, readrc=False)
+    monkeypatch.setattr(sys, "breakpointhook", lambda: debugger.set_trace(sys._getframe(1)))
+    exec(compile(example, "README.md", "exec"), {})
+    assert f"Breakpoint 1 at {PACKAGE / 'model.py'}" in shown.getvalue()
+    stops, *printed = shown.getvalue().split("forward()")[1:]
+    assert "(1)" in stops  # the first line of GPT.forward, with its step's number
+    assert printed[-1].count("tensor(") == 4  # ids, positions, block tables and slots
+    assert "***" not in shown.getvalue()  # how pdb begins an error
 
 
 def test_every_subcommand_that_the_readme_names_has_a_help():
@@ -31,11 +60,12 @@ def test_every_subcommand_that_the_readme_names_has_a_help():
         assert told.returncode == 0 and "usage" in told.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run(tmp_path):
     """Those of the first block are what a newcomer, and .ci/run, begins with."""
     prompts = [json.dumps({"prompt": name}) for name in ("Who wrote Emma?", "What is 7+8?")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
-    first, *others = re.findall(r"^```bash\n(.+?)^```", README, re.M | re.S)
+    first, *others = blocks("bash")
     assert first == "pip install -e . && python run.py\npip install -e '.[test]' && pytest\n"
     assert len(others) == 2
     here = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -50,9 +80,41 @@ def test_the_commands_of_the_readme_run(tmp_path):
     assert "<title>" in (tmp_path / "run.html").read_text(encoding="utf-8")
 
 
+def test_pytest_leaves_out_what_the_readme_says():
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert '`-m "not slow"` is the default' in README and "not slow" in settings
+    assert re.search(r'"slow: ', settings)
+    assert "slow" in (ROOT / ".ci" / "run").read_text()  # which runs all
+
+
+def test_the_map_of_the_core_is_right():
+    """Its files, their line counts within a tenth, and the names that may be skipped."""
+    rows = re.findall(r"^\| \d \| `(\w+)\.py` \| ([\d,]+) \|.+\|(.*)\|$", README, re.M)
+    assert sorted(name for name, *_ in rows) == sorted(CORE)
+    for name, count, skipped in rows:
+        source = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+        lines = source.count("\n")
+        told = int(count.replace(",", ""))
+        assert abs(told - lines) <= lines / 10, f"{name}.py has {lines} lines, README says {told}"
+        for part in re.findall(r"`(\w+)`", skipped):
+            assert re.search(rf"(def|class) {part}\b", source), f"{name}.py has no {part}"
+
+
 def test_the_map_names_every_module():
     mapped = set(re.findall(r"`([\w/]+(?:\.py|/))`", README))
-    package = ROOT / "microvllm"
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
     unmapped = {name for name in modules - mapped if name.split("/")[0] + "/" not in mapped}
-    assert unmapped == {"__init__.py", "__main__.py"}
+    assert unmapped == {"__main__.py"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", "docs/DESIGN.md", "docs/NUMBERS.md"])
+def test_the_files_that_a_page_names_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r'(?:\]\(|src="|srcset=")([\w./-]+)[)"]', text)
+    assert all(((ROOT / page).parent / link).exists() for link in links), links
+    quoted = " ".join(re.findall(r"`([^`]+)`", re.sub(r"^```.+?^```", "", text, flags=re.M | re.S)))
+    named = set(re.findall(r"(?<![\w/.])((?:\w+/)*\w+\.(?:py|md)|(?:\w+/)+)(?![\w.])", quoted))
+    named -= {"microvllm/features/preemptions.py"}  # which the reader writes
+    missing = [x for x in named if not (ROOT / x).exists() and not (PACKAGE / x).exists()]
+    assert named or page == "SECURITY.md"
+    assert not missing, missing

@@ -12,8 +12,8 @@ import torch
 from conftest import ERAS, ROOT
 
 from microvllm import LLM, SamplingParams
-from microvllm.checkpoint import find_checkpoint, load_model, read_checkpoint
 from microvllm.cli import terminal
+from microvllm.full import find_checkpoint, load_model, read_checkpoint
 from microvllm.trace import TEMPLATE, Replay, write_page
 
 CHECKPOINT = ERAS / "era1_padded" / "chatsft_checkpoints" / "d5"
@@ -84,7 +84,7 @@ def test_a_terminal_takes_no_orders_from_a_model(monkeypatch, capsys, tmp_path):
         outputs = llm.generate(["a"], params, use_tqdm=False)
         for on_terminal in (True, False):
             monkeypatch.setattr(sys.stdout, "isatty", lambda on=on_terminal: on, raising=False)
-            terminal.live(llm, "a", params, tools=False)
+            terminal.live(llm, "a", params, chat=False)
             terminal.show_all(llm, ["a"], outputs, params, False, False)
             said = capsys.readouterr().out
             assert ("\x1b" in said) is not on_terminal and said.count("\ufffd") == 8 * on_terminal

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import soak
-from microvllm import engine
+from microvllm import attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_some_stories_end_well_and_meet_what_there_is_to_meet():
@@ -22,7 +22,7 @@ def test_some_stories_end_well_and_meet_what_there_is_to_meet():
 
 
 def test_a_wrong_token_is_found_and_its_story_cut_down(monkeypatch):
-    real = engine.noise
+    real = attention.noise
 
     def wrong(seeds, samples, positions):  # two rows of a large batch have each other's noise
         values = real(seeds, samples, positions)
@@ -30,7 +30,7 @@ def test_a_wrong_token_is_found_and_its_story_cut_down(monkeypatch):
             values[[0, 1]] = values[[1, 0]]
         return values
 
-    monkeypatch.setattr(engine, "noise", wrong)
+    monkeypatch.setattr(attention, "noise", wrong)
     said = []
     found = soak.soak(seed=3, seconds=60, shrink=5, say=said.append)
     failure = found["failure"]

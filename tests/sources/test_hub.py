@@ -92,6 +92,7 @@ def microvllm(*words: str, home: Path, port: int) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=home, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_repository_is_fetched_once_and_only_what_is_needed(hub, tmp_path):
     where = {"home": tmp_path, "port": hub.server_port}
     first = microvllm("info", "owner/name", "--json", **where)

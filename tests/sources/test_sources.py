@@ -11,24 +11,23 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ERAS
+from conftest import ERAS, hand_made_batch
 from safetensors.torch import load_file, save_file
-from test_model import Runner, assert_near
 
 from microvllm import LLM, SamplingParams
-from microvllm.checkpoint import (
-    find_checkpoint,
-    find_tokenizer,
-    from_module,
-    load_model,
-    open_tokenizer,
-    read_checkpoint,
-    wrap_model,
-)
-from microvllm.sources import huggingface
+from microvllm.attention import PagedKVCache
+from microvllm.checkpoint import find_tokenizer, make_model
+from microvllm.features.live import from_module
+from microvllm.full import build_model
+from microvllm.fused.linear import Shared
+from microvllm.model import GPT
+from microvllm.sampler import cap_logits
+from microvllm.sources import hub as hub_module
+from microvllm.sources.places import find_checkpoint, open_tokenizer, read_checkpoint
 from microvllm.tokenizer import load_tokenizer
 
 HF = ERAS / "hf_era1_padded"
+NAMES = "tokenizer.pkl", "tokenizer.json"
 GOLDENS = json.loads((ERAS / "tokenizer_goldens.json").read_text())
 
 
@@ -53,6 +52,26 @@ def base(tmp_path, monkeypatch) -> Path:
     checkpoint(base / "chatrl_checkpoints" / "d20", 60, 466)
     checkpoint(base / "chatrl_checkpoints" / "mine", 5)
     return base
+
+
+def load(name, step: int | None = None, **options) -> GPT:
+    """The core's model of any checkpoint that find_checkpoint finds."""
+    return make_model(*read_checkpoint(*find_checkpoint(name, step)), **options)
+
+
+def logits_of(model, ids: list[int]) -> np.ndarray:
+    """(T, V) logits at every position of a prompt, computed in one step."""
+    count = -(-len(ids) // 16)
+    cache = PagedKVCache(model.config, 1 + count, 16, model.dtype, "cpu")
+    batch = hand_made_batch([(ids, 0, len(ids), range(1, 1 + count))], 16)
+    with torch.inference_mode():
+        logits = model.logits(model.forward(batch, cache))
+    return cap_logits(logits, model.recipe.softcap).numpy()
+
+
+def assert_near(logits: np.ndarray, golden: np.ndarray) -> None:
+    assert logits.shape == golden.shape
+    assert np.abs(logits - golden).max() < 1e-4  # as far as nanochat's own two paths differ
 
 
 # nanochat's own tree -----------------------------------------------------------------------------
@@ -129,9 +148,9 @@ def hf_folder(directory: Path, **changes) -> Path:
 
 def test_a_hugging_face_folder_gives_hugging_faces_logits():
     prompts = json.loads((HF / "goldens.json").read_text())["prompts"]
-    runner = Runner(load_model(HF, max_len=400), [len(p["ids"]) for p in prompts])
-    rows = runner.step(*[(i, p["ids"], 0, len(p["ids"])) for i, p in enumerate(prompts)])
-    assert_near(np.stack([row[-1] for row in rows]), np.load(HF / "goldens.npz")["last_logits"])
+    model = load(HF, max_len=400)
+    rows = np.stack([logits_of(model, prompt["ids"])[-1] for prompt in prompts])
+    assert_near(rows, np.load(HF / "goldens.npz")["last_logits"])
 
 
 def test_a_hugging_face_folder_gives_hugging_faces_greedy_tokens():
@@ -154,7 +173,7 @@ def test_the_constants_are_those_of_config_json(tmp_path):
     older = {"rope_parameters": None, "rope_theta": 2e4, "num_key_value_heads": 1}
     _, recipe, _ = read_checkpoint(*find_checkpoint(hf_folder(tmp_path / "old", **older)))
     assert recipe.rope_base == 2e4
-    model = load_model(HF, softcap=30.0)  # what the caller says comes last
+    model = load(HF, softcap=30.0)  # what the caller says comes last
     assert model.recipe.softcap == 30.0 and model.config.sequence_len == 2560
 
 
@@ -168,13 +187,13 @@ def test_sharded_weights_are_the_same_weights(tmp_path):
         save_file(part, folder / shard)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    expected, found = load_model(HF).weights, load_model(folder).weights
+    expected, found = load(HF).state_dict(), load(folder).state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors is missing"):
-        load_model(folder)
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -199,27 +218,27 @@ def test_sharded_weights_are_the_same_weights(tmp_path):
 def test_a_folder_that_is_no_nanochat_is_refused_by_name(tmp_path, changes, words):
     folder = hf_folder(tmp_path / "folder", **changes)
     with pytest.raises(ValueError) as raised:
-        load_model(folder)
+        load(folder)
     assert all(word in str(raised.value) for word in [*words, str(folder)]), raised.value
 
 
 def test_a_folder_that_is_broken_is_refused_by_name(tmp_path, monkeypatch):
     folder = hf_folder(tmp_path / "folder")
     with pytest.raises(ValueError, match="without steps: step=3"):
-        load_model(folder, step=3)
+        load(folder, step=3)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file"):
-        load_model(folder)
+        load(folder)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
-        load_model(folder)
+        load(folder)
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json holds no JSON object: \[1\]"):
-        load_model(folder)
+        load(folder)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"pip install 'microvllm\[hf\]'"):
-        load_model(HF)
+        load(HF)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
@@ -233,7 +252,7 @@ def test_nothing_keeps_the_file_mapped(tmp_path, source):
     config, recipe, weights = read_checkpoint(folder, step)
     assert str(folder) in Path("/proc/self/maps").read_text()
     del weights
-    model = load_model(folder)
+    model = load(folder)
     assert str(folder) not in Path("/proc/self/maps").read_text()
     assert model.config == config and model.recipe == recipe
 
@@ -343,11 +362,11 @@ def test_which_tokenizer_a_checkpoint_gets(tmp_path, monkeypatch):
     model = tmp_path / "checkpoints" / "model"
     model.mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="give tokenizer_path"):
-        find_tokenizer(model)
+        open_tokenizer(model)
     places = [tmp_path / "nanochat" / "tokenizer", tmp_path / "tokenizer"]
     for place in [*places, tmp_path / "checkpoints" / "tokenizer", model]:
         tokenizer_json(place / "tokenizer.json")
-        assert find_tokenizer(model) == place
+        assert find_tokenizer(model, names=NAMES) == place
         assert open_tokenizer(model)._encoding.name == "tokenizer.json"
         shutil.copy(ERAS / "tokenizer" / "tokenizer.pkl", place)
         assert open_tokenizer(model)._encoding.name == "rustbpe"
@@ -415,7 +434,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utils)
         return hub
 
-    monkeypatch.setattr(huggingface, "hub_answers", lambda: True)
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: True)
     monkeypatch.chdir(tmp_path)
     return serve
 
@@ -588,6 +607,22 @@ def live(era, **changes) -> Live:
     return Live(SimpleNamespace(**(meta["model_config"] | changes)), weights)
 
 
+def wrap(module: Live):
+    """The engine's model on the weights of a live module."""
+    return build_model(*from_module(module), torch.device("cpu"), share=True, max_len=500)
+
+
+def copied(model, module: Live) -> list[str]:
+    """Names of the weights that the model does not share with the module."""
+    held = dict(model.tensors)
+    for names, linear in model.linears.items():
+        parts = linear.weight if isinstance(linear, Shared) else [None] * len(names)
+        held |= zip([f"{name}.weight" for name in names], parts, strict=True)
+    state = module.state_dict()
+    assert held.keys() == state.keys()
+    return [n for n in state if held[n] is None or held[n].data_ptr() != state[n].data_ptr()]
+
+
 def test_a_live_module_of_any_era_is_what_its_checkpoint_is(era):
     config, recipe, weights = from_module(live(era))  # era 4's is compiled: _orig_mod. in its keys
     expected = read_checkpoint(*find_checkpoint(era.directory))
@@ -599,23 +634,18 @@ def test_a_live_module_of_any_era_is_what_its_checkpoint_is(era):
 @pytest.mark.parametrize("era", ["era5"], indirect=True)
 def test_a_wrapped_module_shares_its_weights(era):
     module = live(era)
-    model = wrap_model(module, max_len=500)
-    state = module.state_dict()
-    assert all(w.data_ptr() == state[name].data_ptr() for name, w in model.weights.items())
-    prompt = era.json["prompts"][5]
-    runner = Runner(model, [prompt["length"]])
-    (logits,) = runner.step((0, prompt["ids"], 0, prompt["length"]))
-    assert_near(logits, era.arrays["all_logits_len033"])
+    model = wrap(module)
+    assert copied(model, module) == []
+    assert_near(logits_of(model, era.json["prompts"][5]["ids"]), era.arrays["all_logits_len033"])
 
 
 @pytest.mark.parametrize("era", ["era3"], indirect=True)
 def test_only_what_has_another_dtype_is_copied(era):
     module = live(era)
     state = module.state_dict()
-    model = wrap_model(module)
-    copied = [n for n, w in model.weights.items() if w.data_ptr() != state[n].data_ptr()]
-    assert copied == [name for name in model.weights if state[name].dtype == torch.bfloat16]
-    assert 0 < len(copied) < len(state)
+    halves = [name for name in state if state[name].dtype == torch.bfloat16]
+    assert copied(wrap(module), module) == halves
+    assert 0 < len(halves) < len(state)
 
 
 @pytest.mark.parametrize("era", ["era5"], indirect=True)
@@ -628,9 +658,7 @@ def test_a_module_of_two_dtypes_in_another_order_is_read_right(era, halves):
         if parameter.ndim == 2:
             parameter.data = parameter.data.T.contiguous().T
             parameter.data = parameter.data.bfloat16() if half else parameter.data
-    prompt = era.json["prompts"][5]
-    runner = Runner(wrap_model(module, max_len=500), [prompt["length"]])
-    (logits,) = runner.step((0, prompt["ids"], 0, prompt["length"]))
+    logits = logits_of(wrap(module), era.json["prompts"][5]["ids"])
     expected = era.arrays["all_logits_len033"]
     error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
     assert error < (1e-5 if halves == "nothing" else 0.02)  # bfloat16 has 8 bits

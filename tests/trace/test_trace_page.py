@@ -11,7 +11,7 @@ import pytest
 import test_state_machine
 from conftest import MODEL
 from test_state_machine import long_life
-from test_trace import Traced
+from test_trace import Traced, filled
 
 from microvllm import LLM, SamplingParams
 from microvllm.trace import TEMPLATE, Replay, write_page
@@ -84,12 +84,7 @@ def frames(events: list[dict]) -> list[dict]:
     def look() -> None:
         size, blocks = replay.block_size, range(1, replay.num_blocks)
         states = [replay.state(block) for block in blocks]
-        ends = {}
-        for life in replay.seqs.values():
-            for i, block in enumerate(life.table):
-                held = min(size, life.computed - i // replay.groups * size)
-                if block:
-                    ends[block] = max(ends.get(block, 0), held)
+        ends = filled(replay)
         counts = {
             "used": states.count("used") + states.count("shared"),
             "part": sum(held < size for held in ends.values()),

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import ERAS
 
-from microvllm import LLM, SamplingParams
+from microvllm import LLM, SamplingParams, full
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL = ERAS / "era5" / "chatsft_checkpoints" / "d4"  # context 400, vocabulary 311
 OTHER = ERAS / "era3b" / "chatrl_checkpoints" / "d5"  # context 208
@@ -329,3 +331,21 @@ def test_raising_the_limit_is_advised_only_where_it_helps():
             llm.generate([[5] * 30])
         with pytest.raises(ValueError, match="3981 too many$"):
             llm.generate([[5] * 4000])
+
+
+def test_a_context_without_memory_for_its_positions_is_refused_before_any_is_taken(monkeypatch):
+    monkeypatch.setattr(full, "free_memory", lambda device: 1000)
+    for plain in (False, True):
+        with pytest.raises(ValueError, match="no memory for rotary tables of 100 positions"):
+            LLM(OTHER, device="cpu", max_model_len=100, plain=plain)
+
+
+def test_devices_that_are_none_or_not_here():
+    for name in ("gpu", "", "cuda:x", None, 1.5, "xpu", "meta"):
+        with pytest.raises(ValueError, match="device.*auto") as info:
+            LLM(OTHER, device=name)
+        assert repr(name) in str(info.value)
+    if not torch.cuda.is_available():
+        for name in ("cuda", "cuda:1"):
+            with pytest.raises(ValueError, match=f"'{name}' is not available.*auto"):
+                LLM(OTHER, device=name)

@@ -1,0 +1,239 @@
+"""How a sequence ends: by its length, a stop token, an abort; and what a failed step leaves."""
+
+from collections import deque
+
+import pytest
+from test_scheduler import (
+    TOOL,
+    Params,
+    Simulation,
+    complete,
+    crowded,
+    next_token,
+    text,
+)
+
+from microvllm.scheduler import BlockManager, Scheduler, Sequence
+
+# how a sequence ends ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_one_that_finishes_does_not_shift_the_tokens_of_the_others(ahead):
+    sim = Simulation()
+    for i, max_tokens in enumerate([9, 1, 9, 2, 2, 9, 3]):
+        sim.add(text(5, i), max_tokens=max_tokens)
+    sim.drain(ahead)
+    lengths = {seq.request_id: len(seq.tokens) - 5 for seq in sim.finished}
+    assert [lengths[i] for i in range(7)] == [9, 1, 9, 2, 2, 9, 3]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_max_tokens_1_gives_one_token(ahead):
+    sim = Simulation()
+    seq = sim.add(text(8), max_tokens=1)
+    sim.drain(ahead)
+    assert len(seq.tokens) == 9 and seq.finish_reason == "length"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_stop_token_ends_a_sequence_at_its_first_token_too_but_not_in_the_prompt(ahead):
+    prompt = next(p for p in map(text, [8] * 99, range(99)) if next_token(p, 0) in p)
+    stop = next_token(prompt, 0)
+    sim = Simulation()
+    seq = sim.add(prompt, stop={stop})
+    sim.drain(ahead)
+    assert seq.tokens == [*prompt, stop] and seq.finish_reason == "stop"
+
+
+def test_a_sequence_takes_no_block_for_its_last_token():
+    # 6 + 3 tokens, the last of which is never fed back: two blocks of four
+    for ahead in (False, True):
+        sim = Simulation(usable=2)
+        sim.add(text(6), max_tokens=3)
+        sim.drain(ahead)
+        assert len(sim.finished) == 1
+
+
+def test_one_step_ahead_the_token_after_the_end_is_dropped():
+    prompt = text(8)
+    output = complete(prompt, 8)
+    stop = next(t for i, t in enumerate(output) if 1 < i < 6 and t not in output[:i])
+    sim = Simulation()
+    seq, other = sim.add(prompt, stop={stop}), sim.add(text(5, 1), max_tokens=9)
+    extra = 0
+    while not seq.finish_reason:
+        step = sim.step_ahead()
+        extra = sum(s is seq for s, _, _ in step.chunks)
+    assert extra == 1 and sim.flight  # it is in the step that runs already
+    assert seq.tokens == prompt + output[: output.index(stop) + 1]
+    assert not seq.table
+    sim.land()
+    assert seq.tokens == prompt + output[: output.index(stop) + 1]
+    sim.drain(ahead=True)
+    assert other.finish_reason == "length"
+
+
+def test_one_step_ahead_nobody_is_planned_beyond_max_tokens():
+    sim = Simulation()
+    sim.add(text(5), max_tokens=3)
+    rows = []
+    while sim.scheduler.running or sim.scheduler.waiting or sim.flight:
+        rows.append(sum(stop - start for _, start, stop in sim.step_ahead().chunks))
+    assert rows == [5, 1, 1, 0]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_sequence_sent_away_with_its_last_token_under_way_still_ends(ahead):
+    for usable in range(4, 12):
+        sim = Simulation(usable=usable, block_size=2, max_batch_size=4)
+        for i in range(4):
+            sim.add(text(2, i), max_tokens=5 + i % 2, stop={7})
+        sim.drain(ahead)
+        assert len(sim.finished) == 4
+
+
+# tokens that nobody samples -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("usable", [8, 9, 40])
+def test_a_tool_writes_into_the_sequence_that_called_it(usable, ahead):
+    sim = Simulation(usable=usable, max_batch_size=4)
+    for i in range(6):
+        sim.add(text(5, i), max_tokens=5 + 3 * i, tools=True)
+    sim.drain(ahead)
+    assert sum(TOOL in seq.tokens[5:] for seq in sim.finished) > 2
+    assert (sim.scheduler.num_preemptions > 0) == (usable < 40)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("budget", [1, 3, 64])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 9])
+def test_a_continuation_is_scored_from_the_last_token_of_its_prompt_on(length, budget, ahead):
+    sim = Simulation(max_batched_tokens=budget, max_batch_size=3)
+    for turn in range(2):  # with a cold and with a warm cache
+        for count in (1, 2, 8):
+            sim.add(text(length), targets=text(count, count))
+        sim.add(text(6, 1), max_tokens=6)
+        sim.drain(ahead)
+        assert len(sim.finished) == 4 * (turn + 1)
+
+
+# aborts and failures ------------------------------------------------------------------------------
+
+
+def stages(ahead: bool):
+    """Simulations with request 0 in every stage of its life, one of them with two samples."""
+    names = ["waiting", "prefill", "decoding", "forked", "preempted"]
+    for name in names:
+        sim = Simulation(usable=14, max_batched_tokens=6, max_batch_size=3)
+        target = sim.add(text(10), max_tokens=16, n=2 if name == "forked" else 1)
+        others = [sim.add(text(7, 1), max_tokens=9)]
+        step = sim.step_ahead if ahead else sim.step
+        count = {"waiting": 0, "prefill": 1, "decoding": 5, "forked": 4, "preempted": 4}[name]
+        for _ in range(count):
+            step()
+        if name == "preempted":
+            while sim.scheduler.running:
+                sim.scheduler.preempt(sim.scheduler.running[-1])
+        yield name, sim, target, others
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_request_may_be_aborted_at_any_stage(ahead):
+    seen = set()
+    for name, sim, target, others in stages(ahead):
+        seen.add((name, bool(target.table), len(target.tokens) > 10))
+        victims = sim.scheduler.abort(0)
+        assert len(victims) == (2 if name == "forked" else 1)
+        for seq in victims:
+            assert seq.finish_reason == "abort" and not seq.table
+            output = seq.tokens[10:]
+            assert output == complete(text(10), 16, seq.sample_id)[: len(output)]
+            assert seq not in sim.scheduler.running and seq not in sim.scheduler.waiting
+        sim.check()
+        sim.drain(ahead)
+        assert [seq.request_id for seq in sim.finished] == [seq.request_id for seq in others]
+    assert len({name for name, _, _ in seen}) == 5
+    assert {(running, begun) for _, running, begun in seen} == {
+        (False, False), (True, False), (True, True), (False, True)
+    }  # fmt: skip
+
+
+def test_many_requests_are_aborted_in_one_walk_over_the_queue():
+    """One walk for each, and a Ctrl-C behind a long queue would be felt."""
+
+    class Queue(deque):
+        walks = 0
+
+        def __iter__(self):
+            Queue.walks += 1
+            return super().__iter__()
+
+    scheduler = Scheduler(BlockManager(20, 4), 8, 64)
+    for i in range(300):
+        scheduler.add(Sequence(i, text(5), Params()))
+    scheduler.schedule()
+    scheduler.waiting = Queue(scheduler.waiting)
+    victims = scheduler.abort(*range(10, 300), 999)
+    assert sorted(seq.request_id for seq in victims) == list(range(10, 300))
+    assert Queue.walks == 2  # to find them, and to keep the others
+    assert {seq.request_id for seq in (*scheduler.running, *scheduler.waiting)} == set(range(10))
+    scheduler.blocks.check(scheduler.running)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_after_a_failed_step_everyone_goes_on_from_the_tokens_they_have(ahead):
+    for _, sim, target, _ in stages(ahead):
+        known = list(target.tokens)
+        queue = [*sim.scheduler.running, *sim.scheduler.waiting]
+        sim.reset()
+        assert list(sim.scheduler.waiting) == queue
+        assert not sim.scheduler.running and sim.blocks.num_free == sim.blocks.num_usable
+        assert not sim.blocks.cached and not sim.blocks.copies
+        assert target.tokens == known
+        sim.drain(ahead)
+        assert {seq.request_id for seq in sim.finished} == {0, 1}
+
+
+def test_the_guesses_of_a_failed_step_are_gone_with_it():
+    guessed = 0
+    for seed in range(9):
+        sim = Simulation(guesses=True)
+        seqs = [sim.add(text(5, seed), max_tokens=30), sim.add(text(7, seed), max_tokens=30)]
+        for _ in range(4):
+            sim.step()
+        known = [list(seq.tokens) for seq in seqs]
+        guessed += len(sim.plan().guessed)
+        sim.reset()
+        assert [seq.tokens for seq in seqs] == known
+        sim.drain()
+    assert guessed > 9
+
+
+def test_a_failed_step_that_sent_someone_away_leaves_no_token_awaited():
+    sim, _ = crowded()
+    while not sim.scheduler.num_preemptions:
+        sim.step_ahead()
+    assert sim.flight
+    sim.reset()
+    sim.drain(ahead=True)
+    assert len(sim.finished) == 3
+
+
+def test_a_step_that_fails_right_after_it_sent_someone_away():
+    sim, _ = crowded()
+    while True:
+        with sim.ahead():
+            step = sim.plan()
+            if sim.scheduler.num_preemptions:
+                assert any(seq.tokens[-1] < 0 for seq in sim.scheduler.waiting)
+                break
+            flight, sim.flight = sim.flight, (step, sim.run(step))
+        if flight:
+            sim.read(*flight)
+    sim.reset()  # planned, never run; and the one before it never read
+    assert all(min(seq.tokens) >= 0 for seq in sim.scheduler.waiting)
+    sim.drain()
+    assert len(sim.finished) == 3

@@ -1,0 +1,62 @@
+"""The calculator in the loop of an engine, on a model that calls it. What it computes is asked in
+test_tools.py."""
+
+import json
+
+import pytest
+from conftest import ERAS
+from test_engine import set_overlap
+
+from microvllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GOLDENS = json.loads((ERAS / "tool_chain" / "goldens.json").read_text())
+
+
+def chain(**kwargs):
+    """nanochat's fixture whose next token is a function of the present one: it calls the tool."""
+    folder = ERAS / "tool_chain"
+    return LLM(folder / "chatsft_checkpoints" / "d1", tokenizer_path=folder / "tokenizer", **kwargs)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_batched_tokens": 3}, {"num_blocks": 9}])
+def test_the_calculator_answers_inside_the_loop_as_nanochats_does(overlap, options):
+    with chain(**options) as llm:
+        set_overlap(llm, overlap)
+        prompts = [run["prompt"] for run in GOLDENS["runs"]]
+        params = SamplingParams(temperature=0, max_tokens=60)
+        outputs = llm.generate(prompts, params, tools=True)
+        for run, output in zip(GOLDENS["runs"], outputs, strict=True):
+            assert output["token_ids"] == run["tokens"]
+            assert output["mask"] == run["masks"] and 0 in output["mask"]
+        plain = llm.generate(prompts, params)
+        assert all(0 not in output["mask"] for output in plain)
+        assert plain[0]["token_ids"] != outputs[0]["token_ids"]
+        assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_usable
+
+
+def test_chat_calls_the_calculator_unless_it_is_told_not_to():
+    params = SamplingParams(temperature=0, max_tokens=60)
+    with chain() as llm:
+        for run in GOLDENS["runs"]:
+            (answer,) = llm.chat(run["messages"], params)
+            assert (answer["token_ids"], answer["mask"]) == (run["tokens"], run["masks"])
+            (plain,) = llm.chat(run["messages"], params, tools=False)
+            assert plain["token_ids"] != answer["token_ids"] and 0 not in plain["mask"]
+            # nor where the text is looked at for another reason
+            pieces = [e["token_ids"] for e in llm.stream([run["prompt"]], params)]
+            assert sum(pieces, []) == plain["token_ids"]
+
+
+def test_forced_tokens_count_towards_max_tokens_and_are_cut_by_it():
+    run = next(r for r in GOLDENS["runs"] if 0 in r["masks"])
+    first = run["masks"].index(0)
+    with chain() as llm:
+        for more in range(3):
+            params = SamplingParams(temperature=0, max_tokens=first + more)
+            (output,) = llm.generate([run["prompt"]], params, tools=True)
+            assert output["token_ids"] == run["tokens"][: first + more]
+            assert output["mask"] == run["masks"][: first + more]
+            assert output["finish_reason"] == "length"

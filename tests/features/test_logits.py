@@ -1,0 +1,498 @@
+"""What a request may ask of its logits: against a naive loop over one row, by the frequencies of
+the draws, and mixed; then through an engine."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL
+from test_engine import set_overlap
+from test_llm import GREEDY, everything_is_free, question
+from test_sampling import (
+    FILTERS,
+    V,
+    assert_fair,
+    assert_naive_frequencies,
+    logits_of,
+    naive_probabilities,
+    refuse,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from microvllm import LLM, SamplingParams, sampler
+from microvllm.features import logits as feature
+from microvllm.features.logits import History, LogitsRunner, Sampled
+from microvllm.full import compose, pick_backend
+from microvllm.fused.runner import FusedRunner
+from microvllm.sampler import noise, on
+from microvllm.scheduler import Plan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STOP_IDS = frozenset({7, 8})
+
+
+@pytest.fixture(params=["numba", "sdpa"])
+def backend(request):
+    """What a CPU does, and the plain torch of other devices."""
+    return request.param
+
+
+def history_of(rows: int, seed: int = 0, num_prompt: int = 6, length: int = 16) -> list[History]:
+    """Texts with many repetitions, and behind each what must not be looked at."""
+    rng = np.random.default_rng(seed)
+    texts = rng.integers(0, 12, (rows, length)).tolist()
+    return [History([*text, ~0], num_prompt, length, STOP_IDS) for text in texts]
+
+
+def pick(plan: Plan, logits, temperature, uniform, softcap, backend: str) -> torch.Tensor:
+    """(R,) tokens, by the engine's own Runner."""
+    kernels = pick_backend(backend, torch.device("cpu"), torch.float32)
+    model = SimpleNamespace(backend=kernels, recipe=SimpleNamespace(softcap=softcap))
+    runner = compose(LogitsRunner, FusedRunner)(model, None, None)
+    return runner.pick(plan, logits, temperature, uniform)
+
+
+def planned(params, history=None) -> Plan:
+    """A plan that samples so many rows."""
+    samples = []
+    for p, h in zip(params, history or history_of(len(params)), strict=True):
+        tokens, num_prompt, position, stop_ids, errors = h
+        seq = SimpleNamespace(
+            params=p, tokens=tokens, num_prompt=num_prompt, stop_ids=stop_ids, errors=errors
+        )
+        samples.append((len(samples), seq, position))
+    return Plan([], samples, [])
+
+
+def run(logits, params, uniform, history=None, softcap=0.0, backend="numba"):
+    """The tokens and, by row, the log-probabilities."""
+    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32)
+    uniform = torch.as_tensor(uniform, dtype=torch.float32)
+    plan, before = planned(params, history), logits.clone()
+    tokens = pick(plan, logits, temperature, uniform, softcap, backend)
+    assert torch.equal(before, logits), "the model's logits were changed"
+    if "logprobs" not in plan.results:
+        return tokens, {}
+    return tokens, Sampled(plan.asked, plan.results["logprobs"]).logprobs()
+
+
+def flat(scores: dict) -> list[float]:
+    row = (scores["token_id"], scores["logprob"], scores["sampler_logprob"])
+    return [number for entry in (row, *scores["top"]) for number in entry]
+
+
+# a row, the slow and obvious way ------------------------------------------------------------------
+
+
+def naive_edits(logits: list[float], p: SamplingParams, h: History) -> list[float]:
+    x = list(logits)
+    if p.allowed_token_ids is not None:
+        x = [v if i in p.allowed_token_ids else -math.inf for i, v in enumerate(x)]
+    for i, bias in (p.logit_bias or {}).items():
+        x[i] += bias
+    past = h.tokens[: h.position]
+    output = Counter(past[h.num_prompt :])
+    for word in p.bad_words:
+        if past[len(past) - len(word) + 1 :] == list(word[:-1]) or len(word) == 1:
+            x[word[-1]] = -math.inf
+    if sum(output.values()) < p.min_tokens:
+        for i in h.stop_ids:
+            x[i] = -math.inf
+    for i in set(past):
+        x[i] = x[i] / p.repetition_penalty if x[i] > 0 else x[i] * p.repetition_penalty
+    for i, count in output.items():
+        x[i] -= p.presence_penalty + p.frequency_penalty * count
+    if p.logits_processor:
+        x = p.logits_processor(past, torch.tensor(x)).tolist()
+    return x
+
+
+def ban_even(tokens, logits):
+    logits[::2] = -torch.inf
+    return logits
+
+
+def favour_the_last(tokens, logits):
+    return logits + 4.0 * torch.nn.functional.one_hot(torch.tensor(tokens[-1]), len(logits))
+
+
+WORDS = ((3,), (1, 4), (2, 0, 5))
+EDITS = {
+    "allowed": {"allowed_token_ids": (5, 9, 11, 30, 59)},
+    "bias": {"logit_bias": {0: 3.5, 59: 2.0, 17: -100.0}},
+    "bad words": {"bad_words": WORDS},
+    "min_tokens": {"min_tokens": 11},
+    "enough tokens": {"min_tokens": 10},
+    "repetition": {"repetition_penalty": 1.8},
+    "reward of repetition": {"repetition_penalty": 0.6},
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": 0.8},
+    "processor": {"logits_processor": ban_even},
+    "processor that looks": {"logits_processor": favour_the_last},
+    "everything": {
+        "temperature": 1.2, "top_k": 25, "top_p": 0.93, "min_p": 0.01, "repetition_penalty": 1.2,
+        "presence_penalty": -0.4, "frequency_penalty": 0.3, "min_tokens": 12,
+        "logit_bias": {4: 2.0, 8: 50.0}, "allowed_token_ids": tuple(range(0, 60, 3)) + (4, 7, 8),
+        "bad_words": WORDS, "logits_processor": favour_the_last,
+    },
+}  # fmt: skip
+ALL = FILTERS | EDITS
+
+
+def naive(logits: list[float], p: SamplingParams, h: History) -> np.ndarray:
+    return naive_probabilities(naive_edits(logits, p, h), p)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_each_edit_gives_the_frequencies_of_a_naive_row(backend, name):
+    params = SamplingParams(**EDITS[name])
+    for seed in range(2):
+        logits, history = logits_of(1, seed=seed), history_of(1, seed=seed)
+
+        def draw(logits, uniform, history=history):
+            count = len(logits)
+            return run(logits, [params] * count, uniform, history * count, backend=backend)[0]
+
+        expected = naive(logits[0].double().tolist(), params, history[0])
+        assert_naive_frequencies(draw, logits, expected)
+    assert_fair(draw, logits, expected, 8000)
+
+
+def test_rows_with_different_filters_are_as_they_are_alone(backend):
+    """All of them twice in one batch, shuffled, greedy ones among them: no row sees another."""
+    params = [SamplingParams(**given) for given in ALL.values()] * 2
+    params += [replace(p, temperature=0.0) for p in params]
+    params += [replace(p, logprobs=2) for p in params[::3]]
+    order = np.random.default_rng(1).permutation(len(params))
+    params = [params[i] for i in order]
+    logits, history = logits_of(len(params)), history_of(len(params))
+    uniform = noise(range(len(params)), [0] * len(params), [3] * len(params))
+    together, scores = run(logits, params, uniform, history, 15.0, backend)
+    assert scores.keys() == {i for i, p in enumerate(params) if p.logprobs == 2}
+    for i, p in enumerate(params):
+        row = slice(i, i + 1)
+        alone, own = run(logits[row], [p], uniform[row], history[row], 15.0, backend)
+        assert alone.tolist() == [together[i]]
+        if p.logprobs is not None:
+            assert flat(own[0]) == pytest.approx(flat(scores[i]), abs=1e-5)
+
+
+def test_both_backends_draw_the_same():
+    params = [SamplingParams(**given) for given in ALL.values()] * 20
+    logits, history = logits_of(len(params), seed=9), history_of(len(params), seed=9)
+    uniform = noise(range(len(params)), [1] * len(params), [4] * len(params))
+    numba, _ = run(logits, params, uniform, history, 15.0, "numba")
+    assert torch.equal(numba, run(logits, params, uniform, history, 15.0, "sdpa")[0])
+
+
+def test_asking_for_log_probabilities_does_not_change_the_tokens(backend):
+    params = [SamplingParams(**given) for given in ALL.values()]
+    params += [replace(p, temperature=0.0) for p in params]
+    logits, history = logits_of(len(params)), history_of(len(params))
+    uniform = noise(range(len(params)), [0] * len(params), [8] * len(params))
+    tokens, _ = run(logits, params, uniform, history, 15.0, backend)
+    asking = [replace(p, logprobs=0) for p in params]
+    assert torch.equal(run(logits, asking, uniform, history, 15.0, backend)[0], tokens)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_greedy_is_the_argmax_after_the_edits(backend, name):
+    params = replace(SamplingParams(**ALL[name]), temperature=0.0)
+    logits, history = logits_of(20), history_of(20)
+    logits[:, 50] = logits[:, 10] = logits.max(-1).values  # the lowest id of equals
+    tokens = run(logits, [params] * 20, torch.rand(20), history, backend=backend)[0].tolist()
+    expected = [naive_edits(x.tolist(), params, h) for x, h in zip(logits, history, strict=True)]
+    assert tokens == [int(np.argmax(np.array(x, np.float32))) for x in expected]
+
+
+def test_greedy_rows_tell_logits_apart_that_the_cap_makes_equal(backend):
+    """Among rows that are edited or scored as when all are greedy."""
+    logits = logits_of(4)
+    logits[:, 20], logits[:, 40] = 200.0, 201.0  # tanh is 1 for both
+    greedy, score = SamplingParams(temperature=0), SamplingParams(temperature=0, logprobs=1)
+    hot, biased = SamplingParams(temperature=5.0), SamplingParams(logit_bias={3: 1.0})
+    params = [greedy, hot, score, biased]
+    mixed, _ = run(logits, params, [0.9] * 4, softcap=15.0, backend=backend)
+    assert mixed[[0, 2]].tolist() == [40, 40]
+
+
+# what is not used ---------------------------------------------------------------------------------
+
+
+def test_plain_rows_go_through_no_filter(monkeypatch):
+    """Nor do greedy ones whose argmax survives them, and no history is needed."""
+    monkeypatch.setattr(feature, "sample_special", refuse)
+    params = [SamplingParams(), SamplingParams(temperature=0, top_k=3), SamplingParams(top_p=0.5)]
+    plan = Plan([], [(i, SimpleNamespace(params=p), 9) for i, p in enumerate(params)], [])
+    pick(plan, logits_of(3), torch.tensor([1.0, 0.0, 1.0]), torch.rand(3), 15.0, "numba")
+
+
+@pytest.mark.parametrize(
+    "function, uses", [("banned", ["bad_words", "min_tokens"]), ("processed", ["logits_processor"])]
+)
+def test_a_filter_that_no_row_uses_does_not_run(monkeypatch, function, uses):
+    monkeypatch.setattr(feature, function, refuse)
+    others = [given for given in ALL.values() if not given.keys() & set(uses)]
+    params = [SamplingParams(**given) for given in others]
+    run(logits_of(len(params)), params, [0.5] * len(params))
+    with pytest.raises(AssertionError, match="nobody asked"):
+        params[0] = SamplingParams(**EDITS["everything"])
+        run(logits_of(len(params)), params, [0.5] * len(params))
+
+
+def test_what_a_step_asks_of_each_row_is_known_beforehand():
+    def flags(**given):
+        p = SamplingParams(**given)
+        return "".join(
+            letter
+            for letter, flag in zip(
+                "pehT", (p.plain, p.edited, p.needs_history, p.truncated), strict=True
+            )
+            if flag
+        )
+
+    neutral = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "logit_bias": {}}
+    assert flags() == flags(**neutral) == flags(bad_words=[], presence_penalty=0.0) == "p"
+    assert flags(stop="x", stop_token_ids=[3], n=4, seed=1, ignore_eos=True) == "p"
+    assert flags(temperature=0, top_k=5, top_p=0.5, min_p=0.5) == "p"
+    assert flags(top_k=5) == flags(top_p=0.5) == flags(min_p=0.5) == "pT"
+    assert flags(logprobs=0) == ""
+    assert flags(logit_bias={1: 1}) == flags(allowed_token_ids=[1]) == flags(min_tokens=1) == "e"
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        assert flags(**{name: 0.5}) == "eh"
+    assert flags(bad_words=["a"]) == flags(logits_processor=ban_even) == "eh"
+    assert flags(min_tokens=1, allowed_token_ids=[1]) == "eh"  # no token may be left
+
+
+# nothing left -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"allowed_token_ids": [3], "bad_words": [[3]]},
+        {"allowed_token_ids": [7, 8], "min_tokens": 100},
+        {"logits_processor": lambda tokens, logits: torch.full_like(logits, -torch.inf)},
+        {"logits_processor": lambda tokens, logits: logits * torch.nan},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_any_token_gets_minus_one_and_the_others_theirs(backend, given, temperature):
+    params = [SamplingParams(), SamplingParams(temperature, **given), SamplingParams(0.0)]
+    logits, history = logits_of(3), history_of(3)
+    tokens = run(logits, params, [0.5] * 3, history, backend=backend)[0].tolist()
+    alone = [run(logits[i : i + 1], [params[i]], [0.5], backend=backend)[0].item() for i in (0, 2)]
+    assert tokens == [alone[0], -1, alone[1]]
+    scored = [replace(p, logprobs=1) for p in params]
+    assert run(logits, scored, [0.5] * 3, history, backend=backend)[0].tolist() == tokens
+
+
+def test_a_processor_that_returns_no_logits_is_named():
+    for result, words in [(None, "None"), (torch.zeros(3), r"\(3,\)"), ([0.0] * V, "0.0")]:
+        params = SamplingParams(logits_processor=lambda tokens, logits, result=result: result)
+        with pytest.raises(TypeError, match=rf"logits_processor must return .*\({V},\).*{words}"):
+            run(logits_of(1), [params], [0.5], history_of(1))
+
+
+def test_a_processor_sees_the_tokens_so_far_and_float32_logits():
+    seen = []
+
+    def look(tokens, logits):
+        seen.append((tokens, logits.clone()))
+        return logits
+
+    history = history_of(2)
+    logits = logits_of(2).bfloat16()
+    params = [SamplingParams(logits_processor=look), SamplingParams(logits_processor=look)]
+    run(logits, params, [0.5] * 2, history, softcap=15.0)
+    for (tokens, given), h, row in zip(seen, history, logits, strict=True):
+        assert tokens == h.tokens[:16] and isinstance(tokens, list)
+        torch.testing.assert_close(given, 15 * torch.tanh(row.float() / 15), rtol=0, atol=5e-6)
+
+
+def test_bad_words_span_prompt_and_output():
+    """The first token of a word may be the prompt's last; a word longer than the text is none."""
+    params = SamplingParams(temperature=0, bad_words=[[1, 2], [9] * 9])
+    logits = torch.zeros(1, V)
+    logits[0, 2] = 5.0
+    assert run(logits, [params], [0.5], [History([0, 1], 2, 2)])[0].tolist() == [0]
+    assert run(logits, [params], [0.5], [History([1, 0], 2, 2)])[0].tolist() == [2]
+    logits[0, 9] = 6.0
+    assert run(logits, [params], [0.5], [History([9] * 7, 2, 7)])[0].tolist() == [9]
+    assert run(logits, [params], [0.5], [History([9] * 8, 2, 8)])[0].tolist() == [2]
+
+
+# log-probabilities --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_log_probabilities_of_the_model_and_of_the_sampler(backend, name, temperature):
+    params = replace(SamplingParams(**ALL[name]), temperature=temperature, logprobs=4)
+    logits, history = logits_of(6), history_of(6)
+    tokens, listed = run(logits, [params] * 6, torch.rand(6), history, 15.0, backend)
+    capped = 15 * torch.tanh(logits.double() / 15)
+    model = torch.log_softmax(capped, -1)
+    assert list(listed) == list(range(6))
+    for i, row in listed.items():
+        token, top = row["token_id"], row["top"]
+        assert token == tokens[i]
+        with np.errstate(divide="ignore"):
+            drawn = np.log(naive(capped[i].tolist(), params, history[i]))
+        likely = [int(t) for t in model[i].argsort(descending=True) if t != token][:4]
+        assert [t for t, _, _ in top] == likely
+        for t, logprob, sampler_logprob in [(token, row["logprob"], row["sampler_logprob"]), *top]:
+            assert logprob == pytest.approx(float(model[i, t]), abs=1e-5)
+            assert sampler_logprob == pytest.approx(drawn[t], abs=2e-5)
+        assert temperature > 0 or row["sampler_logprob"] == 0
+
+
+def test_each_row_gets_as_many_alternatives_as_it_asks_for():
+    params = [SamplingParams(logprobs=k) for k in (0, None, 3, 1, 2**31 - 1)]
+    _, listed = run(logits_of(5), params, [0.5] * 5)
+    assert {row: len(entry["top"]) for row, entry in listed.items()} == {0: 0, 2: 3, 3: 1, 4: V - 1}
+    ids = [t for t, _, _ in listed[4]["top"]]
+    assert sorted([*ids, listed[4]["token_id"]]) == list(range(V))
+    total = sum(math.exp(lp) for _, lp, _ in listed[4]["top"]) + math.exp(listed[4]["logprob"])
+    assert total == pytest.approx(1, abs=1e-5)
+    assert run(logits_of(1), [SamplingParams()], [0.5])[1] == {}
+
+
+def test_a_device_is_never_waited_for(monkeypatch):
+    """On the device "meta", which has no numbers: to read one, or to ask how many are true, is an
+    error there. And whatever goes up, goes through `on`, from pinned memory."""
+    sent, uploads = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            devices = [t.device.type for t in tree_leaves((args, out)) if torch.is_tensor(t)]
+            uploads.extend([func] * ("cpu" in devices and "meta" in devices))
+            return out
+
+    for module in sampler, feature:
+        monkeypatch.setattr(module, "on", lambda *args: sent.append(args) or on(*args))
+    params = [
+        SamplingParams(),
+        SamplingParams(top_k=3, top_p=0.5, min_p=0.1, logprobs=2, logit_bias={3: 1.0}),
+        SamplingParams(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.2),
+        SamplingParams(bad_words=((3, 4),), min_tokens=5, allowed_token_ids=[1, 2], logprobs=1),
+        SamplingParams(temperature=0, logits_processor=lambda token_ids, logits: 2 * logits),
+    ]
+    plan = planned(params, [History([1, 2, 3, 4, 5], 2, 5, (7,))] * len(params))
+    numbers = torch.empty(len(params), device="meta")
+    logits = torch.empty(len(params), 90, device="meta")
+    with Watch():
+        tokens = pick(plan, logits, numbers, numbers, 15.0, "sdpa")
+    assert tokens.shape == (5,) and plan.results["logprobs"].shape == (2, 3, 4)
+    assert len(uploads) == len(sent) > 20
+    with pytest.raises(NotImplementedError):
+        numbers[numbers > 0]
+
+
+# through the engine -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(MODEL, num_blocks=400) as llm:
+        yield llm
+
+
+def test_log_probabilities_of_greedy_tokens_are_those_that_score_gives(llm):
+    prompt = question(llm, "Who wrote Dracula?")
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=2)
+    output = llm.generate([prompt], params)[0]
+    (scores,) = llm.score([prompt], [output["token_ids"]])
+    entries = output["logprobs"]
+    assert [e["token_id"] for e in entries] == output["token_ids"]
+    assert max(abs(e["logprob"] - s) for e, s in zip(entries, scores, strict=True)) < 1e-4
+    assert all(e["sampler_logprob"] == 0 and len(e["top"]) == 2 for e in entries)
+    assert "logprobs" not in llm.generate([prompt], GREEDY)[0]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_filters_are_kept_by_the_engine_in_a_mixed_batch(overlap):
+    with LLM(MODEL, num_blocks=200) as llm:
+        set_overlap(llm, overlap)
+        prompt = question(llm, "Who wrote Dracula?")
+        plain = llm.generate([prompt], GREEDY)[0]
+        end = llm.tokenizer.special_tokens["<|assistant_end|>"]
+        seen = []
+
+        def only_fives(token_ids, logits):
+            seen.append(list(token_ids))
+            return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor([5]), 0.0)
+
+        params = [
+            SamplingParams(temperature=0, max_tokens=24, bad_words=["Bram"]),
+            SamplingParams(temperature=0, max_tokens=24, min_tokens=20),
+            SamplingParams(temperature=0.9, max_tokens=12, allowed_token_ids=[7, 8], seed=1),
+            SamplingParams(temperature=0, max_tokens=4, logit_bias={9: 1e5}),
+            SamplingParams(temperature=0, max_tokens=6, frequency_penalty=1e5),
+            SamplingParams(temperature=0, max_tokens=5, logits_processor=only_fives),
+            SamplingParams(temperature=0.8, max_tokens=9, logprobs=0, n=2, top_p=0.9, seed=3),
+            GREEDY,
+        ]
+        outputs = llm.generate([prompt] * len(params), params)
+        assert "Bram" not in outputs[0]["text"] and "Bram" in plain["text"]
+        assert end not in outputs[1]["token_ids"][:20] and end in plain["token_ids"]
+        assert set(outputs[2]["token_ids"]) == {7, 8}
+        assert outputs[3]["token_ids"] == [9] * 4
+        assert len(set(outputs[4]["token_ids"])) == 6
+        assert outputs[5]["token_ids"] == [5] * 5
+        assert seen == [prompt + [5] * k for k in range(5)]
+        assert [len(s["logprobs"]) for s in outputs[6]["samples"]] == [9, 9]
+        assert all(e["sampler_logprob"] >= e["logprob"] - 3 for e in outputs[6]["logprobs"])
+        assert outputs[7]["token_ids"] == plain["token_ids"]
+        assert everything_is_free(llm)
+
+
+def test_a_row_with_nothing_left_to_draw_ends_alone(llm):
+    stuck = SamplingParams(
+        temperature=0, max_tokens=9, logits_processor=lambda ids, x: x * torch.nan
+    )
+    failed, fine = llm.generate(["Once", "Once"], [stuck, GREEDY])
+    assert (failed["finish_reason"], failed["token_ids"]) == ("error", [])
+    assert fine["token_ids"] == llm.generate(["Once"], GREEDY)[0]["token_ids"]
+    assert everything_is_free(llm)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_logits_processor_that_raises_ends_its_request_alone(overlap):
+    def third_time_fails(token_ids, logits):
+        if len(token_ids) - len(prompt) == 2:
+            raise KeyError("no rule for this")
+        return logits
+
+    def too_short(token_ids, logits):
+        return logits[:3]
+
+    with LLM(MODEL, num_blocks=100) as llm:
+        set_overlap(llm, overlap)
+        prompt = llm.tokenizer.encode("Once upon a time", bos=True)
+        greedy = SamplingParams(temperature=0, max_tokens=9)
+        plain = llm.generate([prompt], greedy)[0]["token_ids"]
+        params = [
+            SamplingParams(temperature=0, max_tokens=9, logits_processor=third_time_fails),
+            SamplingParams(temperature=0, max_tokens=9, logits_processor=too_short),
+            greedy,
+        ]
+        ids = [llm.add_request(prompt, p) for p in params]
+        outputs = {}
+        while not llm.is_finished():
+            outputs |= {output["request_id"]: output for output in llm.step()}
+            llm.scheduler.blocks.check(llm.scheduler.running)
+        late, bad, fine = (outputs[i] for i in ids)
+        assert (late["finish_reason"], late["token_ids"]) == ("error", plain[:2])
+        assert late["stop_reason"] == "logits_processor: KeyError: 'no rule for this'"
+        assert bad["finish_reason"] == "error" and bad["token_ids"] == []
+        assert "must return logits of shape" in bad["stop_reason"]
+        assert fine["token_ids"] == plain
+        assert everything_is_free(llm)

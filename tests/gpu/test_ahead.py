@@ -1,0 +1,126 @@
+"""The loop one step ahead, and its Runner. That it gives the tokens of the plain loop, whatever
+fails or ends, tests/core/test_engine.py and test_failures.py ask of both loops."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL
+
+from microvllm import LLM, SamplingParams
+from microvllm.attention import PagedKVCache
+from microvllm.engine import make_batch
+from microvllm.full import compose
+from microvllm.gpu import ahead
+from microvllm.gpu.ahead import AheadRunner, placeholders
+from microvllm.model import GPTConfig
+from microvllm.scheduler import BlockManager, Plan, Sequence
+
+
+def sequence(num_tokens: int, max_tokens: int = 9) -> Sequence:
+    seq = Sequence(0, list(range(num_tokens)), SamplingParams(max_tokens=max_tokens, seed=0))
+    seq.table.extend(range(1, 9))
+    return seq
+
+
+def flight(*seqs: Sequence) -> Plan:
+    """A step that computes the last token of each and samples the next."""
+    chunks = [(seq, len(seq.tokens) - 1, len(seq.tokens)) for seq in seqs]
+    return Plan(chunks, [(i, seq, stop) for i, (seq, _, stop) in enumerate(chunks)], [])
+
+
+@pytest.fixture
+def llm():
+    with LLM(MODEL, device="cpu", num_blocks=60) as llm:
+        llm.runner.__class__ = compose(AheadRunner, type(llm.runner))
+        llm.overlap = True
+        yield llm
+
+
+def test_a_step_is_launched_before_the_last_ones_tokens_are_read(llm, monkeypatch):
+    order, visible = [], []
+    launch, read = llm.runner.launch, llm.runner.read
+
+    def launched(plan):
+        order.append("launch")
+        visible.append([seq.tokens[-1] for seq, *_ in plan.chunks])
+        launch(plan)
+
+    def was_read(plan):
+        order.append("read")
+        assert all(token >= 0 for _, seq, _ in plan.samples for token in seq.tokens)
+        return read(plan)
+
+    monkeypatch.setattr(llm.runner, "launch", launched)
+    monkeypatch.setattr(llm.runner, "read", was_read)
+    prompt, params = [5, 6, 7], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    llm.generate([prompt], params, False)
+    assert order == ["launch", *["launch", "read"] * 3, "read"]
+    assert visible == [[7], [-1], [-1], [-1]]
+    order.clear()
+    # a penalty wants to know the last token before the next is drawn
+    penalised = SamplingParams(max_tokens=3, seed=0, repetition_penalty=1.2, ignore_eos=True)
+    llm.generate([prompt], penalised, False)
+    assert order == ["launch", "read"] * 3
+
+
+def test_a_sequence_that_has_ended_is_in_one_step_more_and_its_token_is_dropped(llm):
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    (free,) = llm.generate(["Once upon a time"], params, False)
+    steps = llm.stats()["steps"]
+    stopped = SamplingParams(temperature=0, max_tokens=6, stop_token_ids=[free.token_ids[2]])
+    (output,) = llm.generate(["Once upon a time"], stopped, False)
+    assert output.token_ids == free.token_ids[:3] and output.finish_reason == "stop"
+    assert llm.stats()["steps"] - steps == 3 and llm._flight  # the one by mistake is under way
+    llm._settle()
+    assert llm.stats()["steps"] - steps == 4 and llm._flight is None
+    assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_usable
+
+
+def test_placeholders_are_there_while_a_step_is_planned_and_only_where_a_token_is_due():
+    seqs = going, over, written, last = sequence(3), sequence(4), sequence(5), sequence(6, 1)
+    plan = flight(*seqs)
+    over.finish_reason = "stop"
+    written.tokens += [41, 42]  # by a tool
+    with pytest.raises(KeyboardInterrupt), placeholders(plan):
+        assert [seq.tokens[-1] for seq in seqs] == [~0, 3, 42, 5]
+        raise KeyboardInterrupt
+    assert [len(seq.tokens) for seq in seqs] == [3, 4, 7, 6]
+    with placeholders(None):
+        pass
+
+
+def test_ids_of_the_last_step_are_taken_from_the_device():
+    """The row says which; where nothing could be drawn any id does."""
+    seqs = [sequence(3), sequence(4), sequence(2)]
+    last = flight(*seqs)
+    with placeholders(last):
+        batch = make_batch(flight(*seqs[:2]), BlockManager(9, 4))
+    assert batch.ids.tolist() == [-1, -2]
+    runner = AheadRunner(SimpleNamespace(device=torch.device("cpu")), None, None)
+    runner.last = torch.tensor([70, -1, 72])
+    there = runner.upload(batch)
+    assert there.ids.tolist() == [70, 0] and there.ids.dtype == torch.int32
+    for name, array in batch._asdict().items():
+        if isinstance(array, np.ndarray) and name != "ids":
+            assert np.array_equal(getattr(there, name).numpy(), array), name
+    seqs[0].tokens += [~0, 5]
+    with pytest.raises(AssertionError, match="behind a token that is not known"):
+        runner.upload(make_batch(flight(seqs[0]), BlockManager(9, 4)))
+
+
+def test_blocks_are_copied_in_parts(monkeypatch):
+    config = GPTConfig(64, 9, 3, 2, 1, 16)
+    mine, theirs = (PagedKVCache(config, 9, 4, torch.float32, "cpu") for _ in range(2))
+    mine.data.copy_(torch.randn(mine.data.shape)), theirs.data.copy_(mine.data)
+    copies = [(1, 2), (3, 4), (2, 5), (6, 7), (7, 1)]  # in this order
+    runner = AheadRunner(None, mine, None)
+    monkeypatch.setattr(ahead, "COPY_BYTES", 1)  # one at a time
+    runner.copy(copies), runner.copy([])
+    for source, target in copies:
+        theirs.data[:, :, target] = theirs.data[:, :, source]
+    assert torch.equal(mine.data, theirs.data)
+    monkeypatch.setattr(ahead, "COPY_BYTES", 2**28)
+    runner.copy([(1, 3), (2, 4)]), theirs.copy_blocks([(1, 3), (2, 4)])
+    assert torch.equal(mine.data, theirs.data)

@@ -1,0 +1,116 @@
+"""deterministic=True on the GPU's kernels: a row's bits do not depend on the rows beside it."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import Fixture, era_fixtures
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
+
+from test_kernels_gpu import attention_case, chunk_of  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from microvllm import LLM, SamplingParams  # noqa: E402
+from microvllm.full import compose  # noqa: E402
+from microvllm.gpu.ahead import AheadRunner  # noqa: E402
+from microvllm.gpu.attention import fixed_attention  # noqa: E402
+from microvllm.gpu.steps import linear  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def matrix_unit(monkeypatch):
+    """In the interpreter, one that like the real ones treats all rows of a tile alike: numpy's
+    product does not."""
+
+    def dot(self, a, b, d, *_):
+        rows = [(row[:, None] * b.data).sum(0, dtype=d.data.dtype) for row in a.data]
+        return interpreter.TensorHandle(np.stack(rows) + d.data, d.dtype.scalar)
+
+    if not CUDA:
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+def test_the_tiled_product_is_a_product_and_its_rows_do_not_know_each_other():
+    device = torch.device("cuda" if CUDA else "cpu")
+    for dtype, error in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
+        for K, N in ((24, 1), (136, 70), (64, 130)):
+            x, w = (torch.randn(n, K + 8).to(device, dtype)[:, :K] for n in (70, N))
+            w = w.contiguous()
+            y = linear(x, w)
+            exact = x.float() @ w.float().T
+            assert (y.float() - exact).norm() < error * exact.norm()
+            for first, last in ((0, 1), (3, 4), (5, 69), (64, 70)):
+                assert torch.equal(linear(x[first:last], w), y[first:last])
+
+
+def test_a_row_of_attention_is_the_same_as_a_decode_or_in_any_chunk():
+    for group, window in ((1, -1), (3, 20)):
+        q, _, (k, v), batch = attention_case([(1, 9), (40, 70)], group, 1, 16, 4, torch.float32)
+        whole = fixed_attention(q, k, v, batch, window)
+        for start, stop in ((0, 1), (0, 27), (27, 40), (39, 40)):
+            alone = chunk_of(batch, 1, start, stop)
+            out = fixed_attention(q[1 + start : 1 + stop], k, v, alone, window)
+            assert torch.equal(out, whole[1 + start : 1 + stop])
+        alone = chunk_of(batch, 0, 0, 1)
+        assert torch.equal(fixed_attention(q[:1], k, v, alone, window), whole[:1])
+
+
+class Record(dict):
+    """The logits of every text that an engine was asked to continue; equal texts, equal bits."""
+
+    seen = 0
+
+    def watch(self, llm: LLM) -> LLM:
+        pick, llm.overlap = llm.runner.pick, False  # so that all texts are known
+
+        def watched(plan, logits, *drawn_from):
+            for (_, seq, position), row in zip(plan.samples, logits, strict=True):
+                bits = row.float().cpu().numpy().tobytes()
+                text = tuple(seq.tokens[:position])
+                assert self.setdefault(text, bits) == bits, f"{len(text)} tokens, other logits"
+                self.seen += 1
+            return pick(plan, logits, *drawn_from)
+
+        llm.runner.pick = watched
+        return llm
+
+
+@pytest.mark.slow
+def test_an_engine_on_the_gpus_kernels(one_thread, monkeypatch):
+    fixture = Fixture(*era_fixtures()["era5"])
+    if not CUDA:
+        monkeypatch.setattr("microvllm.gpu.backend.has_triton", lambda device: True)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+
+    def build(**options):
+        options = {"num_blocks": 60, "block_size": 4, "dtype": "float32"} | options
+        options |= {"device": "cuda" if CUDA else "cpu", "tokenizer_path": fixture.tokenizer}
+        options |= {"attention": "triton", "cuda_graphs": False, "deterministic": True}
+        llm = LLM(fixture.directory, **options)
+        assert llm.model.backend.attend is fixed_attention
+        for matrix in llm.model.linears.values():
+            assert matrix.backend.product is linear
+            matrix.slice = 0  # which is for libraries on a CPU
+        if not CUDA:
+            llm.runner.__class__ = compose(AheadRunner, type(llm.runner))
+        return llm
+
+    def greedy(prompts, max_tokens, llm) -> list[list[int]]:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        return [output["token_ids"] for output in llm.generate(prompts, params, False)]
+
+    record, random = Record(), np.random.default_rng(0)
+    shared, *tails = random.integers(60, size=(3, 9)).tolist()
+    prompts = [shared[:1], shared[:3] + tails[0][:3], shared[:4] + tails[1][:5]]
+    llm = record.watch(build(max_batched_tokens=9))
+    alone = [greedy([prompt], 3, llm)[0] for prompt in prompts[1:]]
+    cold = record.watch(build(enable_prefix_caching=False))
+    for engine in (llm, cold):
+        assert greedy(prompts, 3, engine)[1:] == alone
+    assert greedy([prompts[2] + alone[1][:-1]], 1, cold) == [alone[1][-1:]]
+    assert record.seen > 2 * len(record)

@@ -1,0 +1,86 @@
+"""Where nanochat keeps its checkpoints, and which of them is meant."""
+
+import os
+
+import pytest
+from conftest import ERAS
+from test_checkpoint import FIXTURES, refused
+
+from microvllm import LLM, SamplingParams
+from microvllm.sources.places import find_nanochat
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", ["era1_padded", "era3b", "era5"])
+def test_a_base_directory_of_nanochat(name, monkeypatch):
+    fixture = FIXTURES[name]
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(ERAS / name))
+    wanted = fixture.json["checkpoint"]
+    folder = find_nanochat(wanted["source"])
+    assert folder == fixture.directory and folder.name == wanted["model_tag"]
+    tag = wanted["model_tag"]
+    for arguments in [
+        {"source": wanted["source"]},
+        {"source": wanted["source"], "model_tag": tag, "step": wanted["step"]},
+    ]:
+        with LLM.from_nanochat(
+            **arguments, device="cpu", num_blocks=64, **fixture.overrides
+        ) as llm:  # fmt: skip
+            prompt = fixture.json["prompts"][4]
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+            (output,) = llm.generate([prompt["ids"]], params, use_tqdm=False)
+            assert output["token_ids"] == prompt["greedy_tokens"]
+
+
+def test_the_default_source_is_sft(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(ERAS / "era5"))
+    with LLM.from_nanochat(device="cpu", num_blocks=4) as llm:
+        assert llm.model.recipe.era == "5"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(ERAS / "era4"))  # base only
+    with refused(FileNotFoundError, "chatsft_checkpoints", "NANOCHAT_BASE_DIR"):
+        LLM.from_nanochat()
+    with refused(ValueError, "source", "'pretrain'", "base", "mid", "sft", "rl"):
+        LLM.from_nanochat("pretrain")
+    with refused(FileNotFoundError, "'d12'", "d6"):
+        LLM.from_nanochat("base", "d12")
+    with refused(FileNotFoundError, "model_000001.pt"):
+        LLM.from_nanochat("base", step=1)
+
+
+def test_the_default_tag_is_the_largest_number_else_the_newest(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    folder = tmp_path / "base_checkpoints"
+    with refused(FileNotFoundError, folder, "NANOCHAT_BASE_DIR"):
+        find_nanochat("base")
+    folder.mkdir()
+    (folder / "d99").touch()  # a file is no checkpoint
+    with refused(FileNotFoundError, folder, "NANOCHAT_BASE_DIR"):
+        find_nanochat("base")
+    for age, tag in enumerate(["newest", "middle", "depth"]):
+        (folder / tag).mkdir()
+        os.utime(folder / tag, (1e9 - age, 1e9 - age))
+    assert find_nanochat("base") == folder / "newest"
+    for tag, expected in [("d4", "d4"), ("d20", "d20"), ("d9", "d20"), ("d32-long", "d32-long")]:
+        (folder / tag).mkdir()
+        assert find_nanochat("base") == folder / expected
+    assert find_nanochat("base", "middle") == folder / "middle"
+    for tag in ("../base_checkpoints", "", ".", "d99", "D4"):
+        with refused(FileNotFoundError, repr(tag), "d20", "newest"):
+            find_nanochat("base", tag)
+
+
+def test_each_source_has_its_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("NANOCHAT_BASE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    home = tmp_path / "home/.cache/nanochat"
+    folders = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
+    for base in (tmp_path / "base", home):
+        for folder in folders.values():
+            (base / f"{folder}_checkpoints" / "d4").mkdir(parents=True)
+    for source, folder in folders.items():
+        assert find_nanochat(source) == home / f"{folder}_checkpoints" / "d4"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+            expected = tmp_path / "base" / f"{folder}_checkpoints" / "d4"
+            assert find_nanochat(source) == expected
