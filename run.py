@@ -2,7 +2,7 @@
 
 import argparse
 
-from microvllm import cli
+from microvllm.cli import commands, flags, terminal
 
 QUESTIONS = (
     "Who wrote Moby Dick?",
@@ -19,19 +19,19 @@ BEGINNINGS = (
 
 
 def run(args: argparse.Namespace) -> None:
-    params = cli.sampling_params(args)
-    with cli.load(args) as llm:
-        chat = llm.tokenizer.has_chat and not args.raw
-        print(cli.answer(args, llm, args.prompt or (QUESTIONS if chat else BEGINNINGS), params))
+    params = commands.sampling_params(args)
+    with commands.load(args) as llm:
+        samples = QUESTIONS if commands.chats(llm, args.raw) else BEGINNINGS
+        print(commands.answer(args, llm, args.prompt or samples, params))
 
 
 def main() -> None:
-    parser = cli.Parser(description="A few prompts through the engine.")
+    parser = terminal.Parser(description="A few prompts through the engine.")
     parser.add_argument("--prompt", action="append", help="may be repeated (a few samples)")
-    cli.engine_flags(parser)
-    cli.sampling_flags(parser, max_tokens=128, temperature=0.8, top_k=50)
+    flags.engine_flags(parser)
+    flags.sampling_flags(parser, max_tokens=128, temperature=0.8, top_k=50)
     parser.set_defaults(command=run, json=False)
-    cli.execute(parser.parse_args())
+    terminal.execute(parser.parse_args())
 
 
 if __name__ == "__main__":

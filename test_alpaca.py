@@ -5,14 +5,14 @@ The instructions come from --prompts-file, else from the tatsu-lab/alpaca data s
 a script, and pytest does not collect it.
 """
 
-from microvllm import cli
+from microvllm.cli import commands, flags, terminal
 
 
 def main() -> None:
-    parser = cli.Parser(description="Throughput on Alpaca's instructions.")
-    cli.bench_flags(parser)
-    parser.set_defaults(command=cli.bench)
-    cli.execute(parser.parse_args())
+    parser = terminal.Parser(description="Throughput on Alpaca's instructions.")
+    flags.bench_flags(parser)
+    parser.set_defaults(command=commands.bench)
+    terminal.execute(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import torch
 from compare import cores, processor
 
 from microvllm import LLM, SamplingParams
-from microvllm.cli import MODEL_DIR, encode
 from microvllm.cli.bench import BUNDLED, read_prompts
+from microvllm.cli.commands import MODEL_DIR, encode
 from run import QUESTIONS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
-from microvllm.jobs.batch import Ask, Job, answer, carry_out
+from microvllm.jobs import Ask, Job, answer, carry_out
 
 ROOT = Path(__file__).resolve().parent.parent
 

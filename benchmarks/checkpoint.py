@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 import tiktoken
 import torch
 
-from microvllm.checkpoint import expected_shapes
+from microvllm.checkpoint import empty_model
 from microvllm.model import RECIPES, GPTConfig
 from microvllm.sources import huggingface
+from microvllm.sources.strict import make_config
 
 SPECIAL = (
     "bos", "user_start", "user_end", "assistant_start", "assistant_end",
@@ -81,7 +82,7 @@ def shape(args: argparse.Namespace) -> dict:
     }
     if args.era != "1":
         config["window_pattern"] = "SSSL"
-    GPTConfig.from_meta(config, "the shape")  # raises
+    make_config(config, "the shape")  # raises
     return config
 
 
@@ -90,10 +91,9 @@ def random_weights(config: dict, era: str, device: str, storage: torch.dtype, se
     generator = torch.Generator(device).manual_seed(seed)
     rows = math.ceil(config["vocab_size"] / 64) * 64  # nanochat pads the vocabulary to 64s
     weights = {}
-    for name, size in expected_shapes(GPTConfig(**config), RECIPES[era], rows).items():
-        mean, std = SIZES.get(
-            name, (0.0, size[-1] ** -0.5)
-        )  # a product keeps the size of its input
+    for name, empty in empty_model(GPTConfig(**config), RECIPES[era], rows).state_dict().items():
+        size = empty.shape
+        mean, std = SIZES.get(name, (0.0, size[-1] ** -0.5))  # a product keeps its input's size
         dtype = storage if len(size) == 2 else torch.float32
         if name.endswith("c_proj.weight"):  # 2 * n_layer of them add up in the residual
             std *= (2 * config["n_layer"]) ** -0.5

@@ -9,7 +9,7 @@ medians over the steps in which all of them decode, and the step is their sum: w
 does in some of the steps does not count. "python" is all of a step that is neither in the model nor
 in the sampler: planning, tensors for the plan, reading the tokens, books. The clocks' own time is
 in there too. All layers are one compiled call, into which no clock can look, so the same work is
-done once more with model.py's loop over them instead: it takes longer, but shows where.
+done once more with fused/model.py's loop over them: it takes longer, but shows where.
 
 The perplexity: of the answers of the bundled prompts, given their instructions, by the bundled
 model in float32, bfloat16 and int8.
@@ -41,9 +41,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 import torch
 from compare import BUNDLED, SHAPES, cores, find_model, processor, workload
 
-from microvllm import LLM, SamplingParams, engine
+from microvllm import LLM, SamplingParams, full
 from microvllm.cli.bench import BUNDLED as PROMPTS
-from microvllm.fused import linear
+from microvllm.engine import Runner
+from microvllm.fused.linear import Linear
+from microvllm.fused.runner import FusedRunner
 
 KINDS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
 PYTHON = ("schedule", "batch", "upload", "update", "other python")
@@ -73,14 +75,14 @@ class Clocks:
 
     def watch(self, llm: LLM) -> Callable[[], None]:
         """Put a clock around each part of this engine; returns what takes them off again."""
-        ops, kept = llm.model.ops, []
+        kernels, runner, kept = llm.model.backend, llm.runner, []
         places = [
             (llm, "_advance", "other python"), (llm.scheduler, "schedule", "schedule"),
-            (engine, "make_batch", "batch"), (engine.Batch, "upload", "upload"),
-            (llm.scheduler, "update", "update"), (engine, "sample", "sampler"),
-            (llm.model, "forward", "model, the rest"), (llm.model, "attend", "attention"),
-            (ops, "add_norm", "add_norm"), (ops, "rope_store", "rope_store"),
-            (ops, "relu2", "relu2"), (linear.Linear, "__call__", "products"),
+            (runner, "batch", "batch"), (runner, "upload", "upload"),
+            (llm.scheduler, "update", "update"), (runner, "sample", "sampler"),
+            (llm.model, "forward", "model, the rest"), (kernels, "attend", "attention"),
+            (kernels, "add_norm", "add_norm"), (kernels, "rope_store", "rope_store"),
+            (kernels, "relu2", "relu2"), (Linear, "__call__", "products"),
             (llm.model, "logits", "model, the rest"),
         ]  # fmt: skip
         if llm.model.compiled:
@@ -160,7 +162,8 @@ def perplexity(count: int, options: dict) -> dict:
 
 def host(sequences: int, top_k: int, new: int = 64) -> float:
     """Milliseconds of a step of so many decodes, all prompts' steps among them."""
-    from microvllm.gpu.graphs import DecodeGraphs
+    from microvllm.gpu.ahead import AheadRunner
+    from microvllm.gpu.graphs import DecodeGraphs, GraphRunner
 
     class Idle(DecodeGraphs):
         def _record(self, *_):
@@ -178,12 +181,14 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
     empty, times = torch.empty, []
     with (
         LLM(str(BUNDLED), device="cpu", **options) as llm,
-        mock.patch.object(engine, "sample", drawn),
         mock.patch.object(torch.cuda, "graph_pool_handle", lambda: None),
         mock.patch.object(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k)),
     ):
         llm.overlap = True
-        llm.graphs = Idle(llm.model, llm.cache, llm.max_batch_size, llm.max_model_len)
+        runners = AheadRunner, *full.parts("runner"), GraphRunner, FusedRunner, Runner
+        llm.runner.__class__, llm.runner.sample = full.compose(*runners), drawn
+        limits = llm.max_batch_size, llm.max_model_len
+        llm.runner.graphs = Idle(llm.model, llm.cache, *limits)
         llm.model.forward = lambda batch, cache: torch.zeros(len(batch.logit_rows), 1)
         llm.model.logits = lambda h: h
         for turn in range(5):

@@ -60,7 +60,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
@@ -69,6 +68,7 @@ import torch
 import torch.nn.functional as F
 from checkpoint import SPECIAL, add_shape_arguments, make_checkpoint, shape
 from cpu import perplexity
+from gpu_peers import TEMPERATURE, EagerLoop, synchronize, transformers_peer
 
 from microvllm import LLM, SamplingParams
 from microvllm.model import RECIPES, GPTConfig, layer_windows
@@ -79,7 +79,6 @@ PARTS = (
     "quantized", "peers",
 )  # fmt: skip
 ROWS = (1, 32, 128, 256, 512, 1024, 2048, 4096)  # rows of a step whose matrix products are timed
-TEMPERATURE = 0.7
 STATS = (
     "steps", "preemptions", "cached_tokens", "prefill_tokens", "prefill_seconds", "decode_seconds",
 )  # fmt: skip
@@ -329,7 +328,7 @@ class Bench:
         warm, stats = time.perf_counter() - start, self.llm.stats()
         tokens = stats["num_blocks"] * stats["block_size"]
         gb = self.llm.cache.data.nbytes / 1e9
-        graphs = self.llm.graphs
+        graphs = getattr(self.llm.runner, "graphs", None)
         ways = dict(sorted(graphs.ways.items())) if graphs else {}  # of steps of a few rows
         found = "".join(f"; {size} rows: {way}" for size, way in ways.items())
         self.report(
@@ -534,7 +533,7 @@ class Bench:
         except ImportError:
             say("peers: transformers is not installed, skipped")
             return
-        self.transformers_peer(transformers)
+        transformers_peer(self, transformers)
         free_memory()
 
     def peer(self, name: str, part: str, tokens: int, seconds: float) -> None:
@@ -561,138 +560,6 @@ class Bench:
                 loop.generate(prompt, samples, count)
             synchronize(self.device)
             self.peer("eager", part, len(prompts) * samples * count, time.perf_counter() - start)
-
-    def transformers_peer(self, transformers: ModuleType) -> None:
-        c = self.config
-        # no end token and no top-k: the same work as ours
-        config = transformers.NanoChatConfig(
-            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=4 * c.n_embd,
-            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head, max_position_embeddings=c.sequence_len,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "eos_token_id": None,
-                    "pad_token_id": 0}  # fmt: skip
-        with torch.device(self.device):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation="sdpa"
-            ).eval()
-
-        def padded(prompts: list[list[int]], new: int) -> tuple[int, float]:
-            """Tokens made, and seconds, of `generate` over the prompts padded on the left."""
-            longest = max(map(len, prompts))
-            pads = [longest - len(prompt) for prompt in prompts]
-            ids = [[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]
-            mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
-            synchronize(self.device)
-            start = time.perf_counter()
-            out = model.generate(
-                input_ids=torch.tensor(ids, device=self.device),
-                attention_mask=torch.tensor(mask, device=self.device),
-                max_new_tokens=new,
-                **sampling,
-            )
-            synchronize(self.device)
-            return (out.shape[1] - longest) * len(prompts), time.perf_counter() - start
-
-        def paged(prompts: list[list[int]], new: int) -> tuple[int, float]:
-            """The same of `generate_batch`. Its manager is kept: a second call pays no set-up."""
-            settings = transformers.GenerationConfig(max_new_tokens=new, **sampling)
-            start = time.perf_counter()
-            outputs = model.generate_batch(
-                prompts, generation_config=settings, persistent_manager=True
-            )
-            seconds = time.perf_counter() - start
-            return sum(len(output.generated_tokens) for output in outputs.values()), seconds
-
-        requests, stream = self.headline_requests(), self.shrunk(128)
-        many, new = [length for length, _ in requests], requests[0][1]
-        for run, name, part, prompt_lengths, count, warm_up in (
-            (padded, "transformers_generate", "single", [stream], stream, 2),
-            (padded, "transformers_generate", "headline", many, new, 2),
-            # a whole run, from which its manager sees how large to make everything
-            (paged, "transformers_generate_batch", "headline", many, new, new),
-        ):
-            run([self.prompt(length) for length in prompt_lengths], warm_up)
-            tokens, seconds = run([self.prompt(length) for length in prompt_lengths], count)
-            # generate_batch gives nothing, and no error, when its thread dies
-            if tokens == count * len(prompt_lengths):
-                self.peer(name, part, tokens, seconds)
-            else:
-                say(f"peers: {name}, {part}: {tokens} tokens made, so not counted")
-        model.destroy_cached_continuous_batching_manager()
-
-
-class EagerLoop:
-    """A stand-in for nanochat's Engine: plain torch, contiguous K and V, SDPA, kernel by kernel.
-
-    Kinder than the original, which casts its float32 weights to bfloat16 at each use.
-    """
-
-    def __init__(self, config: GPTConfig, device: torch.device, dtype: torch.dtype):
-        c, kv = config.n_embd, config.n_kv_head * config.head_dim
-        with torch.device(device):
-            self.embedding = torch.nn.Embedding(config.vocab_size, c, dtype=dtype)
-            sizes = [(c, c), (c, kv), (c, kv), (c, c), (c, 4 * c), (4 * c, c)]
-            self.layers = [
-                [torch.nn.Linear(*s, bias=False, dtype=dtype) for s in sizes]
-                for _ in range(config.n_layer)
-            ]
-            self.head = torch.nn.Linear(c, config.vocab_size, bias=False, dtype=dtype)
-            steps = torch.arange(config.head_dim // 2) * (-2 / config.head_dim)
-            angles = torch.outer(torch.arange(config.sequence_len), 10_000.0**steps)
-        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        self.config, self.device, self.dtype = config, device, dtype
-
-    def forward(self, ids: torch.Tensor, cache: torch.Tensor, start: int) -> torch.Tensor:
-        """Logits (B, V) after ids (B, T) at positions `start` on.
-
-        cache: (layers, k and v, B, kv heads, positions, D), filled before `start`.
-        """
-        (batch, count), d = ids.shape, self.config.head_dim
-        cos, sin = self.cos[start : start + count], self.sin[start : start + count]
-        x = rms(self.embedding(ids))
-        for (to_q, to_k, to_v, proj, up, down), (k_cache, v_cache) in zip(
-            self.layers, cache, strict=True
-        ):
-            h = rms(x)
-            q, k, v = (to(h).view(batch, count, -1, d).transpose(1, 2) for to in (to_q, to_k, to_v))
-            q, k = (rms(rotate(t, cos, sin)) for t in (q, k))
-            k_cache[:, :, start : start + count], v_cache[:, :, start : start + count] = k, v
-            k, v = k_cache[:, :, : start + count], v_cache[:, :, : start + count]
-            y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=count > 1, enable_gqa=k.shape[1] != q.shape[1]
-            )
-            x = x + proj(y.transpose(1, 2).reshape(batch, count, -1))
-            x = x + down(F.relu(up(rms(x))).square())
-        logits = self.head(rms(x[:, -1])).float()
-        return 15 * torch.tanh(logits / 15)
-
-    def generate(self, prompt: list[int], samples: int, new: int) -> list[list[int]]:
-        """`new` tokens for each of `samples` rows; a column comes to the host at every step."""
-        c = self.config
-        size = (c.n_layer, 2, samples, c.n_kv_head, len(prompt) + new, c.head_dim)
-        cache = torch.empty(size, device=self.device, dtype=self.dtype)
-        # one prefill, copied to all rows
-        logits = self.forward(torch.tensor([prompt], device=self.device), cache[:, :, :1], 0)
-        cache[:, :, 1:, :, : len(prompt)] = cache[:, :, :1, :, : len(prompt)]
-        logits = logits.expand(samples, -1)
-        columns = []
-        for start in range(len(prompt), len(prompt) + new):
-            ids = torch.multinomial(torch.softmax(logits / TEMPERATURE, dim=-1), 1)
-            columns.append(ids[:, 0].tolist())
-            if len(columns) < new:
-                logits = self.forward(ids, cache, start)
-        return columns
-
-
-def rms(x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, (x.shape[-1],))
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 # what a user's first program does, with a clock; argv: when it was started, arguments of LLM
@@ -729,11 +596,6 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def free_memory() -> None:

@@ -49,7 +49,8 @@ import torch.nn.functional as F
 import triton
 from gpu import copy_bandwidth, describe, free_memory, median_seconds, product_peak, say
 
-from microvllm.gpu import kernels as K
+from microvllm.gpu import attention, launch, sampler, steps
+from microvllm.gpu.few_rows import linear_add, norm_linear
 
 LAYERS, WIDTH, HEADS, DIM, VOCAB, BLOCK_SIZE = 34, 2176, 17, 128, 65536, 16
 EPS, SCALE = 2.0**-23, math.log2(math.e) / math.sqrt(DIM)
@@ -75,7 +76,7 @@ def device() -> torch.device:
 
 def options() -> dict:
     """What every launch of the package's kernels is given."""
-    return K._device(device())[2]
+    return launch.options(device())
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -117,7 +118,7 @@ class Paged:
         return self.cache[i % self.layers]
 
     def attend(self, i: int) -> None:
-        K.paged_attention(self.q, *self.layer(i), self.batch, -1)
+        attention.paged_attention(self.q, *self.layer(i), self.batch, -1)
 
     def decode(self, tile: int, warps: int, splits: int, units: bool, i: int) -> None:
         (k, v), batch, count = self.layer(i), self.batch, len(self.q)
@@ -126,7 +127,7 @@ class Paged:
             shape = (count, HEADS, splits)
             parts = torch.empty((*shape, DIM), dtype=torch.float32, device=k.device)
             lse = torch.empty(shape, dtype=torch.float32, device=k.device)
-        K._decode[(HEADS, count, splits)](
+        attention._decode[(HEADS, count, splits)](
             self.q, k, v, batch.block_tables, batch.seq_lens, parts, lse,
             batch.block_tables.stride(0), k.stride(0), SCALE, -1,
             HEADS, 1, DIM, BLOCK_SIZE, DIM, 16 if units else 1, tile,
@@ -134,13 +135,13 @@ class Paged:
         )  # fmt: skip
         if splits > 1:
             block = triton.next_power_of_2(splits)
-            K._combine[(count * HEADS,)](
+            attention._combine[(count * HEADS,)](
                 parts, lse, self.out, splits, DIM, DIM, block, num_warps=4, **options()
             )
 
     def chunk(self, block_m: int, tile: int, warps: int, stages: int, i: int) -> None:
         (k, v), batch, count = self.layer(i), self.batch, len(self.batch.seq_lens)
-        K._chunk[(HEADS, len(self.q) // block_m + count)](
+        attention._chunk[(HEADS, len(self.q) // block_m + count)](
             self.q, k, v, batch.block_tables, batch.seq_lens, batch.cu_seqlens, self.out, 0, count,
             batch.block_tables.stride(0), k.stride(0), SCALE, -1, HEADS, 1, DIM, BLOCK_SIZE, DIM, 1,
             block_m, tile, num_warps=warps, num_stages=stages, **options(),
@@ -203,10 +204,10 @@ def fused_cases() -> Iterator[Case]:
         # add_norm reads three and writes two
 
         def add_norm(i, x=x, y=y, x0=x0):
-            K.add_norm(x[i % 4], y, x0, one, one, EPS)
+            steps.add_norm(x[i % 4], y, x0, one, one, EPS)
 
         def add_norm_with(warps, i, x=x, y=y, x0=x0, x_new=x_new, h=h):
-            K._add_norm[(len(x0),)](
+            steps._add_norm[(len(x0),)](
                 x[i % 4], y, x0, one, one, x_new, h, EPS, WIDTH, triton.next_power_of_2(WIDTH),
                 num_warps=warps, **options(),
             )  # fmt: skip
@@ -217,12 +218,12 @@ def fused_cases() -> Iterator[Case]:
             yield Case(name, partial(add_norm_with, warps), rows * WIDTH * 10)
 
         def relu2(i, wide=wide):
-            K.relu2(wide[i % 4])
+            steps.relu2(wide[i % 4])
 
         def relu2_with(block, warps, i, wide=wide):
             count = wide[0].numel()
             grid = (triton.cdiv(count, block),)
-            K._relu2[grid](wide[i % 4], count, block, num_warps=warps, **options())
+            steps._relu2[grid](wide[i % 4], count, block, num_warps=warps, **options())
 
         yield Case(f"relu2 {rows} default", relu2, rows * WIDTH * 16)
         for block, warps in ((1024, 4), (2048, 4), (4096, 4), (4096, 8)):
@@ -235,7 +236,9 @@ def fused_cases() -> Iterator[Case]:
 
         def rope_store(ve, gate, i, paged=paged, qkv=qkv, h=h, cos=cos, sin=sin):
             k, v = paged.layer(0)
-            K.rope_store(qkv[i % 4], h, ve, gate, cos, sin, paged.batch, k, v, HEADS, 1.2, 3.0, EPS)
+            steps.rope_store(
+                qkv[i % 4], h, ve, gate, cos, sin, paged.batch, k, v, HEADS, 1.2, 3.0, EPS
+            )
 
         yield Case(f"rope_store {rows}", partial(rope_store, None, None), rows * WIDTH * 12)
         name = f"rope_store {rows} value embeddings"  # of one id: they are in the cache
@@ -243,12 +246,12 @@ def fused_cases() -> Iterator[Case]:
 
 
 def sample_cases() -> Iterator[Case]:
-    default = K.SAMPLE_CHUNK
+    default = sampler.SAMPLE_CHUNK
 
     def sample(chunk, logits, temperature, u, i, drop=None):
-        K.SAMPLE_CHUNK = chunk
-        K.sample(logits[i % len(logits)], temperature, u, 15.0, drop)
-        K.SAMPLE_CHUNK = default
+        sampler.SAMPLE_CHUNK = chunk
+        sampler.sample(logits[i % len(logits)], temperature, u, 15.0, drop)
+        sampler.SAMPLE_CHUNK = default
 
     for rows in (1, 512):
         logits = random(3, rows, VOCAB, scale=3.0)
@@ -267,10 +270,10 @@ def few_rows_cases() -> Iterator[Case]:
         F.linear(x, w[i % len(w)])
 
     def normed(x, w, relu2, tiles, i):
-        K.norm_linear(x, w[i % len(w)], EPS, relu2=relu2, **tiles)
+        norm_linear(x, w[i % len(w)], EPS, relu2=relu2, **tiles)
 
     def added(x, w, stream, tiles, i):
-        K.linear_add(x, w[i % len(w)], stream, **tiles)
+        linear_add(x, w[i % len(w)], stream, **tiles)
 
     other = [(1, 1), (2, 1), (4, 1), (8, 2), (8, 4)]
     for name, n, k, norm, sizes in (
@@ -304,31 +307,31 @@ def step_cases() -> Iterator[Case]:
     cos, sin = torch.rand(2, 192, DIM // 2, device=device())
     temperature, u = torch.full((1,), 0.7, device=device()), torch.rand(1).to(device())
 
-    def attention(qkv, h, i):
+    def attend(qkv, h, i):
         rest = (HEADS, 1.0, 1.0, EPS)
         k, v = paged.layer(i)
-        q = K.rope_store(qkv, h, None, None, cos, sin, paged.batch, k, v, *rest)
-        return K.paged_attention(q, k, v, paged.batch, -1).view(1, WIDTH)
+        q = steps.rope_store(qkv, h, None, None, cos, sin, paged.batch, k, v, *rest)
+        return attention.paged_attention(q, k, v, paged.batch, -1).view(1, WIDTH)
 
     def with_cublas():
         x, y = x_in, None
         for i, (qkv, proj, fc, mlp) in enumerate(weights):
-            x, h = K.add_norm(x, y, None, None, None, EPS)
-            y = F.linear(attention(F.linear(h, qkv), h, i), proj)
-            x, h = K.add_norm(x, y, None, None, None, EPS)
-            y = F.linear(K.relu2(F.linear(h, fc)), mlp)
-        return F.linear(K.add_norm(x, y, None, None, None, EPS)[1], head)
+            x, h = steps.add_norm(x, y, None, None, None, EPS)
+            y = F.linear(attend(F.linear(h, qkv), h, i), proj)
+            x, h = steps.add_norm(x, y, None, None, None, EPS)
+            y = F.linear(steps.relu2(F.linear(h, fc)), mlp)
+        return F.linear(steps.add_norm(x, y, None, None, None, EPS)[1], head)
 
     def with_few_rows(outputs):
         x, tiles = x_in, {"outputs": outputs}
         for i, (qkv, proj, fc, mlp) in enumerate(weights):
-            x = K.linear_add(attention(*K.norm_linear(x, qkv, EPS, **tiles), i), proj, x, **tiles)
-            x = K.linear_add(K.norm_linear(x, fc, EPS, relu2=True, **tiles)[0], mlp, x, **tiles)
-        return K.norm_linear(x, head, EPS, **tiles)[0]
+            x = linear_add(attend(*norm_linear(x, qkv, EPS, **tiles), i), proj, x, **tiles)
+            x = linear_add(norm_linear(x, fc, EPS, relu2=True, **tiles)[0], mlp, x, **tiles)
+        return norm_linear(x, head, EPS, **tiles)[0]
 
     def step(logits, early, i):
-        with K.early_start(early):
-            K.sample(logits(), temperature, u, 15.0)
+        with launch.early_start(early):
+            sampler.sample(logits(), temperature, u, 15.0)
 
     bytes_read = 2 * (LAYERS * 12 * WIDTH * WIDTH + VOCAB * WIDTH)
     ways = {f"few-rows outputs {n}": partial(with_few_rows, n) for n in (1, 2, 4)}

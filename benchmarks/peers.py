@@ -236,21 +236,22 @@ def limit(options: dict) -> Callable[[dict], dict]:
     import torch
     import torch.nn.functional as F
 
-    from microvllm.fused.linear import Int8Panels, Panels
     from microvllm.model import layer_windows
 
     try:
-        from microvllm.cpu import kernels as kernels_cpu
+        from microvllm.cpu import backend as cpu
     except ImportError:
-        kernels_cpu = None
+        cpu = None
     torch.set_num_threads(options["threads"])
     config, recipe, _ = read_model(options["folder"])
     dtype = torch.bfloat16 if options["llm"].get("dtype") == "bfloat16" else torch.float32
     int8 = options["llm"].get("quantization") == "int8"
     kept = 2 if int8 else dtype.itemsize  # bytes of a number of K and V
-    own = Int8Panels if int8 else Panels
-    owns = bool(dtype == torch.float32 and kernels_cpu and kernels_cpu.PANEL)
-    owns = owns and bool(kernels_cpu.PANEL8 or not int8)
+    owns = dtype == torch.float32 and cpu is not None and bool(cpu.products.PANEL)
+    owns = owns and bool(cpu.products.PANEL8 or not int8)
+    if owns:
+        own = cpu.Int8Panels if int8 else cpu.Panels
+        backend = cpu.CpuBackend(torch.device("cpu"), dtype)
     c, kv = config.n_embd, config.n_kv_head * config.head_dim
     windows = layer_windows(config, recipe)
 
@@ -268,7 +269,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
                 lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
             )
         if owns:
-            products.append(own([weight], weight.device, dtype, ops=kernels_cpu))
+            products.append(own([weight], backend, dtype))
         return products
 
     # each layer has weights of its own, or the cache would serve them
@@ -344,7 +345,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
 
 def read_model(folder: str) -> tuple:
     """Config, recipe and weights (memory-mapped) of a checkpoint of any kind."""
-    from microvllm.checkpoint import find_checkpoint, read_checkpoint
+    from microvllm.full import find_checkpoint, read_checkpoint
 
     return read_checkpoint(*find_checkpoint(folder, None))
 

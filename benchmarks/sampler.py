@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
@@ -25,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 import torch
 
 from microvllm import SamplingParams
-from microvllm.fused.linear import pick
-from microvllm.sampler import History, noise, sample
+from microvllm.features.logits import History, sample_special
+from microvllm.full import pick_backend
+from microvllm.sampler import noise
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},
@@ -40,17 +42,25 @@ SETTINGS = {
 }
 
 
-def products(rows: int, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+def products(rows: int, args: argparse.Namespace, backend):
     """A function that does the matrix products of a step, and returns what reaches the head."""
-    C, V = args.width, args.vocab
+    C, V, device, dtype = args.width, args.vocab, backend.device, backend.dtype
     layer = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))
     shapes = [*layer * args.layers, (V, C)]
-    kind = pick(device, dtype, None, False, C, None)
-    weights = [kind([torch.randn(shape)], device, dtype) for shape in shapes]
+    kind = backend.linear_class(None, False, C, dtype)
+    weights = [kind([torch.randn(shape)], backend, dtype) for shape in shapes]
     inputs = {size: torch.randn(rows, size, device=device, dtype=dtype) for size in (C, 4 * C)}
     return lambda: [
         linear(inputs[size]) for linear, (_, size) in zip(weights, shapes, strict=True)
     ][-1]
+
+
+def sample(backend, logits, params, temperature, uniform, history) -> torch.Tensor:
+    """What a step does with its logits: the draw, then what the rows that ask for more get."""
+    given = params, temperature, uniform, 15.0
+    tokens = backend.sample(logits, *given)
+    sample_special(tokens, logits, *given, history, lambda *rest: backend.sample(*rest, 0.0))
+    return tokens
 
 
 def seconds(run, device: torch.device) -> float:
@@ -66,7 +76,8 @@ def seconds(run, device: torch.device) -> float:
 def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Milliseconds of the products and of sampling with each of SETTINGS."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    runs = {"products": products(rows, args, device, dtype)}
+    backend = pick_backend("auto", device, dtype)
+    runs = {"products": products(rows, args, backend)}
     logits = (args.spread * torch.randn(rows, args.vocab)).to(device, dtype)
     uniform = torch.from_numpy(noise(range(rows), [0] * rows, [0] * rows)).to(device)
     ids = torch.randint(args.vocab, (rows, 512)).tolist()
@@ -74,8 +85,7 @@ def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[s
     for name, given in SETTINGS.items():
         params = [SamplingParams(**{"temperature": 0.8, **given}) for _ in range(rows)]
         temperature = torch.tensor([p.temperature for p in params], device=device)
-        rest = (params, temperature, uniform, 15.0, history)
-        runs[name] = lambda rest=rest: sample(logits, *rest)
+        runs[name] = partial(sample, backend, logits, params, temperature, uniform, history)
     times = {name: [] for name in runs}
     for _ in range(1 + args.turns):
         for name, run in runs.items():

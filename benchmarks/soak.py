@@ -8,10 +8,9 @@ A story is a small engine (any era of nanochat, a pool as small as its longest r
 block size, token budget and policy, with and without a prefix cache and prompt lookup, in the plain
 loop and in the one that runs a step ahead) and what happens to it: requests of all kinds and
 parameters arrive, are aborted, streamed, scored, left half-way; weights change; steps fail.
-`check()` is called after each
-step. At its end every output is read again by the naive loop of the tests: its tokens one after the
-other, each of which must be what its request's parameters pick from the logits of a plain forward
-of all that comes before it.
+`check()` is called after each step. At its end every output is read again by the naive loop of the
+tests: its tokens one after the other, each of which must be what its request's parameters pick from
+the logits of a plain forward of all that comes before it.
 
 A token that differs where the choice hangs on a rounding of the logits is counted and not a
 failure. After a failure the story is cut down to the shortest that still fails, and printed; the
@@ -31,26 +30,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a clone, installed or not
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "core"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "trace"))
+sys.path.extend(f"{sys.path[0]}/tests/{room}" for room in (".", "core", "features", "trace"))
 
 import numpy as np
 import torch
-from test_engine import FIXTURES, assert_idle, build, check, ids, naive
+from test_engine import FIXTURES, Naive, assert_idle, build, check, ids, naive
 from test_failures import PLACES, Fault, failing
-from test_sampling import ban_even, favour_the_last, naive_edits, naive_probabilities
+from test_logits import ban_even, favour_the_last, naive_edits
+from test_sampling import naive_probabilities
 from test_trace import compare
 
 from lab import policies
 from microvllm import SamplingParams, scheduler
-from microvllm.checkpoint import load_model
 from microvllm.cli.terminal import Parser, positive
 from microvllm.features.calculator import Calculator
-from microvllm.sampler import History, noise
+from microvllm.features.logits import History
+from microvllm.sampler import noise
 from microvllm.trace import Replay, attach
 
 ROUNDING = 1e-3  # by how much a logit may differ between two ways to compute it
@@ -190,20 +187,13 @@ class Reference:
     """The naive loop of the tests over an era's model, with either of two sets of weights."""
 
     def __init__(self, era: str):
-        self.loops = [naive(era), SimpleNamespace()]
-        fixture = FIXTURES[era]
-        other = load_model(fixture.directory, attention="sdpa", **fixture.overrides)
-        draw = torch.Generator().manual_seed(0)
-        self.weights = [
-            {name: tensor.clone() for name, tensor in other.weights.items()},
-            {
-                name: tensor * (1 + 0.2 * torch.randn(tensor.shape, generator=draw))
-                for name, tensor in other.weights.items()
-            },
-        ]
-        other.update(self.weights[1])
-        self.loops[1] = type(self.loops[0]).__new__(type(self.loops[0]))
-        self.loops[1].model, self.loops[1].known = other, {}
+        fixture, draw = FIXTURES[era], torch.Generator().manual_seed(0)
+        self.loops = [naive(era), Naive(fixture.directory, fixture.overrides)]
+        model = self.loops[1].model
+        self.weights = [{name: w.clone() for name, w in model.state_dict().items()}, {}]
+        for name, w in self.weights[0].items():
+            self.weights[1][name] = w * (1 + 0.2 * torch.randn(w.shape, generator=draw))
+        model.load_state_dict(self.weights[1])
 
     def logits(self, tokens: list[int], weights: int) -> np.ndarray:
         """(V,) float64: what follows these tokens."""
@@ -254,7 +244,7 @@ class Reader:
             if turn:
                 draw = np.random.default_rng(turn)
                 moved = logits + draw.uniform(-ROUNDING, ROUNDING, len(logits))
-            p = naive_probabilities(list(moved), params, history)
+            p = naive_probabilities(naive_edits(list(moved), params, history), params)
             slack, after = (0, 2e-3)[turn > 0], p.cumsum()
             before = after[token] - p[token]
             low, high = before - slack, after[token] + slack
@@ -462,7 +452,7 @@ class Life:
                 counts = {seq.sample_id: 2**31 for seq in llm._requests[number].done}
                 for seq in [*llm.scheduler.running, *llm.scheduler.waiting]:
                     if seq.request_id == number:
-                        counts[seq.sample_id] = seq.num_known - seq.num_prompt
+                        counts[seq.sample_id] = len(seq.output)
                 self.requests[number]["swaps"].append((counts, args[0]))
             self.met["new weights"] += 1
 

@@ -23,19 +23,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def engine(root: Path):
-    """The package of a checkout, under whose name another may be loaded afterwards."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "microvllm"]:
-        del sys.modules[name]
+LOADED: dict[Path, dict] = {}  # the modules of each checkout's package
+
+
+def use(root: Path):
+    """Make a checkout's package the one that `import` finds, whatever it imports late included (a
+    numba cache is loaded by the names of its modules); another one's modules are put aside."""
+    names = [name for name in sys.modules if name.split(".")[0] == "microvllm"]
+    if aside := {name: sys.modules.pop(name) for name in names}:
+        LOADED[Path(aside["microvllm"].__file__).parents[1]] = aside
+    sys.modules.update(LOADED.get(root, {}))
     sys.path.insert(0, str(root))
-    package, bench = (
-        importlib.import_module("microvllm"),
-        importlib.import_module("microvllm.cli.bench"),
-    )
-    importlib.import_module("microvllm.engine")
+    package = importlib.import_module("microvllm")
     sys.path.remove(str(root))
-    assert Path(package.__file__).is_relative_to(root.resolve()), package.__file__
-    return package, bench
+    assert Path(package.__file__).parents[1] == root, package.__file__
+    return package
 
 
 def main() -> None:
@@ -48,15 +50,16 @@ def main() -> None:
     parser.add_argument("--baseline", type=Path, help="another checkout of the project")
     args = parser.parse_args()
 
-    sides = {"baseline": args.baseline} if args.baseline else {}
+    sides = {"baseline": args.baseline.resolve()} if args.baseline else {}
     engines = {}
     for side, root in {**sides, "off": ROOT}.items():
-        package, bench = engine(root)
+        package = use(root)
         llm = package.LLM(ROOT / "models" / "oldbooks-d6", device="cpu")
         params = package.SamplingParams(
             temperature=0.7, max_tokens=args.max_tokens, ignore_eos=True, seed=1
         )
-        engines[side] = llm, params
+        engines[side] = root, llm, params
+    bench = importlib.import_module("microvllm.cli.bench")  # of this checkout, the last one loaded
     prompts = [
         llm.tokenizer.render_for_completion([{"role": "user", "content": prompt}])
         for prompt in bench.read_prompts(bench.BUNDLED)[: args.num_prompts]
@@ -66,7 +69,8 @@ def main() -> None:
     file = Path(folder.name) / "run.jsonl"
 
     def seconds(side: str) -> tuple[float, float]:
-        llm, params = engines[side]
+        root, llm, params = engines[side]
+        use(root)
         llm.scheduler.reset()  # nothing is left in the prefix cache
         start, cpu = time.perf_counter(), time.process_time()
         if side == "on":

@@ -1,8 +1,9 @@
 """The lab: small programs for whoever wants to see what a paged KV cache does, and to change it.
 
 Each is about a screen long, drives the real BlockManager and Scheduler with a fake model, and needs
-neither torch nor a GPU. `microvllm lab` lists them, `microvllm lab fig02` runs one; from the root
-of a checkout `python -m lab` does the same. A plot goes into lab-results/NAME.png, its numbers into
+no GPU. None imports torch but `windows`, since the blocks of layer groups are a feature of the
+engine. `microvllm lab` lists them, `microvllm lab fig02` runs one; from the root of a checkout
+`python -m lab` does the same. A plot goes into lab-results/NAME.png, its numbers into
 lab-results/NAME.json. EXERCISES.md has ten exercises.
 
 The paper is Kwon et al., "Efficient Memory Management for Large Language Model Serving with

@@ -123,7 +123,6 @@ def preempts(sizes: list[tuple[int, int]], num_blocks: int) -> bool:
         seq = Sequence(i, [1] * prompt, world.Params(new))
         if not blocks.admit(seq, [], prompt):
             return True
-        seq.running = True
         scheduler.running.append(seq)
     while scheduler.running and not scheduler.num_preemptions:
         step = scheduler.schedule()

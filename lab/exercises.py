@@ -45,7 +45,7 @@ def two_prompts() -> tuple[list[int], list[int]]:
 class Unchained(BlockManager):
     """Hashes each block on its own. What can go wrong? Leave this class as it is."""
 
-    def _hashes(self, seq: Sequence, count: int) -> list[bytes]:
+    def compute_hashes(self, seq: Sequence, count: int) -> list[bytes]:
         size = self.block_size
         blocks = [seq.tokens[i * size : (i + 1) * size] for i in range(count)]
         seq.hashes = [repr(block).encode() for block in blocks]

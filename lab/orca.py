@@ -80,6 +80,7 @@ class Contiguous(BlockManager):
         start = self.buddy.take(size)
         if start is not None:
             self.held[seq] = start, size
+            seq.table.append(0)  # what runs has a table; nobody looks a slot up in this one
         return start is not None
 
     def grow(self, seq: Sequence, start: int, stop: int) -> bool:
@@ -88,4 +89,5 @@ class Contiguous(BlockManager):
     def free(self, seq: Sequence) -> None:
         if seq in self.held:
             self.buddy.give(*self.held.pop(seq))
+            seq.table.pop()
         seq.num_computed = 0

@@ -50,7 +50,8 @@ def shortest(scheduler: Scheduler) -> Sequence:
 
 def best_cached(scheduler: Scheduler) -> Sequence:
     """Whose beginning is in the cache, the most of it, before it is evicted."""
-    return max(scheduler.waiting, key=lambda s: len(scheduler.blocks.match(s)))
+    match, cacheable = scheduler.blocks.match, scheduler.cacheable
+    return max(scheduler.waiting, key=lambda s: len(match(s, cacheable(s))))
 
 
 def first_fit(scheduler: Scheduler) -> Sequence:

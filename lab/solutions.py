@@ -26,7 +26,7 @@ class Forgetful(BlockManager):
         if fresh > self.num_free:
             return False
         for _ in range(fresh):
-            seq.table.append(self._take())
+            seq.table.append(self.take())
         return True
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 
 from microvllm.cli.terminal import positive
-from microvllm.scheduler import BlockManager, Scheduler, Sequence, group_layers, most_blocks
+from microvllm.features.windows import GroupedBlocks, group_layers, most_blocks
+from microvllm.scheduler import Scheduler, Sequence
 
 from . import world
 
@@ -31,7 +32,7 @@ def serve(groups: list[tuple[int, list[int]]], args) -> dict[str, float]:
     need = most_blocks(windows, SIZE, args.context)
     # as many bytes as args.sequences take without windows
     pool = args.sequences * -(-args.context // SIZE) * args.layers // depth
-    blocks = BlockManager(pool + 1, SIZE, windows=windows)
+    blocks = GroupedBlocks(pool + 1, SIZE, windows=windows)
     scheduler = Scheduler(blocks, 10**6, 512)
     for i in range(4 * args.sequences):
         prompt = [i + 1] * args.prompt  # nothing is shared

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from microvllm.cli import terminal
-from microvllm.scheduler import Scheduler, Sequence, Step
+from microvllm.scheduler import Plan, Scheduler, Sequence
 
 KV_BYTES = 2 * 40 * 5120 * 2  # of a token: K and V, 40 layers, 5120 wide, two bytes each
 SLOTS = 12 * 2**30 // KV_BYTES  # tokens that the paper's 12 GB of cache hold: 15,728
@@ -30,7 +30,7 @@ PARAMETERS = 13e9
 HOST = (0.0116, 0.00031)  # seconds a step, and seconds for each sequence in it
 
 
-def seconds(step: Step) -> float:
+def seconds(step: Plan) -> float:
     """How long a step takes on the fake device."""
     rows = sum(stop - start for _, start, stop in step.chunks)
     context = sum(stop for _, _, stop in step.chunks)
@@ -153,7 +153,7 @@ class Done(NamedTuple):
 def replay(
     scheduler: Scheduler,
     requests: list[Request],
-    watch: Callable[[Step, float], None] = lambda step, took: None,
+    watch: Callable[[Plan, float], None] = lambda step, took: None,
     model: Callable[[Sequence, int], int] = lambda seq, position: 0,
 ) -> list[Done]:
     """Run the traffic through a scheduler, in simulated time; returns who ended, in order.
