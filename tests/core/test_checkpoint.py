@@ -5,11 +5,13 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, Fixture, era_fixtures, hand_made_batch
+from conftest import ERAS, MODEL, ROOT, Fixture, era_fixtures, hand_made_batch
 
 from microvllm import LLM, full
 from microvllm.attention import PagedKVCache
@@ -439,3 +441,15 @@ def test_devices_by_name():
     assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         assert pick_device("auto") == torch.device("cpu")
+
+
+def test_loading_does_not_import_torchs_compiler():
+    """Which takes a second: first values drawn for a model without memory would."""
+    script = f"""
+import sys
+from microvllm.checkpoint import load_model
+load_model({str(MODEL)!r})
+assert "torch._dynamo" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
