@@ -308,7 +308,7 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
     def _pick_parts(self) -> engine.Parts:
         """The classes that this engine is made of."""
         runners, guessers = [*parts("runner")], []
-        if not self.ranks and has("features.parallel"):
+        if not self.ranks and has("features.parallel"):  # a call less in every step
             runners.remove(optional("features.parallel").PARTS["runner"])
         if self.model.device.type == "cuda" and has("gpu.ahead"):
             runners.insert(0, optional("gpu.ahead").AheadRunner)

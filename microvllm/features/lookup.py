@@ -128,11 +128,7 @@ class LookupScheduler(Scheduler):
         """
         if self.guesses:
             plan, token_ids = self.accept(plan, token_ids)
-        changed = super().update(plan, token_ids)
-        for seq in changed:
-            if seq.finish_reason:
-                self.lookups.pop(seq, None)
-        return changed
+        return super().update(plan, token_ids)
 
     def accept(self, plan, token_ids):
         """Take the guesses away; returns the plan and its tokens without the rows after a wrong
