@@ -28,8 +28,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = terminal.Parser(description="A few prompts through the engine.")
     parser.add_argument("--prompt", action="append", help="may be repeated (a few samples)")
-    flags.engine_flags(parser)
-    flags.sampling_flags(parser, max_tokens=128, temperature=0.8, top_k=50)
+    flags.add_flags(parser, flags.ENGINE + flags.RAW + flags.sampling(128, 0.8, 50))
     parser.set_defaults(command=run, json=False)
     terminal.execute(parser.parse_args())
 

@@ -45,7 +45,7 @@ from microvllm import LLM, SamplingParams, full
 from microvllm.cli.bench import BUNDLED as PROMPTS
 from microvllm.engine import Runner
 from microvllm.fused.linear import Linear
-from microvllm.fused.runner import FusedRunner
+from microvllm.fused.model import FusedRunner
 
 KINDS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
 PYTHON = ("schedule", "batch", "upload", "update", "other python")

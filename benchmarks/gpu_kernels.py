@@ -50,7 +50,7 @@ import triton
 from gpu import copy_bandwidth, describe, free_memory, median_seconds, product_peak, say
 
 from microvllm.gpu import attention, launch, sampler, steps
-from microvllm.gpu.few_rows import linear_add, norm_linear
+from microvllm.gpu.steps import linear_add, norm_linear
 
 LAYERS, WIDTH, HEADS, DIM, VOCAB, BLOCK_SIZE = 34, 2176, 17, 128, 65536, 16
 EPS, SCALE = 2.0**-23, math.log2(math.e) / math.sqrt(DIM)

@@ -20,15 +20,18 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 import torch
 
 from microvllm import SamplingParams
-from microvllm.features.logits import History, sample_special
-from microvllm.full import pick_backend
+from microvllm.features.logits import LogitsRunner
+from microvllm.full import compose, pick_backend
+from microvllm.fused.model import FusedRunner
 from microvllm.sampler import noise
+from microvllm.scheduler import Plan, Sequence
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},
@@ -55,14 +58,6 @@ def products(rows: int, args: argparse.Namespace, backend):
     ][-1]
 
 
-def sample(backend, logits, params, temperature, uniform, history) -> torch.Tensor:
-    """What a step does with its logits: the draw, then what the rows that ask for more get."""
-    given = params, temperature, uniform, 15.0
-    tokens = backend.sample(logits, *given)
-    sample_special(tokens, logits, *given, history, lambda *rest: backend.sample(*rest, 0.0))
-    return tokens
-
-
 def seconds(run, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -81,11 +76,16 @@ def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[s
     logits = (args.spread * torch.randn(rows, args.vocab)).to(device, dtype)
     uniform = torch.from_numpy(noise(range(rows), [0] * rows, [0] * rows)).to(device)
     ids = torch.randint(args.vocab, (rows, 512)).tolist()
-    history = [History(tokens, 256, 512) for tokens in ids]
+    model = SimpleNamespace(backend=backend, recipe=SimpleNamespace(softcap=15.0))
+    runner = compose(LogitsRunner, FusedRunner)(model, None, None)
     for name, given in SETTINGS.items():
         params = [SamplingParams(**{"temperature": 0.8, **given}) for _ in range(rows)]
         temperature = torch.tensor([p.temperature for p in params], device=device)
-        runs[name] = partial(sample, backend, logits, params, temperature, uniform, history)
+        seqs = [Sequence(i, ids[i][:256], p) for i, p in enumerate(params)]
+        for seq, tokens in zip(seqs, ids, strict=True):
+            seq.tokens = tokens
+        plan = Plan([], [(i, seq, 512) for i, seq in enumerate(seqs)], [])
+        runs[name] = partial(runner.pick, plan, logits, temperature, uniform)
     times = {name: [] for name in runs}
     for _ in range(1 + args.turns):
         for name, run in runs.items():

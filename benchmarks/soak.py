@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from test_engine import FIXTURES, Naive, assert_idle, build, check, ids, naive
 from test_failures import PLACES, Fault, failing
-from test_logits import ban_even, favour_the_last, naive_edits
+from test_logits import History, ban_even, favour_the_last, naive_edits
 from test_sampling import naive_probabilities
 from test_trace import compare
 
@@ -46,7 +46,6 @@ from lab import policies
 from microvllm import SamplingParams, scheduler
 from microvllm.cli.terminal import Parser, positive
 from microvllm.features.calculator import Calculator
-from microvllm.features.logits import History
 from microvllm.sampler import noise
 from microvllm.trace import Replay, attach
 
@@ -444,12 +443,14 @@ class Life:
         elif what == "weights":
             try:
                 llm.update_weights(self.reference.weights[args[0]])
-            except Fault:  # the step under way was lost, and the weights are there
+            except Fault:  # the step under way was lost, and nothing changed
                 self.met["failed steps"] += 1
+                return check(llm)
             self.weights = args[0]
             check(llm)
             for number in self.requests.keys() & llm._requests.keys():  # the unfinished
-                counts = {seq.sample_id: 2**31 for seq in llm._requests[number].done}
+                samples = llm._requests[number].samples
+                counts = {seq.sample_id: 2**31 for seq in samples if seq.finish_reason}
                 for seq in [*llm.scheduler.running, *llm.scheduler.waiting]:
                     if seq.request_id == number:
                         counts[seq.sample_id] = len(seq.output)

@@ -50,8 +50,8 @@ def shortest(scheduler: Scheduler) -> Sequence:
 
 def best_cached(scheduler: Scheduler) -> Sequence:
     """Whose beginning is in the cache, the most of it, before it is evicted."""
-    match, cacheable = scheduler.blocks.match, scheduler.cacheable
-    return max(scheduler.waiting, key=lambda s: len(match(s, cacheable(s))))
+    match = scheduler.blocks.match
+    return max(scheduler.waiting, key=lambda s: len(match(s, s.cacheable)))
 
 
 def first_fit(scheduler: Scheduler) -> Sequence:

@@ -1,14 +1,14 @@
 """Where do K and V lie, how does a plan become arrays, and how does a query find its keys?
 
-An attention function has the signature of `sdpa_attention`, the reference with which tests compare
-all others (seam: GPT takes another as `attend`):
+An attention function is called as `sdpa_attention`, the reference with which tests compare others
+(seam: GPT takes another as `attend`):
 
     attend(q, k, v, batch, window) -> (T, H, D)    T tokens, H query heads of D channels, N blocks
 
-q (T, H, D): the batch's queries, rotated, normed and scaled. k, v (N, Hkv, block_size, D): one
-layer's blocks with Hkv kv heads; the batch's own K and V are written before. A query at position p
-sees the keys j of its own sequence with p - window <= j <= p (window < 0: all j <= p). Scores are
-divided by sqrt(D). Query head n reads kv head n // (H // Hkv). k, v: of q's or a smaller dtype.
+q (T, H, D): the batch's queries, rotated, normed and scaled. k, v (N, Hkv, block_size, D), of q's
+or a smaller dtype: one layer's blocks, in which the batch's own K and V are. A query at position p
+sees the keys j of its sequence with p - window <= j <= p (window < 0: all j <= p). Scores are
+divided by sqrt(D). Query head n reads kv head n // (H // Hkv).
 
     what a sequence is                          where it lies, with blocks of 4 tokens
     position   0 1 2 3 | 4 5 6 7 | 8 9          block 0   the sink, for padding
@@ -29,15 +29,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sampler import noise
+from .sampler import noise, on
 
 if TYPE_CHECKING:
     from .scheduler import BlockManager, Plan
 
 
+COPY_BYTES = 2**28  # of blocks at a time: a copy takes as much memory again while it runs
+
+
 class Batch(NamedTuple):
-    """A step as arrays: T rows, one for each token, of B sequences, and R samples. `make_batch`
-    makes numpy arrays, `to` makes tensors of them."""
+    """A step as arrays: T rows, one for each token, of B sequences, and R samples."""
 
     ids: Tensor  # (T,) int32 token ids; sequences with one row first
     prev_ids: Tensor  # (T,) int32 the id one position earlier (0 at position 0), for GPT.embed
@@ -79,26 +81,22 @@ def make_batch(plan: Plan, blocks: BlockManager) -> Batch:
     slots = tables[..., chunk_of_row, positions // size] * size + positions % size
     chunk_of_sample = np.array([i for i, _, _ in plan.samples], np.int64)
     new_positions = np.array([position for _, _, position in plan.samples], np.int32)
-    params = plan.params
     sample_ids = [seq.params.sample_index + seq.sample_id for _, seq, _ in plan.samples]
     return Batch(
         ids, prev_ids, positions, slots.astype(np.int32), cu_seqlens, stops, tables,
         # the new token at a position is sampled from the row one position earlier
         ((first_rows - starts)[chunk_of_sample] + new_positions - 1).astype(np.int32),
-        np.array([p.temperature for p in params], np.float32),
-        noise([p.seed for p in params], sample_ids, new_positions),
+        np.array([p.temperature for p in plan.params], np.float32),
+        noise([p.seed for p in plan.params], sample_ids, new_positions),
         int((rows == 1).sum()), int(rows.max()), int(stops.max()),
     )  # fmt: skip
 
 
 class PagedKVCache:
     """K and V of all layers in one allocation, cut into blocks: (layers, 2, num_blocks, Hkv,
-    block_size, D).
-
-    Inside a block the order is [kv_head, slot, dim]: one head's keys of a block are contiguous,
-    which a CPU reads a quarter faster than [slot, kv_head, dim]; a GPU reads both alike. It begins
-    as zeros: a masked key has weight 0, but 0 times a NaN in an unused slot would be NaN.
-    """
+    block_size, D). One head's keys of a block are contiguous, which a CPU reads a quarter faster
+    than [slot, kv_head, dim]; a GPU reads both alike. It begins as zeros: a masked key has weight
+    0, but 0 times a NaN in an unused slot would be NaN."""
 
     def __init__(self, config, num_blocks: int, block_size: int, dtype, device):
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -107,9 +105,8 @@ class PagedKVCache:
 
     def allocate(self, config, num_layers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zeros of the shape above."""
-        shape = (
-            num_layers, 2, self.num_blocks, config.n_kv_head, self.block_size, config.head_dim,
-        )  # fmt: skip
+        block = config.n_kv_head, self.block_size, config.head_dim
+        shape = num_layers, 2, self.num_blocks, *block
         if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
         # memory of numpy's zeros is used only once it is written; torch.zeros would write it all
@@ -117,35 +114,28 @@ class PagedKVCache:
         return torch.from_numpy(zeros).view(dtype).view(shape)
 
     def layers(self, batch) -> Iterator[tuple[Tensor, Tensor, object]]:
-        """Of each layer: k, v and the batch, whose slots and block tables are for that layer.
-        Seam: groups of layers have slots and block tables of their own."""
+        """Of each layer k, v and the batch. Seam: its slots and block tables may be the layer's."""
         for k, v in self.kv:
             yield k, v, batch
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copy blocks of all layers, given as (source, destination). All sources are read before
-        any is written, so a later pair may overwrite a source (it was freed in between)."""
-        if copies:
-            source, target = torch.tensor(copies, device=self.data.device).T
+        """Copy blocks of all layers, given as (source, destination), in their order: a later pair
+        may overwrite a source that was freed in between."""
+        if not copies:
+            return
+        size = max(1, COPY_BYTES // (self.data[:, :, 0].numel() * self.data.itemsize))
+        for pairs in on(self.data.device, copies).split(size):
+            source, target = pairs.T
             self.data[:, :, target] = self.data[:, :, source]
 
 
 class SequenceKVView:
-    """K and V of one sequence and one layer in the order of the tokens, wherever in the pool its
-    blocks are.
-
-    k, v (N, Hkv, block_size, D): the layer's blocks; table: the sequence's block numbers.
-    """
+    """K and V of one sequence and one layer in the order of the tokens, wherever its blocks are.
+    k, v (N, Hkv, block_size, D): the layer's blocks; table: the sequence's block numbers."""
 
     def __init__(self, k: Tensor, v: Tensor, table: Iterable[int], num_tokens: int):
         self.k, self.v, self.num_tokens = k, v, num_tokens
         self.table = torch.as_tensor(table, device=k.device)[: -(-num_tokens // k.shape[2])]
-
-    def slots(self, start: int = 0, stop: int | None = None) -> list[int]:
-        """Physical slots (block * block_size + offset) of the tokens [start, stop)."""
-        size, table = self.k.shape[2], self.table.tolist()
-        stop = self.num_tokens if stop is None else stop
-        return [table[p // size] * size + p % size for p in range(start, stop)]
 
     def gather(self) -> tuple[Tensor, Tensor]:
         """k and v, each (Hkv, num_tokens, D), copied out of the blocks."""
@@ -169,8 +159,7 @@ def visible(positions: Tensor, keys: Tensor, window: int) -> Tensor:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
-    """The reference: for one sequence after the other, gather its K and V, then call torch's own
-    attention. Arguments: see the beginning of this file."""
+    """The reference: of each sequence gather K and V, then call torch's own attention."""
     out = torch.empty_like(q)
     first_rows, lengths = batch.cu_seqlens.tolist(), batch.seq_lens.tolist()
     for b, length in enumerate(lengths):

@@ -1,17 +1,14 @@
 """Which model is in these files, and is it complete?
 
 model_<step>.pt is nanochat's state dict, meta_<step>.json the model's shape. The era follows from
-the names of the tensors. The names and shapes of the file's tensors must be exactly those of an
-empty model of that era, or the file is refused. Only tensors are ever built from a file: nothing in
-it is run. At the end of this file: dtype, device and free memory.
+the names of the tensors, which must have exactly the names and shapes of an empty model's of that
+era. Nothing in a file is run. At the end: dtype, device and free memory.
 """
-
-from __future__ import annotations
 
 import json
 import os
 import re
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,10 +23,8 @@ def load_model(
     model_path, step=None, device="cpu", dtype="auto", *, max_len: int | None = None, **overrides
 ) -> GPT:
     """Load the checkpoint of a training step (by default the last) of any era as a core GPT.
-
     max_len: positions that the rotary tables cover, by default the context; overrides: constants of
-    the recipe. Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
-    """
+    the recipe. Raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
     directory = Path(model_path).expanduser()
     config, recipe, weights = read_checkpoint(directory, find_step(directory, step))
     return make_model(config, recipe, weights, device, dtype, max_len=max_len, **overrides)
@@ -57,9 +52,10 @@ def find_step(directory: Path, step: int | None) -> int:
 def read_checkpoint(directory: Path, step: int) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
     """Config, recipe and weights (memory-mapped) of a step that `find_step` found, of any era.
     Raises ValueError naming the file."""
-    with naming(file := directory / f"meta_{step:06d}.json"):
+    file = directory / f"meta_{step:06d}.json"
+    try:
         config = GPTConfig.from_meta(json.loads(file.read_text(encoding="utf-8"))["model_config"])
-    with naming(file := directory / f"model_{step:06d}.pt"):
+        file = directory / f"model_{step:06d}.pt"
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if all(name.startswith("_orig_mod.") for name in weights):  # torch.compile's prefix
             weights = {name.removeprefix("_orig_mod."): w for name, w in weights.items()}
@@ -68,17 +64,10 @@ def read_checkpoint(directory: Path, step: int) -> tuple[GPTConfig, Recipe, dict
             raise ValueError(f"{len(weights)} tensors, {rows} rows of vocabulary for {config}")
         recipe = recognise(weights)
         empty_model(config, recipe, rows).load_state_dict(weights, assign=True)  # checks them all
-    return config, recipe, weights
-
-
-@contextmanager
-def naming(file: Path):
-    """Any exception inside becomes a ValueError that names the file."""
-    try:
-        yield
     except Exception as error:  # torch raises a different type for every way a file can be broken
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} is not a whole checkpoint of nanochat: {what}") from None
+    return config, recipe, weights
 
 
 def recognise(weights: dict[str, Tensor]) -> Recipe:
@@ -91,15 +80,15 @@ def recognise(weights: dict[str, Tensor]) -> Recipe:
     if widths or any(name.startswith("value_embeds.") for name in weights):
         if widths in ({12}, {32}):
             return RECIPES["4" if widths == {12} else "3"]
-        raise ValueError(
-            f"unsupported checkpoint: value embeddings, gates of {sorted(widths) or 'no'} "
-            "channels; nanochat's eras have 32 (era 3) or 12 (eras 4 and 5)"
-        )
+        what = f"value embeddings, gates of {sorted(widths) or 'no'} channels"
+        raise ValueError(f"unsupported checkpoint: {what}; nanochat's eras have 32 or 12")
     return RECIPES["2" if {"resid_lambdas", "x0_lambdas"} & weights.keys() else "1"]
 
 
 def empty_model(config: GPTConfig, recipe: Recipe, rows: int) -> GPT:
     """A GPT of shapes without memory (torch's meta device); rows: of the padded vocabulary."""
+    if config.n_embd < (channels := max(recipe.gate_channels, 24 * recipe.smear)):
+        raise ValueError(f"n_embd is {config.n_embd}, but a gate reads {channels} channels")
     with torch.device("meta"):
         return GPT(config, recipe, rows)
 
@@ -109,9 +98,10 @@ def make_model(
     max_len: int | None = None, **overrides,
 ) -> GPT:  # fmt: skip
     """The core's GPT on copies of checked weights, lambdas in float32. Others: see `load_model`."""
-    device, recipe = torch.device(device), recipe.override(**overrides)
+    device = torch.device(device)
     dtype = pick_dtype(dtype, device)
-    model = empty_model(config, recipe, len(weights["transformer.wte.weight"]))
+    rows = len(weights["transformer.wte.weight"])
+    model = empty_model(config, replace(recipe, **overrides), rows)
     # one tensor at a time: the file is memory-mapped, so only the copies take memory
     copies = {
         name: w.detach().to(device, torch.float32 if "lambdas" in name else dtype, copy=True)
@@ -123,8 +113,8 @@ def make_model(
 
 
 def find_tokenizer(directory, tokenizer_path=None, names=("tokenizer.pkl",)) -> Path:
-    """tokenizer_path, or the directory with the tokenizer of the checkpoint in `directory`: the
-    first that has a file of these names. Raises FileNotFoundError listing those that were tried."""
+    """tokenizer_path, or the first directory that has a file of these names for the checkpoint in
+    `directory`. Raises FileNotFoundError listing those that were tried."""
     if tokenizer_path is not None:
         return Path(os.path.expanduser(tokenizer_path))
     model = Path(os.path.abspath(os.path.expanduser(directory)))
@@ -141,9 +131,6 @@ def find_tokenizer(directory, tokenizer_path=None, names=("tokenizer.pkl",)) -> 
 def nanochat_base() -> Path:
     """nanochat's base directory: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or os.path.expanduser("~/.cache/nanochat"))
-
-
-# the machine --------------------------------------------------------------------------------------
 
 
 def pick_dtype(dtype, device: torch.device) -> torch.dtype:

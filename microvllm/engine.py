@@ -9,15 +9,13 @@ LLM.generate          text becomes token ids, and a Sequence that waits
 ... again, until every sequence has finished                                  -> RequestOutput
 """
 
-from __future__ import annotations
-
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import partial
+from itertools import count, takewhile
 
 import torch
 from torch import Tensor
@@ -35,13 +33,11 @@ __all__ = [
 
 
 class Runner:
-    """Runs plans on the device.
-
-    Seam: subclasses override any of its methods, and each step of `launch` is one for that reason.
-    `launch` may leave a step in flight: only `read` waits for what it puts into `plan.results`.
-    """
+    """Runs plans on the device. Seam: subclasses override any method. `launch` may leave a step in
+    flight: only `read` waits for what it puts into `plan.results`."""
 
     rows_at_once: int | None = None  # rows of logits that a feature works on at once; None: all
+    sample = staticmethod(sample)  # other kernels may compute the same
 
     def __init__(self, model, cache: PagedKVCache, blocks: BlockManager):
         self.model, self.cache, self.blocks = model, cache, blocks
@@ -50,7 +46,7 @@ class Runner:
         """Start a step: make the batch, copy shared blocks, upload, forward, draw."""
         events, batch = self.blocks.events, self.batch(plan)
         events.lap("batch")
-        self.copy(plan.copies)
+        self.cache.copy_blocks(plan.copies)
         batch = self.upload(batch)
         h = self.forward(batch)
         events.lap("forward")
@@ -60,10 +56,6 @@ class Runner:
     def batch(self, plan: Plan) -> Batch:
         """The plan as arrays."""
         return make_batch(plan, self.blocks)
-
-    def copy(self, copies: list[tuple[int, int]]) -> None:
-        """Make the plan's copies of shared blocks, before `forward` writes to them."""
-        self.cache.copy_blocks(copies)
 
     def upload(self, batch: Batch) -> Batch:
         """The arrays as tensors on the device."""
@@ -84,10 +76,6 @@ class Runner:
         softcap = self.model.recipe.softcap
         return self.sample(logits, plan.params, temperature, uniform, softcap)
 
-    def sample(self, logits, params, temperature, uniform, softcap: float) -> Tensor:
-        """See sampler.sample; other kernels may compute the same."""
-        return sample(logits, params, temperature, uniform, softcap)
-
     def read(self, plan: Plan) -> list[int]:
         """Wait for the tokens of a step that was launched."""
         tokens = plan.results["tokens"]
@@ -97,20 +85,16 @@ class Runner:
 
 
 class RequestOutput(dict):
-    """The result of a request: a dict, its keys are attributes too.
-
-    text (without special tokens and the stop token), token_ids (all that were generated, the stop
-    token too), prompt_token_ids, finish_reason ("stop" | "length" | "abort" | "error"), stop_reason
-    (the stop token's id, "max_tokens" | "max_model_len", the error; None after an abort),
-    num_cached_tokens (of the prompt), request_id, and samples: a dict for each of the n samples,
-    the first of which is also at the top level. Features add keys.
-    """
+    """The result of a request, a dict; its keys are attributes too: text (without special tokens
+    and the stop token), token_ids (with it), prompt_token_ids, finish_reason ("stop" | "length" |
+    "abort" | "error"), stop_reason (the stop token's id, "max_tokens" | "max_model_len", the error,
+    or None), num_cached_tokens (of the prompt), request_id, and samples: a dict for each of the n
+    samples, the first of which is also at the top level. Features add keys."""
 
     def __getattr__(self, name: str):
-        try:
+        if name in self:
             return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        raise AttributeError(name)
 
 
 @dataclass
@@ -121,22 +105,12 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     owned: bool  # generate or stream waits for the output; otherwise step() returns it
-    events: deque | None  # pieces of text for stream (not the Events of scheduler.py)
+    watched: bool  # is its text needed token by token?
     options: dict  # keyword arguments of `generate` that belong to features
-    watched: bool = False  # is its text needed token by token?
-    done: list[Sequence] = field(default_factory=list)  # finished samples
+    samples: list[Sequence] = field(default_factory=list)  # made so far, see Sequence.samples
+    num_done: int = 0  # finished samples
     texts: dict[int, Text] = field(default_factory=dict)  # by sample_id, if the request is watched
-    errors: list[str] = field(default_factory=list)  # of the tokenizer, or of a user's function
     output: RequestOutput | None = None
-
-
-class Parts(NamedTuple):
-    """Seam: the classes that an LLM is made of. A feature may replace each by a subclass."""
-
-    scheduler: type[Scheduler] = Scheduler
-    runner: type[Runner] = Runner
-    text: type[Text] = Text
-    params: type[SamplingParams] = SamplingParams
 
 
 class LLM(AbstractContextManager):
@@ -151,7 +125,13 @@ class LLM(AbstractContextManager):
     (softcap=20 for era 3b). Raises FileNotFoundError, ValueError or TypeError with the cause.
     """
 
-    parts = Parts()
+    # seam: the classes that an LLM is made of, each of which features may replace by a subclass
+    scheduler_class, runner_class, text_class, params_class = (
+        Scheduler,
+        Runner,
+        Text,
+        SamplingParams,
+    )
     request_options: frozenset[str] = frozenset()  # keywords of `generate` that features add
 
     def __init__(
@@ -186,48 +166,37 @@ class LLM(AbstractContextManager):
         caching = enable_prefix_caching, eviction
         self.cache, blocks = self._make_memory(num_blocks, block_size, *caching)
         limits = self.max_batch_size, self.max_batched_tokens
-        self.scheduler = self.parts.scheduler(blocks, *limits, **policies)
-        self.runner = self.parts.runner(model, self.cache, blocks)
-        self._seeds, self._next_id = random.Random(seed), 0
-        self._clock = 0.0  # time.perf_counter() when `_advance` began, for statistics
-        self._requests: dict[int, Request] = {}  # the unfinished ones
-        self._finished: list[RequestOutput] = []  # outputs that no step() has returned yet
-        counters = "requests prompt_tokens output_tokens cached_tokens prefill_tokens steps"
-        self._stats: dict[str, float] = dict.fromkeys(counters.split(), 0)
+        self.scheduler = self.scheduler_class(blocks, *limits, **policies)
+        self.runner = self.runner_class(model, self.cache, blocks)
+        self._seeds, self._ids = random.Random(seed), count()
+        self._requests: dict[int, Request] = {}  # the unfinished ones, in the order of arrival
+        self._finished: dict[int, RequestOutput] = {}  # outputs that no step() has returned yet
 
-    def _make_memory(
-        self, num_blocks: int | None, block_size: int, *caching
-    ) -> tuple[PagedKVCache, BlockManager]:
+    def _make_memory(self, num_blocks: int | None, block_size: int, *caching) -> tuple:
         """The KV cache and its BlockManager. Seam: features with another layout of K and V."""
         config, dtype = self.model.kv_layout
         num_values = 2 * config.n_layer * config.n_kv_head * config.head_dim * block_size
-        wanted = self.max_batch_size * -(-self.max_model_len // block_size) + 1  # and the sink
+        # for max_batch_size sequences of max_model_len tokens, and the sink
+        wanted = self.max_batch_size * -(-self.max_model_len // block_size) + 1
         num_blocks = self._pool_size(num_blocks, wanted, block_size, num_values * dtype.itemsize)
         cache = PagedKVCache(config, num_blocks, block_size, dtype, self.device)
         return cache, BlockManager(num_blocks, block_size, *caching)
 
     def _pool_size(self, num_blocks: int | None, wanted: int, block_size: int, block_bytes: int):
-        """The number of blocks, checked before they are allocated. By default `wanted`, enough for
-        max_batch_size sequences of max_model_len tokens, or as many as memory has room for."""
-        if num_blocks is None:
-            if (free := self._free_for_cache(block_size)) >= 2 * block_bytes:  # sink + 1
-                return min(wanted, free // block_bytes)
+        """The number of blocks, checked before they are allocated; by default `wanted`, or as many
+        as memory has room for."""
+        free = free_memory(self.device) if num_blocks else self._free_for_cache(block_size)
+        count = num_blocks or min(wanted, max(2, free // block_bytes))  # the sink, and one to use
+        if count * block_bytes > free:
             raise ValueError(
-                f"no memory for a KV cache: {free:,} bytes are left and a block of {block_size} "
-                f"tokens takes {block_bytes:,}; lower max_batched_tokens or use a smaller model"
+                f"no memory for a KV cache of num_blocks={count} times {block_bytes:,} bytes: "
+                f"{free:,} bytes are free; lower num_blocks or max_batched_tokens"
             )
-        if num_blocks * block_bytes > (free := free_memory(self.device)):
-            raise ValueError(
-                f"num_blocks={num_blocks} blocks of {block_size} tokens are more than this machine "
-                f"can hold: {free:,} bytes are free; lower it"
-            )
-        return num_blocks
+        return count
 
     def _free_for_cache(self, block_size: int) -> int:
         """Bytes: half of what is free, 4 GB at most."""
         return min(free_memory(self.device) // 2, 2**32)
-
-    # requests
 
     def generate(
         self, prompts, sampling_params=None, use_tqdm: bool = True, **options
@@ -235,45 +204,42 @@ class LLM(AbstractContextManager):
         """Complete the prompts: one string, or a list of strings and lists of token ids.
         sampling_params: one for all, or a list with one per prompt; use_tqdm, options: for
         features. A bad prompt is refused before any work is done."""
-        requests = self._submit(prompts, sampling_params, **options)
-        self._run(requests, use_tqdm)
+        requests = self._prepare(prompts, sampling_params, **options)
+        deque(self._steps(requests, use_tqdm), maxlen=0)  # only their outputs are of interest
         return [request.output for request in requests]
 
-    def _run(self, requests: list[Request], use_tqdm: bool = False, progress=None) -> None:
-        """Step until all of the requests have their output; if a step raises, abort them.
-        progress: a function to call after each step."""
+    def _steps(self, requests: list[Request], use_tqdm=False) -> Iterator[deque[Request]]:
+        """Queue requests; after each step, yield the first unfinished one and all that follow. What
+        is unfinished is aborted if a step raises, or nobody wants more. Seam: a progress bar."""
         pending = deque(requests)
         try:
+            self._queue(requests)
             while pending:
-                self._advance()
-                while pending and pending[0].output is not None:
+                self._step(pending[0])
+                num_done = len([*takewhile(lambda request: request.output, pending)])
+                yield pending
+                for _ in range(num_done):
                     pending.popleft()
-                if progress:
-                    progress()
         finally:
             self.abort(*[request.id for request in pending])
 
     def stream(self, prompts, sampling_params=None, **options) -> Iterator[RequestOutput]:
-        """Generate, and yield each piece of text as soon as nothing can change it: a dict of index
-        (of the prompt), sample, text and token_ids (only the new ones), finish_reason (None until
-        the sample's last event) and stop_reason. The texts of a sample, joined, are the text of
-        generate. To leave the loop early aborts all unfinished requests."""
-        events: deque = deque()
-        requests = self._submit(prompts, sampling_params, events=events, **options)
-        prompt_index = {request.id: i for i, request in enumerate(requests)}
-        try:
-            while events or any(request.output is None for request in requests):
-                if not events:
-                    self._advance()
-                while events:
-                    event = events.popleft()
-                    yield RequestOutput(index=prompt_index[event.pop("request_id")], **event)
-        finally:
-            self.abort(*prompt_index)  # ids of finished requests are ignored
+        """Generate, and yield each piece of text as soon as nothing can change it: index (of the
+        prompt), sample, text and token_ids (only the new ones), finish_reason (None until the
+        sample's last event), stop_reason. To leave the loop early aborts what is unfinished."""
+        requests = self._prepare(prompts, sampling_params, streamed=True, **options)
+        index = {request.id: i for i, request in enumerate(requests)}
+        for pending in self._steps(requests):
+            for request, event in self._news(pending):
+                yield RequestOutput(index=index[request.id], **event)
 
-    def chat(
-        self, messages, sampling_params=None, use_tqdm: bool = True, **options
-    ) -> list[RequestOutput]:
+    def _news(self, requests: Iterable[Request]) -> list[tuple[Request, dict]]:
+        """The events of streamed requests since the last call."""
+        texts = [(r, seq, r.texts.get(seq.sample_id)) for r in requests for seq in r.samples]
+        events = [(request, text.event(seq)) for request, seq, text in texts if text]
+        return [(request, event) for request, event in events if event]
+
+    def chat(self, messages, sampling_params=None, use_tqdm=True, **options) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of conversations: [{"role": "system" | "user" |
         "assistant", "content": ...}, ...], rendered as nanochat does, the user's turn last."""
         if not isinstance(messages, (list, tuple)) or dict in map(type, messages):
@@ -285,14 +251,16 @@ class LLM(AbstractContextManager):
     def add_request(self, prompt, sampling_params: SamplingParams | None = None, **options) -> int:
         """Queue one prompt (a string or token ids); returns the id its output will carry."""
         self._check_options(options)
-        return self._add(*self._check(prompt, sampling_params), **options).id
+        request = self._request(*self._check(prompt, sampling_params), **options)
+        self._queue([request])
+        return request.id
 
     def step(self) -> list[RequestOutput]:
         """Run the model once; returns the requests that finished. If that fails (out of memory, for
         example), all requests wait again, and further steps generate the same tokens."""
-        self._advance()
-        finished, self._finished = self._finished, []
-        return finished
+        self._step()
+        finished, self._finished = self._finished, {}
+        return [*finished.values()]
 
     def is_finished(self) -> bool:
         """True when no request is queued or running and every output was returned by step()."""
@@ -307,8 +275,8 @@ class LLM(AbstractContextManager):
                 if request.output is None:  # it has samples that were not forked yet
                     self._finish(request)
 
-    def _submit(self, prompts, sampling_params, **options) -> list[Request]:
-        """Check all prompts, then queue them. Raises TypeError or ValueError naming the prompt."""
+    def _prepare(self, prompts, sampling_params, **options) -> list[Request]:
+        """Requests for prompts; TypeError or ValueError names the one that cannot be served."""
         self._check_options(options)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -316,21 +284,18 @@ class LLM(AbstractContextManager):
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params")
         pairs = zip(prompts, sampling_params, strict=True)
-        return self._queue(name_errors("prompts[{}]", self._check, pairs), **options)
-
-    def _queue(self, checked: list[tuple], **options) -> list[Request]:
-        """Queue requests of `generate` or `stream`. Seam: if one fails, none is queued."""
-        return [self._add(*request, owned=True, **options) for request in checked]
+        checked = name_errors("prompts[{}]", self._check, pairs)
+        return [self._request(*request, owned=True, **options) for request in checked]
 
     def _check_options(self, options: dict) -> None:
-        """Raises TypeError for a keyword that neither `stream` (events) nor a feature takes."""
-        if unknown := options.keys() - self.request_options - {"events"}:
+        """Raises TypeError for a keyword that neither `stream` (streamed) nor a feature takes."""
+        if unknown := options.keys() - self.request_options - {"streamed"}:
             known = ", ".join(sorted(self.request_options)) or "none"
             raise TypeError(f"unknown argument {min(unknown)!r}: there are {known}")
 
     def _check(self, prompt, params: SamplingParams | None) -> tuple[list[int], SamplingParams]:
         """Token ids and params of a request. Raises ValueError if it can never be served."""
-        params = self.parts.params() if params is None else params
+        params = self.params_class() if params is None else params
         ids = self.tokenizer.prompt_ids(prompt)
         # the last token is not an input of the model, so it needs no slot
         slots = min(len(ids) + params.max_tokens, self.max_model_len) - 1
@@ -345,17 +310,20 @@ class LLM(AbstractContextManager):
                 raise ValueError(f"{number} {what} {limit}")
         return ids, params
 
-    def _add(self, ids, params, *, owned=False, events=None, **options) -> Request:
-        """Queue a request that was checked."""
+    def _request(self, ids, params, *, owned=False, streamed=False, **options) -> Request:
+        """A request for what was checked, and its first sample."""
         if params.seed is None:
             params = replace(params, seed=self._seeds.getrandbits(63))
-        request = Request(self._next_id, ids, params, owned, events, options)
-        request.watched = self.watches(request)
-        self._next_id += 1
-        self._requests[request.id] = request
-        self.scheduler.add(self._make_sequence(request))
-        self._stats["prompt_tokens"] += len(ids)
+        request = Request(next(self._ids), ids, params, owned, streamed, options)
+        request.watched = streamed or self.watches(request)
+        request.samples = self._make_sequence(request).samples
         return request
+
+    def _queue(self, requests: list[Request]) -> None:
+        """Let requests wait for their turn. Seam: those that come while a step is under way."""
+        for request in requests:
+            self._requests[request.id] = request
+            self.scheduler.add(request.samples[0])
 
     def _make_sequence(self, request: Request) -> Sequence:
         """The request's first sample."""
@@ -366,35 +334,47 @@ class LLM(AbstractContextManager):
         max_length = min(len(ids) + params.max_tokens, self.max_model_len)
         return Sequence(request.id, ids, params, max_length, stop_ids)
 
-    # the loop
+    def _step(self, request: Request | None = None) -> None:
+        """One turn of the loop, for whoever waits for the request. Seam: several may wait."""
+        self._change(self._advance)
 
-    @torch.inference_mode()
-    def _advance(self) -> None:
-        """One turn of the loop: plan a step, run it, read its tokens. Seam: a loop with a step in
-        flight launches the next step before it reads the tokens of this one."""
-        self._clock = time.perf_counter()
-        self.scheduler.blocks.events.lap("outside")
+    def _change(self, change: Callable[[], object]) -> None:
+        """Change the books, and recover if that fails. Seam: threads, calls inside of others."""
         try:
-            plan = self.scheduler.schedule()
-            if plan.chunks:
-                self.runner.launch(plan)
-                self._land(plan)
+            change()
         except BaseException as error:
             self._recover(error)
             raise
 
-    def _recover(self, error: BaseException) -> None:
-        """After a step that failed: all sequences wait again."""
-        self.scheduler.reset()
+    @torch.inference_mode()
+    def _advance(self) -> None:
+        """Plan a step, run it, read its tokens. Seam: a loop with a step in flight."""
+        self.scheduler.blocks.events.lap("outside")
+        plan = self.scheduler.schedule()
+        if plan.chunks:
+            self.runner.launch(plan)
+            self._land(plan)
+
+    def _recover(self, error: BaseException | None = None) -> None:
+        """After an exception at any line: make all books again from prompts and tokens."""
+        sequences: list[Sequence] = []
+        for request in [*self._requests.values()]:
+            if request.output is not None:
+                self._finish(request)
+                continue
+            first = request.samples[0]
+            if not first.output:  # nor has another sample a token: it will fork again
+                del request.samples[1:]
+                first.forks = request.params.n - 1
+            request.num_done = 0
+            for text in request.texts.values():
+                text.restart()
+            sequences += request.samples
+        self._collect(self.scheduler.reset(sequences))
 
     def _land(self, plan: Plan) -> None:
         """Read a step's tokens, give them to the scheduler, collect the requests that are done."""
-        token_ids = self.runner.read(plan)
-        before = self.scheduler.num_tokens
-        changed = self.scheduler.update(plan, token_ids)
-        # nothing may raise from here on: `_recover` finds only sequences that have not finished
-        self._count(plan, self.scheduler.num_tokens - before)
-        self._collect(changed)
+        self._collect(self.scheduler.update(plan, self.runner.read(plan)))
         self.scheduler.blocks.events.end()
 
     def _settle(self) -> None:
@@ -402,58 +382,58 @@ class LLM(AbstractContextManager):
 
     def watches(self, request: Request) -> bool:
         """Is a request's text needed token by token? Seam: features that react to text."""
-        return request.events is not None
+        return False
 
-    def _collect(self, changed: list[Sequence]) -> None:
+    def _collect(self, changed: Iterable[Sequence]) -> None:
         """For samples with new tokens: update watched texts, finish requests that are done."""
         for seq in changed:
             request = self._requests[seq.request_id]
             if request.watched:
                 self._watch(request, seq)
             if seq.finish_reason:
-                request.done.append(seq)
-                if len(request.done) == request.params.n:
+                request.num_done += 1
+                if request.num_done == request.params.n:
                     self._finish(request)
 
     def _watch(self, request: Request, seq: Sequence) -> None:
-        """Decode a sample's new tokens, and append an event to its stream."""
+        """Decode a sample's new tokens."""
         if seq.sample_id not in request.texts:
-            request.texts[seq.sample_id] = self.parts.text(self.tokenizer, request)
-        text, num_before = request.texts[seq.sample_id], len(seq.tokens)
-        with self.isolated(request, seq):
-            text.read(seq, self.scheduler)
-        self._stats["output_tokens"] += len(seq.tokens) - num_before  # by a feature
-        if request.events is not None and (event := text.event(seq)):
-            event |= {"request_id": request.id, "stop_reason": self.stop_reason(request, seq)}
-            request.events.append(event)
+            request.texts[seq.sample_id] = self.text_class(self.tokenizer, request)
+        text = request.texts[seq.sample_id]
+        self._isolate(seq, partial(text.read, seq, self.scheduler), text.restart)
 
-    @contextmanager
-    def isolated(self, request: Request, seq: Sequence) -> Iterator[None]:
-        """An exception inside (its text cannot be decoded) ends this sample, and no other one."""
+    def _isolate(self, seq: Sequence, decode: Callable, restart: Callable = lambda: None):
+        """decode(), or None: an exception in it, which the tokenizer raises again when it is asked
+        again, ends this sample and no other one. Any other is from outside, such as a signal."""
         try:
-            yield
-        except Exception as error:
-            if seq.finish_reason is None:
-                self.scheduler.finish(seq, "error")
-            request.errors.insert(0, f"tokenizer: {type(error).__name__}: {error}")  # shown first
-            seq.finish_reason = "error"
+            return decode()
+        except Exception:
+            try:
+                restart()
+                decode()
+            except Exception as error:
+                ending = "error", f"tokenizer: {type(error).__name__}: {error}"
+                if seq.finish_reason is None:
+                    self.scheduler.finish(seq, *ending)
+                seq.finish_reason, seq.stop_reason = ending
+                return None
+            raise
 
     def _finish(self, request: Request) -> None:
-        """Make the output of a request of which no sample is left to run."""
-        request.output = RequestOutput(self.output(request))
-        del self._requests[request.id]
-        self._stats["cached_tokens"] += request.output["num_cached_tokens"]
-        self._stats["requests"] += 1
+        """Make the output of a request of which no sample is left to run, once."""
+        request.output = request.output or RequestOutput(self.output(request))
         if not request.owned:
-            self._finished.append(request.output)
+            self._finished[request.id] = request.output
+        del self._requests[request.id]
+        for seq in request.samples:
+            seq.samples = []  # a list that has it would keep its memory from being given back
 
     def output(self, request: Request) -> dict:
         """The keys and values of a request's RequestOutput."""
-        done = sorted(request.done, key=lambda seq: seq.sample_id)
-        samples = [self.sample_output(request, seq) for seq in done]
+        samples = [self.sample_output(request, seq) for seq in request.samples]
         return samples[0] | {
             "request_id": request.id, "prompt_token_ids": request.prompt,
-            "num_cached_tokens": request.done[0].num_cached or 0, "samples": samples,
+            "num_cached_tokens": request.samples[0].num_cached or 0, "samples": samples,
         }  # fmt: skip
 
     def sample_output(self, request: Request, seq: Sequence) -> dict:
@@ -461,41 +441,11 @@ class LLM(AbstractContextManager):
         if seq.sample_id in request.texts:
             text = request.texts[seq.sample_id].text
         else:
-            text, shown = "", seq.output[:-1] if seq.finish_reason == "stop" else seq.output
-            with self.isolated(request, seq):
-                text = self.tokenizer.decode(shown, skip_special=True)
+            shown = seq.output[:-1] if seq.finish_reason == "stop" else seq.output
+            text = self._isolate(seq, partial(self.tokenizer.decode, shown, True)) or ""
         return {
             "text": text, "token_ids": seq.output, "finish_reason": seq.finish_reason,
-            "stop_reason": self.stop_reason(request, seq),
-        }  # fmt: skip
-
-    def stop_reason(self, request: Request, seq: Sequence) -> int | str | None:
-        """What ended a sample: a token id, the limit's name, or the error. Seam: more reasons."""
-        if seq.finish_reason == "stop":
-            return seq.tokens[-1]
-        if seq.finish_reason == "length":
-            return "max_tokens" if len(seq.output) == seq.params.max_tokens else "max_model_len"
-        if seq.finish_reason == "error":
-            return request.errors[0] if request.errors else "no token is left to draw"
-        return None
-
-    def _count(self, plan: Plan, num_new: int) -> None:
-        """Add a step to the counters of `stats`. Seam: features have more counters."""
-        prompts = [(s, start, stop) for s, start, stop in plan.chunks if start < s.num_prompt]
-        self._stats["steps"] += 1
-        self._stats["output_tokens"] += num_new
-        self._stats["prefill_tokens"] += sum(min(stop, s.num_prompt) - a for s, a, stop in prompts)
-
-    def stats(self) -> dict:
-        """Counters since the start (of the prompts' tokens, cached_tokens came from the prefix
-        cache and prefill_tokens were computed), and the present state of the pool, without the
-        sink."""
-        scheduler, blocks = self.scheduler, self.scheduler.blocks
-        return self._stats | {
-            "preemptions": scheduler.num_preemptions, "block_size": blocks.block_size,
-            "num_blocks": blocks.num_usable // blocks.width,
-            "free_blocks": blocks.num_free // blocks.width,
-            "running": len(scheduler.running), "waiting": len(scheduler.waiting),
+            "stop_reason": seq.stop_reason,
         }  # fmt: skip
 
     def close(self) -> None:

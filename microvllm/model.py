@@ -2,26 +2,27 @@
 
 An era is a span of versions that compute alike. Its Recipe holds the constants that no tensor shape
 reveals; a wrong one gives fluent nonsense, so checkpoint.py finds the era by the state dict, whose
-names the modules have. The tokens of all sequences are one flat batch. The only state is the KV
-cache. x0, smear (a part of the previous token's embedding) and value embeddings (a second table,
-added to V) need only the ids of a token and the one before. Backout subtracts the middle layer's x.
+names the modules have. The only state is the KV cache: x0, smear (a part of the previous token's
+embedding) and value embeddings (a second table, added to V) need only the ids of a token and the
+one before. Backout subtracts the middle layer's x.
 
     ids -> (1) embed, smear -> x0       each layer: (2) mix x with x0  (3) project  (4) rotate, norm
     -> layers -> (7) backout, norm                  (5) write K and V, attend  (6) MLP
     -> logits of the sampled rows       T tokens, C = n_embd, D = head_dim, Hkv = n_kv_head, R rows
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import sdpa_attention, store
+
+linear = partial(nn.Linear, bias=False)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @classmethod
-    def from_meta(cls, model_config: dict) -> GPTConfig:
+    def from_meta(cls, model_config: dict) -> "GPTConfig":
         """The shape in a meta file. Raises TypeError for bad keys, ValueError for bad values."""
         pattern = str(model_config.get("window_pattern") or "L").upper()
         config = cls(**{**model_config, "window_pattern": pattern})
@@ -68,21 +69,6 @@ class Recipe:
     smear: bool = False  # smear and backout
     eps: float = 2.0**-23  # of every rms norm: float32's machine epsilon, torch's default
 
-    def override(self, **changes: float) -> Recipe:
-        """A copy with some constants changed. Raises TypeError for an unknown name, ValueError for
-        a value that makes no sense."""
-        known = "eps", "gate_scale", "qk_scale", "rope_base", "round_rotary", "softcap"
-        for name, value in changes.items():
-            if name not in known:
-                names = ", ".join(known)
-                raise TypeError(f"unknown argument {name!r}; recipe overrides are {names}")
-            flag, is_bool = name == "round_rotary", isinstance(value, bool)
-            number = isinstance(value, (int, float)) and not is_bool and 0 < value < math.inf
-            if not (is_bool if flag else number):
-                kind = "True or False" if flag else "a positive number"
-                raise ValueError(f"{name} must be {kind}, got {value!r}")
-        return replace(self, **changes)
-
 
 _ERA3 = Recipe("3", gate_channels=32, short_window=2, lambdas=True)
 _ERA4 = replace(
@@ -100,9 +86,9 @@ RECIPES = {
 
 def layer_windows(config: GPTConfig, recipe: Recipe) -> list[int]:
     """How many tokens back each layer sees; -1 is no limit. With w a query sees w + 1 keys."""
-    if not recipe.short_window:
-        return [-1] * config.n_layer
     n, long = config.n_layer, config.sequence_len
+    if not recipe.short_window:
+        return [-1] * n
     short = long // 2 if recipe.short_window == 2 else 128 * math.ceil(long / recipe.short_window)
     kinds = (config.window_pattern * n)[: n - 1] + "L"  # the last layer is always long
     return [short if kind == "S" else long for kind in kinds]
@@ -137,21 +123,17 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config, self.recipe, self.window, self.attend = config, recipe, window, attend
         c, kv = config.n_embd, config.n_kv_head * config.head_dim
-        self.c_q = nn.Linear(c, c, bias=False)
-        self.c_k = nn.Linear(c, kv, bias=False)
-        self.c_v = nn.Linear(c, kv, bias=False)
-        self.c_proj = nn.Linear(c, c, bias=False)
+        self.c_q, self.c_proj = linear(c, c), linear(c, c)
+        self.c_k, self.c_v = linear(c, kv), linear(c, kv)
         if gated:
-            self.ve_gate = nn.Linear(recipe.gate_channels, config.n_kv_head, bias=False)
+            self.ve_gate = linear(recipe.gate_channels, config.n_kv_head)
 
     def forward(self, x, ve, cos, sin, k_cache, v_cache, batch) -> Tensor:
         """x (T, C) normed; ve (T, Hkv * D) value embeddings or None; k_cache, v_cache (N, Hkv,
-        block_size, D): the layer's blocks, to which new K and V are written. Gives (T, C)."""
+        block_size, D): the layer's blocks. Gives (T, C)."""
         recipe, dim = self.recipe, self.config.head_dim
         # (3) project
-        q = self.c_q(x).view(len(x), -1, dim)
-        k = self.c_k(x).view(len(x), -1, dim)
-        v = self.c_v(x).view(len(x), -1, dim)
+        q, k, v = (c(x).view(len(x), -1, dim) for c in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
             gate = torch.sigmoid(self.ve_gate(x[:, : recipe.gate_channels]))
             v = v + recipe.gate_scale * gate[:, :, None] * ve.view_as(v)
@@ -170,8 +152,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc = linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -191,17 +173,9 @@ class Block(nn.Module):
         return x + self.mlp(norm(x, self.eps))  # (6)
 
 
-def table(rows: int, width: int) -> nn.Embedding:
-    """An embedding without initial values: to draw them on "meta" imports torch's compiler, 1 s."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width))
-
-
 class GPT(nn.Module):
-    """A nanochat model for inference.
-
-    rows: of the embedding tables, vocab_size and padding; attend: see attention.py. The engine uses
-    config, recipe, device, kv_layout, `forward` and `logits`, and features windows and dtype.
-    """
+    """A nanochat model. rows: of the embedding tables, vocab_size and padding; attend: see
+    attention.py."""
 
     def __init__(self, config: GPTConfig, recipe: Recipe, rows: int, attend=sdpa_attention):
         super().__init__()
@@ -211,14 +185,16 @@ class GPT(nn.Module):
         # value embeddings are in every second layer, counted back from the last
         gated = [i for i in range(n) if recipe.gate_channels and i % 2 == (n - 1) % 2]
         blocks = [Block(config, recipe, self.windows[i], attend, i in gated) for i in range(n)]
-        self.transformer = nn.ModuleDict({"wte": table(rows, c), "h": nn.ModuleList(blocks)})
-        self.value_embeds = nn.ModuleDict({str(i): table(rows, kv) for i in gated})
-        self.lm_head = nn.Linear(c, rows, bias=False)
+        table = nn.Embedding.from_pretrained  # to draw initial values imports torch's compiler, 1 s
+        wte = table(torch.empty(rows, c))
+        self.transformer = nn.ModuleDict({"wte": wte, "h": nn.ModuleList(blocks)})
+        self.value_embeds = nn.ModuleDict({str(i): table(torch.empty(rows, kv)) for i in gated})
+        self.lm_head = linear(c, rows)
         if recipe.lambdas:
             self.resid_lambdas = nn.Parameter(torch.empty(n))
             self.x0_lambdas = nn.Parameter(torch.empty(n))
         if recipe.smear:
-            self.smear_gate = nn.Linear(24, 1, bias=False)  # it reads the first 24 channels
+            self.smear_gate = linear(24, 1)  # it reads the first 24 channels
             self.smear_lambda = nn.Parameter(torch.empty(1))
             self.backout_lambda = nn.Parameter(torch.empty(1))
 

@@ -1,16 +1,14 @@
 """Which token comes next, and where does the randomness come from?
 
-All the randomness of a row (one token to be sampled) is its noise, one number in [0, 1) made on the
-CPU: a function of (seed, sample index, position) and of nothing else. So a request with a seed has
-the same tokens alone, in a full batch, after a preemption, and as sample i of n. Sampling divides
-by the temperature; drops tokens by top_k, then top_p of those left, then min_p; and draws the first
-token whose cumulative probability exceeds the noise. R rows, V tokens in the vocabulary.
+All the randomness of a row (one token to be sampled) is its noise, a number in [0, 1) made on the
+CPU of (seed, sample index, position) and nothing else. So a request with a seed has the same tokens
+alone, in a full batch, after a preemption, and as sample i of n. Sampling divides by the
+temperature; drops tokens by top_k, then top_p, then min_p; and draws the first token whose
+cumulative probability exceeds the noise. R rows, V tokens in the vocabulary.
 
     probabilities   |-- the 0.42 --|- a 0.31 -|-- one 0.27 --|
     noise           ............................^ 0.75         the token is "one"
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq  # lists and tuples, not the Sequence of scheduler.py
@@ -51,11 +49,10 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} must be between {least} and {most}, got {value!r}")
-        # logits divided by less would overflow float32; so tiny temperatures are greedy
+        # logits divided by less would overflow float32: tiny temperatures are greedy
         self.put("temperature", self.temperature if self.temperature >= 1e-30 else 0.0)
         self.put("stop_token_ids", tuple(self.stop_token_ids))
-        # computed once, since each step needs it; False if greedy: the argmax is never dropped
-        drops = self.top_k or self.top_p < 1 or self.min_p
+        drops = self.top_k or self.top_p < 1 or self.min_p  # never the argmax
         self.put("truncated", bool(self.temperature and drops))
 
     def put(self, name: str, value: object) -> None:
@@ -68,9 +65,9 @@ class SamplingParams:
 
 
 def noise(seeds: Seq[int], samples: Seq[int], positions: Seq[int]) -> np.ndarray:
-    """(R,) float32 in [0, 1), each from its row's seed, sample index and position alone. Each of
-    these goes through a round of the hash splitmix64 (Steele, Lea and Flood, 2014), so the noise of
-    neighbours is unrelated. The top 24 bits are kept: float32 has all multiples of 2**-24."""
+    """(R,) float32 in [0, 1), each from its row's seed, sample index and position alone, by rounds
+    of the hash splitmix64 (Steele, Lea and Flood, 2014): the noise of neighbours is unrelated. The
+    top 24 bits are kept: float32 has all multiples of 2**-24."""
     x = np.zeros(len(seeds), np.uint64)
     for part in (seeds, samples, positions):
         x = (x ^ np.array(part, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
@@ -92,9 +89,8 @@ def sample(
     logits: Tensor, params: Seq[SamplingParams], temperature: Tensor, uniform: Tensor,
     softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """A token for each row, (R,) integers; -1 where there is none to draw. logits (R, V), not yet
-    capped at +-softcap (0: no cap); temperature, uniform (R,) float32, on the device: each row's
-    params[i].temperature and its noise."""
+    """(R,) token ids, -1 where there is none to draw. logits (R, V), not yet capped at +-softcap
+    (0: no cap); temperature, uniform (R,) float32: params[i].temperature and the noise of row i."""
     # greedy rows: the argmax of the logits before the cap, since the cap keeps their order but may
     # round two of them to one value
     tokens = logits.argmax(-1)
@@ -133,8 +129,8 @@ def keep_top_k(logits: Tensor, k: list[int]) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: list[float]) -> Tensor:
-    """Keep the tokens of row i for which all more likely ones have less than p[i] of probability in
-    sum, and all that equal the last of these (Holtzman et al. 2020)."""
+    """Keep the tokens of row i before which, ordered by probability, are less than p[i] of it, and
+    all that equal the last of these (Holtzman et al. 2020)."""
     weights = torch.softmax(logits, -1)
     ordered = weights.sort(-1, descending=True).values
     above = ordered.cumsum(-1) - ordered  # probability of all tokens before, in that order

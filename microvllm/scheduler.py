@@ -1,8 +1,7 @@
 """Who runs in a step, and in which blocks? Sequence, BlockManager, Scheduler.
 
-The KV cache is a pool of blocks, each for the K and V of block_size tokens. This file imports no
-torch. Paper: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-PagedAttention", 2023. "Seam" in a docstring: what a feature overrides. With blocks of 4 tokens:
+The KV cache is a pool of blocks, each for the K and V of block_size tokens (PagedAttention: Kwon et
+al. 2023). This file imports no torch. "Seam": what a feature overrides. With blocks of 4 tokens:
 
     naive      a request reserves its longest possible text: the cat sat on . . . . . . . . . . . .
     paged      a table of blocks, the last part-filled       A.table = [3, 7]
@@ -11,7 +10,7 @@ PagedAttention", 2023. "Seam" in a docstring: what a feature overrides. With blo
     copy       ... until one writes into the part-filled     A.table = [3, 9]  B.table = [3, 7]
                one, of which it gets a copy first            copies: 7 -> 9
     hit        A and B are done; block 3 is free, but keeps K, V and the hash of its text: a prompt
-               that begins with "the cat sat on" finds it and does not compute these tokens
+               that begins with "the cat sat on" finds it, and computes the rest only
     eviction   if each free block has a hash, the least recently used one loses it and is reused
 """
 
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,37 +39,39 @@ class Sequence:
         self, request_id: int, prompt: list[int], params: SamplingParams, max_length: int = 0,
         stop_ids: Iterable[int] = (),
     ):  # fmt: skip
-        self.request_id = request_id
+        self.request_id, self.params = request_id, params
         self.sample_id = 0  # which of the request's n samples
-        self.params = params
-        self.tokens = list(prompt)  # prompt and output, all of them known
-        self.num_prompt = len(prompt)
+        self.tokens, self.num_prompt = list(prompt), len(prompt)  # prompt and output, all known
         self.max_length = max_length or self.num_prompt + params.max_tokens  # it ends with so many
         self.stop_ids = stop_ids  # tokens that end it
         self.forks = params.n - 1  # further samples, made when the prompt is computed
-        self.num_computed = 0  # tokens whose K and V are in the cache, or will be after this step
         self.num_cached: int | None = None  # tokens found in the prefix cache at first admission
-        self.table = array("i")  # block numbers, in the order of the tokens
-        self.num_writable = 0  # the first so many tokens need no `BlockManager.grow` to be written
         self.hashes: list[bytes] = []  # of the full blocks, each with its predecessor's hash in it
-        self.num_published = 0  # the first so many blocks are in the prefix cache
         self.finish_reason: str | None = None  # "stop", "length", "abort", "error"
+        self.stop_reason: int | str | None = None  # the stop token, limit, or error in question
+        self.samples = [self]  # all samples of the request that were made so far, the first first
+        self.forget()
 
-    @property
-    def output(self) -> list[int]:
-        return self.tokens[self.num_prompt :]
+    output = property(lambda self: self.tokens[self.num_prompt :])
+    # so many may come from the prefix cache (seam): not the last, of which the logits are needed
+    cacheable = property(lambda self: len(self.tokens) - 1)
+
+    def forget(self) -> None:
+        """Start without blocks: all of it is to be computed."""
+        self.table = array("i")  # block numbers, in the order of the tokens
+        self.num_computed = 0  # tokens whose K and V are in the cache, or will be after this step
+        self.num_published = 0  # the first so many blocks are in the prefix cache
+        self.num_writable = 0  # the first so many tokens need no `BlockManager.grow` to be written
 
 
-# Three policies, the defaults of LLM(eviction=, victim=, admission=). A policy changes how long a
-# run takes, never its tokens.
+# Three policies, the defaults of LLM(eviction=, victim=, admission=). None changes any token.
 def least_recently_used(blocks: BlockManager) -> int:
     """Eviction: which of `blocks.cached` loses its content, so that a sequence can write to it."""
     return next(iter(blocks.cached))
 
 
 def youngest(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """Victim: which of `scheduler.running` is preempted when `seq` finds no free block. It may be
-    `seq`. The youngest, since the oldest have waited longest."""
+    """Victim: which of `scheduler.running` is preempted when `seq`, maybe itself, needs a block."""
     return scheduler.running[-1]
 
 
@@ -79,24 +81,22 @@ def first_come(scheduler: Scheduler) -> Sequence:
 
 
 class Events:
-    """What happens in the block manager, the scheduler and the engine: they call these methods.
-    Here they do nothing.
+    """What happens: the core calls these methods, which do nothing here.
 
     arrive(seq), admit(seq, num_hits), allocate(seq, count), copy(seq, index, source), evict(block),
-    publish(seq, block), fork(seq, twin), free(seq), forget(), preempt(seq), finish(seq), reset(),
-    plan(plan), update(plan, changed), lap(phase): the host has finished this phase of a step, end()
-    of a step; force(seq), note(name, seq, blocks): by features. Seam: `BlockManager.events`.
+    publish(seq, block), fork(seq, twin), free(seq), preempt(seq), finish(seq), reset(), plan(plan),
+    update(plan, changed), lap(phase): the host has finished this phase of a step, end() of a step;
+    force(seq), note(name, seq, blocks): by features. Seam: `BlockManager.events`.
     """
 
     def ignore(self, *facts) -> None: ...
 
-    arrive = admit = allocate = copy = evict = publish = fork = force = free = forget = ignore
+    arrive = admit = allocate = copy = evict = publish = fork = force = free = ignore
     preempt = finish = reset = plan = update = lap = end = note = ignore
 
 
 class BlockManager:
-    """Hands out the blocks of the pool, shares them between sequences, and finds them again by
-    content.
+    """Hands out the blocks of the pool, shares them, and finds them again by content.
 
     num_blocks: blocks in the pool. Block 0 is the sink, never handed out: padding is written there.
     block_size: tokens in a block; eviction: a policy. Every other block is in exactly one state:
@@ -106,8 +106,8 @@ class BlockManager:
         cached     free, findable by its hash        cached, the least recently used first
         in use     in at least one block table       ref_count, in how many
 
-    First come the methods of single blocks, then those of block tables. Seam: a subclass that keeps
-    `width` blocks for the same tokens (one for each group of layers) overrides those of tables.
+    Seam: a subclass that keeps `width` blocks for the same tokens (one for each group of layers)
+    overrides the methods of block tables, below those of single blocks.
     """
 
     width = 1  # table entries for each block_size tokens; here a token has one block
@@ -116,27 +116,23 @@ class BlockManager:
         self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True,
         eviction: Callable[[BlockManager], int] = least_recently_used,
     ):  # fmt: skip
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.num_usable = num_blocks - 1  # without the sink
-        self.enable_prefix_caching, self.eviction = enable_prefix_caching, eviction
-        self.ref_count = [0] * num_blocks
-        self.blank = list(range(num_blocks - 1, 0, -1))  # a stack: pop() gives block 1 first
+        self.num_blocks, self.num_usable = num_blocks, num_blocks - 1  # without the sink
+        self.block_size, self.enable_prefix_caching = block_size, enable_prefix_caching
+        self.eviction = eviction
+        self.events = Events()
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew: every block is blank, whatever was in it and in any table."""
+        self.ref_count = [0] * self.num_blocks
+        self.blank = list(range(self.num_usable, 0, -1))  # a stack: pop() gives block 1 first
         # ordered by use; a plain dict finds its first key by a walk over all deleted entries
         self.cached: OrderedDict[int, None] = OrderedDict()
         self.hash_of: dict[int, bytes] = {}  # of each findable block, cached or in use
         self.block_of: dict[bytes, int] = {}  # the same pairs: this is the prefix cache
         self.copies: list[tuple[int, int]] = []  # (source, destination), due before the forward
-        self.events = Events()
 
-    # the pool
-
-    @property
-    def num_free(self) -> int:
-        return len(self.blank) + len(self.cached)
-
-    def count_free(self, blocks: list[int]) -> int:
-        """How many of these blocks are in no table."""
-        return [self.ref_count[block] for block in blocks].count(0)
+    num_free = property(lambda self: len(self.blank) + len(self.cached))
 
     def take(self) -> int:
         """A free block: a blank one if there is any, else the cached one that the policy evicts."""
@@ -151,7 +147,7 @@ class BlockManager:
         return block
 
     def share(self, block: int) -> None:
-        """Count one more table that has the block. If it was free (then cached), it is in use."""
+        """Count one more table that has the block, which may have been cached."""
         if self.ref_count[block] == 0:
             del self.cached[block]
         self.ref_count[block] += 1
@@ -166,23 +162,13 @@ class BlockManager:
             else:
                 self.blank.append(block)
 
-    def forget(self) -> None:
-        """Empty the prefix cache: after new weights or a failed step all K and V are stale."""
-        self.blank.extend(reversed(self.cached))
-        self.cached.clear()
-        self.hash_of.clear()
-        self.block_of.clear()
-        self.events.forget()
-
-    # block tables
-
     def blocks_for(self, num_tokens: int) -> int:
         """Table entries for so many tokens: whole blocks, so -(-a // b) rounds up."""
         return -(-num_tokens // self.block_size) * self.width
 
     def most_blocks(self, num_tokens: int, chunk: int) -> int:
-        """Blocks that a sequence holds at most on its way to so many tokens, if a step computes up
-        to `chunk` of them. Seam: fewer, where blocks are given back on the way."""
+        """Blocks that a sequence holds at most on its way to so many tokens, `chunk` a step. Seam:
+        fewer, where blocks are given back on the way."""
         return self.blocks_for(num_tokens)
 
     def block_tables(self, seqs: list[Sequence]) -> np.ndarray:
@@ -205,34 +191,30 @@ class BlockManager:
 
     def match(self, seq: Sequence, num_tokens: int) -> list[int]:
         """Cache hits: the blocks of the longest prefix of its first `num_tokens` that are found."""
-        hits: list[int] = []
-        if self.enable_prefix_caching:
-            for h in self.compute_hashes(seq, num_tokens // self.block_size):
-                if h not in self.block_of:
-                    break
-                hits.append(self.block_of[h])
-        return hits
+        if not self.enable_prefix_caching:
+            return []
+        hashes = self.compute_hashes(seq, num_tokens // self.block_size)
+        return [self.block_of[h] for h in takewhile(self.block_of.__contains__, hashes)]
 
     def admit(self, seq: Sequence, hits: list[int], stop: int, reserve: int = 0) -> bool:
         """Give a waiting sequence its hits (some may be free now) and fresh blocks up to token
         `stop`. False, and nothing done, if fewer than `reserve` free blocks would be left."""
         fresh = self.blocks_for(stop) - len(hits)
-        if self.num_free - self.count_free(hits) - fresh < reserve:
+        free_hits = [self.ref_count[block] for block in hits if block].count(0)
+        if self.num_free - free_hits - fresh < reserve:
             return False
         for block in hits:
             self.share(block)
         seq.table.extend(hits)
-        for _ in range(fresh):
-            seq.table.append(self.take())
+        seq.table.extend([self.take() for _ in range(fresh)])
         seq.num_published = len(hits) // self.width
         seq.num_computed = seq.num_published * self.block_size
         self.events.admit(seq, len(hits))
         return True
 
     def grow(self, seq: Sequence, start: int, stop: int) -> bool:
-        """Make the tokens [start, stop) writable: fresh blocks at the end, and a copy of a
-        part-filled block that another sample also holds (copy-on-write). False, and nothing done,
-        if too few blocks are free."""
+        """Make the tokens [start, stop) writable: take fresh blocks, copy a part-filled one that
+        another sample holds too (copy-on-write). False, and nothing done, if too few are free."""
         table, width = seq.table, self.width
         fresh = -(-stop // self.block_size) * width - len(table)
         first = start // self.block_size * width  # only its block may be part-filled and shared
@@ -245,9 +227,8 @@ class BlockManager:
             table[i] = target
             self.release(source)
             self.events.copy(seq, i, source)
-        for _ in range(fresh):
-            table.append(self.take())
         if fresh > 0:
+            table.extend([self.take() for _ in range(fresh)])
             self.events.allocate(seq, fresh)
         seq.num_writable = len(table) // width * self.block_size
         return True
@@ -255,16 +236,14 @@ class BlockManager:
     def publish(self, seq: Sequence, num_tokens: int) -> None:
         """Let the full blocks among the first `num_tokens` be found by their hash from now on."""
         count = num_tokens // self.block_size
-        if not self.enable_prefix_caching or count <= seq.num_published:
-            return
-        hashes = self.compute_hashes(seq, count)
-        for i in range(seq.num_published, count):
-            self.name(seq, seq.table[i], hashes[i])
-        seq.num_published = count
+        if self.enable_prefix_caching and count > seq.num_published:
+            hashes = self.compute_hashes(seq, count)
+            for i in range(seq.num_published, count):
+                self.set_hash(seq, seq.table[i], hashes[i])
+            seq.num_published = count
 
-    def name(self, seq: Sequence, block: int, h: bytes) -> None:
-        """Give a block its hash, unless another block has this content and is found by it, or the
-        block has a hash already, since it came from the prefix cache."""
+    def set_hash(self, seq: Sequence, block: int, h: bytes) -> None:
+        """Let a block be found by a hash, unless another is, or it has one: it was a cache hit."""
         if h not in self.block_of and block not in self.hash_of:
             self.block_of[h] = block
             self.hash_of[block] = h
@@ -276,18 +255,18 @@ class BlockManager:
         twin = copy(seq)
         twin.sample_id, twin.forks = sample_id, 0
         twin.tokens, twin.table, twin.hashes = seq.tokens[:], seq.table[:], seq.hashes[:]
+        seq.samples.append(twin)
         for block in twin.table:
             self.share(block)
         self.events.fork(seq, twin)
         return twin
 
     def free(self, seq: Sequence) -> None:
-        """Release all blocks, the last one first, so that it is evicted first: more prompts have
-        the beginning in common than the end."""
+        """Release all blocks, the last one first: prompts rarely have it in common, so it may be
+        evicted first."""
         for block in reversed(seq.table):
             self.release(block)
-        seq.table = array("i")
-        seq.num_computed = seq.num_published = seq.num_writable = 0
+        seq.forget()
         if self.copies:  # not into blocks freed here: a later copy may get the same destination
             self.copies = [c for c in self.copies if self.ref_count[c[1]]]
         self.events.free(seq)
@@ -308,7 +287,7 @@ class BlockManager:
         assert self.cached.keys() <= findable and findable.isdisjoint(self.blank)
 
     def check_table(self, seq: Sequence, texts: dict) -> None:
-        """`check` for one table; texts: the text of each shared block in the tables seen so far."""
+        """`check` for one table; texts: of the shared blocks in the tables seen so far."""
         size, sizes = self.block_size, (len(seq.table), seq.num_computed, seq.num_published)
         for i, block in enumerate(seq.table):
             assert block, f"entry {i} is the sink"
@@ -332,17 +311,13 @@ class Plan:
 
     @cached_property
     def params(self) -> list[SamplingParams]:
-        """The SamplingParams of each sample."""
         return [seq.params for _, seq, _ in self.samples]
 
 
 class Scheduler:
-    """Decides which tokens of which sequences are computed in a step.
-
-    There is no prefill phase and no decode phase: a sequence has tokens, some of them computed, and
-    needs the rest. max_batch_size: sequences that run at once; max_batched_tokens: tokens of a
-    step; victim, admission: policies.
-    """
+    """Decides which tokens of which sequences are computed in a step. There is no prefill phase and
+    no decode phase: of a sequence's tokens some are computed, and the rest must be. max_batch_size:
+    sequences that run at once; max_batched_tokens: of a step; victim, admission: policies."""
 
     def __init__(
         self, blocks: BlockManager, max_batch_size: int, max_batched_tokens: int,
@@ -362,16 +337,15 @@ class Scheduler:
         self.blocks.events.arrive(seq)
 
     def schedule(self) -> Plan:
-        """Plan the next step, and count it as done: `num_computed` grows now, and a sequence whose
-        prompt is then computed forks into its n samples."""
+        """Plan the next step, and count it as done: `num_computed` grows now, and a sequence of
+        which then all is computed forks into its n samples."""
         chunks, total = self.choose()
         if total > len(chunks):  # some are of more than one token
             chunks.sort(key=lambda c: c[2] - c[1] > 1)  # stable: one-token chunks first
         for seq, _, stop in chunks:
             seq.num_computed = stop
-        samples = self.samples(chunks)
-        copies, self.blocks.copies = self.blocks.copies, []
-        plan = Plan(chunks, samples, copies)
+        plan = Plan(chunks, self.samples(chunks), self.blocks.copies)
+        self.blocks.copies = []
         self.blocks.events.plan(plan)
         return plan
 
@@ -379,36 +353,32 @@ class Scheduler:
         """The chunks of the next step, and their number of tokens: running sequences first, then,
         unless one was preempted, waiting ones. Seam: chunks with speculative tokens too."""
         blocks, chunks, budget = self.blocks, [], self.max_batched_tokens
-        preempted = False
+        num_preemptions = self.num_preemptions
         for seq in self.running[:]:
             start = seq.num_computed
             stop = min(len(seq.tokens), start + budget)
             if start >= stop or not seq.table:  # no token is left to compute, or it was preempted
                 continue
-            while stop > seq.num_writable and not blocks.grow(seq, start, stop):
+            while seq.table and stop > seq.num_writable and not blocks.grow(seq, start, stop):
                 victim = self.victim(self, seq)
                 self.preempt(victim)
-                preempted = True
                 for chunk in [c for c in chunks if c[0] is victim]:  # already in the plan
                     chunks.remove(chunk)
                     budget += chunk[2] - chunk[1]
-                if victim is seq:
-                    break
-            else:  # no break: seq was not preempted
+            if seq.table:
                 chunks.append((seq, start, stop))
                 budget -= stop - start
-        if self.waiting and budget and not preempted:
+        if self.waiting and budget and self.num_preemptions == num_preemptions:
             budget = self.admit(chunks, budget)
         return chunks, self.max_batched_tokens - budget
 
     def admit(self, chunks: list[tuple[Sequence, int, int]], budget: int) -> int:
-        """Let waiting sequences in while there is room, and add their first chunks. Returns what is
-        left of the token budget."""
+        """Add the first chunks of waiting sequences, where there is room; gives the budget left."""
         blocks = self.blocks
         capacity = self.max_batch_size - sum([1 + seq.forks for seq in self.running])
         while self.waiting and budget:
             seq = self.admission(self)
-            hits = blocks.match(seq, self.cacheable(seq))
+            hits = blocks.match(seq, seq.cacheable)
             start = len(hits) // blocks.width * blocks.block_size
             stop = min(len(seq.tokens), start + budget)
             # room for 16 more tokens of each running sequence, or seq might be preempted at once
@@ -427,14 +397,9 @@ class Scheduler:
             blocks.publish(seq, stop)
         return budget
 
-    def cacheable(self, seq: Sequence) -> int:
-        """How many tokens may come from the prefix cache: not the last, which must be computed to
-        have logits for the next. Seam: fewer, if logits of earlier tokens are needed too."""
-        return len(seq.tokens) - 1
-
     def samples(self, chunks: list[tuple[Sequence, int, int]]) -> list[tuple[int, Sequence, int]]:
-        """What is sampled after these chunks: the next token of each sequence of which no token is
-        left to compute; it forks here into its n samples. Seam: also after speculative tokens."""
+        """What is sampled after these chunks: the next token of each sequence of which all tokens
+        are computed; it forks here. Seam: also after speculative tokens."""
         samples = []
         for index, (seq, _, stop) in enumerate(chunks):
             if stop == len(seq.tokens):
@@ -446,9 +411,8 @@ class Scheduler:
         return samples
 
     def update(self, plan: Plan, token_ids: list[int]) -> list[Sequence]:
-        """Append the step's tokens, one for each of plan.samples, to their sequences, end those
-        that are done, and publish the blocks that are full now. A token is -1 if none could be
-        drawn. Returns the sequences that got a token or are done."""
+        """Publish the blocks that are full now, append a token for each of plan.samples (-1 if none
+        could be drawn), end what is done. Returns the sequences that got a token or ended."""
         size = self.blocks.block_size
         for seq, _, stop in plan.chunks:
             # less than planned, if it was preempted or its speculative tokens were rejected
@@ -462,20 +426,28 @@ class Scheduler:
             if not changed or changed[-1] is not seq:
                 changed.append(seq)
             if token < 0:
-                self.finish(seq, "error")
+                self.finish(seq, "error", seq.stop_reason or "no token is left to draw")
                 continue
             seq.tokens.append(token)
             self.num_tokens += 1
-            if token in seq.stop_ids:
-                self.finish(seq, "stop")
-            elif position + 1 >= seq.max_length:
-                self.finish(seq, "length")
+        self.end(changed)
         self.blocks.events.update(plan, changed)
         return changed
 
-    def finish(self, seq: Sequence, reason: str) -> None:
-        """End a sequence and free its blocks."""
-        seq.finish_reason = reason
+    def end(self, seqs: Iterable[Sequence]) -> None:
+        """Finish those of which the last output token is the last of all."""
+        for seq in seqs:
+            if seq.finish_reason or len(seq.tokens) == seq.num_prompt:
+                continue
+            if seq.tokens[-1] in seq.stop_ids:
+                self.finish(seq, "stop", seq.tokens[-1])
+            elif len(seq.tokens) >= seq.max_length:
+                at_limit = len(seq.tokens) == seq.num_prompt + seq.params.max_tokens
+                self.finish(seq, "length", "max_tokens" if at_limit else "max_model_len")
+
+    def finish(self, seq: Sequence, reason: str, cause: int | str | None = None) -> None:
+        """End a sequence for a finish_reason and a stop_reason, and free its blocks."""
+        seq.finish_reason, seq.stop_reason = reason, cause
         if seq.table:
             self.blocks.publish(seq, min(seq.num_computed, len(seq.tokens)))
             self.blocks.free(seq)
@@ -485,7 +457,7 @@ class Scheduler:
         self.blocks.events.finish(seq)
 
     def abort(self, *request_ids: int) -> list[Sequence]:
-        """End all samples of these requests, wherever they are, in one walk over the queue."""
+        """End all samples of these requests, in one walk over the queue; returns them."""
         gone = set(request_ids)
         seqs = [s for s in (*self.running, *self.waiting) if s.request_id in gone]
         self.waiting = deque(s for s in self.waiting if s.request_id not in gone)
@@ -501,11 +473,15 @@ class Scheduler:
         self.num_preemptions += 1
         self.blocks.events.preempt(seq)
 
-    def reset(self) -> None:
-        """After a step that failed: all sequences wait again, all K and V are forgotten."""
-        while self.running:
-            self.preempt(self.running[-1])
-        for seq in self.waiting:  # one may have blocks, if the step failed while it was admitted
-            self.blocks.free(seq)
+    def reset(self, sequences: Iterable[Sequence] | None = None) -> list[Sequence]:
+        """After new weights, or a step that failed: forget all K and V; these sequences (by default
+        all) wait again, or end, if the step was left before they did. Returns them."""
+        sequences = self.running + [*self.waiting] if sequences is None else [*sequences]
+        self.running, self.waiting = [], deque(sequences)
+        self.blocks.clear()
+        for seq in sequences:
+            seq.forget()
+            seq.hashes, seq.finish_reason, seq.stop_reason = [], None, None
         self.blocks.events.reset()
-        self.blocks.forget()
+        self.end(sequences)
+        return sequences

@@ -18,26 +18,20 @@ import tiktoken
 
 # the kinds of parts of an assistant's message, and the special tokens around each
 _PART_MARKS = {
-    "text": (),
-    "python": ("<|python_start|>", "<|python_end|>"),
+    "text": (), "python": ("<|python_start|>", "<|python_end|>"),
     "python_output": ("<|output_start|>", "<|output_end|>"),
-}
+}  # fmt: skip
 
 
 def load_tokenizer(path: str | Path, kind: type | None = None) -> "Tokenizer":
     """Open nanochat's tokenizer.pkl; path: the file or its directory; kind: subclass of Tokenizer.
-
-    The file is a pickle, but it is never unpickled: see _read_pickled_encoding.
-    Raises FileNotFoundError if there is none, ValueError if it holds anything but a tokenizer.
-    """
+    Raises FileNotFoundError if there is none, ValueError if it holds anything but a tokenizer."""
     file = Path(path).expanduser()
     if file.is_dir():
         file = file / "tokenizer.pkl"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"no tokenizer at {file}: pass tokenizer_path=, the tokenizer.pkl that nanochat wrote "
-            "or the directory it is in"
-        )
+        what = "give tokenizer_path=, nanochat's tokenizer.pkl or the directory it is in"
+        raise FileNotFoundError(f"no tokenizer at {file}: {what}")
     try:
         return (kind or Tokenizer)(**_read_pickled_encoding(file.read_bytes()))
     # what a malformed pickle raises while its instructions are run
@@ -46,21 +40,18 @@ def load_tokenizer(path: str | Path, kind: type | None = None) -> "Tokenizer":
 
 
 def _read_pickled_encoding(data: bytes) -> dict:
-    """The four arguments of the one tiktoken.Encoding of which `data` is a pickle.
-
-    A pickle is a program for a small stack machine; its instructions to import and to call make an
-    untrusted one dangerous. An Encoding needs only the instructions below (protocol 4): these are
-    run here, without an import or a call, and all others are refused. Each costs no more than its
-    own items: without instructions for tuples there is no nested key, whose hash may take forever.
-    """
+    """The four arguments of the one tiktoken.Encoding of which `data` is a pickle: a program for a
+    small stack machine, dangerous by its instructions to import and to call. An Encoding needs only
+    those below (protocol 4), which are run here without an import or a call; others are refused.
+    Each costs no more than its own items: without tuples there are no keys that nest, whose hash
+    may take forever."""
     stack, memo, marks, state = [], [], [], None
     for op, arg, position in pickletools.genops(data):
         match op.name:
             case "PROTO" | "FRAME" | "EMPTY_TUPLE" | "NEWOBJ" | "STOP":
-                pass  # NEWOBJ would build the Encoding: the caller does, from the checked state
-            case "BININT" | "BININT1" | "BININT2" | "SHORT_BINBYTES" | "BINBYTES":
-                stack.append(arg)
-            case "SHORT_BINUNICODE" | "BINUNICODE":
+                pass  # the caller builds the Encoding, from the checked state
+            case ("BININT" | "BININT1" | "BININT2" | "SHORT_BINBYTES" | "BINBYTES"
+                  | "SHORT_BINUNICODE" | "BINUNICODE"):  # fmt: skip
                 stack.append(arg)
             case "EMPTY_DICT":
                 stack.append({})
@@ -85,10 +76,8 @@ def _read_pickled_encoding(data: bytes) -> dict:
                 state = stack.pop()
             case _:
                 found = op.name if arg is None else f"{op.name} {arg!r:.80}"
-                raise ValueError(
-                    f"it has the pickle instruction {found} at byte {position}, which no tokenizer "
-                    "needs; nothing of it was run"
-                )
+                what = f"it has the pickle instruction {found} at byte {position}"
+                raise ValueError(f"{what}, which no tokenizer needs; nothing of it was run")
     if stack != [tiktoken.Encoding] or not isinstance(state, dict):
         found = type(stack[-1] if state is None else state).__name__
         raise ValueError(f"it holds {found}, not a tiktoken.Encoding with its vocabulary")
@@ -98,15 +87,10 @@ def _read_pickled_encoding(data: bytes) -> dict:
 
 
 class Tokenizer:
-    """A vocabulary: `num_ordinary` byte strings, then the special tokens.
-
-    The arguments are a tiktoken.Encoding's:
-        name: of the vocabulary
-        pat_str: regular expression that splits text into the pieces within which bytes are merged
-        mergeable_ranks: bytes of each ordinary token -> its id, 0 .. num_ordinary - 1
-        special_tokens: name of each special token -> its id, from num_ordinary on
-    Raises ValueError if these are not the ids, or `<|bos|>` is missing.
-    """
+    """A vocabulary: `num_ordinary` byte strings, then the special tokens. The arguments are those
+    of a tiktoken.Encoding. pat_str: the regular expression of the pieces of text within which bytes
+    are merged; mergeable_ranks: bytes of each ordinary token -> its id, from 0 on; special_tokens:
+    name -> id, from num_ordinary on. Raises ValueError for other ids, or without `<|bos|>`."""
 
     def __init__(self, name: str, pat_str: str, mergeable_ranks: dict, special_tokens: dict):
         ids = [*sorted(mergeable_ranks.values()), *sorted(special_tokens.values())]
@@ -116,8 +100,7 @@ class Tokenizer:
             name, pat_str=pat_str, mergeable_ranks=mergeable_ranks, special_tokens=special_tokens
         )
         self.special_tokens: dict[str, int] = dict(special_tokens)
-        self.num_ordinary = len(mergeable_ranks)
-        self.vocab_size = len(ids)
+        self.num_ordinary, self.vocab_size = len(mergeable_ranks), len(ids)
         self.bos_id = special_tokens["<|bos|>"]
         # the ids that end a generation: the turn is over, or a new document begins
         ends = {"<|bos|>", "<|assistant_end|>"} & special_tokens.keys()
@@ -147,16 +130,16 @@ class Tokenizer:
         if isinstance(prompt, str):
             return self.encode(prompt, bos=True)
         ids = [index(token) for token in prompt]
-        if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
-            raise ValueError(f"a prompt needs ids from 0 to {self.vocab_size - 1}, got {ids!r:.80}")
-        return ids
+        if ids and min(ids) >= 0 and max(ids) < self.vocab_size:
+            return ids
+        raise ValueError(f"a prompt needs ids from 0 to {self.vocab_size - 1}, got {ids!r:.80}")
 
     def encode_special(self, name: str) -> int:
         """Id of the special token `name`, such as `<|user_start|>`; ValueError if there is none."""
-        if name not in self.special_tokens:
-            known = ", ".join(self.special_tokens)
-            raise ValueError(f"the tokenizer has no special token {name!r}, it has {known}")
-        return self.special_tokens[name]
+        if name in self.special_tokens:
+            return self.special_tokens[name]
+        known = ", ".join(self.special_tokens)
+        raise ValueError(f"the tokenizer has no special token {name!r}, it has {known}")
 
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
         """Bytes of one token; a special one is its name, or nothing with `skip_special`. Raises
@@ -176,27 +159,13 @@ class Tokenizer:
         """A fresh decoder for one stream of ids."""
         return IncrementalDecoder(self)
 
-    def render_conversation(
-        self, messages: Sequence[dict], max_tokens: int | None = 2048
-    ) -> tuple[list[int], list[int]]:
-        """Ids of a conversation and its training mask (1: the model learns to predict this token).
-
-        `messages` are `{"role": ..., "content": ...}`, user and assistant in turn; a system message
-        may come first and is merged into the user's. The assistant's content may be a list of
-        `{"type": "text" | "python" | "python_output", "text": ...}`. Both results are cut to
-        `max_tokens`, as nanochat does for training (None: never).
-        Raises ValueError or TypeError, with the index of the message, if it is not of this form.
-        """
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
-        pairs = self._render(_turns(messages))[:max_tokens]
-        return [token for token, _ in pairs], [mask for _, mask in pairs]
-
     def render_for_completion(self, messages: Sequence[dict]) -> list[int]:
-        """The prompt for the assistant's next message: the conversation, then assistant_start. An
-        assistant's message at the end is left out, since the model is to write it again. Unlike
-        nanochat's, the prompt is never cut: the engine refuses one that is too long."""
-        turns = _turns(messages)
+        """The prompt for the assistant's next message: messages are {"role": ..., "content": ...},
+        user and assistant in turn. A system message may come first and is merged into the user's,
+        an assistant's at the end is left out, and its content may be a list of {"type": "text" |
+        "python" | "python_output", "text": ...}. Unlike nanochat's prompt it is never cut: the
+        engine refuses one that is too long. Raises ValueError or TypeError, naming the message."""
+        turns = turns_of(messages)
         if turns[-1][0] == "assistant":
             turns.pop()
         ids = [token for token, _ in self._render(turns)]
@@ -217,7 +186,7 @@ class Tokenizer:
         return pairs
 
 
-def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
+def turns_of(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
     """Check a conversation; its turns as (role, parts), the system message merged into one."""
     if not isinstance(messages, (list, tuple)):
         raise TypeError(f"messages must be a list of dicts, not {type(messages).__name__}")
@@ -243,9 +212,9 @@ def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 what = f"a part must be a dict with a text, not {part!r:.80}"
                 raise TypeError(f"messages[{i}]: {what}")
-            if (kind := part.get("type")) not in _PART_MARKS:
-                kinds = ", ".join(_PART_MARKS)
-                raise ValueError(f"messages[{i}]: a part's type is {kind!r}, not {kinds}")
+            if part.get("type") not in _PART_MARKS:
+                what = f"a part's type is {part.get('type')!r}, not {', '.join(_PART_MARKS)}"
+                raise ValueError(f"messages[{i}]: {what}")
         turns.append((role, content))
     if not turns:
         raise ValueError("messages has no user message")
@@ -253,12 +222,8 @@ def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 
 
 class IncrementalDecoder:
-    """The text of a growing sequence, in pieces of whole characters.
-
-    A token may end inside a character: its last bytes are kept until the rest arrives. The pieces
-    and the flush, joined, equal `tokenizer.decode(ids, skip_special=True)`. Each token is decoded
-    once. Special tokens are not shown, and bytes are kept across them.
-    """
+    """The text of a growing sequence, in pieces of whole characters: the bytes of an unfinished one
+    wait for the rest. Joined, with the flush, they equal `tokenizer.decode(ids, True)`."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -269,21 +234,24 @@ class IncrementalDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id, skip_special=True))
 
     def flush(self) -> str:
-        """To be called when the sequence has ended: U+FFFD if a character is unfinished, or ""."""
+        """At the end of the sequence: U+FFFD if a character is unfinished, or ""."""
         return self._utf8.decode(b"", final=True)
 
 
 class Text:
     """One sample's text while it grows, for streams and features; other samples are decoded at the
-    end. seq, scheduler: of scheduler.py; request: of engine.py, whose options features read.
-    """
+    end. seq, scheduler: of scheduler.py; request: of engine.py, whose options features read."""
 
     def __init__(self, tokenizer: Tokenizer, request):
-        self.decoder, self.request = tokenizer.decoder(), request
-        self.text = ""
+        self.tokenizer, self.request = tokenizer, request
+        self.num_sent = self.num_sent_tokens = 0  # characters and tokens in a stream's events
+        self.ended = False  # was the last event made?
+        self.restart()
+
+    def restart(self) -> None:
+        """Read all tokens again, the first time or after a step that failed."""
+        self.decoder, self.text = self.tokenizer.decoder(), ""
         self.num_read = 0  # output tokens that are in the text
-        self.num_sent = 0  # characters that were in the events of a stream
-        self.num_sent_tokens = 0  # output tokens that were in them
 
     def read(self, seq, scheduler) -> None:
         """Add the text of the sequence's new tokens."""
@@ -307,12 +275,13 @@ class Text:
     def event(self, seq) -> dict | None:
         """The next event of a stream: all that is final and was not sent; None if that is none."""
         certain = self.certain(seq)
-        if certain == self.num_sent and not seq.finish_reason:
+        if self.ended or certain <= self.num_sent and not seq.finish_reason:
             return None
+        self.ended = seq.finish_reason is not None
         text = self.text[self.num_sent : certain]
         token_ids = seq.tokens[seq.num_prompt + self.num_sent_tokens :]
         self.num_sent, self.num_sent_tokens = certain, len(seq.tokens) - seq.num_prompt
         return {
             "sample": seq.sample_id, "text": text, "token_ids": token_ids,
-            "finish_reason": seq.finish_reason,
+            "finish_reason": seq.finish_reason, "stop_reason": seq.stop_reason,
         }  # fmt: skip

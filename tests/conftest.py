@@ -81,6 +81,12 @@ def hand_made_batch(chunks: list[tuple], block_size: int) -> HandMade:
     )
 
 
+def slots_of(view) -> list[int]:
+    """Of each token of a SequenceKVView, where its K and V are: block * block_size + offset."""
+    size, table = view.k.shape[2], view.table.tolist()
+    return [table[p // size] * size + p % size for p in range(view.num_tokens)]
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For modules of thousands of tiny steps: two threads would wait for each other most of the

@@ -1,8 +1,5 @@
-"""The `microvllm` command: run, chat, batch, bench, score, info, lab, trace.
-
-A user's mistake is one line and exit status 2. torch takes seconds to import, so that is done where
-it is needed, once the flags make sense.
-"""
+"""The `microvllm` command. A user's mistake is one line and exit status 2. torch takes seconds to
+import, so that is done where it is needed, once the flags make sense."""
 
 from __future__ import annotations
 

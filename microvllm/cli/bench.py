@@ -22,10 +22,8 @@ BUNDLED = MODELS / "prompts" / "oldbooks_instructions.json"
 
 
 def alpaca_prompts(rows: list, source: str) -> list[str]:
-    """Of each row the instruction and, where there is an input, a blank line and the input.
-
-    Raises ValueError, beginning with the source and the row, for one that has no such fields.
-    """
+    """Of each row the instruction and, where there is an input, a blank line and the input. Raises
+    ValueError, beginning with the source and the row, for one that has no such fields."""
     prompts = []
     for number, row in enumerate(rows, 1):
         where = f"{source}: row {number}"
@@ -80,9 +78,7 @@ def find_prompts(path: str | None, count: int) -> tuple[list[str], str]:
     return read_prompts(BUNDLED)[:count], f"the bundled {BUNDLED.name} ({reason})"
 
 
-def random_prompts(
-    count: int, length: int, shared: int, vocabulary: int, seed: int
-) -> list[list[int]]:
+def random_prompts(count, length, shared, vocabulary, seed) -> list[list[int]]:
     """`count` prompts of `shared` token ids that are the same in all, and `length` of their own."""
     draw = random.Random(seed)
     prefix = draw.choices(range(vocabulary), k=shared)
@@ -95,6 +91,13 @@ def random_prompts(
 def rate(count: int, seconds: float) -> float:
     """Count per second; nothing was done in no time."""
     return round(count / seconds, 1) if seconds else 0.0
+
+
+def counters(llm) -> dict[str, float]:
+    """What llm.stats() says, or zeros where that feature is not installed."""
+    from ..full import optional
+
+    return llm.stats() if optional("features.stats") else {"prompt_tokens": 0, "cached_tokens": 0}
 
 
 def guesses(stats: dict) -> str:
@@ -145,9 +148,9 @@ KV blocks used at peak: {found["peak_blocks"]} of {found["num_blocks"]}, of \
 def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict:
     """What a checkpoint is and what running it on the device takes.
 
-    The roofline is an estimate: a decode step reads every weight but the embedding tables once, and
-    the K and V that its sequences see (here: each half way through the context), and it cannot do
-    that faster than the memory can.
+    The roofline is an estimate: a decode step reads, no faster than the memory can, every weight
+    but the embedding tables once, and the K and V that its sequences see (here: each half way
+    through the context).
     """
     from ..checkpoint import free_memory, pick_dtype
     from ..features.windows import group_layers, most_blocks
@@ -206,39 +209,29 @@ def copy_bandwidth(device) -> float:
 def description(found: dict) -> str:
     """What `describe` found, for people."""
     config, recipe = found["config"], dict(found["recipe"])
-    context = config["sequence_len"]
-    era = f"{recipe.pop('era')}: " + ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in recipe.items()
-    )
+    era, length = recipe.pop("era"), config["sequence_len"]
+    constants = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in recipe.items()]
     windows = ((w, len(list(layers))) for w, layers in groupby(found["windows"]))
-    limits = (f"{limit:,.0f} (batch of {n})" for n, limit in found["decode_limits"].items())
-    lines = {
-        "era": era,
-        "shape": f"{config['n_layer']} layers of {config['n_embd']} channels, {config['n_head']} "
-        f"query and {config['n_kv_head']} kv heads, vocabulary {config['vocab_size']:,}",
-        "context": f"{context:,} tokens",
-        "windows": ", ".join(f"{n} x {'all' if w < 0 else w}" for w, n in windows)
-        + " (layers x tokens back)",
-        "weights": f"{found['parameters']:,} parameters; {size(found['file_bytes'])} of "
-        f"{' and '.join(found['file_dtypes'])} on disk, {size(found['weight_bytes'])} of "
-        f"{found['dtype']} on {found['device']}",
-        "KV cache": f"{found['kv_bytes_per_token']:,} bytes a token, "
-        f"{size(found['kv_bytes_per_sequence'])} a sequence of {context:,}",
-        "memory": f"{size(found['free_bytes'])} free: room for about "
-        f"{found['full_sequences_that_fit']:,} such sequences beside the weights",
-        "roofline": f"an estimate, from {size(found['bytes_per_second'])}/s measured by a copy: "
-        f"decoding is bound by memory to {', '.join(limits)} tokens/s, half way through the "
-        "context",
-    }
+    windows = [f"{n} x {'all' if w < 0 else w}" for w, n in windows]
+    limits = [f"{limit:,.0f} (batch of {n})" for n, limit in found["decode_limits"].items()]
+    text = f"""\
+era       {era}: {", ".join(constants)}
+shape     {config["n_layer"]} layers of {config["n_embd"]} channels, {config["n_head"]} query and \
+{config["n_kv_head"]} kv heads, vocabulary {config["vocab_size"]:,}
+context   {length:,} tokens
+windows   {", ".join(windows)} (layers x tokens back)
+weights   {found["parameters"]:,} parameters; {size(found["file_bytes"])} of \
+{" and ".join(found["file_dtypes"])} on disk, {size(found["weight_bytes"])} of {found["dtype"]} on \
+{found["device"]}
+KV cache  {found["kv_bytes_per_token"]:,} bytes a token, {size(found["kv_bytes_per_sequence"])} a \
+sequence of {length:,}
+memory    {size(found["free_bytes"])} free: room for about {found["full_sequences_that_fit"]:,} \
+such sequences beside the weights
+roofline  an estimate, from {size(found["bytes_per_second"])}/s measured by a copy: decoding is \
+bound by memory to {", ".join(limits)} tokens/s, half way through the context"""
     title = found["checkpoint"] + (f", step {found['step']}" if found["step"] is not None else "")
-    return "\n".join([title] + [_paragraph(name, text) for name, text in lines.items()])
-
-
-def _paragraph(name: str, text: str) -> str:
-    return textwrap.fill(
-        text, 96, initial_indent=f"  {name:10}", subsequent_indent=" " * 12, break_on_hyphens=False
-    )
+    wrapper = textwrap.TextWrapper(96, subsequent_indent=" " * 12, break_on_hyphens=False)
+    return "\n".join([title, *(wrapper.fill(f"  {line}") for line in text.splitlines())])
 
 
 def size(count: float) -> str:

@@ -7,14 +7,13 @@ import json
 import random
 import sys
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import bench as speed
 from . import terminal
-from .terminal import user_errors
 
 if TYPE_CHECKING:
     from .. import LLM, SamplingParams
@@ -22,21 +21,17 @@ if TYPE_CHECKING:
 MODEL_DIR = speed.MODELS / "oldbooks-d6"
 
 
-# flags --------------------------------------------------------------------------------------------
+def sampling_options(args: argparse.Namespace) -> dict[str, object]:
+    """The arguments of SamplingParams that the flags give, but for the seed."""
+    names = "max_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos n".split()
+    return {k: v for k, v in vars(args).items() if k in names and v is not None}
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The SamplingParams that the flags describe."""
     from .. import SamplingParams
 
-    with user_errors(args):
-        return SamplingParams(**sampling_options(args))
-
-
-def sampling_options(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments of SamplingParams that the flags give, but for the seed."""
-    names = "max_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos n".split()
-    return {k: v for k, v in vars(args).items() if k in names and v is not None}
+    return SamplingParams(**sampling_options(args))
 
 
 def overrides(args: argparse.Namespace) -> dict[str, object]:
@@ -55,39 +50,29 @@ def model_name(args: argparse.Namespace) -> str:
     return args.model or str(MODEL_DIR)
 
 
+def engine_options(args: argparse.Namespace) -> dict[str, object]:
+    """The arguments of LLM that the flags describe."""
+    names = "step device num_blocks max_batch_size dtype quantization deterministic max_model_len"
+    names += " prompt_lookup tensor_parallel trace"
+    given = {name: getattr(args, name) for name in names.split()}
+    given |= {"model_path": model_name(args), "tokenizer_path": args.tokenizer_dir}
+    seed = getattr(args, "seed", 0)
+    given["seed"] = random.getrandbits(31) if seed is None else seed
+    return dict(**given, **overrides(args))
+
+
 def load(args: argparse.Namespace) -> LLM:
     """The engine that the flags describe."""
     from .. import LLM
 
-    with user_errors(args):
-        return LLM(**engine_options(args))
-
-
-def engine_options(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments of LLM that the flags describe."""
-    seed = getattr(args, "seed", 0)
-    return dict(
-        model_path=model_name(args),
-        step=args.step,
-        tokenizer_path=args.tokenizer_dir,
-        device=args.device,
-        num_blocks=args.num_blocks,
-        max_batch_size=args.max_batch_size,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        deterministic=args.deterministic,
-        max_model_len=args.max_model_len,
-        seed=random.getrandbits(31) if seed is None else seed,
-        prompt_lookup=args.prompt_lookup,
-        tensor_parallel=args.tensor_parallel,
-        trace=args.trace,
-        **overrides(args),
-    )
+    llm = LLM(**engine_options(args))
+    # all of a user's mistakes are refused before the first
+    args.begun = lambda: speed.counters(llm)["prompt_tokens"]
+    return llm
 
 
 def chats(llm: LLM, raw: bool) -> bool:
-    """Is a prompt the user's turn of a conversation? Else it is plain text: raw, or the model has
-    no chat tokens."""
+    """Is a prompt the user's turn of a conversation, and not plain text?"""
     return llm.tokenizer.has_chat and not raw
 
 
@@ -102,16 +87,19 @@ def encode(llm: LLM, prompts: list[str], raw: bool) -> list[str] | list[list[int
 def check_watch(args: argparse.Namespace) -> None:
     """Refuse --watch where it cannot draw, before a model is loaded."""
     if args.watch and not find_spec("rich"):
-        args.error("--watch draws with rich: pip install 'microvllm[watch]'")
+        raise ValueError("--watch draws with rich: pip install 'microvllm[watch]'")
 
 
-def watched(args: argparse.Namespace, llm: LLM) -> AbstractContextManager:
-    """With --watch, a picture of the engine while it works."""
-    if not args.watch:
-        return nullcontext()
-    from ..trace import watching
+def generate(args: argparse.Namespace, llm: LLM, prompts: list, params: SamplingParams, **options):
+    """(the outputs of the prompts, seconds); --watch draws a picture meanwhile."""
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        if args.watch:
+            from ..trace import watching
 
-    return watching(llm)
+            stack.enter_context(watching(llm))
+        outputs = llm.generate(prompts, params, not args.watch, **options)
+    return outputs, time.perf_counter() - start
 
 
 # commands -----------------------------------------------------------------------------------------
@@ -119,12 +107,11 @@ def watched(args: argparse.Namespace, llm: LLM) -> AbstractContextManager:
 
 def run(args: argparse.Namespace) -> None:
     """Answer prompts; a single one is seen while it is written."""
-    with user_errors(args):
-        texts = args.prompts + args.prompt
-        if not texts and not sys.stdin.isatty():
-            texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-        if not texts:
-            raise ValueError("no prompt: give one, or pipe some in, one a line")
+    texts = args.prompts + args.prompt
+    if not texts and not sys.stdin.isatty():
+        texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("no prompt: give one, or pipe some in, one a line")
     check_watch(args)
     params = sampling_params(args)
     with load(args) as llm:
@@ -136,26 +123,18 @@ def run(args: argparse.Namespace) -> None:
         turn = chats(llm, args.raw)
         # a completion goes on where its prompt stops
         lead = texts[0] if not turn and sys.stdout.isatty() else ""
-        with user_errors(args, llm):
-            prompt = encode(llm, texts, args.raw)[0]
-            found = terminal.live(llm, prompt, params, chat=turn, lead=lead)
+        (prompt,) = encode(llm, texts, args.raw)
+        found = terminal.live(llm, prompt, params, chat=turn, lead=lead)
         if found["finish_reason"] == "abort":
             raise KeyboardInterrupt
 
 
 def answer(args: argparse.Namespace, llm: LLM, texts: list[str], params: SamplingParams) -> str:
     """Answer prompts all at once and print what came of them; returns a line about the speed."""
-    turns = chats(llm, args.raw)
-    with user_errors(args, llm):
-        prompts = encode(llm, texts, args.raw)
-        start = time.perf_counter()
-        with watched(args, llm):
-            options = terminal.tools(llm, turns)
-            outputs = llm.generate(prompts, params, not args.watch, **options)
-    seconds = time.perf_counter() - start
+    turns, prompts = chats(llm, args.raw), encode(llm, texts, args.raw)
+    outputs, seconds = generate(args, llm, prompts, params, **terminal.tools(llm, turns))
     count = terminal.show_all(llm, texts, outputs, params, turns, args.json)
-    rate = speed.rate(count, seconds)
-    guesses = speed.guesses(llm.stats())
+    rate, guesses = speed.rate(count, seconds), speed.guesses(speed.counters(llm))
     return f"{len(texts)} prompts, {count} tokens in {seconds:.2f} s: {rate:.0f} tokens/s{guesses}"
 
 
@@ -165,46 +144,46 @@ def chat(args: argparse.Namespace) -> None:
     args.max_batch_size = args.max_batch_size or 1  # no more cache than one conversation can fill
     with load(args) as llm:
         if not chats(llm, raw=False):
-            args.error("the tokenizer has no chat tokens: `microvllm run` completes plain text")
+            remedy = "`microvllm run` completes plain text"
+            raise ValueError(f"the tokenizer has no chat tokens: {remedy}")
         terminal.converse(llm, params, args.json)
 
 
 def batch(args: argparse.Namespace) -> None:
     """Answer the rows of a file, one engine or many; started again, it goes on where it was."""
-    sampling_params(args)
-    with user_errors(args):
-        from ..full import find_checkpoint
-        from ..jobs import Ask, Job, answer, carry_out
+    sampling_params(args)  # which raises for what no row may have
+    from ..full import find_checkpoint
+    from ..jobs import Ask, Job, answer, carry_out
 
-        args.model, args.step = find_checkpoint(model_name(args), args.step)
-        columns = {k: v for k, v in vars(args).items() if k.endswith("_column")}
-        ask = Ask(args.task, args.raw, sampling_options(args), args.seed, **columns)
-        options = engine_options(args) | {"model_path": str(args.model)}
-        if args.tensor_parallel > 1:
-            raise ValueError("--tensor-parallel is not for batch, whose file one process writes")
-        if args.ray is not None and args.trace:
-            raise ValueError("--trace is for one engine: give it without --ray")
-        if args.ray is None and (args.replicas, args.gpus_per_replica) != (1, 0):
-            raise ValueError("--replicas and --gpus-per-replica are for --ray: give it too")
-        names = ["model_path", "step", "tokenizer_path", "dtype", "quantization", "deterministic"]
-        settings = {k: options[k] for k in [*names, "max_model_len"]} | overrides(args) | vars(ask)
-        job = Job(args.input, args.output, ask, settings)
+    directory, args.step = find_checkpoint(model_name(args), args.step)
+    args.model = str(directory)
+    columns = {k: v for k, v in vars(args).items() if k.endswith("_column")}
+    ask = Ask(args.task, args.raw, sampling_options(args), args.seed, **columns)
+    options = engine_options(args)
+    if args.tensor_parallel > 1:
+        raise ValueError("--tensor-parallel is not for batch, whose file one process writes")
+    if args.ray is not None and args.trace:
+        raise ValueError("--trace is for one engine: give it without --ray")
+    if args.ray is None and (args.replicas, args.gpus_per_replica) != (1, 0):
+        raise ValueError("--replicas and --gpus-per-replica are for --ray: give it too")
+    names = "model_path step tokenizer_path dtype quantization deterministic max_model_len".split()
+    settings = {name: options[name] for name in names} | overrides(args) | vars(ask)
+    job = Job(args.input, args.output, ask, settings)
     with ExitStack() as stack:
-        llm = None
         if job.num_done == job.num_rows:
             outcomes = iter(())
         elif args.ray is None:
-            llm = stack.enter_context(load(args))
-            outcomes = answer(llm, job.pending(), ask)
+            outcomes = answer(stack.enter_context(load(args)), job.pending(), ask)
         else:
             from ..jobs.ray import answer_on_ray
 
-            where = {"address": args.ray, "replicas": args.replicas, "gpus": args.gpus_per_replica}
-            outcomes = answer_on_ray(job, options, **where)
+            where = args.ray, args.replicas, args.gpus_per_replica
+            outcomes = answer_on_ray(job, options, *where)
         try:
-            with user_errors(args, llm):
-                found = carry_out(job, outcomes, args.ordered)
+            found = carry_out(job, outcomes, args.ordered)
         except OSError as error:
+            if not args.begun():
+                raise
             args.error(f"{error}; the same command goes on from here")
     if args.json:
         print(json.dumps(found))
@@ -225,26 +204,21 @@ def bench(args: argparse.Namespace) -> None:
         args.max_tokens, args.ignore_eos = args.random_output_len or args.max_tokens, True
         what = f"{args.num_prompts} prompts of {length} random tokens behind a prefix of {shared}"
     else:
-        with user_errors(args):
-            prompts, source = speed.find_prompts(args.prompts_file, args.num_prompts)
+        prompts, source = speed.find_prompts(args.prompts_file, args.num_prompts)
         what = f"{len(prompts)} prompts from {source}"
     if not args.json:
         print(what, flush=True)
     params = sampling_params(args)
-    with user_errors(args):
-        from ..full import needed
+    from ..full import needed
 
-        needed("what a benchmark counts", "features.stats")
+    needed("what a benchmark counts", "features.stats")
     with load(args) as llm:
         if at_random:
             vocabulary = llm.tokenizer.num_ordinary
             prompts = speed.random_prompts(args.num_prompts, length, shared, vocabulary, args.seed)
-        with user_errors(args, llm):
-            prompts = prompts if at_random else encode(llm, prompts, args.raw)
-            start = time.perf_counter()
-            with watched(args, llm):
-                outputs = llm.generate(prompts, params, not args.watch)
-        found = speed.results(outputs, time.perf_counter() - start, llm.stats())
+        else:
+            prompts = encode(llm, prompts, args.raw)
+        found = speed.results(*generate(args, llm, prompts, params), llm.stats())
     if not args.json:
         print(speed.report(found))
     print(json.dumps(found))
@@ -252,26 +226,23 @@ def bench(args: argparse.Namespace) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """Rank continuations by the log-probability that the model gives them."""
-    with user_errors(args):
-        if bool(args.file) == (len(args.texts) > 1):
-            raise ValueError("give PROMPT CONTINUATION..., or --file")
-        rows = [{"prompt": "".join(args.texts[:1]), "continuations": args.texts[1:]}]
-        if args.file:
-            from ..jobs.rows import read_rows
+    if bool(args.file) == (len(args.texts) > 1):
+        raise ValueError("give PROMPT CONTINUATION..., or --file")
+    rows = [{"prompt": "".join(args.texts[:1]), "continuations": args.texts[1:]}]
+    if args.file:
+        from ..jobs.rows import read_rows
 
-            rows = read_rows(args.file)
-        speed.check_choices(rows, args.file or "the command line")
+        rows = read_rows(args.file)
+    speed.check_choices(rows, args.file or "the command line")
     with load(args) as llm:
         pairs = [(row["prompt"], tail) for row in rows for tail in row["continuations"]]
-        with user_errors(args, llm):
-            prompts = encode(llm, [prompt for prompt, _ in pairs], args.raw)
-            found = iter(llm.score(prompts, [tail for _, tail in pairs]))
+        prompts = encode(llm, [prompt for prompt, _ in pairs], args.raw)
+        found = iter(llm.score(prompts, [tail for _, tail in pairs]))
     for row in rows:
-        ranked = []
-        for tail in row["continuations"]:
-            logprobs = next(found)
-            total, mean = sum(logprobs), sum(logprobs) / len(logprobs)
-            ranked.append({"text": tail, "total": total, "per_token": mean, "logprobs": logprobs})
+        ranked = [
+            {"text": tail, "total": sum(p), "per_token": sum(p) / len(p), "logprobs": p}
+            for tail, p in zip(row["continuations"], found, strict=False)
+        ]
         ranked.sort(key=lambda r: -r["total"])
         if args.json:
             print(json.dumps({"prompt": row["prompt"], "continuations": ranked}))
@@ -281,18 +252,18 @@ def score(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """What a checkpoint is and takes, without loading it: its files are mapped."""
-    with user_errors(args):
-        from ..checkpoint import pick_device
-        from ..features.checks import check_device
-        from ..full import find_checkpoint, read_checkpoint
+    from ..checkpoint import pick_device
+    from ..features.checks import check_device
+    from ..full import find_checkpoint, read_checkpoint
+    from ..sources import strict
 
-        check_device(args.device)
-        device = pick_device(args.device)
-        directory, step = find_checkpoint(model_name(args), args.step)
-        config, recipe, weights = read_checkpoint(directory, step)
-        recipe = recipe.override(**overrides(args))
-        found = {"checkpoint": str(directory), "step": step}
-        found |= speed.describe(config, recipe, weights, device, args.dtype)
+    check_device(args.device)
+    device = pick_device(args.device)
+    directory, step = find_checkpoint(model_name(args), args.step)
+    config, recipe, weights = read_checkpoint(directory, step)
+    recipe = strict.replace(recipe, **overrides(args))
+    found = {"checkpoint": str(directory), "step": step}
+    found |= speed.describe(config, recipe, weights, device, args.dtype)
     print(json.dumps(found) if args.json else speed.description(found))
 
 
@@ -300,26 +271,26 @@ def lab(args: argparse.Namespace) -> None:
     """Run a program of lab/, which a checkout has and an installed package has not."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "lab" / "__main__.py").is_file():
-        args.error(
+        raise ValueError(
             "the lab is not in this install: clone the project, and `pip install -e .` there"
         )
     sys.path.insert(0, str(root))
     from lab.__main__ import main
 
+    args.begun = lambda: True  # it tells mistakes itself
     main(args.words)
 
 
 def trace(args: argparse.Namespace) -> None:
     """Turn a trace into a web page, or into Chrome's format."""
-    with user_errors(args):
-        from ..trace import read, write_chrome, write_page
+    from ..trace import read, write_chrome, write_page
 
-        events = read(args.file)
-        page = args.output or (None if args.chrome else Path(args.file).with_suffix(".html"))
-        if page:
-            write_page(events, page)
-        if args.chrome:
-            write_chrome(events, args.chrome)
+    events = read(args.file)
+    page = args.output or (None if args.chrome else Path(args.file).with_suffix(".html"))
+    if page:
+        write_page(events, page)
+    if args.chrome:
+        write_chrome(events, args.chrome)
     kinds = [event["e"] for event in events]
     found = {"events": len(events), "steps": kinds.count("begin")}
     found["files"] = [str(path) for path in (page, args.chrome) if path]

@@ -36,7 +36,6 @@ def shared(name: str, value: str) -> str:
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 0:
         store.set(f"microvllm/{name}", value)
-        return value
     store.wait([f"microvllm/{name}"], timedelta(days=300))
     return store.get(f"microvllm/{name}").decode()
 
@@ -48,27 +47,14 @@ def one_voice(args: argparse.Namespace) -> Iterator[None]:
     nowhere = open(os.devnull, "w")
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = sys.stderr = nowhere
-    try:
-        parallel = needed("tensor_parallel")
-        parallel.join(args.tensor_parallel)
-    except (ValueError, OSError, ImportError) as error:
-        args.error(error)
-    rank, tell = dist.get_rank(), args.error
+    parallel = needed("tensor_parallel")
+    parallel.join(args.tensor_parallel)
     sys.stdin = SharedInput(sys.stdin)
     if getattr(args, "seed", 0) is None:
         args.seed = int(shared("seed", str(random.getrandbits(31))))
-
-    def fell(error: object) -> None:
-        what = f"rank {rank} failed: {error}"
-        sys.stderr = sys.__stderr__ if parallel.first_failure(what) == what else nowhere
-
-    def mistake(message: object) -> None:
-        fell(message)
-        tell(message)
-
-    args.error = mistake
     try:
         yield
     except BaseException as error:
-        fell(f"{type(error).__name__}: {error}")
+        what = f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}"
+        sys.stderr = sys.__stderr__ if parallel.first_failure(what) == what else nowhere
         raise

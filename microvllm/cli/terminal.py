@@ -12,11 +12,11 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
 from typing import TYPE_CHECKING, NoReturn
 
-from .bench import guesses
+from .bench import counters, guesses
 
 if TYPE_CHECKING:
     from .. import LLM, SamplingParams
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.set_defaults(error=self.tell)
+        self.set_defaults(error=self.tell, begun=lambda: False)
 
     def error(self, message: object) -> NoReturn:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
@@ -60,16 +60,13 @@ def positive(text: str) -> int:
 
 
 @contextmanager
-def user_errors(args: argparse.Namespace, llm: LLM | None = None) -> Iterator[None]:
-    """What is refused in here is the user's mistake: one line, no traceback.
-
-    An engine refuses prompts before it takes the first of them: what it raises later is a bug, and
-    shows itself as one.
-    """
+def user_errors(args: argparse.Namespace) -> Iterator[None]:
+    """What a command refuses is the user's mistake, which is one line without a traceback. What is
+    raised when args.begun() is a bug, and shows itself as one."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if llm is not None and llm.stats()["prompt_tokens"]:
+        if isinstance(error, BrokenPipeError) or args.begun():
             raise
         args.error(error)
 
@@ -80,20 +77,15 @@ def execute(args: argparse.Namespace) -> None:
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # what its encoding lacks is a ?, no crash
-        if getattr(args, "tensor_parallel", 1) > 1:
-            with user_errors(args):
+        with user_errors(args), ExitStack() as stack:
+            if getattr(args, "tensor_parallel", 1) > 1:
                 from .ranks import one_voice
-            with one_voice(args):
-                args.command(args)
-        else:
+
+                stack.enter_context(one_voice(args))
             args.command(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("microvllm."):
-            raise
-        args.error(error)  # a part of the package was deleted
     except BrokenPipeError:  # `| head`. python flushes once more at its end, which may not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -116,17 +108,19 @@ def note(text: str) -> None:
 # answers ------------------------------------------------------------------------------------------
 
 
-def reader(llm: LLM) -> Callable[[list[int]], str]:
-    """A decoder for people: the calculator's part of an answer reads `12*3` = 36."""
+def reader(llm: LLM, params: SamplingParams) -> Callable[[str, list[int]], str]:
+    """What to print of a piece of an answer, by its text and its token ids: the calculator's part
+    reads `12*3` = 36. But a stop string cuts the text, and the ids do not know."""
     special = llm.tokenizer.special_tokens
     marks = {special.get(f"<|{name}|>"): mark for name, mark in _CALCULATOR.items()}
     push = llm.tokenizer.decoder().push
-    return lambda ids: "".join(marks[i] if i in marks else push(i) for i in ids)
 
+    def read(text: str, ids: list[int]) -> str:
+        if not getattr(params, "stop", ()):  # which are a feature
+            text = "".join(marks[i] if i in marks else push(i) for i in ids)
+        return plain(text) if sys.stdout.isatty() else text
 
-def cuts(params: SamplingParams) -> bool:
-    """May a stop string cut the text?"""
-    return bool(getattr(params, "stop", ()))  # which are a feature
+    return read
 
 
 def tools(llm: LLM, chat: bool) -> dict[str, bool]:
@@ -143,7 +137,7 @@ def live(
     finish_reason, stop_reason, tokens_per_second, prompt_tokens and how many of them were
     cached_tokens. Ctrl-C ends the answer alone: its finish_reason is "abort".
     """
-    read, before, start = reader(llm), llm.stats(), time.perf_counter()
+    read, before, start = reader(llm, params), counters(llm), time.perf_counter()
     answer = {"text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": "abort"}
     options = tools(llm, chat)
     with suppress(KeyboardInterrupt), closing(llm.stream([prompt], params, **options)) as events:
@@ -153,26 +147,19 @@ def live(
             if event.finish_reason:
                 answer |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
             if show:
-                text = event.text if cuts(params) else read(event.token_ids)
-                text = plain(text) if sys.stdout.isatty() else text
-                print(lead + text, end="", flush=True)
+                print(lead + read(event.text, event.token_ids), end="", flush=True)
                 lead = ""
-    count = len(answer["token_ids"])
-    speed = round(count / (time.perf_counter() - start), 1)
-    after, names = llm.stats(), [name for name in before if name.endswith("_tokens")]
-    now = {name: after[name] - before[name] for name in names}
-    total, cached = now["prompt_tokens"], now["cached_tokens"]
+    count, after = len(answer["token_ids"]), counters(llm)
+    now = {name: after[name] - before[name] for name in before if name.endswith("_tokens")}
+    answer["tokens_per_second"] = speed = round(count / (time.perf_counter() - start), 1)
+    answer |= {name: now[name] for name in ("prompt_tokens", "cached_tokens")}
     if show:
         print(flush=True)
-        if sys.stderr.isatty():
-            end = "" if answer["finish_reason"] == "stop" else _ENDS.get(answer["stop_reason"], "")
-            hits = f"{cached} of {total} prompt tokens cached"
-            note(f"[{count} tokens, {speed} tokens/s; {hits}{guesses(now)}{end}]")
-    return answer | {
-        "tokens_per_second": speed,
-        "prompt_tokens": total,
-        "cached_tokens": cached,
-    }
+    if show and sys.stderr.isatty():
+        end = "" if answer["finish_reason"] == "stop" else _ENDS.get(answer["stop_reason"], "")
+        hits = f"{now['cached_tokens']} of {now['prompt_tokens']} prompt tokens cached"
+        note(f"[{count} tokens, {speed} tokens/s; {hits}{guesses(now)}{end}]")
+    return answer
 
 
 def show_all(
@@ -180,23 +167,18 @@ def show_all(
 ) -> int:
     """Print the outputs of prompts: answers, completions (no chat) or JSON. Returns how many tokens
     they have."""
-    count = 0
     for text, output in zip(texts, outputs, strict=True):
-        for sample in output["samples"]:
-            ids = sample["token_ids"]
-            count += len(ids)
-            if as_json:
-                continue
-            # a stop string cuts the text, and the token ids do not know
-            said = sample["text"] if cuts(params) else reader(llm)(ids)
-            said = plain(said) if sys.stdout.isatty() else said
-            print(f"> {text}\n{said.strip()}" if chat else f"{text}{said}", end="")
-            cut = f"  [cut at {len(ids)} tokens]" if sample["finish_reason"] == "length" else ""
-            print(cut, end="\n\n")
         if as_json:
             shown = {k: v for k, v in output.items() if k != "samples" or params.n > 1}
             print(json.dumps({"prompt": text, **shown}))
-    return count
+            continue
+        for sample in output["samples"]:
+            ids, cut = sample["token_ids"], ""
+            if sample["finish_reason"] == "length":
+                cut = f"  [cut at {len(ids)} tokens]"
+            said = reader(llm, params)(sample["text"], ids)
+            print(f"> {text}\n{said.strip()}{cut}\n" if chat else f"{text}{said}{cut}\n")
+    return sum(len(sample["token_ids"]) for output in outputs for sample in output["samples"])
 
 
 def show_ranking(prompt: str, ranked: list[dict]) -> None:
@@ -270,10 +252,8 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool) -> None:
         while 1 + sum(map(len, turns)) + len(turn) > room:
             del turns[: (len(turns) + 1) // 2]
         if forgotten := count - len(turns):
-            note(
-                f"(the context of {limit} tokens is full: the oldest {forgotten} of {count} turns "
-                "are forgotten)"
-            )
+            oldest = f"the oldest {forgotten} of {count} turns are forgotten"
+            note(f"(the context of {limit} tokens is full: {oldest})")
         prompt = [tokenizer.bos_id, *chain(*turns), *turn]
         answer = live(llm, prompt, params, chat=True, show=not as_json)
         if as_json:

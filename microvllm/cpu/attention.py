@@ -1,137 +1,84 @@
 """Paged attention in numba, over the block table.
 
 Gathering a paged cache before torch's attention costs more than all matrix products of a step. Here
-every block is read where it lies, once for all the query heads that share it, and a step of decodes
-runs at about the speed of the memory. Block tables are PagedAttention's (Kwon et al. 2023), the
-softmax is the plain one: the scores of a few rows fit in the processor's cache, nothing is online.
+every block is read where it lies, once for all the query heads that share it, at about the speed of
+the memory. Block tables are PagedAttention's (Kwon et al. 2023), the softmax is the plain one: the
+scores of a few rows fit in the processor's cache, nothing is online.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.core import cgutils
 from torch import Tensor
 
-from .products import (
-    EXACT,
-    FAST,
-    LANES,
-    address,
-    f32,
-    i64,
-    keep_compiled,
-    kind_of,
-    multiply_add,
-    one_at_a_time,
-    read,
-    splat,
-    start_loading,
-    threads_for,
-    write,
-)
 from .steps import array_of, exp2, largest
+from .vectors import EXACT, FAST, LANES, kept, one_at_a_time, threads_for, vectorised
 
 _f32 = np.float32
 
 
-@intrinsic
-def _fetch(context, x, start, D):
-    """Start loading four rows of D numbers from x's flat index `start` on, which are read later.
-
-    The next block of a sequence may lie anywhere, the hardware cannot guess where.
-    """
-
-    def codegen(context, builder, signature, args):
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        line = 64 // (context.get_abi_sizeof(array.data.type.pointee))
-        start, count = builder.gep(array.data, [args[1]]), builder.mul(args[2], i64(4))
-        with cgutils.for_range_slice(builder, i64(0), count, i64(line), i64) as (d, _):
-            start_loading(builder, builder.gep(start, [d]))
-        return context.get_dummy_value()
-
-    return types.void(x, start, D), codegen
+@vectorised()
+def _fetch(b, x, start, D):
+    """Start loading four rows of D numbers from x's flat index `start` on: the next block of a
+    sequence may lie anywhere, the hardware cannot guess where."""
+    line = b.i64(32 if x.data.type.pointee == b.i16 else 16)
+    start, count = b.at(x.data, start), b.mul(D, b.i64(4))
+    with cgutils.for_range_slice(b, b.i64(0), count, line, b.i64) as (d, _):
+        b.start_loading(b.at(start, d))
 
 
-@intrinsic
-def _dot4(context, q, q_at, k, at0, at1, at2, at3, D, s, s_at):
+@vectorised()
+def _dot4(b, q, q_at, k, at0, at1, at2, at3, D, s, s_at):
     """s (4,) = q (D,) times each of four keys (D,), all at flat indices: four independent sums."""
+    q, s = b.at(q.data, q_at), b.at(s.data, s_at)
+    keys = [b.at(k.data, i) for i in (at0, at1, at2, at3)]
+    width = b.i64(LANES)
+    whole = b.mul(b.udiv(D, width), width)
 
-    def codegen(context, builder, signature, args):
-        q, k, s = (
-            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2, 8)
-        )
-        at, D = partial(address, builder), args[7]
-        q, s = at(q, (args[1], 1)), at(s, (args[9], 1))
-        keys = [at(k, (i, 1)) for i in args[3:7]]
-        whole, totals = builder.mul(builder.udiv(D, i64(LANES)), i64(LANES)), []
+    def add(sums, d, lanes):
+        value = b.read(b.at(q, d), lanes)
+        for each, key in zip(sums, keys, strict=True):
+            b.store(b.multiply_add(value, b.read(b.at(key, d), lanes), b.load(each)), each)
 
-        def add(sums, d, lanes):
-            value = read(builder, at(q, (d, 1)), lanes)
-            for each, key in zip(sums, keys, strict=True):
-                product = value, read(builder, at(key, (d, 1)), lanes), builder.load(each)
-                builder.store(multiply_add(builder, *product), each)
-
-        vector = kind_of(f32, LANES)
-        sums = [cgutils.alloca_once(builder, vector) for _ in keys]
-        for each in sums:
-            builder.store(ir.Constant(vector, [0.0] * LANES), each)
-        with cgutils.for_range_slice(builder, i64(0), whole, i64(LANES), i64) as (d, _):
-            add(sums, d, LANES)
-        kind, name = (
-            ir.FunctionType(f32, [f32, vector]),
-            f"llvm.vector.reduce.fadd.v{LANES}f32",
-        )
-        reduce = cgutils.get_or_insert_function(builder.module, kind, name)
-        for each in sums:
-            total = builder.call(reduce, [f32(0), builder.load(each)], fastmath=("reassoc",))
-            totals.append(cgutils.alloca_once_value(builder, total))
-        with cgutils.for_range_slice(builder, whole, D, i64(1), i64) as (d, _):
-            add(totals, d, 1)
-        for i, total in enumerate(totals):
-            write(builder, builder.load(total), at(s, (i, 1)))
-        return context.get_dummy_value()
-
-    return types.void(q, q_at, k, at0, at1, at2, at3, D, s, s_at), codegen
+    sums = [cgutils.alloca_once(b, b.kind(b.f32), zfill=True) for _ in keys]
+    with cgutils.for_range_slice(b, b.i64(0), whole, width, b.i64) as (d, _):
+        add(sums, d, LANES)
+    name, totals = f"llvm.vector.reduce.fadd.v{LANES}f32", []
+    for each in sums:
+        total = b.ask(name, b.f32, b.f32(0), b.load(each), fastmath=("reassoc",))
+        totals.append(cgutils.alloca_once_value(b, total))
+    with cgutils.for_range_slice(b, whole, D, b.i64(1), b.i64) as (d, _):
+        add(totals, d, 1)
+    for i, total in enumerate(totals):
+        b.write(b.load(total), b.at(s, i))
 
 
-@intrinsic
-def _mix(context, p, p_at, m, v, v_at, D, y, y_at):
+@vectorised()
+def _mix(b, p, p_at, m, v, v_at, D, y, y_at):
     """y (D,) += p (m,) @ v (m, D), all at flat indices; a part of y stays in registers."""
-
-    def codegen(context, builder, signature, args):
-        p, v, y = (
-            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 6)
-        )
-        at, m, D = partial(address, builder), args[2], args[5]
-        p, v, y = at(p, (args[1], 1)), at(v, (args[4], 1)), at(y, (args[7], 1))
-        start = i64(0)
-        for count, lanes in ((4, LANES), (1, LANES), (1, 1)):
-            sums = [cgutils.alloca_once(builder, kind_of(f32, lanes)) for _ in range(count)]
-            size = i64(count * lanes)
-            stop = builder.mul(builder.udiv(D, size), size)
-            with cgutils.for_range_slice(builder, start, stop, size, i64) as (d, _):
+    p, v, y = b.at(p.data, p_at), b.at(v.data, v_at), b.at(y.data, y_at)
+    start = b.i64(0)
+    for count, lanes in ((4, LANES), (1, LANES), (1, 1)):
+        sums = [cgutils.alloca_once(b, b.kind(b.f32, lanes)) for _ in range(count)]
+        size = b.i64(count * lanes)
+        stop = b.mul(b.udiv(D, size), size)
+        with cgutils.for_range_slice(b, start, stop, size, b.i64) as (d, _):
+            for i, each in enumerate(sums):
+                b.store(b.read(b.at(y, d, (i, lanes)), lanes), each)
+            with cgutils.for_range(b, m, intp=b.i64) as loop:
+                weight = b.splat(b.load(b.at(p, loop.index)), lanes)
+                row = b.at(v, (loop.index, D), d)
                 for i, each in enumerate(sums):
-                    builder.store(read(builder, at(y, (d, 1), (i, lanes)), lanes), each)
-                with cgutils.for_range(builder, m, intp=i64) as loop:
-                    weight = splat(builder, builder.load(at(p, (loop.index, 1))), lanes)
-                    row = at(v, (loop.index, D), (d, 1))
-                    for i, each in enumerate(sums):
-                        value = read(builder, at(row, (i, lanes)), lanes)
-                        more = multiply_add(builder, weight, value, builder.load(each))
-                        builder.store(more, each)
-                for i, each in enumerate(sums):
-                    write(builder, builder.load(each), at(y, (d, 1), (i, lanes)))
-            start = stop
-        return context.get_dummy_value()
-
-    return types.void(p, p_at, m, v, v_at, D, y, y_at), codegen
+                    value = b.read(b.at(row, (i, lanes)), lanes)
+                    b.store(b.multiply_add(weight, value, b.load(each)), each)
+            for i, each in enumerate(sums):
+                b.write(b.load(each), b.at(y, d, (i, lanes)))
+        start = stop
 
 
 @numba.njit(**FAST)
@@ -147,11 +94,8 @@ def _softmax(scores):
 
 @numba.njit(**EXACT)
 def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
-    """Some consecutive rows of one sequence, the first at `position`, against kv head h.
-
-    q, out (count, n_head, D) and table (M,) are the batch's; qs, ys (n, D) and scores (n, width)
-    are scratch, n being count times the query heads of h.
-    """
+    """Some rows of one sequence, the first at `position`, against kv head h: q, out (count, n_head,
+    D), table (M,); scratch: qs, ys (n, D), scores (n, width), n = count * the query heads of h."""
     n, D = qs.shape
     n_kv_head, block_size = k.shape[1:3]
     group, width = q.shape[1] // n_kv_head, scores.shape[1]
@@ -201,16 +145,12 @@ def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
             out_i[d] = yi[d] * qs[i, 0]
 
 
-@numba.njit(parallel=True, **FAST)
+@kept(parallel=True, **FAST)
 def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, out):
-    """Tiles of up to `rows` rows and one kv head, dealt to the threads like cards.
-
-    Dealt, since a batch may begin with decodes and end with long chunks.
-    """
-    D = q.shape[2]
-    n_kv_head = k.shape[1]
+    """Tiles of up to `rows` rows and one kv head are dealt to the threads like cards: a batch may
+    begin with decodes and end with long chunks."""
+    D, n_kv_head, threads = q.shape[2], k.shape[1], scratch.shape[0]
     most = rows * (q.shape[1] // n_kv_head)  # queries in a tile
-    threads = scratch.shape[0]
     for thread in numba.prange(threads):
         mine = scratch[thread]
         qs = mine[: most * D].reshape(most, D)
@@ -221,8 +161,7 @@ def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scrat
             end = cu_seqlens[b + 1]
             for r in range(cu_seqlens[b], end, rows):
                 stop = min(r + rows, end)
-                n = (stop - r) * (most // rows)
-                position = seq_lens[b] - end + r
+                n, position = (stop - r) * (most // rows), seq_lens[b] - end + r
                 for h in range(n_kv_head):
                     if turn == thread:
                         _attend_tile(
@@ -241,10 +180,7 @@ def tile(batch, group: int) -> tuple[int, int]:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
-    """Attention of a flat batch over the paged cache, as ../attention.py describes it. Float32.
-
-    q (T, n_head, D); k, v (num_blocks, n_kv_head, block_size, D), which may be bfloat16; returns
-    (T, n_head, D).
+    """Attention as ../attention.py describes it: q in float32, k and v in float32 or bfloat16.
 
     Chunks come here too, of any length: a gather and torch's attention take 5 to 8 times as long
     for 64 prompts of 23 tokens, 1.4 to 2.4 times for one of 512, 0.9 to 1.3 times for 2,048.
@@ -252,13 +188,10 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tens
     group, D = q.shape[1] // k.shape[1], q.shape[2]
     rows, width = tile(batch, group)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    tensors = q.contiguous(), k, v, batch.cu_seqlens, batch.seq_lens, batch.block_tables
-    arrays = [array_of(x) for x in tensors]
+    where = batch.cu_seqlens, batch.seq_lens, batch.block_tables
+    arrays = [array_of(x) for x in (q.contiguous(), k, v, *where)]
     with one_at_a_time:
         threads = threads_for(len(q) * k.shape[1])
         scratch = torch.empty(threads, rows * group * (2 * D + width))
         attend_rows(*arrays, window, rows, scratch.numpy(), out.numpy())
     return out
-
-
-keep_compiled(attend_rows)

@@ -1,150 +1,43 @@
-"""Matrix products of few rows on a CPU, in float32; and what all the CPU's kernels are made of.
+"""Matrix products on a CPU, of float32 or int8, and the layouts of their weights.
 
-numba compiles them, its threads are torch's, and where the compiler makes less of a loop than the
-processor can do, the loop is written in vectors, in the compiler's own language. The engine is
-right without this file, with torch's products.
+The weights of few rows come from memory, are used once, and a library that reads them as it gets to
+them waits. Here, while one panel of them is multiplied, the next one is on its way to the
+second-level cache: for up to 64 rows 1.2 times as fast as oneDNN, for more the same. And a row's
+sums are always added up in one order, whatever rows there are beside it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import threading
-from functools import partial
-from pathlib import Path
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
+import torch.nn.functional as F
 from numba.core import cgutils, types
-from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.extending import overload
 from torch import Tensor
 
-# numba's OpenMP layer binds to the OpenMP library that torch has loaded before it, so the kernel
-# runs on torch's own threads. A second pool fights for the cores: torch's workers keep spinning
-# for milliseconds after a matrix product, in case another one follows. But as it starts it sets
-# that library's number of threads and allows nested teams, and with these torch's own attention
-# takes 6 to 140 times as long. So both are put back.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-_openmp = ctypes.CDLL(None) if os.name == "posix" else None  # without it, int() does nothing
-_threads, _nested = torch.get_num_threads(), getattr(_openmp, "omp_get_nested", int)()
-numba.set_num_threads(1)  # starts the layer
-torch.set_num_threads(_threads)
-getattr(_openmp, "omp_set_nested", int)(_nested)
-one_at_a_time = threading.Lock()  # the workqueue layer aborts the process on concurrent launches
+from ..fused.linear import Linear, stack
+from .vectors import CPU, EXACT, FAST, LANES, kept, one_at_a_time, threads_for, vectorised
 
-
-def threads_for(jobs: int) -> int:
-    """Set and return how many threads share so many jobs: torch's number, or fewer."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, jobs)
-    numba.set_num_threads(threads)
-    return threads
-
-
-# sums may be reordered, else nothing is vectorised; but NaN stays NaN (see steps.largest)
-FAST = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
-# for what is in vectors already, where one row could get other bits; a caller's would be inherited
-EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
-
-
-# vectors -----------------------------------------------------------------------------------------
-
-# numba leaves it to the compiler to make vectors of a loop; where that does less than the processor
-# can, here is what it is made of, in the compiler's own language (llvmlite.ir)
-
-# what numba compiles for: this processor, or less where it was told so (NUMBA_CPU_NAME=generic)
-_cpu = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-# numbers in a register
-LANES = 16 if "+avx512f" in _cpu else 8 if "+avx2" in _cpu and "+fma" in _cpu else 4
-i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-
-
-def kind_of(item, lanes: int):
-    return ir.VectorType(item, lanes) if lanes > 1 else item
-
-
-def splat(builder, value, lanes: int):
-    """A vector of equal numbers."""
-    if lanes == 1:
-        return value
-    vector = ir.Constant(kind_of(value.type, lanes), ir.Undefined)
-    vector = builder.insert_element(vector, value, i32(0))
-    return builder.shuffle_vector(vector, vector, ir.Constant(kind_of(i32, lanes), [0] * lanes))
-
-
-def multiply_add(builder, a, b, c):
-    """a * b + c, rounded once where the processor can."""
-    name = f"v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "f32"
-    kind = ir.FunctionType(a.type, [a.type] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.{name}")
-    return builder.call(function, [a, b, c])
-
-
-def read(builder, start, lanes: int = LANES):
-    """Numbers from a pointer on; those of 16 bits are bfloat16, and become float32."""
-    item = start.type.pointee
-    value = builder.load(builder.bitcast(start, kind_of(item, lanes).as_pointer()))
-    value.align = 2 if item == ir.IntType(16) else 4
-    if item != ir.IntType(16):
-        return value
-    shift = ir.Constant(kind_of(i32, lanes), [16] * lanes if lanes > 1 else 16)
-    value = builder.shl(builder.zext(value, kind_of(i32, lanes)), shift)
-    return builder.bitcast(value, kind_of(f32, lanes))
-
-
-def write(builder, value, start):
-    builder.store(value, builder.bitcast(start, value.type.as_pointer())).align = 4
-
-
-def address(builder, start, *counts):
-    """The address of start[the sum of a * b for these (a, b)]."""
-    for a, b in counts:
-        a, b = (i64(z) if isinstance(z, int) else z for z in (a, b))
-        start = builder.gep(start, [builder.mul(a, b)])
-    return start
-
-
-def start_loading(builder, start):
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-    # for reading; into the second-level cache; data
-    builder.call(prefetch, [builder.bitcast(start, byte), i32(0), i32(2), i32(1)])
-
-
-# matrix products ---------------------------------------------------------------------------------
-
-# of few rows: the weights come from memory, are used once, and a library that reads them as it gets
-# to them waits. Here, while one panel of them is multiplied, the next one is on its way to the
-# second-level cache: for up to 64 rows 1.2 times as fast as oneDNN, for more the same. And a row's
-# sums are always added up in one order, whatever rows there are beside it
+_f32 = np.float32
 
 # outputs whose weights lie together: two registers of them, so many rows, and the registers that
 # are left hold the sums. 0: a processor without the instructions that this is made for
 PANEL = 2 * LANES if LANES > 4 else 0
 # the same, for int8: the instruction that multiplies four bytes in each lane
-PANEL8 = PANEL if ("+avx512vnni" if LANES == 16 else "+avxvnni") in _cpu else 0
+PANEL8 = PANEL if ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU else 0
 _ROWS = 12 if LANES == 16 else 6
 _SOON = 768 // PANEL if PANEL else 0  # inputs whose weights are 3 KB
 _DEPTH = 1024  # inputs at a time: the weights of a panel for them stay in the cache
 _MANY = 240  # rows at a time: they stay there, too
 
 
-def _dot(builder, x, w, c):
-    """In each lane c plus the products of four unsigned bytes of x and four signed ones of w."""
-    kind = ir.FunctionType(c.type, [c.type] * 3)
-    name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [c, x, w])
-
-
-@intrinsic
+@vectorised()
 def _multiply(
-    context, n, wide, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, every, add, square,
-    offset, w_scale, x_scale,
+    b, n, wide, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, every, add, square, offset,
+    w_scale, x_scale,
 ):  # fmt: skip
     """y (n, PANEL) = x (n, K) @ w (K, PANEL), n being 1 to _ROWS; if `add`, more by that.
 
@@ -154,93 +47,70 @@ def _multiply(
     PANEL of them at each `every`-th input. If x and w are int32, each is four int8, of x plus 128:
     y = (x @ w - offset (N,)) * w_scale (N,) * x_scale (T,).
     """
+    integers = w.data.type.pointee == b.i32
+    x_stride, w_stride, y_stride = (b.extract_value(a.shape, 1) for a in (x, w, y))
+    w_stride = b.mul(w_stride, b.i64(PANEL))
+    xs, ws, aheads = b.at(x.data, x_at), b.at(w.data, w_at), b.at(ahead.data, ahead_at)
+    ys = b.at(y.data, (row, y_stride), column)
+    floats, vector = b.kind(b.f32), b.kind(b.i32 if integers else b.f32)
+    due, fetched = (cgutils.alloca_once(b, kind) for kind in (b.i64, aheads.type))
+    multiply_add = b.multiply_add8 if integers else b.multiply_add
 
-    def codegen(context, builder, signature, args):
-        n, wide, K, _, x_at, _, w_at, _, row, column, _, ahead_at, every, add, square = args[:15]
-        x, w, y, ahead, *scaling = (
-            context.make_array(signature.args[i])(context, builder, args[i])
-            for i in (3, 5, 7, 10, 15, 16, 17)
-        )
-        at, integers = partial(address, builder), signature.args[5].dtype == types.int32
-        x_stride, w_stride, y_stride = (builder.extract_value(a.shape, 1) for a in (x, w, y))
-        w_stride = builder.mul(w_stride, i64(PANEL))
-        xs, ws, aheads = at(x.data, (x_at, 1)), at(w.data, (w_at, 1)), at(ahead.data, (ahead_at, 1))
-        ys = at(y.data, (row, y_stride), (column, 1))
-        floats, vector = kind_of(f32, LANES), kind_of(i32 if integers else f32, LANES)
-        sums = [cgutils.alloca_once(builder, vector) for _ in range(2 * _ROWS)]
-        results = [cgutils.alloca_once(builder, floats) for _ in sums] if integers else sums
-        due, fetched = (cgutils.alloca_once(builder, kind) for kind in (i64, aheads.type))
-        multiplied = _dot if integers else multiply_add
-
-        def multiply(n, panels):
-            rows, mine = [at(xs, (x_stride, i)) for i in range(n)], sums[: 2 * panels * n]
-            for each in mine:
-                builder.store(ir.Constant(vector, [0] * LANES), each)
-            builder.store(i64(0), due), builder.store(aheads, fetched)
-            with cgutils.for_range(builder, K, intp=i64) as loop:
-                k, weights = loop.index, []
+    def multiply(n, panels):
+        rows, columns = [b.at(xs, (x_stride, i)) for i in range(n)], range(2 * panels)
+        sums = [cgutils.alloca_once(b, vector, zfill=True) for _ in rows for _ in columns]
+        b.store(b.i64(0), due), b.store(aheads, fetched)
+        with cgutils.for_range(b, K, intp=b.i64) as loop:
+            k, weights = loop.index, []
+            for panel in range(panels):
+                start = b.at(ws, (w_stride, panel), (k, PANEL))
+                weights += [b.read(start), b.read(b.at(start, LANES))]
+            for i, place in enumerate(rows):
+                value = b.splat(b.load(b.at(place, k)))
+                for weight, each in zip(weights, sums[len(weights) * i :], strict=False):
+                    b.store(multiply_add(value, weight, b.load(each)), each)
+            with b.if_then(b.icmp_unsigned("==", k, b.load(due))):
+                b.store(b.add(k, every), due)
+                start = b.load(fetched)
+                b.store(b.at(start, PANEL), fetched)
                 for panel in range(panels):
-                    start = at(ws, (w_stride, panel), (k, PANEL))
-                    weights += [read(builder, start), read(builder, at(start, (LANES, 1)))]
-                for i, place in enumerate(rows):
-                    value = splat(builder, builder.load(at(place, (k, 1))), LANES)
-                    for weight, each in zip(weights, mine[len(weights) * i :], strict=False):
-                        more = multiplied(builder, value, weight, builder.load(each))
-                        builder.store(more, each)
-                with builder.if_then(builder.icmp_unsigned("==", k, builder.load(due))):
-                    builder.store(builder.add(k, every), due)
-                    start = builder.load(fetched)
-                    builder.store(at(start, (PANEL, 1)), fetched)
-                    for panel in range(panels):
-                        for line in range(0, PANEL, 16):
-                            start_loading(builder, at(start, (w_stride, panel), (line, 1)))
-            columns = range(2 * panels)
-            if integers:
-                offsets, w_scales = (
-                    [read(builder, at(a.data, (column, 1), (LANES, j))) for j in columns]
-                    for a in scaling[:2]
-                )
-                for i in range(n):
-                    scale = builder.load(at(scaling[2].data, (row, 1), (i, 1)))
-                    scale = splat(builder, scale, LANES)
-                    for j in columns:
-                        at_j = i * len(columns) + j
-                        value = builder.sub(builder.load(mine[at_j]), offsets[j])
-                        value = builder.fmul(builder.sitofp(value, floats), w_scales[j])
-                        builder.store(builder.fmul(value, scale), results[at_j])
-            places = [at(ys, (y_stride, i), (LANES, j)) for i in range(n) for j in columns]
-            done = results[: len(places)]
-            with builder.if_then(add):
-                for each, place in zip(done, places, strict=True):
-                    builder.store(builder.fadd(builder.load(each), read(builder, place)), each)
-            with builder.if_then(square):
-                nothing = ir.Constant(floats, [0.0] * LANES)
-                for each in done:
-                    value = builder.load(each)
-                    negative = builder.fcmp_ordered("<", value, nothing)  # a NaN is not
-                    value = builder.select(negative, nothing, value)
-                    builder.store(builder.fmul(value, value), each)
-            for each, place in zip(done, places, strict=True):
-                write(builder, builder.load(each), place)
+                    for line in range(0, PANEL, 16):
+                        b.start_loading(b.at(start, (w_stride, panel), line))
+        if integers:
+            integer_sums, sums = sums, []
+            offsets, w_scales = (
+                [b.read(b.at(a.data, column, (LANES, j))) for j in columns]
+                for a in (offset, w_scale)
+            )
+            for i in range(n):
+                scale = b.splat(b.load(b.at(x_scale.data, row, i)))
+                for j in columns:
+                    value = b.sub(b.load(integer_sums[i * len(columns) + j]), offsets[j])
+                    value = b.fmul(b.sitofp(value, floats), w_scales[j])
+                    sums.append(cgutils.alloca_once_value(b, b.fmul(value, scale)))
+        places = [b.at(ys, (y_stride, i), (LANES, j)) for i in range(n) for j in columns]
+        with b.if_then(add):
+            for each, place in zip(sums, places, strict=True):
+                b.store(b.fadd(b.load(each), b.read(place)), each)
+        with b.if_then(square):
+            zero = floats(None)
+            for each in sums:
+                value = b.load(each)
+                value = b.select(b.fcmp_ordered("<", value, zero), zero, value)  # NaN is not below
+                b.store(b.fmul(value, value), each)
+        for each, place in zip(sums, places, strict=True):
+            b.write(b.load(each), place)
 
-        done = builder.append_basic_block("done")
-        case = builder.add(n, builder.select(wide, i64(_ROWS), i64(0)))
-        switch = builder.switch(case, done)
-        for panels, most in ((1, _ROWS), (2, _ROWS // 2)):
-            for i in range(1, most + 1):
-                block = builder.append_basic_block(f"{i}_rows_{panels}_panels")
-                switch.add_case(i64(i + (panels - 1) * _ROWS), block)
-                builder.position_at_end(block)
-                multiply(i, panels)
-                builder.branch(done)
-        builder.position_at_end(done)
-        return context.get_dummy_value()
-
-    kinds = (
-        n, wide, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, every, add, square, offset,
-        w_scale, x_scale,
-    )  # fmt: skip
-    return types.void(*kinds), codegen
+    done = b.append_basic_block("done")
+    switch = b.switch(b.add(n, b.select(wide, b.i64(_ROWS), b.i64(0))), done)
+    for panels, most in ((1, _ROWS), (2, _ROWS // 2)):
+        for i in range(1, most + 1):
+            block = b.append_basic_block(f"{i}_rows_{panels}_panels")
+            switch.add_case(b.i64(i + (panels - 1) * _ROWS), block)
+            b.position_at_end(block)
+            multiply(i, panels)
+            b.branch(done)
+    b.position_at_end(done)
 
 
 @numba.njit(**EXACT)
@@ -277,7 +147,7 @@ def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
                 )  # fmt: skip
 
 
-@numba.njit(parallel=True, **EXACT)
+@kept(parallel=True, **EXACT)
 def multiply(x, w, scaling, square, following, threads, y):
     """y (T, N) = x (T, K) @ w.T, of panels; square: then relu(y)^2; following: the weights of the
     product that comes next, whose beginning is to be loaded; scaling: of int8, see _multiply."""
@@ -290,54 +160,159 @@ def multiply(x, w, scaling, square, following, threads, y):
         )  # fmt: skip
 
 
-NOT_SCALED = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)
+def rotate(x: Tensor) -> Tensor:
+    """x (T, C) times a Hadamard matrix of +-1 over 32 channels each, that lie C / 32 apart.
+
+    A few channels of the residual stream are far larger than all others, and a scale that fits them
+    leaves little of the rest: so each number is spread over 32 (Ashkboos et al. 2024, QuaRot).
+    Inputs and weights turned alike have the same product, but for a factor min(32, C & -C).
+    """
+    size = min(32, x.shape[1] & -x.shape[1])
+    half, y = x.shape[1] // 2, x
+    while half >= x.shape[1] // size:
+        a, b = y.reshape(len(x), -1, 2, half).unbind(2)
+        y, half = torch.stack((a + b, a - b), 2), half // 2
+    return y.reshape(x.shape)
 
 
-def panels(weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """A matrix (out, in) as panels of PANEL outputs, (panels, in, PANEL), the last one filled up
-    with zeros; written over `out`, where it was made of another one before."""
-    whole, rest = divmod(len(weight), PANEL)
-    if out is None:
-        # numpy asks the system for large pages, torch does not: a few rows are a tenth faster with
-        # them. but it does not begin at a cache line
-        shape = whole + (rest > 0), weight.shape[1], PANEL
-        flat = np.empty(math.prod(shape) + 16, weight.numpy().dtype)
-        start = -flat.ctypes.data % 64 // flat.itemsize
-        out = torch.from_numpy(flat[start : start + math.prod(shape)]).view(shape)
-    out[:whole] = weight[: whole * PANEL].view(whole, PANEL, weight.shape[1]).transpose(1, 2)
-    if rest:
-        out[-1] = 0
-        out[-1, :, :rest] = weight[whole * PANEL :].T
-    return out
+def _int8(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """A weight, rotated, as int8 (out, in), and what 1 is worth in each row, (out,) float32."""
+    whole, width = rotate(torch.cat(parts).to(torch.float32)), parts[0].shape[1]
+    whole /= min(32, width & -width)  # what rotating both has multiplied by
+    scale = whole.abs().amax(-1).clamp_(min=1e-30) / 127
+    return (whole / scale[:, None]).round_().to(torch.int8), scale
 
 
-def linear(x: Tensor, packed: Tensor, rows: int, square: bool = False) -> Tensor:
-    """x (T, in) @ the first `rows` outputs of a packed weight, transposed: (T, rows); square: then
-    relu(y)^2."""
-    y = torch.empty(len(x), packed.shape[0] * PANEL)
+@kept(parallel=True, **FAST)
+def quantize_rows_into(x, levels, threads, q, scale):
+    C = x.shape[1]
+    for thread in numba.prange(threads):
+        xt = np.empty(C, np.float32)
+        for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
+            qt = q[t]
+            xt[:] = x[t]
+            half = C // 2
+            while half >= C // min(32, C & -C):
+                for start in range(0, C, 2 * half):
+                    a, b = xt[start : start + half], xt[start + half : start + 2 * half]
+                    for c in range(half):
+                        a[c], b[c] = a[c] + b[c], a[c] - b[c]
+                half //= 2
+            bits, greatest = xt.view(np.int32), np.int32(0)
+            for c in range(xt.size):  # without the sign they are in the order of the floats
+                greatest = max(greatest, bits[c] & np.int32(0x7FFFFFFF))
+            most = max(np.int32(greatest).view(np.float32), _f32(1e-30))
+            scale[t, 0] = most / levels
+            steps = levels / most
+            for c in range(xt.size):
+                qt[c] = np.uint8(np.int32(xt[c] * steps + _f32(128.5)))
+
+
+def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """x (T, C), rotated, as integers from -levels to levels, stored plus 128: (T, C) uint8, and
+    what one of them is worth in each row, (T, 1) float32."""
+    q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
     with one_at_a_time:
-        threads = threads_for(len(packed))
-        weights = packed.numpy()
-        x = x.contiguous().numpy()
-        multiply(x, weights, NOT_SCALED, square, weights, threads, y.numpy())
-    return y if rows == y.shape[1] else y[:, :rows].contiguous()
+        threads = threads_for(1 + len(x) // 8)
+        quantize_rows_into(x.numpy(), _f32(levels), threads, q.numpy(), scale.numpy())
+    return q, scale
 
 
-def stamp() -> tuple:
-    """What tells these sources from others: when each of the room's files was written, its size."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return tuple((file.stat().st_mtime, file.stat().st_size) for file in files)
+def product(x, weight, square, following, threads, y):
+    """y = x times a weight: (panels, offset, scale), the latter two empty unless it is int8."""
 
 
-def keep_compiled(*kernels) -> None:
-    """Let numba write what it compiles to disk, for later processes."""
-    try:
-        for kernel in kernels:
-            kernel.enable_caching()
-            # numba looks whether a kernel's own file has changed; it is made of several of ours
-            kernel._cache._cache_file._source_stamp = stamp()
-    except (RuntimeError, OSError):
-        pass  # neither the package's folder nor the user's cache can be written
+@overload(product, jit_options=FAST)
+def _product_of(x, weight, square, following, threads, y):
+    def floats(x, weight, square, following, threads, y):
+        w, offset, w_scale = weight
+        multiply(x, w, (offset, w_scale, w_scale), square, following, threads, y)
+
+    def integers(x, weight, square, following, threads, y):
+        w, offset, w_scale = weight
+        T, C = x.shape
+        q, scale = np.empty((T, C), np.uint8), np.empty((T, 1), np.float32)
+        quantize_rows_into(x, _f32(127), min(threads, 1 + T // 8), q, scale)
+        scaling = offset, w_scale, scale.reshape(T)
+        multiply(q.view(np.int32), w, scaling, square, following, threads, y)
+
+    return integers if weight[0].dtype == types.int32 else floats
 
 
-keep_compiled(multiply)
+@kept(**FAST)
+def _linear(x, weight, square, threads, y):
+    product(x, weight, square, weight[0], threads, y)
+
+
+class Panels(Linear):
+    """In panels of PANEL outputs, for our own product.
+
+    weight: (panels, in, PANEL), the last one filled up with zeros; and of int8, four of which are
+    one number there, 128 times the sums of the rows, and what one step is worth in each.
+    """
+
+    row_exact = fuses_relu2 = True
+
+    def load(self, parts: list[Tensor]) -> None:
+        none = torch.empty(0, dtype=torch.int32), torch.empty(0)
+        self.fill(stack(parts, self.dtype), *none)
+
+    def fill(self, matrix: Tensor, *scaling: Tensor) -> None:
+        """Over the old ones, where the compiled layers read them."""
+        (rows, width), whole = matrix.shape, len(matrix) // PANEL
+        if self.weight is None:
+            # numpy asks the system for large pages, torch does not: a few rows are a tenth faster
+            # with them. but it does not begin at a cache line
+            shape = -(-rows // PANEL), width, PANEL
+            flat = np.empty(math.prod(shape) + 16, matrix.numpy().dtype)
+            start = -flat.ctypes.data % 64 // flat.itemsize
+            flat = torch.from_numpy(flat[start : start + math.prod(shape)])
+            self.weight = flat.view(shape), *map(torch.empty_like, scaling)
+            self.arrays = tuple(part.numpy() for part in self.weight)
+        panels, *others = self.weight
+        panels[:whole] = matrix[: whole * PANEL].view(whole, PANEL, width).transpose(1, 2)
+        panels[whole:] = 0
+        panels[whole:, :, : rows % PANEL] = matrix[whole * PANEL :].T
+        for old, new in zip(others, scaling, strict=True):
+            old.copy_(new)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        panels = self.arrays[0]
+        y = torch.empty(len(x), len(panels) * PANEL)
+        with one_at_a_time:
+            threads = threads_for(len(panels))
+            _linear(x.contiguous().numpy(), self.arrays, self.relu2, threads, y.numpy())
+        return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
+
+
+class Int8Panels(Panels):
+    """The same in int8, the inputs of each product as well, one scale for each row of either."""
+
+    def load(self, parts: list[Tensor]) -> None:
+        whole, scale = _int8(parts)
+        whole = F.pad(whole, (0, 0, 0, -len(whole) % PANEL8))
+        offset = 128 * whole.sum(1, dtype=torch.int32)  # of inputs that are stored plus 128
+        self.fill(whole.view(torch.int32), offset, F.pad(scale, (0, len(whole) - len(scale))))
+
+
+class Int8(Linear):
+    """int8, the inputs of each product as well, one scale for each row of either: oneDNN's."""
+
+    fuses_relu2 = True
+
+    def load(self, parts: list[Tensor]) -> None:
+        whole, self.scale = _int8(parts)
+        self.zeros = torch.zeros(len(whole), dtype=torch.int64)
+        self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
+        # without the instructions for them, sums of two products of int8 are held in 16 bits
+        self.levels = 127 if torch.cpu._is_vnni_supported() else 63
+
+    def multiply(self, x: Tensor) -> Tensor:
+        x, scale = quantize_rows(x, self.levels)
+        alone = len(x) == 1  # a row's scale can go along, those of several cannot
+        y = torch.ops.onednn.qlinear_pointwise(
+            x, scale.item() if alone else 1.0, 128, self.weight, self.scale, self.zeros, None, 1.0,
+            0, torch.float32, "relu" if self.relu2 else "none", [], "",
+        )  # fmt: skip
+        y = y if alone else y.mul_(scale)
+        return (y.square_() if self.relu2 else y)[:, : self.rows]

@@ -1,8 +1,8 @@
-"""The small steps of a layer in numba, as fused/backend.py has them in torch; int8 rows and their
-products.
+"""The steps between the products and the draw in numba, as fused/backend.py has them in torch.
 
-torch would go through memory once for each addition, product and norm; here it is one pass over the
-rows. The very first call compiles for a while; numba keeps the result on disk for later processes.
+torch goes through memory for each addition and norm; and for the draw's cap, softmax, sort, running
+sum and search, more than half of a decode step. Here rows stay in the cache. And nothing is sorted:
+a pass takes so little that the smallest logit to stay is found by bisection.
 """
 
 from __future__ import annotations
@@ -13,66 +13,44 @@ import numba
 import numpy as np
 import torch
 from numba.core import types
-from numba.extending import overload
 from torch import Tensor
 
-from .products import FAST, PANEL8, keep_compiled, multiply, one_at_a_time, threads_for
+from ..fused.backend import NO_FILTERS, filter_values
+from .vectors import FAST, kept, one_at_a_time, threads_for, vectorised
 
 _f32 = np.float32
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9
-
-
-# numbers of the cache ----------------------------------------------------------------------------
-
-# K and V are float32, or bfloat16, which numpy does not know: uint16 with the upper half of the
-# float32's bits. all arithmetic is in float32
+_LOG2E = _f32(1 / math.log(2))
+_BLOCK = 256  # weights that are summed before one of them is looked for
 
 
 def array_of(x: Tensor) -> np.ndarray:
+    """bfloat16, which numpy does not know, is uint16 here; all arithmetic is in float32."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def load(x, i):
+@vectorised(types.float32)
+def load(b, x, i):
     """x[i] as a float32."""
+    return b.read(b.at(x.data, i), 1)
 
 
-@overload(load, jit_options=FAST, inline="always")
-def _load_of(x, i):
-    if x.dtype == types.uint16:
-        return lambda x, i: np.uint32(x[i] << np.uint32(16)).view(np.float32)
-    return lambda x, i: x[i]
-
-
-def store(x, i, value):
+@vectorised()
+def store(b, x, i, value):
     """x[i] = value, a float32, rounded to the nearest, of two equally near to the even one."""
-
-
-@overload(store, jit_options=FAST, inline="always")
-def _store_of(x, i, value):
-    if x.dtype == types.uint16:
-
-        def write(x, i, value):
-            bits = _f32(value).view(np.uint32)
-            x[i] = np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-
-    else:
-
-        def write(x, i, value):
-            x[i] = value
-
-    return write
+    place = b.at(x.data, i)
+    if place.type.pointee == b.i16:
+        bits = b.bitcast(value, b.i32)
+        odd = b.and_(b.lshr(bits, b.i32(16)), b.i32(1))
+        bits = b.add(b.add(bits, b.i32(0x7FFF)), odd)
+        value = b.trunc(b.lshr(bits, b.i32(16)), b.i16)
+    b.store(value, place)
 
 
 @numba.njit(**FAST)
-def float_key(x):
-    """An integer for a float, in the same order; a NaN comes after all numbers or before them."""
-    bits = _f32(x).view(np.int32)
+def flipped(bits):
+    """A float's bits as an integer in the order of the floats, or back; a NaN is at either end."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
-
-
-@numba.njit(**FAST)
-def float_of(key):
-    return np.int32(key ^ ((key >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
 @numba.njit(**FAST)
@@ -80,8 +58,8 @@ def largest(x):
     """Integers, since the compiler makes no vectors of the maximum of floats: 12 times faster."""
     bits, most = x.view(np.int32), np.int32(-(2**31))
     for i in range(bits.size):
-        most = max(most, bits[i] ^ ((bits[i] >> 31) & np.int32(0x7FFFFFFF)))
-    return float_of(most)
+        most = max(most, flipped(bits[i]))
+    return np.int32(flipped(most)).view(np.float32)
 
 
 @numba.njit(**FAST)
@@ -95,12 +73,6 @@ def exp2(x):
     return y * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-# fused steps of a layer --------------------------------------------------------------------------
-
-# what Backend's methods of these names do, in one pass over the rows. torch would go through
-# memory once for each addition, product and norm
-
-
 @numba.njit(**FAST)
 def _rms_scale(x, eps):
     total = _f32(0)
@@ -109,7 +81,7 @@ def _rms_scale(x, eps):
     return _f32(1) / np.sqrt(total / _f32(x.size) + eps)
 
 
-@numba.njit(parallel=True, **FAST)
+@kept(parallel=True, **FAST)
 def add_norm_rows(x, y, x0, a, b, eps, adds, mixes, threads, x_new, h):
     for thread in numba.prange(threads):
         for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
@@ -128,7 +100,7 @@ def add_norm_rows(x, y, x0, a, b, eps, adds, mixes, threads, x_new, h):
 
 
 def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
-    """x_new = a * (x + y) + b * x0 and its norm, all (T, C); y, or a and b, may be None."""
+    """What Backend.add_norm does."""
     h, adds, mixes = torch.empty_like(x), y is not None, a is not None
     x_new = torch.empty_like(x) if adds or mixes else x
     arrays = [z.numpy() for z in (x, y if adds else x, x0 if mixes else x)]
@@ -151,7 +123,7 @@ def _rotate(x, cos, sin, qk_scale, eps, z, y):
         store(y, j, z[j] * scale)
 
 
-@numba.njit(parallel=True, **FAST)
+@kept(parallel=True, **FAST)
 def rope_store_rows(
     qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
     qk_scale, gate_scale, eps, threads, q,
@@ -184,8 +156,7 @@ def rope_store_rows(
 def rope_store(
     qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps
 ) -> Tensor:
-    """Rotate, norm and scale q and k, mix the value embedding into v, write k and v to their
-    slots; arguments and result as in fused/backend.py."""
+    """What Backend.rope_store does."""
     q, gated = torch.empty(len(qkv), n_head, k.shape[3]), ve is not None
     if not gated:  # a kernel takes arrays, never None: any of their kind will do
         ve, ve_gate = k[0, 0], h
@@ -201,81 +172,119 @@ def rope_store(
     return q
 
 
-@numba.njit(parallel=True, **FAST)
-def quantize_rows_into(x, levels, threads, q, scale):
-    C = x.shape[1]
-    for thread in numba.prange(threads):
-        xt = np.empty(C, np.float32)
-        for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
-            qt = q[t]
-            xt[:] = x[t]
-            half = C // 2
-            while half >= C // min(32, C & -C):
-                for start in range(0, C, 2 * half):
-                    a, b = xt[start : start + half], xt[start + half : start + 2 * half]
-                    for c in range(half):
-                        a[c], b[c] = a[c] + b[c], a[c] - b[c]
-                half //= 2
-            bits, greatest = xt.view(np.int32), np.int32(0)
-            for c in range(xt.size):  # without the sign they are in the order of the floats
-                greatest = max(greatest, bits[c] & np.int32(0x7FFFFFFF))
-            most = max(float_of(greatest), _f32(1e-30))
-            scale[t, 0] = most / levels
-            steps = levels / most
-            for c in range(xt.size):
-                qt[c] = np.uint8(np.int32(xt[c] * steps + _f32(128.5)))
-
-
-def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """x (T, C), rotated as in layouts.py, as integers from -levels to levels, stored plus 128: (T,
-    C) uint8, and what one of them is worth in each row, (T, 1) float32."""
-    q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
-    with one_at_a_time:
-        threads = threads_for(1 + len(x) // 8)
-        quantize_rows_into(x.numpy(), _f32(levels), threads, q.numpy(), scale.numpy())
-    return q, scale
-
-
-def product(x, weight, square, following, threads, y):
-    """y = x times a weight: (panels, offset, scale), the latter two empty unless it is int8."""
-
-
-@overload(product, jit_options=FAST)
-def _product_of(x, weight, square, following, threads, y):
-    if weight[0].dtype == types.int32:
-
-        def compute(x, weight, square, following, threads, y):
-            w, offset, w_scale = weight
-            T, C = x.shape
-            q, scale = np.empty((T, C), np.uint8), np.empty((T, 1), np.float32)
-            quantize_rows_into(x, _f32(127), min(threads, 1 + T // 8), q, scale)
-            scaling = offset, w_scale, scale.reshape(T)
-            multiply(q.view(np.int32), w, scaling, square, following, threads, y)
-
-    else:
-
-        def compute(x, weight, square, following, threads, y):
-            w, offset, w_scale = weight
-            multiply(x, w, (offset, w_scale, w_scale), square, following, threads, y)
-
-    return compute
+@numba.njit(**FAST)
+def _least(values, counting, limit, low, high):
+    """The least of the values that stay: those for which all larger ones together hold less than
+    `limit`, each holding what it is or, if counting, 1. It lies between low and high."""
+    first = np.int64(flipped(_f32(low).view(np.int32)))
+    last = np.int64(flipped(_f32(high).view(np.int32)))
+    while first < last:
+        middle = (first + last) >> 1
+        bound, held = np.int32(flipped(middle)).view(np.float32), _f32(0)
+        for i in range(values.size):
+            weight = _f32(1) if counting else values[i]
+            held += weight if values[i] > bound else _f32(0)
+        if held < limit:
+            last = middle
+        else:
+            first = middle + 1
+    return np.int32(flipped(first)).view(np.float32)
 
 
 @numba.njit(**FAST)
-def _linear8(x, weight, square, threads, y):
-    product(x, weight, square, weight[0], threads, y)
+def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
+    """w (V,) = 2**(scale * (x - the largest)), x being capped, and 0 for what the filters drop."""
+    top = largest(x)
+    kth = _f32(-np.inf)
+    if 0 < top_k < x.size:
+        kth = _least(x, True, top_k, kth, top)
+    if softcap > 0:
+        # tanh(z) = (1 - t) / (1 + t), where t = e**-2z. a loop of its own, else registers run out
+        slope = _f32(-2) * _LOG2E / softcap
+        for i in range(x.size):
+            t = exp2(abs(x[i]) * slope)
+            capped = softcap * ((_f32(1) - t) / (_f32(1) + t))
+            w[i] = capped if x[i] > 0 else -capped
+    else:
+        w[:] = x
+    top = largest(w)
+    for i in range(x.size):
+        exponent = (w[i] - top) * scale
+        # 0 where float32 has no smaller number
+        w[i] = exp2(exponent) if exponent >= -126 and x[i] >= kth else _f32(0)
+    if top_p < 1:
+        total = _f32(0)
+        for i in range(w.size):  # w.sum() makes no vectors
+            total += w[i]
+        # tokens that weigh no more than this weigh 1 - p of it together at most: none can stay
+        low = (1 - top_p) * total / x.size
+        min_p = max(min_p, _least(w, False, top_p * total, low, _f32(1)))
+    if min_p > 0:
+        for i in range(x.size):
+            w[i] = w[i] if w[i] >= min_p else _f32(0)
 
 
-def linear8(x: Tensor, packed, rows: int, square: bool = False) -> Tensor:
-    """x (T, in) times the first `rows` outputs of an int8 matrix, transposed: (T, rows); square:
-    then relu(y)^2. packed: its panels, of four int8 each; 128 times the sums of its rows; what one
-    of its steps is worth in each."""
-    weight = tuple(part.numpy() for part in packed)
-    y = torch.empty(len(x), len(weight[0]) * PANEL8)
+@numba.njit(**FAST)
+def _draw(w, sums, u):
+    """The first index at which the running sum of w exceeds u of the whole."""
+    total = 0.0
+    for b in range(sums.size):
+        block, s = w[b * _BLOCK : (b + 1) * _BLOCK], _f32(0)
+        for i in range(_BLOCK):
+            s += block[i]
+        sums[b] = s
+        total += s
+    # u is below 1, so one block passes the target, and that one has a weight above 0
+    target, running, b = u * total, 0.0, 0
+    while b < sums.size - 1 and running + sums[b] <= target:
+        running += sums[b]
+        b += 1
+    token = 0
+    for i in range(b * _BLOCK, (b + 1) * _BLOCK):
+        if w[i] > 0:
+            running += w[i]
+            token = i
+            if running > target:
+                break
+    return token
+
+
+@numba.njit(**FAST)
+def _argmax(x):
+    top = largest(x)
+    for i in range(x.size):
+        if x[i] == top:
+            return i
+    return 0  # NaN
+
+
+@kept(parallel=True, **FAST)
+def _sample(logits, V, stride, u, scale, softcap, filters, threads, tokens):
+    """Rows dealt to the threads; that of number r begins at logits[r * stride]."""
+    for thread in numba.prange(threads):
+        sums = np.empty(-(-V // _BLOCK), np.float32)
+        w = np.zeros(sums.size * _BLOCK, np.float32)  # the last block may be longer than the row
+        for r in range(thread, tokens.size, threads):
+            x, (top_k, top_p, min_p) = logits[r * stride : r * stride + V], filters[r]
+            if scale[r] == 0:
+                tokens[r] = _argmax(x)
+            else:
+                _weigh(x, scale[r], softcap, top_k, top_p, _f32(min_p), w[:V])
+                tokens[r] = _draw(w, sums, u[r])
+
+
+def sample(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap: float) -> Tensor:
+    """A token for each row of logits (R, V): what ../sampler.py says, with its arguments. (R,)."""
+    (R, V), logits, filters = logits.shape, logits.float(), filter_values(params)
+    filters = np.tile(np.array(NO_FILTERS), (R, 1)) if filters is None else filters
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    stride = logits.stride(0)  # rows may be longer than V, or all the same
+    flat = logits.as_strided(((R - 1) * stride + V,), (1,))
+    T, tokens = temperature.numpy(), torch.empty(R, dtype=torch.int64)
+    scale = np.divide(_LOG2E, T, out=np.zeros_like(T), where=T > 0)
     with one_at_a_time:
-        threads = threads_for(len(weight[0]))
-        _linear8(x.contiguous().numpy(), weight, square, threads, y.numpy())
-    return y if rows == y.shape[1] else y[:, :rows].contiguous()
-
-
-keep_compiled(add_norm_rows, rope_store_rows, quantize_rows_into, _linear8)
+        _sample(
+            flat.numpy(), V, stride, uniform.numpy(), scale, _f32(softcap), filters, threads_for(R),
+            tokens.numpy(),
+        )  # fmt: skip
+    return tokens

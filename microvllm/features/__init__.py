@@ -2,10 +2,10 @@
 class overrides methods of a core class and calls super(), so that any set of them goes together.
 Here is what several of them need to look at what they were given."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+
+from ..sampler import SamplingParams
 
 
 def check_number(name: str, value: object, least=0, most=2**31 - 1) -> int | float:
@@ -20,6 +20,14 @@ def check_number(name: str, value: object, least=0, most=2**31 - 1) -> int | flo
         must = "must be between" if whole else "must be finite and between"
         raise ValueError(f"{name} {must} {limits}, got {value!s:.80}")
     return int(value) if whole else float(value)
+
+
+def check_numbers(params: SamplingParams, ranges: dict[str, tuple]) -> None:
+    """`check_number` for fields; None stays where it is the default."""
+    for name, limits in ranges.items():
+        value = getattr(params, name)
+        if value is not None or getattr(type(params), name) is not None:
+            params.put(name, check_number(name, value, *limits))
 
 
 def check_list(name: str, values: object, check: Callable = check_number) -> tuple:

@@ -1,9 +1,8 @@
 """nanochat's calculator: what a model writes between `<|python_start|>` and `<|python_end|>`.
 
-`Calculator` watches one sequence's tokens and says which ones to force after a finished block;
-`calculate` is the value of one expression. nanochat hands the text of a model to Python's eval; we
-only let Python parse it, and compute the few kinds of nodes a calculator needs ourselves. The idea
-and every quirk are nanochat's (engine.py), because its models were trained on these answers.
+nanochat hands the text of a model to Python's eval; we only let Python parse it, and compute the
+few kinds of nodes a calculator needs ourselves. The idea and every quirk are nanochat's
+(engine.py), because its models were trained on these answers.
 """
 
 import ast
@@ -30,14 +29,9 @@ _FORBIDDEN = (
 
 # no power: nanochat refuses `**`, and it is the one operation that makes numbers explode
 _OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.UAdd: operator.pos, ast.USub: operator.neg,
+}  # fmt: skip
 
 # methods of a string (count: of a tuple and a list too) that never make more of what they are
 # given. so no join, center, ljust, rjust, zfill, expandtabs: a few of those fill any memory
@@ -59,8 +53,8 @@ def calculate(expression: str) -> str | None:
       spaces and `. _ ( )`, and the methods of `_METHODS`: `'Strawberry'.lower().count('r')`.
 
     Any error is no answer. Beyond nanochat we refuse, on purpose: more than 1024 characters or 50
-    opening parentheses; and in the text form, where Python's grammar is all there, every other
-    method, and keywords (`not`, `if`, `for`), True, None, b'' and f'' strings, methods not called.
+    opening parentheses; and in the text form every other method, keywords (`not`, `if`, `for`),
+    True, None, b'' and f'' strings, methods not called.
     """
     if len(expression) > _MAX_CHARACTERS or expression.count("(") > _MAX_PARENTHESES:
         return None
@@ -82,82 +76,65 @@ def calculate(expression: str) -> str | None:
 def _evaluate(root: ast.expr) -> object:
     """The value of a parsed expression; any exception means that there is none.
 
-    A stack machine, so that a long sum, which is a deep tree, needs no deep recursion. It takes a
-    step per node, at most about two per character. Numbers stay small with no check of their own:
-    + - * and // never give an int more digits than its operands have together, so no value has
-    more digits than the expression has characters. Strings cannot be repeated or added, as no
-    expression may have both quotes and operators.
+    From the leaves up, since a long sum is a tree too deep for recursion. Numbers stay small with
+    no check of their own: + - * and // never give an int more digits than its operands have
+    together, so no value has more digits than the expression has characters. Strings cannot be
+    repeated or added, as no expression may have both quotes and operators.
     """
-    todo, order = [root], []
-    while todo:
-        order.append(node := todo.pop())
-        todo.extend(ast.iter_child_nodes(node))
-    stack = []
-    for node in reversed(order):  # children before parents, the first child first
+    values = {}
+    for node in reversed([*ast.walk(root)]):  # children before parents
         match node:
             case ast.Constant(value=value) if type(value) in (int, float, str, type(...)):
-                stack.append(value)
+                pass
             case ast.Tuple(elts=[]):  # no other: there are no commas
-                stack.append(())
-            case ast.UnaryOp(op=op):
-                stack.append(_OPERATORS[type(op)](stack.pop()))
-            case ast.BinOp(op=op):
-                right, left = stack.pop(), stack.pop()
-                stack.append(_OPERATORS[type(op)](left, right))
-            case ast.Attribute(attr=name) if name in _METHODS:
-                stack.append(getattr(stack.pop(), name))
-            case ast.Call(args=args):  # only a method of _METHODS can be callable
-                start = len(stack) - len(args)
-                args = stack[start:]
-                del stack[start:]
-                stack.append(stack.pop()(*args))
+                value = ()
+            case ast.UnaryOp(op=op, operand=operand):
+                value = _OPERATORS[type(op)](values[operand])
+            case ast.BinOp(op=op, left=left, right=right):
+                value = _OPERATORS[type(op)](values[left], values[right])
+            case ast.Attribute(value=owner, attr=name) if name in _METHODS:
+                value = getattr(values[owner], name)
+            case ast.Call(func=func, args=args):  # only a method of _METHODS can be callable
+                value = values[func](*[values[argument] for argument in args])
             case ast.operator() | ast.unaryop() | ast.expr_context():
-                pass  # `+` or `Load`, for which iter_child_nodes has nodes too
+                continue  # `+` or `Load`, which are nodes too
             case _:
                 raise ValueError(f"{type(node).__name__} is nothing for a calculator")
-    (value,) = stack
+        values[node] = value
     if callable(value):
         raise ValueError("a method that was not called")
     return value
 
 
 class Calculator:
-    """The calculator at work in one sequence: say each token to `push`, force what it answers.
+    """The calculator at work in one sample: say each token to `push`, force what it answers.
 
-    Each sample of a prompt has its own, from its first generated token on: like nanochat's it
-    starts outside a block, whatever the prompt contains. Where the tokenizer lacks one of the four
-    marks of a tool call, nothing is ever forced.
+    Like nanochat's it starts outside a block, whatever the prompt contains. Where the tokenizer
+    lacks one of the four marks of a tool call, nothing is ever forced.
     """
 
-    __slots__ = ("_tokenizer", "_marks", "_block")
-
     def __init__(self, tokenizer: Tokenizer):
-        names = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
-        special = tokenizer.special_tokens
+        names = "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"
         self._tokenizer = tokenizer
-        self._marks = [special[name] for name in names] if special.keys() >= set(names) else None
+        self._marks = [tokenizer.special_tokens.get(name) for name in names]
         self._block: list[int] | None = None  # ids of the open block, None outside
 
     def push(self, token_id: int) -> list[int]:
-        """Note the next token of the sequence, sampled or forced; returns the ids to force next.
-
-        These are the whole output block, or none. They go before anything sampled, a stop token
-        too, carry mask 0, count as generated tokens, and are pushed like any other.
-        """
-        if self._marks is None:
+        """Note the next token of the sequence, sampled or forced; returns the ids to force next,
+        the whole output block or none. They go before anything sampled, a stop token too, and are
+        pushed like any other."""
+        if None in self._marks:
             return []
         python_start, python_end, output_start, output_end = self._marks
         if token_id == python_start:  # also inside a block, which begins anew
             self._block = []
-        elif self._block is None:
-            pass
-        elif token_id == python_end:
+        elif self._block is not None and token_id == python_end:
             # special tokens decode to their names, so they spoil an expression, as in nanochat
             result = calculate(self._tokenizer.decode(self._block))
             self._block = None
             if result is not None:
                 return [output_start, *self._tokenizer.encode(result), output_end]
-        else:
+        elif self._block is not None:
             self._block.append(token_id)
         return []
 
@@ -165,31 +142,32 @@ class Calculator:
 class CalculatorScheduler(Scheduler):
     """A Scheduler of sequences that are continued from outside."""
 
-    def force(self, seq: Sequence, token_ids: list[int]) -> int:
-        """Continue a sequence with tokens that nobody samples, as far as its length allows; they
-        are computed like a chunk of prompt. Returns how many there was room for."""
+    def force(self, seq: Sequence, token_ids: list[int]) -> None:
+        """Continue a sequence, as far as its length allows, with tokens that nobody samples; they
+        are computed like a chunk of prompt."""
         token_ids = token_ids[: seq.max_length - len(seq.tokens)]
         seq.tokens.extend(token_ids)
+        self.num_tokens += len(token_ids)
         self.blocks.events.force(seq)
-        if len(seq.tokens) == seq.max_length:
-            self.finish(seq, "length")
-        return len(token_ids)
+        self.end([seq])
 
 
 class CalculatorText(Text):
     """A text in which the calculator writes, where it was asked for."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request):
-        super().__init__(tokenizer, request)
-        self.calculator = Calculator(tokenizer) if request.options.get("tools") else None
-        self.forced: list[int] = []  # indices of the output tokens that it wrote
+    def restart(self) -> None:
+        super().restart()
+        self.calculator = Calculator(self.tokenizer) if self.request.options.get("tools") else None
+        self.forced: set[int] = set()  # indices of the output tokens that it wrote
 
     def react(self, seq: Sequence, token: int, scheduler: CalculatorScheduler) -> None:
         super().react(seq, token, scheduler)
-        if self.calculator and (forced := self.calculator.push(token)):
-            if seq.finish_reason is None:
-                count = scheduler.force(seq, forced)
-                self.forced.extend(range(self.num_read, self.num_read + count))
+        if forced := self.calculator.push(token) if self.calculator else []:
+            # what follows the token already was written before a restart
+            if seq.finish_reason is None and self.num_read == len(seq.output):
+                scheduler.force(seq, forced)
+            stop = min(self.num_read + len(forced), len(seq.output))
+            self.forced.update(range(self.num_read, stop))
 
 
 class CalculatorLLM(LLM):
@@ -198,10 +176,7 @@ class CalculatorLLM(LLM):
 
     request_options = LLM.request_options | {"tools"}
 
-    def chat(
-        self, messages, sampling_params=None, use_tqdm: bool = True, *, tools: bool = True,
-        **options,
-    ):  # fmt: skip
+    def chat(self, messages, sampling_params=None, use_tqdm=True, *, tools=True, **options):
         return super().chat(messages, sampling_params, use_tqdm, tools=tools, **options)
 
     def watches(self, request: Request) -> bool:
@@ -216,12 +191,9 @@ class CalculatorLLM(LLM):
 
     def sample_output(self, request: Request, seq: Sequence) -> dict:
         found = super().sample_output(request, seq)
-        mask = [1] * len(seq.output)
         text = request.texts.get(seq.sample_id)
-        for i in text.forced if text else ():
-            if i < len(mask):
-                mask[i] = 0
-        return found | {"mask": mask}
+        forced = text.forced if text else ()
+        return found | {"mask": [int(i not in forced) for i in range(len(seq.output))]}
 
 
 PARTS = {"llm": CalculatorLLM, "scheduler": CalculatorScheduler, "text": CalculatorText}

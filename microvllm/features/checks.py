@@ -1,7 +1,5 @@
 """What an engine is given, checked before anything is done: a mistake is named, with its value."""
 
-from __future__ import annotations
-
 from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +10,8 @@ import torch
 
 from ..engine import LLM, Request
 from ..sampler import RANGES, SamplingParams
-from ..scheduler import (
-    BlockManager,
-    Scheduler,
-    Sequence,
-    first_come,
-    least_recently_used,
-    youngest,
-)
-from . import check_list, check_number
+from ..scheduler import BlockManager, first_come, least_recently_used, youngest
+from . import check_list, check_number, check_numbers
 
 LEAST = {
     "block_size": 1, "seed": 0, "prompt_lookup": 0, "num_blocks": 2, "max_model_len": 2,
@@ -28,17 +19,23 @@ LEAST = {
 }  # fmt: skip
 OPTIONAL = "num_blocks", "max_model_len", "max_batch_size", "max_batched_tokens", "step"
 FLAGS = "enable_prefix_caching", "cuda_graphs", "deterministic", "plain"
+POLICIES = {  # the default, and what another one must choose from
+    "victim": (youngest, "scheduler.running"),
+    "admission": (first_come, "scheduler.waiting"),
+    "eviction": (least_recently_used, "blocks.cached"),
+}
 
 
-def check_arguments(given: dict) -> None:
-    """Raises TypeError or ValueError for an argument of LLM that makes no sense."""
+def check_arguments(given: dict) -> dict[str, Callable]:
+    """Raises TypeError or ValueError for an argument of LLM that makes no sense. Returns the
+    policies, each but the defaults with a look at what it returns."""
     for name, least in LEAST.items():
         if given[name] is not None or name not in OPTIONAL:
             check_number(name, given[name], least)
     for name in FLAGS:
         if not isinstance(given[name], bool):
             raise TypeError(f"{name} must be True or False, got {given[name]!r:.80}")
-    for name in ("victim", "admission", "eviction"):
+    for name in POLICIES:
         if not callable(given[name]):
             raise TypeError(f"{name} must be a function, got {given[name]!r:.80}")
     check_number("gpu_memory_utilization", given["gpu_memory_utilization"], 0.01, 1.0)
@@ -47,6 +44,20 @@ def check_arguments(given: dict) -> None:
     if given["model"] is not None and given["tokenizer"] is None is given["tokenizer_path"]:
         raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
     check_device(given["device"])
+    return {name: checked_policy(name, given[name]) for name in POLICIES}
+
+
+def checked_policy(name: str, policy: Callable) -> Callable:
+    default, choice = POLICIES[name]
+    attribute = choice.partition(".")[2]
+
+    def checked(owner, *args):
+        found = policy(owner, *args)
+        if found not in getattr(owner, attribute):
+            raise ValueError(f"{name} gave {found!r:.80}: return one of {choice}")
+        return found
+
+    return policy if policy is default else checked
 
 
 def check_device(name: str | torch.device) -> None:
@@ -86,10 +97,7 @@ class CheckedParams(SamplingParams):
     """Sampling parameters of the right kinds, numbers as Python has them."""
 
     def __post_init__(self):
-        for name, limits in RANGES.items():
-            value = getattr(self, name)
-            if value is not None or name not in ("top_k", "seed"):
-                self.put(name, check_number(name, value, *limits))
+        check_numbers(self, RANGES)
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         self.put("stop_token_ids", check_list("stop_token_ids", self.stop_token_ids))
@@ -102,34 +110,6 @@ class CheckedParams(SamplingParams):
                 raise ValueError(f"{name} {bad} are outside the vocabulary of {vocab_size}")
 
 
-def checked_policies(victim: Callable, admission: Callable, eviction: Callable) -> dict:
-    """The policies, each with a look at what it returns; the defaults as they are."""
-
-    def checked_victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
-        found = victim(scheduler, seq)
-        if found not in scheduler.running:
-            raise ValueError(f"victim gave {found!r:.80}: return one of scheduler.running")
-        return found
-
-    def checked_admission(scheduler: Scheduler) -> Sequence:
-        found = admission(scheduler)
-        if found not in scheduler.waiting:
-            raise ValueError(f"admission gave {found!r:.80}: return one of scheduler.waiting")
-        return found
-
-    def checked_eviction(blocks: BlockManager) -> int:
-        found = eviction(blocks)
-        if found not in blocks.cached:
-            raise ValueError(f"eviction gave {found!r:.80}: return one of blocks.cached")
-        return found
-
-    return {
-        "victim": victim if victim is youngest else checked_victim,
-        "admission": admission if admission is first_come else checked_admission,
-        "eviction": eviction if eviction is least_recently_used else checked_eviction,
-    }
-
-
 def longest(blocks: BlockManager, chunk: int) -> int:
     """Tokens of the longest sequence that the pool can hold, computed `chunk` at a time."""
     return bisect(range(2**31), blocks.num_usable, key=partial(blocks.most_blocks, chunk=chunk)) - 1
@@ -138,27 +118,25 @@ def longest(blocks: BlockManager, chunk: int) -> int:
 class CheckedLLM(LLM):
     """An engine that says what it was given in place of prompts and parameters."""
 
-    def _submit(self, prompts, sampling_params, **options) -> list[Request]:
+    def _prepare(self, prompts, sampling_params, **options) -> list[Request]:
         if not isinstance(prompts, (str, list, tuple)):
             raise TypeError(f"prompts must be a string or a list, got {type(prompts).__name__}")
         if not isinstance(sampling_params, (SamplingParams, list, tuple, type(None))):
-            raise TypeError(
-                f"sampling_params must be SamplingParams or a list, got {sampling_params!r:.80}"
-            )
-        return super()._submit(prompts, sampling_params, **options)
+            got = f"{sampling_params!r:.80}"
+            raise TypeError(f"sampling_params must be SamplingParams or a list, got {got}")
+        return super()._prepare(prompts, sampling_params, **options)
 
     def _check(self, prompt, params) -> tuple[list[int], SamplingParams]:
         """As in the core, saying by how much too many and what to do about it."""
-        params = self.parts.params() if params is None else params
+        params = self.params_class() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
         check_prompt(prompt, self.tokenizer.vocab_size)
         ids, limit = self.tokenizer.prompt_ids(prompt), self.max_model_len
         params.check_vocabulary(self.tokenizer.vocab_size)
         if params.n > self.max_batch_size:
-            raise ValueError(
-                f"n={params.n} samples do not fit max_batch_size={self.max_batch_size}"
-            )
+            most = f"max_batch_size={self.max_batch_size}"
+            raise ValueError(f"n={params.n} samples do not fit {most}")
         if len(ids) >= limit:
             most = 10 * self.model.config.sequence_len
             raised = f" (it may be raised to {most})" if len(ids) < most else ""
@@ -170,12 +148,12 @@ class CheckedLLM(LLM):
         slots = min(len(ids) + params.max_tokens, limit) - 1
         need, width = blocks.most_blocks(slots, chunk), blocks.width
         if need > blocks.num_usable:
-            lower = "max_tokens" if width == 1 else "max_tokens, or max_batched_tokens"
+            other = "" if width == 1 else ", or max_batched_tokens"
             raise ValueError(
                 f"{len(ids)} prompt tokens with max_tokens={params.max_tokens} need "
                 f"{-(-need // width)} blocks and the pool has {blocks.num_usable // width}: "
                 f"{slots - longest(blocks, chunk)} tokens too many; raise num_blocks or lower "
-                f"{lower}"
+                f"max_tokens{other}"
             )
         return ids, params
 

@@ -1,54 +1,166 @@
-"""A Ctrl-C takes effect between steps, where the engine's books are in order, and leaves no request
-that nobody waits for."""
+"""Nothing is lost, whoever calls the engine and whatever interrupts it.
 
-from __future__ import annotations
+Threads: whoever waits for a request runs steps, for the requests of all, one thread at a time.
+Exceptions from outside (a signal's handler, PyThreadState_SetAsyncExc, no memory) may strike at any
+instruction: if the last change of the books did not come to its end, they are made again before the
+next one. Requests and aborts that come while a step is under way, from a policy, a user's function,
+the garbage collector or another thread, wait for its end.
+"""
 
+import os
 import signal
+import sys
 import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
-from ..engine import LLM
+from ..engine import LLM, Request, RequestOutput
+
+pressed: list[bool] = []  # was Ctrl-C, since it was held back?
+
+
+def hold(*_) -> None:
+    """The handler of SIGINT inside `uninterrupted`."""
+    pressed.append(True)
 
 
 @contextmanager
-def uninterrupted():
-    """Let a Ctrl-C take effect only at the end."""
-    handler, pressed = signal.getsignal(signal.SIGINT), []
-    main = threading.current_thread() is threading.main_thread()
-    ours = main and handler is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+def uninterrupted() -> Iterator[None]:
+    """Let a Ctrl-C take effect at the end only: of a step whose end is near nothing is lost, not
+    even what is in the prefix cache. A handler of the user's own is left alone."""
+    usual = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, hold)
+    ours = usual and threading.current_thread() is threading.main_thread()
     try:
+        if ours:
+            signal.signal(signal.SIGINT, hold)
         yield
     finally:
         if ours:
-            signal.signal(signal.SIGINT, handler)
-    if pressed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if ours and pressed:
+        pressed.clear()
         raise KeyboardInterrupt
 
 
 class GuardLLM(LLM):
-    """An engine whose steps, arrivals and aborts are not interrupted by Ctrl-C."""
+    """An engine that any thread may call at any time."""
+
+    def _assemble(self, *args, **options) -> None:
+        super()._assemble(*args, **options)
+        self._lock, self._callers, self._pid = threading.RLock(), set(), os.getpid()
+        self._changing: FrameType | None = None  # the call of `_try` that is under way, or was left
+        # what arrived, and ids to abort: each is dropped once it is done
+        self._inbox: deque[Request | tuple[int, ...]] = deque()
+
+    def _check(self, prompt, params) -> tuple:
+        self._check_usable()
+        return super()._check(prompt, params)
+
+    def _check_usable(self) -> None:
+        """Raises RuntimeError for an engine that was closed, or that another process has made."""
+        if self.runner is None:
+            raise RuntimeError("this LLM was closed: make a new one")
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this LLM was made by process {self._pid}, whose threads a fork does not have: "
+                f"make it in process {os.getpid()}, or start processes with 'spawn'"
+            )
+
+    # changes of the books
+
+    def _change(self, change: Callable[[], object]) -> None:
+        if not self._try(change):
+            raise RuntimeError(
+                "a step cannot be asked for inside a step (in a logits_processor, a policy, a "
+                "trace or a signal's handler): add_request, abort and stats can"
+            )
+
+    def _try(self, change: Callable[[], object]) -> bool:
+        """Change the books; False, and nothing done, inside another change by this thread."""
+        self._check_usable()
+        with self._lock:
+            if self._changing:
+                frame = sys._getframe()
+                while frame:
+                    if frame is self._changing:
+                        return False
+                    frame = frame.f_back
+                self._recover()
+            self._changing = sys._getframe()
+            try:
+                change()
+            except BaseException as error:
+                self._recover(error)
+                self._changing = None
+                raise
+            self._changing = None
+        return True
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox[0]
+            if isinstance(item, tuple):
+                super().abort(*item)
+            elif item.output is None and item.id not in self._requests:
+                super()._queue([item])
+            self._inbox.popleft()
+
+    def _queue(self, requests: list[Request]) -> None:
+        self._inbox.extend(requests)
+        self._try(self._read_inbox)
+
+    def abort(self, *request_ids: int) -> None:
+        """As in the core; while a step is under way, at its end."""
+        if request_ids and self.runner is not None:
+            self._inbox.append(request_ids)
+            self._try(self._read_inbox)
+
+    # steps
+
+    def _turn(self) -> None:
+        if self._inbox:
+            self._read_inbox()
+        self._advance()
+        if self._inbox:
+            self._read_inbox()
 
     @uninterrupted()
-    def abort(self, *request_ids: int) -> None:
-        super().abort(*request_ids)
-
-    def _queue(self, checked: list[tuple], **options) -> list:
-        first = self._next_id
+    def _step(self, request: Request | None = None) -> None:
+        """Run a step, or wait while other threads do, until the request has its output."""
+        me = threading.get_ident()
         try:
-            return super()._queue(checked, **options)
-        except BaseException:  # a Ctrl-C among many
-            self.abort(*range(first, self._next_id))
+            self._callers.add(me)
+            with self._lock:
+                self._callers.discard(me)
+                if request is None or request.output is None:
+                    self._change(self._turn)
+        finally:
+            self._callers.discard(me)
+        if self._callers:
+            time.sleep(1e-4)  # else this thread would take the lock again at once
+
+    def step(self) -> list[RequestOutput]:
+        """As in the core."""
+        finished: dict[int, RequestOutput] = {}
+        try:
+            self._step()
+            with self._lock:
+                finished, self._finished = self._finished, {}
+            return [*finished.values()]
+        except BaseException:
+            self._finished = finished | self._finished  # nobody got them
             raise
 
-    @uninterrupted()
-    def _add(self, *args, **options):
-        return super()._add(*args, **options)
+    def _news(self, requests) -> list:
+        with self._lock:  # texts grow while other threads run steps
+            return super()._news(requests)
 
-    @uninterrupted()
-    def _advance(self) -> None:
-        super()._advance()
+    def is_finished(self) -> bool:
+        """As in the core."""
+        return not self._inbox and super().is_finished()
 
 
 PARTS = {"llm": GuardLLM}

@@ -1,12 +1,9 @@
 """What a request may ask of its logits: changes before the draw, log-probabilities after it.
 
-What a row's parameters ask for is done to its logits in this order: allowed_token_ids, logit_bias,
-bad_words and min_tokens, repetition_penalty, presence_penalty, frequency_penalty, logits_processor;
-then what the core does (temperature, top_k, top_p, min_p, the draw). It works on the rows that use
-it, and what no row uses does not run.
+A row's logits go through these in turn: allowed_token_ids, logit_bias, bad_words and min_tokens,
+repetition_penalty, presence_penalty, frequency_penalty, logits_processor; then what the core does
+(temperature, top_k, top_p, min_p, the draw). What no row uses does not run.
 """
-
-from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping
@@ -22,11 +19,13 @@ from torch import Tensor
 from ..engine import LLM, Request, Runner
 from ..sampler import SamplingParams, cap_logits, on, truncate
 from ..scheduler import Plan, Scheduler, Sequence
-from . import check_list, check_number
+from . import check_list, check_number, check_numbers
+
+Samples = list[tuple[int, Sequence, int]]  # some of Plan.samples
 
 RANGES = {
     "repetition_penalty": (1e-6, 1e6), "presence_penalty": (-1e6, 1e6),
-    "frequency_penalty": (-1e6, 1e6), "min_tokens": (0, 2**31 - 1),
+    "frequency_penalty": (-1e6, 1e6), "min_tokens": (0, 2**31 - 1), "logprobs": (0, 2**31 - 1),
 }  # fmt: skip
 
 
@@ -58,62 +57,45 @@ class LogitsParams(SamplingParams):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, limits in RANGES.items():
-            self.put(name, check_number(name, getattr(self, name), *limits))
-        if self.logprobs is not None:
-            self.put("logprobs", check_number("logprobs", self.logprobs, 0, 2**31 - 1))
+        check_numbers(self, RANGES)
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         self.put("bad_words", check_list("bad_words", self.bad_words, check_word))
         if not all(self.bad_words):
             raise ValueError(f"bad_words must not be empty, got {self.bad_words!r:.80}")
         if self.allowed_token_ids is not None:
-            allowed = check_list("allowed_token_ids", self.allowed_token_ids)
-            self.put("allowed_token_ids", allowed)
-            if not allowed:
+            self.put("allowed_token_ids", check_list("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
                 raise ValueError("allowed_token_ids must not be empty, got (); None allows all")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise TypeError(f"logit_bias must be a dict, got {self.logit_bias!r:.80}")
             ids = check_list("logit_bias", self.logit_bias)
-            values = self.logit_bias.values()
-            values = [check_number("logit_bias", x, -1e6, 1e6) for x in values]
+            values = [check_number("logit_bias", x, -1e6, 1e6) for x in self.logit_bias.values()]
             self.put("logit_bias", dict(zip(ids, values, strict=True)))
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise TypeError(f"logits_processor must be callable, got {self.logits_processor!r:.80}")
-
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         # the last two together may leave no token, which must be known before the next step
         stuck = self.min_tokens and self.allowed_token_ids
         history = penalties or self.bad_words or self.logits_processor or stuck
-        self.put("needs_history", bool(history))
         others = self.min_tokens or self.allowed_token_ids or self.logit_bias
-        self.put("edited", bool(self.needs_history or others))
+        self.put("needs_history", bool(history))
+        self.put("edited", bool(history or others))
         self.put("plain", not self.edited and self.logprobs is None)
 
     def token_fields(self) -> dict[str, Iterable[int]]:
         words = [word for word in self.bad_words if not isinstance(word, str)]
         return super().token_fields() | {
             "allowed_token_ids": self.allowed_token_ids or (),
-            "logit_bias": self.logit_bias or (),
-            "bad_words": list(chain.from_iterable(words)),
-        }
-
-
-class History(NamedTuple):
-    """What edits may ask of a row's sequence."""
-
-    tokens: Seq[int]  # prompt and output; from `position` on they are not looked at
-    num_prompt: int
-    position: int  # of the token to be sampled
-    stop_ids: Iterable[int] = ()  # that may not come before min_tokens
-    errors: list[str] | None = None  # where to put what a logits_processor raises
+            "logit_bias": self.logit_bias or (), "bad_words": [*chain(*words)],
+        }  # fmt: skip
 
 
 class Sampled(NamedTuple):
-    """Log-probabilities of the rows that asked, on the device."""
+    """Log-probabilities of the n rows that asked."""
 
-    asked: list[tuple[int, int]]  # (row, its number of alternatives) of the n rows that asked
+    asked: list[tuple[int, int]]  # (row, its number of alternatives) of each
     # (n, 3, m) int32, to be read in one go: token ids, the bits of the model's and of the sampler's
     # log-probabilities; first the token that was drawn, then the m - 1 that the model likes best
     packed: Tensor
@@ -132,163 +114,154 @@ class Sampled(NamedTuple):
         return listed
 
 
-def sample_special(
-    tokens: Tensor, logits: Tensor, params: Seq[LogitsParams], temperature: Tensor,
-    uniform: Tensor, softcap: float, history: Seq[History], draw: Callable, size: int | None = None,
-) -> Sampled | None:  # fmt: skip
-    """Draw again, into tokens (R,), for the rows whose logits are edited, and return the
-    log-probabilities of those that asked, if any did.
-
-    logits (R, V), to be capped at +-softcap unless it is 0; temperature, uniform (R,); draw: of
-    (logits, params, temperature, uniform), uncapped; size: how many rows are worked on at once, by
-    default what a CPU's cache holds, or all. A row for which nothing is left (the only allowed
-    token is a bad word, say, or a logits_processor returned NaN) gets -1.
-    """
-    special = [i for i, p in enumerate(params) if not p.plain]
-    asked = [(i, params[i].logprobs) for i in special if params[i].logprobs is not None]
-    most = max((k for _, k in asked), default=0)
-    # a CPU takes some rows at a time, so that what is made of them stays in its cache
-    cpu = logits.device.type == "cpu"
-    size = size or (max(1, 2**19 // logits.shape[1]) if cpu else len(params))
-    packed = []
-    for start in range(0, len(special), size):
-        rows = special[start : start + size]
-        at = on(logits.device, rows)
-        own, theirs = cap_logits(logits[at], softcap), [params[i] for i in rows]
-        new, past = tokens[at], [history[i] for i in rows]
-        packed += finish(own, theirs, temperature[at], uniform[at], past, new, most, draw)
-        tokens[at] = new
-    return Sampled(asked, torch.cat(packed)) if asked else None
-
-
-def finish(logits, params, temperature, uniform, history, tokens, most, draw) -> list[Tensor]:
-    """What is left to do for rows (R, V) whose logits are edited or that ask for log-probabilities.
-
-    logits, capped, and tokens are changed in place; most: alternatives of whoever wants most; draw:
-    of (logits, params, temperature, uniform). Returns a list of the rows' part of `Sampled.packed`,
-    if any.
-    """
-    asking = [i for i, p in enumerate(params) if p.logprobs is not None]
-    if asking:
-        ask = on(logits.device, asking)
-        model = torch.log_softmax(logits[ask], -1)
-    if edited := [i for i, p in enumerate(params) if p.edited]:
-        edit(logits, params, history)
-        at, theirs = on(logits.device, edited), [params[i] for i in edited]
-        own = logits[at]
-        drawn = draw(own, theirs, temperature[at], uniform[at]).to(tokens.dtype)
-        tokens[at] = torch.where(own.amax(-1) > -torch.inf, drawn, -1)
-    if not asking:
-        return []
-    chosen, temperature = tokens[ask, None].long().clamp(min=0), temperature[ask, None]
-    # one more than asked for, since the token itself may be among them
-    ids = torch.cat([chosen, model.topk(min(most + 1, model.shape[1])).indices], 1)
-    scaled = logits[ask].div_(temperature.clamp(min=1e-30))
-    sampler = torch.log_softmax(truncate(scaled, [params[i] for i in asking]), -1).gather(1, ids)
-    greedy = torch.where(ids == chosen, 0.0, -torch.inf)
-    sampler = torch.where(temperature > 0, sampler, greedy)
-    bits = [x.view(torch.int32) for x in (model.gather(1, ids), sampler)]
-    return [torch.stack([ids.int(), *bits], 1)]
-
-
-def edit(logits: Tensor, params: Seq[SamplingParams], history: Seq[History]) -> None:
-    """Do to the logits, in place, all that comes before temperature."""
-
-    def index(rows, lists):
-        """All (row, id) of the lists of ids as an index of logits, and which list each is from."""
-        owner = np.repeat(np.arange(len(rows)), [len(ids) for ids in lists])
-        ids = np.frombuffer(b"".join([array("q", ids) for ids in lists]), np.int64)
-        flat = np.stack([np.array(rows)[owner], ids, owner])
-        row, ids, owner = on(logits.device, flat)
-        return (row, ids), owner
-
-    def values(rows, name, owner):
-        return on(logits.device, [getattr(params[i], name) for i in rows])[owner]
-
-    if rows := [i for i, p in enumerate(params) if p.allowed_token_ids]:
-        at, _ = index(rows, [params[i].allowed_token_ids for i in rows])
-        allowed = logits[at]
-        logits[on(logits.device, rows)] = -torch.inf
-        logits[at] = allowed
-    if rows := [i for i, p in enumerate(params) if p.logit_bias]:
-        at, _ = index(rows, [params[i].logit_bias for i in rows])
-        bias = [value for i in rows for value in params[i].logit_bias.values()]
-        logits[at] += on(logits.device, bias)
-    if rows := [i for i, p in enumerate(params) if p.bad_words or p.min_tokens]:
-        at, _ = index(rows, [banned(params[i], history[i]) for i in rows])
-        logits[at] = -torch.inf
-    if rows := [i for i, p in enumerate(params) if p.repetition_penalty != 1]:
-        at, owner = index(rows, [history[i].tokens[: history[i].position] for i in rows])
-        old, penalty = logits[at], values(rows, "repetition_penalty", owner)
-        # an id that is there often is changed once: all write the same
-        logits[at] = torch.where(old > 0, old / penalty, old * penalty)
-    if rows := [i for i, p in enumerate(params) if p.presence_penalty or p.frequency_penalty]:
-        output = [history[i].tokens[history[i].num_prompt : history[i].position] for i in rows]
-        at, owner = index(rows, output)
-        logits[at] = logits[at] - values(rows, "presence_penalty", owner)  # once, as above
-        # and as often as it is there
-        logits.index_put_(at, -values(rows, "frequency_penalty", owner), accumulate=True)
-    for i in [i for i, p in enumerate(params) if p.logits_processor]:
-        try:
-            logits[i] = processed(params[i].logits_processor, history[i], logits[i])
-        except Exception as error:  # the caller's code: others in the batch are not to suffer
-            if history[i].errors is None:
-                raise
-            history[i].errors.append(f"logits_processor: {type(error).__name__}: {error}")
-            logits[i] = torch.nan  # nothing can be drawn from it
-
-
-def processed(processor: Callable, history: History, logits: Tensor) -> Tensor:
-    """What a logits_processor makes of its row. Raises what it raises, and TypeError for a result
-    that is no row of logits."""
-    new = processor(list(history.tokens[: history.position]), logits)
-    if not isinstance(new, Tensor) or new.shape != logits.shape:
-        got = tuple(new.shape) if isinstance(new, Tensor) else repr(new)
-        want = tuple(logits.shape)
-        raise TypeError(f"logits_processor must return logits of shape {want}, got {got!s:.80}")
-    return new
-
-
-def banned(params: SamplingParams, history: History) -> list[int]:
-    """The tokens that bad_words and min_tokens rule out."""
-    tokens, position = history.tokens, history.position
-    ids = []
-    for *start, last in params.bad_words:
-        if tokens[position - len(start) : position] == start:  # a longer start is no part of them
-            ids.append(last)
-    if position - history.num_prompt < params.min_tokens:
-        ids.extend(history.stop_ids)
-    return ids
-
-
 class LogitsRunner(Runner):
     """Rows that are not plain are drawn again, or looked at once more."""
 
     def pick(self, plan: Plan, logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
-        tokens, params = super().pick(plan, logits, temperature, uniform), plan.params
-        if False not in [p.plain for p in params]:
-            return tokens
-        history = [
-            History(s.tokens, s.num_prompt, position, s.stop_ids, s.errors)
-            for _, s, position in plan.samples
-        ]
-        softcap = self.model.recipe.softcap
-
-        def draw(*args) -> Tensor:
-            return self.sample(*args, 0.0)
-
-        given = tokens, logits, params, temperature, uniform, softcap, history, draw
-        if sampled := sample_special(*given, self.rows_at_once):
-            plan.asked, plan.results["logprobs"] = sampled
+        tokens = super().pick(plan, logits, temperature, uniform)
+        if False in [p.plain for p in plan.params]:
+            self.pick_again(plan, logits, temperature, uniform, tokens)
         return tokens
+
+    def pick_again(self, plan: Plan, logits, temperature, uniform, tokens: Tensor) -> None:
+        """Draw again, into tokens (R,), for the rows whose logits (R, V) are edited, and put the
+        log-probabilities of those that asked into the results of the plan. A row for which nothing
+        is left (the only allowed token is a bad word, say, or a logits_processor returned NaN) gets
+        -1."""
+        special = [i for i, p in enumerate(plan.params) if not p.plain]
+        most = max([p.logprobs or 0 for p in plan.params])
+        # a CPU takes some rows at a time, so that what is made of them stays in its cache
+        cached = 2**19 // logits.shape[1] if logits.device.type == "cpu" else len(special)
+        size = self.rows_at_once or max(1, cached)
+        packed = []
+        for start in range(0, len(special), size):
+            rows = special[start : start + size]
+            at, samples = on(logits.device, rows), [plan.samples[i] for i in rows]
+            own, new = cap_logits(logits[at], self.model.recipe.softcap), tokens[at]
+            packed += self.finish(samples, own, temperature[at], uniform[at], new, most)
+            tokens[at] = new
+        if packed:
+            plan.results["logprobs"] = torch.cat(packed)
+
+    def finish(self, samples: Samples, logits, temperature, uniform, tokens, most) -> list[Tensor]:
+        """Edit capped logits and draw again, both in place, for these rows of a plan. Returns a
+        list of their part of `Sampled.packed`, if any asked; most: its alternatives."""
+        params = [seq.params for _, seq, _ in samples]
+        asking = [i for i, p in enumerate(params) if p.logprobs is not None]
+        if asking:
+            ask = on(logits.device, asking)
+            model = torch.log_softmax(logits[ask], -1)
+        if edited := [i for i, p in enumerate(params) if p.edited]:
+            edit(logits, samples)
+            at, theirs = on(logits.device, edited), [params[i] for i in edited]
+            own = logits[at]
+            drawn = self.sample(own, theirs, temperature[at], uniform[at], 0.0).to(tokens.dtype)
+            tokens[at] = torch.where(own.amax(-1) > -torch.inf, drawn, -1)
+        if not asking:
+            return []
+        chosen, temperature = tokens[ask, None].long().clamp(min=0), temperature[ask, None]
+        # one more than asked for, since the token itself may be among them
+        ids = torch.cat([chosen, model.topk(min(most + 1, model.shape[1])).indices], 1)
+        scaled = logits[ask].div_(temperature.clamp(min=1e-30))
+        drawn = truncate(scaled, [params[i] for i in asking]).log_softmax(-1).gather(1, ids)
+        greedy = torch.where(ids == chosen, 0.0, -torch.inf)
+        sampler = torch.where(temperature > 0, drawn, greedy)
+        bits = [x.view(torch.int32) for x in (model.gather(1, ids), sampler)]
+        return [torch.stack([ids.int(), *bits], 1)]
 
     def read(self, plan: Plan) -> list[int]:
         token_ids = super().read(plan)
         if "logprobs" in plan.results:
-            listed = Sampled(plan.asked, plan.results.pop("logprobs")).logprobs()
+            asked = [(i, p.logprobs) for i, p in enumerate(plan.params) if p.logprobs is not None]
+            listed = Sampled(asked, plan.results.pop("logprobs")).logprobs()
             rows = [(*plan.samples[row][1:], entry) for row, entry in listed.items()]
             plan.results["logprobs"] = rows  # (sequence, position, entry)
         return token_ids
+
+
+def edit(logits: Tensor, samples: Samples) -> None:
+    """Do to the logits of samples, in place, all that comes before temperature."""
+
+    def index(lists: dict[int, Seq[int]]) -> tuple[Tensor, Tensor]:
+        """All (row, id) of the lists of ids, each under its row, as an index of logits."""
+        rows = np.repeat([*lists], [len(ids) for ids in lists.values()])
+        ids = np.frombuffer(b"".join([array("q", ids) for ids in lists.values()]), np.int64)
+        row, ids = on(logits.device, np.stack([rows, ids]))
+        return row, ids
+
+    def each(name: str, at: tuple[Tensor, Tensor]) -> Tensor:
+        """A parameter, for each entry of an index."""
+        return on(logits.device, [getattr(p, name) for _, p, _, _ in rows])[at[0]]
+
+    # of each: params, sequence, and the position to be sampled, from which on nothing is looked at
+    rows = [(i, seq.params, seq, stop) for i, (_, seq, stop) in enumerate(samples)]
+    if lists := {i: p.allowed_token_ids for i, p, _, _ in rows if p.allowed_token_ids}:
+        at = index(lists)
+        allowed = logits[at]
+        logits[on(logits.device, [*lists])] = -torch.inf
+        logits[at] = allowed
+    if lists := {i: p.logit_bias for i, p, _, _ in rows if p.logit_bias}:
+        bias = [value for biases in lists.values() for value in biases.values()]
+        logits[index(lists)] += on(logits.device, bias)
+    if lists := {i: banned(seq, stop) for i, p, seq, stop in rows if p.bad_words or p.min_tokens}:
+        logits[index(lists)] = -torch.inf
+    if lists := {i: seq.tokens[:stop] for i, p, seq, stop in rows if p.repetition_penalty != 1}:
+        at = index(lists)
+        old, penalty = logits[at], each("repetition_penalty", at)
+        # an id that is there often is changed once: all write the same
+        logits[at] = torch.where(old > 0, old / penalty, old * penalty)
+    penalised = [row for row in rows if row[1].presence_penalty or row[1].frequency_penalty]
+    if lists := {i: seq.tokens[seq.num_prompt : stop] for i, _, seq, stop in penalised}:
+        at = index(lists)
+        logits[at] = logits[at] - each("presence_penalty", at)  # once, as above
+        # and as often as it is there
+        logits.index_put_(at, -each("frequency_penalty", at), accumulate=True)
+    for i, p, seq, stop in rows:
+        if p.logits_processor:
+            new = processed(p.logits_processor, seq.tokens[:stop], logits[i])
+            if isinstance(new, str):  # the caller's code: others in the batch are not to suffer
+                seq.stop_reason, new = f"logits_processor: {new}", torch.nan  # nothing to draw
+            logits[i] = new
+
+
+def processed(processor: Callable, tokens: list[int], logits: Tensor) -> Tensor | str:
+    """What a logits_processor makes of its row, or what is wrong with it."""
+    try:
+        new = processor(list(tokens), logits)
+    except Exception as error:
+        inside, call = error.__traceback__.tb_next, type(processor).__call__
+        code = getattr(processor, "__code__", getattr(call, "__code__", None))
+        # not from its own frame, as where a signal came: then it is not raised a second time
+        if not inside or inside.tb_frame.f_code is not code:
+            if not fails(processor, list(tokens), logits):
+                raise
+        return f"{type(error).__name__}: {error}"
+    if not isinstance(new, Tensor) or new.shape != logits.shape:
+        got = tuple(new.shape) if isinstance(new, Tensor) else repr(new)
+        want = f"logits_processor must return logits of shape {tuple(logits.shape)}"
+        return f"TypeError: {want}, got {got!s:.80}"
+    return logits.masked_fill(~new, -torch.inf) if new.dtype == torch.bool else new  # a mask
+
+
+def fails(function: Callable, *args) -> bool:
+    """Does it raise?"""
+    try:
+        function(*args)
+    except Exception:
+        return True
+    return False
+
+
+def banned(seq: Sequence, position: int) -> list[int]:
+    """The tokens that bad_words and min_tokens rule out."""
+    ids = []
+    for *start, last in seq.params.bad_words:
+        # a start that is longer than the text is no part of it
+        if seq.tokens[position - len(start) : position] == start:
+            ids.append(last)
+    if position - seq.num_prompt < seq.params.min_tokens:
+        ids.extend(seq.stop_ids)
+    return ids
 
 
 class LogitsScheduler(Scheduler):
@@ -296,32 +269,39 @@ class LogitsScheduler(Scheduler):
 
     def update(self, plan: Plan, token_ids: list[int]) -> list[Sequence]:
         listed = plan.results.get("logprobs", ())
-        before = {seq: len(seq.tokens) for seq, _, _ in listed}
+        new = [row for row in listed if row[1] >= len(row[0].tokens)]  # else a tool wrote there
+        for seq, position, entry in new:  # first, for the token alone tells that a step was done
+            seq.entries[seq.sample_id, position] = entry
         changed = super().update(plan, token_ids)
-        for seq, position, entry in listed:
-            # else a tool wrote there, or a guess before it was wrong
-            if before[seq] <= position < len(seq.tokens):
-                seq.entries[seq.sample_id, position] = entry
+        for seq, position, _ in new:
+            if position >= len(seq.tokens):  # a guess before it was wrong
+                del seq.entries[seq.sample_id, position]
         return changed
+
+    def reset(self, sequences=None) -> list[Sequence]:
+        found = super().reset(sequences)
+        for seq in found:
+            for sample_id, position in [*getattr(seq, "entries", ())]:
+                if sample_id == seq.sample_id and position >= len(seq.tokens):
+                    del seq.entries[sample_id, position]
+        return found
 
 
 class LogitsLLM(LLM):
     """Requests with edits and log-probabilities."""
 
-    def _add(self, ids, params, *args, **options) -> Request:
+    def _request(self, ids, params, *args, **options) -> Request:
         if any(isinstance(word, str) for word in params.bad_words):
             encode = self.tokenizer.encode  # a word has other tokens at the beginning of a text
             words = [(w, " " + w) if isinstance(w, str) else (w,) for w in params.bad_words]
             banned = [w if isinstance(w, tuple) else tuple(encode(w)) for w in chain(*words)]
             params = replace(params, bad_words=tuple(banned))
-        return super()._add(ids, params, *args, **options)
+        return super()._request(ids, params, *args, **options)
 
     def _make_sequence(self, request: Request) -> Sequence:
         seq = super()._make_sequence(request)
-        seq.errors = request.errors
         seq.entries = {}  # of all samples of the request, by (sample, position)
-        # a logits_processor would be asked about texts that nobody writes: it may keep books
-        if request.params.logits_processor:
+        if request.params.logits_processor:  # it may keep books, and would see what nobody writes
             seq.may_guess = False
         return seq
 

@@ -6,13 +6,10 @@ lookup decoding). A guess costs a row of the step, which is little where few row
 weights anyway, and never a token: it counts only if it is what is drawn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from copy import copy
 from itertools import cycle, islice, takewhile
 
-from ..engine import LLM
 from ..scheduler import Scheduler, Sequence
 
 FEW_ROWS = 8  # a step of so many takes little longer than one of a single row
@@ -75,7 +72,7 @@ class LookupScheduler(Scheduler):
     def __init__(self, *args, **policies):
         super().__init__(*args, **policies)
         self.num_guessed = self.num_accepted = 0  # tokens
-        self.guesses: dict[Sequence, int] = {}  # how many of its last tokens are guessed
+        self.known: dict[Sequence, int] = {}  # how many of its tokens are no guesses
         self.lookups: dict[Sequence, Lookup] = {}
 
     def choose(self):
@@ -93,7 +90,7 @@ class LookupScheduler(Scheduler):
             found = self.lookup(seq).guess(seq.tokens, most) if most > 0 else []
             # in blocks that nobody else wants
             if found and self.blocks.grow(seq, start, stop + len(found)):
-                self.guesses[seq] = len(found)
+                self.known[seq] = stop
                 seq.tokens += found
                 chunks[i] = seq, start, stop + len(found)
                 room -= len(found)
@@ -109,13 +106,13 @@ class LookupScheduler(Scheduler):
 
     def samples(self, chunks):
         samples = super().samples(chunks)
-        if not self.guesses:
+        if not self.known:
             return samples
-        found = []
-        for index, seq, position in samples:
-            for p in range(position - self.guesses.get(seq, 0), position + 1):
-                found.append((index, seq, p))
-        return found
+        return [
+            (index, seq, p)
+            for index, seq, position in samples
+            for p in range(self.known.get(seq, position), position + 1)
+        ]
 
     def update(self, plan, token_ids):
         """Keep the guesses that are what was drawn, up to the first that is not.
@@ -126,71 +123,55 @@ class LookupScheduler(Scheduler):
         that is made without a doubt is kept with the probability that the model gives it, and else
         replaced by a draw among all others: here too, with the same noise for both.
         """
-        if self.guesses:
-            plan, token_ids = self.accept(plan, token_ids)
-        return super().update(plan, token_ids)
-
-    def accept(self, plan, token_ids):
-        """Take the guesses away; returns the plan and its tokens without the rows after a wrong
-        one."""
-        drawn: dict[Sequence, list[int]] = {seq: [] for seq in self.guesses}
-        for (_, seq, _), token in zip(plan.samples, token_ids, strict=True):
-            if seq in drawn:
-                drawn[seq].append(token)
-        keep: dict[Sequence, int] = {}  # the last position that counts
-        for seq, tokens in drawn.items():
-            count, known = self.guesses.pop(seq), len(seq.tokens)
-            first, guessed = known - count, seq.tokens[known - count :]
-            pairs = zip(guessed, tokens[:-1], strict=True)
-            accepted = next((i for i, (a, b) in enumerate(pairs) if a != b), count)
-            del seq.tokens[first:]
+        if not self.known:
+            return super().update(plan, token_ids)
+        rows: list[int] = []  # those that no wrong guess comes before
+        wrong: dict[Sequence, int] = {}  # the position of the first wrong guess
+        for row, (_, seq, position) in enumerate(plan.samples):
+            if seq not in wrong:
+                rows.append(row)
+                guessed = seq in self.known and position < len(seq.tokens)
+                if guessed and seq.tokens[position] != token_ids[row]:
+                    wrong[seq] = position
+        for seq in list(self.known):
+            count = len(seq.tokens) - self.known[seq]
+            self.withdraw(seq)
+            accepted = wrong[seq] - len(seq.tokens) if seq in wrong else count
             self.num_guessed += count
             self.num_accepted += accepted
             self.lookup(seq).learn(count, accepted)
-            keep[seq] = first + accepted
-            if accepted < count and seq.table:
-                self.shrink(seq, first + accepted)
-        rows = [i for i, (_, s, p) in enumerate(plan.samples) if p <= keep.get(s, p)]
+            if seq in wrong and seq.table:
+                self.shrink(seq, wrong[seq])
         kept = copy(plan)
-        kept.samples = [plan.samples[i] for i in rows]
-        return kept, [token_ids[i] for i in rows]
+        kept.samples = [plan.samples[row] for row in rows]
+        return super().update(kept, [token_ids[row] for row in rows])
 
     def shrink(self, seq: Sequence, num_tokens: int) -> None:
-        """Only the first `num_tokens` count as computed: blocks that hold nothing else are given
-        back."""
-        blocks = self.blocks
-        count = blocks.blocks_for(num_tokens)
+        """Count only so many tokens as computed, and give back the blocks behind them."""
+        count = self.blocks.blocks_for(num_tokens)
         gone = seq.table[count:].tolist()
         del seq.table[count:]
         seq.num_computed, seq.num_writable = num_tokens, 0
         for block in reversed(gone):
-            blocks.release(block)
-        blocks.events.note("reject", seq, gone)
+            self.blocks.release(block)
+        self.blocks.events.note("reject", seq, gone)
 
     def withdraw(self, seq: Sequence) -> None:
-        """Take its guesses away; nobody will tell whether they were right."""
-        if count := self.guesses.pop(seq, 0):
-            del seq.tokens[-count:]
+        """Take a sequence's guesses out of its tokens."""
+        del seq.tokens[self.known[seq] :]
+        del self.known[seq]
 
-    def finish(self, seq: Sequence, reason: str) -> None:
-        self.withdraw(seq)
-        super().finish(seq, reason)
+    def finish(self, seq: Sequence, *reasons) -> None:
+        if seq in self.known:
+            self.withdraw(seq)
+        super().finish(seq, *reasons)
         self.lookups.pop(seq, None)
 
-    def reset(self) -> None:
-        for seq in list(self.guesses):
+    def reset(self, sequences=None) -> list[Sequence]:
+        for seq in list(self.known):
             self.withdraw(seq)
-        super().reset()
+        self.lookups.clear()
+        return super().reset(sequences)
 
 
-class LookupLLM(LLM):
-    """An engine that tells how well its guesses went."""
-
-    def stats(self) -> dict:
-        """As in the core; guessed_tokens, and those of them that were right, accepted_tokens."""
-        names = {"guessed_tokens": "num_guessed", "accepted_tokens": "num_accepted"}
-        found = {key: getattr(self.scheduler, name, 0) for key, name in names.items()}
-        return super().stats() | found
-
-
-PARTS = {"llm": LookupLLM, "guesser": LookupScheduler}
+PARTS = {"guesser": LookupScheduler}

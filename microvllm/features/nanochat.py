@@ -1,7 +1,5 @@
 """What nanochat's own Engine does, under its names."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from ..engine import LLM
@@ -13,8 +11,7 @@ class NanochatLLM(LLM):
     def generate_batch(
         self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, **more
     ):
-        """What nanochat's Engine.generate_batch does: (sequences, masks) of one prompt of token
-        ids.
+        """What nanochat's Engine.generate_batch does: (sequences, masks) of a prompt's token ids.
 
         A sequence is prompt plus output without the end token; its mask is 0 for the prompt and for
         tokens the calculator forced. A list of prompts gives (list of sequences, list of masks)
@@ -24,28 +21,23 @@ class NanochatLLM(LLM):
         listed = isinstance(tokens, (list, tuple)) and len(tokens) > 0
         several = listed and not isinstance(tokens[0], (int, np.integer))
         prompts = tokens if several else [tokens]
+        max_tokens = self.max_model_len if max_tokens is None else max_tokens
+        more |= {"temperature": temperature, "max_tokens": max_tokens, "top_k": top_k}
         params = [
-            self.parts.params(
-                temperature=temperature,
-                max_tokens=self.max_model_len if max_tokens is None else max_tokens,
-                top_k=top_k,
-                n=num_samples,
-                seed=seed + i,
-                **more,
-            )
-            for i in range(len(prompts))
+            self.params_class(n=num_samples, seed=seed + i, **more) for i in range(len(prompts))
         ]
         tools = {"tools": True} if "tools" in self.request_options else {}
         sequences, masks = [], []
         for output in self.generate(prompts, params, use_tqdm=False, **tools):
             prompt = output["prompt_token_ids"]
-            # without the end token, if there is one
-            parts = [(s, -1 if s["finish_reason"] == "stop" else None) for s in output["samples"]]
-            sequences.append([prompt + s["token_ids"][:stop] for s, stop in parts])
-            ones = [s.get("mask", [1] * len(s["token_ids"])) for s, _ in parts]
-            masks.append(
-                [[0] * len(prompt) + m[:stop] for m, (_, stop) in zip(ones, parts, strict=True)]
-            )
+            sequences.append([])
+            masks.append([])
+            for sample in output["samples"]:
+                ids = sample["token_ids"]
+                mask = sample.get("mask", [1] * len(ids))
+                stop = -1 if sample["finish_reason"] == "stop" else None  # without the end token
+                sequences[-1].append(prompt + ids[:stop])
+                masks[-1].append([0] * len(prompt) + mask[:stop])
         return (sequences, masks) if several else (sequences[0], masks[0])
 
 

@@ -1,12 +1,9 @@
 """Tensor parallel: a model shared among processes.
 
-Every rank has a share of the heads, of the MLP's channels and of the vocabulary,
-and runs the same scheduler on the same requests, so it plans the same steps. Two sums a layer and
-the logits cross (Shoeybi et al. 2019, Megatron-LM); all ranks then draw from the same bits with the
-same noise.
+Every rank has a share of the heads, of the MLP's channels and of the vocabulary, and runs the same
+scheduler on the same requests, so it plans the same steps. Two sums a layer and the logits cross
+(Shoeybi et al. 2019, Megatron-LM); all ranks then draw from the same bits with the same noise.
 """
-
-from __future__ import annotations
 
 import atexit
 import os
@@ -26,10 +23,8 @@ from ..scheduler import Plan
 
 
 def join(size: int) -> None:
-    """Meet the other processes that torchrun started, if the program has not done so itself.
-
-    Raises ValueError if there are not `size` of them.
-    """
+    """Meet the other processes that torchrun started, if the program has not done so itself. Raises
+    ValueError if there are not `size` of them."""
     if not dist.is_available():
         raise ValueError("tensor_parallel needs a torch with torch.distributed, which this is not")
     joined = dist.is_initialized()
@@ -66,11 +61,8 @@ def first_failure(what: str) -> str:
 
 
 class Ranks:
-    """This rank and the others of one model.
-
-    size: how many; device: of this rank, "auto" and "cuda" are the GPU of its number on its
-    machine. Raises ValueError as `join` and `pick_device` do.
-    """
+    """This rank and the others of one model, `size` in all. device: of this rank, "auto" and "cuda"
+    are the GPU of its number on its machine. Raises ValueError as `join` and `pick_device` do."""
 
     def __init__(self, size: int, device="auto"):
         join(size)
@@ -100,27 +92,22 @@ class Ranks:
                 f"tensor_parallel={size} does not divide the model's {heads} kv heads (of "
                 f"{config.n_head} query heads): it can be {' or '.join(fit)}"
             )
-        return replace(
-            config, n_head=config.n_head // size, n_kv_head=heads // size,
-            n_embd=config.n_embd // size,
-        )  # fmt: skip
+        width, query_heads = config.n_embd // size, config.n_head // size
+        return replace(config, n_embd=width, n_head=query_heads, n_kv_head=heads // size)
 
     def share(self, weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
         """A checkpoint's tensors as this rank has them: views, so that of a memory-mapped file only
-        these are read."""
-
-        def part(name: str, weight: Tensor) -> Tensor:
+        these are read. What makes the residual stream is needed whole."""
+        rows = ".c_q.weight", ".c_k.weight", ".c_v.weight", ".c_fc.weight", ".ve_gate.weight"
+        found = dict(weights)
+        for name, weight in weights.items():
             if name == "lm_head.weight":  # without padding; the last rank may have fewer rows
-                return weight[: config.vocab_size].chunk(self.size)[self.rank]
-            if name.endswith((".c_q.weight", ".c_k.weight", ".c_v.weight", ".c_fc.weight")):
-                return weight.chunk(self.size)[self.rank]
-            if name.endswith(".ve_gate.weight"):  # a row for each kv head
-                return weight.chunk(self.size)[self.rank]
-            if name.endswith(".c_proj.weight") or name.startswith("value_embeds."):
-                return weight.chunk(self.size, 1)[self.rank]
-            return weight  # what makes the residual stream is needed whole
-
-        return {name: part(name, weight) for name, weight in weights.items()}
+                found[name] = weight[: config.vocab_size].chunk(self.size)[self.rank]
+            elif name.endswith(rows):
+                found[name] = weight.chunk(self.size)[self.rank]
+            elif name.endswith(".c_proj.weight") or name.startswith("value_embeds."):
+                found[name] = weight.chunk(self.size, 1)[self.rank]
+        return found
 
     def complete(self, name: str, product: Callable, config: GPTConfig) -> Callable:
         """The product with a matrix of `share`, made whole where that takes all ranks."""
@@ -145,17 +132,15 @@ class Ranks:
         return torch.cat(parts, 1)
 
     def least(self, free: int) -> int:
-        """Bytes for each rank's cache: the least of all, given how many are free on its device. The
-        ranks of one machine share its memory."""
-        if self.device.type == "cpu":
+        """Bytes for each rank's cache: with as many blocks as the others they all plan the same."""
+        if self.device.type == "cpu":  # the ranks of one machine share its memory
             free //= int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         found = torch.tensor([free])
         self._together(dist.all_reduce, found, dist.ReduceOp.MIN)
         return int(found)
 
     def agree(self, what: str, *data) -> None:
-        """Raises RuntimeError unless all ranks have the same data (strings, bytes or arrays): else
-        they would go on with sums of things that do not belong together."""
+        """Raises RuntimeError unless all ranks have the same data (strings, bytes or arrays)."""
         digest = xxhash.xxh3_64()
         for item in data:
             digest.update(item)
@@ -169,24 +154,9 @@ class Ranks:
                 "policies, abort) must not depend on a clock or an unseeded random number"
             )
 
-    def same_step(self, batch) -> None:
-        """Raises RuntimeError unless all ranks are about to compute the same (numpy) batch. Their
-        blocks may differ; a token that one has drawn otherwise is among the ids of its next step.
-        """
-        step = batch.ids, batch.prev_ids, batch.positions, batch.logit_rows, batch.noise
-        self.agree("what they want to compute next", *step)
-
-    def same_engine(self, llm, seed: int) -> None:
-        """Raises RuntimeError unless all ranks made the same engine."""
-        model, blocks = llm.model, llm.scheduler.blocks
-        made = [model.config, model.recipe, model.dtype, seed, llm.max_model_len, blocks.num_blocks]
-        made += [blocks.block_size, blocks.enable_prefix_caching]
-        made += [llm.max_batch_size, llm.max_batched_tokens, llm.prompt_lookup]
-        self.agree("the model or its arguments", repr(made).encode())
-
     def fail(self, error: BaseException) -> None:
-        """A step failed on this rank: let the others, who wait for its part, fail with its error.
-        There is no way back to the same step, so they part."""
+        """Let the others, who wait for this rank's part of a step, fail with its error. There is
+        no way back to the same step, so they part."""
         first_failure(f"rank {self.rank} failed: {type(error).__name__}: {error}")
         peers, self.peers = self.peers, None
         if peers and self.device.type == "cpu":  # NCCL's end with the process, and torchrun sees it
@@ -203,14 +173,15 @@ class Ranks:
 
 
 class ParallelRunner(Runner):
-    """A Runner that makes sure that all ranks run the same step."""
+    """A Runner of one of several ranks, which makes sure that all run the same step."""
 
-    ranks: Ranks | None = None
+    ranks: Ranks
 
     def batch(self, plan: Plan):
         batch = super().batch(plan)
-        if self.ranks:
-            self.ranks.same_step(batch)
+        # a token that one has drawn otherwise is among the ids of its next step
+        step = batch.ids, batch.prev_ids, batch.positions, batch.logit_rows, batch.noise
+        self.ranks.agree("what they want to compute next", *step)
         return batch
 
 
@@ -223,17 +194,20 @@ class ParallelLLM(LLM):
         super()._assemble(*args, **policies)
         if self.ranks:
             self.runner.ranks = self.ranks
-            self.ranks.same_engine(self, args[-1])
+            model, blocks, seed = self.model, self.scheduler.blocks, args[-1]
+            made = [model.config, model.recipe, model.dtype, seed, self.max_model_len]
+            made += [blocks.num_blocks, blocks.block_size, blocks.enable_prefix_caching]
+            made += [self.max_batch_size, self.max_batched_tokens, self.prompt_lookup]
+            self.ranks.agree("the model or its arguments", repr(made).encode())
 
     def _free_for_cache(self, block_size: int) -> int:
         free = super()._free_for_cache(block_size)
-        # with as many blocks as the others they all plan the same
         return self.ranks.least(free) if self.ranks else free
 
-    def _recover(self, error: BaseException) -> None:
-        if self.ranks:
+    def _recover(self, error: BaseException | None = None) -> None:
+        if self.ranks and error:
             self.ranks.fail(error)
         super()._recover(error)
 
 
-PARTS = {"llm": ParallelLLM, "runner": ParallelRunner}
+PARTS = {"llm": ParallelLLM, "rank": ParallelRunner}

@@ -1,10 +1,8 @@
-"""The log-probabilities of given continuations: nothing is written, every token is judged.
+"""The log-probabilities of given continuations. Nothing is written: a continuation is computed like
+a prompt, and each of its tokens is looked up in the distribution that the row before it gives."""
 
-A continuation is computed like a prompt, in chunks of the token budget, and each of its tokens is
-looked up in the distribution that the row before it gives.
-"""
-
-from __future__ import annotations
+from collections import deque
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -20,12 +18,17 @@ class ScoredSequence(Sequence):
     """A prompt and its continuation, of which the last token is never computed."""
 
     may_guess = False
+    cacheable = property(lambda self: self.num_prompt - 1)  # the logits after it are needed
 
     def __init__(self, request_id: int, prompt, params: SamplingParams, targets: list[int]):
         super().__init__(request_id, prompt, params, len(prompt) + len(targets))
         self.targets = targets  # the log-probability of each is wanted, given all before it
-        self.scores = [0.0] * len(targets)
+        self.scores: list[float | None] = [None] * len(targets)
         self.tokens.extend(targets[:-1])
+
+    def after(self, first: int, stop: int) -> slice:
+        """The targets that follow the positions [first, stop)."""
+        return slice(first - self.num_prompt + 1, stop - self.num_prompt + 1)
 
 
 class ScoringScheduler(Scheduler):
@@ -40,10 +43,6 @@ class ScoringScheduler(Scheduler):
         if isinstance(seq, ScoredSequence):
             self.judged.add(seq)
         super().add(seq)
-
-    def cacheable(self, seq: Sequence) -> int:
-        # not the last token of the prompt either: the logits after it are needed
-        return seq.num_prompt - 1 if seq in self.judged else super().cacheable(seq)
 
     def samples(self, chunks):
         samples = super().samples(chunks)
@@ -60,19 +59,22 @@ class ScoringScheduler(Scheduler):
 
     def update(self, plan: Plan, token_ids: list[int]) -> list[Sequence]:
         changed = super().update(plan, token_ids)
-        scores = iter(plan.results.get("scores") or ())
+        scores = iter(plan.results["scores"] if plan.scored else ())
         for _, seq, first, stop in plan.scored:
-            for position in range(first, stop):
-                score = next(scores)
-                seq.scores[position - seq.num_prompt + 1] = score
+            seq.scores[seq.after(first, stop)] = islice(scores, stop - first)
             if stop == len(seq.tokens) and not seq.finish_reason:
                 changed.append(seq)
                 self.finish(seq, "length")
         return changed
 
-    def finish(self, seq: Sequence, reason: str) -> None:
-        super().finish(seq, reason)
+    def finish(self, seq: Sequence, *reasons) -> None:
+        super().finish(seq, *reasons)
         self.judged.discard(seq)
+
+    def reset(self, sequences=None) -> list[Sequence]:
+        found = super().reset(sequences)
+        self.judged = {seq for seq in found if isinstance(seq, ScoredSequence)}
+        return found
 
 
 class ScoringRunner(Runner):
@@ -90,28 +92,21 @@ class ScoringRunner(Runner):
 
     def draw(self, plan: Plan, batch, h: Tensor) -> Tensor | None:
         if plan.scored:
-            targets = [
-                token
-                for _, seq, first, stop in plan.scored
-                for token in seq.targets[first - seq.num_prompt + 1 : stop - seq.num_prompt + 1]
-            ]
+            parts = [seq.targets[seq.after(*span)] for _, seq, *span in plan.scored]
             count = len(plan.samples)
-            plan.results["scores"] = self.score(h[count:], targets)
+            plan.results["scores"] = self.score(h[count:], [*chain(*parts)])
             h = h[:count]
         return super().draw(plan, batch, h)
 
     def score(self, h: Tensor, targets: list[int]) -> Tensor:
         """(S, C) rows of `forward` to (S,) the log-probability of each row's target, in slices of
         64 MB of logits."""
-        model = self.model
+        model, softcap, scores = self.model, self.model.recipe.softcap, []
         size = self.rows_at_once or max(1, 2**24 // model.config.vocab_size)
-        parts = zip(h.split(size), on(h.device, targets).split(size), strict=True)
-        return torch.cat([
-            -F.cross_entropy(
-                cap_logits(model.logits(rows), model.recipe.softcap), wanted, reduction="none"
-            )
-            for rows, wanted in parts
-        ])  # fmt: skip
+        for rows, wanted in zip(h.split(size), on(h.device, targets).split(size), strict=True):
+            logits = cap_logits(model.logits(rows), softcap)
+            scores.append(-F.cross_entropy(logits, wanted, reduction="none"))
+        return torch.cat(scores)
 
     def read(self, plan: Plan) -> list[int]:
         token_ids = super().read(plan)
@@ -127,9 +122,8 @@ class ScoringLLM(LLM):
         """The model's log-probability of each token of continuations[i] after prompts[i].
 
         Both are lists of strings or of lists of token ids; a continuation's text is encoded on its
-        own, without BOS. Prompts that are equal, or begin equally, share their blocks and are
-        computed once. Long ones are computed in chunks of the token budget, and their logits in
-        slices, so memory does not grow with the lengths.
+        own, without BOS. Equal beginnings of prompts are computed once, long texts in chunks and
+        slices of bounded memory.
         """
         for name, texts in ("prompts", prompts), ("continuations", continuations):
             if not isinstance(texts, (list, tuple)):
@@ -138,8 +132,8 @@ class ScoringLLM(LLM):
             raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
         pairs = zip(prompts, continuations, strict=True)
         checked = name_errors("prompts[{0}], continuations[{0}]", self._check_pair, pairs)
-        requests = self._queue(checked)
-        self._run(requests)
+        requests = [self._request(*pair, owned=True) for pair in checked]
+        deque(self._steps(requests), maxlen=0)
         return [request.output["logprobs"] for request in requests]
 
     def add_request(
@@ -147,14 +141,19 @@ class ScoringLLM(LLM):
     ) -> int:
         """As in the core. With a continuation (text or ids) nothing is written: the output has its
         logprobs, as in score."""
-        if continuation is not None:
-            return self._add(*self._check_pair(prompt, continuation)).id
-        return super().add_request(prompt, sampling_params, **options)
+        if continuation is None:
+            return super().add_request(prompt, sampling_params, **options)
+        self._check_options(options)
+        request = self._request(*self._check_pair(prompt, continuation), **options)
+        self._queue([request])
+        return request.id
 
     def _check_pair(self, prompt, tail) -> tuple[list[int], SamplingParams, list[int]]:
         """Token ids, params and targets of a continuation to score; raises as _check does."""
-        params = self.parts.params
+        params = self.params_class
         tail = self.tokenizer.encode(tail) if isinstance(tail, str) else tail
+        if isinstance(tail, (list, tuple)) and not tail:
+            raise ValueError("the continuation is empty: give at least one token")
         tail, _ = self._check(tail, params(max_tokens=1))
         ids, own = self._check(prompt, params(max_tokens=len(tail), seed=0))
         if len(ids) + len(tail) > self.max_model_len:
@@ -162,10 +161,10 @@ class ScoringLLM(LLM):
             raise ValueError(f"{len(ids)} tokens and {len(tail)} more are beyond {limit}")
         return ids, own, tail
 
-    def _add(self, ids, params, targets: list[int] | None = None, **options) -> Request:
+    def _request(self, ids, params, targets: list[int] | None = None, **options) -> Request:
         if targets is not None:
             options["targets"] = targets
-        return super()._add(ids, params, **options)
+        return super()._request(ids, params, **options)
 
     def _make_sequence(self, request: Request) -> Sequence:
         if targets := request.options.get("targets"):
@@ -175,7 +174,7 @@ class ScoringLLM(LLM):
     def output(self, request: Request) -> dict:
         if "targets" not in request.options:
             return super().output(request)
-        (seq,) = request.done
+        (seq,) = request.samples
         return {
             "request_id": request.id, "prompt_token_ids": request.prompt,
             "num_cached_tokens": seq.num_cached or 0, "finish_reason": seq.finish_reason,

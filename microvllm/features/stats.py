@@ -1,40 +1,65 @@
-"""Where the time goes, and how full the pool was."""
-
-from __future__ import annotations
+"""What was done so far, where the time went, and how full the pool was."""
 
 import time
 
-from ..engine import LLM
+from ..engine import LLM, Request
 from ..scheduler import Plan
+
+COUNTERS = "requests prompt_tokens cached_tokens prefill_tokens steps peak_blocks"
 
 
 class StatsLLM(LLM):
-    """An engine that counts seconds and blocks as well."""
+    """An engine that counts."""
 
     def _assemble(self, *args, **policies) -> None:
         super()._assemble(*args, **policies)
-        self._stats |= {"peak_blocks": 0, "prefill_seconds": 0.0, "decode_seconds": 0.0}
+        self._stats: dict[str, float] = dict.fromkeys(COUNTERS.split(), 0)
+        self._stats |= {"prefill_seconds": 0.0, "decode_seconds": 0.0}
+        self._clock = 0.0  # when the step began that is read next
+
+    def _queue(self, requests: list[Request]) -> None:
+        super()._queue(requests)
+        self._stats["prompt_tokens"] += sum([len(request.prompt) for request in requests])
+
+    def _advance(self) -> None:
+        if getattr(self, "_flight", None) is None:  # else it began where the last one was read
+            self._clock = time.perf_counter()
+        super()._advance()
 
     def _land(self, plan: Plan) -> None:
-        blocks = self.scheduler.blocks
-        used = blocks.num_usable - blocks.num_free  # before those that end give theirs back
-        self._stats["peak_blocks"] = max(self._stats["peak_blocks"], used)
-        super()._land(plan)
-
-    def _count(self, plan: Plan, num_new: int) -> None:
         """A step's time is split between prefill and decode by their rows."""
-        stats, before = self._stats, self._stats["prefill_tokens"]
-        super()._count(plan, num_new)
-        began, self._clock = self._clock, time.perf_counter()
+        blocks, stats = self.scheduler.blocks, self._stats
+        used = blocks.num_usable - blocks.num_free  # before those that end give theirs back
+        super()._land(plan)
+        prompts = [(s, start, stop) for s, start, stop in plan.chunks if start < s.num_prompt]
+        new = sum([min(stop, s.num_prompt) - start for s, start, stop in prompts])
         rows = sum([stop - start for _, start, stop in plan.chunks])
-        share, seconds = (stats["prefill_tokens"] - before) / rows, self._clock - began
-        stats["prefill_seconds"] += seconds * share
-        stats["decode_seconds"] += seconds * (1 - share)
+        began, self._clock = self._clock, time.perf_counter()
+        stats["prefill_seconds"] += (self._clock - began) * new / rows
+        stats["decode_seconds"] += (self._clock - began) * (rows - new) / rows
+        stats["prefill_tokens"] += new
+        stats["steps"] += 1
+        stats["peak_blocks"] = max(stats["peak_blocks"], used)
+
+    def _finish(self, request: Request) -> None:
+        super()._finish(request)
+        self._stats["requests"] += 1
+        self._stats["cached_tokens"] += request.output["num_cached_tokens"]
 
     def stats(self) -> dict:
-        """As in the core; peak_blocks in use, prefill_seconds and decode_seconds."""
-        found, width = super().stats(), self.scheduler.blocks.width
-        return found | {"peak_blocks": -(-found["peak_blocks"] // width)}
+        """Counters since the start (of the prompts' tokens, cached_tokens came from the prefix
+        cache and prefill_tokens were computed; of guessed_tokens, accepted_tokens were right), and
+        the present state of the pool, without the sink."""
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        return self._stats | {
+            "output_tokens": scheduler.num_tokens, "preemptions": scheduler.num_preemptions,
+            "guessed_tokens": getattr(scheduler, "num_guessed", 0),
+            "accepted_tokens": getattr(scheduler, "num_accepted", 0),
+            "block_size": blocks.block_size, "num_blocks": blocks.num_usable // blocks.width,
+            "free_blocks": blocks.num_free // blocks.width,
+            "peak_blocks": -(-self._stats["peak_blocks"] // blocks.width),
+            "running": len(scheduler.running), "waiting": len(scheduler.waiting),
+        }  # fmt: skip
 
 
 PARTS = {"llm": StatsLLM}

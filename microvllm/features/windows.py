@@ -9,10 +9,7 @@ that was given back. With two groups, the second with a window, at a sequence's 
                `--- group 0: sees all
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
-from math import inf
 
 import numpy as np
 import torch
@@ -24,27 +21,25 @@ from ..scheduler import BlockManager, Sequence
 
 
 def group_layers(windows: list[int], length: int) -> list[tuple[int, list[int]]]:
-    """Layers that share a block table, for sequences of up to `length` tokens: (window, layers) of
-    each group, those that see all (-1) first.
+    """Layers of one window that share a block table: (window, layers) of each group, those that see
+    all (-1) first.
 
-    A group has layers of one window. Since a block of any group takes the same memory, that of the
-    largest one, a single pool serves them all (the idea of vLLM's hybrid KV cache manager). Taken
-    is the size that needs least of it for a sequence of that length. Where windows save nothing,
-    all layers are one group.
+    Since a block of any group takes the same memory, that of the largest one, a single pool serves
+    them all (the idea of vLLM's hybrid KV cache manager). Taken is the size that needs least of it
+    for a sequence of `length` tokens. Where windows save nothing, all layers are one group.
     """
     kinds: dict[int, list[int]] = {}
     for i, window in enumerate(windows):
         kinds.setdefault(window if 0 <= window < length - 1 else -1, []).append(i)
-
-    def split(size: int) -> list[tuple[int, list[int]]]:
-        parts = sorted(kinds.items())
-        return [(w, of[i : i + size]) for w, of in parts for i in range(0, len(of), size)]
+    parts = sorted(kinds.items())
 
     def cost(groups) -> int:  # a window begins and ends anywhere in a block, of 16 as a rule
         tokens = sum(min(w + 32, length) if w >= 0 else length for w, _ in groups)
         return tokens * max(len(layers) for _, layers in groups)
 
-    options = [[(-1, list(range(len(windows))))], *map(split, range(len(windows), 0, -1))]
+    options = [[(-1, list(range(len(windows))))]]
+    for size in range(len(windows), 0, -1):
+        options.append([(w, of[i : i + size]) for w, of in parts for i in range(0, len(of), size)])
     # every group's table goes to the device in each step: four are enough for SSSL
     return min((groups for groups in options if len(groups) <= 4), key=cost)
 
@@ -65,35 +60,30 @@ class GroupedBlocks(BlockManager):
     def __init__(self, *args, windows: Iterable[int] = (-1,)):
         super().__init__(*args)
         self.windows = tuple(windows)
+        self.reach = [w if w >= 0 else 2**31 for w in self.windows]  # a window that nothing leaves
         self.width = len(self.windows)
         # what a text's hash is followed by where a group's block is looked for
         self.marks = [b"", *(bytes([group]) for group in range(1, self.width))]
 
-    # the sink, which stands for what has left its window, belongs to nobody
-
     def share(self, block: int) -> None:
-        if block:
+        if block:  # the sink, which stands for what has left its window, belongs to nobody
             super().share(block)
 
     def release(self, block: int) -> None:
         if block:
             super().release(block)
 
-    def count_free(self, blocks: list[int]) -> int:
-        return super().count_free([block for block in blocks if block])
-
     def most_blocks(self, num_tokens: int, chunk: int) -> int:
         return most_blocks(self.windows, self.block_size, num_tokens, chunk)
 
     def block_tables(self, seqs: list[Sequence]) -> np.ndarray:
         """(G, B, M) int32."""
-        tables = super().block_tables(seqs)  # (B, M G)
-        tables = tables.reshape(len(seqs), -1, self.width)
+        tables = super().block_tables(seqs).reshape(len(seqs), -1, self.width)
         return np.ascontiguousarray(tables.transpose(2, 0, 1))
 
     def first_seen(self, position: int) -> list[int]:
         """The first place of a table that a token there sees, for each group."""
-        return [max(0, position - w) // self.block_size if w >= 0 else 0 for w in self.windows]
+        return [max(0, position - w) // self.block_size for w in self.reach]
 
     def match(self, seq: Sequence, num_tokens: int) -> list[int]:
         """Entries for the longest beginning of which the blocks that the next token sees are
@@ -124,11 +114,10 @@ class GroupedBlocks(BlockManager):
 
     def slide(self, seq: Sequence, start: int) -> None:
         """Give back the blocks that no token from `start` on sees; what is nearer is worth less."""
-        gone, seq.slides_at = [], inf
-        for group, first in enumerate(self.first_seen(start)):
-            if self.windows[group] >= 0:
-                leaves = self.windows[group] + (first + 1) * self.block_size
-                seq.slides_at = min(seq.slides_at, leaves)
+        gone, firsts = [], self.first_seen(start)
+        leaves = [w + (i + 1) * self.block_size for w, i in zip(self.reach, firsts, strict=True)]
+        seq.slides_at = min(leaves)
+        for group, first in enumerate(firsts):
             for i in range((first - 1) * self.width + group, -1, -self.width):
                 if not seq.table[i]:
                     break
@@ -145,7 +134,8 @@ class GroupedBlocks(BlockManager):
         hashes = self.compute_hashes(seq, count)
         for i in range(seq.num_published * self.width, count * self.width):
             if seq.table[i]:
-                self.name(seq, seq.table[i], hashes[i // self.width] + self.marks[i % self.width])
+                h = hashes[i // self.width] + self.marks[i % self.width]
+                self.set_hash(seq, seq.table[i], h)
         seq.num_published = count
 
     def check_table(self, seq: Sequence, texts: dict) -> None:
@@ -155,9 +145,8 @@ class GroupedBlocks(BlockManager):
             if block == 0:
                 assert i < first_seen[group], f"the next token sees entry {entry}, the sink"
                 continue
-            window = self.windows[group]
-            assert window < 0 or window + (i + 1) * size >= seq.slides_at, "a block stayed"
-            if self.ref_count[block] > 1:  # or someone wrote where others read
+            assert self.reach[group] + (i + 1) * size >= seq.slides_at, "a block stayed"
+            if self.ref_count[block] > 1:
                 text = group, seq.tokens[i * size : min((i + 1) * size, seq.num_computed)]
                 assert texts.setdefault(block, text) == text, f"block {block} has two texts"
         at = seq.num_computed // size * self.width
@@ -170,24 +159,20 @@ class GroupedBlocks(BlockManager):
 
 class GroupedCache(PagedKVCache):
     """K and V with as many layers in memory as the largest group has: the same memory is the first
-    layer's of any group, and which group a block serves its owner knows.
-
-    groups: the layers of each; places: of each layer, its group and where in `data` it is.
-    """
+    layer's of any group, and which group a block serves its owner knows. groups: the layers of
+    each; places: of each layer, its group and where in `data` it is."""
 
     def __init__(self, config, num_blocks: int, block_size: int, dtype, device, groups):
         self.num_blocks, self.block_size, self.num_groups = num_blocks, block_size, len(groups)
-        places = sorted((i, g, j) for g, group in enumerate(groups) for j, i in enumerate(group))
-        self.places = [(g, j) for _, g, j in places]
+        places = {i: (g, j) for g, group in enumerate(groups) for j, i in enumerate(group)}
+        self.places = [places[i] for i in range(len(places))]
         depth = max(map(len, groups))
         self.data = self.allocate(config, depth, dtype, torch.device(device))
         self.kv = [tuple(self.data[j]) for _, j in self.places]
 
     def layers(self, batch) -> Iterator[tuple[Tensor, Tensor, object]]:
-        views = [
-            batch._replace(slots=slots, block_tables=tables)
-            for slots, tables in zip(batch.slots, batch.block_tables, strict=True)
-        ]
+        each = zip(batch.slots, batch.block_tables, strict=True)
+        views = [batch._replace(slots=slots, block_tables=tables) for slots, tables in each]
         for (k, v), (group, _) in zip(self.kv, self.places, strict=True):
             yield k, v, views[group]
 
@@ -195,20 +180,12 @@ class GroupedCache(PagedKVCache):
 class WindowsLLM(LLM):
     """An engine whose memory is in groups, where the model's windows make that worth it."""
 
-    @property
-    def groups(self) -> list[tuple[int, list[int]]]:
-        """(window, layers) of each group."""
-        return group_layers(self.model.windows, self.max_model_len)
-
-    @property
-    def _grouped(self) -> bool:
-        return [window for window, _ in self.groups] != [-1]
-
     def _make_memory(self, num_blocks: int | None, block_size: int, *options):
-        if not self._grouped:
+        groups = group_layers(self.model.windows, self.max_model_len)
+        windows, layers = zip(*groups, strict=True)
+        if windows == (-1,):
             return super()._make_memory(num_blocks, block_size, *options)
         config, dtype = self.model.kv_layout
-        windows, layers = zip(*self.groups, strict=True)
         # what the user calls a block, of all layers, is one of each group and as much memory
         places = len(layers) * max(map(len, layers))
         numbers = 2 * places * config.n_kv_head * config.head_dim * block_size

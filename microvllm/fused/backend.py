@@ -1,5 +1,4 @@
-"""What a device has to offer to the fused model: here in plain torch, with which all kernels are
-compared."""
+"""What a device offers to the fused model, in plain torch, with which kernels are compared."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import sdpa_attention, visible
+from ..attention import sdpa_attention, store, visible
 from ..model import norm, rotate
 from ..sampler import SamplingParams, sample
 from .linear import Linear, Packed, Shared, has_onednn
@@ -19,8 +18,6 @@ from .linear import Linear, Packed, Shared, has_onednn
 # numbers that are gathered at a time, of K and of V each: 256 MB of float32. With all decodes at
 # once, padded to the longest, a few long sequences in a full batch would take gigabytes in mid-run
 GATHERED = 2**26
-
-
 NO_FILTERS = 0, 1.0, 0.0  # top_k, top_p and min_p that drop nothing
 
 
@@ -32,16 +29,17 @@ def filter_values(params: Seq[SamplingParams]) -> np.ndarray | None:
 
 
 class Backend:
-    """Functions on the tensors of one device.
+    """Functions on the tensors of one device. Raises ValueError for what cannot be here.
 
     deterministic: the bits of a row may depend on nothing but its sequence up to there. Seam: cpu/,
-    gpu/ override what they have kernels for. Raises ValueError for what cannot be here.
+    gpu/ override what they have kernels for.
     """
 
     name = "sdpa"
     block_step = 1  # block_size must be a multiple of it
     block_step_reason = ""  # why
     product = staticmethod(F.linear)  # of x and a weight
+    sample = staticmethod(sample)  # see sampler.py
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         self.device, self.dtype, self.deterministic = device, dtype, deterministic
@@ -81,18 +79,37 @@ class Backend:
         """All layers of the model as one function of (x, batch, cache), where there is one."""
         return None
 
-    # the steps between the matrix products
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
-        """See attention.py."""
-        return batched_attention(q, k, v, batch, window)
+        """sdpa_attention with fewer calls: decodes in padded batches, as many at a time as GATHERED
+        allows, longer chunks one by one."""
+        block_size, n = k.shape[2], batch.num_decodes
+        if not n:
+            return sdpa_attention(q, k, v, batch, window)
+        out = torch.empty_like(q)
+        width = -(-batch.max_seq // block_size)  # columns of the block tables
+        keys_at = torch.arange(width * block_size, device=q.device)
+        size = max(1, GATHERED // (k[0].numel() * width))
+        for first in range(0, n, size):
+            rows = slice(first, min(first + size, n))
+            # (rows, blocks, Hkv, block_size, D) -> (rows, Hkv, keys, D)
+            tables = batch.block_tables[rows, :width]
+            keys, values = (x[tables].transpose(1, 2).flatten(2, 3).to(q.dtype) for x in (k, v))
+            mask = visible(batch.positions[rows, None], keys_at, window)[:, None]
+            queries = q[rows, :, None]
+            y = F.scaled_dot_product_attention(queries, keys, values, mask, enable_gqa=True)
+            out[rows] = y[:, :, 0]
+        if n < len(batch.seq_lens):
+            rest = batch._replace(
+                positions=batch.positions[n:], cu_seqlens=batch.cu_seqlens[n:] - n,
+                seq_lens=batch.seq_lens[n:], block_tables=batch.block_tables[n:],
+            )  # fmt: skip
+            out[n:] = sdpa_attention(q[n:], k, v, rest, window)
+        return out
 
     def add_norm(self, x, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
-        """Add a branch to the residual stream and norm it for the next one.
-
-        x, y, x0 (T, C); a, b: the layer's resid and x0 lambdas (0-dim) or None. Returns x = a * (x
-        + y) + b * x0, or x + y without lambdas, and its norm; y may be None, too.
-        """
+        """Add a branch to the residual stream and norm it for the next one: a * (x + y) + b * x0,
+        or x + y without lambdas, and its norm. x, x0 (T, C), y (T, C) or None; a, b: the layer's
+        resid and x0 lambdas (0-dim) or None."""
         if y is not None:
             x = x + y
         if a is not None:
@@ -103,15 +120,13 @@ class Backend:
         self, qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps
     ) -> Tensor:
         """Rotate, norm and scale q and k, mix the value embedding into v, write k and v to their
-        slots.
+        slots in the layer's k, v (N, Hkv, block_size, D), return q (T, H, D).
 
         qkv (T, (H + 2 Hkv) D): query, key and value heads side by side; h (T, C) what they were
         computed from (the gate reads its first channels); ve (V, Hkv D) and ve_gate (Hkv, channels)
-        or None; cos, sin (positions, D/2); k, v (N, Hkv, block_size, D): the layer's cache. Returns
-        q (T, H, D).
+        or None; cos, sin (positions, D/2).
         """
-        block_size, dim = k.shape[2:]
-        qkv = qkv.view(len(qkv), -1, dim)
+        qkv = qkv.view(len(qkv), -1, k.shape[3])
         n_kv_head = (qkv.shape[1] - n_head) // 2
         qk, new_v = qkv[:, : n_head + n_kv_head], qkv[:, n_head + n_kv_head :]
         qk = norm(rotate(qk, cos[batch.positions, None], sin[batch.positions, None]), eps)
@@ -120,45 +135,9 @@ class Backend:
         if ve is not None:
             gate = gate_scale * torch.sigmoid(F.linear(h[:, : ve_gate.shape[1]], ve_gate))
             new_v = new_v + gate[:, :, None] * F.embedding(batch.ids, ve).view_as(new_v).to(h.dtype)
-        blocks, offsets = batch.slots // block_size, batch.slots % block_size
-        k[blocks, :, offsets] = qk[:, n_head:].to(k.dtype)
-        v[blocks, :, offsets] = new_v.to(v.dtype)
+        store(k, v, qk[:, n_head:], new_v, batch.slots)
         return qk[:, :n_head]
 
     def relu2(self, x: Tensor) -> Tensor:
         """relu(x)^2, in place."""
         return x.relu_().square_()
-
-    def sample(
-        self, logits: Tensor, params: Seq[SamplingParams], temperature: Tensor, uniform: Tensor,
-        softcap: float,
-    ) -> Tensor:  # fmt: skip
-        """See sampler.sample."""
-        return sample(logits, params, temperature, uniform, softcap)
-
-
-def batched_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
-    """The reference with fewer calls: decodes in padded batches, as many at a time as GATHERED
-    allows, longer chunks one by one."""
-    block_size, n = k.shape[2], batch.num_decodes
-    if not n:
-        return sdpa_attention(q, k, v, batch, window)
-    out = torch.empty_like(q)
-    width = -(-batch.max_seq // block_size)  # columns of the block tables
-    keys_at = torch.arange(width * block_size, device=q.device)
-    size = max(1, GATHERED // (k[0].numel() * width))
-    for first in range(0, n, size):
-        rows = slice(first, min(first + size, n))
-        # (rows, blocks, Hkv, block_size, D) -> (rows, Hkv, keys, D)
-        tables = batch.block_tables[rows, :width]
-        keys, values = (x[tables].transpose(1, 2).flatten(2, 3).to(q.dtype) for x in (k, v))
-        mask = visible(batch.positions[rows, None], keys_at, window)[:, None]
-        y = F.scaled_dot_product_attention(q[rows, :, None], keys, values, mask, enable_gqa=True)
-        out[rows] = y[:, :, 0]
-    if n < len(batch.seq_lens):
-        rest = batch._replace(
-            positions=batch.positions[n:], cu_seqlens=batch.cu_seqlens[n:] - n,
-            seq_lens=batch.seq_lens[n:], block_tables=batch.block_tables[n:],
-        )  # fmt: skip
-        out[n:] = sdpa_attention(q[n:], k, v, rest, window)
-    return out

@@ -1,8 +1,5 @@
-"""Weight matrices and their products.
-
-`Linear` keeps a weight as torch does. Other classes keep it in a layout of their own, or in smaller
-numbers, where that is faster; a Backend says which (`linear_class`).
-"""
+"""Weight matrices and their products. `Linear` keeps a weight as torch does, other classes in a
+layout of their own, or in smaller numbers; a Backend says which (`linear_class`)."""
 
 from __future__ import annotations
 
@@ -20,17 +17,16 @@ def in_slices(function, x: Tensor, rows: int = 16) -> Tensor:
     return torch.cat([function(part) for part in whole.split(rows)])[: len(x)]
 
 
-def stack(parts: list[Tensor]) -> Tensor:
-    """The parts as one matrix; a single one is not copied."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def stack(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The parts as one dense matrix; not copied where that can be helped."""
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return whole.to(dtype=dtype).contiguous()
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Is oneDNN's own layout of a weight faster here? On an x86 processor it is, at some numbers of
-    rows twice as fast."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    if not torch.backends.mkldnn.is_available():
+    """Is oneDNN's own layout of a weight faster here? On x86, with some numbers of rows twice."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if not x86 or not torch.backends.mkldnn.is_available():
         return False
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported  # the instructions for it
     return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16())
@@ -39,18 +35,15 @@ def has_onednn(dtype: torch.dtype) -> bool:
 class Linear:
     """A weight matrix (out, in) and its product, as torch has them.
 
-    parts: matrices of a checkpoint, one on top of the other: q, k and v are one product; backend:
-    whose product and relu2 it is; dtype: in which the weight is kept; rows: how many outputs are
-    wanted, the others are padding; relu2: it comes after the product.
+    parts: matrices of a checkpoint, one on top of the other; backend: whose product and relu2 it
+    is; dtype: in which the weight is kept; rows: how many outputs are wanted, None: all, the others
+    are padding; relu2: it comes after the product.
     """
 
     row_exact = False  # True: a row's bits never depend on the rows beside it
     fuses_relu2 = False  # True: `multiply` does the relu2 as well, if there is to be one
 
-    def __init__(
-        self, parts: list[Tensor], backend, dtype: torch.dtype, *, rows: int | None = None,
-        relu2: bool = False,
-    ):  # fmt: skip
+    def __init__(self, parts: list[Tensor], backend, dtype, *, rows=None, relu2: bool = False):
         self.sizes, self.width = [len(part) for part in parts], parts[0].shape[1]
         self.rows = rows or sum(self.sizes)
         self.backend, self.device, self.dtype, self.relu2 = backend, backend.device, dtype, relu2
@@ -101,8 +94,7 @@ class Packed(Linear):
     """In the layout of oneDNN, torch's library for CPUs."""
 
     def load(self, parts: list[Tensor]) -> None:
-        whole = stack(parts).to(dtype=self.dtype).contiguous()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, 64)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(stack(parts, self.dtype), 64)
 
     def multiply(self, x: Tensor) -> Tensor:
         given, x = x.dtype, x.to(self.dtype)

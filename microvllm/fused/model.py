@@ -1,8 +1,8 @@
 """The fused form of model.GPT: the same computation in fewer, larger steps.
 
-Weights are kept in a layout of the backend's, the residual add and the norm after it are one step,
-and what is only wanted of the sampled rows is computed for these alone. The numbered comments are
-those of model.py; a test compares the two.
+Weights are in the layout in which a device multiplies them best, q, k and v are one product, the
+residual add and the norm after it one step, and what is only wanted of the sampled rows is computed
+for these alone. The numbered comments are those of model.py; a test compares the two.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine import Runner
 from ..model import GPTConfig, Recipe, layer_windows, rotary
 from .backend import Backend
 from .linear import Linear, in_slices
@@ -74,8 +75,8 @@ class FusedGPT:
             given = weights[name].detach()
             same = share and given.device == self.device and given.dtype == dtype
             if not same or not given.is_contiguous():  # kernels read it by its address
-                dense = torch.contiguous_format
-                given = given.to(self.device, dtype, copy=True, memory_format=dense)
+                form = {"copy": True, "memory_format": torch.contiguous_format}
+                given = given.to(self.device, dtype, **form)
             self.tensors[name] = given
             return given
 
@@ -83,18 +84,15 @@ class FusedGPT:
         # padding rows of the vocabulary end here, so that no one downstream can see them
         self.lm_head = linear("lm_head", rows=config.vocab_size)
         if recipe.lambdas:
-            resid_lambdas = take("resid_lambdas", torch.float32)
-            x0_lambdas = take("x0_lambdas", torch.float32)
+            names = "resid_lambdas", "x0_lambdas"
+            resid_lambdas, x0_lambdas = (take(name, torch.float32) for name in names)
         self.layers: list[Layer] = []
         for i in range(config.n_layer):
             attn, mlp = f"transformer.h.{i}.attn.", f"transformer.h.{i}.mlp."
             layer = Layer(
-                qkv=linear(attn + "c_q", attn + "c_k", attn + "c_v"),
-                proj=linear(attn + "c_proj"),
-                fc=linear(mlp + "c_fc"),
-                mlp_proj=linear(mlp + "c_proj"),
-                window=self.windows[i],
-            )
+                linear(attn + "c_q", attn + "c_k", attn + "c_v"), linear(attn + "c_proj"),
+                linear(mlp + "c_fc"), linear(mlp + "c_proj"), self.windows[i],
+            )  # fmt: skip
             if f"value_embeds.{i}.weight" in weights:
                 layer.ve = take(f"value_embeds.{i}.weight", self.cache_dtype)
                 layer.ve_gate = take(attn + "ve_gate.weight")
@@ -103,10 +101,9 @@ class FusedGPT:
             self.layers.append(layer)
         if recipe.smear:
             self.smear_gate = take("smear_gate.weight")
-            self.smear_lambda = take("smear_lambda")
-            self.backout_lambda = take("backout_lambda")
-        kind = dtype, self.device
-        self.cos, self.sin = rotary(config, recipe, max_len or config.sequence_len, *kind)
+            self.smear_lambda, self.backout_lambda = take("smear_lambda"), take("backout_lambda")
+        max_len = max_len or config.sequence_len
+        self.cos, self.sin = rotary(config, recipe, max_len, dtype, self.device)
         # all layers in one call; ranks have to wait for each other in every layer
         self.compiled = None if ranks else backend.compile(self)
 
@@ -139,8 +136,7 @@ class FusedGPT:
         return self.backend.add_norm(x, None, None, None, None, self.recipe.eps)[1]
 
     def forward(self, batch, cache) -> Tensor:
-        """Run the batch, write its K and V into the cache, return (R, C): the normed rows of the
-        head."""
+        """Run the batch, write its K and V into the cache, return (R, C), the rows of the head."""
         kernels, recipe, n_head = self.backend, self.recipe, self.local.n_head
         x, y, middle = self.embed(batch), None, None  # (1)
         if self.compiled:  # all of the following in one call
@@ -173,3 +169,14 @@ class FusedGPT:
     def logits(self, h: Tensor) -> Tensor:
         """(R, C) rows of `forward` to (R, vocab_size) raw logits; the softcap is yet to come."""
         return self.lm_head(h)
+
+
+class FusedRunner(Runner):
+    """A Runner for FusedGPT: the draw is the backend's."""
+
+    def __init__(self, model, *args):
+        super().__init__(model, *args)
+        self.rows_at_once = 1 if model.backend.sliced else None
+
+    def sample(self, *args) -> Tensor:
+        return self.model.backend.sample(*args)

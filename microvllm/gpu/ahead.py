@@ -11,9 +11,6 @@ a token, the token's id is taken from the device's memory (`AheadRunner.upload`)
 turns out to have ended is in the next step by mistake, and `Scheduler.update` drops what it drew.
 """
 
-from __future__ import annotations
-
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,16 +22,11 @@ from ..engine import LLM, Batch, Runner
 from ..sampler import on
 from ..scheduler import Plan
 
-# bytes of blocks that are copied at a time: a copy takes as much memory again while it runs,
-# gigabytes for 500 samples that diverge in one step
-COPY_BYTES = 2**28
-
 
 @contextmanager
 def placeholders(flight: Plan | None) -> Iterator[None]:
     """While the next step is planned and launched, each token of `flight` that it may compute
-    stands in its sequence as ~row, the row of `flight` that draws it. At all other times
-    `Sequence.tokens` holds known tokens only."""
+    stands in its sequence as ~row, the row of `flight` that draws it."""
     waiting = []
     try:
         for row, (_, seq, position) in enumerate(flight.samples if flight else ()):
@@ -52,12 +44,11 @@ def placeholders(flight: Plan | None) -> Iterator[None]:
 class AheadLLM(LLM):
     """An LLM whose loop is one step ahead on a GPU; its Runner must be an AheadRunner."""
 
-    overlap = False  # is it ahead?
     _flight: Plan | None = None  # the step that was launched and not yet read
 
     def _assemble(self, *args, **options) -> None:
         super()._assemble(*args, **options)
-        self.overlap = self.device.type == "cuda"
+        self.overlap = self.device.type == "cuda"  # is it ahead?
 
     def _advance(self) -> None:
         self._advance_ahead() if self.overlap else super()._advance()
@@ -65,35 +56,33 @@ class AheadLLM(LLM):
     @torch.inference_mode()
     def _advance_ahead(self) -> None:
         """One turn of the loop: plan and launch a step, then read the one before."""
-        if self._flight is None:  # else a step's time begins where the last one was read
-            self._clock = time.perf_counter()
         self.scheduler.blocks.events.lap("outside")
-        try:
-            params = self._flight.params if self._flight else ()
-            if True in [getattr(p, "needs_history", False) for p in params]:
-                self._settle()  # what is drawn next depends on the tokens of the last step
-            flight = self._flight
-            with placeholders(flight):
-                plan = self.scheduler.schedule()
-                if plan.chunks:
-                    self.runner.launch(plan)
-            self._flight = plan if plan.chunks else None
-            if flight:
-                self._land(flight)
-        except BaseException as error:
-            self._flight = None
-            self._recover(error)
-            raise
+        params = self._flight.params if self._flight else ()
+        if True in [getattr(p, "needs_history", False) for p in params]:
+            self._settle()  # what is drawn next depends on the tokens of the last step
+        flight = self._flight
+        with placeholders(flight):
+            plan = self.scheduler.schedule()
+            if plan.chunks:
+                self.runner.launch(plan)
+        self._flight = plan if plan.chunks else None
+        if flight:
+            self._land(flight)
 
     def _settle(self) -> None:
-        """Read the step that is under way, if one is; if that fails, it never was."""
+        """Read the step that is under way, if one is."""
         flight, self._flight = self._flight, None
         if flight:
-            try:
-                self._land(flight)
-            except BaseException:
-                self.scheduler.reset()
-                raise
+            self._land(flight)
+
+    def _recover(self, error: BaseException | None = None) -> None:
+        """As in the core; the step that is under way never was."""
+        self._flight = None
+        for request in self._requests.values():
+            for seq in request.samples:
+                if seq.tokens[-1] < 0:
+                    seq.tokens.pop()
+        super()._recover(error)
 
     def close(self) -> None:
         super().close()
@@ -115,17 +104,7 @@ class AheadRunner(Runner):
             if result is not None:
                 plan.results[name] = result.to("cpu", non_blocking=True, copy=True)
         if self.model.device.type == "cuda":
-            plan.results["arrived"] = torch.cuda.Event()
-            plan.results["arrived"].record()
-
-    def copy(self, copies: list[tuple[int, int]]) -> None:
-        if not copies:
-            return
-        data = self.cache.data
-        size = max(1, COPY_BYTES // (data[:, :, 0].numel() * data.itemsize))
-        for part in on(data.device, copies).split(size):
-            source, target = part.T
-            data[:, :, target] = data[:, :, source]
+            plan.results["arrived"] = torch.cuda.current_stream().record_event()
 
     def upload(self, batch: Batch) -> Batch:
         """The arrays in one copy, for which the host does not wait; then views into it."""

@@ -1,6 +1,7 @@
 """Attention over the block table, with the signature that microvllm/attention.py describes."""
 
 import math
+from functools import partial
 
 import torch
 import triton
@@ -17,8 +18,7 @@ def _keys(
     k, v, table, tile, stop, block_stride,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # keys and values (TILE, BLOCK_D) of the positions from `tile` on, a multiple of TILE; 0 from
-    # `stop` on
+    # keys and values (TILE, BLOCK_D) of the positions from `tile` = n * TILE on; 0 from `stop` on
     within = tl.arange(0, TILE)
     d = tl.arange(0, BLOCK_D)[None, :]
     if BLOCK_SIZE % TILE == 0:  # all in one block: one look-up, then a base and constant offsets
@@ -33,6 +33,24 @@ def _keys(
         at = (block.to(tl.int64) * block_stride + position % BLOCK_SIZE * D)[:, None] + d
     inside = (tile + within < stop)[:, None] & (d < D)
     return tl.load(k + at, inside, 0.0), tl.load(v + at, inside, 0.0)
+
+
+@triton.jit
+def _add_tile(score, value, m, total, acc):
+    # the online softmax: m is the largest score of each row so far, total and acc are the sums of
+    # weights and of weighted values in units of 2^m. masked scores are a finite -1e30: a row that
+    # sees no key of its first tiles collects nonsense there, until a real key shrinks it to 0
+    m_new = tl.maximum(m, tl.max(score, 1))
+    weight = tl.exp2(score - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    total = total * shrink + tl.sum(weight, 1)
+    acc = acc * shrink[:, None]
+    if score.shape[0] == 1:  # nothing to share: plain multiply and add, memory is the limit
+        column = tl.reshape(weight, (value.shape[0], 1))
+        acc += tl.sum(column * value.to(tl.float32), 0)[None, :]
+    else:
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
+    return m_new, total, acc
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -61,38 +79,26 @@ def _decode(
     table = tables + sequence.to(tl.int64) * table_stride
     k += head * (BLOCK_SIZE * D)
     v += head * (BLOCK_SIZE * D)
-    m = tl.full((BLOCK_G,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
+    m, total = tl.full((BLOCK_G,), -1e30, tl.float32), tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    within = tl.arange(0, TILE)
     if BLOCK_G == 1:
         # ask for a tile before the one in hand is worked on. left to itself, the compiler waits for
         # memory several times in every tile
         key2, value2 = _keys(k, v, table, lo, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
     for tile in range(lo, hi, TILE):
-        position = tile + within
+        position = tile + tl.arange(0, TILE)
         if BLOCK_G == 1:
             key, value, ahead = key2, value2, tile + TILE
             key2, value2 = _keys(k, v, table, ahead, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
         else:  # a loop around matrix products is pipelined by the compiler
             key, value = _keys(k, v, table, tile, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
         seen = (position >= start) & (position < hi)
-        if BLOCK_G == 1:  # nothing to share: plain multiply and add, memory is the limit
+        if BLOCK_G == 1:
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :] * scale
         else:
             score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         score = tl.where(seen[None, :], score, -1e30)
-        m_new = tl.maximum(m, tl.max(score, 1))
-        weight = tl.exp2(score - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        total = total * shrink + tl.sum(weight, 1)
-        if BLOCK_G == 1:
-            column = tl.reshape(weight, (TILE, 1))
-            acc = acc * shrink[:, None] + tl.sum(column * value.to(tl.float32), 0)[None, :]
-        else:
-            acc = acc * shrink[:, None]
-            acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
-        m = m_new
+        m, total, acc = _add_tile(score, value, m, total, acc)
     # a split without keys (or a sequence of length 0) has total 0: it writes 0, and no NaN
     divisor = tl.where(total > 0, total, 1.0)
     acc = acc / divisor[:, None]
@@ -139,8 +145,7 @@ def _chunk(
     # binary search for the last i that starts at or before this program
     cu_seqlens += first_sequence
     row0 = tl.load(cu_seqlens)
-    i = 0
-    end = num_sequences
+    i, end = 0, num_sequences
     while end - i > 1:
         middle = (i + end) // 2
         inside = (tl.load(cu_seqlens + middle) - row0) // BLOCK_Q + middle <= program
@@ -168,31 +173,15 @@ def _chunk(
     table = tables + sequence * table_stride
     k += head * (BLOCK_SIZE * D)
     v += head * (BLOCK_SIZE * D)
-    # masked scores are a finite -1e30: a row whose first tiles hold no key it sees collects
-    # nonsense there, which its first real key then multiplies by 2^-huge = 0
-    m = tl.full((BLOCK_M,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    m, total = tl.full((BLOCK_M,), -1e30, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for tile in range(lo, stop, TILE):
         position = tile + tl.arange(0, TILE)
         key, value = _keys(k, v, table, tile, stop, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
         score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
         seen = (position[None, :] <= query[:, None]) & (position[None, :] >= left[:, None])
-        score = tl.where(seen, score, -1e30)
-        m_new = tl.maximum(m, tl.max(score, 1))
-        weight = tl.exp2(score - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        total = total * shrink + tl.sum(weight, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
-        m = m_new
+        m, total, acc = _add_tile(tl.where(seen, score, -1e30), value, m, total, acc)
     tl.store(out + at, acc / total[:, None], live)
-
-
-def fixed_attention(q, k, v, batch, window):
-    """`paged_attention` in which the bits of a row depend neither on who shares its batch nor on
-    where its chunk begins, nor on whether it is a decode: all rows go through one kernel."""
-    return paged_attention(q, k, v, batch, window, fixed=True)
 
 
 def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
@@ -205,15 +194,16 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
     """
     T, n_head, D = q.shape
     n_kv, block_size = k.shape[1:3]
+    tables, seq_lens = batch.block_tables, batch.seq_lens
     assert k.stride()[1:] == (block_size * D, D, 1), k.stride()
-    assert batch.block_tables.stride(1) == 1, batch.block_tables.stride()
+    assert tables.stride(1) == 1, tables.stride()
     group, size = n_head // n_kv, q.element_size()
     block_d = max(16, triton.next_power_of_2(D))
     decodes = 0 if fixed else batch.num_decodes
-    chunks = batch.seq_lens.shape[0] - decodes
+    chunks = seq_lens.shape[0] - decodes
     processors, memory, options = launch.card(q.device)
     scale = math.log2(math.e) / math.sqrt(D)  # exp2 is what the hardware has
-    tables, table_stride = batch.block_tables, batch.block_tables.stride(0)
+    where = tables.stride(0), k.stride(0), scale, window, n_kv, group, D, block_size, block_d
     out = torch.empty_like(q)
     if decodes:
         if group == 1:  # one warp with 4 KB of keys at a time: many small programs fill the card
@@ -221,18 +211,16 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
         else:
             block_g, warps = max(16, triton.next_power_of_2(group)), 4
             tile = 16 if size == 4 else min(8192 // block_d, 64)
-        splits = num_splits
-        if splits is None:
-            wanted = WARPS_PER_PROCESSOR // warps * processors // (decodes * n_kv)
-            splits = max(1, min(wanted, triton.cdiv(batch.max_seq, 64), 64))
+        wanted = WARPS_PER_PROCESSOR // warps * processors // (decodes * n_kv)
+        splits = num_splits or max(1, min(wanted, triton.cdiv(batch.max_seq, 64), 64))
         parts, lse = out, None
         if splits > 1:
             shape = (decodes, n_head, splits)
             parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
             lse = torch.empty(shape, dtype=torch.float32, device=q.device)
         _decode[(n_kv, decodes, splits)](
-            q, k, v, tables, batch.seq_lens, parts, lse, table_stride, k.stride(0), scale, window,
-            n_kv, group, D, block_size, block_d, block_g, tile, num_warps=warps, **options,
+            q, k, v, tables, seq_lens, parts, lse, *where, block_g, tile,
+            num_warps=warps, **options,
         )  # fmt: skip
         if splits > 1:
             block_s = triton.next_power_of_2(splits)
@@ -243,8 +231,7 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
         block_g = triton.next_power_of_2(group)
         # small blocks for short prompts, and for float32, which has no matrix units and spills
         mean = (T - decodes) // chunks * block_g
-        short = size == 4 or mean <= 32
-        block_m, tile, warps = (32, 32, 4) if short else (128, 64, 8)
+        block_m, tile, warps = (32, 32, 4) if size == 4 or mean <= 32 else (128, 64, 8)
         if fixed and size < 4:
             block_m, tile, warps = 64, 64, 4
         if block_d > 128:
@@ -252,19 +239,20 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
         block_m = max(block_m, block_g)
         # two K and two V tiles beside the queries, three where products run by themselves (Hopper
         # and later), a little for the look-ups, and weights if warps share rows
-        tiles = 6 if memory > 200_000 else 4
-        spilt = block_m * size * (16 * warps > block_m)  # per key
-        while tile > 16 and (
-            (tiles * tile + block_m) * block_d * size + tile * spilt + 1024 > memory
-        ):
+        per_key = (6 if memory > 200_000 else 4) * block_d + block_m * (16 * warps > block_m)
+        while tile > 16 and (tile * per_key + block_m * block_d) * size + 1024 > memory:
             tile //= 2
         blocks = (T - decodes) // (block_m // block_g) + chunks
         _chunk[(n_kv, blocks)](
-            q, k, v, tables, batch.seq_lens, batch.cu_seqlens, out, decodes, chunks,
-            table_stride, k.stride(0), scale, window,
-            n_kv, group, D, block_size, block_d, block_g, block_m, tile,
+            q, k, v, tables, seq_lens, batch.cu_seqlens, out, decodes, chunks, *where,
+            block_g, block_m, tile,
             # a look-up, then a load: two steps of the compiler's pipeline. only from 5 stages on is
             # a tile on its way while another is worked on; with 3 or 4 each is waited for at once
             num_warps=warps, num_stages=5, **options,
         )  # fmt: skip
     return out
+
+
+# all rows go through one kernel: the bits of a row depend neither on who shares its batch nor on
+# where its chunk begins, nor on whether it is a decode
+fixed_attention = partial(paged_attention, fixed=True)

@@ -1,28 +1,27 @@
-"""What a GPU offers to the fused model."""
-
-from __future__ import annotations
+"""What a GPU offers to the fused model, and weights in float8."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..fused.backend import Backend, filter_values
+from ..fused.linear import Linear
 from ..sampler import on
 from . import has_triton
-from .layouts import Float8
 
 
 class GpuBackend(Backend):
     """Triton's steps and draw, where it runs, and float8; attention in torch."""
 
+    draw = None  # the kernels of `sample`
+
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
-        self.kernels = has_triton(device)
-        if self.kernels:
-            from . import steps
+        if has_triton(device):
+            from . import sampler, steps
 
             self.add_norm, self.relu2 = steps.add_norm, steps.relu2
-            self.rope_store = steps.rope_store
+            self.rope_store, self.draw = steps.rope_store, sampler.sample
 
     def check_quantization(self, quantization: str, config) -> None:
         # where torch._scaled_mm has a product of scaled rows
@@ -37,20 +36,16 @@ class GpuBackend(Backend):
                 "quantization='fp8' has no deterministic=True: cuBLAS does its products"
             )
 
-    def linear_class(self, quantization: str | None, shared: bool, width: int, dtype) -> type:
-        if quantization == "fp8":
-            return Float8
-        return super().linear_class(quantization, shared, width, dtype)
+    def linear_class(self, quantization: str | None, *weight) -> type:
+        return Float8 if quantization == "fp8" else super().linear_class(quantization, *weight)
 
     def sample(self, logits: Tensor, params, temperature, uniform, softcap: float) -> Tensor:
-        if not self.kernels:
+        if self.draw is None:
             return super().sample(logits, params, temperature, uniform, softcap)
-        from . import sampler
-
         filters = filter_values(params)
         if filters is not None:
             filters = on(logits.device, np.ascontiguousarray(filters.T, np.float32))
-        return sampler.sample(logits, temperature, uniform, softcap, filters)
+        return self.draw(logits, temperature, uniform, softcap, filters)
 
 
 class TritonBackend(GpuBackend):
@@ -73,3 +68,34 @@ class TritonBackend(GpuBackend):
                 "attention='triton' needs a GPU (of NVIDIA's, Ampere or newer) and triton, and the "
                 f"device is {self.device}; use 'auto'"
             )
+
+
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
+    each row, (T, 1) float32."""
+    if has_triton(x.device):
+        from . import steps
+
+        return steps.fp8_rows(x)
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+class Float8(Linear):
+    """float8, the inputs of each product as well, one scale for each row of either."""
+
+    def load(self, parts: list[Tensor]) -> None:
+        # rows of padding: the product wants outputs in steps of 16
+        whole = torch.cat([*parts, parts[0].new_zeros(-sum(self.sizes) % 16, self.width)])
+        new = fp8_rows(whole.to(self.device, torch.float32))
+        if self.weight is None:
+            self.weight, self.scale = new
+        else:  # where recorded steps read them
+            self.weight.copy_(new[0]), self.scale.copy_(new[1])
+
+    def multiply(self, x: Tensor) -> Tensor:
+        # both scales are applied to the float32 sums, which are then rounded to bfloat16
+        rows, scale = fp8_rows(x)
+        scales = scale, self.scale.t()
+        y = torch._scaled_mm(rows, self.weight.t(), *scales, out_dtype=torch.bfloat16)
+        return y[:, : self.rows].to(x.dtype)

@@ -5,12 +5,9 @@ in its batch differ. So it is recorded once per batch size, and replayed after t
 copied to where the recorded kernels read them. Rows that pad a batch to a recorded size are
 sequences of one token in block 0, the sink.
 
-A step of a few rows is little more than reading the weights once. For these there are matrix-vector
-kernels with norm, residual add and relu^2 fused into them. They are timed beside the library's when
-the engine starts, and the fastest are kept.
+For a step of a few rows there are products with norm, residual add and relu^2 fused into them. They
+are timed beside the library's when the engine starts, and the fastest are kept.
 """
-
-from __future__ import annotations
 
 import gc
 import statistics
@@ -19,7 +16,6 @@ from itertools import product
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import Batch, Runner
@@ -27,8 +23,8 @@ from ..fused.backend import NO_FILTERS, filter_values
 from ..fused.linear import Linear
 from ..scheduler import Plan
 from . import launch
-from .few_rows import linear_add, norm_linear
 from .sampler import sample
+from .steps import linear_add, norm_linear
 
 # fields of a row beside its slots and block tables; cu_seqlens never changes
 FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
@@ -38,28 +34,26 @@ TRIALS = 8  # timed replays of each way
 
 
 def few_rows_step(model, batch: Batch, cache, outputs: int) -> Tensor:
-    """The logits (R, V) of a few rows that decode: what model.forward and model.logits make of
-    them, in two thirds of the kernels. The norms are not rounded before the products. outputs: per
-    program of a product."""
-    recipe, x, middle = model.recipe, model.embed(batch), None  # (1)
-    x0, eps, backout, tiles = x, recipe.eps, (None, None, None), {"outputs": outputs}
+    """The logits (R, V) of a few rows that decode: model.forward and model.logits in two thirds of
+    the kernels, with norms that are not rounded. outputs: per program of a product."""
+    recipe, backend, tiles = model.recipe, model.backend, {"outputs": outputs}
+    x = x0 = model.embed(batch)  # (1)
+    eps, backout = recipe.eps, ()
     for i, (layer, (k, v, view)) in enumerate(zip(model.layers, cache.layers(batch), strict=True)):
         # (2), the norm and (3) project; (4) rotate and norm, (5) write K and V, then attend
         scaled = x0, layer.resid_lambda, layer.x0_lambda
         qkv, h = norm_linear(x, layer.qkv.weight, eps, *scaled, **tiles)
-        q = model.backend.rope_store(
+        q = backend.rope_store(
             qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, view, k, v,
             model.config.n_head, recipe.qk_scale, recipe.gate_scale, eps,
         )  # fmt: skip
-        y = model.backend.attend(q, k, v, view, layer.window)
+        y = backend.attend(q, k, v, view, layer.window)
         x = linear_add(y.flatten(1), layer.proj.weight, x, *scaled, **tiles)
         y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True, **tiles)  # (6)
         x = linear_add(y, layer.mlp_proj.weight, x, **tiles)
-        if recipe.smear and i == model.config.n_layer // 2:
-            middle = x
-    if middle is not None:  # (7)
-        minus = -model.backout_lambda.float()
-        backout = middle, torch.ones_like(minus), minus
+        if recipe.smear and i == model.config.n_layer // 2:  # (7)
+            minus = -model.backout_lambda.float()
+            backout = x, torch.ones_like(minus), minus
     head = model.lm_head.weight[: model.config.vocab_size]
     return norm_linear(x, head, eps, *backout, **tiles)[0]
 
@@ -68,7 +62,7 @@ def takes_few_rows(model) -> bool:
     """Does `few_rows_step` fit a model? On NVIDIA cards, from triton 3.4 on, and if each matrix is
     one tensor with torch's product: not a live module's parts, float8, or deterministic=True."""
     plain = all(type(w) is Linear for w in model.linears.values())
-    torchs = model.backend.product is F.linear
+    torchs = model.backend.product is torch.nn.functional.linear
     return plain and torchs and launch.TRITON_34 and torch.version.hip is None
 
 
@@ -78,23 +72,20 @@ def fastest(times: dict[str, list[float]]) -> str:
 
 
 class DecodeGraphs:
-    """Recorded decode steps for batch sizes 1, 2, 4, 8, the multiples of 16, and the largest.
-
-    model, cache: whose weights and blocks the graphs read, at their present addresses;
-    max_batch_size: largest batch; max_model_len: longest sequence in tokens. `ways` says how the
-    steps of a few rows run, by size.
-    """
+    """Recorded decode steps for batch sizes 1, 2, 4, 8, the multiples of 16, and the largest. They
+    read the weights of `model` and the blocks of `cache` at their present addresses. `ways` says
+    how the steps of a few rows run, by size."""
 
     def __init__(self, model, cache, max_batch_size: int, max_model_len: int):
-        device, sizes = model.device, (1, 2, 4, 8, *range(16, max_batch_size, 16))
+        self.model, self.cache, self.max_model_len = model, cache, max_model_len
+        sizes = 1, 2, 4, 8, *range(16, max_batch_size, 16)
         self.sizes = [size for size in sizes if size < max_batch_size] + [max_batch_size]
         self.columns = -(-max_model_len // cache.block_size)  # of the block tables
         # of layers, each with a slot and a table of its own; a plain cache knows no groups
-        self.groups, self.is_grouped = getattr(cache, "num_groups", 1), hasattr(cache, "num_groups")
+        self.groups = getattr(cache, "num_groups", 1)
         self.width = FIELDS + self.groups * (1 + self.columns)  # of a row
-        # where the recorded kernels read. a smaller size has its fields and tables nearer to the
-        # beginning
-        ints = {"dtype": torch.int32, "device": device}
+        # where the recorded kernels read: those of a smaller size nearer to the beginning
+        ints = {"dtype": torch.int32, "device": model.device}
         self.inputs = torch.zeros(max_batch_size * self.width, **ints)
         self.cu_seqlens = torch.arange(max_batch_size + 1, **ints)
         self.last = torch.zeros(max_batch_size, **ints)  # the newest tokens
@@ -102,7 +93,6 @@ class DecodeGraphs:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.ways: dict[int, str] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        self.model, self.cache, self.max_model_len = model, cache, max_model_len
         gc.freeze()  # older versions of torch collect garbage before every capture: leave them none
         try:
             # up to torch 2.10 all graphs of a process share the generator's tensors, and those made
@@ -117,7 +107,7 @@ class DecodeGraphs:
 
     def _record(self, size: int, outputs: int = 0) -> torch.cuda.CUDAGraph:
         """Run the step once, so that all kernels are compiled and loaded, then capture it.
-        outputs: per program of the products of `few_rows_step`, 0 for the library's."""
+        outputs: of `few_rows_step`, 0 for the library's products."""
         self.inputs.zero_()
         self._split(self.inputs, size)[0][3] = 1  # sequences of one token, in the sink
         self._decode(size, outputs)
@@ -159,22 +149,17 @@ class DecodeGraphs:
         self.graphs[size] = graphs[self.ways[size]]
 
     def replay(self, batch: Batch, params, last: Tensor | None) -> tuple[Tensor, ...]:
-        """Run a batch (numpy). Returns, on the device, its (R,) tokens, as they are where all rows
-        are plain, and what others are made from: logits (R, V), temperature and noise (R,).
-
-        params: the SamplingParams of its rows; last: the tokens of the step before, for ids that
-        are ~row. What is returned is memory that the next replay writes to: copies are to be queued
-        on the same stream before it.
-        """
+        """Run a batch (numpy), params being its rows' SamplingParams, and last the tokens of the
+        step before, for ids that are ~row. Returns, on the device, (R,) tokens, as they are where
+        all rows are plain, and what others are made from: logits (R, V), temperature and noise
+        (R,). The next replay writes there: copies are to be queued on its stream before it."""
         if last is not None and last.data_ptr() != self.last.data_ptr():
             # they come from a step that was no graph, where -1 says that nothing could be drawn
             self.last[: len(last)].copy_(last.clamp(min=0))
         rows = len(batch.ids)
         size = next(size for size in self.sizes if size >= rows)
-        # pinned, so that the copy takes its place in the stream and the host goes on. torch keeps
-        # the memory until the copy is done and hands it out again after that
-        count = size * self.width
-        pinned = torch.empty(count, dtype=torch.int32, pin_memory=True)
+        # pinned, so that the host goes on: torch keeps the memory until the copy is done
+        pinned = torch.empty(size * self.width, dtype=torch.int32, pin_memory=True)
         fields, tables = self._split(pinned.numpy(), size)
         fields[:4, :rows] = batch.ids, batch.prev_ids, batch.positions, batch.seq_lens
         floats = fields[:, :rows].view(np.float32)
@@ -186,44 +171,38 @@ class DecodeGraphs:
         fields[3, rows:] = 1  # a padding row is a sequence of one token
         used = batch.block_tables.shape[-1]
         tables[:, :rows, :used] = batch.block_tables
-        tables[:, :rows, used:] = 0
-        tables[:, rows:] = 0
-        self.inputs[:count].copy_(pinned, non_blocking=True)
+        tables[:, :rows, used:] = tables[:, rows:] = 0
+        self.inputs[: len(pinned)].copy_(pinned, non_blocking=True)
         self.graphs[size].replay()
         temperature, noise = self._split(self.inputs, size)[0][4:6, :rows].view(torch.float32)
         return self.last[:rows], self.logits[:rows], temperature, noise
 
     def _split(self, flat, size: int):
-        """The inputs of a batch of `size` rows as (FIELDS + groups, size) and (groups, size,
-        columns), array or tensor."""
+        """The inputs of so many rows as (FIELDS + groups, size) and (groups, size, columns)."""
         rows = FIELDS + self.groups
         fields, tables = flat[: rows * size], flat[rows * size : self.width * size]
         return fields.reshape(rows, size), tables.reshape(self.groups, size, self.columns)
 
     def _decode(self, size: int, outputs: int) -> None:
-        """What is recorded: read the inputs, forward, sample, leave the tokens in `last`, and the
-        logits for rows that are not plain: a copy (67 MB of 512 rows and 65,536 ids), since what
-        the graphs compute in is used again by the next."""
+        """What is recorded: read the inputs, forward, sample, leave the tokens in `last`, and a
+        copy of the logits (67 MB of 512 rows and 65,536 ids), since graphs share their memory."""
         model, cache = self.model, self.cache
         fields, tables = self._split(self.inputs, size)
         ids, prev_ids, positions, seq_lens = fields[:4]
         temperature, noise, *filters = fields[4:FIELDS].view(torch.float32)
-        cu_seqlens = self.cu_seqlens[: size + 1]
+        cu_seqlens, slots = self.cu_seqlens[: size + 1], fields[FIELDS:]
         ids = torch.where(ids < 0, self.last[(~ids).clamp(min=0)], ids)
-        slots = fields[FIELDS:]
-        if not self.is_grouped:
+        if not hasattr(cache, "num_groups"):
             slots, tables = slots[0], tables[0]
         batch = Batch(
             ids, prev_ids, positions, slots, cu_seqlens, seq_lens, tables, cu_seqlens[:-1],
-            temperature, noise,
-            num_decodes=size, max_query=1, max_seq=self.max_model_len,
+            temperature, noise, num_decodes=size, max_query=1, max_seq=self.max_model_len,
         )  # fmt: skip
         if outputs:
             logits = few_rows_step(model, batch, cache, outputs)
         else:
             logits = model.logits(model.forward(batch, cache))
-        tokens = sample(logits, temperature, noise, model.recipe.softcap, filters)
-        self.last[:size].copy_(tokens)
+        self.last[:size].copy_(sample(logits, temperature, noise, model.recipe.softcap, filters))
         if self.logits is None:  # the largest step's
             self.logits = torch.empty_like(logits)
         self.logits[:size].copy_(logits)
@@ -251,7 +230,7 @@ class GraphRunner(Runner):
             return super().launch(plan)
         events, batch = self.blocks.events, self.batch(plan)
         events.lap("batch")
-        self.copy(plan.copies)
+        self.cache.copy_blocks(plan.copies)
         tokens, *drawn_from = self.graphs.replay(batch, plan.params, self.last)
         # where a feature changes logits or looks at them; else the draw is in the graph
         if False in [getattr(p, "plain", True) for p in plan.params]:
@@ -259,6 +238,3 @@ class GraphRunner(Runner):
             tokens = self.pick(plan, *drawn_from)
         plan.results["tokens"] = tokens
         events.lap("sample")
-
-
-PARTS = {"runner": GraphRunner}

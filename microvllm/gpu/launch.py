@@ -1,8 +1,7 @@
 """How the Triton kernels of this folder are launched. All of them
 
-- never look at the device from the host: grids follow from shapes and host integers alone, lengths
-  are read by the kernels. So they can be captured in a CUDA graph once and replayed any number of
-  times;
+- never look at the device from the host: grids follow from shapes and host integers, lengths are
+  read by the kernels. So a CUDA graph can capture them once and replay them any number of times;
 - do their arithmetic in float32 and keep bfloat16, float16 or float32 in memory;
 - call `begin` (or `release`, and later `wait`) before they touch anything another kernel may have
   written, so that `early_start` is right: "the kernel before me has ended" then implies that all
@@ -29,24 +28,19 @@ VARIES = (
     "a b table_stride h_stride window first_sequence num_sequences splits rows"
 ).split()
 
-_early = ContextVar("_early", default=False)
+starts_early = ContextVar("starts_early", default=False)  # was `early_start` asked for?
 
 
 @contextmanager
 def early_start(on: bool = True) -> Iterator[None]:
     """Launches in here use programmatic dependent launch, where `can_start_early`: a kernel starts
-    before the one in front of it has ended, and waits for that in `begin`. graphs.py tries it for
-    a few rows; for all others it is off, since it was not measured there."""
-    before = _early.set(on)
+    before the one in front of it has ended, and waits for that in `begin`. Tried for a few rows
+    only (graphs.py), since it was not measured for others."""
+    before = starts_early.set(on)
     try:
         yield
     finally:
-        _early.reset(before)
-
-
-def starts_early() -> bool:
-    """Was `early_start` asked for?"""
-    return _early.get()
+        starts_early.reset(before)
 
 
 def can_start_early(device: torch.device) -> bool:
@@ -59,15 +53,16 @@ def can_start_early(device: torch.device) -> bool:
 
 def card(device: torch.device) -> tuple[int, int, dict]:
     """(multiprocessors, bytes of shared memory per program, launch options) of a torch device."""
-    return _card(device, starts_early())
+    return _card(device, starts_early.get())
 
 
 @functools.lru_cache
 def _card(device: torch.device, early: bool) -> tuple[int, int, dict]:
     if device.type != "cuda":  # the interpreter
         return 8, 2**16, {"PDL": False}
-    found, hip = torch.cuda.get_device_properties(device), torch.version.hip is not None
-    memory = getattr(found, "shared_memory_per_block_optin", 2**16 if hip else 99 * 1024)
+    found = torch.cuda.get_device_properties(device)
+    default = 99 * 1024 if torch.version.hip is None else 2**16
+    memory = getattr(found, "shared_memory_per_block_optin", default)
     # a * b + c rounded once: triton 3.9 warns that one day it will not unless it is told to
     options = {"enable_fp_fusion": True, "PDL": False}
     if early and can_start_early(device):
@@ -80,29 +75,26 @@ def options(device: torch.device) -> dict:
     return card(device)[2]
 
 
-if TRITON_34:
+@triton.jit
+def _nothing():
+    pass
 
-    @triton.jit
-    def release(PDL: tl.constexpr):
-        # let the next kernel start as soon as there is room for it
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
 
-    @triton.jit
-    def wait(PDL: tl.constexpr):
-        # until the kernel before has ended and its writes can be seen
-        if PDL:
-            tl.extra.cuda.gdc_wait()
+# older versions look names up in branches that are not taken as well
+_release = getattr(tl.extra.cuda, "gdc_launch_dependents", _nothing)
+_wait = getattr(tl.extra.cuda, "gdc_wait", _nothing)
 
-else:  # which looks names up in branches that are not taken as well
 
-    @triton.jit
-    def release(PDL: tl.constexpr):
-        pass
+@triton.jit
+def release(PDL: tl.constexpr):
+    if PDL:  # let the next kernel start as soon as there is room for it
+        _release()
 
-    @triton.jit
-    def wait(PDL: tl.constexpr):
-        pass
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    if PDL:  # until the kernel before has ended and its writes can be seen
+        _wait()
 
 
 @triton.jit

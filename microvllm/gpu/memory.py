@@ -1,7 +1,5 @@
 """How much of a GPU's memory the cache may take."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +25,7 @@ def fits(what: str, device: torch.device) -> Iterator[None]:
 
 
 class GpuMemory(LLM):
-    """An LLM that measures on a GPU what its steps take, and gives the cache a share of the
-    rest."""
+    """An LLM that measures what steps take on a GPU, and gives the cache a share of the rest."""
 
     gpu_memory_utilization = 0.9  # of what is free
 
@@ -50,17 +47,18 @@ class GpuMemory(LLM):
         """Run a short prompt and the largest step on a cache of the sink alone, then draw for a
         full batch with all filters on."""
         wanted = {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}
-        known = {field.name for field in fields(self.parts.params)}
-        params = self.parts.params(seed=0, **{k: v for k, v in wanted.items() if k in known})
+        known = {field.name for field in fields(self.params_class)}
+        params = self.params_class(seed=0, **{k: v for k, v in wanted.items() if k in known})
         cache, blocks = self._make_memory(1, block_size)
-        runner = self.parts.runner(self.model, cache, blocks)
+        runner = self.runner_class(self.model, cache, blocks)
         full, rest = divmod(self.max_batched_tokens, self.max_model_len - 1)
         longest = ([rest] * (rest > 0) + [self.max_model_len - 1] * full)[-self.max_batch_size :]
         for lengths in [2], longest:  # a short prompt has a kernel of its own
-            requests = [Request(i, [0] * n, params, False, None, {}) for i, n in enumerate(lengths)]
-            chunks = [(self._make_sequence(r), 0, len(r.prompt)) for r in requests]
-            for seq, _, n in chunks:
+            chunks = []
+            for i, n in enumerate(lengths):
+                seq = self._make_sequence(Request(i, [0] * n, params, False, None, {}))
                 seq.table = array("i", [0] * blocks.blocks_for(n))
+                chunks.append((seq, 0, n))
             samples = [(0, chunks[0][0], lengths[0])] * self.max_batch_size
             plan = Plan(chunks, samples, [])
             batch = runner.upload(make_batch(plan, blocks))

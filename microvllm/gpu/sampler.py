@@ -1,7 +1,4 @@
-"""The draw, in two readings of the logits, and the filters top_k, top_p and min_p without a sort.
-
-See microvllm/sampler.py for what is drawn.
-"""
+"""The draw of microvllm/sampler.py in two readings of the logits, its filters without a sort."""
 
 import torch
 import triton
@@ -171,22 +168,20 @@ def _sample_pick(
 
 
 def sample(logits, temperature, u, softcap, filters=None):
-    """One token per row: the first id whose cumulative probability exceeds u. Returns (R,) int32.
+    """One token per row, (R,) int32: the first id whose cumulative probability exceeds u.
 
-    logits (R, V) before the softcap; softcap: a float, 0 for none. temperature (R,) float32, 0 for
-    the most likely token (the lowest id of equals). u (R,) float32 in [0, 1). filters: top_k, top_p
-    and min_p, each (R,) float32, 0, 1 and 0 being off; None: all are. An id whose logit is -inf, or
-    whose probability is 0, is never returned. Reads the logits once, and the one chunk of the
-    vocabulary in which the answer lies a second time; of rows with filters, up to 20 times (a
-    float32's key has more digits than a bfloat16's: 36 times), mostly from the cache.
+    logits (R, V) before the softcap; softcap: 0 for none. temperature (R,) float32, 0 for the most
+    likely token (the lowest id of equals). u (R,) float32 in [0, 1). filters: top_k, top_p and
+    min_p, each (R,) float32, 0, 1 and 0 being off; None: all are. An id of probability 0 is never
+    returned. Reads the logits once, and the chunk in which the answer lies a second time; of rows
+    with filters, up to 20 times (float32, whose key has more digits: 36), mostly from the cache.
     """
     R, V = logits.shape
-    logits = logits.contiguous()
-    chunks = triton.cdiv(V, SAMPLE_CHUNK)
-    tops, sums = torch.empty((2, R, chunks), dtype=torch.float32, device=logits.device)
-    ids = torch.empty((R, chunks), dtype=torch.int32, device=logits.device)
-    tokens = torch.empty((R,), dtype=torch.int32, device=logits.device)
-    options = launch.options(logits.device)
+    logits, device = logits.contiguous(), logits.device
+    options, chunks = launch.options(device), triton.cdiv(V, SAMPLE_CHUNK)
+    tops, sums = torch.empty((2, R, chunks), dtype=torch.float32, device=device)
+    ids = torch.empty((R, chunks), dtype=torch.int32, device=device)
+    tokens = torch.empty((R,), dtype=torch.int32, device=device)
     _sample_chunks[(R, chunks)](
         logits, temperature, tops, ids, sums, softcap, V, SAMPLE_CHUNK, num_warps=4, **options
     )
@@ -194,7 +189,7 @@ def sample(logits, temperature, u, softcap, filters=None):
     shift = 16 if logits.dtype == torch.bfloat16 else 0
     if filters is not None:
         assert filters[0].stride(0) == 1, "filters are read by their addresses"
-        lows = torch.empty((R,), dtype=torch.int32, device=logits.device)
+        lows = torch.empty((R,), dtype=torch.int32, device=device)
         _truncate[(R,)](
             logits, temperature, *filters, tops, sums, lows, softcap, V, chunks,
             SAMPLE_CHUNK, SAMPLE_TILE, block, shift, num_warps=16, **options,

@@ -1,12 +1,13 @@
-"""The steps between the matrix products, fused, and a product whose rows do not depend on their
-batch. `add_norm`, `rope_store` and `relu2` are those of fused.backend.Backend."""
+"""The steps between the matrix products, fused: `add_norm`, `rope_store` and `relu2` are those of
+fused.backend.Backend. A product whose rows do not depend on their batch. And products of a few
+rows, with the norm before them or the addition and relu^2 after them."""
 
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .launch import VARIES, begin
+from .launch import VARIES, begin, release, wait
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -27,11 +28,9 @@ def _add_norm(
 
 
 def add_norm(x, y, x0, a, b, eps):
-    """Backend.add_norm in one pass over the residual stream; x itself where nothing is added or
-    scaled."""
-    h = torch.empty_like(x)
+    """Backend.add_norm in one pass over the residual stream; x itself where nothing changes it."""
+    (T, C), h = x.shape, torch.empty_like(x)
     x_new = None if y is None and a is None else torch.empty_like(x)
-    T, C = x.shape
     _add_norm[(T,)](
         x, y, x0, a, b, x_new, h, eps, C, triton.next_power_of_2(C),
         num_warps=4 if C <= 1024 else 8, **launch.options(x.device),
@@ -61,8 +60,8 @@ def _rope_store(
     N_HEAD: tl.constexpr, N_KV: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # a program owns HEADS neighbouring heads of one row, be they q, k or v: it computes all three
-    # ways and stores each head where it belongs
+    # HEADS neighbouring heads of one row, be they q, k or v: all three ways are computed, and each
+    # head is stored where it belongs
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     half = tl.arange(0, HALF)[None, :]
@@ -130,8 +129,7 @@ def _fp8_rows(x, y, scales, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.conste
 
 
 def fp8_rows(x):
-    """`layouts.fp8_rows` in one pass: x (T, C) as float8_e4m3fn, and the rows' scales, (T, 1)
-    float32."""
+    """`backend.fp8_rows` in one pass."""
     T, C = x.shape
     assert x.is_contiguous(), x.stride()
     y = torch.empty((T, C), dtype=torch.float8_e4m3fn, device=x.device)
@@ -162,9 +160,7 @@ def _linear(
 
 def linear(x, w):
     """x (T, K) @ w.T (K, N), in tiles of one size and sums of one order: unlike in cuBLAS, which
-    has another kernel for another T, the bits of a row depend on nothing but the row. Returns
-    (T, N).
-    """
+    has another kernel for another T, the bits of a row depend on nothing but the row."""
     (T, K), N = x.shape, len(w)
     assert x.stride(1) == 1 and w.is_contiguous(), (x.stride(), w.stride())
     y = torch.empty((T, N), dtype=x.dtype, device=x.device)
@@ -173,3 +169,92 @@ def linear(x, w):
         num_warps=4, num_stages=4, **launch.options(x.device),
     )  # fmt: skip
     return y
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _few_rows(
+    x, w, y, h, stream, x0, a, b, eps, rows, N, K: tl.constexpr, RELU2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_K)[None, :]
+    # such a product is little more than reading the weights once. those of this program are all
+    # asked for at once and kept in registers. the kernel in front does not write weights: they are
+    # on their way before it has ended, and so are those of the products after this one, while rope
+    # and attention leave the memory idle
+    release(PDL)
+    at = w + n.to(tl.int64)[:, None] * K + c
+    tiles = ()
+    for t in tl.static_range(TILES):
+        live = (n < N)[:, None] & (t * BLOCK_K + c < K)
+        tiles = tiles + (tl.load(at + t * BLOCK_K, live, 0.0, eviction_policy="evict_first"),)
+    wait(PDL)
+    for row in range(rows):
+        xs = ()
+        for t in tl.static_range(TILES):
+            i = row * K + t * BLOCK_K + c
+            inside = t * BLOCK_K + c < K
+            z = tl.load(x + i, inside, 0.0)
+            if h is not None and a is not None:
+                z0 = tl.load(x0 + i, inside, 0.0)
+                z = (tl.load(a) * z + tl.load(b) * z0).to(x.dtype.element_ty)
+            xs = xs + (z,)
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        squares = tl.zeros((1, BLOCK_K), tl.float32)
+        for t in tl.static_range(TILES):
+            z = xs[t].to(tl.float32)
+            squares += z * z
+            acc += tiles[t].to(tl.float32) * z
+        out = tl.sum(acc, 1)
+        if h is not None:
+            # rms has no weight, it is one factor: it can wait until the sums are there
+            factor = tl.rsqrt(tl.sum(squares) / K + eps)
+            out *= factor
+            H: tl.constexpr = 32 if K > 32 else K
+            if tl.program_id(0) == 0:
+                tl.store(h + row * H + c, xs[0].to(tl.float32) * factor, c < H)
+        else:
+            old = tl.load(stream + row * N + n, n < N, 0.0).to(tl.float32)
+            if a is not None:
+                old0 = tl.load(x0 + row * N + n, n < N, 0.0).to(tl.float32)
+                old = tl.load(a) * old + tl.load(b) * old0
+            out += old
+        if RELU2:
+            out = tl.maximum(out, 0.0)
+            out *= out
+        tl.store(y + row * N + n, out, n < N)
+
+
+def _launch_few_rows(x, w, h, stream, x0, a, b, eps, relu2, outputs, warps):
+    (rows, k), n = x.shape, w.shape[0]
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    # up to 80 registers of a thread are for weights, 16 bytes a load: then all programs of a
+    # multiprocessor have about 70 KB on their way. fewer cannot fill the memory's pipe, more spill
+    warps = warps or triton.next_power_of_2(triton.cdiv(k * outputs, 20 * 256))
+    warps = min(warps, triton.next_power_of_2(triton.cdiv(k, 256)), 32)
+    block_k = 256 * warps
+    _few_rows[(triton.cdiv(n, outputs),)](
+        x, w, y, h, stream, x0, a, b, eps, rows, n, k, relu2,
+        outputs, block_k, triton.cdiv(k, block_k), num_warps=warps, **launch.options(x.device),
+    )  # fmt: skip
+    return y
+
+
+def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, outputs=4, warps=None):
+    """rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
+
+    x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
+    y = relu(.)^2. h: the first 32 channels of the normed x, all that `rope_store` wants to see.
+    outputs: how many a program computes, a power of two; warps: of a program, None: as they fit.
+    """
+    h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
+    return _launch_few_rows(x, w, h, None, x0, a, b, eps, relu2, outputs, warps), h
+
+
+def linear_add(x, w, stream, x0=None, a=None, b=None, outputs=4, warps=None):
+    """stream + x @ w.T in one launch, for a few rows. x (T, K), w (N, K), stream and result (T, N).
+
+    With a, b and x0 (T, N), the stream is a * stream + b * x0 first, as it was for `norm_linear`:
+    no one has to write the scaled stream down. outputs, warps: as there.
+    """
+    return _launch_few_rows(x, w, None, stream, x0, a, b, 0.0, False, outputs, warps)

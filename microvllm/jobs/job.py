@@ -1,12 +1,12 @@
 """Bulk jobs: a file of prompts becomes a file of answers, whatever happens in between.
 
-    rows.read -> answers.answer (keeps one engine full) -> Job.write
+    rows.read -> answer (keeps one engine full) -> Job.write
 
-The output is its own journal. An answer is appended, in one write, as soon as it is there, and
-begins with the number of its input line; so a job that was killed knows what is left by reading
-what it has. A row's seed follows from the job's seed and the row's id, hence a row that is computed
-again, or in other company, gets the same tokens. What is kept of a row is one byte, and 24 more for
-the moments in which ids are compared or the output is sorted.
+The output is its own journal: an answer is appended, in one write, as soon as it is there, and
+begins with the number of its input line. So a job that was killed knows what is left. A row's seed
+follows from the job's seed and the row's id, hence a row that is computed again, or in other
+company, gets the same tokens. What is kept of a row is one byte, and 24 more for the moments in
+which ids are compared or the output is sorted.
 """
 
 from __future__ import annotations
@@ -16,18 +16,189 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xxhash
 
-from .answers import Ask, Outcome
 from .rows import import_pyarrow, parse, read, schema, to_table
+
+if TYPE_CHECKING:
+    from .. import LLM, SamplingParams
 
 _NUMBER = re.compile(rb'\{"line": (\d+), ')  # what every line of a journal begins with
 _OPEN, _TWICE, _DONE = range(3)
+
+
+# rows become answers ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted of the rows, which are dicts; the same in one process and in every replica.
+
+    task: "chat" (the prompt is a text, the user's, or a list of messages), "completion" (a text) or
+    "score" (either, with a continuation or a list of them); all take token ids. None is chat where
+    the model can, else completion. raw: plain text, also where the model can chat; params: of
+    SamplingParams, for rows without their own; seed: the job's. The rest are names of columns:
+    without an id_column a row's id is its "id", or where it has none its line number.
+    """
+
+    task: str | None = None
+    raw: bool = False
+    params: dict = field(default_factory=dict)
+    seed: int = 0
+    prompt_column: str = "prompt"
+    id_column: str | None = None
+    continuation_column: str = "continuation"
+    params_column: str = "params"
+
+    def __post_init__(self):
+        if self.task not in (None, "chat", "completion", "score"):
+            raise ValueError(f"task must be chat, completion or score, got {self.task!r:.80}")
+
+    def row_id(self, row: dict, number: int) -> str | int:
+        """The id of the row on line `number`. Raises ValueError for no text and no integer."""
+        column = self.id_column or "id"
+        found = row.get(column)
+        if found is None and self.id_column is None:
+            return number
+        if isinstance(found, bool) or not isinstance(found, (str, int)):
+            raise ValueError(f"its {column!r} must be a text or an integer, got {found!r:.80}")
+        str(found).encode()  # half a surrogate pair has no UTF-8
+        return found
+
+
+class Outcome(NamedTuple):
+    """What became of a row."""
+
+    number: int  # its line, or its place in a Parquet file, from 1
+    row: dict  # for the output, or for the errors: beginning with line and, if it is known, id
+    bad: bool = False
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+
+
+@dataclass
+class _Work:
+    """A row whose requests are under way."""
+
+    number: int
+    id: str | int | None = None
+    outputs: dict[int, dict | None] = field(default_factory=dict)  # by request, None: not yet
+
+
+def answer(llm: LLM, rows: Iterable[tuple[int, object]], ask: Ask) -> Iterator[Outcome]:
+    """Answer rows, as rows.read gives them, in the order in which they are done.
+
+    No more are taken than keep the engine full. Leaving the loop aborts what is unfinished. Raises
+    ValueError if the model cannot do the task.
+    """
+    chat = llm.tokenizer.has_chat and not ask.raw and ask.task != "completion"
+    if ask.task == "chat" and not chat:
+        raise ValueError("no chat with raw, or with a model that has no chat tokens: do completion")
+    rows, waiting = iter(rows), {}
+    try:
+        while True:
+            for number, raw in islice(rows, max(0, 2 * llm.max_batch_size - len(waiting))):
+                work = _Work(number)
+                try:
+                    _submit(llm, work, parse(raw), ask, chat)
+                except (ValueError, TypeError) as error:
+                    llm.abort(*work.outputs)
+                    yield failed(number, error, work.id)
+                else:
+                    waiting |= dict.fromkeys(work.outputs, work)
+            if not waiting:
+                return
+            for output in llm.step():
+                if work := waiting.pop(output["request_id"], None):
+                    work.outputs[output["request_id"]] = output
+                    if all(work.outputs.values()):
+                        yield _outcome(work, ask)
+    finally:
+        llm.abort(*waiting)
+
+
+def _submit(llm: LLM, work: _Work, row: dict, ask: Ask, chat: bool) -> None:
+    """Queue what the row asks for; chat: its prompt is a conversation, or a user's turn."""
+    work.id = ask.row_id(row, work.number)
+    prompt = row.get(ask.prompt_column)
+    if prompt is None:
+        raise ValueError(f"no {ask.prompt_column!r} in it, which has {', '.join(row):.200}")
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        if not chat:
+            raise ValueError("a list of messages is for task chat, and for a model that has it")
+        prompt = llm.tokenizer.render_for_completion(prompt)
+    if ask.task != "score":
+        params = _params(row.get(ask.params_column), ask, work.id)
+        tools = {"tools": True} if chat and "tools" in llm.request_options else {}
+        work.outputs[llm.add_request(prompt, params, **tools)] = None
+        return
+    tails, column = row.get(ask.continuation_column), ask.continuation_column
+    tails = [tails] if isinstance(tails, str) else tails
+    if not isinstance(tails, list) or not tails:
+        raise ValueError(f"its {column!r} must be a text or a list of them, got {tails!r:.80}")
+    for tail in tails:
+        work.outputs[llm.add_request(prompt, continuation=tail)] = None
+
+
+def _params(own: object, ask: Ask, row_id: str | int) -> SamplingParams:
+    """The SamplingParams of a row: the job's, changed by its own."""
+    from .. import SamplingParams
+
+    if not isinstance(own, (dict, type(None))):
+        raise TypeError(f"its {ask.params_column!r} must be an object, got {own!r:.80}")
+    given = ask.params | {k: v for k, v in (own or {}).items() if v is not None}
+    known = {f.name for f in fields(SamplingParams) if f.init} - {"logits_processor"}
+    if unknown := given.keys() - known:
+        names = ", ".join(sorted(known))
+        raise ValueError(f"unknown sampling parameter {min(unknown)!r}: there are {names}")
+    if "seed" not in given:
+        given["seed"] = xxhash.xxh3_64_intdigest(json.dumps([ask.seed, row_id]).encode())
+    if isinstance(given.get("logit_bias"), dict):  # JSON's keys are texts
+        given["logit_bias"] = {int(k): v for k, v in given["logit_bias"].items()}
+    return SamplingParams(**given)
+
+
+def failed(number: int, error: object, row_id: str | int | None = None) -> Outcome:
+    known = {} if row_id is None else {"id": row_id}
+    return Outcome(number, {"line": number, **known, "error": str(error)}, bad=True)
+
+
+def _outcome(work: _Work, ask: Ask) -> Outcome:
+    """What the output says of a row whose requests are done."""
+    outputs = [*work.outputs.values()]  # of several continuations, or of one prompt
+    asked = sum(len(output["prompt_token_ids"]) for output in outputs)
+    cached = sum(output["num_cached_tokens"] for output in outputs)
+    row = {"line": work.number, "id": work.id}
+    if ask.task == "score":
+        row["continuations"] = [
+            {"total": sum(p), "per_token": sum(p) / len(p), "logprobs": p}
+            for p in (output["logprobs"] for output in outputs)
+        ]
+        return Outcome(work.number, row, False, asked, cached)
+    shown = ("text", "token_ids", "finish_reason", "stop_reason", "logprobs")
+    samples = [{k: s[k] for k in shown if k in s} for s in outputs[0]["samples"]]
+    for sample in samples:
+        if sample["finish_reason"] == "error":
+            return failed(work.number, sample["stop_reason"], work.id)
+        if "logprobs" in sample:  # JSON has no -Infinity, which is what could not be drawn
+            text = json.dumps(sample["logprobs"])
+            sample["logprobs"] = json.loads(text, parse_constant=lambda _: None)
+    row |= samples[0] | ({"samples": samples} if len(samples) > 1 else {})
+    new = sum(len(sample["token_ids"]) for sample in samples)
+    return Outcome(work.number, row, False, asked, cached, new)
+
+
+# answers become files -----------------------------------------------------------------------------
 
 
 class Job:
@@ -35,8 +206,8 @@ class Job:
 
     source, output: .jsonl or .parquet; settings: whatever decides the answers, JSON. Beside the
     output are OUTPUT.errors (a JSON line per bad row: line, id, error), OUTPUT.job (the settings),
-    and for Parquet, which cannot be appended to, OUTPUT.jsonl until all is done. num_rows,
-    num_done, num_bad: of the input, of these with an answer or an error, of these with an error.
+    and for Parquet, which cannot be appended to, OUTPUT.jsonl until all is done. num_done, num_bad:
+    rows with an answer or an error, and with an error.
 
     Raises FileNotFoundError or ValueError, and touches nothing, if the output is another job's, or
     this one's with another input or other settings, or if another process is at it.
@@ -56,20 +227,17 @@ class Job:
         self.parquet = self.output.suffix == ".parquet"
         if self.parquet or self.source.suffix == ".parquet":
             import_pyarrow()
-        names = [f"{self.output}.{end}" for end in ("jsonl", "errors", "job")]
-        self.journal = Path(names[0]) if self.parquet else self.output
-        self.errors, book = Path(names[1]), Path(names[2])
-        self.remedy = "give another output, or start over: rm -f " + " ".join(
-            str(path) for path in {self.output: 0, self.journal: 0, self.errors: 0, book: 0}
-        )
+        self.journal = Path(f"{self.output}.jsonl") if self.parquet else self.output
+        self.errors, book = Path(f"{self.output}.errors"), Path(f"{self.output}.job")
+        files = dict.fromkeys(map(str, (self.output, self.journal, self.errors, book)))
+        self.remedy = f"give another output, or start over: rm -f {' '.join(files)}"
         if self.output.exists() and not book.exists():
             raise ValueError(f"{self.output} exists and is not this job's: give another output")
         self.state = bytearray()  # of each line: to do, to do but its id is taken, or done
         self.num_rows = self.num_done = self.num_bad = 0
         self.integer_ids = True
-        settings = {**settings, "input": self._survey()}
+        settings = json.loads(json.dumps({**settings, "input": self._survey()}))
         self.book = open(book, "a+b")  # kept open, for as long as it is we hold the lock
-        _lock(self.book, self.output)
         self._open(settings)
 
     def _survey(self) -> str:
@@ -101,7 +269,16 @@ class Job:
         return f"{self.source.stat().st_size:,} bytes, xxh3 {digest.hexdigest()}"
 
     def _open(self, settings: dict) -> None:
-        """Compare with how the job was begun, and read what it has."""
+        """Lock the job, compare with how it was begun, and read what it has."""
+        try:
+            import fcntl
+
+            fcntl.flock(self.book, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except ImportError:  # Windows
+            pass
+        except OSError:
+            told = f"another process is writing {self.output}: wait, or end it"
+            raise ValueError(told) from None
         whole = self.parquet and self.output.exists() and not self.journal.exists()
         self.files = None if whole else {}  # of answers (False) and errors (True), once there are
         found = [path for path in (self.journal, self.errors) if path.exists()]
@@ -111,13 +288,10 @@ class Job:
                 begun = json.loads(self.book.read())
             except ValueError:
                 raise ValueError(f"{self.output} is not this job's: {self.remedy}") from None
-            settings = json.loads(json.dumps(settings))
             for name in sorted(settings.keys() | begun.keys()):
                 if (old := begun.get(name)) != (new := settings.get(name)):
-                    raise ValueError(
-                        f"{self.output} was begun with {name}={old!r}, not {new!r}: "
-                        f"give that again; or {self.remedy}"
-                    )
+                    told = f"{self.output} was begun with {name}={old!r}, not {new!r}"
+                    raise ValueError(f"{told}: give that again; or {self.remedy}")
         else:
             self.book.truncate(0)
             self.book.write(json.dumps(settings).encode() + b"\n")
@@ -153,8 +327,8 @@ class Job:
     def pending(self) -> Iterator[tuple[int, object]]:
         """The rows that are left, as rows.read gives them."""
         ask = self.ask
-        columns = [ask.id_column or "id", ask.prompt_column, ask.continuation_column]
-        for number, raw in read(self.source, [*columns, ask.params_column]):
+        columns = ask.prompt_column, ask.continuation_column, ask.params_column
+        for number, raw in read(self.source, [ask.id_column or "id", *columns]):
             if self.state[number] == _TWICE:
                 row_id = ask.row_id(parse(raw), number)
                 raw = ValueError(f"the id {row_id!r:.80} is an earlier row's: ids must be unique")
@@ -162,8 +336,7 @@ class Job:
                 yield number, raw
 
     def write(self, outcome: Outcome) -> bool:
-        """Append an outcome, which is safe from then on. False, and nothing done, if its row is
-        there."""
+        """Append an outcome, which is safe from then on. False if its row is there already."""
         if self.state[outcome.number] == _DONE:
             return False
         if outcome.bad not in self.files:
@@ -182,27 +355,31 @@ class Job:
         self.synced = time.monotonic()
 
     def finish(self, ordered: bool = False) -> None:
-        """All rows are done: put the answers in the input's order if that is wanted, make the
-        Parquet. Either is a new file that takes the old one's place when it is complete."""
+        """Put the answers in the input's order, make the Parquet. Either is a new file that takes
+        the old one's place when it is complete."""
         if self.files is None:  # it was finished
             return
         self._sync()
         self.journal.touch()  # all rows may be bad ones
-        if ordered or self.parquet:
-            new = Path(f"{self.output}.tmp")
-            with open(new, "wb") as file:
-                if self.parquet:
-                    self._write_parquet(file, ordered)
-                else:
-                    file.writelines(self._lines(ordered))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self.output)
+        if not ordered and not self.parquet:
+            return
+        new = Path(f"{self.output}.tmp")
+        with open(new, "wb") as file:
+            lines = self._lines(ordered)
             if self.parquet:
-                self.journal.unlink()
+                columns = schema(self.ask.task == "score", self.integer_ids)
+                with import_pyarrow().parquet.ParquetWriter(file, columns) as writer:
+                    while rows := [json.loads(line) for line in islice(lines, 4096)]:
+                        writer.write_table(to_table(rows, columns))
+            else:
+                file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.output)
+        if self.parquet:
+            self.journal.unlink()
 
     def _lines(self, ordered: bool) -> Iterator[bytes]:
-        """The lines of the journal, as they are or in the input's order."""
         with open(self.journal, "rb") as file:
             if not ordered:
                 yield from file
@@ -215,25 +392,6 @@ class Job:
             for i in np.argsort(np.frombuffer(numbers, np.int64)):
                 file.seek(starts[i])
                 yield file.readline()
-
-    def _write_parquet(self, file, ordered: bool) -> None:
-        pyarrow, lines = import_pyarrow(), self._lines(ordered)
-        columns = schema(self.ask.task == "score", self.integer_ids)
-        with pyarrow.parquet.ParquetWriter(file, columns) as writer:
-            while rows := [json.loads(line) for line in islice(lines, 4096)]:
-                writer.write_table(to_table(rows, columns))
-
-
-def _lock(file, output: Path) -> None:
-    """One process at a time. The lock ends with its process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another process is writing {output}: wait, or end it") from None
 
 
 def carry_out(job: Job, outcomes: Iterator[Outcome], ordered: bool = False) -> dict:
@@ -250,9 +408,7 @@ def carry_out(job: Job, outcomes: Iterator[Outcome], ordered: bool = False) -> d
         unit_scale=job.num_rows > 99999,
     )  # fmt: skip
     with bar:
-        for outcome in outcomes:
-            if not job.write(outcome):
-                continue
+        for outcome in filter(job.write, outcomes):
             asked, cached = asked + outcome.prompt_tokens, cached + outcome.cached_tokens
             new += outcome.new_tokens
             rate, hits = new / (time.perf_counter() - began), cached / max(asked, 1)

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from .answers import Ask, Outcome, answer, failed
-from .job import Job
+from .job import Ask, Job, Outcome, answer, failed
 from .rows import import_pyarrow, parse, schema, to_table
 
 if TYPE_CHECKING:
@@ -23,11 +22,10 @@ class LLMPredictor:
         ds.map_batches(LLMPredictor, fn_constructor_kwargs={"model_path": "sft", "id_column": "id"},
                        compute=ray.data.ActorPoolStrategy(size=2), num_gpus=1, batch_size=1024)
 
-    Its arguments are those of LLM and of Ask (task, params, prompt_column, ...). A row's
-    tokens follow from its id; without one, from its place in its batch, which may be another the
-    next time. An engine is full from max_batch_size rows on: let a batch have some times as many.
-    Rows that begin alike should lie together, since what an engine has computed once it finds
-    again; `ds.sort("prompt")` lays them so.
+    Its arguments are those of LLM and of Ask (task, params, prompt_column, ...). A row's tokens
+    follow from its id; without one, from its place in its batch, which may be another the next
+    time. Let a batch have some times max_batch_size rows, and `ds.sort("prompt")`, so that rows
+    which begin alike find in the cache what was computed for the first of them.
     """
 
     def __init__(self, model_path=None, **options):
@@ -70,10 +68,9 @@ class _Replica(LLMPredictor):
 def make_batches(job: Job, size: int, grouped: bool = True) -> Iterator[list[tuple] | Outcome]:
     """What is left of a job, in batches of (number, row), each for one engine; bad rows' outcomes.
 
-    grouped: prompts that begin alike meet in one batch, hence in one engine. The rows, 65,536 at a
-    time, are sorted by their prompts and then cut. Sorted texts are the leaves of the tree of their
-    prefixes from left to right, the order in which a prefix cache loses least (Zheng et al.,
-    "SGLang", 2024, theorem 3.1).
+    grouped: rows, 65,536 at a time, are sorted by their prompts before they are cut. Sorted texts
+    are the leaves of the tree of their prefixes from left to right, the order in which a prefix
+    cache loses least (Zheng et al., "SGLang", 2024, theorem 3.1).
     """
     pending = job.pending()
     while window := list(islice(pending, 2**16)):
@@ -98,10 +95,10 @@ def answer_on_ray(
 ) -> Iterator[Outcome]:  # fmt: skip
     """Answer what is left of a job with `replicas` engines, each an actor of Ray Data's pool.
 
-    options: LLM's arguments; address: of the cluster, by default the one that runs, else one is
-    started on this machine; gpus: of each engine, which without has one CPU; grouped: as for
-    make_batches. A batch whose node dies is computed again by another engine, and `Job.write` takes
-    a row once. Raises ImportError without Ray, ValueError with what an engine refuses.
+    options: LLM's arguments; address: of the cluster, by default the one that runs, else a new one
+    here; gpus: of each engine, which without has one CPU; grouped: see make_batches. A batch whose
+    node dies is computed again by another engine, and `Job.write` takes a row once. Raises
+    ImportError without Ray, ValueError with what an engine refuses.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
     try:

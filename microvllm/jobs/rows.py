@@ -17,9 +17,9 @@ class UnreadableFile(ValueError, OSError):
 def read(path: str | Path, columns: Iterable[str] | None = None) -> Iterator[tuple[int, object]]:
     """(number, row) of a .jsonl, .parquet or .json file (a list), numbered from 1.
 
-    A row is what `decode` takes: of .jsonl a line's bytes, yet to be parsed, or the error of a line
-    that is too long. Blank lines are counted and left out. columns: those to read of a .parquet
-    file, by default all. Raises ValueError or OSError naming the file, ImportError without pyarrow.
+    A row is what `decode` takes: of .jsonl a line's bytes, or the error of a line that is too long;
+    blank lines are counted and left out. columns: of a .parquet file, by default all. Raises
+    ValueError or OSError naming the file, ImportError without pyarrow.
     """
     path = Path(path)
     match path.suffix.lower():
@@ -40,10 +40,7 @@ def read(path: str | Path, columns: Iterable[str] | None = None) -> Iterator[tup
 
 
 def read_rows(path: str | Path) -> list:
-    """All rows of such a file, parsed.
-
-    Raises ValueError, with the file's name (and line), for what is not such a file or has none.
-    """
+    """All rows of such a file, parsed. Raises ValueError naming the file (and line) at fault."""
     rows = []
     for number, raw in read(path):
         try:
@@ -120,17 +117,15 @@ def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict]:
 def schema(score: bool, integer_ids: bool = False):
     """The columns of an answer in Parquet."""
     pa = import_pyarrow()
-    row_id = pa.int64() if integer_ids else pa.string()
-    head = [("line", pa.int64()), ("id", row_id)]
+    text, integer, real = pa.string(), pa.int64(), pa.float64()
+    head = [("line", integer), ("id", integer if integer_ids else text)]
     if score:
-        numbers = [("total", pa.float64()), ("per_token", pa.float64())]
-        scores = pa.struct([*numbers, ("logprobs", pa.list_(pa.float64()))])
+        scores = pa.struct([("total", real), ("per_token", real), ("logprobs", pa.list_(real))])
         return pa.schema([*head, ("continuations", pa.list_(scores))])
-    numbers = [("logprob", pa.float64()), ("sampler_logprob", pa.float64())]
-    top = ("top", pa.list_(pa.list_(pa.float64())))
-    logprobs = pa.struct([("token_id", pa.int64()), *numbers, top])
-    texts = [(name, pa.string()) for name in ("text", "finish_reason", "stop_reason")]
-    sample = [*texts, ("token_ids", pa.list_(pa.int64())), ("logprobs", pa.list_(logprobs))]
+    numbers = [("token_id", integer), ("logprob", real), ("sampler_logprob", real)]
+    logprobs = pa.list_(pa.struct([*numbers, ("top", pa.list_(pa.list_(real)))]))
+    texts = [(name, text) for name in ("text", "finish_reason", "stop_reason")]
+    sample = [*texts, ("token_ids", pa.list_(integer)), ("logprobs", logprobs)]
     return pa.schema([*head, *sample, ("samples", pa.list_(pa.struct(sample)))])
 
 

@@ -1,7 +1,5 @@
 """The Hugging Face hub: fetch a checkpoint and its tokenizer into the hub's cache."""
 
-from __future__ import annotations
-
 import os
 import re
 import threading
@@ -19,11 +17,11 @@ def hub_answers(timeout: float = 3.0) -> bool:
         try:
             request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=timeout).close()
-            answers.append(True)
         except urllib.error.HTTPError:
-            answers.append(True)  # someone said no, but someone is there
+            pass  # someone said no, but someone is there
         except (OSError, ValueError):  # no network, a refusal; an HF_ENDPOINT that is no address
-            pass
+            return
+        answers.append(True)
 
     # in a thread, since looking up a name has no time limit of its own
     thread = threading.Thread(target=ask, daemon=True)
@@ -33,13 +31,9 @@ def hub_answers(timeout: float = 3.0) -> bool:
 
 
 def fetch(name: str, step: int | None) -> Path:
-    """Fetch a checkpoint and its tokenizer from the hub; returns where they lie in its cache.
-
-    name: owner/name or owner/name/folder; step: None is the last. Other steps, optimizer states and
-    whatever else is in the repository stay there. The hub shows the progress, and what was fetched
-    once is not fetched again.
-    Raises FileNotFoundError for what is not there, ConnectionError without a network.
-    """
+    """Fetch a checkpoint and its tokenizer, and nothing else, from the hub; returns where they lie
+    in its cache. name: owner/name or owner/name/folder; step: None is the last. Raises
+    FileNotFoundError for what is not there, ConnectionError without a network."""
     try:
         from huggingface_hub import list_repo_files, snapshot_download
         from huggingface_hub.utils import RepositoryNotFoundError
@@ -53,15 +47,15 @@ def fetch(name: str, step: int | None) -> Path:
         f"there is no directory {name}, and no repository {repo} on the Hugging Face hub that you "
         "may read (if it is private or gated: `hf auth login`, and ask for access on its page)"
     )
-    names = None  # without a network the cache may have it
+    names, reason = None, "the hub does not answer"
     try:
-        names = list_repo_files(repo) if hub_answers() else None
+        if hub_answers():
+            names = list_repo_files(repo)
     except RepositoryNotFoundError:
         raise denied from None
     except Exception as error:  # whatever the http library of the hub's version raises
         reason = f"{type(error).__name__}: {error}"
-    else:
-        reason = "the hub does not answer"
+    # without a network the cache may have it
     wanted = None if names is None else _choose(repo, folder, names, step)
     try:
         cached = snapshot_download(repo, allow_patterns=wanted, local_files_only=names is None)

@@ -4,15 +4,13 @@ transformers' NanoChat is nanochat's first era under other names. It differs in 
 rotary tables are not rounded, and the epsilon of the norms is written in config.json.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor
 
-from ..model import RECIPES, GPTConfig, Recipe
+from ..model import RECIPES
 from ..tokenizer import Tokenizer
-from .strict import StrictTokenizer, check_weights, make_config, read_json
+from .strict import Checkpoint, StrictTokenizer, check_weights, make_config, read_json, replace
 
 # nanochat's model_config -> config.json
 SIZES = {
@@ -44,12 +42,9 @@ NAMES = {
 }
 
 
-def read_folder(directory: Path) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
-    """Config, recipe and weights (memory-mapped) of a NanoChat folder, checked strictly.
-
-    directory: has config.json and model.safetensors, or model.safetensors.index.json and its
-    shards. Raises ValueError or FileNotFoundError naming the file and what is wrong with it.
-    """
+def read_folder(directory: Path) -> Checkpoint:
+    """A NanoChat folder: config.json and model.safetensors, or model.safetensors.index.json and its
+    shards. Raises ValueError or FileNotFoundError naming the file and what is wrong with it."""
     file = directory / "config.json"
     given = read_json(file)
     kind = given.get("architectures") or [given.get("model_type")]
@@ -68,7 +63,8 @@ def read_folder(directory: Path) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     config, weights = make_config(sizes, str(file)), _read_tensors(directory)
     try:
-        recipe = RECIPES["1"].override(
+        recipe = replace(
+            RECIPES["1"],
             round_rotary=False,
             eps=given.get("rms_norm_eps", 1e-6),
             softcap=given.get("final_logit_softcapping", 15.0),
@@ -112,12 +108,9 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """A tokenizer.json (of the `tokenizers` package) as nanochat's tokenizer.
-
-    Only a byte-level BPE that is split by one pattern and merged in the order of its ids, as
-    nanochat's are once converted, has the same meaning there and here. Raises ValueError for any
-    other.
-    """
+    """A tokenizer.json (of the `tokenizers` package) as nanochat's tokenizer. Only a byte-level BPE
+    that is split by one pattern and merged in the order of its ids has the same meaning there and
+    here. Raises ValueError for any other."""
     given = read_json(file)
     # each byte is spelt as one printable character: itself, or the next free one from U+0100 on
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -1,29 +1,21 @@
 """Where a model comes from: a directory, a place in nanochat's tree, or the Hugging Face hub."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path
 
-from torch import Tensor
-
 from .. import checkpoint
-from ..model import GPTConfig, Recipe
 from ..tokenizer import Tokenizer
-from . import strict
+from . import hub, huggingface, strict
 
 
 def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
     """The directory and the step of a checkpoint; the step is None in Hugging Face's format.
 
     name: a directory with model_<step>.pt and meta_<step>.json, or with config.json and
-    model.safetensors; or, where no such directory exists, source[:tag[:step]] in nanochat's own
-    tree ("sft", "base:d20", "rl:d20:650", see find_nanochat), or owner/name[/folder] on the Hugging
-    Face hub, which is fetched into its cache. step: by default the last one.
-
-    Raises FileNotFoundError or ValueError naming what is not there, ConnectionError where the hub
-    is out of reach.
+    model.safetensors; or, where there is none, source[:tag[:step]] in nanochat's own tree, see
+    find_nanochat, or owner/name[/folder] on the Hugging Face hub. step: by default the last one.
+    Raises FileNotFoundError or ValueError naming what is not there, ConnectionError without a hub.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(f"model_path must be a string or a path, got {name!r:.80}")
@@ -35,9 +27,7 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
                 raise ValueError(f"{name!r} and step={step} ask for two steps, give one of them")
             step = int(place[3]) if place[3] else step
         elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name):
-            from .hub import fetch
-
-            directory = fetch(name, step)
+            directory = hub.fetch(name, step)
     if (directory / "config.json").is_file() and not any(directory.glob("model_*.pt")):
         if step is not None:
             raise ValueError(f"{directory} is in Hugging Face's format, without steps: {step=}")
@@ -72,31 +62,21 @@ def find_nanochat(source: str, model_tag: str | None = None) -> Path:
     return directory / model_tag
 
 
-def read_checkpoint(
-    directory: Path, step: int | None
-) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
-    """Config, recipe and weights (memory-mapped) of what find_checkpoint found, of any format.
-
-    Raises ValueError naming the file and what is wrong with it.
-    """
+def read_checkpoint(directory: Path, step: int | None) -> strict.Checkpoint:
+    """What find_checkpoint found, of any format. Raises ValueError naming the file and what is
+    wrong with it."""
     if step is None:
-        from .huggingface import read_folder
-
-        return read_folder(directory)
+        return huggingface.read_folder(directory)
     return strict.read_checkpoint(directory, step)
 
 
 def open_tokenizer(directory, tokenizer_path=None) -> Tokenizer:
-    """The tokenizer of the checkpoint in `directory`, or the one that tokenizer_path names;
-    tokenizer.json counts where there is no tokenizer.pkl.
-
-    Raises FileNotFoundError listing every place that was tried, ValueError for a file that is none.
-    """
+    """The tokenizer of the checkpoint in `directory`, or at tokenizer_path: tokenizer.pkl, else
+    tokenizer.json. Raises FileNotFoundError listing every place that was tried, ValueError for a
+    file that is none."""
     names = "tokenizer.pkl", "tokenizer.json"
     place = checkpoint.find_tokenizer(directory, tokenizer_path, names)
-    other = place / "tokenizer.json" if place.is_dir() else place
-    if other.suffix == ".json" and other.is_file() and not (place / "tokenizer.pkl").is_file():
-        from .huggingface import read_tokenizer
-
-        return read_tokenizer(other)
-    return strict.open_tokenizer(place)
+    file = next((place / name for name in names if (place / name).is_file()), place)
+    if file.suffix == ".json" and file.is_file():
+        return huggingface.read_tokenizer(file)
+    return strict.open_tokenizer(file)

@@ -1,16 +1,15 @@
 """Checkpoints and tokenizers read strictly: files may be hostile, and a mistake has a name.
 
-The core's own readers refuse what is not whole, in few words. These check more before anything is
-computed (compressed records, tensors that claim more than the file has, layouts of nanochat's
-experiments, patterns that lose text) and say which key, which tensor, which value is wrong.
+The core's own readers refuse what is not whole, in few words. These check more (compressed records,
+tensors that claim more than the file has, layouts of nanochat's experiments, patterns that lose
+text) before anything is computed, and say which key, which tensor, which value is wrong.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import json
+import math
 import re
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,31 +17,27 @@ from torch import Tensor
 
 from ..checkpoint import empty_model, recognise
 from ..model import GPTConfig, Recipe
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..tokenizer import Tokenizer, load_tokenizer, turns_of
 
-# the largest that anyone needs, the tokenizer.json of a large vocabulary, takes about 30 MB
-_MAX_JSON_BYTES = 256 * 1024 * 1024
-# nanochat's own vocabularies (65,536 tokens at most) take about 1 MB
-_MAX_TOKENIZER_BYTES = 8 * 1024 * 1024
-# so many blanks in a row, and tiktoken's pattern gives up, but not without a word on stderr
-_MAX_BLANKS = 999_000
+_MAX_JSON_BYTES = 256 << 20  # the tokenizer.json of a large vocabulary takes about 30 MB
+_MAX_TOKENIZER_BYTES = 8 << 20  # nanochat's own vocabularies (65,536 tokens at most) take about 1
+_MAX_BLANKS = 999_000  # in a row: tiktoken's pattern gives up, but not without a word on stderr
 
 # layouts that existed for days on branches of nanochat; named so that the refusal says what it saw
 _UNSUPPORTED = {
-    "v0_lambdas": "an experiment of 2026-01-16 with v0_lambdas (ungated value embeddings)",
-    "bigram_lambdas": "the hashed bigram embeddings (engram) of 2026-01-25 to 01-28",
-    ".moe.": "a mixture of experts (branch moe)",
-    ".mlp.router.": "a mixture of experts (branch moe3)",
-    ".mlp.experts.": "a mixture of experts (branch moe3)",
-    ".mlp.shared_expert.": "a mixture of experts (branch moe3)",
+    r"v0_lambdas": "an experiment of 2026-01-16 with v0_lambdas (ungated value embeddings)",
+    r"bigram_lambdas": "the hashed bigram embeddings (engram) of 2026-01-25 to 01-28",
+    r"\.moe\.": "a mixture of experts (branch moe)",
+    r"\.mlp\.(router|experts|shared_expert)\.": "a mixture of experts (branch moe3)",
 }
 
 
-def read_checkpoint(directory: Path, step: int) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
-    """Config, recipe and weights (memory-mapped) of a step that `find_step` found, of any era.
+Checkpoint = tuple[GPTConfig, Recipe, dict[str, Tensor]]  # the weights are memory-mapped
 
-    Raises ValueError naming the file and what is wrong with it.
-    """
+
+def read_checkpoint(directory: Path, step: int) -> Checkpoint:
+    """A step that `find_step` found, of any era. Raises ValueError naming the file and what is
+    wrong with it."""
     meta_file = directory / f"meta_{step:06d}.json"
     meta = read_json(meta_file)
     if "model_config" not in meta:
@@ -67,15 +62,14 @@ def read_json(file: Path) -> dict:
 
 
 def make_config(model_config: object, source: str = "model_config") -> GPTConfig:
-    """The config of a meta file's dict. Raises ValueError naming the source, the key and its
-    value."""
+    """The config of a meta file's dict. Raises ValueError naming the source, key and value."""
     if not isinstance(model_config, dict):
         raise ValueError(f"{source}: model_config must be a JSON object, got {model_config!r:.80}")
     given = dict(model_config)
     if given.get("num_experts", 0) == 0:  # a dense model of the mixture-of-experts branch
         given = {k: v for k, v in given.items() if k not in ("num_experts", "top_k")}
-    names = [field.name for field in fields(GPTConfig)]
-    sizes = [name for name in names if name != "window_pattern"]
+    names = GPTConfig.__dataclass_fields__
+    *sizes, _ = names  # all but window_pattern
     if unknown := sorted(set(given) - set(names)):
         raise ValueError(f"{source}: model_config has keys this engine does not know: {unknown}")
     if missing := [name for name in sizes if name not in given]:
@@ -96,8 +90,7 @@ def make_config(model_config: object, source: str = "model_config") -> GPTConfig
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict of a .pt file, memory-mapped; only tensors are ever built from it
-    (weights_only)."""
+    """The state dict of a .pt file, memory-mapped; only tensors are ever built from it."""
     try:
         if zipped := zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -129,17 +122,33 @@ def without_prefix(weights: dict[str, Tensor], source) -> dict[str, Tensor]:
 
 def recognise_strictly(weights: dict[str, Tensor], config: GPTConfig, source) -> Recipe:
     """The recipe of a state dict that is complete and has nothing else. Raises ValueError naming
-    the source, and what there is of a layout that no released nanochat had."""
+    the source and what is wrong."""
     try:
         for key in weights:
             for mark, what in _UNSUPPORTED.items():
-                if mark in f".{key}." or key == mark:
+                if re.search(mark, f".{key}."):
                     raise ValueError(f"unsupported checkpoint: {key!r} belongs to {what}")
         recipe = recognise(weights)
         check_weights(weights, config, recipe)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return recipe
+
+
+def replace(recipe: Recipe, **changes: float) -> Recipe:
+    """A recipe with some constants changed. Raises TypeError for an unknown name, ValueError for a
+    value that makes no sense."""
+    known = "eps", "gate_scale", "qk_scale", "rope_base", "round_rotary", "softcap"
+    for name, value in changes.items():
+        if name not in known:
+            names = ", ".join(known)
+            raise TypeError(f"unknown argument {name!r}; recipe overrides are {names}")
+        flag, is_bool = name == "round_rotary", isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not is_bool and 0 < value < math.inf
+        if not (is_bool if flag else number):
+            kind = "True or False" if flag else "a positive number"
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
+    return dataclasses.replace(recipe, **changes)
 
 
 def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe) -> None:
@@ -150,34 +159,30 @@ def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe)
     rows = wte.shape[0] if wte is not None and wte.ndim == 2 else config.vocab_size
     if rows < config.vocab_size:
         raise ValueError(f"the embedding has {rows} rows, but vocab_size is {config.vocab_size}")
-    model = empty_model(config, recipe, rows)
-    expected = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-    there = {name: weights[name] for name in expected if name in weights}
+    expected = empty_model(config, recipe, rows).state_dict()
+    there = [name for name in expected if name in weights]
+    shapes = {name: (tuple(weights[name].shape), tuple(expected[name].shape)) for name in there}
     problems = {
-        "missing": [k for k in expected if k not in weights],
-        "unexpected": [k for k in weights if k not in expected],
-        "misshapen": [
-            f"{k} is {tuple(w.shape)}, not {expected[k]}"
-            for k, w in there.items()
-            if tuple(w.shape) != expected[k]
-        ],
-        "not floating point": [k for k, w in there.items() if not w.is_floating_point()],
-        # a sparse one, one on the device "meta", or one number that claims to be a whole matrix
-        "not stored in full": [
-            k
-            for k, w in weights.items()
-            if w.layout != torch.strided
-            or w.is_meta
-            or w.untyped_storage().nbytes() < w.numel() * w.itemsize
-        ],
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
+        "misshapen": [f"{name} is {a}, not {b}" for name, (a, b) in shapes.items() if a != b],
+        "not floating point": [name for name in there if not weights[name].is_floating_point()],
+        "not stored in full": [name for name, w in weights.items() if not _is_stored(w)],
     }
     found = [
-        f"{len(v)} {what} ({', '.join(v[:3])}{' ...' * (len(v) > 3)})"
-        for what, v in problems.items()
-        if v
+        f"{len(names)} {what} ({', '.join(names[:3])}{' ...' * (len(names) > 3)})"
+        for what, names in problems.items()
+        if names
     ]
     if found:
         raise ValueError(f"not a complete checkpoint of era {recipe.era}: " + "; ".join(found))
+
+
+def _is_stored(weight: Tensor) -> bool:
+    """Not a sparse one, one on the device "meta", or one number that claims to be a matrix."""
+    if weight.layout != torch.strided or weight.is_meta:
+        return False
+    return weight.untyped_storage().nbytes() >= weight.numel() * weight.itemsize
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -190,8 +195,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 class StrictTokenizer(Tokenizer):
-    """A Tokenizer of a vocabulary and a pattern that were checked. Raises ValueError saying what is
-    wrong with them."""
+    """A Tokenizer of a checked vocabulary and pattern. Raises ValueError saying what is wrong."""
 
     def __init__(self, name: str, pat_str: str, mergeable_ranks: dict, special_tokens: dict):
         _check_table("mergeable_ranks", mergeable_ranks, bytes, 0)
@@ -212,11 +216,18 @@ class StrictTokenizer(Tokenizer):
         """Ids of `text`, see Tokenizer.encode. Raises ValueError for a million blanks in a row."""
         if isinstance(text, str) and len(text) >= _MAX_BLANKS:
             if max(map(len, re.findall(r"[^\S\r\n]+", text)), default=0) >= _MAX_BLANKS:
-                raise ValueError(
-                    f"text of {len(text):,} characters cannot be split: it has {_MAX_BLANKS:,} "
-                    "blanks in a row"
-                )
+                what = f"it has {_MAX_BLANKS:,} blanks in a row"
+                raise ValueError(f"text of {len(text):,} characters cannot be split: {what}")
         return super().encode(text, bos)
+
+    def render_conversation(self, messages: list[dict], max_tokens: int | None = 2048):
+        """Ids of a conversation and its training mask (1: the model learns to predict this token),
+        lists cut to `max_tokens`, as nanochat does for training (None: never). Raises ValueError or
+        TypeError as render_for_completion does."""
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+        pairs = self._render(turns_of(messages))[:max_tokens]
+        return [token for token, _ in pairs], [mask for _, mask in pairs]
 
 
 def _check_table(what: str, table: dict, key_type: type, first: int) -> None:

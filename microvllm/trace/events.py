@@ -1,7 +1,6 @@
 """Trace: listens to a scheduler, its block manager and the engine, and writes what they tell."""
 
-from __future__ import annotations
-
+import itertools
 import json
 import logging
 import os
@@ -10,45 +9,42 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..engine import LLM
 from ..scheduler import Events, Plan, Scheduler, Sequence
-from .chrome import write_chrome
-from .page import write_page
+from .formats import write_chrome, write_page
 from .replay import VERSION, encode, read, spans
 
-if TYPE_CHECKING:
-    from ..engine import LLM
-
 log = logging.getLogger("microvllm")
+# events that tell their time
+TIMED = {"arrive", "admit", "begin", "end", "preempt", "finish", "abort", "reset"}
 
 
 class Trace(Events):
     """Writes down what a scheduler and its blocks do, from `attach` to `close`.
 
     path: file to write, whole at the end of every step, so that the trace of a run that was killed
-    can be read; None: kept in memory. decode: the text of a token id. Set `on_step` to a function
-    and it is called at the end of every step. Raises OSError if the file cannot be opened; if it
-    cannot be written later on, as on a full disk, the trace ends there with a warning, and the run
-    goes on.
+    can be read; None: kept in memory. decode: the text of a token id. `on_step`, if set, is called
+    at the end of every step. Raises OSError if the file cannot be opened; if it cannot be written
+    later on, as on a full disk, the trace ends there with a warning, and the run goes on.
     """
 
     def __init__(self, path: str | Path | None = None, decode: Callable[[int], str] | None = None):
         if path is not None and not isinstance(path, (str, Path)):
             raise TypeError(f"a trace is written to a file's path, not to {path!r:.80}")
-        self.path = path
+        self.path, self._decode = path, decode
         self.on_step: Callable[[], None] | None = None
         self._file = None
-        self._decode = decode
         self._lines: list[str] = []  # not in the file yet, or all there are
         self._seen: set[int] = set()  # token ids whose text was told
         self._seqs: dict[Sequence, list[int]] = {}  # its number, and how many tokens were told
-        self._next = 0  # number of the next sequence
+        self._numbers = itertools.count()  # of the next sequences
         self._gone: list[Sequence] = []  # ended; the step that ended them may still tell tokens
-        self._steps = 0
-        # number and ms of the steps whose tokens are not known: two, if the loop is one step ahead
-        self._under_way: deque[tuple[int, dict]] = deque()
-        self._landed: tuple[int, dict] = (0, {})  # of the step whose tokens came last
+        self._steps = itertools.count(1)  # numbers of the next steps
+        # {step: number, ms: {phase: ms}} of the steps whose tokens are not known: two, if the loop
+        # is one step ahead; and of the step whose tokens came last
+        self._under_way: deque[dict] = deque()
+        self._landed: dict = {"step": 0, "ms": {}}
         self._start = self._clock = time.perf_counter()
         self._outside = 0.0  # ms before the step that is planned now
         self._scheduler: Scheduler | None = None
@@ -72,8 +68,7 @@ class Trace(Events):
         )  # fmt: skip
         for seq in scheduler.running:
             self.arrive(seq)
-            number, table = self._number(seq), seq.table.tolist()
-            self._tell("resume", seq=number, table=table, computed=seq.num_computed)
+            self._tell("resume", seq, table=seq.table.tolist(), computed=seq.num_computed)
         for seq in scheduler.waiting:
             self.arrive(seq)
 
@@ -111,64 +106,55 @@ class Trace(Events):
         if phase == "outside":
             self._outside = milliseconds
         else:
-            _, ms = self._under_way[0 if phase == "wait" else -1]
-            ms[phase] = milliseconds
+            self._under_way[0 if phase == "wait" else -1]["ms"][phase] = milliseconds
 
     def end(self) -> None:
         """The step whose tokens were told last is over."""
-        number, ms = self._landed
-        ms["update"] = self._lap()
-        self._tell("end", t=self._now(), step=number, ms=ms)
+        self._landed["ms"]["update"] = self._lap()
+        self._tell("end", **self._landed)
         self._flush()
         if self.on_step:
             self.on_step()
 
-    # told by the scheduler and the block manager
+    # told by the scheduler, the block manager and features
 
     def arrive(self, seq: Sequence) -> None:
-        tokens, targets = list(seq.tokens), getattr(seq, "targets", None)
-        self._seqs[seq] = [self._next, len(tokens)]
+        tokens = list(seq.tokens)
+        self._seqs[seq] = [next(self._numbers), len(tokens)]
         self._spell(tokens)
         self._tell(
-            "arrive", t=self._now(), seq=self._next, request=seq.request_id, sample=seq.sample_id,
-            samples=1 + seq.forks, tokens=tokens, prompt=seq.num_prompt, limit=seq.max_length,
-            score=len(targets or ()),
+            "arrive", seq, request=seq.request_id, sample=seq.sample_id, samples=1 + seq.forks,
+            tokens=tokens, prompt=seq.num_prompt, limit=seq.max_length,
+            score=len(getattr(seq, "targets", None) or ()),
         )  # fmt: skip
-        self._next += 1
 
     def admit(self, seq: Sequence, num_hits: int) -> None:
-        number, blocks = self._number(seq), self._scheduler.blocks
-        self._tell("admit", t=self._now(), seq=number, computed=seq.num_computed)
+        self._tell("admit", seq, computed=seq.num_computed)
         if num_hits:
-            self._tell("hit", seq=number, blocks=seq.table[:num_hits].tolist())
-        full = self._scheduler.cacheable(seq) // blocks.block_size
-        missing = full * blocks.width - num_hits
+            self._tell("hit", seq, blocks=seq.table[:num_hits].tolist())
+        blocks = self._scheduler.blocks
+        missing = seq.cacheable // blocks.block_size * blocks.width - num_hits
         if blocks.enable_prefix_caching and missing:
-            self._tell("miss", seq=number, count=missing)
+            self._tell("miss", seq, count=missing)
         if len(seq.table) > num_hits:
             self.allocate(seq, len(seq.table) - num_hits)
 
     def allocate(self, seq: Sequence, count: int) -> None:
-        self._tell("allocate", seq=self._number(seq), blocks=seq.table[-count:].tolist())
+        self._tell("allocate", seq, blocks=seq.table[-count:].tolist())
 
     def copy(self, seq: Sequence, index: int, source: int) -> None:
-        number, target = self._number(seq), seq.table[index]
-        self._tell("copy", seq=number, index=index, source=source, target=target)
+        self._tell("copy", seq, index=index, source=source, target=seq.table[index])
 
     def evict(self, block: int) -> None:
         self._tell("evict", block=block)
 
     def publish(self, seq: Sequence, block: int) -> None:
-        named = self._scheduler.blocks.hash_of[block].hex()
-        self._tell("publish", seq=self._number(seq), block=block, hash=named)
+        self._tell("publish", seq, block=block, hash=self._scheduler.blocks.hash_of[block].hex())
 
     def fork(self, seq: Sequence, twin: Sequence) -> None:
         parent, told = self._seqs[seq]
-        self._seqs[twin] = [self._next, told]
-        self._tell(
-            "fork", seq=self._next, parent=parent, sample=twin.sample_id, computed=twin.num_computed
-        )
-        self._next += 1
+        self._seqs[twin] = [next(self._numbers), told]
+        self._tell("fork", twin, parent=parent, sample=twin.sample_id, computed=twin.num_computed)
 
     def plan(self, plan: Plan) -> None:
         """A step begins, if the plan has any work."""
@@ -183,12 +169,9 @@ class Trace(Events):
                 decodes.append(self._seqs[seq][0])
             else:
                 prefills.append((self._seqs[seq][0], start, stop))
-        self._steps += 1
-        ms = {"outside": self._outside, "schedule": self._lap()}
-        self._under_way.append((self._steps, ms))
-        self._tell(
-            "begin", t=self._now(), step=self._steps, decodes=spans(decodes), prefills=prefills
-        )
+        step, ms = next(self._steps), {"outside": self._outside, "schedule": self._lap()}
+        self._under_way.append({"step": step, "ms": ms})
+        self._tell("begin", step=step, decodes=spans(decodes), prefills=prefills)
 
     def update(self, plan: Plan, changed: list[Sequence]) -> None:
         """The tokens of the oldest step under way, as far as they were not told."""
@@ -201,48 +184,50 @@ class Trace(Events):
             numbers += [number] * len(new)
         self._landed = self._under_way.popleft()
         self._spell(tokens)
-        self._tell("tokens", step=self._landed[0], seqs=spans(numbers), tokens=tokens)
+        self._tell("tokens", step=self._landed["step"], seqs=spans(numbers), tokens=tokens)
 
     def force(self, seq: Sequence) -> None:
-        number, tokens = self._untold(seq)
+        _, tokens = self._untold(seq)
         self._spell(tokens)
-        self._tell("force", seq=number, tokens=tokens)
+        self._tell("force", seq, tokens=tokens)
 
     def note(self, name: str, seq: Sequence, blocks: list[int]) -> None:
         """What a feature tells: "window" or "reject"."""
         facts = {"computed": seq.num_computed} if name == "reject" else {}
-        self._tell(name, seq=self._number(seq), **facts, blocks=blocks)
+        self._tell(name, seq, **facts, blocks=blocks)
 
     def free(self, seq: Sequence) -> None:
-        self._tell("free", seq=self._number(seq))
+        self._tell("free", seq)
 
     def preempt(self, seq: Sequence) -> None:
-        self._tell("preempt", t=self._now(), seq=self._number(seq))
+        self._tell("preempt", seq)
 
     def finish(self, seq: Sequence) -> None:
-        number = self._number(seq)
         self._gone.append(seq)
         if seq.finish_reason == "abort":
-            self._tell("abort", t=self._now(), seq=number)
+            self._tell("abort", seq)
         else:
-            self._tell("finish", t=self._now(), seq=number, reason=seq.finish_reason)
+            self._tell("finish", seq, reason=seq.finish_reason)
 
     def reset(self) -> None:
+        """All unfinished sequences wait, without blocks; samples that will be forked again are gone
+        for now, and some may have arrived without a word."""
         self._under_way.clear()
-        self._tell("reset", t=self._now())
-
-    def forget(self) -> None:
+        waiting, gone = dict.fromkeys(self._scheduler.waiting), set(self._gone)
+        for seq in [seq for seq in self._seqs if seq not in gone]:
+            self.free(seq)
+            self._tell("preempt" if seq in waiting else "abort", seq)
+            if seq not in waiting:
+                self._gone.append(seq)
+        for seq in [seq for seq in waiting if seq not in self._seqs]:
+            self.arrive(seq)
+        self._tell("reset")
         self._tell("forget")
 
-    # how it is written
-
-    def _tell(self, name: str, **fields) -> None:
-        self._lines.append(encode({"e": name, **fields}) + "\n")
-
-    def _number(self, seq: Sequence) -> int:
-        if seq not in self._seqs:  # blocks may be managed without a scheduler
-            self.arrive(seq)
-        return self._seqs[seq][0]
+    def _tell(self, name: str, seq: Sequence | None = None, **facts) -> None:
+        now = {"t": round(time.perf_counter() - self._start, 6)} if name in TIMED else {}
+        number = {} if seq is None else {"seq": self._seqs[seq][0]}
+        self._lines.append(encode({"e": name, **now, **number, **facts}) + "\n")
 
     def _untold(self, seq: Sequence) -> tuple[int, list[int]]:
         """The sequence's number, and its tokens that were not told, which from now on they are."""
@@ -256,9 +241,6 @@ class Trace(Events):
         if self._decode and (new := set(tokens) - self._seen):
             self._seen |= new
             self._tell("text", ids={token: self._decode(token) for token in sorted(new)})
-
-    def _now(self) -> float:
-        return round(time.perf_counter() - self._start, 6)
 
     def _lap(self) -> float:
         last, self._clock = self._clock, time.perf_counter()
@@ -280,12 +262,9 @@ class Trace(Events):
 
 def attach(llm: LLM, path: str | Path | None) -> Trace:
     """Begin a trace of an engine. Of the ranks that share a model one writes the file."""
-
-    def decode(token: int) -> str:
-        return llm.tokenizer.token_bytes(token).decode("utf-8", "surrogateescape")
-
-    llm._settle()
-    ranks = getattr(llm, "ranks", None)
-    trace = Trace(os.devnull if path and ranks and ranks.rank else path, decode)
+    llm._change(llm._settle)
+    token_bytes, ranks = llm.tokenizer.token_bytes, getattr(llm, "ranks", None)
+    file = os.devnull if path and ranks and ranks.rank else path
+    trace = Trace(file, lambda token: token_bytes(token).decode("utf-8", "surrogateescape"))
     trace.attach(llm.scheduler, model=llm.name, device=str(llm.device))
     return trace

@@ -1,9 +1,5 @@
-"""The format of a trace, and Replay: the pool and all sequences rebuilt from the events alone.
-
-Events may come from a file that others made, so each is checked before it is believed.
-"""
-
-from __future__ import annotations
+"""The format of a trace, and Replay: the pool and all sequences rebuilt from the events alone. They
+may come from a file that others made, so each is checked before it is believed."""
 
 import json
 from collections import Counter
@@ -42,10 +38,8 @@ def unspan(text: str) -> Iterator[int]:
 
 
 def read(path: str | Path) -> list[dict]:
-    """The events of a trace. What a run that was killed left of its last line is dropped.
-
-    Raises FileNotFoundError, or ValueError with the file's name and the line for what is no trace.
-    """
+    """The events of a trace, without what a run that was killed left of its last line. Raises
+    FileNotFoundError, or ValueError with the file's name and the line for what is no trace."""
     events, replay = [], Replay()
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -75,10 +69,8 @@ class Life:
 
 
 class Replay:
-    """The pool and all sequences after the events that were applied.
-
-    Raises ValueError for an event that is unknown, lacks a field, or cannot happen now.
-    """
+    """The pool and all sequences after the events that were applied. Raises ValueError for an event
+    that is unknown, lacks a field, or cannot happen now."""
 
     def __init__(self, events: Iterable[dict] = ()):
         self.num_blocks = self.block_size = 0
@@ -95,6 +87,7 @@ class Replay:
             self.apply(event)
 
     def apply(self, event: dict) -> None:
+        """Follow one more event."""
         try:
             name, self.time = event["e"], event.get("t", self.time)
             times = [self.time, *event.get("ms", {}).values()]
@@ -105,7 +98,7 @@ class Replay:
                 raise ValueError("a number is none")
             if (name == "pool") is bool(self.num_blocks):
                 raise ValueError("`pool` comes first, and once")
-            getattr(self, f"_on_{name}")(event)
+            self._follow(name, event)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not an event of a trace: {event!r:.200} ({error!r})") from None
 
@@ -139,108 +132,88 @@ class Replay:
         life.state = state
         return life
 
-    def _on_pool(self, e: dict) -> None:
-        if e["version"] != VERSION:
-            raise ValueError(f"version {VERSION} is wanted")
-        self.num_blocks, self.block_size = e["blocks"], e["block_size"]
-        if type(self.num_blocks) is not int or not 0 < self.num_blocks <= 2**24:
-            raise ValueError("a pool has 1 to 16,777,216 blocks")
-        self.groups = len(e.get("windows") or [-1])
-        self.ref_count = [0] * self.num_blocks
-        self.hash_of = {int(block): named for block, named in e["hashes"].items()}
-        self.cached = dict.fromkeys(e["cached"])
-
-    def _on_text(self, e: dict) -> None:
-        self.words.update((int(token), text) for token, text in e["ids"].items())
-
-    def _on_arrive(self, e: dict) -> None:
-        self.seqs[e["seq"]] = Life(e["request"], e["sample"], e["prompt"], list(e["tokens"]))
-        self._become(e["seq"], "waiting")
-
-    def _on_resume(self, e: dict) -> None:
-        self._on_admit(e)
-        self._on_allocate({"seq": e["seq"], "blocks": e["table"]})
-
-    def _on_admit(self, e: dict) -> None:
-        self._become(e["seq"], "running").computed = e["computed"]
-
-    def _on_allocate(self, e: dict) -> None:
-        self._hold(filter(None, e["blocks"]))
-        self.seqs[e["seq"]].table += e["blocks"]
-
-    _on_hit = _on_allocate
-
-    def _on_miss(self, e: dict) -> None:
-        """It changes nothing that is kept here."""
-
-    _on_reset = _on_miss
-
-    def _on_evict(self, e: dict) -> None:
-        del self.cached[e["block"]], self.hash_of[e["block"]]
-
-    def _on_copy(self, e: dict) -> None:
-        self._hold([e["target"]])
-        self.seqs[e["seq"]].table[e["index"]] = e["target"]
-        self._release(e["source"])
-
-    def _on_window(self, e: dict) -> None:
-        table = self.seqs[e["seq"]].table
-        for block in filter(None, e["blocks"]):
-            table[table.index(block)] = 0
-            self._release(block)
-
-    def _on_reject(self, e: dict) -> None:
-        life, blocks = self.seqs[e["seq"]], e["blocks"]
-        if life.table[len(life.table) - len(blocks) :] != blocks:
-            raise ValueError("these blocks are not its last")
-        for _ in blocks:
-            self._release(life.table.pop())
-        life.computed = e["computed"]
-
-    def _on_publish(self, e: dict) -> None:
-        self.hash_of[e["block"]] = e["hash"]
-
-    def _on_fork(self, e: dict) -> None:
-        of = self.seqs[e["parent"]]
-        self._hold(filter(None, of.table))
-        tokens, table = of.tokens.copy(), of.table.copy()
-        self.seqs[e["seq"]] = Life(of.request, e["sample"], of.prompt, tokens, "", table)
-        self._become(e["seq"], "running").computed = e["computed"]
-
-    def _on_begin(self, e: dict) -> None:
-        self.step = e["step"]
-        for number in unspan(e["decodes"]):
-            self.seqs[number].computed += 1
-        for number, start, stop in e["prefills"]:
-            if not 0 <= start < stop < 2**53:
-                raise ValueError("a chunk without tokens")
-            self.seqs[number].computed = stop
-
-    def _on_tokens(self, e: dict) -> None:
-        for number, token in zip(unspan(e["seqs"]), e["tokens"], strict=True):
-            self.seqs[number].tokens.append(token)
-
-    def _on_end(self, e: dict) -> None:
-        if not e.keys() >= {"t", "step", "ms"}:
-            raise ValueError("it lacks t, step or ms")
-
-    def _on_force(self, e: dict) -> None:
-        self.seqs[e["seq"]].tokens += e["tokens"]
-
-    def _on_free(self, e: dict) -> None:
-        life = self.seqs[e["seq"]]
-        for block in filter(None, reversed(life.table)):
-            self._release(block)
-        life.table, life.computed = [], 0
-
-    def _on_preempt(self, e: dict) -> None:
-        self._become(e["seq"], "preempted")
-
-    def _on_finish(self, e: dict) -> None:
-        self._become(e["seq"], "done")
-
-    _on_abort = _on_finish
-
-    def _on_forget(self, e: dict) -> None:
-        self.cached.clear()
-        self.hash_of.clear()
+    def _follow(self, name: str, e: dict) -> None:
+        """What each event means; docs/TRACE.md says it in words."""
+        match name:
+            case "pool":
+                if e["version"] != VERSION:
+                    raise ValueError(f"version {VERSION} is wanted")
+                self.num_blocks, self.block_size = e["blocks"], e["block_size"]
+                if type(self.num_blocks) is not int or not 0 < self.num_blocks <= 2**24:
+                    raise ValueError("a pool has 1 to 16,777,216 blocks")
+                self.groups = len(e.get("windows") or [-1])
+                self.ref_count = [0] * self.num_blocks
+                self.hash_of = {int(block): named for block, named in e["hashes"].items()}
+                self.cached = dict.fromkeys(e["cached"])
+            case "text":
+                self.words.update((int(token), text) for token, text in e["ids"].items())
+            case "arrive":
+                tokens = list(e["tokens"])
+                self.seqs[e["seq"]] = Life(e["request"], e["sample"], e["prompt"], tokens)
+                self._become(e["seq"], "waiting")
+            case "resume":
+                self._follow("admit", e)
+                self._follow("allocate", {"seq": e["seq"], "blocks": e["table"]})
+            case "admit":
+                self._become(e["seq"], "running").computed = e["computed"]
+            case "hit" | "allocate":
+                self._hold(filter(None, e["blocks"]))
+                self.seqs[e["seq"]].table += e["blocks"]
+            case "evict":
+                del self.cached[e["block"]], self.hash_of[e["block"]]
+            case "copy":
+                self._hold([e["target"]])
+                self.seqs[e["seq"]].table[e["index"]] = e["target"]
+                self._release(e["source"])
+            case "publish":
+                self.hash_of[e["block"]] = e["hash"]
+            case "fork":
+                of = self.seqs[e["parent"]]
+                self._hold(filter(None, of.table))
+                tokens, table = of.tokens.copy(), of.table.copy()
+                self.seqs[e["seq"]] = Life(of.request, e["sample"], of.prompt, tokens, "", table)
+                self._become(e["seq"], "running").computed = e["computed"]
+            case "begin":
+                self.step = e["step"]
+                for number in unspan(e["decodes"]):
+                    self.seqs[number].computed += 1
+                for number, start, stop in e["prefills"]:
+                    if not 0 <= start < stop < 2**53:
+                        raise ValueError("a chunk without tokens")
+                    self.seqs[number].computed = stop
+            case "reject":
+                life, blocks = self.seqs[e["seq"]], e["blocks"]
+                if life.table[len(life.table) - len(blocks) :] != blocks:
+                    raise ValueError("these blocks are not its last")
+                for _ in blocks:
+                    self._release(life.table.pop())
+                life.computed = e["computed"]
+            case "tokens":
+                for number, token in zip(unspan(e["seqs"]), e["tokens"], strict=True):
+                    self.seqs[number].tokens.append(token)
+            case "end":
+                if not e.keys() >= {"t", "step", "ms"}:
+                    raise ValueError("it lacks t, step or ms")
+            case "force":
+                self.seqs[e["seq"]].tokens += e["tokens"]
+            case "free":
+                life = self.seqs[e["seq"]]
+                for block in filter(None, reversed(life.table)):
+                    self._release(block)
+                life.table, life.computed = [], 0
+            case "preempt":
+                self._become(e["seq"], "preempted")
+            case "finish" | "abort":
+                self._become(e["seq"], "done")
+            case "forget":
+                self.cached.clear()
+                self.hash_of.clear()
+            case "window":
+                table = self.seqs[e["seq"]].table
+                for block in filter(None, e["blocks"]):
+                    table[table.index(block)] = 0
+                    self._release(block)
+            case "miss" | "reset":
+                pass  # nothing that is kept here changes
+            case _:
+                raise ValueError("there is no event of this name")

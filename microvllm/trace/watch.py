@@ -1,7 +1,5 @@
 """The pool, the queue and the rates, drawn in the terminal while the engine works."""
 
-from __future__ import annotations
-
 import colorsys
 import os
 import time
@@ -9,24 +7,16 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from typing import TYPE_CHECKING
 
+from ..engine import LLM
+from ..scheduler import Scheduler
 from .events import Trace
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.text import Text
-
-    from ..engine import LLM
-    from ..scheduler import Scheduler
 
 
 @contextmanager
-def watching(llm: LLM, console: Console | None = None) -> Iterator[None]:
-    """Draw the pool, the queue and the rates while the engine works, on stderr unless told where.
-
-    Raises ImportError without the package `rich`.
-    """
+def watching(llm: LLM, console=None) -> Iterator[None]:
+    """Draw the pool, the queue and the rates while the engine works, on a Console of the package
+    `rich`, by default on stderr. Raises ImportError without the package."""
     try:
         from rich.console import Console
         from rich.live import Live
@@ -44,34 +34,30 @@ def watching(llm: LLM, console: Console | None = None) -> Iterator[None]:
             drawn = time.perf_counter()
 
     events = llm.scheduler.blocks.events
-    with nullcontext(events) if isinstance(events, Trace) else llm.tracing(os.devnull) as trace:
-        with Live(console=console, auto_refresh=False) as live:
-            trace.on_step = draw
-            try:
-                yield
-            finally:
-                trace.on_step = None
-                draw(now=True)
+    tracing = nullcontext(events) if isinstance(events, Trace) else llm.tracing(os.devnull)
+    with tracing as trace, Live(console=console, auto_refresh=False) as live:
+        trace.on_step = draw
+        try:
+            yield
+        finally:
+            trace.on_step = None
+            draw(now=True)
 
 
-def picture(llm: LLM, past: deque[tuple[float, dict]], width: int, height: int) -> RenderableType:
-    """The engine as it is, for a terminal of that size; past: moments and what stats() said."""
+def picture(llm: LLM, past: deque[tuple[float, dict]], width: int, height: int):
+    """The engine as it is, as a Panel of rich's, for a terminal of that size; past: moments and
+    what stats() said."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
     blocks, (then, before), (now, stats) = llm.scheduler.blocks, past[0], past[-1]
-    groups, size = blocks.width, blocks.block_size
-    cells, each = draw_pool(
-        llm.scheduler,
-        stats.get("peak_blocks", stats["num_blocks"]) * groups,
-        max(8, width - 4) * max(1, height - 7),
-    )
-    used, cached = blocks.num_usable - blocks.num_free, len(blocks.cached)
-    per_cell = f", {each} blocks a cell" if each > 1 else ""
-    key = (
-        f"■ in use {used:,}  ▣ shared  □ cached {cached:,}  · blank {len(blocks.blank):,}{per_cell}"
-    )
+    groups = blocks.width
+    peak = stats.get("peak_blocks", stats["num_blocks"]) * groups
+    cells, each = draw_pool(llm.scheduler, peak, max(8, width - 4) * max(1, height - 7))
+    used, cached, blank = blocks.num_usable - blocks.num_free, len(blocks.cached), len(blocks.blank)
+    key = f"■ in use {used:,}  ▣ shared  □ cached {cached:,}  · blank {blank:,}"
+    key += f", {each} blocks a cell" if each > 1 else ""
     span = max(now - then, 1e-6)
     names = "output_tokens", "prefill_tokens", "steps"
     tokens, prefill, steps = ((stats[name] - before[name]) / span for name in names)
@@ -81,17 +67,15 @@ def picture(llm: LLM, past: deque[tuple[float, dict]], width: int, height: int) 
         f"{tokens:,.0f} tokens/s  {prefill:,.0f} prompt tokens/s  {steps:,.1f} steps/s  "
         f"{stats['output_tokens']:,} tokens in all",
     )
-    title = f"the pool: {blocks.num_usable // groups:,} blocks of {size} tokens"
+    title = f"the pool: {blocks.num_usable // groups:,} blocks of {blocks.block_size} tokens"
     title += f" for each of {groups} groups of layers" if groups > 1 else ""
     return Panel(Group(cells, Text(key, "bold"), *map(Text, lines)), title=title)
 
 
-def draw_pool(scheduler: Scheduler, peak: int, room: int) -> tuple[Text, int]:
-    """The pool in at most `room` cells, and how many blocks each stands for.
-
+def draw_pool(scheduler: Scheduler, peak: int, room: int) -> tuple:
+    """The pool as a Text of rich's of at most `room` cells, and how many blocks each stands for.
     peak: the most blocks that were ever in use: blank ones are handed out from the front, so what
-    lies behind it, and behind all that is in use or cached, is blank and left out.
-    """
+    lies behind it, and behind all that is in use or cached, is blank and left out."""
     from rich.text import Text
 
     blocks, cells = scheduler.blocks, Text()
@@ -101,11 +85,11 @@ def draw_pool(scheduler: Scheduler, peak: int, room: int) -> tuple[Text, int]:
     for cell in range(0, last + 1, each):
         group = range(cell, min(cell + each, last + 1))
         used = next((block for block in group if block in owner), None)  # stands for all of them
-        if used is not None:
-            hue = owner[used] * 0.382 % 1
-            red, green, blue = (int(255 * x) for x in colorsys.hls_to_rgb(hue, 0.55, 0.6))
+        if used is None:
+            cells.append("□" if any(block in blocks.cached for block in group) else "·", "dim")
+        else:
+            rgb = colorsys.hls_to_rgb(owner[used] * 0.382 % 1, 0.55, 0.6)
+            red, green, blue = (int(255 * x) for x in rgb)
             mark = "▣" if blocks.ref_count[used] > 1 else "■"
             cells.append(mark, f"rgb({red},{green},{blue})")
-        else:
-            cells.append("□" if any(block in blocks.cached for block in group) else "·", "dim")
     return cells, each

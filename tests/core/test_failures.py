@@ -40,7 +40,7 @@ PLACES = {
     "hash": lambda llm: (llm.scheduler.blocks, "compute_hashes"),
     "make_batch": lambda llm: (engine, "make_batch"),
     "upload": lambda llm: (llm.runner, "upload"),
-    "copy": lambda llm: (llm.runner, "copy"),
+    "copy": lambda llm: (llm.cache, "copy_blocks"),
     "forward": lambda llm: (llm.model, "forward"),
     "sample": lambda llm: (llm.runner, "sample"),
     "read": lambda llm: (llm.runner, "read"),
@@ -258,5 +258,5 @@ def test_a_pool_beyond_the_free_memory_is_refused_at_the_start_with_the_numbers(
     with build(num_blocks=None) as llm:  # what is not asked for is made to fit, and half is left
         assert size // 2 - size // 50 < llm.cache.data.nbytes <= size // 2
     monkeypatch.setattr(engine, "free_memory", lambda device: 100)
-    with pytest.raises(ValueError, match="no memory for a KV cache: 50 bytes are left"):
+    with pytest.raises(ValueError, match="no memory for a KV cache of num_blocks=2 .*: 50 bytes"):
         build(num_blocks=None)

@@ -134,7 +134,8 @@ class Simulation:
     def known(self, seq: Sequence) -> list[int]:
         """Its tokens without those at their end that are guessed or on their way while a step is
         planned and run."""
-        guessed = self.scheduler.guesses.get(seq, 0) if self.guesses else 0
+        known = self.scheduler.known if self.guesses else {}
+        guessed = len(seq.tokens) - known.get(seq, len(seq.tokens))
         awaited = seq.tokens[-1] < 0
         return seq.tokens[: len(seq.tokens) - guessed - awaited]
 
@@ -160,7 +161,8 @@ class Simulation:
         scheduler = self.scheduler
         preemptions, running = scheduler.num_preemptions, list(scheduler.running)
         step = scheduler.schedule()
-        step.guessed = dict(scheduler.guesses) if self.guesses else {}
+        known = scheduler.known if self.guesses else {}
+        step.guessed = {seq: len(seq.tokens) - count for seq, count in known.items()}
         lengths = [stop - start for _, start, stop in step.chunks]
         assert all(lengths) and sum(lengths) <= scheduler.max_batched_tokens
         assert lengths == sorted(lengths, key=lambda n: n > 1), "one-token chunks come first"
@@ -303,7 +305,7 @@ class Simulation:
             assert steps < 5000, "no end in sight"
         assert self.blocks.num_free == self.blocks.num_usable
         assert sum(self.blocks.ref_count) == 0
-        for kept in ("guesses", "lookups", "judged"):
+        for kept in ("known", "lookups", "judged"):
             assert not getattr(self.scheduler, kept, ()), f"{kept} are kept of those who are gone"
         for seq in self.finished:
             wanted, text = self.wanted(seq), list(seq.tokens)

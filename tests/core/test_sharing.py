@@ -131,16 +131,15 @@ def test_an_evicted_beginning_makes_the_rest_of_the_text_unfindable_but_not_wron
     sim.drain()
 
 
-def test_forget_empties_the_table_and_loses_no_block():
+def test_a_reset_empties_the_table_and_loses_no_block():
     sim = Simulation()
     served(sim, text(12, 1))
     running = sim.add(text(12, 2), max_tokens=9)
     sim.step()
     assert sim.blocks.cached and sim.blocks.block_of
-    free = sim.blocks.num_free
-    sim.blocks.forget()
+    assert sim.scheduler.reset() == [running]
     assert not sim.blocks.cached and not sim.blocks.block_of and not sim.blocks.hash_of
-    assert sim.blocks.num_free == free
+    assert sim.blocks.num_free == sim.blocks.num_usable
     for seed in (1, 2):
         assert sim.blocks.match(Sequence(9, text(12, seed), Params()), 12) == []
     sim.drain()

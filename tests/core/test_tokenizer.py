@@ -13,13 +13,14 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microvllm.sources.strict import StrictTokenizer
 from microvllm.tokenizer import Tokenizer, load_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "nanochat_eras"
 GOLDENS = json.loads((FIXTURES / "tokenizer_goldens.json").read_text(encoding="utf-8"))
 TOY_FILE = FIXTURES / "tokenizer" / "tokenizer.pkl"
 REAL_DIR = Path(__file__).parents[2] / "models" / "tokenizer"
-TOY = load_tokenizer(TOY_FILE)
+TOY = load_tokenizer(TOY_FILE, StrictTokenizer)
 REAL = load_tokenizer(REAL_DIR)
 
 CHAT = [

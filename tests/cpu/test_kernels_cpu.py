@@ -17,7 +17,7 @@ from conftest import MODEL, hand_made_batch
 from microvllm.attention import sdpa_attention
 from microvllm.cpu import steps
 from microvllm.cpu.attention import attend_rows, paged_attention
-from microvllm.cpu.layouts import rotate
+from microvllm.cpu.products import quantize_rows, rotate
 from microvllm.full import load_model
 from microvllm.fused.backend import Backend
 
@@ -240,7 +240,7 @@ def quantized(x):
 def test_quantize_rows_is_the_reference(rows, channels):
     x = torch.randn(rows, channels) * torch.logspace(-3, 3, rows)[:, None]
     x[-1] = 0
-    ours, scale = steps.quantize_rows(x, 127)
+    ours, scale = quantize_rows(x, 127)
     reference, scale_ref = quantized(x)
     torch.testing.assert_close(scale, scale_ref, rtol=1e-6, atol=0)
     # each is the nearest integer; float32's rounding decides where two are equally near

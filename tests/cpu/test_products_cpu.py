@@ -12,10 +12,9 @@ from conftest import MODEL, hand_made_batch
 
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import find_step, read_checkpoint
-from microvllm.cpu import attention, layers, products, steps
-from microvllm.cpu.backend import CpuBackend
-from microvllm.cpu.layouts import Int8, Int8Panels, Panels, rotate
-from microvllm.cpu.products import PANEL, PANEL8, linear, panels
+from microvllm.cpu import attention, products, vectors
+from microvllm.cpu.backend import CpuBackend, _layers
+from microvllm.cpu.products import PANEL, PANEL8, Int8, Int8Panels, Panels, rotate
 from microvllm.full import load_model
 from microvllm.fused.model import FusedGPT
 
@@ -41,6 +40,10 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def panels(weight: torch.Tensor, **options) -> Panels:
+    return Panels([weight], BACKEND, torch.float32, **options)
+
+
 @has_panels
 @pytest.mark.parametrize("inputs", [1, 3, 100, 1024, 1025, 2300])
 @pytest.mark.parametrize("outputs", [1, 32, 130])
@@ -48,15 +51,14 @@ def test_a_product_is_that_of_float64(inputs, outputs, poisoned):
     """Rows for every tile, for two panels at once, for several blocks of rows; whole panels, and
     some that are not."""
     weight = random(outputs, inputs, seed=1)
-    packed = panels(weight)
+    packed, squared = panels(weight), panels(weight, relu2=True)
     for rows in (*range(1, 26), 64, 127, 128, 133, 241, 490):
         x = random(rows, inputs, seed=100 + rows)
         want = x.double() @ weight.double().T
-        got = linear(x, packed, outputs)
+        got = packed(x)
         assert got.shape == (rows, outputs) and got.is_contiguous()
         torch.testing.assert_close(got.double(), want, rtol=0, atol=2.5e-7 * inputs + 1e-6)
-        squared = linear(x, packed, outputs, square=True)
-        assert torch.equal(squared, BACKEND.relu2(got.clone()))
+        assert torch.equal(squared(x), BACKEND.relu2(got.clone()))
 
 
 @has_panels
@@ -68,11 +70,11 @@ def test_the_bits_of_a_row_follow_from_that_row(threads):
     torch.set_num_threads(threads)
     try:
         packed, x = panels(random(200, 1500)), random(250, 1500, seed=2)
-        alone = torch.cat([linear(x[i : i + 1], packed, 200) for i in range(250)])
+        alone = torch.cat([packed(x[i : i + 1]) for i in range(250)])
         for rows in (2, 7, 12, 13, 64, 127, 128, 250):
-            assert torch.equal(linear(x[:rows], packed, 200), alone[:rows]), rows
+            assert torch.equal(packed(x[:rows]), alone[:rows]), rows
         x[1::2] = torch.nan
-        assert torch.equal(linear(x, packed, 200)[::2], alone[::2])
+        assert torch.equal(packed(x)[::2], alone[::2])
     finally:
         torch.set_num_threads(before)
 
@@ -100,7 +102,7 @@ def test_an_int8_product_is_that_of_its_integers(inputs, outputs, poisoned):
     integers = whole.transpose(1, 2).flatten(0, 1).contiguous().view(torch.int8)[:outputs]
     for rows in (1, 2, 11, 12, 13, 64, 127, 128, 301):
         x = random(rows, inputs, seed=100 + rows)
-        q, x_scale = steps.quantize_rows(x, 127)
+        q, x_scale = products.quantize_rows(x, 127)
         exact = (q.double() - 128) @ integers.double().T * scale[:outputs] * x_scale
         y = made(x)
         assert y.shape == (rows, outputs)
@@ -134,7 +136,7 @@ def test_int8_panels_hold_what_onednns_layout_holds():
 @has_panels
 def test_a_nan_comes_out_as_one_and_what_is_negative_as_nothing():
     x = torch.tensor([[torch.nan, 1.0], [-2.0, 1.0], [3.0, -1.0], [torch.inf, 0.0]])
-    y = linear(x, panels(torch.eye(2)), 2, square=True)
+    y = panels(torch.eye(2), relu2=True)(x)
     assert torch.isnan(y[0]).tolist() == [True, True]  # 0 times NaN is one, too
     assert y[1:3].tolist() == [[0, 1], [9, 0]]
 
@@ -145,13 +147,13 @@ def test_weights_in_panels_are_replaced_where_they_are():
     parts = [random(40, 64), random(24, 64, seed=1)]
     made = Panels(parts, BACKEND, torch.float32, rows=50)
     assert made(random(3, 64)).shape == (3, 50)
-    assert torch.equal(dense(made.weight, 64), torch.cat(parts))
-    where = made.weight.data_ptr()
+    assert torch.equal(dense(made.weight[0], 64), torch.cat(parts))
+    where = made.weight[0].data_ptr()
     assert where % 64 == 0  # else each vector of weights is in two lines of the cache
     parts = [part + 1 for part in parts]
     made.load(parts)
-    assert made.weight.data_ptr() == where
-    assert torch.equal(dense(made.weight, 64), torch.cat(parts))
+    assert made.weight[0].data_ptr() == where
+    assert torch.equal(dense(made.weight[0], 64), torch.cat(parts))
 
 
 KINDS = [pytest.param(None, marks=has_panels), pytest.param("int8", marks=has_int8)]
@@ -261,7 +263,7 @@ if products.PANEL:
     weight = test_products_cpu.random(70, 1100)
     for rows in (*range(1, 14), 128, 300):
         x = test_products_cpu.random(rows, 1100, seed=rows)
-        got = products.linear(x, products.panels(weight), 70).double()
+        got = test_products_cpu.panels(weight)(x).double()
         torch.testing.assert_close(got, x.double() @ weight.double().T, rtol=0, atol=2e-4)
 if products.PANEL8:
     test_products_cpu.test_the_bits_of_an_int8_row_follow_from_that_row()
@@ -298,7 +300,7 @@ def test_no_instructions_are_used_that_numba_was_told_to_leave(tmp_path):
 def test_what_is_kept_on_disk_is_of_these_very_sources():
     """A kernel is compiled again when any of the files changes that it is made of, not its own
     alone."""
-    stamp, room = products.stamp(), Path(products.__file__).parent
+    stamp, room = vectors.STAMP, Path(products.__file__).parent
     assert [size for _, size in stamp] == [f.stat().st_size for f in sorted(room.glob("*.py"))]
-    for kernel in (layers._layers, attention.attend_rows, products.multiply):
+    for kernel in (_layers, attention.attend_rows, products.multiply):
         assert kernel._cache._cache_file._source_stamp == stamp

@@ -11,7 +11,7 @@ from conftest import ERAS, MODEL, ROOT
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import find_step, read_checkpoint
 from microvllm.cpu.backend import CpuBackend
-from microvllm.cpu.layouts import Int8, rotate
+from microvllm.cpu.products import Int8, rotate
 from microvllm.full import build_model
 from microvllm.fused.linear import Linear
 

@@ -2,9 +2,11 @@
 the draws, and mixed; then through an engine."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -26,9 +28,9 @@ from torch.utils._pytree import tree_leaves
 
 from microvllm import LLM, SamplingParams, sampler
 from microvllm.features import logits as feature
-from microvllm.features.logits import History, LogitsRunner, Sampled
+from microvllm.features.logits import LogitsRunner, Sampled
 from microvllm.full import compose, pick_backend
-from microvllm.fused.runner import FusedRunner
+from microvllm.fused.model import FusedRunner
 from microvllm.sampler import noise, on
 from microvllm.scheduler import Plan
 
@@ -41,6 +43,15 @@ STOP_IDS = frozenset({7, 8})
 def backend(request):
     """What a CPU does, and the plain torch of other devices."""
     return request.param
+
+
+class History(NamedTuple):
+    """What edits may ask of a row's sequence."""
+
+    tokens: list[int]  # from `position` on they are not looked at
+    num_prompt: int
+    position: int  # of the token to be sampled
+    stop_ids: frozenset[int] = frozenset()
 
 
 def history_of(rows: int, seed: int = 0, num_prompt: int = 6, length: int = 16) -> list[History]:
@@ -62,10 +73,8 @@ def planned(params, history=None) -> Plan:
     """A plan that samples so many rows."""
     samples = []
     for p, h in zip(params, history or history_of(len(params)), strict=True):
-        tokens, num_prompt, position, stop_ids, errors = h
-        seq = SimpleNamespace(
-            params=p, tokens=tokens, num_prompt=num_prompt, stop_ids=stop_ids, errors=errors
-        )
+        tokens, num_prompt, position, stop_ids = h
+        seq = SimpleNamespace(params=p, tokens=tokens, num_prompt=num_prompt, stop_ids=stop_ids)
         samples.append((len(samples), seq, position))
     return Plan([], samples, [])
 
@@ -79,7 +88,8 @@ def run(logits, params, uniform, history=None, softcap=0.0, backend="numba"):
     assert torch.equal(before, logits), "the model's logits were changed"
     if "logprobs" not in plan.results:
         return tokens, {}
-    return tokens, Sampled(plan.asked, plan.results["logprobs"]).logprobs()
+    asked = [(i, p.logprobs) for i, p in enumerate(params) if p.logprobs is not None]
+    return tokens, Sampled(asked, plan.results["logprobs"]).logprobs()
 
 
 def flat(scores: dict) -> list[float]:
@@ -227,7 +237,7 @@ def test_greedy_rows_tell_logits_apart_that_the_cap_makes_equal(backend):
 
 def test_plain_rows_go_through_no_filter(monkeypatch):
     """Nor do greedy ones whose argmax survives them, and no history is needed."""
-    monkeypatch.setattr(feature, "sample_special", refuse)
+    monkeypatch.setattr(LogitsRunner, "pick_again", refuse)
     params = [SamplingParams(), SamplingParams(temperature=0, top_k=3), SamplingParams(top_p=0.5)]
     plan = Plan([], [(i, SimpleNamespace(params=p), 9) for i, p in enumerate(params)], [])
     pick(plan, logits_of(3), torch.tensor([1.0, 0.0, 1.0]), torch.rand(3), 15.0, "numba")
@@ -237,13 +247,15 @@ def test_plain_rows_go_through_no_filter(monkeypatch):
     "function, uses", [("banned", ["bad_words", "min_tokens"]), ("processed", ["logits_processor"])]
 )
 def test_a_filter_that_no_row_uses_does_not_run(monkeypatch, function, uses):
-    monkeypatch.setattr(feature, function, refuse)
+    calls, real = [], getattr(feature, function)
+    monkeypatch.setattr(feature, function, lambda *args: calls.append(args) or real(*args))
     others = [given for given in ALL.values() if not given.keys() & set(uses)]
     params = [SamplingParams(**given) for given in others]
     run(logits_of(len(params)), params, [0.5] * len(params))
-    with pytest.raises(AssertionError, match="nobody asked"):
-        params[0] = SamplingParams(**EDITS["everything"])
-        run(logits_of(len(params)), params, [0.5] * len(params))
+    assert not calls
+    params[0] = SamplingParams(**EDITS["everything"])
+    run(logits_of(len(params)), params, [0.5] * len(params))
+    assert len(calls) == 1
 
 
 def test_what_a_step_asks_of_each_row_is_known_beforehand():
@@ -296,8 +308,12 @@ def test_a_row_without_any_token_gets_minus_one_and_the_others_theirs(backend, g
 def test_a_processor_that_returns_no_logits_is_named():
     for result, words in [(None, "None"), (torch.zeros(3), r"\(3,\)"), ([0.0] * V, "0.0")]:
         params = SamplingParams(logits_processor=lambda tokens, logits, result=result: result)
-        with pytest.raises(TypeError, match=rf"logits_processor must return .*\({V},\).*{words}"):
-            run(logits_of(1), [params], [0.5], history_of(1))
+        plan = planned([params], history_of(1))
+        given = plan, logits_of(1), torch.ones(1), torch.tensor([0.5]), 0.0, "numba"
+        assert pick(*given).tolist() == [-1]
+        error = plan.samples[0][1].stop_reason
+        wanted = rf"logits_processor: TypeError: logits_processor must return .*\({V},\).*{words}"
+        assert re.match(wanted, error)
 
 
 def test_a_processor_sees_the_tokens_so_far_and_float32_logits():

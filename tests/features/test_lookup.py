@@ -110,7 +110,8 @@ def test_a_step_of_few_rows_is_filled_up_with_guesses():
         step = scheduler.schedule()
         assert sum(lengths(step)) == max(FEW_ROWS, count)
         assert max(lengths(step)) - min(lengths(step)) <= 1 or count > FEW_ROWS  # fairly
-        assert sorted(scheduler.guesses.values()) == [n - 1 for n in lengths(step) if n > 1]
+        guessed = [len(seq.tokens) - known for seq, known in scheduler.known.items()]
+        assert sorted(guessed) == [n - 1 for n in lengths(step) if n > 1]
 
 
 def test_no_guess_goes_beyond_the_token_budget_or_the_length():
@@ -174,7 +175,7 @@ def test_several_samples_guess_once_they_have_split():
     assert sim.scheduler.num_accepted > 0
     scheduler, samples = decoding(90, [1] * 5, n=3)
     scheduler.schedule()
-    assert len({id(scheduler.lookup(seq)) for seq in samples}) == len(scheduler.guesses) == 3
+    assert len({id(scheduler.lookup(seq)) for seq in samples}) == len(scheduler.known) == 3
 
 
 # the same output ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ layer sees any more is given back, so that a pool holds more sequences.
 
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, slots_of
 from test_engine import (
     assert_naive,
     both_loops,
@@ -84,7 +84,7 @@ def test_a_layer_finds_its_own_blocks():
     for layer, (k, v, seen) in enumerate(cache.layers(batch)):
         view = SequenceKVView(k, v, seen.block_tables[0], 8)
         assert view.table.tolist() == tables[layer]
-        assert view.slots() == seen.slots.tolist()
+        assert slots_of(view) == seen.slots.tolist()
         k[tables[layer], 0, :, 0] = torch.arange(8.0).view(2, 4) + layer
         keys, values = view.gather()
         assert keys[0, :, 0].tolist() == [p + layer for p in range(8)]
@@ -361,7 +361,7 @@ def test_a_context_beyond_the_trained_one_slides_in_all_layers(monkeypatch):
 
 def test_a_request_needs_fewer_blocks_and_the_refusal_says_how_many():
     with build(num_blocks=14, max_batched_tokens=16) as llm:
-        assert [window for window, _ in llm.groups] == [-1, 128, 128, 128]
+        assert llm.scheduler.blocks.windows == (-1, 128, 128, 128)
         with pytest.raises(ValueError) as refusal:
             llm.add_request(ids(380), greedy(20))
         # 399 slots are 25 blocks in the first group; a chunk of 16 and 128 before it are in 10 at

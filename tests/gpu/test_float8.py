@@ -10,8 +10,7 @@ from conftest import MODEL, ROOT
 
 from microvllm import LLM
 from microvllm.fused.backend import Backend
-from microvllm.gpu.backend import GpuBackend
-from microvllm.gpu.layouts import Float8, fp8_rows
+from microvllm.gpu.backend import Float8, GpuBackend, fp8_rows
 from microvllm.model import GPTConfig
 
 CPU = torch.device("cpu")

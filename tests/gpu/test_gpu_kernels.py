@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_kernels_gpu import CUDA
 
-from microvllm.gpu.few_rows import _few_rows
+from microvllm.gpu.steps import _few_rows
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, which import one another

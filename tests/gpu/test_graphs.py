@@ -34,9 +34,8 @@ from microvllm.engine import make_batch  # noqa: E402
 from microvllm.full import compose  # noqa: E402
 from microvllm.gpu import graphs, launch, steps  # noqa: E402
 from microvllm.gpu.ahead import AheadRunner  # noqa: E402
-from microvllm.gpu.backend import TritonBackend  # noqa: E402
+from microvllm.gpu.backend import Float8, TritonBackend  # noqa: E402
 from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step  # noqa: E402
-from microvllm.gpu.layouts import Float8  # noqa: E402
 from microvllm.scheduler import BlockManager, Plan, Sequence  # noqa: E402
 
 ERAS = {name: Fixture(*found) for name, found in era_fixtures().items()}
@@ -369,7 +368,7 @@ class Recorder(DecodeGraphs):
         self._choose(1)
 
     def _record(self, size, outputs=0):
-        early = launch.starts_early()
+        early = launch.starts_early.get()
         way = f"few_rows, {outputs}" + ", early" * early if outputs else "library"
 
         def replay():
@@ -412,7 +411,7 @@ def test_a_way_that_cannot_be_recorded_is_not_kept(broken, kept, monkeypatch):
     record = Recorder._record
 
     def failing(self, size, outputs=0):
-        if str(outputs) in broken or launch.starts_early():
+        if str(outputs) in broken or launch.starts_early.get():
             raise RuntimeError("out of registers")
         return record(self, size, outputs)
 

@@ -21,10 +21,10 @@ pytest.importorskip("triton", reason="the GPU kernels need triton (pip install t
 
 from microvllm.attention import sdpa_attention  # noqa: E402
 from microvllm.fused.backend import Backend, filter_values  # noqa: E402
-from microvllm.gpu import attention, launch, layouts, steps  # noqa: E402
+from microvllm.gpu import attention, backend, launch, steps  # noqa: E402
 from microvllm.gpu.attention import paged_attention  # noqa: E402
-from microvllm.gpu.few_rows import linear_add, norm_linear  # noqa: E402
 from microvllm.gpu.sampler import sample  # noqa: E402
+from microvllm.gpu.steps import linear_add, norm_linear  # noqa: E402
 from microvllm.sampler import SamplingParams, cap_logits, truncate  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -114,7 +114,7 @@ def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
 def test_fp8_rows(dtype, channels):
     x = randn(5, channels, dtype=dtype)
     x[1], x[2, 3] = 0.0, 300.0  # a row of nothing, and one number far larger than the others
-    expected, worth = layouts.fp8_rows(x.cpu())
+    expected, worth = backend.fp8_rows(x.cpu())
     out, scales = steps.fp8_rows(x)
     assert out.dtype == torch.float8_e4m3fn and scales.shape == (5, 1)
     torch.testing.assert_close(scales.cpu(), worth, rtol=1e-6, atol=0)
@@ -132,8 +132,8 @@ def test_fp8_rows(dtype, channels):
 def test_products_in_float8_take_it_where_it_runs(monkeypatch):
     monkeypatch.setattr(steps, "fp8_rows", lambda x: "fused")
     for there in (True, False):
-        monkeypatch.setattr(layouts, "has_triton", lambda device, there=there: there)
-        assert (layouts.fp8_rows(torch.ones(1, 8)) == "fused") == there
+        monkeypatch.setattr(backend, "has_triton", lambda device, there=there: there)
+        assert (backend.fp8_rows(torch.ones(1, 8)) == "fused") == there
 
 
 @DTYPES
@@ -459,9 +459,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from microvllm.gpu import launch
 from microvllm.gpu.attention import fixed_attention, paged_attention
-from microvllm.gpu.few_rows import linear_add, norm_linear
 from microvllm.gpu.sampler import sample
-from microvllm.gpu.steps import add_norm, fp8_rows, linear, relu2, rope_store
+from microvllm.gpu.steps import (
+    add_norm, fp8_rows, linear, linear_add, norm_linear, relu2, rope_store
+)
 
 target = GPUTarget("cuda", 90, 32)
 card = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}

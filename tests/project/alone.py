@@ -161,7 +161,6 @@ def tour(LLM, SamplingParams, model: str) -> dict:
     with LLM(model, device="cpu", num_blocks=28, block_size=4, max_batched_tokens=16) as tiny:
         found = tiny.generate(prompts, params, use_tqdm=False)
         assert tiny.scheduler.num_preemptions > 0
-        assert tiny.stats()["preemptions"] == tiny.scheduler.num_preemptions
         try:  # one that can never fit is refused when it arrives, with the numbers
             tiny.add_request(prompts[0], SamplingParams(max_tokens=300, ignore_eos=True))
         except ValueError as error:

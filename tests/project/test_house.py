@@ -211,7 +211,7 @@ GONE = {
     "features/guard.py": Gone("", []),
     "features/progress.py": Gone("", []),
     "features/stats.py": Gone(
-        "features/stats", [], [["bench", "-m", str(MODEL), "--random-input-len", "8"]]
+        "features/stats", ["llm.stats()"], [["bench", "-m", str(MODEL), "--random-input-len", "8"]]
     ),
     "features": Gone(
         "features/",
@@ -448,7 +448,7 @@ def test_no_circle():
         if arrow.kind != "typing":
             graph.setdefault(arrow.source, set()).add(arrow.target)
     graph["full.py"] |= named_in_full()
-    graph["jobs/__init__.py"] = {"jobs/answers.py", "jobs/job.py", "jobs/ray.py"}
+    graph["jobs/__init__.py"] = {"jobs/job.py", "jobs/ray.py"}
     done: set[str] = set()
 
     def visit(file: str, way: tuple[str, ...]) -> None:
@@ -494,8 +494,7 @@ def count_lines(path: Path) -> int:
 
 
 def test_sizes():
-    """What one can read in an evening, file by file; `pytest -s` shows the counts. Nothing may grow
-    beyond these limits; they are to fall, to 500 for a core file and 2,000 for the core."""
+    """What one can read in an evening, file by file; `pytest -s` shows the counts."""
     core = {name: count_lines(PACKAGE / f"{name}.py") for name in CORE}
     counts = {
         path.relative_to(ROOT).as_posix(): count_lines(path)
@@ -511,10 +510,10 @@ def test_sizes():
     print(f"the package: {total} lines", rooms)
     print(*(f"{count:5} {name}" for name, count in counts.items()), sep="\n")
     wrong = [f"{name}: {count} lines" for name, count in counts.items() if count > 700]
-    wrong += [f"core {name}.py: {count} lines" for name, count in core.items() if count > 520]
-    if sum(core.values()) > 2_170:
+    wrong += [f"core {name}.py: {count} lines" for name, count in core.items() if count > 500]
+    if sum(core.values()) > 2_000:
         wrong.append(f"the core: {sum(core.values())} lines")
-    if total > 11_500:
+    if total > 10_500:
         wrong.append(f"the package: {total} lines")
     assert not wrong, wrong
 

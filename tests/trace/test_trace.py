@@ -1,13 +1,15 @@
 """A trace tells everything: from its events alone the pool and all sequences can be rebuilt."""
 
+import inspect
 import io
 import json
 import random
+import re
 from collections import Counter, deque
 
 import pytest
 import test_state_machine
-from conftest import MODEL
+from conftest import MODEL, ROOT
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from test_engine import set_overlap
@@ -16,7 +18,7 @@ from test_state_machine import Engine, long_life
 
 from microvllm import LLM, SamplingParams
 from microvllm.scheduler import BlockManager
-from microvllm.trace import Replay, Trace, picture, read, spans, unspan, watching
+from microvllm.trace import Replay, Trace, events, picture, read, spans, unspan, watching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -46,7 +48,7 @@ def compare(replay: Replay, scheduler) -> None:
     def seen(lives):
         return [(s.request, s.sample, s.table, s.computed, s.tokens) for s in lives]
 
-    guesses = getattr(scheduler, "guesses", {})  # how many of the last tokens are not known
+    counts = getattr(scheduler, "known", {})  # how many of the tokens are no guesses
 
     def real(seqs):
         return [
@@ -54,7 +56,7 @@ def compare(replay: Replay, scheduler) -> None:
         ]
 
     def known(s):
-        tokens = s.tokens[: len(s.tokens) - guesses.get(s, 0)]
+        tokens = s.tokens[: counts.get(s, len(s.tokens))]
         return [token for token in tokens if token >= 0]  # no placeholder of a step under way
 
     lives = sorted(replay.seqs.values(), key=lambda s: (s.request, s.sample))
@@ -100,6 +102,14 @@ def test_lists_of_numbers_are_written_as_spans():
     for seed in range(20):
         numbers = random.Random(seed).choices(range(12), k=seed)
         assert list(unspan(spans(numbers))) == numbers
+
+
+def test_the_events_of_the_document_are_those_that_there_are():
+    page = (ROOT / "docs" / "TRACE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]+\| ([^|]+) \|$", page, re.MULTILINE)
+    cases = re.findall(r"case (.*):\n", inspect.getsource(Replay._follow))
+    assert sorted(name for name, _ in rows) == sorted(re.findall(r'"(\w+)"', " ".join(cases)))
+    assert {name for name, fields in rows if fields.split(", ")[0] == "t"} == events.TIMED
 
 
 def test_whatever_happens_the_trace_replays(monkeypatch):

@@ -1,0 +1,162 @@
+"""What the CPU's kernels are made of: numba compiles them, and its threads are torch's.
+
+Where the compiler makes less of a loop than the processor can do, the loop is written in vectors,
+in the compiler's own language (llvmlite.ir).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from functools import wraps
+from pathlib import Path
+
+import numba
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+# numba's OpenMP layer binds to the library that torch has loaded before it: kernels run on torch's
+# own threads. A second pool would fight for the cores: torch's workers keep spinning for
+# milliseconds after a product, in case another one follows. But as the layer starts it sets that
+# library's number of threads and allows nested teams, and with these torch's own attention takes 6
+# to 140 times as long. So both are put back.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+_openmp = ctypes.CDLL(None) if os.name == "posix" else None  # without it, int() does nothing
+_threads, _nested = torch.get_num_threads(), getattr(_openmp, "omp_get_nested", int)()
+numba.set_num_threads(1)  # starts the layer
+torch.set_num_threads(_threads)
+getattr(_openmp, "omp_set_nested", int)(_nested)
+one_at_a_time = threading.Lock()  # the workqueue layer aborts the process on concurrent launches
+
+
+def threads_for(jobs: int) -> int:
+    """Set and return how many threads share so many jobs: torch's number, or fewer."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, jobs)
+    numba.set_num_threads(threads)
+    return threads
+
+
+# sums may be reordered, else nothing is vectorised; but NaN stays NaN (see steps.largest)
+FAST = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
+# for what is in vectors already, where one row could get other bits; a caller's would be inherited
+EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
+
+# what tells these sources from others: when each of the room's files was written, and its size
+_files = [file.stat() for file in sorted(Path(__file__).parent.glob("*.py"))]
+STAMP = tuple((file.st_mtime, file.st_size) for file in _files)
+
+
+def kept(**options):
+    """numba.njit, of which the result is written to disk, for later processes."""
+
+    def compiled(function):
+        kernel = numba.njit(**options)(function)
+        try:
+            kernel.enable_caching()
+            # numba looks whether a kernel's own file has changed; it is made of several of ours
+            kernel._cache._cache_file._source_stamp = STAMP
+        except (RuntimeError, OSError):
+            pass  # neither the package's folder nor the user's cache can be written
+        return kernel
+
+    return compiled
+
+
+# what numba compiles for: this processor, or less where it was told so (NUMBA_CPU_NAME=generic)
+CPU = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+# numbers in a register
+LANES = 16 if "+avx512f" in CPU else 8 if "+avx2" in CPU and "+fma" in CPU else 4
+
+
+class Builder:
+    """numba's builder of instructions, with methods that make several at once."""
+
+    i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+    f32 = ir.FloatType()
+
+    def __init__(self, builder):
+        self.builder = builder
+
+    def __getattr__(self, name: str):
+        return getattr(self.builder, name)
+
+    def kind(self, item, lanes: int = LANES):
+        return ir.VectorType(item, lanes) if lanes > 1 else item
+
+    def ask(self, name: str, result, *values, **options):
+        """A call of LLVM's own function of that name."""
+        kind = ir.FunctionType(result, [value.type for value in values])
+        return self.call(self.module.declare_intrinsic(name, (), kind), values, **options)
+
+    def at(self, start, *counts):
+        """The address of start[the sum of these counts; a pair (a, b) is a * b]."""
+        for count in counts:
+            a, b = count if isinstance(count, tuple) else (count, 1)
+            a, b = (self.i64(z) if isinstance(z, int) else z for z in (a, b))
+            start = self.gep(start, [self.mul(a, b)])
+        return start
+
+    def read(self, start, lanes: int = LANES):
+        """Numbers from a pointer on; those of 16 bits are bfloat16, and become float32."""
+        item = start.type.pointee
+        value = self.load(self.bitcast(start, self.kind(item, lanes).as_pointer()))
+        value.align = 2 if item == self.i16 else 4
+        if item != self.i16:
+            return value
+        value = self.zext(value, self.kind(self.i32, lanes))
+        value = self.shl(value, self.splat(self.i32(16), lanes))
+        return self.bitcast(value, self.kind(self.f32, lanes))
+
+    def write(self, value, start) -> None:
+        self.store(value, self.bitcast(start, value.type.as_pointer())).align = 4
+
+    def splat(self, value, lanes: int = LANES):
+        """A vector of equal numbers."""
+        if lanes == 1:
+            return value
+        firsts = ir.Constant(self.kind(self.i32, lanes), [0] * lanes)
+        vector = ir.Constant(self.kind(value.type, lanes), ir.Undefined)
+        vector = self.insert_element(vector, value, self.i32(0))
+        return self.shuffle_vector(vector, vector, firsts)
+
+    def multiply_add(self, a, b, c):
+        """a * b + c, rounded once where the processor can."""
+        name = f"v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "f32"
+        return self.ask(f"llvm.fmuladd.{name}", a.type, a, b, c)
+
+    def multiply_add8(self, a, b, c):
+        """The same in each lane of four unsigned bytes of a and four signed ones of b."""
+        return self.ask(f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", c.type, c, a, b)
+
+    def start_loading(self, start) -> None:
+        byte, hints = self.i8.as_pointer(), (0, 2, 1)  # read; to the second-level cache; data
+        values = self.bitcast(start, byte), *map(self.i32, hints)
+        self.ask(f"llvm.prefetch.{byte.intrinsic_name}", ir.VoidType(), *values)
+
+
+def vectorised(result=types.void):
+    """A decorator: a function for kernels that body(a Builder, *its arguments) makes, of values of
+    LLVM, and of arrays their data and shape. result: numba's type of what it returns."""
+
+    def decorated(body):
+        @wraps(body)  # numba looks at the signature
+        def function(context, *kinds):
+            def codegen(context, builder, signature, values):
+                arguments = [
+                    context.make_array(kind)(context, builder, value)
+                    if isinstance(kind, types.Array)
+                    else value
+                    for kind, value in zip(signature.args, values, strict=True)
+                ]
+                made = body(Builder(builder), *arguments)
+                return context.get_dummy_value() if result is types.void else made
+
+            return result(*kinds), codegen
+
+        return intrinsic(function)
+
+    return decorated

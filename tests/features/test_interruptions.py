@@ -1,0 +1,239 @@
+"""Exceptions from outside, at any line: a signal's handler, a time limit, no memory. Whatever was
+half done, the books are in order before the next step, and everybody gets the same tokens."""
+
+import random
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_engine import assert_idle, build, check, greedy, ids, sampled
+
+import microvllm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PACKAGE = str(Path(microvllm.__file__).parent)
+
+
+class Struck(Exception):
+    """What comes from outside."""
+
+
+class Strike:
+    """While it calls functions, the lines of the package that they run are counted, and one of
+    them, the first time it comes, raises instead. at: (file, line), or the number of the event."""
+
+    def __init__(self, at=None, opcodes: bool = False):
+        self.at, self.opcodes = at, opcodes
+        self.lines: Counter = Counter()
+        self.count, self.struck = 0, False
+
+    def __call__(self, function, *args):
+        outer = sys.gettrace()
+        sys.settrace(self.trace)
+        try:
+            return function(*args)
+        except Struck:
+            return []
+        finally:
+            sys.settrace(outer)
+
+    def trace(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes = self.opcodes
+        if event == ("opcode" if self.opcodes else "line"):
+            line = frame.f_code.co_filename[len(PACKAGE) + 1 :], frame.f_lineno
+            self.lines[line] += 1
+            self.count += 1
+            if not self.struck and self.at in (line, self.count):
+                self.struck = True
+                raise Struck(line)
+        return self.trace
+
+
+def bias(tokens, logits):
+    return logits + 0.01 * (len(tokens) % 3)
+
+
+# samples that split and copy blocks, chunks, log-probabilities, edits, stops, a tool, a score
+WORK = [
+    (ids(18, 1), {"sampling_params": sampled(7, seed=3, n=3)}),
+    (ids(18, 1), {"sampling_params": greedy(9, logprobs=2)}),
+    (ids(9, 2), {"sampling_params": sampled(12, seed=4, top_k=20, repetition_penalty=1.1)}),
+    (ids(12, 3), {"sampling_params": greedy(5, logits_processor=bias)}),
+    (ids(11, 5), {"sampling_params": sampled(44, seed=6), "tools": True}),
+    (ids(10, 6), {"continuation": ids(9, 7)}),
+]
+
+
+def add(llm, stop: tuple[str, ...]) -> dict[int, int]:
+    """WORK, and one request with stop strings; returns the number of each by its id."""
+    params = sampled(44, seed=5, stop=stop)
+    work = [*WORK, (ids(13, 4), {"sampling_params": params})]
+    return {llm.add_request(prompt, **more): i for i, (prompt, more) in enumerate(work)}
+
+
+def work(llm, call: Strike, stop: tuple[str, ...] = ()) -> dict:
+    """All of it, step by step; returns outputs without what may change: what was cached."""
+    numbers, extra = add(llm, stop), llm.add_request(ids(30, 4), greedy(20))
+    outputs: dict = {}
+    for turn in range(300):
+        if turn == 5:
+            call(llm.abort, extra)
+        if llm.is_finished():
+            break
+        for output in call(llm.step):
+            outputs[output["request_id"]] = output
+        check(llm)
+    else:
+        raise AssertionError("somebody waits for ever")
+    # the abort itself may have been struck before anything was noted
+    assert outputs.pop(extra)["finish_reason"] in ("abort", "length")
+    assert outputs.keys() == numbers.keys(), "an output was lost, or came twice"
+    return {numbers[i]: plain(output) for i, output in outputs.items()}
+
+
+def plain(output):
+    """An output without ids and counts of the cache; log-probabilities rounded."""
+    if isinstance(output, dict):
+        gone = ("num_cached_tokens", "request_id")
+        return {key: plain(value) for key, value in output.items() if key not in gone}
+    if isinstance(output, (list, tuple)):
+        return [plain(value) for value in output]
+    return round(output, 3) if isinstance(output, float) else output
+
+
+def engine(**options):
+    """A small pool, so that sequences are preempted."""
+    return build(**{"block_size": 4, "num_blocks": 22, "max_batched_tokens": 24} | options)
+
+
+def prepare(llm) -> tuple[tuple[str, ...], dict]:
+    """A stop string that is met, and the outputs of an undisturbed run."""
+    text = work(llm, Strike())[len(WORK)]["text"]
+    stop = (text[len(text) // 2 :][:3],)
+    llm.scheduler.reset()
+    expected = work(llm, Strike(), stop)
+    assert expected[len(WORK)]["finish_reason"] == "stop"
+    assert expected[len(WORK)]["stop_reason"] == stop[0]
+    assert llm.scheduler.num_preemptions > 0
+    return stop, expected
+
+
+def strike(llm, stop, expected, at, **options) -> bool:
+    """One run with one exception; was it raised?"""
+    llm.scheduler.reset()
+    found = Strike(at, **options)
+    assert work(llm, found, stop) == expected, at
+    assert_idle(llm)
+    return found.struck
+
+
+def lines_of(llm, stop, expected) -> list[tuple[str, int]]:
+    """The lines of the package that an undisturbed run reaches inside steps and aborts."""
+    llm.scheduler.reset()
+    found = Strike()
+    assert work(llm, found, stop) == expected
+    return [*found.lines]
+
+
+def test_an_exception_at_some_lines_of_a_step_changes_no_token():
+    with engine() as llm:
+        stop, expected = prepare(llm)
+        lines = lines_of(llm, stop, expected)
+        assert all(strike(llm, stop, expected, line) for line in lines[::12])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options, files",
+    [({}, ""), ({"prompt_lookup": 4}, "features/lookup.py"), ({"overlap": True}, "gpu/ahead.py")],
+    ids=["plain", "lookup", "ahead"],
+)
+def test_an_exception_at_any_line_of_a_step_changes_no_token(options, files):
+    with engine(**options) as llm:
+        stop, expected = prepare(llm)
+        lines = [line for line in lines_of(llm, stop, expected) if line[0].startswith(files)]
+        hit = sum(strike(llm, stop, expected, line) for line in lines)
+    print(f"{options}: {hit} of {len(lines)} lines")
+    assert hit == len(lines) > (20 if files else 500)
+
+
+@pytest.mark.slow
+def test_an_exception_at_any_instruction_changes_no_token():
+    with engine() as llm:
+        stop, expected = prepare(llm)
+        llm.scheduler.reset()
+        found = Strike(opcodes=True)
+        assert work(llm, found, stop) == expected
+        numbers = random.Random(5).sample(range(1, found.count), 40)
+        hit = sum(strike(llm, stop, expected, number, opcodes=True) for number in numbers)
+    print(f"{hit} of {found.count:,} instructions")
+    assert hit == len(numbers)
+
+
+@pytest.mark.parametrize("how", ["generate", "stream"])
+def test_what_leaves_a_call_by_an_exception_leaves_nothing_behind(how):
+    with engine() as llm:
+        prompts, params = [ids(9, 1), ids(9, 2)], [sampled(6, seed=1, n=2), greedy(5)]
+
+        def call():
+            if how == "generate":
+                return plain(llm.generate(prompts, params, use_tqdm=False))
+            pieces: dict = {}
+            for event in llm.stream(prompts, params):
+                key = event["index"], event["sample"]
+                text, tokens = pieces.get(key, ("", []))
+                pieces[key] = text + event["text"], tokens + event["token_ids"]
+            return pieces
+
+        expected, found = call(), Strike()
+        llm.scheduler.reset()
+        found(call)
+        for line in [*found.lines][::9]:
+            llm.scheduler.reset()
+            struck = Strike(line)
+            assert struck(call) in ([], expected) and struck.struck
+            assert_idle(llm)
+        assert call() == expected
+
+
+def test_signals_at_any_moment_lose_nothing():
+    """A time limit by SIGALRM, as an evaluation has it, at moments of its own choice."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("no timers on this system")
+
+    def strike(*_):
+        raise Struck
+
+    before, rng, struck = signal.signal(signal.SIGALRM, strike), random.Random(3), 0
+    try:
+        with build(num_blocks=30, block_size=4) as llm:
+            work = [(ids(5, 1), greedy(3)), (ids(2, 2), greedy(3)), (ids(1, 3), greedy(3))]
+            expected = [llm.generate([p], q, use_tqdm=False)[0]["token_ids"] for p, q in work]
+            for _ in range(150):
+                numbers, outputs = [llm.add_request(*request) for request in work], {}
+                for turn in range(100):
+                    if llm.is_finished():
+                        break
+                    done = []
+                    try:
+                        if turn < 9:  # if all are interrupted there is no progress
+                            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+                        done = llm.step()
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                    except Struck:
+                        struck += 1
+                    outputs |= {output["request_id"]: output for output in done}
+                    check(llm)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                # an output that step() had returned when the signal came is the caller's to lose
+                for number, tokens in zip(numbers, expected, strict=True):
+                    assert number not in outputs or outputs[number]["token_ids"] == tokens
+                assert_idle(llm)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert struck > 30
