@@ -183,11 +183,11 @@ class LLM(AbstractContextManager):
         return cache, BlockManager(num_blocks, block_size, *caching)
 
     def _pool_size(self, num_blocks: int | None, wanted: int, block_size: int, block_bytes: int):
-        """The number of blocks, checked before they are allocated; by default `wanted`, or as many
-        as memory has room for."""
+        """The number of blocks, checked before they are allocated; by default `wanted`, at most."""
         free = free_memory(self.device) if num_blocks else self._free_for_cache(block_size)
-        count = num_blocks or min(wanted, max(2, free // block_bytes))  # the sink, and one to use
-        if count * block_bytes > free:
+        # at least the sink and one to use; a slot is an int32, and lists take 48 bytes a block
+        count = num_blocks or min(wanted, max(2, free // (block_bytes + 48)), 2**31 // block_size)
+        if count * block_bytes > free or count * block_size > 2**31:
             raise ValueError(
                 f"no memory for a KV cache of num_blocks={count} times {block_bytes:,} bytes: "
                 f"{free:,} bytes are free; lower num_blocks or max_batched_tokens"

@@ -125,6 +125,11 @@ def build_model(
     Raises ValueError for an option that cannot be here, TypeError for an override that is no
     constant of the recipe."""
     dtype = pick_dtype(dtype, device)
+    if dtype == torch.float16:
+        log.warning(
+            "float16 ends at 65,504: relu(x)^2 of a trained nanochat is larger, becomes infinite "
+            "and then NaN; dtype='bfloat16' or 'float32' is right"
+        )
     check_length(max_len, config, device)
     if quantization not in (None, "int8", "fp8"):
         raise ValueError(f"quantization must be None, 'int8' or 'fp8', got {quantization!r:.80}")
@@ -138,6 +143,9 @@ def build_model(
     store = quantization
     if dtype == torch.bfloat16 and backend.name == "numba":
         dtype, store = torch.float32, "bfloat16"  # a CPU saves memory's time, not arithmetic's
+    sums = {name: weight.sum(dtype=torch.float32) for name, weight in weights.items()}
+    if broken := [name for name, total in sums.items() if not total.isfinite()]:
+        log.warning("NaN or infinite weights, %s: the model can draw no token", ", ".join(broken))
     size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
     what, memory = f"weights of {size:,} bytes in {dtype}", optional("gpu.memory")
     with memory.fits(what, device) if memory else nullcontext():
@@ -153,9 +161,10 @@ def check_length(max_len: int | None, config, device: torch.device) -> None:
         limit = f"{most} at most, ten times the sequence_len of {config.sequence_len}"
         raise ValueError(f"max_model_len={max_len} is beyond the rotary tables: {limit}")
     # angles, cosines and sines in float32, two of them rounded for a while
-    if 10 * length * config.head_dim > free_memory(device):
-        what = f"rotary tables of {length} positions"
-        raise ValueError(f"no memory for {what}: give a smaller max_model_len")
+    wanted, free = 10 * length * config.head_dim, free_memory(device)
+    if wanted > free or length * config.head_dim >= 2**31:
+        what = f"rotary tables of {length} positions: {wanted:,} bytes, and {free:,} are free"
+        raise ValueError(f"no memory for {what}; give a smaller max_model_len")
 
 
 def load_model(model_path, step=None, device="cpu", dtype="auto", **options):

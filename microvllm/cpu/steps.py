@@ -239,7 +239,7 @@ def _draw(w, sums, u):
     while b < sums.size - 1 and running + sums[b] <= target:
         running += sums[b]
         b += 1
-    token = 0
+    token = -1  # if no weight is above 0, as those of NaN
     for i in range(b * _BLOCK, (b + 1) * _BLOCK):
         if w[i] > 0:
             running += w[i]
@@ -252,10 +252,11 @@ def _draw(w, sums, u):
 @numba.njit(**FAST)
 def _argmax(x):
     top = largest(x)
-    for i in range(x.size):
-        if x[i] == top:
-            return i
-    return 0  # NaN
+    if top > -np.inf:  # and no NaN
+        for i in range(x.size):
+            if x[i] == top:
+                return i
+    return -1
 
 
 @kept(parallel=True, **FAST)

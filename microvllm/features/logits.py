@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from ..scheduler import Plan, Scheduler, Sequence
 from . import check_list, check_number, check_numbers
 
 Samples = list[tuple[int, Sequence, int]]  # some of Plan.samples
+
+MOST_WORDS = 10_000  # of bad_words: a step looks at those that follow its last token
 
 RANGES = {
     "repetition_penalty": (1e-6, 1e6), "presence_penalty": (-1e6, 1e6),
@@ -63,6 +66,9 @@ class LogitsParams(SamplingParams):
         self.put("bad_words", check_list("bad_words", self.bad_words, check_word))
         if not all(self.bad_words):
             raise ValueError(f"bad_words must not be empty, got {self.bad_words!r:.80}")
+        if len(self.bad_words) > MOST_WORDS:
+            what = f"got {len(self.bad_words):,}; single tokens may be in logit_bias"
+            raise ValueError(f"bad_words may be {MOST_WORDS:,}, {what}")
         if self.allowed_token_ids is not None:
             self.put("allowed_token_ids", check_list("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:
@@ -83,6 +89,14 @@ class LogitsParams(SamplingParams):
         self.put("needs_history", bool(history))
         self.put("edited", bool(history or others))
         self.put("plain", not self.edited and self.logprobs is None)
+
+    @cached_property
+    def words_after(self) -> dict[int | None, list[tuple[list[int], int]]]:
+        """bad_words of ids, (start, last), by the end of the start; those of one id under None."""
+        found = {}
+        for *start, last in self.bad_words:
+            found.setdefault(start[-1] if start else None, []).append((start, last))
+        return found
 
     def token_fields(self) -> dict[str, Iterable[int]]:
         words = [word for word in self.bad_words if not isinstance(word, str)]
@@ -162,7 +176,8 @@ class LogitsRunner(Runner):
         chosen, temperature = tokens[ask, None].long().clamp(min=0), temperature[ask, None]
         # one more than asked for, since the token itself may be among them
         ids = torch.cat([chosen, model.topk(min(most + 1, model.shape[1])).indices], 1)
-        scaled = logits[ask].div_(temperature.clamp(min=1e-30))
+        # less the largest, which is infinite divided by a tiny temperature
+        scaled = (logits[ask] - logits[ask].amax(-1, True)).div_(temperature.clamp(min=1e-30))
         drawn = truncate(scaled, [params[i] for i in asking]).log_softmax(-1).gather(1, ids)
         greedy = torch.where(ids == chosen, 0.0, -torch.inf)
         sampler = torch.where(temperature > 0, drawn, greedy)
@@ -254,8 +269,9 @@ def fails(function: Callable, *args) -> bool:
 
 def banned(seq: Sequence, position: int) -> list[int]:
     """The tokens that bad_words and min_tokens rule out."""
-    ids = []
-    for *start, last in seq.params.bad_words:
+    words = seq.params.words_after
+    ids = [last for _, last in words.get(None, ())]
+    for start, last in words.get(seq.tokens[position - 1], ()):
         # a start that is longer than the text is no part of it
         if seq.tokens[position - len(start) : position] == start:
             ids.append(last)

@@ -191,7 +191,7 @@ class DecodeGraphs:
         ids, prev_ids, positions, seq_lens = fields[:4]
         temperature, noise, *filters = fields[4:FIELDS].view(torch.float32)
         cu_seqlens, slots = self.cu_seqlens[: size + 1], fields[FIELDS:]
-        ids = torch.where(ids < 0, self.last[(~ids).clamp(min=0)], ids)
+        ids = torch.where(ids < 0, self.last[(~ids).clamp(min=0)].clamp(min=0), ids)
         if not hasattr(cache, "num_groups"):
             slots, tables = slots[0], tables[0]
         batch = Batch(

@@ -161,10 +161,10 @@ def _sample_pick(
             low = tl.load(lows + row).to(tl.uint32, bitcast=True)
             weight = tl.where(_key(x, SHIFT) >= low, weight, 0.0)
         token, _ = _first(weight, i, target)
-        tl.store(tokens + row, token)
     else:  # chunks lie in id order: the first that holds the maximum holds the lowest such id
         chunk = tl.min(tl.where(top == best, j, CHUNKS - 1), 0)
-        tl.store(tokens + row, tl.load(ids + row * CHUNKS + chunk))
+        token = tl.load(ids + row * CHUNKS + chunk)
+    tl.store(tokens + row, tl.where(best > float("-inf"), token, -1))  # -1: all NaN, or ruled out
 
 
 def sample(logits, temperature, u, softcap, filters=None):

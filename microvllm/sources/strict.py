@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -18,9 +17,18 @@ from torch import Tensor
 from ..checkpoint import empty_model, recognise
 from ..model import GPTConfig, Recipe
 from ..tokenizer import Tokenizer, load_tokenizer, turns_of
+from .pt import read_pt
 
-_MAX_JSON_BYTES = 256 << 20  # the tokenizer.json of a large vocabulary takes about 30 MB
+_MAX_JSON_BYTES = 16 << 20  # nanochat's largest tokenizer.json takes about 5 MB, in memory 20 times
 _MAX_TOKENIZER_BYTES = 8 << 20  # nanochat's own vocabularies (65,536 tokens at most) take about 1
+_MAX_NAMES = 1 << 16  # characters of all special tokens' names: tiktoken takes 400 bytes for each
+# nanochat's own pattern, which splits numbers into one to nine digits, in most versions two
+_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+# what needs a backtracking engine: groups that look around or are atomic, \1, and a possessive +
+_BACKTRACKS = r"\(\?(?![ims-]*[:)])|\\[1-9kgGKRX]|([*+?]|\{[\d, ]*\})\+"
 _MAX_BLANKS = 999_000  # in a row: tiktoken's pattern gives up, but not without a word on stderr
 
 # layouts that existed for days on branches of nanochat; named so that the refusal says what it saw
@@ -53,12 +61,18 @@ def read_json(file: Path) -> dict:
     if (size := file.stat().st_size) > _MAX_JSON_BYTES:
         raise ValueError(f"{file} is not valid JSON for us: {size:,} bytes are far too many")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"), parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no JSON object: {found!r:.80}")
     return found
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"a number has {len(digits)} digits")  # too many for a float
+    return int(digits)
 
 
 def make_config(model_config: object, source: str = "model_config") -> GPTConfig:
@@ -92,23 +106,24 @@ def make_config(model_config: object, source: str = "model_config") -> GPTConfig
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The state dict of a .pt file, memory-mapped; only tensors are ever built from it."""
     try:
-        if zipped := zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if any(record.compress_type for record in archive.infolist()):
-                    raise ValueError("its records are compressed, and may have any size")
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # torch raises a different type for every way a file can be broken
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        # only its first sentence: the rest is advice to trust the file
-        why = f"it asks for {asked[1]}, nothing of it was run" if asked else str(error)
+        weights = read_pt(file)
+    except Exception as error:  # a file can be broken in many ways
+        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{file} is not a readable checkpoint (truncated, or no state dict of tensors): "
-            f"{why.splitlines()[0].split('. ')[0] if why else type(error).__name__:.200}"
+            f"{why.splitlines()[0]:.200}"
         ) from None
     if not isinstance(weights, dict) or not all(
         isinstance(k, str) and isinstance(w, Tensor) for k, w in weights.items()
     ):
         raise ValueError(f"{file} holds no state dict (names and tensors)")
+    # a stored one may be shared, or spread over a matrix, which check_weights refuses
+    total = sum(min(w.nbytes, w.untyped_storage().nbytes()) for w in weights.values())
+    if total > (size := file.stat().st_size):
+        raise ValueError(
+            f"{file}: its tensors take {total:,} bytes, and the file has {size:,}: save clones of "
+            "tensors that share memory"
+        )
     return without_prefix(weights, file)
 
 
@@ -144,7 +159,7 @@ def replace(recipe: Recipe, **changes: float) -> Recipe:
             names = ", ".join(known)
             raise TypeError(f"unknown argument {name!r}; recipe overrides are {names}")
         flag, is_bool = name == "round_rotary", isinstance(value, bool)
-        number = isinstance(value, (int, float)) and not is_bool and 0 < value < math.inf
+        number = isinstance(value, (int, float)) and not is_bool and 0 < value < 1e38
         if not (is_bool if flag else number):
             kind = "True or False" if flag else "a positive number"
             raise ValueError(f"{name} must be {kind}, got {value!r}")
@@ -155,19 +170,20 @@ def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe)
     """Strict: no missing, no extra, no misshapen tensor. Raises ValueError naming them."""
     if config.n_layer > len(weights):  # a million layers would take a while to list
         raise ValueError(f"n_layer is {config.n_layer}, but there are {len(weights)} tensors")
-    wte = weights.get("transformer.wte.weight")
+    stored = {name: weight for name, weight in weights.items() if _is_stored(weight)}
+    wte = stored.get("transformer.wte.weight")
     rows = wte.shape[0] if wte is not None and wte.ndim == 2 else config.vocab_size
     if rows < config.vocab_size:
         raise ValueError(f"the embedding has {rows} rows, but vocab_size is {config.vocab_size}")
     expected = empty_model(config, recipe, rows).state_dict()
-    there = [name for name in expected if name in weights]
+    there = [name for name in expected if name in stored]
     shapes = {name: (tuple(weights[name].shape), tuple(expected[name].shape)) for name in there}
     problems = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],
         "misshapen": [f"{name} is {a}, not {b}" for name, (a, b) in shapes.items() if a != b],
         "not floating point": [name for name in there if not weights[name].is_floating_point()],
-        "not stored in full": [name for name, w in weights.items() if not _is_stored(w)],
+        "not stored in full": [name for name in weights if name not in stored],
     }
     found = [
         f"{len(names)} {what} ({', '.join(names[:3])}{' ...' * (len(names) > 3)})"
@@ -179,8 +195,9 @@ def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe)
 
 
 def _is_stored(weight: Tensor) -> bool:
-    """Not a sparse one, one on the device "meta", or one number that claims to be a matrix."""
-    if weight.layout != torch.strided or weight.is_meta:
+    """Not a sparse or nested one, one on the device "meta", or one number that claims to be a
+    matrix."""
+    if weight.layout != torch.strided or weight.is_meta or weight.is_nested:
         return False
     return weight.untyped_storage().nbytes() >= weight.numel() * weight.itemsize
 
@@ -206,6 +223,9 @@ class StrictTokenizer(Tokenizer):
             raise ValueError("it has no <|bos|> token, with which every nanochat sequence starts")
         if not (isinstance(name, str) and isinstance(pat_str, str)):
             raise ValueError("name and pat_str must be strings")
+        if (length := sum(map(len, special_tokens))) > _MAX_NAMES:
+            raise ValueError(f"the names of its special tokens have {length:,} characters")
+        _check_pattern(pat_str)
         super().__init__(name, pat_str, mergeable_ranks, special_tokens)
         # a pattern may be well formed and still skip some characters, or match nothing at all
         probe = "Every 1 of these, isn't it?\n\n\té\u3000\u200b\x00 "
@@ -228,6 +248,22 @@ class StrictTokenizer(Tokenizer):
             raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
         pairs = self._render(turns_of(messages))[:max_tokens]
         return [token for token, _ in pairs], [mask for _, mask in pairs]
+
+
+def _check_pattern(pattern: str) -> None:
+    """nanochat's pattern; of others only short ones that a linear engine runs, without numbers that
+    multiply them: tiktoken's lookbehinds and repeats may take any memory, its backtracking any time
+    (fancy-regex, https://docs.rs/fancy-regex)."""
+    if pattern in {_PATTERN.replace("1,2", f"1,{most}") for most in range(1, 10)}:
+        return
+    repeats = math.prod(int(number) or 1 for number in re.findall(r"\d+", pattern[:1000]))
+    problems = {
+        f"{len(pattern):,} characters": len(pattern) > 1000,
+        "repeats that multiply to more than 1,000": repeats > 1000,
+        "a lookaround, a backreference or a possessive repeat": re.search(_BACKTRACKS, pattern),
+    }
+    if found := [what for what, is_so in problems.items() if is_so]:
+        raise ValueError(f"pat_str is not nanochat's, and has {found[0]}: {pattern!r:.200}")
 
 
 def _check_table(what: str, table: dict, key_type: type, first: int) -> None:

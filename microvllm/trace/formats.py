@@ -62,7 +62,7 @@ class Timeline(Replay):
                 for number in numbers:
                     self.turn(number, "decode")
                 for number, start, stop in chunks:
-                    guesses = stop > len(self.seqs[number].tokens)
+                    guesses = stop > self.seqs[number].num_tokens
                     self.turn(number, "decode" if guesses else f"prefill {start}-{stop}")
                 self.begins[step] = self.now
                 used, cached = self.num_used, len(self.cached)

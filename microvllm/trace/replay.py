@@ -2,6 +2,7 @@
 may come from a file that others made, so each is checked before it is believed."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,11 @@ COUNTS = (
     "step block_size"
 ).split()
 
-encode = json.JSONEncoder(separators=(",", ":")).encode
+# a fork copies its parent's table: so many blocks in all, and more of them for each that is told
+MAX_COPIES, COPIES_EACH = 2**23, 64
+
+# without NaN, which is no JSON
+encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -46,13 +51,19 @@ def read(path: str | Path) -> list[dict]:
             if not line.endswith("\n"):
                 break
             try:
-                events.append(json.loads(line))
+                events.append(json.loads(line, parse_float=_finite, parse_constant=_finite))
                 replay.apply(events[-1])
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: line {number}: {error}") from None
     if not events:
         raise ValueError(f"{path}: no trace: it has no whole line")
     return events
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text:.20} is no number")
+    return number
 
 
 @dataclass
@@ -62,10 +73,25 @@ class Life:
     request: int
     sample: int
     prompt: int  # how many of the tokens are the prompt
-    tokens: list[int]
+    new: list[int]  # its tokens, without those that it began with
+    parent: "Life | None" = None  # of a fork, which began with so many of its tokens
+    num_old: int = 0
     state: str = ""  # "waiting", "running", "preempted", "done"
     table: list[int] = field(default_factory=list)
     computed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_old + len(self.new)
+
+    @property
+    def tokens(self) -> list[int]:
+        """All of them. Forks share them: a thousand of a long prompt take little more than one."""
+        parts, life, stop = [], self, self.num_tokens
+        while life:
+            parts.append(life.new[: stop - life.num_old])
+            life, stop = life.parent, life.num_old
+        return [token for part in reversed(parts) for token in part]
 
 
 class Replay:
@@ -74,13 +100,14 @@ class Replay:
 
     def __init__(self, events: Iterable[dict] = ()):
         self.num_blocks = self.block_size = 0
-        self.ref_count: list[int] = []
+        self.ref_count: Counter[int] = Counter()  # of the blocks that were ever in use
         self.cached: dict[int, None] = {}  # free and findable, the next to be evicted first
         self.hash_of: dict[int, str] = {}
         self.num_used = 0  # blocks with a holder
         self.seqs: dict[int, Life] = {}
         self.states: Counter[str] = Counter()  # how many sequences are waiting, running, ...
         self.words: dict[int, str] = {}  # texts of token ids
+        self.num_copies, self.num_told = 0, 0  # blocks in tables: copied by forks, told by events
         self.step = 0
         self.time = 0.0  # seconds
         for event in events:
@@ -119,6 +146,8 @@ class Replay:
             self.ref_count[block] += 1
 
     def _release(self, block: int) -> None:
+        if self.ref_count[block] < 1:
+            raise ValueError(f"nobody has block {block}")
         self.ref_count[block] -= 1
         if self.ref_count[block] == 0:
             self.num_used -= 1
@@ -142,10 +171,11 @@ class Replay:
                 if type(self.num_blocks) is not int or not 0 < self.num_blocks <= 2**24:
                     raise ValueError("a pool has 1 to 16,777,216 blocks")
                 self.groups = len(e.get("windows") or [-1])
-                self.ref_count = [0] * self.num_blocks
                 self.hash_of = {int(block): named for block, named in e["hashes"].items()}
                 self.cached = dict.fromkeys(e["cached"])
             case "text":
+                if not all(isinstance(text, str) for text in e["ids"].values()):
+                    raise ValueError("a token's text is none")
                 self.words.update((int(token), text) for token, text in e["ids"].items())
             case "arrive":
                 tokens = list(e["tokens"])
@@ -159,6 +189,7 @@ class Replay:
             case "hit" | "allocate":
                 self._hold(filter(None, e["blocks"]))
                 self.seqs[e["seq"]].table += e["blocks"]
+                self.num_told += len(e["blocks"])
             case "evict":
                 del self.cached[e["block"]], self.hash_of[e["block"]]
             case "copy":
@@ -169,9 +200,12 @@ class Replay:
                 self.hash_of[e["block"]] = e["hash"]
             case "fork":
                 of = self.seqs[e["parent"]]
+                self.num_copies += len(of.table)
+                if self.num_copies > MAX_COPIES + COPIES_EACH * self.num_told:
+                    raise ValueError("too many copies of long tables")
                 self._hold(filter(None, of.table))
-                tokens, table = of.tokens.copy(), of.table.copy()
-                self.seqs[e["seq"]] = Life(of.request, e["sample"], of.prompt, tokens, "", table)
+                life = Life(of.request, e["sample"], of.prompt, [], of, of.num_tokens)
+                self.seqs[e["seq"]], life.table = life, of.table.copy()
                 self._become(e["seq"], "running").computed = e["computed"]
             case "begin":
                 self.step = e["step"]
@@ -190,12 +224,12 @@ class Replay:
                 life.computed = e["computed"]
             case "tokens":
                 for number, token in zip(unspan(e["seqs"]), e["tokens"], strict=True):
-                    self.seqs[number].tokens.append(token)
+                    self.seqs[number].new.append(token)
             case "end":
                 if not e.keys() >= {"t", "step", "ms"}:
                     raise ValueError("it lacks t, step or ms")
             case "force":
-                self.seqs[e["seq"]].tokens += e["tokens"]
+                self.seqs[e["seq"]].new += e["tokens"]
             case "free":
                 life = self.seqs[e["seq"]]
                 for block in filter(None, reversed(life.table)):

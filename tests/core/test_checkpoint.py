@@ -454,3 +454,22 @@ assert "torch._dynamo" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named_and_end_requests_with_an_error(
+    checkpoint, number, caplog
+):
+    # they gave token 0 for ever
+    name = "transformer.h.0.attn.c_q.weight"
+    checkpoint.weights[name] = checkpoint.weights[name].clone()
+    checkpoint.weights[name][0, 0] = number
+    torch.save(checkpoint.weights, checkpoint.file)
+    for options in ({"attention": "numba"}, {"attention": "sdpa"}, {"plain": True}):
+        caplog.clear()
+        llm = LLM(checkpoint.directory, num_blocks=20, device="cpu", **options)
+        if "plain" not in options:
+            assert f"NaN or infinite weights, {name}" in caplog.text
+        (output,) = llm.generate([[5, 6, 7]], use_tqdm=False)
+        assert output["finish_reason"] == "error" and output["token_ids"] == []
+        assert output["stop_reason"] == "no token is left to draw"

@@ -316,6 +316,35 @@ def test_a_processor_that_returns_no_logits_is_named():
         assert re.match(wanted, error)
 
 
+def test_a_processor_may_return_a_mask():
+    # True and False were taken for logits of 1 and 0
+    def odd(tokens, logits):
+        return torch.arange(len(logits)) % 2 == 1
+
+    logits = logits_of(20)
+    params = [SamplingParams(temperature=0, logits_processor=odd)] * 20
+    tokens, _ = run(logits, params, [0.5] * 20)
+    wanted = logits.clone()
+    wanted[:, ::2] = -torch.inf
+    assert tokens.tolist() == wanted.argmax(-1).tolist()
+
+
+def test_a_tiny_temperature_has_log_probabilities():
+    # logits of 1e12 divided by 1e-29 are infinite, and were NaN after the softmax
+    logits = logits_of(1) * 1e12
+    params = SamplingParams(temperature=1e-29, logprobs=2)
+    tokens, rows = run(logits, [params], [0.5])
+    assert tokens.tolist() == [int(logits.argmax())] and rows[0]["sampler_logprob"] == 0.0
+    assert [other[2] for other in rows[0]["top"]] == [-math.inf] * 2
+
+
+def test_too_many_bad_words_are_refused():
+    words = [[i % V, i % 7] for i in range(10_001)]
+    assert len(SamplingParams(bad_words=words[:-1]).bad_words) == 10_000
+    with pytest.raises(ValueError, match="bad_words may be 10,000, got 10,001"):
+        SamplingParams(bad_words=words)
+
+
 def test_a_processor_sees_the_tokens_so_far_and_float32_logits():
     seen = []
 

@@ -106,3 +106,19 @@ def test_step_returns_the_scores_of_a_queued_continuation_and_counts_its_hits(ll
     assert llm.stats()["requests"] - before["requests"] == 2
     with pytest.raises(ValueError, match="max_model_len"):
         llm.add_request([5] * 600, continuation=[5] * 600)
+
+
+def test_what_was_not_judged_has_no_log_probability(llm):
+    # 0.0 would say that the model was certain
+    number = llm.add_request([5] * 20, continuation=[6] * 30)
+    llm.abort(number)
+    (output,) = llm.step()
+    assert output["finish_reason"] == "abort" and output["logprobs"] == [None] * 30
+
+
+def test_an_empty_continuation_is_named(llm):
+    for empty in ("", []):
+        with pytest.raises(ValueError, match=r"continuations\[0\]: the continuation is empty"):
+            llm.score(["a"], [empty])
+    with pytest.raises(TypeError, match="unknown argument 'tool'"):
+        llm.add_request("a", continuation="b", tool=True)

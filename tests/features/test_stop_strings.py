@@ -1,5 +1,7 @@
 """Stop strings, with the bundled model."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import MODEL
 from test_engine import set_overlap
@@ -65,3 +67,43 @@ def test_the_loop_that_runs_one_step_ahead_makes_the_same_tokens():
                 assert everything_is_free(llm)
                 assert (llm.stats()["preemptions"] > 0) == (num_blocks == 7)
     assert all(o == outputs[0] for o in outputs[1:])
+
+
+@pytest.mark.parametrize("how", ["generate", "stream"])
+def test_min_tokens_holds_back_stop_strings_too(llm, how):
+    prompt = question(llm, "Who wrote Dracula?")
+    plain = llm.generate([prompt], replace(GREEDY, ignore_eos=True))[0]
+    pieces = [llm.tokenizer.decode([token]) for token in plain["token_ids"]]
+    stop = pieces[1]  # in the text from the beginning
+    for least in (0, 5, 24):
+        params = replace(GREEDY, ignore_eos=True, stop=stop, min_tokens=least)
+        if how == "stream":
+            events = list(llm.stream([prompt], params))
+            text, ids = (
+                "".join(e["text"] for e in events),
+                sum([e["token_ids"] for e in events], []),
+            )
+        else:
+            output = llm.generate([prompt], params)[0]
+            text, ids = output["text"], output["token_ids"]
+        assert len(ids) >= least
+        assert llm.tokenizer.decode(ids, skip_special=True).startswith(text)
+        assert plain["token_ids"][: len(ids)] == ids
+        if least == 0:
+            assert len(ids) == 2 and stop not in text
+
+
+def test_stop_strings_are_bounded_and_a_long_one_is_found():
+    with pytest.raises(ValueError, match="100 strings of at most 1,000 characters, got 101"):
+        SamplingParams(stop=[str(i) for i in range(101)])
+    with pytest.raises(ValueError, match="100 strings of at most 1,000 characters, got 1:"):
+        SamplingParams(stop="x" * 1001)
+    with LLM(MODEL, num_blocks=200) as llm:
+        prompt = question(llm, "Tell me a story.")
+        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        text = llm.generate([prompt], params)[0]["text"]
+        long = text[20 : 20 + min(400, len(text) - 40)]
+        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, stop=long)
+        output = llm.generate([prompt], params)[0]
+        assert (output["text"], output["stop_reason"]) == (text[:20], long)
+        assert "".join(e["text"] for e in llm.stream([prompt], params)) == text[:20]

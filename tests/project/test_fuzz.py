@@ -7,6 +7,7 @@ FUZZ=20000 pytest tests/project/test_fuzz.py tries so many of each; by default t
 import io
 import json
 import os
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -25,7 +26,7 @@ from microvllm.cli.bench import check_choices, read_prompts
 from microvllm.features.calculator import calculate
 from microvllm.full import find_checkpoint, load_model, read_checkpoint
 from microvllm.jobs.rows import read_rows
-from microvllm.sources.strict import open_tokenizer
+from microvllm.sources.strict import open_tokenizer, read_weights
 from microvllm.trace import read, write_chrome, write_page
 
 EXAMPLES = int(os.environ.get("FUZZ", 0))
@@ -144,6 +145,11 @@ def parts_of(file: Path) -> dict[str, bytes]:
 
 
 PARTS = parts_of(CHECKPOINT / WEIGHTS)
+OLD = io.BytesIO()
+torch.save(
+    torch.load(CHECKPOINT / WEIGHTS, weights_only=True), OLD, _use_new_zipfile_serialization=False
+)
+OLD = OLD.getvalue()
 PROGRAM = next(name for name in PARTS if name.endswith("data.pkl"))
 
 
@@ -159,6 +165,43 @@ def test_a_checkpoint_whose_pickle_is_damaged_in_a_sound_archive(place, program,
             short = data[: len(data) // 2] if name in parts else data
             archive.writestr(name, program if name == PROGRAM else short)
     (place / "model" / META).write_bytes((CHECKPOINT / META).read_bytes())
+    look(place / "model", file)
+
+
+STEPS = [bytes([op]) for op in b"(.}])]tsubaeQRN0\x85\x86\x87\x88\x89\x8a\x93\x94h\0qK\1M\1\1"]
+STEPS += [b"q\0", b"h\0", b"h\0\x86q\0", b"K\1", b"K\0", b"J\xff\xff\xff\x7f", b"X\1\0\0\0a"]
+STEPS += [b"X\7\0\0\0storage", b"ctorch\nFloatStorage\n", b"X\1\0\0\x000", b"\x8a\1\xff"]
+STEPS += [b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n)R"]
+STEPS += [b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000NK\x40tQ"]
+
+
+@fuzz(150)
+@given(st.lists(st.sampled_from(STEPS), max_size=40).map(b"".join), st.booleans())
+def test_any_program_in_a_checkpoint(place, program, zipped):
+    """It is refused, or holds what the file does."""
+    program, file = b"\x80\2" + program + b".", place / "model" / "any.pt"
+    if zipped:
+        file.unlink(missing_ok=True)
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, data in PARTS.items():
+                archive.writestr(name, program if name == PROGRAM else data)
+    else:
+        torch.save({}, file, _use_new_zipfile_serialization=False)
+        put(file, file.read_bytes().replace(pickle.dumps({}, 2), program, 1))
+    try:
+        weights = read_weights(file)
+    except ValueError as error:
+        assert str(file) in str(error) and len(str(error)) < 1000
+    else:
+        assert sum(weight.nbytes for weight in weights.values()) < file.stat().st_size
+
+
+@fuzz(60)
+@given(data=st.data())
+def test_a_damaged_checkpoint_of_the_old_format(place, data):
+    file = place / "model" / WEIGHTS
+    (place / "model" / META).write_bytes((CHECKPOINT / META).read_bytes())
+    put(file, data.draw(damaged(OLD, 9000)))
     look(place / "model", file)
 
 

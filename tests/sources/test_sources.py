@@ -222,6 +222,19 @@ def test_a_folder_that_is_no_nanochat_is_refused_by_name(tmp_path, changes, word
     assert all(word in str(raised.value) for word in [*words, str(folder)]), raised.value
 
 
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "1e400", "NaN", "[1]"])
+@pytest.mark.parametrize(
+    "key", ["rms_norm_eps", "rope_theta", "final_logit_softcapping", "max_position_embeddings"]
+)
+def test_a_number_that_is_none_is_refused(tmp_path, key, number):
+    folder = hf_folder(tmp_path / "it", rope_parameters=None, rope_scaling=None, **{key: 77777})
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("77777", number))
+    with pytest.raises(ValueError, match="it") as raised:
+        load(folder)
+    assert str(folder) in str(raised.value)
+
+
 def test_a_folder_that_is_broken_is_refused_by_name(tmp_path, monkeypatch):
     folder = hf_folder(tmp_path / "folder")
     with pytest.raises(ValueError, match="without steps: step=3"):

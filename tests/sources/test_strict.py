@@ -23,7 +23,7 @@ from test_checkpoint import (
 
 from microvllm import LLM, full
 from microvllm.checkpoint import recognise
-from microvllm.model import GPTConfig
+from microvllm.model import GPT, GPTConfig
 from microvllm.sources.strict import check_weights, recognise_strictly
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,6 +124,32 @@ def test_value_embeddings_on_every_layer_are_refused():
     weights["transformer.h.0.attn.ve_gate.weight"] = weights[GATE]
     config = GPTConfig.from_meta(FIXTURES["era3"].json["model_config"])
     with refused(ValueError, "unexpected", "value_embeds.0.weight"):
+        check_weights(weights, config, recognise(weights))
+
+
+@pytest.mark.parametrize("name, channels", [("era3", 32), ("era4", 12), ("era5", 24)])
+def test_a_model_narrower_than_its_gates_is_refused(name, channels):
+    """A kernel read beyond its rows: greedy tokens differed between two identical calls."""
+    recipe = recognise(state_dict(name))
+    for width in (2, 8, channels - 2, channels):
+        config = GPTConfig(128, 265, 2, 1, 1, width)
+        with torch.device("meta"):
+            shapes = GPT(config, recipe, 265).state_dict()
+        weights = {name: torch.zeros(weight.shape) for name, weight in shapes.items()}
+        if width == channels:
+            assert recognise_strictly(weights, config, "it") == recipe
+            continue
+        with refused(ValueError, "it: ", f"n_embd is {width}", f"{channels} channels"):
+            recognise_strictly(weights, config, "it")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ["lm_head.weight", "transformer.wte.weight", "lambdas"])
+def test_a_nested_tensor_is_refused_by_name(name):
+    weights = state_dict("era5")
+    weights[name] = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    config = GPTConfig.from_meta(FIXTURES["era5"].json["model_config"])
+    with refused(ValueError, f"not stored in full ({name})"):
         check_weights(weights, config, recognise(weights))
 
 
@@ -255,6 +281,16 @@ def test_a_config_of_another_model(checkpoint, key, smaller):
                 checkpoint.config["n_kv_head"] = 4
             checkpoint.write()
             LLM(checkpoint.directory)
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_number_of_four_hundred_digits_is_refused(checkpoint, key):
+    text = checkpoint.meta.read_text()
+    long = re.sub(rf'("{key}": )\d+', r"\g<1>1" + "0" * 400, text)
+    assert long != text
+    checkpoint.meta.write_text(long)
+    with refused(ValueError, checkpoint.meta, "a number has 401 digits"):
+        LLM(checkpoint.directory)
 
 
 def test_a_number_of_layers_beyond_reason_is_refused_at_once(checkpoint):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import BYTES, TOY_FILE, dumps, encoding_with, parts, repr_bomb, write
 
-from microvllm.sources.strict import StrictTokenizer, open_tokenizer
+from microvllm.sources.strict import _PATTERN, StrictTokenizer, open_tokenizer
 
 
 def test_a_file_far_too_large_is_not_even_read(tmp_path):
@@ -79,3 +79,57 @@ def test_blanks_are_counted_in_a_run():
     for text in (" " * 999_000, "a" + "\t " * 499_500, "\u00a0" * 999_000):
         with pytest.raises(ValueError, match="999,000 blanks in a row"):
             tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("most", range(1, 10))
+def test_nanochats_pattern_is_admitted(most):
+    pattern = _PATTERN.replace("{1,2}", f"{{1,{most}}}")
+    assert pattern.count(f"N}}{{1,{most}}}") == 1
+    tokenizer = StrictTokenizer(**parts(pat_str=pattern))
+    assert tokenizer.decode(tokenizer.encode("In 1984, it's  so\n\n ")) == "In 1984, it's  so\n\n "
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\s+|\S+", r"(?i:a{1,1000})|[\s\S]", r" ?\p{L}+|\p{N}+|\s+|[^\s\p{L}\p{N}]+"]
+)
+def test_a_short_pattern_of_a_linear_engine_is_admitted(pattern):
+    assert StrictTokenizer(**parts(pat_str=pattern)).encode("aé")
+
+
+@pytest.mark.parametrize(
+    "pattern, what",
+    [
+        (r"(?<=a{1,10000000})b|[\s\S]", "repeats"),  # took 1.6 GB
+        (r"(?<=a{1,1000000000})b|[\s\S]", "repeats"),  # was killed
+        (r"((a{100}){100}){100}|[\s\S]", "repeats"),
+        (r"a{1001}|[\s\S]", "repeats"),
+        (r"(?!([\s\S]{0,9})([\s\S]{0,9})\1\2~)[\s\S]", "lookaround"),  # slow at each character
+        (r"(?<=a)b|[\s\S]", "lookaround"),
+        (r"(?<!a)b|[\s\S]", "lookaround"),
+        (r"(?=a)a|[\s\S]", "lookaround"),
+        (r"(?>a+)|[\s\S]", "lookaround"),
+        (r"(?P<x>a)(?P=x)|[\s\S]", "lookaround"),
+        (r"(a)\1|[\s\S]", "a backreference"),
+        (r"(a)\k<1>|[\s\S]", "a backreference"),
+        (r"a++|[\s\S]", "a possessive"),
+        (r"a{1,2}+|[\s\S]", "a possessive"),
+        (r"(?x: a{1,2} +)|[\s\S]", "a possessive"),
+        (_PATTERN + "|(?<=a)b", "lookaround"),
+        (_PATTERN.replace("{1,2}", "{1,99999}"), "repeats"),
+        ("a|" * 600 + r"[\s\S]", "1,206 characters"),
+    ],
+)
+def test_a_pattern_that_may_take_any_memory_or_time_is_refused(pattern, what, tmp_path):
+    file = write(tmp_path, dumps(encoding_with(parts(pat_str=pattern))))
+    with pytest.raises(ValueError, match=f"pat_str is not nanochat's, and has .*{what}") as error:
+        open_tokenizer(file)
+    assert str(file) in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_special_tokens_name_of_megabytes_is_refused(tmp_path):
+    """5 MB of it took 2 GB."""
+    names = {"<|bos|>": 256, "<|" + "x" * 65_000 + "|>": 257}
+    assert StrictTokenizer(**parts(special_tokens=names)).vocab_size == 258
+    names["<|" + "y" * 5_000_000 + "|>"] = 258
+    with pytest.raises(ValueError, match="5,065,015 characters"):
+        open_tokenizer(write(tmp_path, dumps(encoding_with(parts(special_tokens=names)))))

@@ -18,7 +18,18 @@ from test_state_machine import Engine, long_life
 
 from microvllm import LLM, SamplingParams
 from microvllm.scheduler import BlockManager
-from microvllm.trace import Replay, Trace, events, picture, read, spans, unspan, watching
+from microvllm.trace import (
+    Replay,
+    Trace,
+    events,
+    picture,
+    read,
+    spans,
+    unspan,
+    watching,
+    write_chrome,
+    write_page,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -38,7 +49,7 @@ def filled(replay: Replay) -> dict[int, int]:
 def compare(replay: Replay, scheduler) -> None:
     """The replay is the live pool: every block's state, count, hash, and who holds it."""
     blocks: BlockManager = scheduler.blocks
-    assert replay.ref_count == blocks.ref_count
+    assert [replay.ref_count[b] for b in range(blocks.num_blocks)] == blocks.ref_count
     assert replay.hash_of == {block: named.hex() for block, named in blocks.hash_of.items()}
     assert list(replay.cached) == list(blocks.cached), "another order of eviction"
     blank = {b for b in range(blocks.num_blocks) if replay.state(b) == "blank"}
@@ -413,3 +424,88 @@ def test_watching_draws_and_leaves_the_tokens_alone(llm):
     with llm.tracing() as trace, watching(llm, console_of(file=shown)):  # both at once
         llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     assert Counter(event["e"] for event in trace.events)["finish"] == 1
+
+
+# traces that mean harm ----------------------------------------------------------------------------
+
+POOL = {"e": "pool", "version": 1, "blocks": 1 << 24, "block_size": 1, "hashes": {}, "cached": []}
+FACTS = {"e": "arrive", "t": 0, "seq": 0, "request": 0, "sample": 0, "prompt": 1}
+
+
+def forks(count: int) -> list[dict]:
+    """Each of the sequence before it."""
+    numbers = range(1, count + 1)
+    return [{"e": "fork", "seq": n, "parent": n - 1, "sample": n, "computed": 0} for n in numbers]
+
+
+def test_forks_share_the_tokens_that_they_began_with():
+    """A thousand copies of a long prompt took 1.2 GB, from 291 KB."""
+    prompt = list(range(300))
+    replay = Replay([POOL, {**FACTS, "tokens": prompt}, *forks(2000)])
+    for number in (0, 7, 2000):
+        told = {"e": "tokens", "step": 1, "seqs": f"{number} {number}", "tokens": [number, 5]}
+        replay.apply(told)
+    replay.apply({"e": "fork", "seq": 2001, "parent": 7, "sample": 9, "computed": 0})
+    replay.apply({"e": "force", "seq": 2001, "tokens": [8]})
+    for number, new in {0: [0, 5], 1: [], 7: [7, 5], 8: [], 2000: [2000, 5]}.items():
+        assert replay.seqs[number].tokens == prompt + new
+        assert replay.seqs[number].num_tokens == len(prompt + new)
+    assert replay.seqs[2001].tokens == [*prompt, 7, 5, 8]
+    assert sum(len(life.new) for life in replay.seqs.values()) == 307
+
+
+def test_forks_copy_no_more_blocks_than_a_pool_could_mean():
+    table = {"e": "allocate", "seq": 0, "blocks": [*range(1, 1001)]}
+    start = [POOL, {**FACTS, "tokens": [1]}, table]
+    assert Replay([*start, *forks(1000)]).ref_count[1000] == 1001  # a thousand samples
+    with pytest.raises(ValueError, match="too many copies of long tables"):
+        Replay([*start, *forks(10_000)])
+
+
+def test_a_pool_takes_memory_for_the_blocks_that_are_used():
+    replay = Replay([POOL])
+    assert replay.num_blocks == 1 << 24 and not replay.ref_count
+    assert replay.state(5) == replay.state((1 << 24) - 1) == "blank"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"e": "text", "ids": {"1": X}}',  # broke the page
+        '{"e": "text", "ids": {"1": "a"}, "more": [[X]]}',
+        '{"e": "force", "seq": 0, "tokens": [X]}',
+        '{"e": "reset", "t": X}',
+    ],
+)
+def test_a_number_that_is_none_is_refused_with_its_line(tmp_path, line, number):
+    file = tmp_path / "run.jsonl"
+    known = [json.dumps(event) for event in (POOL, {**FACTS, "tokens": [1]})]
+    file.write_text(
+        "\n".join([*known, line.replace("X", "1" if "text" not in line else '"a"')]) + "\n"
+    )
+    assert len(read(file)) == 3
+    file.write_text("\n".join([*known, line.replace("X", number)]) + "\n")
+    with pytest.raises(ValueError, match=r"run.jsonl: line 3: .* is no number"):
+        read(file)
+
+
+@pytest.mark.parametrize("event", [
+    {"e": "text", "ids": {"1": 5}},
+    {"e": "text", "ids": {"1": None}},
+    {"e": "text", "ids": {"1": float("nan")}},
+    {"e": "copy", "seq": 0, "index": 0, "source": 3, "target": 2},
+    {"e": "copy", "seq": 0, "index": 0, "source": 2**40, "target": 2},
+])  # fmt: skip
+def test_what_cannot_be_is_no_event(event):
+    replay = Replay([POOL, {**FACTS, "tokens": [1]}, {"e": "allocate", "seq": 0, "blocks": [1]}])
+    with pytest.raises(ValueError, match="not an event of a trace"):
+        replay.apply(event)
+
+
+def test_no_page_is_made_of_a_number_that_is_none(tmp_path):
+    for write in (write_page, write_chrome):
+        with pytest.raises(ValueError):
+            write([POOL, {**FACTS, "tokens": [float("nan")]}, {"e": "reset", "t": float("nan")}],
+                  tmp_path / "page")  # fmt: skip
+        assert not (tmp_path / "page").exists()

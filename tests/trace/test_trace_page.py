@@ -97,7 +97,7 @@ def frames(events: list[dict]) -> list[dict]:
         found.append(
             {
                 "counts": {name: f"{counts[name]:,}" for name in COUNTS},
-                "ref": list(replay.ref_count),
+                "ref": [replay.ref_count[b] for b in range(replay.num_blocks)],
                 "cached": list(replay.cached),
                 "hashes": {str(block): named for block, named in replay.hash_of.items()},
                 "tables": {
