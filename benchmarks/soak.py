@@ -29,6 +29,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from copy import copy
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a clone, installed or not
@@ -273,7 +274,7 @@ class Reader:
                 self.reference.follow(prompt + given, weights)
         tool = Calculator(self.tokenizer) if asked["tools"] else None
         push, text, tokens, forced = self.tokenizer.decoder(), "", list(prompt), []
-        ended = reason = None
+        ended, reason, held = None, None, 0
         ends = found["finish_reason"]
         for i, token in enumerate([*given, *[None] * (ends == "error")]):
             assert ended is None, f"{len(given) - i} tokens after its end by {ended}: {reason!r}"
@@ -306,7 +307,12 @@ class Reader:
             if tool and (answer := tool.push(token)) and ended is None:
                 forced = answer[: limit - len(tokens)]
                 self.met["tool calls"] += 1
-            if hits := [(at, stop) for stop in params.stop if (at := text.find(stop)) >= 0]:
+            if i < params.min_tokens:
+                held = len(text)  # a stop string ends behind it
+                continue
+            starts = [(max(0, held - len(stop) + 1), stop) for stop in params.stop]
+            places = [(text.find(stop, start), stop) for start, stop in starts]
+            if hits := [(at, stop) for at, stop in places if at >= 0]:
                 at, reason = min(hits)
                 text, ended, forced = text[:at], "stop", []
                 self.met["stop strings"] += 1
@@ -357,15 +363,15 @@ class Life:
         self.trace = attach(self.llm, None) if story["trace"] else None
         self.replay = Replay()
         self.told = 0  # events that were replayed
-        advance = self.llm._advance
+        step = self.llm._step
 
-        def checked():
+        def checked(*args):
             try:
-                advance()
+                step(*args)
             finally:
                 self.check()
 
-        self.llm._advance = checked
+        self.llm._step = checked
 
     def check(self) -> None:
         check(self.llm)
@@ -458,7 +464,7 @@ class Life:
             self.met["new weights"] += 1
 
     def stream(self, wanted: list[dict], leave: int | None) -> None:
-        first, tools = self.llm._next_id, bool(wanted) and wanted[0]["tools"]
+        first, tools = next(copy(self.llm._ids)), bool(wanted) and wanted[0]["tools"]
         for i, asked in enumerate(wanted):
             self.remember(first + i, {**asked, "tools": tools})
         found: dict[tuple, dict] = {}
@@ -490,7 +496,7 @@ class Life:
             self.requests.pop(first + i, None)
 
     def generate(self, wanted: list[dict]) -> None:
-        first = self.llm._next_id
+        first = next(copy(self.llm._ids))
         for i, asked in enumerate(wanted):
             self.remember(first + i, {**asked, "tools": True})
         try:

@@ -39,9 +39,9 @@ class Sequence:
         self, request_id: int, prompt: list[int], params: SamplingParams, max_length: int = 0,
         stop_ids: Iterable[int] = (),
     ):  # fmt: skip
-        self.request_id, self.params = request_id, params
-        self.sample_id = 0  # which of the request's n samples
+        self.request_id, self.sample_id, self.params = request_id, 0, params  # sample 0 of n
         self.tokens, self.num_prompt = list(prompt), len(prompt)  # prompt and output, all known
+        self.num_given = len(prompt)  # the prompt, or up to what a tool wrote: that ends nothing
         self.max_length = max_length or self.num_prompt + params.max_tokens  # it ends with so many
         self.stop_ids = stop_ids  # tokens that end it
         self.forks = params.n - 1  # further samples, made when the prompt is computed
@@ -437,9 +437,9 @@ class Scheduler:
     def end(self, seqs: Iterable[Sequence]) -> None:
         """Finish those of which the last output token is the last of all."""
         for seq in seqs:
-            if seq.finish_reason or len(seq.tokens) == seq.num_prompt:
+            if seq.finish_reason:
                 continue
-            if seq.tokens[-1] in seq.stop_ids:
+            if len(seq.tokens) > seq.num_given and seq.tokens[-1] in seq.stop_ids:
                 self.finish(seq, "stop", seq.tokens[-1])
             elif len(seq.tokens) >= seq.max_length:
                 at_limit = len(seq.tokens) == seq.num_prompt + seq.params.max_tokens

@@ -146,6 +146,7 @@ class CalculatorScheduler(Scheduler):
         """Continue a sequence, as far as its length allows, with tokens that nobody samples; they
         are computed like a chunk of prompt."""
         token_ids = token_ids[: seq.max_length - len(seq.tokens)]
+        seq.num_given = len(seq.tokens) + len(token_ids)
         seq.tokens.extend(token_ids)
         self.num_tokens += len(token_ids)
         self.blocks.events.force(seq)

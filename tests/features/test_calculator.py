@@ -60,3 +60,18 @@ def test_forced_tokens_count_towards_max_tokens_and_are_cut_by_it():
             assert output["token_ids"] == run["tokens"][: first + more]
             assert output["mask"] == run["masks"][: first + more]
             assert output["finish_reason"] == "length"
+
+
+def test_a_token_that_was_forced_stops_nothing():
+    run = next(r for r in GOLDENS["runs"] if 0 in r["masks"])
+    last = len(run["masks"]) - 1 - run["masks"][::-1].index(0)  # the end of a tool's answer
+    assert last < len(run["tokens"]) - 1
+    stop = (run["tokens"][last],)
+    params = SamplingParams(temperature=0, max_tokens=60, stop_token_ids=stop)
+    with chain() as llm:
+        number = llm.add_request(run["prompt"], params, tools=True)
+        while not llm.is_finished():
+            for output in llm.step():
+                assert (output["request_id"], output["token_ids"]) == (number, run["tokens"])
+            # nor when all is made again right after it was forced
+            llm._change(llm._recover)
