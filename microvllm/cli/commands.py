@@ -186,7 +186,7 @@ def batch(args: argparse.Namespace) -> None:
                 raise
             args.error(f"{error}; the same command goes on from here")
     if args.json:
-        print(json.dumps(found))
+        terminal.say(json.dumps(found))
     elif found["bad"] or sys.stderr.isatty():
         rate = speed.rate(found["new_tokens"], found["seconds"])
         bad = f", {found['bad']} of them bad: see {job.errors}" if found["bad"] else ""
@@ -207,7 +207,7 @@ def bench(args: argparse.Namespace) -> None:
         prompts, source = speed.find_prompts(args.prompts_file, args.num_prompts)
         what = f"{len(prompts)} prompts from {source}"
     if not args.json:
-        print(what, flush=True)
+        terminal.say(what)
     params = sampling_params(args)
     from ..full import needed
 
@@ -220,8 +220,8 @@ def bench(args: argparse.Namespace) -> None:
             prompts = encode(llm, prompts, args.raw)
         found = speed.results(*generate(args, llm, prompts, params), llm.stats())
     if not args.json:
-        print(speed.report(found))
-    print(json.dumps(found))
+        terminal.say(speed.report(found))
+    terminal.say(json.dumps(found))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -245,7 +245,7 @@ def score(args: argparse.Namespace) -> None:
         ]
         ranked.sort(key=lambda r: -r["total"])
         if args.json:
-            print(json.dumps({"prompt": row["prompt"], "continuations": ranked}))
+            terminal.say(json.dumps({"prompt": row["prompt"], "continuations": ranked}))
         else:
             terminal.show_ranking(row["prompt"], ranked)
 
@@ -264,7 +264,7 @@ def info(args: argparse.Namespace) -> None:
     recipe = strict.replace(recipe, **overrides(args))
     found = {"checkpoint": str(directory), "step": step}
     found |= speed.describe(config, recipe, weights, device, args.dtype)
-    print(json.dumps(found) if args.json else speed.description(found))
+    terminal.say(json.dumps(found) if args.json else speed.description(found))
 
 
 def lab(args: argparse.Namespace) -> None:
@@ -295,4 +295,4 @@ def trace(args: argparse.Namespace) -> None:
     found = {"events": len(events), "steps": kinds.count("begin")}
     found["files"] = [str(path) for path in (page, args.chrome) if path]
     told = f"{found['steps']:,} steps, {found['events']:,} events: {' and '.join(found['files'])}"
-    print(json.dumps(found) if args.json else told)
+    terminal.say(json.dumps(found) if args.json else told)

@@ -57,7 +57,8 @@ rows:
 --params-column NAME  an object of sampling parameters, in place of the flags' (=params)
 --continuation-column NAME    for score: a text, or a list of them (=continuation)
 many machines:
---ray? ADDRESS        on Ray: the cluster at ADDRESS (the one that runs, else a new one here)
+--ray? ADDRESS        on Ray: the cluster at ADDRESS, whose network must be trusted (the one that \
+                      runs, else a new one of this machine alone)
 --replicas positive N         engines (=1)
 --gpus-per-replica float N    of each engine, may be a part of one (=0)
 """

@@ -1,6 +1,7 @@
 """A person's side of the command line: mistakes, answers as they are written, a conversation.
 
-Answers go to stdout, what is said about them to stderr; colours and live lines are for terminals.
+Answers go to stdout by `say`, what is said about them to stderr by `note`, and nothing past these
+two; colours and live lines are for terminals.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ _ENDS = {
     "max_tokens": "; cut by --max-tokens",
     "max_model_len": "; cut, the context is full",
 }
+# C0 (but tab and newline) and C1, by which a terminal takes orders, and all that have the property
+# Bidi_Control, by which a text is shown in another order than it has (Boucher and Anderson,
+# "Trojan Source", 2021)
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 # what every command needs -------------------------------------------------------------------------
@@ -73,6 +78,7 @@ def user_errors(args: argparse.Namespace) -> Iterator[None]:
 
 def execute(args: argparse.Namespace) -> None:
     """Run args.command. Ctrl-C ends it with exit status 130, a reader who goes away with 141."""
+    open_streams()
     try:
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):
@@ -91,15 +97,29 @@ def execute(args: argparse.Namespace) -> None:
         sys.exit(141)
 
 
+def open_streams() -> None:
+    """Lead a standard stream that is closed nowhere: stdin ends at once, and what is written is
+    dropped. Else the next file that is opened gets its number, and a library's warnings with it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # as they are numbered
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, errors="replace"))
+
+
 def plain(text: str) -> str:
-    """The text without the control characters by which a terminal takes orders: a model, or the
-    names in its file, may say anything."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    """The text with a \ufffd for each character by which it could steer a terminal: a model, a
+    prompt, or the names in a file may say anything."""
+    return _CONTROLS.sub("\ufffd", text)
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Print to stdout: plain on a terminal, as it is for a file or a program."""
+    print(plain(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def note(text: str) -> None:
     """Say something that is no answer: on stderr, in grey where there are colours."""
     sys.stdout.flush()
+    text = plain(text)
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         text = f"\033[2m{text}\033[0m"
     print(text, file=sys.stderr, flush=True)
@@ -118,7 +138,7 @@ def reader(llm: LLM, params: SamplingParams) -> Callable[[str, list[int]], str]:
     def read(text: str, ids: list[int]) -> str:
         if not getattr(params, "stop", ()):  # which are a feature
             text = "".join(marks[i] if i in marks else push(i) for i in ids)
-        return plain(text) if sys.stdout.isatty() else text
+        return text
 
     return read
 
@@ -147,14 +167,14 @@ def live(
             if event.finish_reason:
                 answer |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
             if show:
-                print(lead + read(event.text, event.token_ids), end="", flush=True)
+                say(lead + read(event.text, event.token_ids), end="")
                 lead = ""
     count, after = len(answer["token_ids"]), counters(llm)
     now = {name: after[name] - before[name] for name in before if name.endswith("_tokens")}
     answer["tokens_per_second"] = speed = round(count / (time.perf_counter() - start), 1)
     answer |= {name: now[name] for name in ("prompt_tokens", "cached_tokens")}
     if show:
-        print(flush=True)
+        say()
     if show and sys.stderr.isatty():
         end = "" if answer["finish_reason"] == "stop" else _ENDS.get(answer["stop_reason"], "")
         hits = f"{now['cached_tokens']} of {now['prompt_tokens']} prompt tokens cached"
@@ -170,25 +190,25 @@ def show_all(
     for text, output in zip(texts, outputs, strict=True):
         if as_json:
             shown = {k: v for k, v in output.items() if k != "samples" or params.n > 1}
-            print(json.dumps({"prompt": text, **shown}))
+            say(json.dumps({"prompt": text, **shown}))
             continue
         for sample in output["samples"]:
             ids, cut = sample["token_ids"], ""
             if sample["finish_reason"] == "length":
                 cut = f"  [cut at {len(ids)} tokens]"
             said = reader(llm, params)(sample["text"], ids)
-            print(f"> {text}\n{said.strip()}{cut}\n" if chat else f"{text}{said}{cut}\n")
+            say(f"> {text}\n{said.strip()}{cut}\n" if chat else f"{text}{said}{cut}\n")
     return sum(len(sample["token_ids"]) for output in outputs for sample in output["samples"])
 
 
 def show_ranking(prompt: str, ranked: list[dict]) -> None:
     """Print the continuations of a prompt, best total first, and how they rank by the token."""
     means = sorted((r["per_token"] for r in ranked), reverse=True)
-    print(f"> {prompt}\n      total       per token   tokens")
+    say(f"> {prompt}\n      total       per token   tokens")
     for rank, r in enumerate(ranked, 1):
         mean = f"{r['per_token']:8.3f} #{means.index(r['per_token']) + 1:<3}"
-        print(f"{r['total']:10.2f} #{rank:<3}{mean}  {len(r['logprobs']):6}  {r['text']}")
-    print()
+        say(f"{r['total']:10.2f} #{rank:<3}{mean}  {len(r['logprobs']):6}  {r['text']}")
+    say()
 
 
 # a conversation -----------------------------------------------------------------------------------
@@ -202,7 +222,7 @@ def read_line() -> str | None:
             return input("> " if terminal and sys.stdout.isatty() else "").strip()
         except EOFError:
             if terminal:
-                print(file=sys.stderr)
+                note("")
             return None
         except KeyboardInterrupt:
             if not terminal:
@@ -257,6 +277,6 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool) -> None:
         prompt = [tokenizer.bos_id, *chain(*turns), *turn]
         answer = live(llm, prompt, params, chat=True, show=not as_json)
         if as_json:
-            print(json.dumps({"prompt": line, **answer}), flush=True)
+            say(json.dumps({"prompt": line, **answer}))
         if ids := answer["token_ids"]:
             turns.append(turn + ids + [end] * (ids[-1] != end))

@@ -3,10 +3,10 @@
     rows.read -> answer (keeps one engine full) -> Job.write
 
 The output is its own journal: an answer is appended, in one write, as soon as it is there, and
-begins with the number of its input line. So a job that was killed knows what is left. A row's seed
-follows from the job's seed and the row's id, hence a row that is computed again, or in other
-company, gets the same tokens. What is kept of a row is one byte, and 24 more for the moments in
-which ids are compared or the output is sorted.
+begins with the number of its input line and a checksum of the line. So a job that was killed knows
+what is left. A row's seed follows from the job's seed and the row's id, hence a row that is
+computed again, or in other company, gets the same tokens. What is kept of a row is one byte, and 24
+more for the moments in which ids are compared or the output is sorted.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ import json
 import os
 import re
 import time
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
 
-from .rows import import_pyarrow, parse, read, schema, to_table
+from .rows import decode, import_pyarrow, parse, read, schema, to_table
 
 if TYPE_CHECKING:
     from .. import LLM, SamplingParams
 
-_NUMBER = re.compile(rb'\{"line": (\d+), ')  # what every line of a journal begins with
+_HEAD = re.compile(rb'\{"line": (\d{1,18}), "crc": "([0-9a-f]{8})", ')  # of a journal's line
+_BOOK = {"microvllm job": 2}  # what OUTPUT.job begins with; those of 1 had no checksums
 _OPEN, _TWICE, _DONE = range(3)
 
 
@@ -201,16 +204,42 @@ def _outcome(work: _Work, ask: Ask) -> Outcome:
 # answers become files -----------------------------------------------------------------------------
 
 
+def _seal(row: dict) -> bytes:
+    """A row as a line of a journal: behind its number is a checksum of all the rest."""
+    head, rest = json.dumps(row).encode().split(b", ", 1)
+    return b'%s, "crc": "%08x", %s\n' % (head, zlib.crc32(head + rest), rest)
+
+
+def _sealed(line: bytes) -> int:
+    """The number of a line that is as _seal wrote it, 0 of any other."""
+    head = _HEAD.match(line)
+    if not head or line[-1:] != b"\n":
+        return 0
+    whole = zlib.crc32(line[: head.end(1)] + line[head.end() : -1]) == int(head[2], 16)
+    return int(head[1]) if whole else 0
+
+
+def _is_torn(line: bytes) -> bool:
+    """Was a line of ours cut off by a crash, which may leave zeros where the rest should be? What
+    begins otherwise, or is whole but changed, somebody else wrote."""
+    if line[-1:] == b"\n":
+        with suppress(ValueError):
+            decode(line)
+            return False
+    return b'{"line": '.startswith(line.strip(b"\0")[:9])
+
+
 class Job:
     """The files of a job: its input, what is done of it, and how it was begun.
 
     source, output: .jsonl or .parquet; settings: whatever decides the answers, JSON. Beside the
     output are OUTPUT.errors (a JSON line per bad row: line, id, error), OUTPUT.job (the settings),
-    and for Parquet, which cannot be appended to, OUTPUT.jsonl until all is done. num_done, num_bad:
-    rows with an answer or an error, and with an error.
+    and for Parquet, which cannot be appended to, OUTPUT.journal until all is done: names that no
+    input and no other output can have. num_done, num_bad: rows with an answer or an error, and with
+    an error.
 
-    Raises FileNotFoundError or ValueError, and touches nothing, if the output is another job's, or
-    this one's with another input or other settings, or if another process is at it.
+    Raises FileNotFoundError or ValueError, and touches nothing, if one of these is a link or not
+    this job's, or this one's with another input or other settings, or if another process is at it.
     """
 
     def __init__(self, source: str | Path, output: str | Path, ask: Ask, settings: dict):
@@ -227,18 +256,23 @@ class Job:
         self.parquet = self.output.suffix == ".parquet"
         if self.parquet or self.source.suffix == ".parquet":
             import_pyarrow()
-        self.journal = Path(f"{self.output}.jsonl") if self.parquet else self.output
+        self.journal = Path(f"{self.output}.journal") if self.parquet else self.output
         self.errors, book = Path(f"{self.output}.errors"), Path(f"{self.output}.job")
-        files = dict.fromkeys(map(str, (self.output, self.journal, self.errors, book)))
-        self.remedy = f"give another output, or start over: rm -f {' '.join(files)}"
-        if self.output.exists() and not book.exists():
-            raise ValueError(f"{self.output} exists and is not this job's: give another output")
+        files = [*dict.fromkeys((self.output, self.journal, self.errors, book))]
+        self.remedy = f"give another output, or start over: rm -f {' '.join(map(str, files))}"
+        for path in files:
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise ValueError(f"{path} is a link, or no file: give the file itself")
+            if path.exists() and not book.exists():
+                raise ValueError(f"{path} exists and is not this job's: give another output")
         self.state = bytearray()  # of each line: to do, to do but its id is taken, or done
         self.num_rows = self.num_done = self.num_bad = 0
         self.integer_ids = True
-        settings = json.loads(json.dumps({**settings, "input": self._survey()}))
-        self.book = open(book, "a+b")  # kept open, for as long as it is we hold the lock
-        self._open(settings)
+        settings = json.dumps({**_BOOK, **settings, "input": self._survey()})
+        text = json.dumps(json.loads(settings), sort_keys=True)
+        self.mark = xxhash.xxh3_64_hexdigest(text.encode())  # in what no other job makes
+        self.book = self._own(book)  # kept open, for as long as it is we hold the lock
+        self._open(settings.encode())
 
     def _survey(self) -> str:
         """Read the input once: count its rows, find ids that are there twice, fingerprint it."""
@@ -268,56 +302,89 @@ class Job:
                 digest.update(chunk)
         return f"{self.source.stat().st_size:,} bytes, xxh3 {digest.hexdigest()}"
 
-    def _open(self, settings: dict) -> None:
-        """Lock the job, compare with how it was begun, and read what it has."""
+    def _own(self, path: Path) -> BinaryIO:
+        """Open a file of the job to read and to append, and lock it until it is closed."""
+
+        def opener(name: str, flags: int) -> int:
+            return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+        file = open(path, "a+b", opener=opener)
         try:
             import fcntl
 
-            fcntl.flock(self.book, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
         except ImportError:  # Windows
             pass
         except OSError:
             told = f"another process is writing {self.output}: wait, or end it"
             raise ValueError(told) from None
-        whole = self.parquet and self.output.exists() and not self.journal.exists()
-        self.files = None if whole else {}  # of answers (False) and errors (True), once there are
+        return file
+
+    def _open(self, settings: bytes) -> None:
+        """Compare with how the job was begun, and read what it has."""
+        self.whole = self.parquet and self.output.exists() and not self.journal.exists()
         found = [path for path in (self.journal, self.errors) if path.exists()]
-        if whole or any(path.stat().st_size for path in found):
-            self.book.seek(0)
+        self.files = {path == self.errors: self._own(path) for path in found}
+        self.book.seek(0)
+        text = self.book.read()
+        if text and not text.startswith(json.dumps(_BOOK).encode()[:-1]):
+            told = "is there, and no job's of this version (an earlier one wrote no checksums)"
+            raise ValueError(f"{self.book.name} {told}: move it away, or give another output")
+        if self.whole or any(path.stat().st_size for path in found):
             try:
-                begun = json.loads(self.book.read())
+                begun, wanted = json.loads(text), json.loads(settings)
             except ValueError:
                 raise ValueError(f"{self.output} is not this job's: {self.remedy}") from None
-            for name in sorted(settings.keys() | begun.keys()):
-                if (old := begun.get(name)) != (new := settings.get(name)):
+            for name in sorted(wanted.keys() | begun.keys()):
+                if (old := begun.get(name)) != (new := wanted.get(name)):
                     told = f"{self.output} was begun with {name}={old!r}, not {new!r}"
                     raise ValueError(f"{told}: give that again; or {self.remedy}")
         else:
             self.book.truncate(0)
-            self.book.write(json.dumps(settings).encode() + b"\n")
+            self.book.write(settings + b"\n")
             self.book.flush()
             os.fsync(self.book.fileno())
         for path in found:
             self._recall(path)
-        if whole:
+        if self.whole:
             self.state, self.num_done = bytearray([_DONE]) * len(self.state), self.num_rows
+        self._check_output()
         self.synced = time.monotonic()
 
+    def _check_output(self) -> None:
+        """Raises FileExistsError for a Parquet file in our output's place that this job did not
+        make: ours is there when it was finished, or killed just before it was."""
+        if self.parquet and self.output.exists():
+            pq, own = import_pyarrow().parquet, None
+            with suppress(ValueError, OSError):  # no Parquet at all
+                own = (pq.read_metadata(self.output).metadata or {}).get(b"microvllm job")
+            if own != self.mark.encode():
+                raise FileExistsError(f"{self.output} is not this job's: move it away")
+
     def _recall(self, path: Path) -> None:
-        """See which rows a journal has. A last line without its end was cut off with the process
-        that wrote it, and is dropped."""
-        with open(path, "r+b") as file:
-            size = 0
-            for place, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                found = _NUMBER.match(line)
-                number = int(found[1]) if found else 0
-                if not 0 < number < len(self.state) or self.state[number] == _DONE:
-                    raise ValueError(f"{path}, line {place}: not a line of this job; {self.remedy}")
-                self._mark(number, path == self.errors)
-                size += len(line)
-            file.truncate(size)
+        """See which rows a journal has. A torn last line is dropped, its row computed again."""
+        file, size = self.files[path == self.errors], 0
+        file.seek(0)
+        for place, line in enumerate(file, 1):
+            number = _sealed(line)
+            if not number and _is_torn(line) and not file.read(1):
+                break
+            if not 0 < number < len(self.state) or self.state[number] == _DONE:
+                told = "not a line of this job, or damaged: delete it, its row is computed again"
+                raise ValueError(f"{path}, line {place}: {told}; or {self.remedy}")
+            self._mark(number, path == self.errors)
+            size += len(line)
+        file.truncate(size)
+
+    def _file(self, bad: bool) -> BinaryIO:
+        """The file of answers, or of errors, which is made when it is needed."""
+        if bad not in self.files:
+            path = self.errors if bad else self.journal
+            file = self._own(path)
+            if file.tell():
+                raise FileExistsError(f"{path} is not this job's: move it away")
+            self.files[bad] = file
+        return self.files[bad]
 
     def _mark(self, number: int, bad: bool) -> None:
         self.state[number] = _DONE
@@ -339,10 +406,8 @@ class Job:
         """Append an outcome, which is safe from then on. False if its row is there already."""
         if self.state[outcome.number] == _DONE:
             return False
-        if outcome.bad not in self.files:
-            self.files[outcome.bad] = open(self.errors if outcome.bad else self.journal, "ab")
-        file = self.files[outcome.bad]
-        file.write(json.dumps(outcome.row).encode() + b"\n")
+        file = self._file(outcome.bad)
+        file.write(_seal(outcome.row))
         file.flush()  # a kill takes nothing from the system's hands; a loss of power might
         if time.monotonic() - self.synced > 5:
             self._sync()
@@ -352,22 +417,29 @@ class Job:
     def _sync(self) -> None:
         for file in self.files.values():
             os.fsync(file.fileno())
+        if hasattr(os, "O_DIRECTORY"):  # not on Windows
+            folder = os.open(self.output.parent, os.O_DIRECTORY)
+            os.fsync(folder)  # which has the names of the files
+            os.close(folder)
         self.synced = time.monotonic()
 
     def finish(self, ordered: bool = False) -> None:
         """Put the answers in the input's order, make the Parquet. Either is a new file that takes
         the old one's place when it is complete."""
-        if self.files is None:  # it was finished
+        if self.whole:  # it was finished
             return
+        self._file(bad=False)  # all rows may be bad ones
         self._sync()
-        self.journal.touch()  # all rows may be bad ones
         if not ordered and not self.parquet:
             return
-        new = Path(f"{self.output}.tmp")
-        with open(new, "wb") as file:
+        new = Path(f"{self.output}.{self.mark}.tmp")
+        with suppress(FileNotFoundError):
+            os.unlink(new)  # a start was killed here
+        with open(new, "xb") as file:
             lines = self._lines(ordered)
             if self.parquet:
                 columns = schema(self.ask.task == "score", self.integer_ids)
+                columns = columns.with_metadata({"microvllm job": self.mark})
                 with import_pyarrow().parquet.ParquetWriter(file, columns) as writer:
                     while rows := [json.loads(line) for line in islice(lines, 4096)]:
                         writer.write_table(to_table(rows, columns))
@@ -375,7 +447,9 @@ class Job:
                 file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
+        self._check_output()
         os.replace(new, self.output)
+        self._sync()
         if self.parquet:
             self.journal.unlink()
 
@@ -386,7 +460,7 @@ class Job:
                 return
             numbers, starts, size = array("q"), array("q"), 0
             for line in file:
-                numbers.append(int(_NUMBER.match(line)[1]))
+                numbers.append(int(_HEAD.match(line)[1]))
                 starts.append(size)
                 size += len(line)
             for i in np.argsort(np.frombuffer(numbers, np.int64)):
@@ -403,8 +477,9 @@ def carry_out(job: Job, outcomes: Iterator[Outcome], ordered: bool = False) -> d
 
     began, before = time.perf_counter(), job.num_done
     asked = cached = new = 0
+    name = "".join(c if c.isprintable() else "\ufffd" for c in job.output.name)
     bar = tqdm(
-        total=job.num_rows, initial=before, desc=job.output.name, unit="row", disable=None,
+        total=job.num_rows, initial=before, desc=name, unit="row", disable=None,
         unit_scale=job.num_rows > 99999,
     )  # fmt: skip
     with bar:

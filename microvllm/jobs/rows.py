@@ -17,7 +17,7 @@ class UnreadableFile(ValueError, OSError):
 def read(path: str | Path, columns: Iterable[str] | None = None) -> Iterator[tuple[int, object]]:
     """(number, row) of a .jsonl, .parquet or .json file (a list), numbered from 1.
 
-    A row is what `decode` takes: of .jsonl a line's bytes, or the error of a line that is too long;
+    A row is what `decode` takes: of .jsonl a line's bytes, or the error of a row that is too long;
     blank lines are counted and left out. columns: of a .parquet file, by default all. Raises
     ValueError or OSError naming the file, ImportError without pyarrow.
     """
@@ -84,9 +84,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | ValueError]]:
                     pass
                 yield number, ValueError(f"longer than {MAX_LINE:,} bytes")
                 continue
-            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            if line.strip():
-                yield number, line
+            if line.strip():  # a byte order mark and nothing else is no blank line
+                yield number, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
 
 
 # Parquet ------------------------------------------------------------------------------------------
@@ -101,17 +100,65 @@ def import_pyarrow():
     return pyarrow
 
 
-def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict]:
+def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict | ValueError]:
+    """A text that many rows have is there once, in the file and, as a dictionary, in a batch; only
+    as Python's objects does it take its size for each of them."""
     pyarrow = import_pyarrow()
     with open(path, "rb") as source:
         try:
             file = pyarrow.parquet.ParquetFile(source)
+            leaves = [file.schema.column(i) for i in range(len(file.schema))]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"
+                     and leaf.logical_type.type != "DECIMAL"]  # fmt: skip
+            file = pyarrow.parquet.ParquetFile(source, read_dictionary=texts)
             there = file.schema_arrow.names
             names = there if columns is None else [name for name in columns if name in there]
-            for batch in file.iter_batches(1024, columns=names):
-                yield from batch.to_pylist()
+            for i in range(file.num_row_groups):
+                _check_group(file.metadata.row_group(i), leaves, names, path)
+                for batch in file.iter_batches(1024, row_groups=[i], columns=names):
+                    yield from _unfold(batch)
         except (pyarrow.ArrowException, OSError) as error:
             raise UnreadableFile(f"{path}: not a Parquet file that can be read: {error}") from None
+
+
+def _check_group(group, leaves: list, names: list[str], path: Path) -> None:
+    """Raises ValueError for pages that unfold to far more than they are, or values without end."""
+    small = size = 0
+    for i, leaf in enumerate(leaves):
+        if leaf.path.split(".")[0] in names:
+            part = group.column(i)
+            small += part.total_compressed_size
+            size += max(part.total_uncompressed_size, part.num_values * max(8, leaf.length or 0))
+    if size > max(2**28, 64 * small):
+        told = f"{small:,} bytes unfold to {size:,}: write it in smaller row groups"
+        raise ValueError(f"{path}: {told}")
+
+
+def _unfold(batch) -> Iterator[dict | ValueError]:
+    """A batch as dicts, no more than MAX_LINE bytes at once; of a row above that, the error."""
+    half = batch.num_rows // 2
+    if sum(map(_weight, batch.columns)) <= MAX_LINE:
+        yield from batch.to_pylist()
+    elif half:
+        yield from _unfold(batch[:half])
+        yield from _unfold(batch[half:])
+    else:
+        yield ValueError(f"longer than {MAX_LINE:,} bytes")
+
+
+def _weight(array) -> int:
+    """Bytes of an Arrow array, with a dictionary's texts once for each row that has them."""
+    import pyarrow.compute as pc
+
+    if hasattr(array, "dictionary"):
+        return pc.sum(pc.binary_length(array.dictionary).take(array.indices)).as_py() or 0
+    if hasattr(array, "keys"):  # a map
+        start, stop = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return _weight(array.keys[start:stop]) + _weight(array.items[start:stop])
+    if hasattr(array, "flatten"):  # a list, or a struct
+        parts = array.flatten()
+        return sum(map(_weight, parts if isinstance(parts, list) else [parts]))
+    return array.nbytes
 
 
 def schema(score: bool, integer_ids: bool = False):

@@ -65,7 +65,7 @@ def texts(count: int, **more) -> list[dict]:
 def killed(source: Path, output: Path, ordered: bool, delay: float) -> int:
     """Run the job in a child and kill it so many seconds after its first new answer. Returns how
     many bytes of answers there are then."""
-    journal = output if output.suffix == ".jsonl" else Path(f"{output}.jsonl")
+    journal = output if output.suffix == ".jsonl" else Path(f"{output}.journal")
     before = journal.stat().st_size if journal.exists() else 0
     child = os.fork()
     if child == 0:
@@ -327,6 +327,137 @@ def test_a_job_begun_with_nothing_written_may_be_begun_otherwise(tmp_path):
     source, output = write(tmp_path / "in.jsonl", texts(5)), tmp_path / "out.jsonl"
     Job(source, output, Ask(), {"model": "d6"}).book.close()
     assert run(source, output, settings={"model": "d20"})["rows"] == 5
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_files_that_are_not_the_jobs_are_left_as_they_are(name, tmp_path):
+    source = write(tmp_path / "in.jsonl", texts(5))
+    for suffix in (".job", ".errors", ".journal" if name.endswith("parquet") else "", ".tmp"):
+        folder = tmp_path / f"with{suffix}"
+        folder.mkdir()
+        other = folder / f"{name}{suffix}"
+        for content in (b'{"thesis": "the only copy"}\n', b"no newline at its end"):
+            other.write_bytes(content)
+            if suffix == ".tmp":  # which is not the name that a job takes
+                run(source, folder / name, ordered=True)
+                for path in set(folder.iterdir()) - {other}:
+                    path.unlink()
+            else:
+                with pytest.raises(ValueError, match=f"{other} .*give another output"):
+                    run(source, folder / name)
+            assert other.read_bytes() == content and [*folder.iterdir()] == [other]
+
+
+def test_a_file_that_comes_up_while_a_job_runs_is_kept(tmp_path):
+    source, output = write(tmp_path / "in.jsonl", texts(5)), tmp_path / "out.parquet"
+    job = Job(source, output, Ask(params=PARAMS), {})
+    for path in (job.journal, job.output):
+        path.write_bytes(b"another's")
+        with pytest.raises(FileExistsError, match=f"{path} is not this job's"):
+            carry_out(job, answer(FakeLLM(), job.pending(), job.ask))
+        assert path.read_bytes() == b"another's"
+        path.unlink()
+    carry_out(job, answer(FakeLLM(), job.pending(), job.ask))
+    assert len(read(output)) == 5
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+@pytest.mark.parametrize("there", [True, False])
+def test_no_link_is_followed(name, there, tmp_path):
+    source, other = write(tmp_path / "in.jsonl", texts(5)), tmp_path / "other.jsonl"
+    if there:
+        other.write_bytes(b"")
+    for suffix in ("", ".job", ".errors", ".journal"):
+        if name.endswith("l") and suffix == ".journal":
+            continue
+        link = tmp_path / f"{name}{suffix}"
+        link.symlink_to(other)
+        with pytest.raises(ValueError, match=f"{link} is a link"):
+            run(source, tmp_path / name)
+        assert (other.read_bytes() if there else other.exists()) in (b"", False)
+        link.unlink()
+    with pytest.raises(ValueError, match="is a link, or no file"):
+        (tmp_path / f"{name}.errors").mkdir()
+        run(source, tmp_path / name)
+
+
+def test_a_link_that_is_made_after_the_check_is_not_followed_either(tmp_path, monkeypatch):
+    source, output = write(tmp_path / "in.jsonl", texts(5)), tmp_path / "out.jsonl"
+    job = Job(source, output, Ask(params=PARAMS), {})
+    output.symlink_to(tmp_path / "other.jsonl")
+    with pytest.raises(OSError, match="out.jsonl"):
+        carry_out(job, answer(FakeLLM(), job.pending(), job.ask))
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_two_outputs_that_are_one_file_are_one_jobs_at_a_time(tmp_path):
+    source, (one, two) = write(tmp_path / "in.jsonl", texts(5)), (tmp_path / n for n in "ab")
+    first, second = (
+        Job(source, path.with_suffix(".jsonl"), Ask(params=PARAMS), {}) for path in (one, two)
+    )
+    outcomes = [*answer(FakeLLM(), first.pending(), first.ask)]
+    first.write(outcomes[0])
+    os.link(first.output, second.output)
+    with pytest.raises(ValueError, match="another process"):
+        second.write(outcomes[1])
+
+
+def test_a_line_that_was_cut_is_not_taken_for_an_answer(tmp_path):
+    source, output = write(tmp_path / "in.jsonl", texts(20)), tmp_path / "out.jsonl"
+    run(source, output, ordered=True)
+    lines = (whole := output.read_bytes()).splitlines(True)
+    last = lines[-1]
+    for torn in (
+        last[:60] + b"\n",
+        last[:60] + b"\0" * 50,
+        b"\0" * 50,
+        last[:40] + last,
+        last[:-1],
+    ):
+        output.write_bytes(b"".join(lines[:-1]) + torn)
+        assert run(source, output, ordered=True)["answered_before"] == 19
+        assert output.read_bytes() == whole
+    # not at the end, or by another hand: nothing is dropped
+    other = b'{"line": 20, "id": "row 19", "text": "by hand"}\n'
+    for at, line in [(4, lines[4][:60] + b"\n"), (4, b"\n"), (19, other), (19, b"a last word")]:
+        damaged = b"".join([*lines[:at], line, *lines[at + 1 :]])
+        output.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"line {at + 1}: not a line of this job, or damaged"):
+            run(source, output, ordered=True)
+        assert output.read_bytes() == damaged
+        output.write_bytes(b"".join([*lines[:at], *lines[at + 1 :]]))  # as the error says
+        assert run(source, output, ordered=True)["answered_before"] == 19
+        assert output.read_bytes() == whole
+    for at in range(0, len(whole) - len(last), 7):  # any other byte is noticed
+        output.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="not a line of this job"):
+            run(source, output, ordered=True)
+
+
+def test_a_job_of_an_earlier_version_is_told_so(tmp_path):
+    source, output = write(tmp_path / "in.jsonl", texts(5)), tmp_path / "out.jsonl"
+    run(source, output)
+    book = Path(f"{output}.job")
+    book.write_text(book.read_text().replace('"microvllm job": 2, ', ""))
+    with pytest.raises(ValueError, match=r"out.jsonl.job is there.*an earlier one wrote no check"):
+        run(source, output)
+
+
+def test_the_folder_has_the_new_name_before_the_old_file_goes(tmp_path, monkeypatch):
+    source, output, done = write(tmp_path / "in.jsonl", texts(5)), tmp_path / "out.parquet", []
+    replace, unlink, fsync = os.replace, Path.unlink, os.fsync
+
+    def synced(number: int) -> None:
+        folder = os.path.samestat(os.fstat(number), os.stat(tmp_path))
+        done.append("sync folder" if folder else "sync")
+        fsync(number)
+
+    monkeypatch.setattr(os, "replace", lambda *a: (done.append("rename"), replace(*a)))
+    monkeypatch.setattr(Path, "unlink", lambda *a: (done.append("unlink"), unlink(*a)))
+    monkeypatch.setattr(os, "fsync", synced)
+    run(source, output)
+    named, gone = done.index("rename"), done.index("unlink")
+    assert done[named - 1] == "sync" and "sync folder" in done[named:gone]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

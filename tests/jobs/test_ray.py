@@ -4,6 +4,7 @@ A real cluster of two nodes on this machine, each with a loopback address of its
 """
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -120,6 +121,54 @@ def test_an_own_pipeline_and_a_refused_engine_on_the_node_that_is_left(
         cli.main(["batch", str(source), "-o", str(output), "--ray", address, "--num-blocks", "1"])
     assert stop.value.code == 2 and not output.exists()
     assert "a replica: num_blocks" in capsys.readouterr().err
+
+
+LISTENERS = """
+import json, os, sys
+from contextlib import suppress
+from pathlib import Path
+from microvllm.jobs import Ask, Job
+from microvllm.jobs.ray import answer_on_ray
+
+job = Job(sys.argv[1], sys.argv[2], Ask("completion", params={"max_tokens": 1}), {})
+options = {"model_path": sys.argv[3], "num_blocks": 40, "device": "cpu"}
+outcomes = answer_on_ray(job, options, "local")
+assert not next(outcomes).bad
+parents = {}
+for stat in Path("/proc").glob("[0-9]*/stat"):
+    with suppress(OSError):  # it ended
+        parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+ours = {os.getpid()}
+while more := {child for child, parent in parents.items() if parent in ours} - ours:
+    ours |= more
+sockets = set()
+for process in ours:
+    for file in Path(f"/proc/{process}/fd").glob("*"):
+        with suppress(OSError):  # it was closed
+            sockets.add(os.readlink(file)[8:-1])
+found = []
+for name in ("tcp", "tcp6"):
+    for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+        _, place, _, state, *rest = line.split()
+        if state == "0A" and rest[5] in sockets:
+            found.append(place.split(":")[0])
+print(json.dumps(found))
+outcomes.close()
+"""
+
+
+def test_a_cluster_that_is_started_here_is_open_to_this_machine_alone(tmp_path):
+    pytest.importorskip("ray.data", reason="needs pip install 'microvllm[ray]'")
+    if sys.platform != "linux":
+        pytest.skip("what listens is read from Linux's /proc")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "It was"}\n')
+    words = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), str(MODEL)]
+    command = [sys.executable, "-c", LISTENERS, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000"}
+    assert len(found) > 3 and set(found) <= loopback, found
 
 
 # without Ray --------------------------------------------------------------------------------------

@@ -60,6 +60,74 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         rows.read_rows(tmp_path / "absent.parquet")
 
 
+def many_of_one_text(path, nested: bool):
+    """A few hundred bytes in which 1,024 rows, or as many items of one row, are one text of 1.5
+    MB."""
+    pa = rows.import_pyarrow()
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 1024, "int32"), pa.array(["a" * 1500000]))
+    if nested:
+        items = pa.StructArray.from_arrays([texts, texts], ["role", "content"])
+        texts = pa.ListArray.from_arrays(pa.array([0, 1024], "int32"), items)
+    table = pa.table({"prompt": texts})
+    pa.parquet.write_table(table, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 1000
+    return path
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_text_that_many_rows_of_parquet_name_is_there_once(nested, tmp_path):
+    pytest.importorskip("resource")
+    code = "import resource, sys; from microvllm.jobs import rows; rows.import_pyarrow()\n"
+    code += "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    code += "before = peak(); found = [type(r).__name__ for _, r in rows.read(sys.argv[1])]\n"
+    code += "print((peak() - before) // 1000, len(found), *set(found))"
+    path = many_of_one_text(tmp_path / "rows.parquet", nested)
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True)
+    megabytes, count, kind = done.stdout.decode().split()
+    assert (count, kind) == (("1", "ValueError") if nested else ("1024", "dict"))
+    assert int(megabytes) < 200
+
+
+def test_pages_of_parquet_that_unfold_without_end_are_refused(tmp_path):
+    pa, file = rows.import_pyarrow(), tmp_path / "rows.parquet"
+    zeros = pa.nulls(40_000_000, "int64")
+    lists = pa.ListArray.from_arrays(pa.array([0, len(zeros)], "int32"), zeros)
+    pa.parquet.write_table(pa.table({"prompt": lists, "id": [1]}), file, compression="zstd")
+    assert file.stat().st_size < 10000
+    with pytest.raises(ValueError, match=f"^{file}: .*smaller row groups"):
+        rows.read_rows(file)
+    assert [row for _, row in rows.read(file, ["id"])] == [{"id": 1}], "it is not looked at"
+
+
+def test_a_row_of_parquet_has_a_limit_as_a_line_has(tmp_path, monkeypatch):
+    pa, file = rows.import_pyarrow(), tmp_path / "rows.parquet"
+    row = {"text": "x" * 40, "list": [["y" * 20], ["z" * 20]], "none": None, "ids": [1, 2]}
+    row |= {"struct": {"a": "x", "b": 1}, "map": [("key", "value"), ("other", None)]}
+    kind = pa.map_(pa.string(), pa.string())
+    table = pa.Table.from_pylist([row] * 5).drop_columns("map")
+    table = table.append_column("map", pa.array([row["map"]] * 5, kind))
+    table = table.set_column(0, "text", pa.array(["x" * 40, "x", "x" * 3000, "x" * 40, None]))
+    pa.parquet.write_table(table, file)
+    whole = [found for _, found in rows.read(file)]
+    assert whole == table.to_pylist()
+    monkeypatch.setattr(rows, "MAX_LINE", 1000)
+    found = [found for _, found in rows.read(file)]
+    assert isinstance(found[2], ValueError) and "longer than 1,000 bytes" in str(found[2])
+    assert found[:2] + found[3:] == whole[:2] + whole[3:]
+    with pytest.raises(ValueError, match="line 3 is longer than"):
+        rows.read_rows(file)
+
+
+def test_a_byte_order_mark_alone_is_a_line(tmp_path):
+    """What a job can neither answer nor report would be lost."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf\n{"prompt": "a"}\n')
+    (one, raw), two = rows.read(file)
+    assert one == 1 and two[0] == 2 and rows.parse(two[1]) == {"prompt": "a"}
+    with pytest.raises(ValueError, match="not JSON"):
+        rows.parse(raw)
+
+
 def test_a_name_is_imported_when_it_is_asked_for():
     code = "import sys; from microvllm import jobs; jobs.Ask, jobs.Job, jobs.answer, jobs.carry_out"
     code += "; print(*sys.modules)"

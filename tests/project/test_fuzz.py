@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ERAS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from test_tokenizer import dumps, encoding_with, parts
 
 from microvllm import LLM, SamplingParams
@@ -396,6 +396,7 @@ ROW = {
     ),
     task=st.sampled_from(["chat", "completion", "score"]),
 )
+@example(lines=[b"\xef\xbb\xbf", json.dumps(ROW).encode()], task="completion")
 def test_a_bulk_job_over_rows_of_any_content(place, lines, task):
     """Every line is answered or reported, once, and a second run finds nothing to do."""
     source, target = place / "rows.jsonl", place / "answers.jsonl"
