@@ -333,7 +333,7 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             yield trace
         finally:
             try:
-                self._change(self._settle)
+                self._change(lambda: (self._settle(), trace.close()))
             finally:
                 trace.close()
 

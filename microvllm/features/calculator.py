@@ -42,7 +42,7 @@ _METHODS = (
 
 
 def calculate(expression: str) -> str | None:
-    """The answer of nanochat's calculator as text, or None if it has none. Never raises.
+    """The answer of nanochat's calculator as text, or None if it has none. Never fails.
 
     Commas are dropped first, everywhere (`1,000*2`; also in `'a,b'.count(',')`, which becomes
     `'ab'.count('')`, 3). Then there are two forms, told apart by their characters:
@@ -65,12 +65,21 @@ def calculate(expression: str) -> str | None:
         if any(word in expression.lower() for word in _FORBIDDEN):
             return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `1if` makes the parser itself warn
-            tree = ast.parse(expression.lstrip(" "), mode="eval")
-        return str(_evaluate(tree.body))
+        return _answer(expression)
     except Exception:  # whatever Python has against an expression, the answer is nothing
-        return None
+        try:
+            _answer(expression)
+        except Exception:
+            return None
+        raise  # from outside, such as a signal: it is not raised again when we ask again
+
+
+def _answer(expression: str) -> str:
+    """The value of an expression as text; any exception means that there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `1if` makes the parser itself warn
+        tree = ast.parse(expression.lstrip(" "), mode="eval")
+    return str(_evaluate(tree.body))
 
 
 def _evaluate(root: ast.expr) -> object:

@@ -40,9 +40,9 @@ def uninterrupted() -> Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-    if ours and pressed:
-        pressed.clear()
-        raise KeyboardInterrupt
+            if pressed:  # also where the step raised: not in some later step
+                pressed.clear()
+                raise KeyboardInterrupt
 
 
 class GuardLLM(LLM):
@@ -77,20 +77,21 @@ class GuardLLM(LLM):
                 "a step cannot be asked for inside a step (in a logits_processor, a policy, a "
                 "trace or a signal's handler): add_request, abort and stats can"
             )
+        self._deliver()  # what came after the inbox was read
 
     def _try(self, change: Callable[[], object]) -> bool:
         """Change the books; False, and nothing done, inside another change by this thread."""
         self._check_usable()
         with self._lock:
-            if self._changing:
-                frame = sys._getframe()
-                while frame:
-                    if frame is self._changing:
-                        return False
-                    frame = frame.f_back
-                self._recover()
+            left, frame = self._changing, sys._getframe()
+            while left and frame:
+                if frame is left:
+                    return False
+                frame = frame.f_back
             self._changing = sys._getframe()
             try:
+                if left:  # by an exception, before the books were in order
+                    self._recover()
                 change()
             except BaseException as error:
                 self._recover(error)
@@ -108,15 +109,33 @@ class GuardLLM(LLM):
                 super()._queue([item])
             self._inbox.popleft()
 
+    def _deliver(self) -> None:
+        """Read the inbox, unless another thread is in a step: then that one does, at its end. To
+        wait here could be for ever: the garbage collector aborts a stream under any lock."""
+        if self._inbox and self._lock._is_owned():
+            self._try(self._read_inbox)
+            return
+        while self._inbox:
+            try:
+                if not self._lock.acquire(blocking=False):
+                    return
+                self._try(self._read_inbox)
+            finally:
+                try:
+                    self._lock.release()
+                except RuntimeError:  # another thread has it
+                    pass
+
     def _queue(self, requests: list[Request]) -> None:
+        self._check_usable()
         self._inbox.extend(requests)
-        self._try(self._read_inbox)
+        self._deliver()
 
     def abort(self, *request_ids: int) -> None:
         """As in the core; while a step is under way, at its end."""
         if request_ids and self.runner is not None:
             self._inbox.append(request_ids)
-            self._try(self._read_inbox)
+            self._deliver()
 
     # steps
 
@@ -139,11 +158,12 @@ class GuardLLM(LLM):
                     self._change(self._turn)
         finally:
             self._callers.discard(me)
+        self._deliver()  # what came before the lock was free
         if self._callers:
             time.sleep(1e-4)  # else this thread would take the lock again at once
 
     def step(self) -> list[RequestOutput]:
-        """As in the core."""
+        """As in the core; an output is returned once, to the first thread that asks."""
         finished: dict[int, RequestOutput] = {}
         try:
             self._step()
@@ -151,16 +171,24 @@ class GuardLLM(LLM):
                 finished, self._finished = self._finished, {}
             return [*finished.values()]
         except BaseException:
-            self._finished = finished | self._finished  # nobody got them
+            with self._lock:
+                self._finished = finished | self._finished  # nobody got them
             raise
 
     def _news(self, requests) -> list:
-        with self._lock:  # texts grow while other threads run steps
-            return super()._news(requests)
+        found: list = []  # texts grow while other threads run steps
+        self._change(lambda: found.extend(super(GuardLLM, self)._news(requests)))
+        return found
 
     def is_finished(self) -> bool:
         """As in the core."""
         return not self._inbox and super().is_finished()
+
+    def close(self) -> None:
+        """As in the core; waits for the step of another thread."""
+        if self.runner is not None:
+            self.abort(*self._requests)
+            self._change(super().close)
 
 
 PARTS = {"llm": GuardLLM}

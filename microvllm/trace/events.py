@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..engine import LLM
-from ..scheduler import Events, Plan, Scheduler, Sequence
+from ..scheduler import BlockManager, Events, Plan, Scheduler, Sequence
 from .formats import write_chrome, write_page
 from .replay import VERSION, encode, read, spans
 
@@ -53,8 +53,7 @@ class Trace(Events):
         """Begin with the scheduler and pool as they are; facts: what else the first event tells.
         No step may be under way. Raises ValueError if there is a trace already."""
         blocks = scheduler.blocks
-        if isinstance(blocks.events, Trace):
-            raise ValueError(f"there is a trace already, to {blocks.events.path or 'memory'}")
+        refuse_second(blocks)
         if self.path is not None:
             self._file = open(self.path, "w", encoding="ascii")
         self._scheduler, blocks.events = scheduler, self
@@ -213,7 +212,9 @@ class Trace(Events):
         """All unfinished sequences wait, without blocks; samples that will be forked again are gone
         for now, and some may have arrived without a word."""
         self._under_way.clear()
-        waiting, gone = dict.fromkeys(self._scheduler.waiting), set(self._gone)
+        waiting = dict.fromkeys(self._scheduler.waiting)
+        self._gone = [seq for seq in self._gone if seq not in waiting]  # some wait again
+        gone = set(self._gone)
         for seq in [seq for seq in self._seqs if seq not in gone]:
             self.free(seq)
             self._tell("preempt" if seq in waiting else "abort", seq)
@@ -260,11 +261,22 @@ class Trace(Events):
             self._lines.clear()
 
 
+def refuse_second(blocks: BlockManager) -> None:
+    """Raises ValueError if there is a trace already."""
+    if isinstance(blocks.events, Trace):
+        raise ValueError(f"there is a trace already, to {blocks.events.path or 'memory'}")
+
+
 def attach(llm: LLM, path: str | Path | None) -> Trace:
     """Begin a trace of an engine. Of the ranks that share a model one writes the file."""
-    llm._change(llm._settle)
+    refuse_second(llm.scheduler.blocks)
     token_bytes, ranks = llm.tokenizer.token_bytes, getattr(llm, "ranks", None)
     file = os.devnull if path and ranks and ranks.rank else path
     trace = Trace(file, lambda token: token_bytes(token).decode("utf-8", "surrogateescape"))
-    trace.attach(llm.scheduler, model=llm.name, device=str(llm.device))
+
+    def begin() -> None:
+        llm._settle()
+        trace.attach(llm.scheduler, model=llm.name, device=str(llm.device))
+
+    llm._change(begin)
     return trace

@@ -15,6 +15,7 @@ from test_engine import assert_idle, build, check, greedy, ids, sampled
 from test_llm import GREEDY, everything_is_free
 
 from microvllm import LLM, SamplingParams
+from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,11 +179,103 @@ def test_new_weights_of_another_thread_come_between_two_steps():
         assert_idle(llm)
 
 
+def test_a_trace_begins_and_ends_between_steps_of_other_threads():
+    # half a trace was attached, and steps failed
+    with build() as llm:
+        expected = llm.generate([ids(9)], greedy(8), use_tqdm=False)[0]["token_ids"]
+
+        def ask():
+            return [llm.generate([ids(9)], greedy(8), use_tqdm=False)[0] for _ in range(30)]
+
+        def trace():
+            for _ in range(30):
+                with llm.tracing() as found:
+                    pass
+                Replay(found.events)
+
+        for result in run_threads([ask, ask, trace])[:2]:
+            assert [output["token_ids"] for output in result] == [expected] * 30
+
+
+def test_an_abort_does_not_wait_for_the_step_of_another_thread():
+    # the garbage collector aborts streams under any lock, for which that step may wait
+    with build() as llm:
+        inside, gate = threading.Event(), threading.Event()
+
+        def judge(tokens, logits):
+            inside.set()
+            assert gate.wait(30), "the abort waits for this step"
+            return logits
+
+        def ask():
+            return llm.generate([ids(5)], greedy(2, logits_processor=judge), use_tqdm=False)[0]
+
+        def abort():
+            assert inside.wait(30)
+            number = llm.add_request(ids(4), greedy(50))
+            llm.abort(number)
+            gate.set()
+            return number
+
+        asked, number = run_threads([ask, abort])
+        assert len(asked["token_ids"]) == 2
+        outputs = []
+        while not llm.is_finished():
+            outputs += llm.step()
+        (output,) = outputs
+        assert (output["request_id"], output["finish_reason"]) == (number, "abort")
+        assert_idle(llm)
+
+
 def weights(llm) -> dict[str, torch.Tensor]:
     from test_engine import FIXTURES
 
     (file,) = FIXTURES["era5"].directory.glob("model_*.pt")
     return torch.load(file, map_location="cpu", weights_only=True)
+
+
+# failures -----------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_a_step_that_fails_is_not_kept_for_another(llm, monkeypatch):
+    before = llm.generate(["Hello"], GREEDY)[0]["token_ids"]
+
+    def forward(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise MemoryError
+
+    monkeypatch.setattr(llm.runner, "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["Hello"], GREEDY)
+    monkeypatch.undo()
+    assert llm.generate(["Hello"], GREEDY)[0]["token_ids"] == before
+
+
+@pytest.mark.parametrize("place", ["reset", "end"])
+def test_a_failure_on_the_way_back_is_made_good_before_the_next_step(place, monkeypatch):
+    with build(block_size=4) as llm:
+        expected = llm.generate([ids(9), ids(9, 1)], sampled(9, seed=1, n=2), use_tqdm=False)
+        expected = [[s["token_ids"] for s in output["samples"]] for output in expected]
+        params = sampled(9, seed=1, n=2)
+        numbers = [llm.add_request(prompt, params) for prompt in (ids(9), ids(9, 1))]
+        for _ in range(3):
+            llm.step()
+        for owner, name in ((llm.runner, "forward"), (llm.scheduler, place)):
+
+            def fail(*_):
+                raise MemoryError
+
+            monkeypatch.setattr(owner, name, fail)
+        with pytest.raises(MemoryError):
+            llm.step()
+        monkeypatch.undo()
+        outputs = {}
+        while not llm.is_finished():
+            outputs |= {output["request_id"]: output for output in llm.step()}
+            check(llm)
+        found = [[s["token_ids"] for s in outputs[number]["samples"]] for number in numbers]
+        assert found == expected
+        assert_idle(llm)
 
 
 # calls from inside a step -------------------------------------------------------------------------
