@@ -6,6 +6,7 @@ may be deleted: then what it gives is refused, by name, and everything else goes
 
 import dataclasses
 import logging
+import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache
@@ -148,9 +149,42 @@ def build_model(
         log.warning("NaN or infinite weights, %s: the model can draw no token", ", ".join(broken))
     size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
     what, memory = f"weights of {size:,} bytes in {dtype}", optional("gpu.memory")
-    with memory.fits(what, device) if memory else nullcontext():
+    with fits(what, device), memory.fits(what, device) if memory else nullcontext():
         options = dtype, max_len, share, store, ranks
         return optional("fused.model").FusedGPT(config, recipe, weights, backend, *options)
+
+
+@contextmanager
+def fits(what: str, device: torch.device):
+    """Raises ValueError with the numbers if there is no memory for what is made inside: more than
+    is free is refused before, but a limit of addresses (ulimit -v) is met here."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # numpy's and C++'s; torch's
+        words = "can't allocate memory", "not enough memory"  # a GPU's are told by gpu.memory
+        if isinstance(error, RuntimeError) and not any(x in str(error) for x in words):
+            raise
+        raise ValueError(
+            f"no memory for {what}: {free_memory(device):,} bytes are free on {device}, but this "
+            f"process gets no more ({error or 'out of memory'!s:.80}); use a smaller model, lower "
+            "num_blocks or max_batched_tokens, or raise the process's limit (ulimit -v)"
+        ) from None
+
+
+_computing: int | None = None  # the process in which an engine with several threads was made
+
+
+def check_process() -> None:
+    """Raises RuntimeError in a fork of a process that has an engine with several threads: the child
+    has none of them, and torch would wait for them for ever."""
+    global _computing
+    if torch.get_num_threads() > 1:
+        _computing = _computing or os.getpid()
+        if _computing != os.getpid():
+            raise RuntimeError(
+                f"an LLM was made in process {_computing}, whose threads a fork does not have: "
+                "start processes with 'spawn' or 'forkserver' (multiprocessing.get_context)"
+            )
 
 
 def check_length(max_len: int | None, config, device: torch.device) -> None:
@@ -228,6 +262,7 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
         policies = {"victim": victim, "admission": admission, "eviction": eviction}
         if checks := optional("features.checks"):
             policies = checks.check_arguments(locals())
+        check_process()
         asked = {
             "prompt_lookup": prompt_lookup, "tensor_parallel": tensor_parallel > 1, "model": model,
             "tokenizer": tokenizer, "trace": trace, "deterministic": deterministic,
@@ -266,7 +301,10 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             check_length(max_model_len, found[0], device)
             config, recipe, weights = found
             recipe = (optional("sources.strict") or dataclasses).replace(recipe, **overrides)
-            self.model = make_model(config, recipe, weights, device, dtype, max_len=max_model_len)
+            with fits("weights", device):
+                self.model = make_model(
+                    config, recipe, weights, device, dtype, max_len=max_model_len
+                )
         else:
             own |= {"share": model is not None, "max_len": max_model_len}
             self.model = build_model(*found, device, dtype, **own, **overrides)
@@ -281,10 +319,11 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
         self.name = Path(model_path).name if model_path else type(model).__name__
         self._pick_classes()
-        self._assemble(
-            self.model, tokenizer, max_batch_size, max_batched_tokens, max_model_len, num_blocks,
-            block_size, enable_prefix_caching, seed, **policies,
-        )  # fmt: skip
+        with fits("the KV cache", device):
+            self._assemble(
+                self.model, tokenizer, max_batch_size, max_batched_tokens, max_model_len,
+                num_blocks, block_size, enable_prefix_caching, seed, **policies,
+            )  # fmt: skip
         if hasattr(self.runner, "record"):
             self.runner.record(self.max_batch_size, self.max_model_len)
         blocks = self.scheduler.blocks

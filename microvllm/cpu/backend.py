@@ -20,7 +20,7 @@ from . import products, steps
 from .attention import attend_rows, paged_attention, tile
 from .products import Int8, Int8Panels, Panels, product
 from .steps import add_norm_rows, array_of, rope_store_rows
-from .vectors import FAST, kept, one_at_a_time, threads_for, vectorised
+from .vectors import FAST, check_process, kept, one_at_a_time, threads_for, vectorised
 
 _f32 = np.float32
 
@@ -35,6 +35,7 @@ class CpuBackend(Backend):
     sample = staticmethod(steps.sample)
 
     def check(self) -> None:
+        check_process()
         if self.device.type != "cpu" or self.dtype == torch.float16:
             raise ValueError(
                 "attention='numba' runs in float32 and bfloat16 on a CPU, not "

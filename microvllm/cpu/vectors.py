@@ -7,9 +7,10 @@ in the compiler's own language (llvmlite.ir).
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 
 import numba
@@ -30,11 +31,23 @@ _threads, _nested = torch.get_num_threads(), getattr(_openmp, "omp_get_nested", 
 numba.set_num_threads(1)  # starts the layer
 torch.set_num_threads(_threads)
 getattr(_openmp, "omp_set_nested", int)(_nested)
+PROCESS = os.getpid()  # whose threads the layer has: a fork gets none of them
 one_at_a_time = threading.Lock()  # the workqueue layer aborts the process on concurrent launches
+log = logging.getLogger("microvllm")
+
+
+def check_process() -> None:
+    """Raises RuntimeError in a fork, where OpenMP's layer ends the process or waits for ever."""
+    if os.getpid() != PROCESS and numba.threading_layer() == "omp":
+        raise RuntimeError(
+            f"attention='numba' began in process {PROCESS}, whose threads a fork does not have: "
+            "start processes with 'spawn' or 'forkserver' (multiprocessing.get_context)"
+        )
 
 
 def threads_for(jobs: int) -> int:
     """Set and return how many threads share so many jobs: torch's number, or fewer."""
+    check_process()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, jobs)
     numba.set_num_threads(threads)
     return threads
@@ -50,6 +63,27 @@ _files = [file.stat() for file in sorted(Path(__file__).parent.glob("*.py"))]
 STAMP = tuple((file.st_mtime, file.st_size) for file in _files)
 
 
+@cache
+def trusted(folder: str) -> bool:
+    """May nobody write the kernels there who could not write these sources? They are pickles, and a
+    pickle runs code when it is read. In a folder that is not trusted, nothing is read or written.
+    """
+    if os.name != "posix":
+        return True
+    owners = {0, os.getuid(), os.stat(__file__).st_uid}
+    for place in (Path(folder), *sorted(Path(folder).glob("*.nb[ic]"))):
+        about = place.stat()
+        private = about.st_gid == about.st_uid  # the user's own group, of which umask 002 comes
+        if about.st_uid not in owners or about.st_mode & (0o002 if private else 0o022):
+            log.warning(
+                "%s may be written by others: kernels are not kept there but compiled in each "
+                "process, for a minute or two; chmod -R go-w %s, or set NUMBA_CACHE_DIR to a "
+                "folder of your own", place, folder,
+            )  # fmt: skip
+            return False
+    return True
+
+
 def kept(**options):
     """numba.njit, of which the result is written to disk, for later processes."""
 
@@ -59,6 +93,8 @@ def kept(**options):
             kernel.enable_caching()
             # numba looks whether a kernel's own file has changed; it is made of several of ours
             kernel._cache._cache_file._source_stamp = STAMP
+            if not trusted(kernel._cache.cache_path):
+                kernel._cache.disable()
         except (RuntimeError, OSError):
             pass  # neither the package's folder nor the user's cache can be written
         return kernel

@@ -257,6 +257,9 @@ def test_a_pool_beyond_the_free_memory_is_refused_at_the_start_with_the_numbers(
         build(num_blocks=100)
     with build(num_blocks=None) as llm:  # what is not asked for is made to fit, and half is left
         assert size // 2 - size // 50 < llm.cache.data.nbytes <= size // 2
+    monkeypatch.setattr(engine, "free_memory", lambda device: 2**60)  # slots are counted in int32
+    with pytest.raises(ValueError, match=f"num_blocks={2**27 + 1} "):
+        build(num_blocks=2**27 + 1, block_size=16)
     monkeypatch.setattr(engine, "free_memory", lambda device: 100)
     with pytest.raises(ValueError, match="no memory for a KV cache of num_blocks=2 .*: 50 bytes"):
         build(num_blocks=None)

@@ -147,7 +147,8 @@ def test_an_exception_at_some_lines_of_a_step_changes_no_token():
     with engine() as llm:
         stop, expected = prepare(llm)
         lines = lines_of(llm, stop, expected)
-        assert all(strike(llm, stop, expected, line) for line in lines[::12])
+        some = lines[::12] + [line for line in lines if line[0] == "tokenizer.py"]
+        assert all(strike(llm, stop, expected, line) for line in some)
 
 
 @pytest.mark.slow
