@@ -9,8 +9,7 @@ block size, token budget and policy, with and without a prefix cache and prompt 
 loop and in the one that runs a step ahead) and what happens to it: requests of all kinds and
 parameters arrive, are aborted, streamed, scored, left half-way; weights change; steps fail.
 `check()` is called after each step. At its end every output is read again by the naive loop of the
-tests: its tokens one after the other, each of which must be what its request's parameters pick from
-the logits of a plain forward of all that comes before it.
+tests: each token must be what its request's parameters pick from the logits of a plain forward.
 
 A token that differs where the choice hangs on a rounding of the logits is counted and not a
 failure. After a failure the story is cut down to the shortest that still fails, and printed; the
@@ -310,8 +309,7 @@ class Reader:
             if i < params.min_tokens:
                 held = len(text)  # a stop string ends behind it
                 continue
-            starts = [(max(0, held - len(stop) + 1), stop) for stop in params.stop]
-            places = [(text.find(stop, start), stop) for start, stop in starts]
+            places = [(text.find(s, max(0, held - len(s) + 1)), s) for s in params.stop]
             if hits := [(at, stop) for at, stop in places if at >= 0]:
                 at, reason = min(hits)
                 text, ended, forced = text[:at], "stop", []
