@@ -453,6 +453,11 @@ class Job:
         if self.parquet:
             self.journal.unlink()
 
+    def close(self) -> None:
+        """Let go of the files: another start may lock them."""
+        for file in (self.book, *self.files.values()):
+            file.close()
+
     def _lines(self, ordered: bool) -> Iterator[bytes]:
         with open(self.journal, "rb") as file:
             if not ordered:
@@ -471,7 +476,8 @@ class Job:
 def carry_out(job: Job, outcomes: Iterator[Outcome], ordered: bool = False) -> dict:
     """Write outcomes until every row has one, with a bar on a terminal, then finish the job.
 
-    Returns what was counted since this start. Raises RuntimeError if the outcomes end too early.
+    Returns what was counted since this start. The job is closed then. Raises RuntimeError if the
+    outcomes end too early.
     """
     from tqdm import tqdm
 
@@ -493,6 +499,7 @@ def carry_out(job: Job, outcomes: Iterator[Outcome], ordered: bool = False) -> d
     if left := job.num_rows - job.num_done:
         raise RuntimeError(f"{left} rows have no answer: start the job again")
     job.finish(ordered)
+    job.close()
     return {
         "rows": job.num_rows, "answered_before": before, "bad": job.num_bad,
         "prompt_tokens": asked, "cached_tokens": cached, "new_tokens": new,

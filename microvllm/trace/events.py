@@ -38,6 +38,7 @@ class Trace(Events):
         self._lines: list[str] = []  # not in the file yet, or all there are
         self._seen: set[int] = set()  # token ids whose text was told
         self._seqs: dict[Sequence, list[int]] = {}  # its number, and how many tokens were told
+        self._running: set[Sequence] = set()  # those that were told to run
         self._numbers = itertools.count()  # of the next sequences
         self._gone: list[Sequence] = []  # ended; the step that ended them may still tell tokens
         self._steps = itertools.count(1)  # numbers of the next steps
@@ -67,6 +68,7 @@ class Trace(Events):
         )  # fmt: skip
         for seq in scheduler.running:
             self.arrive(seq)
+            self._running.add(seq)
             self._tell("resume", seq, table=seq.table.tolist(), computed=seq.num_computed)
         for seq in scheduler.waiting:
             self.arrive(seq)
@@ -128,6 +130,7 @@ class Trace(Events):
         )  # fmt: skip
 
     def admit(self, seq: Sequence, num_hits: int) -> None:
+        self._running.add(seq)
         self._tell("admit", seq, computed=seq.num_computed)
         if num_hits:
             self._tell("hit", seq, blocks=seq.table[:num_hits].tolist())
@@ -153,6 +156,7 @@ class Trace(Events):
     def fork(self, seq: Sequence, twin: Sequence) -> None:
         parent, told = self._seqs[seq]
         self._seqs[twin] = [next(self._numbers), told]
+        self._running.add(twin)
         self._tell("fork", twin, parent=parent, sample=twin.sample_id, computed=twin.num_computed)
 
     def plan(self, plan: Plan) -> None:
@@ -199,10 +203,12 @@ class Trace(Events):
         self._tell("free", seq)
 
     def preempt(self, seq: Sequence) -> None:
+        self._running.discard(seq)
         self._tell("preempt", seq)
 
     def finish(self, seq: Sequence) -> None:
         self._gone.append(seq)
+        self._running.discard(seq)
         if seq.finish_reason == "abort":
             self._tell("abort", seq)
         else:
@@ -217,9 +223,12 @@ class Trace(Events):
         gone = set(self._gone)
         for seq in [seq for seq in self._seqs if seq not in gone]:
             self.free(seq)
-            self._tell("preempt" if seq in waiting else "abort", seq)
             if seq not in waiting:
                 self._gone.append(seq)
+                self._tell("abort", seq)
+            elif seq in self._running:
+                self._tell("preempt", seq)
+        self._running.clear()
         for seq in [seq for seq in waiting if seq not in self._seqs]:
             self.arrive(seq)
         self._tell("reset")
