@@ -66,7 +66,7 @@ class GuardLLM(LLM):
         if os.getpid() != self._pid:
             raise RuntimeError(
                 f"this LLM was made by process {self._pid}, whose threads a fork does not have: "
-                f"make it in process {os.getpid()}, or start processes with 'spawn'"
+                "start processes with 'spawn' or 'forkserver', and make an LLM in each"
             )
 
     # changes of the books
