@@ -47,7 +47,7 @@ from microvllm import SamplingParams, scheduler
 from microvllm.cli.terminal import Parser, positive
 from microvllm.features.calculator import Calculator
 from microvllm.sampler import noise
-from microvllm.trace import Replay, attach
+from microvllm.trace import Replay, attach, make_trace
 
 ROUNDING = 1e-3  # by how much a logit may differ between two ways to compute it
 
@@ -358,9 +358,10 @@ class Life:
         self.weights = 0  # which are in place
         self.armed = None  # the failure that waits for its place
         self.drawn = random.Random(story["options"]["seed"])  # seeds of those that bring none
-        self.trace = attach(self.llm, None) if story["trace"] else None
+        self.trace = make_trace(self.llm, None) if story["trace"] else None
+        if self.trace:
+            attach(self.llm, self.trace)
         self.replay = Replay()
-        self.told = 0  # events that were replayed
         step = self.llm._step
 
         def checked(*args):
@@ -375,10 +376,8 @@ class Life:
         check(self.llm)
         self.met["steps"] += 1
         if self.trace:
-            lines = self.trace._lines[self.told :]
-            self.told += len(lines)
-            for line in lines:
-                self.replay.apply(json.loads(line))
+            while self.trace._lines:
+                self.replay.apply(json.loads(self.trace._lines.popleft()))
             if self.llm._flight is None:
                 compare(self.replay, self.llm.scheduler)
 

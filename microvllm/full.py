@@ -334,7 +334,8 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             self.cache.data.nbytes / 1e6,
         )  # fmt: skip
         if trace is not None:
-            needed("trace").attach(self, trace)
+            room = needed("trace")
+            room.attach(self, room.make_trace(self, trace))
 
     def _pick_classes(self) -> None:
         """Set the classes that this engine is made of."""
@@ -367,8 +368,10 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
         """Trace what is done inside: `with llm.tracing() as t: ...`, then t.page("run.html"). path:
         a file to write events to, by default they are kept in memory. Raises ValueError if there is
         a trace already."""
-        trace = needed("tracing").attach(self, path)
+        room = needed("tracing")
+        trace = room.make_trace(self, path)
         try:
+            room.attach(self, trace)
             yield trace
         finally:
             try:

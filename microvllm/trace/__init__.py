@@ -9,18 +9,18 @@
 A trace is a text file with one JSON object, an event, a line; docs/TRACE.md lists all events. From
 them alone every block's state can be rebuilt at any time.
 
-    events.py   Trace, which listens and writes the events; `attach` begins one of an engine
+    events.py   Trace, which listens and writes the events; `make_trace` and `attach` for an engine
     replay.py   the format, and Replay, which rebuilds the pool and all sequences from the events
     formats.py  one HTML file that shows a trace, and a file for Chrome and Perfetto
     watch.py    the pool drawn in the terminal while the engine works
 """
 
-from .events import Trace, attach
+from .events import Trace, attach, make_trace
 from .formats import TEMPLATE, write_chrome, write_page
 from .replay import Life, Replay, read, spans, unspan
 from .watch import picture, watching
 
 __all__ = [
-    "TEMPLATE", "Life", "Replay", "Trace", "attach", "picture", "read", "spans", "unspan",
-    "watching", "write_chrome", "write_page",
+    "TEMPLATE", "Life", "Replay", "Trace", "attach", "make_trace", "picture", "read", "spans",
+    "unspan", "watching", "write_chrome", "write_page",
 ]  # fmt: skip

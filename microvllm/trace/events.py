@@ -35,10 +35,9 @@ class Trace(Events):
         self.path, self._decode = path, decode
         self.on_step: Callable[[], None] | None = None
         self._file = None
-        self._lines: list[str] = []  # not in the file yet, or all there are
+        self._lines: deque[str] = deque()  # not in the file yet, or all there are
         self._seen: set[int] = set()  # token ids whose text was told
         self._seqs: dict[Sequence, list[int]] = {}  # its number, and how many tokens were told
-        self._running: set[Sequence] = set()  # those that were told to run
         self._numbers = itertools.count()  # of the next sequences
         self._gone: list[Sequence] = []  # ended; the step that ended them may still tell tokens
         self._steps = itertools.count(1)  # numbers of the next steps
@@ -68,7 +67,6 @@ class Trace(Events):
         )  # fmt: skip
         for seq in scheduler.running:
             self.arrive(seq)
-            self._running.add(seq)
             self._tell("resume", seq, table=seq.table.tolist(), computed=seq.num_computed)
         for seq in scheduler.waiting:
             self.arrive(seq)
@@ -121,7 +119,8 @@ class Trace(Events):
 
     def arrive(self, seq: Sequence) -> None:
         tokens = list(seq.tokens)
-        self._seqs[seq] = [next(self._numbers), len(tokens)]
+        number = self._seqs[seq][0] if seq in self._seqs else next(self._numbers)
+        self._seqs[seq] = [number, len(tokens)]
         self._spell(tokens)
         self._tell(
             "arrive", seq, request=seq.request_id, sample=seq.sample_id, samples=1 + seq.forks,
@@ -130,7 +129,6 @@ class Trace(Events):
         )  # fmt: skip
 
     def admit(self, seq: Sequence, num_hits: int) -> None:
-        self._running.add(seq)
         self._tell("admit", seq, computed=seq.num_computed)
         if num_hits:
             self._tell("hit", seq, blocks=seq.table[:num_hits].tolist())
@@ -156,7 +154,6 @@ class Trace(Events):
     def fork(self, seq: Sequence, twin: Sequence) -> None:
         parent, told = self._seqs[seq]
         self._seqs[twin] = [next(self._numbers), told]
-        self._running.add(twin)
         self._tell("fork", twin, parent=parent, sample=twin.sample_id, computed=twin.num_computed)
 
     def plan(self, plan: Plan) -> None:
@@ -203,36 +200,25 @@ class Trace(Events):
         self._tell("free", seq)
 
     def preempt(self, seq: Sequence) -> None:
-        self._running.discard(seq)
         self._tell("preempt", seq)
 
     def finish(self, seq: Sequence) -> None:
         self._gone.append(seq)
-        self._running.discard(seq)
         if seq.finish_reason == "abort":
             self._tell("abort", seq)
         else:
             self._tell("finish", seq, reason=seq.finish_reason)
 
     def reset(self) -> None:
-        """All unfinished sequences wait, without blocks; samples that will be forked again are gone
-        for now, and some may have arrived without a word."""
+        """The pool is blank, and all that is unfinished arrives once more. Nothing that was told
+        before is relied upon: an exception may have come between a change and its event."""
+        waiting = [*self._scheduler.waiting]
         self._under_way.clear()
-        waiting = dict.fromkeys(self._scheduler.waiting)
-        self._gone = [seq for seq in self._gone if seq not in waiting]  # some wait again
-        gone = set(self._gone)
-        for seq in [seq for seq in self._seqs if seq not in gone]:
-            self.free(seq)
-            if seq not in waiting:
-                self._gone.append(seq)
-                self._tell("abort", seq)
-            elif seq in self._running:
-                self._tell("preempt", seq)
-        self._running.clear()
-        for seq in [seq for seq in waiting if seq not in self._seqs]:
-            self.arrive(seq)
+        self._gone.clear()
+        self._seqs = {seq: self._seqs[seq] for seq in waiting if seq in self._seqs}
         self._tell("reset")
-        self._tell("forget")
+        for seq in waiting:
+            self.arrive(seq)
 
     def _tell(self, name: str, seq: Sequence | None = None, **facts) -> None:
         now = {"t": round(time.perf_counter() - self._start, 6)} if name in TIMED else {}
@@ -249,8 +235,8 @@ class Trace(Events):
     def _spell(self, tokens: list[int]) -> None:
         """Tell the text of tokens that were not seen before."""
         if self._decode and (new := set(tokens) - self._seen):
-            self._seen |= new
             self._tell("text", ids={token: self._decode(token) for token in sorted(new)})
+            self._seen |= new
 
     def _lap(self) -> float:
         last, self._clock = self._clock, time.perf_counter()
@@ -259,7 +245,9 @@ class Trace(Events):
     def _flush(self) -> None:
         if self._file:
             try:
-                self._file.write("".join(self._lines))
+                while self._lines:  # each is written and dropped in one call, not to be cut in two
+                    self._lines.append("")
+                    self._file.writelines(iter(self._lines.popleft, ""))
                 self._file.flush()
             except OSError as error:
                 log.warning("the trace %s ends here: %s", self.path, error)
@@ -276,16 +264,19 @@ def refuse_second(blocks: BlockManager) -> None:
         raise ValueError(f"there is a trace already, to {blocks.events.path or 'memory'}")
 
 
-def attach(llm: LLM, path: str | Path | None) -> Trace:
-    """Begin a trace of an engine. Of the ranks that share a model one writes the file."""
-    refuse_second(llm.scheduler.blocks)
+def make_trace(llm: LLM, path: str | Path | None) -> Trace:
+    """A trace of an engine that has not begun. Of ranks that share a model one writes the file."""
     token_bytes, ranks = llm.tokenizer.token_bytes, getattr(llm, "ranks", None)
     file = os.devnull if path and ranks and ranks.rank else path
-    trace = Trace(file, lambda token: token_bytes(token).decode("utf-8", "surrogateescape"))
+    return Trace(file, lambda token: token_bytes(token).decode("utf-8", "surrogateescape"))
+
+
+def attach(llm: LLM, trace: Trace) -> None:
+    """Begin a trace of an engine. Raises ValueError if it has one already."""
 
     def begin() -> None:
         llm._settle()
         trace.attach(llm.scheduler, model=llm.name, device=str(llm.device))
 
+    refuse_second(llm.scheduler.blocks)
     llm._change(begin)
-    return trace

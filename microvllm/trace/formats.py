@@ -56,7 +56,8 @@ class Timeline(Replay):
                 life, is_fork = self.seqs[number], name == "fork"
                 sample = f", sample {life.sample}" if life.sample or is_fork else ""
                 self.label(REQUESTS, number + 1, "thread_name", f"request {life.request}{sample}")
-                self.turn(number, "decode" if is_fork else "waiting")
+                again = life.state == "preempted"
+                self.turn(number, "decode" if is_fork else "preempted" if again else "waiting")
             case {"e": "begin", "step": step, "decodes": decodes, "prefills": chunks}:
                 numbers = list(unspan(decodes))
                 for number in numbers:
@@ -92,6 +93,8 @@ class Timeline(Replay):
                 self.mark(f"evict block {block}", ENGINE, LAUNCH)
             case {"e": "reset"}:
                 self.begins.clear()
+                for number in list(self.doing):
+                    self.turn(number, None)
                 self.mark("reset", ENGINE, LAUNCH, "g")
 
     def turn(self, number: int, what: str | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 
 # fields that are a whole number in any event
 COUNTS = (
@@ -105,6 +105,7 @@ class Replay:
         self.hash_of: dict[int, str] = {}
         self.num_used = 0  # blocks with a holder
         self.seqs: dict[int, Life] = {}
+        self.recent: set[int] = set()  # numbers of those that changed since the last reset
         self.states: Counter[str] = Counter()  # how many sequences are waiting, running, ...
         self.words: dict[int, str] = {}  # texts of token ids
         self.num_copies, self.num_told = 0, 0  # blocks in tables: copied by forks, told by events
@@ -156,6 +157,7 @@ class Replay:
 
     def _become(self, number: int, state: str) -> Life:
         life = self.seqs[number]
+        self.recent.add(number)
         self.states[life.state] -= 1
         self.states[state] += 1
         life.state = state
@@ -178,9 +180,13 @@ class Replay:
                     raise ValueError("a token's text is none")
                 self.words.update((int(token), text) for token, text in e["ids"].items())
             case "arrive":
-                tokens = list(e["tokens"])
-                self.seqs[e["seq"]] = Life(e["request"], e["sample"], e["prompt"], tokens)
-                self._become(e["seq"], "waiting")
+                number, tokens = e["seq"], list(e["tokens"])
+                if again := number in self.seqs:
+                    if self._become(number, "").table:
+                        raise ValueError("it is here already")
+                    self.states[""] -= 1
+                self.seqs[number] = Life(e["request"], e["sample"], e["prompt"], tokens)
+                self._become(number, "preempted" if again else "waiting")
             case "resume":
                 self._follow("admit", e)
                 self._follow("allocate", {"seq": e["seq"], "blocks": e["table"]})
@@ -239,15 +245,19 @@ class Replay:
                 self._become(e["seq"], "preempted")
             case "finish" | "abort":
                 self._become(e["seq"], "done")
-            case "forget":
-                self.cached.clear()
-                self.hash_of.clear()
+            case "reset":
+                for number in [*self.recent]:
+                    life = self._become(number, "done")
+                    life.table, life.computed = [], 0
+                for kept in self.recent, self.ref_count, self.cached, self.hash_of:
+                    kept.clear()
+                self.num_used = 0
             case "window":
                 table = self.seqs[e["seq"]].table
                 for block in filter(None, e["blocks"]):
                     table[table.index(block)] = 0
                     self._release(block)
-            case "miss" | "reset":
+            case "miss":
                 pass  # nothing that is kept here changes
             case _:
                 raise ValueError("there is no event of this name")

@@ -1,6 +1,7 @@
 """Exceptions from outside, at any line: a signal's handler, a time limit, no memory. Whatever was
 half done, the books are in order before the next step, and everybody gets the same tokens."""
 
+import json
 import random
 import signal
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 from test_calculator import GOLDENS, chain
 from test_engine import assert_idle, build, check, greedy, ids, sampled
+from test_trace import compare
 
 import microvllm
 from microvllm import SamplingParams
+from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PACKAGE = str(Path(microvllm.__file__).parent)
@@ -166,6 +169,54 @@ def test_an_exception_at_any_line_of_a_step_changes_no_token(options, files):
     assert hit == len(lines) > (20 if files else 500)
 
 
+class Follower(Strike):
+    """Follows the engine's trace after each call, and compares it with the engine."""
+
+    def __init__(self, llm, trace, at=None):
+        super().__init__(at)
+        self.llm, self.trace_of_it, self.replay, self.told = llm, trace, Replay(), 0
+
+    def __call__(self, function, *args):
+        result = super().__call__(function, *args)
+        if self.llm._changing is None:  # the books are in order, else the next step sees to it
+            lines = [*self.trace_of_it._lines]
+            for line in lines[self.told :]:
+                self.replay.apply(json.loads(line))
+            self.told = len(lines)
+            self.llm._settle()
+            compare(self.replay, self.llm.scheduler)
+        return result
+
+
+def followed(llm, stop, expected, at=None) -> Follower:
+    """One run with a trace and, maybe, one exception: the trace tells what the engine has."""
+    llm.scheduler.reset()
+    with llm.tracing() as trace:
+        found = Follower(llm, trace, at)
+        assert work(llm, found, stop) == expected, at
+        tokens = sorted(life.tokens for life in found.replay.seqs.values() if life.state == "done")
+    samples = [s for output in expected.values() for s in output.get("samples", ())]
+    assert len(samples) > 6
+    for told in [sample["token_ids"] for sample in samples]:
+        assert any(life[len(life) - len(told) :] == told for life in tokens), at
+    while llm._lock._is_owned():
+        llm._lock.release()
+    return found
+
+
+@pytest.mark.slow
+def test_a_trace_tells_the_truth_after_an_exception_at_any_line():
+    with engine() as llm:
+        stop, expected = prepare(llm)
+        lines = [*followed(llm, stop, expected).lines]
+        told = "scheduler.py", "features/windows.py", "trace/events.py"  # changes, and their events
+        lines = [line for line in lines if line[0] in told]
+        assert len(lines) > 200
+        hit = sum(followed(llm, stop, expected, line).struck for line in lines)
+    print(f"with a trace: {hit} of {len(lines)} lines")
+    assert hit == len(lines)
+
+
 def test_an_exception_in_a_tools_call_is_not_the_tools():
     """The calculator, asked once more, has the answer that it would have had."""
     with chain() as llm:
@@ -224,10 +275,13 @@ def test_what_leaves_a_call_by_an_exception_leaves_nothing_behind(how):
         expected, found = call(), Strike()
         llm.scheduler.reset()
         found(call)
-        for line in [*found.lines][::9]:
+        ends = "engine.py", "features/guard.py"
+        for line in [line for i, line in enumerate(found.lines) if line[0] in ends or i % 9 == 0]:
             llm.scheduler.reset()
             struck = Strike(line)
-            assert struck(call) in ([], expected) and struck.struck
+            assert struck(call) in ([], expected) and struck.struck, line
+            while llm._lock._is_owned():
+                llm._lock.release()
             assert_idle(llm)
         assert call() == expected
 

@@ -389,7 +389,7 @@ def test_a_trace_of_guesses_replays(tmp_path):
         replay, told = Replay(), [0]
 
         def follow() -> None:
-            lines = trace._lines
+            lines = [*trace._lines]
             for line in lines[told[0] :]:
                 replay.apply(json.loads(line))
             told[0] = len(lines)

@@ -107,7 +107,7 @@ MARKUP = "</script><img src=x onerror=alert(1)><!-- ]]> \u2028 \ud800 &lt; ${1} 
 
 def test_no_markup_of_a_trace_reaches_the_page(tmp_path):
     """Whichever field it is in: the page's source has the `<` of its template, and no other."""
-    pool = {"e": "pool", "version": 1, "blocks": 4, "block_size": 2, "hashes": {"1": MARKUP}}
+    pool = {"e": "pool", "version": 2, "blocks": 4, "block_size": 2, "hashes": {"1": MARKUP}}
     events = [
         {**pool, "cached": [1], "model": MARKUP, "device": MARKUP, MARKUP: MARKUP},
         {"e": "text", "ids": {"1": MARKUP}},
