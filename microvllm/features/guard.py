@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,6 +131,15 @@ class GuardLLM(LLM):
         self._check_usable()
         self._inbox.extend(requests)
         self._deliver()
+
+    def _steps(self, requests: list[Request], *args) -> Iterator:
+        """As in the core; what nobody wants is aborted even if an exception strikes the abort."""
+
+        def caller() -> None: ...  # it is gone when this call is
+
+        left = weakref.finalize(caller, self.abort, *[request.id for request in requests])
+        yield from super()._steps(requests, *args)
+        left.detach()
 
     def abort(self, *request_ids: int) -> None:
         """As in the core; while a step is under way, at its end."""
