@@ -165,6 +165,10 @@ def free_memory(device: torch.device) -> int:
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if (meminfo := Path("/proc/meminfo")).exists():
         free = int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]) * 1024  # from kB
+    if (limits := Path("/proc/self/limits")).exists():  # `ulimit -v`
+        if limit := re.search(r"Max address space\s+(\d+)", limits.read_text()):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            free = min(free, int(limit[1]) - pages * os.sysconf("SC_PAGE_SIZE"))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text) - int(used.read_text()))

@@ -126,12 +126,8 @@ class LLM(AbstractContextManager):
     """
 
     # seam: the classes that an LLM is made of, each of which features may replace by a subclass
-    scheduler_class, runner_class, text_class, params_class = (
-        Scheduler,
-        Runner,
-        Text,
-        SamplingParams,
-    )
+    scheduler_class, runner_class = Scheduler, Runner
+    text_class, params_class = Text, SamplingParams
     request_options: frozenset[str] = frozenset()  # keywords of `generate` that features add
 
     def __init__(

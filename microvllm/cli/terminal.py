@@ -77,7 +77,8 @@ def user_errors(args: argparse.Namespace) -> Iterator[None]:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """Run args.command. Ctrl-C ends it with exit status 130, a reader who goes away with 141."""
+    """Run args.command. Ctrl-C ends it with exit status 130, a reader who goes away with 141, a
+    stdout that takes no more, as on a full disk, with a line and 2."""
     open_streams()
     try:
         for stream in (sys.stdin, sys.stdout):
@@ -92,8 +93,11 @@ def execute(args: argparse.Namespace) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `| head`. python flushes once more at its end, which may not fail too
+    except (BrokenPipeError, Unwritable) as error:  # `| head`, or a full disk
+        # python flushes once more at its end, which may not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, Unwritable):
+            args.error(error)
         sys.exit(141)
 
 
@@ -111,9 +115,18 @@ def plain(text: str) -> str:
     return _CONTROLS.sub("\ufffd", text)
 
 
+class Unwritable(Exception):
+    """What cannot be printed, because stdout takes no more."""
+
+
 def say(text: str = "", end: str = "\n") -> None:
     """Print to stdout: plain on a terminal, as it is for a file or a program."""
-    print(plain(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    try:
+        print(plain(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Unwritable(f"stdout cannot be written: {error.strerror}") from None
 
 
 def note(text: str) -> None:
@@ -122,7 +135,8 @@ def note(text: str) -> None:
     text = plain(text)
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         text = f"\033[2m{text}\033[0m"
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody can be told
+        print(text, file=sys.stderr, flush=True)
 
 
 # answers ------------------------------------------------------------------------------------------

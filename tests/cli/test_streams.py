@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -99,3 +100,16 @@ def test_a_shell_may_close_any_stream(closed, tmp_path):
         assert (done.returncode, done.stderr) == (0, b""), line
         assert bool(done.stdout) == (line[:3] == "run" and ">&-" not in closed.split())
     assert len(output.read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("line", ["run hi", "run hi there", "run --json hi", "info"])
+def test_a_full_disk_is_told_in_one_line(line):
+    shell = f"{sys.executable} -m microvllm {line} > /dev/full"
+    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, stdin=-3)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    assert b"error: stdout cannot be written: No space left on device" in done.stderr
+    shell = f"{sys.executable} -m microvllm {line} 2> /dev/full"
+    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, stdin=-3)
+    assert done.returncode == 0 and done.stdout
