@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -25,7 +26,7 @@ from microvllm.cli import main
 from microvllm.cli.bench import check_choices, read_prompts
 from microvllm.features.calculator import calculate
 from microvllm.full import find_checkpoint, load_model, read_checkpoint
-from microvllm.jobs.rows import read_rows
+from microvllm.jobs.rows import import_pyarrow, read_rows
 from microvllm.sources.strict import open_tokenizer, read_weights
 from microvllm.trace import read, write_chrome, write_page
 
@@ -34,7 +35,31 @@ CHECKPOINT = ERAS / "era1_padded" / "chatsft_checkpoints" / "d5"
 WEIGHTS, META = "model_000700.pt", "meta_000700.json"
 TOKENIZER = ERAS / "tokenizer" / "tokenizer.pkl"
 FOLDER = ERAS / "hf_era1_padded"
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "memory")
+MEMORY = 256 * 2**20  # beyond three times a file's size, what a reader and the test may take
+
+
+def of_status(name: str) -> int:
+    """Bytes: a line of /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s*(\d+)", status)[1]) * 1024
+
+
+@pytest.fixture
+def memory(request):
+    """What a test takes at its worst moment, above what was taken before it."""
+    fuzzed = hasattr(request.function, "hypothesis")
+    if not fuzzed or not Path("/proc/self/clear_refs").exists():
+        yield
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins at what is taken now
+    before = of_status("VmRSS")
+    yield
+    peak = of_status("VmHWM") - before
+    if EXAMPLES:
+        print(f"\n{request.node.name}: {EXAMPLES:,} cases, {peak / 2**20:,.0f} MB at most")
+    largest = max(file.stat().st_size for file in ERAS.rglob("*") if file.is_file())
+    assert peak < 3 * largest + MEMORY
 
 
 def fuzz(examples: int):
@@ -374,6 +399,26 @@ def test_a_file_of_prompts_of_any_content(place, rows, suffix, noise):
             assert str(file) in str(error)
 
 
+@pytest.fixture(scope="module")
+def parquet() -> bytes:
+    """A small file of every kind of column that a job may read."""
+    pyarrow, data = import_pyarrow(), io.BytesIO()
+    rows = [{**ROWS[i % 2], "id": i, "score": i / 7, "params": {"seed": i}} for i in range(40)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data, row_group_size=16)
+    return data.getvalue()
+
+
+@fuzz(60)
+@given(data=st.data())
+def test_a_damaged_parquet_file(place, parquet, data):
+    file = place / "rows.parquet"
+    file.write_bytes(data.draw(damaged(parquet, 1500)))
+    try:
+        read_rows(file)
+    except ValueError as error:
+        assert str(file) in str(error)
+
+
 # bulk jobs ----------------------------------------------------------------------------------------
 
 ROW = {
@@ -459,7 +504,7 @@ def test_a_trace_of_any_content(place, events, data):
             json.dumps(
                 {
                     "e": "pool",
-                    "version": 1,
+                    "version": 2,
                     "blocks": 4,
                     "block_size": 2,
                     "hashes": {},
@@ -629,7 +674,7 @@ def test_an_index_without_files_is_refused(place, index):
     file.unlink()
 
 
-POOL = {"e": "pool", "version": 1, "blocks": 4, "block_size": 2, "hashes": {}, "cached": []}
+POOL = {"e": "pool", "version": 2, "blocks": 4, "block_size": 2, "hashes": {}, "cached": []}
 ARRIVE = {"e": "arrive", "t": 0, "seq": 0, "request": 0, "sample": 0, "tokens": [1], "prompt": 1}
 END = {"e": "end", "t": 1, "step": 1}
 
