@@ -117,7 +117,7 @@ def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict | 
                 _check_group(file.metadata.row_group(i), leaves, names, path)
                 for batch in file.iter_batches(1024, row_groups=[i], columns=names):
                     yield from _unfold(batch)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UnreadableFile(f"{path}: not a Parquet file that can be read: {error}") from None
 
 
@@ -135,15 +135,20 @@ def _check_group(group, leaves: list, names: list[str], path: Path) -> None:
 
 
 def _unfold(batch) -> Iterator[dict | ValueError]:
-    """A batch as dicts, no more than MAX_LINE bytes at once; of a row above that, the error."""
-    half = batch.num_rows // 2
+    """A batch as dicts, no more than MAX_LINE bytes at once; of a row above that, or of one that
+    Python cannot have (no UTF-8, a year beyond 9999), the error."""
+    half, error = batch.num_rows // 2, ValueError(f"longer than {MAX_LINE:,} bytes")
     if sum(map(_weight, batch.columns)) <= MAX_LINE:
-        yield from batch.to_pylist()
-    elif half:
+        try:
+            yield from batch.to_pylist()
+            return
+        except (ValueError, OverflowError) as caught:
+            error = ValueError(f"not readable: {caught}")
+    if half:
         yield from _unfold(batch[:half])
         yield from _unfold(batch[half:])
     else:
-        yield ValueError(f"longer than {MAX_LINE:,} bytes")
+        yield error
 
 
 def _weight(array) -> int:

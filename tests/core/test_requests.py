@@ -1,5 +1,7 @@
 """Requests come and go, fail, and are answered; everybody gets the tokens of the naive loop."""
 
+import time
+
 import numpy as np
 import pytest
 from test_engine import (
@@ -222,8 +224,9 @@ def test_special_tokens_are_not_shown():
 
 def test_stats_add_up():
     with build(num_blocks=60) as llm:
+        start = time.perf_counter()
         outputs = serve(llm, SHARED)
-        stats = llm.stats()
+        seconds, stats = time.perf_counter() - start, llm.stats()
         total = sum(len(prompt) for prompt, _ in SHARED)
         assert stats["prompt_tokens"] == total
         assert stats["output_tokens"] == sum(len(o["token_ids"]) for o in outputs)
@@ -233,6 +236,7 @@ def test_stats_add_up():
         assert stats["preemptions"] == stats["waiting"] == 0
         assert (stats["num_blocks"], stats["block_size"]) == (59, 16)
         assert stats["prefill_seconds"] > 0 and stats["decode_seconds"] > 0
+        assert stats["prefill_seconds"] + stats["decode_seconds"] <= seconds
 
 
 def test_an_output_that_is_computed_again_is_no_prefill():

@@ -286,6 +286,42 @@ def test_what_leaves_a_call_by_an_exception_leaves_nothing_behind(how):
         assert call() == expected
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_stream_leaves_behind_is_aborted_even_if_the_abort_is_struck():
+    with engine() as llm:
+        lines: set = set()
+        for line in [None, *range(100)]:
+            stream = llm.stream([ids(9, 1), ids(9, 2)], sampled(30, seed=1, n=2, ignore_eos=True))
+            next(stream)
+            struck = Strike(sorted(lines)[line] if line is not None else None)
+            struck(stream.close)
+            lines |= {*struck.lines} if line is None else set()
+            del stream
+            while llm._lock._is_owned():
+                llm._lock.release()
+            llm._deliver()
+            assert_idle(llm)
+            if line == len(lines) - 1:
+                break
+    assert len(lines) > 15 and any(name == "engine.py" for name, _ in lines)
+
+
+def test_an_output_that_a_struck_step_did_not_return_comes_with_the_next():
+    with engine() as llm:
+        found = Strike()
+        number = llm.add_request(ids(9, 1), greedy(1))
+        assert [o["request_id"] for o in found(llm.step)] == [number]
+        own = [line for line in found.lines if line[0] == "features/guard.py"]
+        for line in own:
+            number, outputs = llm.add_request(ids(9, 1), greedy(1)), []
+            outputs += Strike(line)(llm.step)
+            while not llm.is_finished():
+                outputs += llm.step()
+            assert [output["request_id"] for output in outputs] == [number], line
+            while llm._lock._is_owned():
+                llm._lock.release()
+
+
 def test_signals_at_any_moment_lose_nothing():
     """A time limit by SIGALRM, as an evaluation has it, at moments of its own choice."""
     if not hasattr(signal, "setitimer"):

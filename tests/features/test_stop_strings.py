@@ -75,7 +75,7 @@ def test_min_tokens_holds_back_stop_strings_too(llm, how):
     plain = llm.generate([prompt], replace(GREEDY, ignore_eos=True))[0]
     pieces = [llm.tokenizer.decode([token]) for token in plain["token_ids"]]
     stop = pieces[1]  # in the text from the beginning
-    for least in (0, 5, 24):
+    for least in (0, 2, 5, 24):
         params = replace(GREEDY, ignore_eos=True, stop=stop, min_tokens=least)
         if how == "stream":
             events = list(llm.stream([prompt], params))
@@ -89,6 +89,7 @@ def test_min_tokens_holds_back_stop_strings_too(llm, how):
         assert len(ids) >= least
         assert llm.tokenizer.decode(ids, skip_special=True).startswith(text)
         assert plain["token_ids"][: len(ids)] == ids
+        assert len(ids) > least or least == 24, "a stop string ends no text of min_tokens"
         if least == 0:
             assert len(ids) == 2 and stop not in text
 
