@@ -267,6 +267,36 @@ def info(args: argparse.Namespace) -> None:
     terminal.say(json.dumps(found) if args.json else speed.description(found))
 
 
+def convert(args: argparse.Namespace) -> None:
+    """Write a checkpoint in the other format, and see that both give the same tokens."""
+    from .. import LLM, SamplingParams
+    from ..full import find_checkpoint, read_checkpoint
+    from ..sources import exports, places
+
+    found = find_checkpoint(args.model, args.step)
+    checkpoint = config, recipe, _ = read_checkpoint(*found)
+    tokenizer = places.open_tokenizer(found[0], args.tokenizer_dir)
+    prompt = [*range(0, config.vocab_size, 1 + config.vocab_size // 16)]
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    options = {"device": "cpu", "plain": True, "max_batch_size": 1}
+    options["max_model_len"] = min(32, 10 * config.sequence_len)
+    # the formats' own constants, which the tokens of two near candidates may depend on
+    options |= {"eps": recipe.eps, "round_rotary": recipe.round_rotary}
+
+    def tokens(directory: Path, step: int | None, tokenizer_dir: str | None = None) -> list[int]:
+        with LLM(directory, step, tokenizer_dir, **options) as llm:
+            return llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"]
+
+    with exports.converted(checkpoint, *found, tokenizer, args.output) as folder:
+        before, after = tokens(*found, args.tokenizer_dir), tokens(*find_checkpoint(folder))
+        if before != after:
+            raise ValueError(f"{args.output} would give the tokens {after}, not {before}")
+    told = {"checkpoint": str(found[0]), "step": found[1], "output": args.output}
+    told |= {"era": recipe.era, "greedy_tokens": before}
+    same = f"the same {len(before)} greedy tokens as {found[0]}"
+    terminal.say(json.dumps(told) if args.json else f"{args.output}: era {recipe.era}, {same}")
+
+
 def lab(args: argparse.Namespace) -> None:
     """Run a program of lab/, which a checkout has and an installed package has not."""
     root = Path(__file__).resolve().parents[2]

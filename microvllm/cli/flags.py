@@ -90,6 +90,14 @@ $ base:d20
 $ owner/name --json
 model? CHECKPOINT  {CHECKPOINT}
 """
+CONVERT = """write a checkpoint in the other format: nanochat's as a Hugging Face folder, or back
+$ sft -o my-model-hf
+$ owner/name -o my-model
+model CHECKPOINT     a directory, sft, base:d20, rl:d20:650, or owner/name on the hub
+-o! --output DIR     a new directory, or an empty one
+--step int N         training step of the checkpoint (the last one)
+--tokenizer-dir DIR  where tokenizer.pkl is (beside the model)
+"""
 LAB = """see what a paged KV cache does: the paper's figures, policies, exercises
 $
 $ fig12 --help
@@ -151,6 +159,7 @@ PAGES = {
     commands.bench: BENCH + ALPACA + RANDOM,
     commands.score: SCORE + ENGINE + RAW,
     commands.info: INFO + MODEL,
+    commands.convert: CONVERT,
     commands.lab: LAB,
     commands.trace: TRACE,
 }

@@ -22,7 +22,7 @@ def from_module(module) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
     source = f"the module {type(module).__name__}"
     config = strict.make_config(given, source)
     weights = strict.without_prefix(module.state_dict(), source)
-    return config, strict.recognise_strictly(weights, config, source), weights
+    return config, strict.recognise_strictly(weights, config, source, given), weights
 
 
 def wrap_tokenizer(tokenizer: object) -> Tokenizer:

@@ -1,16 +1,20 @@
 """Hugging Face's formats: NanoChat folders and tokenizer.json.
 
 transformers' NanoChat is nanochat's first era under other names. It differs in two constants: the
-rotary tables are not rounded, and the epsilon of the norms is written in config.json.
+rotary tables are not rounded, and the epsilon of the norms is written in config.json. Folders of
+the later eras, which exporters write with a class of their own, keep nanochat's names and sizes.
 """
 
+import re
 from pathlib import Path
+from types import ModuleType
 
 from torch import Tensor
 
 from ..model import RECIPES
 from ..tokenizer import Tokenizer
-from .strict import Checkpoint, StrictTokenizer, check_weights, make_config, read_json, replace
+from . import strict
+from .strict import Checkpoint, StrictTokenizer, read_json
 
 # nanochat's model_config -> config.json
 SIZES = {
@@ -29,6 +33,17 @@ _FIXED = {
     "tie_word_embeddings": False,
     "rope_type": "default",
 }
+# keys of transformers and of exporters beside nanochat's own, by which nothing is computed: the era
+# is recognised by the tensors, and the rest is said again
+_IGNORED = set("""
+    _attn_implementation _name_or_path architectures attention_dropout auto_map bos_token_id
+    chunk_size_feed_forward dtype eos_token_id hidden_size id2label initializer_range
+    intermediate_size is_decoder is_encoder_decoder label2id max_position_embeddings model_type
+    num_attention_heads num_hidden_layers num_key_value_heads output_attentions
+    output_hidden_states pad_token_id padded_vocab_size problem_type return_dict rope_parameters
+    rope_scaling rope_theta step tie_word_embeddings tokenizer_class torch_dtype
+    transformers_version use_cache
+""".split())  # fmt: skip
 # parts of a tensor's name -> nanochat's
 NAMES = {
     "model.embed_tokens.": "transformer.wte.",
@@ -48,12 +63,18 @@ def read_folder(directory: Path) -> Checkpoint:
     file = directory / "config.json"
     given = read_json(file)
     kind = given.get("architectures") or [given.get("model_type")]
-    if kind not in (["NanoChatForCausalLM"], ["nanochat"]):
+    if kind not in (["NanoChatForCausalLM"], ["NanochatForCausalLM"], ["nanochat"]):
         raise ValueError(f"{file}: the architecture is {kind}, and only NanoChatForCausalLM runs")
     # older files have rope_theta on its own, beside a rope_scaling that is null
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    rope_type = rope if not isinstance(rope, dict) else rope.get("rope_type", rope.get("type"))
-    found = {**given, "rope_type": rope_type or "default"}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    found = given | {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+    found["rope_theta"] = rope.get("rope_theta", given.get("rope_theta", 10_000.0))
+    if "n_embd" in given:
+        # what is false is a part of other models that this one does not have
+        own = {k: v for k, v in given.items() if k not in _IGNORED and v is not False}
+        config, weights = strict.make_config(own, str(file)), _read_tensors(directory)
+        return config, strict.recognise_strictly(weights, config, directory, found), weights
     for key, value in _FIXED.items():
         if found.get(key, value) != value:
             raise ValueError(f"{file}: {key} is {found[key]!r}, and nanochat's is {value!r}")
@@ -61,29 +82,24 @@ def read_folder(directory: Path) -> Checkpoint:
     sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
     if missing := [SIZES[ours] for ours, value in sizes.items() if value is None]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
-    config, weights = make_config(sizes, str(file)), _read_tensors(directory)
+    sizes["window_pattern"] = given.get("window_pattern")
+    config, weights = strict.make_config(sizes, str(file)), _read_tensors(directory)
     try:
-        recipe = replace(
+        recipe = strict.replace(
             RECIPES["1"],
             round_rotary=False,
             eps=given.get("rms_norm_eps", 1e-6),
             softcap=given.get("final_logit_softcapping", 15.0),
-            rope_base=rope.get("rope_theta", given.get("rope_theta", 10_000.0)),
+            rope_base=found["rope_theta"],
         )
-        check_weights(weights, config, recipe)
+        strict.check_weights(weights, config, recipe)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
-    return config, recipe, weights
+    return config, strict.question(recipe, found, directory), weights
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     """The tensors of a folder by nanochat's names; names it does not have stay as they are."""
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ImportError(
-            f"{directory} is in Hugging Face's format: pip install 'microvllm[hf]' to read it"
-        ) from None
     files = [directory / "model.safetensors"]
     if not files[0].is_file() and (index := directory / "model.safetensors.index.json").is_file():
         shards = read_json(index).get("weight_map")
@@ -92,19 +108,36 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         files = [directory / Path(shard).name for shard in sorted(set(shards.values()))]
     weights = {}
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing (of the weights, only safetensors are read)"
-            )
-        try:
-            tensors = load_file(file)
-        except Exception as error:  # safetensors' own error, or the system's
-            raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-        for name, tensor in tensors.items():
+        for name, tensor in read_safetensors(file).items():
             for theirs, ours in NAMES.items():
                 name = name.replace(theirs, ours)
+            # what a wrapper, or torch.compile, puts before the names of the module inside
+            name = re.sub(r"^(model\.|gpt\.|_orig_mod\.)+", "", name)
+            if name in weights:
+                raise ValueError(f"{file} has a second tensor for {name:.80}: keep one of them")
             weights[name] = tensor
     return weights
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors in a file, memory-mapped. Raises FileNotFoundError or ValueError naming it."""
+    load_file = import_safetensors(file.parent).load_file
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing (of the weights, only safetensors are read)")
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors' own error, or the system's
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+
+
+def import_safetensors(directory: Path) -> ModuleType:
+    """safetensors.torch. Raises ImportError with the remedy for a folder that needs it."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        remedy = "pip install 'microvllm[hf]', which has safetensors"
+        raise ImportError(f"{directory} is in Hugging Face's format: {remedy}") from None
+    return safetensors.torch
 
 
 def read_tokenizer(file: Path) -> Tokenizer:

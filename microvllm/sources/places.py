@@ -41,25 +41,31 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
 
 
 def find_nanochat(source: str, model_tag: str | None = None) -> Path:
-    """The checkpoint directory as nanochat lays them out; model_tag: by default the largest
-    d<number>, else the newest. Raises ValueError or FileNotFoundError naming what there is."""
+    """The checkpoint directory as nanochat lays them out: <source>_checkpoints/<tag> in its base
+    directory or, where NANOCHAT_EXPERIMENT names one, <tag>/<source> in an experiment's. model_tag:
+    by default the largest d<number>, else the newest. Raises ValueError or FileNotFoundError naming
+    what there is."""
     folders = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
     if source not in folders:
         raise ValueError(f"source must be one of {', '.join(folders)}, got {source!r}")
-    directory = checkpoint.nanochat_base() / f"{folders[source]}_checkpoints"
-    tags = [d for d in directory.iterdir() if d.is_dir()] if directory.is_dir() else []
+    base = checkpoint.nanochat_base()
+    directory, below = base / f"{folders[source]}_checkpoints", "*"
+    remedy = "NANOCHAT_BASE_DIR names the base directory"
+    if experiment := os.environ.get("NANOCHAT_EXPERIMENT"):
+        remedy = f"NANOCHAT_EXPERIMENT names the experiment: unset it for those in {directory}"
+        root = Path(os.environ.get("NANOCHAT_EXPERIMENTS_DIR") or base / "experiments")
+        directory, below = root / experiment, f"*/{source}"
+    places = [place for place in directory.glob(below) if place.is_dir()]
+    tags = {place.relative_to(directory).parts[0]: place for place in places}
     if not tags:
-        raise FileNotFoundError(
-            f"{directory} has no checkpoints (NANOCHAT_BASE_DIR names the base directory)"
-        )
+        raise FileNotFoundError(f"{directory} has no {source} checkpoints ({remedy})")
     if model_tag is None:
-        numbered = [(int(m[1]), d) for d in tags if (m := re.match(r"d(\d+)", d.name))]
-        return max(numbered)[1] if numbered else max(tags, key=lambda d: d.stat().st_mtime)
-    if directory / model_tag not in tags:
-        raise FileNotFoundError(
-            f"{directory} has no {model_tag!r}, only {', '.join(sorted(d.name for d in tags))}"
-        )
-    return directory / model_tag
+        numbered = [(int(m[1]), tag) for tag in tags if (m := re.match(r"d(\d+)", tag))]
+        newest = max(tags, key=lambda tag: tags[tag].stat().st_mtime)
+        return tags[max(numbered)[1] if numbered else newest]
+    if model_tag not in tags:
+        raise FileNotFoundError(f"{directory} has no {model_tag!r}, only {', '.join(sorted(tags))}")
+    return tags[model_tag]
 
 
 def read_checkpoint(directory: Path, step: int | None) -> strict.Checkpoint:

@@ -31,6 +31,9 @@ _PATTERN = (
 _BACKTRACKS = r"\(\?(?![ims-]*[:)])|\\[1-9kgGKRX]|([*+?]|\{[\d, ]*\})\+"
 _MAX_BLANKS = 999_000  # in a row: tiktoken's pattern gives up, but not without a word on stderr
 
+# the constants that are not the same in eras 1 to 5, and matter most
+_TELLING = "qk_scale", "rope_base", "short_window"
+
 # layouts that existed for days on branches of nanochat; named so that the refusal says what it saw
 _UNSUPPORTED = {
     r"v0_lambdas": "an experiment of 2026-01-16 with v0_lambdas (ungated value embeddings)",
@@ -53,7 +56,7 @@ def read_checkpoint(directory: Path, step: int) -> Checkpoint:
     config = make_config(meta["model_config"], str(meta_file))
     file = directory / f"model_{step:06d}.pt"
     weights = read_weights(file)
-    return config, recognise_strictly(weights, config, file), weights
+    return config, recognise_strictly(weights, config, file, meta["model_config"]), weights
 
 
 def read_json(file: Path) -> dict:
@@ -85,7 +88,9 @@ def make_config(model_config: object, source: str = "model_config") -> GPTConfig
     names = GPTConfig.__dataclass_fields__
     *sizes, _ = names  # all but window_pattern
     if unknown := sorted(set(given) - set(names)):
-        raise ValueError(f"{source}: model_config has keys this engine does not know: {unknown}")
+        remedy = "delete those that change nothing in what the model computes"
+        what = f"model_config has keys this engine does not know: {unknown!s:.400}; {remedy}"
+        raise ValueError(f"{source}: {what}")
     if missing := [name for name in sizes if name not in given]:
         raise ValueError(f"{source}: model_config lacks {missing}")
     for name in sizes:
@@ -135,9 +140,11 @@ def without_prefix(weights: dict[str, Tensor], source) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): weight for key, weight in weights.items()}
 
 
-def recognise_strictly(weights: dict[str, Tensor], config: GPTConfig, source) -> Recipe:
-    """The recipe of a state dict that is complete and has nothing else. Raises ValueError naming
-    the source and what is wrong."""
+def recognise_strictly(
+    weights: dict[str, Tensor], config: GPTConfig, source, given: dict | None = None
+) -> Recipe:
+    """The recipe of a state dict that is complete and has nothing else; given: what the source has
+    for a config, see `question`. Raises ValueError naming the source and what is wrong."""
     try:
         for key in weights:
             for mark, what in _UNSUPPORTED.items():
@@ -147,23 +154,55 @@ def recognise_strictly(weights: dict[str, Tensor], config: GPTConfig, source) ->
         check_weights(weights, config, recipe)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    return recipe
+    return question(recipe, given or {}, source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Questionable(Recipe):
+    """The recipe of tensors that are those of era 1, in a model that may not be of era 1."""
+
+    why: str = ""
+
+
+def question(recipe: Recipe, given: dict, source) -> Recipe:
+    """The recipe, or a Questionable one that `replace` refuses, where the config says more than the
+    tensors. Computed as era 1, a later model whose lambdas and value embeddings were left out would
+    write fluent nonsense."""
+    pattern = given.get("window_pattern")
+    later = f"window_pattern {pattern!r:.40}" if pattern else "rope_theta 100000"
+    if recipe.era != "1" or not (pattern or given.get("rope_theta") == 100_000):
+        return recipe
+    why = (
+        f"{source}: its tensors are of era 1, but no code of era 1 wrote {later}. If later code "
+        "left out lambdas and value embeddings, no file tells what it computes: give "
+        "rope_base=100000, qk_scale=1.2, short_window=512, round_rotary=False where that is as in "
+        "era 5 (era 4: qk_scale=1.15, short_window=384; eras 2 and 3: rope_base=10000, qk_scale=1, "
+        "short_window=2; era 1, and Hugging Face's NanoChat: its rope_base, qk_scale=1, "
+        "short_window=0)"
+    )
+    return Questionable(**vars(recipe), why=why)
 
 
 def replace(recipe: Recipe, **changes: float) -> Recipe:
     """A recipe with some constants changed. Raises TypeError for an unknown name, ValueError for a
-    value that makes no sense."""
-    known = "eps", "gate_scale", "qk_scale", "rope_base", "round_rotary", "softcap"
+    value that makes no sense, or for a Questionable recipe whose constants are not all given."""
+    known = "eps", "gate_scale", *_TELLING, "round_rotary", "softcap"
     for name, value in changes.items():
         if name not in known:
             names = ", ".join(known)
             raise TypeError(f"unknown argument {name!r}; recipe overrides are {names}")
-        flag, is_bool = name == "round_rotary", isinstance(value, bool)
-        number = isinstance(value, (int, float)) and not is_bool and 0 < value < 1e38
-        if not (is_bool if flag else number):
-            kind = "True or False" if flag else "a positive number"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        right, kind = number and 0 < value < 1e38, "a positive number"
+        if name == "round_rotary":
+            right, kind = isinstance(value, bool), "True or False"
+        elif name == "short_window":
+            right, kind = type(value) is int and 0 <= value < 2**31, "an integer, 0 or more"
+        if not right:
             raise ValueError(f"{name} must be {kind}, got {value!r}")
-    return dataclasses.replace(recipe, **changes)
+    constants = vars(recipe) | changes
+    if (why := constants.pop("why", None)) and not set(_TELLING) <= changes.keys():
+        raise ValueError(why)
+    return Recipe(**constants)
 
 
 def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe) -> None:

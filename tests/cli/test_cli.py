@@ -78,7 +78,7 @@ def process(*flags: str, **kwargs) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-    "sub", [[], *([name] for name in "run chat batch bench score info lab trace".split())]
+    "sub", [[], *([name] for name in "run chat batch bench score info convert lab trace".split())]
 )
 def test_help_shows_examples_that_parse(sub, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -128,6 +128,11 @@ def test_help_is_instant():
         (["info", "no/such/place"], "no/such/place"),
         (["info", "--device", "abacus"], "abacus"),
         (["info", "--recipe", "charm=3"], "charm"),
+        (["convert", str(MODEL)], "--output"),
+        (["convert", "no/such/place", "-o", "out"], "no/such/place"),
+        (["convert", str(MODEL), "-o", str(ROOT / "docs")], "docs is there"),
+        (["convert", str(MODEL), "-o", "out", "--step", "7"], "model_000007.pt"),
+        (["convert", str(MODEL), "-o", "no/such/place"], "no/such is no directory"),
         (["trace", "absent.jsonl"], "absent.jsonl"),
         (["trace", str(ROOT / "pyproject.toml")], "line 1"),
         (["run", *SMALL, "--trace", "no/such/place/run.jsonl", "hi"], "no/such/place"),

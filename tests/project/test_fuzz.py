@@ -306,8 +306,12 @@ def test_damaged_safetensors(place, data):
     look(place / "folder", place / "folder" / "model.safetensors")
 
 
+OWN = {"architectures": ["NanochatForCausalLM"], "rope_parameters": {"rope_theta": 1e5}}
+OWN |= {"window_pattern": "SSSL", **json.loads((CHECKPOINT / META).read_text())["model_config"]}
+
+
 @fuzz(100)
-@given(config=changed(json.loads((FOLDER / "config.json").read_text())) | JSON)
+@given(config=changed(json.loads((FOLDER / "config.json").read_text())) | changed(OWN) | JSON)
 def test_a_config_of_any_content(place, config):
     put(place / "folder" / "model.safetensors", (FOLDER / "model.safetensors").read_bytes())
     (place / "folder" / "config.json").write_text(json.dumps(config))

@@ -241,7 +241,7 @@ GONE = {
     "sources": Gone(
         "sources", ["LLM.from_nanochat()", "LLM('sft')", "LLM('owner/name')", "LLM(HF)",
                     "LLM(model=object(), tokenizer=object())", "llm.update_weights({})"],
-        [[*RUN[:2], "sft", *RUN[3:]]],
+        [[*RUN[:2], "sft", *RUN[3:]], ["convert", str(MODEL), "-o", "out"]],
     ),
     "trace": Gone(
         "trace", ["LLM(MODEL, trace='run.jsonl')", "llm.tracing().__enter__()"],
@@ -328,7 +328,7 @@ ALLOWED = {
     ("cli", "full"): "info and batch look at a checkpoint without making an engine",
     ("cli", "features"): "info counts the blocks of layer groups; torchrun's processes speak once",
     ("cli", "jobs"): "batch; score and bench read rows",
-    ("cli", "sources"): "bench asks whether the hub answers",
+    ("cli", "sources"): "bench asks whether the hub answers; convert",
     ("cli", "trace"): "--watch, and the command of that name",
 }
 

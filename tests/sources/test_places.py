@@ -1,13 +1,14 @@
 """Where nanochat keeps its checkpoints, and which of them is meant."""
 
 import os
+import shutil
 
 import pytest
 from conftest import ERAS
 from test_checkpoint import FIXTURES, refused
 
 from microvllm import LLM, SamplingParams
-from microvllm.sources.places import find_nanochat
+from microvllm.sources.places import find_checkpoint, find_nanochat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,3 +85,52 @@ def test_each_source_has_its_folder(tmp_path, monkeypatch):
             patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
             expected = tmp_path / "base" / f"{folder}_checkpoints" / "d4"
             assert find_nanochat(source) == expected
+
+
+@pytest.mark.parametrize("where", ["base", "its own directory"])
+def test_an_experiment_has_its_checkpoints_and_its_tokenizer(where, tmp_path, monkeypatch):
+    """<tag>/<source> in place of <source>_checkpoints/<tag>; another tokenizer is in the base."""
+    fixture = FIXTURES["era5"]
+    root, base = tmp_path / "base" / "experiments", tmp_path / "base"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setenv("NANOCHAT_EXPERIMENT", "mine")
+    if where != "base":
+        root = tmp_path / "elsewhere"
+        monkeypatch.setenv("NANOCHAT_EXPERIMENTS_DIR", str(root))
+    for tag in ("d6", "d20", "flops1e18_d12"):
+        (root / "mine" / tag / "base").mkdir(parents=True)
+    shutil.copytree(fixture.directory, root / "mine" / "d4" / "sft")
+    shutil.copytree(fixture.tokenizer, root / "mine" / "tokenizer")
+    shutil.copytree(ERAS.parents[2] / "models" / "tokenizer", base / "tokenizer")
+    (base / "chatsft_checkpoints" / "d32").mkdir(parents=True)
+    assert find_nanochat("base") == root / "mine" / "d20" / "base"
+    assert find_nanochat("base", "d6") == root / "mine" / "d6" / "base"
+    assert find_nanochat("base", "flops1e18_d12") == root / "mine" / "flops1e18_d12" / "base"
+    step = fixture.json["checkpoint"]["step"]
+    for name in ("sft", "sft:d4", f"sft:d4:{step}"):
+        assert find_checkpoint(name) == (root / "mine" / "d4" / "sft", step)
+    prompt = fixture.json["prompts"][4]
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    with LLM("sft", device="cpu", num_blocks=64) as llm:
+        (output,) = llm.generate([prompt["ids"]], params, use_tqdm=False)
+    assert output["token_ids"] == prompt["greedy_tokens"]
+    for name, words in {
+        "rl": ["has no rl checkpoints", "NANOCHAT_EXPERIMENT", "unset"],
+        "sft:d20": ["has no 'd20', only d4"],
+        "base:d4": ["has no 'd4', only d20, d6, flops1e18_d12"],
+        "base:../mine/d6": ["has no"],
+    }.items():
+        with refused(FileNotFoundError, root / "mine", *words):
+            find_checkpoint(name)
+    monkeypatch.setenv("NANOCHAT_EXPERIMENT", "")  # as if it were not set
+    assert find_nanochat("sft") == base / "chatsft_checkpoints" / "d32"
+
+
+def test_of_an_experiment_without_numbers_the_newest_checkpoint_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_EXPERIMENTS_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_EXPERIMENT", "mine")
+    for age, tag in enumerate(["newest", "older"]):
+        folder = tmp_path / "mine" / tag / "rl"
+        folder.mkdir(parents=True)
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    assert find_nanochat("rl") == tmp_path / "mine" / "newest" / "rl"

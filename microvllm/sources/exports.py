@@ -1,0 +1,117 @@
+"""A checkpoint in the other format: nanochat's as a Hugging Face folder, and back.
+
+Tensors stay as they are, bit for bit. The first era becomes what transformers' NanoChatForCausalLM
+loads. That has no padding of the vocabulary, so the padding goes to a file of its own, where the
+way back finds it. transformers has none of the later eras; they keep nanochat's names and sizes.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..model import RECIPES
+from ..tokenizer import Tokenizer
+from . import strict
+from .huggingface import NAMES, SIZES, import_safetensors, read_safetensors
+
+_PADDING = "padding.safetensors"
+_TABLES = "transformer.wte.weight", "lm_head.weight"  # of era 1: a row for each token, and padding
+
+
+@contextmanager
+def converted(
+    checkpoint: strict.Checkpoint, directory: Path, step: int | None, tokenizer: Tokenizer, output
+) -> Iterator[Path]:
+    """Write a checkpoint that was read from `directory` in the other format. step: None if it was
+    Hugging Face's. Gives a new folder, which becomes `output` at the end, and goes away after an
+    exception. Raises ValueError for what the other format cannot say, OSError for what cannot be
+    written."""
+    config, recipe, weights = checkpoint
+    output = Path(os.path.abspath(os.path.expanduser(output)))
+    if isinstance(recipe, strict.Questionable):
+        raise ValueError(f"{directory} is in doubt (`microvllm info` says why): use it as it is")
+    # how tables are rounded, and eps, belong to the formats; all else must be as in the era
+    own = {"round_rotary": recipe.round_rotary, "eps": min(recipe.eps, 1e-5)}
+    expected = vars(replace(RECIPES[recipe.era], **own))
+    if odd := [f"{key}={x}" for key, x in vars(recipe).items() if x != expected[key]]:
+        what = f"has {', '.join(odd)}, which the other format cannot say"
+        raise ValueError(f"{directory} {what}: use it as it is")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent} is no directory: make it first")
+    if os.path.lexists(output):
+        if output.is_symlink() or not output.is_dir() or any(output.iterdir()):
+            raise FileExistsError(f"{output} is there, and no empty directory: name a new one")
+    folder = output.with_name(f".{output.name}.{os.getpid()}")
+    folder.mkdir()
+    try:
+        try:
+            if step is None:
+                _to_nanochat(config, recipe.era, dict(weights), directory, folder)
+            else:
+                _to_huggingface(config, recipe, dict(weights), step, tokenizer, folder)
+            (folder / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer._encoding, 4))
+        except ImportError:
+            raise
+        except Exception as error:  # torch's, safetensors' own, or the system's
+            what = f"{type(error).__name__}: {error}"
+            raise OSError(f"{directory} cannot be written to {output}: {what}") from None
+        yield folder
+        os.rename(folder, output)  # an error if that is no longer empty
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _to_huggingface(config, recipe, weights, step, tokenizer, folder) -> None:
+    def save(tensors: dict[str, Tensor], name: str) -> None:
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        import_safetensors(folder).save_file(tensors, folder / name, {"format": "pt"})
+
+    rows = len(weights[_TABLES[0]])
+    found = {
+        "model_type": "nanochat", "step": step, "dtype": str(weights[_TABLES[1]].dtype)[6:],
+        "bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.eos_ids),
+    }  # fmt: skip
+    if recipe.era == "1":
+        if rows > config.vocab_size:
+            save({name: weights[name][config.vocab_size :] for name in _TABLES}, _PADDING)
+        weights |= {name: weights[name][: config.vocab_size] for name in _TABLES}
+        for theirs, ours in NAMES.items():
+            weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
+        found |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()} | {
+            "architectures": ["NanoChatForCausalLM"], "intermediate_size": 4 * config.n_embd,
+            "hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False,
+            "rms_norm_eps": recipe.eps, "final_logit_softcapping": recipe.softcap,
+            "rope_parameters": {"rope_type": "default", "rope_theta": recipe.rope_base},
+        }  # fmt: skip
+    else:
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+        found |= vars(config) | {"architectures": ["NanochatForCausalLM"]}
+        found["padded_vocab_size"] = rows
+    save(weights, "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(found, indent=2))
+    for file in folder.glob("*.safetensors"):  # which the package makes for its owner alone
+        shutil.copymode(folder / "config.json", file)
+
+
+def _to_nanochat(config, era, weights, directory, folder) -> None:
+    step = strict.read_json(directory / "config.json").get("step")
+    step = step if type(step) is int and 0 <= step < 10**9 else 0
+    if (padding := directory / _PADDING).is_file():
+        for name, rows in read_safetensors(padding).items():
+            weights[name] = torch.cat([weights[name], rows])
+    sizes = dict(vars(config))
+    if era == "1":
+        del sizes["window_pattern"]  # which came later
+    # clones, since torch.save writes all of the memory that a tensor is a part of
+    clones = {name: tensor.clone() for name, tensor in weights.items()}
+    torch.save(clones, folder / f"model_{step:06d}.pt")
+    meta = json.dumps({"step": step, "model_config": sizes}, indent=2)
+    (folder / f"meta_{step:06d}.json").write_text(meta)

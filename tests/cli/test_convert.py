@@ -1,0 +1,100 @@
+# ruff: noqa: F811, the arguments of a test that are fixtures of test_cli
+"""`microvllm convert`, and what the command line says of a model whose constants no file tells."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import ERAS, MODEL
+from test_checkpoint import FIXTURES, Checkpoint
+from test_cli import command, mistake  # noqa: F401
+
+from microvllm import LLM
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENIZER = ["--tokenizer-dir", str(ERAS / "tokenizer")]
+
+
+def test_convert_there_and_back(command, tmp_path):
+    out, err = command("convert", MODEL, "-o", tmp_path / "hf")
+    assert out == f"{tmp_path}/hf: era 5, the same 16 greedy tokens as {MODEL}\n" and err == ""
+    found = json.loads(command("convert", "--json", tmp_path / "hf", "-o", tmp_path / "nano")[0])
+    assert found == {
+        "checkpoint": str(tmp_path / "hf"), "step": None, "output": str(tmp_path / "nano"),
+        "era": "5", "greedy_tokens": found["greedy_tokens"],
+    }  # fmt: skip
+    assert len(found["greedy_tokens"]) == 16
+    assert sorted(os.listdir(tmp_path)) == ["hf", "nano"]
+    for name in ("hf", "nano"):
+        flags = ["--num-blocks", "40", "--temperature", "0", "-m", tmp_path / name]
+        out, _ = command("run", *flags, "Who wrote Moby Dick?")
+        assert out == "Moby Dick was written by Herman Melville.\n"
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_convert_takes_every_era_and_a_relative_path(name, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fixture = FIXTURES[name]
+    for source, output in ((fixture.directory, "hf"), ("hf", "nano")):
+        flags = TOKENIZER if output == "hf" else []
+        told = json.loads(command("convert", source, "-o", output, "--json", *flags)[0])
+        assert told["era"] == fixture.json["era"].removesuffix("_late").removesuffix("b")
+    assert Path("nano").is_dir() and len(os.listdir()) == 2
+
+
+def test_convert_takes_a_model_with_a_short_context_and_odd_windows(command, tmp_path):
+    """The check needs room for 32 tokens, whatever groups the layers are in."""
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.config |= {"sequence_len": 4, "window_pattern": "SLLS"}
+    checkpoint.write()
+    assert "era 5" in command("convert", checkpoint.directory, "-o", tmp_path / "hf")[0]
+
+
+def test_a_result_that_gives_other_tokens_is_not_kept(mistake, tmp_path, monkeypatch):
+    real, seen = LLM.generate, []
+
+    def other(self, prompts, *args, **kwargs):
+        outputs = real(self, prompts, *args, **kwargs)
+        seen.append(self.name)
+        if len(seen) == 2:
+            outputs[0]["token_ids"][-1] += 1
+        return outputs
+
+    monkeypatch.setattr(LLM, "generate", other)
+    said = mistake("convert", FIXTURES["era5"].directory, "-o", tmp_path / "out", *TOKENIZER)
+    assert "would give the tokens" in said and f"{tmp_path}/out" in said
+    assert len(seen) == 2 and not os.listdir(tmp_path)
+
+
+def test_another_models_tokenizer_is_refused_and_nothing_is_left(mistake, tmp_path):
+    flags = ["-o", tmp_path / "out", "--tokenizer-dir", MODEL.parent / "tokenizer"]
+    assert "do not belong together" in mistake("convert", FIXTURES["era5"].directory, *flags)
+    assert not os.listdir(tmp_path)
+
+
+def test_ctrl_c_leaves_nothing(command, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        assert len(os.listdir(tmp_path)) == 1  # the folder that would be renamed
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "generate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        command("convert", FIXTURES["era5"].directory, "-o", tmp_path / "out", *TOKENIZER)
+    assert stop.value.code == 130 and not os.listdir(tmp_path)
+
+
+def test_a_model_in_doubt_is_described_once_its_constants_are_given(command, mistake, tmp_path):
+    checkpoint = Checkpoint(tmp_path, "era1_unpadded")
+    checkpoint.config |= {"window_pattern": "SL"}
+    checkpoint.write()
+    said = mistake("info", checkpoint.directory)
+    assert str(checkpoint.file) in said and "short_window=512" in said
+    said = mistake("convert", checkpoint.directory, "-o", tmp_path / "out")
+    assert "microvllm info" in said and not (tmp_path / "out").exists()
+    recipe = ["rope_base=100000", "qk_scale=1.2", "short_window=512", "round_rotary=False"]
+    flags = [word for item in recipe for word in ("--recipe", item)]
+    found = json.loads(command("info", checkpoint.directory, "--json", *flags)[0])
+    assert found["windows"] == [128, 256, 128, 256] and "why" not in found["recipe"]
+    out, _ = command("run", "-m", checkpoint.directory, "--num-blocks", "20", "--json", *flags, "a")
+    assert json.loads(out)["token_ids"]
