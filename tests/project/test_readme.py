@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import MODEL, ROOT
 
 PACKAGE = ROOT / "microvllm"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 @pytest.mark.usefixtures("one_thread")
 def test_the_example_of_the_readme_runs(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    example, _ = blocks("python")
+    _, example = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.count("length 2") + printed.count("stop 2") >= 2
@@ -35,7 +35,7 @@ def test_the_example_of_the_readme_runs(capsys, monkeypatch):
 @pytest.mark.usefixtures("one_thread")
 def test_a_breakpoint_in_the_plain_model_is_reached(monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, example = blocks("python")
+    example, _ = blocks("python")
     typed = [line for block in blocks("text") for line in re.findall(r"^\(Pdb\) (.+)", block, re.M)]
     assert typed[0] == "break GPT.forward"
     shown = io.StringIO()
@@ -67,12 +67,18 @@ def test_the_commands_of_the_readme_run(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     first, *others = blocks("bash")
     assert first == "pip install -e . && python run.py\npip install -e '.[test]' && pytest\n"
-    assert len(others) == 2
-    here = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    assert len(others) == 3
+    base = tmp_path / "nanochat"  # as a user's own training leaves it
+    for place in "base_checkpoints/d20", "chatsft_checkpoints/d20":
+        (base / place).parent.mkdir(parents=True)
+        (base / place).symlink_to(MODEL)
+    (base / "tokenizer").symlink_to(MODEL.parent / "tokenizer")
+    here = os.environ | {"NANOCHAT_BASE_DIR": str(base)}
+    here |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for block in others:
         told = subprocess.run(
             ["bash", "-ec", block], cwd=tmp_path, env=here, capture_output=True, text=True,
-            timeout=300,
+            timeout=300, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert told.returncode == 0, told.stderr
     answers = (tmp_path / "answers.jsonl").read_text()
