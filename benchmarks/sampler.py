@@ -7,7 +7,9 @@
 A step is its matrix products alone, in the layout that the model uses: without attention and norms,
 so that the shares are a little too high. Each is a median of --turns, in which everything has its
 turn. The logits are normal, with --spread as standard deviation: with a small one top_p keeps tens
-of thousands of tokens, with a large one a few. The last line is all of it as JSON.
+of thousands of tokens, with a large one a few. Then, with the bundled model's tokenizer, what a
+guide costs the host: to compile it, and for each token of a text to find which may follow and to
+mask the others. The last line is all of it as JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 import torch
 
-from microvllm import SamplingParams
+from microvllm import LLM, SamplingParams
 from microvllm.features.logits import LogitsRunner
 from microvllm.full import compose, pick_backend
 from microvllm.fused.model import FusedRunner
@@ -43,6 +45,13 @@ SETTINGS = {
     "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
     "logprobs": {"logprobs": 5},
 }
+BOOK = {"title": {"type": "string"}, "year": {"type": "integer"}, "kind": {"enum": ["a", "b"]}}
+GUIDES = {
+    "json": {"json": {"type": "object", "properties": BOOK, "required": [*BOOK]}},
+    "regex": {"regex": r"([A-Z]\w+ ){50}"},
+    "choices": {"choices": [f"number {i}" for i in range(1000)]},
+}
+MODEL = Path(__file__).resolve().parents[1] / "models" / "oldbooks-d6"
 
 
 def products(rows: int, args: argparse.Namespace, backend):
@@ -93,6 +102,28 @@ def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[s
     return {name: statistics.median(t[1:]) for name, t in times.items()}  # the first warms up
 
 
+def guide_costs(num_texts: int) -> dict[str, dict[str, float]]:
+    """Of each of GUIDES: milliseconds to compile it, microseconds a token of random texts."""
+    found = {}
+    with LLM(MODEL, num_blocks=40, device="cpu") as llm:
+        llm._check("a", SamplingParams(guide={"choices": ["a"]}))  # the vocabulary's tree
+        for name, guide in GUIDES.items():
+            began, times = time.perf_counter(), []
+            _, params = llm._check("a", SamplingParams(guide=guide))
+            compiled = time.perf_counter() - began
+            for _ in range(num_texts):
+                follow, ids = params.logits_processor.begin([]), []
+                while len(ids) < 100 and not (ids and ids[-1] in llm.tokenizer.eos_ids):
+                    logits = torch.randn(llm.tokenizer.vocab_size)
+                    began = time.perf_counter()
+                    masked = follow(ids, logits)
+                    times.append(time.perf_counter() - began)
+                    ids.append(int(masked.argmax()))
+            median = 1e6 * statistics.median(times)
+            found[name] = {"compile_ms": 1000 * compiled, "token_us": median}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,7 +147,11 @@ def main() -> None:
             for name, ms in times.items():
                 share = f"{ms / times['products']:8.1%} of the products" * (name != "products")
                 print(f"{rows:5d} rows  {name:10s} {ms:9.2f} ms {share}")
-    print(json.dumps({**facts, "milliseconds": results}))
+        guides = guide_costs(args.turns)
+    for name, cost in guides.items():
+        told = f"{cost['token_us']:9.1f} us a token, {cost['compile_ms']:.1f} ms to compile"
+        print(f"guide      {name:10s} {told}")
+    print(json.dumps({**facts, "milliseconds": results, "guides": guides}))
 
 
 if __name__ == "__main__":

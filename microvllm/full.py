@@ -25,8 +25,8 @@ log = logging.getLogger("microvllm")
 
 # the order in which features wrap each other, the outermost first
 FEATURES = (
-    "guard stats checks progress nanochat live parallel scoring stop_strings calculator lookup "
-    "logits windows"
+    "guard guided stats checks progress nanochat live parallel scoring stop_strings calculator "
+    "lookup logits windows"
 ).split()
 
 # where it is, and what can be asked for
@@ -35,7 +35,7 @@ NAMES = {
     "features.nanochat": "generate_batch", "features.lookup": "prompt_lookup",
     "features.parallel": "tensor_parallel", "features.calculator": "tools", "features.stats":
         "stats",
-    "features.stop_strings": "stop", "features.logits":
+    "features.stop_strings": "stop", "features.guided": "guide", "features.logits":
         "repetition_penalty presence_penalty frequency_penalty min_tokens logprobs logit_bias "
         "allowed_token_ids bad_words logits_processor",
     "sources.places": "from_nanochat", "trace": "tracing trace", "cpu.backend": "int8 numba",
@@ -85,7 +85,7 @@ def compose(*classes: type) -> type:
 @dataclass(frozen=True)
 class SamplingParams(*parts("params"), sampler.SamplingParams):
     """How one request is sampled. Raises ValueError or TypeError when built with a value that makes
-    no sense. The parameters are described in sampler.py, features/logits.py and
+    no sense. The parameters are described in sampler.py, features/logits.py, features/guided.py and
     features/stop_strings.py."""
 
     def __new__(cls, *_, **given):

@@ -24,7 +24,13 @@ MODEL_DIR = speed.MODELS / "oldbooks-d6"
 def sampling_options(args: argparse.Namespace) -> dict[str, object]:
     """The arguments of SamplingParams that the flags give, but for the seed."""
     names = "max_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos n".split()
-    return {k: v for k, v in vars(args).items() if k in names and v is not None}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    if args.guide:
+        try:
+            given["guide"] = json.loads(Path(args.guide).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--guide {args.guide}: not JSON: {error}") from None
+    return given
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:

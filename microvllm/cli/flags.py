@@ -141,6 +141,7 @@ SAMPLING = """sampling:
 --min-p float P               those this likely, as a share of the likeliest
 --repetition-penalty float X  above 1: repeat less
 --stop+ TEXT                  end before it; may be repeated
+--guide FILE                  what they must fit: SamplingParams' guide, in JSON (microvllm[guided])
 --ignore-eos                  go on past the end of an answer
 --seed int N                  the same seed gives the same answers ({seed})
 """

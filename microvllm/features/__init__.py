@@ -30,6 +30,13 @@ def check_numbers(params: SamplingParams, ranges: dict[str, tuple]) -> None:
             params.put(name, check_number(name, value, *limits))
 
 
+def check_text(name: str, value: object) -> str:
+    """The value if it is a string, else TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be strings, got {value!r:.80}")
+    return value
+
+
 def check_list(name: str, values: object, check: Callable = check_number) -> tuple:
     """The values of a list, each as its check gives it. Raises TypeError if there is no list."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):

@@ -9,9 +9,9 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,25 @@ RANGES = {
     "repetition_penalty": (1e-6, 1e6), "presence_penalty": (-1e6, 1e6),
     "frequency_penalty": (-1e6, 1e6), "min_tokens": (0, 2**31 - 1), "logprobs": (0, 2**31 - 1),
 }  # fmt: skip
+
+
+class LogitsProcessor(Protocol):
+    """A logits_processor that keeps state: whatever has a method `begin`, also without this class.
+
+    Each sample of a request has a function of its own, which is asked once for each of its tokens,
+    in order, with all tokens so far: prompt and output. It is begun with the sample's first token.
+    After an exception in a step, and after new weights, another one is begun, and the first tokens
+    that it gets have output in them; one that only reads `token_ids` needs no care.
+    """
+
+    # does what a function returns follow from token_ids and logits alone? then it is asked about
+    # tokens that prompt lookup guesses, too, and maybe without them later; and another one is asked
+    # once more whether an exception in it came from outside, such as a signal
+    may_guess: bool = False
+
+    def begin(self, prompt_ids: list[int]) -> Callable[[list[int], Tensor], Tensor]:
+        """The function (token_ids, logits) -> logits of one sample, as a plain logits_processor."""
+        ...
 
 
 def check_word(name: str, word: object) -> str | tuple[int, ...]:
@@ -51,8 +70,10 @@ class LogitsParams(SamplingParams):
     # texts, or lists of ids, whose last token must not follow the others. the engine makes them ids
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     # constrained decoding: gets the tokens so far and their (V,) float32 logits, returns logits, in
-    # which -inf rules a token out. if it raises, its request ends with that error, no other
-    logits_processor: Callable[[list[int], Tensor], Tensor] | None = None
+    # which -inf rules a token out, or a mask (V,) of those that may be drawn; or something that
+    # begins such a function for each sample. if it raises, its request ends with that error, no
+    # other
+    logits_processor: Callable[[list[int], Tensor], Tensor] | LogitsProcessor | None = None
     # worked out here once, since every step asks every row
     edited: bool = field(init=False, repr=False, compare=False)  # are its logits changed?
     needs_history: bool = field(init=False, repr=False, compare=False)  # do earlier tokens matter?
@@ -79,12 +100,14 @@ class LogitsParams(SamplingParams):
             ids = check_list("logit_bias", self.logit_bias)
             values = [check_number("logit_bias", x, -1e6, 1e6) for x in self.logit_bias.values()]
             self.put("logit_bias", dict(zip(ids, values, strict=True)))
-        if self.logits_processor is not None and not callable(self.logits_processor):
-            raise TypeError(f"logits_processor must be callable, got {self.logits_processor!r:.80}")
+        processor = self.logits_processor
+        if not (processor is None or callable(getattr(processor, "begin", processor))):
+            what = "callable, or have a method begin"
+            raise TypeError(f"logits_processor must be {what}, got {processor!r:.80}")
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         # the last two together may leave no token, which must be known before the next step
         stuck = self.min_tokens and self.allowed_token_ids
-        history = penalties or self.bad_words or self.logits_processor or stuck
+        history = penalties or self.bad_words or processor is not None or stuck
         others = self.min_tokens or self.allowed_token_ids or self.logit_bias
         self.put("needs_history", bool(history))
         self.put("edited", bool(history or others))
@@ -232,23 +255,29 @@ def edit(logits: Tensor, samples: Samples) -> None:
         # and as often as it is there
         logits.index_put_(at, -each("frequency_penalty", at), accumulate=True)
     for i, p, seq, stop in rows:
-        if p.logits_processor:
-            new = processed(p.logits_processor, seq.tokens[:stop], logits[i])
+        if p.logits_processor is not None:
+            new = processed(seq, stop, logits[i])
             if isinstance(new, str):  # the caller's code: others in the batch are not to suffer
                 seq.stop_reason, new = f"logits_processor: {new}", torch.nan  # nothing to draw
             logits[i] = new
 
 
-def processed(processor: Callable, tokens: list[int], logits: Tensor) -> Tensor | str:
-    """What a logits_processor makes of its row, or what is wrong with it."""
+def processed(seq: Sequence, position: int, logits: Tensor) -> Tensor | str:
+    """What a sample's logits_processor makes of its row, or what is wrong with it."""
+    processor, tokens = seq.params.logits_processor, seq.tokens[:position]
+    begin = getattr(processor, "begin", None)
+    start = partial(begin, tokens[: seq.num_prompt]) if begin else lambda: processor
     try:
-        new = processor(list(tokens), logits)
+        if seq.processor is None:
+            seq.processor = start()
+        new = seq.processor(list(tokens), logits)
     except Exception as error:
-        inside, call = error.__traceback__.tb_next, type(processor).__call__
-        code = getattr(processor, "__code__", getattr(call, "__code__", None))
+        inside = error.__traceback__.tb_next
+        own = () if getattr(processor, "may_guess", False) else (begin, seq.processor)
+        calls = [f if hasattr(f, "__code__") else type(f).__call__ for f in own]
         # not from its own frame, as where a signal came: then it is not raised a second time
-        if not inside or inside.tb_frame.f_code is not code:
-            if not fails(processor, list(tokens), logits):
+        if not inside or inside.tb_frame.f_code not in [getattr(f, "__code__", 0) for f in calls]:
+            if not fails(lambda: start()(list(tokens), logits)):
                 raise
         return f"{type(error).__name__}: {error}"
     if not isinstance(new, Tensor) or new.shape != logits.shape:
@@ -258,10 +287,10 @@ def processed(processor: Callable, tokens: list[int], logits: Tensor) -> Tensor 
     return logits.masked_fill(~new, -torch.inf) if new.dtype == torch.bool else new  # a mask
 
 
-def fails(function: Callable, *args) -> bool:
+def fails(function: Callable) -> bool:
     """Does it raise?"""
     try:
-        function(*args)
+        function()
     except Exception:
         return True
     return False
@@ -297,6 +326,7 @@ class LogitsScheduler(Scheduler):
     def reset(self, sequences=None) -> list[Sequence]:
         found = super().reset(sequences)
         for seq in found:
+            seq.processor = None  # it may have seen a token that was never appended
             for sample_id, position in [*getattr(seq, "entries", ())]:
                 if sample_id == seq.sample_id and position >= len(seq.tokens):
                     del seq.entries[sample_id, position]
@@ -317,8 +347,10 @@ class LogitsLLM(LLM):
     def _make_sequence(self, request: Request) -> Sequence:
         seq = super()._make_sequence(request)
         seq.entries = {}  # of all samples of the request, by (sample, position)
-        if request.params.logits_processor:  # it may keep books, and would see what nobody writes
-            seq.may_guess = False
+        seq.processor = None  # the logits_processor of this sample, once it has begun
+        if request.params.logits_processor is not None:
+            # it may keep books, and would see what nobody writes
+            seq.may_guess = getattr(request.params.logits_processor, "may_guess", False)
         return seq
 
     def sample_output(self, request: Request, seq: Sequence) -> dict:

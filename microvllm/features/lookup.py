@@ -144,7 +144,11 @@ class LookupScheduler(Scheduler):
                 self.shrink(seq, wrong[seq])
         kept = copy(plan)
         kept.samples = [plan.samples[row] for row in rows]
-        return super().update(kept, [token_ids[row] for row in rows])
+        changed = super().update(kept, [token_ids[row] for row in rows])
+        for seq in wrong:
+            if not seq.finish_reason:
+                seq.stop_reason = None  # what a logits_processor said to a wrong guess
+        return changed
 
     def shrink(self, seq: Sequence, num_tokens: int) -> None:
         """Count only so many tokens as computed, and give back the blocks behind them."""

@@ -6,16 +6,9 @@ from ..engine import LLM, Request
 from ..sampler import SamplingParams
 from ..scheduler import Scheduler, Sequence
 from ..tokenizer import Text
-from . import check_list
+from . import check_list, check_text
 
 MOST, LONGEST = 100, 1000  # each token is compared with all of them
-
-
-def check_text(name: str, value: object) -> str:
-    """The value if it is a string, else TypeError."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be strings, got {value!r:.80}")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)

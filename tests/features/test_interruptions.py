@@ -62,13 +62,16 @@ def bias(tokens, logits):
     return logits + 0.01 * (len(tokens) % 3)
 
 
-# samples that split and copy blocks, chunks, log-probabilities, edits, stops, a tool, a score
+NAME = {"regex": "[A-Z][a-z]{3,9}"}
+# samples that split and copy blocks, chunks, log-probabilities, edits, stops, a tool, a guide, a
+# score
 WORK = [
     (ids(18, 1), {"sampling_params": sampled(7, seed=3, n=3)}),
     (ids(18, 1), {"sampling_params": greedy(9, logprobs=2)}),
     (ids(9, 2), {"sampling_params": sampled(12, seed=4, top_k=20, repetition_penalty=1.1)}),
     (ids(12, 3), {"sampling_params": greedy(5, logits_processor=bias)}),
     (ids(11, 5), {"sampling_params": sampled(44, seed=6), "tools": True}),
+    (ids(8, 8), {"sampling_params": SamplingParams(max_tokens=20, seed=7, n=2, guide=NAME)}),
     (ids(10, 6), {"continuation": ids(9, 7)}),
 ]
 

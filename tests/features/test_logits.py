@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -12,7 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODEL
-from test_engine import set_overlap
+from test_engine import (
+    FIXTURES,
+    assert_idle,
+    both_loops,
+    build,
+    finish,
+    ids,
+    sampled,
+    serve,
+    set_overlap,
+)
+from test_failures import PLACES, Fault, failing
 from test_llm import GREEDY, everything_is_free, question
 from test_sampling import (
     FILTERS,
@@ -27,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from microvllm import LLM, SamplingParams, sampler
+from microvllm.checkpoint import load_model
 from microvllm.features import logits as feature
 from microvllm.features.logits import LogitsRunner, Sampled
 from microvllm.full import compose, pick_backend
@@ -75,6 +88,7 @@ def planned(params, history=None) -> Plan:
     for p, h in zip(params, history or history_of(len(params)), strict=True):
         tokens, num_prompt, position, stop_ids = h
         seq = SimpleNamespace(params=p, tokens=tokens, num_prompt=num_prompt, stop_ids=stop_ids)
+        seq.processor = None
         samples.append((len(samples), seq, position))
     return Plan([], samples, [])
 
@@ -541,3 +555,206 @@ def test_a_logits_processor_that_raises_ends_its_request_alone(overlap):
         assert "must return logits of shape" in bad["stop_reason"]
         assert fine["token_ids"] == plain
         assert everything_is_free(llm)
+
+
+# with state ---------------------------------------------------------------------------------------
+
+
+class NoneTwice:
+    """No sample has a token of its output twice. What it has is state of the sample."""
+
+    def __init__(self):
+        self.asked: list[list[int]] = []  # of each function that was begun, the lengths it got
+
+    def begin(self, prompt_ids):
+        used, lengths = set(), []
+        self.asked.append(lengths)
+
+        def ban(token_ids, logits):
+            used.update(token_ids[lengths[-1] if lengths else len(prompt_ids) :])  # the new ones
+            lengths.append(len(token_ids))
+            logits[list(used)] = -torch.inf
+            return logits
+
+        return ban
+
+
+def no_token_twice(token_ids, logits, num_prompt):
+    """The same without state."""
+    logits[token_ids[num_prompt:]] = -torch.inf
+    return logits
+
+
+# greedy, of a model that repeats itself; sampled; samples that split; and one without a processor
+STATEFUL = [
+    (ids(18, 1), sampled(9, seed=3, n=3, temperature=0.2)),
+    (ids(18, 1), sampled(12, seed=0, temperature=0)),
+    (ids(26, 3), sampled(6, seed=1, n=2)),
+]
+
+
+def with_processors(*processors) -> list:
+    pairs = zip(STATEFUL, processors, strict=True)
+    work = [(prompt, replace(params, logits_processor=f)) for (prompt, params), f in pairs]
+    return [*work, (ids(9, 2), sampled(9, seed=4))]
+
+
+def stateful() -> list:
+    return with_processors(*[NoneTwice() for _ in STATEFUL])
+
+
+def begun(work) -> list[list[list[int]]]:
+    return [params.logits_processor.asked for _, params in work[:-1]]
+
+
+def token_lists(outputs) -> list:
+    return [[sample["token_ids"] for sample in output["samples"]] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    """What the processors without state give."""
+    functions = [partial(no_token_twice, num_prompt=len(prompt)) for prompt, _ in STATEFUL]
+    with build() as llm:
+        found = token_lists(serve(llm, with_processors(*functions)))
+        assert found != token_lists(serve(llm, [*STATEFUL, (ids(9, 2), sampled(9, seed=4))]))
+    return found
+
+
+@both_loops
+def test_each_sample_has_a_state_of_its_own_and_is_asked_once_for_each_token(wanted, overlap):
+    work = stateful()
+    with build(overlap=overlap) as llm:
+        assert token_lists(serve(llm, work)) == wanted
+    for (prompt, params), asked in zip(work, begun(work), strict=False):
+        once = list(range(len(prompt), len(prompt) + params.max_tokens))
+        assert asked == [once] * params.n
+
+
+@both_loops
+def test_a_state_outlives_a_preemption(wanted, overlap):
+    work = stateful()
+    with build(overlap=overlap, block_size=4, num_blocks=20, max_batched_tokens=16) as llm:
+        assert token_lists(serve(llm, work)) == wanted
+        assert llm.stats()["preemptions"] > 0
+    for (prompt, params), asked in zip(work, begun(work), strict=False):
+        once = list(range(len(prompt), len(prompt) + params.max_tokens))
+        assert asked == [once] * params.n
+
+
+def live(work, overlap: bool, place: str, at: int | None = None) -> tuple[list, int]:
+    """The tokens of all samples, with one failure; and how often its place was called."""
+    with build(overlap=overlap, block_size=4, num_blocks=22, max_batched_tokens=16) as llm:
+        with failing(llm, place, at) as calls:
+            requests, outputs, failed = [llm.add_request(*request) for request in work], {}, 0
+            while not llm.is_finished():
+                try:
+                    outputs |= {output["request_id"]: output for output in llm.step()}
+                except Fault:
+                    failed += 1
+        assert failed == (at is not None)
+        assert_idle(llm)
+    return token_lists([outputs[i] for i in requests]), calls[0]
+
+
+@both_loops
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "logprobs"])
+def test_a_state_is_begun_anew_after_a_step_that_failed(wanted, place, overlap):
+    _, count = live(stateful(), overlap, place)
+    work = stateful()
+    assert live(work, overlap, place, count // 2)[0] == wanted
+    for asked in begun(work):
+        for lengths in asked:  # each of them in order, without a gap
+            assert lengths == list(range(lengths[0], lengths[0] + len(lengths)))
+    assert sum(map(len, begun(work))) > sum(params.n for _, params in STATEFUL)
+
+
+def test_a_state_is_begun_anew_with_new_weights():
+    work = [(ids(18, 1), sampled(9, seed=3, temperature=0, logits_processor=NoneTwice()))]
+    with build() as llm:
+        (request,) = [llm.add_request(*request) for request in work]
+        for _ in range(4):
+            llm.step()
+        llm.update_weights(load_model(FIXTURES["era5"].directory).state_dict())
+        (output,) = finish(llm)[request]["samples"]
+    assert len(set(output["token_ids"])) == 9
+    first, second = work[0][1].logits_processor.asked
+    assert first + second == list(range(18, 27)) and len(first) == 4
+
+
+class Begins:
+    """A processor with state, made of a function."""
+
+    def __init__(self, begin, may_guess=False):
+        self.begin, self.may_guess = begin, may_guess
+
+
+def fails_once(state: list, token_ids, logits):
+    """It raises at a token that it has not seen, and has seen it then."""
+    new = token_ids[len(state) :]
+    state += new
+    if len(state) == 20 and new:
+        raise KeyError("new to me")
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("begin", "told", "count"),
+    [
+        (lambda prompt: {}[3], "KeyError: 3", 0),
+        (lambda prompt: None, "TypeError: 'NoneType' object is not callable", 0),
+        (lambda prompt: lambda tokens, logits: None, "TypeError: logits_processor must return", 0),
+        # it has no frame of its own, and is asked a second time: begun anew, or it would not raise
+        (lambda prompt: partial(fails_once, []), "KeyError: 'new to me'", 2),
+    ],
+)
+def test_a_processor_with_state_that_fails_ends_its_request_alone(begin, told, count):
+    params = sampled(9, seed=1, logits_processor=Begins(begin))
+    with build() as llm:
+        plain, bad = serve(llm, [(ids(18), sampled(9, seed=1)), (ids(18), params)])
+    assert plain["finish_reason"] == "length"
+    assert (bad["finish_reason"], bad["token_ids"]) == ("error", plain["token_ids"][:count])
+    assert bad["stop_reason"].startswith(f"logits_processor: {told}")
+
+
+def test_what_is_no_processor_is_refused():
+    for wrong in (3, "f", object(), Begins(None), Begins(5)):
+        with pytest.raises(TypeError, match="logits_processor must be callable, or have a method"):
+            SamplingParams(logits_processor=wrong)
+
+
+def test_who_may_be_asked_about_guesses_is_and_the_tokens_stay():
+    prompt, seen = ids(7, 1) * 4, []
+
+    def look(token_ids, logits):
+        seen.append(len(token_ids))
+        return logits.index_fill(0, torch.tensor([3]), -torch.inf)
+
+    found = []
+    for may_guess in (False, True):
+        seen.clear()
+        processor = Begins(lambda prompt: look, may_guess)
+        params = sampled(24, 1, temperature=0, logits_processor=processor)
+        with build(prompt_lookup=5) as llm:
+            found.append(token_lists(serve(llm, [(prompt, params)])))
+            assert (llm.stats()["accepted_tokens"] > 0) == may_guess
+        assert may_guess or seen == list(range(28, 28 + 24))
+    assert found[0] == found[1]
+
+
+def test_an_error_about_a_wrong_guess_is_nobodys():
+    prompt, wrong = ids(7, 1) * 4, []
+    with build() as llm:
+        (plain,) = serve(llm, [(prompt, sampled(24, 1, temperature=0))])
+
+    def strict(token_ids, logits):
+        if token_ids[28:] != plain["token_ids"][: len(token_ids) - 28]:
+            wrong.append(token_ids)
+            raise KeyError("no such text")
+        return logits
+
+    params = sampled(24, 1, temperature=0, logits_processor=Begins(lambda prompt: strict, True))
+    with build(prompt_lookup=5) as llm:
+        events = list(llm.stream([prompt], params))
+    assert wrong and sum([event["token_ids"] for event in events], []) == plain["token_ids"]
+    assert {event["stop_reason"] for event in events[:-1]} == {None}

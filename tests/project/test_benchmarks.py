@@ -346,9 +346,11 @@ def test_what_sampling_costs_is_told_beside_the_products():
     )
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
-    times = json.loads(last)["milliseconds"]
+    found = json.loads(last)
+    times, guides = found["milliseconds"], found["guides"]
     assert times.keys() == {"3", "5"} and times["3"].keys() == times["5"].keys()
-    assert len(lines) == 1 + 2 * len(times["3"]) and min(times["5"].values()) > 0
+    assert len(lines) == 1 + 2 * len(times["3"]) + len(guides) and min(times["5"].values()) > 0
+    assert all(min(cost.values()) > 0 for cost in guides.values())
 
 
 @pytest.mark.slow

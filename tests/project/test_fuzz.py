@@ -539,7 +539,7 @@ ODD = st.sampled_from(
     + [{1: 2.0}, {"a": 1}, [310], [311], {310: 1e6}, {311: 0}, ["\ud800"], [5, 6, 7]]
     + [np.float32(0.5), np.int8(3), [np.int64(5)], lambda tokens, logits: logits, lambda: 0, int]
 )
-WORKED_OUT = ("_", "plain", "edited", "truncated", "needs_history")
+WORKED_OUT = ("_", "plain", "edited", "truncated", "needs_history", "grammar")
 NAMES = [name for name in SamplingParams.__dataclass_fields__ if name not in WORKED_OUT]
 
 
@@ -594,7 +594,7 @@ FLAGS = (
     "run chat batch bench score info trace lab --json --raw --help --version -m --model --step "
     "--device --dtype --quantization --recipe --tokenizer-dir --num-blocks --max-batch-size "
     "--seed -n --max-model-len --trace --watch --max-tokens --temperature --top-k --top-p --min-p "
-    "--stop --repetition-penalty --ignore-eos --prompt --num-prompts --prompts-file "
+    "--stop --guide --repetition-penalty --ignore-eos --prompt --num-prompts --prompts-file "
     "--random-input-len --random-output-len --shared-prefix --file -o --output --chrome -- - -1 0 "
     "1 2 3.5 nan inf --task --ordered --id-column --params-column --replicas score completion "
     "instruction 1e400 99999999999999999999 cpu cuda mps float16 bfloat16 int8 softcap=20 "

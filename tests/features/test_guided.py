@@ -1,0 +1,494 @@
+"""Guided text: whatever the model would like to write, what it writes fits the guide; and the rest
+of the engine does not notice."""
+
+import json
+import random
+import re
+import sys
+import threading
+from dataclasses import replace
+
+import jsonschema
+import pytest
+import torch
+from conftest import MODEL
+from test_engine import both_loops, set_overlap
+from test_failures import Fault, failing
+from test_llm import assert_stream_is_generate, everything_is_free, question
+from test_tools import PYTHON_START, TOY
+
+from microvllm import LLM, SamplingParams, cli, sampler
+from microvllm.features import guided
+from microvllm.features.guided import MOST, Vocabulary
+from microvllm.jobs import Ask, Job, answer, carry_out
+from microvllm.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BOOKS = {
+    "type": "array", "minItems": 1, "maxItems": 2,
+    "items": {
+        "type": "object", "required": ["title", "year"], "additionalProperties": False,
+        "properties": {
+            "title": {"type": "string", "maxLength": 12},
+            "year": {"type": "integer", "minimum": 1700, "maximum": 1900},
+        },
+    },
+}  # fmt: skip
+NAMES = r"([A-Z][a-z]{2,8}, ){2,3}and [A-Z][a-z]{2,8}\."
+CHOICES = ["yes", "no", "yes, of course", "nobody"]
+GUIDES = {"json": {"json": BOOKS}, "regex": {"regex": NAMES}, "choices": {"choices": CHOICES}}
+
+
+def fits(guide: dict, text: str) -> bool:
+    """Is it what the guide wants?"""
+    if "json" in guide:
+        jsonschema.validate(json.loads(text), guide["json"])
+        return True
+    if "regex" in guide:
+        return bool(re.fullmatch(guide["regex"], text))
+    return text in guide["choices"]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(MODEL, num_blocks=400) as llm:
+        yield llm
+
+
+def work(llm) -> tuple[list, list]:
+    """Prompts and parameters: each guide with samples that split in a block, and one without."""
+    prompts = [question(llm, "Who wrote Dracula?"), question(llm, "Name some books."), "Is it so? "]
+    params = [
+        SamplingParams(guide=guide, seed=seed, n=2 + seed % 2, max_tokens=90)
+        for seed, guide in enumerate(GUIDES.values())
+    ]
+    return [*prompts, "Once upon"], [*params, SamplingParams(max_tokens=20, seed=4)]
+
+
+def samples(outputs) -> list[list[tuple]]:
+    names = "text", "token_ids", "finish_reason", "stop_reason"
+    return [[tuple(sample[name] for name in names) for sample in o["samples"]] for o in outputs]
+
+
+@pytest.fixture(scope="module")
+def wanted(llm):
+    """What the work's outputs are when nothing happens."""
+    prompts, params = work(llm)
+    found = samples(llm.generate(prompts, params, use_tqdm=False))
+    for (name, guide), texts in zip(GUIDES.items(), found, strict=False):
+        assert all(fits(guide, text) for text, *_ in texts), name
+        assert {reason for *_, reason, _ in texts} == {"stop"}
+        assert {cause for *_, cause in texts} <= llm.tokenizer.eos_ids
+    assert len({text for text, *_ in found[0] + found[1]}) == 5
+    return found
+
+
+# any guide ----------------------------------------------------------------------------------------
+
+
+def make_schema(rng: random.Random, depth: int = 3) -> dict:
+    """A JSON schema whose texts are not too long."""
+    kind = rng.choice("string integer number boolean null enum const anyOf array object".split())
+    if depth == 0 and kind in ("array", "object", "anyOf"):
+        kind = "integer"
+    least = rng.randrange(4)
+    match kind:
+        case "string" if rng.random() < 0.5:
+            return {"type": "string", "minLength": least, "maxLength": least + rng.randrange(1, 20)}
+        case "string":
+            shape = {"pattern": "^" + make_regex(rng, 2) + "$"}, {"format": "date"}
+            return {"type": "string"} | rng.choice(shape)
+        case "integer":
+            low = rng.randrange(-1000, 1000)
+            return {"type": "integer", "minimum": low, "maximum": low + rng.randrange(2000)}
+        case "number":
+            return {"type": "number", "minimum": -least, "maximum": least + 1, "multipleOf": 0.5}
+        case "enum":
+            return {"enum": rng.sample(["a", "ab", "é", 'say "no"', 1, -2.5, None, [1, 2]], 3)}
+        case "const":
+            return {"const": rng.choice(["b\n\\", 17, {"x": [1, "y"]}, [], False])}
+        case "anyOf":
+            return {"anyOf": [make_schema(rng, depth - 1) for _ in range(2)]}
+        case "array":
+            items = make_schema(rng, depth - 1)
+            return {"type": "array", "items": items, "minItems": least, "maxItems": least + 2}
+        case "object":
+            names = rng.sample(["name", "year", "a b", "ü", "x-1", "", '"'], 1 + least)
+            return {
+                "type": "object", "properties": {n: make_schema(rng, depth - 1) for n in names},
+                "required": rng.sample(names, rng.randrange(len(names) + 1)),
+                "additionalProperties": False,
+            }  # fmt: skip
+        case _:
+            return {"type": kind}
+
+
+def make_regex(rng: random.Random, depth: int = 3) -> str:
+    """An expression that Python and Rust read alike."""
+    kind = rng.choice(["text", "class", "sequence", "either", "repeat"] if depth else ["text"])
+    match kind:
+        case "text":
+            return rng.choice(["a", "the ", "é", r"\.", r"\(", "0", "It", "-", "😀", " ", r"\n"])
+        case "class":
+            return rng.choice(["[a-z]", "[^a-z]", r"\d", r"[\w ]", ".", r"\s", "[äöü]", "[A-Z,;]"])
+        case "sequence":
+            return "".join(make_regex(rng, depth - 1) for _ in range(rng.randrange(1, 5)))
+        case "either":
+            return "(" + "|".join(make_regex(rng, depth - 1) for _ in range(3)) + ")"
+    low = rng.randrange(4)
+    # no * and no +: what has no bound the model may write until max_tokens
+    count = rng.choice(["?", f"{{{low}}}", f"{{{low},{low + rng.randrange(9)}}}"])
+    return f"({make_regex(rng, depth - 1)}){count}"
+
+
+def assert_all_fit(llm, seeds: range) -> None:
+    """A schema and an expression of each seed, all in one batch."""
+    guides = [{"json": make_schema(random.Random(seed))} for seed in seeds]
+    guides += [{"regex": make_regex(random.Random(seed))} for seed in seeds]
+    params = [SamplingParams(guide=g, seed=i, max_tokens=900) for i, g in enumerate(guides)]
+    prompts = [question(llm, "Write something.")] * len(guides)
+    for guide, output in zip(guides, llm.generate(prompts, params, use_tqdm=False), strict=True):
+        assert output["finish_reason"] == "stop", (guide, output["stop_reason"], output["text"])
+        assert fits(guide, output["text"]), (guide, output["text"])
+    assert everything_is_free(llm)
+
+
+def test_what_is_written_fits_whatever_the_guide_is(llm):
+    assert_all_fit(llm, range(12))
+
+
+@pytest.mark.slow
+def test_what_is_written_fits_two_hundred_schemas_and_two_hundred_expressions(llm):
+    assert_all_fit(llm, range(100, 300))
+
+
+# whatever the engine does -------------------------------------------------------------------------
+
+
+def test_a_request_has_the_same_text_alone_and_in_a_batch(llm, wanted):
+    for prompt, params, found in zip(*work(llm), wanted, strict=True):
+        assert samples(llm.generate([prompt], params, use_tqdm=False)) == [found]
+        for i in range(params.n):
+            alone = replace(params, n=1, sample_index=i)
+            assert samples(llm.generate([prompt], alone, use_tqdm=False)) == [[found[i]]]
+
+
+def test_the_pieces_of_a_stream_joined_are_the_text(llm):
+    assert_stream_is_generate(llm, guide={"regex": r"(\w+ ){2,5}é(\w+ ){9}"})
+    assert_stream_is_generate(llm, guide={"json": BOOKS}, stop="year")
+
+
+def test_guesses_are_checked_and_change_nothing(llm, wanted):
+    with LLM(MODEL, num_blocks=400, prompt_lookup=6, device="cpu") as guessing:
+        prompts, params = work(llm)
+        assert samples(guessing.generate(prompts, params, use_tqdm=False)) == wanted
+        for prompt, p, found in zip(prompts, params, wanted, strict=True):
+            alone = replace(p, n=1)
+            assert samples(guessing.generate([prompt], alone, use_tqdm=False)) == [found[:1]]
+        stats = guessing.stats()
+        assert 0 < stats["accepted_tokens"] < stats["guessed_tokens"]
+        assert everything_is_free(guessing)
+
+
+@both_loops
+def test_samples_that_make_room_and_copy_blocks_go_on_in_the_grammar(llm, wanted, overlap):
+    copies = []
+    with LLM(MODEL, num_blocks=28, block_size=4, max_batched_tokens=16) as tiny:
+        set_overlap(tiny, overlap)
+        tiny.scheduler.blocks.events.copy = lambda *facts: copies.append(facts)
+        assert samples(tiny.generate(*work(llm), use_tqdm=False)) == wanted
+        assert tiny.scheduler.num_preemptions > 0 and copies
+        assert everything_is_free(tiny)
+
+
+@both_loops
+@pytest.mark.parametrize("place", ["forward", "sample", "update"])
+def test_a_step_that_fails_costs_nothing(llm, wanted, place, overlap):
+    prompts, params = work(llm)
+    with LLM(MODEL, num_blocks=400, prompt_lookup=0 if overlap else 6, device="cpu") as faulty:
+        set_overlap(faulty, overlap)
+        ids, outputs = [faulty.add_request(*pair) for pair in zip(prompts, params, strict=True)], {}
+        with failing(faulty, place, 9):
+            while not faulty.is_finished():
+                try:
+                    outputs |= {output["request_id"]: output for output in faulty.step()}
+                except Fault:
+                    ids.append(None)
+        assert ids.pop() is None
+        assert samples([outputs[i] for i in ids]) == wanted
+
+
+def test_an_exception_from_outside_inside_the_guide_is_not_taken_for_its_own(
+    llm, wanted, monkeypatch
+):
+    calls = []
+
+    def struck(*args):
+        calls.append(args)
+        if len(calls) == 20:
+            raise TimeoutError("a time limit")
+        return sampler.on(*args)
+
+    prompts, params = work(llm)
+    with LLM(MODEL, num_blocks=400, prompt_lookup=6, device="cpu") as faulty:
+        ids, outputs = [faulty.add_request(*pair) for pair in zip(prompts, params, strict=True)], {}
+        monkeypatch.setattr(guided, "on", struck)
+        while len(calls) < 20:
+            try:
+                outputs |= {output["request_id"]: output for output in faulty.step()}
+            except TimeoutError:
+                ids.append(None)
+        while not faulty.is_finished():
+            outputs |= {output["request_id"]: output for output in faulty.step()}
+        assert ids.pop() is None
+        assert samples([outputs[i] for i in ids]) == wanted
+
+
+def test_four_threads_at_once(llm, wanted):
+    found = {}
+
+    def serve(i):
+        found[i] = samples(llm.generate(*work(llm), use_tqdm=False))
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), wanted)
+
+
+def test_the_plain_model_writes_the_same(llm, wanted):
+    with LLM(MODEL, num_blocks=400, plain=True, device="cpu") as plain:
+        assert samples(plain.generate(*work(llm), use_tqdm=False)) == wanted
+
+
+# beside other parameters --------------------------------------------------------------------------
+
+
+def write_one(llm, prompt="It was", **given) -> dict:
+    """The output of a request whose seed is 1."""
+    return llm.generate([prompt], SamplingParams(**{"seed": 1} | given), use_tqdm=False)[0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0}, {"top_k": 1}, {"top_k": 5, "top_p": 0.5, "min_p": 0.1},
+        {"repetition_penalty": 1.5, "presence_penalty": 2.0, "frequency_penalty": 2.0},
+        {"logit_bias": {0: 1e6, 300: 1e6}}, {"temperature": 50.0}, {"bad_words": [" a", "e"]},
+    ],
+    ids=lambda given: " ".join(given),
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["json", "regex"])
+def test_the_guide_is_kept_with_any_filter(llm, name, given):
+    guide = GUIDES[name]
+    assert fits(guide, write_one(llm, guide=guide, max_tokens=200, **given)["text"])
+
+
+def test_log_probabilities_are_the_models_and_those_of_the_guided_draw(llm):
+    prompt = llm.tokenizer.encode("Is it so?", bos=True)
+    output = write_one(llm, prompt, guide=GUIDES["choices"], logprobs=4)
+    (scores,) = llm.score([prompt], [output["token_ids"]])
+    for entry, score in zip(output["logprobs"], scores, strict=True):
+        assert entry["logprob"] == pytest.approx(score, abs=1e-4)
+        assert entry["sampler_logprob"] > entry["logprob"]  # it has the share of all others
+    # what the model likes best does not begin a choice
+    assert {other[2] for other in output["logprobs"][0]["top"]} == {-torch.inf}
+
+
+def test_min_tokens_puts_the_end_off_where_the_text_can_go_on_and_only_there(llm):
+    ends = dict.fromkeys(llm.tokenizer.eos_ids, 20)
+    given = {"guide": {"regex": "(ab){1,20}"}, "logit_bias": ends}
+    assert write_one(llm, **given)["text"] == "ab"
+    output = write_one(llm, **given, min_tokens=9)
+    assert fits(given["guide"], output["text"]) and len(output["token_ids"]) == 10
+    output = write_one(llm, guide={"choices": ["no"]}, min_tokens=9)
+    assert (output["text"], output["finish_reason"]) == ("no", "stop")
+    banned = {"guide": {"choices": ["no"]}, "allowed_token_ids": llm.tokenizer.encode("no")}
+    assert write_one(llm, **banned)["finish_reason"] == "stop"
+
+
+def test_what_max_tokens_cuts_is_a_beginning_and_says_so(llm):
+    text = "It was a dark and stormy night."
+    whole = write_one(llm, guide={"choices": [text]})
+    assert (whole["text"], whole["finish_reason"]) == (text, "stop")
+    cut = write_one(llm, guide={"choices": [text]}, max_tokens=len(whole["token_ids"]) - 2)
+    assert cut["finish_reason"] == "length" and cut["stop_reason"] == "max_tokens"
+    assert text.startswith(cut["text"]) and 0 < len(cut["text"]) < len(text)
+
+
+def test_a_stop_string_and_a_stop_token_cut_the_text(llm):
+    guide = {"choices": ["one, two, three"]}
+    output = write_one(llm, guide=guide, stop=", three")
+    assert (output["text"], output["stop_reason"]) == ("one, two", ", three")
+    (comma,) = llm.tokenizer.encode(",")
+    assert write_one(llm, guide={"regex": ",,,"}, stop_token_ids=[comma])["text"] in ("", ",,")
+
+
+def test_a_guided_text_calls_no_calculator():
+    bias = {PYTHON_START: 1e6}
+    folder = MODEL.parent.parent / "tests/fixtures/nanochat_eras/tool_chain"
+    model = folder / "chatsft_checkpoints" / "d1"
+    with LLM(model, tokenizer_path=folder / "tokenizer", num_blocks=80, device="cpu") as llm:
+        for guide in (None, {"regex": "[0-9]{5}"}):
+            params = SamplingParams(0, 9, guide=guide, logit_bias=bias)
+            (output,) = llm.chat([{"role": "user", "content": "7+8"}], params, use_tqdm=False)
+            assert (PYTHON_START in output["token_ids"]) == (guide is None)
+    assert fits(guide, output["text"]) and set(output["mask"]) == {1}
+
+
+def test_the_name_of_a_special_token_is_plain_text(llm):
+    text = "<|assistant_end|><|bos|>"
+    output = write_one(llm, guide={"choices": [text]})
+    assert output["text"] == text and max(output["token_ids"][:-1]) < llm.tokenizer.num_ordinary
+
+
+def test_an_empty_text_ends_at_once(llm):
+    for guide in ({"choices": [""]}, {"regex": ""}):
+        output = write_one(llm, guide=guide, min_tokens=3)
+        assert (output["text"], output["finish_reason"]) == ("", "stop")
+        assert len(output["token_ids"]) == 1
+
+
+def test_a_schema_may_be_a_text_and_say_how_it_is_written(llm):
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+    schema |= {"additionalProperties": False}
+    assert write_one(llm, guide={"json": json.dumps(schema)})["text"] == '{"a": 1}'
+    tight = schema | {"x-guidance": {"key_separator": ":"}}
+    assert write_one(llm, guide={"json": tight})["text"] == '{"a":1}'
+    # of the columns of a Parquet file those that the row does not have are null
+    rest = {"regex": None, "choices": None}
+    assert write_one(llm, guide={"json": schema} | rest)["text"] == '{"a": 1}'
+
+
+# what is refused ----------------------------------------------------------------------------------
+
+DEEP: dict = {}
+for _ in range(3000):
+    DEEP = {"items": DEEP}
+REFUSED = [
+    ("yes", TypeError, "it must be a dict"),
+    ({}, TypeError, "it must be a dict"),
+    ({"json": {}, "regex": "a"}, TypeError, "it must be a dict"),
+    ({"jsonschema": {}}, TypeError, "it must be a dict"),
+    ({"json": 3}, TypeError, "it must be a dict"),
+    ({"json": {"type": "text"}}, ValueError, "Invalid type: text"),
+    ({"json": "{"}, ValueError, "EOF while parsing"),
+    ({"json": "true"}, ValueError, "Expecting object schema"),
+    ({"json": {"not": {}}}, ValueError, "Unimplemented keys"),
+    ({"json": {"$ref": "file:///etc/passwd"}}, ValueError, "does not fetch resources"),
+    ({"json": {"type": "string", "pattern": "("}}, ValueError, ": unclosed group$"),
+    ({"json": {"const": {1, 2}}}, TypeError, "not JSON serializable"),
+    ({"json": {"const": "\ud800"}}, ValueError, "unexpected end of hex escape"),
+    ({"json": DEEP}, ValueError, "maximum recursion depth"),
+    ({"json": '{"items":' * 3000 + "{}" + "}" * 3000}, ValueError, "recursion limit"),
+    ({"regex": "(a"}, ValueError, r"guide {'regex': '\(a'}: unclosed group$"),
+    ({"regex": r"(?=a)b"}, ValueError, "look-ahead"),
+    ({"regex": r"\bword"}, ValueError, "lookarounds not supported"),
+    ({"regex": 3}, TypeError, "it must be a dict"),
+    ({"regex": "\ud800"}, ValueError, "surrogates not allowed"),
+    ({"regex": "(" * 5000 + "a" + ")" * 5000}, ValueError, "nested parentheses"),
+    ({"regex": "a" * (MOST + 1)}, ValueError, "262,144 are allowed"),
+    ({"choices": []}, ValueError, "choices must not be empty"),
+    ({"choices": "yes"}, TypeError, "choices must be a list, got 'yes'"),
+    ({"choices": ["a", 3]}, TypeError, "choices must be strings, got 3"),
+    ({"choices": ["\ud800"]}, ValueError, "surrogates not allowed"),
+]
+
+
+@pytest.mark.parametrize(("guide", "kind", "told"), REFUSED, ids=range(len(REFUSED)))
+def test_a_guide_that_is_none_is_refused_in_one_line(guide, kind, told):
+    with pytest.raises(kind, match=told) as error:
+        SamplingParams(guide=guide)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert "guide" in str(error.value)
+
+
+def test_what_goes_not_together_is_refused():
+    guide = GUIDES["choices"]
+    with pytest.raises(ValueError, match="leave ignore_eos out"):
+        SamplingParams(guide=guide, ignore_eos=True)
+    with pytest.raises(ValueError, match="give one of the two"):
+        SamplingParams(guide=guide, logits_processor=lambda token_ids, logits: logits)
+
+
+def test_a_guide_that_no_text_fits_is_refused_before_any_work(llm):
+    params = [SamplingParams(), SamplingParams(guide={"regex": r"[^\s\S]"})]
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: no text fits the guide$"):
+        llm.generate(["a", "b"], params)
+    with pytest.raises(ValueError, match="^no text fits the guide$"):
+        llm.add_request("a", SamplingParams(guide={"json": {"$ref": "#"}}))
+    assert everything_is_free(llm)
+
+
+def test_a_guide_too_complex_ends_its_request_alone(llm, capfd):
+    names = [[f"p{i}" for i in range(15)] for _ in range(150)]
+    schema = {"anyOf": [{"properties": {name: {} for name in row}} for row in names]}
+    schema["anyOf"] = [{"type": "object"} | part for part in schema["anyOf"]]
+    params = [SamplingParams(0, 9, guide={"json": schema}), SamplingParams(0, 9)]
+    bad, fine = llm.generate(["Once"] * 2, params, use_tqdm=False)
+    assert bad["finish_reason"] == "error" and "the guide is too complex here" in bad["stop_reason"]
+    assert fine == llm.generate(["Once"], params[1], use_tqdm=False)[0] | {
+        "request_id": fine["request_id"], "num_cached_tokens": fine["num_cached_tokens"]
+    }  # fmt: skip
+    assert capfd.readouterr().err == ""
+
+
+def test_a_tokenizer_that_cannot_spell_every_text_is_refused():
+    ranks = {bytes([byte]): i for i, byte in enumerate(range(1, 256))}
+    tokenizer = Tokenizer("no zero", ".|\\n", ranks, {"<|bos|>": 255})
+    with pytest.raises(ValueError, match=r"a token for each byte, and there is none for \[0\]"):
+        Vocabulary(tokenizer)
+    assert len(Vocabulary(TOY).tokens) == TOY.vocab_size
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ImportError, match=r"pip install 'microvllm\[guided\]'$") as error:
+        SamplingParams(guide=GUIDES["choices"])
+    assert error.value.__suppress_context__
+    SamplingParams(max_tokens=3)
+
+
+def test_the_core_alone_has_no_guide():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'guide'"):
+        sampler.SamplingParams(guide=GUIDES["choices"])
+
+
+# files and the command line -----------------------------------------------------------------------
+
+
+def test_rows_of_a_job_bring_guides_of_their_own(llm, tmp_path):
+    rows = [
+        {"prompt": "Is it so?", "params": {"guide": GUIDES["choices"]}},
+        {"prompt": "Name some.", "params": {"guide": GUIDES["regex"], "max_tokens": 99}},
+        {"prompt": "Is it so?", "params": {"guide": {"choices": []}}},
+        {"prompt": "Is it so?", "params": {"guide": {"regex": r"[^\s\S]"}}},
+        {"prompt": "How many?"},
+    ]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"guide": {"regex": "[0-9]{3}"}, "max_tokens": 20}
+    job = Job(source, output, Ask(params=common), {})
+    assert carry_out(job, answer(llm, job.pending(), job.ask), ordered=True)["bad"] == 2
+    first, second, last = [json.loads(line)["text"] for line in output.read_text().splitlines()]
+    assert fits(GUIDES["choices"], first) and fits(GUIDES["regex"], second)
+    assert fits(common["guide"], last)
+    errors = (tmp_path / "out.jsonl.errors").read_text()
+    assert '"line": 3' in errors and "must not be empty" in errors
+    assert '"line": 4' in errors and "no text fits the guide" in errors
+
+
+def test_the_command_line_takes_a_guide_from_a_file(tmp_path, capsys):
+    file = tmp_path / "guide.json"
+    words = ["run", "-m", str(MODEL), "--num-blocks", "60", "--guide", str(file), "Is it so?"]
+    file.write_text(json.dumps(GUIDES["choices"]))
+    cli.main(words)
+    assert capsys.readouterr().out.strip() in CHOICES
+    for text, told in (("{", f"--guide {file}: not JSON"), ('{"regex": "("}', "unclosed group")):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert told in capsys.readouterr().err
