@@ -32,7 +32,8 @@ FEATURES = (
 # where it is, and what can be asked for
 NAMES = {
     "features.scoring": "score", "features.live": "update_weights model tokenizer",
-    "features.nanochat": "generate_batch", "features.lookup": "prompt_lookup",
+    "features.nanochat": "generate_batch generate_columns",
+    "features.lookup": "prompt_lookup",
     "features.parallel": "tensor_parallel", "features.calculator": "tools", "features.stats":
         "stats",
     "features.stop_strings": "stop", "features.guided": "guide", "features.logits":
@@ -312,7 +313,7 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             if block_size % backend.block_step:
                 raise ValueError(f"block_size={block_size}: {backend.block_step_reason}")
         if tokenizer is not None:
-            tokenizer = needed("tokenizer").wrap_tokenizer(tokenizer)
+            tokenizer = needed("tokenizer").wrap_tokenizer(tokenizer, self.model.config.vocab_size)
         elif places := optional("sources.places"):
             tokenizer = places.open_tokenizer(model_path, tokenizer_path)
         else:

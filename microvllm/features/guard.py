@@ -84,7 +84,7 @@ class GuardLLM(LLM):
         """Change the books; False, and nothing done, inside another change by this thread."""
         self._check_usable()
         with self._lock:
-            left, frame = self._changing, sys._getframe()
+            left, frame = self._changing, sys._getframe().f_back  # its own would be a cycle
             while left and frame:
                 if frame is left:
                     return False

@@ -217,7 +217,7 @@ def test_numpy_ids_are_served(llm):
         (lambda llm: llm.chat([[TURN], "a"]), TypeError, ["conversation 1", "str"]),
         (lambda llm: llm.generate_batch(5), TypeError, ["prompts[0]", "int"]),
         (lambda llm: llm.generate_batch([]), ValueError, ["prompts[0]", "at least one"]),
-        (lambda llm: llm.generate_batch([5], max_tokens=0), ValueError, ["max_tokens", "0"]),
+        (lambda llm: llm.generate_batch([5], max_tokens=-1), ValueError, ["max_tokens", "-1"]),
         (lambda llm: llm.score(5, 6), TypeError, ["prompts", "5"]),
         (lambda llm: llm.score("abc", ["d", "e", "f"]), TypeError, ["prompts", "'abc'"]),
         (lambda llm: llm.score(["a"], "b"), TypeError, ["continuations", "'b'"]),

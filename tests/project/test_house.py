@@ -22,7 +22,7 @@ from microvllm.sampler import cap_logits, noise, truncate
 
 PACKAGE = ROOT / "microvllm"
 CORE = "__init__ engine scheduler model attention sampler tokenizer checkpoint".split()
-ROOMS = "features fused cpu gpu sources trace jobs cli".split()
+ROOMS = "features fused cpu gpu sources trace jobs cli nanochat".split()
 FEATURES = sorted(p.stem for p in (PACKAGE / "features").glob("*.py") if p.stem != "__init__")
 HIDDEN = ["numba", "llvmlite", "triton", "tqdm"]  # what no core needs
 
@@ -198,7 +198,9 @@ GONE = {
         "features/lookup", ["LLM(MODEL, device='cpu', prompt_lookup=4)"],
         [[*RUN, "--prompt-lookup", "4"]],
     ),
-    "features/nanochat.py": Gone("features/nanochat", ["llm.generate_batch([1, 2])"]),
+    "features/nanochat.py": Gone(
+        "features/nanochat", ["llm.generate_batch([1, 2])", "llm.generate_columns([1, 2])"]
+    ),
     "features/parallel.py": Gone(
         "features/parallel", ["LLM(MODEL, device='cpu', tensor_parallel=2)"],
         [[*RUN, "--tensor-parallel", "2"]],
@@ -258,6 +260,7 @@ GONE = {
          ["bench", "-m", str(MODEL), "--prompts-file", "rows.jsonl"]],
     ),
     "cli": Gone("cli", ["import microvllm.cli"], [RUN]),
+    "nanochat": Gone("nanochat", ["from microvllm.nanochat import Engine"]),
     "full.py": Gone("", []),
 }  # fmt: skip
 FAST = "features", "cpu"  # the largest of them, and what nobody misses who has no numba
@@ -412,6 +415,7 @@ def named_in_full() -> set[str]:
     words = {word for text in strings if isinstance(text, str) for word in text.split()}
     gpu = {f"gpu.{word}" for word in words if word.isidentifier()}
     features = {f"features.{word}" for word in words if word.isidentifier()}
+    words -= {*full.FEATURES}  # a room may have the name of a feature
     names = {word for word in words | gpu | features if word.partition(".")[0] in ROOMS}
     return {file for name in names if (file := resolve(name.split(".")))}
 
