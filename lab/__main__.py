@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-from microvllm.cli.terminal import Parser
-
 NAMES = ["fig02", "fig12", "fig15", "fig16", "fig18", "policies", "windows", "cost", "check"]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the lab that the first argument names, with the others; without any, list them all."""
+    from microvllm.cli import terminal
+
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: microvllm lab NAME [--help]\n")
@@ -19,10 +19,16 @@ def main(argv: list[str] | None = None) -> None:
             told = importlib.import_module(f"lab.{name}").__doc__
             print(f"  {name:10}{told.splitlines()[0]}")
     elif argv[0] not in NAMES:
-        Parser(prog="microvllm lab").error(f"no lab {argv[0]!r}: choose from {', '.join(NAMES)}")
+        parser = terminal.Parser(prog="microvllm lab")
+        parser.error(f"no lab {argv[0]!r}: choose from {', '.join(NAMES)}")
     else:
-        importlib.import_module(f"lab.{argv[0]}").main(argv[1:])
+        with terminal.at_once():
+            program = importlib.import_module(f"lab.{argv[0]}")
+        program.main(argv[1:])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

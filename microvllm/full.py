@@ -92,6 +92,8 @@ class SamplingParams(*parts("params"), sampler.SamplingParams):
     def __new__(cls, *_, **given):
         for name in given.keys() & PLACES.keys() - cls.__dataclass_fields__.keys():
             needed(name)
+        if checks := optional("features.checks"):
+            checks.check_names(given, checks.words(cls))
         return super().__new__(cls)
 
 
@@ -245,12 +247,15 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
     the same; trace: a file to write events to, see trace/; plain: run the core's own model and
     attention, slowly, so that a breakpoint in model.py is reached.
 
-    Outputs also have mask (0 for the tokens that a tool forced, else 1) and, where asked for,
-    logprobs (of each token a dict, see features/logits.py, or None if it was forced); stop_reason
-    may be a stop string.
+    Prompts may be one list, array or tensor of token ids, too, or a matrix with a prompt in each
+    row. Outputs also have mask (0 for the tokens that a tool forced, else 1; in events of a stream,
+    too), tool_calls ({"call": "45+54", "result": "99"} each) and, where asked for, logprobs (of
+    each token a dict, see features/logits.py, or None if it was forced); stop_reason may be a stop
+    string.
     """
 
     ranks = None  # the processes that share the model
+    params_class = SamplingParams
 
     def __init__(
         self, model_path=None, step=None, tokenizer_path=None, device="auto", num_blocks=None,
@@ -260,9 +265,10 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
         deterministic=False, prompt_lookup=0, tensor_parallel=1, trace=None, victim=youngest,
         admission=first_come, eviction=least_recently_used, plain=False, **overrides,
     ):  # fmt: skip
+        given = locals()
         policies = {"victim": victim, "admission": admission, "eviction": eviction}
         if checks := optional("features.checks"):
-            policies = checks.check_arguments(locals())
+            policies = checks.check_arguments(given)
         check_process()
         asked = {
             "prompt_lookup": prompt_lookup, "tensor_parallel": tensor_parallel > 1, "model": model,
@@ -355,7 +361,7 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             schedulers.insert(0, type("Guesser", (guesser,), {"num_guesses": self.prompt_lookup}))
         self.scheduler_class = compose(*schedulers, engine.Scheduler)
         self.runner_class = compose(*runners, engine.Runner)
-        self.text_class, self.params_class = compose(*parts("text"), engine.Text), SamplingParams
+        self.text_class = compose(*parts("text"), engine.Text)
 
     @classmethod
     def from_nanochat(cls, source="sft", model_tag=None, step=None, **kwargs):

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 def main(argv: list[str] | None = None) -> None:
     """The console script."""
-    from .flags import make_parser
-    from .terminal import execute
+    try:
+        from .flags import make_parser
+        from .terminal import execute
 
-    execute(make_parser().parse_args(argv))
+        execute(make_parser().parse_args(argv))
+    except KeyboardInterrupt:  # before a command runs
+        raise SystemExit(130) from None

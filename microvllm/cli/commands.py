@@ -7,18 +7,26 @@ import json
 import random
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import bench as speed
 from . import terminal
+from .conversation import converse
 
 if TYPE_CHECKING:
     from .. import LLM, SamplingParams
 
 MODEL_DIR = speed.MODELS / "oldbooks-d6"
+
+
+def engine() -> tuple[type[LLM], type[SamplingParams]]:
+    """What takes seconds to import, most of them torch's."""
+    with terminal.at_once():
+        from .. import LLM, SamplingParams
+    return LLM, SamplingParams
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, object]:
@@ -35,18 +43,22 @@ def sampling_options(args: argparse.Namespace) -> dict[str, object]:
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The SamplingParams that the flags describe."""
-    from .. import SamplingParams
-
-    return SamplingParams(**sampling_options(args))
+    _, params_class = engine()
+    return params_class(**sampling_options(args))
 
 
 def overrides(args: argparse.Namespace) -> dict[str, object]:
     """--recipe softcap=20 as {"softcap": 20}."""
     try:
         pairs = [item.split("=") for item in args.recipe]
-        return {name: json.loads(value.lower()) for name, value in pairs}
+        found = {name: json.loads(value.lower()) for name, value in pairs}
     except ValueError:
         raise ValueError(f"--recipe wants NAME=VALUE, got {' '.join(args.recipe)!r}") from None
+    with suppress(ImportError):
+        from ..features.checks import CONSTANTS, check_names
+
+        check_names(found, CONSTANTS)
+    return found
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -59,7 +71,7 @@ def model_name(args: argparse.Namespace) -> str:
 def engine_options(args: argparse.Namespace) -> dict[str, object]:
     """The arguments of LLM that the flags describe."""
     names = "step device num_blocks max_batch_size dtype quantization deterministic max_model_len"
-    names += " prompt_lookup tensor_parallel trace"
+    names += " max_batched_tokens prompt_lookup tensor_parallel trace"
     given = {name: getattr(args, name) for name in names.split()}
     given |= {"model_path": model_name(args), "tokenizer_path": args.tokenizer_dir}
     seed = getattr(args, "seed", 0)
@@ -67,13 +79,37 @@ def engine_options(args: argparse.Namespace) -> dict[str, object]:
     return dict(**given, **overrides(args))
 
 
+def settle(args: argparse.Namespace) -> str:
+    """Find the checkpoint. Prompts are completed as plain text with --raw, and with a base model
+    unless the flags say otherwise: returns what to tell of that, or ""."""
+    if getattr(args, "raw", False) and args.chat:
+        raise ValueError("--raw and --chat are two ways to read a prompt: give one of them")
+    from ..full import find_checkpoint, optional
+
+    name, places = model_name(args), optional("sources.places")
+    directory, args.step = find_checkpoint(name, args.step)
+    args.model = str(directory)
+    args.base = bool(places) and places.is_base(directory, args.step)
+    if "raw" not in args or args.raw or args.chat or not args.base:
+        return ""
+    if getattr(args, "task", None) in ("chat", "completion"):
+        return ""
+    args.raw = True
+    return f"({name} is a base model: it completes plain text, as with --raw; --chat asks it)"
+
+
 def load(args: argparse.Namespace) -> LLM:
     """The engine that the flags describe."""
-    from .. import LLM
-
-    llm = LLM(**engine_options(args))
+    build, _ = engine()
+    told = settle(args)
+    with terminal.at_once():
+        llm = build(**engine_options(args))
     # all of a user's mistakes are refused before the first
     args.begun = lambda: speed.counters(llm)["prompt_tokens"]
+    if getattr(args, "chat", False) and not llm.tokenizer.has_chat:
+        raise ValueError("--chat: the tokenizer has no chat tokens")
+    if told:
+        terminal.note(told)
     return llm
 
 
@@ -118,6 +154,9 @@ def run(args: argparse.Namespace) -> None:
         texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("no prompt: give one, or pipe some in, one a line")
+    for number, text in enumerate(texts, 1):
+        if not text.strip() and not args.raw:
+            raise ValueError(f"prompt {number} is empty: give a text (--raw takes an empty one)")
     check_watch(args)
     params = sampling_params(args)
     with load(args) as llm:
@@ -139,30 +178,36 @@ def answer(args: argparse.Namespace, llm: LLM, texts: list[str], params: Samplin
     """Answer prompts all at once and print what came of them; returns a line about the speed."""
     turns, prompts = chats(llm, args.raw), encode(llm, texts, args.raw)
     outputs, seconds = generate(args, llm, prompts, params, **terminal.tools(llm, turns))
-    count = terminal.show_all(llm, texts, outputs, params, turns, args.json)
+    count = terminal.show_all(texts, outputs, params, turns, args.json)
     rate, guesses = speed.rate(count, seconds), speed.guesses(speed.counters(llm))
     return f"{len(texts)} prompts, {count} tokens in {seconds:.2f} s: {rate:.0f} tokens/s{guesses}"
 
 
 def chat(args: argparse.Namespace) -> None:
     """Hold a conversation."""
+    name = model_name(args)
+    name = Path(name).absolute().name if Path(name).exists() else name
+    if sys.stdin.isatty():
+        terminal.note(f"loading {name} ...")
     params = sampling_params(args)
-    args.max_batch_size = args.max_batch_size or 1  # no more cache than one conversation can fill
+    # no more cache than one conversation can fill: where layers have windows, a prompt that is
+    # computed in a few steps takes up to twice the blocks that its sequence keeps
+    args.max_batch_size = args.max_batch_size or 2
     with load(args) as llm:
         if not chats(llm, raw=False):
             remedy = "`microvllm run` completes plain text"
             raise ValueError(f"the tokenizer has no chat tokens: {remedy}")
-        terminal.converse(llm, params, args.json)
+        step = "" if args.step is None else f", step {args.step}"
+        base = ", a base model that was not trained to chat" if args.base else ""
+        converse(llm, params, args.json, f"{name}{step}{base}")
 
 
 def batch(args: argparse.Namespace) -> None:
     """Answer the rows of a file, one engine or many; started again, it goes on where it was."""
     sampling_params(args)  # which raises for what no row may have
-    from ..full import find_checkpoint
     from ..jobs import Ask, Job, answer, carry_out
 
-    directory, args.step = find_checkpoint(model_name(args), args.step)
-    args.model = str(directory)
+    told = settle(args)
     columns = {k: v for k, v in vars(args).items() if k.endswith("_column")}
     ask = Ask(args.task, args.raw, sampling_options(args), args.seed, **columns)
     options = engine_options(args)
@@ -185,6 +230,8 @@ def batch(args: argparse.Namespace) -> None:
 
             where = args.ray, args.replicas, args.gpus_per_replica
             outcomes = answer_on_ray(job, options, *where)
+        if told:
+            terminal.note(told)
         try:
             found = carry_out(job, outcomes, args.ordered)
         except OSError as error:
@@ -195,8 +242,10 @@ def batch(args: argparse.Namespace) -> None:
         terminal.say(json.dumps(found))
     elif found["bad"] or sys.stderr.isatty():
         rate = speed.rate(found["new_tokens"], found["seconds"])
-        bad = f", {found['bad']} of them bad: see {job.errors}" if found["bad"] else ""
-        terminal.note(f"{found['rows']} rows in {job.output}{bad}; {rate:.0f} tokens/s")
+        line = f"{found['rows'] - found['bad']} of {found['rows']} rows answered in {job.output}"
+        line += f", {found['answered_before']} of them before" if found["answered_before"] else ""
+        line += f"; {found['bad']} bad, see {job.errors}" if found["bad"] else ""
+        terminal.note(line + (f"; {rate:.0f} tokens/s" if rate else ""))
     sys.exit(1 if found["bad"] else 0)
 
 
@@ -258,6 +307,7 @@ def score(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """What a checkpoint is and takes, without loading it: its files are mapped."""
+    engine()
     from ..checkpoint import pick_device
     from ..features.checks import check_device
     from ..full import find_checkpoint, read_checkpoint
@@ -319,6 +369,7 @@ def lab(args: argparse.Namespace) -> None:
 
 def trace(args: argparse.Namespace) -> None:
     """Turn a trace into a web page, or into Chrome's format."""
+    engine()
     from ..trace import read, write_chrome, write_page
 
     events = read(args.file)

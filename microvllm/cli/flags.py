@@ -122,12 +122,16 @@ ENGINE = f"""{MODEL}-m --model --model-dir CHECKPOINT  {CHECKPOINT}
 --quantization int8|fp8       of matrices: int8 on a CPU, fp8 on a GPU
 --num-blocks int N            blocks of the KV cache (what memory allows)
 --max-batch-size int N        sequences that run at once, at most
+--max-batched-tokens int N    tokens that a step computes, at most
 --max-model-len int N         prompt plus answer (the context)
 --deterministic               the same bits alone or in a batch, cold or warm; slower
 --tensor-parallel positive N  share the model among N processes that torchrun started (=1)
 --trace FILE         write down what happens to every block; `microvllm trace FILE` shows it
 """
-RAW = "--raw  plain text, also where the model can chat\n"
+RAW = """\
+--raw   prompts are plain text, also where the model can chat
+--chat  prompts are a user's, also with a base model
+"""
 LOOKUP = """options:
 --prompt-lookup int N  guess up to N tokens a step from the text so far: the same answer, sooner \
                        (=0)

@@ -1,4 +1,4 @@
-"""A person's side of the command line: mistakes, answers as they are written, a conversation.
+"""A person's side of the command line: mistakes, and answers as they are written.
 
 Answers go to stdout by `say`, what is said about them to stderr by `note`, and nothing past these
 two; colours and live lines are for terminals.
@@ -10,11 +10,13 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from itertools import chain
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn
 
 from .bench import counters, guesses
@@ -22,12 +24,13 @@ from .bench import counters, guesses
 if TYPE_CHECKING:
     from .. import LLM, SamplingParams
 
-_CALCULATOR = {"python_start": "`", "python_end": "`", "output_start": " = ", "output_end": " "}
 _ENDS = {
     "abort": "; stopped",
     "max_tokens": "; cut by --max-tokens",
     "max_model_len": "; cut, the context is full",
 }
+# arguments whose flag has another name
+_FLAGS = {"model_path": "model", "tokenizer_path": "tokenizer_dir"}
 # C0 (but tab and newline) and C1, by which a terminal takes orders, and all that have the property
 # Bidi_Control, by which a text is shown in another order than it has (Boucher and Anderson,
 # "Trojan Source", 2021)
@@ -44,6 +47,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.set_defaults(error=self.tell, begun=lambda: False)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As in argparse, but a flag that there is not is told with the nearest that there is."""
+        found, rest = super().parse_known_args(args, namespace)
+        for word in rest:
+            if near := get_close_matches(word.partition("=")[0], self._option_string_actions, 1):
+                self.error(f"unrecognized arguments: {' '.join(rest)} (did you mean {near[0]}?)")
+        return found, rest
+
     def error(self, message: object) -> NoReturn:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
             self.exit(2)  # all that torchrun started were given these flags
@@ -54,7 +65,22 @@ class Parser(argparse.ArgumentParser):
             place = message.name.replace(".", "/")
             remedy = "reinstall microvllm (pip install --force-reinstall microvllm)"
             message = f"this command needs {place}, which is not there: {remedy}"
+        elif isinstance(message, Exception):
+            message = self.name_flags(str(message))
         self.exit(2, f"{self.prog}: error: {plain(' '.join(str(message).split()))}\n")
+
+    def name_flags(self, message: str) -> str:
+        """An error of the engine with flags in place of the arguments that they become. A name of
+        one word may be an English word, and is an argument before a value or "must"."""
+        given = {action.dest: action.option_strings for action in self._actions}
+        for name in [*given, *_FLAGS]:
+            if names := given.get(_FLAGS.get(name, name)):
+                flag = next((x for x in names if x.startswith("--")), names[0])
+                value = r"(=True\b)?" if "_" in name else r"(=True\b|(?==| must\b))"
+                # it is no part of another word or of a path
+                pattern = rf"(?<![\w./'\"-]){name}(?![\w/-]|\.\w){value}"
+                message = re.sub(pattern, flag, message)
+        return message
 
 
 def positive(text: str) -> int:
@@ -101,6 +127,21 @@ def execute(args: argparse.Namespace) -> None:
         sys.exit(141)
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, with exit status 130: what is raised in the midst of an
+    import may get lost there, or be shown with a traceback. A handler of others is left alone."""
+    main = threading.current_thread() is threading.main_thread()
+    ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def open_streams() -> None:
     """Lead a standard stream that is closed nowhere: stdin ends at once, and what is written is
     dropped. Else the next file that is opened gets its number, and a library's warnings with it."""
@@ -142,36 +183,23 @@ def note(text: str) -> None:
 # answers ------------------------------------------------------------------------------------------
 
 
-def reader(llm: LLM, params: SamplingParams) -> Callable[[str, list[int]], str]:
-    """What to print of a piece of an answer, by its text and its token ids: the calculator's part
-    reads `12*3` = 36. But a stop string cuts the text, and the ids do not know."""
-    special = llm.tokenizer.special_tokens
-    marks = {special.get(f"<|{name}|>"): mark for name, mark in _CALCULATOR.items()}
-    push = llm.tokenizer.decoder().push
-
-    def read(text: str, ids: list[int]) -> str:
-        if not getattr(params, "stop", ()):  # which are a feature
-            text = "".join(marks[i] if i in marks else push(i) for i in ids)
-        return text
-
-    return read
-
-
 def tools(llm: LLM, chat: bool) -> dict[str, bool]:
     """What `generate` takes for a conversation: the calculator, where it is installed."""
     return {"tools": True} if chat and "tools" in llm.request_options else {}
 
 
 def live(
-    llm: LLM, prompt, params: SamplingParams, *, chat: bool, show: bool = True, lead: str = ""
-) -> dict:
+    llm: LLM, prompt, params: SamplingParams, *, chat: bool, show: bool = True, lead: str = "",
+    context: int = 0,
+) -> dict:  # fmt: skip
     """Stream the answer to one prompt (a text or token ids), and say how fast it was.
 
-    show: print it, after `lead`; chat: with the calculator. Returns its text, token_ids,
+    show: print it, after `lead`; chat: with the calculator; context: of so many tokens, say how
+    many prompt (token ids) and answer take. Returns its text, token_ids,
     finish_reason, stop_reason, tokens_per_second, prompt_tokens and how many of them were
     cached_tokens. Ctrl-C ends the answer alone: its finish_reason is "abort".
     """
-    read, before, start = reader(llm, params), counters(llm), time.perf_counter()
+    before, start = counters(llm), time.perf_counter()
     answer = {"text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": "abort"}
     options = tools(llm, chat)
     with suppress(KeyboardInterrupt), closing(llm.stream([prompt], params, **options)) as events:
@@ -181,7 +209,7 @@ def live(
             if event.finish_reason:
                 answer |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
             if show:
-                say(lead + read(event.text, event.token_ids), end="")
+                say(lead + event.text, end="")
                 lead = ""
     count, after = len(answer["token_ids"]), counters(llm)
     now = {name: after[name] - before[name] for name in before if name.endswith("_tokens")}
@@ -192,12 +220,13 @@ def live(
     if show and sys.stderr.isatty():
         end = "" if answer["finish_reason"] == "stop" else _ENDS.get(answer["stop_reason"], "")
         hits = f"{now['cached_tokens']} of {now['prompt_tokens']} prompt tokens cached"
-        note(f"[{count} tokens, {speed} tokens/s; {hits}{guesses(now)}{end}]")
+        used = f"; {len(prompt) + count:,} of {context:,} in the context" if context else ""
+        note(f"[{count} tokens, {speed} tokens/s{used}; {hits}{guesses(now)}{end}]")
     return answer
 
 
 def show_all(
-    llm: LLM, texts: list[str], outputs: list, params: SamplingParams, chat: bool, as_json: bool
+    texts: list[str], outputs: list, params: SamplingParams, chat: bool, as_json: bool
 ) -> int:
     """Print the outputs of prompts: answers, completions (no chat) or JSON. Returns how many tokens
     they have."""
@@ -207,10 +236,9 @@ def show_all(
             say(json.dumps({"prompt": text, **shown}))
             continue
         for sample in output["samples"]:
-            ids, cut = sample["token_ids"], ""
+            said, cut = sample["text"], ""
             if sample["finish_reason"] == "length":
-                cut = f"  [cut at {len(ids)} tokens]"
-            said = reader(llm, params)(sample["text"], ids)
+                cut = f"  [cut at {len(sample['token_ids'])} tokens]"
             say(f"> {text}\n{said.strip()}{cut}\n" if chat else f"{text}{said}{cut}\n")
     return sum(len(sample["token_ids"]) for output in outputs for sample in output["samples"])
 
@@ -223,74 +251,3 @@ def show_ranking(prompt: str, ranked: list[dict]) -> None:
         mean = f"{r['per_token']:8.3f} #{means.index(r['per_token']) + 1:<3}"
         say(f"{r['total']:10.2f} #{rank:<3}{mean}  {len(r['logprobs']):6}  {r['text']}")
     say()
-
-
-# a conversation -----------------------------------------------------------------------------------
-
-
-def read_line() -> str | None:
-    """The user's next line, None at the end (Ctrl-D). On a terminal Ctrl-C only drops the line."""
-    terminal = sys.stdin.isatty()
-    while True:
-        try:
-            return input("> " if terminal and sys.stdout.isatty() else "").strip()
-        except EOFError:
-            if terminal:
-                note("")
-            return None
-        except KeyboardInterrupt:
-            if not terminal:
-                raise
-            note("\n(Ctrl-D or /exit leaves)")
-
-
-def converse(llm: LLM, params: SamplingParams, as_json: bool) -> None:
-    """A conversation, a line a turn, as nanochat's chat_cli has it.
-
-    The token ids of all turns are kept as they were written, tool outputs and all, so the prompt of
-    each turn begins with what the cache already has. When the context is full, the older half of
-    the turns is forgotten: not turn by turn, since what moves to the front is computed anew.
-    """
-    with suppress(ImportError):
-        import readline  # noqa: F401, now input() has a history and arrow keys
-    with suppress(ImportError):
-        from ..features.checks import longest
-
-        room = longest(llm.scheduler.blocks, llm.max_batched_tokens)
-        llm.max_model_len = min(llm.max_model_len, room + 1)
-    tokenizer = llm.tokenizer
-    names = ("user_start", "user_end", "assistant_start", "assistant_end")
-    user_start, *asks, end = (tokenizer.encode_special(f"<|{name}|>") for name in names)
-    limit = llm.max_model_len
-    room = limit - min(params.max_tokens, limit // 4)  # for the prompt; the rest is the answer's
-    if sys.stdin.isatty():
-        note("Ctrl-C stops an answer, /clear starts over, /exit or Ctrl-D leaves")
-    turns: list[list[int]] = []
-    while (line := read_line()) not in (None, "/exit"):
-        if re.fullmatch(r"(/\w+)?", line):
-            if line == "/clear":
-                turns.clear()
-                note("(a new conversation)")
-            elif line:
-                note(f"({line} is no command: /clear starts over, /exit leaves)")
-            continue
-        try:
-            turn = [user_start, *tokenizer.encode(line), *asks]
-        except ValueError as error:
-            note(f"(not sent: {error})")
-            continue
-        if 1 + len(turn) > room:
-            note(f"(not sent: {1 + len(turn)} tokens, and the context has room for {room})")
-            continue
-        count = len(turns)
-        while 1 + sum(map(len, turns)) + len(turn) > room:
-            del turns[: (len(turns) + 1) // 2]
-        if forgotten := count - len(turns):
-            oldest = f"the oldest {forgotten} of {count} turns are forgotten"
-            note(f"(the context of {limit} tokens is full: {oldest})")
-        prompt = [tokenizer.bos_id, *chain(*turns), *turn]
-        answer = live(llm, prompt, params, chat=True, show=not as_json)
-        if as_json:
-            say(json.dumps({"prompt": line, **answer}))
-        if ids := answer["token_ids"]:
-            turns.append(turn + ids + [end] * (ids[-1] != end))

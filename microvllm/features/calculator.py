@@ -11,7 +11,13 @@ import warnings
 
 from ..engine import LLM, Request
 from ..scheduler import Scheduler, Sequence
-from ..tokenizer import Text, Tokenizer
+from ..tokenizer import IncrementalDecoder, Text, Tokenizer
+
+# the four marks of a tool call, and what a text shows in their place: `45+54` = 99
+_MARKS = {
+    "<|python_start|>": "`", "<|python_end|>": "`",
+    "<|output_start|>": " = ", "<|output_end|>": " ",
+}  # fmt: skip
 
 # they bound all work and memory. the parser is the tightest: it recurses in C, where a stack that
 # overflows kills the process. these fit into a thread with 256 KiB of stack
@@ -123,10 +129,10 @@ class Calculator:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        names = "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"
         self._tokenizer = tokenizer
-        self._marks = [tokenizer.special_tokens.get(name) for name in names]
+        self._marks = [tokenizer.special_tokens.get(name) for name in _MARKS]
         self._block: list[int] | None = None  # ids of the open block, None outside
+        self.calls: list[dict[str, str | None]] = []  # of each block its text and the answer
 
     def push(self, token_id: int) -> list[int]:
         """Note the next token of the sequence, sampled or forced; returns the ids to force next,
@@ -139,7 +145,9 @@ class Calculator:
             self._block = []
         elif self._block is not None and token_id == python_end:
             # special tokens decode to their names, so they spoil an expression, as in nanochat
-            result = calculate(self._tokenizer.decode(self._block))
+            call = self._tokenizer.decode(self._block)
+            result = calculate(call)
+            self.calls.append({"call": call, "result": result})
             self._block = None
             if result is not None:
                 return [output_start, *self._tokenizer.encode(result), output_end]
@@ -162,12 +170,30 @@ class CalculatorScheduler(Scheduler):
         self.end([seq])
 
 
+class ToolDecoder(IncrementalDecoder):
+    """A decoder that shows where a tool was called and what it answered."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        special = tokenizer.special_tokens
+        self._shown = {special[name]: mark for name, mark in _MARKS.items() if name in special}
+
+    def push(self, token_id: int) -> str:
+        """As in the core, but a mark of a tool call is shown, and ends an unfinished character."""
+        if token_id in self._shown:
+            return self.flush() + self._shown[token_id]
+        return super().push(token_id)
+
+
 class CalculatorText(Text):
     """A text in which the calculator writes, where it was asked for."""
 
+    calculator: Calculator | None = None
+
     def restart(self) -> None:
         super().restart()
-        self.calculator = Calculator(self.tokenizer) if self.request.options.get("tools") else None
+        if self.request.options.get("tools"):
+            self.calculator, self.decoder = Calculator(self.tokenizer), ToolDecoder(self.tokenizer)
         self.forced: set[int] = set()  # indices of the output tokens that it wrote
 
     def react(self, seq: Sequence, token: int, scheduler: CalculatorScheduler) -> None:
@@ -179,10 +205,26 @@ class CalculatorText(Text):
             stop = min(self.num_read + len(forced), len(seq.output))
             self.forced.update(range(self.num_read, stop))
 
+    def mask(self, start: int, stop: int) -> list[int]:
+        """Of the output tokens [start, stop): 0 for those that the calculator wrote, else 1."""
+        return [int(i not in self.forced) for i in range(start, stop)]
+
+    def event(self, seq: Sequence) -> dict | None:
+        start = self.num_sent_tokens
+        event = super().event(seq)
+        return event and event | {"mask": self.mask(start, self.num_sent_tokens)}
+
 
 class CalculatorLLM(LLM):
     """An engine that runs nanochat's calculator where the model calls it: `tools=True`, as chat has
-    it by default. Outputs have a mask: 0 for the tokens that it forced, else 1."""
+    it by default.
+
+    Then a text shows each call and its result, `45+54` = 99, and stop strings are searched in what
+    is shown, so that no text has one in it. Outputs have for each sample a mask, 0 for the tokens
+    that were forced, else 1 (the events of a stream have it for their tokens), and tool_calls, in
+    their order: {"call": "45+54", "result": "99"}. The result is the calculator's, None if it has
+    none, also where the sample ended before all of it was written.
+    """
 
     request_options = LLM.request_options | {"tools"}
 
@@ -200,10 +242,12 @@ class CalculatorLLM(LLM):
         return seq
 
     def sample_output(self, request: Request, seq: Sequence) -> dict:
-        found = super().sample_output(request, seq)
-        text = request.texts.get(seq.sample_id)
-        forced = text.forced if text else ()
-        return found | {"mask": [int(i not in forced) for i in range(len(seq.output))]}
+        found, text = super().sample_output(request, seq), request.texts.get(seq.sample_id)
+        count = len(seq.output)
+        return found | {
+            "mask": text.mask(0, count) if text else [1] * count,
+            "tool_calls": text.calculator.calls if text and text.calculator else [],
+        }
 
 
 PARTS = {"llm": CalculatorLLM, "scheduler": CalculatorScheduler, "text": CalculatorText}

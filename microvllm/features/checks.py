@@ -1,9 +1,11 @@
 """What an engine is given, checked before anything is done: a mistake is named, with its value."""
 
 from bisect import bisect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import partial
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -19,6 +21,14 @@ LEAST = {
 }  # fmt: skip
 OPTIONAL = "num_blocks", "max_model_len", "max_batch_size", "max_batched_tokens", "step"
 FLAGS = "enable_prefix_caching", "cuda_graphs", "deterministic", "plain"
+# of a model's Recipe: what its tensors do not tell
+CONSTANTS = "eps gate_scale qk_scale rope_base round_rotary short_window softcap".split()
+# parameters of a request that None turns off, which is their default
+OFF = (
+    "stop stop_token_ids bad_words min_tokens top_p min_p "
+    "repetition_penalty presence_penalty frequency_penalty"
+).split()
+NO_LIMIT = RANGES["max_tokens"][1]  # more tokens than any context has
 POLICIES = {  # the default, and what another one must choose from
     "victim": (youngest, "scheduler.running"),
     "admission": (first_come, "scheduler.waiting"),
@@ -27,8 +37,10 @@ POLICIES = {  # the default, and what another one must choose from
 
 
 def check_arguments(given: dict) -> dict[str, Callable]:
-    """Raises TypeError or ValueError for an argument of LLM that makes no sense. Returns the
-    policies, each but the defaults with a look at what it returns."""
+    """Raises TypeError or ValueError for an argument of LLM that makes no sense; given: all, by
+    name. Returns the policies, each but the defaults with a look at what it returns."""
+    own = (given.keys() | CONSTANTS) - {"self", "overrides"}
+    check_names(given["overrides"], own, words(given["self"].params_class))
     for name, least in LEAST.items():
         if given[name] is not None or name not in OPTIONAL:
             check_number(name, given[name], least)
@@ -45,6 +57,27 @@ def check_arguments(given: dict) -> dict[str, Callable]:
         raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
     check_device(given["device"])
     return {name: checked_policy(name, given[name]) for name in POLICIES}
+
+
+def words(params_class: type[SamplingParams]) -> list[str]:
+    """The keywords with which it is made."""
+    return [f.name for f in fields(params_class) if f.init]
+
+
+def check_names(given: Iterable[str], known: Collection[str], params: Collection[str] = ()) -> None:
+    """Raises TypeError for a keyword that is not known, with the nearest and all that are. params:
+    those of SamplingParams, for a call that does not take them itself."""
+    for name in sorted({*given} - {*known}):
+        hint = ""
+        for near in get_close_matches(name, [*known, *params], 1):
+            near = near if near in known else f"SamplingParams({near}=...)"
+            hint = f" (did you mean {near}?)"
+        raise TypeError(f"unknown argument {name!r}{hint}: there are {', '.join(sorted(known))}")
+
+
+def as_list(ids: object) -> object:
+    """An array or a tensor as a list, anything else as it is."""
+    return ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
 
 
 def checked_policy(name: str, policy: Callable) -> Callable:
@@ -81,10 +114,10 @@ def check_prompt(prompt: object, vocab_size: int) -> None:
     or has an id that does not exist."""
     if isinstance(prompt, str):
         return
-    if not isinstance(prompt, (list, tuple, np.ndarray)):
+    if not isinstance(prompt, (list, tuple)):
         raise TypeError(f"a prompt is a string or a list of token ids, got {type(prompt).__name__}")
     for token in prompt:
-        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+        if isinstance(token, bool) or not isinstance(token, Integral):
             raise TypeError(f"a prompt of token ids must hold integers, got {token!r:.80}")
         if not 0 <= token < vocab_size:
             raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
@@ -94,9 +127,15 @@ def check_prompt(prompt: object, vocab_size: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedParams(SamplingParams):
-    """Sampling parameters of the right kinds, numbers as Python has them."""
+    """Sampling parameters of the right kinds, numbers as Python has them. max_tokens=None is as
+    many as the context has room for; None in place of a list, a filter or a penalty is none."""
 
     def __post_init__(self):
+        for name in OFF:
+            if getattr(self, name, ()) is None:
+                self.put(name, getattr(type(self), name))
+        if self.max_tokens is None:
+            self.put("max_tokens", NO_LIMIT)
         check_numbers(self, RANGES)
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
@@ -118,7 +157,17 @@ def longest(blocks: BlockManager, chunk: int) -> int:
 class CheckedLLM(LLM):
     """An engine that says what it was given in place of prompts and parameters."""
 
+    def _check_options(self, options: dict) -> None:
+        own = {"sampling_params", "use_tqdm", *self.request_options}
+        check_names(options.keys() - {"streamed"}, own, words(self.params_class))
+        super()._check_options(options)
+
     def _prepare(self, prompts, sampling_params, **options) -> list[Request]:
+        """As in the core; a list of token ids is one prompt, and so is an array or a tensor of one
+        dimension. One of two has a prompt in each row."""
+        prompts = as_list(prompts)
+        if isinstance(prompts, (list, tuple)) and prompts:
+            prompts = [prompts] if all(isinstance(p, Integral) for p in prompts) else prompts
         if not isinstance(prompts, (str, list, tuple)):
             raise TypeError(f"prompts must be a string or a list, got {type(prompts).__name__}")
         if not isinstance(sampling_params, (SamplingParams, list, tuple, type(None))):
@@ -131,6 +180,7 @@ class CheckedLLM(LLM):
         params = self.params_class() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+        prompt = as_list(prompt)
         check_prompt(prompt, self.tokenizer.vocab_size)
         ids, limit = self.tokenizer.prompt_ids(prompt), self.max_model_len
         params.check_vocabulary(self.tokenizer.vocab_size)
@@ -149,8 +199,9 @@ class CheckedLLM(LLM):
         need, width = blocks.most_blocks(slots, chunk), blocks.width
         if need > blocks.num_usable:
             other = "" if width == 1 else ", or max_batched_tokens"
+            most = None if params.max_tokens == NO_LIMIT else params.max_tokens
             raise ValueError(
-                f"{len(ids)} prompt tokens with max_tokens={params.max_tokens} need "
+                f"{len(ids)} prompt tokens with max_tokens={most} need "
                 f"{-(-need // width)} blocks and the pool has {blocks.num_usable // width}: "
                 f"{slots - longest(blocks, chunk)} tokens too many; raise num_blocks or lower "
                 f"max_tokens{other}"

@@ -61,6 +61,8 @@ class NanochatLLM(LLM):
         more |= {"temperature": temperature, "top_k": top_k}
         if logprobs:
             more["logprobs"] = 0
+        if isinstance(tokens, (int, np.integer)):  # in a list it would be a prompt
+            raise TypeError(f"tokens must be a list of token ids, got {type(tokens).__name__}")
         prompts = tokens if several else [tokens]
         asked = self._ask(prompts, num_samples, max_tokens, seed, more)
         requests = [*chain(*(theirs for _, theirs in asked))]

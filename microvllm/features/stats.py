@@ -5,7 +5,7 @@ import time
 from ..engine import LLM, Request
 from ..scheduler import Plan
 
-COUNTERS = "requests prompt_tokens cached_tokens prefill_tokens steps peak_blocks"
+COUNTERS = "requests aborted_requests prompt_tokens cached_tokens prefill_tokens steps peak_blocks"
 
 
 class StatsLLM(LLM):
@@ -44,12 +44,14 @@ class StatsLLM(LLM):
     def _finish(self, request: Request) -> None:
         super()._finish(request)
         self._stats["requests"] += 1
+        self._stats["aborted_requests"] += "abort" in [s.finish_reason for s in request.samples]
         self._stats["cached_tokens"] += request.output["num_cached_tokens"]
 
     def stats(self) -> dict:
-        """Counters since the start (of the prompts' tokens, cached_tokens came from the prefix
-        cache and prefill_tokens were computed; of guessed_tokens, accepted_tokens were right), and
-        the present state of the pool, without the sink."""
+        """Counters since the start (of the requests that ended, aborted_requests were aborted; of
+        the prompts' tokens, cached_tokens came from the prefix cache and prefill_tokens were
+        computed; of guessed_tokens, accepted_tokens were right), and the present state of the pool,
+        without the sink."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return self._stats | {
             "output_tokens": scheduler.num_tokens, "preemptions": scheduler.num_preemptions,

@@ -13,7 +13,8 @@ MOST, LONGEST = 100, 1000  # each token is compared with all of them
 
 @dataclass(frozen=True, kw_only=True)
 class StopParams(SamplingParams):
-    """Sampling parameters with stop strings."""
+    """Sampling parameters with stop strings. They are searched in the text as the output shows it,
+    of which what tools wrote is a part."""
 
     stop: tuple[str, ...] = ()  # strings that end the text and are cut off
 

@@ -481,7 +481,7 @@ def carry_out(job: Job, outcomes: Iterator[Outcome], ordered: bool = False) -> d
     """
     from tqdm import tqdm
 
-    began, before = time.perf_counter(), job.num_done
+    began, before, answered = time.perf_counter(), job.num_done, job.num_done - job.num_bad
     asked = cached = new = 0
     name = "".join(c if c.isprintable() else "\ufffd" for c in job.output.name)
     bar = tqdm(
@@ -501,7 +501,7 @@ def carry_out(job: Job, outcomes: Iterator[Outcome], ordered: bool = False) -> d
     job.finish(ordered)
     job.close()
     return {
-        "rows": job.num_rows, "answered_before": before, "bad": job.num_bad,
+        "rows": job.num_rows, "answered_before": answered, "bad": job.num_bad,
         "prompt_tokens": asked, "cached_tokens": cached, "new_tokens": new,
         "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip

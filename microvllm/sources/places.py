@@ -68,6 +68,16 @@ def find_nanochat(source: str, model_tag: str | None = None) -> Path:
     return tags[model_tag]
 
 
+def is_base(directory: Path, step: int | None) -> bool:
+    """Was a checkpoint that find_checkpoint found only pretrained, and never trained to chat?
+    nanochat keeps those in base_checkpoints, and of its programs only base_train writes a
+    device_batch_size beside the model_config. Hugging Face's format does not tell. Raises
+    ValueError for a meta file that cannot be read."""
+    if step is None or directory.parent.name == "base_checkpoints":
+        return step is not None
+    return "device_batch_size" in strict.read_json(directory / f"meta_{step:06d}.json")
+
+
 def read_checkpoint(directory: Path, step: int | None) -> strict.Checkpoint:
     """What find_checkpoint found, of any format. Raises ValueError naming the file and what is
     wrong with it."""

@@ -18,7 +18,7 @@ def watching(llm: LLM, console=None) -> Iterator[None]:
     """Draw the pool, the queue and the rates while the engine works, on a Console of the package
     `rich`, by default on stderr. Raises ImportError without the package."""
     try:
-        from rich.console import Console
+        from rich.console import Console, Group
         from rich.live import Live
     except ImportError:
         raise ImportError("the picture is drawn by rich: pip install 'microvllm[watch]'") from None
@@ -30,7 +30,10 @@ def watching(llm: LLM, console=None) -> Iterator[None]:
         nonlocal drawn
         if now or time.perf_counter() - drawn > 0.125:
             past.append((time.perf_counter(), llm.stats()))
-            live.update(picture(llm, past, console.width, console.height), refresh=True)
+            drawing = picture(llm, past, console.width, console.height - 1)
+            # below it is an empty line for the ^C that a terminal shows: in the last line of the
+            # picture it would begin another one, and the next picture would begin a line too low
+            live.update(Group(drawing, ""), refresh=True)
             drawn = time.perf_counter()
 
     events = llm.scheduler.blocks.events
@@ -61,9 +64,11 @@ def picture(llm: LLM, past: deque[tuple[float, dict]], width: int, height: int):
     span = max(now - then, 1e-6)
     names = "output_tokens", "prefill_tokens", "steps"
     tokens, prefill, steps = ((stats[name] - before[name]) / span for name in names)
+    aborted = stats["aborted_requests"]
     lines = (
         f"running {stats['running']:,}  waiting {stats['waiting']:,}  "
-        f"preemptions {stats['preemptions']:,}  done {stats['requests']:,}",
+        f"preemptions {stats['preemptions']:,}  done {stats['requests'] - aborted:,}"
+        + (f"  aborted {aborted:,}" if aborted else ""),
         f"{tokens:,.0f} tokens/s  {prefill:,.0f} prompt tokens/s  {steps:,.1f} steps/s  "
         f"{stats['output_tokens']:,} tokens in all",
     )

@@ -17,7 +17,7 @@ from conftest import ERAS, MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli
 from microvllm.checkpoint import load_model
-from microvllm.cli import bench, commands, terminal
+from microvllm.cli import bench, commands, conversation, terminal
 from microvllm.cli.flags import make_parser
 from microvllm.features.windows import group_layers
 
@@ -108,12 +108,12 @@ def test_help_is_instant():
         (["walk"], "walk"),
         (["run"], "no prompt"),
         (["run", "-m", "no/such/place", "hi"], "no/such/place"),
-        (["run", "--temperature", "-1", "hi"], "temperature"),
+        (["run", "--temperature", "-1", "hi"], ": --temperature must"),
         (["run", "--recipe", "softcap", "hi"], "NAME=VALUE"),
         (["run", "--recipe", "charm=3", "hi"], "charm"),
-        (["run", *SMALL, "word " * 2000], "max_model_len"),
+        (["run", *SMALL, "word " * 2000], "--max-model-len is 1024"),
         (["run", *SMALL, "hi", "--prompt", "word " * 2000], "prompts[1]"),
-        (["run", "--json", "--num-blocks", "2", "hi"], "num_blocks"),
+        (["run", "--json", "--num-blocks", "2", "hi"], "raise --num-blocks or lower --max-tokens"),
         (["chat", "--step", "7"], "7"),
         (["bench", "--num-prompts", "0"], "--num-prompts"),
         (["bench", "--shared-prefix", "few"], "--shared-prefix"),
@@ -321,7 +321,7 @@ def test_clear_starts_over_and_exit_leaves(command):
 def test_a_command_that_there_is_not_is_not_said_to_the_model(command):
     out, err = command("chat", *SMALL, "--json", stdin="/claer\nWhat is /clear?\n")
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["What is /clear?"]
-    assert "(/claer is no command: /clear starts over, /exit leaves)" in err
+    assert "(/claer is no command: did you mean /clear? /help lists them)" in err
 
 
 @pytest.mark.parametrize("limit", [["--max-model-len", "81"], ["--num-blocks", "6"]])
@@ -356,7 +356,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch, capsys):
 
         monkeypatch.setattr(LLM, "_advance", interrupted)
         monkeypatch.setattr(sys, "stdin", io.StringIO("Tell me a story.\nWho wrote Emma?\n"))
-        terminal.converse(llm, SamplingParams(temperature=0, ignore_eos=True), as_json=True)
+        conversation.converse(llm, SamplingParams(temperature=0, ignore_eos=True), as_json=True)
         assert llm.is_finished()
         assert llm.stats()["free_blocks"] == llm.stats()["num_blocks"]
     first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -376,14 +376,14 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_leaves(monkeypatch, caps
 
     monkeypatch.setattr("builtins.input", pressed)
     monkeypatch.setattr(sys, "stdin", Terminal())
-    assert terminal.read_line() == "hello"
+    assert conversation.read_turn() == "hello"
     assert "(Ctrl-D or /exit leaves)" in capsys.readouterr().err
-    assert terminal.read_line() is None
+    assert conversation.read_turn() is None
 
     keys.append(KeyboardInterrupt)
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # a pipe has nobody to go on
     with pytest.raises(KeyboardInterrupt):
-        terminal.read_line()
+        conversation.read_turn()
 
 
 # bench, score, info -------------------------------------------------------------------------------

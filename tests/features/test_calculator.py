@@ -8,6 +8,7 @@ from conftest import ERAS
 from test_engine import set_overlap
 
 from microvllm import LLM, SamplingParams
+from microvllm.features.calculator import Calculator, ToolDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +49,53 @@ def test_chat_calls_the_calculator_unless_it_is_told_not_to():
             # nor where the text is looked at for another reason
             pieces = [e["token_ids"] for e in llm.stream([run["prompt"]], params)]
             assert sum(pieces, []) == plain["token_ids"]
+
+
+def test_a_text_shows_each_call_and_its_result():
+    run = next(r for r in GOLDENS["runs"] if 0 in r["masks"])
+    params = SamplingParams(temperature=0, max_tokens=60)
+    with chain() as llm:
+        (answer,) = llm.chat(run["messages"], SamplingParams(temperature=0, max_tokens=60, n=2))
+        for sample in (answer, *answer["samples"]):
+            assert sample["text"] == "So:`7*6` = 42  yes!"
+            assert sample["tool_calls"] == [{"call": "7*6", "result": "42"}]
+        (plain,) = llm.chat(run["messages"], params, tools=False)
+        assert plain["tool_calls"] == [] and "`" not in plain["text"]
+
+
+def test_a_call_without_an_answer_is_listed_without_a_result():
+    with chain() as llm:
+        special = llm.tokenizer.special_tokens
+        start, end = special["<|python_start|>"], special["<|python_end|>"]
+        calculator = Calculator(llm.tokenizer)
+        forced = [calculator.push(i) for i in [start, *llm.tokenizer.encode("1/0"), end]]
+        assert not any(forced) and calculator.calls == [{"call": "1/0", "result": None}]
+
+
+@pytest.mark.parametrize("stop", [(), " yes", "42", " = ", "`", "7*6"])
+@pytest.mark.parametrize("max_tokens", [60, 11, 9, 8])
+def test_streams_and_texts_agree_and_each_token_of_an_event_has_a_mask(stop, max_tokens):
+    run = next(r for r in GOLDENS["runs"] if 0 in r["masks"])
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
+    with chain() as llm:
+        (output,) = llm.generate([run["prompt"]], params, tools=True)
+        assert output["text"] == "So:`7*6` = 42  yes!"[: len(output["text"])]
+        assert not stop or stop not in output["text"]
+        events = [*llm.stream([run["prompt"]], params, tools=True)]
+        assert "".join(event["text"] for event in events) == output["text"]
+        assert all(len(event["mask"]) == len(event["token_ids"]) for event in events)
+        assert sum([event["mask"] for event in events], []) == output["mask"]
+        assert len(output["mask"]) == len(output["token_ids"])
+        plain = [*llm.stream([run["prompt"]], params)]
+        assert all(event["mask"] == [1] * len(event["token_ids"]) for event in plain)
+
+
+def test_a_character_that_a_call_cuts_off_is_shown_before_the_call():
+    with chain() as llm:
+        mark = llm.tokenizer.special_tokens["<|python_start|>"]
+        decoder = ToolDecoder(llm.tokenizer)
+        ids = [0xF0, 0x9F, mark, ord("1")]  # a toy vocabulary: the first ids are bytes
+        assert "".join(map(decoder.push, ids)) == "\ufffd`1"
 
 
 def test_forced_tokens_count_towards_max_tokens_and_are_cut_by_it():

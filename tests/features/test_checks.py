@@ -62,7 +62,11 @@ WRONG_PROMPTS = [
         (b"text", TypeError, ["bytes"]),
         ({"role": "user"}, TypeError, ["dict"]),
         ({3, 4}, TypeError, ["set"]),
-        (torch.tensor([3, 4]), TypeError, ["Tensor"]),
+        (torch.tensor([3.0, 4.0]), TypeError, ["integers", "3.0"]),
+        (torch.tensor([[3, 4]]), TypeError, ["integers", "[3, 4]"]),
+        (torch.tensor(3), TypeError, ["int"]),
+        (torch.tensor([3, 311]), ValueError, ["311"]),
+        (torch.tensor([]), ValueError, ["at least one"]),
         ([], ValueError, ["at least one", "''"]),
         ((), ValueError, ["at least one"]),
         (np.array([], dtype=np.int64), ValueError, ["at least one"]),
@@ -107,10 +111,63 @@ def test_prompts_that_are_no_list(llm, prompts):
         llm.generate(prompts, GREEDY, use_tqdm=False)
 
 
-def test_ids_in_place_of_a_list_of_prompts(llm):
-    """The likeliest mistake: one prompt of ids that is not in a list."""
-    with refused(llm, TypeError, "prompts[0]", "int", "list of token ids"):
-        llm.generate([3, 4, 5], GREEDY, use_tqdm=False)
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_a_list_of_token_ids_is_one_prompt(llm, kind):
+    (expected,) = llm.generate([GOOD], GREEDY, use_tqdm=False)
+    for params in (GREEDY, [GREEDY]):
+        (output,) = llm.generate(kind(GOOD), params, use_tqdm=False)
+        assert output["prompt_token_ids"] == GOOD
+        assert output["token_ids"] == expected["token_ids"]
+    events = [*llm.stream(kind(GOOD), GREEDY)]
+    assert {event["index"] for event in events} == {0}
+    assert sum([event["token_ids"] for event in events], []) == expected["token_ids"]
+    assert llm.generate(kind([5]), GREEDY, use_tqdm=False)[0]["prompt_token_ids"] == [5]
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_the_rows_of_a_matrix_are_prompts(llm, kind):
+    rows = [GOOD[:9], GOOD[9:18]]
+    for prompts in (kind(rows), [kind(row) for row in rows], [*kind(rows)]):
+        outputs = llm.generate(prompts, [GREEDY] * 2, use_tqdm=False)
+        assert [output["prompt_token_ids"] for output in outputs] == rows
+        assert all(type(token) is int for o in outputs for token in o["prompt_token_ids"])
+    number = llm.add_request(kind(GOOD), GREEDY)
+    while not llm.is_finished():
+        for output in llm.step():
+            assert (output["request_id"], output["prompt_token_ids"]) == (number, GOOD)
+    (score,) = llm.score([kind(rows[0])], [kind(rows[1])])
+    assert score == llm.score([rows[0]], [rows[1]])[0]
+
+
+def test_ids_among_texts_and_other_things_are_no_prompt(llm):
+    for prompts in ([3, "a"], [3, [4]], [3, 4.0]):
+        with refused(llm, TypeError, "prompts[0]", "int", "list of token ids"):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+    for prompts in ([True, False], [[[3]]], np.zeros((1, 1, 1), int)):
+        with refused(llm, TypeError, "prompts[0]", "integers"):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+    with refused(llm, TypeError, "prompts", "int"):
+        llm.generate(torch.tensor(3), GREEDY, use_tqdm=False)
+
+
+def test_no_max_tokens_is_as_far_as_the_context_goes(llm):
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    with LLM(MODEL, device="cpu", num_blocks=40, max_model_len=50) as short:
+        (output,) = short.generate(GOOD, params, use_tqdm=False)
+    assert len(output["token_ids"]) == 50 - len(GOOD)
+    assert (output["finish_reason"], output["stop_reason"]) == ("length", "max_model_len")
+    with refused(llm, ValueError, "max_tokens=None", "num_blocks"):  # 156 of 200 fit into the pool
+        llm.generate(GOOD, params, use_tqdm=False)
+
+
+def test_none_is_none_of_a_list_a_filter_or_a_penalty():
+    names = "stop stop_token_ids bad_words allowed_token_ids logit_bias logits_processor logprobs"
+    names += " top_k top_p min_p min_tokens seed"
+    names += " repetition_penalty presence_penalty frequency_penalty"
+    assert SamplingParams(**dict.fromkeys(names.split())) == SamplingParams()
+    for name in ("temperature", "n", "ignore_eos", "sample_index"):  # what would be none of it?
+        with pytest.raises(TypeError, match=name):
+            SamplingParams(**{name: None})
 
 
 def test_a_prompt_too_long_for_the_model_is_told_by_how_much(llm):
@@ -167,8 +224,39 @@ def test_sampling_params_of_another_type(llm, params):
 
 
 def test_unknown_keywords_of_generate(llm):
-    with refused(llm, TypeError, "temperature"):
+    with refused(llm, TypeError, "'temperature'", "did you mean SamplingParams(temperature=...)?"):
         llm.generate(["a"], temperature=0)
+    with refused(llm, TypeError, "did you mean use_tqdm?", "sampling_params, tools, use_tqdm"):
+        llm.generate(["a"], use_tdqm=False)
+    with refused(llm, TypeError, "did you mean tools?"):
+        llm.chat([TURN], tool=False)
+    with refused(llm, TypeError, "did you mean SamplingParams(max_tokens=...)?"):
+        next(llm.stream(["a"], max_token=3))
+    with refused(llm, TypeError, "unknown argument 'xyzzy': there are"):
+        llm.add_request("a", xyzzy=3)
+
+
+def test_unknown_parameters_are_told_with_the_nearest_and_all_that_there_are():
+    with pytest.raises(TypeError) as info:
+        SamplingParams(temprature=0)
+    assert "unknown argument 'temprature' (did you mean temperature?): there are" in str(info.value)
+    for name in ("stop_token_ids", "logit_bias", "top_p", "max_tokens", "stop"):
+        assert f" {name}" in str(info.value)
+    with pytest.raises(TypeError, match="'xyzzy': there are"):
+        SamplingParams(max_tokens=3, xyzzy=3)
+
+
+def test_an_unknown_argument_of_the_engine_is_told_with_the_nearest_and_its_own_words():
+    for name, near in [("num_block", "num_blocks"), ("soft_cap", "softcap"), ("max_seq_len", "")]:
+        with pytest.raises(TypeError) as info:
+            LLM(MODEL, **{name: 8})
+        said = str(info.value)
+        assert f"unknown argument {name!r}" in said and f"did you mean {near}" in said
+        for own in ("max_batched_tokens", "victim", "model_path", "softcap", "trace"):
+            assert f" {own}" in said.partition("there are")[2]
+        assert "self" not in said and "overrides" not in said
+    with pytest.raises(TypeError, match=r"did you mean SamplingParams\(temperature=...\)\?"):
+        LLM("no/such/place", tempature=1)
 
 
 def test_nothing_asked_is_nothing_done(llm):
@@ -215,7 +303,7 @@ def test_numpy_ids_are_served(llm):
         (lambda llm: llm.chat([TURN, 5]), TypeError, ["messages[1]", "int"]),
         (lambda llm: llm.chat([[TURN], [TURN, TURN]]), ValueError, ["conversation 1", "'user'"]),
         (lambda llm: llm.chat([[TURN], "a"]), TypeError, ["conversation 1", "str"]),
-        (lambda llm: llm.generate_batch(5), TypeError, ["prompts[0]", "int"]),
+        (lambda llm: llm.generate_batch(5), TypeError, ["list of token ids", "int"]),
         (lambda llm: llm.generate_batch([]), ValueError, ["prompts[0]", "at least one"]),
         (lambda llm: llm.generate_batch([5], max_tokens=-1), ValueError, ["max_tokens", "-1"]),
         (lambda llm: llm.score(5, 6), TypeError, ["prompts", "5"]),

@@ -487,7 +487,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         (["{rows}", "-o", "{out}", "--prompt-column", "question"], "'question'"),
         (["{rows}", "-o", "{out}", "--temperature", "-1"], "temperature"),
         (["{rows}", "-o", "{out}", "-m", "no/such/place"], "no/such/place"),
-        (["{rows}", "-o", "{out}", "--num-blocks", "1"], "num_blocks"),
+        (["{rows}", "-o", "{out}", "--num-blocks", "1"], ": --num-blocks must"),
         (["{rows}", "-o", "{out}", "--task", "chat", "--raw", "--num-blocks", "40"], "completion"),
         (["{rows}", "-o", "{out}", "--ray", "auto", "--trace", "t.jsonl"], "--trace"),
         (["{rows}", "-o", "{out}", "--replicas", "2"], "--ray"),

@@ -85,7 +85,7 @@ def test_a_terminal_takes_no_orders_from_a_model(monkeypatch, capsys, tmp_path):
         for on_terminal in (True, False):
             monkeypatch.setattr(sys.stdout, "isatty", lambda on=on_terminal: on, raising=False)
             terminal.live(llm, "a", params, chat=False)
-            terminal.show_all(llm, ["a"], outputs, params, False, False)
+            terminal.show_all(["a"], outputs, params, False, False)
             said = capsys.readouterr().out
             assert ("\x1b" in said) is not on_terminal and said.count("\ufffd") == 8 * on_terminal
     # and none from the names in its file

@@ -426,6 +426,35 @@ def test_watching_draws_and_leaves_the_tokens_alone(llm):
     assert Counter(event["e"] for event in trace.events)["finish"] == 1
 
 
+def test_what_was_aborted_is_not_counted_as_done(llm):
+    console_of = pytest.importorskip("rich.console", reason="needs pip install rich").Console
+    before = llm.stats()
+    numbers = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+    llm.step()
+    llm.abort(*numbers[1:])
+    while not llm.is_finished():
+        llm.step()
+    stats = llm.stats()
+    assert stats["requests"] - before["requests"] == len(PROMPTS)
+    assert stats["aborted_requests"] - before["aborted_requests"] == len(PROMPTS) - 1
+    console = console_of(width=80, height=20, record=True, file=io.StringIO())
+    console.print(picture(llm, deque([(0.0, before), (1.0, stats)]), 80, 20))
+    done = stats["requests"] - stats["aborted_requests"]
+    assert f"done {done}  aborted {stats['aborted_requests']} " in console.export_text()
+
+
+def test_the_line_below_the_picture_is_empty(llm):
+    """A terminal shows ^C there: on the picture's last line it would move the next picture."""
+    console_of = pytest.importorskip("rich.console", reason="needs pip install rich").Console
+    shown = io.StringIO()
+    with watching(llm, console_of(file=shown, force_terminal=True, width=80, height=20)):
+        llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    ends = re.findall(
+        r"╯(.*?)(?:\r|$)", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.getvalue()), re.S
+    )
+    assert ends and all(end.startswith("\n") and not end.strip() for end in ends)
+
+
 # traces that mean harm ----------------------------------------------------------------------------
 
 POOL = {"e": "pool", "version": 2, "blocks": 1 << 24, "block_size": 1, "hashes": {}, "cached": []}

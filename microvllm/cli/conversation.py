@@ -1,0 +1,210 @@
+"""A conversation in the terminal: what the user types, pastes and orders, and the turns so far."""
+
+from __future__ import annotations
+
+import json
+import re
+import select
+import sys
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .terminal import live, note, say
+
+if TYPE_CHECKING:
+    from .. import LLM, SamplingParams
+
+HELP = """\
+/clear        start over (or: clear)
+/system TEXT  what the model is told before the conversation; without TEXT, nothing
+/save FILE    write the conversation to a new file, as JSON
+/exit         leave (or: exit, quit, Ctrl-D)
+/help         show this
+Lines that are pasted together are one turn. Ctrl-C stops an answer."""
+COMMANDS = re.findall(r"^/(\w+)", HELP, re.M)
+# what the tokens after each mark are
+_PARTS = {
+    "python_start": "python", "python_end": "text", "output_start": "python_output",
+    "output_end": "text",
+}  # fmt: skip
+
+
+def command_of(line: str) -> tuple[str, str] | None:
+    """(name, what follows it) of a line that is for us and not for the model."""
+    if line.lower() in ("exit", "quit", "clear"):  # as in nanochat's chat_cli
+        return line.lower().replace("quit", "exit"), ""
+    if found := re.fullmatch(r"/(\w+)(?:[ \t]+(.*))?", line, re.S):
+        # a text may begin with a slash, too: then it is no word alone, nor close to a command
+        if found[2] is None or get_close_matches(found[1], COMMANDS, 1):
+            return found[1], found[2] or ""
+    return None
+
+
+def read_turn() -> str | None:
+    """What the user says next, None at the end (Ctrl-D). On a terminal Ctrl-C only drops the line,
+    and lines that are pasted together are one turn: readline takes a bracketed paste as one text,
+    and where a terminal has none, the next line is there as soon as one was read."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            lines = [input("> " if terminal and sys.stdout.isatty() else "")]
+            with suppress(EOFError):
+                while terminal and not command_of(lines[0].strip()) and is_typed():
+                    lines.append(input())
+            return "\n".join(lines).strip()
+        except EOFError:
+            if terminal:
+                note("")
+            return None
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            note("\n(Ctrl-D or /exit leaves)")
+
+
+def is_typed() -> bool:
+    """Is there more to read from the terminal, at once?"""
+    with suppress(OSError, ValueError):  # stdin is no file of the system's, or this is Windows
+        return bool(select.select([sys.stdin], [], [], 0.05)[0])
+    return False
+
+
+class Conversation:
+    """The turns so far. The token ids of the answers are kept as they were written, tool outputs
+    and all, so the prompt of a turn begins with what the cache already has. room: tokens that a
+    prompt may have. Raises ValueError for a tokenizer without chat tokens."""
+
+    def __init__(self, tokenizer, room: int):
+        self.tokenizer, self.room = tokenizer, room
+        names = ("user_start", "user_end", "assistant_start", "assistant_end")
+        self.user_start, *self.asks, self.end = (
+            tokenizer.encode_special(f"<|{name}|>") for name in names
+        )
+        self.system = ""  # what goes before the first turn that the model sees
+        self.clear()
+
+    def clear(self) -> None:
+        """Start over."""
+        self.turns: list[tuple[str, list[int]]] = []  # what the user said, the ids of the answer
+        self.num_forgotten = 0  # of the first turns, which the model does not see any more
+
+    def add(self, line: str, ids: list[int]) -> None:
+        """Note a turn whose answer was written."""
+        self.turns.append((line, ids + [self.end] * (ids[-1] != self.end)))
+
+    def render(self, line: str, first: int) -> list[int]:
+        """The prompt of a line after the turns from the first on."""
+        ids, lead = [self.tokenizer.bos_id], self.system and f"{self.system}\n\n"
+        for said, answer in [*self.turns[first:], (line, [])]:
+            ids += [self.user_start, *self.tokenizer.encode(lead + said), *self.asks, *answer]
+            lead = ""
+        return ids
+
+    def prompt(self, line: str) -> list[int]:
+        """The prompt of a line. When there is no room for all turns, the older half of them is
+        forgotten: not turn by turn, since what moves to the front is computed anew. Raises
+        ValueError, and forgets nothing, for a line without room or one that cannot be encoded."""
+        least = len(self.render(line, len(self.turns)))
+        if least > self.room:
+            raise ValueError(f"{least} tokens, and the context has room for {self.room}")
+        while len(ids := self.render(line, self.num_forgotten)) > self.room:
+            self.num_forgotten += (len(self.turns) - self.num_forgotten + 1) // 2
+        return ids
+
+    def messages(self) -> list[dict]:
+        """All of it, as `LLM.chat` takes it: an answer in which a tool was called has parts."""
+        special = self.tokenizer.special_tokens
+        kinds = {special[f"<|{m}|>"]: kind for m, kind in _PARTS.items() if f"<|{m}|>" in special}
+        found = [{"role": "system", "content": self.system}] if self.system else []
+        for said, ids in self.turns:
+            pieces: list[tuple[str, list[int]]] = [("text", [])]
+            for token in ids:
+                if token in kinds:
+                    pieces.append((kinds[token], []))
+                else:
+                    pieces[-1][1].append(token)
+            texts = [(kind, self.tokenizer.decode(piece, True)) for kind, piece in pieces]
+            content = [{"type": kind, "text": text} for kind, text in texts if text]
+            if all(part["type"] == "text" for part in content):
+                content = "".join(part["text"] for part in content)
+            found.append({"role": "user", "content": said})
+            found.append({"role": "assistant", "content": content})
+        return found
+
+    def save(self, name: str) -> str:
+        """Write it to a new file as JSON; returns what to say of that."""
+        path, text = Path(name).expanduser(), json.dumps(self.messages(), indent=2) + "\n"
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                try:
+                    file.write(text)
+                    file.flush()
+                except OSError:
+                    path.unlink()  # not half of it
+                    raise
+        except FileExistsError:
+            return f"not saved: {name} is there already, give another name"
+        except (OSError, ValueError) as error:  # ValueError: what no name may have in it
+            return f"not saved: {error}"
+        return f"saved to {name}"
+
+
+def order(conversation: Conversation, name: str, rest: str, writes: bool) -> str:
+    """Do what a command says; returns what to say of it. writes: may this process write files?"""
+    match name:
+        case "clear":
+            conversation.clear()
+            return "(a new conversation)"
+        case "help":
+            return HELP
+        case "system":
+            conversation.system = rest
+            return "(the conversation begins with that)" if rest else "(it begins with nothing)"
+        case "save" if not rest:
+            return "(name a file: /save FILE)"
+        case "save":
+            return f"({conversation.save(rest)})" if writes else ""
+    near = "".join(f"did you mean /{x}? " for x in get_close_matches(name, COMMANDS, 1))
+    return f"(/{name} is no command: {near}/help lists them)"
+
+
+def converse(llm: LLM, params: SamplingParams, as_json: bool, title: str = "") -> None:
+    """A conversation, a line a turn, as nanochat's chat_cli has it, and some commands; title: for a
+    person, of the model."""
+    with suppress(ImportError):
+        import readline  # noqa: F401, now input() has a history, arrow keys and bracketed paste
+    with suppress(ImportError):
+        from ..features.checks import longest
+
+        room = longest(llm.scheduler.blocks, llm.max_batched_tokens)
+        llm.max_model_len = min(llm.max_model_len, room + 1)
+    limit = llm.max_model_len
+    # of the context, a prompt leaves the answer its part
+    talk = Conversation(llm.tokenizer, limit - min(params.max_tokens, limit // 4))
+    ranks = getattr(llm, "ranks", None)
+    if sys.stdin.isatty():
+        note(f"{title}: a context of {limit:,} tokens. /help lists the commands, /exit leaves")
+    while (line := read_turn()) is not None:
+        if command := command_of(line):
+            if command[0] == "exit":
+                return
+            note(order(talk, *command, writes=not ranks or ranks.rank == 0))
+            continue
+        if not line:
+            continue
+        forgotten, count = talk.num_forgotten, len(talk.turns) - talk.num_forgotten
+        try:
+            prompt = talk.prompt(line)
+        except ValueError as error:
+            note(f"(not sent: {error})")
+            continue
+        if forgotten := talk.num_forgotten - forgotten:
+            oldest = f"the oldest {forgotten} of {count} turns are forgotten"
+            note(f"(the context of {limit} tokens is full: {oldest})")
+        answer = live(llm, prompt, params, chat=True, show=not as_json, context=limit)
+        if as_json:
+            say(json.dumps({"prompt": line, **answer}))
+        if answer["token_ids"]:
+            talk.add(line, answer["token_ids"])
