@@ -9,7 +9,7 @@ import logging
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -31,9 +31,8 @@ FEATURES = (
 
 # where it is, and what can be asked for
 NAMES = {
-    "features.scoring": "score", "features.live": "update_weights model tokenizer",
-    "features.nanochat": "generate_batch generate_columns",
-    "features.lookup": "prompt_lookup",
+    "features.scoring": "score", "features.live": "update_weights model tokenizer copy sleep wake",
+    "features.nanochat": "generate_batch generate_columns", "features.lookup": "prompt_lookup",
     "features.parallel": "tensor_parallel", "features.calculator": "tools", "features.stats":
         "stats",
     "features.stop_strings": "stop", "features.guided": "guide", "features.logits":
@@ -235,17 +234,20 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
 
     model_path: also a place in nanochat's tree ("sft", "base:d20", "rl:d20:650"), a Hugging Face
     folder, or owner/name on its hub; model, tokenizer: instead of paths, a live nanochat GPT
-    module, whose weights are shared where device and dtype allow it, and its tokenizer; dtype:
-    "auto" is float32 on a CPU and bfloat16 on CUDA; max_model_len: at most ten times the
-    checkpoint's context; attention: "auto", "numba", "triton", "flash" or "sdpa";
-    gpu_memory_utilization: share of the free GPU memory for the cache; cuda_graphs: replay decode
-    steps; quantization: on a CPU "int8", of the matrices and the inputs of all products (K and V
-    are bfloat16), on a GPU "fp8"; deterministic: logits, and so tokens, bit for bit the same alone
-    or in a batch, cold or warm, slower where the products are a library's; prompt_lookup: on a CPU,
-    at most so many guessed tokens a step, sooner done where few texts run and repeat themselves
-    (features/lookup.py); tensor_parallel: torchrun's processes, which share the model and all do
-    the same; trace: a file to write events to, see trace/; plain: run the core's own model and
-    attention, slowly, so that a breakpoint in model.py is reached.
+    module, whose weights are shared where device and dtype allow it, and followed when they change
+    (features/live.py), and its tokenizer; copy: of that module's weights, which takes their memory
+    once more, in the layout that is fastest here; dtype: "auto" is float32 on a CPU and bfloat16 on
+    CUDA; max_model_len: at most ten times the checkpoint's context; attention: "auto", "numba",
+    "triton", "flash" or "sdpa"; gpu_memory_utilization: share of the free GPU memory for the cache,
+    by default 0.9 (beside a live module the default pool of any device is a quarter of that: the
+    training has yet to take its part); cuda_graphs: replay decode steps; quantization: on a CPU
+    "int8", of the matrices and the inputs of all products (K and V are bfloat16), on a GPU "fp8";
+    deterministic: logits, and so tokens, bit for bit the same alone or in a batch, cold or warm,
+    slower where the products are a library's; prompt_lookup: on a CPU, at most so many guessed
+    tokens a step, sooner done where few texts run and repeat themselves (features/lookup.py);
+    tensor_parallel: torchrun's processes, which share the model and all do the same; trace: a file
+    to write events to, see trace/; plain: run the core's own model and attention, slowly, so that a
+    breakpoint in model.py is reached.
 
     Prompts may be one list, array or tensor of token ids, too, or a matrix with a prompt in each
     row. Outputs also have mask (0 for the tokens that a tool forced, else 1; in events of a stream,
@@ -261,9 +263,10 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
         self, model_path=None, step=None, tokenizer_path=None, device="auto", num_blocks=None,
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
         max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
-        tokenizer=None, gpu_memory_utilization=0.9, cuda_graphs=True, quantization=None,
-        deterministic=False, prompt_lookup=0, tensor_parallel=1, trace=None, victim=youngest,
-        admission=first_come, eviction=least_recently_used, plain=False, **overrides,
+        tokenizer=None, copy=False, gpu_memory_utilization=None, cuda_graphs=True,
+        quantization=None, deterministic=False, prompt_lookup=0, tensor_parallel=1, trace=None,
+        victim=youngest, admission=first_come, eviction=least_recently_used, plain=False,
+        **overrides,
     ):  # fmt: skip
         given = locals()
         policies = {"victim": victim, "admission": admission, "eviction": eviction}
@@ -272,12 +275,13 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
         check_process()
         asked = {
             "prompt_lookup": prompt_lookup, "tensor_parallel": tensor_parallel > 1, "model": model,
-            "tokenizer": tokenizer, "trace": trace, "deterministic": deterministic,
+            "tokenizer": tokenizer, "copy": copy, "trace": trace, "deterministic": deterministic,
         }  # fmt: skip
         for name, value in asked.items():
             if value not in (None, False):
                 needed(name)
-        self.gpu_memory_utilization, self.cuda_graphs = gpu_memory_utilization, cuda_graphs
+        self.gpu_memory_utilization, self.cuda_graphs = gpu_memory_utilization or 0.9, cuda_graphs
+        self.modest = model is not None and gpu_memory_utilization is None
         self.prompt_lookup = int(prompt_lookup)
         if tensor_parallel > 1:
             self.ranks = needed("tensor_parallel").Ranks(tensor_parallel, device)
@@ -289,11 +293,6 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
                 "is planned before the last one's tokens are known, and there is nothing to guess "
                 "from; leave it 0, or give device='cpu'"
             )
-        if model is None:
-            model_path, step = find_checkpoint(model_path, step)
-            found = read_checkpoint(model_path, step)
-        else:
-            found = needed("model").from_module(model)
         own = {
             "attention": attention, "quantization": quantization, "deterministic": deterministic,
             "ranks": self.ranks,
@@ -305,17 +304,21 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
                         needed(name, "fused.model")
                     what = f"the core alone, which has no {name}"
                     raise ValueError(f"plain=True runs {what}: leave it out")
-            check_length(max_model_len, found[0], device)
-            config, recipe, weights = found
-            recipe = (optional("sources.strict") or dataclasses).replace(recipe, **overrides)
-            with fits("weights", device):
-                self.model = make_model(
-                    config, recipe, weights, device, dtype, max_len=max_model_len
-                )
+
+            def build(config, recipe, weights):
+                check_length(max_model_len, config, device)
+                recipe = (optional("sources.strict") or dataclasses).replace(recipe, **overrides)
+                with fits("weights", device):
+                    return make_model(config, recipe, weights, device, dtype, max_len=max_model_len)
         else:
-            own |= {"share": model is not None, "max_len": max_model_len}
-            self.model = build_model(*found, device, dtype, **own, **overrides)
-            backend = self.model.backend
+            own |= {"share": model is not None and not copy, "max_len": max_model_len}
+            build = partial(build_model, device=device, dtype=dtype, **own, **overrides)
+        if model is None:
+            model_path, step = find_checkpoint(model_path, step)
+            self.model = build(*read_checkpoint(model_path, step))
+        else:
+            self.model = self._serve(model, build)
+        if backend := getattr(self.model, "backend", None):
             if block_size % backend.block_step:
                 raise ValueError(f"block_size={block_size}: {backend.block_step_reason}")
         if tokenizer is not None:
@@ -326,11 +329,10 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
         self.name = Path(model_path).name if model_path else type(model).__name__
         self._pick_classes()
-        with fits("the KV cache", device):
-            self._assemble(
-                self.model, tokenizer, max_batch_size, max_batched_tokens, max_model_len,
-                num_blocks, block_size, enable_prefix_caching, seed, **policies,
-            )  # fmt: skip
+        self._assemble(
+            self.model, tokenizer, max_batch_size, max_batched_tokens, max_model_len,
+            num_blocks, block_size, enable_prefix_caching, seed, **policies,
+        )  # fmt: skip
         if hasattr(self.runner, "record"):
             self.runner.record(self.max_batch_size, self.max_model_len)
         blocks = self.scheduler.blocks
@@ -385,6 +387,10 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
                 self._change(lambda: (self._settle(), trace.close()))
             finally:
                 trace.close()
+
+    def _make_memory(self, *args):
+        with fits("the KV cache", self.device):
+            return super()._make_memory(*args)
 
     def _check(self, prompt, params):
         if type(params) is sampler.SamplingParams:  # the core's own

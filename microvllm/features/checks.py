@@ -20,7 +20,7 @@ LEAST = {
     "max_batch_size": 1, "max_batched_tokens": 1, "tensor_parallel": 1, "step": 0,
 }  # fmt: skip
 OPTIONAL = "num_blocks", "max_model_len", "max_batch_size", "max_batched_tokens", "step"
-FLAGS = "enable_prefix_caching", "cuda_graphs", "deterministic", "plain"
+FLAGS = "enable_prefix_caching", "copy", "cuda_graphs", "deterministic", "plain"
 # of a model's Recipe: what its tensors do not tell
 CONSTANTS = "eps gate_scale qk_scale rope_base round_rotary short_window softcap".split()
 # parameters of a request that None turns off, which is their default
@@ -50,9 +50,12 @@ def check_arguments(given: dict) -> dict[str, Callable]:
     for name in POLICIES:
         if not callable(given[name]):
             raise TypeError(f"{name} must be a function, got {given[name]!r:.80}")
-    check_number("gpu_memory_utilization", given["gpu_memory_utilization"], 0.01, 1.0)
+    if given["gpu_memory_utilization"] is not None:
+        check_number("gpu_memory_utilization", given["gpu_memory_utilization"], 0.01, 1.0)
     if (given["model_path"] is None) == (given["model"] is None):
         raise TypeError("give either model_path or model (a live nanochat GPT module)")
+    if given["copy"] and given["model"] is None:
+        raise TypeError("copy=True is for a live module: give model, or leave it out")
     if given["model"] is not None and given["tokenizer"] is None is given["tokenizer_path"]:
         raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
     check_device(given["device"])

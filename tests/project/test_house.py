@@ -185,7 +185,8 @@ GONE = {
     ),
     "features/live.py": Gone(
         "features/live", ["LLM(model=object(), tokenizer=object())", "llm.update_weights({})",
-                          "LLM(MODEL, tokenizer=object())"]
+                          "LLM(MODEL, tokenizer=object())", "llm.sleep()", "llm.wake()",
+                          "LLM(model=object(), tokenizer=object(), copy=True)"]
     ),
     "features/logits.py": Gone(
         "features/logits",
@@ -507,7 +508,7 @@ def test_sizes():
     core = {name: count_lines(PACKAGE / f"{name}.py") for name in CORE}
     counts = {
         path.relative_to(ROOT).as_posix(): count_lines(path)
-        for folder in ("microvllm", "lab", "benchmarks")
+        for folder in ("microvllm", "lab", "examples", "benchmarks")
         for path in sorted((ROOT / folder).rglob("*.py"))
     }
     total = sum(count for name, count in counts.items() if name.startswith("microvllm/"))

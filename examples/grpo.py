@@ -1,0 +1,199 @@
+"""Reinforcement learning beside an engine: a model teaches itself to add.
+
+    python examples/grpo.py             # some four minutes on two cores
+
+The bundled model knows the sums of single digits, and few of larger numbers. A step of the training
+has three parts:
+
+    (1) roll out   the engine answers some questions, each of them several times (a group)
+    (2) reward     an answer is right, 1, or wrong, 0: nobody tells the model how to get there
+    (3) learn      tokens of answers that are better than the mean of their group become more
+                   probable, those of worse ones less: the policy gradient of GRPO (Shao et al.,
+                   "DeepSeekMath", 2024), less the mean alone, as nanochat has it
+
+Then the engine samples again, with the new weights, which it sees by itself. Before and after the
+training the model is asked sums that are not in it: does it learn them by heart, or to add?
+
+To try: another reward. It must be one that some answers of a group get already, since what is never
+tried is never reinforced. This model opens nanochat's calculator with a probability of exp(-24), so
+it will not find out in this way that it has one.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from examples.gpt import GPT, load
+from microvllm import LLM
+from microvllm.cli import terminal
+from microvllm.tokenizer import load_tokenizer
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+SUMS = [(a, b) for a in range(1, 16) for b in range(1, 16)]
+
+
+def prompt(llm: LLM, pair: tuple[int, int]) -> list[int]:
+    """The token ids of the question, up to where the answer begins."""
+    question = {"role": "user", "content": "What is {}+{}?".format(*pair)}
+    return llm.tokenizer.render_for_completion([question])
+
+
+def reward(pair: tuple[int, int], answer: str) -> float:
+    return float(answer.endswith(f" is {sum(pair)}."))
+
+
+class Rollouts(NamedTuple):
+    """P questions with G answers each. A row is a question and one of its answers, padded."""
+
+    ids: Tensor  # (P G, T) token ids
+    mask: Tensor  # (P G, T) 1 where a token was sampled; 0 in questions, padding, a tool's output
+    logprobs: Tensor  # (P G, T) in the distribution from which the engine drew the token
+    rewards: Tensor  # (P, G)
+
+
+def roll_out(llm: LLM, pairs: list, group: int, max_tokens: int, seed: int) -> Rollouts:
+    """(1) and (2). All answers run in one batch, and those of a group share the blocks of their
+    question in the KV cache. Question i is drawn with seed + i."""
+    prompts = [prompt(llm, pair) for pair in pairs]
+    # at temperature 1 and without filters the engine draws from what the module computes
+    results = llm.generate_batch(
+        prompts, num_samples=group, max_tokens=max_tokens, temperature=1.0, seed=seed, logprobs=True
+    )
+    rewards = [
+        [reward(pair, llm.tokenizer.decode(ids[len(asked) :], skip_special=True)) for ids in rows]
+        for pair, asked, rows in zip(pairs, prompts, results[0], strict=True)
+    ]
+    parts = [pad_sequence([torch.tensor(x) for xs in part for x in xs], True) for part in results]
+    return Rollouts(*parts, torch.tensor(rewards))
+
+
+def policy_loss(gpt: GPT, rollouts: Rollouts) -> tuple[Tensor, float]:
+    """(3). The loss, and how far the module's log-probabilities are from the engine's at most."""
+    targets, mask = rollouts.ids[:, 1:], rollouts.mask[:, 1:]
+    logprobs = gpt(rollouts.ids[:, :-1]).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    # the mask also leaves out what a tool forced, because the model did not choose it
+    difference = (logprobs - rollouts.logprobs[:, 1:]) * mask
+    # an answer is compared with its group, so an easy question earns nothing; a group in which all
+    # are right, or all wrong, teaches nothing
+    advantages = rollouts.rewards - rollouts.rewards.mean(1, keepdim=True)
+    # the importance ratio says how much more probable a token is now than when it was drawn. a
+    # batch is used once here, so it is 1 up to rounding, and its gradient is that of logprobs;
+    # whoever takes several steps on a batch also has to bound it, as PPO does
+    ratio = difference.exp()
+    loss = -(ratio * advantages.view(-1, 1) * mask).sum() / mask.sum().clamp(min=1)
+    return loss, difference.abs().max().item()
+
+
+def train(
+    gpt: GPT, llm: LLM, pairs: list, *, steps: int, prompts: int, group: int, max_tokens: int,
+    lr: float, seed: int,
+) -> tuple[list[float], float, float]:  # fmt: skip
+    """Train the module that the engine serves. Returns the mean reward of each step, the seconds of
+    all rollouts, and the seconds of all the rest."""
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr, betas=(0.9, 0.95), weight_decay=0)
+    rng, curve, sampling, learning = random.Random(seed), [], 0.0, 0.0
+    for step in range(steps):
+        start = time.perf_counter()
+        asked = rng.choices(pairs, k=prompts)
+        rollouts = roll_out(llm, asked, group, max_tokens, seed + step * prompts)
+        middle = time.perf_counter()
+        loss, difference = policy_loss(gpt, rollouts)
+        loss.backward()
+        optimizer.step()  # the engine takes the new weights when it samples next
+        optimizer.zero_grad()
+        end = time.perf_counter()
+        sampling, learning = sampling + middle - start, learning + end - middle
+        curve.append(rollouts.rewards.mean().item())
+        print(
+            f"{step + 1:4}  reward {curve[-1]:.2f} {'#' * round(30 * curve[-1]):30}  "
+            f"log-probabilities differ by {difference:.0e} at most  "
+            f"rollouts {middle - start:.2f} s, learning {end - middle:.2f} s", flush=True,
+        )  # fmt: skip
+    return curve, sampling, learning
+
+
+@torch.no_grad()
+def sample_plainly(gpt: GPT, ids: list[int], max_tokens: int, end: int) -> list[int]:
+    """What an engine is there for: one answer of the module alone, which computes all of the text
+    again for each token."""
+    for _ in range(max_tokens):
+        token = torch.multinomial(gpt(torch.tensor([ids]))[0, -1].softmax(-1), 1).item()
+        if token == end:
+            break
+        ids = [*ids, token]
+    return ids
+
+
+def draw(curve: list[float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    steps = range(1, len(curve) + 1)
+    last = [curve[max(0, i - 10) : i] for i in steps]
+    axes.plot(steps, curve, ".", color="#AAAAAA", label="a step")
+    axes.plot(steps, [sum(x) / len(x) for x in last], color="#0072B2", label="mean of ten")
+    axes.set(xlabel="step", ylabel="reward", ylim=(0, 1.02))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    print(f"written: {path}")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.group < 2:
+        raise ValueError("--group 1: an answer needs others to be compared with, give 2 or more")
+    if not 0 < args.lr < 1:
+        raise ValueError(f"--lr {args.lr}: give a number between 0 and 1")
+    args.out.mkdir(parents=True, exist_ok=True)
+    sizes = {name: getattr(args, name) for name in "steps prompts group max_tokens lr seed".split()}
+    pairs = random.Random(args.seed).sample(SUMS, len(SUMS))
+    held_out, pairs = pairs[:45], pairs[45:]
+    gpt, tokenizer = load(MODELS / "oldbooks-d6"), load_tokenizer(MODELS / "tokenizer")
+    # the copy of the weights has the layout that is fastest for the engine
+    with LLM(model=gpt, tokenizer=tokenizer, copy=True, device="cpu") as llm:
+        exam = held_out, 8, args.max_tokens, args.seed
+        first = roll_out(llm, *exam).rewards.mean()
+        curve, sampling, learning = train(gpt, llm, pairs, **sizes)
+        last = roll_out(llm, *exam).rewards.mean()
+        start, end = time.perf_counter(), tokenizer.encode_special("<|assistant_end|>")
+        for pair in pairs[:16]:
+            sample_plainly(gpt, prompt(llm, pair), args.max_tokens, end)
+        plain = (time.perf_counter() - start) / 16 * args.steps * args.prompts * args.group
+    print(f"\nreward of sums never trained on: {first:.2f} at the beginning, {last:.2f} at the end")
+    for name, seconds in ("by the engine", sampling), ("one at a time (from 16 answers)", plain):
+        print(f"rollouts {name}: {seconds:.1f} s, {seconds / (seconds + learning):.0%} of the time")
+    try:
+        draw(curve, args.out / "grpo.png")
+    except ImportError:
+        print("a picture needs matplotlib: pip install 'microvllm[lab]'")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = terminal.Parser(prog="grpo.py", description=__doc__)
+    for name, kind, default, told in (
+        ("steps", terminal.positive, 50, "of the training"),
+        ("group", terminal.positive, 8, "answers to each question"),
+        ("prompts", terminal.positive, 16, "questions a step"),
+        ("max-tokens", terminal.positive, 16, "of an answer"),
+        ("lr", float, 1e-4, "learning rate"),
+        ("seed", int, 0, "of the questions and of the answers"),
+        ("out", Path, "lab-results", "folder for grpo.png"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{told} (%(default)s)")
+    parser.set_defaults(command=run)
+    terminal.execute(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
