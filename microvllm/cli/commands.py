@@ -305,6 +305,47 @@ def score(args: argparse.Namespace) -> None:
             terminal.show_ranking(row["prompt"], ranked)
 
 
+def eval(args: argparse.Namespace) -> None:
+    """Run tasks of lm-evaluation-harness, all requests of a kind at once."""
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ValueError(f"--num-fewshot must be 0 or more, got {args.num_fewshot}")
+    if args.include_path and not Path(args.include_path).is_dir():
+        raise ValueError(f"--include-path: {args.include_path} is not a folder")
+    output = args.output and Path(args.output).absolute()
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"--output: {args.output} is no file in a folder that is there")
+    from ..evals import evaluate, find_tasks
+
+    names = [name.strip() for name in args.tasks.split(",")]
+    manager, tasks = find_tasks(names, args.include_path)
+    with load(args) as llm:
+        if args.chat and not llm.tokenizer.has_chat:
+            raise ValueError("--chat: the tokenizer has no chat tokens, leave it out")
+        results = evaluate(
+            llm, tasks, manager, num_fewshot=args.num_fewshot, limit=args.limit,
+            apply_chat_template=args.chat, log_samples=False,
+        )  # fmt: skip
+    if results is None:  # on all ranks but the first
+        return
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    text = json.dumps(results, default=handle_non_serializable)
+    if args.json:
+        terminal.say(text)
+    else:
+        terminal.say(make_table(results))
+        if results.get("groups"):
+            terminal.say(make_table(results, "groups"))
+        found = results["engine"]
+        hits = f"{found['hit_rate']:.0%} of {found['prompt_tokens']} prompt tokens cached"
+        terminal.note(f"{found['seconds']} s, {found['tokens_per_second']} tokens/s; {hits}")
+    if output:
+        try:
+            output.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:  # what was found is on stdout
+            args.error(f"--output: {error}")
+
+
 def info(args: argparse.Namespace) -> None:
     """What a checkpoint is and takes, without loading it: its files are mapped."""
     engine()

@@ -84,6 +84,17 @@ $ --file rows.jsonl    # each {"prompt": "...", "continuations": ["...", ...]}
 texts* PROMPT CONTINUATION  a prompt and what may follow it
 --file FILE                 such rows, in .jsonl, .json or .parquet
 """
+EVAL = """run tasks of lm-evaluation-harness (microvllm[eval])
+$ -m sft --tasks arc_easy,gsm8k --chat -o results.json
+$ -m base --tasks hellaswag --num-fewshot 10 --limit 200
+$ --tasks mine --include-path my_tasks/
+--tasks! NAME,...        tasks, groups or tags; * matches any letters
+--include-path DIR       a folder with tasks of your own (YAML)
+--num-fewshot int N      examples in front of each question (what the task says)
+--limit positive N       questions of each task, the first ones (all)
+--chat                   as conversations, examples as turns (plain text)
+-o --output FILE         where the results go, with what they cost, as JSON
+"""
 INFO = f"""say what a checkpoint is and takes
 $
 $ base:d20
@@ -163,6 +174,7 @@ PAGES = {
     commands.batch: BATCH + ENGINE + RAW + sampling(128, 0.8, 50),
     commands.bench: BENCH + ALPACA + RANDOM,
     commands.score: SCORE + ENGINE + RAW,
+    commands.eval: EVAL + ENGINE,
     commands.info: INFO + MODEL,
     commands.convert: CONVERT,
     commands.lab: LAB,

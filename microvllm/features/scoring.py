@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine import LLM, Request, Runner, name_errors
+from ..engine import LLM, Request, RequestOutput, Runner, name_errors
 from ..sampler import SamplingParams, cap_logits, on
 from ..scheduler import Plan, Scheduler, Sequence
 
@@ -24,6 +24,7 @@ class ScoredSequence(Sequence):
         super().__init__(request_id, prompt, params, len(prompt) + len(targets))
         self.targets = targets  # the log-probability of each is wanted, given all before it
         self.scores: list[float | None] = [None] * len(targets)
+        self.greedy: list[bool | None] = [None] * len(targets)  # is it what temperature 0 draws?
         self.tokens.extend(targets[:-1])
 
     def after(self, first: int, stop: int) -> slice:
@@ -59,9 +60,11 @@ class ScoringScheduler(Scheduler):
 
     def update(self, plan: Plan, token_ids: list[int]) -> list[Sequence]:
         changed = super().update(plan, token_ids)
-        scores = iter(plan.results["scores"] if plan.scored else ())
+        scores, greedy = (iter(plan.results.get(name, ())) for name in ("scores", "greedy"))
         for _, seq, first, stop in plan.scored:
-            seq.scores[seq.after(first, stop)] = islice(scores, stop - first)
+            span = seq.after(first, stop)
+            seq.scores[span] = islice(scores, stop - first)
+            seq.greedy[span] = islice(greedy, stop - first)
             if stop == len(seq.tokens) and not seq.finish_reason:
                 changed.append(seq)
                 self.finish(seq, "length")
@@ -94,29 +97,33 @@ class ScoringRunner(Runner):
         if plan.scored:
             parts = [seq.targets[seq.after(*span)] for _, seq, *span in plan.scored]
             count = len(plan.samples)
-            plan.results["scores"] = self.score(h[count:], [*chain(*parts)])
+            found = self.score(h[count:], [*chain(*parts)])
+            plan.results["scores"], plan.results["greedy"] = found
             h = h[:count]
         return super().draw(plan, batch, h)
 
-    def score(self, h: Tensor, targets: list[int]) -> Tensor:
-        """(S, C) rows of `forward` to (S,) the log-probability of each row's target, in slices of
-        64 MB of logits."""
-        model, softcap, scores = self.model, self.model.recipe.softcap, []
+    def score(self, h: Tensor, targets: list[int]) -> tuple[Tensor, Tensor]:
+        """(S, C) rows of `forward` to (S,) the log-probability of each row's target, and (S,) bool
+        whether it is what temperature 0 draws, in slices of 64 MB of logits."""
+        model, softcap, scores, greedy = self.model, self.model.recipe.softcap, [], []
         size = self.rows_at_once or max(1, 2**24 // model.config.vocab_size)
         for rows, wanted in zip(h.split(size), on(h.device, targets).split(size), strict=True):
-            logits = cap_logits(model.logits(rows), softcap)
+            logits = model.logits(rows)
+            greedy.append(logits.argmax(-1) == wanted)  # before the cap, as `sample` has it
+            logits = cap_logits(logits, softcap)
             scores.append(-F.cross_entropy(logits, wanted, reduction="none"))
-        return torch.cat(scores)
+        return torch.cat(scores), torch.cat(greedy)
 
     def read(self, plan: Plan) -> list[int]:
         token_ids = super().read(plan)
         if plan.scored:
-            plan.results["scores"] = plan.results["scores"].tolist()
+            for name in ("scores", "greedy"):
+                plan.results[name] = plan.results[name].tolist()
         return token_ids
 
 
 class ScoringLLM(LLM):
-    """An engine with `score`."""
+    """An engine with `score` and `judge`."""
 
     def score(self, prompts, continuations) -> list[list[float]]:
         """The model's log-probability of each token of continuations[i] after prompts[i].
@@ -125,6 +132,11 @@ class ScoringLLM(LLM):
         own, without BOS. Equal beginnings of prompts are computed once, long texts in chunks and
         slices of bounded memory.
         """
+        return [output["logprobs"] for output in self.judge(prompts, continuations)]
+
+    def judge(self, prompts, continuations, use_tqdm: bool = False) -> list[RequestOutput]:
+        """The outputs of the requests that `score` makes: with `logprobs`, and `greedy`, of each
+        token whether temperature 0 would have drawn it. use_tqdm: show a progress bar."""
         for name, texts in ("prompts", prompts), ("continuations", continuations):
             if not isinstance(texts, (list, tuple)):
                 raise TypeError(f"{name} must be a list, got {texts!r:.80}")
@@ -133,14 +145,14 @@ class ScoringLLM(LLM):
         pairs = zip(prompts, continuations, strict=True)
         checked = name_errors("prompts[{0}], continuations[{0}]", self._check_pair, pairs)
         requests = [self._request(*pair, owned=True) for pair in checked]
-        deque(self._steps(requests), maxlen=0)
-        return [request.output["logprobs"] for request in requests]
+        deque(self._steps(requests, use_tqdm), maxlen=0)
+        return [request.output for request in requests]
 
     def add_request(
         self, prompt, sampling_params: SamplingParams | None = None, *, continuation=None, **options
     ) -> int:
         """As in the core. With a continuation (text or ids) nothing is written: the output has its
-        logprobs, as in score."""
+        logprobs and greedy, as in judge."""
         if continuation is None:
             return super().add_request(prompt, sampling_params, **options)
         self._check_options(options)
@@ -178,7 +190,7 @@ class ScoringLLM(LLM):
         return {
             "request_id": request.id, "prompt_token_ids": request.prompt,
             "num_cached_tokens": seq.num_cached or 0, "finish_reason": seq.finish_reason,
-            "logprobs": seq.scores,
+            "logprobs": seq.scores, "greedy": seq.greedy,
         }  # fmt: skip
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 MAX_LINE = 2**24  # bytes of a row; what is longer is no prompt
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -113,25 +116,82 @@ def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict | 
             file = pyarrow.parquet.ParquetFile(source, read_dictionary=texts)
             there = file.schema_arrow.names
             names = there if columns is None else [name for name in columns if name in there]
-            for i in range(file.num_row_groups):
-                _check_group(file.metadata.row_group(i), leaves, names, path)
+            for i, sizes in enumerate(_column_sizes(source)):
+                _check_group(sizes, leaves, names, path)
                 for batch in file.iter_batches(1024, row_groups=[i], columns=names):
                     yield from _unfold(batch)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UnreadableFile(f"{path}: not a Parquet file that can be read: {error}") from None
 
 
-def _check_group(group, leaves: list, names: list[str], path: Path) -> None:
+def _check_group(
+    sizes: list[tuple[int, int, int]], leaves: list, names: list[str], path: Path
+) -> None:
     """Raises ValueError for pages that unfold to far more than they are, or values without end."""
+    if len(sizes) != len(leaves):
+        raise OSError(f"its footer is damaged: {len(sizes)} columns of {len(leaves)}")
     small = size = 0
-    for i, leaf in enumerate(leaves):
+    for (num_values, unfolded, compressed), leaf in zip(sizes, leaves, strict=True):
         if leaf.path.split(".")[0] in names:
-            part = group.column(i)
-            small += part.total_compressed_size
-            size += max(part.total_uncompressed_size, part.num_values * max(8, leaf.length or 0))
+            small += compressed
+            size += max(unfolded, num_values * max(8, leaf.length or 0))
     if size > max(2**28, 64 * small):
         told = f"{small:,} bytes unfold to {size:,}: write it in smaller row groups"
         raise ValueError(f"{path}: {told}")
+
+
+def _column_sizes(source: BinaryIO) -> list[list[tuple[int, int, int]]]:
+    """Values, bytes, and compressed bytes of each column of each row group, as the footer has them.
+    pyarrow can tell them as well, but a damaged footer then ends the process."""
+    source.seek(-8, os.SEEK_END)
+    length = int.from_bytes(source.read(4), "little")
+    source.seek(-8 - length, os.SEEK_END)
+    try:
+        groups = _thrift(iter(source.read(length)), 12)[4]
+        parts = [[column[3] for column in group[1]] for group in groups]
+        return [[(part[5], part[6], part[7]) for part in columns] for columns in parts]
+    except (LookupError, TypeError, ValueError, RecursionError, StopIteration) as error:
+        raise OSError(f"its footer is damaged ({type(error).__name__})") from None
+
+
+def _thrift(data: Iterator[int], kind: int) -> Any:
+    """The next value of Thrift's compact protocol, in which a footer is written; a struct is a dict
+    by the numbers of its fields. Raises LookupError or StopIteration for what is none."""
+    match kind:
+        case 1 | 2:  # a field that is true, or false, by its kind
+            return kind == 1
+        case 3:
+            return next(data)
+        case 4 | 5 | 6:
+            number = _varint(data)
+            return number >> 1 ^ -(number & 1)
+        case 7 | 8:
+            return bytes(islice(data, 8 if kind == 7 else _varint(data)))
+        case 9 | 10:
+            head = next(data)
+            count = _varint(data) if head >> 4 == 15 else head >> 4
+            return [_thrift(data, max(head & 15, 3)) for _ in range(count)]
+        case 11:
+            count = _varint(data)
+            kinds = divmod(next(data), 16) if count else ()
+            return [[_thrift(data, max(kind, 3)) for kind in kinds] for _ in range(count)]
+        case 12:
+            fields, field = {}, 0
+            while head := next(data):
+                field = field + (head >> 4) if head >> 4 else _thrift(data, 4)
+                fields[field] = _thrift(data, head & 15)
+            return fields
+    raise LookupError(kind)
+
+
+def _varint(data: Iterator[int]) -> int:
+    number = 0
+    for shift in range(0, 64, 7):
+        byte = next(data)
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number
+    raise LookupError("a number without end")
 
 
 def _unfold(batch) -> Iterator[dict | ValueError]:

@@ -78,7 +78,8 @@ def process(*flags: str, **kwargs) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-    "sub", [[], *([name] for name in "run chat batch bench score info convert lab trace".split())]
+    "sub",
+    [[], *([name] for name in "run chat batch bench score eval info convert lab trace".split())],
 )
 def test_help_shows_examples_that_parse(sub, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -125,6 +126,12 @@ def test_help_is_instant():
         (["score", "a prompt", ""], "no continuation empty"),
         (["score", "--file", "absent.jsonl"], "absent.jsonl"),
         (["score", *SMALL, "a prompt", "word " * 2000], "continuations[0]"),
+        (["eval"], "--tasks"),
+        (["eval", "--tasks", "x", "--num-fewshot", "-1"], "--num-fewshot must be 0 or more"),
+        (["eval", "--tasks", "x", "--limit", "0"], "--limit"),
+        (["eval", "--tasks", "x", "--include-path", "absent"], "--include-path: absent"),
+        (["eval", "--tasks", "x", "-o", "absent/results.json"], "--output: absent/results.json"),
+        (["eval", "--tasks", "x", "-o", str(ROOT)], "--output: "),
         (["info", "no/such/place"], "no/such/place"),
         (["info", "--device", "abacus"], "abacus"),
         (["info", "--recipe", "charm=3"], "charm"),
@@ -140,6 +147,13 @@ def test_help_is_instant():
 )
 def test_a_mistake_is_one_line_and_status_2(flags, named, mistake):
     assert named in mistake(*flags)
+
+
+def test_evaluations_name_the_package_that_they_need(mistake, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("microvllm.evals", "microvllm.evals.harness"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert "pip install 'microvllm[eval]'" in mistake("eval", "--tasks", "arc_easy")
 
 
 def test_a_model_that_completes_only_text_cannot_chat(mistake, monkeypatch):

@@ -32,9 +32,10 @@ def test_scores_are_computed_in_slices_of_64_mb_of_logits():
 
     config, recipe = SimpleNamespace(vocab_size=2**22), SimpleNamespace(softcap=0)
     model = SimpleNamespace(config=config, recipe=recipe, logits=logits)
-    found = ScoringRunner(model, None, None).score(h, targets)
+    found, greedy = ScoringRunner(model, None, None).score(h, targets)
     assert sizes == [4, 4, 2]
     torch.testing.assert_close(found, h.log_softmax(-1)[range(10), targets])
+    assert greedy.tolist() == [i == t for i, t in zip(h.argmax(-1), targets, strict=True)]
 
 
 def test_a_multiple_choice_question_is_answered_by_scores(llm):
@@ -69,6 +70,21 @@ def test_scores_are_the_log_softmax_of_a_plain_forward(budget):
             wanted = torch.log_softmax(logits, -1)[range(len(ids) - 1, len(tokens) - 1), tail]
             assert torch.tensor(got).sub(wanted).abs().max() < 1e-4
             assert len(got) == len(tail)
+
+
+@pytest.mark.parametrize("budget", [3, 1000])
+def test_a_continuation_that_temperature_0_writes_is_judged_greedy_to_its_last_token(budget):
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with LLM(MODEL, num_blocks=60, max_batched_tokens=budget) as llm:
+        prompts = ["It was the best of times,", "My uncle"]
+        written = [o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)]
+        other = [[*ids[:5], ids[5] ^ 1, *ids[6:]] for ids in written]
+        found = llm.judge(prompts * 2, written + other)
+        scores = llm.score(prompts * 2, written + other)
+    assert [o["logprobs"] for o in found] == [pytest.approx(s, abs=1e-5) for s in scores]
+    assert [o["greedy"] for o in found[:2]] == [[True] * 12] * 2
+    for output in found[2:]:
+        assert output["greedy"][:6] == [True] * 5 + [False]
 
 
 def test_a_prompt_whose_every_block_is_cached_is_still_judged_from_its_last_token(llm):
@@ -114,6 +130,7 @@ def test_what_was_not_judged_has_no_log_probability(llm):
     llm.abort(number)
     (output,) = llm.step()
     assert output["finish_reason"] == "abort" and output["logprobs"] == [None] * 30
+    assert output["greedy"] == [None] * 30
 
 
 def test_an_empty_continuation_is_named(llm):

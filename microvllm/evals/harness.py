@@ -1,0 +1,202 @@
+"""A model class for lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+
+    from lm_eval import simple_evaluate
+    from microvllm import LLM
+    from microvllm.evals import HarnessLM
+
+    simple_evaluate(HarnessLM(LLM("sft")), tasks=["arc_easy"])
+
+The harness asks in texts and hands over all requests of a kind at once. They become token ids as in
+its Hugging Face model, and one call of the engine, which batches them and computes what they begin
+with once. The harness finds no models in other packages; once this module is imported it knows
+"microvllm", also on its own command line:
+
+    python -c "import microvllm.evals, lm_eval.__main__ as m; m.cli_evaluate()" \\
+        --model microvllm --model_args model_path=sft --tasks arc_easy
+"""
+
+import re
+from itertools import chain
+from pathlib import Path
+
+try:
+    import lm_eval.models  # noqa: F401, which the harness leaves out once one model is registered
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import (
+        get_rolling_token_windows,
+        make_disjoint_window,
+        simple_parse_args_string,
+    )
+except ImportError as error:
+    what = f"evaluations need lm-eval 0.4.10 or later ({error}): pip install 'microvllm[eval]'"
+    raise ModuleNotFoundError(what, name=error.name) from None
+
+COUNTERS = "prompt_tokens cached_tokens output_tokens prefill_seconds decode_seconds".split()
+
+
+@register_model("microvllm")
+class HarnessLM(TemplateLM):
+    """An LLM as the harness sees it.
+
+    llm: the engine, which is not closed here; max_gen_toks: new tokens at most, where a task does
+    not say. A context begins with BOS, and alone it stands for an empty one. What is too long is
+    cut from the left to `max_length` tokens of input. The engine counts the last token too, which
+    is only predicted: for a model's whole context, as the harness's Hugging Face model takes it,
+    give LLM(..., max_model_len=) one more than that.
+    """
+
+    def __init__(self, llm, max_gen_toks: int = 256):
+        super().__init__()
+        self.llm, self.max_gen_toks = llm, max_gen_toks
+        self.max_length = llm.max_model_len - 1
+        self._marks = re.compile(f"({'|'.join(map(re.escape, llm.tokenizer.special_tokens))})")
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None):
+        """The harness's --model_args are the arguments of LLM, such as model_path. Of what it adds,
+        the batch size is the scheduler's own, and cuda:0 also stands for the best there is."""
+        from .. import LLM
+
+        options = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        options.pop("batch_size", None)
+        if options.get("device") == "cuda:0":
+            options["device"] = "auto"
+        return cls(LLM(**options | arg_dict))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None):
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    # text -----------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.llm.tokenizer.bos_id  # nanochat's documents begin with it, and have no end
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "nanochat"  # the chat template, of which the harness caches what it makes
+
+    def get_model_info(self) -> dict:
+        """What the results say of the model."""
+        model = self.llm.model
+        return {"model": self.llm.name, "model_dtype": str(model.dtype), "era": model.recipe.era}
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
+        """Token ids of a text, with BOS in front unless add_special_tokens is False. In a text that
+        begins with the name of BOS, as the chat template's do, names of special tokens are these
+        tokens."""
+        tokenizer = self.llm.tokenizer
+        if not string.startswith("<|bos|>"):
+            return tokenizer.encode(string, bos=add_special_tokens is not False)
+        special, parts = tokenizer.special_tokens, self._marks.split(string)
+        ids = ([special[x]] if x in special else tokenizer.encode(x) for x in parts)
+        return [*chain(*ids)]
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
+        """The text of a conversation for `tok_encode`. Without add_generation_prompt the last
+        message is the beginning of an answer, that the model goes on with."""
+        tokenizer = self.llm.tokenizer
+        text = tokenizer.decode(tokenizer.render_for_completion(chat_history))
+        return text if add_generation_prompt else text + chat_history[-1]["content"]
+
+    # requests -------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
+        """Of each (texts, context's ids, continuation's ids) the log-probability of the
+        continuation, and whether it is what greedy decoding writes."""
+        prompts, tails = [], []
+        for texts, context, tail in requests:
+            if not 0 < len(tail) <= self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(tail)} tokens after a context of {len(context)}, and "
+                    f"it must have 1 to {self.max_length} (max_length): {texts!r:.200}"
+                )
+            prompts.append(context[len(tail) - self.max_length - 1 :])
+            tails.append(tail)
+        outputs = self.llm.judge(prompts, tails, use_tqdm=not disable_tqdm)
+        return [(sum(output["logprobs"]), all(output["greedy"])) for output in outputs]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each text after BOS: of its first max_length tokens, then of each
+        further stretch given all that fits before it."""
+        windows = []  # (text's number, context's ids, predicted ids)
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            rolled = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            windows += [(i, *make_disjoint_window(window)) for window in rolled]
+        totals = [0.0] * len(requests)
+        found = self._loglikelihood_tokens(windows, disable_tqdm)
+        for (i, *_), (total, _) in zip(windows, found, strict=True):
+            totals[i] += total
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The text after each context, up to the first of the strings `until` or the end of the
+        answer. Other generation_kwargs are those of SamplingParams; greedy by default."""
+        prompts, params = [], []
+        for context, given in (request.args for request in requests):
+            options = normalize_gen_kwargs(given, self.max_gen_toks)
+            if (room := self.max_length - options["max_gen_toks"]) < 1:
+                raise ValueError(
+                    f"max_gen_toks={options['max_gen_toks']} leaves no room for a prompt: both "
+                    f"must fit into {self.max_length} tokens (max_length); give a lower one"
+                )
+            options = {"temperature": 0.0} | options
+            options["max_tokens"] = options.pop("max_gen_toks")
+            if until := [text for text in options.pop("until") if text]:
+                options["stop"] = until
+            del options["do_sample"]  # which the temperature says
+            if options.get("num_beams") == 1:  # no beam search
+                del options["num_beams"]
+            try:
+                params.append(self.llm.params_class(**options))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"generation_kwargs {given}: {error}") from None
+            prompts.append(self.tok_encode(context)[-room:])
+        outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
+        for i, output in enumerate(outputs):
+            if output["finish_reason"] not in ("stop", "length"):
+                raise RuntimeError(f"request {i}: {output['finish_reason']}, {output.stop_reason}")
+        return [output["text"] for output in outputs]
+
+
+def find_tasks(names: list[str], include_path: str | Path | None = None):
+    """The harness's TaskManager, and the names of the tasks, groups and tags that `names` match,
+    which may have * in them. include_path: a folder with further tasks (YAML; they may name Python
+    functions, which the harness runs). Raises ValueError for a name or folder that is not there."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path and not Path(include_path).is_dir():
+        raise ValueError(f"include_path {str(include_path)!r} is not a folder")
+    manager = TaskManager(include_path=include_path)
+    for name in names:
+        if not manager.match_tasks([name]):
+            known = f"the harness knows {len(manager.all_tasks)}: `lm_eval ls tasks` lists its own"
+            raise ValueError(f"there is no task {name!r}; {known}, include_path adds others")
+    return manager, manager.match_tasks(names)
+
+
+def evaluate(llm, tasks: list[str], task_manager=None, **options) -> dict | None:
+    """What lm_eval.simple_evaluate returns for these tasks (None on all ranks of a model but the
+    first), and under "engine" what it cost: prompt_tokens, of which cached_tokens came from the
+    prefix cache, a share of hit_rate; output_tokens; seconds in the engine, and prompt and output
+    tokens per second. options: of simple_evaluate, such as num_fewshot and limit."""
+    from lm_eval import simple_evaluate
+
+    before = llm.stats()
+    results = simple_evaluate(HarnessLM(llm), tasks=tasks, task_manager=task_manager, **options)
+    if results is not None:
+        stats = llm.stats()
+        found = {name: stats[name] - before[name] for name in COUNTERS}
+        seconds = found.pop("prefill_seconds") + found.pop("decode_seconds")
+        tokens = found["prompt_tokens"] + found["output_tokens"]
+        found["hit_rate"] = round(found["cached_tokens"] / max(1, found["prompt_tokens"]), 4)
+        found["seconds"] = round(seconds, 3)
+        found["tokens_per_second"] = round(tokens / seconds, 1) if seconds else 0.0
+        results["engine"] = found
+    return results
