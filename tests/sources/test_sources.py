@@ -680,7 +680,7 @@ def test_a_module_of_two_dtypes_in_another_order_is_read_right(era, halves):
 @pytest.mark.parametrize("era", ["era5"], indirect=True)
 def test_what_is_no_nanochat_module_is_refused_by_name(era):
     for other in (torch.nn.Linear(2, 2), Live(SimpleNamespace(hidden_size=4), {}), {}, "sft"):
-        with pytest.raises(TypeError, match=f"nanochat GPT module, got {type(other).__name__}"):
+        with pytest.raises(TypeError, match=f"nanochat GPT module .*, got {type(other).__name__}"):
             from_module(other)
     with pytest.raises(ValueError, match="the module Live: .*num_experts"):
         from_module(live(era, num_experts=8, top_k=2))
