@@ -45,7 +45,7 @@ from test_trace import compare
 from lab import policies
 from microvllm import SamplingParams, scheduler
 from microvllm.cli.terminal import Parser, positive
-from microvllm.features.calculator import Calculator
+from microvllm.features.calculator import Calculator, ToolDecoder
 from microvllm.sampler import noise
 from microvllm.trace import Replay, attach, make_trace
 
@@ -272,7 +272,8 @@ class Reader:
             if first <= len(given):
                 self.reference.follow(prompt + given, weights)
         tool = Calculator(self.tokenizer) if asked["tools"] else None
-        push, text, tokens, forced = self.tokenizer.decoder(), "", list(prompt), []
+        push = ToolDecoder(self.tokenizer) if tool else self.tokenizer.decoder()
+        text, tokens, forced = "", list(prompt), []
         ended, reason, held = None, None, 0
         ends = found["finish_reason"]
         for i, token in enumerate([*given, *[None] * (ends == "error")]):

@@ -94,7 +94,7 @@ def test_a_shell_may_close_any_stream(closed, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "Who wrote Emma?"}\n')
     batch = f"batch {source} -o {output} --num-blocks 40"
-    for line in (batch, "run --num-blocks 40 hi", "run --num-blocks 40 hi there", "chat"):
+    for line in (batch, "run --num-blocks 40 hi", "chat"):
         shell = f"{sys.executable} -m microvllm {line} {closed}"
         done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, stdin=-3)
         assert (done.returncode, done.stderr) == (0, b""), line
@@ -104,7 +104,7 @@ def test_a_shell_may_close_any_stream(closed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("line", ["run hi", "run hi there", "run --json hi", "info"])
+@pytest.mark.parametrize("line", ["run hi", "info"])
 def test_a_full_disk_is_told_in_one_line(line):
     shell = f"{sys.executable} -m microvllm {line} > /dev/full"
     done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, stdin=-3)

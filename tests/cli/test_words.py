@@ -223,7 +223,8 @@ def test_ctrl_c_at_any_moment_leaves_no_traceback(words, seconds):
     time.sleep(seconds)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert (child.returncode, err) == (130, b"")
+    # -2: Python itself was about to end, and does so by the signal
+    assert child.returncode in (130, -2) and err == b""
 
 
 @pytest.mark.slow

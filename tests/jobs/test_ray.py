@@ -120,7 +120,7 @@ def test_an_own_pipeline_and_a_refused_engine_on_the_node_that_is_left(
     with pytest.raises(SystemExit) as stop:
         cli.main(["batch", str(source), "-o", str(output), "--ray", address, "--num-blocks", "1"])
     assert stop.value.code == 2 and not output.exists()
-    assert "a replica: num_blocks" in capsys.readouterr().err
+    assert "a replica: --num-blocks" in capsys.readouterr().err
 
 
 LISTENERS = """
