@@ -272,6 +272,7 @@ def test_samples_of_one_prompt_fork_in_an_eager_step_and_go_on_in_graphs(pair):
     assert {step.rows for step in llm.seen if step.graph} == {4, 1}
 
 
+@pytest.mark.slow
 def test_new_weights_are_in_the_graphs_at_once(pair):
     llm, plain = pair
     work = [([5, 6, 7], sampling(4, 0.0))]
@@ -327,7 +328,9 @@ def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch)
 # steps of a few rows ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ERAS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(e, marks=[pytest.mark.slow] * (e != "era5")) for e in ERAS]
+)
 def test_few_rows_are_what_the_model_makes_of_them(name):
     """The logits, and what is written to the cache; contexts within the windows and beyond."""
     llm = build(name, False, device="cuda" if CUDA else "cpu", max_model_len=150)

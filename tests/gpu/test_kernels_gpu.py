@@ -390,8 +390,11 @@ def test_masked_and_impossible_tokens_are_never_drawn(softcap):
     assert tokens == [3000, 3000, 3001, 4100, 4100, 4100]
 
 
-@pytest.mark.parametrize("vocab", [50, pytest.param(5000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab, dtype", [
+    pytest.param(50, torch.float32),
+    pytest.param(50, torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param(5000, torch.float32, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_sample_with_filters(dtype, vocab):
     """What top_k, top_p and min_p leave is what the reference leaves, ties and all; mixed with
     greedy rows and rows without any."""

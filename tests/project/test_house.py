@@ -269,7 +269,7 @@ GONE = {
     "nanochat": Gone("nanochat", ["from microvllm.nanochat import Engine"]),
     "full.py": Gone("", []),
 }  # fmt: skip
-FAST = "features", "cpu"  # the largest of them, and what nobody misses who has no numba
+FAST = ("features",)  # the largest of them
 
 
 @functools.cache

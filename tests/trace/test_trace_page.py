@@ -20,7 +20,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 HOSTILE = "</script><img src=x onerror='window.hit=1'><!-- & \u2028 {} <b>bold</b>"
 COUNTS = ("used", "part", "shared", "cached", "blank", "running", "waiting")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # a browser
 
 
 @pytest.fixture(scope="module")
