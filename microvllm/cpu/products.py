@@ -19,15 +19,15 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.linear import Linear, stack
-from .vectors import CPU, EXACT, FAST, LANES, kept, one_at_a_time, threads_for, vectorised
+from .vectors import EXACT, FAST, FOUR_BYTES, LANES, TWO_SHORTS, kept, one_at_a_time, threads_for, vectorised
 
 _f32 = np.float32
 
 # outputs whose weights lie together: two registers of them, so many rows, and the registers that
 # are left hold the sums. 0: a processor without the instructions that this is made for
 PANEL = 2 * LANES if LANES > 4 else 0
-# the same, for int8: the instruction that multiplies four bytes in each lane
-PANEL8 = PANEL if ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU else 0
+# the same, for int8: an instruction that adds up products of integers
+PANEL8 = PANEL if FOUR_BYTES or TWO_SHORTS else 0
 _ROWS = 12 if LANES == 16 else 6
 _SOON = 768 // PANEL if PANEL else 0  # inputs whose weights are 3 KB
 _DEPTH = 1024  # inputs at a time: the weights of a panel for them stay in the cache
@@ -203,14 +203,14 @@ def quantize_rows_into(x, levels, threads, q, scale):
                 greatest = max(greatest, bits[c] & np.int32(0x7FFFFFFF))
             most = max(np.int32(greatest).view(np.float32), _f32(1e-30))
             scale[t, 0] = most / levels
-            steps = levels / most
+            steps, zero = levels / most, levels + _f32(1.5)
             for c in range(xt.size):
-                qt[c] = np.uint8(np.int32(xt[c] * steps + _f32(128.5)))
+                qt[c] = np.uint8(np.int32(xt[c] * steps + zero))
 
 
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """x (T, C), rotated, as integers from -levels to levels, stored plus 128: (T, C) uint8, and
-    what one of them is worth in each row, (T, 1) float32."""
+    """x (T, C), rotated, as integers from -levels to levels, stored plus levels + 1: (T, C) uint8,
+    and what one of them is worth in each row, (T, 1) float32."""
     q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
     with one_at_a_time:
         threads = threads_for(1 + len(x) // 8)
@@ -304,14 +304,15 @@ class Int8(Linear):
         whole, self.scale = _int8(parts)
         self.zeros = torch.zeros(len(whole), dtype=torch.int64)
         self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
-        # without the instructions for them, sums of two products of int8 are held in 16 bits
+        # without the instructions for them, sums of two products of bytes are held in 16 bits: of
+        # seven bits and eight they fit
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
 
     def multiply(self, x: Tensor) -> Tensor:
         x, scale = quantize_rows(x, self.levels)
         alone = len(x) == 1  # a row's scale can go along, those of several cannot
         y = torch.ops.onednn.qlinear_pointwise(
-            x, scale.item() if alone else 1.0, 128, self.weight, self.scale, self.zeros, None, 1.0,
+            x, scale.item() if alone else 1.0, self.levels + 1, self.weight, self.scale, self.zeros, None, 1.0,
             0, torch.float32, "relu" if self.relu2 else "none", [], "",
         )  # fmt: skip
         y = y if alone else y.mul_(scale)

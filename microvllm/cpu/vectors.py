@@ -106,6 +106,9 @@ def kept(**options):
 CPU = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 # numbers in a register
 LANES = 16 if "+avx512f" in CPU else 8 if "+avx2" in CPU and "+fma" in CPU else 4
+# the instruction that multiplies four bytes in each lane; else one for two numbers of 16 bits
+FOUR_BYTES = ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU
+TWO_SHORTS = ("+avx512bw" if LANES == 16 else "+avx2") in CPU
 
 
 class Builder:
@@ -165,8 +168,18 @@ class Builder:
         return self.ask(f"llvm.fmuladd.{name}", a.type, a, b, c)
 
     def multiply_add8(self, a, b, c):
-        """The same in each lane of four unsigned bytes of a and four signed ones of b."""
-        return self.ask(f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", c.type, c, a, b)
+        """The same in each lane of four unsigned bytes of a and four signed ones of b, exactly."""
+        if FOUR_BYTES:
+            return self.ask(f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", c.type, c, a, b)
+        name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
+        shorts = ir.VectorType(self.i16, 2 * LANES)
+        a, b = self.bitcast(a, shorts), self.bitcast(b, shorts)
+        eight = self.splat(self.i16(8), 2 * LANES)
+        low_a = self.lshr(self.shl(a, eight), eight)
+        low_b = self.ashr(self.shl(b, eight), eight)
+        for each in (low_a, low_b), (self.lshr(a, eight), self.ashr(b, eight)):
+            c = self.add(c, self.ask(name, c.type, *each))
+        return c
 
     def start_loading(self, start) -> None:
         byte, hints = self.i8.as_pointer(), (0, 2, 1)  # read; to the second-level cache; data

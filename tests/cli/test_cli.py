@@ -544,7 +544,7 @@ def test_a_conversation_on_a_terminal():
 
         def wait_for(pattern: str) -> re.Match:
             nonlocal shown, mark
-            end = time.monotonic() + 30
+            end = time.monotonic() + 120  # it may be the first that compiles the kernels
             while not (found := re.compile(pattern, re.S).search(shown, mark)):
                 assert time.monotonic() < end, f"never saw {pattern!r} after {shown[mark:]!r}"
                 if select.select([ours], [], [], 0.5)[0]:

@@ -79,7 +79,7 @@ def test_the_bits_of_a_row_follow_from_that_row(threads):
         torch.set_num_threads(before)
 
 
-has_int8 = pytest.mark.skipif(not PANEL8, reason="this processor has no VNNI")
+has_int8 = pytest.mark.skipif(not PANEL8, reason="this processor has no such instructions")
 
 
 def int8(parts, kind=Int8Panels, **options) -> Int8Panels | Int8:
@@ -123,7 +123,10 @@ def test_int8_panels_hold_what_onednns_layout_holds():
     parts = [random(40, 64), random(24, 64, seed=1)]
     ours, theirs = int8(parts, rows=50), int8(parts, Int8, rows=50)
     x = random(9, 64, seed=2)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    if theirs.levels == 127:
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    else:  # oneDNN has steps of twice the size on this processor
+        assert (ours(x) - theirs(x)).norm() < 0.03 * ours(x).norm()
     whole, _, scale = ours.weight
     integers = dense(whole, 64).contiguous().view(torch.int8)
     kept = rotate(integers * scale[:64, None])

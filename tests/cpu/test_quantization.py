@@ -37,13 +37,14 @@ def test_an_int8_product_is_as_near_as_its_steps_allow(rows, channels):
     linear = Int8(parts, CpuBackend(CPU, torch.float32), torch.float32, rows=70)
     x = torch.randn(rows, channels)
     x[:, 3] *= 100  # a channel that is far larger than all others
+    bound = 0.02 * 127 / linear.levels  # some processors have steps of twice the size
     exact = x @ torch.cat(parts).T[:, :70]
     y = linear(x)
     assert y.shape == (rows, 70)
-    assert (y - exact).norm() / exact.norm() < 0.02
+    assert (y - exact).norm() / exact.norm() < bound
     # the same inputs without the rotation lose most of what is in the other channels
     x[:, 3] = 0
-    assert (linear(x) - x @ torch.cat(parts).T[:, :70]).norm() / exact.norm() < 0.02
+    assert (linear(x) - x @ torch.cat(parts).T[:, :70]).norm() / exact.norm() < bound
 
 
 @cache
