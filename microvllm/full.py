@@ -32,7 +32,7 @@ FEATURES = (
 # where it is, and what can be asked for
 NAMES = {
     "features.scoring": "score judge",
-    "features.live": "update_weights model tokenizer copy sleep wake",
+    "features.live": "update_weights model copy sleep wake", "features.foreign": "tokenizer",
     "features.nanochat": "generate_batch generate_columns", "features.lookup": "prompt_lookup",
     "features.parallel": "tensor_parallel", "features.calculator": "tools", "features.stats":
         "stats",

@@ -19,7 +19,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.linear import Linear, stack
-from .vectors import EXACT, FAST, FOUR_BYTES, LANES, TWO_SHORTS, kept, one_at_a_time, threads_for, vectorised
+from .vectors import EXACT, FAST, INTEGERS, LANES, kept, one_at_a_time, threads_for, vectorised
 
 _f32 = np.float32
 
@@ -27,7 +27,7 @@ _f32 = np.float32
 # are left hold the sums. 0: a processor without the instructions that this is made for
 PANEL = 2 * LANES if LANES > 4 else 0
 # the same, for int8: an instruction that adds up products of integers
-PANEL8 = PANEL if FOUR_BYTES or TWO_SHORTS else 0
+PANEL8 = PANEL if INTEGERS else 0
 _ROWS = 12 if LANES == 16 else 6
 _SOON = 768 // PANEL if PANEL else 0  # inputs whose weights are 3 KB
 _DEPTH = 1024  # inputs at a time: the weights of a panel for them stay in the cache
@@ -312,8 +312,8 @@ class Int8(Linear):
         x, scale = quantize_rows(x, self.levels)
         alone = len(x) == 1  # a row's scale can go along, those of several cannot
         y = torch.ops.onednn.qlinear_pointwise(
-            x, scale.item() if alone else 1.0, self.levels + 1, self.weight, self.scale, self.zeros, None, 1.0,
-            0, torch.float32, "relu" if self.relu2 else "none", [], "",
+            x, scale.item() if alone else 1.0, self.levels + 1, self.weight, self.scale, self.zeros,
+            None, 1.0, 0, torch.float32, "relu" if self.relu2 else "none", [], "",
         )  # fmt: skip
         y = y if alone else y.mul_(scale)
         return (y.square_() if self.relu2 else y)[:, : self.rows]

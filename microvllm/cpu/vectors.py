@@ -106,9 +106,10 @@ def kept(**options):
 CPU = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 # numbers in a register
 LANES = 16 if "+avx512f" in CPU else 8 if "+avx2" in CPU and "+fma" in CPU else 4
-# the instruction that multiplies four bytes in each lane; else one for two numbers of 16 bits
+# the instruction that multiplies four bytes in each lane
 FOUR_BYTES = ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU
-TWO_SHORTS = ("+avx512bw" if LANES == 16 else "+avx2") in CPU
+# that, or one for two numbers of 16 bits
+INTEGERS = FOUR_BYTES or ("+avx512bw" if LANES == 16 else "+avx2") in CPU
 
 
 class Builder:

@@ -191,9 +191,8 @@ class LogitsRunner(Runner):
         if edited := [i for i, p in enumerate(params) if p.edited]:
             edit(logits, samples)
             at, theirs = on(logits.device, edited), [params[i] for i in edited]
-            own = logits[at]
-            drawn = self.sample(own, theirs, temperature[at], uniform[at], 0.0).to(tokens.dtype)
-            tokens[at] = torch.where(own.amax(-1) > -torch.inf, drawn, -1)
+            drawn = self.sample(logits[at], theirs, temperature[at], uniform[at], 0.0)
+            tokens[at] = drawn.to(tokens.dtype)
         if not asking:
             return []
         chosen, temperature = tokens[ask, None].long().clamp(min=0), temperature[ask, None]

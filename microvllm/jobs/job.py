@@ -190,6 +190,9 @@ def _outcome(work: _Work, ask: Ask) -> Outcome:
         return Outcome(work.number, row, False, asked, cached)
     shown = ("text", "token_ids", "finish_reason", "stop_reason", "logprobs")
     samples = [{k: s[k] for k in shown if k in s} for s in outputs[0]["samples"]]
+    for sample, made in zip(samples, outputs[0]["samples"], strict=True):
+        if made.get("tool_calls"):
+            sample["tool_calls"] = made["tool_calls"]
     for sample in samples:
         if sample["finish_reason"] == "error":
             return failed(work.number, sample["stop_reason"], work.id)

@@ -237,7 +237,9 @@ def schema(score: bool, integer_ids: bool = False):
     numbers = [("token_id", integer), ("logprob", real), ("sampler_logprob", real)]
     logprobs = pa.list_(pa.struct([*numbers, ("top", pa.list_(pa.list_(real)))]))
     texts = [(name, text) for name in ("text", "finish_reason", "stop_reason")]
-    sample = [*texts, ("token_ids", pa.list_(integer)), ("logprobs", logprobs)]
+    calls = pa.list_(pa.struct([("call", text), ("result", text)]))
+    lists = ("token_ids", pa.list_(integer)), ("logprobs", logprobs), ("tool_calls", calls)
+    sample = [*texts, *lists]
     return pa.schema([*head, *sample, ("samples", pa.list_(pa.struct(sample)))])
 
 

@@ -227,6 +227,21 @@ def test_an_abort_does_not_wait_for_the_step_of_another_thread():
         assert_idle(llm)
 
 
+def test_an_engine_to_which_a_request_is_on_its_way_is_not_finished():
+    numbers, outputs = [], []
+    with build() as llm:
+
+        def change():
+            assert llm.is_finished()
+            numbers.extend(run_threads([lambda: llm.add_request(ids(4), greedy(2))]))
+            assert not llm.is_finished()
+
+        llm._change(change)
+        while not llm.is_finished():
+            outputs += llm.step()
+        assert [output["request_id"] for output in outputs] == numbers
+
+
 def weights(llm) -> dict[str, torch.Tensor]:
     from test_engine import FIXTURES
 

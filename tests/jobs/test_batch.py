@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MODEL, ROOT
+from test_calculator import GOLDENS, chain
 
 from microvllm import LLM, SamplingParams, cli
 from microvllm.jobs import Ask, Job, answer, carry_out
@@ -514,3 +515,16 @@ def test_the_bar_shows_rate_eta_hits_and_bad_rows(tmp_path, monkeypatch):
     shown = sys.stderr.getvalue()
     for part in ("301", "row/s", "tokens/s", "% cached", "1 bad", "<00:0"):
         assert part in shown, shown[-300:]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_a_row_lists_what_the_calculator_was_asked(name, tmp_path):
+    run_of = next(r for r in GOLDENS["runs"] if 0 in r["masks"])
+    rows = [{"prompt": run_of["messages"]}, {"prompt": run_of["messages"], "params": {"n": 2}}]
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / name
+    with chain() as llm:
+        run(source, output, ordered=True, llm=llm, params={"temperature": 0, "max_tokens": 60})
+    called = [{"call": "7*6", "result": "42"}]
+    one, two = read(output)
+    assert one["tool_calls"] == called
+    assert [sample["tool_calls"] for sample in two["samples"]] == [called] * 2

@@ -180,14 +180,15 @@ GONE = {
         "features/calculator", ["llm.generate('1+1', use_tqdm=False, tools=True)",
                                 "llm.chat([{'role': 'user', 'content': '1+1'}], tools=True)"]
     ),
+    "features/foreign.py": Gone("features/foreign", ["LLM(MODEL, tokenizer=object())"]),
     "features/guided.py": Gone(
         "features/guided", ["SamplingParams(guide={'choices': ['yes', 'no']})"],
         [[*RUN, "--guide", str(ROOT / "models" / "prompts" / "oldbooks_instructions.json")]],
     ),
     "features/live.py": Gone(
         "features/live", ["LLM(model=object(), tokenizer=object())", "llm.update_weights({})",
-                          "LLM(MODEL, tokenizer=object())", "llm.sleep()", "llm.wake()",
-                          "LLM(model=object(), tokenizer=object(), copy=True)"]
+                          "LLM(model=object(), tokenizer=object(), copy=True)",
+                          "llm.sleep()", "llm.wake()"]
     ),
     "features/logits.py": Gone(
         "features/logits",
