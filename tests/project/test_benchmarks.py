@@ -354,6 +354,21 @@ def test_what_sampling_costs_is_told_beside_the_products():
 
 
 @pytest.mark.slow
+def test_rollouts_are_compared_and_a_look_at_the_weights_is_beside_a_decode():
+    flags = "--groups 2 --samples 2 --tokens 4 --turns 1"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "rollouts.py", *flags.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [*found["results"]] == ["one by one", "groups", "live", "copy"]
+    assert all(speed > 0 for speed in found["results"].values())
+    for times in found["seconds"].values():
+        assert [*times] == ["look in a step", "look closely", "decode of 1", "decode of 2"]
+        assert min(times.values()) > 0
+
+
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_imported_or_dies_is_told():
     assert compare.version(sys.executable, "torch").startswith("2.")
     assert compare.version(sys.executable, "no_such_engine") is None
