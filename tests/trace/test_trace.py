@@ -214,8 +214,9 @@ def test_a_step_has_its_milliseconds_by_phase(llm):
     phases = {"outside", "schedule", "batch", "forward", "sample", "wait", "update"}
     for begin, end in zip(begins, ends, strict=True):
         assert end["ms"].keys() == phases and min(end["ms"].values()) >= 0
-        took = sum(ms for name, ms in end["ms"].items() if name not in ("outside", "schedule"))
-        assert took == pytest.approx(1000 * (end["t"] - begin["t"]), abs=1)
+        # the moment of `begin` lies between two phases: another process may run at that point
+        took = sum(ms for name, ms in end["ms"].items() if name != "outside")
+        assert took >= 1000 * (end["t"] - begin["t"]) - 1
     assert [end["step"] for end in ends] == list(range(1, len(ends) + 1))
     rows = sum(len(list(unspan(b["decodes"]))) for b in begins)
     rows += sum(stop - start for b in begins for _, start, stop in b["prefills"])
