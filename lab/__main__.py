@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ["fig02", "fig12", "fig15", "fig16", "fig18", "policies", "windows", "cost", "check"]
+NAMES = "demo fig02 fig12 fig15 fig16 fig18 policies windows cost check".split()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -93,8 +93,10 @@ def main(argv: list[str] | None = None) -> None:
             axes.set_xticks(range(len(DEPTHS)), [f"d{depth}" for depth in DEPTHS])
         left.set_ylabel("full-length sequences in the pool")
         right.set_ylabel(f"steps for {4 * args.sequences} requests")
-        left.legend(frameon=False)
         figure.tight_layout()
+        # above the panels, where no bar is
+        names = left.get_legend_handles_labels()
+        figure.legend(*names, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
         return figure
 
     world.finish(args, {f"d{depth}": row for depth, row in found.items()}, draw)

@@ -14,7 +14,11 @@ from itertools import groupby
 from pathlib import Path
 
 DATASET = "tatsu-lab/alpaca"
-MODELS = Path(__file__).resolve().parents[2] / "models"  # in a clone of the project
+PACKAGE = Path(__file__).resolve().parents[1]
+# where the lab, the course and the bundled model are: a wheel has them in the package's share/, a
+# clone of the project beside the package
+ROOT = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parent
+MODELS = ROOT / "models"
 BUNDLED = MODELS / "prompts" / "oldbooks_instructions.json"
 
 

@@ -395,13 +395,12 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def lab(args: argparse.Namespace) -> None:
-    """Run a program of lab/, which a checkout has and an installed package has not."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "lab" / "__main__.py").is_file():
+    """Run a program of lab/."""
+    if not (speed.ROOT / "lab" / "__main__.py").is_file():
         raise ValueError(
             "the lab is not in this install: clone the project, and `pip install -e .` there"
         )
-    sys.path.insert(0, str(root))
+    sys.path.insert(0, str(speed.ROOT))
     from lab.__main__ import main
 
     args.begun = lambda: True  # it tells mistakes itself
@@ -409,11 +408,25 @@ def lab(args: argparse.Namespace) -> None:
 
 
 def trace(args: argparse.Namespace) -> None:
-    """Turn a trace into a web page, or into Chrome's format."""
+    """Turn a trace into a web page, or into Chrome's format; or two of them into one page."""
     engine()
-    from ..trace import read, write_chrome, write_page
+    from ..trace import read, write_chrome, write_comparison, write_page
 
     events = read(args.file)
+    if args.other:
+        if args.chrome:
+            raise ValueError("--chrome is for one trace: give it without the second file")
+        names = [Path(name).stem for name in (args.file, args.other)]
+        if names[0] == names[1]:
+            names = [args.file, args.other]
+        traces = [events, read(args.other)]
+        page = args.output or Path(args.file).with_name(f"{Path(args.file).stem}-diff.html")
+        write_comparison(traces, names, page)
+        steps = [sum(e["e"] == "begin" for e in events) for events in traces]
+        found = {"steps": steps, "files": [str(page)]}
+        told = f"{steps[0]:,} and {steps[1]:,} steps: {page}"
+        terminal.say(json.dumps(found) if args.json else told)
+        return
     page = args.output or (None if args.chrome else Path(args.file).with_suffix(".html"))
     if page:
         write_page(events, page)

@@ -117,7 +117,9 @@ words... NAME  a program (a list of them)
 TRACE = """turn a trace into a web page that replays every block
 $ run.jsonl -o run.html
 $ run.jsonl --chrome run.json    # for ui.perfetto.dev
+$ a.jsonl b.jsonl -o diff.html   # two runs of the same prompts side by side
 file FILE         what --trace FILE wrote
+other? FILE       a second one, to compare
 -o --output PAGE  the page (FILE with .html at its end)
 --chrome FILE     Chrome's trace format, in place of the page or beside it
 """

@@ -12,9 +12,11 @@ them alone every block's state can be rebuilt at any time.
     events.py   Trace, which listens and writes the events; `make_trace` and `attach` for an engine
     replay.py   the format, and Replay, which rebuilds the pool and all sequences from the events
     formats.py  one HTML file that shows a trace, and a file for Chrome and Perfetto
+    compare.py  one HTML file that shows two traces of the same traffic side by side
     watch.py    the pool drawn in the terminal while the engine works
 """
 
+from .compare import write_comparison
 from .events import Trace, attach, make_trace
 from .formats import TEMPLATE, write_chrome, write_page
 from .replay import Life, Replay, read, spans, unspan
@@ -22,5 +24,5 @@ from .watch import picture, watching
 
 __all__ = [
     "TEMPLATE", "Life", "Replay", "Trace", "attach", "make_trace", "picture", "read", "spans",
-    "unspan", "watching", "write_chrome", "write_page",
+    "unspan", "watching", "write_chrome", "write_comparison", "write_page",
 ]  # fmt: skip

@@ -58,9 +58,11 @@ def picture(llm: LLM, past: deque[tuple[float, dict]], width: int, height: int):
     groups = blocks.width
     peak = stats.get("peak_blocks", stats["num_blocks"]) * groups
     cells, each = draw_pool(llm.scheduler, peak, max(8, width - 4) * max(1, height - 7))
-    used, cached, blank = blocks.num_usable - blocks.num_free, len(blocks.cached), len(blocks.blank)
-    key = f"■ in use {used:,}  ▣ shared  □ cached {cached:,}  · blank {blank:,}"
-    key += f", {each} blocks a cell" if each > 1 else ""
+    # blocks as the user counts them; a cell of the picture is the part of one group of layers
+    counts = blocks.num_usable - blocks.num_free, len(blocks.cached), len(blocks.blank)
+    used, cached, blank = (f"{n / groups:,.1f}".removesuffix(".0") for n in counts)
+    key = f"■ in use {used}  ▣ shared  □ cached {cached}  · blank {blank}"
+    key += f", {round(each / groups, 1):g} blocks a cell" if each > 1 else ""
     span = max(now - then, 1e-6)
     names = "output_tokens", "prefill_tokens", "steps"
     tokens, prefill, steps = ((stats[name] - before[name]) / span for name in names)
@@ -73,7 +75,7 @@ def picture(llm: LLM, past: deque[tuple[float, dict]], width: int, height: int):
         f"{stats['output_tokens']:,} tokens in all",
     )
     title = f"the pool: {blocks.num_usable // groups:,} blocks of {blocks.block_size} tokens"
-    title += f" for each of {groups} groups of layers" if groups > 1 else ""
+    title += f", {groups} cells each, for groups of layers" if groups > 1 and each == 1 else ""
     return Panel(Group(cells, Text(key, "bold"), *map(Text, lines)), title=title)
 
 

@@ -169,7 +169,7 @@ def test_the_command_lists_the_labs_and_runs_one(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["nonsense"], "choose from fig02"),
+        (["nonsense"], "choose from demo"),
         (["fig02", "--requests", "0"], "give 1 or more"),
         (["fig02", "--sharegpt", "/nowhere.json"], "No such file"),
         (["check", "11"], "1 to 10"),
@@ -183,7 +183,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, told, capsys):
 
 
 def test_an_install_without_the_lab_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(commands, "__file__", str(tmp_path / "microvllm" / "cli" / "commands.py"))
+    monkeypatch.setattr(commands.speed, "ROOT", tmp_path)
     with pytest.raises(SystemExit):
         cli.main(["lab"])
     assert "clone the project" in capsys.readouterr().err

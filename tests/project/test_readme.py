@@ -67,7 +67,7 @@ def test_the_commands_of_the_readme_run(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     first, *others = blocks("bash")
     assert first == "pip install -e . && python run.py\npip install -e '.[test]' && pytest\n"
-    assert len(others) == 3
+    assert len(others) == 4
     base = tmp_path / "nanochat"  # as a user's own training leaves it
     for place in "base_checkpoints/d20", "chatsft_checkpoints/d20":
         (base / place).parent.mkdir(parents=True)
@@ -83,7 +83,8 @@ def test_the_commands_of_the_readme_run(tmp_path):
         assert told.returncode == 0, told.stderr
     answers = (tmp_path / "answers.jsonl").read_text()
     assert "Jane Austen" in answers and len(answers.splitlines()) == 2
-    assert "<title>" in (tmp_path / "run.html").read_text(encoding="utf-8")
+    for page in ("run.html", "diff.html", "lab-results/demo.html"):
+        assert "<title>" in (tmp_path / page).read_text(encoding="utf-8")
 
 
 def test_pytest_leaves_out_what_the_readme_says():
@@ -113,7 +114,9 @@ def test_the_map_names_every_module():
     assert unmapped == {"__main__.py"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", "docs/DESIGN.md", "docs/NUMBERS.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "SECURITY.md", "docs/DESIGN.md", "docs/NUMBERS.md", "docs/GLOSSARY.md"]
+)
 def test_the_files_that_a_page_names_are_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = re.findall(r'(?:\]\(|src="|srcset=")([\w./-]+)[)"]', text)

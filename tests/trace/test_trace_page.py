@@ -14,10 +14,11 @@ from test_state_machine import long_life
 from test_trace import Traced, filled
 
 from microvllm import LLM, SamplingParams
-from microvllm.trace import TEMPLATE, Replay, write_page
+from microvllm.trace import TEMPLATE, Replay, write_comparison, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 HOSTILE = "</script><img src=x onerror='window.hit=1'><!-- & \u2028 {} <b>bold</b>"
+KINDS = ("hit", "copy", "preempt", "evict")
 COUNTS = ("used", "part", "shared", "cached", "blank", "running", "waiting")
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # a browser
@@ -77,9 +78,23 @@ def events():
         return trace.events
 
 
+def marks_of(events: list[dict], kind: str) -> list[int]:
+    """The frames in which this happens."""
+    marks, begun = [], 0
+    for event in events:
+        if event["e"] == kind and begun not in marks:
+            marks.append(begun)
+        begun += event["e"] == "begin"
+    return marks
+
+
 def frames(events: list[dict]) -> list[dict]:
     """What the page must show for each step, and for the end: the pool while the step runs."""
     found, replay = [], Replay()
+
+    def whole(n: int, name: str) -> str:  # squares as blocks, to one digit
+        tenths = (20 * n + replay.groups) // (2 * replay.groups)
+        return f"{n:,}" if name in ("running", "waiting") else f"{tenths / 10:,g}"
 
     def look() -> None:
         size, blocks = replay.block_size, range(1, replay.num_blocks)
@@ -96,7 +111,7 @@ def frames(events: list[dict]) -> list[dict]:
         }
         found.append(
             {
-                "counts": {name: f"{counts[name]:,}" for name in COUNTS},
+                "counts": {name: whole(counts[name], name) for name in COUNTS},
                 "ref": [replay.ref_count[b] for b in range(replay.num_blocks)],
                 "cached": list(replay.cached),
                 "hashes": {str(block): named for block, named in replay.hash_of.items()},
@@ -151,7 +166,7 @@ def test_every_step_shows_what_the_trace_says(show, events):
     assert page.evaluate("[...series.waste]") == pytest.approx(empty)
     made = sum(len(event["tokens"]) for event in events if event["e"] == "tokens")
     assert page.evaluate("series.tokens.reduce((a, b) => a + b)") == made
-    for kind in ("preempt", "evict", "copy"):
+    for kind in KINDS:
         total = sum(event["e"] == kind for event in events)
         assert total and page.inner_text(f"[data-jump={kind}] b") == str(total)
 
@@ -191,17 +206,11 @@ def test_the_slider_moves_the_grid_and_the_keyboard_works(show, events):
     assert press("ArrowLeft") == 13 and press("Home") == 0 and press("ArrowLeft") == 0
     last = page.evaluate("LAST")
     assert press("End") == last and press("ArrowRight") == last
-    for key, kind in zip("pec", ("preempt", "evict", "copy"), strict=True):
-        marks, begun = [], 0
-        for event in events:
-            if event["e"] == kind and begun not in marks:
-                marks.append(begun)
-            begun += event["e"] == "begin"
-        marks = [mark for mark in marks if mark > 0]
-        press("Home")
-        assert [press(key) for _ in marks] == marks and press(key) == marks[-1]
-        if len(marks) > 1:
-            assert press(f"Shift+{key.upper()}") == marks[-2]
+    for key, kind in zip("hcpe", KINDS, strict=True):
+        marks = marks_of(events, kind)
+        press("End")  # the jumps go round
+        assert [press(key) for _ in range(len(marks) + 1)] == [*marks, marks[0]]
+        assert press(f"Shift+{key.upper()}") == marks[-1]
     press("Home")
     page.select_option("#speed", "120")
     page.locator("body").press(" ")
@@ -214,6 +223,112 @@ def test_the_slider_moves_the_grid_and_the_keyboard_works(show, events):
     assert page.is_visible("#guide") and "block table" in page.inner_text("#guide")
     press("?")
     assert not page.is_visible("#guide")
+    selected = page.evaluate("selected")
+    press("?", "Escape")
+    assert not page.is_visible("#guide") and page.evaluate("selected") == selected is not None
+
+
+def test_it_opens_where_something_happens_or_at_the_step_of_the_address(show, events):
+    page = show(events)
+    assert page.evaluate("frame") == min(marks_of(events, kind)[0] for kind in KINDS)
+    assert page.evaluate("state.tables.has(selected)")
+    first, url = page.evaluate("frame"), page.url
+    for part, frame, theme in (("7", 6, "light"), ("9,dark", 8, "dark"), ("x,y", first, "light")):
+        page.goto(f"{url}#{part}")
+        page.reload()
+        assert page.evaluate("frame") == frame
+        assert page.evaluate("document.documentElement.dataset.theme") == theme
+
+
+def test_the_story_is_told_in_the_order_in_which_it_happened(show, events):
+    page = show(events)
+    names = "finish arrive admit hit copy fork preempt evict begin"
+    marks = dict(zip("✓+→=⇉Y▼✕▤", names.split(), strict=True))
+    told, step = [[]], 0
+    for event in events:
+        if event["e"] in marks.values() and told[step][-1:] != [event["e"]]:
+            told[step].append(event["e"])
+        if event["e"] == "begin":
+            step += 1
+            told.append([])
+    for f, names in enumerate(told):
+        page.evaluate(f"go({f})")
+        shown = page.evaluate("[...$('story').children].map(li => li.dataset.mark)")
+        shown = [marks[mark] for mark in shown if mark in marks]
+        assert [a for a, b in zip(shown, [None, *shown], strict=False) if a != b] == names, f
+    assert any({"evict", "preempt"} <= {*names} for names in told)
+
+
+def test_without_a_mouse_a_block_is_described_and_a_request_is_chosen(show, events):
+    page, wanted = show(events), frames(events)
+    f = next(i for i, w in enumerate(wanted) if max(w["ref"]) > 1 and w["cached"])
+    page.evaluate(f"go({f})")
+    here, size = wanted[f], page.evaluate("grid.columns")
+    page.focus("#slider")
+    page.focus("#gridscroll")
+
+    def value(what: str = "text", of: str = "#gridscroll") -> str:
+        return page.get_attribute(of, f"aria-value{what}")
+
+    page.keyboard.press("Home")
+    assert value("now") == "0" and "the sink" in value()
+    page.keyboard.press("ArrowDown")
+    assert value("now") == str(size) and page.evaluate("frame") == f
+    page.keyboard.press("ArrowUp")
+    shared = here["ref"].index(max(here["ref"]))
+    for _ in range(shared):
+        page.keyboard.press("ArrowRight")
+    told = value()
+    assert f"Block {shared}: shared by {max(here['ref'])}" in told
+    for words in ("line", "Handed out in step", here["hashes"].get(str(shared), "no hash")):
+        assert words in told
+    assert page.is_visible("#tip") and f"Block {shared}" in page.inner_text("#tip")
+    page.keyboard.press("Enter")
+    assert shared in page.evaluate("state.tables.get(selected)")
+    page.keyboard.press("End")
+    assert value("now") == value("max") == str(len(here["ref"]) - 1)
+    page.focus("#lanescroll")
+    assert not page.is_visible("#tip")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("selected === lanes[1]")
+    assert page.evaluate("nameOf(selected)") in value(of="#lanescroll")
+    page.keyboard.press("ArrowLeft")  # a step, as elsewhere
+    assert page.evaluate("frame") == f - 1
+    # what is said aloud: the step and its story, but not while it plays
+    said = page.evaluate("$('told').textContent")
+    assert f"Step {f}" in said and "A batch of" in said
+    page.keyboard.press(" ")
+    while page.evaluate("frame") <= f + 1:
+        page.wait_for_timeout(20)
+    assert page.evaluate("playing ? $('told').textContent : null") in (said, None)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_to_mend(show, events, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs its package")
+    page = show(events, scheme)
+    page.keyboard.press("?")
+    page.evaluate("go(20)")
+    found = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa"]})
+    wrong = [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found.response["violations"]]
+    assert not wrong, wrong
+
+
+def test_where_layers_are_in_groups_blocks_are_counted_whole(show):
+    with LLM(MODEL, device="cpu", num_blocks=24) as llm:
+        groups = llm.scheduler.blocks.width
+        with llm.tracing() as trace:
+            llm.generate(["Once upon a time"] * 2, SamplingParams(max_tokens=20), use_tqdm=False)
+        shown = trace.events
+    assert groups > 1
+    page = show(shown)
+    assert f"23 blocks of 16 tokens · {groups} squares are a block" in page.inner_text("#facts")
+    page.keyboard.press("Home")
+    used = page.evaluate("state.used")
+    numbers = [page.inner_text(f"#n-{kind}") for kind in ("used", "cached", "blank")]
+    assert numbers[0] == f"{round(used / groups, 1):g}"
+    assert sum(map(float, numbers)) == pytest.approx(23, abs=0.2)
 
 
 def block_at(page, block: int) -> None:
@@ -347,6 +462,49 @@ def test_states_differ_without_colour(show, events):
       }));
     }""")
     assert all(len(set(side)) == 6 for side in pictures)
+
+
+def test_two_traces_stand_side_by_side(browser, events, tmp_path):
+    sampled = SamplingParams(n=3, max_tokens=12, temperature=1.0, ignore_eos=True, seed=5)
+    with LLM(MODEL, device="cpu", num_blocks=40, max_model_len=256) as llm, llm.tracing() as trace:
+        llm.generate([HOSTILE], sampled, use_tqdm=False)
+    other, path, troubles = trace.events, tmp_path / "diff.html", []
+    write_comparison([events, other], ["small", HOSTILE], path)
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(path.as_uri())
+    assert "</script><img src=x onerror=" in page.inner_text("#nb")
+    assert page.locator("img").count() == 0 and page.evaluate("window.hit") is None
+    assert "did not serve the same prompts" in page.inner_text("header")
+    wanted = [frames(events), frames(other)]
+    assert page.evaluate("LAST") == len(wanted[0]) - 1 > len(wanted[1])
+    for f in (5, 3, len(wanted[0]) - 1):
+        page.locator("#slider").fill(str(f))
+        for k in (0, 1):
+            here = wanted[k][min(f, len(wanted[k]) - 1)]
+            for row, name in (
+                (1, "running"),
+                (2, "waiting"),
+                (3, "used"),
+                (4, "cached"),
+                (5, "blank"),
+            ):
+                shown = page.evaluate(f"$('rows').rows[{row}].cells[{k + 1}].textContent")
+                assert shown == here["counts"][name], (f, k, name)
+            looks = page.evaluate(f"[...runs[{k}].look]")
+            cached = {*here["cached"]}
+            for b, look in enumerate(looks):
+                assert (look == 1) == (b in cached) and (abs(look) > 1) == (here["ref"][b] > 0)
+                assert (look < 0) == (here["ref"][b] > 1)
+        differs = page.evaluate("$('rows').rows[3].className") == "differs"
+        numbers = [w[min(f, len(w) - 1)]["counts"]["used"] for w in wanted]
+        assert differs == (numbers[0] != numbers[1])
+    page.keyboard.press("Home")
+    page.keyboard.press("d")
+    assert page.evaluate("frame") > 0
+    assert not troubles
+    page.context.close()
 
 
 def test_a_run_that_did_nothing_and_one_that_was_killed(show, events):

@@ -1,0 +1,144 @@
+"""Demo: a small pool in which a hit, a copy, a preemption and an eviction happen, as a web page.
+
+The bundled model serves five requests in a pool of 21 blocks, with the core's own engine: plain
+torch, one block table a sequence, nothing to compile.
+
+    each prompt is continued several times          copies on write
+    three prompts begin with the same sentences     prefix hits
+    two tales want more blocks than are blank       evictions
+    all go on writing until the pool is full        a preemption
+
+Lengths are fixed and no text ends early, so these events are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import webbrowser
+from pathlib import Path
+
+from microvllm.cli import terminal
+
+BLOCKS = 22  # the sink is one of them
+BOOK = "The white whale swam before him as the wild thing that all men of the sea feared. He had "
+BOOK += "followed it through three oceans, and he would follow it until one of them was dead. "
+# (the step in which it arrives, prompt, samples, new tokens)
+SCENE = [
+    (0, BOOK + "The captain said:", 3, 20),
+    (4, BOOK + "The oldest of the sailors said:", 3, 20),
+    (
+        12,
+        "It was a dark and stormy night, and two travellers came to the door of an inn",
+        2,
+        71,
+    ),
+    (16, "Once upon a time there was a miller who had a daughter and a mill by the river.", 2, 66),
+    (40, BOOK + "The captain's wife said:", 1, 12),
+]
+KINDS = {
+    "hit": "a prefix hit: a prompt begins with text that is in the pool already",
+    "copy": "a copy on write: samples share a block, and one of them writes into it",
+    "evict": "an eviction: no block is blank, so a cached one is given to another text",
+    "preempt": "a preemption: no block is free at all, so a request is sent back to the queue",
+}
+
+
+def play(llm, scene: list[tuple[int, str, int, int]] = SCENE) -> None:
+    """Serve the scene with the core's LLM, to its end."""
+    from microvllm.sampler import SamplingParams
+
+    coming, step = sorted(scene), 0
+    while coming or not llm.is_finished():
+        while coming and coming[0][0] <= step:
+            _, prompt, n, new = coming.pop(0)
+            params = SamplingParams(0.8, new, 50, ignore_eos=True, n=n, seed=7)
+            llm.add_request(prompt, params)
+        llm.step()
+        step += 1
+
+
+def record(path: Path) -> list[dict]:
+    """Run the demo with a trace that is written to `path`; returns its events."""
+    from microvllm.cli.commands import MODEL_DIR
+    from microvllm.engine import LLM
+    from microvllm.trace import Trace, read
+
+    if not MODEL_DIR.is_dir():
+        raise ValueError(f"the demo runs the bundled model, which is not here: {MODEL_DIR}")
+    with LLM(MODEL_DIR, device="cpu", num_blocks=BLOCKS, max_batched_tokens=64) as llm:
+        words = llm.tokenizer.token_bytes
+        trace = Trace(path, lambda token: words(token).decode("utf-8", "surrogateescape"))
+        trace.attach(llm.scheduler, model=MODEL_DIR.name, device="cpu")
+        try:
+            play(llm)
+        finally:
+            trace.close()
+    return read(path)
+
+
+def first_steps(events: list[dict]) -> dict[str, int]:
+    """The number of the step in which each of KINDS happens first, as the page counts them."""
+    found: dict[str, int] = {}
+    step = 1
+    for event in events:
+        if event["e"] in KINDS:
+            found.setdefault(event["e"], step)
+        step += event["e"] == "begin"
+    return found
+
+
+def take_picture(page: Path, picture: Path, step: int, theme: str) -> None:
+    """Write a PNG of the page at a step, by a chromium of the system's. Raises ValueError if there
+    is none, or if it fails."""
+    names = "chromium", "chromium-browser", "google-chrome", "chrome"
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        raise ValueError("--picture needs a chromium: install one (Debian: apt install chromium)")
+    flags = "headless no-sandbox disable-gpu hide-scrollbars force-device-scale-factor=1"
+    done = subprocess.run(
+        [chromium, *(f"--{flag}" for flag in flags.split()), "--window-size=1400,830",
+         f"--screenshot={picture.absolute()}", f"{page.absolute().as_uri()}#{step},{theme}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if done.returncode or not picture.is_file():
+        raise ValueError(f"{chromium} drew no picture: {done.stderr.strip()[-200:]}")
+
+
+def has_screen() -> bool:
+    """Is a person there who would see a browser's window?"""
+    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return sys.stdout.isatty() and bool(shown or sys.platform in ("darwin", "win32"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = terminal.Parser(prog="microvllm lab demo", description=__doc__)
+    add = parser.add_argument
+    where = "where demo.jsonl and demo.html go (%(default)s)"
+    add("--out", type=Path, default=Path("lab-results"), metavar="DIR", help=where)
+    add("--no-open", action="store_true", help="name the page, do not open it in a browser")
+    what = "also draw the page at the first preemption as X.png, light, and X-dark.png (chromium)"
+    add("--picture", type=Path, metavar="X.png", help=what)
+    args = parser.parse_args(argv)
+    trace, page = args.out / "demo.jsonl", args.out / "demo.html"
+    with terminal.user_errors(args):
+        args.out.mkdir(parents=True, exist_ok=True)
+        with terminal.at_once():
+            from microvllm.trace import write_page
+        events = record(trace)
+        write_page(events, page)
+        steps = first_steps(events)
+        if args.picture:
+            dark = args.picture.with_name(f"{args.picture.stem}-dark{args.picture.suffix}")
+            for picture, theme in ((args.picture, "light"), (dark, "dark")):
+                take_picture(page, picture, steps["preempt"], theme)
+    count = sum(event["e"] == "begin" for event in events)
+    print(f"{count} steps in a pool of {BLOCKS - 1} blocks. What happens first in step ...")
+    for kind, step in sorted(steps.items(), key=lambda item: item[1]):
+        print(f"  {step:4}  {KINDS[kind]}")
+    print(f"\nwritten: {trace}, {page}")
+    if not args.no_open and has_screen() and webbrowser.open(page.absolute().as_uri()):
+        return
+    print(f"open it in a browser: {page.absolute().as_uri()}")
