@@ -20,7 +20,7 @@ BEGINNINGS = (
 
 def run(args: argparse.Namespace) -> None:
     params = commands.sampling_params(args)
-    with commands.load(args) as llm:
+    with commands.load(args, patient=False) as llm:
         samples = QUESTIONS if commands.chats(llm, args.raw) else BEGINNINGS
         print(commands.answer(args, llm, args.prompt or samples, params))
 

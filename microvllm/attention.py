@@ -83,7 +83,7 @@ def make_batch(plan: Plan, blocks: BlockManager) -> Batch:
     new_positions = np.array([position for _, _, position in plan.samples], np.int32)
     sample_ids = [seq.params.sample_index + seq.sample_id for _, seq, _ in plan.samples]
     return Batch(
-        ids, prev_ids, positions, slots.astype(np.int32), cu_seqlens, stops, tables,
+        ids, prev_ids, positions, slots.astype(np.int32, "C"), cu_seqlens, stops, tables,
         # the new token at a position is sampled from the row one position earlier
         ((first_rows - starts)[chunk_of_sample] + new_positions - 1).astype(np.int32),
         np.array([p.temperature for p in plan.params], np.float32),

@@ -14,6 +14,15 @@ MODEL = ROOT / "models" / "oldbooks-d6"
 torch.set_num_threads(1)  # two processes run side by side; a test of threads asks for more
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels():
+    """The usual kernels, on disk before a test begins: a command that finds none says so."""
+    from microvllm.cpu import backend, first
+
+    for kind in ("float32-layers", "float32"):
+        first.begin(backend.CpuBackend, kind, waits=True)
+
+
 class Fixture:
     """One era's folder: where its checkpoint lies, what nanochat computed with it."""
 

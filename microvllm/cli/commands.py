@@ -7,7 +7,7 @@ import json
 import random
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,11 +98,16 @@ def settle(args: argparse.Namespace) -> str:
     return f"({name} is a base model: it completes plain text, as with --raw; --chat asks it)"
 
 
-def load(args: argparse.Namespace) -> LLM:
-    """The engine that the flags describe."""
+def load(args: argparse.Namespace, patient: bool = True) -> LLM:
+    """The engine that the flags describe. patient: better wait for kernels that are being compiled
+    than see a first token soon."""
     build, _ = engine()
     told = settle(args)
-    with terminal.at_once():
+    from ..full import optional
+
+    first = optional("cpu.first")
+    told_so = first.told(terminal.note, patient) if first else nullcontext()
+    with terminal.at_once(), told_so:
         llm = build(**engine_options(args))
     # all of a user's mistakes are refused before the first
     args.begun = lambda: speed.counters(llm)["prompt_tokens"]
@@ -159,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"prompt {number} is empty: give a text (--raw takes an empty one)")
     check_watch(args)
     params = sampling_params(args)
-    with load(args) as llm:
+    with load(args, patient=False) as llm:
         if len(texts) > 1 or params.n > 1 or args.json or args.watch:
             summary = answer(args, llm, texts, params)
             if sys.stderr.isatty():
@@ -193,7 +198,7 @@ def chat(args: argparse.Namespace) -> None:
     # no more cache than one conversation can fill: where layers have windows, a prompt that is
     # computed in a few steps takes up to twice the blocks that its sequence keeps
     args.max_batch_size = args.max_batch_size or 2
-    with load(args) as llm:
+    with load(args, patient=False) as llm:
         if not chats(llm, raw=False):
             remedy = "`microvllm run` completes plain text"
             raise ValueError(f"the tokenizer has no chat tokens: {remedy}")

@@ -16,19 +16,22 @@ from numba.core import types
 from torch import Tensor
 
 from ..fused.backend import Backend
-from . import products, steps
+from . import first, products, steps
 from .attention import attend_rows, paged_attention, tile
 from .products import Int8, Int8Panels, Panels, product
 from .steps import add_norm_rows, array_of, rope_store_rows
 from .vectors import FAST, check_process, kept, one_at_a_time, threads_for, vectorised
 
 _f32 = np.float32
+PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plain torch as well
 
 
 class CpuBackend(Backend):
     """Kernels in numba, float32 in and out; matrices, tables, K and V may be in bfloat16."""
 
     name = "numba"
+    waits = False  # have no steps in plain torch the same result? then kernels are waited for
+    awaited: str | None = None  # the kind of kernels, while they are being compiled: see first.py
     attend = staticmethod(paged_attention)
     add_norm = staticmethod(steps.add_norm)
     rope_store = staticmethod(steps.rope_store)
@@ -43,6 +46,7 @@ class CpuBackend(Backend):
             )
 
     def check_quantization(self, quantization: str, config) -> None:
+        self.waits = True
         if quantization != "int8" or self.dtype != torch.float32:
             super().check_quantization(quantization, config)
         if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
@@ -61,6 +65,23 @@ class CpuBackend(Backend):
         fit = all(isinstance(w, Panels) for w in (*layers, model.lm_head))
         fit = fit and all(sum(w.sizes) % products.PANEL == 0 for w in layers)
         return Layers(model) if fit else None
+
+    def prepare(self, model) -> None:
+        """Have the kernels of such a model on disk, or compute in plain torch until they are."""
+        kind = f"{model.store or 'float32'}{'-layers' if model.compiled else ''}"
+        # ranks draw the same tokens, so all of them have to compute in the same way
+        waits = self.waits or self.deterministic or model.ranks is not None
+        if not first.begin(type(self), kind, waits):
+            self.awaited = kind
+            for name in PLAIN:
+                setattr(self, name, getattr(super(), name))
+
+    def is_ready(self) -> bool:
+        if self.awaited and first.poll(type(self), self.awaited):
+            self.awaited = None
+            for name in PLAIN:
+                delattr(self, name)
+        return self.awaited is None
 
 
 @vectorised(types.voidptr)

@@ -190,7 +190,8 @@ def quantize_rows_into(x, levels, threads, q, scale):
         xt = np.empty(C, np.float32)
         for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
             qt = q[t]
-            xt[:] = x[t]
+            for c in range(C):
+                xt[c] = x[t, c]
             half = C // 2
             while half >= C // min(32, C & -C):
                 for start in range(0, C, 2 * half):
@@ -278,6 +279,10 @@ class Panels(Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         panels = self.arrays[0]
+        if self.backend.awaited:  # plain torch on the same panels: there is no second copy of them
+            y = torch.bmm(x.expand(len(panels), -1, -1), self.weight[0])  # (panels, T, PANEL)
+            y = y.transpose(0, 1).flatten(1)[:, : self.rows]
+            return y.relu().square_() if self.relu2 else y
         y = torch.empty(len(x), len(panels) * PANEL)
         with one_at_a_time:
             threads = threads_for(len(panels))

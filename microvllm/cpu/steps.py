@@ -206,7 +206,8 @@ def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
             capped = softcap * ((_f32(1) - t) / (_f32(1) + t))
             w[i] = capped if x[i] > 0 else -capped
     else:
-        w[:] = x
+        for i in range(x.size):  # w[:] = x compiles an error message, for as long as all else here
+            w[i] = x[i]
     top = largest(w)
     for i in range(x.size):
         exponent = (w[i] - top) * scale

@@ -79,6 +79,13 @@ class Backend:
         """All layers of the model as one function of (x, batch, cache), where there is one."""
         return None
 
+    def prepare(self, model) -> None:
+        """Called when a model is complete. Seam: kernels that take long to compile."""
+
+    def is_ready(self) -> bool:
+        """Asked at the beginning of each step: may the function of `compile` be called?"""
+        return True
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
         """sdpa_attention with fewer calls: decodes in padded batches, as many at a time as GATHERED
         allows, longer chunks one by one."""

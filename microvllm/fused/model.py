@@ -50,6 +50,7 @@ class FusedGPT:
         store: str | None = None, ranks=None,
     ):  # fmt: skip
         self.config, self.recipe, self.backend, self.ranks = config, recipe, backend, ranks
+        self.store = store
         self.local = config  # as far as attention goes: with the heads that are here
         if ranks:
             self.local, weights, share = ranks.local(config), ranks.share(weights, config), False
@@ -106,6 +107,7 @@ class FusedGPT:
         self.cos, self.sin = rotary(config, recipe, max_len, dtype, self.device)
         # all layers in one call; ranks have to wait for each other in every layer
         self.compiled = None if ranks else backend.compile(self)
+        backend.prepare(self)
 
     @torch.no_grad()
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:
@@ -138,9 +140,10 @@ class FusedGPT:
     def forward(self, batch, cache) -> Tensor:
         """Run the batch, write its K and V into the cache, return (R, C), the rows of the head."""
         kernels, recipe, n_head = self.backend, self.recipe, self.local.n_head
+        compiled = self.compiled if kernels.is_ready() else None
         x, y, middle = self.embed(batch), None, None  # (1)
-        if self.compiled:  # all of the following in one call
-            return self.compiled(x, batch, cache)
+        if compiled:  # all of the following in one call
+            return compiled(x, batch, cache)
         x0, layers = x, zip(self.layers, cache.layers(batch), strict=True)
         for i, (layer, (k, v, view)) in enumerate(layers):
             # (2), and the norm before (3)
