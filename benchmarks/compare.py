@@ -4,6 +4,9 @@
     python benchmarks/compare.py --model small --workloads W1,W3 --turns 5
     python benchmarks/compare.py --peer-python vllm=/opt/vllm/bin/python    # it has its own torch
     python benchmarks/compare.py --quantization int8 --engines microvllm,vllm
+    python benchmarks/compare.py --quantization int8 --engines microvllm,openvino,llamacpp \
+        --peer-python openvino=/opt/peers/bin/python --peer-python llamacpp=/opt/peers/bin/python \
+        --peer-dtype int8 --peer-dtype llamacpp=int4
     python benchmarks/compare.py --model tiny --shrink 16 --turns 1         # does it run?
 
 Nothing is installed. Each engine that can be imported, by this interpreter or by the one that
@@ -35,6 +38,12 @@ Peak memory is that of an engine's processes together, weights and pool and all;
 the start of the process to the first token of its first request, with the compilation caches as
 this user's earlier runs left them.
 
+openvino and llamacpp know no nanochat. They run a Llama of equal matrices that llama.py makes, with
+random weights of its own: as many numbers are read and multiplied ("step_weights" in the JSON), the
+tokens are others, and "agree" compares these engines with one another. They are marked with a star.
+Their --peer-dtype may be int8, too, and llamacpp's int4; see `openvino` and `llamacpp` in peers.py
+for what is K and V then, and what the clock sees.
+
 vLLM's own defaults keep one core from the model and run it in three processes. With two cores it is
 faster when told otherwise, for instance by a script given as its interpreter, which sets
 VLLM_ENABLE_V1_MULTIPROCESSING=0, VLLM_CPU_OMP_THREADS_BIND=0-1 and LD_PRELOAD to tcmalloc and
@@ -58,6 +67,8 @@ from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
 
+import llama
+
 HERE = Path(__file__).resolve().parent
 
 # shapes of random checkpoints of the first era, the only one that the others know
@@ -67,13 +78,18 @@ SHAPES = {
     "tiny": "--depth 2 --width 64 --head-dim 32 --vocab 512",
 }
 BUNDLED = HERE.parent / "models" / "oldbooks-d6"
-# engine -> the package it needs
+# engine -> the module it needs; and what to install where its name is another
 ENGINES = {
     "microvllm": "torch",
     "nanochat": "torch",
     "transformers": "transformers",
     "vllm": "vllm",
+    "openvino": "openvino_genai",
+    "llamacpp": "llama_cpp",
 }
+INSTALL = {"openvino": "openvino-genai", "llamacpp": "llama-cpp-python gguf"}
+# those that run a Llama of equal matrices -> its format, see llama.py
+LLAMAS = {"openvino": "openvino", "llamacpp": "gguf"}
 # every so many-th request is enough: one at a time, the speed does not depend on how many; and
 # transformers copies its whole cache, padded to the longest request, at each step
 SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8}, "transformers": {"W2": 8}}
@@ -233,7 +249,7 @@ class Comparison:
         self.args, self.vocab = args, vocab
         self.options = {
             "folder": str(folder), "threads": args.threads, "max_len": MAX_LEN,
-            "dtype": args.peer_dtype, "kv_gib": args.kv_gib, "llm": args.llm,
+            "dtype": "float32", "kv_gib": args.kv_gib, "llm": args.llm,
         }  # fmt: skip
         self.peers: list[Peer] = []
         self.failed: list[str] = []
@@ -244,7 +260,19 @@ class Comparison:
 
     def load(self, name: str, python: str) -> None:
         """Start an engine, alone, and time its first token."""
-        peer = Peer(name, python, self.options)
+        options = self.options | {"dtype": self.args.dtypes.get(name, "float32")}
+        if kind := LLAMAS.get(name.split("-")[0]):
+            try:
+                folder, numbers = find_llama(
+                    Path(options["folder"]), kind, options["dtype"], python
+                )
+            except subprocess.CalledProcessError as error:
+                say(f"{name}: its model cannot be made, {error.stderr.strip()[-1000:]}")
+                self.failed.append(name)
+                return
+            options |= {"folder": str(folder)}
+            self.facts[name] |= {"model": "a Llama of equal matrices", "step_weights": numbers}
+        peer = Peer(name, python, options)
         if name == "limit":
             self.peers.append(peer)
             return
@@ -285,9 +313,11 @@ class Comparison:
                     own = sum(job["new"]) / answer["own_seconds"]
                     self.speeds[name]["limit, with ours"].append(own)
                     continue
-                answers[peer.name] = answer["tokens"]
-                if ours := answers.get("microvllm"):
-                    same = agreement(ours[::every], answer["tokens"])
+                llamas = peer.engine in LLAMAS  # whose tokens are compared among themselves
+                if llamas or peer.name == "microvllm":
+                    answers.setdefault(llamas, answer["tokens"])
+                if first := answers.get(llamas):
+                    same = agreement(first[::every], answer["tokens"])
                     self.agreed[name][peer.name].append(same)
             done = ", ".join(f"{n} {s[-1]:,.1f}" for n, s in self.speeds[name].items())
             say(f"turn {turn}, {name}: {done}" if turn else f"warmed up for {name}")
@@ -337,7 +367,9 @@ class Comparison:
             )
             for engine, n in work["engines"].items():
                 low, high = n["lowest"], n["highest"]
-                line = f"{engine:20}{n['tokens_per_s']:>12,.1f}{f'({low:,.1f}-{high:,.1f})':>24}"
+                star = "*" * ("model" in self.facts.get(engine, ()))
+                span = f"({low:,.1f}-{high:,.1f})"
+                line = f"{engine + star:20}{n['tokens_per_s']:>12,.1f}{span:>24}"
                 shares = (("share_of_limit", 10, ".0%"), ("ours_over_it", 9, ".2f"),
                           ("agree_first", 14, ".0%"), ("agree_tokens", 7, ".1%"))  # fmt: skip
                 for key, width, kind in shares:
@@ -347,7 +379,15 @@ class Comparison:
         for engine, fact in self.facts.items():
             if "peak_gb" in fact:
                 start, peak = f"{fact['first_token_s']:.1f} s", f"{fact['peak_gb']:.2f} GB"
-                lines.append(f"{engine:20}{start:>12}{peak:>13}  {fact['version']}")
+                told = f"{fact['version']}" + (f", {fact['dtype']}" if "dtype" in fact else "")
+                lines.append(f"{engine:20}{start:>12}{peak:>13}  {told}")
+        if numbers := [fact["step_weights"] for fact in self.facts.values() if "model" in fact]:
+            ours = step_weights(Path(self.options["folder"]))
+            lines.append(
+                f"\n* a Llama of equal matrices, with random weights of its own: {numbers[0]:,} "
+                f"numbers of them in a step\n  where ours has {ours:,}; its tokens are compared "
+                "with those of the first engine with a star"
+            )
         return "\n".join(lines)
 
 
@@ -389,7 +429,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", help="an argument of LLM")
     parser.add_argument("--quantization", help="an argument of LLM")
-    parser.add_argument("--peer-dtype", default="float32", help="the others' (%(default)s)")
+    parser.add_argument(
+        "--peer-dtype", action="append", default=[], metavar="[NAME=]DTYPE",
+        help="the others', or that of one of them (float32)",
+    )  # fmt: skip
     args = parser.parse_args()
     args.workloads = args.workloads.split(",")
     if unknown := set(args.workloads) - set(WORKLOADS):
@@ -409,6 +452,20 @@ def parse() -> argparse.Namespace:
         )
     # ours is what the others are compared with: always there, and first
     args.engines = sorted({"microvllm", *wanted}, key=["microvllm", *wanted].index)
+    dtypes = dict(given.rpartition("=")[::2] for given in args.peer_dtype)
+    if unknown := set(dtypes) - {"", *args.pythons}:
+        parser.error(
+            f"--peer-dtype: {', '.join(sorted(unknown))} is none of {', '.join(args.pythons)}"
+        )
+    args.peer_dtype = dtypes.get("", "float32")
+    args.dtypes = {name: dtypes.get(name, args.peer_dtype) for name in args.engines[1:]}
+    for name, dtype in args.dtypes.items():
+        kind = LLAMAS.get(name.split("-")[0])
+        known = llama.PRECISIONS[kind] if kind else ("float32", "bfloat16")
+        if dtype not in known:
+            parser.error(
+                f"--peer-dtype {dtype}: {name} has {', '.join(known)} (--engines, or NAME=)"
+            )
     given = {"dtype": args.dtype, "quantization": args.quantization}
     args.llm = {key: value for key, value in given.items() if value is not None}
     return args
@@ -426,6 +483,26 @@ def find_model(args: argparse.Namespace, scratch: Path) -> tuple[Path, int]:
     return folder, json.loads((folder / "config.json").read_text())["vocab_size"]
 
 
+def find_llama(folder: Path, to: str, precision: str, python: str) -> tuple[Path, int]:
+    """The Llama beside the model in `folder`, in a format and precision that an interpreter with
+    the packages for it makes unless it is there, and how many of its weights a step reads."""
+    config, out = llama.like(json.loads((folder / "config.json").read_text())), folder / "llama"
+    if not (out / "config.json").exists():
+        llama.make_folder(out, config)
+    script = [python, HERE / "llama.py", out, "--to", to, "--precision", precision]
+    done = subprocess.run(script, check=True, capture_output=True, text=True)
+    return Path(done.stdout.splitlines()[-1]), llama.read_numbers(config)
+
+
+def step_weights(folder: Path) -> int:
+    """Numbers in the matrices of a nanochat in Hugging Face's folder, but for the embedding."""
+    config = json.loads((folder / "config.json").read_text())
+    c, heads = config["hidden_size"], config["num_attention_heads"]
+    kv = c // heads * config["num_key_value_heads"]
+    layer = 2 * c * c + 2 * c * kv + 2 * c * config["intermediate_size"]
+    return config["num_hidden_layers"] * layer + config["vocab_size"] * c
+
+
 def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory() as scratch:
@@ -435,13 +512,16 @@ def main() -> None:
             run.load("limit", sys.executable)
             for name in args.engines:
                 engine, python = name.split("-")[0], args.pythons[name]
-                if args.model == "bundled" and engine in ("transformers", "vllm"):
+                if args.model == "bundled" and engine in ("transformers", "vllm", *LLAMAS):
                     say(f"{name} does not know this era of nanochat")
                 elif found := version(python, ENGINES[engine]):
                     run.facts[name] = {"version": f"{ENGINES[engine]} {found}"}
+                    if name != "microvllm":
+                        run.facts[name] |= {"dtype": args.dtypes[name]}
                     run.load(name, python)
                 else:
-                    say(f"{name} cannot be imported by {python}")
+                    package = INSTALL.get(engine, ENGINES[engine])
+                    say(f"{name} cannot be imported by {python}: {python} -m pip install {package}")
             if "microvllm" in run.failed:
                 sys.exit("there is nothing to compare with")
             for turn in range(args.turns + 1):
@@ -454,22 +534,25 @@ def main() -> None:
                 peer.close()
     found = run.results()
     ours = ", ".join(f"{key} {value}" for key, value in args.llm.items()) or "float32"
+    others = ", ".join(sorted({*args.dtypes.values()})) or "nothing"
     print(
         f"{processor()}, {args.threads} of {cores()} cores; {args.model}; microvllm in {ours}, the "
-        f"others in {args.peer_dtype}; {args.kv_gib} GiB for K and V; median of {args.turns} turns"
+        f"others in {others}; {args.kv_gib} GiB for K and V; median of {args.turns} turns"
         f"\n{run.table(found)}\n"
     )
-    exact = not args.llm and args.peer_dtype == "float32"
+    exact = {name for name, dtype in args.dtypes.items() if dtype == "float32" and not args.llm}
+    exact -= {name for name in exact if name.split("-")[0] in LLAMAS}  # K and V may be less
     wrong = [
         f"{engine} ({name})"
         for name, work in found.items()
         for engine, numbers in work["engines"].items()
-        if exact and numbers.get("agree_first", 1) < 0.9
+        if engine in exact and numbers.get("agree_first", 1) < 0.9
     ]
     result = {
         "benchmark": "compare", "cpu": processor(), "cores": cores(), "threads": args.threads,
         "model": args.model, "llm": args.llm, "peer_dtype": args.peer_dtype,
-        "kv_gib": args.kv_gib, "turns": args.turns, "shrink": args.shrink,
+        "peer_dtypes": args.dtypes, "kv_gib": args.kv_gib, "turns": args.turns,
+        "shrink": args.shrink,
         "workloads": found, "engines": run.facts, "failed": run.failed, "disagree": wrong,
     }  # fmt: skip
     print(json.dumps(result))

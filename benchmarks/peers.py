@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where microvllm is
 
+BATCH = 2048  # tokens that openvino and llamacpp may compute at once
 Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
 
 
@@ -213,6 +214,158 @@ def vllm(options: dict) -> Callable[[dict], dict]:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return timed(generate)
+
+
+# engines that run a Llama of equal matrices in their own format, see llama.py. `folder` is that
+# format's, and dtype may be "int8" and "int4", too
+
+
+def openvino(options: dict) -> Callable[[dict], dict]:
+    """OpenVINO GenAI's pipeline with continuous batching and prefix cache.
+
+    K and V are of the dtype; with int8 weights, activations and K and V are what it chooses.
+    """
+    import numpy as np
+    import openvino
+    import openvino_genai as genai
+
+    settings, kind = {"INFERENCE_NUM_THREADS": options["threads"]}, options["dtype"]
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if kind == "bfloat16" and "BF16" not in able:
+        raise RuntimeError("OpenVINO has no bfloat16 on this processor: --peer-dtype float32, int8")
+    if kind != "int8":
+        short = {"float32": "f32", "bfloat16": "bf16"}[kind]
+        settings |= {"INFERENCE_PRECISION_HINT": short, "KV_CACHE_PRECISION": short}
+    plan = genai.SchedulerConfig()
+    plan.cache_size, plan.enable_prefix_caching = options["kv_gib"], True
+    plan.max_num_batched_tokens = BATCH
+    pipe = genai.ContinuousBatchingPipeline(options["folder"], plan, "CPU", settings)
+
+    def generate(prompts: list[list[int]], new: list[int]) -> list[list[int]]:
+        params = [
+            genai.GenerationConfig(max_new_tokens=n, ignore_eos=True, do_sample=False) for n in new
+        ]
+        asked = [openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
+        return [list(result.m_generation_ids[0]) for result in pipe.generate(asked, params)]
+
+    def answer(job: dict) -> dict:
+        start = time.perf_counter()
+        # it looks for a prefix when a request arrives, so it has to be there; whole blocks of it:
+        # requests that find the same part-filled one at once (2026.4) write over one another's
+        if whole := job["shared"] // 32 * 32:
+            generate([job["prompts"][0][:whole]], [1])
+        tokens = generate(job["prompts"], job["new"])
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return answer
+
+
+def llamacpp(options: dict) -> Callable[[dict], dict]:
+    """llama.cpp through the functions of llama-cpp-python, with a loop around them.
+
+    All requests of a job are sequences from its start; what prompts share is computed once and
+    copied; the argmax is numpy's. K and V are f16, flash attention is as it chooses. K and V lie in
+    streams, one a sequence, or together where sequences share them or kv_gib is less than that. A
+    job's context is made, and written to, before the clock starts.
+    """
+    import ctypes
+
+    import llama_cpp as api
+    import numpy as np
+
+    api.llama_backend_init()
+    path = str(Path(options["folder"]) / "model.gguf").encode()
+    model = api.llama_model_load_from_file(path, api.llama_model_default_params())
+    if not model:
+        raise RuntimeError(f"llama.cpp cannot load {path.decode()}")
+    vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    query_heads, kv_heads = api.llama_model_n_head(model), api.llama_model_n_head_kv(model)
+    token_bytes = 2 * 2 * api.llama_model_n_layer(model) * api.llama_model_n_embd(model)
+    token_bytes = token_bytes * kv_heads // query_heads
+    made = {}  # the latest context: what it was made for -> it
+
+    # a batch: for each row the token, its position, of how many sequences it is (one) and where
+    # their numbers are, and whether its logits are wanted
+    owners = np.zeros(BATCH, np.int32)
+    fields = {
+        "token": np.zeros(BATCH, np.int32),
+        "pos": np.zeros(BATCH, np.int32),
+        "n_seq_id": np.ones(BATCH, np.int32),
+        "seq_id": owners.ctypes.data + 4 * np.arange(BATCH, dtype=np.uint64),
+        "logits": np.zeros(BATCH, np.int8),
+    }
+    batch, kinds = api.llama_batch(), dict(api.llama_batch._fields_)
+    for field, array in fields.items():
+        setattr(batch, field, ctypes.cast(array.ctypes.data, kinds[field]))
+    columns = fields["token"], fields["pos"], owners, fields["logits"]  # of a row, in `step`
+
+    def context(job: dict):
+        """One that has room for the job."""
+        sizes = [len(prompt) + n for prompt, n in zip(job["prompts"], job["new"], strict=True)]
+        stream = -(-max(sizes) // 256) * 256
+        streams = stream * len(sizes)
+        together = job["shared"] > 0 or streams * token_bytes > options["kv_gib"] * 2**30
+        cells = -(-sum(sizes) // 256) * 256 if together else streams
+        key = together, cells, len(sizes)
+        if key not in made:
+            for old in made.values():
+                api.llama_free(old)
+            made.clear()
+            params = api.llama_context_default_params()
+            params.n_ctx, params.n_seq_max, params.kv_unified = cells, len(sizes), together
+            params.n_batch, params.n_ubatch = BATCH, 512
+            params.n_threads = params.n_threads_batch = options["threads"]
+            params.no_perf = True
+            new = api.llama_init_from_model(model, params)
+            if not new:
+                raise RuntimeError(f"llama.cpp makes no context of {cells} tokens")
+            made[key] = new
+        memory = api.llama_get_memory(made[key])
+        api.llama_memory_clear(memory, True)
+        return made[key], memory
+
+    def step(ctx, rows: list[tuple[int, int, int, bool]]) -> list[int]:
+        """The next token of each of the rows (token, position, sequence, wanted) that is wanted."""
+        found = []
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
+            batch.n_tokens = size = len(part)
+            for array, column in zip(columns, zip(*part, strict=True), strict=True):
+                array[:size] = column
+            if failed := api.llama_decode(ctx, batch):
+                raise RuntimeError(f"llama_decode returned {failed} for {size} tokens")
+            if count := int(fields["logits"][:size].sum()):
+                logits = np.ctypeslib.as_array(api.llama_get_logits(ctx), (count, vocab))
+                found += logits.argmax(-1).tolist()
+        return found
+
+    def answer(job: dict) -> dict:
+        (ctx, memory), shared = context(job), job["shared"]
+        prompts, new = job["prompts"], job["new"]
+        start = time.perf_counter()
+        rows = []
+        if shared:
+            step(ctx, [(token, i, 0, False) for i, token in enumerate(prompts[0][:shared])])
+            for s in range(1, len(prompts)):
+                api.llama_memory_seq_cp(memory, 0, s, -1, -1)
+        for s, prompt in enumerate(prompts):
+            last = len(prompt) - 1
+            rows += [(prompt[i], i, s, i == last) for i in range(shared, len(prompt))]
+        tokens = [[token] for token in step(ctx, rows)]
+        running = range(len(prompts))
+        while True:
+            for s in running:
+                if len(tokens[s]) == new[s]:
+                    api.llama_memory_seq_rm(memory, s, -1, -1)
+            running = [s for s in running if len(tokens[s]) < new[s]]
+            if not running:
+                break
+            rows = [(tokens[s][-1], len(prompts[s]) + len(tokens[s]) - 1, s, True) for s in running]
+            for s, token in zip(running, step(ctx, rows), strict=True):
+                tokens[s].append(token)
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return answer
 
 
 # the limit ----------------------------------------------------------------------------------------

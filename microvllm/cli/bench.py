@@ -1,4 +1,4 @@
-"""How fast it is, and how fast it could be: prompts to measure with, a report, and the roofline.
+"""How fast it is: prompts to measure with, and a report.
 
 The prompts are those of Alpaca's instructions (Taori et al., 2023) or any file in their format.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import textwrap
-import time
-from itertools import groupby
 from pathlib import Path
 
 DATASET = "tatsu-lab/alpaca"
@@ -110,6 +107,14 @@ def guesses(stats: dict) -> str:
     return f"; {right} of {of} guesses right ({right / of:.0%})" if of else ""
 
 
+def share(found: dict) -> str:
+    """How much of the memory's bandwidth decoding used, where that was measured."""
+    if not found.get("decode_bytes_per_second"):
+        return ""
+    used, most = found["decode_bytes_per_second"], found["bytes_per_second"]
+    return f", reading {used / 1e9:.3g} GB/s of {most / 1e9:.3g} measured ({used / most:.0%})"
+
+
 def results(outputs: list, seconds: float, stats: dict) -> dict:
     """What a benchmark is about, and the engine's own counters."""
     tokens = sum(len(output["token_ids"]) for output in outputs)
@@ -138,110 +143,9 @@ Throughput: {found["tokens_per_second"]} tokens/s
 Latency per request: {1000 * found["seconds_per_request"]:.1f} ms (total time / prompts)
 
 Prefill: {found["prefill_tokens"]} tokens, {found["prefill_tokens_per_second"]} tokens/s
-Decode: {decoded} tokens, {found["decode_tokens_per_second"]} tokens/s{guesses(found)}
+Decode: {decoded} tokens, {found["decode_tokens_per_second"]} tokens/s{share(found)}{guesses(found)}
 Prefix-cache hits: {found["cached_tokens"]} of {found["prompt_tokens"]} prompt tokens
 Preemptions: {found["preemptions"]}
 KV blocks used at peak: {found["peak_blocks"]} of {found["num_blocks"]}, of \
 {found["block_size"]} tokens each
 """
-
-
-# what a checkpoint takes --------------------------------------------------------------------------
-
-
-def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict:
-    """What a checkpoint is and what running it on the device takes.
-
-    The roofline is an estimate: a decode step reads, no faster than the memory can, every weight
-    but the embedding tables once, and the K and V that its sequences see (here: each half way
-    through the context).
-    """
-    from ..checkpoint import free_memory, pick_dtype
-    from ..features.windows import group_layers, most_blocks
-    from ..model import layer_windows
-
-    on_gpu, dtype = device.type == "cuda", pick_dtype(dtype, device)
-    length, windows = config.sequence_len, layer_windows(config, recipe)
-    parameters = sum(w.numel() for w in weights.values())
-    tables = sum(w.numel() for key, w in weights.items() if "wte" in key or "value_embeds" in key)
-    layer_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize  # K and V of a token
-    groups = group_layers(windows, length)  # in blocks of 16 tokens, as many layers in each
-    blocks = most_blocks([window for window, _ in groups], 16, length)
-    sequence_bytes = blocks * 16 * max(len(layers) for _, layers in groups) * layer_bytes
-    free = free_memory(device)
-    # what the cache may have: nearly all of a GPU, or half of what is free elsewhere. unasked the
-    # engine takes 4 GB of the latter at most
-    room = max(0, free - parameters * dtype.itemsize) * (0.9 if on_gpu else 0.5)
-    bandwidth = copy_bandwidth(device)
-    seen = layer_bytes * sum(min(length // 2, w + 1 if w >= 0 else length) for w in windows)
-    read = (parameters - tables) * dtype.itemsize
-    return {
-        "config": vars(config),
-        "recipe": vars(recipe),
-        "windows": windows,
-        "parameters": parameters,
-        "file_dtypes": sorted({str(w.dtype)[6:] for w in weights.values()}),
-        "file_bytes": sum(w.nbytes for w in weights.values()),
-        "device": str(device),
-        "dtype": str(dtype)[6:],
-        "weight_bytes": parameters * dtype.itemsize,
-        "kv_bytes_per_token": config.n_layer * layer_bytes,
-        "kv_bytes_per_sequence": sequence_bytes,
-        "free_bytes": free,
-        "full_sequences_that_fit": int(room // sequence_bytes),
-        "bytes_per_second": round(bandwidth),
-        "decode_limits": {n: round(n * bandwidth / (read + n * seen), 1) for n in (1, 8, 64)},
-    }
-
-
-def copy_bandwidth(device) -> float:
-    """Bytes that the device's memory reads and writes in a second, by the best of a few copies."""
-    import torch
-
-    source = torch.ones(2**25, device=device)  # 128 MB
-    target, times = torch.zeros_like(source), []
-    wait = getattr(torch, source.device.type).synchronize
-    for _ in range(5):
-        wait()
-        start = time.perf_counter()
-        target.copy_(source)
-        wait()
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / min(times)
-
-
-def description(found: dict) -> str:
-    """What `describe` found, for people."""
-    config, recipe = found["config"], dict(found["recipe"])
-    era, length = recipe.pop("era"), config["sequence_len"]
-    constants = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in recipe.items()]
-    windows = ((w, len(list(layers))) for w, layers in groupby(found["windows"]))
-    windows = [f"{n} x {'all' if w < 0 else w}" for w, n in windows]
-    limits = [f"{limit:,.0f} (batch of {n})" for n, limit in found["decode_limits"].items()]
-    text = f"""\
-era       {era}: {", ".join(constants)}
-shape     {config["n_layer"]} layers of {config["n_embd"]} channels, {config["n_head"]} query and \
-{config["n_kv_head"]} kv heads, vocabulary {config["vocab_size"]:,}
-context   {length:,} tokens
-windows   {", ".join(windows)} (layers x tokens back)
-weights   {found["parameters"]:,} parameters; {size(found["file_bytes"])} of \
-{" and ".join(found["file_dtypes"])} on disk, {size(found["weight_bytes"])} of {found["dtype"]} on \
-{found["device"]}
-KV cache  {found["kv_bytes_per_token"]:,} bytes a token, {size(found["kv_bytes_per_sequence"])} a \
-sequence of {length:,}
-memory    {size(found["free_bytes"])} free: room for about {found["full_sequences_that_fit"]:,} \
-such sequences beside the weights
-roofline  an estimate, from {size(found["bytes_per_second"])}/s measured by a copy: decoding is \
-bound by memory to {", ".join(limits)} tokens/s, half way through the context"""
-    title = found["checkpoint"] + (f", step {found['step']}" if found["step"] is not None else "")
-    wrapper = textwrap.TextWrapper(96, subsequent_indent=" " * 12, break_on_hyphens=False)
-    return "\n".join([title, *(wrapper.fill(f"  {line}") for line in text.splitlines())])
-
-
-def size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} GB"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import bench as speed
-from . import terminal
+from . import roofline, terminal
 from .conversation import converse
 
 if TYPE_CHECKING:
@@ -278,7 +278,10 @@ def bench(args: argparse.Namespace) -> None:
             prompts = speed.random_prompts(args.num_prompts, length, shared, vocabulary, args.seed)
         else:
             prompts = encode(llm, prompts, args.raw)
-        found = speed.results(*generate(args, llm, prompts, params), llm.stats())
+        outputs, seconds = generate(args, llm, prompts, params)
+        found = speed.results(outputs, seconds, llm.stats())
+        precision = args.quantization or str(llm.cache.data.dtype)[6:]
+        found |= roofline.reading(llm, outputs, found, precision)
     if not args.json:
         terminal.say(speed.report(found))
     terminal.say(json.dumps(found))
@@ -365,8 +368,8 @@ def info(args: argparse.Namespace) -> None:
     config, recipe, weights = read_checkpoint(directory, step)
     recipe = strict.replace(recipe, **overrides(args))
     found = {"checkpoint": str(directory), "step": step}
-    found |= speed.describe(config, recipe, weights, device, args.dtype)
-    terminal.say(json.dumps(found) if args.json else speed.description(found))
+    found |= roofline.describe(config, recipe, weights, device, args.dtype)
+    terminal.say(json.dumps(found) if args.json else roofline.description(found))
 
 
 def convert(args: argparse.Namespace) -> None:

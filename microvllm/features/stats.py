@@ -14,7 +14,7 @@ class StatsLLM(LLM):
     def _assemble(self, *args, **policies) -> None:
         super()._assemble(*args, **policies)
         self._stats: dict[str, float] = dict.fromkeys(COUNTERS.split(), 0)
-        self._stats |= {"prefill_seconds": 0.0, "decode_seconds": 0.0}
+        self._stats |= {"prefill_seconds": 0.0, "decode_seconds": 0.0, "decode_steps": 0.0}
         self._clock = 0.0  # when the step began that is read next
 
     def _queue(self, requests: list[Request]) -> None:
@@ -27,7 +27,7 @@ class StatsLLM(LLM):
         super()._advance()
 
     def _land(self, plan: Plan) -> None:
-        """A step's time is split between prefill and decode by their rows."""
+        """A step and its time are split between prefill and decode by their rows."""
         blocks, stats = self.scheduler.blocks, self._stats
         used = blocks.num_usable - blocks.num_free  # before those that end give theirs back
         super()._land(plan)
@@ -37,6 +37,7 @@ class StatsLLM(LLM):
         began, self._clock = self._clock, time.perf_counter()
         stats["prefill_seconds"] += (self._clock - began) * new / rows
         stats["decode_seconds"] += (self._clock - began) * (rows - new) / rows
+        stats["decode_steps"] += (rows - new) / rows
         stats["prefill_tokens"] += new
         stats["steps"] += 1
         stats["peak_blocks"] = max(stats["peak_blocks"], used)
@@ -50,8 +51,9 @@ class StatsLLM(LLM):
     def stats(self) -> dict:
         """Counters since the start (of the requests that ended, aborted_requests were aborted; of
         the prompts' tokens, cached_tokens came from the prefix cache and prefill_tokens were
-        computed; of guessed_tokens, accepted_tokens were right), and the present state of the pool,
-        without the sink."""
+        computed; decode_steps: of the steps, the share of rows that are no prompt's; of
+        guessed_tokens, accepted_tokens were right), and the present state of the pool, without the
+        sink."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return self._stats | {
             "output_tokens": scheduler.num_tokens, "preemptions": scheduler.num_preemptions,

@@ -17,7 +17,7 @@ from conftest import ERAS, MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli
 from microvllm.checkpoint import load_model
-from microvllm.cli import bench, commands, conversation, terminal
+from microvllm.cli import bench, commands, conversation, roofline, terminal
 from microvllm.cli.flags import make_parser
 from microvllm.features.windows import group_layers
 
@@ -412,6 +412,7 @@ def test_bench_measures_a_random_workload(command):
     assert (found["prompt_tokens"], found["total_output_tokens"]) == (260, 30)
     assert found["cached_tokens"] == 4 * 32 and found["peak_blocks"] > 0
     assert found["tokens_per_second"] > 0 and found["preemptions"] == 0
+    assert found["decode_bytes_per_second"] > 0 and "GB/s of " in out
 
     flags = ["--json", "--num-blocks", "20", "--num-prompts", "6", "--max-tokens", "40"]
     out, _ = command("bench", *flags, "--random-input-len", "30")
@@ -505,7 +506,7 @@ def test_info_agrees_with_the_engine(era, command):
 
 
 def test_the_roofline_counts_what_a_decode_step_reads(command, monkeypatch):
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(roofline, "bandwidth", lambda device: 1e9)
     monkeypatch.setattr("microvllm.checkpoint.free_memory", lambda device: 10**9)
     found = json.loads(command("info", "--json", "--dtype", "bfloat16")[0])
     file = torch.load(MODEL / "model_011414.pt", weights_only=True, mmap=True)
@@ -518,6 +519,67 @@ def test_the_roofline_counts_what_a_decode_step_reads(command, monkeypatch):
     assert limits == pytest.approx(expected, rel=1e-3)
     room = (10**9 - found["weight_bytes"]) / 2
     assert found["full_sequences_that_fit"] == int(room / ((64 * 2 + 17 * 4) * 16 * 2 * 2 * 64 * 2))
+
+
+def test_info_tells_what_each_precision_takes(command, monkeypatch):
+    monkeypatch.setattr(roofline, "bandwidth", lambda device: 1e9)
+    found = json.loads(command("info", "--json")[0])
+    assert list(found["precisions"]) == ["float32", "bfloat16", "int8"]
+    given = found["precisions"]["float32"]
+    assert given == {key: found[key] for key in given} and given["weight_bytes"] == (
+        4 * found["parameters"]
+    )
+    file = torch.load(MODEL / "model_011414.pt", weights_only=True, mmap=True)
+    matrices = [w for key, w in file.items() if re.search(r"c_(q|k|v|proj|fc)\.|lm_head", key)]
+    for name, dtype, quantization in ("bfloat16", "bfloat16", None), ("int8", "auto", "int8"):
+        each = found["precisions"][name]
+        # numbers, and of int8 a scale and a correction for each row; the rest is in bfloat16
+        sizes = [w.numel() * (1 if quantization else 2) for w in matrices]
+        sizes += [8 * len(w) for w in matrices if quantization]
+        others = found["parameters"] - sum(w.numel() for w in matrices)
+        assert each["weight_bytes"] == sum(sizes) + 2 * others
+        options = {"dtype": dtype, "quantization": quantization, "num_blocks": 10}
+        with LLM(MODEL, device="cpu", **options) as llm:
+            depth, slots = len(llm.cache.data), llm.cache.num_blocks * 16
+            per_token = each["kv_bytes_per_token"] // len(llm.model.windows) * depth
+            assert per_token * slots == llm.cache.data.nbytes
+            kept = [linear.weight for linear in llm.model.linears.values()]
+            if quantization and all(isinstance(weight, tuple) for weight in kept):
+                assert sum(part.nbytes for weight in kept for part in weight) == sum(sizes)
+        # one sequence: half of 1,024 tokens, of which four layers see 257
+        seen = each["kv_bytes_per_token"] / 6 * (4 * 257 + 2 * 512)
+        limit = 1e9 / (sum(sizes) + seen)
+        assert each["decode_limits"]["1"] == pytest.approx(limit, rel=1e-3)
+
+
+def test_bench_tells_how_fast_decoding_read_memory(monkeypatch):
+    monkeypatch.setattr(roofline, "bandwidth", lambda device: 4e9)
+    with LLM(MODEL, device="cpu", num_blocks=60) as llm:
+        prompts = [[1, *range(300, 340)], [1, 300, 301]]
+        params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        stats = llm.stats()
+        # the prompts' step, then four of one row for each
+        assert (stats["steps"], stats["decode_steps"]) == (5, 4.0)
+        stats |= {"decode_seconds": 2.0}
+        found = roofline.reading(llm, outputs, stats, "float32")
+        config, windows = llm.model.config, llm.model.windows
+        assert min(w for w in windows if w >= 0) > 45  # all is seen
+        c = config.n_embd
+        numbers = config.n_layer * (10 * c * c + 2 * c * 2 * 64) + config.vocab_size * c
+        contexts = sum(range(42, 46)) + sum(range(4, 8))
+        read = 4 * (4 * numbers + contexts * config.n_layer * 2 * 2 * 64)
+        assert found == {"decode_bytes_per_second": round(read / 2), "bytes_per_second": 4e9}
+        told = bench.share(found)
+        assert told.startswith(", reading ") and "GB/s of 4 measured (" in told
+        assert roofline.reading(llm, [], stats | {"decode_seconds": 0.0}, "float32") == {}
+    assert bench.share({}) == ""
+
+
+def test_the_bandwidth_of_reading_is_measured_in_a_second():
+    start = time.perf_counter()
+    assert 1e8 < roofline.bandwidth(torch.device("cpu")) < 1e12
+    assert time.perf_counter() - start < 5  # of a busy machine
 
 
 def test_info_describes_a_checkpoint_to_people(command):

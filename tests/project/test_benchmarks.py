@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from microvllm import LLM, SamplingParams
 from microvllm.model import GPTConfig
@@ -22,6 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))  # scripts, which import one another
 import checkpoint  # noqa: E402
 import compare  # noqa: E402
 import gpu  # noqa: E402
+import llama  # noqa: E402
 import peers  # noqa: E402
 
 TINY = SimpleNamespace(
@@ -285,6 +287,149 @@ def test_the_folder_for_transformers_is_the_checkpoint_under_other_names(tmp_pat
     assert len(theirs["lm_head.weight"]) == 500
     with pytest.raises(ValueError, match="only nanochat's era 1, not --era 5"):
         checkpoint.make_hf_folder(tmp_path, SimpleNamespace(**vars(args) | {"era": "5"}), "cpu")
+
+
+# the Llama of equal matrices
+
+
+def llama_tokens(folder: Path, prompt: list[int], new: int) -> list[int]:
+    """What a Llama answers greedily, as Hugging Face's computes it, in float64."""
+    config, stored = llama.read_folder(folder)
+    weights = {name.removesuffix(".weight"): torch.tensor(w).double() for name, w in stored.items()}
+    d, base = config["head_dim"], config["rope_theta"]
+    tokens = list(prompt)
+    for _ in range(new):
+        angles = torch.outer(torch.arange(len(tokens)), base ** -(torch.arange(0, d, 2) / d))
+        angles = angles.repeat(1, 2).double()
+        x = weights["model.embed_tokens"][tokens]
+        for i in range(config["num_hidden_layers"]):
+            layer = {n.split(".")[-1]: w for n, w in weights.items() if f".layers.{i}." in n}
+            h = F.rms_norm(x, x.shape[-1:], layer["input_layernorm"], config["rms_norm_eps"])
+            q, k, v = (
+                (h @ layer[f"{name}_proj"].T).view(len(h), -1, d).transpose(0, 1) for name in "qkv"
+            )
+            q, k = (
+                z * angles.cos()
+                + torch.cat((-z[..., d // 2 :], z[..., : d // 2]), -1) * angles.sin()
+                for z in (q, k)
+            )
+            y = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, enable_gqa=True
+            )
+            x = x + y[0].transpose(0, 1).reshape(len(x), -1) @ layer["o_proj"].T
+            last = layer["post_attention_layernorm"]
+            h = F.rms_norm(x, x.shape[-1:], last, config["rms_norm_eps"])
+            h = F.silu(h @ layer["gate_proj"].T) * (h @ layer["up_proj"].T)
+            x = x + h @ layer["down_proj"].T
+        final = F.rms_norm(x[-1], x.shape[-1:], weights["model.norm"], config["rms_norm_eps"])
+        tokens.append(int((weights["lm_head"] @ final).argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_the_llama_has_matrices_of_equal_size(tmp_path):
+    assert [llama.feed_forward(width) for width in (768, 256)] == [2048, 672]
+    d12 = llama.shape(12, 768, 128, None, 32768)
+    ours = 12 * 12 * 768 * 768 + 32768 * 768
+    assert llama.read_numbers(d12) == ours
+    args = SimpleNamespace(**vars(TINY), era="1", storage="float32")
+    folder = checkpoint.make_hf_folder(tmp_path, args, "cpu")
+    beside = llama.like(json.loads((folder / "config.json").read_text()))
+    assert (beside["num_attention_heads"], beside["num_key_value_heads"]) == (3, 1)
+    # 2 * 4 * 96 * 96 numbers of the feed-forward here, 3 * 256 * 96 there
+    assert compare.step_weights(folder) == llama.read_numbers(beside)
+    _, _, weights = peers.read_model(str(folder))
+    sizes = {name: w.numel() for name, w in weights.items() if "wte" not in name and w.ndim == 2}
+    assert sum(sizes.values()) == compare.step_weights(folder)
+    for given in (64, 48, None), (96, 32, 2):
+        with pytest.raises(ValueError, match="must be whole heads of --head-dim"):
+            llama.shape(1, *given, 512)
+
+
+def test_the_llamas_folder_reads_back_and_is_one_that_others_read(tmp_path):
+    config = llama.shape(2, 64, 32, 1, 300)
+    made = llama.make_folder(tmp_path / "a", config)
+    found, weights = llama.read_folder(made)
+    assert found == config and {name: w.shape for name, w in weights.items()} == llama.tensors(
+        config
+    )
+    matrix = weights["model.layers.1.mlp.down_proj.weight"]
+    assert (
+        matrix.std() * 160**0.5 == pytest.approx(1, abs=0.05)
+        and (weights["model.norm.weight"] == 1).all()
+    )
+    torch_file = pytest.importorskip("safetensors.torch").load_file(made / "model.safetensors")
+    assert all(torch.equal(torch_file[name], torch.tensor(w)) for name, w in weights.items())
+    again = llama.read_folder(llama.make_folder(tmp_path / "b", config))[1]
+    assert all((again[name] == w).all() for name, w in weights.items())
+    assert len({*llama_tokens(made, [1, 2, 3], 6)}) > 1
+    with pytest.raises(ValueError, match="--to openvino knows float32, bfloat16, int8; not int4"):
+        llama.convert(made, "openvino", "int4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", sorted(compare.LLAMAS))
+def test_the_other_engines_make_the_llamas_tokens(tmp_path, engine):
+    pytest.importorskip(compare.ENGINES[engine])
+    made = llama.make_folder(tmp_path, llama.shape(2, 64, 32, 1, 500))
+    folder = llama.convert(made, compare.LLAMAS[engine], "float32")
+    options = {"folder": str(folder), "threads": 1, "dtype": "float32", "kv_gib": 1}
+    answer = getattr(peers, engine)(options)
+    own = [[1, 2, 3, 4], [400, 7], list(range(40, 90))]
+    for shared in ([], list(range(200, 264)), list(range(200, 217))):
+        prompts = [shared + prompt for prompt in own]
+        found = answer({"prompts": prompts, "new": [5, 1, 3], "shared": len(shared)})
+        expected = [llama_tokens(made, p, n) for p, n in zip(prompts, [5, 1, 3], strict=True)]
+        assert found["tokens"] == expected and found["seconds"] > 0
+
+
+def parsed(monkeypatch, *words) -> SimpleNamespace:
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    return compare.parse()
+
+
+def test_each_engine_has_its_own_dtype(monkeypatch, capsys):
+    python = f"llamacpp-q4={sys.executable}"
+    flags = ["--engines", "openvino,llamacpp-q4", "--peer-python", python, "--peer-dtype", "int8"]
+    args = parsed(monkeypatch, *flags, "--peer-dtype", "llamacpp-q4=int4")
+    assert args.engines == ["microvllm", "openvino", "llamacpp-q4"]
+    assert args.dtypes == {"openvino": "int8", "llamacpp-q4": "int4"}
+    assert parsed(monkeypatch, "--engines", "vllm").dtypes == {"vllm": "float32"}
+    for words, told in (
+        (["--engines", "vllm", "--peer-dtype", "int8"], "vllm has float32, bfloat16"),
+        (["--engines", "openvino", "--peer-dtype", "int4"], "openvino has float32, bfloat16, int8"),
+        (["--peer-dtype", "other=int8"], "other is none of microvllm, nanochat"),
+    ):
+        with pytest.raises(SystemExit):
+            parsed(monkeypatch, *words)
+        assert told in capsys.readouterr().err
+
+
+def test_the_table_says_which_engines_have_other_weights(tmp_path, monkeypatch):
+    args = SimpleNamespace(**vars(TINY), era="1", storage="float32")
+    folder = checkpoint.make_hf_folder(tmp_path, args, "cpu")
+    args = parsed(monkeypatch, "--engines", "openvino", "--workloads", "W3", "--shrink", "32")
+    run = compare.Comparison(args, folder, 500)
+    tokens = {"microvllm": [1, 2, 3, 4], "openvino": [5, 6, 7, 8]}
+    seconds = {"microvllm": 1.0, "openvino": 2.0}
+    run.peers = [
+        SimpleNamespace(
+            name=name, engine=name,
+            ask=lambda job, name=name: {"tokens": [tokens[name]], "seconds": seconds[name]},
+        )
+        for name in tokens
+    ]  # fmt: skip
+    run.args.pause = 0
+    run.turn(1)
+    numbers = run.results()["W3"]["engines"]
+    assert numbers["openvino"]["ours_over_it"] == 2 and numbers["openvino"]["agree_first"] == 1
+    run.facts = {
+        "microvllm": {"version": "torch 2", "first_token_s": 1.0, "peak_gb": 1.0},
+        "openvino": {"version": "openvino_genai 9", "dtype": "int8", "first_token_s": 1.0,
+                     "peak_gb": 1.0, "model": "a Llama", "step_weights": 342912},
+    }  # fmt: skip
+    table = run.table(run.results())
+    assert "\nopenvino*  " in table and "openvino_genai 9, int8" in table
+    assert "342,912 numbers of them in a step\n  where ours has 342,912" in table
 
 
 @pytest.mark.slow

@@ -1,0 +1,183 @@
+"""What a checkpoint takes in each precision, and how fast memory lets it decode: the roofline.
+
+It is an estimate: a decode step reads, no faster than memory can, every weight but the embedding
+tables once, and the K and V that its sequences see.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from itertools import groupby
+from typing import NamedTuple
+
+
+class Precision(NamedTuple):
+    """How a model's numbers are kept."""
+
+    bits: int  # of each number of a matrix
+    row: int  # bytes more for each row of a matrix: its scale, and what corrects its sums
+    other: int  # bytes of each number of the embedding tables, of K and of V
+    device: str = ""  # the only kind that has it
+
+
+PRECISIONS = {
+    "float32": Precision(32, 0, 4),
+    "bfloat16": Precision(16, 0, 2),
+    "float16": Precision(16, 0, 2, "cuda"),
+    "int8": Precision(8, 8, 2, "cpu"),
+    "fp8": Precision(8, 4, 2, "cuda"),
+}
+BATCHES = 1, 8, 64  # sequences that decode together
+
+
+def matrices(config) -> tuple[int, int]:
+    """(numbers, rows) of the matrices that a step multiplies by: all layers', and the head."""
+    c, kv = config.n_embd, config.n_kv_head * config.head_dim
+    numbers = config.n_layer * (10 * c * c + 2 * c * kv) + config.vocab_size * c
+    return numbers, config.n_layer * (7 * c + 2 * kv) + config.vocab_size
+
+
+def step_bytes(config, kind: Precision) -> int:
+    """What a step reads of the weights."""
+    numbers, rows = matrices(config)
+    return numbers * kind.bits // 8 + rows * kind.row
+
+
+def layer_bytes(config, kind: Precision) -> int:
+    """K and V of one token in one layer."""
+    return 2 * config.n_kv_head * config.head_dim * kind.other
+
+
+def seen_bytes(config, windows: list[int], kind: Precision, context: int) -> int:
+    """The K and V that the last of so many tokens sees, its own among them."""
+    seen = sum(min(context, w + 1) if w >= 0 else context for w in windows)
+    return seen * layer_bytes(config, kind)
+
+
+def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict:
+    """What a checkpoint is, and what running it on the device takes: in a dtype, and in each
+    precision that the engine has there. Limits are half way through the context."""
+    from ..checkpoint import free_memory, pick_dtype
+    from ..features.windows import group_layers, most_blocks
+    from ..model import layer_windows
+
+    on_gpu, dtype = device.type == "cuda", str(pick_dtype(dtype, device))[6:]
+    length, windows = config.sequence_len, layer_windows(config, recipe)
+    parameters = sum(w.numel() for w in weights.values())
+    groups = group_layers(windows, length)  # in blocks of 16 tokens, as many layers in each
+    blocks = most_blocks([window for window, _ in groups], 16, length)
+    speed = bandwidth(device)
+
+    def takes(kind: Precision) -> dict:
+        read, seen = step_bytes(config, kind), seen_bytes(config, windows, kind, length // 2)
+        limits = {n: round(n * speed / (read + n * seen), 1) for n in BATCHES}
+        return {
+            "weight_bytes": read + (parameters - matrices(config)[0]) * kind.other,
+            "kv_bytes_per_token": config.n_layer * layer_bytes(config, kind),
+            "decode_limits": limits,
+        }
+
+    chosen, free = takes(PRECISIONS[dtype]), free_memory(device)
+    width = max(len(layers) for _, layers in groups)
+    sequence_bytes = blocks * 16 * width * layer_bytes(config, PRECISIONS[dtype])
+    # what the cache may have: nearly all of a GPU, or half of what is free elsewhere. unasked the
+    # engine takes 4 GB of the latter at most
+    room = max(0, free - chosen["weight_bytes"]) * (0.9 if on_gpu else 0.5)
+    return {
+        "config": vars(config),
+        "recipe": vars(recipe),
+        "windows": windows,
+        "parameters": parameters,
+        "file_dtypes": sorted({str(w.dtype)[6:] for w in weights.values()}),
+        "file_bytes": sum(w.nbytes for w in weights.values()),
+        "device": str(device),
+        "dtype": dtype,
+        **chosen,
+        "kv_bytes_per_sequence": sequence_bytes,
+        "free_bytes": free,
+        "full_sequences_that_fit": int(room // sequence_bytes),
+        "bytes_per_second": round(speed),
+        "precisions": {
+            name: takes(kind)
+            for name, kind in PRECISIONS.items()
+            if kind.device in ("", device.type)
+        },
+    }
+
+
+def reading(llm, outputs: list, stats: dict, precision: str) -> dict:
+    """How fast a run of decode steps read memory, beside what was measured: the weights of each
+    step, and the K and V that each sample's tokens after its first see, those that samples share
+    for each of them. Empty for a model in parts, or if nothing was decoded."""
+    if llm.ranks or not stats["decode_seconds"] or precision not in PRECISIONS:
+        return {}
+    kind, config, windows = PRECISIONS[precision], llm.model.config, llm.model.windows
+    read = stats["decode_steps"] * step_bytes(config, kind)
+    for output in outputs:
+        start = len(output["prompt_token_ids"])
+        for sample in output["samples"]:
+            stop = start + len(sample["token_ids"])
+            read += sum(seen_bytes(config, windows, kind, n) for n in range(start + 1, stop))
+    return {
+        "decode_bytes_per_second": round(read / stats["decode_seconds"]),
+        "bytes_per_second": round(bandwidth(llm.device)),
+    }
+
+
+def bandwidth(device) -> float:
+    """Bytes a second that the device's memory reads, or a GPU's reads and writes, by the best of a
+    few passes over more than its caches hold; half a second of them at most."""
+    import torch
+
+    source = torch.ones(2**25 if device.type != "cpu" else 2**26, device=device)
+    target = None if device.type == "cpu" else torch.zeros_like(source)
+    wait, times = getattr(torch, source.device.type).synchronize, []
+    while len(times) < 2 or (len(times) < 5 and sum(times) < 0.5):
+        wait()
+        start = time.perf_counter()
+        source.sum() if target is None else target.copy_(source)
+        wait()
+        times.append(time.perf_counter() - start)
+    return (1 if target is None else 2) * source.nbytes / min(times)
+
+
+def description(found: dict) -> str:
+    """What `describe` found, for people."""
+    config, recipe = found["config"], dict(found["recipe"])
+    era, length = recipe.pop("era"), config["sequence_len"]
+    constants = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in recipe.items()]
+    windows = ((w, len(list(layers))) for w, layers in groupby(found["windows"]))
+    windows = [f"{n} x {'all' if w < 0 else w}" for w, n in windows]
+    limits = [f"{limit:,.0f} (batch of {n})" for n, limit in found["decode_limits"].items()]
+    text = f"""\
+era       {era}: {", ".join(constants)}
+shape     {config["n_layer"]} layers of {config["n_embd"]} channels, {config["n_head"]} query and \
+{config["n_kv_head"]} kv heads, vocabulary {config["vocab_size"]:,}
+context   {length:,} tokens
+windows   {", ".join(windows)} (layers x tokens back)
+weights   {found["parameters"]:,} parameters; {size(found["file_bytes"])} of \
+{" and ".join(found["file_dtypes"])} on disk, {size(found["weight_bytes"])} of {found["dtype"]} on \
+{found["device"]}
+KV cache  {found["kv_bytes_per_token"]:,} bytes a token, {size(found["kv_bytes_per_sequence"])} a \
+sequence of {length:,}
+memory    {size(found["free_bytes"])} free: room for about {found["full_sequences_that_fit"]:,} \
+such sequences beside the weights
+roofline  an estimate, from {size(found["bytes_per_second"])}/s measured: decoding is bound by \
+memory to {", ".join(limits)} tokens/s, half way through the context"""
+    title = found["checkpoint"] + (f", step {found['step']}" if found["step"] is not None else "")
+    for name, each in found["precisions"].items():
+        most = [f"{n:,.0f}" for n in each["decode_limits"].values()]
+        text += f"\n{name:9} weights {size(each['weight_bytes'])}, K and V "
+        text += f"{each['kv_bytes_per_token']:,} bytes a token; at most {' / '.join(most)} tokens/s"
+    wrapper = textwrap.TextWrapper(96, subsequent_indent=" " * 12, break_on_hyphens=False)
+    return "\n".join([title, *(wrapper.fill(f"  {line}") for line in text.splitlines())])
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB"
