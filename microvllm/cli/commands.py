@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from . import bench as speed
 from . import roofline, terminal
 from .conversation import converse
+from .learn import learn  # noqa: F401, a command of a file of its own
 
 if TYPE_CHECKING:
     from .. import LLM, SamplingParams

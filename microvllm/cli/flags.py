@@ -114,6 +114,15 @@ $
 $ fig12 --help
 words... NAME  a program (a list of them)
 """
+LEARN = """a course: from a naive loop to this engine in ten steps that run
+$
+$ 1
+$ --start my-course    # copies the exercises to a folder of yours
+$ 1 --check
+number? positive N  a step to run (a list of them, and where you are)
+--check             judge the step's exercise in your copy, in place of running the step
+--start DIR         copy the exercises to DIR
+"""
 TRACE = """turn a trace into a web page that replays every block
 $ run.jsonl -o run.html
 $ run.jsonl --chrome run.json    # for ui.perfetto.dev
@@ -180,6 +189,7 @@ PAGES = {
     commands.info: INFO + MODEL,
     commands.convert: CONVERT,
     commands.lab: LAB,
+    commands.learn: LEARN,
     commands.trace: TRACE,
 }
 

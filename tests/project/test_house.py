@@ -516,7 +516,7 @@ def test_sizes():
     core = {name: count_lines(PACKAGE / f"{name}.py") for name in CORE}
     counts = {
         path.relative_to(ROOT).as_posix(): count_lines(path)
-        for folder in ("microvllm", "lab", "examples", "benchmarks")
+        for folder in ("microvllm", "lab", "course", "examples", "benchmarks")
         for path in sorted((ROOT / folder).rglob("*.py"))
     }
     total = sum(count for name, count in counts.items() if name.startswith("microvllm/"))
@@ -531,7 +531,7 @@ def test_sizes():
     wrong += [f"core {name}.py: {count} lines" for name, count in core.items() if count > 500]
     if sum(core.values()) > 2_000:
         wrong.append(f"the core: {sum(core.values())} lines")
-    if total > 12_960:
+    if total > 13_600:
         wrong.append(f"the package: {total} lines")
     assert not wrong, wrong
 

@@ -1,0 +1,165 @@
+"""What is wrong with an exercise? Each check gets the reader's functions, and tells, or gives None.
+
+`verdict(number, work)` is what `microvllm learn N --check` calls.
+"""
+
+import random
+from types import SimpleNamespace
+
+import torch
+
+
+def rows_recomputed(work):
+    for prompt, new in [(1, 1), (5, 1), (5, 4), (12, 64)]:
+        rows, length = 0, prompt
+        for _ in range(new):
+            rows, length = rows + length, length + 1
+        if (told := work.rows_recomputed(prompt, new)) != rows:
+            return f"{prompt} tokens and {new} more take {rows} rows, not {told}"
+    return None
+
+
+def kv_bytes(work):
+    for shape in [(6, 2, 64, 1, 4), (6, 2, 64, 100, 4), (32, 8, 128, 4096, 2)]:
+        layers, heads, dim, tokens, size = shape
+        wanted = 2 * torch.empty((layers, tokens, heads, dim), device="meta").numel() * size
+        if (told := work.kv_bytes(*shape)) != wanted:
+            return f"kv_bytes{shape} is {wanted}, not {told}"
+    return None
+
+
+def idle(lengths, groups):
+    """Rows that nobody needs."""
+    total = 0
+    for group in groups:
+        prompts, news = zip(*[lengths[i] for i in group], strict=True)
+        total += len(group) * (max(prompts) + max(news) - 1)
+        total -= sum(prompts) + sum(news) - len(group)
+    return total
+
+
+def batches(work):
+    rng = random.Random(3)
+    lengths = [(rng.randint(5, 20), rng.choice((4, 8, 60, 64))) for _ in range(24)]
+    groups = [list(group) for group in work.batches(list(lengths), 4)]
+    if sorted(i for group in groups for i in group) != list(range(24)):
+        return "each request must be in one batch"
+    if not all(1 <= len(group) <= 4 for group in groups):
+        return "a batch has 1 to 4 requests"
+    if len(groups) > 6:
+        return f"six batches are enough, not {len(groups)}: a batch of one makes no use of a call"
+    before = idle(lengths, [range(i, i + 4) for i in range(0, 24, 4)])
+    after = idle(lengths, groups)
+    return f"{after} rows are idle, and {before // 2} would do" if after > before // 2 else None
+
+
+def calls_needed(work):
+    for answers, slots in [([3], 1), ([3, 1, 2], 1), ([3, 1, 2], 2), ([5, 1, 1, 1, 9, 2], 3)]:
+        waiting, running, calls = list(answers), [], 0
+        while waiting or running:
+            while waiting and len(running) < slots:
+                running.append(waiting.pop(0))
+            running = [left - 1 for left in running if left > 1]
+            calls += 1
+        if (told := work.calls_needed(list(answers), slots)) != calls:
+            return f"{answers} in {slots} slots take {calls} calls, not {told}"
+    return None
+
+
+def gather(work):
+    memory = torch.arange(8 * 4 * 3.0).view(8, 4, 3)
+    for table, length in [([5], 1), ([5], 4), ([5, 2, 7], 9), ([6, 0, 3], 12)]:
+        wanted = torch.stack([memory[table[i // 4], i % 4] for i in range(length)])
+        told = work.gather(memory, list(table), length)
+        if not isinstance(told, torch.Tensor) or told.shape != wanted.shape:
+            return f"table {table}, {length} tokens: a tensor of shape {tuple(wanted.shape)} wanted"
+        if not told.equal(wanted):
+            return f"table {table}, {length} tokens: these are not the text's rows"
+    return None
+
+
+def write(work):
+    for count, wanted in [(1, None), (2, (1, 4)), (3, (1, 4))]:
+        ref_count, free, table = [0, count, 1, 1, 0], [0, 4], [2, 1]
+        told = work.write(ref_count, free, table, 1)
+        if (tuple(told) if told else None) != wanted:
+            return f"a block in {count} tables: the copy is {wanted}, not {told}"
+        right = (
+            ([2, 4], [0, count - 1, 1, 1, 1], [0]) if wanted else ([2, 1], [0, 1, 1, 1, 0], [0, 4])
+        )
+        if (table, ref_count, free) != right:
+            return f"a block in {count} tables: then table, ref_count, free are {right}"
+    return None
+
+
+def hashes(work):
+    a, b = list(range(12)), [9, *range(1, 12)]
+    if [len(work.hashes(a[:n], 4)) for n in (0, 3, 4, 11, 12)] != [0, 0, 1, 2, 3]:
+        return "each full block has a hash, and no other"
+    if list(work.hashes(a, 4)) != list(work.hashes(list(a), 4)):
+        return "equal texts have equal hashes"
+    if list(work.hashes(a + [1], 4)) != list(work.hashes(a, 4)):
+        return "what follows a block does not change its hash"
+    if set(work.hashes(a, 4)) & set(work.hashes(b, 4)):
+        return "two texts that differ in their first token share a hash: their K and V differ"
+    if len(set(work.hashes([1] * 12, 4))) != 3:
+        return "equal blocks at other places of a text have other K and V"
+    return None
+
+
+def victim(work):
+    for running, wanted in [
+        ([(40, 0, 3), (20, 0, 2)], 1),
+        ([(40, 32, 3), (20, 0, 2)], 0),
+        ([(40, 32, 0), (20, 0, 2), (30, 0, 2)], 1),
+        ([(90, 64, 2), (33, 16, 1), (35, 32, 0)], 1),
+    ]:
+        if (told := work.victim(list(running))) != wanted:
+            return f"of {running}, number {wanted} is the one to preempt, not {told}"
+    return None
+
+
+def shares(work):
+    for needs, budget, wanted in [
+        ([1, 1, 1], 8, [1, 1, 1]),
+        ([30, 1, 1], 8, [6, 1, 1]),
+        ([3, 30, 1], 8, [3, 4, 1]),
+        ([30, 1, 1, 1], 2, [0, 1, 1, 0]),
+        ([], 8, []),
+    ]:
+        if list(told := work.shares(list(needs), budget)) != wanted:
+            return f"needs {needs}, budget {budget}: {wanted}, not {told}"
+    return None
+
+
+def blocks_at_end(work):
+    from microvllm.scheduler import BlockManager, Scheduler, Sequence
+
+    for prompt, new, n, size in [(10, 1, 3, 4), (10, 5, 1, 4), (10, 5, 3, 4), (8, 5, 3, 4)]:
+        blocks, held = BlockManager(99, size), 0
+        scheduler = Scheduler(blocks, 8, 512)
+        params = SimpleNamespace(n=n, max_tokens=new)
+        scheduler.add(Sequence(0, [1] * prompt, params))
+        turn = 100
+        while scheduler.waiting or scheduler.running:
+            plan = scheduler.schedule()
+            held = blocks.num_usable - blocks.num_free
+            scheduler.update(plan, [turn := turn + 1 for _ in plan.samples])
+        if (told := work.blocks_at_end(prompt, new, n, size)) != held:
+            what = f"{n} samples of {prompt} and {new} tokens, blocks of {size}"
+            return f"{what}: the engine holds {held}, not {told}"
+    return None
+
+
+CHECKS = [rows_recomputed, kv_bytes, batches, calls_needed, gather, write, hashes, victim, shares,
+          blocks_at_end]  # fmt: skip
+
+
+def verdict(number, work):
+    """What is wrong with exercise `number` in the module `work`, None if it is solved."""
+    try:
+        return CHECKS[number - 1](work)
+    except NotImplementedError:
+        return "it is not written yet"
+    except Exception as error:  # the reader's own code may raise anything
+        return f"it raised {type(error).__name__}: {error}"

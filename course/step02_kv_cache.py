@@ -1,0 +1,48 @@
+"""Step 2: the KV cache, one stretch of memory for each text. The page: 02-kv-cache.md.
+
+A row sees only itself and the rows before it. So the keys and values of a token never change when
+further tokens come. Keep them, and compute one row for each new token.
+"""
+
+import torch
+
+import common
+
+
+class Cache:
+    """K and V of one text, as long as the text may become."""
+
+    def __init__(self, length):
+        shape = common.LAYERS, length, common.KV_HEADS, common.HEAD_DIM
+        self.k, self.v = torch.zeros(shape), torch.zeros(shape)
+        self.length, self.computed = length, 0  # tokens that fit; tokens whose K and V are here
+
+    def attend(self, layer, q, k, v):
+        """The rows are the next tokens: keep their K and V, then look at all that are kept."""
+        start, stop = self.computed, self.computed + len(q)
+        self.k[layer, start:stop], self.v[layer, start:stop] = k, v
+        return common.attention(q, self.k[layer, :stop], self.v[layer, :stop], start)
+
+
+def serve(model, requests, meter):
+    """Answer one request after the other, each sample by itself."""
+    for request in requests:
+        for sample in range(request.n):
+            tokens = list(request.prompt)
+            cache = Cache(request.max_length)
+            while not request.is_done(tokens):
+                logits = model([(tokens, cache.computed, len(tokens))], cache.attend)
+                rows = len(tokens) - cache.computed  # the prompt, and then one at a time
+                cache.computed = len(tokens)
+                meter.step(rows, reserved=cache.length, used=cache.computed)
+                tokens.append(common.pick(logits[0], request, sample, len(tokens)))
+                meter.token(request, sample, tokens)
+
+
+def main(**options):
+    problem = "to write {tokens made} tokens, step 1 computes {rows computed} rows."
+    return common.compare(serve, "step01_naive", common.questions, problem, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Step 5: blocks of memory, and a block table for each text. The page: 05-blocks.md.
+
+A text needs no memory for what it has not written yet. So cut the memory into blocks of 16 tokens,
+and give a text a further block when its last one is full. Its table says where its tokens lie.
+"""
+
+from collections import deque
+from functools import partial
+
+import torch
+
+import common
+from common import BLOCK, PoolFull
+
+
+class Text:
+    """One sample of a request: its tokens, and the blocks in which their K and V lie."""
+
+    def __init__(self, request, sample):
+        self.request, self.sample, self.tokens = request, sample, list(request.prompt)
+        self.table, self.computed = [], 0
+
+    def slots(self, stop):
+        """Where the tokens before `stop` lie in the pool."""
+        return torch.tensor([self.table[i // BLOCK] * BLOCK + i % BLOCK for i in range(stop)])
+
+
+class Pool:
+    """The memory of all texts, cut into blocks."""
+
+    def __init__(self, num_blocks):
+        shape = common.LAYERS, num_blocks * BLOCK, common.KV_HEADS, common.HEAD_DIM
+        self.k, self.v = torch.zeros(shape), torch.zeros(shape)
+        self.num_blocks, self.free = num_blocks, list(range(num_blocks))
+
+    def take(self):
+        if not self.free:
+            raise PoolFull(f"all of {self.num_blocks} blocks are in use")
+        return self.free.pop()
+
+    def grow(self, text):
+        """Give a text the blocks that it needs for all of its tokens."""
+        while len(text.table) * BLOCK < len(text.tokens):
+            text.table.append(self.take())
+
+    def release(self, text):
+        self.free += text.table
+        text.table = []
+
+
+def attend_chunks(chunks, pool, layer, q, k, v):
+    """The rows [start, stop) of each text: keep their K and V, then look at all of that text."""
+    out, row = torch.empty_like(q), 0
+    for text, start, stop in chunks:
+        rows, slots = slice(row, row := row + stop - start), text.slots(stop)
+        pool.k[layer, slots[start:]], pool.v[layer, slots[start:]] = k[rows], v[rows]
+        keys, values = pool.k[layer, slots], pool.v[layer, slots]
+        out[rows] = common.attention(q[rows], keys, values, start)
+    return out
+
+
+def serve(model, requests, meter, memory=common.MEMORY):
+    """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
+    waiting, running = deque(), []
+    waiting += [Text(request, i) for request in requests for i in range(request.n)]
+    pool = Pool(memory // BLOCK)
+    while waiting or running:
+        # who is new? All whose prompt fits, with a block more for each text that runs
+        new = []
+        while waiting:
+            text = waiting[0]
+            fresh = -(-len(text.tokens) // BLOCK)
+            if fresh + (len(running) + 1 if running else 0) > len(pool.free):
+                break
+            new.append(waiting.popleft())
+            running.append(text)
+            pool.grow(text)
+        # a call for the prompts of the new ones, else one for the next token of all
+        chunks = [(text, text.computed, len(text.tokens)) for text in new or running]
+        for text in [] if new else running:  # the new ones have their blocks
+            pool.grow(text)
+        if not chunks:
+            raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
+        logits = model(
+            [(text.tokens, start, stop) for text, start, stop in chunks],
+            partial(attend_chunks, chunks, pool),
+        )
+        for text, _, stop in chunks:
+            text.computed = stop
+        rows = sum(stop - start for _, start, stop in chunks)
+        reserved = (pool.num_blocks - len(pool.free)) * BLOCK
+        meter.step(rows, 0, len(running), reserved, sum(text.computed for text in running))
+        for (text, _, stop), row in zip(chunks, logits, strict=True):
+            text.tokens.append(common.pick(row, text.request, text.sample, stop))
+            meter.token(text.request, text.sample, text.tokens)
+        for text in [text for text in running if text.request.is_done(text.tokens)]:
+            running.remove(text)
+            pool.release(text)
+
+
+def main(**options):
+    problem = (
+        "step 4 runs {texts at once, at most} texts at once in a memory of 512 tokens, and wastes "
+        "{KV wasted, mean of all calls, %} % of what it has reserved."
+    )
+    return common.compare(serve, "step04_continuous", common.questions, problem, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Step 6: several samples share the blocks of their prompt. The page: 06-sharing.md.
+
+A block may be in several tables, so the pool counts in how many each block is. A sample that
+writes into a block which others have, too, gets a copy of it first (copy-on-write).
+"""
+
+from collections import deque
+
+import common
+from common import BLOCK, Memory, PoolFull, Text
+
+
+class Pool:
+    """Which blocks are free, and in how many tables the others are."""
+
+    def __init__(self, num_blocks, meter):
+        self.memory, self.meter = Memory(num_blocks), meter
+        self.free = list(range(num_blocks))
+        self.ref_count = [0] * num_blocks  # in how many tables a block is
+
+    def take(self):
+        if not self.free:
+            raise PoolFull(f"all of {len(self.ref_count)} blocks are in use")
+        block = self.free.pop()
+        self.ref_count[block] = 1
+        return block
+
+    def drop(self, block):
+        self.ref_count[block] -= 1
+        if self.ref_count[block] == 0:
+            self.free.append(block)
+
+    def grow(self, text):
+        """Give a text the blocks that it needs for all of its tokens, and make the one that it
+        writes to next its own."""
+        table, first = text.table, text.computed // BLOCK
+        if first < len(table) and self.ref_count[table[first]] > 1:
+            shared, table[first] = table[first], self.take()
+            self.memory.copy(shared, table[first])
+            self.drop(shared)
+            self.meter.counts["blocks copied"] += 1
+        while len(table) * BLOCK < len(text.tokens):
+            table.append(self.take())
+
+    def fork(self, text):
+        """The other samples of a text, with the same tokens on the same blocks."""
+        twins = [Text(text.request, 1 + i) for i in range(text.forks)]
+        for twin in twins:
+            twin.forks, twin.computed, twin.table = 0, text.computed, list(text.table)
+            for block in twin.table:
+                self.ref_count[block] += 1
+        text.forks = 0
+        return twins
+
+    def release(self, text):
+        for block in text.table:
+            self.drop(block)
+        text.table = []
+
+
+def serve(model, requests, meter, memory=common.MEMORY):
+    """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
+    waiting, running = deque(map(Text, requests)), []
+    pool = Pool(memory // BLOCK, meter)
+    while waiting or running:
+        # who is new? All whose prompt fits, with a block more for each sample
+        new, samples = [], sum(1 + text.forks for text in running)
+        while waiting:
+            text = waiting[0]
+            fresh = -(-len(text.tokens) // BLOCK)
+            if fresh + (samples + text.request.n if running else 0) > len(pool.free):
+                break
+            new.append(waiting.popleft())
+            running.append(text)
+            samples += 1 + text.forks
+            pool.grow(text)
+        # a call for the prompts of the new ones, else one for the next token of all
+        chunks = [(text, text.computed, len(text.tokens)) for text in new or running]
+        for text in [] if new else running:  # the new ones have their blocks
+            pool.grow(text)
+        if not chunks:
+            raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
+        logits = common.call(model, pool.memory, chunks, running, meter)
+        for (text, _, stop), row in zip(chunks, logits, strict=True):
+            running += (twins := pool.fork(text))
+            for each in [text, *twins]:
+                each.tokens.append(common.pick(row, each.request, each.sample, stop))
+                meter.token(each.request, each.sample, each.tokens)
+        for text in [text for text in running if text.request.is_done(text.tokens)]:
+            running.remove(text)
+            pool.release(text)
+
+
+def main(**options):
+    problem = (
+        "for 4 samples of each prompt, step 5 computes and keeps each prompt 4 times: "
+        "{rows computed} rows, {KV bytes reserved, at most} bytes of K and V."
+    )
+    return common.compare(serve, "step05_blocks", common.samples, problem, memory=2048, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Step 8: preemption: what to do when the pool is full. The page: 08-preemption.md.
+
+How long a text becomes is not known before. So more texts may be let in than can end in the pool.
+When no block is free, the youngest gives its blocks back and waits. It keeps its tokens: they are
+a longer prompt now, of which the prefix cache may still have most.
+"""
+
+from collections import OrderedDict, deque
+
+import common
+from common import BLOCK, Memory, PoolFull, Text
+
+
+class Pool:
+    """Which blocks are free, which are in use, and which can be found by their content."""
+
+    def __init__(self, num_blocks, meter):
+        self.memory, self.meter = Memory(num_blocks), meter
+        self.free = OrderedDict.fromkeys(range(num_blocks))  # the least recently used first
+        self.ref_count = [0] * num_blocks  # in how many tables a block is
+        self.hash_of, self.block_of = {}, {}  # of blocks that can be found, free or in use
+
+    def take(self):
+        block, _ = self.free.popitem(last=False)
+        if block in self.hash_of:  # what was in it can no longer be found
+            del self.block_of[self.hash_of.pop(block)]
+            self.meter.counts["blocks evicted"] += 1
+        self.ref_count[block] = 1
+        return block
+
+    def share(self, block):
+        self.free.pop(block, None)
+        self.ref_count[block] += 1
+
+    def drop(self, block):
+        self.ref_count[block] -= 1
+        if self.ref_count[block] == 0:
+            self.free[block] = None
+            if block not in self.hash_of:  # nothing worth keeping: it goes first
+                self.free.move_to_end(block, last=False)
+
+    def grow(self, text):
+        """Give a text the blocks for all its tokens, and make the one that it writes to next its
+        own. False, and nothing done, if too few blocks are free."""
+        table, first = text.table, text.computed // BLOCK
+        copies = first < len(table) and self.ref_count[table[first]] > 1
+        if copies + max(0, -(-len(text.tokens) // BLOCK) - len(table)) > len(self.free):
+            return False
+        if copies:
+            shared, table[first] = table[first], self.take()
+            self.memory.copy(shared, table[first])
+            self.drop(shared)
+            self.meter.counts["blocks copied"] += 1
+        while len(table) * BLOCK < len(text.tokens):
+            table.append(self.take())
+        return True
+
+    def fork(self, text):
+        """The other samples of a text, with the same tokens on the same blocks."""
+        twins = [Text(text.request, 1 + i) for i in range(text.forks)]
+        for twin in twins:
+            twin.forks, twin.computed, twin.table = 0, text.computed, list(text.table)
+            for block in twin.table:
+                self.share(block)
+        text.forks = 0
+        return twins
+
+    def release(self, text):
+        for block in reversed(text.table):  # so the end of a text is evicted before its beginning
+            self.drop(block)
+        text.table, text.computed = [], 0
+
+    def hashes(self, tokens):
+        """A hash of each full block of a text, and of all that is before the block."""
+        found = [None]
+        for i in range(len(tokens) // BLOCK):
+            found.append(hash((found[-1], *tokens[i * BLOCK : (i + 1) * BLOCK])))
+        return found[1:]
+
+    def find(self, text):
+        """Share the blocks of the longest beginning of the text that can be found."""
+        for h in self.hashes(text.tokens[:-1]):  # the last token's row is needed: it gives logits
+            if h not in self.block_of:
+                break
+            text.table.append(self.block_of[h])
+            self.share(text.table[-1])
+        text.computed = len(text.table) * BLOCK
+
+    def publish(self, text, stop):
+        """Let the full blocks before `stop` be found."""
+        for block, h in zip(text.table, self.hashes(text.tokens[:stop]), strict=False):
+            if h not in self.block_of and block not in self.hash_of:
+                self.block_of[h], self.hash_of[block] = block, h
+
+
+def serve(model, requests, meter, memory=common.MEMORY):
+    """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
+    waiting, running = deque(map(Text, requests)), []
+    pool = Pool(memory // BLOCK, meter)
+    while waiting or running:
+        # who is new? All whose prompt fits, with a block more for each sample
+        new, samples = [], sum(1 + text.forks for text in running)
+        while waiting:
+            text = waiting[0]
+            pool.find(text)
+            fresh = -(-len(text.tokens) // BLOCK) - len(text.table)
+            if fresh + (samples + text.request.n if running else 0) > len(pool.free):
+                pool.release(text)
+                break
+            new.append(waiting.popleft())
+            running.append(text)
+            samples += 1 + text.forks
+            pool.grow(text)
+            pool.publish(text, len(text.tokens))  # the next one may find it: it is written first
+            meter.counts["rows found in the cache"] += text.computed
+        # a call for the prompts of the new ones, else one for the next token of all
+        for text in [] if new else list(running):  # the new ones have their blocks
+            while text in running and not pool.grow(text):
+                victim = running.pop()  # the youngest, maybe the text itself
+                pool.release(victim)
+                waiting.appendleft(victim)
+                meter.counts["preemptions"] += 1
+        chunks = [(text, text.computed, len(text.tokens)) for text in new or running]
+        if not chunks:
+            raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
+        logits = common.call(model, pool.memory, chunks, running, meter)
+        for (text, _, stop), row in zip(chunks, logits, strict=True):
+            pool.publish(text, stop)
+            running += (twins := pool.fork(text))
+            for each in [text, *twins]:
+                each.tokens.append(common.pick(row, each.request, each.sample, stop))
+                meter.token(each.request, each.sample, each.tokens)
+        for text in [text for text in running if text.request.is_done(text.tokens)]:
+            running.remove(text)
+            pool.release(text)
+
+
+def main(**options):
+    problem = "in a memory of 256 tokens, step 7 stops: {stopped}."
+    requests = common.shared_beginning
+    return common.compare(serve, "step07_prefix_cache", requests, problem, memory=256, **options)
+
+
+if __name__ == "__main__":
+    main()

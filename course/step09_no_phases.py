@@ -1,0 +1,150 @@
+"""Step 9: no phases: a call mixes parts of prompts with next tokens. The page: 09-no-phases.md.
+
+A text has tokens, and some of them are computed. Each call computes more: of the running texts
+first, then of new ones, until a budget of rows is spent. Nobody waits for a long prompt.
+"""
+
+from collections import OrderedDict, deque
+
+import common
+from common import BLOCK, Memory, PoolFull, Text
+
+BUDGET = 32  # rows of a call, at most
+
+
+class Pool:
+    """Which blocks are free, which are in use, and which can be found by their content."""
+
+    def __init__(self, num_blocks, meter):
+        self.memory, self.meter = Memory(num_blocks), meter
+        self.free = OrderedDict.fromkeys(range(num_blocks))  # the least recently used first
+        self.ref_count = [0] * num_blocks  # in how many tables a block is
+        self.hash_of, self.block_of = {}, {}  # of blocks that can be found, free or in use
+
+    def take(self):
+        block, _ = self.free.popitem(last=False)
+        if block in self.hash_of:  # what was in it can no longer be found
+            del self.block_of[self.hash_of.pop(block)]
+            self.meter.counts["blocks evicted"] += 1
+        self.ref_count[block] = 1
+        return block
+
+    def share(self, block):
+        self.free.pop(block, None)
+        self.ref_count[block] += 1
+
+    def drop(self, block):
+        self.ref_count[block] -= 1
+        if self.ref_count[block] == 0:
+            self.free[block] = None
+            if block not in self.hash_of:  # nothing worth keeping: it goes first
+                self.free.move_to_end(block, last=False)
+
+    def grow(self, text, stop):
+        """Blocks for the tokens before `stop`, the next one written its own. False: too few."""
+        table, first = text.table, text.computed // BLOCK
+        copies = first < len(table) and self.ref_count[table[first]] > 1
+        if copies + max(0, -(-stop // BLOCK) - len(table)) > len(self.free):
+            return False
+        if copies:
+            shared, table[first] = table[first], self.take()
+            self.memory.copy(shared, table[first])
+            self.drop(shared)
+            self.meter.counts["blocks copied"] += 1
+        while len(table) * BLOCK < stop:
+            table.append(self.take())
+        return True
+
+    def fork(self, text):
+        """The other samples of a text, with the same tokens on the same blocks."""
+        twins = [Text(text.request, 1 + i) for i in range(text.forks)]
+        for twin in twins:
+            twin.forks, twin.computed, twin.table = 0, text.computed, list(text.table)
+            for block in twin.table:
+                self.share(block)
+        text.forks = 0
+        return twins
+
+    def release(self, text):
+        for block in reversed(text.table):  # so the end of a text is evicted before its beginning
+            self.drop(block)
+        text.table, text.computed = [], 0
+
+    def hashes(self, tokens):
+        """A hash of each full block of a text, and of all that is before the block."""
+        found = [None]
+        for i in range(len(tokens) // BLOCK):
+            found.append(hash((found[-1], *tokens[i * BLOCK : (i + 1) * BLOCK])))
+        return found[1:]
+
+    def find(self, text):
+        """Share the blocks of the longest beginning of the text that can be found."""
+        for h in self.hashes(text.tokens[:-1]):  # the last token's row is needed: it gives logits
+            if h not in self.block_of:
+                break
+            text.table.append(self.block_of[h])
+            self.share(text.table[-1])
+        text.computed = len(text.table) * BLOCK
+
+    def publish(self, text, stop):
+        """Let the full blocks before `stop` be found."""
+        for block, h in zip(text.table, self.hashes(text.tokens[:stop]), strict=False):
+            if h not in self.block_of and block not in self.hash_of:
+                self.block_of[h], self.hash_of[block] = block, h
+
+
+def serve(model, requests, meter, memory=common.MEMORY):
+    """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
+    waiting, running = deque(map(Text, requests)), []
+    pool = Pool(memory // BLOCK, meter)
+    while waiting or running:
+        chunks, budget, is_full = [], BUDGET, False
+        for text in list(running):  # first what the running texts need
+            stop = min(len(text.tokens), text.computed + budget)
+            while stop > text.computed and text in running and not pool.grow(text, stop):
+                victim, is_full = running.pop(), True  # the youngest, maybe the text itself
+                pool.release(victim)
+                waiting.appendleft(victim)
+                meter.counts["preemptions"] += 1
+            if stop > text.computed and text in running:
+                chunks.append((text, text.computed, stop))
+                budget -= stop - text.computed
+        while waiting and budget and not is_full:  # then new ones, as many as fit
+            text, samples = waiting[0], sum(1 + text.forks for text in running)
+            pool.find(text)
+            stop = min(len(text.tokens), text.computed + budget)
+            # with a block more for each sample, or one of them would be preempted at once
+            fresh = -(-stop // BLOCK) - len(text.table)
+            if fresh + (samples + text.request.n if running else 0) > len(pool.free):
+                pool.release(text)
+                break
+            running.append(waiting.popleft())
+            pool.grow(text, stop)
+            pool.publish(text, stop)  # the next one may find it: the call writes it first
+            meter.counts["rows found in the cache"] += text.computed
+            chunks.append((text, text.computed, stop))
+            budget -= stop - text.computed
+        if not chunks:
+            raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
+        logits = common.call(model, pool.memory, chunks, running, meter)
+        for (text, _, stop), row in zip(chunks, logits, strict=True):
+            pool.publish(text, stop)
+            if stop < len(text.tokens):
+                continue  # a part of its prompt is still to come
+            running += (twins := pool.fork(text))
+            for each in [text, *twins]:
+                each.tokens.append(common.pick(row, each.request, each.sample, stop))
+                meter.token(each.request, each.sample, each.tokens)
+        for text in [text for text in running if text.request.is_done(text.tokens)]:
+            running.remove(text)
+            pool.release(text)
+
+
+def main(**options):
+    problem = "a text waits for {rows between two tokens, at most} rows before its next token."
+    requests = common.long_prompt
+    return common.compare(serve, "step08_preemption", requests, problem, memory=272, **options)
+
+
+if __name__ == "__main__":
+    main()

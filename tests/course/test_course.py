@@ -1,0 +1,201 @@
+"""The course: each step's tokens are those of the step before, its page tells the truth, and its
+exercise can be solved."""
+
+import difflib
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import solutions
+from conftest import ROOT
+
+import microvllm.cli.learn as learn
+from microvllm.cli import main
+
+COURSE = ROOT / "course"
+SCRIPTS = sorted(COURSE.glob("step*.py"))
+NAMES = [script.stem for script in SCRIPTS]
+PAGES = [COURSE / f"{name[4:].replace('_', '-')}.md" for name in NAMES]
+EARLY = NAMES[:9]  # the tenth is the engine, whose samples are drawn with another noise
+
+
+@pytest.fixture(scope="module")
+def common():
+    sys.path.insert(0, str(COURSE))  # as `python course/step01_naive.py` has it
+    try:
+        yield importlib.import_module("common")
+    finally:
+        sys.path.remove(str(COURSE))
+
+
+@pytest.fixture(scope="module")
+def model(common):
+    return common.Model()
+
+
+def serve(common, model, name, requests, **limits):
+    return common.run(importlib.import_module(name).serve, model, requests, **limits)
+
+
+def test_all_steps_make_the_same_tokens(common, model):
+    """Greedy and drawn ones, in the same order of nothing but their own text."""
+    requests = common.ask(model, [("Who wrote Emma?", 10), ("Hello!", 5), ("My", 1)], n=2)
+    found = {name: serve(common, model, name, requests) for name in EARLY}
+    first = found[NAMES[0]].outputs
+    assert len(first) == 6 and {len(tokens) for tokens in first.values()} >= {1, 5}
+    for name, meter in found.items():
+        assert meter.outputs == first, name
+    rows = {name: meter.counts["rows computed"] for name, meter in found.items()}
+    assert rows[NAMES[0]] > rows[NAMES[1]] > rows[NAMES[5]] == rows[NAMES[7]]
+    # one for each prompt, whose n is 2, but the last: its samples end with their first token
+    assert found[NAMES[5]].counts["blocks copied"] == 2
+
+
+def test_a_tiny_pool_changes_no_token(common, model):
+    """Steps 8 and 9 preempt, with samples that share blocks; the steps before stop."""
+    requests = common.ask(model, [("Hello!", 10), ("Describe the sea.", 12)], n=2)
+    wanted = serve(common, model, NAMES[6], requests).outputs
+    for name in NAMES[7:9]:
+        meter = serve(common, model, name, requests, memory=48)
+        assert meter.counts["preemptions"] and meter.outputs == wanted, name
+    with pytest.raises(common.PoolFull):
+        serve(common, model, NAMES[6], requests, memory=48)
+    for name in NAMES[3:9]:  # a request that can never fit is an error, not a loop without end
+        with pytest.raises(common.PoolFull):
+            serve(common, model, name, requests, memory=16)
+
+
+def test_no_requests_at_all(common, model):
+    for name in EARLY:
+        assert serve(common, model, name, []).outputs == {}
+
+
+def test_sizes():
+    """A step is a file of at most 150 lines, and at most 90 of them are changed ones."""
+    assert len(SCRIPTS) == len(PAGES) == 10
+    for script, page in zip(SCRIPTS, PAGES, strict=True):
+        code, text = (p.read_text(encoding="utf-8").splitlines() for p in (script, page))
+        assert len(code) <= 150, script
+        assert len(text) <= 110 and max(map(len, text)) <= 160, page
+        assert text[0].startswith(f"# Step {int(script.stem[4:6])}: ")
+        assert page.name in "\n".join(code[:3])
+    for before, script in zip(SCRIPTS, SCRIPTS[1:], strict=False):
+        a, b = (p.read_text(encoding="utf-8").splitlines() for p in (before, script))
+        codes = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+        parts = [(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in codes if kind != "equal"]
+        changed, new = sum(map(max, parts)), sum(j for _, j in parts)
+        print(f"{script.stem:22} {changed} lines changed, {new} of them to read")
+        # in the tenth the engine takes the place of all that was: only what is new counts
+        assert (new if script is SCRIPTS[-1] else changed) <= 90, script
+
+
+def test_the_names_of_the_engine_exist():
+    """Each page says where its idea lives: `name` in `microvllm/file.py`, and it is there."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        part = text[text.index("**In the engine.**" if page != PAGES[-1] else "**Where the id") :]
+        places = dict.fromkeys(re.findall(r"`(microvllm/[\w/]+\.py)`", part))
+        assert places, page
+        files = [importlib.import_module(p[:-3].replace("/", ".")) for p in places]
+        names = re.findall(r"`([A-Za-z_]+(?:\.\w+)?)`", part)
+        assert names, page
+        for name in set(names) - {"cu_seqlens", "num_computed"}:
+            owner, _, member = name.partition(".")
+            holders = [getattr(file, owner, None) for file in files]
+            assert any(h is not None and (not member or hasattr(h, member)) for h in holders), (
+                page.name, name,
+            )  # fmt: skip
+
+
+def test_the_pages_have_all_parts():
+    for number, page in enumerate(PAGES, 1):
+        text = page.read_text(encoding="utf-8")
+        for part in ("The problem", "What it gains", "What it costs", f"Exercise {number}"):
+            assert f"**{part}.**" in text or f"**{part}**" in text, (page.name, part)
+        assert "question" in text and "```text" in text and "@@" not in text
+        for link in re.findall(r"\]\((\w[^):]*)\)", text):
+            assert (COURSE / link).exists(), (page.name, link)
+
+
+@pytest.mark.slow
+def test_the_pages_have_the_figures_of_a_run(common, model, monkeypatch, capsys):
+    """Every step runs as a reader runs it, and its page has the counts that it prints."""
+    inner, known = common.run, {}
+
+    def run(serve, model, requests, **limits):  # each run once: two steps compare with it
+        memory = limits.get("memory", common.MEMORY)
+        key = serve.__module__, json.dumps([[r.prompt, r.n] for r in requests]), memory
+        if key not in known:
+            known[key] = inner(serve, model, requests, **limits)
+        return known[key]
+
+    monkeypatch.setattr(common, "run", run)
+    for name, page in zip(NAMES, PAGES, strict=True):
+        old, new = importlib.import_module(name).main(model=model)
+        printed, text = capsys.readouterr().out, page.read_text(encoding="utf-8")
+        assert printed.startswith("The problem: ") and "{" not in printed.split("\n")[0]
+        for line in common.counts(old, new):
+            assert line in text, (page.name, line)
+
+
+def test_exercises(monkeypatch):
+    """Each check accepts a solution, and says of the empty exercises that they are empty."""
+    check = learn.load(COURSE / "check.py")
+    empty = learn.load(COURSE / "exercises.py")
+    for number in range(1, 11):
+        assert check.verdict(number, solutions) is None, number
+        assert check.verdict(number, empty) == "it is not written yet"
+    for name in [name for name in vars(solutions) if not name.startswith("_")]:
+        for wrong in (lambda *_: None, lambda *_: 0, lambda first, *_: first, lambda *_: [[0]]):
+            monkeypatch.setattr(solutions, name, wrong)
+            number = [c.__name__ for c in check.CHECKS].index(name) + 1
+            assert check.verdict(number, solutions), name
+
+
+def test_learn(tmp_path, monkeypatch, capsys):
+    """The list, a copy, a check, a run; mistakes are one line."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    work = tmp_path / "mine"
+
+    def told(*words, status=None):
+        if status is None:
+            main(["learn", *words])
+        else:
+            with pytest.raises(SystemExit) as ended:
+                main(["learn", *words])
+            assert ended.value.code == status, capsys.readouterr()
+        out = capsys.readouterr()
+        return out.out + out.err
+
+    assert told().count("Step ") == 10
+    assert "learn --start DIR" in told("1", "--check", status=2)
+    assert "wants the number" in told("--check", status=2)
+    assert "1 to 10" in told("11", status=2)
+    told("--start", str(work))
+    assert "not written yet" in told("1", "--check", status=1)
+    (work / "exercises.py").write_text(Path(solutions.__file__).read_text())
+    assert "stays as it is" in told("--start", str(work))
+    assert "exercise 1: solved" in told("1", "--check", status=0)
+    (work / "exercises.py").write_text("def (")
+    assert "cannot be loaded" in told("1", "--check", status=2)
+    (work / "exercises.py").unlink()
+    assert "is gone" in told("1", "--check", status=2)
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.setattr(learn.subprocess, "run", lambda words: ran.append(words[-1]) or Done())
+    ran = []
+    told("2")
+    assert ran == [str(SCRIPTS[1])]
+    listed = told().splitlines()
+    assert "solved" in listed[0] and " run" in listed[1] and listed[-1].endswith("learn 1")
+    learn.state_file().write_text("{")  # damaged: as if it were not there
+    assert "solved" not in told()
+    learn.state_file().write_text('{"ran": 5, "folder": 7}')
+    assert told().count("Step ") == 10
+    monkeypatch.setattr(learn, "COURSE", tmp_path)
+    assert "not in this install" in told(status=2)
