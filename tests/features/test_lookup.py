@@ -442,5 +442,7 @@ def test_the_commands_have_it_and_say_how_often_it_was_right(capsys):
     cli.main(["bench", "--num-prompts", "1", "--prompt-lookup", "6", *flags])
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
-    told = re.search(r"Decode: 59 tokens, .* tokens/s.*; (\d+) of (\d+) guesses right \(\d+%\)", out)
+    told = re.search(
+        r"Decode: 59 tokens, .* tokens/s.*; (\d+) of (\d+) guesses right \(\d+%\)", out
+    )
     assert [int(n) for n in told.groups()] == [found["accepted_tokens"], found["guessed_tokens"]]
