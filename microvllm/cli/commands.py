@@ -7,7 +7,7 @@ import json
 import random
 import sys
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,9 +106,10 @@ def load(args: argparse.Namespace, patient: bool = True) -> LLM:
     told = settle(args)
     from ..full import optional
 
-    first = optional("cpu.first")
-    told_so = first.told(terminal.note, patient) if first else nullcontext()
-    with terminal.at_once(), told_so:
+    with ExitStack() as stack:
+        stack.enter_context(terminal.at_once())  # before what imports numba
+        if first := optional("cpu.first"):
+            stack.enter_context(first.told(terminal.note, patient))
         llm = build(**engine_options(args))
     # all of a user's mistakes are refused before the first
     args.begun = lambda: speed.counters(llm)["prompt_tokens"]

@@ -4,6 +4,7 @@ exercise can be solved."""
 import difflib
 import importlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -121,6 +122,7 @@ def test_the_pages_have_all_parts():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FUZZ"), reason="takes half a minute: set FUZZ")
 def test_the_pages_have_the_figures_of_a_run(common, model, monkeypatch, capsys):
     """Every step runs as a reader runs it, and its page has the counts that it prints."""
     inner, known = common.run, {}

@@ -53,7 +53,7 @@ def test_a_breakpoint_in_the_plain_model_is_reached(monkeypatch):
 def test_every_subcommand_that_the_readme_names_has_a_help():
     line = re.search(r"On the command line: (.+)", README)[1]
     names = [name.split()[-1] for name in re.findall(r"`([^`]+)`", line) if "--" not in name]
-    assert names == "run chat batch bench score eval info convert lab trace".split()
+    assert names == "run chat batch bench score eval info convert lab learn trace".split()
     for name in names:
         command = [sys.executable, "-m", "microvllm", name, "--help"]
         told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -67,7 +67,7 @@ def test_the_commands_of_the_readme_run(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     first, *others = blocks("bash")
     assert first == "pip install -e . && python run.py\npip install -e '.[test]' && pytest\n"
-    assert len(others) == 4
+    assert len(others) == 5
     base = tmp_path / "nanochat"  # as a user's own training leaves it
     for place in "base_checkpoints/d20", "chatsft_checkpoints/d20":
         (base / place).parent.mkdir(parents=True)
