@@ -73,12 +73,17 @@ class CpuBackend(Backend):
         waits = self.waits or self.deterministic or model.ranks is not None
         if not first.begin(type(self), kind, waits):
             self.awaited = kind
+            # the helper needs a core: threads that share one with it wait for each other at the end
+            # of each operation, and a step takes 30 times as long
+            self.num_threads = torch.get_num_threads()
+            torch.set_num_threads(max(1, self.num_threads - 1))
             for name in PLAIN:
                 setattr(self, name, getattr(super(), name))
 
     def is_ready(self) -> bool:
         if self.awaited and first.poll(type(self), self.awaited):
             self.awaited = None
+            torch.set_num_threads(self.num_threads)
             for name in PLAIN:
                 delattr(self, name)
         return self.awaited is None
