@@ -20,7 +20,7 @@ from . import first, products, steps
 from .attention import attend_rows, paged_attention, tile
 from .products import Int8, Int8Panels, Panels, product
 from .steps import add_norm_rows, array_of, rope_store_rows
-from .vectors import FAST, check_process, kept, one_at_a_time, threads_for, vectorised
+from .vectors import FAST, check_process, kept, one_at_a_time, row_threads, threads_for, vectorised
 
 _f32 = np.float32
 PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plain torch as well
@@ -122,7 +122,7 @@ def _layers(
     T, C = x0.shape
     n_layer, n_kv_head, D = len(windows), cache.shape[3], cache.shape[5]
     n_head, mixes, smear = C // D, resid.size > 0, backout.size > 0
-    few = min(threads, 1 + T // 8)  # waking one takes as long as a few rows
+    few = row_threads(T, threads)
     x, spare, y, h, middle = x0.copy(), np.empty_like(x0), np.empty_like(x0), np.empty_like(x0), x0
     q, seen = np.empty((T, n_head, D), np.float32), np.empty((T, n_head, D), np.float32)
     qkv, wide = np.empty((T, C + 2 * n_kv_head * D), np.float32), np.empty((T, 4 * C), np.float32)
@@ -151,7 +151,7 @@ def _layers(
             T = len(logit_rows)
             if T == 0:
                 return y[:0]
-            few = min(threads, 1 + T // 8)
+            few = row_threads(T, threads)
             x, seen = x[logit_rows], seen[logit_rows]
             spare, y, h = np.empty_like(x), np.empty_like(x), np.empty_like(x)
             wide = np.empty((T, 4 * C), np.float32)

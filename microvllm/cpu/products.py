@@ -19,7 +19,20 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.linear import Linear, stack
-from .vectors import EXACT, FAST, INTEGERS, LANES, kept, one_at_a_time, threads_for, vectorised
+from .vectors import (
+    EXACT,
+    FAST,
+    INTEGERS,
+    LANES,
+    fewest,
+    kept,
+    one_at_a_time,
+    row_cuts,
+    row_threads,
+    share,
+    threads_for,
+    vectorised,
+)
 
 _f32 = np.float32
 
@@ -151,13 +164,22 @@ def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
 def multiply(x, w, scaling, square, following, threads, y):
     """y (T, N) = x (T, K) @ w.T, of panels; square: then relu(y)^2; following: the weights of the
     product that comes next, whose beginning is to be loaded; scaling: of int8, see _multiply."""
-    panels, later = len(w), len(following)
+    panels, later, rows = len(w), len(following), len(y)
     size = following.shape[1] * following.shape[2]
-    for thread in numba.prange(threads):
-        _multiply_panels(
-            x, w, scaling, square, panels * thread // threads, panels * (thread + 1) // threads,
-            following, later * thread // threads * size, y,
-        )  # fmt: skip
+    cuts = row_cuts(panels, rows, _ROWS, threads)
+    used = fewest(panels * cuts, threads)
+    offset, w_scale, x_scale = scaling
+    for thread in numba.prange(used):
+        first, end = share(panels * cuts, thread, used)
+        ahead = share(later, thread, used)[0] * size
+        # the panels of the first rows, then those of the next: a thread's weights lie together
+        for cut in range(first // panels, -(-end // panels)):
+            t0, t1 = share(rows, cut, cuts)
+            p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
+            scales = offset, w_scale, x_scale[t0:t1]
+            _multiply_panels(
+                x[t0:t1], w, scales, square, p0, p1, following, ahead, y[t0:t1]
+            )  # fmt: skip
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -188,7 +210,8 @@ def quantize_rows_into(x, levels, threads, q, scale):
     C = x.shape[1]
     for thread in numba.prange(threads):
         xt = np.empty(C, np.float32)
-        for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
+        first, end = share(len(x), thread, threads)
+        for t in range(first, end):
             qt = q[t]
             for c in range(C):
                 xt[c] = x[t, c]
@@ -214,7 +237,7 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     and what one of them is worth in each row, (T, 1) float32."""
     q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
     with one_at_a_time:
-        threads = threads_for(1 + len(x) // 8)
+        threads = threads_for(row_threads(len(x), len(x)))
         quantize_rows_into(x.numpy(), _f32(levels), threads, q.numpy(), scale.numpy())
     return q, scale
 
@@ -233,7 +256,7 @@ def _product_of(x, weight, square, following, threads, y):
         w, offset, w_scale = weight
         T, C = x.shape
         q, scale = np.empty((T, C), np.uint8), np.empty((T, 1), np.float32)
-        quantize_rows_into(x, _f32(127), min(threads, 1 + T // 8), q, scale)
+        quantize_rows_into(x, _f32(127), row_threads(T, threads), q, scale)
         scaling = offset, w_scale, scale.reshape(T)
         multiply(q.view(np.int32), w, scaling, square, following, threads, y)
 

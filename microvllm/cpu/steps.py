@@ -16,7 +16,7 @@ from numba.core import types
 from torch import Tensor
 
 from ..fused.backend import NO_FILTERS, filter_values
-from .vectors import FAST, kept, one_at_a_time, threads_for, vectorised
+from .vectors import FAST, kept, one_at_a_time, row_threads, share, threads_for, vectorised
 
 _f32 = np.float32
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9
@@ -84,7 +84,8 @@ def _rms_scale(x, eps):
 @kept(parallel=True, **FAST)
 def add_norm_rows(x, y, x0, a, b, eps, adds, mixes, threads, x_new, h):
     for thread in numba.prange(threads):
-        for t in range(len(x) * thread // threads, len(x) * (thread + 1) // threads):
+        first, end = share(len(x), thread, threads)
+        for t in range(first, end):
             xt, yt, x0t, zt, ht = x[t], y[t], x0[t], x_new[t], h[t]
             if adds:
                 for c in range(xt.size):
@@ -106,7 +107,7 @@ def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
     arrays = [z.numpy() for z in (x, y if adds else x, x0 if mixes else x)]
     a, b = (_f32(a), _f32(b)) if mixes else (_f32(1), _f32(0))
     with one_at_a_time:
-        threads = threads_for(1 + len(x) // 8)  # waking one takes as long as a few rows
+        threads = threads_for(row_threads(len(x), len(x)))
         add_norm_rows(*arrays, a, b, _f32(eps), adds, mixes, threads, x_new.numpy(), h.numpy())
     return x_new, h
 
@@ -132,7 +133,8 @@ def rope_store_rows(
     n_kv_head, block_size, D = k.shape[1:]
     for thread in numba.prange(threads):
         z = np.empty(D, np.float32)
-        for t in range(T * thread // threads, T * (thread + 1) // threads):
+        first, end = share(T, thread, threads)
+        for t in range(first, end):
             c, s = cos[positions[t]], sin[positions[t]]
             block, slot = slots[t] // block_size, slots[t] % block_size
             e = ve[ids[t] if gated else 0]
@@ -164,10 +166,10 @@ def rope_store(
     tensors = ids, ve, ve_gate, cos, sin, batch.positions, batch.slots, k, v
     ids, ve, ve_gate, *others = [array_of(x) for x in tensors]
     with one_at_a_time:
+        threads = threads_for(row_threads(len(qkv), len(qkv)))
         rope_store_rows(
             qkv.view(len(qkv), -1, k.shape[3]).numpy(), h.numpy(), ids, ve, ve_gate, gated,
-            *others, _f32(qk_scale), _f32(gate_scale), _f32(eps), threads_for(1 + len(qkv) // 4),
-            q.numpy(),
+            *others, _f32(qk_scale), _f32(gate_scale), _f32(eps), threads, q.numpy(),
         )  # fmt: skip
     return q
 

@@ -102,6 +102,43 @@ def kept(**options):
     return compiled
 
 
+@numba.njit(**EXACT)
+def share(count, thread, threads):
+    """The first of a thread's part of so many equal pieces of work, and the one behind its last."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@numba.njit(**EXACT)
+def fewest(count, threads):
+    """How many threads to wake for so many equal pieces: with fewer, one would have more of them
+    than the busiest of `threads` has; the others would not end sooner."""
+    return -(-count // -(-count // threads)) if count > 0 else 1
+
+
+@numba.njit(**EXACT)
+def row_threads(rows, threads):
+    """The same for rows that are normed, rotated or rounded: waking a thread takes as long as a few
+    of them."""
+    return fewest(rows, min(threads, 1 + rows // 8))
+
+
+@numba.njit(**EXACT)
+def row_cuts(panels, rows, least, threads):
+    """Into how many runs of rows, each of `least` or more, a product of so many panels is cut, too.
+
+    1 where whole panels make no thread's share more than 1.2 times the mean; or if no cut does. Few
+    rows wait for weights: cut, they would be read once more. So 24 panels are too few for 32
+    threads. A part of a panel is a part of a cache line, or half a register; and if threads shared
+    the inputs, their sums would have to be added in an order that does not depend on how many
+    threads there are: each product would write its parts to memory and wait for a second pass.
+    """
+    for cuts in range(1, max(1, rows // least) + 1):
+        pieces = panels * cuts
+        if 5 * threads * -(-pieces // threads) <= 6 * pieces:
+            return cuts
+    return 1
+
+
 # what numba compiles for: this processor, or less where it was told so (NUMBA_CPU_NAME=generic)
 CPU = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 # numbers in a register

@@ -1,6 +1,7 @@
 """Matrix products of the CPU's own making against float64, and all layers in one call against the
 loop that it stands for."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from microvllm.cpu.backend import CpuBackend, _layers
 from microvllm.cpu.products import PANEL, PANEL8, Int8, Int8Panels, Panels, rotate
 from microvllm.full import load_model
 from microvllm.fused.model import FusedGPT
+from microvllm.model import GPTConfig
 
 CPU = torch.device("cpu")
 BACKEND = CpuBackend(CPU, torch.float32)
@@ -77,6 +79,133 @@ def test_the_bits_of_a_row_follow_from_that_row(threads):
         assert torch.equal(packed(x)[::2], alone[::2])
     finally:
         torch.set_num_threads(before)
+
+
+def pieces(panels: int, rows: int, threads: int) -> list[int]:
+    """How much of a product each woken thread has, in rows of a panel, as `multiply` deals it."""
+    cuts = vectors.row_cuts(panels, rows, products._ROWS, threads)
+    used, dealt = vectors.fewest(panels * cuts, threads), []
+    for thread in range(used):
+        first, end = vectors.share(panels * cuts, thread, used)
+        assert end > first  # a thread that has nothing is not woken
+        each = [vectors.share(rows, piece // panels, cuts) for piece in range(first, end)]
+        dealt.append(sum(t1 - t0 for t0, t1 in each))
+    assert sum(dealt) == panels * rows
+    return dealt
+
+
+# panels of the four matrices of a d12's layer and of its head, in 16 or 32 outputs
+D12 = {width: [outputs // width for outputs in (2304, 768, 3072, 768, 32768)] for width in (16, 32)}
+# where whole panels are too few: of few rows, (outputs of a panel, threads) -> panels
+TOO_FEW = {(16, 32): {48}, (32, 16): {24}, (32, 32): {24, 72}}
+
+
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("threads", [1, 2, 4, 8, 16, 32])
+def test_no_thread_has_much_more_than_its_share_of_a_d12s_products(width, threads):
+    for panels in D12[width]:
+        for rows in (1, 8, 64):
+            dealt = pieces(panels, rows, threads)
+            assert max(dealt) <= 1.2 * sum(dealt) / len(dealt)  # of those that are woken
+            most = max(dealt) * threads / sum(dealt)  # of all that there are
+            if rows < 64 and panels in TOO_FEW.get((width, threads), ()):
+                assert most == pytest.approx(4 / 3)
+            else:
+                assert most <= 1.2, (panels, rows, threads)
+
+
+def test_two_cores_cut_no_rows_of_whole_panels():
+    """What was dealt evenly is dealt as before."""
+    for panels in (1, 2, 8, 24, 1024):
+        assert [vectors.row_cuts(panels, rows, 6, 1) for rows in (0, 1, 64)] == [1, 1, 1]
+    assert [vectors.row_cuts(p, 64, 6, 2) for p in (2, 8, 24, 48)] == [1] * 4
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 8, 16, 32])
+def test_rows_that_are_normed_rotated_or_rounded_are_shared_evenly(threads):
+    for rows in (0, 1, 7, 8, 17, 64, 65, 512):
+        used = vectors.row_threads(rows, threads)
+        dealt = [vectors.share(rows, thread, used) for thread in range(used)]
+        assert [0, *(end for _, end in dealt)] == [*(first for first, _ in dealt), rows]
+        sizes = [end - first for first, end in dealt]
+        # none has more than the busiest of as many as are worth to wake; the mean is of the woken
+        assert 1 <= used <= min(threads, 1 + rows // 8)
+        assert max(sizes) == -(-rows // min(threads, 1 + rows // 8))
+        if rows in (1, 8, 64):
+            assert max(sizes) <= 1.2 * rows / used
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("threads", [4, 8, 16, 32])
+def test_attention_is_dealt_like_cards(rows, threads):
+    """A d12 has 6 heads: a row's are fewer than 8 threads, and one head is one thread's, whose sums
+    are in one order. As even as whole heads can be, and within 1.2 of the mean from 64 rows on."""
+    config = GPTConfig(256, 64, 1, 6, 6, 48)
+    cache = PagedKVCache(config, 1 + rows, 16, torch.float32, CPU)
+    batch = hand_made_batch([([1] * 3, 2, 3, [1 + b]) for b in range(rows)], 16)
+    torch.nn.init.normal_(cache.data)
+    q = random(rows, 6, 8).numpy()
+    tables = [getattr(batch, n).numpy() for n in ("cu_seqlens", "seq_lens", "block_tables")]
+    k, v = cache.data[0, 0].numpy(), cache.data[0, 1].numpy()
+    count, width = attention.tile(batch, 1)
+
+    def run(threads: int) -> tuple[torch.Tensor, int]:
+        """What is attended, and how many threads wrote to their scratch."""
+        scratch, out = torch.zeros(threads, count * (2 * 8 + width)), torch.zeros(rows, 6, 8)
+        attention.attend_rows(q, k, v, *tables, -1, count, scratch.numpy(), out.numpy())
+        return out, int(scratch.any(1).sum())
+
+    (whole, _), (found, used) = run(1), run(threads)
+    assert torch.equal(found, whole) and used == min(threads, 6 * rows)
+    most = -(-6 * rows // threads)
+    if rows == 64 or (rows == 8 and threads <= 16):
+        assert most <= 1.2 * 6 * rows / threads
+
+
+@has_panels
+@pytest.mark.parametrize("kind", [Panels, Int8Panels])
+def test_any_number_of_threads_gives_the_same_bits(kind):
+    """Panels that no number of threads divides, rows that are cut, and more threads than work."""
+    if kind is Int8Panels and not PANEL8:
+        pytest.skip("this processor has no such instructions")
+    made = kind([random(3 * PANEL, 128)], BACKEND, torch.float32)
+    for rows in (0, 1, 8, 64, 131):
+        x = random(rows, 128, seed=rows).numpy()
+        found = []
+        for threads in (1, 2, 3, 4, 5, 16, 32):
+            y = torch.full((rows, 3 * PANEL), torch.nan)
+            products._linear(x, made.arrays, False, threads, y.numpy())
+            found.append(y)
+        assert all(torch.equal(y, found[0]) for y in found) and not found[0].isnan().any()
+
+
+SIXTEEN = """
+import json, sys
+import torch
+from microvllm.cpu import vectors
+torch.set_num_threads(int(sys.argv[2]))
+from microvllm import LLM, SamplingParams
+prompts = [[1, *range(300, 300 + n)] for n in (1, 5, 40, 90)]
+params = SamplingParams(temperature=0.8, seed=3, max_tokens=4, ignore_eos=True)
+with LLM(sys.argv[1], device="cpu", num_blocks=60) as llm:
+    found = llm.generate(prompts, params, use_tqdm=False)
+print(json.dumps([vectors.threads_for(99), [output["token_ids"] for output in found]]))
+"""
+
+
+@pytest.mark.slow
+@has_panels
+def test_sixteen_threads_on_fewer_cores():
+    """Real threads, more than there are cores: the tokens of one."""
+    found = []
+    for threads in ("16", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", SIXTEEN, MODEL, threads], capture_output=True, text=True,
+            env=os.environ | {"NUMBA_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert [each[0] for each in found] == [16, 1] and found[0][1] == found[1][1]
 
 
 has_int8 = pytest.mark.skipif(not PANEL8, reason="this processor has no such instructions")
