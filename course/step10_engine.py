@@ -6,24 +6,29 @@ core with kernels: functions that compute many small steps of the model in a few
 """
 
 import time
+from pathlib import Path
 
 import common
 from common import BLOCK, MODEL_DIR
 from microvllm import LLM as FullLLM
 from microvllm import SamplingParams
 from microvllm.engine import LLM
-from microvllm.scheduler import Events
+from microvllm.trace import Trace
 
 BUDGET = 32  # rows of a step, at most, as in step 9
+PAGE = Path("lab-results/step10.html")  # what happened to each block, to be opened in a browser
 
 
-class Watch(Events):
-    """Hears of all that the core does, and tells the meter."""
+class Watch(Trace):
+    """Hears of all that the core does, and tells the meter; a Trace keeps it for a page as well."""
 
     def __init__(self, llm, meter, requests):
+        super().__init__(decode=lambda token: llm.tokenizer.decode([token]))
         self.scheduler, self.meter, self.requests = llm.scheduler, meter, requests
+        self.attach(llm.scheduler, model=MODEL_DIR.name, device="cpu")
 
     def plan(self, plan):
+        super().plan(plan)
         filled = {}  # a block that several sequences have counts once
         for seq in self.scheduler.running:
             for i, block in enumerate(seq.table):
@@ -33,16 +38,20 @@ class Watch(Events):
         self.meter.step(rows, 0, running, len(filled) * BLOCK, sum(filled.values()))
 
     def update(self, plan, changed):
+        super().update(plan, changed)
         for seq in changed:
             self.meter.token(self.requests[seq.request_id], seq.sample_id, seq.tokens)
 
     def admit(self, seq, num_hits):
+        super().admit(seq, num_hits)
         self.meter.counts["rows found in the cache"] += num_hits * BLOCK
 
     def evict(self, block):
+        super().evict(block)
         self.meter.counts["blocks evicted"] += 1
 
     def preempt(self, seq):
+        super().preempt(seq)
         self.meter.counts["preemptions"] += 1
 
 
@@ -54,7 +63,7 @@ def ask_engine(llm, requests, meter):
         params = SamplingParams(temperature=0, max_tokens=request.max_tokens)
         ids[llm.add_request(request.prompt, params)] = request
     if meter.watched:
-        llm.scheduler.blocks.events = Watch(llm, meter, ids)
+        meter.watch = Watch(llm, meter, ids)
     while not llm.is_finished():
         for output in llm.step():
             meter.ended[ids[output.request_id].id, 0] = output.token_ids
@@ -93,6 +102,9 @@ def main(model=None):
     count = sum(map(len, plain.values()))
     print(f"\nThe core: {count / slow:.0f} tokens per second; with kernels {count / quick:.0f}:")
     print(f"{slow / quick:.1f} times as many, and the same tokens.")
+    PAGE.parent.mkdir(exist_ok=True)
+    found[1].watch.page(PAGE)
+    print(f"\nThe core's run as a page, with every block: {PAGE.absolute()}")
     return found
 
 

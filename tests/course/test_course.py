@@ -123,9 +123,10 @@ def test_the_pages_have_all_parts():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("FUZZ"), reason="takes half a minute: set FUZZ")
-def test_the_pages_have_the_figures_of_a_run(common, model, monkeypatch, capsys):
+def test_the_pages_have_the_figures_of_a_run(common, model, monkeypatch, capsys, tmp_path):
     """Every step runs as a reader runs it, and its page has the counts that it prints."""
     inner, known = common.run, {}
+    monkeypatch.chdir(tmp_path)
 
     def run(serve, model, requests, **limits):  # each run once: two steps compare with it
         memory = limits.get("memory", common.MEMORY)
@@ -141,6 +142,7 @@ def test_the_pages_have_the_figures_of_a_run(common, model, monkeypatch, capsys)
         assert printed.startswith("The problem: ") and "{" not in printed.split("\n")[0]
         for line in common.counts(old, new):
             assert line in text, (page.name, line)
+    assert '"e":"preempt"' in (tmp_path / "lab-results" / "step10.html").read_text("utf-8")
 
 
 def test_exercises(monkeypatch):

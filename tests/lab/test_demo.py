@@ -1,12 +1,16 @@
 """The demo shows all four things that can happen to a block, soon, and leads to the page."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from lab import demo
 from microvllm.cli import commands
 from microvllm.trace import Replay, read
+
+COURSE = Path(__file__).parents[2] / "course"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,6 +27,14 @@ def test_a_hit_a_copy_a_preemption_and_an_eviction_within_100_steps(tmp_path, ca
     assert set(steps) == {"hit", "copy", "preempt", "evict"}
     assert sum(event["e"] == "begin" for event in events) <= 100
     assert max(steps.values()) < 100
+    # the pages of the course send their readers to these steps
+    for name, kind in (
+        ("06-sharing", "copy"),
+        ("07-prefix-cache", "hit"),
+        ("08-preemption", "preempt"),
+    ):
+        seen = (COURSE / f"{name}.md").read_text(encoding="utf-8").split("**See it.**")[1]
+        assert int(re.search(r"[Ss]tep (\d+)", seen)[1]) == steps[kind], name
     # what was found by its hash was computed once, and who was preempted lost nothing
     replay = Replay(events)
     assert {life.state for life in replay.seqs.values()} == {"done"}
