@@ -49,13 +49,14 @@ class CpuBackend(Backend):
         self.waits = True
         if quantization != "int8" or self.dtype != torch.float32:
             super().check_quantization(quantization, config)
-        if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        panels = products.PANEL8 and config.n_embd % 4 == 0
+        if not panels and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
             raise ValueError("quantization='int8' needs a torch with oneDNN, which this one lacks")
 
     def linear_class(self, quantization: str | None, shared: bool, width: int, dtype) -> type:
         if quantization == "int8":
             return Int8Panels if products.PANEL8 and width % 4 == 0 else Int8
-        if not shared and products.PANEL and dtype == torch.float32:
+        if not shared and products.PANEL32 and dtype == torch.float32:
             return Panels
         return super().linear_class(quantization, shared, width, dtype)
 

@@ -9,6 +9,7 @@ sums are always added up in one order, whatever rows there are beside it.
 from __future__ import annotations
 
 import math
+import sys
 
 import numba
 import numpy as np
@@ -21,9 +22,11 @@ from torch import Tensor
 from ..fused.linear import Linear, stack
 from .vectors import (
     EXACT,
+    EXCESS,
     FAST,
     INTEGERS,
     LANES,
+    NEON,
     fewest,
     kept,
     one_at_a_time,
@@ -38,10 +41,12 @@ _f32 = np.float32
 
 # outputs whose weights lie together: two registers of them, so many rows, and the registers that
 # are left hold the sums. 0: a processor without the instructions that this is made for
-PANEL = 2 * LANES if LANES > 4 else 0
+PANEL = 2 * LANES if LANES > 4 or NEON else 0
+# the same, for float32: not on Apple's, whose library has a unit of its own for it
+PANEL32 = 0 if sys.platform == "darwin" else PANEL
 # the same, for int8: an instruction that adds up products of integers
 PANEL8 = PANEL if INTEGERS else 0
-_ROWS = 12 if LANES == 16 else 6
+_ROWS = 12 if LANES == 16 or NEON else 6
 _SOON = 768 // PANEL if PANEL else 0  # inputs whose weights are 3 KB
 _DEPTH = 1024  # inputs at a time: the weights of a panel for them stay in the cache
 _MANY = 240  # rows at a time: they stay there, too
@@ -319,7 +324,7 @@ class Int8Panels(Panels):
     def load(self, parts: list[Tensor]) -> None:
         whole, scale = _int8(parts)
         whole = F.pad(whole, (0, 0, 0, -len(whole) % PANEL8))
-        offset = 128 * whole.sum(1, dtype=torch.int32)  # of inputs that are stored plus 128
+        offset = EXCESS * whole.sum(1, dtype=torch.int32)  # of inputs that are stored plus 128
         self.fill(whole.view(torch.int32), offset, F.pad(scale, (0, len(whole) - len(scale))))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numba
 import torch
 from llvmlite import ir
+from llvmlite.binding import initialize_native_asmparser
 from numba.core import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
@@ -143,10 +144,16 @@ def row_cuts(panels, rows, least, threads):
 CPU = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 # numbers in a register
 LANES = 16 if "+avx512f" in CPU else 8 if "+avx2" in CPU and "+fma" in CPU else 4
-# the instruction that multiplies four bytes in each lane
-FOUR_BYTES = ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU
+NEON = "+neon" in CPU  # ARM's: as few numbers in one, but 32 of them
+# the instruction that multiplies four bytes in each lane; ARM's (which LLVM does not look for, and
+# each of Apple's has) takes signed ones
+SIGNED = NEON and bool(not hasattr(_openmp, "getauxval") or _openmp.getauxval(16) >> 20 & 1)
+FOUR_BYTES = SIGNED or ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU
 # that, or one for two numbers of 16 bits
 INTEGERS = FOUR_BYTES or ("+avx512bw" if LANES == 16 else "+avx2") in CPU
+EXCESS = 0 if SIGNED else 128  # what multiply_add8 leaves on bytes that are stored plus 128
+if SIGNED:
+    initialize_native_asmparser()
 
 
 class Builder:
@@ -206,7 +213,13 @@ class Builder:
         return self.ask(f"llvm.fmuladd.{name}", a.type, a, b, c)
 
     def multiply_add8(self, a, b, c):
-        """The same in each lane of four unsigned bytes of a and four signed ones of b, exactly."""
+        """The same in each lane of four unsigned bytes of a and four signed ones of b, exactly;
+        if SIGNED, of each byte of a less 128."""
+        if SIGNED:
+            a = self.xor(a, self.splat(self.i32(-0x7F7F7F80)))  # the highest bit of each
+            kind = ir.FunctionType(c.type, [c.type, a.type, b.type])
+            text = ".arch_extension dotprod\nsdot $0.4s, $2.16b, $3.16b"
+            return self.call(ir.InlineAsm(kind, text, "=w,0,w,w"), [c, a, b])
         if FOUR_BYTES:
             return self.ask(f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", c.type, c, a, b)
         name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
