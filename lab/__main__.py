@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = "demo fig02 fig12 fig15 fig16 fig18 policies windows cost check".split()
+# of each program the module, and the function in it
+NAMES = {name: (name, "main") for name in "demo fig02 fig12 fig15 fig16 fig18 policies".split()}
+NAMES |= {name: (name, "main") for name in ("windows", "cost")}
+NAMES |= {name: ("mine", name) for name in ("exercises", "start", "hint")}
+NAMES["check"] = "check", "main"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -15,16 +19,18 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: microvllm lab NAME [--help]\n")
-        for name in NAMES:
-            told = importlib.import_module(f"lab.{name}").__doc__
+        for name, (place, function) in NAMES.items():
+            module = importlib.import_module(f"lab.{place}")
+            told = (module if function == "main" else getattr(module, function)).__doc__
             print(f"  {name:10}{told.splitlines()[0]}")
     elif argv[0] not in NAMES:
         parser = terminal.Parser(prog="microvllm lab")
         parser.error(f"no lab {argv[0]!r}: choose from {', '.join(NAMES)}")
     else:
         with terminal.at_once():
-            program = importlib.import_module(f"lab.{argv[0]}")
-        program.main(argv[1:])
+            place, function = NAMES[argv[0]]
+            program = getattr(importlib.import_module(f"lab.{place}"), function)
+        program(argv[1:])
 
 
 if __name__ == "__main__":

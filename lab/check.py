@@ -1,53 +1,54 @@
 """The exercises of EXERCISES.md: which of them are solved?
 
-microvllm lab check       all ten
-microvllm lab check 3 4   these
+microvllm lab start DIR   copies them to a folder of yours
+microvllm lab check       judges all
+microvllm lab check 3 4   judges these
 
-The file to touch is exercises.py. The exit status is 0 if all that were asked for are solved.
+The file to touch is DIR/exercises.py. The exit status is 0 if all that were asked for are solved.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
+from microvllm.cli import terminal
 from microvllm.cli.terminal import Parser, positive
 from microvllm.scheduler import BlockManager, Scheduler, Sequence
 
-from . import exercises, solutions, world
+from . import mine, scenes, solutions, world
 
 
-def serve(blocks: BlockManager, prompts: list[tuple[list[int], int]], **policies) -> dict:
-    """Run (prompt, new tokens) pairs, all there from the start, to their end.
+def serve(blocks: BlockManager, requests: list[world.Request], most: int = 32, **policies) -> dict:
+    """Run requests to their end, at most so many at once.
 
-    Returns done (who ended, and when), preemptions, again (tokens computed more than once), and
-    hits (tokens of prompts that were found). check() looks at every step.
+    Returns done (who ended, and when), again (tokens computed more than once), and hits (tokens of
+    prompts that were found).
     """
-    scheduler = Scheduler(blocks, 32, 512, **policies)
+    scheduler = Scheduler(blocks, most, 512, **policies)
     reached: dict[Sequence, int] = {}
     again = 0
 
     def watch(step, took):
         nonlocal again
-        blocks.check(scheduler.running)
         for seq, start, stop in step.chunks:
             again += max(0, min(stop, reached.get(seq, 0)) - start)
             reached[seq] = max(stop, reached.get(seq, 0))
 
-    requests = [
-        world.Request(0.0, Sequence(i, list(prompt), world.Params(new)))
-        for i, (prompt, new) in enumerate(prompts)
-    ]
-    done = world.replay(scheduler, requests, watch)
-    hits = sum(d.seq.num_cached for d in done)
-    return {"done": done, "again": again, "hits": hits, "preemptions": scheduler.num_preemptions}
+    # the samples of a request write different texts
+    done = world.replay(scheduler, requests, watch, lambda seq, at: seq.sample_id)
+    blocks.check([])
+    hits = sum(d.seq.num_cached or 0 for d in done)
+    return {"done": done, "again": again, "hits": hits}
 
 
-def mixture(count: int) -> list[tuple[list[int], int]]:
-    """Prompts of all lengths that share nothing."""
-    rng = random.Random(0)
-    return [([i + 1] * rng.randint(1, 400), rng.randint(1, 120)) for i in range(count)]
+def single(prompt: list[int]) -> list[world.Request]:
+    """One request for one token."""
+    return [world.Request(0.0, Sequence(0, list(prompt), world.Params(1)))]
 
 
 # each returns what is wrong, or None --------------------------------------------------------------
@@ -94,8 +95,8 @@ def forgetful(work: ModuleType) -> str | None:
 def two_prompts(work: ModuleType) -> str | None:
     blocks = BlockManager(99, 16)
     first, second = work.two_prompts()
-    serve(blocks, [(first, 1)])
-    if (found := serve(blocks, [(second, 1)])["hits"]) != 64:
+    serve(blocks, single(first))
+    if (found := serve(blocks, single(second))["hits"]) != 64:
         return f"the second prompt finds {found} tokens"
     return None
 
@@ -142,31 +143,66 @@ def pool_without_preemption(work: ModuleType) -> str | None:
     return None
 
 
+def families() -> list[world.Request]:
+    """Prompts of all lengths that share nothing, a third of them for six samples."""
+    rng, found = random.Random(0), []
+    for i in range(60):
+        n, prompt, new = rng.choice([1, 1, 6]), rng.randint(1, 300), rng.randint(10, 150)
+        found.append(world.Request(0.0, Sequence(i, [i + 1] * prompt, world.Params(new, n))))
+    return found
+
+
+def again(**policies) -> int:
+    """Tokens that `families` compute again in a pool that is too small for them."""
+    return serve(BlockManager(150, 16, False), families(), **policies)["again"]
+
+
 def victim(work: ModuleType) -> str | None:
-    before = serve(BlockManager(150, 16, False), mixture(100))["again"]
-    after = serve(BlockManager(150, 16, False), mixture(100), victim=work.victim)["again"]
-    if after > 2 / 3 * before:
+    after, before = again(victim=work.victim), again()
+    if 3 * after > before:
         return f"{after} tokens are computed again; with the default it is {before}"
     return None
 
 
-def admission(work: ModuleType) -> str | None:
-    def mean(**policies):
-        done = serve(BlockManager(300, 16), mixture(200), **policies)["done"]
-        return sum(d.latency for d in done) / len(done)
+def stream() -> list[world.Request]:
+    """Requests of all lengths that come somewhat faster than they can be served."""
+    rng, clock, found = random.Random(0), 0.0, []
+    for i in range(200):
+        clock += rng.expovariate(8)
+        seq = Sequence(i, [i + 1] * rng.randint(1, 400), world.Params(rng.randint(1, 120)))
+        found.append(world.Request(clock, seq))
+    return found
 
-    before, after = mean(), mean(admission=work.admission)
-    if after > 0.8 * before:
-        return f"a request takes {after:.1f} s; with the default it is {before:.1f}"
+
+def times(**policies) -> tuple[float, float]:
+    """Seconds that the mean request of `stream`, and the slowest, take."""
+    taken = [d.latency for d in serve(BlockManager(800, 16), stream(), 16, **policies)["done"]]
+    return sum(taken) / len(taken), max(taken)
+
+
+def admission(work: ModuleType) -> str | None:
+    (mean, worst), (before, slowest) = times(admission=work.admission), times()
+    if mean > 0.9 * before or worst > 1.5 * slowest:
+        told = f"the mean request takes {mean:.2f} s and the slowest {worst:.1f}"
+        return f"{told}; with the default it is {before:.2f} and {slowest:.1f}"
     return None
 
 
 def eviction(work: ModuleType) -> str | None:
-    circle = [([i % 40] * 161, 1) for i in range(200)]  # 40 texts of ten blocks, in a pool of 300
-    blocks = BlockManager(301, 16, eviction=work.eviction)
-    hits = sum(serve(blocks, [turn])["hits"] for turn in circle)
-    if hits < 0.4 * 160 * len(circle):
-        return f"{hits} of {160 * len(circle)} tokens are found again; 40 % would do"
+    rng = random.Random(0)  # prompts of ten blocks, any of 40; the pool holds 15
+    texts = [[rng.randrange(40)] * 161 for _ in range(120)]
+
+    def hits(policy) -> int:
+        blocks, found = BlockManager(151, 16, eviction=lambda blocks: policy(blocks, coming)), 0
+        hashed = [{*blocks.compute_hashes(single(text)[0].seq, 10)} for text in texts]
+        for turn, text in enumerate(texts):
+            coming = hashed[turn + 1 : turn + 41]
+            found += serve(blocks, single(text))["hits"]
+        return found
+
+    found, best = hits(work.eviction), hits(solutions.eviction)
+    if found < 0.99 * best:
+        return f"{found} of {160 * len(texts)} tokens are found again; {best} can be"
     return None
 
 
@@ -182,8 +218,32 @@ def freed_by_window(work: ModuleType) -> str | None:
     return None
 
 
+def compared(number: int) -> Callable[[ModuleType], str | None]:
+    """The check of a prediction: the engine does it, and its trace is compared."""
+    name = scenes.ANSWERS[number].__name__
+
+    def check(work: ModuleType) -> str | None:
+        told, folder = getattr(work, name)(), Path(work.__file__).parent
+        if work is solutions:
+            folder = Path(tempfile.mkdtemp())
+        events, page = scenes.record(number, folder)
+        happened = scenes.ANSWERS[number](events)
+        wrong = [key for key, value in happened.items() if tidy(told.get(key)) != tidy(value)]
+        if not wrong:
+            return None
+        return f"not so: {', '.join(wrong)}. Look at {page}" + (", step 3" * (number == 11))
+
+    check.__name__ = name
+    return check
+
+
+def tidy(value):
+    """Lists and tuples of lists and tuples, in one form."""
+    return [tidy(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 CHECKS = [blocks_needed, slot_of, forgetful, two_prompts, misled, pool_without_preemption, victim,
-          admission, eviction, freed_by_window]  # fmt: skip
+          admission, eviction, freed_by_window, *map(compared, scenes.ANSWERS)]  # fmt: skip
 
 
 def verdict(number: int, work: ModuleType) -> str | None:
@@ -202,10 +262,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if set(args.number) - set(every):
         parser.error(f"the exercises are 1 to {len(CHECKS)}")
+    with terminal.user_errors(args):
+        work = solutions if args.solutions else mine.load()
     failed = False
     for number in args.number or every:
-        wrong = verdict(number, solutions if args.solutions else exercises)
+        wrong = verdict(number, work)
         failed |= wrong is not None
+        if not args.solutions:
+            mine.note(number, wrong is None)
         told = "solved" if wrong is None else f"not yet: {wrong}"
-        print(f"{number:2} {CHECKS[number - 1].__name__:24}{told}")
+        print(f"{number:2} {CHECKS[number - 1].__name__:24}{told}", flush=True)
     sys.exit(failed)

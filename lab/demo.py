@@ -18,9 +18,11 @@ import shutil
 import subprocess
 import sys
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 
 from microvllm.cli import terminal
+from microvllm.scheduler import BlockManager
 
 BLOCKS = 22  # the sink is one of them
 BOOK = "The white whale swam before him as the wild thing that all men of the sea feared. He had "
@@ -46,47 +48,67 @@ KINDS = {
 }
 
 
-def play(llm, scene: list[tuple[int, str, int, int]] = SCENE) -> None:
-    """Serve the scene with the core's LLM, to its end."""
+def play(llm, scene: list[tuple] = SCENE) -> None:
+    """Serve a scene with the core's LLM, to its end. A prompt is a text, or (text, how many tokens
+    of it)."""
     from microvllm.sampler import SamplingParams
 
     coming, step = sorted(scene), 0
     while coming or not llm.is_finished():
         while coming and coming[0][0] <= step:
             _, prompt, n, new = coming.pop(0)
+            if isinstance(prompt, tuple):
+                prompt = llm.tokenizer.encode(prompt[0])[: prompt[1]]
             params = SamplingParams(0.8, new, 50, ignore_eos=True, n=n, seed=7)
             llm.add_request(prompt, params)
         llm.step()
         step += 1
 
 
-def record(path: Path) -> list[dict]:
-    """Run the demo with a trace that is written to `path`; returns its events."""
+def record(
+    path: Path, scene: list[tuple] = SCENE, blocks: int = BLOCKS, budget: int = 64,
+    manager: type[BlockManager] = BlockManager,
+) -> list[dict]:  # fmt: skip
+    """Run a scene with a trace that is written to `path`; returns its events. blocks: in the pool,
+    with the sink; budget: tokens of a step; manager: the class that hands the blocks out."""
     from microvllm.cli.commands import MODEL_DIR
     from microvllm.engine import LLM
     from microvllm.trace import Trace, read
 
     if not MODEL_DIR.is_dir():
         raise ValueError(f"the demo runs the bundled model, which is not here: {MODEL_DIR}")
-    with LLM(MODEL_DIR, device="cpu", num_blocks=BLOCKS, max_batched_tokens=64) as llm:
+
+    class Engine(LLM):
+        def _make_memory(self, *args):
+            cache, blocks = super()._make_memory(*args)
+            return cache, manager(blocks.num_blocks, blocks.block_size)
+
+    with Engine(MODEL_DIR, device="cpu", num_blocks=blocks, max_batched_tokens=budget) as llm:
         words = llm.tokenizer.token_bytes
         trace = Trace(path, lambda token: words(token).decode("utf-8", "surrogateescape"))
         trace.attach(llm.scheduler, model=MODEL_DIR.name, device="cpu")
         try:
-            play(llm)
+            play(llm, scene)
         finally:
             trace.close()
     return read(path)
 
 
-def first_steps(events: list[dict]) -> dict[str, int]:
-    """The number of the step in which each of KINDS happens first, as the page counts them."""
-    found: dict[str, int] = {}
+def numbered(events: list[dict]) -> Iterator[tuple[int, dict]]:
+    """Each event with the number of its step, as the page counts them: what happens while a step is
+    planned is of that step."""
     step = 1
     for event in events:
+        yield step, event
+        step += event["e"] == "begin"
+
+
+def first_steps(events: list[dict]) -> dict[str, int]:
+    """The number of the step in which each of KINDS happens first."""
+    found: dict[str, int] = {}
+    for step, event in numbered(events):
         if event["e"] in KINDS:
             found.setdefault(event["e"], step)
-        step += event["e"] == "begin"
     return found
 
 

@@ -1,6 +1,7 @@
-"""Ten exercises: replace what each function returns. EXERCISES.md explains them.
+"""Thirteen exercises: replace what each function returns. EXERCISES.md explains them.
 
-`microvllm lab check 3` says whether the third is solved.
+Write into a copy: `microvllm lab start DIR` makes it. `microvllm lab check 3` says whether the
+third is solved, `microvllm lab hint 3` gives a hint, and another one each time.
 """
 
 from __future__ import annotations
@@ -66,19 +67,23 @@ def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) ->
 
 # 7
 def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """Who is sent away: so that a third less is computed again than with the default."""
+    """Who is sent away: so that a third of what the default costs is computed again. Some requests
+    have six samples, which share the blocks of their prompt; nothing is found by hash."""
     return youngest(scheduler, seq)
 
 
 # 8
 def admission(scheduler: Scheduler) -> Sequence:
-    """Who is next: so that the mean request takes a fifth less time than with the default."""
+    """Who is next: so that the mean request takes a tenth less time than with the default, and the
+    slowest of all at most half as long again as the default's slowest."""
     return first_come(scheduler)
 
 
 # 9
-def eviction(blocks: BlockManager) -> int:
-    """Which block is evicted: so that texts that come round in a circle are found again."""
+def eviction(blocks: BlockManager, coming: list[set[bytes]]) -> int:
+    """Which block is evicted, by someone who knows the future. coming: for each of the next 40
+    prompts, the next one first, the hashes of its full blocks. No policy finds more than the best
+    one that knows this; find as much as that."""
     return least_recently_used(blocks)
 
 
@@ -87,3 +92,31 @@ def freed_by_window(table: Iterable[int], num_computed: int, window: int, size: 
     """The blocks of a table that no layer will read again, if each token sees itself and the
     `window` tokens before it."""
     return []
+
+
+# 11. the engine: 29 blocks of 16 tokens, at most 32 tokens a step. before step 1 comes a prompt of
+# 40 tokens for two samples of 8 new ones each; before step 3 another prompt, of 50 tokens. the
+# numbers of sequences begin with 0, and a second sample has one of its own
+def third_step() -> dict:
+    """What does step 3 do? decodes: the sequences that get a token of theirs computed, one each;
+    prefills: (sequence, start, stop) of what is computed of prompts; copies: blocks copied before
+    a write; fresh: further blocks that are taken."""
+    return {"decodes": [], "prefills": [], "copies": -1, "fresh": -1}
+
+
+# 12. the engine: 9 blocks of 16 tokens, 256 tokens a step. before step 1 come two prompts of 60
+# tokens that share nothing, each for 40 new ones
+def preemption() -> dict:
+    """What happens when the pool is full? seq: the sequence that is preempted; step: when; back:
+    the step in which it is admitted again; found: how many of its tokens it then finds cached."""
+    return {"seq": -1, "step": -1, "back": -1, "found": -1}
+
+
+# 13. `microvllm lab start` has written exercise-13.html beside this file: an engine with a mistake
+# in its BlockManager. look at the page alone
+def wrong_hit() -> dict:
+    """In which step is a request given blocks that hold another text, and which blocks? What is the
+    mistake? "copy": a sample writes into a block that another one holds, too; "free": a block of a
+    request that has ended is not given back; "hash": an evicted block is still found by its old
+    text; "count": a block is evicted while it is in use; "full": a part-filled block is found."""
+    return {"step": -1, "blocks": [], "mistake": ""}

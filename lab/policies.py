@@ -1,26 +1,21 @@
 """Policies: who is preempted, who is admitted, which free block is evicted; side by side.
 
-The workload: conversations over four system prompts, whose next turn comes seconds after the last
-answer and carries all of it, among single questions that nobody asks again, in a pool too small to
-keep them all. Each row changes one of the three policies of scheduler.py. Write your own as a
-function of the same arguments, add it below, and run it; `LLM(..., victim=...)` takes it as well.
+Each row changes one of the three policies of scheduler.py. Write your own, a function of the same
+arguments, into a file, and compare it:
+
+microvllm lab policies --only eviction eviction=mine.py:oldest
+
+`run`, `batch` and `bench` take it as well (--eviction mine.py:oldest), and so does LLM(eviction=).
 """
 
 from __future__ import annotations
 
+import heapq
 import random
+from collections import Counter, OrderedDict
+from itertools import count
 
-from microvllm.cli.terminal import positive
-from microvllm.scheduler import (
-    BlockManager,
-    Scheduler,
-    Sequence,
-    first_come,
-    least_recently_used,
-    youngest,
-)
-
-from . import world
+from microvllm.scheduler import BlockManager, Scheduler, Sequence
 
 # victims: which of scheduler.running gives its blocks back so that `seq` can grow -----------------
 
@@ -83,97 +78,146 @@ def by_chance(blocks: BlockManager) -> int:
     return dice.choice(few)
 
 
-DEFAULT = {"victim": youngest, "admission": first_come, "eviction": least_recently_used}
+class Ranked(OrderedDict):
+    """`blocks.cached` that knows what each block is worth, for the three policies below.
+
+    A policy sees one moment, and these need to know what was used before. So the first eviction
+    puts a Ranked where the plain dict was, and the BlockManager goes on as ever: it sets a block
+    that becomes free, and deletes one that is evicted or found again. Blocks that become free in a
+    row are a text, its end first. No block is worth less than one behind it, which nobody could
+    find without it.
+    """
+
+    def __init__(self, blocks: BlockManager):
+        super().__init__()
+        self.blocks = blocks
+        self.uses: Counter[int] = Counter()  # how often each block was found again while free
+        self.age = 0.0  # what the last evicted block was worth
+        self.heap: list[tuple] = []  # (worth, turn, block), also of blocks that are free no more
+        self.turn, self.turns = count(), {}  # the number of each block's valid entry in the heap
+        self.row: list[int] = []  # became free since the last block was deleted
+        for block in blocks.cached:  # of what was before nothing is known but the order
+            self[block] = None
+            self.settle()
+
+    def worth(self, block: int, size: int) -> float:
+        """To be kept; size: blocks that became free with it. This is LFUDA's: uses, and what was
+        evicted last, so that what was used often long ago is passed in the end."""
+        return self.age + 1 + self.uses[block]
+
+    def __setitem__(self, block: int, value: None) -> None:
+        super().__setitem__(block, value)
+        self.row.append(block)
+
+    def __delitem__(self, block: int) -> None:
+        self.settle()
+        super().__delitem__(block)
+        del self.turns[block]
+        self.uses[block] += 1
+
+    def settle(self) -> None:
+        """Rank the blocks that became free in a row."""
+        least = float("-inf")
+        for block in self.row:
+            least = max(least, self.worth(block, len(self.row)))
+            self.turns[block] = next(self.turn)
+            heapq.heappush(self.heap, (least, self.turns[block], block))
+        self.row.clear()
+        if len(self.heap) > 4 * len(self) + 64:
+            self.heap = [entry for entry in self.heap if self.turns.get(entry[2]) == entry[1]]
+            heapq.heapify(self.heap)
+
+    def pop_least(self) -> int:
+        """The block that is worth least, of equal ones the first that became free."""
+        self.settle()
+        while self.turns.get(self.heap[0][2]) != self.heap[0][1]:
+            heapq.heappop(self.heap)
+        least, _, block = self.heap[0]
+        self.age = max(self.age, least)
+        self.uses[block] = -1  # it is deleted next, and its text is gone
+        return block
+
+
+class Costed(Ranked):
+    """GDSF: uses times the cost of computing a block again, the mean over its text."""
+
+    def worth(self, block: int, size: int) -> float:
+        # attention to 6 * width keys takes as long as the matrices. a text of n tokens has n / 2 on
+        # average, so a token of it costs 1 + n / (12 * width): the bundled model is 384 wide
+        return self.age + (1 + self.uses[block]) * (1 + size * self.blocks.block_size / (12 * 384))
+
+
+class Shadow(OrderedDict):
+    """Which texts a pool of `size` blocks would still have, if a new one came in last, or first to
+    be evicted but for one in 32."""
+
+    def __init__(self, size: int, first: bool):
+        super().__init__()
+        self.size, self.first, self.dice = size, first, random.Random(0)
+
+    def has(self, text: bytes) -> bool:
+        """Was it still there? It is from now on."""
+        found = text in self
+        if not found and len(self) >= self.size:
+            self.popitem(last=False)
+        self[text] = None
+        self.move_to_end(text, last=found or not self.first or self.dice.random() < 1 / 32)
+        return found
+
+
+class Dueling(Ranked):
+    """DIP: a new text comes in last, or first to be evicted, whichever would have found more."""
+
+    def __init__(self, blocks: BlockManager):
+        self.shadows = [Shadow(blocks.num_usable, first) for first in (False, True)]
+        self.lead, self.rows, self.dice = 0, count(1), random.Random(0)
+        super().__init__(blocks)
+
+    def settle(self) -> None:
+        for block in self.row:
+            last, first = (shadow.has(self.blocks.hash_of[block]) for shadow in self.shadows)
+            self.lead = max(-1024, min(1024, self.lead + first - last))
+        self.newest = -next(self.rows)  # the newest text is worth least
+        super().settle()
+
+    def worth(self, block: int, size: int) -> float:
+        if self.lead > 0 and not self.uses[block] and self.dice.random() > 1 / 32:
+            return self.newest
+        return super().worth(block, size)
+
+
+def ranked(blocks: BlockManager, kind: type[Ranked]) -> int:
+    """The block that a Ranked of this kind gives up."""
+    if type(blocks.cached) is not kind:  # the first eviction, or all was forgotten
+        blocks.cached = kind(blocks)
+    return blocks.cached.pop_least()
+
+
+def aged_frequency(blocks: BlockManager) -> int:
+    """The least frequently used, with dynamic aging (LFUDA: Arlitt et al. 2000)."""
+    return ranked(blocks, Ranked)
+
+
+def cost_aware(blocks: BlockManager) -> int:
+    """Aged frequency times the cost of computing it again (GDSF: Cherkasova 1998)."""
+    return ranked(blocks, Costed)
+
+
+def dueling(blocks: BlockManager) -> int:
+    """Aged frequency, in a scan the newest (dynamic insertion, DIP: Qureshi et al. 2007)."""
+    return ranked(blocks, Dueling)
+
+
 OTHERS = {
     "victim": [largest, cheapest, furthest],
     "admission": [shortest, best_cached, first_fit],
-    "eviction": [most_recently_used, first_published, by_chance],
-}
-
-# the workload and its report ----------------------------------------------------------------------
-
-
-def conversations(count: int, seed: int) -> tuple[list[world.Request], list[list[int]]]:
-    """The turns of `count` conversations (every other one ends with its first turn), and the whole
-    text of each request: what is not prompt is what the fake model will say."""
-    rng, clock, found = random.Random(seed), 0.0, []
-    for talk in range(count):
-        clock += rng.expovariate(0.65)
-        arrival, text = clock, [talk % 4] * 200  # one of four system prompts
-        for _ in range(rng.randint(2, 6) if talk % 2 else 1):
-            prompt, output = next(world.lengths("sharegpt", rng))
-            if len(text) + prompt + output > world.CONTEXT:
-                break
-            asked = [*text, *[100 + talk] * prompt]
-            text = [*asked, *rng.choices(range(100), k=output)]
-            found.append((arrival, asked, text))
-            arrival += 0.06 * output + rng.expovariate(1 / 20)  # read it, think, write
-    found.sort(key=lambda turn: turn[0])
-    requests = [
-        world.Request(at, Sequence(i, asked, world.Params(len(text) - len(asked))))
-        for i, (at, asked, text) in enumerate(found)
-    ]
-    return requests, [text for _, _, text in found]
-
-
-def measure(policies: dict, args) -> dict[str, float]:
-    """The workload under these policies: what the report's columns say."""
-    blocks = BlockManager(args.blocks, 16, eviction=policies["eviction"])
-    scheduler = Scheduler(
-        blocks, 256, 2560, victim=policies["victim"], admission=policies["admission"]
-    )
-    requests, texts = conversations(args.conversations, args.seed)
-    reached = dict.fromkeys((r.seq for r in requests), 0)  # tokens that were computed once
-    again = 0
-
-    def watch(step, took):
-        nonlocal again
-        for seq, start, stop in step.chunks:
-            again += max(0, min(stop, reached[seq]) - start)
-            reached[seq] = max(stop, reached[seq])
-
-    done = world.replay(scheduler, requests, watch, lambda seq, at: texts[seq.request_id][at])
-    tokens = sum(len(d.seq.tokens) - d.seq.num_prompt for d in done)
-    hits = sum(d.seq.num_cached for d in done)
-    waits, times = [d.first - d.arrival for d in done], [d.latency for d in done]
-    return {
-        "tokens/s": tokens / done[-1].end,
-        "first token p50 s": world.percentile(waits, 0.5),
-        "first token p99 s": world.percentile(waits, 0.99),
-        "request p50 s": world.percentile(times, 0.5),
-        "request p90 s": world.percentile(times, 0.9),
-        "request p99 s": world.percentile(times, 0.99),
-        "preempted": scheduler.num_preemptions,
-        "recomputed": again,
-        "hit rate %": 100 * hits / sum(d.seq.num_prompt for d in done),
-    }
+    "eviction": [
+        most_recently_used, first_published, by_chance, aged_frequency, cost_aware, dueling,
+    ],
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = world.Parser(__doc__, "policies")
-    add = parser.add_argument
-    add("--conversations", type=positive, default=300, metavar="N", help="(%(default)s)")
-    add("--blocks", type=positive, default=700, metavar="N", help="of 16 tokens (%(default)s)")
-    args = parser.parse_args(argv)
-    found = {"the defaults": measure(DEFAULT, args)}
-    for kind, functions in OTHERS.items():
-        for function in functions:
-            name = f"{kind}={function.__name__}"
-            found[name] = measure(DEFAULT | {kind: function}, args)
-    heads = list(found["the defaults"])
-    print(world.table(["", *heads], [[name, *row.values()] for name, row in found.items()]))
+    from .contest import main  # not above: this file is loaded alone, too
 
-    def draw(plt):
-        shown = [key for key in found["the defaults"] if "p90" not in key]
-        figure, panels = plt.subplots(1, len(shown), figsize=(16, 3.6), sharey=True)
-        for axes, key in zip(panels, shown, strict=True):
-            values = [row[key] for row in found.values()]
-            axes.barh(list(found), values, color=["#333333", *["#0072B2"] * 3, *["#E69F00"] * 3,
-                                                  *["#009E73"] * 3])  # fmt: skip
-            axes.axvline(values[0], color="#333333", lw=0.8, ls="--")
-            axes.set_title(key)
-        panels[0].invert_yaxis()
-        figure.tight_layout()
-        return figure
-
-    world.finish(args, found, draw)
+    main(argv)

@@ -50,21 +50,57 @@ def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) ->
     return most + 1
 
 
-# 7. who has least to lose
+# 7. the fewest tokens to compute again for each block that becomes free: a shared one does not
 def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    return min(scheduler.running, key=lambda s: s.num_computed)
+    def price(one: Sequence) -> float:
+        freed = sum(scheduler.blocks.ref_count[block] == 1 for block in one.table)
+        return one.num_computed / freed if freed else float("inf")
+
+    return min(scheduler.running, key=price)
 
 
-# 8. the shortest first
+# 8. the shortest first, but who has waited counts as shorter: a twelfth of a token for each token
+# that was written meanwhile, by which nobody waits for ever
+came: dict[Sequence, int] = {}
+
+
 def admission(scheduler: Scheduler) -> Sequence:
-    return min(scheduler.waiting, key=lambda s: s.max_length)
+    now = scheduler.num_tokens
+    for seq in scheduler.waiting:
+        came.setdefault(seq, now)
+    return min(scheduler.waiting, key=lambda s: s.max_length - (now - came[s]) / 12)
 
 
-# 9. the most recently used: in a circle it is the last that will be needed
-def eviction(blocks: BlockManager) -> int:
-    return next(reversed(blocks.cached))
+# 9. what is needed last (Belady 1966); of the blocks of one text the last one, which is the first
+# of them in `cached`
+def eviction(blocks: BlockManager, coming: list[set[bytes]]) -> int:
+    def next_use(block: int) -> int:
+        text = blocks.hash_of[block]
+        return next((i for i, texts in enumerate(coming) if text in texts), len(coming))
+
+    return max(blocks.cached, key=next_use)
 
 
 # 10. the next token, at position num_computed, sees from num_computed - window on
 def freed_by_window(table: Iterable[int], num_computed: int, window: int, size: int) -> list[int]:
     return list(table)[: max(0, num_computed - window) // size]
+
+
+# 11. step 1 computes 32 tokens of the first prompt and step 2 its last 8, after which it forks. in
+# step 3 both samples write into the third block: one copies it. 30 tokens are left for the second
+# prompt, which need two blocks
+def third_step() -> dict:
+    return {"decodes": [0, 1], "prefills": [(2, 0, 30)], "copies": 1, "fresh": 2}
+
+
+# 12. step 1 computes 60 tokens, so step 6 writes position 64, for which both need a fifth block and
+# one is left: the older one gets it. The other comes back when the first has ended: it made its
+# 40th token in step 40. meanwhile that took two more blocks, for the positions 80 and 96: the
+# younger one's last two
+def preemption() -> dict:
+    return {"seq": 1, "step": 6, "back": 41, "found": 32}
+
+
+# 13. block 1 was evicted in step 18, 2 and 3 in step 12, and others wrote into them
+def wrong_hit() -> dict:
+    return {"step": 20, "blocks": [1, 2, 3], "mistake": "hash"}

@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
                 axes.bar([i + shift for i in range(len(DEPTHS))], values, 0.4, color=colour,
                          label={"uniform": "one table", "followed": "groups"}[kind])  # fmt: skip
             axes.set_xticks(range(len(DEPTHS)), [f"d{depth}" for depth in DEPTHS])
+        left.yaxis.get_major_locator().set_params(integer=True)
         left.set_ylabel("full-length sequences in the pool")
         right.set_ylabel(f"steps for {4 * args.sequences} requests")
         figure.tight_layout()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import bench as speed
-from . import roofline, terminal
+from . import policies, roofline, terminal
 from .conversation import converse
 from .learn import learn  # noqa: F401, a command of a file of its own
 
@@ -77,6 +77,8 @@ def engine_options(args: argparse.Namespace) -> dict[str, object]:
     given |= {"model_path": model_name(args), "tokenizer_path": args.tokenizer_dir}
     seed = getattr(args, "seed", 0)
     given["seed"] = random.getrandbits(31) if seed is None else seed
+    asked = {kind: name for kind in policies.KINDS if (name := getattr(args, kind, None))}
+    given |= {kind: policies.find_policy(kind, name) for kind, name in asked.items()}
     return dict(**given, **overrides(args))
 
 

@@ -158,6 +158,12 @@ LOOKUP = """options:
 --prompt-lookup int N  guess up to N tokens a step from the text so far: the same answer, sooner \
                        (=0)
 """
+POLICIES = """\
+policies, each by its name in `microvllm lab policies` or as FILE:FUNCTION:
+--eviction POLICY   which cached block is given up (least_recently_used)
+--victim POLICY     who is preempted when no block is free (youngest)
+--admission POLICY  who of the queue is next (first_come)
+"""
 WATCH = "--watch  draw the blocks and the queue (microvllm[watch])\n"
 SAMPLING = """sampling:
 --max-tokens int N            at most (={max_tokens})
@@ -178,11 +184,11 @@ def sampling(max_tokens: int, temperature: float, top_k: int, seed: str = "=0") 
     return SAMPLING.format(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
 
 
-ALPACA = TEXTS + ENGINE + RAW + LOOKUP + WATCH + sampling(64, 0.7, 0)  # what test_alpaca.py takes
+ALPACA = TEXTS + ENGINE + RAW + LOOKUP + WATCH + POLICIES + sampling(64, 0.7, 0)  # test_alpaca.py's
 PAGES = {
-    commands.run: RUN + ENGINE + RAW + LOOKUP + WATCH + sampling(128, 0.8, 50),
+    commands.run: RUN + ENGINE + RAW + LOOKUP + WATCH + POLICIES + sampling(128, 0.8, 50),
     commands.chat: CHAT + ENGINE + LOOKUP + sampling(256, 0.6, 50, seed="random"),
-    commands.batch: BATCH + ENGINE + RAW + sampling(128, 0.8, 50),
+    commands.batch: BATCH + ENGINE + RAW + POLICIES + sampling(128, 0.8, 50),
     commands.bench: BENCH + ALPACA + RANDOM,
     commands.score: SCORE + ENGINE + RAW,
     commands.eval: EVAL + ENGINE,

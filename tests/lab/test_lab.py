@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from lab import __main__ as front
-from lab import check, exercises, orca, solutions, world
+from lab import check, contest, exercises, hints, mine, orca, policies, scenes, solutions, world
 from microvllm import cli
 from microvllm.cli import commands
 from microvllm.scheduler import Scheduler
@@ -105,13 +105,44 @@ def test_fig18_larger_blocks_waste_more(lab):
         assert got["batched"][0] >= got["batched"][-1]
 
 
-def test_policies_are_compared_on_one_workload(lab):
-    found, told = lab("policies", "--conversations", "40", "--blocks", "400")
-    assert len(found) == 10 and all(name in told for name in found)
-    assert all(row["preempted"] and row["recomputed"] for row in found.values())
-    for kind in ("victim", "admission", "eviction"):
-        rows = [json.dumps(row) for name, row in found.items() if name.startswith(kind)]
-        assert json.dumps(found["the defaults"]) not in rows and len(set(rows)) > 1
+def test_each_of_the_three_choices_matters_in_the_workload(lab):
+    found, told = lab("policies", "--scale", "0.3")
+    found = found["bursts"]
+    assert len(found) == 13 and all(name in told for name in found)
+    default = found["the defaults"]
+    assert default["preempted"] and default["recomputed"] and default["hit rate %"] > 10
+    keys = {"victim": "recomputed", "admission": "request p50 s", "eviction": "computed"}
+    for kind, key in keys.items():
+        values = [row[key] for name, row in found.items() if name.startswith(kind)]
+        assert len({*values}) == len(values) and max(values) > 1.05 * min(values), kind
+
+
+@pytest.mark.parametrize(
+    ("name", "best", "worst"),
+    [
+        pytest.param("conversations", 1.05, 1.05, marks=pytest.mark.slow),
+        ("shared", 0.99, 1.2),
+        ("circle", 0.8, 0.85),
+    ],
+)
+def test_eviction_is_compared(lab, name, best, worst):
+    flags = f"--workload {name} --scale 0.25 --only eviction"
+    found, _ = lab("policies", *flags.split())
+    computed = {policy: row["computed"] for policy, row in found[name].items()}
+    lru = computed.pop("the defaults")
+    assert len(computed) == 6
+    assert computed["eviction=dueling"] < best * lru
+    assert computed["eviction=by_chance"] > worst * lru
+
+
+def test_a_policy_of_a_file_is_compared_and_only_it(lab, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def oldest(blocks):\n    return next(iter(blocks.cached))\n")
+    only = ["victim=cheapest", f"eviction={file}:oldest"]
+    found, _ = lab("policies", "--workload", "circle", "--scale", "0.2", "--only", *only)
+    rows = found["circle"]
+    assert [*rows] == ["the defaults", "victim=cheapest", "eviction=oldest"]
+    assert rows["eviction=oldest"] == rows["the defaults"]
 
 
 def test_cost_measures_every_size(lab, monkeypatch):
@@ -130,6 +161,22 @@ def test_the_same_seed_gives_the_same_numbers(lab):
         lab("fig15", "--requests", "10", "--seed", seed)[0]["ours"] for seed in "334"
     )
     assert first == again != other
+
+
+def test_the_bars_of_policies_have_the_colour_of_their_kind(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    seen = []
+    to_hex = pytest.importorskip("matplotlib.colors").to_hex
+    monkeypatch.setattr(
+        contest.world, "finish", lambda args, found, draw: seen.append(draw(pyplot))
+    )
+    words = ["eviction=dueling", "admission", "victim=largest", "eviction=by_chance"]
+    front.main(["policies", "--workload", "circle", "--scale", "0.1", "--only", *words])
+    for axes in seen[0].axes:
+        colors = [to_hex(bar.get_facecolor()) for bar in axes.patches]
+        kinds = ["", "eviction", *["admission"] * 3, "victim", "eviction"]
+        assert colors == [contest.COLORS[kind].lower() for kind in kinds]
+    pyplot.close(seen[0])
 
 
 def test_a_plot_is_drawn(tmp_path, capsys):
@@ -159,8 +206,8 @@ def test_the_command_lists_the_labs_and_runs_one(capsys, tmp_path):
     cli.main(["lab"])
     told = capsys.readouterr().out
     modules = {path.stem for path in (ROOT / "lab").glob("*.py")}
-    assert set(front.NAMES) == modules - {"__init__", "__main__", "world", "orca", "exercises",
-                                          "solutions"}  # fmt: skip
+    aside = "__init__ __main__ world orca contest scenes mine hints solutions".split()
+    assert {*front.NAMES} - {"start", "hint"} == modules - {*aside}
     assert all(re.search(rf"^  {name} ", told, re.M) for name in front.NAMES)
     cli.main(["lab", "fig15", "--requests", "5", "--no-plot", "--out", str(tmp_path)])
     assert "alpaca, n = 2" in capsys.readouterr().out
@@ -172,7 +219,13 @@ def test_the_command_lists_the_labs_and_runs_one(capsys, tmp_path):
         (["nonsense"], "choose from demo"),
         (["fig02", "--requests", "0"], "give 1 or more"),
         (["fig02", "--sharegpt", "/nowhere.json"], "No such file"),
-        (["check", "11"], "1 to 10"),
+        (["check", "14"], "1 to 13"),
+        (["check"], "microvllm lab start DIR"),
+        (["hint", "0"], "give 1 or more"),
+        (["hint", "14"], "1 to 13"),
+        (["policies", "--only", "colour"], "give victim, admission, eviction"),
+        (["policies", "--only", "victim=by_chance"], "choose from youngest"),
+        (["policies", "--workload", "nonsense"], "nonsense"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(flags, told, capsys):
@@ -256,26 +309,135 @@ def test_contiguous_memory_batches_as_many_as_the_paper_says():
 NUMBERS = range(1, len(check.CHECKS) + 1)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_an_exercise_is_not_solved_yet_and_its_solution_is_one(number):
-    assert check.verdict(number, exercises)
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    """Nobody's progress."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[pytest.mark.slow] * (n > 10)) for n in NUMBERS]
+)
+def test_an_exercise_is_not_solved_yet_and_its_solution_is_one(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(exercises, "__file__", str(tmp_path / "exercises.py"))
+    told = check.verdict(number, exercises)
+    assert told and "raised" not in told
     assert check.verdict(number, solutions) is None
+
+
+@pytest.mark.parametrize(("number", "kind"), [(7, "victim"), (8, "admission"), (9, "eviction")])
+def test_no_policy_that_one_could_paste_solves_an_exercise(number, kind):
+    for policy in policies.OTHERS[kind]:
+        pasted = (lambda blocks, coming, of=policy: of(blocks)) if kind == "eviction" else policy
+        told = check.verdict(number, SimpleNamespace(**{kind: pasted}))
+        assert told and "raised" not in told, policy.__name__
+
+
+def test_who_knows_the_future_ends_a_text_from_behind():
+    def eviction(blocks, coming):  # of the blocks of one text the first one
+        def next_use(block):
+            return next((i for i, text in enumerate(coming) if blocks.hash_of[block] in text), 99)
+
+        return max(reversed(blocks.cached), key=next_use)
+
+    assert check.verdict(9, SimpleNamespace(eviction=eviction))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_prediction_is_compared_with_what_the_engine_did(tmp_path):
+    work = SimpleNamespace(__file__=str(tmp_path / "exercises.py"))
+    right = solutions.third_step()
+    for key in right:
+        work.third_step = lambda key=key: {**right, key: 99}
+        told = check.verdict(11, work)
+        assert (
+            told.startswith(f"not so: {key}. Look at ")
+            and str(right[key]) not in told.split("/")[0]
+        )
+    page = (tmp_path / "exercise-11.html").read_text(encoding="utf-8")
+    assert '"prefills":[[2,0,30]]' in page.replace(" ", "")
+    assert "not so" in check.verdict(11, SimpleNamespace(__file__=work.__file__, third_step=dict))
 
 
 def test_work_that_raises_is_not_solved():
     assert "AttributeError" in check.verdict(1, SimpleNamespace())
 
 
+def judge(*flags: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["lab", "check", *flags])
+    return stop.value.code
+
+
+def test_work_lies_in_a_folder_of_the_readers(tmp_path, capsys, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(scenes, "record", lambda *of: recorded.append(of))
+    folder = tmp_path / "work"
+    cli.main(["lab", "start", str(folder)])
+    file = folder / "exercises.py"
+    assert file.read_text() == (ROOT / "lab" / "exercises.py").read_text()
+    assert recorded == [(13, folder)] and str(file) in capsys.readouterr().out
+    assert judge("2") == 1
+    solved = "def slot_of(table, position, size):\n    return table[position // size] * size + "
+    file.write_text(solved + "position % size\n")
+    assert judge("2") == 0 and judge("2", "4") == 1
+    told = capsys.readouterr().out
+    assert "solved" in told and "raised AttributeError" in told
+    cli.main(["lab", "exercises"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ["solved" in line for line in lines[:13]] == [number == 2 for number in NUMBERS]
+    assert lines[0].split() == ["1", "Count", "blocks_needed"] and str(folder) in lines[-2]
+    cli.main(["lab", "start", str(folder)])  # a second time nothing is lost
+    assert file.read_text().startswith(solved) and "stays as it is" in capsys.readouterr().err
+    file.write_text("def (")
+    assert judge("2") == 2 and "SyntaxError" in capsys.readouterr().err
+    file.unlink()
+    assert judge("2") == 2 and "is gone" in capsys.readouterr().err
+
+
+def test_without_a_model_the_other_exercises_are_copied(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "MODEL_DIR", tmp_path / "nowhere")
+    cli.main(["lab", "start", str(tmp_path)])
+    assert (tmp_path / "exercises.py").is_file() and "nowhere" in capsys.readouterr().err
+    assert judge("1") == 1
+
+
+def test_hints_come_one_at_a_time(capsys):
+    def hint(*flags: str) -> list[str]:
+        cli.main(["lab", "hint", *flags])
+        return capsys.readouterr().out.splitlines()
+
+    assert hint("3", "--again") == []
+    found = [hint("3") for _ in range(3)]
+    assert found == [[f"{i + 1} of 3: {hints.HINTS[3][i]}"] for i in range(3)]
+    assert hint("3") == found[2] and hint("3", "--again") == sum(found, [])
+    assert hint("4") == [f"1 of 3: {hints.HINTS[4][0]}"]
+    cli.main(["lab", "exercises"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith("3 of 3 hints") and lines[3].endswith("1 of 3 hints")
+    mine.state_file().write_text('{"folder": 3, "hints": [')  # damaged: as if it were not there
+    assert hint("3") == found[0]
+
+
+def test_there_are_three_hints_for_each_exercise_and_none_is_its_solution():
+    assert [*hints.HINTS] == [*NUMBERS]
+    code = (ROOT / "lab" / "solutions.py").read_text(encoding="utf-8")
+    returned = [line.strip() for line in re.findall(r"return (.*)", code)]
+    for three in hints.HINTS.values():
+        assert len({*three}) == 3 and all(20 < len(hint) < 200 for hint in three)
+        assert not [hint for hint in three for line in returned if len(line) > 30 and line in hint]
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_command_says_what_is_solved(capsys):
-    cases = [(["4"], 1), ([], 1), (["--solutions"], 0), (["9", "2", "--solutions"], 0)]
+    cases = [(["4"], 2), (["--solutions", "6", "3"], 0), (["9", "2", "--solutions"], 0)]
     for flags, status in cases:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["lab", "check", *flags])
-        assert stop.value.code == status
+        assert judge(*flags) == status
         lines = capsys.readouterr().out.splitlines()
-        asked = [flag for flag in flags if flag.isdigit()] or list(map(str, NUMBERS))
+        asked = [flag for flag in flags if flag.isdigit()] if status < 2 else []
         assert [line.split()[0] for line in lines] == asked
-        assert all(("solved" in line) == (status == 0) for line in lines)
+        assert all("solved" in line for line in lines)
 
 
 def test_the_sheet_has_every_exercise_with_its_command():
@@ -285,3 +447,4 @@ def test_the_sheet_has_every_exercise_with_its_command():
     )
     assert [(int(a), int(b)) for a, _, b in rows] == [(n, n) for n in NUMBERS]
     assert all(hasattr(exercises, name) and hasattr(solutions, name) for _, name, _ in rows)
+    assert {n: name for n, (name, _) in mine.titles().items()} == {int(a): b for a, b, _ in rows}

@@ -8,7 +8,7 @@ import pytest
 from conftest import MODEL
 from test_scheduler import Params, Simulation, crowded, served, text
 
-from lab import policies
+from lab import contest, policies
 from microvllm import LLM, SamplingParams
 from microvllm.scheduler import BlockManager, Sequence, first_come, least_recently_used, youngest
 
@@ -147,9 +147,76 @@ def test_an_eviction_that_fails_in_the_midst_of_an_admission_loses_no_block():
 
 
 def test_the_alternatives_are_ten_lines_at_most_three_of_each():
-    for functions in policies.OTHERS.values():
-        assert len(functions) == 3
+    for kind, functions in policies.OTHERS.items():
+        assert len(functions) == (6 if kind == "eviction" else 3)
         assert all(len(inspect.getsource(f).splitlines()) <= 10 for f in functions)
+
+
+def kept(sim, *seeds):
+    """Of which texts of four tokens is the block in the cache?"""
+    found = [seed for seed in seeds if sim.blocks.match(Sequence(9, text(5, seed), Params()), 4)]
+    return set(found)
+
+
+def test_frequency_protects_what_was_found_often_until_it_is_old():
+    sim = Simulation(usable=4, block_size=4)
+    sim.blocks.eviction = policies.aged_frequency
+    for seed in (1, 2, 3, 4, 5):  # the pool is full with the fourth: from now on uses are counted
+        served(sim, text(5, seed))
+    served(sim, text(5, 4)), served(sim, text(5, 4))
+    for seed in (6, 7):
+        served(sim, text(5, seed))
+        assert kept(sim, 4) == {4}
+    assert sim.blocks.cached.uses[sim.blocks.match(Sequence(9, text(5, 4), Params()), 4)[0]] == 2
+    for seed in range(8, 22):  # each eviction of a younger one makes it older
+        served(sim, text(5, seed))
+    assert kept(sim, 4) == set()
+    sim.blocks.check([])
+
+
+def test_a_long_text_costs_more_and_is_kept_longer():
+    left = {}
+    for policy in (policies.aged_frequency, policies.cost_aware):
+        sim = Simulation(usable=40, block_size=4, max_batched_tokens=400)
+        sim.blocks.eviction = policy
+        served(sim, text(150, 1)), served(sim, text(20, 2))  # the first eviction: it counts now
+        served(sim, text(100, 3))
+        for seed in (4, 5, 6, 7, 8):
+            served(sim, text(17, seed))
+        left[policy] = len(sim.blocks.match(Sequence(9, text(100, 3), Params()), 99))
+    assert left[policies.aged_frequency] < left[policies.cost_aware] == 24
+
+
+def scan(eviction, length: int = 10, rounds: int = 6, usable: int = 32) -> int:
+    """Tokens found when `length` texts of four blocks come round in a circle."""
+    sim, hits = Simulation(usable=usable, block_size=4, max_batched_tokens=64), 0
+    sim.blocks.eviction = eviction
+    for turn in range(rounds * length):
+        served(sim, text(17, turn % length), max_tokens=1)
+        hits += sim.finished[-1].num_cached
+        sim.blocks.check([])
+    return hits
+
+
+def test_in_a_scan_the_duel_is_won_by_the_newest_texts():
+    assert scan(least_recently_used) == scan(policies.aged_frequency) < 60  # of 960
+    assert scan(policies.dueling) > 480
+
+
+def test_what_was_free_before_is_forgotten_but_not_kept_in_memory():
+    sim = Simulation(usable=8, block_size=4, max_batched_tokens=64)
+    sim.blocks.eviction = policies.aged_frequency
+    for seed in range(9):  # some are evicted
+        served(sim, text(9, seed))
+    for seed in range(200):  # found again and again, while none is evicted
+        served(sim, text(9, 7 + seed % 2))
+    cached = sim.blocks.cached
+    assert len(cached.heap) <= 4 * len(cached) + 64
+    assert set(cached.turns) == set(cached) - set(cached.row)
+    sim.blocks.clear()  # as new weights do: the next eviction begins anew
+    for seed in range(5):
+        served(sim, text(9, seed), max_tokens=1)
+    assert type(sim.blocks.cached) is policies.Ranked and sim.blocks.cached is not cached
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -162,7 +229,7 @@ def test_an_engine_takes_policies_and_answers_the_same():
 
     prompts, params = ["Who wrote Emma?", "Who wrote Dracula?"] * 3, SamplingParams(max_tokens=30)
     answers = []
-    for options in ({}, {"victim": victim, "admission": last_come, "eviction": policies.by_chance}):
+    for options in ({}, {"victim": victim, "admission": last_come, "eviction": policies.dueling}):
         with LLM(str(MODEL), device="cpu", num_blocks=14, seed=3, **options) as llm:
             outputs = llm.generate(prompts, params, use_tqdm=False)
         answers.append([output.token_ids for output in outputs])
@@ -170,12 +237,12 @@ def test_an_engine_takes_policies_and_answers_the_same():
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("kind", list(policies.DEFAULT))
+@pytest.mark.parametrize("kind", list(contest.DEFAULT))
 def test_a_policy_that_answers_nonsense_is_told_so_and_costs_nothing(kind):
     sane = False
 
     def policy(*asker):
-        return policies.DEFAULT[kind](*asker) if sane else None
+        return contest.DEFAULT[kind](*asker) if sane else None
 
     def answers(llm):
         return [output.token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
