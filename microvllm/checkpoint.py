@@ -150,9 +150,7 @@ def pick_device(name: str | torch.device) -> torch.device:
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     device = torch.device(name)
-    if device.type == "cuda":
-        if device.index is not None:
-            torch.cuda.set_device(device)  # kernels are launched on the current one
+    if device.type == "cuda" and device.index is None:
         # with its index, as its tensors have it: torch.device("cuda") != torch.device("cuda:0")
         device = torch.device("cuda", torch.cuda.current_device())
     return device

@@ -151,8 +151,7 @@ def build_model(
     if broken := [name for name, total in sums.items() if not total.isfinite()]:
         log.warning("NaN or infinite weights, %s: the model can draw no token", ", ".join(broken))
     size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
-    what, memory = f"weights of {size:,} bytes in {dtype}", optional("gpu.memory")
-    with fits(what, device), memory.fits(what, device) if memory else nullcontext():
+    with fits(f"weights of {size:,} bytes in {dtype}", device):
         options = dtype, max_len, share, store, ranks
         return optional("fused.model").FusedGPT(config, recipe, weights, backend, *options)
 
@@ -160,11 +159,14 @@ def build_model(
 @contextmanager
 def fits(what: str, device: torch.device):
     """Raises ValueError with the numbers if there is no memory for what is made inside: more than
-    is free is refused before, but a limit of addresses (ulimit -v) is met here."""
+    is free is refused before, but a limit of addresses (ulimit -v) is met here, and on a GPU what
+    others take meanwhile."""
+    memory = optional("gpu.memory")
     try:
-        yield
+        with memory.fits(what, device) if memory else nullcontext():
+            yield
     except (MemoryError, RuntimeError) as error:  # numpy's and C++'s; torch's
-        words = "can't allocate memory", "not enough memory"  # a GPU's are told by gpu.memory
+        words = "can't allocate memory", "not enough memory"  # other errors are told as they are
         if isinstance(error, RuntimeError) and not any(x in str(error) for x in words):
             raise
         raise ValueError(
@@ -172,6 +174,12 @@ def fits(what: str, device: torch.device):
             f"process gets no more ({error or 'out of memory'!s:.80}); use a smaller model, lower "
             "num_blocks or max_batched_tokens, or raise the process's limit (ulimit -v)"
         ) from None
+
+
+def on_device(device: torch.device):
+    """A context in which kernels and events go to the device: CUDA has a current one for each
+    thread, and that is the user's, who may have other cards and other engines."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 _computing: int | None = None  # the process in which an engine with several threads was made
@@ -314,28 +322,30 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
         else:
             own |= {"share": model is not None and not copy, "max_len": max_model_len}
             build = partial(build_model, device=device, dtype=dtype, **own, **overrides)
-        if model is None:
-            model_path, step = find_checkpoint(model_path, step)
-            self.model = build(*read_checkpoint(model_path, step))
-        else:
-            self.model = self._serve(model, build)
-        if backend := getattr(self.model, "backend", None):
-            if block_size % backend.block_step:
-                raise ValueError(f"block_size={block_size}: {backend.block_step_reason}")
-        if tokenizer is not None:
-            tokenizer = needed("tokenizer").wrap_tokenizer(tokenizer, self.model.config.vocab_size)
-        elif places := optional("sources.places"):
-            tokenizer = places.open_tokenizer(model_path, tokenizer_path)
-        else:
-            tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
-        self.name = Path(model_path).name if model_path else type(model).__name__
-        self._pick_classes()
-        self._assemble(
-            self.model, tokenizer, max_batch_size, max_batched_tokens, max_model_len,
-            num_blocks, block_size, enable_prefix_caching, seed, **policies,
-        )  # fmt: skip
-        if hasattr(self.runner, "record"):
-            self.runner.record(self.max_batch_size, self.max_model_len)
+        with on_device(device):
+            if model is None:
+                model_path, step = find_checkpoint(model_path, step)
+                self.model = build(*read_checkpoint(model_path, step))
+            else:
+                self.model = self._serve(model, build)
+            if backend := getattr(self.model, "backend", None):
+                if block_size % backend.block_step:
+                    raise ValueError(f"block_size={block_size}: {backend.block_step_reason}")
+            if tokenizer is not None:
+                wrap = needed("tokenizer").wrap_tokenizer
+                tokenizer = wrap(tokenizer, self.model.config.vocab_size)
+            elif places := optional("sources.places"):
+                tokenizer = places.open_tokenizer(model_path, tokenizer_path)
+            else:
+                tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
+            self.name = Path(model_path).name if model_path else type(model).__name__
+            self._pick_classes()
+            self._assemble(
+                self.model, tokenizer, max_batch_size, max_batched_tokens, max_model_len,
+                num_blocks, block_size, enable_prefix_caching, seed, **policies,
+            )  # fmt: skip
+            if hasattr(self.runner, "record"):
+                self.runner.record(self.max_batch_size, self.max_model_len)
         blocks = self.scheduler.blocks
         log.info(
             "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens (%.1f MB)",
@@ -388,6 +398,10 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
                 self._change(lambda: (self._settle(), trace.close()))
             finally:
                 trace.close()
+
+    def _change(self, change):
+        with on_device(self.device):
+            super()._change(change)
 
     def _make_memory(self, *args):
         with fits("the KV cache", self.device):

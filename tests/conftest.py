@@ -1,4 +1,5 @@
 import json
+import os
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,26 @@ def kernels():
 
     for kind in ("float32-layers", "float32"):
         first.begin(backend.CpuBackend, kind, waits=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter():
+    """Triton's interpreter changes triton.language anew for each launch, and for each call of a
+    function inside a kernel, which is most of its time: once will do."""
+    if not os.environ.get("TRITON_INTERPRET"):  # the tests of kernels set it where there is no card
+        return
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_LangPatchScope"):  # else another triton
+        patch, done = interpreter._patch_lang, set()
+
+        def once(fn):  # for each module, since not all import the same parts of it
+            if id(fn.__globals__) not in done:
+                done.add(id(fn.__globals__))
+                patch(fn)
+            return interpreter._LangPatchScope()  # with nothing to take back
+
+        interpreter._patch_lang = once
 
 
 class Fixture:

@@ -217,7 +217,8 @@ class LogitsRunner(Runner):
 
 
 def edit(logits: Tensor, samples: Samples) -> None:
-    """Do to the logits of samples, in place, all that comes before temperature."""
+    """Do to the logits of samples, in place, all that comes before temperature. Never
+    logits[index] = number: torch copies the number to a GPU, and the host waits for that."""
 
     def index(lists: dict[int, Seq[int]]) -> tuple[Tensor, Tensor]:
         """All (row, id) of the lists of ids, each under its row, as an index of logits."""
@@ -235,13 +236,13 @@ def edit(logits: Tensor, samples: Samples) -> None:
     if lists := {i: p.allowed_token_ids for i, p, _, _ in rows if p.allowed_token_ids}:
         at = index(lists)
         allowed = logits[at]
-        logits[on(logits.device, [*lists])] = -torch.inf
+        logits.index_fill_(0, on(logits.device, [*lists]), -torch.inf)
         logits[at] = allowed
     if lists := {i: p.logit_bias for i, p, _, _ in rows if p.logit_bias}:
         bias = [value for biases in lists.values() for value in biases.values()]
         logits[index(lists)] += on(logits.device, bias)
     if lists := {i: banned(seq, stop) for i, p, seq, stop in rows if p.bad_words or p.min_tokens}:
-        logits[index(lists)] = -torch.inf
+        logits.index_put_(index(lists), logits.new_full((), -torch.inf))
     if lists := {i: seq.tokens[:stop] for i, p, seq, stop in rows if p.repetition_penalty != 1}:
         at = index(lists)
         old, penalty = logits[at], each("repetition_penalty", at)

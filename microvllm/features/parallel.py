@@ -70,6 +70,8 @@ class Ranks:
         if str(device) in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
         self.device = pick_device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a process has one card, and NCCL asks for it
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"tensor_parallel runs on cpu or cuda, and device is {self.device}")
         self.peers = dist.new_group(backend=_backend())

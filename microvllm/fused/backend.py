@@ -75,6 +75,10 @@ class Backend:
             return Shared
         return Packed if self.device.type == "cpu" and has_onednn(dtype) else Linear
 
+    def fill(self, target: Tensor, source: Tensor) -> None:
+        """Write a weight to where it is kept. Seam: the way from a file to a device's memory."""
+        target.copy_(source)
+
     def compile(self, model) -> Callable | None:
         """All layers of the model as one function of (x, batch, cache), where there is one."""
         return None

@@ -61,7 +61,7 @@ class Linear:
             shape = sum(self.sizes), self.width
             self.weight = torch.empty(shape, dtype=self.dtype, device=self.device)
         for view, part in zip(self.weight.split(self.sizes), parts, strict=True):
-            view.copy_(part)
+            self.backend.fill(view, part)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x (T, in) @ weight.T: (T, rows), in x's dtype."""

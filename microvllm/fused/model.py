@@ -76,8 +76,9 @@ class FusedGPT:
             given = weights[name].detach()
             same = share and given.device == self.device and given.dtype == dtype
             if not same or not given.is_contiguous():  # kernels read it by its address
-                form = {"copy": True, "memory_format": torch.contiguous_format}
-                given = given.to(self.device, dtype, **form)
+                made = torch.empty(given.shape, dtype=dtype, device=self.device)
+                backend.fill(made, given)
+                given = made
             self.tensors[name] = given
             return given
 
@@ -115,7 +116,7 @@ class FusedGPT:
         weights = self.ranks.share(weights, self.config) if self.ranks else weights
         for name, tensor in self.tensors.items():
             if weights[name].data_ptr() != tensor.data_ptr():
-                tensor.copy_(weights[name])
+                self.backend.fill(tensor, weights[name])
         for names, linear in self.linears.items():
             linear.load([weights[f"{name}.weight"].detach() for name in names])
 

@@ -104,7 +104,7 @@ class AheadRunner(Runner):
             if result is not None:
                 plan.results[name] = result.to("cpu", non_blocking=True, copy=True)
         if self.model.device.type == "cuda":
-            plan.results["arrived"] = torch.cuda.current_stream().record_event()
+            plan.results["arrived"] = torch.cuda.current_stream(self.model.device).record_event()
 
     def upload(self, batch: Batch) -> Batch:
         """The arrays in one copy, for which the host does not wait; then views into it."""

@@ -10,6 +10,7 @@ import triton.language as tl
 from . import launch
 from .launch import VARIES, begin
 
+SEARCHED = tl.constexpr(512)  # sequences that a program of `_chunk` looks at in one go
 WARPS_PER_PROCESSOR = 32  # what paged decoding aims at when it splits contexts
 
 
@@ -141,16 +142,16 @@ def _chunk(
     program = tl.num_programs(1) - 1 - tl.program_id(1)
     begin(PDL)
     # the host does not know the lengths one by one. sequence i of the chunks, starting at row c_i,
-    # gets the programs from c_i // BLOCK_Q + i on: always enough, at most one too many each.
-    # binary search for the last i that starts at or before this program
+    # gets the programs from c_i // BLOCK_Q + i on: always enough, at most one too many each. the
+    # last i that starts at or before this program is found by counting: a binary search would wait
+    # for memory nine times in a row
     cu_seqlens += first_sequence
     row0 = tl.load(cu_seqlens)
-    i, end = 0, num_sequences
-    while end - i > 1:
-        middle = (i + end) // 2
-        inside = (tl.load(cu_seqlens + middle) - row0) // BLOCK_Q + middle <= program
-        i = tl.where(inside, middle, i)
-        end = tl.where(inside, end, middle)
+    i = -1
+    for start in range(0, num_sequences, SEARCHED):
+        s = start + tl.arange(0, SEARCHED)
+        c = tl.load(cu_seqlens + s, s < num_sequences, 0)
+        i += tl.sum(((s < num_sequences) & ((c - row0) // BLOCK_Q + s <= program)).to(tl.int32), 0)
     row = tl.load(cu_seqlens + i)
     num_queries = tl.load(cu_seqlens + i + 1) - row
     first_query = (program - (row - row0) // BLOCK_Q - i) * BLOCK_Q
@@ -181,7 +182,9 @@ def _chunk(
         score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
         seen = (position[None, :] <= query[:, None]) & (position[None, :] >= left[:, None])
         m, total, acc = _add_tile(tl.where(seen, score, -1e30), value, m, total, acc)
-    tl.store(out + at, acc / total[:, None], live)
+    # a row of a sequence of length 0 has seen no key: it writes 0, and no NaN, which a later layer
+    # would write into the sink, where tiles that begin before a window read it
+    tl.store(out + at, acc / tl.where(total > 0, total, 1.0)[:, None], live)
 
 
 def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
@@ -229,9 +232,11 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
             )
     if chunks:
         block_g = triton.next_power_of_2(group)
-        # small blocks for short prompts, and for float32, which has no matrix units and spills
-        mean = (T - decodes) // chunks * block_g
-        block_m, tile, warps = (32, 32, 4) if size == 4 or mean <= 32 else (128, 64, 8)
+        # small blocks for float32, which has no matrix units and spills, and for short prompts: if
+        # what large ones would add to these, 128 x 64 scores each, is more than the longest has
+        longest, mean = batch.max_query * block_g, (T - decodes) // chunks * block_g
+        short = mean <= 32 and longest * longest <= 128 * 64 * chunks
+        block_m, tile, warps = (32, 32, 4) if size == 4 or short else (128, 64, 8)
         if fixed and size < 4:
             block_m, tile, warps = 64, 64, 4
         if block_d > 128:

@@ -8,12 +8,14 @@ from ..fused.backend import Backend, filter_values
 from ..fused.linear import Linear
 from ..sampler import on
 from . import has_triton
+from .upload import Uploader
 
 
 class GpuBackend(Backend):
     """Triton's steps and draw, where it runs, and float8; attention in torch."""
 
     draw = None  # the kernels of `sample`
+    uploader: Uploader | None = None
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
@@ -22,6 +24,12 @@ class GpuBackend(Backend):
 
             self.add_norm, self.relu2 = steps.add_norm, steps.relu2
             self.rope_store, self.draw = steps.rope_store, sampler.sample
+
+    def fill(self, target: Tensor, source: Tensor) -> None:
+        if target.device.type != "cuda" or source.device.type != "cpu" or source.numel() < 2**16:
+            return super().fill(target, source)
+        self.uploader = self.uploader or Uploader(self.device)
+        self.uploader.fill(target, source)
 
     def check_quantization(self, quantization: str, config) -> None:
         # where torch._scaled_mm has a product of scaled rows

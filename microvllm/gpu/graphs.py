@@ -12,6 +12,7 @@ are timed beside the library's when the engine starts, and the fastest are kept.
 import gc
 import statistics
 import warnings
+from contextlib import suppress
 from itertools import product
 
 import numpy as np
@@ -30,12 +31,14 @@ from .steps import linear_add, norm_linear
 FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
 MAX_FEW_ROWS = 8  # the largest batch for which `few_rows_step` is tried
 OUTPUTS = 2, 4  # per program of its products, both are tried
-TRIALS = 8  # timed replays of each way
+FAILED: list[torch.cuda.CUDAGraph] = []  # kept: to destroy one whose capture failed can fail, too
+TRIALS = 8  # timed replays of each way, each with another token; more than there are ways
 
 
-def few_rows_step(model, batch: Batch, cache, outputs: int) -> Tensor:
+def few_rows_step(model, batch: Batch, cache, outputs: int, out: Tensor | None = None) -> Tensor:
     """The logits (R, V) of a few rows that decode: model.forward and model.logits in two thirds of
-    the kernels, with norms that are not rounded. outputs: per program of a product."""
+    the kernels, with norms that are not rounded. outputs: per program of a product; out: where the
+    logits go."""
     recipe, backend, tiles = model.recipe, model.backend, {"outputs": outputs}
     x = x0 = model.embed(batch)  # (1)
     eps, backout = recipe.eps, ()
@@ -55,15 +58,19 @@ def few_rows_step(model, batch: Batch, cache, outputs: int) -> Tensor:
             minus = -model.backout_lambda.float()
             backout = x, torch.ones_like(minus), minus
     head = model.lm_head.weight[: model.config.vocab_size]
-    return norm_linear(x, head, eps, *backout, **tiles)[0]
+    return norm_linear(x, head, eps, *backout, out=out, **tiles)[0]
 
 
 def takes_few_rows(model) -> bool:
     """Does `few_rows_step` fit a model? On NVIDIA cards, from triton 3.4 on, and if each matrix is
     one tensor with torch's product: not a live module's parts, float8, or deterministic=True."""
-    plain = all(type(w) is Linear for w in model.linears.values())
-    torchs = model.backend.product is torch.nn.functional.linear
-    return plain and torchs and launch.TRITON_34 and torch.version.hip is None
+    plain = all(type(w) is Linear for w in model.linears.values()) and has_torchs_product(model)
+    return plain and launch.TRITON_34 and torch.version.hip is None
+
+
+def has_torchs_product(model) -> bool:
+    """Are a model's products torch's own?"""
+    return model.backend.product is torch.nn.functional.linear
 
 
 def fastest(times: dict[str, list[float]]) -> str:
@@ -89,10 +96,15 @@ class DecodeGraphs:
         self.inputs = torch.zeros(max_batch_size * self.width, **ints)
         self.cu_seqlens = torch.arange(max_batch_size + 1, **ints)
         self.last = torch.zeros(max_batch_size, **ints)  # the newest tokens
-        self.logits: Tensor | None = None  # and what they were drawn from
+        # and what they were drawn from, 67 MB of 512 rows and 65,536 ids: graphs share their memory
+        shape, kind = (max_batch_size, model.config.vocab_size), {"dtype": model.dtype}
+        self.logits = torch.empty(shape, device=model.device, **kind)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.ways: dict[int, str] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        # torch's own is one of a process, on the device that was the current one at first
+        self.stream = torch.cuda.Stream(model.device)
+        self.broken = False  # has a capture failed? then there is no other
         gc.freeze()  # older versions of torch collect garbage before every capture: leave them none
         try:
             # up to torch 2.10 all graphs of a process share the generator's tensors, and those made
@@ -100,8 +112,11 @@ class DecodeGraphs:
             with torch.no_grad():
                 for size in reversed(self.sizes):  # the largest first: the others reuse its memory
                     self.graphs[size] = self._record(size)
-                    if size <= MAX_FEW_ROWS and takes_few_rows(model):
-                        self._choose(size)
+                few = [
+                    n for n in reversed(self.sizes) if n <= MAX_FEW_ROWS and takes_few_rows(model)
+                ]
+                for size, graphs in self._record_few_rows(few).items():
+                    self._choose(size, graphs)
         finally:
             gc.unfreeze()
 
@@ -112,37 +127,67 @@ class DecodeGraphs:
         self._split(self.inputs, size)[0][3] = 1  # sequences of one token, in the sink
         self._decode(size, outputs)
         torch.cuda.synchronize(self.model.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self._decode(size, outputs)
+        return self._capture(size, outputs)
+
+    def _capture(self, size: int, outputs: int) -> torch.cuda.CUDAGraph:
+        """Capture a step. Where that fails, torch leaves the thread on the stream of the capture,
+        and older ones the allocator in the pool: both are put back."""
+        device, graph = self.model.device, torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(device)
+        how = {"pool": self.pool, "stream": self.stream}
+        try:
+            # in the default mode a call of CUDA by any other thread ends the capture
+            with torch.cuda.graph(graph, capture_error_mode="thread_local", **how):
+                self._decode(size, outputs)
+        except BaseException:
+            self.broken = True
+            FAILED.append(graph)
+            torch.cuda.set_stream(before)
+            with suppress(Exception):  # it did so itself, or is an older torch
+                torch._C._cuda_endAllocateToPool(device.index, self.pool)
+            raise
         return graph
 
-    def _choose(self, size: int) -> None:
-        """Keep the fastest way to run a step of so many rows: all are timed, in turns."""
-        graphs = {"library": self.graphs[size]}
+    def _record_few_rows(self, sizes: list[int]) -> dict[int, dict[str, torch.cuda.CUDAGraph]]:
+        """All ways to run steps of these sizes. What is likelier to fail comes later, and after a
+        failed capture there is no other."""
+        found = {size: {"library": self.graphs[size]} for size in sizes}
         can = launch.can_start_early(self.model.device)
-        for outputs, early in product(OUTPUTS, (False, True)[: 1 + can]):
+        for early, size, outputs in product((False, True)[: 1 + can], sizes, OUTPUTS):
             way = f"few_rows, {outputs}" + ", early" * early
             try:
                 with launch.early_start(early):
-                    graphs[way] = self._record(size, outputs)
+                    found[size][way] = self._record(size, outputs)
             except Exception as error:  # the compiler's, or no memory: the library's is there
-                warnings.warn(f"no decode steps by {way!r} here: {error!r:.300}", stacklevel=2)
-        times, logits = {way: [] for way in graphs}, {way: [] for way in graphs}
+                what = f"no decode steps of {size} rows by {way!r} here: {error!r:.300}"
+                warnings.warn(what, stacklevel=2)
+                if self.broken:
+                    break
+        return found
+
+    def _choose(self, size: int, graphs: dict[str, torch.cuda.CUDAGraph]) -> None:
+        """Keep the fastest way to run a step of so many rows: all are timed, in turns."""
+        self.inputs.zero_()
         fields, _ = self._split(self.inputs, size)
-        for token in range(min(TRIALS, self.model.config.vocab_size)):
-            fields[0], fields[3] = token, 1  # sequences of one token, in the sink
-            for way, graph in graphs.items():
+        fields[3] = 1  # sequences of one token, in the sink
+        events, logits = {way: [] for way in graphs}, {way: {} for way in graphs}
+        trials = min(TRIALS, self.model.config.vocab_size)
+        # all are queued before the first ends: the time of the launches is not in that of the runs
+        for trial in range(trials):
+            for turn, (way, graph) in enumerate(graphs.items()):
+                # never the token of the run before: what that one left in the buffers is wrong here
+                fields[0] = token = (trial - turn) % trials
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 first.record(), graph.replay(), last.record()
-                logits[way].append(self.logits[:size].view(torch.uint8).clone())  # NaN is NaN
-                torch.cuda.synchronize(self.model.device)
-                times[way].append(first.elapsed_time(last))
+                events[way].append((first, last))
+                logits[way][token] = self.logits[:size].view(torch.uint8).clone()  # NaN is NaN
+        torch.cuda.synchronize(self.model.device)
+        times = {way: [a.elapsed_time(b) for a, b in pairs] for way, pairs in events.items()}
         self.inputs.zero_()
         # early or not, the sums are the same; where they are not, a kernel did not wait
         for way in [way for way in graphs if way.endswith("early")]:
             plain = logits.get(way.removesuffix(", early"))
-            if plain is None or not all(map(torch.equal, logits[way], plain)):
+            if not plain or not all(torch.equal(x, plain[t]) for t, x in logits[way].items()):
                 warnings.warn("kernels that start early err on this card: unused", stacklevel=2)
                 del times[way]
         self.ways[size] = fastest(times)
@@ -184,8 +229,8 @@ class DecodeGraphs:
         return fields.reshape(rows, size), tables.reshape(self.groups, size, self.columns)
 
     def _decode(self, size: int, outputs: int) -> None:
-        """What is recorded: read the inputs, forward, sample, leave the tokens in `last`, and a
-        copy of the logits (67 MB of 512 rows and 65,536 ids), since graphs share their memory."""
+        """What is recorded: read the inputs, forward, sample, leave the tokens in `last` and what
+        they were drawn from in `logits`."""
         model, cache = self.model, self.cache
         fields, tables = self._split(self.inputs, size)
         ids, prev_ids, positions, seq_lens = fields[:4]
@@ -198,14 +243,15 @@ class DecodeGraphs:
             ids, prev_ids, positions, slots, cu_seqlens, seq_lens, tables, cu_seqlens[:-1],
             temperature, noise, num_decodes=size, max_query=1, max_seq=self.max_model_len,
         )  # fmt: skip
+        logits, head = self.logits[:size], model.lm_head
         if outputs:
-            logits = few_rows_step(model, batch, cache, outputs)
+            few_rows_step(model, batch, cache, outputs, logits)
+        elif type(head) is Linear and has_torchs_product(model):  # without a copy of the logits
+            h = model.forward(batch, cache)
+            torch.mm(h.to(head.dtype), head.weight[: head.rows].t(), out=logits)
         else:
-            logits = model.logits(model.forward(batch, cache))
+            logits.copy_(model.logits(model.forward(batch, cache)))
         self.last[:size].copy_(sample(logits, temperature, noise, model.recipe.softcap, filters))
-        if self.logits is None:  # the largest step's
-            self.logits = torch.empty_like(logits)
-        self.logits[:size].copy_(logits)
 
 
 def can_replay(plan: Plan) -> bool:

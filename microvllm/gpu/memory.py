@@ -20,7 +20,7 @@ def fits(what: str, device: torch.device) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:
         raise ValueError(
             f"no memory for {what}: {free_memory(device):,} bytes are free on {device}; lower "
-            "max_batched_tokens or use a smaller model"
+            "max_batched_tokens or num_blocks, or use a smaller model"
         ) from None
 
 
@@ -44,16 +44,17 @@ class GpuMemory(LLM):
 
     @torch.inference_mode()
     def _warm_up(self, block_size: int) -> None:
-        """Run a short prompt and the largest step on a cache of the sink alone, then draw for a
-        full batch with all filters on."""
+        """Run a short prompt and the largest step on a cache of the sink alone, and draw for full
+        batches, without filters and with all: what a first request compiles is compiled then."""
         wanted = {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}
         known = {field.name for field in fields(self.params_class)}
-        params = self.params_class(seed=0, **{k: v for k, v in wanted.items() if k in known})
+        all_on = self.params_class(seed=0, **{k: v for k, v in wanted.items() if k in known})
         cache, blocks = self._make_memory(1, block_size)
         runner = self.runner_class(self.model, cache, blocks)
         full, rest = divmod(self.max_batched_tokens, self.max_model_len - 1)
         longest = ([rest] * (rest > 0) + [self.max_model_len - 1] * full)[-self.max_batch_size :]
-        for lengths in [2], longest:  # a short prompt has a kernel of its own
+        # a short prompt has a kernel of its own
+        for lengths, params in ([2], self.params_class(seed=0)), (longest, all_on):
             chunks = []
             for i, n in enumerate(lengths):
                 seq = self._make_sequence(Request(i, [0] * n, params, False, None, {}))
@@ -63,7 +64,7 @@ class GpuMemory(LLM):
             plan = Plan(chunks, samples, [])
             batch = runner.upload(make_batch(plan, blocks))
             logits = self.model.logits(runner.forward(batch))
-        runner.pick(plan, logits, batch.temperature, batch.noise)
+            runner.pick(plan, logits, batch.temperature, batch.noise)
 
 
 PARTS = {"llm": GpuMemory}

@@ -141,6 +141,9 @@ def fp8_rows(x):
     return y, scales
 
 
+NARROW = 4096  # outputs up to which `linear` has narrow tiles
+
+
 @triton.jit(do_not_specialize=VARIES)
 def _linear(
     x, w, y, rows, X_STRIDE: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
@@ -164,8 +167,10 @@ def linear(x, w):
     (T, K), N = x.shape, len(w)
     assert x.stride(1) == 1 and w.is_contiguous(), (x.stride(), w.stride())
     y = torch.empty((T, N), dtype=x.dtype, device=x.device)
-    _linear[(triton.cdiv(N, 64), triton.cdiv(T, 64))](
-        x, w, y, T, x.stride(0), N, K, 64, 64, 64 if x.element_size() == 2 else 32,
+    # of one row and 2,176 outputs 68 programs and not 34: more of the card reads. by N alone
+    width = 32 if N <= NARROW else 64
+    _linear[(triton.cdiv(N, width), triton.cdiv(T, 64))](
+        x, w, y, T, x.stride(0), N, K, 64, width, 64 if x.element_size() == 2 else 32,
         num_warps=4, num_stages=4, **launch.options(x.device),
     )  # fmt: skip
     return y
@@ -174,7 +179,8 @@ def linear(x, w):
 @triton.jit(do_not_specialize=VARIES)
 def _few_rows(
     x, w, y, h, stream, x0, a, b, eps, rows, N, K: tl.constexpr, RELU2: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, ONE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_K)[None, :]
@@ -189,7 +195,7 @@ def _few_rows(
         live = (n < N)[:, None] & (t * BLOCK_K + c < K)
         tiles = tiles + (tl.load(at + t * BLOCK_K, live, 0.0, eviction_policy="evict_first"),)
     wait(PDL)
-    for row in range(rows):
+    for row in range(1 if ONE else rows):
         xs = ()
         for t in tl.static_range(TILES):
             i = row * K + t * BLOCK_K + c
@@ -225,30 +231,33 @@ def _few_rows(
         tl.store(y + row * N + n, out, n < N)
 
 
-def _launch_few_rows(x, w, h, stream, x0, a, b, eps, relu2, outputs, warps):
+def _launch_few_rows(x, w, h, stream, x0, a, b, eps, relu2, outputs, warps, y=None):
     (rows, k), n = x.shape, w.shape[0]
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if y is None else y
     # up to 80 registers of a thread are for weights, 16 bytes a load: then all programs of a
-    # multiprocessor have about 70 KB on their way. fewer cannot fill the memory's pipe, more spill
+    # multiprocessor have about 70 KB on their way, of one row, whose kernel is one without a loop
+    # and with half the registers, 140. fewer cannot fill the memory's pipe, more spill
     warps = warps or triton.next_power_of_2(triton.cdiv(k * outputs, 20 * 256))
     warps = min(warps, triton.next_power_of_2(triton.cdiv(k, 256)), 32)
     block_k = 256 * warps
     _few_rows[(triton.cdiv(n, outputs),)](
         x, w, y, h, stream, x0, a, b, eps, rows, n, k, relu2,
-        outputs, block_k, triton.cdiv(k, block_k), num_warps=warps, **launch.options(x.device),
+        outputs, block_k, triton.cdiv(k, block_k), rows == 1,
+        num_warps=warps, **launch.options(x.device),
     )  # fmt: skip
     return y
 
 
-def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, outputs=4, warps=None):
+def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, outputs=4, warps=None, out=None):
     """rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
 
     x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
     y = relu(.)^2. h: the first 32 channels of the normed x, all that `rope_store` wants to see.
-    outputs: how many a program computes, a power of two; warps: of a program, None: as they fit.
+    outputs: how many a program computes, a power of two; warps: of a program, None: as they fit;
+    out: y, where it is there already.
     """
     h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
-    return _launch_few_rows(x, w, h, None, x0, a, b, eps, relu2, outputs, warps), h
+    return _launch_few_rows(x, w, h, None, x0, a, b, eps, relu2, outputs, warps, out), h
 
 
 def linear_add(x, w, stream, x0=None, a=None, b=None, outputs=4, warps=None):

@@ -431,11 +431,14 @@ def test_a_tilde_is_the_home_directory(checkpoint, no_base):
 
 
 def test_a_card_has_the_name_that_its_tensors_have(monkeypatch):
-    """Or a live module's weights would be copied: torch.device("cuda") is not cuda:0."""
-    numbers = {"is_available": True, "device_count": 2, "current_device": 1, "set_device": None}
+    """Or a live module's weights would be copied: torch.device("cuda") is not cuda:0. Which card is
+    the current one is the user's own."""
+    numbers = {"is_available": True, "device_count": 2, "current_device": 1}
     for name, value in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("it was set"))
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
+    assert pick_device("cuda:0") == torch.device("cuda", 0)
 
 
 def test_devices_by_name():

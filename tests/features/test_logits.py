@@ -435,6 +435,15 @@ def test_a_device_is_never_waited_for(monkeypatch):
             uploads.extend([func] * ("cpu" in devices and "meta" in devices))
             return out
 
+    assign = torch.Tensor.__setitem__
+
+    def assigned(self, index, value):
+        # on CUDA alone torch makes a number a tensor on the CPU, and waits for its copy
+        by_tensors = any(map(torch.is_tensor, tree_leaves(index)))
+        assert torch.is_tensor(value) or not by_tensors, "a number, by an index of tensors"
+        assign(self, index, value)
+
+    monkeypatch.setattr(torch.Tensor, "__setitem__", assigned)
     for module in sampler, feature:
         monkeypatch.setattr(module, "on", lambda *args: sent.append(args) or on(*args))
     params = [

@@ -1,6 +1,8 @@
-"""The loop one step ahead, and its Runner. That it gives the tokens of the plain loop, whatever
-fails or ends, tests/core/test_engine.py and test_failures.py ask of both loops."""
+"""The loop one step ahead, its Runner, and on which device they work. That it gives the tokens of
+the plain loop, whatever fails or ends, tests/core/test_engine.py and test_failures.py ask of both
+loops."""
 
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 import torch
 from conftest import MODEL
 
-from microvllm import LLM, SamplingParams, attention
+from microvllm import LLM, SamplingParams, attention, full
 from microvllm.attention import PagedKVCache
+from microvllm.checkpoint import find_step, read_checkpoint
 from microvllm.engine import make_batch
 from microvllm.full import compose
 from microvllm.gpu.ahead import AheadRunner, placeholders
@@ -124,3 +127,50 @@ def test_blocks_are_copied_in_parts(monkeypatch):
     for source, target in ((1, 3), (2, 4)):
         theirs.data[:, :, target] = theirs.data[:, :, source]
     assert torch.equal(mine.data, theirs.data)
+
+
+def test_all_work_is_done_on_the_engines_own_device(monkeypatch):
+    """And nowhere else is it the current one: a user may have other cards, and other engines."""
+    current, seen = [], []
+
+    @contextmanager
+    def on_device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def watched(owner, name: str):
+        inner = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            seen.append((name, bool(current)))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr(full, "on_device", on_device)
+    watched(full, "build_model"), watched(LLM, "_make_memory")
+    with LLM(MODEL, device="cpu", num_blocks=60) as llm:
+        llm.runner.__class__ = compose(AheadRunner, type(llm.runner))
+        llm.overlap = True
+        watched(llm.runner, "launch"), watched(llm.runner, "read")
+        watched(llm.model, "load_state_dict")
+        llm.generate(["a"], SamplingParams(max_tokens=2, ignore_eos=True), False)
+        for event in llm.stream(["b"], SamplingParams(max_tokens=2, ignore_eos=True)):
+            assert not current and event
+        llm.add_request("c", SamplingParams(max_tokens=2, ignore_eos=True))
+        while not llm.is_finished():
+            llm.step()
+        llm.score(["d"], ["e f"])
+        llm.update_weights(read_checkpoint(MODEL, find_step(MODEL, None))[2])
+        llm.sleep()
+        llm.wake()
+    assert not current and all(there for _, there in seen)
+    names = {"build_model", "_make_memory", "launch", "read", "load_state_dict"}
+    assert {name for name, _ in seen} == names
+
+
+def test_a_card_is_the_current_one_only_while_it_is_needed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: f"on {device}")
+    assert full.on_device(torch.device("cuda", 1)) == "on cuda:1"
+    assert isinstance(full.on_device(torch.device("cpu")), nullcontext)

@@ -17,6 +17,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from microvllm import LLM, SamplingParams  # noqa: E402
 from microvllm.full import compose  # noqa: E402
+from microvllm.gpu import steps  # noqa: E402
 from microvllm.gpu.ahead import AheadRunner  # noqa: E402
 from microvllm.gpu.attention import fixed_attention  # noqa: E402
 from microvllm.gpu.steps import linear  # noqa: E402
@@ -35,16 +36,18 @@ def matrix_unit(monkeypatch):
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
-def test_the_tiled_product_is_a_product_and_its_rows_do_not_know_each_other():
+def test_the_tiled_product_is_a_product_and_its_rows_do_not_know_each_other(monkeypatch):
+    monkeypatch.setattr(steps, "NARROW", 100)  # so that there are both sizes of tiles
+    rows = 300 if CUDA else 70
     device = torch.device("cuda" if CUDA else "cpu")
     for dtype, error in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
         for K, N in ((24, 1), (136, 70), (64, 130)):
-            x, w = (torch.randn(n, K + 8).to(device, dtype)[:, :K] for n in (70, N))
+            x, w = (torch.randn(n, K + 8).to(device, dtype)[:, :K] for n in (rows, N))
             w = w.contiguous()
             y = linear(x, w)
             exact = x.float() @ w.float().T
             assert (y.float() - exact).norm() < error * exact.norm()
-            for first, last in ((0, 1), (3, 4), (5, 69), (64, 70)):
+            for first, last in ((0, 1), (3, 4), (5, 69), (64, rows)):
                 assert torch.equal(linear(x[first:last], w), y[first:last])
 
 
@@ -113,4 +116,8 @@ def test_an_engine_on_the_gpus_kernels(one_thread, monkeypatch):
     for engine in (llm, cold):
         assert greedy(prompts, 3, engine)[1:] == alone
     assert greedy([prompts[2] + alone[1][:-1]], 1, cold) == [alone[1][-1:]]
+    if CUDA:  # a batch for which a library would take another kernel, in chunks of its own
+        crowd = random.integers(60, size=(298, 9)).tolist()
+        many = record.watch(build(num_blocks=3000, max_batched_tokens=500))
+        assert greedy(prompts[1:] + crowd, 3, many)[:2] == alone
     assert record.seen > 2 * len(record)

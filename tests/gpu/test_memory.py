@@ -30,8 +30,9 @@ def test_the_step_that_is_measured_is_as_large_as_any(monkeypatch):
         monkeypatch.setattr(llm.model, "forward", computed)
         monkeypatch.setattr(llm.model.backend, "sample", sample)
         llm._warm_up(16)
-        (short, measured), ((count, params), *_) = rows, samples
+        (short, measured), ((_, first), (count, params), *_) = rows, samples
         assert short == 2 and params.truncated and params.edited and params.logprobs
+        assert first.plain and not first.truncated  # another kernel, which a first request wants
         many = [
             SamplingParams(max_tokens=4, seed=i, top_p=0.9, logprobs=3, ignore_eos=True)
             for i in range(40)
@@ -104,6 +105,26 @@ def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
         with pytest.raises(ValueError, match="no memory for steps of max_batched_tokens=1024: .*"):
             llm._pool_size(None, 2000, 16, block)
         llm.device = torch.device("cpu")
+
+
+def test_a_cache_that_does_not_fit_is_told_and_other_errors_are_themselves(monkeypatch):
+    """A device's error (an assert of a kernel before, say) comes to light in any later call."""
+
+    def failing(error):
+        monkeypatch.setattr("microvllm.engine.PagedKVCache.__init__", error)
+        monkeypatch.setattr("microvllm.features.windows.GroupedCache.__init__", error)
+        return LLM(MODEL, device="cpu", num_blocks=20)
+
+    def no_room(*_, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    def asserted(*_, **kwargs):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(ValueError, match="no memory for the KV cache: [0-9,]+ bytes are free"):
+        failing(no_room)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        failing(asserted)
 
 
 def test_weights_that_do_not_fit_are_told_in_bytes(monkeypatch):

@@ -1,0 +1,379 @@
+"""The parts of first_card.sh, which says what they are for.
+
+    python benchmarks/first_card.py PART OUT [--tiny]
+
+writes OUT/PART.json, again whenever something is known, and OUT/report.md of all that is in OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+
+import torch
+import torch.nn.functional as F
+from checkpoint import make_checkpoint
+from gpu import describe, lengths, median_seconds, say
+
+from microvllm import LLM, SamplingParams
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--device cpu --depth 2 --width 64 --head-dim 32 --vocab 512 --shrink 32 --num-blocks 512"
+AIMS = {"headline": 54_000, "single": 600, "mixed": 19_500}  # tokens/s on one H100, docs/NUMBERS.md
+FEATURES = {  # what a request may ask of the sampler
+    "greedy": {"temperature": 0.0}, "temperature": {}, "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.8}, "min_p": {"min_p": 0.1}, "logprobs": {"logprobs": 3},
+    "logit_bias": {"logit_bias": {3: 1.5}}, "allowed_token_ids": {"allowed_token_ids": [3, 4, 5]},
+    "bad_words": {"bad_words": [[3], [4, 5]]}, "min_tokens": {"min_tokens": 3},
+    "repetition_penalty": {"repetition_penalty": 1.2}, "presence_penalty": {"presence_penalty": 1},
+    "frequency_penalty": {"frequency_penalty": 1.0}, "n": {"n": 3}, "stop": {"stop": ["zzz"]},
+    "logits_processor": {"logits_processor": lambda token_ids, logits: logits},
+}  # fmt: skip
+
+
+class Part:
+    """What a part is given, and where its findings go."""
+
+    def __init__(self, name: str, out: Path, tiny: bool):
+        self.name, self.out, self.tiny = name, out, tiny
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.found: dict = {"error": "it did not come to its end"}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def note(self, **found: object) -> None:
+        """Something is known: print it, and write down all that is."""
+        say(f"{self.name}: " + ", ".join(f"{k} {v}"[:300] for k, v in found.items()))
+        self.found |= found
+        (self.out / f"{self.name}.json").write_text(json.dumps(self.found, indent=1))
+
+    def run(self, function: Callable) -> None:
+        """The whole part: its findings, warnings, seconds and, if it fails, the error."""
+        began = time.perf_counter()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.note()
+            try:
+                function(self)
+                del self.found["error"]
+            except BaseException as error:
+                traceback.print_exc()
+                self.found["error"] = f"{type(error).__name__}: {error}"[:2000]
+        told = sorted({str(w.message)[:500] for w in caught})
+        self.note(warnings=told, seconds=round(time.perf_counter() - began, 1))
+
+    def checkpoint(self, depth: int, era: str) -> Path:
+        """A random model; in the folder if it was made there before."""
+        sizes = {"depth": depth, "aspect": 64, "width": None, "head_dim": 128, "vocab": 65536}
+        if self.tiny:
+            sizes = {"depth": 2, "aspect": 64, "width": 64, "head_dim": 32, "vocab": 512}
+        path = self.out / f"d{depth}_era{era}"
+        if not (path / "meta_000000.json").exists():
+            rest = {"kv_heads": None, "sequence_len": 2048, "storage": "float32", "seed": 0}
+            args = argparse.Namespace(**sizes, **rest, era=era)
+            make_checkpoint(path, args, str(self.device))
+        return path
+
+    def engine(self, depth: int, era: str, **options) -> LLM:
+        """An engine on a random model."""
+        options = {"max_model_len": 2048, "device": str(self.device)} | options
+        if self.tiny:
+            options |= {"num_blocks": 4000}
+        return LLM(str(self.checkpoint(depth, era)), **options)
+
+    def command(self, *words: str, limit: float) -> tuple[int, str]:
+        """Run a python program, whose output is kept in the folder. Its exit code and output; -1
+        where it was stopped."""
+        path = self.out / f"{self.name}.txt"
+        with open(path, "w") as file:
+            try:
+                done = subprocess.run(
+                    [sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                    timeout=limit, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                )  # fmt: skip
+                code = done.returncode
+            except subprocess.TimeoutExpired:
+                code = -1
+        return code, path.read_text()
+
+
+def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, length), generator=generator).tolist()
+
+
+# the parts ----------------------------------------------------------------------------------------
+
+
+def facts(part: Part) -> None:
+    part.note(**describe(part.device), python=sys.version.split()[0], cuda=torch.version.cuda)
+    query = "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.mem"
+    if part.device.type == "cuda":
+        command = ["nvidia-smi", query, "--format=csv,noheader"]
+        part.note(smi=subprocess.run(command, capture_output=True, text=True).stdout.strip())
+
+
+def tests(part: Part) -> None:
+    files = ["tests/gpu/test_kernels_gpu.py", "tests/gpu/test_graphs.py"]
+    if part.tiny:
+        files = ["tests/gpu/test_kernels_gpu.py::test_relu2"]
+    words = "-m pytest -q -n 0 -p no:cacheprovider --maxfail 30 --tb short".split()
+    code, told = part.command(*words, "-m", "slow or not slow", *files, limit=145)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", told, re.M)
+    part.note(exit=code, last=told.strip().splitlines()[-1:], failed=failed)
+    if code:
+        raise RuntimeError(f"{len(failed)} tests failed, or it was stopped: see tests.txt")
+
+
+def graphs(part: Part) -> None:
+    """Tokens may differ where two logits are nearly equal: norms are not rounded for few rows. A
+    row that differs from its first tokens on, or rows of one size that all do, are mistakes."""
+    length, new = (40, 6) if part.tiny else (600, 24)  # the newest era's windows are of 512
+    counts = (1, 3) if part.tiny else (1, 7, 8, 9, 40)
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    found: dict[bool, list] = {}
+    for on in True, False:
+        with part.engine(12, "5", cuda_graphs=on, max_batch_size=64) as llm:
+            if on and (made := getattr(llm.runner, "graphs", None)):
+                part.note(ways=made.ways)
+            found[on] = []
+            for count in counts:
+                outputs = llm.generate(prompts(count, length, count), params, False)
+                found[on].append([output.token_ids for output in outputs])
+    for count, with_graphs, without in zip(counts, found[True], found[False], strict=True):
+        pairs = [zip(a, b, strict=True) for a, b in zip(with_graphs, without, strict=True)]
+        same = [[x == y for x, y in pair] for pair in pairs]
+        first = [row.index(False) if False in row else new for row in same]
+        part.note(**{f"{count} rows": f"equal for {min(first)} to {max(first)} of {new} tokens"})
+        if min(first) == 0 or max(first) < new / 2:
+            part.note(suspicious=f"{count} rows: {first}")
+
+
+def sync(part: Part) -> None:
+    waits = {}
+    with part.engine(12, "5", max_batch_size=64) as llm:
+        for mode in "default", "error":
+            if part.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode(mode)
+            try:
+                for name, asked in FEATURES.items():
+                    params = SamplingParams(**{"max_tokens": 6, "ignore_eos": True} | asked)
+                    try:
+                        llm.generate(prompts(2, 9), params, False)
+                    except Exception as error:
+                        waits[name] = f"{mode}: {type(error).__name__}: {error}"[:500]
+                try:
+                    llm.score(prompts(2, 9), prompts(2, 4, 1))
+                except Exception as error:
+                    waits["score"] = f"{mode}: {type(error).__name__}: {error}"[:500]
+            finally:
+                if part.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+    part.note(waits=waits, asked=[*FEATURES, "score"])
+
+
+def bench(part: Part, parts: str, limit: float) -> None:
+    """benchmarks/gpu.py, whose last line is all it found."""
+    model = part.out / "d34_era1"
+    words = TINY.split() if part.tiny else ["--checkpoint", str(model), "--repeats", "2"]
+    code, told = part.command("benchmarks/gpu.py", "--only", parts, *words, limit=limit)
+    last = told.strip().splitlines()[-1] if told.strip() else ""
+    for line in told.splitlines():
+        if line.startswith(tuple(parts.split(","))) or "ceilings: copy" in line:
+            say(line)
+    if last.startswith("{"):
+        found = json.loads(last)
+        part.note(**{k: v for k, v in found.items() if isinstance(v, dict)})
+    else:
+        part.note(lines=told.splitlines()[-40:])
+    if code:
+        raise RuntimeError(f"exit {code}: see {part.name}.txt")
+
+
+headline = partial(bench, parts="startup,single,headline", limit=195)
+mixed = partial(bench, parts="mixed", limit=85)
+
+
+def waits(part: Part) -> None:
+    """A step whose tokens the host does not wait for was ready before: the device stood still."""
+    count = 8 if part.tiny else 300
+    mean_in, mean_out, most = (10, 12, 30) if part.tiny else (135, 306, 1024)
+    asked = lengths(count, mean_in, 0.9, 1, most, seed=2)
+    told = lengths(count, mean_out, 0.55, 1, most, seed=3)
+    given = [row[:n] for row, n in zip(prompts(count, most, 1), asked, strict=True)]
+    params = [SamplingParams(temperature=0.7, max_tokens=n, ignore_eos=True) for n in told]
+    with part.engine(34, "1") as llm:
+        llm.generate(given[:8], params[:8], False)
+        with llm.tracing() as trace:
+            llm.generate(given, params, False)
+        events = trace.events
+    kinds = {e["step"]: bool(e["prefills"]) for e in events if e["e"] == "begin"}
+    spent, bound, steps = {}, Counter(), Counter()
+    for event in events:
+        if event["e"] == "end":
+            prefill = "with prompts" if kinds[event["step"]] else "decodes alone"
+            steps[prefill] += 1
+            bound[prefill] += event["ms"].get("wait", 0) < 0.05
+            for phase, ms in event["ms"].items():
+                where = spent.setdefault(prefill, Counter())
+                where[phase] += ms
+    mean = {k: {p: round(ms / steps[k], 3) for p, ms in v.items()} for k, v in spent.items()}
+    part.note(steps=steps, host_bound_steps=bound, mean_ms=mean)
+
+
+def products(part: Part) -> None:
+    width = 64 if part.tiny else 2176
+    most = 16 if part.tiny else 8192
+    dtype = torch.bfloat16 if part.device.type == "cuda" else torch.float32
+    for name, n, k in (
+        ("qkv", 3 * width, width),
+        ("fc", 4 * width, width),
+        ("mlp", width, 4 * width),
+    ):
+        w = (torch.randn(n, k, device=part.device) * k**-0.5).to(dtype)
+        rows, found = 1, {}
+        while rows <= most:
+            x = torch.randn(rows, k, device=part.device).to(dtype)
+            ways = {"plain": partial(F.linear, x, w)}
+            if part.device.type == "cuda":
+                a, b = (t.to(torch.float8_e4m3fn) for t in (x, w))
+                one, other = (torch.ones(*size, device=part.device) for size in ((rows, 1), (1, n)))
+                for fast in False, True:
+                    ways["fp8, fast" if fast else "fp8"] = partial(
+                        torch._scaled_mm, a, b.t(), one, other, out_dtype=dtype, use_fast_accum=fast
+                    )
+            for way, run in ways.items():
+                try:
+                    us = 1e6 * median_seconds(run, part.device)
+                    found.setdefault(way, {})[rows] = round(us, 1)
+                except Exception as error:
+                    found[way] = f"{type(error).__name__}: {error}"[:300]
+            rows *= 8 if part.tiny else 4
+        part.note(**{f"{name} {n} x {k}, us by rows": found})
+
+
+def kernels(part: Part) -> None:
+    code, told = part.command(
+        "benchmarks/gpu_kernels.py", "--only", "fused,few-rows,decode", limit=55
+    )
+    part.note(lines=[line for line in told.splitlines() if " us " in line] or told.splitlines())
+    if code not in (0, -1) and part.device.type == "cuda":
+        raise RuntimeError(f"exit {code}: see kernels.txt")
+
+
+def profile(part: Part) -> None:
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU]
+    if part.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    params = SamplingParams(max_tokens=64, ignore_eos=True)
+    with part.engine(34, "1") as llm:
+        for count in (1, 4) if part.tiny else (1, 512):
+            for prompt in prompts(count, 16, count):
+                llm.add_request(prompt, params)
+            for _ in range(4):
+                llm.step()
+            with torch.profiler.profile(activities=activities) as seen:
+                for _ in range(5):
+                    llm.step()
+                if part.device.type == "cuda":
+                    torch.cuda.synchronize(part.device)
+            while not llm.is_finished():
+                llm.step()
+            spent = Counter()
+            for event in seen.key_averages():
+                name = "self_device_time_total" if len(activities) > 1 else "self_cpu_time_total"
+                spent[event.key] += getattr(event, name) / 5
+            top = {name[:90]: round(us, 1) for name, us in spent.most_common(25)}
+            part.note(**{f"us a step, {count} sequences": top})
+
+
+PARTS = {
+    name: globals()[name]
+    for name in ("facts", "tests", "graphs", "sync", "headline", "mixed", "waits", "products",
+                 "kernels", "profile")
+}  # fmt: skip
+
+
+# the report ---------------------------------------------------------------------------------------
+
+
+def report(out: Path) -> str:
+    """What is in the folder, for people: the card, failures, figures, and all the rest."""
+    found = {
+        name: json.loads((out / f"{name}.json").read_text())
+        for name in PARTS if (out / f"{name}.json").exists()
+    }  # fmt: skip
+    told = found.get("facts", {})
+    lines = ["# microvllm's first minutes on a card", ""]
+    lines += [f"- {k}: {v}" for k, v in told.items() if k not in ("warnings", "seconds")]
+    lines += ["", "## Failures", ""]
+    wrong = [f"- {name}: {part['error']}" for name, part in found.items() if "error" in part]
+    wrong += [f"- {name}: it was not run" for name in PARTS if name not in found]
+    wrong += [f"- tests: {name}" for name in found.get("tests", {}).get("failed", ())]
+    wrong += [f"- sync, {k}: {v}" for k, v in found.get("sync", {}).get("waits", {}).items()]
+    wrong += [f"- graphs: {part['suspicious']}" for part in found.values() if "suspicious" in part]
+    wrong += [
+        f"- {name}, {key}: {value['error']}"
+        for name in ("headline", "mixed") for key, value in found.get(name, {}).items()
+        if isinstance(value, dict) and "error" in value
+    ]  # fmt: skip
+    lines += wrong or ["none"]
+    lines += ["", "## Figures", "", "| | tokens/s | aim on one H100 | share of the limit |"]
+    lines += ["|---|---|---|---|"]
+    runs = found.get("headline", {}) | {"mixed": found.get("mixed", {}).get("mixed")}
+    for name, aim in AIMS.items():
+        rate, share = "not measured", ""
+        if isinstance(run := runs.get(name), dict) and "tokens_per_s" in run:
+            rate, share = f"{run['tokens_per_s']:,.0f}", f"{run['share']:.1%}"
+        lines.append(f"| {name} | {rate} | {aim:,} | {share} |")
+    for name, part in found.items():
+        lines += ["", f"## {name}, {part.get('seconds', '?')} s", ""]
+        lines += [f"- warning: {text}" for text in part.get("warnings", ())]
+        for key, value in part.items():
+            if key in ("warnings", "seconds", "error") or name == "facts":
+                continue
+            if isinstance(value, (dict, list)) and len(json.dumps(value)) > 80:
+                text = json.dumps(value, indent=1)
+                lines += [f"- {key}:", "", "```", text, "```", ""]
+            else:
+                lines.append(f"- {key}: {value if isinstance(value, str) else json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=[*PARTS, "report"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="does it run? with small models")
+    args = parser.parse_args(words)
+    out, failed = args.out.absolute(), False
+    if args.part != "report":
+        if not torch.cuda.is_available() and not args.tiny:
+            parser.error("torch sees no CUDA card here; --tiny tries it out")
+        part = Part(args.part, out, args.tiny)
+        part.run(PARTS[args.part])
+        failed = "error" in part.found
+    (out / "report.md").write_text(report(out))
+    if args.part == "report":
+        say(f"wrote {out / 'report.md'}")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
