@@ -400,11 +400,11 @@ def limit(options: dict) -> Callable[[dict], dict]:
     dtype = torch.bfloat16 if options["llm"].get("dtype") == "bfloat16" else torch.float32
     int8 = options["llm"].get("quantization") == "int8"
     kept = 2 if int8 else dtype.itemsize  # bytes of a number of K and V
-    owns = dtype == torch.float32 and cpu is not None and bool(cpu.products.PANEL)
-    owns = owns and bool(cpu.products.PANEL8 or not int8)
+    owns = cpu is not None and bool(cpu.products.PANEL8 if int8 else cpu.products.PANEL)
     if owns:
-        own = cpu.Int8Panels if int8 else cpu.Panels
-        backend = cpu.CpuBackend(torch.device("cpu"), dtype)
+        own = cpu.Panels if dtype == torch.float32 else cpu.HalfPanels
+        own = cpu.Int8Panels if int8 else own
+        backend = cpu.CpuBackend(torch.device("cpu"), torch.float32)
     c, kv = config.n_embd, config.n_kv_head * config.head_dim
     windows = layer_windows(config, recipe)
 
@@ -422,7 +422,8 @@ def limit(options: dict) -> Callable[[dict], dict]:
                 lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
             )
         if owns:
-            products.append(own([weight], backend, dtype))
+            made = own([weight], backend, dtype)
+            products.append(lambda x: made(x.float()))
         return products
 
     # each layer has weights of its own, or the cache would serve them

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..fused.backend import Backend
 from . import first, products, steps
 from .attention import attend_rows, paged_attention, tile
-from .products import Int8, Int8Panels, Panels, product
+from .products import HalfPanels, Int8, Int8Panels, Panels, product
 from .steps import add_norm_rows, array_of, rope_store_rows
 from .vectors import FAST, check_process, kept, one_at_a_time, row_threads, threads_for, vectorised
 
@@ -56,8 +56,10 @@ class CpuBackend(Backend):
     def linear_class(self, quantization: str | None, shared: bool, width: int, dtype) -> type:
         if quantization == "int8":
             return Int8Panels if products.PANEL8 and width % 4 == 0 else Int8
-        if not shared and products.PANEL32 and dtype == torch.float32:
+        if not shared and products.PANEL_FLOAT and dtype == torch.float32:
             return Panels
+        if not shared and products.PANEL_FLOAT and dtype == torch.bfloat16 and width % 2 == 0:
+            return HalfPanels
         return super().linear_class(quantization, shared, width, dtype)
 
     def compile(self, model) -> Callable | None:

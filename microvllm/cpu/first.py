@@ -35,7 +35,7 @@ from ..model import RECIPES, GPTConfig
 from ..sampler import SamplingParams
 from ..scheduler import BlockManager, Scheduler, Sequence
 from .attention import attend_rows
-from .vectors import CPU, STAMP
+from .vectors import AMX, CPU, STAMP
 
 log = logging.getLogger("microvllm")
 # what a person is told by, and whether engines wait for their kernels; see `told`
@@ -91,7 +91,7 @@ def place(kind: str) -> Path | None:
 
 def contents() -> str:
     """What the file says: of which sources, compiler and processor they are."""
-    return repr((STAMP, numba.__version__, *CPU))
+    return repr((STAMP, AMX, numba.__version__, *CPU))
 
 
 def compiled(kind: str) -> bool:

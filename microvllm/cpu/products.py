@@ -1,4 +1,4 @@
-"""Matrix products on a CPU, of float32 or int8, and the layouts of their weights.
+"""Matrix products on a CPU, of float32, bfloat16 or int8, and the layouts of their weights.
 
 The weights of few rows come from memory, are used once, and a library that reads them as it gets to
 them waits. Here, while one panel of them is multiplied, the next one is on its way to the
@@ -20,6 +20,8 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.linear import Linear, stack
+from . import amx
+from .steps import array_of, store
 from .vectors import (
     EXACT,
     EXCESS,
@@ -27,6 +29,7 @@ from .vectors import (
     INTEGERS,
     LANES,
     NEON,
+    TWO_HALVES,
     fewest,
     kept,
     one_at_a_time,
@@ -42,8 +45,8 @@ _f32 = np.float32
 # outputs whose weights lie together: two registers of them, so many rows, and the registers that
 # are left hold the sums. 0: a processor without the instructions that this is made for
 PANEL = 2 * LANES if LANES > 4 or NEON else 0
-# the same, for float32: not on Apple's, whose library has a unit of its own for it
-PANEL32 = 0 if sys.platform == "darwin" else PANEL
+# the same, for floats: not on Apple's, whose library has a unit of its own for them
+PANEL_FLOAT = 0 if sys.platform == "darwin" else PANEL
 # the same, for int8: an instruction that adds up products of integers
 PANEL8 = PANEL if INTEGERS else 0
 _ROWS = 12 if LANES == 16 or NEON else 6
@@ -63,16 +66,20 @@ def _multiply(
     row and column of y: a slice takes as long as a few rows do. wide: of two panels, for up to half
     as many rows, which loads less often; square: then relu(y)^2; ahead: weights to start loading,
     PANEL of them at each `every`-th input. If x and w are int32, each is four int8, of x plus 128:
-    y = (x @ w - offset (N,)) * w_scale (N,) * x_scale (T,).
+    y = (x @ w - offset (N,)) * w_scale (N,) * x_scale (T,). If w is bfloat16 (uint16), two of them
+    count as one, and two of x: of bfloat16, which are then one int32, or of float32.
     """
-    integers = w.data.type.pointee == b.i32
+    integers, halves = (w.data.type.pointee == kind for kind in (b.i32, b.i16))
+    pairs = halves and x.data.type.pointee == b.f32
     x_stride, w_stride, y_stride = (b.extract_value(a.shape, 1) for a in (x, w, y))
     w_stride = b.mul(w_stride, b.i64(PANEL))
-    xs, ws, aheads = b.at(x.data, x_at), b.at(w.data, w_at), b.at(ahead.data, ahead_at)
+    xs = b.at(x.data, (x_at, 2 if pairs else 1))
+    ws, aheads = b.at(b.words(w.data), w_at), b.at(b.words(ahead.data), ahead_at)
     ys = b.at(y.data, (row, y_stride), column)
     floats, vector = b.kind(b.f32), b.kind(b.i32 if integers else b.f32)
     due, fetched = (cgutils.alloca_once(b, kind) for kind in (b.i64, aheads.type))
     multiply_add = b.multiply_add8 if integers else b.multiply_add
+    multiply_add = b.multiply_add16 if halves else multiply_add
 
     def multiply(n, panels):
         rows, columns = [b.at(xs, (x_stride, i)) for i in range(n)], range(2 * panels)
@@ -84,7 +91,10 @@ def _multiply(
                 start = b.at(ws, (w_stride, panel), (k, PANEL))
                 weights += [b.read(start), b.read(b.at(start, LANES))]
             for i, place in enumerate(rows):
-                value = b.splat(b.load(b.at(place, k)))
+                if pairs:
+                    value = tuple(b.splat(b.load(b.at(place, (k, 2), j))) for j in (0, 1))
+                else:
+                    value = b.splat(b.load(b.at(place, k)))
                 for weight, each in zip(weights, sums[len(weights) * i :], strict=False):
                     b.store(multiply_add(value, weight, b.load(each)), each)
             with b.if_then(b.icmp_unsigned("==", k, b.load(due))):
@@ -111,11 +121,8 @@ def _multiply(
             for each, place in zip(sums, places, strict=True):
                 b.store(b.fadd(b.load(each), b.read(place)), each)
         with b.if_then(square):
-            zero = floats(None)
             for each in sums:
-                value = b.load(each)
-                value = b.select(b.fcmp_ordered("<", value, zero), zero, value)  # NaN is not below
-                b.store(b.fmul(value, value), each)
+                b.store(b.relu2(b.load(each)), each)
         for each, place in zip(sums, places, strict=True):
             b.write(b.load(each), place)
 
@@ -135,7 +142,7 @@ def _multiply(
 def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
     """y (T, N) of the panels from `first` to `end`; following, ahead: which weights come after, and
     where they begin."""
-    T, (_, K, width) = len(y), w.shape
+    T, K = len(y), w.shape[1]
     offset, w_scale, x_scale = scaling
     blocks, parts = -(-T // _MANY), 1 if offset.size else -(-K // _DEPTH)
     wide = T >= 128
@@ -145,22 +152,22 @@ def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
         t0, t1 = T * block // blocks, T * (block + 1) // blocks
         k0, k1 = K * part // parts, K * (part + 1) // parts
         tiles = -(-(t1 - t0) // rows)
-        share = -(-(k1 - k0) // tiles) * width  # of what comes next, that each of them asks for
+        share = -(-(k1 - k0) // tiles) * PANEL  # of what comes next, that each of them asks for
         for p in range(first, end, step):
             source = w
             if tiles == 1:  # all of it comes from memory now: load what is needed soon
-                near = (p * K + k0 + _SOON) * width
+                near = (p * K + k0 + _SOON) * PANEL
             elif p + step < end:
-                near = ((p + step) * K + k0) * width
+                near = ((p + step) * K + k0) * PANEL
             elif turn + 1 < blocks * parts:
-                near = (first * K + K * after // parts) * width
+                near = (first * K + K * after // parts) * PANEL
             else:
                 source, near = following, ahead
             for i in range(tiles):
                 r0, r1 = t0 + (t1 - t0) * i // tiles, t0 + (t1 - t0) * (i + 1) // tiles
                 _multiply(
                     r1 - r0, wide and p + step <= end, k1 - k0, x, r0 * K + k0,
-                    w, (p * K + k0) * width, y, r0, p * width, source, near + i * share,
+                    w, (p * K + k0) * PANEL, y, r0, p * PANEL, source, near + i * share,
                     tiles, part > 0, square and part == parts - 1, offset, w_scale, x_scale,
                 )  # fmt: skip
 
@@ -170,8 +177,8 @@ def multiply(x, w, scaling, square, following, threads, y):
     """y (T, N) = x (T, K) @ w.T, of panels; square: then relu(y)^2; following: the weights of the
     product that comes next, whose beginning is to be loaded; scaling: of int8, see _multiply."""
     panels, later, rows = len(w), len(following), len(y)
-    size = following.shape[1] * following.shape[2]
-    cuts = row_cuts(panels, rows, _ROWS, threads)
+    size, tiled = following.shape[1] * PANEL, amx.fits(x, w)
+    cuts = row_cuts(panels, rows, amx.ROWS // 2 if tiled else _ROWS, threads)
     used = fewest(panels * cuts, threads)
     offset, w_scale, x_scale = scaling
     for thread in numba.prange(used):
@@ -182,9 +189,11 @@ def multiply(x, w, scaling, square, following, threads, y):
             t0, t1 = share(rows, cut, cuts)
             p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
             scales = offset, w_scale, x_scale[t0:t1]
-            _multiply_panels(
-                x[t0:t1], w, scales, square, p0, p1, following, ahead, y[t0:t1]
-            )  # fmt: skip
+            xs, ys = x[t0:t1], y[t0:t1]
+            if tiled:
+                amx.multiply_panels(xs, w, scales, square, p0, p1, following, ahead, ys)
+            else:
+                _multiply_panels(xs, w, scales, square, p0, p1, following, ahead, ys)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -208,6 +217,17 @@ def _int8(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     whole /= min(32, width & -width)  # what rotating both has multiplied by
     scale = whole.abs().amax(-1).clamp_(min=1e-30) / 127
     return (whole / scale[:, None]).round_().to(torch.int8), scale
+
+
+@kept(parallel=True, **FAST)
+def round_rows_into(x, threads, q):
+    """x as bfloat16, in uint16."""
+    for thread in numba.prange(threads):
+        first, end = share(len(x), thread, threads)
+        for t in range(first, end):
+            xt, qt = x[t], q[t]
+            for c in range(xt.size):
+                store(qt, c, xt[c])
 
 
 @kept(parallel=True, **FAST)
@@ -265,7 +285,16 @@ def _product_of(x, weight, square, following, threads, y):
         scaling = offset, w_scale, scale.reshape(T)
         multiply(q.view(np.int32), w, scaling, square, following, threads, y)
 
-    return integers if weight[0].dtype == types.int32 else floats
+    def halves(x, weight, square, following, threads, y):
+        w, offset, w_scale = weight
+        q = np.empty(x.shape, np.uint16)
+        round_rows_into(x, row_threads(len(x), threads), q)
+        scaling = offset, w_scale, w_scale
+        multiply(q.view(np.int32), w, scaling, square, following, threads, y)
+
+    if weight[0].dtype == types.int32:
+        return integers
+    return halves if weight[0].dtype == types.uint16 and TWO_HALVES else floats
 
 
 @kept(**FAST)
@@ -299,6 +328,7 @@ class Panels(Linear):
             self.weight = flat.view(shape), *map(torch.empty_like, scaling)
             self.arrays = tuple(part.numpy() for part in self.weight)
         panels, *others = self.weight
+        panels = panels.view(matrix.dtype)
         panels[:whole] = matrix[: whole * PANEL].view(whole, PANEL, width).transpose(1, 2)
         panels[whole:] = 0
         panels[whole:, :, : rows % PANEL] = matrix[whole * PANEL :].T
@@ -307,15 +337,36 @@ class Panels(Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         panels = self.arrays[0]
-        if self.backend.awaited:  # plain torch on the same panels: there is no second copy of them
-            y = torch.bmm(x.expand(len(panels), -1, -1), self.weight[0])  # (panels, T, PANEL)
-            y = y.transpose(0, 1).flatten(1)[:, : self.rows]
+        if self.backend.awaited:
+            y = self.plain(x)[:, : self.rows]
             return y.relu().square_() if self.relu2 else y
         y = torch.empty(len(x), len(panels) * PANEL)
         with one_at_a_time:
             threads = threads_for(len(panels))
             _linear(x.contiguous().numpy(), self.arrays, self.relu2, threads, y.numpy())
         return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The product in plain torch, on the same panels: there is no second copy of them."""
+        y = torch.bmm(x.expand(len(self.weight[0]), -1, -1), self.weight[0])  # (panels, T, PANEL)
+        return y.transpose(0, 1).flatten(1)
+
+
+class HalfPanels(Panels):
+    """The same in bfloat16: (panels, in / 2, 2 * PANEL), two inputs of each output side by side.
+
+    The inputs of a product are rounded to bfloat16 where the processor multiplies that.
+    """
+
+    def load(self, parts: list[Tensor]) -> None:
+        none = torch.empty(0, dtype=torch.int32), torch.empty(0)
+        self.fill(stack(parts, torch.bfloat16).view(torch.int32), *none)
+        self.weight = self.weight[0].view(torch.bfloat16), *self.weight[1:]
+        self.arrays = tuple(map(array_of, self.weight))
+
+    def plain(self, x: Tensor) -> Tensor:
+        pairs = self.weight[0].unflatten(2, (PANEL, 2)).transpose(1, 2)  # (panels, PANEL, in/2, 2)
+        return F.linear(x.to(torch.bfloat16), pairs.reshape(-1, self.width)).to(x.dtype)
 
 
 class Int8Panels(Panels):

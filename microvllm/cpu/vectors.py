@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 import threading
 from functools import cache, wraps
 from pathlib import Path
@@ -93,7 +94,7 @@ def kept(**options):
         try:
             kernel.enable_caching()
             # numba looks whether a kernel's own file has changed; it is made of several of ours
-            kernel._cache._cache_file._source_stamp = STAMP
+            kernel._cache._cache_file._source_stamp = STAMP, AMX
             if not trusted(kernel._cache.cache_path):
                 kernel._cache.disable()
         except (RuntimeError, OSError):
@@ -141,7 +142,8 @@ def row_cuts(panels, rows, least, threads):
 
 
 # what numba compiles for: this processor, or less where it was told so (NUMBA_CPU_NAME=generic)
-CPU = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+_, _name, CPU = cpu_target.target_context.codegen().magic_tuple()
+CPU = CPU.split(",")
 # numbers in a register
 LANES = 16 if "+avx512f" in CPU else 8 if "+avx2" in CPU and "+fma" in CPU else 4
 NEON = "+neon" in CPU  # ARM's: as few numbers in one, but 32 of them
@@ -154,12 +156,33 @@ INTEGERS = FOUR_BYTES or ("+avx512bw" if LANES == 16 else "+avx2") in CPU
 EXCESS = 0 if SIGNED else 128  # what multiply_add8 leaves on bytes that are stored plus 128
 if SIGNED:
     initialize_native_asmparser()
+_bfloat16 = LANES == 16 and "+avx512bf16" in CPU
+# the unit that multiplies tiles of matrices, see amx.py: its registers are so large that a process
+# has to ask Linux for them (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)
+AMX = _bfloat16 and {"+amx-tile", "+amx-bf16", "+amx-int8"} <= {*CPU} and sys.platform == "linux"
+AMX = AMX and _openmp.syscall(158, 0x1023, 18) == 0
+# the instruction that multiplies two bfloat16 in each lane: on Intel's processors, which have the
+# tiles, it takes longer than two of float32
+TWO_HALVES = _bfloat16 and (AMX or _name.startswith("znver"))
+
+
+class BFloat(ir.Type):
+    """bfloat16, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
 
 
 class Builder:
     """numba's builder of instructions, with methods that make several at once."""
 
-    i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+    i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
     f32 = ir.FloatType()
 
     def __init__(self, builder):
@@ -183,6 +206,11 @@ class Builder:
             a, b = (self.i64(z) if isinstance(z, int) else z for z in (a, b))
             start = self.gep(start, [self.mul(a, b)])
         return start
+
+    def words(self, start):
+        """The address of pairs of bfloat16 as that of words of 32 bits; any other as it is."""
+        pairs = start.type.pointee == self.i16
+        return self.bitcast(start, self.i32.as_pointer()) if pairs else start
 
     def read(self, start, lanes: int = LANES):
         """Numbers from a pointer on; those of 16 bits are bfloat16, and become float32."""
@@ -231,6 +259,25 @@ class Builder:
         for each in (low_a, low_b), (self.lshr(a, eight), self.ashr(b, eight)):
             c = self.add(c, self.ask(name, c.type, *each))
         return c
+
+    def multiply_add16(self, a, b, c):
+        """The same in each lane of two bfloat16 of a and two of b, the first ones first: exact
+        products. a: those two, or a pair of vectors of float32."""
+        if not isinstance(a, tuple):
+            pairs = ir.VectorType(BFloat(), 2 * LANES)
+            a, b = self.bitcast(a, pairs), self.bitcast(b, pairs)
+            return self.ask(f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}", c.type, c, a, b)
+        low = self.shl(b, self.splat(self.i32(16)))
+        high = self.and_(b, self.splat(self.i32(0xFFFF0000)))
+        for value, weight in zip(a, (low, high), strict=True):
+            c = self.multiply_add(value, self.bitcast(weight, c.type), c)
+        return c
+
+    def relu2(self, value):
+        """relu(value)^2; NaN is not below 0."""
+        zero = value.type(None)
+        value = self.select(self.fcmp_ordered("<", value, zero), zero, value)
+        return self.fmul(value, value)
 
     def start_loading(self, start) -> None:
         byte, hints = self.i8.as_pointer(), (0, 2, 1)  # read; to the second-level cache; data

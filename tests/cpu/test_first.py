@@ -338,7 +338,8 @@ def known():
     return {(x.py_func.__qualname__, str(s)) for x in kernels for s in x.nopython_signatures}
 compile = backend.CpuBackend.compile
 for kind, options in (
-    ("float32-layers", {}), ("float32", {}), ("bfloat16", {"dtype": "bfloat16"}),
+    ("float32-layers", {}), ("float32", {}), ("bfloat16-layers", {"dtype": "bfloat16"}),
+    ("bfloat16", {"dtype": "bfloat16"}),
 ):
     # a model of which panels are not whole has no function of all layers
     backend.CpuBackend.compile = compile if "-" in kind else lambda *_: None

@@ -13,9 +13,9 @@ from conftest import MODEL, hand_made_batch
 
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import find_step, read_checkpoint
-from microvllm.cpu import attention, products, vectors
+from microvllm.cpu import amx, attention, products, vectors
 from microvllm.cpu.backend import CpuBackend, _layers
-from microvllm.cpu.products import PANEL, PANEL8, Int8, Int8Panels, Panels, rotate
+from microvllm.cpu.products import PANEL, PANEL8, HalfPanels, Int8, Int8Panels, Panels, rotate
 from microvllm.full import load_model
 from microvllm.fused.model import FusedGPT
 from microvllm.model import GPTConfig
@@ -81,9 +81,47 @@ def test_the_bits_of_a_row_follow_from_that_row(threads):
         torch.set_num_threads(before)
 
 
-def pieces(panels: int, rows: int, threads: int) -> list[int]:
+def halves(weight: torch.Tensor, **options) -> HalfPanels:
+    return HalfPanels([weight], BACKEND, torch.bfloat16, **options)
+
+
+@has_panels
+@pytest.mark.parametrize("inputs", [2, 64, 100, 1600, 2304])
+@pytest.mark.parametrize("outputs", [1, 33, 130])
+def test_a_bfloat16_product_is_that_of_float64(inputs, outputs, poisoned):
+    """Widths of which tiles are whole, and others; rows that fill one tile, two, or parts of them;
+    several blocks of rows."""
+    weight = random(outputs, inputs, seed=1)
+    packed, squared = halves(weight), halves(weight, relu2=True)
+    for rows in (1, 2, 6, 12, 15, 16, 17, 31, 32, 33, 48, 64, 130, 300, 1100):
+        x = random(rows, inputs, seed=100 + rows)
+        rounded = x.bfloat16() if products.TWO_HALVES else x
+        want = rounded.double() @ weight.bfloat16().double().T
+        got = packed(x)
+        assert got.shape == (rows, outputs) and got.is_contiguous()
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2.5e-7 * inputs + 1e-6)
+        assert torch.equal(squared(x), BACKEND.relu2(got.clone()))
+    where = packed.weight[0].data_ptr()
+    packed.load([weight + 1])
+    assert packed.weight[0].data_ptr() == where
+    assert torch.equal(packed.plain(torch.eye(inputs))[:, :outputs], (weight + 1).bfloat16().T)
+
+
+@has_panels
+@pytest.mark.parametrize("inputs", [1500, 1536])
+def test_the_bits_of_a_bfloat16_row_follow_from_that_row(inputs):
+    """What infinity and NaN make of a row stays in it, too."""
+    packed, x = halves(random(200, inputs)), random(250, inputs, seed=2)
+    alone = torch.cat([packed(x[i : i + 1]) for i in range(250)])
+    for rows in (2, 7, 13, 16, 17, 32, 33, 64, 128, 250):
+        assert torch.equal(packed(x[:rows]), alone[:rows]), rows
+    x[1::2], x[3, 0] = torch.nan, torch.inf
+    assert torch.equal(packed(x)[::2], alone[::2]) and packed(x)[1::2].isnan().all()
+
+
+def pieces(panels: int, rows: int, threads: int, least: int) -> list[int]:
     """How much of a product each woken thread has, in rows of a panel, as `multiply` deals it."""
-    cuts = vectors.row_cuts(panels, rows, products._ROWS, threads)
+    cuts = vectors.row_cuts(panels, rows, least, threads)
     used, dealt = vectors.fewest(panels * cuts, threads), []
     for thread in range(used):
         first, end = vectors.share(panels * cuts, thread, used)
@@ -102,10 +140,11 @@ TOO_FEW = {(16, 32): {48}, (32, 16): {24}, (32, 32): {24, 72}}
 
 @pytest.mark.parametrize("width", [16, 32])
 @pytest.mark.parametrize("threads", [1, 2, 4, 8, 16, 32])
-def test_no_thread_has_much_more_than_its_share_of_a_d12s_products(width, threads):
+@pytest.mark.parametrize("least", [products._ROWS, amx.ROWS // 2])
+def test_no_thread_has_much_more_than_its_share_of_a_d12s_products(width, threads, least):
     for panels in D12[width]:
         for rows in (1, 8, 64):
-            dealt = pieces(panels, rows, threads)
+            dealt = pieces(panels, rows, threads, least)
             assert max(dealt) <= 1.2 * sum(dealt) / len(dealt)  # of those that are woken
             most = max(dealt) * threads / sum(dealt)  # of all that there are
             if rows < 64 and panels in TOO_FEW.get((width, threads), ()):
@@ -163,7 +202,7 @@ def test_attention_is_dealt_like_cards(rows, threads):
 
 
 @has_panels
-@pytest.mark.parametrize("kind", [Panels, Int8Panels])
+@pytest.mark.parametrize("kind", [Panels, HalfPanels, Int8Panels])
 def test_any_number_of_threads_gives_the_same_bits(kind):
     """Panels that no number of threads divides, rows that are cut, and more threads than work."""
     if kind is Int8Panels and not PANEL8:
@@ -288,13 +327,17 @@ def test_weights_in_panels_are_replaced_where_they_are():
     assert torch.equal(dense(made.weight[0], 64), torch.cat(parts))
 
 
-KINDS = [pytest.param(None, marks=has_panels), pytest.param("int8", marks=has_int8)]
+KINDS = [
+    pytest.param(None, marks=has_panels), pytest.param("bfloat16", marks=has_panels),
+    pytest.param("int8", marks=has_int8),
+]  # fmt: skip
 
 
-def compiled(folder, quantization=None) -> FusedGPT:
+def compiled(folder, store=None) -> FusedGPT:
     """The model, or none of it where no panels fit its matrices."""
-    kind = {"attention": "numba", "quantization": quantization}
-    model = load_model(folder, None, CPU, "auto", **kind)
+    kind = {"attention": "numba", "quantization": store if store == "int8" else None}
+    dtype = "bfloat16" if store == "bfloat16" else "auto"
+    model = load_model(folder, None, CPU, dtype, **kind)
     sizes = [sum(w.sizes) for x in model.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
     assert bool(model.compiled) == all(size % PANEL == 0 for size in sizes)
     if not model.compiled:
@@ -325,10 +368,10 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("quantization", KINDS)
-def test_all_layers_in_one_call_are_the_loop_over_them(era, quantization):
+@pytest.mark.parametrize("store", KINDS)
+def test_all_layers_in_one_call_are_the_loop_over_them(era, store):
     """Decodes and chunks; rows that samples share, more of them than there are, none at all."""
-    model = compiled(era.directory, quantization)
+    model = compiled(era.directory, store)
     ids = random(3, 40).mul(1000).long().abs().remainder(model.config.vocab_size).tolist()
     chunks = [(ids[0], 0, 1, [1]), (ids[1], 0, 1, [2]), (ids[2], 0, 38, [3, 4, 5])]
     wanted = None, [0], [5, 5, 5, 0], [7] * 40, []
@@ -339,9 +382,9 @@ def test_all_layers_in_one_call_are_the_loop_over_them(era, quantization):
             torch.testing.assert_close(ours, loop, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("quantization", KINDS)
-def test_new_weights_are_seen_in_the_one_call(era, quantization):
-    model = compiled(era.directory, quantization)
+@pytest.mark.parametrize("store", KINDS)
+def test_new_weights_are_seen_in_the_one_call(era, store):
+    model = compiled(era.directory, store)
     ids = list(range(1, 20))
     old = run(model, [(ids, 0, 19, [1, 2])])[0]
     model.load_state_dict({name: w * 1.1 for name, w in weights_of(era).items()})
@@ -362,9 +405,9 @@ def test_weights_that_lie_column_by_column_are_read_right(era):
     assert torch.equal(run(other, chunk)[0], run(model, chunk)[0])
 
 
-@pytest.mark.parametrize("quantization", KINDS)
-def test_the_bundled_model_is_compiled(quantization):
-    assert compiled(MODEL, quantization)
+@pytest.mark.parametrize("store", KINDS)
+def test_the_bundled_model_is_compiled(store):
+    assert compiled(MODEL, store)
 
 
 def test_a_processor_without_panels_takes_the_loop(monkeypatch):
@@ -397,6 +440,13 @@ if products.PANEL:
         x = test_products_cpu.random(rows, 1100, seed=rows)
         got = test_products_cpu.panels(weight)(x).double()
         torch.testing.assert_close(got, x.double() @ weight.double().T, rtol=0, atol=2e-4)
+    for inputs in 1100, 1536:
+        test_products_cpu.test_the_bits_of_a_bfloat16_row_follow_from_that_row(inputs)
+        weight, x = (test_products_cpu.random(n, inputs, seed=n) for n in (70, 33))
+        x = x.bfloat16().float()  # as some processors round it
+        want = x.double() @ weight.bfloat16().double().T
+        got = test_products_cpu.halves(weight)(x).double()
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
 if products.PANEL8:
     test_products_cpu.test_the_bits_of_an_int8_row_follow_from_that_row()
     test_products_cpu.test_int8_panels_hold_what_onednns_layout_holds()
@@ -404,10 +454,14 @@ if products.PANEL8:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("without, said", [("avx512f", "8 16"), ("avx512f avx2", "4 0")])
+@pytest.mark.parametrize(
+    "without, said",
+    [("avx512bf16", "16 32"), ("avx512f", "8 16"), ("avx512f avx2", "4 0")],
+)
 def test_processors_with_smaller_registers(without, said, tmp_path):
-    """Their vectors run here as well, as halves and quarters of this one's."""
-    if not PANEL and said != "4 0":
+    """Their vectors run here as well, as halves and quarters of this one's; and 16 bits become 32
+    where no instruction multiplies them."""
+    if int(said.split()[1]) > PANEL:
         pytest.skip("this processor has no such registers")
     root = Path(__file__).resolve().parents[2]
     # what numba keeps on disk is for a processor, and that is what we lie about
@@ -435,4 +489,4 @@ def test_what_is_kept_on_disk_is_of_these_very_sources():
     stamp, room = vectors.STAMP, Path(products.__file__).parent
     assert [size for _, size in stamp] == [f.stat().st_size for f in sorted(room.glob("*.py"))]
     for kernel in (_layers, attention.attend_rows, products.multiply):
-        assert kernel._cache._cache_file._source_stamp == stamp
+        assert kernel._cache._cache_file._source_stamp == (stamp, vectors.AMX)

@@ -1,0 +1,159 @@
+"""Matrix products by the matrix unit (AMX) of Intel's processors since 2023, of bfloat16 or int8.
+
+Its registers are tiles: up to 16 rows of 16 words, 32 bits each. A word is two bfloat16 or four
+bytes, and so it is in the panels (products.py). One instruction adds to a tile of sums, 16 rows and
+outputs, what 16 words of each row make with those of each output:
+
+    w, a panel:    6      7       16 words of 16 outputs each; one behind the other they are read
+    x:  16 rows 4  0      1       the sums of 32 rows and outputs: of four tiles that are read,
+        16 rows 5  2      3       four products, where one sum alone needs two tiles for one
+
+A row's sums are always added up in one order here, too, and a single row takes no longer than its
+weights do to come from memory. So there is no other way for few rows, whose bits would differ.
+"""
+
+from __future__ import annotations
+
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from .vectors import AMX, EXACT, LANES, vectorised
+
+WORDS = 16  # of a row that a tile holds
+ROWS = 32  # of x at a time, in two tiles
+_MANY = 512  # rows at a time: they stay in the second-level cache
+_SOON = 64  # words ahead, whose weights are 8 KB
+
+
+@vectorised(types.boolean)
+def fits(b, x, w):
+    """Is x @ w made of tiles? They have to be whole. A few rows of int8 are exact in either way,
+    and the other one is a little faster."""
+    if not AMX or x.data.type.pointee != b.i32:
+        return b.i1(0)
+    rows, words = b.extract_value(x.shape, 0), b.extract_value(w.shape, 1)
+    whole = b.icmp_signed("==", b.urem(words, b.i64(WORDS)), b.i64(0))
+    least = 4 if w.data.type.pointee == b.i32 else 1
+    return b.and_(whole, b.icmp_signed(">=", rows, b.i64(least)))
+
+
+@vectorised()
+def _configure(b, n):
+    """Give the tiles n (1 to ROWS) rows of x; all sums are lost."""
+    if not AMX:
+        return
+    two = b.icmp_signed(">", n, b.i64(16))
+    first = b.trunc(b.select(two, b.i64(16), n), b.i8)
+    # a tile that is not used has a row as well, there is none without
+    second = b.trunc(b.select(two, b.sub(n, b.i64(16)), b.i64(1)), b.i8)
+    byte = [0] * 64
+    byte[0] = 1  # the form of what follows: 16 bit for a row's size in bytes, 8 for how many rows
+    byte[16:32:2], byte[54:56] = [4 * WORDS] * 8, [16, 16]
+    config = ir.Constant(ir.VectorType(b.i8, 64), byte)
+    for tile in range(6):
+        rows = first if tile in (0, 1, 4) else second
+        config = b.insert_element(config, rows, b.i32(48 + tile))
+    place = cgutils.alloca_once(b, config.type)
+    b.store(config, place)
+    b.ask("llvm.x86.ldtilecfg", ir.VoidType(), b.bitcast(place, b.i8.as_pointer()))
+
+
+@vectorised()
+def _release(b):
+    """The system need not save tiles that nobody uses."""
+    if AMX:
+        b.ask("llvm.x86.tilerelease", ir.VoidType())
+
+
+@vectorised()
+def _multiply(
+    b, n, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, near, square, offset, w_scale,
+    x_scale,
+):  # fmt: skip
+    """products._multiply of the n rows that the tiles have: K is of words, a multiple of 16; near:
+    words of `ahead` to start loading at each 16."""
+    if not AMX or x.data.type.pointee != b.i32:
+        return
+    integers = w.data.type.pointee == b.i32
+    x_stride, y_stride = (b.extract_value(a.shape, 1) for a in (x, y))
+    panel = 2 * LANES
+    xs, ws = b.at(x.data, x_at), b.at(b.words(w.data), w_at)
+    ys, aheads = b.at(y.data, (row, y_stride), column), b.at(b.words(ahead.data), ahead_at)
+    nothing, pointer = ir.VoidType(), b.i8.as_pointer()
+
+    def move(tile, place, stride, name="tileloadd64"):
+        stride = b.mul(stride, b.i64(4))
+        b.ask(f"llvm.x86.{name}", nothing, b.i8(tile), b.bitcast(place, pointer), stride)
+
+    def multiply(blocks):
+        sums = [(2 * i + j, b.at(ys, (y_stride, 16 * i), 16 * j)) for i in blocks for j in (0, 1)]
+        for tile, _ in sums:
+            b.ask("llvm.x86.tilezero", nothing, b.i8(tile))
+        with cgutils.for_range_slice(b, b.i64(0), K, b.i64(WORDS), b.i64) as (k, _):
+            for j in (0, 1):
+                move(6 + j, b.at(ws, (k, panel), 16 * j), b.i64(panel))
+            for i in blocks:
+                move(4 + i, b.at(xs, (x_stride, 16 * i), k), x_stride)
+                for j in (0, 1):
+                    tiles = (b.i8(tile) for tile in (2 * i + j, 4 + i, 6 + j))
+                    b.ask(f"llvm.x86.tdp{'busd' if integers else 'bf16ps'}", nothing, *tiles)
+            start = b.at(aheads, (b.mul(b.udiv(k, b.i64(WORDS)), near), panel))
+            with cgutils.for_range(b, near, intp=b.i64) as loop:
+                for line in range(0, panel, 16):
+                    b.start_loading(b.at(start, (loop.index, panel), line))
+        for tile, place in sums:
+            move(tile, place, y_stride, "tilestored64")
+
+    with b.if_else(b.icmp_signed(">", n, b.i64(16))) as (then, otherwise):
+        with then:
+            multiply((0, 1))
+        with otherwise:
+            multiply((0,))
+    with b.if_then(b.i1(1) if integers else square):
+        with cgutils.for_range(b, n, intp=b.i64) as loop:
+            for j in (0, 1):
+                place = b.at(ys, (y_stride, loop.index), LANES * j)
+                value = b.read(place)
+                if integers:
+                    places = (b.at(a.data, column, LANES * j) for a in (offset, w_scale))
+                    offsets, scales = map(b.read, places)
+                    value = b.sub(b.bitcast(value, offsets.type), offsets)
+                    value = b.fmul(b.sitofp(value, scales.type), scales)
+                    value = b.fmul(value, b.splat(b.load(b.at(x_scale.data, row, loop.index))))
+                b.write(b.select(square, b.relu2(value), value), place)
+
+
+@numba.njit(**EXACT)
+def multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
+    """products._multiply_panels, for whole tiles of words."""
+    T, K, panel = len(y), w.shape[1], 2 * LANES
+    offset, w_scale, x_scale = scaling
+    blocks, configured = -(-T // _MANY), 0
+    for block in range(blocks):
+        t0, t1 = T * block // blocks, T * (block + 1) // blocks
+        tiles = -(-(t1 - t0) // ROWS)
+        near = -(-WORDS // tiles)  # of what comes next, that each 16 words ask for
+        for p in range(first, end):
+            source = w
+            if tiles == 1:  # all of it comes from memory now: load what is needed soon
+                start = (p * K + _SOON) * panel
+            elif p + 1 < end:
+                start = (p + 1) * K * panel
+            elif block + 1 < blocks:
+                start = first * K * panel
+            else:
+                source, start = following, ahead
+            for i in range(tiles):
+                r0 = t0 + i * ROWS
+                n = min(ROWS, t1 - r0)
+                if n != configured:
+                    _configure(n)
+                    configured = n
+                _multiply(
+                    n, K, x, r0 * K, w, p * K * panel, y, r0, p * panel,
+                    source, start + i * near * K // WORDS * panel, near,
+                    square, offset, w_scale, x_scale,
+                )  # fmt: skip
+    if configured:
+        _release()
