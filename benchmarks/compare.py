@@ -21,12 +21,14 @@ each turn, so that no turn finds its prompts in a prefix cache:
     W2  64 requests, 20 to 512 tokens in (mean 100), 16 to 256 out, 8,710 in all
     W3  one prompt of 128 tokens, 128 new
     W4  32 prompts that share 256 tokens and own 16, 32 new each
+    W5  one prompt of 3,072 tokens, one new: where asked for, since not every engine takes it
 
 Engines that would take minutes run a part of the requests (SOME, below); tokens per second count
-the tokens that were asked for, nothing else. "agree" compares the tokens with this engine's: the
-share of requests whose first 8 tokens are the same, and of all tokens those before the first
-difference. All compute the same model in float32, so that only a tie within rounding may differ; if
-less than nine requests of ten agree, the run fails. With another dtype it is only reported.
+the tokens that were asked for (W5: those of the prompt), nothing else. "agree" compares the tokens
+with this engine's: the share of requests whose first 8 tokens are the same, and of all tokens those
+before the first difference. All compute the same model in float32, so that only a tie within
+rounding may differ; if less than nine requests of ten agree, the run fails. With another dtype it
+is only reported.
 
 The limit is measured in the same turns: see `limit` in peers.py. It is that of an engine on a
 library's matrix products; the shares are of it. "with ours" counts this engine's own products, too,
@@ -94,9 +96,10 @@ LLAMAS = {"openvino": "openvino", "llamacpp": "gguf"}
 # transformers copies its whole cache, padded to the longest request, at each step
 SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8}, "transformers": {"W2": 8}}
 WORKLOADS = ("W1", "W2", "W3", "W4")
+LONG = ("W5",)
 FIRST = 8  # tokens of a request that have to agree
 SPECIAL = 9  # the last ids of a vocabulary
-MAX_LEN = 1024
+MAX_LEN, LONG_LEN = 1024, 4096
 
 # what is asked for, and its version, in whichever interpreter
 VERSION = """
@@ -138,7 +141,7 @@ def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0) -> di
     def less(number: int) -> int:
         return max(1, number // shrink)
 
-    count, shared = {"W1": less(64), "W2": less(64), "W3": 1, "W4": less(32)}[name], 0
+    count, shared = {"W1": less(64), "W2": less(64), "W4": less(32)}.get(name, 1), 0
     if name == "W1":
         sizes = lengths(rng, count, count * less(23), 0.55, less(6), less(77))
         new = [less(64)] * count
@@ -147,6 +150,8 @@ def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0) -> di
         new = lengths(rng, count, count * 8710 // 64 // shrink, 0.8, less(16), less(256))
     elif name == "W3":
         sizes, new = [less(128)], [less(128)]
+    elif name == "W5":
+        sizes, new = [less(3072)], [1]
     else:
         shared = less(256)
         sizes, new = [shared + less(16)] * count, [less(32)] * count
@@ -159,6 +164,11 @@ def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0) -> di
 def part(job: dict, every: int) -> dict:
     """Every so many-th request of a job."""
     return job | {"prompts": job["prompts"][::every], "new": job["new"][::every]}
+
+
+def counted(name: str, job: dict) -> int:
+    """The tokens of a job that its speed counts."""
+    return sum(map(len, job["prompts"])) if name in LONG else sum(job["new"])
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> tuple[float, float]:
@@ -247,8 +257,9 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, folder: Path, vocab: int):
         self.args, self.vocab = args, vocab
+        max_len = LONG_LEN if {*LONG} & {*args.workloads} else MAX_LEN
         self.options = {
-            "folder": str(folder), "threads": args.threads, "max_len": MAX_LEN,
+            "folder": str(folder), "threads": args.threads, "max_len": max_len,
             "dtype": "float32", "kv_gib": args.kv_gib, "llm": args.llm,
         }  # fmt: skip
         self.peers: list[Peer] = []
@@ -306,11 +317,11 @@ class Comparison:
                 answer = self.ask(peer, job)
                 if answer is None or turn == 0:
                     continue
-                speed = sum(job["new"]) / answer["seconds"]
+                speed = counted(name, job) / answer["seconds"]
                 self.speeds[name][peer.name].append(speed)
                 if peer.name == "limit":
                     self.limits[name].append(answer)
-                    own = sum(job["new"]) / answer["own_seconds"]
+                    own = counted(name, job) / answer["own_seconds"]
                     self.speeds[name]["limit, with ours"].append(own)
                     continue
                 llamas = peer.engine in LLAMAS  # whose tokens are compared among themselves
@@ -435,8 +446,9 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     args = parser.parse_args()
     args.workloads = args.workloads.split(",")
-    if unknown := set(args.workloads) - set(WORKLOADS):
-        parser.error(f"--workloads knows {', '.join(WORKLOADS)}; not {', '.join(sorted(unknown))}")
+    if unknown := {*args.workloads} - {*WORKLOADS, *LONG}:
+        known = ", ".join(WORKLOADS + LONG)
+        parser.error(f"--workloads knows {known}; not {', '.join(sorted(unknown))}")
     args.pythons = {}
     for given in args.peer_python:
         name, _, python = given.partition("=")

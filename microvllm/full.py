@@ -41,6 +41,7 @@ NAMES = {
         "allowed_token_ids bad_words logits_processor",
     "sources.places": "from_nanochat", "trace": "tracing trace", "cpu.backend": "int8 numba",
     "gpu.backend": "fp8 triton", "gpu.flash": "flash", "fused.backend": "sdpa deterministic",
+    "fused.int8_cache": "kv_cache_dtype",
 }  # fmt: skip
 PLACES = {name: place for place, names in NAMES.items() for name in names.split()}
 
@@ -97,9 +98,13 @@ class SamplingParams(*parts("params"), sampler.SamplingParams):
         return super().__new__(cls)
 
 
-def pick_backend(name: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
+def pick_backend(
+    name: str, device: torch.device, dtype: torch.dtype, deterministic=False, kv_cache_dtype="auto"
+):  # fmt: skip
     """The Backend called `name`; "auto" is the fastest one that runs on `device`. Raises ValueError
-    for an unknown name, or for a backend that cannot run here, saying why."""
+    for an unknown name, or for what cannot be here, saying why."""
+    if kv_cache_dtype not in ("auto", "int8"):
+        raise ValueError(f"kv_cache_dtype must be 'auto' or 'int8', got {kv_cache_dtype!r:.80}")
     if name == "auto":
         gpu = optional("gpu")
         if gpu and gpu.has_triton(device):
@@ -118,12 +123,14 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, determinis
         kind = optional("gpu.backend").GpuBackend
     else:
         kind = needed(name).Backend
+    if kv_cache_dtype == "int8":
+        kind = needed("kv_cache_dtype").with_int8_cache(kind, device)
     return kind(device, dtype, deterministic)
 
 
 def build_model(
     config, recipe, weights, device, dtype="auto", *, share=False, attention="auto", max_len=None,
-    quantization=None, deterministic=False, ranks=None, **overrides,
+    quantization=None, kv_cache_dtype="auto", deterministic=False, ranks=None, **overrides,
 ):  # fmt: skip
     """The FusedGPT that LLM's options ask for (max_len is its max_model_len) on checked weights.
     Raises ValueError for an option that cannot be here, TypeError for an override that is no
@@ -138,7 +145,7 @@ def build_model(
     if quantization not in (None, "int8", "fp8"):
         raise ValueError(f"quantization must be None, 'int8' or 'fp8', got {quantization!r:.80}")
     recipe = (optional("sources.strict") or dataclasses).replace(recipe, **overrides)
-    backend = pick_backend(attention, device, dtype, deterministic)
+    backend = pick_backend(attention, device, dtype, deterministic, kv_cache_dtype)
     if quantization:
         needed(quantization)
         backend.check_quantization(quantization, config)
@@ -251,6 +258,7 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
     by default 0.9 (beside a live module the default pool of any device is a quarter of that: the
     training has yet to take its part); cuda_graphs: replay decode steps; quantization: on a CPU
     "int8", of the matrices and the inputs of all products (K and V are bfloat16), on a GPU "fp8";
+    kv_cache_dtype: "int8" keeps K and V in 8 bits, on a CPU (fused/int8_cache.py), "auto" as said;
     deterministic: logits, and so tokens, bit for bit the same alone or in a batch, cold or warm,
     slower where the products are a library's; prompt_lookup: on a CPU, at most so many guessed
     tokens a step, sooner done where few texts run and repeat themselves (features/lookup.py);
@@ -273,9 +281,9 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
         block_size=16, max_batch_size=None, *, dtype="auto", max_batched_tokens=None,
         max_model_len=None, enable_prefix_caching=True, attention="auto", seed=0, model=None,
         tokenizer=None, copy=False, gpu_memory_utilization=None, cuda_graphs=True,
-        quantization=None, deterministic=False, prompt_lookup=0, tensor_parallel=1, trace=None,
-        victim=youngest, admission=first_come, eviction=least_recently_used, plain=False,
-        **overrides,
+        quantization=None, kv_cache_dtype="auto", deterministic=False, prompt_lookup=0,
+        tensor_parallel=1, trace=None, victim=youngest, admission=first_come,
+        eviction=least_recently_used, plain=False, **overrides,
     ):  # fmt: skip
         given = locals()
         policies = {"victim": victim, "admission": admission, "eviction": eviction}
@@ -304,7 +312,7 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             )
         own = {
             "attention": attention, "quantization": quantization, "deterministic": deterministic,
-            "ranks": self.ranks,
+            "kv_cache_dtype": kv_cache_dtype, "ranks": self.ranks,
         }  # fmt: skip
         if plain or not optional("fused.model"):
             for name, value in own.items():

@@ -72,7 +72,7 @@ def model_name(args: argparse.Namespace) -> str:
 def engine_options(args: argparse.Namespace) -> dict[str, object]:
     """The arguments of LLM that the flags describe."""
     names = "step device num_blocks max_batch_size dtype quantization deterministic max_model_len"
-    names += " max_batched_tokens prompt_lookup tensor_parallel trace"
+    names += " max_batched_tokens prompt_lookup tensor_parallel trace kv_cache_dtype"
     given = {name: getattr(args, name) for name in names.split()}
     given |= {"model_path": model_name(args), "tokenizer_path": args.tokenizer_dir}
     seed = getattr(args, "seed", 0)
@@ -228,6 +228,8 @@ def batch(args: argparse.Namespace) -> None:
         raise ValueError("--replicas and --gpus-per-replica are for --ray: give it too")
     names = "model_path step tokenizer_path dtype quantization deterministic max_model_len".split()
     settings = {name: options[name] for name in names} | overrides(args) | vars(ask)
+    if args.kv_cache_dtype != "auto":  # without it, jobs that an earlier version began go on
+        settings["kv_cache_dtype"] = args.kv_cache_dtype
     job = Job(args.input, args.output, ask, settings)
     with ExitStack() as stack:
         if job.num_done == job.num_rows:
@@ -284,7 +286,7 @@ def bench(args: argparse.Namespace) -> None:
             prompts = encode(llm, prompts, args.raw)
         outputs, seconds = generate(args, llm, prompts, params)
         found = speed.results(outputs, seconds, llm.stats())
-        precision = args.quantization or str(llm.cache.data.dtype)[6:]
+        precision = getattr(llm.model, "store", None) or str(llm.model.dtype)[6:]
         found |= roofline.reading(llm, outputs, found, precision)
     if not args.json:
         terminal.say(speed.report(found))
@@ -372,7 +374,8 @@ def info(args: argparse.Namespace) -> None:
     config, recipe, weights = read_checkpoint(directory, step)
     recipe = strict.replace(recipe, **overrides(args))
     found = {"checkpoint": str(directory), "step": step}
-    found |= roofline.describe(config, recipe, weights, device, args.dtype)
+    given = args.dtype, args.kv_cache_dtype
+    found |= roofline.describe(config, recipe, weights, device, *given)
     terminal.say(json.dumps(found) if args.json else roofline.description(found))
 
 

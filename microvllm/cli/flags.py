@@ -100,6 +100,7 @@ $
 $ base:d20
 $ owner/name --json
 model? CHECKPOINT  {CHECKPOINT}
+--kv-cache-dtype auto|int8  of K and V (=auto)
 """
 CONVERT = """write a checkpoint in the other format: nanochat's as a Hugging Face folder, or back
 $ sft -o my-model-hf
@@ -142,6 +143,7 @@ MODEL = """model:
 ENGINE = f"""{MODEL}-m --model --model-dir CHECKPOINT  {CHECKPOINT}
 --tokenizer-dir DIR           where tokenizer.pkl is (beside the model)
 --quantization int8|fp8       of matrices: int8 on a CPU, fp8 on a GPU
+--kv-cache-dtype auto|int8    of K and V: int8 on a CPU (=auto)
 --num-blocks int N            blocks of the KV cache (what memory allows)
 --max-batch-size int N        sequences that run at once, at most
 --max-batched-tokens int N    tokens that a step computes, at most

@@ -19,6 +19,7 @@ class Precision(NamedTuple):
     row: int  # bytes more for each row of a matrix: its scale, and what corrects its sums
     other: int  # bytes of each number of the embedding tables, of K and of V
     device: str = ""  # the only kind that has it
+    kv: str = "auto"  # "int8": a byte instead in K and V, and a scale of two for each head
 
 
 PRECISIONS = {
@@ -46,7 +47,8 @@ def step_bytes(config, kind: Precision) -> int:
 
 def layer_bytes(config, kind: Precision) -> int:
     """K and V of one token in one layer."""
-    return 2 * config.n_kv_head * config.head_dim * kind.other
+    head = config.head_dim + 2 if kind.kv == "int8" else config.head_dim * kind.other
+    return 2 * config.n_kv_head * head
 
 
 def seen_bytes(config, windows: list[int], kind: Precision, context: int) -> int:
@@ -55,7 +57,7 @@ def seen_bytes(config, windows: list[int], kind: Precision, context: int) -> int
     return seen * layer_bytes(config, kind)
 
 
-def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict:
+def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype="auto") -> dict:
     """What a checkpoint is, and what running it on the device takes: in a dtype, and in each
     precision that the engine has there. Limits are half way through the context."""
     from ..checkpoint import free_memory, pick_dtype
@@ -78,9 +80,10 @@ def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict
             "decode_limits": limits,
         }
 
-    chosen, free = takes(PRECISIONS[dtype]), free_memory(device)
+    kinds = {name: kind._replace(kv=kv_cache_dtype) for name, kind in PRECISIONS.items()}
+    chosen, free = takes(kinds[dtype]), free_memory(device)
     width = max(len(layers) for _, layers in groups)
-    sequence_bytes = blocks * 16 * width * layer_bytes(config, PRECISIONS[dtype])
+    sequence_bytes = blocks * 16 * width * layer_bytes(config, kinds[dtype])
     # what the cache may have: nearly all of a GPU, or half of what is free elsewhere. unasked the
     # engine takes 4 GB of the latter at most
     room = max(0, free - chosen["weight_bytes"]) * (0.9 if on_gpu else 0.5)
@@ -94,14 +97,13 @@ def describe(config, recipe, weights: dict, device, dtype: str = "auto") -> dict
         "device": str(device),
         "dtype": dtype,
         **chosen,
+        "kv_cache_dtype": dtype if kv_cache_dtype == "auto" else kv_cache_dtype,
         "kv_bytes_per_sequence": sequence_bytes,
         "free_bytes": free,
         "full_sequences_that_fit": int(room // sequence_bytes),
         "bytes_per_second": round(speed),
         "precisions": {
-            name: takes(kind)
-            for name, kind in PRECISIONS.items()
-            if kind.device in ("", device.type)
+            name: takes(kind) for name, kind in kinds.items() if kind.device in ("", device.type)
         },
     }
 
@@ -113,6 +115,7 @@ def reading(llm, outputs: list, stats: dict, precision: str) -> dict:
     if llm.ranks or not stats["decode_seconds"] or precision not in PRECISIONS:
         return {}
     kind, config, windows = PRECISIONS[precision], llm.model.config, llm.model.windows
+    kind = kind._replace(kv=str(llm.cache.data.dtype)[6:])
     read = stats["decode_steps"] * step_bytes(config, kind)
     for output in outputs:
         start = len(output["prompt_token_ids"])
@@ -159,8 +162,8 @@ windows   {", ".join(windows)} (layers x tokens back)
 weights   {found["parameters"]:,} parameters; {size(found["file_bytes"])} of \
 {" and ".join(found["file_dtypes"])} on disk, {size(found["weight_bytes"])} of {found["dtype"]} on \
 {found["device"]}
-KV cache  {found["kv_bytes_per_token"]:,} bytes a token, {size(found["kv_bytes_per_sequence"])} a \
-sequence of {length:,}
+KV cache  {found["kv_cache_dtype"]}, {found["kv_bytes_per_token"]:,} bytes a token, \
+{size(found["kv_bytes_per_sequence"])} a sequence of {length:,}
 memory    {size(found["free_bytes"])} free: room for about {found["full_sequences_that_fit"]:,} \
 such sequences beside the weights
 roofline  an estimate, from {size(found["bytes_per_second"])}/s measured: decoding is bound by \

@@ -2,8 +2,10 @@
 
 Gathering a paged cache before torch's attention costs more than all matrix products of a step. Here
 every block is read where it lies, once for all the query heads that share it, at about the speed of
-the memory. Block tables are PagedAttention's (Kwon et al. 2023), the softmax is the plain one: the
-scores of a few rows fit in the processor's cache, nothing is online.
+the memory. Block tables are PagedAttention's (Kwon et al. 2023), the softmax is that of
+FlashAttention (Dao et al. 2022): scores of some hundred keys are kept at a time, and what was
+summed before is scaled down when a larger score comes. Where these keys begin and end, and in which
+order a row's numbers are added up, does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba.core import cgutils
 from torch import Tensor
 
@@ -20,129 +23,319 @@ from .steps import array_of, exp2, largest
 from .vectors import EXACT, FAST, LANES, kept, one_at_a_time, threads_for, vectorised
 
 _f32 = np.float32
+_KEYS = 512  # of which scores are kept at a time
+_WIDTH = _KEYS + 16  # an odd number of cache lines, else a column of all rows falls into one set
+_PANEL = 64  # keys that are multiplied at a time: they stay in the first-level cache
+_QUERIES = 192  # that read a block of keys together: their scores fit in the second-level cache
+_SOON = 8192  # bytes that are being loaded while others are multiplied
 
 
 @vectorised()
-def _fetch(b, x, start, D):
-    """Start loading four rows of D numbers from x's flat index `start` on: the next block of a
-    sequence may lie anywhere, the hardware cannot guess where."""
-    line = b.i64(32 if x.data.type.pointee == b.i16 else 16)
-    start, count = b.at(x.data, start), b.mul(D, b.i64(4))
+def _fetch(b, x, start, count):
+    """Start loading so many numbers from x's flat index `start` on: the next block of a sequence
+    may lie anywhere, the hardware cannot guess where."""
+    line = b.i64({b.i8: 64, b.i16: 32}.get(x.data.type.pointee, 16))
+    start = b.at(x.data, start)
     with cgutils.for_range_slice(b, b.i64(0), count, line, b.i64) as (d, _):
         b.start_loading(b.at(start, d))
 
 
+def _totals(b, vectors):
+    """The sum of each vector's lanes, in the lanes of one vector. Halves are added to halves, of
+    two vectors at once: the order is the same for each, however many there are."""
+    found = [(vector, [i] * LANES) for i, vector in enumerate(vectors)]
+    size, indices = LANES, b.kind(b.i32)
+    while size > 1:
+        # there are instructions for shuffles within each four lanes, and for those of whole fours
+        chunk, pairs = max(size, 4), []
+        starts = [(at, source) for at in range(0, LANES, chunk) for source in (0, LANES)]
+        low = [
+            source + part + lane
+            for at, source in starts
+            for part in range(at, at + chunk, size)
+            for lane in range(size // 2)
+        ]
+        high = [lane + size // 2 for lane in low]
+        for i in range(0, len(found), 2):
+            (x, of_x), (y, of_y) = found[i], found[min(i + 1, len(found) - 1)]
+            halves = [b.shuffle_vector(x, y, ir.Constant(indices, each)) for each in (low, high)]
+            pairs.append((b.fadd(*halves), [(of_x + of_y)[lane] for lane in low]))
+        found, size = pairs, size // 2
+    (total, owners), count = found[0], len(vectors)
+    order = [owners.index(i) for i in range(count)]
+    return b.shuffle_vector(total, total, ir.Constant(b.kind(b.i32, count), order))
+
+
+def _dots(rows: int):
+    """A function that makes s (rows, m) = q (rows, D) @ k (m, D).T, all at flat indices, the rows
+    of s `stride` apart: four keys at a time. Where they end the last one comes again, so that s is
+    written up to a multiple of four."""
+
+    @vectorised()
+    def function(b, q, q_at, k, k_at, m, D, s, s_at, stride):
+        q, k, s = b.at(q.data, q_at), b.at(k.data, k_at), b.at(s.data, s_at)
+        width, last = b.i64(LANES), b.sub(m, b.i64(1))
+        whole = b.mul(b.udiv(D, width), width)
+        queries = [b.at(q, (D, i)) for i in range(rows)]
+        sums = [cgutils.alloca_once(b, b.kind(b.f32)) for _ in range(4 * rows)]
+        with cgutils.for_range_slice(b, b.i64(0), m, b.i64(4), b.i64) as (x, _):
+            keys = []
+            for i in range(4):
+                j = b.add(x, b.i64(i))
+                j = b.select(b.icmp_unsigned("<", j, last), j, last)
+                keys.append(b.at(k, (D, j)))
+            for each in sums:
+                b.store(b.kind(b.f32)(None), each)
+            with cgutils.for_range_slice(b, b.i64(0), whole, width, b.i64) as (d, _):
+                values = [b.read(b.at(query, d)) for query in queries]
+                for j, key in enumerate(keys):
+                    other = b.read(b.at(key, d))
+                    for each, value in zip(sums[j * rows :], values, strict=False):
+                        b.store(b.multiply_add(value, other, b.load(each)), each)
+            totals = _totals(b, [b.load(each) for each in sums])
+            for i in range(rows):
+                # the sums are in the order of keys
+                mine = ir.Constant(b.kind(b.i32, 4), [j * rows + i for j in range(4)])
+                part = cgutils.alloca_once_value(b, b.shuffle_vector(totals, totals, mine))
+                with cgutils.for_range_slice(b, whole, D, b.i64(1), b.i64) as (d, _):
+                    value = b.splat(b.load(b.at(queries[i], d)), 4)
+                    others = ir.Constant(b.kind(b.f32, 4), ir.Undefined)
+                    for j, key in enumerate(keys):
+                        others = b.insert_element(others, b.read(b.at(key, d), 1), b.i32(j))
+                    b.store(b.multiply_add(value, others, b.load(part)), part)
+                b.write(b.load(part), b.at(s, (stride, i), x))
+
+    return function
+
+
+def _mixes(rows: int):
+    """A function that makes y (rows, D) += p (rows, m) @ v (m, D), all at flat indices, the rows of
+    p `stride` apart; a part of y stays in registers."""
+
+    @vectorised()
+    def function(b, p, p_at, stride, m, v, v_at, D, y, y_at):
+        p, v, y = b.at(p.data, p_at), b.at(v.data, v_at), b.at(y.data, y_at)
+        weights, start = [b.at(p, (stride, i)) for i in range(rows)], b.i64(0)
+        for count, lanes in ((4, LANES), (1, LANES), (1, 1)):
+            sums = [cgutils.alloca_once(b, b.kind(b.f32, lanes)) for _ in range(count * rows)]
+            size = b.i64(count * lanes)
+            stop = b.mul(b.udiv(D, size), size)
+            with cgutils.for_range_slice(b, start, stop, size, b.i64) as (d, _):
+                at = [b.at(y, (D, i), d, (j, lanes)) for i in range(rows) for j in range(count)]
+                for each, place in zip(sums, at, strict=True):
+                    b.store(b.read(place, lanes), each)
+                with cgutils.for_range(b, m, intp=b.i64) as loop:
+                    row = b.at(v, (loop.index, D), d)
+                    values = [b.read(b.at(row, (j, lanes)), lanes) for j in range(count)]
+                    for i, place in enumerate(weights):
+                        weight = b.splat(b.load(b.at(place, loop.index)), lanes)
+                        for value, each in zip(values, sums[i * count :], strict=False):
+                            b.store(b.multiply_add(weight, value, b.load(each)), each)
+                for each, place in zip(sums, at, strict=True):
+                    b.write(b.load(each), place)
+            start = stop
+
+    return function
+
+
+_ROWS = LANES // 4  # queries that are multiplied together: with four keys, a sum in each register
+_FEW = 4  # fewer queries read K and V where they are
+_dot, _mix, _dot_rows, _mix_rows = _dots(1), _mixes(1), _dots(_ROWS), _mixes(_ROWS)
+
+
 @vectorised()
-def _dot4(b, q, q_at, k, at0, at1, at2, at3, D, s, s_at):
-    """s (4,) = q (D,) times each of four keys (D,), all at flat indices: four independent sums."""
-    q, s = b.at(q.data, q_at), b.at(s.data, s_at)
-    keys = [b.at(k.data, i) for i in (at0, at1, at2, at3)]
-    width = b.i64(LANES)
-    whole = b.mul(b.udiv(D, width), width)
-
-    def add(sums, d, lanes):
-        value = b.read(b.at(q, d), lanes)
-        for each, key in zip(sums, keys, strict=True):
-            b.store(b.multiply_add(value, b.read(b.at(key, d), lanes), b.load(each)), each)
-
-    sums = [cgutils.alloca_once(b, b.kind(b.f32), zfill=True) for _ in keys]
-    with cgutils.for_range_slice(b, b.i64(0), whole, width, b.i64) as (d, _):
-        add(sums, d, LANES)
-    name, totals = f"llvm.vector.reduce.fadd.v{LANES}f32", []
-    for each in sums:
-        total = b.ask(name, b.f32, b.f32(0), b.load(each), fastmath=("reassoc",))
-        totals.append(cgutils.alloca_once_value(b, total))
-    with cgutils.for_range_slice(b, whole, D, b.i64(1), b.i64) as (d, _):
-        add(totals, d, 1)
-    for i, total in enumerate(totals):
-        b.write(b.load(total), b.at(s, i))
+def _unpack(b, x, start, count, y, y_at):
+    """y = as many numbers of x from its flat index `start` on, as float32."""
+    x, y, start = b.at(x.data, start), b.at(y.data, y_at), b.i64(0)
+    for lanes in (LANES, 1):
+        stop = b.mul(b.udiv(count, b.i64(lanes)), b.i64(lanes))
+        with cgutils.for_range_slice(b, start, stop, b.i64(lanes), b.i64) as (i, _):
+            b.write(b.read(b.at(x, i), lanes), b.at(y, i))
+        start = stop
 
 
 @vectorised()
-def _mix(b, p, p_at, m, v, v_at, D, y, y_at):
-    """y (D,) += p (m,) @ v (m, D), all at flat indices; a part of y stays in registers."""
-    p, v, y = b.at(p.data, p_at), b.at(v.data, v_at), b.at(y.data, y_at)
-    start = b.i64(0)
-    for count, lanes in ((4, LANES), (1, LANES), (1, 1)):
-        sums = [cgutils.alloca_once(b, b.kind(b.f32, lanes)) for _ in range(count)]
-        size = b.i64(count * lanes)
-        stop = b.mul(b.udiv(D, size), size)
-        with cgutils.for_range_slice(b, start, stop, size, b.i64) as (d, _):
-            for i, each in enumerate(sums):
-                b.store(b.read(b.at(y, d, (i, lanes)), lanes), each)
-            with cgutils.for_range(b, m, intp=b.i64) as loop:
-                weight = b.splat(b.load(b.at(p, loop.index)), lanes)
-                row = b.at(v, (loop.index, D), d)
-                for i, each in enumerate(sums):
-                    value = b.read(b.at(row, (i, lanes)), lanes)
-                    b.store(b.multiply_add(weight, value, b.load(each)), each)
-            for i, each in enumerate(sums):
-                b.write(b.load(each), b.at(y, d, (i, lanes)))
+def _rescale(b, s, s_at, x, start, first, count):
+    """If x is a cache of int8: s, from its flat index s_at on, times so many of a head's scales,
+    which begin at x's flat index `start`, the first of them left out."""
+    if x.data.type.pointee != b.i8:
+        return
+    scales = b.bitcast(b.at(x.data, start), b.i16.as_pointer())
+    scales, s, start = b.at(scales, first), b.at(s.data, s_at), b.i64(0)
+    for lanes in (LANES, 1):
+        stop = b.mul(b.udiv(count, b.i64(lanes)), b.i64(lanes))
+        with cgutils.for_range_slice(b, start, stop, b.i64(lanes), b.i64) as (i, _):
+            b.write(b.fmul(b.read(b.at(s, i), lanes), b.read(b.at(scales, i), lanes)), b.at(s, i))
         start = stop
 
 
 @numba.njit(**FAST)
-def _softmax(scores):
-    """In place, but for the division by the sum, which is returned."""
+def _softmax(scores, before):
+    """In place, but for the division by the sum. Returns the largest score or, if that is larger,
+    `before`, and the sum."""
     top = largest(scores)
+    top = before if before > top else top  # a NaN stays
     total = _f32(0)
     for j in range(scores.size):
         scores[j] = exp2(scores[j] - top)
         total += scores[j]
-    return total
+    return top, total
 
 
 @numba.njit(**EXACT)
-def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, out):
-    """Some rows of one sequence, the first at `position`, against kv head h: q, out (count, n_head,
-    D), table (M,); scratch: qs, ys (n, D), scores (n, width), n = count * the query heads of h."""
+def _gather(x, table, h, start, stop, D, spare):
+    """spare (stop - start, D) = what x, K or V, has of kv head h at these positions."""
+    n_kv_head, block_size, numbers = x.shape[1:]
+    for b in range(start // block_size, (stop - 1) // block_size + 1):
+        at = b * block_size
+        x0, x1 = max(start - at, 0), min(stop - at, block_size)
+        base = (table[b] * n_kv_head + h) * block_size * numbers
+        _unpack(x, base + x0 * D, (x1 - x0) * D, spare, (at + x0 - start) * D)
+
+
+@numba.njit(**EXACT)
+def _share(start, stop, i, n):
+    """The part of these positions that is due with _ROWS rows of n from i on."""
+    return start + (stop - start) * i // n, start + (stop - start) * min(i + _ROWS, n) // n
+
+
+@numba.njit(**EXACT)
+def _fetch_some(x, table, h, start, stop):
+    """Start loading what x has of kv head h at these positions."""
+    n_kv_head, block_size, numbers = x.shape[1:]
+    for at in range(start, stop):
+        row = (table[at // block_size] * n_kv_head + h) * block_size + at % block_size
+        _fetch(x, row * numbers, numbers)
+
+
+@numba.njit(**EXACT)
+def _rescale_rows(scores, n, x, table, h, start, stop, D):
+    """The first n of these rows, of positions from `start` on, times the scales of x."""
+    n_kv_head, block_size, numbers = x.shape[1:]
+    for b in range(start // block_size, (stop - 1) // block_size + 1):
+        at = b * block_size
+        x0, x1 = max(start - at, 0), min(stop - at, block_size)
+        scales = ((table[b] * n_kv_head + h) * numbers + D) * block_size
+        for i in range(n):
+            s = i * scores.shape[1] + at + x0 - start
+            _rescale(scores, s, x, scales, x0, x1 - x0)
+
+
+@numba.njit(**EXACT)
+def _few_scores(qs, k, v, table, h, start, stop, last, scores):
+    """scores = qs @ K.T of the positions from `start` to `stop`, where K lies. Meanwhile what comes
+    next is being loaded: more of K, and then V."""
     n, D = qs.shape
-    n_kv_head, block_size = k.shape[1:3]
-    group, width = q.shape[1] // n_kv_head, scores.shape[1]
+    n_kv_head, block_size, numbers = k.shape[1:]
+    size, first, blocks = block_size * numbers, start // block_size, (stop - 1) // block_size + 1
+    for b in range(first, blocks):
+        at, near = b * block_size, b + max(1, _SOON // (size * k.itemsize))
+        base = (table[b] * n_kv_head + h) * size
+        for x in range(max(start - at, 0), min(stop - at, block_size), 4):
+            if near < blocks:
+                _fetch(k, (table[near] * n_kv_head + h) * size + x * numbers, 4 * numbers)
+            else:
+                soon = table[min(first + near - blocks, (last - 1) // block_size)]
+                _fetch(v, (soon * n_kv_head + h) * size + x * numbers, 4 * numbers)
+            m, s, row = min(4, min(stop - at, block_size) - x), at + x - start, scores.shape[1]
+            for i in range(n):
+                _dot(qs, i * D, k, base + x * D, m, D, scores, i * row + s, row)
+
+
+@numba.njit(**EXACT)
+def _few_values(scores, k, v, table, h, start, stop, last, ys):
+    """ys += scores @ V of the positions from `start` to `stop`, where V lies."""
+    n, D = ys.shape
+    n_kv_head, block_size, numbers = k.shape[1:]
+    size, first, blocks = block_size * numbers, start // block_size, (stop - 1) // block_size + 1
+    for b in range(first, blocks):
+        at, near = b * block_size, b + max(1, _SOON // (size * k.itemsize))
+        base = (table[b] * n_kv_head + h) * size
+        for x in range(max(start - at, 0), min(stop - at, block_size), 4):
+            soon = (table[min(near, (last - 1) // block_size)] * n_kv_head + h) * size
+            if near < blocks:
+                _fetch(v, soon + x * numbers, 4 * numbers)
+            else:
+                _fetch(k, soon + x * numbers, 4 * numbers)
+            m, s, row = min(4, min(stop - at, block_size) - x), at + x - start, scores.shape[1]
+            for i in range(n):
+                _mix(scores, i * row + s, row, m, v, base + x * D, D, ys, i * D)
+
+
+@numba.njit(**EXACT)
+def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, sums, spare, out):
+    """Some rows of one sequence, the first at `position`, against kv head h: q, out (count, n_head,
+    D), table (M,); scratch: qs, ys (n, D), scores (n, _WIDTH), sums (n, 2), n being padded(count *
+    the query heads of h); spare (_PANEL * D,).
+
+    A few rows read K and V where they are; more of them panels in float32, that stay in the
+    first-level cache. The bits of a row are the same either way.
+    """
+    n, D = qs.shape
+    group, width = q.shape[1] // k.shape[1], scores.shape[1]
+    count = q.shape[0] * group
     scale = _f32(1 / (math.sqrt(D) * math.log(2)))  # powers of 2, not of e
     for i in range(n):
-        qi, qs_i, yi = q[i // group, h * group + i % group], qs[i], ys[i]
+        qi, qs_i, yi = q[min(i, count - 1) // group, h * group + i % group], qs[i], ys[i]
         for d in range(D):
             qs_i[d] = qi[d] * scale
             yi[d] = 0
+        sums[i, 0], sums[i, 1] = -np.inf, 0
+    last = position + q.shape[0]  # some row sees the keys before it, from `start` on
     start = max(0, position - window) if window >= 0 else 0
-    # keys are read four at a time: the same four whatever row of the tile comes first, so that the
-    # bits of a row do not depend on it
-    start -= start % block_size % 4
-    stop = position + q.shape[0]  # some row sees the keys [start, stop)
-    first, blocks = start // block_size, (stop - 1) // block_size + 1
-    for b in range(first, blocks):
-        at = b * block_size - start  # of the block's first key among the seen
-        x0, x1 = max(-at, 0), min(stop - start - at, block_size)
-        base = (table[b] * n_kv_head + h) * block_size
-        near = (table[min(b + 1, blocks - 1)] * n_kv_head + h) * block_size
-        for x in range(x0, x1, 4):
-            _fetch(k, (near + x) * D, D)
-            last = (base + x1 - 1) * D
-            k0 = (base + x) * D
-            k1, k2, k3 = min(k0 + D, last), min(k0 + 2 * D, last), min(k0 + 3 * D, last)
-            for i in range(n):
-                # where the block ends the last key comes again, to be overwritten
-                _dot4(qs, i * D, k, k0, k1, k2, k3, D, scores, i * width + at + x)
-    for i in range(n):
-        right = position + i // group + 1 - start
-        left = max(0, right - 1 - window) if window >= 0 else 0
-        scores[i, :left] = 0
-        scores[i, right : stop - start] = 0
-        qs[i, 0] = 1 / _softmax(scores[i, left:right])  # the query is not needed any more
-    for b in range(first, blocks):
-        at = b * block_size - start
-        x0, x1 = max(-at, 0), min(stop - start - at, block_size)
-        base = (table[b] * n_kv_head + h) * block_size
-        near = (table[min(b + 1, blocks - 1)] * n_kv_head + h) * block_size
-        for x in range(x0, x1, 4):
-            _fetch(v, (near + x) * D, D)
-            for i in range(n):
-                _mix(scores, i * width + at + x, min(4, x1 - x), v, (base + x) * D, D, ys, i * D)
-    for i in range(n):
+    while start < last:
+        stop = min(last, (start // _KEYS + 1) * _KEYS)
+        if n < _FEW:
+            _few_scores(qs, k, v, table, h, start, stop, last, scores)
+        else:
+            for at in range(start, stop, _PANEL):
+                end, soon = min(at + _PANEL, stop), min(at + 2 * _PANEL, stop)
+                _gather(k, table, h, at, end, D, spare)
+                for i in range(0, n, _ROWS):
+                    _fetch_some(k, table, h, *_share(end, soon, i, n))
+                    # up to the last key that the last of them sees
+                    m = min(end, position + (i + _ROWS - 1) // group + 1) - at
+                    if m > 0:
+                        s = i * width + at - start
+                        _dot_rows(qs, i * D, spare, 0, m, D, scores, s, width)
+        _rescale_rows(scores, n, k, table, h, start, stop, D)
+        for i in range(n):
+            right = max(0, min(position + i // group + 1, stop) - start)
+            left = max(0, position + i // group - window - start) if window >= 0 else 0
+            scores[i, : min(left, right)] = 0
+            scores[i, right : stop - start] = 0
+            if left < right:
+                before = sums[i, 0]
+                sums[i, 0], total = _softmax(scores[i, left:right], before)
+                factor = exp2(before - sums[i, 0])
+                sums[i, 1], yi = sums[i, 1] * factor + total, ys[i]
+                for d in range(D):
+                    yi[d] *= factor
+        _rescale_rows(scores, n, v, table, h, start, stop, D)
+        if n < _FEW:
+            _few_values(scores, k, v, table, h, start, stop, last, ys)
+        else:
+            for at in range(start, stop, _PANEL):
+                end, soon = min(at + _PANEL, stop), min(at + 2 * _PANEL, stop)
+                _gather(v, table, h, at, end, D, spare)
+                for i in range(0, n, _ROWS):
+                    _fetch_some(v, table, h, *_share(end, soon, i, n))
+                    m = min(end, position + (i + _ROWS - 1) // group + 1) - at
+                    if m > 0:
+                        s = i * width + at - start
+                        _mix_rows(scores, s, width, m, spare, 0, D, ys, i * D)
+        start = stop
+    for i in range(count):
         out_i, yi = out[i // group, h * group + i % group], ys[i]
+        factor = 1 / sums[i, 1]
         for d in range(D):
-            out_i[d] = yi[d] * qs[i, 0]
+            out_i[d] = yi[d] * factor
+
+
+@numba.njit(**FAST)
+def padded(n):
+    """The rows of scratch that so many queries take."""
+    return n if n < _FEW else -(-n // _ROWS) * _ROWS
 
 
 @kept(parallel=True, **FAST)
@@ -150,41 +343,38 @@ def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scrat
     """Tiles of up to `rows` rows and one kv head are dealt to the threads like cards: a batch may
     begin with decodes and end with long chunks."""
     D, n_kv_head, threads = q.shape[2], k.shape[1], scratch.shape[0]
-    most = rows * (q.shape[1] // n_kv_head)  # queries in a tile
+    group = q.shape[1] // n_kv_head
+    most = padded(rows * group)  # queries in a tile
     for thread in numba.prange(threads):
         mine = scratch[thread]
         qs = mine[: most * D].reshape(most, D)
         ys = mine[most * D : 2 * most * D].reshape(most, D)
         scores = mine[2 * most * D :].reshape(most, -1)
+        sums, spare = np.empty((most, 2), np.float32), np.empty(_PANEL * D, np.float32)
         turn = 0
         for b in range(seq_lens.size):
             end = cu_seqlens[b + 1]
             for r in range(cu_seqlens[b], end, rows):
                 stop = min(r + rows, end)
-                n, position = (stop - r) * (most // rows), seq_lens[b] - end + r
+                n, position = padded((stop - r) * group), seq_lens[b] - end + r
                 for h in range(n_kv_head):
                     if turn == thread:
                         _attend_tile(
                             q[r:stop], k, v, h, block_tables[b], position, window,
-                            qs[:n], ys[:n], scores[:n], out[r:stop],
+                            qs[:n], ys[:n], scores[:n], sums[:n], spare, out[r:stop],
                         )  # fmt: skip
                     turn = (turn + 1) % threads
 
 
 def tile(batch, group: int) -> tuple[int, int]:
     """Rows of one sequence that are done together, and how long a row of scores is."""
-    # 16 queries read a block of keys together: their scores still fit in the second-level cache
-    rows = max(1, min(batch.max_query, 16 // group))
-    # an odd number of cache lines per row, else the same column of all rows falls into one set
-    return rows, ((batch.max_seq + 3 + 15) // 16 | 1) * 16  # + 3: keys come by four
+    # many queries read a block of keys together: their scores still fit in the second-level cache
+    return max(1, min(batch.max_query, _QUERIES // group)), _WIDTH
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
-    """Attention as ../attention.py describes it: q in float32, k and v in float32 or bfloat16.
-
-    Chunks come here too, of any length: a gather and torch's attention take 5 to 8 times as long
-    for 64 prompts of 23 tokens, 1.4 to 2.4 times for one of 512, 0.9 to 1.3 times for 2,048.
-    """
+    """Attention as ../attention.py describes it: q in float32, k and v in that or bfloat16, or
+    in int8 as ../fused/int8_cache.py has them. Chunks come here too, of any length."""
     group, D = q.shape[1] // k.shape[1], q.shape[2]
     rows, width = tile(batch, group)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -192,6 +382,6 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tens
     arrays = [array_of(x) for x in (q.contiguous(), k, v, *where)]
     with one_at_a_time:
         threads = threads_for(len(q) * k.shape[1])
-        scratch = torch.empty(threads, rows * group * (2 * D + width))
+        scratch = torch.empty(threads, padded(rows * group) * (2 * D + width))
         attend_rows(*arrays, window, rows, scratch.numpy(), out.numpy())
     return out

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..fused.backend import Backend
 from . import first, products, steps
-from .attention import attend_rows, paged_attention, tile
+from .attention import attend_rows, padded, paged_attention, tile
 from .products import HalfPanels, Int8, Int8Panels, Panels, product
 from .steps import add_norm_rows, array_of, rope_store_rows
 from .vectors import FAST, check_process, kept, one_at_a_time, row_threads, threads_for, vectorised
@@ -71,10 +71,12 @@ class CpuBackend(Backend):
 
     def prepare(self, model) -> None:
         """Have the kernels of such a model on disk, or compute in plain torch until they are."""
-        kind = f"{model.store or 'float32'}{'-layers' if model.compiled else ''}"
+        kind = model.store or "float32"
+        kind += "-int8_cache" if model.kv_layout[1] == torch.int8 else ""
+        kind += "-layers" if model.compiled else ""
         # ranks draw the same tokens, so all of them have to compute in the same way
         waits = self.waits or self.deterministic or model.ranks is not None
-        if not first.begin(type(self), kind, waits):
+        if not first.begin(CpuBackend, kind, waits):
             self.awaited = kind
             # the helper needs a core: threads that share one with it wait for each other at the end
             # of each operation, and a step takes 30 times as long
@@ -84,7 +86,7 @@ class CpuBackend(Backend):
                 setattr(self, name, getattr(super(), name))
 
     def is_ready(self) -> bool:
-        if self.awaited and first.poll(type(self), self.awaited):
+        if self.awaited and first.poll(CpuBackend, self.awaited):
             self.awaited = None
             torch.set_num_threads(self.num_threads)
             for name in PLAIN:
@@ -123,13 +125,13 @@ def _layers(
 ):  # fmt: skip
     """FusedGPT.forward after its step (1), with the same numbers."""
     T, C = x0.shape
-    n_layer, n_kv_head, D = len(windows), cache.shape[3], cache.shape[5]
+    n_layer, n_kv_head, D = len(windows), cache.shape[3], 2 * cos.shape[1]
     n_head, mixes, smear = C // D, resid.size > 0, backout.size > 0
     few = row_threads(T, threads)
     x, spare, y, h, middle = x0.copy(), np.empty_like(x0), np.empty_like(x0), np.empty_like(x0), x0
     q, seen = np.empty((T, n_head, D), np.float32), np.empty((T, n_head, D), np.float32)
     qkv, wide = np.empty((T, C + 2 * n_kv_head * D), np.float32), np.empty((T, 4 * C), np.float32)
-    scratch = np.empty((threads, rows * (n_head // n_kv_head) * (2 * D + width)), np.float32)
+    scratch = np.empty((threads, padded(rows * n_head // n_kv_head) * (2 * D + width)), np.float32)
     one, none = _f32(1), _f32(0)
     # no constants, or numba would compile each kernel for them once more
     yes, no = threads > 0, threads < 0
@@ -149,11 +151,11 @@ def _layers(
             qkv.reshape(T, -1, D), h, ids, ve, ve_gate, gated, cos, sin, positions, slots[group],
             k, v, qk_scale, gate_scale, eps, few, q,
         )  # fmt: skip
+        if i == n_layer - 1 and len(logit_rows) == 0:
+            return y[:0]
         attend_rows(q, k, v, cu_seqlens, seq_lens, tables[group], windows[i], rows, scratch, seen)
         if i == n_layer - 1:
             T = len(logit_rows)
-            if T == 0:
-                return y[:0]
             few = row_threads(T, threads)
             x, seen = x[logit_rows], seen[logit_rows]
             spare, y, h = np.empty_like(x), np.empty_like(x), np.empty_like(x)

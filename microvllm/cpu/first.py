@@ -30,6 +30,7 @@ import torch
 
 from ..attention import PagedKVCache
 from ..checkpoint import empty_model
+from ..fused.int8_cache import with_int8_cache
 from ..fused.model import FusedGPT, FusedRunner
 from ..model import RECIPES, GPTConfig
 from ..sampler import SamplingParams
@@ -59,16 +60,19 @@ _lock = threading.RLock()
 def run_tiny(backend_class: type, kind: str) -> None:
     """Two steps of a tiny model of this kind, a prompt and a token: each kernel that an engine of
     this kind calls is loaded from disk, or compiled."""
-    store, _, layers = kind.partition("-")
-    width = 64 if layers else 24  # of which panels are whole, or not
+    store, *parts = kind.split("-")
+    width = 64 if "layers" in parts else 24  # of which panels are whole, or not
     config, recipe = GPTConfig(16, 64, 2, 2, 1, width), RECIPES["5"]
     names = empty_model(config, recipe, config.vocab_size).state_dict()
     weights = {name: torch.zeros(weight.shape) for name, weight in names.items()}
+    if "int8_cache" in parts:
+        backend_class = with_int8_cache(backend_class, torch.device("cpu"))
     backend = backend_class(torch.device("cpu"), torch.float32)
     backend.prepare = lambda model: None  # it does not wait for itself
     store = None if store == "float32" else store
     model = FusedGPT(config, recipe, weights, backend, store=store)
-    cache = PagedKVCache(config, 8, 4, model.cache_dtype, backend.device)
+    layout, dtype = model.kv_layout
+    cache = PagedKVCache(layout, 8, 4, dtype, backend.device)
     scheduler = Scheduler(blocks := BlockManager(8, 4), 4, 16)
     scheduler.add(Sequence(0, [1, 2, 3], SamplingParams(max_tokens=2, top_k=2, seed=0)))
     runner = FusedRunner(model, cache, blocks)

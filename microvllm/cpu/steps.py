@@ -13,14 +13,16 @@ import numba
 import numpy as np
 import torch
 from numba.core import types
+from numba.extending import overload
 from torch import Tensor
 
 from ..fused.backend import NO_FILTERS, filter_values
-from .vectors import FAST, kept, one_at_a_time, row_threads, share, threads_for, vectorised
+from .vectors import EXACT, FAST, kept, one_at_a_time, row_threads, share, threads_for, vectorised
 
 _f32 = np.float32
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9
 _LOG2E = _f32(1 / math.log(2))
+_LEAST = _f32(1e-30).view(np.int32)  # a smaller row is written as zeros
 _BLOCK = 256  # weights that are summed before one of them is looked for
 
 
@@ -112,16 +114,49 @@ def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
     return x_new, h
 
 
+@numba.njit(**EXACT)
+def _quantize(x, scale, head, slot):
+    """x (D,) times scale to a slot of head (block_size, D + 2) as fused/int8_cache.py has it, whose
+    rounding this is, to the bit."""
+    bits, most = x.view(np.int32), np.int32(_LEAST)
+    for j in range(bits.size):
+        most = max(most, bits[j] & np.int32(0x7FFFFFFF))
+    exact = np.int32(most).view(np.float32) * scale / _f32(127)
+    up = min(np.float32(exact).view(np.int32), np.int32(0x7FC00000)) + 0xFFFF >> 16
+    flat, D = head.reshape(-1), x.size
+    flat[len(head) * D :].view(np.uint16)[slot] = up
+    step = np.int32(up << 16).view(np.float32)
+    row = flat[slot * D : slot * D + D]
+    for j in range(D):
+        # the last bits of the sum are those of the nearest integer, of two equally near the even
+        row[j] = np.float32(x[j] * scale / step + _f32(1.5 * 2**23)).view(np.int32)
+
+
+def write_row(x, scale, rows, i):
+    """rows[i] = x (D,) times scale, in the numbers that rows has."""
+
+
+@overload(write_row, jit_options=FAST)
+def _write_row_of(x, scale, rows, i):
+    def floats(x, scale, rows, i):
+        row = rows[i]
+        for j in range(x.size):
+            store(row, j, x[j] * scale)
+
+    def integers(x, scale, rows, i):
+        _quantize(x, scale, rows, i)
+
+    return integers if rows.dtype == types.int8 else floats
+
+
 @numba.njit(**FAST)
-def _rotate(x, cos, sin, qk_scale, eps, z, y):
-    """y (D,) = qk_scale * the norm of x (D,) rotated; z (D,) is scratch."""
+def _rotate(x, cos, sin, qk_scale, eps, z, rows, i):
+    """rows[i] (D,) = qk_scale * the norm of x (D,) rotated; z (D,) is scratch."""
     half = cos.size
     for j in range(half):
         z[j] = x[j] * cos[j] + x[half + j] * sin[j]
         z[half + j] = x[half + j] * cos[j] - x[j] * sin[j]
-    scale = _rms_scale(z, eps) * qk_scale
-    for j in range(y.size):
-        store(y, j, z[j] * scale)
+    write_row(z, _rms_scale(z, eps) * qk_scale, rows, i)
 
 
 @kept(parallel=True, **FAST)
@@ -129,8 +164,8 @@ def rope_store_rows(
     qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
     qk_scale, gate_scale, eps, threads, q,
 ):  # fmt: skip
-    T, n_head = q.shape[:2]
-    n_kv_head, block_size, D = k.shape[1:]
+    T, n_head, D = q.shape
+    n_kv_head, block_size = k.shape[1:3]
     for thread in numba.prange(threads):
         z = np.empty(D, np.float32)
         first, end = share(T, thread, threads)
@@ -139,36 +174,36 @@ def rope_store_rows(
             block, slot = slots[t] // block_size, slots[t] % block_size
             e = ve[ids[t] if gated else 0]
             for i in range(n_head):
-                _rotate(qkv[t, i], c, s, qk_scale, eps, z, q[t, i])
+                _rotate(qkv[t, i], c, s, qk_scale, eps, z, q[t], i)
             for i in range(n_kv_head):
-                _rotate(qkv[t, n_head + i], c, s, qk_scale, eps, z, k[block, i, slot])
-                vi, to = qkv[t, n_head + n_kv_head + i], v[block, i, slot]
+                _rotate(qkv[t, n_head + i], c, s, qk_scale, eps, z, k[block, i], slot)
+                vi = qkv[t, n_head + n_kv_head + i]
                 if gated:
                     dot = _f32(0)
                     for j in range(ve_gate.shape[1]):
                         dot += h[t, j] * ve_gate[i, j]
                     gate = gate_scale / (_f32(1) + np.exp(-dot))
                     for j in range(D):
-                        store(to, j, vi[j] + gate * load(e, i * D + j))
-                else:
-                    for j in range(D):
-                        store(to, j, vi[j])
+                        z[j] = vi[j] + gate * load(e, i * D + j)
+                    vi = z
+                write_row(vi, _f32(1), v[block, i], slot)
 
 
 def rope_store(
     qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps
 ) -> Tensor:
     """What Backend.rope_store does."""
-    q, gated = torch.empty(len(qkv), n_head, k.shape[3]), ve is not None
+    D, gated = 2 * cos.shape[1], ve is not None
+    q = torch.empty(len(qkv), n_head, D)
     if not gated:  # a kernel takes arrays, never None: any of their kind will do
-        ve, ve_gate = k[0, 0], h
+        ve, ve_gate = cos if k.dtype == torch.int8 else k[0, 0], h
     ids = batch.ids if gated else batch.slots
     tensors = ids, ve, ve_gate, cos, sin, batch.positions, batch.slots, k, v
     ids, ve, ve_gate, *others = [array_of(x) for x in tensors]
     with one_at_a_time:
         threads = threads_for(row_threads(len(qkv), len(qkv)))
         rope_store_rows(
-            qkv.view(len(qkv), -1, k.shape[3]).numpy(), h.numpy(), ids, ve, ve_gate, gated,
+            qkv.view(len(qkv), -1, D).numpy(), h.numpy(), ids, ve, ve_gate, gated,
             *others, _f32(qk_scale), _f32(gate_scale), _f32(eps), threads, q.numpy(),
         )  # fmt: skip
     return q

@@ -213,10 +213,13 @@ class Builder:
         return self.bitcast(start, self.i32.as_pointer()) if pairs else start
 
     def read(self, start, lanes: int = LANES):
-        """Numbers from a pointer on; those of 16 bits are bfloat16, and become float32."""
+        """Numbers from a pointer on, as float32; those of 16 bits are bfloat16, of 8 integers."""
         item = start.type.pointee
         value = self.load(self.bitcast(start, self.kind(item, lanes).as_pointer()))
-        value.align = 2 if item == self.i16 else 4
+        value.align = {self.i8: 1, self.i16: 2}.get(item, 4)
+        if item == self.i8:
+            value = self.sext(value, self.kind(self.i32, lanes))
+            return self.sitofp(value, self.kind(self.f32, lanes))
         if item != self.i16:
             return value
         value = self.zext(value, self.kind(self.i32, lanes))

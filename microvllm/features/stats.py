@@ -53,7 +53,7 @@ class StatsLLM(LLM):
         the prompts' tokens, cached_tokens came from the prefix cache and prefill_tokens were
         computed; decode_steps: of the steps, the share of rows that are no prompt's; of
         guessed_tokens, accepted_tokens were right), and the present state of the pool, without the
-        sink."""
+        sink; cache_bytes: what K and V take, with it."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return self._stats | {
             "output_tokens": scheduler.num_tokens, "preemptions": scheduler.num_preemptions,
@@ -63,6 +63,7 @@ class StatsLLM(LLM):
             "free_blocks": blocks.num_free // blocks.width,
             "peak_blocks": -(-self._stats["peak_blocks"] // blocks.width),
             "running": len(scheduler.running), "waiting": len(scheduler.waiting),
+            "cache_bytes": getattr(self.cache.data, "nbytes", 0),  # none while the engine sleeps
         }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import sdpa_attention, store, visible
-from ..model import norm, rotate
+from ..model import GPTConfig, norm, rotate
 from ..sampler import SamplingParams, sample
 from .linear import Linear, Packed, Shared, has_onednn
 
@@ -78,6 +78,10 @@ class Backend:
     def fill(self, target: Tensor, source: Tensor) -> None:
         """Write a weight to where it is kept. Seam: the way from a file to a device's memory."""
         target.copy_(source)
+
+    def kv_layout(self, config: GPTConfig, dtype) -> tuple[GPTConfig, torch.dtype]:
+        """The shape and dtype of K and V in memory, of a model that computes them as given."""
+        return config, dtype
 
     def compile(self, model) -> Callable | None:
         """All layers of the model as one function of (x, batch, cache), where there is one."""

@@ -56,8 +56,8 @@ class FusedGPT:
             self.local, weights, share = ranks.local(config), ranks.share(weights, config), False
         self.device, self.dtype = backend.device, dtype
         self.windows = layer_windows(config, recipe)
-        self.cache_dtype = torch.bfloat16 if store else dtype  # of K and V
-        self.kv_layout = self.local, self.cache_dtype
+        self.cache_dtype = torch.bfloat16 if store else dtype  # of tables, K and V
+        self.kv_layout = backend.kv_layout(self.local, self.cache_dtype)
         self.linears: dict[tuple[str, ...], Linear] = {}  # by the names in the checkpoint
         self.tensors: dict[str, Tensor] = {}
         kept = torch.bfloat16 if store == "bfloat16" else dtype

@@ -480,6 +480,15 @@ def test_score_names_the_row_at_fault(row, mistake, tmp_path):
     assert f"{file}: row 2: " in mistake("score", "--file", file)
 
 
+def test_info_counts_k_and_v_in_int8(command):
+    found = json.loads(command("info", "--kv-cache-dtype", "int8", "--json")[0])
+    options = {"kv_cache_dtype": "int8", "attention": "sdpa"}
+    with LLM(MODEL, device="cpu", num_blocks=10, **options) as llm:
+        layers, depth = len(llm.model.windows), len(llm.cache.data)
+        slots = llm.cache.num_blocks * 16
+        assert found["kv_bytes_per_token"] // layers * depth * slots == llm.stats()["cache_bytes"]
+
+
 def test_info_agrees_with_the_engine(era, command):
     flags = [f"--recipe={name}={value}" for name, value in era.overrides.items()]
     found = json.loads(command("info", era.directory, "--json", *flags)[0])

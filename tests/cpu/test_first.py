@@ -163,7 +163,8 @@ def test_ranks_wait(helpers):
     """One could draw from the kernels' logits, and another from torch's."""
     helpers.does = WRITES
     backend = CpuBackend(torch.device("cpu"), torch.float32)
-    backend.prepare(SimpleNamespace(store=None, compiled=None, ranks=object()))
+    model = {"store": None, "compiled": None, "ranks": object(), "kv_layout": (None, None)}
+    backend.prepare(SimpleNamespace(**model))
     assert backend.awaited is None and helpers.started["float32"][0].returncode == 0
 
 

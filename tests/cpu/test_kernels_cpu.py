@@ -104,9 +104,24 @@ def test_small_batches(work):
     check(work, -1)
 
 
-@pytest.mark.parametrize("window", [-1, 50])
+@pytest.mark.parametrize("window", [-1, 50, 700])
 def test_long_chunks(window):
-    check([(1, 30), (150, 150), (64, 400)], window)
+    """More queries than are done together, and more keys than scores are kept of."""
+    check([(1, 30), (1, 1100), (250, 250), (230, 1300)], window)
+
+
+@pytest.mark.parametrize("n_head, n_kv_head, block_size", [(4, 4, 16), (3, 1, 6), (12, 2, 16)])
+@pytest.mark.parametrize("window", [-1, 9, 600])
+def test_the_bits_of_a_row_follow_from_that_row(n_head, n_kv_head, block_size, window):
+    """Alone, which reads K and V where they are, or among few or many others, in panels."""
+    q, k, v, batch = case([(1100, 1100)], n_head, n_kv_head, block_size=block_size)
+    whole, table = paged_attention(q, k, v, batch, window), batch.block_tables[0].tolist()
+    for start in (0, 509, 1070):
+        for size in (1, 2, 3, 5, 30):
+            rows = slice(start, start + size)
+            part = hand_made_batch([([0] * 1100, start, start + size, table)], block_size)
+            got = paged_attention(q[rows].contiguous(), k, v, part, window)
+            assert torch.equal(got, whole[rows]), (start, size)
 
 
 def test_a_prompt_in_chunks_is_the_prompt_at_once():

@@ -190,7 +190,8 @@ def test_attention_is_dealt_like_cards(rows, threads):
 
     def run(threads: int) -> tuple[torch.Tensor, int]:
         """What is attended, and how many threads wrote to their scratch."""
-        scratch, out = torch.zeros(threads, count * (2 * 8 + width)), torch.zeros(rows, 6, 8)
+        size = attention.padded(count) * (2 * 8 + width)
+        scratch, out = torch.zeros(threads, size), torch.zeros(rows, 6, 8)
         attention.attend_rows(q, k, v, *tables, -1, count, scratch.numpy(), out.numpy())
         return out, int(scratch.any(1).sum())
 
