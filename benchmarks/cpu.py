@@ -47,7 +47,8 @@ from microvllm.engine import Runner
 from microvllm.fused.linear import Linear
 from microvllm.fused.model import FusedRunner
 
-KINDS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
+KINDS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}}
+KINDS |= {word: {"quantization": word} for word in ("int8", "int6", "int5", "int4")}
 PYTHON = ("schedule", "batch", "upload", "update", "other python")
 
 

@@ -398,12 +398,11 @@ def limit(options: dict) -> Callable[[dict], dict]:
     torch.set_num_threads(options["threads"])
     config, recipe, _ = read_model(options["folder"])
     dtype = torch.bfloat16 if options["llm"].get("dtype") == "bfloat16" else torch.float32
-    int8 = options["llm"].get("quantization") == "int8"
+    word = options["llm"].get("quantization")
+    int8 = word is not None  # a library's products have no fewer bits
     kept = 2 if int8 else dtype.itemsize  # bytes of a number of K and V
     owns = cpu is not None and bool(cpu.products.PANEL8 if int8 else cpu.products.PANEL)
     if owns:
-        own = cpu.Panels if dtype == torch.float32 else cpu.HalfPanels
-        own = cpu.Int8Panels if int8 else own
         backend = cpu.CpuBackend(torch.device("cpu"), torch.float32)
     c, kv = config.n_embd, config.n_kv_head * config.head_dim
     windows = layer_windows(config, recipe)
@@ -422,6 +421,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
                 lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
             )
         if owns:
+            own = backend.linear_class(word, False, into, dtype)
             made = own([weight], backend, dtype)
             products.append(lambda x: made(x.float()))
         return products

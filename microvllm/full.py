@@ -23,6 +23,8 @@ from .tokenizer import load_tokenizer
 
 log = logging.getLogger("microvllm")
 
+QUANTIZATIONS = "int8", "int6", "int5", "int4", "fp8"  # the last one is a GPU's
+
 # the order in which features wrap each other, the outermost first
 FEATURES = (
     "guard guided stats checks progress nanochat live parallel scoring stop_strings calculator "
@@ -39,7 +41,8 @@ NAMES = {
     "features.stop_strings": "stop", "features.guided": "guide", "features.logits":
         "repetition_penalty presence_penalty frequency_penalty min_tokens logprobs logit_bias "
         "allowed_token_ids bad_words logits_processor",
-    "sources.places": "from_nanochat", "trace": "tracing trace", "cpu.backend": "int8 numba",
+    "sources.places": "from_nanochat", "trace": "tracing trace", "cpu.backend":
+        "int8 int6 int5 int4 numba",
     "gpu.backend": "fp8 triton", "gpu.flash": "flash", "fused.backend": "sdpa deterministic",
     "fused.int8_cache": "kv_cache_dtype",
 }  # fmt: skip
@@ -128,6 +131,16 @@ def pick_backend(
     return kind(device, dtype, deterministic)
 
 
+@cache  # once
+def advise(quantization: str) -> None:
+    """Say what costs less, where weights are rounded as they are loaded."""
+    if quantization in ("int6", "int5", "int4"):
+        log.warning(
+            "quantization=%r: weights are rounded to the nearest while they are loaded; rounded "
+            "once by `microvllm quantize` they lose much less", quantization,
+        )  # fmt: skip
+
+
 def build_model(
     config, recipe, weights, device, dtype="auto", *, share=False, attention="auto", max_len=None,
     quantization=None, kv_cache_dtype="auto", deterministic=False, ranks=None, **overrides,
@@ -142,25 +155,53 @@ def build_model(
             "and then NaN; dtype='bfloat16' or 'float32' is right"
         )
     check_length(max_len, config, device)
-    if quantization not in (None, "int8", "fp8"):
-        raise ValueError(f"quantization must be None, 'int8' or 'fp8', got {quantization!r:.80}")
+    if quantization not in (None, *QUANTIZATIONS):
+        words = ", ".join(map(repr, QUANTIZATIONS[:-1]))
+        raise ValueError(
+            f"quantization must be None, {words} or {QUANTIZATIONS[-1]!r}, got {quantization!r:.80}"
+        )
     recipe = (optional("sources.strict") or dataclasses).replace(recipe, **overrides)
     backend = pick_backend(attention, device, dtype, deterministic, kv_cache_dtype)
-    if quantization:
+    if stored := stored_as(weights):
+        if quantization not in (None, stored):
+            raise ValueError(
+                f"quantization={quantization!r}, and the folder has {stored}: leave it out, or "
+                "give the checkpoint that the folder was made from"
+            )
+        quantization = stored if backend.takes(stored) and not ranks else None
+        if not quantization:
+            log.info("no products of %s here: its matrices become %s", stored, dtype)
+        if ranks:
+            weights = dense(weights)
+    elif quantization:
         needed(quantization)
         backend.check_quantization(quantization, config)
+        advise(quantization)
     if ranks:
         ranks.check(quantization, deterministic)
     store = quantization
     if dtype == torch.bfloat16 and backend.name == "numba":
         dtype, store = torch.float32, "bfloat16"  # a CPU saves memory's time, not arithmetic's
-    sums = {name: weight.sum(dtype=torch.float32) for name, weight in weights.items()}
+    whole = {name: weight for name, weight in weights.items() if isinstance(weight, torch.Tensor)}
+    sums = {name: weight.sum(dtype=torch.float32) for name, weight in whole.items()}
     if broken := [name for name, total in sums.items() if not total.isfinite()]:
         log.warning("NaN or infinite weights, %s: the model can draw no token", ", ".join(broken))
     size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
     with fits(f"weights of {size:,} bytes in {dtype}", device):
         options = dtype, max_len, share, store, ranks
         return optional("fused.model").FusedGPT(config, recipe, weights, backend, *options)
+
+
+def stored_as(weights: dict) -> str | None:
+    """int8, int6, int5 or int4, if the weights are of a quantised folder (sources/quantised.py)."""
+    bits = [weight.bits for weight in weights.values() if not isinstance(weight, torch.Tensor)]
+    return f"int{min(bits)}" if bits else None
+
+
+def dense(weights: dict) -> dict[str, torch.Tensor]:
+    """The same with all matrices as floats."""
+    found = weights.items()
+    return {k: w if isinstance(w, torch.Tensor) else w.dense() for k, w in found}
 
 
 @contextmanager
@@ -257,7 +298,8 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
     "triton", "flash" or "sdpa"; gpu_memory_utilization: share of the free GPU memory for the cache,
     by default 0.9 (beside a live module the default pool of any device is a quarter of that: the
     training has yet to take its part); cuda_graphs: replay decode steps; quantization: on a CPU
-    "int8", of the matrices and the inputs of all products (K and V are bfloat16), on a GPU "fp8";
+    "int8", "int6", "int5" or "int4", of the matrices, whose inputs are int8 then (K and V are
+    bfloat16), on a GPU "fp8", and for a folder of `microvllm quantize` what it has;
     kv_cache_dtype: "int8" keeps K and V in 8 bits, on a CPU (fused/int8_cache.py), "auto" as said;
     deterministic: logits, and so tokens, bit for bit the same alone or in a batch, cold or warm,
     slower where the products are a library's; prompt_lookup: on a CPU, at most so many guessed
@@ -326,6 +368,7 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
                 check_length(max_model_len, config, device)
                 recipe = (optional("sources.strict") or dataclasses).replace(recipe, **overrides)
                 with fits("weights", device):
+                    weights = dense(weights)
                     return make_model(config, recipe, weights, device, dtype, max_len=max_model_len)
         else:
             own |= {"share": model is not None and not copy, "max_len": max_model_len}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import sys
 import time
 from contextlib import ExitStack, suppress
@@ -407,6 +408,57 @@ def convert(args: argparse.Namespace) -> None:
     told |= {"era": recipe.era, "greedy_tokens": before}
     same = f"the same {len(before)} greedy tokens as {found[0]}"
     terminal.say(json.dumps(told) if args.json else f"{args.output}: era {recipe.era}, {same}")
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Write a checkpoint in 8, 6, 5 or 4 bits, rounded on text of its own or on a given one."""
+    from .. import LLM, __version__
+    from ..full import find_checkpoint, read_checkpoint
+    from ..quantize import quantize, split_text, write_texts
+    from ..sources import exports, huggingface, places, quantised, strict
+
+    start, bits = time.perf_counter(), int(args.bits)
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"seed must be from 0 to 2**31 - 1, got {args.seed}")
+    directory, step = find_checkpoint(args.model, args.step)
+    config, recipe, weights = read_checkpoint(directory, step)
+    recipe, base = strict.replace(recipe, **overrides(args)), places.is_base(directory, step)
+    checkpoint = config, recipe, weights
+    quantised.check_source(checkpoint, directory, bits)
+    tokenizer = places.open_tokenizer(directory, args.tokenizer_dir)
+    with exports.new_folder(args.output) as folder:
+        huggingface.import_safetensors(folder)
+        if args.calibration:
+            with open(args.calibration, encoding="utf-8") as file:
+                text = file.read(32 * args.tokens)  # a token has a few characters
+            texts = split_text(
+                tokenizer.encode(text), tokenizer.bos_id, args.tokens, config.sequence_len
+            )
+            if not texts:
+                raise ValueError(f"--calibration {args.calibration} is empty: give a text")
+        else:
+            options = {"device": "cpu", "max_batch_size": 48, **overrides(args)}
+            options["max_model_len"] = min(512, config.sequence_len)
+            with LLM(directory, step, args.tokenizer_dir, **options) as llm:
+                texts = write_texts(llm, args.tokens, args.seed, tokenizer.has_chat and not base)
+        made = quantize(*checkpoint, texts, lambda name: quantised.bits_of(name, bits))
+        told = {"bits": bits, "seed": args.seed, "tokens": sum(map(len, texts)), "base": base}
+        told |= {"calibration": args.calibration or "sampled by the model", "source": args.model}
+        words = [args.model, "-o", args.output, "--bits", args.bits, "--seed", str(args.seed)]
+        words += ["--tokens", str(args.tokens)]
+        words += ["--calibration", args.calibration] if args.calibration else []
+        words += [word for item in args.recipe for word in ("--recipe", item)]
+        told |= {"version": __version__, "command": shlex.join(["microvllm", "quantize", *words])}
+        quantised.write_folder(checkpoint, made, tokenizer, told, folder)
+        _, _, written = read_checkpoint(folder, None)  # as strictly as everyone reads it
+    matrices = [w for name, w in written.items() if quantised.is_matrix(name[:-7])]
+    each = 8 * sum(w.nbytes for w in matrices) / sum(w.numel() for w in matrices)
+    size = sum(w.nbytes for w in written.values())
+    told |= {"output": args.output, "bits_per_weight": round(each, 2), "file_bytes": size}
+    told["seconds"] = round(time.perf_counter() - start, 1)
+    line = f"{args.output}: matrices of {each:.2f} bits a weight, {size / 1e6:.1f} MB in all, "
+    line += f"rounded on {told['tokens']} tokens in {told['seconds']} s"
+    terminal.say(json.dumps(told) if args.json else line)
 
 
 def lab(args: argparse.Namespace) -> None:

@@ -110,6 +110,19 @@ model CHECKPOINT     a directory, sft, base:d20, rl:d20:650, or owner/name on th
 --step int N         training step of the checkpoint (the last one)
 --tokenizer-dir DIR  where tokenizer.pkl is (beside the model)
 """
+QUANTIZE = """write a checkpoint in 8, 6, 5 or 4 bits, which then runs as any other
+$ sft -o my-model-4bit --bits 4
+$ owner/name -o my-model --bits 6 --calibration text.txt
+model CHECKPOINT     a directory, sft, base:d20, rl:d20:650, or owner/name on the hub
+-o! --output DIR     a new directory, or an empty one
+--bits! 8|6|5|4      of a weight; 4: in groups of 32, the head in 6
+--calibration FILE   a text like those that the model is for (what the model writes itself)
+--tokens positive N  of that text (=23000)
+--seed int N         of what the model writes (=0)
+--step int N         training step of the checkpoint (the last one)
+--tokenizer-dir DIR  where tokenizer.pkl is (beside the model)
+--recipe+ NAME=VALUE  a constant that the weights cannot tell, such as softcap=20; may be repeated
+"""
 LAB = """see what a paged KV cache does: the paper's figures, policies, exercises
 $
 $ fig12 --help
@@ -142,7 +155,7 @@ MODEL = """model:
 """
 ENGINE = f"""{MODEL}-m --model --model-dir CHECKPOINT  {CHECKPOINT}
 --tokenizer-dir DIR           where tokenizer.pkl is (beside the model)
---quantization int8|fp8       of matrices: int8 on a CPU, fp8 on a GPU
+--quantization int8|int6|int5|int4|fp8  of matrices: fp8 on a GPU, the others on a CPU
 --kv-cache-dtype auto|int8    of K and V: int8 on a CPU (=auto)
 --num-blocks int N            blocks of the KV cache (what memory allows)
 --max-batch-size int N        sequences that run at once, at most
@@ -196,6 +209,7 @@ PAGES = {
     commands.eval: EVAL + ENGINE,
     commands.info: INFO + MODEL,
     commands.convert: CONVERT,
+    commands.quantize: QUANTIZE,
     commands.lab: LAB,
     commands.learn: LEARN,
     commands.trace: TRACE,

@@ -15,11 +15,12 @@ from typing import NamedTuple
 class Precision(NamedTuple):
     """How a model's numbers are kept."""
 
-    bits: int  # of each number of a matrix
+    bits: float  # of each number of a layer's matrix, with the factors of groups of them
     row: int  # bytes more for each row of a matrix: its scale, and what corrects its sums
     other: int  # bytes of each number of the embedding tables, of K and of V
     device: str = ""  # the only kind that has it
     kv: str = "auto"  # "int8": a byte instead in K and V, and a scale of two for each head
+    head: int = 0  # bits of lm_head's numbers, where they are others
 
 
 PRECISIONS = {
@@ -27,6 +28,9 @@ PRECISIONS = {
     "bfloat16": Precision(16, 0, 2),
     "float16": Precision(16, 0, 2, "cuda"),
     "int8": Precision(8, 8, 2, "cpu"),
+    "int6": Precision(6, 8, 2, "cpu"),
+    "int5": Precision(5, 8, 2, "cpu"),
+    "int4": Precision(4.25, 8, 2, "cpu", 6),
     "fp8": Precision(8, 4, 2, "cuda"),
 }
 BATCHES = 1, 8, 64  # sequences that decode together
@@ -42,7 +46,9 @@ def matrices(config) -> tuple[int, int]:
 def step_bytes(config, kind: Precision) -> int:
     """What a step reads of the weights."""
     numbers, rows = matrices(config)
-    return numbers * kind.bits // 8 + rows * kind.row
+    head = config.vocab_size * config.n_embd
+    bits = (numbers - head) * kind.bits + head * (kind.head or kind.bits)
+    return int(bits / 8) + rows * kind.row
 
 
 def layer_bytes(config, kind: Precision) -> int:
@@ -58,15 +64,23 @@ def seen_bytes(config, windows: list[int], kind: Precision, context: int) -> int
 
 
 def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype="auto") -> dict:
-    """What a checkpoint is, and what running it on the device takes: in a dtype, and in each
-    precision that the engine has there. Limits are half way through the context."""
+    """What a checkpoint is, and what running it on the device takes: in a dtype or the few bits
+    that its file has, and in each precision that the engine has there. Limits are half way through
+    the context."""
     from ..checkpoint import free_memory, pick_dtype
     from ..features.windows import group_layers, most_blocks
+    from ..full import stored_as
     from ..model import layer_windows
 
     on_gpu, dtype = device.type == "cuda", str(pick_dtype(dtype, device))[6:]
     length, windows = config.sequence_len, layer_windows(config, recipe)
-    parameters = sum(w.numel() for w in weights.values())
+    parameters, stored = sum(w.numel() for w in weights.values()), stored_as(weights)
+    kinds = {
+        name: kind
+        for name, kind in PRECISIONS.items()
+        if kind.device in ("", device.type) and (kind.bits > 8 or stored in (None, name))
+    }
+    dtype = stored if stored in kinds and dtype == "float32" else dtype
     groups = group_layers(windows, length)  # in blocks of 16 tokens, as many layers in each
     blocks = most_blocks([window for window, _ in groups], 16, length)
     speed = bandwidth(device)
@@ -92,7 +106,9 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
         "recipe": vars(recipe),
         "windows": windows,
         "parameters": parameters,
-        "file_dtypes": sorted({str(w.dtype)[6:] for w in weights.values()}),
+        "file_dtypes": sorted(
+            {f"int{w.bits}" if hasattr(w, "bits") else str(w.dtype)[6:] for w in weights.values()}
+        ),
         "file_bytes": sum(w.nbytes for w in weights.values()),
         "device": str(device),
         "dtype": dtype,
@@ -102,9 +118,7 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
         "free_bytes": free,
         "full_sequences_that_fit": int(room // sequence_bytes),
         "bytes_per_second": round(speed),
-        "precisions": {
-            name: takes(kind) for name, kind in kinds.items() if kind.device in ("", device.type)
-        },
+        "precisions": {name: takes(kind) for name, kind in kinds.items()},
     }
 
 

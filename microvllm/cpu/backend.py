@@ -13,11 +13,14 @@ import numba
 import numpy as np
 import torch
 from numba.core import types
+from numba.extending import overload
 from torch import Tensor
 
 from ..fused.backend import Backend
 from . import first, products, steps
 from .attention import attend_rows, padded, paged_attention, tile
+from .fewbits import class_of
+from .packed import BITS
 from .products import HalfPanels, Int8, Int8Panels, Panels, product
 from .steps import add_norm_rows, array_of, rope_store_rows
 from .vectors import FAST, check_process, kept, one_at_a_time, row_threads, threads_for, vectorised
@@ -46,21 +49,32 @@ class CpuBackend(Backend):
             )
 
     def check_quantization(self, quantization: str, config) -> None:
-        self.waits = True
-        if quantization != "int8" or self.dtype != torch.float32:
+        if quantization not in BITS or self.dtype != torch.float32:
             super().check_quantization(quantization, config)
-        panels = products.PANEL8 and config.n_embd % 4 == 0
-        if not panels and not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        if quantization == "int8" and not self.has_int8(config.n_embd):
             raise ValueError("quantization='int8' needs a torch with oneDNN, which this one lacks")
 
-    def linear_class(self, quantization: str | None, shared: bool, width: int, dtype) -> type:
+    @staticmethod
+    def has_int8(width: int) -> bool:
+        panels = products.PANEL8 and width % 4 == 0
+        return bool(panels or hasattr(torch.ops.onednn, "qlinear_pointwise"))
+
+    def takes(self, quantization: str) -> bool:
+        return self.dtype == torch.float32 and (quantization != "int8" or self.has_int8(1))
+
+    def linear_class(
+        self, quantization: str | None, shared: bool, width: int, dtype, head: bool = False
+    ) -> type:
+        self.waits = self.waits or bool(quantization)
         if quantization == "int8":
             return Int8Panels if products.PANEL8 and width % 4 == 0 else Int8
+        if quantization:
+            return class_of(BITS[quantization][head])
         if not shared and products.PANEL_FLOAT and dtype == torch.float32:
             return Panels
         if not shared and products.PANEL_FLOAT and dtype == torch.bfloat16 and width % 2 == 0:
             return HalfPanels
-        return super().linear_class(quantization, shared, width, dtype)
+        return super().linear_class(quantization, shared, width, dtype, head)
 
     def compile(self, model) -> Callable | None:
         """One call, if all weights are in panels, whole ones where outputs lie side by side."""
@@ -107,11 +121,26 @@ def _tensor(weights, i, kind, like):
 
 
 @numba.njit(**FAST)
-def _weight(weights, i, kind, head):
-    """The panels, offset and scale of layer i's qkv, proj, fc or mlp_proj, of the head's types."""
-    w = _tensor(weights, i, 3 * kind, head[0])
-    offset = _tensor(weights, i, 3 * kind + 1, head[1])
-    return w, offset[0, 0], _tensor(weights, i, 3 * kind + 2, head[2])[0, 0]
+def _parts(weights, i, kind, like):
+    """The panels, offset and scale of layer i's qkv, proj, fc or mlp_proj."""
+    w = _tensor(weights, i, 3 * kind, like[0])
+    offset = _tensor(weights, i, 3 * kind + 1, like[1])
+    return w, offset[0, 0], _tensor(weights, i, 3 * kind + 2, like[2])[0, 0]
+
+
+def _weight(weights, i, kind, like):
+    """The same, of the type that `like` has, which tells `product` how they are packed."""
+
+
+@overload(_weight, jit_options=FAST)
+def _weight_of(weights, i, kind, like):
+    made = getattr(like, "instance_class", None)
+
+    def few_bits(weights, i, kind, like):
+        w, offset, scale = _parts(weights, i, kind, like)
+        return made(w, offset, scale)
+
+    return few_bits if made else lambda weights, i, kind, like: _parts(weights, i, kind, like)
 
 
 _VE = 12  # after those four weights: the value embeddings, and their gate
@@ -120,8 +149,8 @@ _VE = 12  # after those four weights: the value embeddings, and their gate
 @kept(**FAST)
 def _layers(
     x0, ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables, cache, depths, groups,
-    windows, weights, head, wte, resid, first, backout, cos, sin, qk_scale, gate_scale, eps, rows,
-    width, threads,
+    windows, weights, like, head, wte, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
+    rows, width, threads,
 ):  # fmt: skip
     """FusedGPT.forward after its step (1), with the same numbers."""
     T, C = x0.shape
@@ -141,8 +170,8 @@ def _layers(
         if i > 0 or mixes:
             x, spare = spare, x
         # (3) project, (4) rotate and norm, (5) write K and V, then attend
-        proj, fc = _weight(weights, i, 1, head), _weight(weights, i, 2, head)
-        product(h, _weight(weights, i, 0, head), no, proj[0], threads, qkv)
+        proj, fc = _weight(weights, i, 1, like), _weight(weights, i, 2, like)
+        product(h, _weight(weights, i, 0, like), no, proj[0], threads, qkv)
         k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
         gated = weights[i, _VE, 0] != 0
         ve = _tensor(weights, i, _VE, wte)[0] if gated else wte
@@ -165,10 +194,10 @@ def _layers(
         product(seen.reshape(T, C), proj, no, fc[0], threads, y)
         add_norm_rows(x, y, x, one, none, eps, yes, no, few, spare, h)
         x, spare = spare, x
-        mlp_proj = _weight(weights, i, 3, head)  # (6)
+        mlp_proj = _weight(weights, i, 3, like)  # (6)
         product(h, fc, yes, mlp_proj[0], threads, wide)
         # the head comes after the last
-        following = head[0] if i == n_layer - 1 else _weight(weights, i + 1, 0, head)[0]
+        following = head[0] if i == n_layer - 1 else _weight(weights, i + 1, 0, like)[0]
         product(wide, mlp_proj, no, following, threads, y)
         if smear and i == n_layer // 2:
             middle = x + y
@@ -191,6 +220,7 @@ class Layers:
             # addresses, and three dimensions
             places.append([(x.data_ptr(), *(1,) * (3 - x.ndim), *x.shape) for x in tensors])
         self.weights, self.windows = np.array(places, np.int64), np.array(model.windows)
+        self.like = model.layers[0].qkv.arrays
         self.head, self.wte = model.lm_head.arrays, array_of(model.wte)
         names = "resid_lambdas", "x0_lambdas", "backout_lambda"
         numbers = [model.tensors.get(name, none) for name in names]
@@ -213,7 +243,7 @@ class Layers:
             threads = threads_for(len(self.head[0]))
             h = _layers(
                 x.numpy(), *arrays, slots, tables, array_of(cache.data), self.depths,
-                self.groups, self.windows, self.weights, self.head, self.wte, *self.numbers,
-                *self.scales, *tile(batch, self.group), threads,
+                self.groups, self.windows, self.weights, self.like, self.head, self.wte,
+                *self.numbers, *self.scales, *tile(batch, self.group), threads,
             )  # fmt: skip
         return torch.from_numpy(h)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from ..fused.linear import Linear, stack
 from . import amx
+from .packed import quantised
+from .packed import rotate as rotate
 from .steps import array_of, store
 from .vectors import (
     EXACT,
@@ -79,7 +81,7 @@ def _multiply(
     floats, vector = b.kind(b.f32), b.kind(b.i32 if integers else b.f32)
     due, fetched = (cgutils.alloca_once(b, kind) for kind in (b.i64, aheads.type))
     multiply_add = b.multiply_add8 if integers else b.multiply_add
-    multiply_add = b.multiply_add16 if halves else multiply_add
+    multiply_add = b.multiply_add_bf16 if halves else multiply_add
 
     def multiply(n, panels):
         rows, columns = [b.at(xs, (x_stride, i)) for i in range(n)], range(2 * panels)
@@ -196,27 +198,28 @@ def multiply(x, w, scaling, square, following, threads, y):
                 _multiply_panels(xs, w, scales, square, p0, p1, following, ahead, ys)
 
 
-def rotate(x: Tensor) -> Tensor:
-    """x (T, C) times a Hadamard matrix of +-1 over 32 channels each, that lie C / 32 apart.
-
-    A few channels of the residual stream are far larger than all others, and a scale that fits them
-    leaves little of the rest: so each number is spread over 32 (Ashkboos et al. 2024, QuaRot).
-    Inputs and weights turned alike have the same product, but for a factor min(32, C & -C).
-    """
-    size = min(32, x.shape[1] & -x.shape[1])
-    half, y = x.shape[1] // 2, x
-    while half >= x.shape[1] // size:
-        a, b = y.reshape(len(x), -1, 2, half).unbind(2)
-        y, half = torch.stack((a + b, a - b), 2), half // 2
-    return y.reshape(x.shape)
-
-
-def _int8(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """A weight, rotated, as int8 (out, in), and what 1 is worth in each row, (out,) float32."""
-    whole, width = rotate(torch.cat(parts).to(torch.float32)), parts[0].shape[1]
-    whole /= min(32, width & -width)  # what rotating both has multiplied by
-    scale = whole.abs().amax(-1).clamp_(min=1e-30) / 127
-    return (whole / scale[:, None]).round_().to(torch.int8), scale
+@numba.njit(**FAST)
+def quantize_row(x, levels, q):
+    """x (C,), rotated, as integers from -levels to levels, stored plus levels + 1 in the first C of
+    q, uint8; returns what one of them is worth."""
+    C, xt = x.size, np.empty(x.size, np.float32)
+    for c in range(C):
+        xt[c] = x[c]
+    half = C // 2
+    while half >= C // min(32, C & -C):
+        for start in range(0, C, 2 * half):
+            a, b = xt[start : start + half], xt[start + half : start + 2 * half]
+            for c in range(half):
+                a[c], b[c] = a[c] + b[c], a[c] - b[c]
+        half //= 2
+    bits, greatest = xt.view(np.int32), np.int32(0)
+    for c in range(C):  # without the sign they are in the order of the floats
+        greatest = max(greatest, bits[c] & np.int32(0x7FFFFFFF))
+    most = max(np.int32(greatest).view(np.float32), _f32(1e-30))
+    steps, zero = levels / most, levels + _f32(1.5)
+    for c in range(C):
+        q[c] = np.uint8(np.int32(xt[c] * steps + zero))
+    return most / levels
 
 
 @kept(parallel=True, **FAST)
@@ -232,29 +235,10 @@ def round_rows_into(x, threads, q):
 
 @kept(parallel=True, **FAST)
 def quantize_rows_into(x, levels, threads, q, scale):
-    C = x.shape[1]
     for thread in numba.prange(threads):
-        xt = np.empty(C, np.float32)
         first, end = share(len(x), thread, threads)
         for t in range(first, end):
-            qt = q[t]
-            for c in range(C):
-                xt[c] = x[t, c]
-            half = C // 2
-            while half >= C // min(32, C & -C):
-                for start in range(0, C, 2 * half):
-                    a, b = xt[start : start + half], xt[start + half : start + 2 * half]
-                    for c in range(half):
-                        a[c], b[c] = a[c] + b[c], a[c] - b[c]
-                half //= 2
-            bits, greatest = xt.view(np.int32), np.int32(0)
-            for c in range(xt.size):  # without the sign they are in the order of the floats
-                greatest = max(greatest, bits[c] & np.int32(0x7FFFFFFF))
-            most = max(np.int32(greatest).view(np.float32), _f32(1e-30))
-            scale[t, 0] = most / levels
-            steps, zero = levels / most, levels + _f32(1.5)
-            for c in range(xt.size):
-                qt[c] = np.uint8(np.int32(xt[c] * steps + zero))
+            scale[t, 0] = quantize_row(x[t], levels, q[t])
 
 
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -292,6 +276,8 @@ def _product_of(x, weight, square, following, threads, y):
         scaling = offset, w_scale, w_scale
         multiply(q.view(np.int32), w, scaling, square, following, threads, y)
 
+    if isinstance(weight, types.BaseNamedTuple):  # fewbits.py has those
+        return None
     if weight[0].dtype == types.int32:
         return integers
     return halves if weight[0].dtype == types.uint16 and TWO_HALVES else floats
@@ -300,6 +286,15 @@ def _product_of(x, weight, square, following, threads, y):
 @kept(**FAST)
 def _linear(x, weight, square, threads, y):
     product(x, weight, square, weight[0], threads, y)
+
+
+def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor of numbers of 32 bits that begins at a cache line. numpy asks the system for
+    large pages, torch does not: a few rows are a tenth faster with them."""
+    count = math.prod(shape)
+    flat = np.empty(count + 16, np.int32)
+    start = -flat.ctypes.data % 64 // flat.itemsize
+    return torch.from_numpy(flat[start : start + count]).view(dtype).view(shape)
 
 
 class Panels(Linear):
@@ -319,13 +314,8 @@ class Panels(Linear):
         """Over the old ones, where the compiled layers read them."""
         (rows, width), whole = matrix.shape, len(matrix) // PANEL
         if self.weight is None:
-            # numpy asks the system for large pages, torch does not: a few rows are a tenth faster
-            # with them. but it does not begin at a cache line
             shape = -(-rows // PANEL), width, PANEL
-            flat = np.empty(math.prod(shape) + 16, matrix.numpy().dtype)
-            start = -flat.ctypes.data % 64 // flat.itemsize
-            flat = torch.from_numpy(flat[start : start + math.prod(shape)])
-            self.weight = flat.view(shape), *map(torch.empty_like, scaling)
+            self.weight = aligned(shape, matrix.dtype), *map(torch.empty_like, scaling)
             self.arrays = tuple(part.numpy() for part in self.weight)
         panels, *others = self.weight
         panels = panels.view(matrix.dtype)
@@ -343,8 +333,12 @@ class Panels(Linear):
         y = torch.empty(len(x), len(panels) * PANEL)
         with one_at_a_time:
             threads = threads_for(len(panels))
-            _linear(x.contiguous().numpy(), self.arrays, self.relu2, threads, y.numpy())
+            self.compute(x.contiguous().numpy(), threads, y.numpy())
         return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
+
+    def compute(self, x, threads: int, y) -> None:
+        """y = the product, of numpy's arrays."""
+        _linear(x, self.arrays, self.relu2, threads, y)
 
     def plain(self, x: Tensor) -> Tensor:
         """The product in plain torch, on the same panels: there is no second copy of them."""
@@ -373,7 +367,8 @@ class Int8Panels(Panels):
     """The same in int8, the inputs of each product as well, one scale for each row of either."""
 
     def load(self, parts: list[Tensor]) -> None:
-        whole, scale = _int8(parts)
+        whole, scale = quantised(parts, 8)[:2]
+        scale = scale[:, 0]
         whole = F.pad(whole, (0, 0, 0, -len(whole) % PANEL8))
         offset = EXCESS * whole.sum(1, dtype=torch.int32)  # of inputs that are stored plus 128
         self.fill(whole.view(torch.int32), offset, F.pad(scale, (0, len(whole) - len(scale))))
@@ -385,7 +380,8 @@ class Int8(Linear):
     fuses_relu2 = True
 
     def load(self, parts: list[Tensor]) -> None:
-        whole, self.scale = _int8(parts)
+        whole, scale = quantised(parts, 8)[:2]
+        self.scale = scale[:, 0].contiguous()
         self.zeros = torch.zeros(len(whole), dtype=torch.int64)
         self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
         # without the instructions for them, sums of two products of bytes are held in 16 bits: of

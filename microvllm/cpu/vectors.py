@@ -263,7 +263,7 @@ class Builder:
             c = self.add(c, self.ask(name, c.type, *each))
         return c
 
-    def multiply_add16(self, a, b, c):
+    def multiply_add_bf16(self, a, b, c):
         """The same in each lane of two bfloat16 of a and two of b, the first ones first: exact
         products. a: those two, or a pair of vectors of float32."""
         if not isinstance(a, tuple):
@@ -281,6 +281,26 @@ class Builder:
         zero = value.type(None)
         value = self.select(self.fcmp_ordered("<", value, zero), zero, value)
         return self.fmul(value, value)
+
+    def multiply_add7(self, a, b, c):
+        """The same of bytes of `a` below 128, of which two products fit in 16 bits; c may be sums
+        of so many bits, as long as all of them fit: see `widen`."""
+        if FOUR_BYTES:
+            return self.multiply_add8(a, b, c)
+        name = "llvm.x86.avx512.pmaddubs.w.512" if LANES == 16 else "llvm.x86.avx2.pmadd.ub.sw"
+        numbers = ir.VectorType(self.i8, 4 * LANES)
+        a, b = self.bitcast(a, numbers), self.bitcast(b, numbers)
+        pairs = self.ask(name, ir.VectorType(self.i16, 2 * LANES), a, b)
+        return self.add(c, pairs) if c.type == pairs.type else self.widen(pairs, c)
+
+    def widen(self, pairs, c):
+        """The two numbers of 16 bits in each lane and c, added up."""
+        return self.multiply_add16(pairs, self.splat(self.i16(1), 2 * LANES), c)
+
+    def multiply_add16(self, a, b, c):
+        """The same in each lane of two numbers of 16 bits of a and of b, exactly."""
+        name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
+        return self.add(c, self.ask(name, c.type, a, b))
 
     def start_loading(self, start) -> None:
         byte, hints = self.i8.as_pointer(), (0, 2, 1)  # read; to the second-level cache; data

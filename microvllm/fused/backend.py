@@ -58,19 +58,28 @@ class Backend:
 
     def check_quantization(self, quantization: str, config) -> None:
         """Raises ValueError if weights of so few bits cannot be here."""
-        if quantization == "int8":
+        if quantization != "fp8":
             raise ValueError(
-                "quantization='int8' is for float32 on a CPU with attention='numba', not "
-                f"{self.dtype} on {self.device} with {self.name!r}"
+                f"quantization={quantization!r} is for float32 on a CPU with attention='numba', "
+                f"not {self.dtype} on {self.device} with {self.name!r}"
             )
         raise ValueError(
             "quantization='fp8' is for bfloat16 on an NVIDIA card of compute capability 8.9 or "
-            f"newer (Ada, Hopper), not {self.dtype} on {self.device}; on a CPU there is 'int8'"
+            f"newer (Ada, Hopper), not {self.dtype} on {self.device}; on a CPU there is 'int8', "
+            "and 'int6', 'int5' and 'int4'"
         )
 
-    def linear_class(self, quantization: str | None, shared: bool, width: int, dtype) -> type:
+    def takes(self, quantization: str) -> bool:
+        """Are there products with a matrix that a folder has in so few bits? Else it becomes one of
+        floats."""
+        return False
+
+    def linear_class(
+        self, quantization: str | None, shared: bool, width: int, dtype, head: bool = False
+    ) -> type:
         """The class for a weight matrix of `width` inputs. quantization: None, or the name of fewer
-        bits; shared: the given tensors can be used as they are; dtype: in which it is kept."""
+        bits; shared: the given tensors can be used as they are; dtype: in which it is kept; head:
+        it is lm_head, which may need more bits."""
         if shared:
             return Shared
         return Packed if self.device.type == "cpu" and has_onednn(dtype) else Linear

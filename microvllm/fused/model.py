@@ -65,9 +65,11 @@ class FusedGPT:
 
         # one at a time: the file is memory-mapped, and only what is made here stays
         def linear(*names: str, rows: int | None = None) -> Linear:
-            parts = [weights[f"{name}.weight"].detach() for name in names]
+            parts = [weights[f"{name}.weight"] for name in names]
             same = share and all((p.device, p.dtype) == (self.device, kept) for p in parts)
-            kind = backend.linear_class(quantization, same, parts[0].shape[1], kept)
+            head, width = names == ("lm_head",), parts[0].shape[1]
+            kind = backend.linear_class(quantization, same, width, kept, head)
+            parts = [self._part(part, quantization) for part in parts]
             made = kind(parts, backend, kept, rows=rows, relu2=names[0].endswith("mlp.c_fc"))
             self.linears[names] = made
             return ranks.complete(names[0], made, config) if ranks else made
@@ -109,6 +111,13 @@ class FusedGPT:
         # all layers in one call; ranks have to wait for each other in every layer
         self.compiled = None if ranks else backend.compile(self)
         backend.prepare(self)
+
+    @staticmethod
+    def _part(weight, quantization: str | None):
+        """A matrix as a Linear takes it; one of a quantised folder as what is asked for."""
+        if isinstance(weight, Tensor):
+            return weight.detach()
+        return weight.quantised() if quantization else weight.dense()
 
     @torch.no_grad()
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from ..model import RECIPES
 from ..tokenizer import Tokenizer
 from . import strict
 from .huggingface import NAMES, SIZES, import_safetensors, read_safetensors
+from .quantised import Stored
 
 _PADDING = "padding.safetensors"
 _TABLES = "transformer.wte.weight", "lm_head.weight"  # of era 1: a row for each token, and padding
@@ -35,7 +36,8 @@ def converted(
     exception. Raises ValueError for what the other format cannot say, OSError for what cannot be
     written."""
     config, recipe, weights = checkpoint
-    output = Path(os.path.abspath(os.path.expanduser(output)))
+    if any(isinstance(weight, Stored) for weight in weights.values()):
+        raise ValueError(f"{directory} is quantised: convert the checkpoint that it was made from")
     if isinstance(recipe, strict.Questionable):
         raise ValueError(f"{directory} is in doubt (`microvllm info` says why): use it as it is")
     # how tables are rounded, and eps, belong to the formats; all else must be as in the era
@@ -44,14 +46,7 @@ def converted(
     if odd := [f"{key}={x}" for key, x in vars(recipe).items() if x != expected[key]]:
         what = f"has {', '.join(odd)}, which the other format cannot say"
         raise ValueError(f"{directory} {what}: use it as it is")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent} is no directory: make it first")
-    if os.path.lexists(output):
-        if output.is_symlink() or not output.is_dir() or any(output.iterdir()):
-            raise FileExistsError(f"{output} is there, and no empty directory: name a new one")
-    folder = output.with_name(f".{output.name}.{os.getpid()}")
-    folder.mkdir()
-    try:
+    with new_folder(output) as folder:
         try:
             if step is None:
                 _to_nanochat(config, recipe.era, dict(weights), directory, folder)
@@ -63,6 +58,22 @@ def converted(
         except Exception as error:  # torch's, safetensors' own, or the system's
             what = f"{type(error).__name__}: {error}"
             raise OSError(f"{directory} cannot be written to {output}: {what}") from None
+        yield folder
+
+
+@contextmanager
+def new_folder(output) -> Iterator[Path]:
+    """A folder beside `output` that becomes it at the end, and goes away after an exception. Raises
+    OSError for an output that is there, or that cannot be made."""
+    output = Path(os.path.abspath(os.path.expanduser(output)))
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent} is no directory: make it first")
+    if os.path.lexists(output):
+        if output.is_symlink() or not output.is_dir() or any(output.iterdir()):
+            raise FileExistsError(f"{output} is there, and no empty directory: name a new one")
+    folder = output.with_name(f".{output.name}.{os.getpid()}")
+    folder.mkdir()
+    try:
         yield folder
         os.rename(folder, output)  # an error if that is no longer empty
     finally:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import checkpoint
 from ..tokenizer import Tokenizer
-from . import hub, huggingface, strict
+from . import hub, huggingface, quantised, strict
 
 
 def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
@@ -71,8 +71,10 @@ def find_nanochat(source: str, model_tag: str | None = None) -> Path:
 def is_base(directory: Path, step: int | None) -> bool:
     """Was a checkpoint that find_checkpoint found only pretrained, and never trained to chat?
     nanochat keeps those in base_checkpoints, and of its programs only base_train writes a
-    device_batch_size beside the model_config. Hugging Face's format does not tell. Raises
-    ValueError for a meta file that cannot be read."""
+    device_batch_size beside the model_config. Hugging Face's format does not tell; a quantised
+    folder does. Raises ValueError for a file that cannot be read."""
+    if step is None and (told := quantised.facts(directory)):
+        return told["base"]
     if step is None or directory.parent.name == "base_checkpoints":
         return step is not None
     return "device_batch_size" in strict.read_json(directory / f"meta_{step:06d}.json")
@@ -82,7 +84,8 @@ def read_checkpoint(directory: Path, step: int | None) -> strict.Checkpoint:
     """What find_checkpoint found, of any format. Raises ValueError naming the file and what is
     wrong with it."""
     if step is None:
-        return huggingface.read_folder(directory)
+        room = quantised if quantised.facts(directory) else huggingface
+        return room.read_folder(directory)
     return strict.read_checkpoint(directory, step)
 
 

@@ -79,7 +79,13 @@ def process(*flags: str, **kwargs) -> subprocess.Popen:
 
 @pytest.mark.parametrize(
     "sub",
-    [[], *([name] for name in "run chat batch bench score eval info convert lab trace".split())],
+    [
+        [],
+        *(
+            [name]
+            for name in "run chat batch bench score eval info convert quantize lab trace".split()
+        ),
+    ],
 )
 def test_help_shows_examples_that_parse(sub, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -140,6 +146,11 @@ def test_help_is_instant():
         (["convert", str(MODEL), "-o", str(ROOT / "docs")], "docs is there"),
         (["convert", str(MODEL), "-o", "out", "--step", "7"], "model_000007.pt"),
         (["convert", str(MODEL), "-o", "no/such/place"], "no/such is no directory"),
+        (["quantize", str(MODEL), "-o", "out"], "--bits"),
+        (["quantize", str(MODEL), "-o", "out", "--bits", "3"], "--bits"),
+        (["quantize", str(MODEL), "-o", "no/such/place", "--bits", "4"], "no/such is no directory"),
+        (["quantize", str(MODEL), "-o", "out", "--bits", "4", "--seed", "-1"], "--seed"),
+        (["quantize", str(MODEL), "-o", "out", "--bits", "4", "--calibration", "no"], "no"),
         (["trace", "absent.jsonl"], "absent.jsonl"),
         (["trace", str(ROOT / "pyproject.toml")], "line 1"),
         (["run", *SMALL, "--trace", "no/such/place/run.jsonl", "hi"], "no/such/place"),
@@ -533,7 +544,8 @@ def test_the_roofline_counts_what_a_decode_step_reads(command, monkeypatch):
 def test_info_tells_what_each_precision_takes(command, monkeypatch):
     monkeypatch.setattr(roofline, "bandwidth", lambda device: 1e9)
     found = json.loads(command("info", "--json")[0])
-    assert list(found["precisions"]) == ["float32", "bfloat16", "int8"]
+    words = ["float32", "bfloat16", "int8", "int6", "int5", "int4"]
+    assert list(found["precisions"]) == words
     given = found["precisions"]["float32"]
     assert given == {key: found[key] for key in given} and given["weight_bytes"] == (
         4 * found["parameters"]

@@ -429,6 +429,7 @@ sys.path += ["tests", "tests/cpu"]
 
 import torch
 import test_kernels_cpu
+import test_fewbits_cpu
 import test_products_cpu
 from microvllm.cpu import products
 
@@ -451,6 +452,7 @@ if products.PANEL:
 if products.PANEL8:
     test_products_cpu.test_the_bits_of_an_int8_row_follow_from_that_row()
     test_products_cpu.test_int8_panels_hold_what_onednns_layout_holds()
+test_fewbits_cpu.check_on_this_processor()
 """
 
 

@@ -119,7 +119,7 @@ def test_weights_are_swapped(options):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="quantization must be .*'int8' or 'fp8', got 'int3'"):
+    with pytest.raises(ValueError, match="quantization must be .*'int4' or 'fp8', got 'int3'"):
         LLM(MODEL, quantization="int3")
     with pytest.raises(ValueError, match="quantization='int8' is for float32 on a CPU"):
         LLM(MODEL, quantization="int8", dtype="bfloat16", device="cpu")

@@ -100,9 +100,12 @@ def test_every_era(era):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"block_size": 6, "max_batch_size": 7}],
+    [
+        {}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"block_size": 6, "max_batch_size": 7},
+        pytest.param({"quantization": "int4"}, marks=pytest.mark.slow),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_model_of_a_size_that_has_products_of_several_kinds(options):
     options = {"num_blocks": 400, "device": "cpu"} | options
 

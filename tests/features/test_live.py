@@ -152,6 +152,7 @@ ENGINES = {
     "copy": {"copy": True},
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4", "copy": True},
     "lookup": {"prompt_lookup": 4, "copy": True},
     "sdpa": {"attention": "sdpa", "copy": True},
     "plain": {"plain": True},
@@ -162,12 +163,15 @@ COPIES = {name: options for name, options in ENGINES.items() if name in ("shared
 @pytest.mark.parametrize(
     ("change", "options"),
     [
-        pytest.param(change, options, id=f"{change.__name__}-{name}")
+        pytest.param(
+            change, options, id=f"{change.__name__}-{name}",
+            marks=[pytest.mark.slow] if name == "int4" else [],  # it compiles kernels of its own
+        )
         for name, options in ENGINES.items()
         for change in (CHANGES if name in COPIES else [another_block, trained])
         if ALL or name != "copy" or change in (hidden, hidden_in_one_row, loaded, trained)
     ],
-)
+)  # fmt: skip
 def test_after_a_change_all_samples_are_those_of_a_fresh_engine(change, options):
     gpt = GPT()
     with serve(model=gpt, **options) as llm:

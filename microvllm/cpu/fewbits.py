@@ -1,0 +1,414 @@
+"""Products of weights of 6, 5 and 4 bits with inputs of int8, of panels as packed.py has them.
+
+For few rows the weights are unpacked in registers as they come from memory. For more of them each
+panel is unpacked once, as int8, into a scratch that stays in the cache, and multiplied as such. All
+sums are of integers, and exact: either way a row has the same bits, whatever rows are beside it.
+
+    sum of (w - top) * x = sum of w * x - top * (sum of x),   w from 0 to 2^bits - 1, top half of it
+
+so that for few rows a sum begins with -top times the sum of the row's inputs, and w needs no sign.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import overload
+from torch import Tensor
+
+from ..fused.linear import Linear
+from . import products
+from .packed import (
+    LAYOUT,
+    STEP,
+    Quantised,
+    as_bytes,
+    dequantised,
+    grouped,
+    pack,
+    quantised,
+    step_size,
+)
+from .products import PANEL, PANEL8, Panels, aligned, product, quantize_row, quantize_rows_into
+from .vectors import (
+    EXACT,
+    FAST,
+    FOUR_BYTES,
+    LANES,
+    SIGNED,
+    fewest,
+    kept,
+    row_cuts,
+    row_threads,
+    share,
+    vectorised,
+)
+
+_f32 = np.float32
+OPERANDS = STEP // 4  # of a step
+_ROWS = 12 if LANES == 16 else 6  # that are multiplied together, of what was unpacked
+FEW = _ROWS // 2  # so many rows are multiplied by what is unpacked in registers
+_MANY = 240  # rows at a time: they stay in the cache
+_SOON = 768  # numbers of 32 bits that are loaded ahead of their use by a single tile
+
+
+class Weight4(NamedTuple):
+    """What kernels take of a layer in 4 bits: its type tells them how it is packed."""
+
+    panels: object  # (panels, steps, step_size) int32
+    offset: object  # (N,) int32: 128 times the sum of each row
+    scale: object  # (N,) float32
+
+
+class Weight5(NamedTuple):
+    """The same in 5 bits."""
+
+    panels: object
+    offset: object
+    scale: object
+
+
+class Weight6(NamedTuple):
+    """The same in 6 bits."""
+
+    panels: object
+    offset: object
+    scale: object
+
+
+WEIGHTS = {4: Weight4, 5: Weight5, 6: Weight6}
+
+
+def _operands(b, layout, start):
+    """Of a step at `start` one (operand, its vectors for PANEL rows) after the other, in the order
+    in which they are complete."""
+    last = {operand: i for i, parts in enumerate(layout) for operand, *_ in parts}
+    found: dict[int, list] = {}
+    for i, parts in enumerate(layout):
+        words = [b.read(b.at(start, i * PANEL + column * LANES)) for column in range(2)]
+        for operand, shift, mask in parts:
+            pieces = words
+            if shift:
+                count = b.splat(b.i32(shift))
+                pieces = [b.lshr(word, count) for word in pieces]
+            bits = b.splat(b.i32(mask * 0x01010101))
+            pieces = [b.and_(piece, bits) for piece in pieces]
+            if operand in found:
+                pairs = zip(found[operand], pieces, strict=True)
+                pieces = [b.or_(*pair) for pair in pairs]
+            found[operand] = pieces
+            if last[operand] == i:
+                yield operand, found.pop(operand)
+
+
+def _factors(b, layout, start):
+    """Of a step at `start` the factors of PANEL rows, each in 32 bits."""
+    first = b.bitcast(b.at(start, len(layout) * PANEL), b.i8.as_pointer())
+    found = []
+    for column in range(2):
+        value = b.load(b.bitcast(b.at(first, column * LANES), b.kind(b.i8).as_pointer()))
+        value.align = 1
+        found.append(b.sext(value, b.kind(b.i32)))
+    return found
+
+
+def _unpacker(bits: int):
+    """A function that writes steps of a panel as int8: integers, times factors where these are."""
+    layout, size = LAYOUT[bits], step_size(bits, PANEL)
+
+    @vectorised()
+    def unpack(b, steps, w, w_at, out):
+        ws, outs = b.at(w.data, w_at), out.data
+        numbers, shorts = ir.VectorType(b.i8, 4 * LANES), ir.VectorType(b.i16, 2 * LANES)
+        top = b.splat(b.i8(2 ** (bits - 1)), 4 * LANES)
+        with cgutils.for_range(b, steps, intp=b.i64) as loop:
+            source = b.at(ws, (loop.index, size))
+            target = b.at(outs, (loop.index, OPERANDS * PANEL))
+            scaled = []  # for each column: the factor's size, its sign, and top times both
+            if grouped(bits):
+                for value in _factors(b, layout, source):
+                    sign = b.ashr(value, b.splat(b.i32(31)))
+                    most = b.sub(b.xor(value, sign), sign)
+                    most = b.or_(most, b.shl(most, b.splat(b.i32(16))))  # in both halves
+                    twice = b.or_(most, b.shl(most, b.splat(b.i32(8))))
+                    less = b.xor(b.shl(twice, b.splat(b.i32(bits - 1))), sign)
+                    most = b.bitcast(most, shorts)
+                    scaled.append((most, sign, b.bitcast(less, numbers)))
+            for operand, vectors in _operands(b, layout, source):
+                for column, vector in enumerate(vectors):
+                    if scaled:
+                        # two products of 4 bits each; a - b, or b - a of a factor below 0
+                        most, sign, less = scaled[column]
+                        vector = b.bitcast(b.mul(b.bitcast(vector, shorts), most), b.kind(b.i32))
+                        vector = b.sub(b.bitcast(b.xor(vector, sign), numbers), less)
+                    else:
+                        vector = b.sub(b.bitcast(vector, numbers), top)
+                    b.write(vector, b.at(target, operand * PANEL + column * LANES))
+
+    return unpack
+
+
+def _multiplier(bits: int):
+    """The product of up to FEW rows with a panel, whose weights are unpacked in registers."""
+    layout, factors, size = LAYOUT[bits], grouped(bits), step_size(bits, PANEL)
+
+    @vectorised()
+    def multiply(
+        b, n, steps, x, x_at, start, w, w_at, y, row, column, ahead, ahead_at, square, w_scale,
+        x_scale,
+    ):  # fmt: skip
+        """y (n, PANEL) = x (n, 8 * steps int32 of four int8) @ the weights.
+
+        The arrays begin as in products._multiply. start (T, groups): what the integer sums begin
+        with; ahead: weights to start loading, as many as are used.
+        """
+        x_stride, y_stride, s_stride = (b.extract_value(a.shape, 1) for a in (x, y, start))
+        xs, ws, aheads = b.at(x.data, x_at), b.at(w.data, w_at), b.at(ahead.data, ahead_at)
+        ys = b.at(y.data, (row, y_stride), column)
+        starts = b.at(start.data, (row, s_stride))
+        floats, integers = b.kind(b.f32), b.kind(b.i32)
+        shorts = ir.VectorType(b.i16, 2 * LANES)
+        # sums of 4 bits of a step fit 16 bits: 8 operands of at most 2 * 15 * 127 in each
+        narrow = factors and not FOUR_BYTES
+
+        def rows_of(n):
+            rows, columns = range(n), range(2)
+            places = [b.at(xs, (x_stride, i)) for i in rows]
+            sums = [[cgutils.alloca_once(b, integers, zfill=True) for _ in columns] for _ in rows]
+            first = [b.at(starts, (s_stride, i)) for i in rows]
+            if not factors:
+                for i in rows:
+                    for each in sums[i]:
+                        b.store(b.splat(b.load(first[i])), each)
+            with cgutils.for_range(b, steps, intp=b.i64) as loop:
+                k = loop.index
+                begin = b.at(ws, (k, size))
+                if narrow:
+                    found = [[shorts(None) for _ in columns] for _ in rows]
+                elif factors:
+                    found = [[b.splat(b.load(b.at(first[i], k)))] * 2 for i in rows]
+                else:
+                    found = [[b.load(each) for each in sums[i]] for i in rows]
+                for operand, vectors in _operands(b, layout, begin):
+                    for i in rows:
+                        value = b.splat(b.load(b.at(places[i], (k, OPERANDS), operand)))
+                        for j in columns:
+                            found[i][j] = b.multiply_add7(vectors[j], value, found[i][j])
+                own = _factors(b, layout, begin) if factors else ()
+                # a sum fits 16 bits, from -8 * 127 * 32 on, and is multiplied as such
+                own = [b.bitcast(b.and_(value, b.splat(b.i32(0xFFFF))), shorts) for value in own]
+                for i in rows:
+                    for j in columns:
+                        total = found[i][j]
+                        if narrow:
+                            total = b.widen(total, b.splat(b.load(b.at(first[i], k))))
+                        if factors:
+                            total = b.bitcast(total, shorts)
+                            total = b.multiply_add16(total, own[j], b.load(sums[i][j]))
+                        b.store(total, sums[i][j])
+                near = b.at(aheads, (k, size))
+                for line in range(0, size, 16):
+                    b.start_loading(b.at(near, line))
+            w_scales = [b.read(b.at(w_scale.data, column, (LANES, j))) for j in columns]
+            for i in rows:
+                scale = b.splat(b.load(b.at(x_scale.data, row, i)))
+                for j in columns:
+                    value = b.fmul(b.sitofp(b.load(sums[i][j]), floats), w_scales[j])
+                    value = b.fmul(value, scale)
+                    zero = floats(None)
+                    above = b.select(b.fcmp_ordered("<", value, zero), zero, value)
+                    # NaN is not below zero, and stays
+                    value = b.select(square, b.fmul(above, above), value)
+                    b.write(value, b.at(ys, (y_stride, i), (LANES, j)))
+
+        done = b.append_basic_block("done")
+        switch = b.switch(n, done)
+        for i in range(1, FEW + 1):
+            block = b.append_basic_block(f"{i}_rows")
+            switch.add_case(b.i64(i), block)
+            b.position_at_end(block)
+            rows_of(i)
+            b.branch(done)
+        b.position_at_end(done)
+
+    return multiply
+
+
+@numba.njit(**FAST)
+def round_rows(x, top, q, scale, start):
+    """Few rows x (T, C), rotated, as int8 in q (T, whole steps), the rest zeros, and what 1 is
+    worth in each; start (T, groups): see above."""
+    C, each = x.shape[1], q.shape[1] // start.shape[1]
+    for t in range(len(x)):
+        qt = q[t]
+        scale[t] = quantize_row(x[t], _f32(127), qt)
+        qt[C:] = 128
+        for group in range(start.shape[1]):
+            total = np.int32(0)
+            for c in range(group * each, (group + 1) * each):
+                total += np.int32(qt[c]) - np.int32(128)
+                qt[c] ^= np.uint8(128)  # stored plus 128: now with its sign
+            start[t, group] = -top * total
+
+
+@kept(**EXACT)  # once for all numbers of bits
+def _multiply_unpacked(q, panels, wide, scaling, square, p, ahead, ahead_at, size, y):
+    """y (T, N) of panel p, and if `wide` of the next one, which are int8 in `panels` (2, K, PANEL);
+    ahead: `size` numbers to load."""
+    T, K = q.shape
+    offset, w_scale, x_scale = scaling
+    tiles = -(-T // (_ROWS // 2 if wide else _ROWS))
+    every = max(1, tiles * K * PANEL // size)  # of the inputs of all tiles
+    each = -(-K // every) * PANEL
+    for i in range(tiles):
+        r0, r1 = T * i // tiles, T * (i + 1) // tiles
+        products._multiply(
+            r1 - r0, wide, K, q, r0 * K, panels, 0, y, r0, p * PANEL, ahead, ahead_at + i * each,
+            every, False, square, offset, w_scale, x_scale,
+        )  # fmt: skip
+
+
+def _product(bits: int):
+    """A kernel: y (T, N) = x (T, K) @ w.T of a weight in so many bits."""
+    direct, unpack, top = _multiplier(bits), _unpacker(bits), 2 ** (bits - 1)
+    factors = grouped(bits)
+
+    def named(function):
+        # kernels that were compiled in two processes, and are read from disk by a third, must not
+        # have the same name, by which they are linked
+        function.__qualname__ += str(bits)
+        return numba.njit(parallel=True, **EXACT)(function)
+
+    @named
+    def multiply_few(q, start, scaling, w, square, threads, y):
+        panels, size = len(w), w.shape[1] * w.shape[2]
+        used = fewest(panels, threads)
+        for thread in numba.prange(used):
+            first, end = share(panels, thread, used)
+            for p in range(first, end):
+                direct(
+                    len(y), w.shape[1], q, 0, start, w, p * size, y, 0, p * PANEL,
+                    w, p * size + _SOON, square, scaling[1], scaling[2],
+                )  # fmt: skip
+
+    @named
+    def multiply_many(q, scaling, w, square, following, threads, y):
+        """The work is dealt out as in products.multiply."""
+        panels, later, rows, K = len(w), len(following), len(y), q.shape[1]
+        size, step = w.shape[1] * w.shape[2], following.shape[1] * following.shape[2]
+        cuts = row_cuts(panels, rows, _ROWS, threads)
+        used = fewest(panels * cuts, threads)
+        offset, w_scale, x_scale = scaling
+        for thread in numba.prange(used):
+            first, end = share(panels * cuts, thread, used)
+            space = np.empty(2 * K * PANEL + 16, np.int32)
+            skip = -space.ctypes.data % 64 // 4  # to a cache line
+            scratch = space[skip : skip + 2 * K * PANEL].reshape(2, K, PANEL)
+            for cut in range(first // panels, -(-end // panels)):
+                c0, c1 = share(rows, cut, cuts)
+                p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
+                blocks, wide = -(-(c1 - c0) // _MANY), int(c1 - c0 >= 128)
+                for block in range(blocks):
+                    t0, t1 = share(c1 - c0, block, blocks)
+                    t0, t1 = c0 + t0, c0 + t1
+                    for p in range(p0, p1, 1 + wide):
+                        beside = min(1 + wide, p1 - p)
+                        for i in range(beside):
+                            unpack(w.shape[1], w, (p + i) * size, scratch[i])
+                        source, near, count = w, (p + beside) * size, beside * size
+                        if p + beside == p1:
+                            near = p0 * size
+                            if t1 == c1:
+                                source, near = following, share(later, thread, used)[0] * step
+                                count = step
+                        scales = offset, w_scale, x_scale[t0:t1]
+                        _multiply_unpacked(
+                            q[t0:t1], scratch, beside == 2, scales, square, p, source, near, count,
+                            y[t0:t1],
+                        )  # fmt: skip
+
+    def kernel(x, weight, square, following, threads, y):
+        w, offset, w_scale = weight
+        T, steps = len(x), w.shape[1]
+        q, scale = np.empty((T, steps * STEP), np.uint8), np.empty((T, 1), np.float32)
+        scaling = offset, w_scale, scale.reshape(T)
+        if T <= FEW:
+            start = np.empty((T, steps if factors else 1), np.int32)
+            round_rows(x, top, q, scaling[2], start)
+            multiply_few(q.view(np.int32), start, scaling, w, square, threads, y)
+        else:
+            quantize_rows_into(x, _f32(127), row_threads(T, threads), q, scale)
+            multiply_many(q.view(np.int32), scaling, w, square, following, threads, y)
+
+    return kernel
+
+
+_HAS_PRODUCTS = PANEL8 and not SIGNED  # numbers without a sign are multiplied as they are packed
+_PRODUCTS = {WEIGHTS[bits]: _product(bits) for bits in WEIGHTS} if _HAS_PRODUCTS else {}
+
+
+@overload(product, jit_options=FAST)
+def _product_of(x, weight, square, following, threads, y):
+    if isinstance(weight, types.BaseNamedTuple):
+        return _PRODUCTS.get(weight.instance_class)
+
+
+@kept(**FAST)
+def _linear(x, weight, square, threads, y):
+    product(x, weight, square, weight.panels, threads, y)
+
+
+class FewBits(Panels):
+    """Weights of `bits` bits in panels of PANEL outputs, for our own product with inputs of int8.
+
+    weight: (panels, steps, step_size) int32, see packed.pack; 128 times the sums of the rows, and
+    what 1 is worth in each.
+    """
+
+    bits: int
+
+    def load(self, parts: list) -> None:
+        whole = quantised(parts, self.bits)
+        fill = 0, -len(whole.scale) % PANEL
+        offset = 128 * as_bytes(whole).sum(1, dtype=torch.int32)  # of inputs stored plus 128
+        new = pack(whole, PANEL), F.pad(offset, fill), F.pad(whole.scale[:, 0], fill)
+        if self.weight is None:
+            self.weight = aligned(new[0].shape, torch.int32), *map(torch.empty_like, new[1:])
+            self.arrays = WEIGHTS[self.bits](*(part.numpy() for part in self.weight))
+        for old, part in zip(self.weight, new, strict=True):
+            old.copy_(part)
+
+    def compute(self, x, threads: int, y) -> None:
+        _linear(x, self.arrays, self.relu2, threads, y)
+
+
+class PlainFewBits(Linear):
+    """The same, in a byte each, on processors without the instructions: slow, in torch."""
+
+    bits: int
+
+    def load(self, parts: list) -> None:
+        self.weight = quantised(parts, self.bits)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        q, scale = products.quantize_rows(x.contiguous(), 127)
+        x, (integers, scales, bits, factors) = q.float() - 128, self.weight
+        own = factors.split(1024) if grouped(bits) else [None] * -(-len(integers) // 1024)
+        parts = zip(integers.split(1024), scales.split(1024), own, strict=True)
+        parts = [x @ dequantised(Quantised(i, s, bits, f)).T for i, s, f in parts]
+        return (torch.cat(parts, 1) * scale)[:, : self.rows]
+
+
+def class_of(bits: int) -> type[Linear]:
+    """The class for weights of so many bits on this processor."""
+    return _CLASSES[bits]
+
+
+_KIND = FewBits if _HAS_PRODUCTS else PlainFewBits
+_CLASSES = {bits: type(f"{_KIND.__name__}{bits}", (_KIND,), {"bits": bits}) for bits in WEIGHTS}

@@ -1,0 +1,146 @@
+"""Rounding a matrix so that its products change least, not its numbers.
+
+Numbers are rounded one input at a time, and what that changes in the products is made good by the
+inputs that are still to come (Frantar et al. 2022, GPTQ). For a row w the error is e H e^T, e being
+the change of w, and H the second moments of the inputs: the sum of x^T x over many tokens. Then the
+row's scale is fitted to the integers, and integers to it and to each other, in turns (Behdin et al.
+2023, QuantEase), which makes the error smaller still.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cpu.packed import STEP, Quantised, dequantised, grouped, rotate
+from ..cpu.packed import factor as as_factors
+
+_DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs nearly dependent on others
+_INPUTS = 128  # that are done before all others learn of it, which is then one product
+_NUMBERS = 2**23  # of a matrix at a time
+_TURNS = 2  # of fitting scales and integers
+
+
+def limits(bits: int) -> tuple[int, int]:
+    """The least and the greatest integer of so many bits."""
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def in_rotated_basis(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (rows, in) and its inputs' second moments (in, in), as of rotated inputs."""
+    width = weight.shape[1]
+    whole = rotate(weight.to(torch.float32)) / min(32, width & -width)
+    return whole, rotate(rotate(moments).T.contiguous())
+
+
+def error_of(found: Quantised, weight: Tensor, moments: Tensor) -> float:
+    """Squared change of the products, summed over what the moments are of."""
+    whole, moments = in_rotated_basis(weight, moments)
+    change = whole - dequantised(found)
+    return float(((change @ moments) * change).sum(dtype=torch.float64))
+
+
+def round_by_gptq(weight: Tensor, moments: Tensor, bits: int) -> Quantised:
+    """Quantised of a weight (rows, in) whose inputs have second moments (in, in), both as the model
+    has them."""
+    whole, moments = in_rotated_basis(weight, moments)
+    diagonal = moments.diagonal().clone()
+    mean = float(diagonal.mean())
+    if not mean > 0:  # no input ever: any number is as good, and the nearest one is sane
+        moments, mean = torch.eye(len(moments)), 1.0
+    moments.diagonal().add_(_DAMPING * mean)
+    # the inputs that matter most come first, while all others can make up for them
+    order = diagonal.argsort(descending=True, stable=True)
+    inverse = torch.linalg.inv(moments[order][:, order].to(torch.float64))
+    factor = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    del inverse
+    parts = []
+    for rows in whole.split(max(1, _NUMBERS // whole.shape[1])):
+        scale = find_scale(rows, diagonal, bits)
+        if grouped(bits):
+            own, factors = as_factors(scale)
+            scale = own * factors
+        integers = _round(rows, scale, factor, order, bits)
+        for _ in range(_TURNS):
+            scale = _fit_scale(rows, integers, scale, moments)
+            integers = _fit_integers(rows, integers, scale, moments, order, bits)
+        scale = _fit_scale(rows, integers, scale, moments)
+        if grouped(bits):
+            scale, factors = (scale / factors).mean(1, keepdim=True), factors.to(torch.int8)
+            parts.append((integers.to(torch.int8), scale, factors))
+        else:
+            parts.append((integers.to(torch.int8), scale))
+    integers, scale, *factors = (torch.cat(found) for found in zip(*parts, strict=True))
+    return Quantised(integers, scale, bits, *factors)
+
+
+def find_scale(whole: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """(rows, groups): the scales with the least sum of importance (in,) times squared error, when
+    each number is rounded to the nearest. With few bits it pays to cut the largest numbers off."""
+    low, high = limits(bits)
+    parts = whole.view(len(whole), -1, STEP if grouped(bits) else whole.shape[1])
+    weights = importance.view(1, parts.shape[1], -1) + 1e-12
+    size = parts.abs().amax(-1).clamp_(min=1e-30)
+    least, best = torch.full_like(size, torch.inf), size
+    # there is one more integer below 0 than above it: the scale's sign says which side has it
+    for sign in (1.0,) if bits == 8 else (1.0, -1.0):
+        for share in torch.linspace(1.0, 0.4, 25).tolist():
+            scale = size * (sign * share / -low)
+            steps = (parts / scale[..., None]).round_().clamp_(low, high)
+            error = ((steps * scale[..., None] - parts).square_() * weights).sum(-1)
+            better = error < least
+            least, best = torch.where(better, error, least), torch.where(better, scale, best)
+    return best
+
+
+def _round(whole: Tensor, scale: Tensor, factor: Tensor, order: Tensor, bits: int) -> Tensor:
+    """(rows, in) integers. factor: the upper Cholesky factor of the moments' inverse, in order."""
+    low, high = limits(bits)
+    rest, size = whole[:, order].T.contiguous(), whole.shape[1] // scale.shape[1]
+    integers = torch.empty_like(rest)
+    for start in range(0, len(rest), _INPUTS):
+        stop = min(start + _INPUTS, len(rest))
+        part, own = rest[start:stop], factor[start:stop, start:stop]
+        errors = torch.empty_like(part)
+        for j, column in enumerate(order[start:stop].tolist()):
+            step = scale[:, column // size]
+            integers[start + j] = (part[j] / step).round_().clamp_(low, high)
+            errors[j] = (part[j] - integers[start + j] * step) / own[j, j]
+            part[j:] -= own[j, j:, None] * errors[j]
+        rest[stop:] -= factor[start:stop, stop:].T @ errors
+    found = torch.empty_like(whole)
+    found[:, order] = integers.T
+    return found
+
+
+def _times(integers: Tensor, scale: Tensor) -> Tensor:
+    """(rows, in): integers times the scales (rows, groups) of their groups."""
+    return (integers.view(*scale.shape, -1) * scale[..., None]).view_as(integers)
+
+
+def _fit_scale(whole: Tensor, integers: Tensor, scale: Tensor, moments: Tensor) -> Tensor:
+    """The scales of a row, all times the number with which these integers have the least error."""
+    found = _times(integers, scale)
+    target = ((whole @ moments) * found).sum(1, keepdim=True)
+    share = target / ((found @ moments) * found).sum(1, keepdim=True)
+    # no integer but 0: any scale is as good
+    return torch.where(share.isfinite() & (share > 0), scale * share, scale)
+
+
+def _fit_integers(whole, integers, scale, moments, order, bits: int) -> Tensor:
+    """Each integer in turn as it is best beside the present others."""
+    low, high = limits(bits)
+    size, change = whole.shape[1] // scale.shape[1], whole - _times(integers, scale)
+    integers = integers.T.contiguous()
+    slope = (change @ moments).T.contiguous()  # how much each number should go up, times H's
+    for columns in order.split(_INPUTS):
+        part, own = slope[columns], moments[columns][:, columns]
+        steps = torch.empty_like(part)
+        for j, column in enumerate(columns.tolist()):
+            step, before = scale[:, column // size], integers[column]
+            after = (before + part[j] / (own[j, j] * step)).round_().clamp_(low, high)
+            steps[j] = (after - before) * step
+            integers[column] = after
+            part -= own[j, :, None] * steps[j]
+        slope -= moments[:, columns] @ steps
+    return integers.T.contiguous()

@@ -1,0 +1,242 @@
+"""A folder of matrices in 8, 6, 5 or 4 bits: config.json, model.safetensors, tokenizer.pkl.
+
+It is what `microvllm quantize` writes. Tensors have nanochat's names. A matrix of a linear layer,
+NAME.weight, is kept as NAME.scale and
+
+    8 bits  NAME.integers (rows, in) int8, from -127 to 127
+    6 bits  NAME.low (rows, in / 2) uint8 and NAME.high (rows, in / 4) uint8
+    5 bits  NAME.low, and NAME.high (rows, in / 8) uint8
+    4 bits  NAME.low, and NAME.factors (rows, in / 32) int8, from -15 to 15
+
+An integer i of b < 8 bits is the code i + 2^(b - 1). low has its four lower bits, those of the even
+inputs in the lower half of a byte; high has the other bits, those of the first input lowest. In 4
+bits 32 inputs that lie together have a factor. Scales are (rows, 1) float32. Inputs and weights are
+rotated, see cpu/packed.py.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import empty_model
+from ..model import RECIPES
+from . import huggingface, strict
+
+FORMAT = 1  # of what is described above
+BITS = 8, 6, 5, 4
+GROUP = 32  # inputs that share a factor of 4 bits
+_MATRICES = r"lm_head|transformer\.h\.\d+\.(attn\.c_(q|k|v|proj)|mlp\.c_(fc|proj))"
+_DTYPES = {"integers": torch.int8, "factors": torch.int8, "scale": torch.float32}  # others: uint8
+_CONSTANTS = "eps gate_scale qk_scale rope_base short_window round_rotary softcap".split()
+_FACTS = {"format": int, "bits": int, "seed": int, "tokens": int, "base": bool} | dict.fromkeys(
+    "version command source calibration".split(), str
+)
+
+
+def is_matrix(name: str) -> bool:
+    """Is NAME.weight a matrix of a linear layer, and kept in few bits?"""
+    return bool(re.fullmatch(_MATRICES, name))
+
+
+def bits_of(name: str, bits: int) -> int:
+    """The bits of a matrix in a folder of so many: of 4 the head has 6, where it costs most."""
+    return 6 if bits == 4 and name == "lm_head" else bits
+
+
+def pack(integers: Tensor, bits: int) -> dict[str, Tensor]:
+    """int8 (rows, in) as planes of a file, by the last parts of their names."""
+    if bits == 8:
+        return {"integers": integers.contiguous()}
+    codes = (integers + 2 ** (bits - 1)).to(torch.uint8)
+    low = codes & 15
+    planes = {"low": low[:, ::2] | low[:, 1::2] << 4}
+    if bits > 4:
+        size = bits - 4  # of each input, in the other plane
+        parts = (codes >> 4).unflatten(1, (-1, 8 // size)).unbind(2)
+        planes["high"] = sum(part << (size * i) for i, part in enumerate(parts))
+    return planes
+
+
+def unpack(planes: dict[str, Tensor], bits: int) -> Tensor:
+    """The other way round."""
+    if bits == 8:
+        return planes["integers"]
+    low = planes["low"]
+    codes = torch.stack((low & 15, low >> 4), 2).flatten(1)
+    if bits > 4:
+        size, high = bits - 4, planes["high"]
+        parts = [high >> (size * i) & (2**size - 1) for i in range(8 // size)]
+        codes |= torch.stack(parts, 2).flatten(1) << 4
+    return codes.to(torch.int8) - 2 ** (bits - 1)
+
+
+class Stored:
+    """A matrix as a file has it, mapped into memory, with what is asked of a tensor's size."""
+
+    ndim = 2
+
+    def __init__(self, planes: dict[str, Tensor], bits: int):
+        self.planes, self.bits = planes, bits
+        rows, width = next(iter(planes.values())).shape
+        self.shape = torch.Size((rows, width if bits == 8 else 2 * width))
+        self.nbytes = sum(plane.nbytes for plane in planes.values())
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def quantised(self):
+        """What products of few bits take, see cpu/packed.py."""
+        from ..cpu.packed import Quantised
+
+        integers, planes = unpack(self.planes, self.bits), self.planes
+        return Quantised(integers, planes["scale"], self.bits, planes.get("factors"))
+
+    def dense(self) -> Tensor:
+        """The weight, (rows, in) float32, for what multiplies by nothing else."""
+        from ..cpu.packed import dequantised, rotate
+
+        return rotate(dequantised(self.quantised()))
+
+
+def facts(directory: Path) -> dict | None:
+    """What the folder says of how it was made; None if it is no such folder. Raises ValueError for
+    one of another version."""
+    file = directory / "config.json"
+    found = strict.read_json(file).get("quantization")
+    if found is None:
+        return None
+    given = found if isinstance(found, dict) else {}
+    remedy = "write the folder again with `microvllm quantize`"
+    if given.get("format") != FORMAT:
+        what = f"format {given.get('format')!r:.40}, and this version reads {FORMAT}"
+        raise ValueError(f"{file}: quantization has {what}: {remedy}")
+    wrong = [name for name, kind in _FACTS.items() if type(given.get(name)) is not kind]
+    if wrong or given["bits"] not in BITS:
+        name = (wrong or ["bits"])[0]
+        raise ValueError(f"{file}: quantization has {name}={given.get(name)!r:.80}: {remedy}")
+    return given
+
+
+def read_folder(directory: Path) -> strict.Checkpoint:
+    """A folder that `write_folder` wrote; its matrices are Stored. Raises ValueError naming the
+    file and the tensor."""
+    file, bits = directory / "config.json", facts(directory)["bits"]
+    given = strict.read_json(file)
+    own = {name: given[name] for name in ("sequence_len", "vocab_size", "n_layer", "n_head",
+           "n_kv_head", "n_embd", "window_pattern") if name in given}  # fmt: skip
+    config = strict.make_config(own, str(file))
+    constants = given.get("recipe")
+    if not isinstance(constants, dict) or set(constants) != {"era", *_CONSTANTS}:
+        raise ValueError(f"{file}: recipe must have era, {', '.join(_CONSTANTS)}")
+    constants = dict(constants)
+    if not isinstance(era := constants.pop("era"), str) or era not in RECIPES:
+        raise ValueError(f"{file}: recipe has era={era!r:.40}, and there are {', '.join(RECIPES)}")
+    source = directory / "model.safetensors"
+    tensors = huggingface.read_safetensors(source)
+    try:
+        recipe = strict.replace(RECIPES[era], **constants)
+        weights = _checked(tensors, config, recipe, bits)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return config, recipe, weights
+
+
+def _checked(tensors: dict[str, Tensor], config, recipe, bits: int) -> dict:
+    """Weights of these tensors: each that the model has, none else, and each as it must be."""
+    if config.n_layer > len(tensors):  # before a model of a million layers is made
+        raise ValueError(f"n_layer is {config.n_layer}, but there are {len(tensors)} tensors")
+    wte = tensors.get("transformer.wte.weight")
+    rows = len(wte) if wte is not None and wte.ndim == 2 else config.vocab_size
+    if rows < config.vocab_size:
+        raise ValueError(f"the embedding has {rows} rows, but vocab_size is {config.vocab_size}")
+    weights, rest = {}, dict(tensors)
+
+    def take(name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+        if name not in rest:
+            raise ValueError(f"the tensor {name} is missing")
+        found = rest.pop(name)
+        if tuple(found.shape) != shape:
+            raise ValueError(f"{name} is {tuple(found.shape)}, not {shape}")
+        if found.dtype != dtype if dtype else not found.is_floating_point():
+            wanted = str(dtype)[6:] if dtype else "floating point"
+            raise ValueError(f"{name} is {str(found.dtype)[6:]}, not {wanted}")
+        return found
+
+    for name, like in empty_model(config, recipe, rows).state_dict().items():
+        part = name.removesuffix(".weight")
+        if not is_matrix(part):
+            weights[name] = take(name, tuple(like.shape), None)
+            continue
+        outputs, width = like.shape
+        own = bits_of(part, bits)
+        check_width(width, bits)
+        planes = {8: {"integers": 1}, 6: {"low": 2, "high": 4}, 5: {"low": 2, "high": 8},
+                  4: {"low": 2, "factors": GROUP}}[own] | {"scale": width}  # fmt: skip
+        found = {
+            k: take(f"{part}.{k}", (outputs, width // n), _DTYPES.get(k, torch.uint8))
+            for k, n in planes.items()
+        }
+        if not found["scale"].isfinite().all():
+            raise ValueError(f"{part}.scale has a number that is NaN or infinite")
+        for plane, most in ("integers", 127), ("factors", 15):
+            if plane in found and found[plane].numel():
+                low, high = map(int, found[plane].aminmax())
+                if low < -most or high > most:
+                    what = f"{part}.{plane} has numbers from {low} to {high}"
+                    raise ValueError(f"{what}, not from -{most} to {most}")
+        weights[name] = Stored(found, own)
+    if rest:
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        raise ValueError(f"the tensor {min(rest):.80}{more} is not of this model")
+    return weights
+
+
+def check_width(width: int, bits: int) -> None:
+    """Raises ValueError for matrices that cannot be kept in so many bits."""
+    if bits < 8 and width % GROUP:
+        raise ValueError(f"{bits} bits need widths in steps of {GROUP}, not {width}: take 8 bits")
+
+
+def check_source(checkpoint: strict.Checkpoint, directory: Path, bits: int) -> None:
+    """Raises ValueError for a checkpoint that cannot be written in so many bits."""
+    config, recipe, weights = checkpoint
+    if any(isinstance(weight, Stored) for weight in weights.values()):
+        raise ValueError(f"{directory} is quantised: give the checkpoint that it was made from")
+    if isinstance(recipe, strict.Questionable):
+        raise ValueError(recipe.why)
+    try:
+        check_width(config.n_embd, bits)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def write_folder(checkpoint: strict.Checkpoint, made: dict, tokenizer, told: dict, folder: Path):
+    """Write a checkpoint into a folder that is there. made: Quantised of each matrix, by its name
+    without .weight; told: what `facts` gives, but for the format."""
+    config, recipe, weights = checkpoint
+    tensors = {}
+    for name, weight in weights.items():
+        part = name.removesuffix(".weight")
+        if not is_matrix(part):
+            tensors[name] = weight.detach().contiguous()
+            continue
+        integers, scale, bits, factors = made[part]
+        planes = pack(integers, bits) | {"scale": scale}
+        planes |= {} if factors is None else {"factors": factors}
+        tensors |= {f"{part}.{plane}": tensor.contiguous() for plane, tensor in planes.items()}
+    save = huggingface.import_safetensors(folder).save_file
+    save(tensors, folder / "model.safetensors", {"format": "pt"})
+    constants = {name: getattr(recipe, name) for name in ("era", *_CONSTANTS)}
+    found = {"architectures": ["NanochatForCausalLM"], "model_type": "nanochat"} | vars(config)
+    found |= {"recipe": constants, "quantization": {"format": FORMAT} | told}
+    (folder / "config.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer._encoding, 4))
+    # which the package makes for its owner alone
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
