@@ -30,7 +30,7 @@ PRECISIONS = {
     "int8": Precision(8, 8, 2, "cpu"),
     "int6": Precision(6, 8, 2, "cpu"),
     "int5": Precision(5, 8, 2, "cpu"),
-    "int4": Precision(4.25, 8, 2, "cpu", 6),
+    "int4": Precision(4.25, 8, 2, "cpu", head=6),
     "fp8": Precision(8, 4, 2, "cuda"),
 }
 BATCHES = 1, 8, 64  # sequences that decode together

@@ -412,7 +412,7 @@ def test_the_bundled_model_is_compiled(store):
 
 
 def test_a_processor_without_panels_takes_the_loop(monkeypatch):
-    monkeypatch.setattr(products, "PANEL", 0)
+    monkeypatch.setattr(products, "PANEL_FLOAT", 0)
     model = load_model(MODEL, None, CPU, "auto", attention="numba")
     assert not model.compiled and not isinstance(model.layers[0].fc, Panels)
 
