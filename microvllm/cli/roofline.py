@@ -76,7 +76,7 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
     length, windows = config.sequence_len, layer_windows(config, recipe)
     parameters, stored = sum(w.numel() for w in weights.values()), stored_as(weights)
     kinds = {
-        name: kind
+        name: kind._replace(kv=kv_cache_dtype)
         for name, kind in PRECISIONS.items()
         if kind.device in ("", device.type) and (kind.bits > 8 or stored in (None, name))
     }
@@ -94,10 +94,10 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
             "decode_limits": limits,
         }
 
-    kinds = {name: kind._replace(kv=kv_cache_dtype) for name, kind in PRECISIONS.items()}
-    chosen, free = takes(kinds[dtype]), free_memory(device)
+    own = PRECISIONS[dtype]._replace(kv=kv_cache_dtype)
+    chosen, free = takes(own), free_memory(device)
     width = max(len(layers) for _, layers in groups)
-    sequence_bytes = blocks * 16 * width * layer_bytes(config, kinds[dtype])
+    sequence_bytes = blocks * 16 * width * layer_bytes(config, own)
     # what the cache may have: nearly all of a GPU, or half of what is free elsewhere. unasked the
     # engine takes 4 GB of the latter at most
     room = max(0, free - chosen["weight_bytes"]) * (0.9 if on_gpu else 0.5)

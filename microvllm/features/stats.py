@@ -63,7 +63,7 @@ class StatsLLM(LLM):
             "free_blocks": blocks.num_free // blocks.width,
             "peak_blocks": -(-self._stats["peak_blocks"] // blocks.width),
             "running": len(scheduler.running), "waiting": len(scheduler.waiting),
-            "cache_bytes": getattr(self.cache.data, "nbytes", 0),  # none while the engine sleeps
+            "cache_bytes": getattr(getattr(self.cache, "data", None), "nbytes", 0),  # asleep: none
         }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def facts(directory: Path) -> dict | None:
     """What the folder says of how it was made; None if it is no such folder. Raises ValueError for
     one of another version."""
     file = directory / "config.json"
-    found = strict.read_json(file).get("quantization")
+    found = strict.read_json(file).get("quantization") if file.is_file() else None
     if found is None:
         return None
     given = found if isinstance(found, dict) else {}
