@@ -1,6 +1,7 @@
 """Weights of 6, 5 and 4 bits: how they are packed, their products, what a model of them takes."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ BACKEND = CpuBackend(CPU, torch.float32)
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [6, 5, 4]
 # kernels are compiled for each
-COMPILED = [4, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (6, 5))]
+HEAVY = pytest.mark.skipif(not os.environ.get("FUZZ"), reason="compiles for long: set FUZZ")
+COMPILED = [4, *(pytest.param(bits, marks=[pytest.mark.slow, HEAVY]) for bits in (6, 5))]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
@@ -231,6 +233,7 @@ def test_weights_take_as_many_bits_as_the_word_says(word, caplog, monkeypatch):
 
 
 @has_int8
+@HEAVY
 @pytest.mark.slow
 def test_all_layers_in_one_call_are_the_loop_over_them():
     era = Fixture(*era_fixtures()["era5"])
@@ -255,6 +258,7 @@ def test_all_layers_in_one_call_are_the_loop_over_them():
 
 
 @has_int8
+@HEAVY
 @pytest.mark.slow
 def test_a_model_of_given_integers_is_that_of_plain_rounding():
     """What a file of rounded weights becomes."""
@@ -275,6 +279,7 @@ def test_a_model_of_given_integers_is_that_of_plain_rounding():
 
 
 @has_int8
+@HEAVY
 @pytest.mark.slow
 def test_four_bits_go_every_way():
     """Alone and in a batch, cold and warm, after new weights and after a sleep: the same tokens."""
@@ -292,6 +297,7 @@ def test_four_bits_go_every_way():
 
 
 @has_int8
+@HEAVY
 @pytest.mark.slow
 def test_perplexity_of_four_bits_rounded_plainly():
     assert 0.05 < perplexity(quantization="int4") / perplexity() - 1 < 0.18

@@ -4,6 +4,8 @@ Logits, bit for bit: alone or in a batch, cold or with a prefix from the cache, 
 many, as a decode or as part of a prompt, after a preemption.
 """
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,8 @@ from microvllm.fused.linear import Linear
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ERAS = {name: Fixture(*found) for name, found in era_fixtures().items()}
+
+HEAVY = pytest.mark.skipif(not os.environ.get("FUZZ"), reason="compiles for long: set FUZZ")
 
 
 class Record(dict):
@@ -102,7 +106,7 @@ def test_every_era(era):
     "options",
     [
         {}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"block_size": 6, "max_batch_size": 7},
-        pytest.param({"quantization": "int4"}, marks=pytest.mark.slow),
+        pytest.param({"quantization": "int4"}, marks=[pytest.mark.slow, HEAVY]),
     ],
     ids=str,
 )  # fmt: skip

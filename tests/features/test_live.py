@@ -157,6 +157,14 @@ ENGINES = {
     "sdpa": {"attention": "sdpa", "copy": True},
     "plain": {"plain": True},
 }
+
+
+def slowly(name: str) -> list:
+    """It compiles kernels of its own."""
+    heavy = pytest.mark.skipif(not ALL, reason="compiles for long: set FUZZ")
+    return [pytest.mark.slow, heavy] if name == "int4" else []
+
+
 COPIES = {name: options for name, options in ENGINES.items() if name in ("shared", "copy")}
 
 
@@ -165,7 +173,7 @@ COPIES = {name: options for name, options in ENGINES.items() if name in ("shared
     [
         pytest.param(
             change, options, id=f"{change.__name__}-{name}",
-            marks=[pytest.mark.slow] if name == "int4" else [],  # it compiles kernels of its own
+            marks=slowly(name),
         )
         for name, options in ENGINES.items()
         for change in (CHANGES if name in COPIES else [another_block, trained])
@@ -225,7 +233,9 @@ def test_running_requests_go_on_with_the_new_weights(change, options):
             )
 
 
-@pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize(
+    "options", [pytest.param(o, id=n, marks=slowly(n)) for n, o in ENGINES.items()]
+)
 def test_where_nothing_changes_the_prefix_cache_is_kept(options, monkeypatch):
     gpt, other = GPT(), GPT(seed=1)
     with serve(model=gpt, **options) as llm:

@@ -88,7 +88,9 @@ def test_a_folder_gives_what_was_written_and_nothing_else_changes(bits, folders)
     assert each < {8: 8.15, 6: 6.15, 5: 5.15, 4: 5}[bits]
 
 
-SLOW = [pytest.param(bits, marks=pytest.mark.slow) for bits in (6, 5, 4)]  # kernels of their own
+HEAVY = pytest.mark.skipif(not os.environ.get("FUZZ"), reason="compiles for long: set FUZZ")
+# kernels of their own
+SLOW = [pytest.param(bits, marks=[pytest.mark.slow, HEAVY]) for bits in (6, 5, 4)]
 
 
 @pytest.mark.parametrize("bits", [8, *SLOW])
@@ -268,6 +270,7 @@ def test_the_command_on_a_tiny_model(command, mistake, tmp_path):
         assert f"{out} is quantised" in said and os.listdir(tmp_path) == ["q"]
 
 
+@HEAVY
 @pytest.mark.slow
 def test_a_given_text_and_the_same_folder_twice(command, mistake, tmp_path):
     fixture, text = FIXTURES["era1_padded"], tmp_path / "text.txt"
@@ -306,6 +309,7 @@ def perplexity(model: str, **options) -> float:
     return float(torch.tensor(found).mean().neg().exp())
 
 
+@HEAVY
 @pytest.mark.slow
 def test_the_bundled_model_in_four_bits(command, tmp_path):
     out = tmp_path / "q"
