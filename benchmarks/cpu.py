@@ -208,6 +208,8 @@ def main() -> None:
     parser.add_argument("--models", default="small,bundled", help=f"of {','.join(SHAPES)},bundled")
     parser.add_argument("--sequences", type=int, default=64, help="of the profile (%(default)s)")
     parser.add_argument("--prompts", type=int, default=512, help="of the perplexity (%(default)s)")
+    kinds = "of the perplexity: those that do without more compiling, or of " + ",".join(KINDS)
+    parser.add_argument("--kinds", default="float32,bfloat16,int8", help=kinds)
     args = parser.parse_args()
     result = {"benchmark": "cpu", "cpu": processor(), "cores": cores(),
               "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
@@ -231,7 +233,9 @@ def main() -> None:
                 for part, ms in loop.items():
                     print(f"  {part:18}{ms:9.3f} ms{ms / total:7.1%}")
     if "perplexity" in args.parts:
-        result["perplexity"] = {k: perplexity(args.prompts, o) for k, o in KINDS.items()}
+        result["perplexity"] = {
+            kind: perplexity(args.prompts, KINDS[kind]) for kind in args.kinds.split(",")
+        }
         exact = result["perplexity"]["float32"]["perplexity"]
         print(f"\nperplexity of {result['perplexity']['float32']['tokens']:,} tokens of answers")
         for kind, found in result["perplexity"].items():
