@@ -171,7 +171,7 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
             self.logits = torch.zeros(len(self.last), 1)
             return SimpleNamespace(replay=lambda: None)
 
-        def _choose(self, size):
+        def _choose(self, size, graphs):
             pass
 
     def drawn(logits, params, *_):
@@ -183,6 +183,7 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
     with (
         LLM(str(BUNDLED), device="cpu", **options) as llm,
         mock.patch.object(torch.cuda, "graph_pool_handle", lambda: None),
+        mock.patch.object(torch.cuda, "Stream", lambda device: None),
         mock.patch.object(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k)),
     ):
         llm.overlap = True
