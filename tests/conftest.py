@@ -15,13 +15,44 @@ MODEL = ROOT / "models" / "oldbooks-d6"
 torch.set_num_threads(1)  # two processes run side by side; a test of threads asks for more
 
 
-@pytest.fixture(scope="session", autouse=True)
-def kernels():
-    """The usual kernels, on disk before a test begins: a command that finds none says so."""
+# In this order files are begun, the others after them: first some that need no kernels of the CPU,
+# which are compiled meanwhile, then those of many seconds, of these the ones that need more kernels
+# last. The short ones come at the end, lest one process waits for the other.
+EARLY = (
+    "test_kernels_gpu test_graphs test_deterministic_gpu test_flash test_float8 test_lab "
+    "test_tokenizer test_scheduler test_pt test_strict_tokenizer test_state_machine"
+).split()
+ORDER = [*EARLY, *(
+    "test_house test_readme test_benchmarks test_ray test_parallel test_soak test_interruptions "
+    "test_streams test_scripts test_batch test_examples test_conversation test_model test_fuzz "
+    "test_trace test_trace_page test_cli test_logits test_policies test_engine test_kernels_cpu "
+    "test_products_cpu test_determinism_matrix test_live test_fewbits_cpu test_first "
+    "test_int8_cache test_vectors_cpu test_memory_limits test_quantize"
+).split()]  # fmt: skip
+KINDS = "float32-layers", "float32", "bfloat16-layers", "int8-layers"  # of kernels; two are usual
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: i for i, name in enumerate(ORDER)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(request):
+    """The usual kernels, on disk before a test begins: a command that finds none says so. For the
+    other files, and for the kinds that come later, one process has a helper compile them."""
     from microvllm.cpu import backend, first
 
-    for kind in ("float32-layers", "float32"):
-        first.begin(backend.CpuBackend, kind, waits=True)
+    alone = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    for kind in KINDS:
+        waits = kind in KINDS[:2] and request.path.stem not in EARLY
+        if first.compiled(kind):
+            continue
+        if not waits and (not alone or kind in first._helpers or not first.place(kind)):
+            return
+        with first.told(first.tell, waits):
+            if not first.begin(backend.CpuBackend, kind, waits):
+                return  # one kind at a time, and each once
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -151,7 +151,8 @@ def test_every_two_conditions_together(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_whole_matrix_of_few_rows(dtype):
-    go("tiny", dtype, product(SMALL | {"rows": (1, 2)}))
+    rows = (1, 2) if ALL or dtype == "float32" else (2,)
+    go("tiny", dtype, product(SMALL | {"rows": rows}))
 
 
 @pytest.mark.slow

@@ -88,8 +88,9 @@ def test_relu2(dtype):
     assert_close(steps.relu2(x), reference, dtype)
 
 
+# N: what is left over by 2 and by 4 at a time; a program of the interpreter takes its time
 @DTYPES
-@pytest.mark.parametrize("rows, K, N", [(1, 136, 50), (3, 600, 33), (8, 64, 19), (2, 4200, 17)])
+@pytest.mark.parametrize("rows, K, N", [(1, 136, 10), (3, 600, 9), (8, 64, 7), (2, 4200, 5)])
 @pytest.mark.parametrize("lambdas, outputs", [(False, 4), (True, 2)])
 def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
     """norm_linear and linear_add are add_norm, F.linear and relu2 in one."""
@@ -439,13 +440,13 @@ def test_sample_with_filters(dtype, vocab):
         {"top_p": 1e-3}, {"top_p": 0.999}, {"min_p": 0.2}, {"min_p": 1.0}, {},
         {"top_k": 7, "top_p": 0.6}, {"top_k": 20, "top_p": 0.9, "min_p": 0.05},
         {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
-    ] * 2  # fmt: skip
+    ] * (2 if vocab == 50 or CUDA else 1)  # fmt: skip
     params = [
         SamplingParams(**{"temperature": 0.4 + 0.1 * (i % 7)} | g) for i, g in enumerate(given)
     ]
     R = len(params)
     logits = 3 * torch.randn(R, vocab)
-    logits[R // 2 :] = logits[R // 2 :].round()  # many are equal, and there are zeros of both signs
+    logits[1::2] = logits[1::2].round()  # many are equal, and there are zeros of both signs
     logits[:, 7], logits[:, 9] = -torch.inf, 5.0
     logits = logits.to(DEVICE, dtype)
     temperature = torch.tensor([p.temperature for p in params], device=DEVICE)

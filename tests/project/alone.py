@@ -2,14 +2,18 @@
 
 Nothing is imported but from the copy, the standard library, and the packages that the job allows.
 So a module that was deleted from the copy is not found in an installed one, as an editable install
-would have it. The last line on stdout is JSON.
+would have it. The last line on stdout is JSON. With the argument `forks` each line of stdin is a
+job, done by a fork of a process that has imported torch, which takes longer than many jobs do.
 """
 
 import importlib
 import io
 import json
+import os
 import runpy
+import signal
 import sys
+import traceback
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
@@ -236,8 +240,26 @@ def commands(lines: list[list[str]]) -> list[dict]:
     return told
 
 
-def main() -> None:
-    job = json.load(sys.stdin)
+def fork_for_each() -> None:
+    """Do jobs until stdin ends. One that fails answers with a string: what it raised."""
+    import numpy  # noqa: F401
+    import torch  # noqa: F401
+
+    for line in sys.stdin:
+        if not (child := os.fork()):
+            signal.alarm(300)
+            sys.stdin = open(os.devnull)  # the other jobs are not its input
+            try:
+                do(json.loads(line))
+            except BaseException:
+                print(json.dumps(traceback.format_exc()))
+            sys.stdout.flush()
+            os._exit(0)
+        if status := os.waitpid(child, 0)[1]:
+            print(json.dumps(f"it ended with the wait status {status}"), flush=True)
+
+
+def do(job: dict) -> None:
     isolate(job["folder"], job.get("allowed"), job["hidden"])
     found: dict = {}
     for name in job.get("modules", ()):
@@ -269,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fork_for_each() if sys.argv[1:] == ["forks"] else do(json.load(sys.stdin))

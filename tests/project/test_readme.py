@@ -76,6 +76,7 @@ def test_the_commands_of_the_readme_run(tmp_path):
     here = os.environ | {"NANOCHAT_BASE_DIR": str(base)}
     here |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for block in others:
+        block = block.replace("lab fig15", "lab fig15 --requests 30")  # of 300: half a minute
         told = subprocess.run(
             ["bash", "-ec", block], cwd=tmp_path, env=here, capture_output=True, text=True,
             timeout=300, stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_some_stories_end_well_and_meet_what_there_is_to_meet():
-    met = soak.soak(seed=1, seconds=300, cases=10)
+    met = soak.soak(seed=1, seconds=300, first=3, cases=6)  # of these numbers, since they do
     assert "failure" not in met
     wanted = "requests tokens preemptions cached_tokens faults streams ahead plain forced_tokens"
     wanted += " guessed_tokens accepted_tokens"
