@@ -50,6 +50,7 @@ import triton
 from gpu import copy_bandwidth, describe, free_memory, median_seconds, product_peak, say
 
 from microvllm.gpu import attention, launch, sampler, steps
+from microvllm.gpu.graphs import OUTPUTS
 from microvllm.gpu.steps import linear_add, norm_linear
 
 LAYERS, WIDTH, HEADS, DIM, VOCAB, BLOCK_SIZE = 34, 2176, 17, 128, 65536, 16
@@ -112,32 +113,27 @@ class Paged:
             num_decodes=rows.count(1), max_query=max(rows), max_seq=max(lengths),
         )  # fmt: skip
         self.q = random(sum(rows), HEADS, DIM)
-        self.out = torch.empty_like(self.q)
+        self.out, self.counts = torch.empty_like(self.q), attention.make_counts(device())
 
     def layer(self, i: int) -> torch.Tensor:
         return self.cache[i % self.layers]
 
     def attend(self, i: int) -> None:
-        attention.paged_attention(self.q, *self.layer(i), self.batch, -1)
+        attention.paged_attention(self.q, *self.layer(i), self.batch, -1, counts=self.counts)
 
     def decode(self, tile: int, warps: int, splits: int, units: bool, i: int) -> None:
         (k, v), batch, count = self.layer(i), self.batch, len(self.q)
-        parts, lse = self.out, None
+        parts = lse = None
         if splits > 1:
             shape = (count, HEADS, splits)
             parts = torch.empty((*shape, DIM), dtype=torch.float32, device=k.device)
             lse = torch.empty(shape, dtype=torch.float32, device=k.device)
         attention._decode[(HEADS, count, splits)](
-            self.q, k, v, batch.block_tables, batch.seq_lens, parts, lse,
+            self.q, k, v, batch.block_tables, batch.seq_lens, self.out, parts, lse, self.counts,
             batch.block_tables.stride(0), k.stride(0), SCALE, -1,
             HEADS, 1, DIM, BLOCK_SIZE, DIM, 16 if units else 1, tile,
             num_warps=warps, num_stages=5, **options(),
         )  # fmt: skip
-        if splits > 1:
-            block = triton.next_power_of_2(splits)
-            attention._combine[(count * HEADS,)](
-                parts, lse, self.out, splits, DIM, DIM, block, num_warps=4, **options()
-            )
 
     def chunk(self, block_m: int, tile: int, warps: int, stages: int, i: int) -> None:
         (k, v), batch, count = self.layer(i), self.batch, len(self.batch.seq_lens)
@@ -311,7 +307,8 @@ def step_cases() -> Iterator[Case]:
         rest = (HEADS, 1.0, 1.0, EPS)
         k, v = paged.layer(i)
         q = steps.rope_store(qkv, h, None, None, cos, sin, paged.batch, k, v, *rest)
-        return attention.paged_attention(q, k, v, paged.batch, -1).view(1, WIDTH)
+        y = attention.paged_attention(q, k, v, paged.batch, -1, counts=paged.counts)
+        return y.view(1, WIDTH)
 
     def with_cublas():
         x, y = x_in, None
@@ -323,10 +320,10 @@ def step_cases() -> Iterator[Case]:
         return F.linear(steps.add_norm(x, y, None, None, None, EPS)[1], head)
 
     def with_few_rows(outputs):
-        x, tiles = x_in, {"outputs": outputs}
+        x, tiles, long = x_in, *({"outputs": n} for n in outputs)
         for i, (qkv, proj, fc, mlp) in enumerate(weights):
             x = linear_add(attend(*norm_linear(x, qkv, EPS, **tiles), i), proj, x, **tiles)
-            x = linear_add(norm_linear(x, fc, EPS, relu2=True, **tiles)[0], mlp, x, **tiles)
+            x = linear_add(norm_linear(x, fc, EPS, relu2=True, **tiles)[0], mlp, x, **long)
         return norm_linear(x, head, EPS, **tiles)[0]
 
     def step(logits, early, i):
@@ -334,7 +331,8 @@ def step_cases() -> Iterator[Case]:
             sampler.sample(logits(), temperature, u, 15.0)
 
     bytes_read = 2 * (LAYERS * 12 * WIDTH * WIDTH + VOCAB * WIDTH)
-    ways = {f"few-rows outputs {n}": partial(with_few_rows, n) for n in (1, 2, 4)}
+    tried = *OUTPUTS, (1, 1), (2, 2)
+    ways = {f"few-rows outputs {n}": partial(with_few_rows, n) for n in tried}
     for name, logits in {"cublas": with_cublas, **ways}.items():
         for early in (False, True):
             case = f"step {name}{' early start' * early}"

@@ -418,6 +418,7 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             runners.insert(0, ahead.AheadRunner)
             if backend and backend.name == "triton" and self.cuda_graphs and not self.ranks:
                 runners.append(optional("gpu.graphs").GraphRunner)
+                schedulers.append(optional("gpu.admission").GroupScheduler)
         if backend:
             runners.append(optional("fused.model").FusedRunner)
         if self.prompt_lookup:

@@ -11,7 +11,10 @@ from . import launch
 from .launch import VARIES, begin
 
 SEARCHED = tl.constexpr(512)  # sequences that a program of `_chunk` looks at in one go
-WARPS_PER_PROCESSOR = 32  # what paged decoding aims at when it splits contexts
+# programs of `_decode` that a multiprocessor runs at once, of one warp and of four: as registers of
+# Hopper allow, compiled in bfloat16. contexts are split until there are about so many
+AT_ONCE = {1: 8, 4: 5}
+MAX_SPLITS = tl.constexpr(64)
 
 
 @triton.jit
@@ -54,9 +57,28 @@ def _add_tile(score, value, m, total, acc):
     return m_new, total, acc
 
 
+@triton.jit
+def _combine(parts, lse, out, splits, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    # each split brought its own softmax: out_s, and lse_s = log2 of the sum it divided by. over all
+    # keys the divisor is the sum of 2^lse_s, so split s counts with 2^lse_s / sum(2^lse)
+    every = tl.arange(0, MAX_SPLITS)
+    top = tl.max(tl.load(lse + every, every < splits, -1e30, cache_modifier=".cg"), 0)
+    d = tl.arange(0, BLOCK_D)
+    total, acc = tl.zeros((8,), tl.float32), tl.zeros((8, BLOCK_D), tl.float32)
+    for start in range(0, splits, 8):
+        s = start + tl.arange(0, 8)
+        size = tl.load(lse + s, s < splits, -1e30, cache_modifier=".cg")
+        weight = tl.where(s < splits, tl.exp2(size - top), 0.0)
+        live = (s < splits)[:, None] & (d < D)[None, :]
+        at = s[:, None] * D + d[None, :]
+        acc += weight[:, None] * tl.load(parts + at, live, 0.0, cache_modifier=".cg")
+        total += weight
+    tl.store(out + d, tl.sum(acc, 0) / tl.sum(total, 0), d < D)
+
+
 @triton.jit(do_not_specialize=VARIES)
 def _decode(
-    q, k, v, tables, seq_lens, out, lse, table_stride, block_stride, scale, window,
+    q, k, v, tables, seq_lens, out, parts, lse, counts, table_stride, block_stride, scale, window,
     N_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -103,28 +125,22 @@ def _decode(
     # a split without keys (or a sequence of length 0) has total 0: it writes 0, and no NaN
     divisor = tl.where(total > 0, total, 1.0)
     acc = acc / divisor[:, None]
-    part = rows * splits + split
-    tl.store(out + part[:, None].to(tl.int64) * D + d[None, :], acc, live)
-    if lse is not None:
+    if lse is None:
+        tl.store(out + rows[:, None] * D + d[None, :], acc, live)
+    else:
+        part = rows.to(tl.int64) * splits + split
+        tl.store(parts + part[:, None] * D + d[None, :], acc, live)
         tl.store(lse + part, tl.where(total > 0, m, -1e30) + tl.log2(divisor), g < GROUP)
-
-
-@triton.jit(do_not_specialize=VARIES)
-def _combine(
-    parts, lse, out, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    # each split brought its own softmax: out_s, and lse_s = log2 of the sum it divided by. over all
-    # keys the divisor is the sum of 2^lse_s, so split s counts with 2^lse_s / sum(2^lse)
-    row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_D)
-    begin(PDL)
-    size = tl.load(lse + row * splits + s, s < splits, -1e30)
-    weight = tl.where(s < splits, tl.exp2(size - tl.max(size, 0)), 0.0)
-    live = (s < splits)[:, None] & (d < D)[None, :]
-    part = tl.load(parts + (row * splits + s)[:, None] * D + d[None, :], live, 0.0)
-    tl.store(out + row * D + d, tl.sum(weight[:, None] * part, 0) / tl.sum(weight, 0), d < D)
+        # the last one to come here combines what all have written: a launch less. the barrier is
+        # for the threads of this program, acquire and release for the other programs
+        tl.debug_barrier()
+        count = counts + sequence * N_KV + head
+        if tl.atomic_add(count, 1, sem="acq_rel") == splits - 1:
+            tl.store(count, 0)  # as the next launch wants to find it
+            for i in range(GROUP):
+                row = (query_head + i).to(tl.int64)
+                part0 = row * splits
+                _combine(parts + part0 * D, lse + part0, out + row * D, splits, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -187,11 +203,17 @@ def _chunk(
     tl.store(out + at, acc / tl.where(total > 0, total, 1.0)[:, None], live)
 
 
-def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
+def make_counts(device: torch.device) -> torch.Tensor:
+    """What `paged_attention` counts with: for one stream, and 0 between two launches."""
+    size = max(AT_ONCE.values()) * launch.card(device)[0]
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts=None):
     """Decodes go to one kernel, longer chunks to another.
 
-    num_splits: programs that share the context of one decoding sequence; None: as many as fill the
-    card. fixed: see fixed_attention.
+    num_splits: programs that share the context of one decoding sequence, 64 at most; None: as many
+    as fill the card. fixed: see fixed_attention. counts: see make_counts; None: new ones.
     The online softmax and the split of the context are FlashAttention's (Dao et al., 2022) and
     Flash-Decoding's (Dao et al., 2023), the block table PagedAttention's (Kwon et al., 2023).
     """
@@ -214,22 +236,20 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False):
         else:
             block_g, warps = max(16, triton.next_power_of_2(group)), 4
             tile = 16 if size == 4 else min(8192 // block_d, 64)
-        wanted = WARPS_PER_PROCESSOR // warps * processors // (decodes * n_kv)
-        splits = num_splits or max(1, min(wanted, triton.cdiv(batch.max_seq, 64), 64))
-        parts, lse = out, None
+        wanted = round(AT_ONCE[warps] * processors / (decodes * n_kv))
+        most = MAX_SPLITS.value
+        splits = num_splits or max(1, min(wanted, triton.cdiv(batch.max_seq, 64), most))
+        parts = lse = None
         if splits > 1:
             shape = (decodes, n_head, splits)
             parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
             lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+            counts = make_counts(q.device) if counts is None else counts
+            assert splits <= most and decodes * n_kv <= len(counts), (splits, decodes, n_kv)
         _decode[(n_kv, decodes, splits)](
-            q, k, v, tables, seq_lens, parts, lse, *where, block_g, tile,
+            q, k, v, tables, seq_lens, out, parts, lse, counts, *where, block_g, tile,
             num_warps=warps, **options,
         )  # fmt: skip
-        if splits > 1:
-            block_s = triton.next_power_of_2(splits)
-            _combine[(decodes * n_head,)](
-                parts, lse, out, splits, D, block_d, block_s, num_warps=4, **options
-            )
     if chunks:
         block_g = triton.next_power_of_2(group)
         # small blocks for float32, which has no matrix units and spills, and for short prompts: if

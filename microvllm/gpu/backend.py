@@ -1,5 +1,7 @@
 """What a GPU offers to the fused model, and weights in float8."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -66,7 +68,8 @@ class TritonBackend(GpuBackend):
         super().__init__(device, dtype, deterministic)
         from . import attention, steps
 
-        self.attend = attention.paged_attention
+        counts = attention.make_counts(device)
+        self.attend = partial(attention.paged_attention, counts=counts)
         if deterministic:
             self.attend, self.product = attention.fixed_attention, steps.linear
 

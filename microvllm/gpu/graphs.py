@@ -30,16 +30,19 @@ from .steps import linear_add, norm_linear
 # fields of a row beside its slots and block tables; cu_seqlens never changes
 FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
 MAX_FEW_ROWS = 8  # the largest batch for which `few_rows_step` is tried
-OUTPUTS = 2, 4  # per program of its products, both are tried
+OUTPUTS = (2, 1), (4, 1), (4, 4)  # of a program in `few_rows_step`, all are tried
 FAILED: list[torch.cuda.CUDAGraph] = []  # kept: to destroy one whose capture failed can fail, too
 TRIALS = 8  # timed replays of each way, each with another token; more than there are ways
 
 
-def few_rows_step(model, batch: Batch, cache, outputs: int, out: Tensor | None = None) -> Tensor:
+def few_rows_step(
+    model, batch: Batch, cache, outputs: tuple[int, int], out: Tensor | None = None
+) -> Tensor:
     """The logits (R, V) of a few rows that decode: model.forward and model.logits in two thirds of
-    the kernels, with norms that are not rounded. outputs: per program of a product; out: where the
-    logits go."""
-    recipe, backend, tiles = model.recipe, model.backend, {"outputs": outputs}
+    the kernels, with norms that are not rounded. outputs: that a program of a product computes, and
+    one of the MLP's second, whose rows are four times as long; out: where the logits go."""
+    recipe, backend = model.recipe, model.backend
+    tiles, long = ({"outputs": n} for n in outputs)
     x = x0 = model.embed(batch)  # (1)
     eps, backout = recipe.eps, ()
     for i, (layer, (k, v, view)) in enumerate(zip(model.layers, cache.layers(batch), strict=True)):
@@ -53,7 +56,7 @@ def few_rows_step(model, batch: Batch, cache, outputs: int, out: Tensor | None =
         y = backend.attend(q, k, v, view, layer.window)
         x = linear_add(y.flatten(1), layer.proj.weight, x, *scaled, **tiles)
         y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True, **tiles)  # (6)
-        x = linear_add(y, layer.mlp_proj.weight, x, **tiles)
+        x = linear_add(y, layer.mlp_proj.weight, x, **long)
         if recipe.smear and i == model.config.n_layer // 2:  # (7)
             minus = -model.backout_lambda.float()
             backout = x, torch.ones_like(minus), minus
@@ -120,16 +123,16 @@ class DecodeGraphs:
         finally:
             gc.unfreeze()
 
-    def _record(self, size: int, outputs: int = 0) -> torch.cuda.CUDAGraph:
+    def _record(self, size: int, outputs: tuple = ()) -> torch.cuda.CUDAGraph:
         """Run the step once, so that all kernels are compiled and loaded, then capture it.
-        outputs: of `few_rows_step`, 0 for the library's products."""
+        outputs: of `few_rows_step`, () for the library's products."""
         self.inputs.zero_()
         self._split(self.inputs, size)[0][3] = 1  # sequences of one token, in the sink
         self._decode(size, outputs)
         torch.cuda.synchronize(self.model.device)
         return self._capture(size, outputs)
 
-    def _capture(self, size: int, outputs: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, size: int, outputs: tuple) -> torch.cuda.CUDAGraph:
         """Capture a step. Where that fails, torch leaves the thread on the stream of the capture,
         and older ones the allocator in the pool: both are put back."""
         device, graph = self.model.device, torch.cuda.CUDAGraph()
@@ -228,7 +231,7 @@ class DecodeGraphs:
         fields, tables = flat[: rows * size], flat[rows * size : self.width * size]
         return fields.reshape(rows, size), tables.reshape(self.groups, size, self.columns)
 
-    def _decode(self, size: int, outputs: int) -> None:
+    def _decode(self, size: int, outputs: tuple) -> None:
         """What is recorded: read the inputs, forward, sample, leave the tokens in `last` and what
         they were drawn from in `logits`."""
         model, cache = self.model, self.cache

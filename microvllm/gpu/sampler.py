@@ -8,7 +8,7 @@ from . import launch
 from .launch import VARIES, begin
 
 SAMPLE_CHUNK = 2048  # vocabulary entries per program of the sampler: fixed, so sums do not vary
-SAMPLE_TILE = 4096  # entries that `_truncate` reads at a time: the more, the fewer waits for memory
+SAMPLE_TILE = 4096  # entries that `_truncate` reads at a time, and of those that it searches
 
 
 @triton.jit
@@ -80,9 +80,51 @@ def _least(
     return least
 
 
+@triton.jit
+def _gather(logits, few, wanted, V, TILE: tl.constexpr, SHIFT: tl.constexpr):
+    # write the largest logits, about `wanted` or more, to `few`. Returns their number: where it is
+    # above TILE, the others are not there. They are those from the wanted-th largest of TILE
+    # maxima on, each of as many logits: so among them are the `wanted` largest of all
+    lane = tl.arange(0, TILE)
+    best = tl.full((TILE,), float("-inf"), tl.float32)
+    for start in range(0, V, TILE):
+        x = tl.load(logits + start + lane, start + lane < V, float("-inf")).to(tl.float32)
+        best = tl.maximum(best, x)
+    tl.store(few + lane, best)
+    tl.debug_barrier()  # what some threads wrote others will read
+    low = tl.full((), 0, tl.uint32)
+    low = _least(few, low, wanted, 0.0, 1.0, 0.0, TILE, True, TILE, SHIFT)
+    tl.debug_barrier()
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, V, TILE):
+        x = tl.load(logits + start + lane, start + lane < V, float("-inf")).to(tl.float32)
+        chosen = (_key(x, SHIFT) >= low) & (x > float("-inf"))
+        at = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(few + at, x, chosen & (at < TILE))
+        count += tl.sum(chosen.to(tl.int32), 0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def _weigh(
+    logits, low, min_p, top, temperature, softcap, V, TILE: tl.constexpr, SHIFT: tl.constexpr
+):
+    # (what all keys from `low` on weigh, the smallest key that weighs min_p or more)
+    total = tl.zeros((TILE,), tl.float32)
+    least = tl.full((TILE,), 0xFFFFFFFF, tl.uint32)
+    for start in range(0, V, TILE):
+        i = start + tl.arange(0, TILE)
+        x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
+        key, weight = _key(x, SHIFT), _chunk_weights(x, top, temperature, softcap)
+        total += tl.where(key >= low, weight, 0.0)
+        least = tl.minimum(least, tl.where(weight >= min_p, key, least))
+    return tl.sum(total, 0), tl.min(least, 0)
+
+
 @triton.jit(do_not_specialize=VARIES)
 def _truncate(
-    logits, temperatures, top_ks, top_ps, min_ps, tops, sums, lows, softcap, V, CHUNKS,
+    logits, temperatures, top_ks, top_ps, min_ps, tops, sums, lows, few, softcap, V, CHUNKS,
     CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -97,23 +139,26 @@ def _truncate(
     if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
         logits += row * V
         tops += row * CHUNKS
+        few += row * TILE
         top = tl.max(tl.load(tops + j, j < CHUNKS, float("-inf")), 0)
+        # a search reads its numbers once for two bits: those of the few largest, if they will do
+        wanted = tl.where(top_k > 0, tl.minimum(top_k, TILE // 2), TILE // 2)
+        num_few = _gather(logits, few, wanted, V, TILE, SHIFT)
+        source, n = logits, V
+        if (top_k > 0) & (top_k <= wanted) & (num_few <= TILE):
+            source, n = few, num_few
         if top_k > 0:
-            low = _least(logits, low, top_k, top, temperature, softcap, V, True, TILE, SHIFT)
+            low = _least(source, low, top_k, top, temperature, softcap, n, True, TILE, SHIFT)
         if (top_p < 1) | (min_p > 0):
-            total = tl.zeros((TILE,), tl.float32)
-            least = tl.full((TILE,), 0xFFFFFFFF, tl.uint32)
-            for start in range(0, V, TILE):
-                i = start + tl.arange(0, TILE)
-                x = tl.load(logits + i, i < V, float("-inf")).to(tl.float32)
-                key, weight = _key(x, SHIFT), _chunk_weights(x, top, temperature, softcap)
-                total += tl.where(key >= low, weight, 0.0)
-                least = tl.minimum(least, tl.where(weight >= min_p, key, least))
+            total, least = _weigh(source, low, min_p, top, temperature, softcap, n, TILE, SHIFT)
             if top_p < 1:
-                limit = top_p * tl.sum(total, 0)
-                low = _least(logits, low, limit, top, temperature, softcap, V, False, TILE, SHIFT)
+                limit, most = top_p * total, tl.minimum(num_few, TILE)
+                held, _ = _weigh(few, low, 2.0, top, temperature, softcap, most, TILE, SHIFT)
+                if (held >= limit) & (num_few <= TILE):
+                    source, n = few, num_few
+                low = _least(source, low, limit, top, temperature, softcap, n, False, TILE, SHIFT)
             if min_p > 0:
-                low = tl.maximum(low, tl.min(least, 0))
+                low = tl.maximum(low, least)
         for first in range(0, CHUNKS, TILE // CHUNK):
             chunk = first + tl.arange(0, TILE // CHUNK)
             i = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -174,7 +219,8 @@ def sample(logits, temperature, u, softcap, filters=None):
     likely token (the lowest id of equals). u (R,) float32 in [0, 1). filters: top_k, top_p and
     min_p, each (R,) float32, 0, 1 and 0 being off; None: all are. An id of probability 0 is never
     returned. Reads the logits once, and the chunk in which the answer lies a second time; of rows
-    with filters, up to 20 times (float32, whose key has more digits: 36), mostly from the cache.
+    with filters four or five times, mostly from the cache, unless a filter leaves more than some
+    2,000 logits: then up to 23 times (float32, whose key has more digits: 39).
     """
     R, V = logits.shape
     logits, device = logits.contiguous(), logits.device
@@ -189,9 +235,9 @@ def sample(logits, temperature, u, softcap, filters=None):
     shift = 16 if logits.dtype == torch.bfloat16 else 0
     if filters is not None:
         assert filters[0].stride(0) == 1, "filters are read by their addresses"
-        lows = torch.empty((R,), dtype=torch.int32, device=device)
+        lows, few = tokens.new_empty((R,)), logits.new_empty((R, SAMPLE_TILE))
         _truncate[(R,)](
-            logits, temperature, *filters, tops, sums, lows, softcap, V, chunks,
+            logits, temperature, *filters, tops, sums, lows, few, softcap, V, chunks,
             SAMPLE_CHUNK, SAMPLE_TILE, block, shift, num_warps=16, **options,
         )  # fmt: skip
     _sample_pick[(R,)](

@@ -43,7 +43,7 @@ def test_each_case_launches_a_kernel_with_the_arguments_it_takes(monkeypatch):
             names.append(case.name)
         assert len(set(names)) == len(names) > 5, part
     assert launched == {
-        "_few_rows", "_decode", "_combine", "_chunk", "_add_norm", "_relu2", "_rope_store",
+        "_few_rows", "_decode", "_chunk", "_add_norm", "_relu2", "_rope_store",
         "_sample_chunks", "_sample_pick", "_truncate",
     }  # fmt: skip
 

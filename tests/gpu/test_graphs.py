@@ -77,7 +77,7 @@ class FakeGraph:
 
     clock = 0.0  # of all of them
 
-    def __init__(self, graphs, size: int, outputs: int = 0):
+    def __init__(self, graphs, size: int, outputs: tuple = ()):
         self.step, self.calls = partial(graphs._decode, size, outputs), []
 
     def replay(self):
@@ -123,7 +123,7 @@ def no_card():
         # weights as they are on a GPU, and not in an order that a CPU likes better
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         patch.setattr("microvllm.gpu.backend.has_triton", lambda device: True)
-        patch.setattr(graphs, "OUTPUTS", (256,))  # an interpreter likes few programs
+        patch.setattr(graphs, "OUTPUTS", ((256, 128),))  # an interpreter likes few programs
         patch.setattr(torch.cuda, "Event", FakeEvent)
         patch.setattr(torch.cuda, "Stream", lambda device: "theirs")
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
@@ -210,7 +210,7 @@ def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list:
     return [[sample["token_ids"] for sample in output["samples"]] for output in outputs]
 
 
-WAYS = ["library", *(f"few_rows, {n}" for n in (graphs.OUTPUTS if CUDA else (256,)))]
+WAYS = ["library", *(f"few_rows, {n}" for n in (graphs.OUTPUTS if CUDA else [(256, 128)]))]
 if CUDA and launch.can_start_early(torch.device("cuda", 0)):
     WAYS += [f"{way}, early" for way in WAYS[1:]]
 
@@ -384,7 +384,7 @@ class Recorder(DecodeGraphs):
         self.graphs[1] = self._record(1)
         self._choose(1, self._record_few_rows([1])[1])
 
-    def _record(self, size, outputs=0):
+    def _record(self, size, outputs=()):
         early = launch.starts_early.get()
         way = f"few_rows, {outputs}" + ", early" * early if outputs else "library"
         self.recorded.append(way)
@@ -398,17 +398,18 @@ class Recorder(DecodeGraphs):
         return SimpleNamespace(way=way, replay=replay)
 
 
-NAMES = "library", "few_rows, 2", "few_rows, 4", "few_rows, 2, early", "few_rows, 4, early"
+A, B = "few_rows, (2, 1)", "few_rows, (4, 4)"
+NAMES = "library", A, B, f"{A}, early", f"{B}, early"
 
 
 @pytest.fixture
 def early(monkeypatch):
     monkeypatch.setattr(launch, "can_start_early", lambda device: True)
-    monkeypatch.setattr(graphs, "OUTPUTS", (2, 4))
+    monkeypatch.setattr(graphs, "OUTPUTS", ((2, 1), (4, 4)))
 
 
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
-@pytest.mark.parametrize("wins", ["library", "few_rows, 2", "few_rows, 4, early"])
+@pytest.mark.parametrize("wins", ["library", A, f"{B}, early"])
 def test_the_fastest_way_is_kept(wins, early):
     chosen = Recorder(dict.fromkeys(NAMES, 3.0) | {wins: 2.0})
     assert chosen.ways[1] == chosen.graphs[1].way == wins
@@ -418,27 +419,27 @@ def test_the_fastest_way_is_kept(wins, early):
 
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
 def test_kernels_that_start_early_and_err_are_not_kept(early):
-    seconds = dict.fromkeys(NAMES, 3.0) | {"few_rows, 2": 2.0, "few_rows, 2, early": 1.0}
+    seconds = dict.fromkeys(NAMES, 3.0) | {A: 2.0, f"{A}, early": 1.0}
     for logits in 0.0, torch.nan:  # the same, also where they are no numbers
-        assert Recorder(seconds, logits=logits).ways == {1: "few_rows, 2, early"}
+        assert Recorder(seconds, logits=logits).ways == {1: f"{A}, early"}
     # the run before had another token: its numbers are not taken for the right ones
     with pytest.warns(UserWarning, match="start early"):
-        assert Recorder(seconds, waits=False).ways == {1: "few_rows, 2"}
+        assert Recorder(seconds, waits=False).ways == {1: A}
 
 
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
-@pytest.mark.parametrize("broken, kept", [("2", "few_rows, 4"), ("2, 4", "library")])
+@pytest.mark.parametrize("broken, kept", [([A], B), ([A, B], "library")])
 def test_a_way_that_cannot_be_recorded_is_not_kept(broken, kept, early, monkeypatch):
     record = Recorder._record
 
-    def failing(self, size, outputs=0):
-        if str(outputs) in broken or launch.starts_early.get():
+    def failing(self, size, outputs=()):
+        if f"few_rows, {outputs}" in broken or launch.starts_early.get():
             raise RuntimeError("out of registers")
         return record(self, size, outputs)
 
     monkeypatch.setattr(Recorder, "_record", failing)
-    seconds = {"library": 3.0, "few_rows, 2": 1.0, "few_rows, 4": 2.0}
-    with pytest.warns(UserWarning, match="'few_rows, 2' here: .*out of registers"):
+    seconds = {"library": 3.0, A: 1.0, B: 2.0}
+    with pytest.warns(UserWarning, match=r"'few_rows, \(2, 1\)' here: .*out of registers"):
         assert Recorder(seconds).ways == {1: kept}
 
 
@@ -459,7 +460,7 @@ class Captures:
         patch.setattr(graphs, "takes_few_rows", lambda model: True)
         patch.setattr(DecodeGraphs, "_choose", lambda self, size, ways: self.ways.update(
             {size: list(ways)}))  # fmt: skip
-        self.ran: list[tuple[int, int]] = []
+        self.ran: list[tuple] = []
         ran = lambda made, size, outputs: self.ran.append((size, outputs))  # noqa: E731
         patch.setattr(DecodeGraphs, "_decode", ran)
 
@@ -486,11 +487,11 @@ RECORD, DECODE = DecodeGraphs._record, DecodeGraphs._decode
 @pytest.mark.skipif(CUDA, reason="a card has its own captures")
 def test_a_capture_that_fails_is_the_last_one(early, monkeypatch):
     captures = Captures(5, monkeypatch)
-    with pytest.warns(UserWarning, match="1 rows by 'few_rows, 2' here: .*not permitted"):
+    with pytest.warns(UserWarning, match=r"1 rows by 'few_rows, \(2, 1\)' here: .*not permitted"):
         made = captures.make(2)
     assert len(captures.seen) == 5 and graphs.FAILED == captures.seen[-1:]
     assert captures.current == "ours" and captures.ended == [(None, "pool")]
-    assert made.ways == {2: ["library", "few_rows, 2", "few_rows, 4"], 1: ["library"]}
+    assert made.ways == {2: ["library", A, B], 1: ["library"]}
     captures = Captures(2, monkeypatch)
     with pytest.raises(RuntimeError, match="not permitted"):  # without it there are no graphs
         captures.make(2)
@@ -520,7 +521,7 @@ def test_a_token_that_could_not_be_drawn_is_an_id_like_any_other(monkeypatch):
     monkeypatch.setattr(graphs, "sample", lambda *args: drawn)
     for ids in [3, 4], [~1, ~0]:
         made._split(made.inputs, 2)[0][0] = torch.tensor(ids)
-        DECODE(made, 2, 0)
+        DECODE(made, 2, ())
     assert seen == [[3, 4], [0, 7]] and made.last.tolist() == [7, -1]
 
 
@@ -587,13 +588,13 @@ def test_a_step_that_is_no_graph_is_one_upload_from_pinned_memory(monkeypatch):
 )
 def test_sizes_go_up_to_the_largest_batch_and_not_beyond(max_batch_size, sizes, monkeypatch):
     with no_card():
-        monkeypatch.setattr(graphs, "OUTPUTS", (2,))
+        monkeypatch.setattr(graphs, "OUTPUTS", ((2, 1),))
         captures = Captures(0, monkeypatch)
         made = captures.make(max_batch_size)
     assert made.sizes == sizes == sorted(made.graphs)
     few = [size for size in reversed(sizes) if size <= 8]
-    assert made.ways == {size: ["library", "few_rows, 2"] for size in few}
+    assert made.ways == {size: ["library", A] for size in few}
     # the library's first; each is run, then recorded
-    recorded = [(size, 0) for size in reversed(sizes)] + [(size, 2) for size in few]
+    recorded = [(size, ()) for size in reversed(sizes)] + [(size, (2, 1)) for size in few]
     assert captures.ran == [one for one in recorded for _ in range(2)]
     assert made.columns == 3 and gc.get_freeze_count() == 0

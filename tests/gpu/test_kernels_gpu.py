@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton", reason="the GPU kernels need triton (pip 
 
 from microvllm.attention import sdpa_attention  # noqa: E402
 from microvllm.fused.backend import Backend, filter_values  # noqa: E402
-from microvllm.gpu import attention, backend, launch, steps  # noqa: E402
+from microvllm.gpu import attention, backend, launch, sampler, steps  # noqa: E402
 from microvllm.gpu.attention import paged_attention  # noqa: E402
 from microvllm.gpu.sampler import sample  # noqa: E402
 from microvllm.gpu.steps import linear_add, norm_linear  # noqa: E402
@@ -260,21 +260,31 @@ def test_chunks_long_enough_for_the_large_tiles(dim):
 
 
 def test_few_sequences_are_split_and_many_are_not(monkeypatch):
-    """Seen by what reaches the combining kernel; the count follows from host numbers alone."""
+    """Seen by the programs that are launched; the count follows from host numbers alone."""
     seen = []
-    combine = attention._combine
+    decode = attention._decode
 
     class Spy:
         def __getitem__(self, grid):
-            return lambda *args, **kw: (seen.append(args[3]), combine[grid](*args, **kw))
+            seen.append(grid[2])
+            return decode[grid]
 
-    monkeypatch.setattr(attention, "_combine", Spy())
+    monkeypatch.setattr(attention, "_decode", Spy())
     monkeypatch.setattr(launch, "card", lambda device: (8, 2**16, {"PDL": False}))
     check_attention(attention_case([(1, 300)], 1, 1, 16, 16, torch.float32), -1, torch.float32)
-    assert seen and 1 < seen[0] <= 5
-    seen.clear()
     check_attention(attention_case([(1, 9)] * 40, 1, 1, 16, 16, torch.float32), -1, torch.float32)
-    assert not seen
+    assert 1 < seen[0] <= 5 and seen[1:] == [1]
+
+
+def test_what_the_splits_count_with_is_there_for_the_next_launch():
+    q, _, (k, v), batch = attention_case([(1, 200), (1, 3), (1, 64)], 2, 1, 32, 4, torch.float32)
+    whole, counts = paged_attention(q, k, v, batch, -1, num_splits=1), ints([0] * 3)
+    for num_splits in (3, 11):
+        out = paged_attention(q, k, v, batch, -1, num_splits=num_splits, counts=counts)
+        assert_close(out, whole, torch.float32)
+        assert not counts.any()
+    with pytest.raises(AssertionError):
+        paged_attention(q, k, v, batch, -1, num_splits=2, counts=counts[:2])
 
 
 def chunk_of(batch, b, start, stop):
@@ -427,14 +437,17 @@ def test_masked_and_impossible_tokens_are_never_drawn(softcap):
     assert tokens == [3000, 3000, 3001, 4100, 4100, 4100]
 
 
-@pytest.mark.parametrize("vocab, dtype", [
-    pytest.param(50, torch.float32),
-    pytest.param(50, torch.bfloat16, marks=pytest.mark.slow),
-    pytest.param(5000, torch.float32, marks=pytest.mark.slow),
+@pytest.mark.parametrize("vocab, dtype, tile", [
+    pytest.param(50, torch.float32, 16),  # some searches are among the 16 largest, others not
+    pytest.param(50, torch.bfloat16, 64, marks=pytest.mark.slow),
+    pytest.param(5000, torch.float32, 4096, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_sample_with_filters(dtype, vocab):
+def test_sample_with_filters(dtype, vocab, tile, monkeypatch):
     """What top_k, top_p and min_p leave is what the reference leaves, ties and all; mixed with
     greedy rows and rows without any."""
+    if not CUDA:
+        monkeypatch.setattr(sampler, "SAMPLE_TILE", tile)
+        monkeypatch.setattr(sampler, "SAMPLE_CHUNK", min(tile, 2048))
     given = [
         {"top_k": 1}, {"top_k": 5}, {"top_k": vocab}, {"top_k": 2**31 - 1}, {"top_p": 0.3},
         {"top_p": 1e-3}, {"top_p": 0.999}, {"min_p": 0.2}, {"min_p": 1.0}, {},
@@ -603,12 +616,18 @@ def test_the_kernels_compile_for_hopper_and_wait_for_the_kernel_before_them():
     by how much a context is split makes a new variant."""
     kernels = compile_for_hopper(CALLS)
     assert {name: int(variants) for name, variants, *_ in kernels} == {
-        "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 4, "_combine": 2, "_chunk": 6,
+        "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 4, "_chunk": 6,
         "_sample_chunks": 1, "_sample_pick": 2, "_truncate": 1, "_linear": 1, "_fp8_rows": 1,
         "_few_rows": 3,
     }  # fmt: skip
     # of one row twice the programs fit, each with as many weights on their way
-    rows = sorted(int(kernel[5]) for kernel in kernels if kernel[0] == "_few_rows")
+    rows, decodes = (
+        sorted(int(kernel[5]) for kernel in kernels if kernel[0] == name)
+        for name in ("_few_rows", "_decode")
+    )
+    # a quarter of a multiprocessor has 16,384, and gives a warp eight times 32 at a time
+    warps = [16384 // (-(-registers // 8) * 256) * 4 for registers in decodes]
+    assert min(warps[:2]) // 4 == attention.AT_ONCE[4] and min(warps[2:]) == attention.AT_ONCE[1]
     assert rows[1] <= 128 < 200 < rows[2], rows
     for name, _, waits, early, later, _, *spilled in kernels:
         assert spilled == ["0", "0"], name
