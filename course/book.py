@@ -39,7 +39,7 @@ section { border-top: 1px solid var(--line); }
   body { max-width: none; font-size: 11pt; padding: 0; }
   section { break-before: page; border: 0; }
   pre, table, blockquote { break-inside: avoid; }
-  pre { white-space: pre-wrap; }
+  pre code { font-size: 8pt; }
   h1, h2, h3 { break-after: avoid; }
 }
 """
@@ -87,7 +87,7 @@ def render(lines: list[str]) -> list[str]:
             if end is None:
                 raise ValueError(f"the fence {line!r} is not closed")
             code = html.escape("\n".join(lines[i + 1 : end]), quote=False)
-            out.append(f"<pre><code>{code}</code></pre>")
+            out.append(f'<pre tabindex="0"><code>{code}</code></pre>')
             i = end + 1
         elif title := re.fullmatch(r"(#{1,4}) +(.+)", line):
             level = len(title[1])

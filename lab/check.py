@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from microvllm.cli import terminal
+from microvllm.cli import learn, terminal
 from microvllm.cli.terminal import Parser, positive
 from microvllm.scheduler import BlockManager, Scheduler, Sequence
 
-from . import mine, scenes, solutions, world
+from . import scenes, solutions, world
 
 
 def serve(blocks: BlockManager, requests: list[world.Request], most: int = 32, **policies) -> dict:
@@ -263,13 +263,13 @@ def main(argv: list[str] | None = None) -> None:
     if set(args.number) - set(every):
         parser.error(f"the exercises are 1 to {len(CHECKS)}")
     with terminal.user_errors(args):
-        work = solutions if args.solutions else mine.load()
+        work = solutions if args.solutions else learn.load_exercises("lab")
     failed = False
     for number in args.number or every:
         wrong = verdict(number, work)
         failed |= wrong is not None
         if not args.solutions:
-            mine.note(number, wrong is None)
+            learn.mark("lab", "solved", number, wrong is None)
         told = "solved" if wrong is None else f"not yet: {wrong}"
         print(f"{number:2} {CHECKS[number - 1].__name__:24}{told}", flush=True)
     sys.exit(failed)

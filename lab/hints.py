@@ -65,7 +65,8 @@ HINTS = {
     13: (
         "Step from hit to hit, with the button of the page. A hit is right if the block's text is "
         "the request's own.",
-        "Click the request that was given the hit: its table has the text of each block.",
+        "Click the request that was given the hit: its table has its own text, line by line, "
+        "and the squares have the text of the blocks.",
         "Then go back: when were these blocks evicted, and who wrote into them since?",
     ),
 }  # fmt: skip

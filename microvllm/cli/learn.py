@@ -16,34 +16,84 @@ from . import terminal
 from .bench import ROOT
 
 COURSE = ROOT / "course"
+START = {"learn": "microvllm learn --start DIR", "lab": "microvllm lab start DIR"}
 
 
-def state_file() -> Path:
+# a reader's progress and copy of the exercises, of the course ("learn") and of the lab ("lab") ----
+
+
+def state_file(of: str = "learn") -> Path:
     """Where the reader's progress is kept: XDG's place for state, which may be deleted."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "microvllm" / "learn.json"
+    return Path(base) / "microvllm" / f"{of}.json"
 
 
-def read_state() -> dict:
-    """{"ran": steps, "solved": exercises, "folder": the reader's, or None}; a file that is missing
-    or damaged is an empty one."""
-    state = {"ran": [], "solved": [], "folder": None}
+def read_state(of: str = "learn") -> dict:
+    """{"folder": the reader's, "ran": steps, "solved": exercises, "hints": {exercise: how many were
+    seen}}; a file that is missing or damaged is an empty one."""
+    empty = {"folder": "", "ran": [], "solved": [], "hints": {}}
     try:
-        found = json.loads(state_file().read_text(encoding="utf-8"))
-        right = {k: v for k, v in found.items() if isinstance(v, (list, str)) and k in state}
-        return state | right
-    except (OSError, ValueError, AttributeError):
-        return state
+        found = empty | json.loads(state_file(of).read_text(encoding="utf-8"))
+        hints = {str(int(number)): int(count) for number, count in found["hints"].items()}
+        ran, solved = ([int(number) for number in found[name]] for name in ("ran", "solved"))
+        return {"folder": str(found["folder"] or ""), "ran": ran, "solved": solved, "hints": hints}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return empty
 
 
-def write_state(state: dict) -> None:
-    """Keep the progress, or say why not: a step has run even where nothing can be written."""
-    file = state_file()
+def write_state(of: str = "learn", **changes) -> None:
+    """Keep what changed, or say why not: a step has run even where nothing can be written."""
+    file = state_file(of)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(state), encoding="utf-8")
+        file.write_text(json.dumps(read_state(of) | changes), encoding="utf-8")
     except OSError as error:
         terminal.note(f"your progress is not kept: {error}")
+
+
+def mark(of: str, name: str, number: int, done: bool = True) -> None:
+    """A step was run, or an exercise was judged."""
+    before = {*read_state(of)[name]}
+    after = before | {number} if done else before - {number}
+    if after != before:
+        write_state(of, **{name: sorted(after)})
+
+
+def copy_exercises(of: str, source: Path, folder: str | Path) -> Path:
+    """Copy the exercises to a folder of the reader's, and remember it. Gives the copy."""
+    target = Path(folder).expanduser().absolute()
+    target.mkdir(parents=True, exist_ok=True)
+    file = target / "exercises.py"
+    if file.exists():
+        terminal.note(f"{file} is there already, and stays as it is")
+    else:
+        shutil.copy(source / "exercises.py", file)
+    write_state(of, folder=str(target))
+    return file
+
+
+def load_exercises(of: str) -> ModuleType:
+    """The reader's exercises. Raises ValueError if there are none, or if they cannot be loaded."""
+    folder = read_state(of)["folder"]
+    file = Path(folder, "exercises.py")
+    if not folder or not file.is_file():
+        gone = f"{file} is gone" if folder else "there is no copy of the exercises"
+        raise ValueError(f"{gone}: make one with `{START[of]}`")
+    try:
+        return load(file)
+    except Exception as error:  # the reader's own code may raise anything
+        raise ValueError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from None
+
+
+def load(file: Path) -> ModuleType:
+    """A Python file as a module, whatever its folder is called."""
+    spec = importlib.util.spec_from_file_location(f"course_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# the course ---------------------------------------------------------------------------------------
 
 
 def steps() -> list[tuple[Path, Path, str]]:
@@ -56,40 +106,11 @@ def steps() -> list[tuple[Path, Path, str]]:
     return list(zip(scripts, pages, titles, strict=True))
 
 
-def load(file: Path) -> ModuleType:
-    """A Python file as a module, whatever its folder is called."""
-    spec = importlib.util.spec_from_file_location(f"course_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def start(folder: str, state: dict) -> None:
-    """Copy the exercises to a folder of the reader's."""
-    target = Path(folder).expanduser().absolute()
-    target.mkdir(parents=True, exist_ok=True)
-    file = target / "exercises.py"
-    if file.exists():
-        terminal.note(f"{file} is there already, and stays as it is")
-    else:
-        shutil.copy(COURSE / "exercises.py", file)
-    write_state(state | {"folder": str(target)})
-    terminal.say(f"write your solutions into {file}; `microvllm learn 1 --check` judges the first")
-
-
-def check(number: int, state: dict) -> None:
+def check(number: int) -> None:
     """Say whether an exercise is solved; the exit status is 0 if it is."""
-    file = Path(state["folder"] or "", "exercises.py")
-    if not state["folder"] or not file.is_file():
-        gone = f"{file} is gone" if state["folder"] else "there is no copy of the exercises"
-        raise ValueError(f"{gone}: make one with `microvllm learn --start DIR`")
-    try:
-        work = load(file)
-    except Exception as error:  # the reader's own code may raise anything
-        raise ValueError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from None
+    work = load_exercises("learn")
     wrong = load(COURSE / "check.py").verdict(number, work)
-    if wrong is None:
-        write_state(state | {"solved": sorted({*state["solved"], number})})
+    mark("learn", "solved", number, wrong is None)
     terminal.say(f"exercise {number}: " + ("solved" if wrong is None else f"not yet: {wrong}"))
     sys.exit(wrong is not None)
 
@@ -98,7 +119,8 @@ def learn(args: argparse.Namespace) -> None:
     """List the steps, run one, or check its exercise."""
     state, found = read_state(), steps()
     if args.start:
-        return start(args.start, state)
+        file, first = copy_exercises("learn", COURSE, args.start), "`microvllm learn 1 --check`"
+        return terminal.say(f"write your solutions into {file}; {first} judges the first")
     if args.number is None:
         if args.check:
             raise ValueError("--check wants the number of a step: `microvllm learn 1 --check`")
@@ -111,11 +133,11 @@ def learn(args: argparse.Namespace) -> None:
     if args.number > len(found):
         raise ValueError(f"there is no step {args.number}: the steps are 1 to {len(found)}")
     if args.check:
-        return check(args.number, state)
+        return check(args.number)
     script, page, title = found[args.number - 1]
     terminal.say(f"{title}. The page: {page}\n")
     sys.stdout.flush()
     done = subprocess.run([sys.executable, str(script)])
     if done.returncode:
         sys.exit(done.returncode)
-    write_state(state | {"ran": sorted({*state["ran"], args.number})})
+    mark("learn", "ran", args.number)

@@ -11,8 +11,8 @@ TEMPLATE = Path(__file__).with_name("compare.html")
 NAMES = (
     "seconds since the start", "running", "waiting", "blocks in use", "blocks cached",
     "blocks blank", "tokens written so far", "tokens computed so far",
-    "blocks found by hash so far", "copies so far", "preemptions so far", "evictions so far",
-    "samples done so far",
+    "blocks found by hash so far", "blocks copied so far", "preemptions so far",
+    "blocks evicted so far", "samples done so far",
 )  # fmt: skip
 
 

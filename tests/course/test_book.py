@@ -78,7 +78,7 @@ def test_what_the_pages_use_becomes_html(tmp_path):
         "<ol>\n<li>first\n</li>\n<li>second\n</li>\n</ol>", "<th>a</th><th>b</th>",
         "<td><code>x | y</code></td><td>&lt;b&gt;raw&lt;/b&gt;</td>",
         "<blockquote>\n<p>quoted</p>\n</blockquote>",
-        "<pre><code># no *title* &amp; &lt;kept&gt;\n\n| as it is |</code></pre>",
+        "<pre tabindex=\"0\"><code># no *title* &amp; &lt;kept&gt;\n\n| as it is |</code></pre>",
     ):  # fmt: skip
         assert part in made, part
     assert "prefers-color-scheme: dark" in made and "@media print" in made

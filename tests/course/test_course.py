@@ -75,14 +75,18 @@ def test_no_requests_at_all(common, model):
 
 
 def test_sizes():
-    """A step is a file of at most 150 lines, and at most 90 of them are changed ones."""
+    """A step is a file of at most 150 lines, and at most 90 of them are changed ones. So is what a
+    reader should know of all steps."""
     assert len(SCRIPTS) == len(PAGES) == 10
+    assert len((COURSE / "common.py").read_text(encoding="utf-8").splitlines()) <= 150
     for script, page in zip(SCRIPTS, PAGES, strict=True):
         code, text = (p.read_text(encoding="utf-8").splitlines() for p in (script, page))
         assert len(code) <= 150, script
         assert len(text) <= 110 and max(map(len, text)) <= 160, page
         assert text[0].startswith(f"# Step {int(script.stem[4:6])}: ")
         assert page.name in "\n".join(code[:3])
+        drawings = re.findall(r"^```text\n(.+?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        assert max(map(len, "".join(drawings).splitlines())) <= 84, page  # the book's column
     for before, script in zip(SCRIPTS, SCRIPTS[1:], strict=False):
         a, b = (p.read_text(encoding="utf-8").splitlines() for p in (before, script))
         codes = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
@@ -125,7 +129,8 @@ def test_the_pages_have_all_parts():
 @pytest.mark.skipif(not os.environ.get("FUZZ"), reason="takes half a minute: set FUZZ")
 def test_the_pages_have_the_figures_of_a_run(common, model, monkeypatch, capsys, tmp_path):
     """Every step runs as a reader runs it, and its page has the counts that it prints."""
-    inner, known = common.run, {}
+    figures = importlib.import_module("figures")
+    inner, known = figures.run, {}
     monkeypatch.chdir(tmp_path)
 
     def run(serve, model, requests, **limits):  # each run once: two steps compare with it
@@ -135,7 +140,7 @@ def test_the_pages_have_the_figures_of_a_run(common, model, monkeypatch, capsys,
             known[key] = inner(serve, model, requests, **limits)
         return known[key]
 
-    monkeypatch.setattr(common, "run", run)
+    monkeypatch.setattr(figures, "run", run)
     for name, page in zip(NAMES, PAGES, strict=True):
         old, new = importlib.import_module(name).main(model=model)
         printed, text = capsys.readouterr().out, page.read_text(encoding="utf-8")
@@ -199,7 +204,10 @@ def test_learn(tmp_path, monkeypatch, capsys):
     assert "solved" in listed[0] and " run" in listed[1] and listed[-1].endswith("learn 1")
     learn.state_file().write_text("{")  # damaged: as if it were not there
     assert "solved" not in told()
-    learn.state_file().write_text('{"ran": 5, "folder": 7}')
-    assert told().count("Step ") == 10
+    for damaged in '{"ran": 5, "folder": 7}', '{"ran": ["x"]}', '{"hints": [3]}', "[1]":
+        learn.state_file().write_text(damaged)
+        assert told().count("Step ") == 10
+    learn.state_file().write_text('{"ran": [2], "solved": [], "folder": null}')  # an older one
+    assert " run" in told().splitlines()[1]
     monkeypatch.setattr(learn, "COURSE", tmp_path)
     assert "not in this install" in told(status=2)

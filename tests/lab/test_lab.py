@@ -14,7 +14,7 @@ from conftest import ROOT
 from lab import __main__ as front
 from lab import check, contest, exercises, hints, mine, orca, policies, scenes, solutions, world
 from microvllm import cli
-from microvllm.cli import commands
+from microvllm.cli import commands, learn
 from microvllm.scheduler import Scheduler
 
 ORCAS = ["Orca Max", "Orca Pow2", "Orca Oracle"]
@@ -416,7 +416,7 @@ def test_hints_come_one_at_a_time(capsys):
     cli.main(["lab", "exercises"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].endswith("3 of 3 hints") and lines[3].endswith("1 of 3 hints")
-    mine.state_file().write_text('{"folder": 3, "hints": [')  # damaged: as if it were not there
+    learn.state_file("lab").write_text('{"folder": 3, "hints": [')  # damaged: as if not there
     assert hint("3") == found[0]
 
 

@@ -4,12 +4,13 @@ Needs playwright (`pip install 'microvllm[browser]'`) and a chromium of the syst
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import test_state_machine
-from conftest import MODEL
+from conftest import MODEL, ROOT
 from test_state_machine import long_life
 from test_trace import Traced, filled
 
@@ -212,9 +213,9 @@ def test_the_slider_moves_the_grid_and_the_keyboard_works(show, events):
         assert [press(key) for _ in range(len(marks) + 1)] == [*marks, marks[0]]
         assert press(f"Shift+{key.upper()}") == marks[-1]
     press("Home")
-    page.select_option("#speed", "120")
+    page.select_option("#speed", "8")  # slow enough not to come to the end meanwhile
     page.locator("body").press(" ")
-    while at() <= 5:  # it goes on by itself
+    while at() <= 2:  # it goes on by itself
         page.wait_for_timeout(20)
     assert page.inner_text("#play") == "Pause"
     page.locator("body").press(" ")
@@ -305,24 +306,37 @@ def test_without_a_mouse_a_block_is_described_and_a_request_is_chosen(show, even
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_to_mend(show, events, scheme):
+def test_axe_finds_nothing_to_mend(show, events, scheme, tmp_path):
+    """In the page, in that of two traces, and in the course's book."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs its package")
     page = show(events, scheme)
     page.keyboard.press("?")
     page.evaluate("go(20)")
-    found = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa"]})
-    wrong = [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found.response["violations"]]
-    assert not wrong, wrong
+    write_comparison([events, events], ["a", "b"], tmp_path / "diff.html")
+    for other in (None, tmp_path / "diff.html", ROOT / "course" / "book.html"):
+        if other:
+            page = page.context.browser.new_page(color_scheme=scheme)
+            page.goto(other.as_uri())
+        found = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa"]}).response
+        wrong = [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found["violations"]]
+        assert not wrong, (other, wrong)
 
 
 def test_where_layers_are_in_groups_blocks_are_counted_whole(show):
     with LLM(MODEL, device="cpu", num_blocks=24) as llm:
         groups = llm.scheduler.blocks.width
         with llm.tracing() as trace:
-            llm.generate(["Once upon a time"] * 2, SamplingParams(max_tokens=20), use_tqdm=False)
+            llm.generate(["Once upon a time"] * 2, SamplingParams(n=2), use_tqdm=False)
         shown = trace.events
     assert groups > 1
     page = show(shown)
+    assert "square below is a part of a block" in page.inner_text(".lede")
+    copies = sum(event["e"] == "copy" for event in shown)
+    assert copies and page.inner_text("[data-jump=copy] b") == f"{copies // groups}"
+    assert "gets square" in page.inner_text("#story") and "says square" in page.inner_text("#sum")
+    for node in ("#side", "#gridscroll"):  # a number names a square, and a block is never one
+        told = page.inner_text(node) + (page.get_attribute(node, "aria-valuetext") or "")
+        assert not re.search(r"\bblocks? \d", told), told
     assert f"23 blocks of 16 tokens · {groups} squares are a block" in page.inner_text("#facts")
     page.keyboard.press("Home")
     used = page.evaluate("state.used")

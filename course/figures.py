@@ -1,0 +1,119 @@
+"""How a run is measured, compared with the run of the step before, and printed."""
+
+import importlib
+import time
+from collections import Counter
+
+from transformer import TOKEN_BYTES, Model
+
+TIMES = ("first token after, mean, ms", "longest wait for a next token, ms", "tokens per second")
+
+
+class PoolFull(Exception):
+    """A text needs a block, and no block is free."""
+
+
+class Meter:
+    """What a run did and took: counts, which are the same on every machine, and seconds."""
+
+    def __init__(self):
+        self.counts, self.waste, self.times, self.rows = Counter(), [], {}, {}
+        self.outputs: dict[tuple[int, int], list[int]] = {}  # (request, sample) -> new tokens
+        self.start = time.perf_counter()
+
+    def step(self, rows, idle=0, running=1, reserved=0, used=0):
+        """A call of the model: of so many rows, `idle` of which nobody needs, for `running` texts,
+        with memory reserved for the K and V of so many tokens, and used for so many."""
+        counts = self.counts
+        counts["calls of the model"] += 1
+        counts["rows computed"] += rows
+        counts["rows nobody needs"] += idle
+        for name, value in (
+            ("rows of the largest call", rows),
+            ("texts at once, at most", running),
+            ("KV bytes reserved, at most", reserved * TOKEN_BYTES),
+        ):
+            counts[name] = max(counts[name], value)
+        self.waste += [1 - used / reserved] if reserved else []
+
+    def token(self, request, sample, tokens):
+        """The text of a sample has one token more."""
+        key = request.id, sample
+        self.times.setdefault(key, []).append(time.perf_counter() - self.start)
+        self.outputs[key] = tokens[len(request.prompt) :]
+        self.counts["tokens made"] += 1
+        # how much was computed since its token before: nobody else's work should keep it waiting
+        name, rows = "rows between two tokens, at most", self.counts["rows computed"]
+        waited = rows - self.rows.get(key, rows)
+        self.counts[name], self.rows[key] = max(self.counts[name], waited), rows
+
+    def table(self):
+        """name -> number, in the order in which they are printed."""
+        seconds = max(max(times) for times in self.times.values())
+        firsts = [times[0] for times in self.times.values()]
+        gaps = [b - a for t in self.times.values() for a, b in zip(t, t[1:], strict=False)]
+        found = dict(self.counts)
+        if self.waste:
+            found["KV wasted, mean of all calls, %"] = 100 * sum(self.waste) / len(self.waste)
+        mean, wait = sum(firsts) / len(firsts), max(gaps, default=0)
+        times = 1000 * mean, 1000 * wait, self.counts["tokens made"] / seconds
+        return found | dict(zip(TIMES, times, strict=True))
+
+
+def run(serve, model, requests, **limits):
+    """Serve the requests and give the meter."""
+    meter = Meter()
+    serve(model, requests, meter, **limits)
+    return meter
+
+
+def compare(serve, before, requests, problem, model=None, memory=None):
+    """Run the step before and this one on the same requests, see that the tokens are equal, and
+    print the problem and the table.
+
+    before: the file of the step before, None for the first; requests: a function that makes them
+    for a model; problem: a sentence with figures of the step before in it; memory: tokens, in
+    which the step before may stop. Then it is run once more, in four times as many.
+    """
+    model = model or Model()
+    requests = requests(model)
+    model([(requests[0].prompt, 0, 1)], lambda layer, q, k, v: q)  # torch prepares itself
+    limits = {"memory": memory} if memory else {}
+    old, stopped = None, ""
+    if before:
+        earlier = importlib.import_module(before).serve
+        try:
+            old = run(earlier, model, requests, **limits)
+        except PoolFull as error:
+            stopped, old = str(error), run(earlier, model, requests, memory=4 * memory)
+    new = run(serve, model, requests, **limits)
+    if old:
+        assert old.outputs == new.outputs, "the tokens differ from those of the step before"
+    numbers = {name: f"{value:,.0f}" for name, value in (old or new).table().items()}
+    print("The problem:", problem.format_map(numbers | {"stopped": stopped}), end="\n\n")
+    if stopped:
+        print(f"So the step before is shown in a memory of {4 * memory:,} tokens.\n")
+    print(f"{'':36}{'step before' if old else '':>14}{'this step':>14}{'ratio' if old else '':>9}")
+    for name, a, b in rows(old, new):
+        ratio = f"{b / a:9.2f}" if a else ""
+        print(f"{name:36}{f'{a:,.0f}' if old else '':>14}{b:14,.0f}{ratio}")
+    print("\nThe same tokens as the step before:" if old else "\nThe first answers:")
+    for (i, sample), tokens in list(new.outputs.items())[:4]:
+        print(f"  request {i}, sample {sample}: {model.tokenizer.decode(tokens, True)[:60]!r}")
+    return old, new
+
+
+def rows(old, new):
+    """(name, of the step before, of this one) for each line of the table."""
+    before, after = old.table() if old else {}, new.table()
+    names = sorted(before | after, key=lambda name: (name in TIMES, [*after, *before].index(name)))
+    table = [(name, before.get(name, 0), after.get(name, 0)) for name in names]
+    return [line for line in table if line[1] or line[2]]
+
+
+def counts(old, new):
+    """The lines of the table that are the same on every machine, as a page has them."""
+    found = [(name, a, b) for name, a, b in rows(old, new) if name not in TIMES]
+    if old:
+        return [f"| {name} | {a:,.0f} | {b:,.0f} |" for name, a, b in found]
+    return [f"| {name} | {b:,.0f} |" for name, _, b in found]
