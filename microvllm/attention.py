@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from .scheduler import BlockManager, Plan
 
 
-COPY_BYTES = 2**28  # of blocks at a time: a copy takes as much memory again while it runs
+COPY_BYTES = 2**28  # copied in one go, which takes as much memory again while it runs
 
 
 class Batch(NamedTuple):
-    """A step as arrays: T rows, one for each token, of B sequences, and R samples."""
+    """A step as arrays, numpy's until `to`: T rows, one a token, of B sequences, and R samples."""
 
     ids: Tensor  # (T,) int32 token ids; sequences with one row first
     prev_ids: Tensor  # (T,) int32 the id one position earlier (0 at position 0), for GPT.embed

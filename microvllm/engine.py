@@ -66,7 +66,7 @@ class Runner:
         return self.model.forward(batch, self.cache)
 
     def draw(self, plan: Plan, batch: Batch, h: Tensor) -> Tensor | None:
-        """(R,) tokens of hidden states (R, C); None if none. Features may need no tokens."""
+        """(R,) tokens of hidden states (R, C); None where a step samples none."""
         if not plan.samples:
             return None
         return self.pick(plan, self.model.logits(h), batch.temperature, batch.noise)
@@ -179,7 +179,7 @@ class LLM(AbstractContextManager):
         return cache, BlockManager(num_blocks, block_size, *caching)
 
     def _pool_size(self, num_blocks: int | None, wanted: int, block_size: int, block_bytes: int):
-        """The number of blocks, checked before they are allocated; by default `wanted`, at most."""
+        """How many blocks, checked before they are allocated; by default `wanted`, or what fits."""
         free = free_memory(self.device) if num_blocks else self._free_for_cache(block_size)
         # at least the sink and one to use; a slot is an int32, and lists take 48 bytes a block
         count = num_blocks or min(wanted, max(2, free // (block_bytes + 48)), 2**31 // block_size)
@@ -212,6 +212,7 @@ class LLM(AbstractContextManager):
             self._queue(requests)
             while pending:
                 self._step(pending[0])
+                # those that are done now are yielded once more, for the last events of a stream
                 num_done = len([*takewhile(lambda request: request.output, pending)])
                 yield pending
                 for _ in range(num_done):
@@ -422,7 +423,7 @@ class LLM(AbstractContextManager):
             self._finished[request.id] = request.output
         del self._requests[request.id]
         for seq in request.samples:
-            seq.samples = []  # a list that has it would keep its memory from being given back
+            seq.samples = []  # it is in this list: a cycle, which would keep its memory for a while
 
     def output(self, request: Request) -> dict:
         """The keys and values of a request's RequestOutput."""

@@ -52,7 +52,7 @@ class SamplingParams:
         # logits divided by less would overflow float32: tiny temperatures are greedy
         self.put("temperature", self.temperature if self.temperature >= 1e-30 else 0.0)
         self.put("stop_token_ids", tuple(self.stop_token_ids))
-        drops = self.top_k or self.top_p < 1 or self.min_p  # never the argmax
+        drops = self.top_k or self.top_p < 1 or self.min_p  # but not the argmax, which greedy takes
         self.put("truncated", bool(self.temperature and drops))
 
     def put(self, name: str, value: object) -> None:

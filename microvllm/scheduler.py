@@ -41,9 +41,9 @@ class Sequence:
     ):  # fmt: skip
         self.request_id, self.sample_id, self.params = request_id, 0, params  # sample 0 of n
         self.tokens, self.num_prompt = list(prompt), len(prompt)  # prompt and output, all known
-        self.num_given = len(prompt)  # the prompt, or up to what a tool wrote: that ends nothing
+        self.num_given = len(prompt)  # the prompt, or up to what a tool wrote: none of it ends it
+        self.stop_ids = stop_ids  # each later one of these does
         self.max_length = max_length or self.num_prompt + params.max_tokens  # it ends with so many
-        self.stop_ids = stop_ids  # tokens that end it
         self.forks = params.n - 1  # further samples, made when the prompt is computed
         self.num_cached: int | None = None  # tokens found in the prefix cache at first admission
         self.hashes: list[bytes] = []  # of the full blocks, each with its predecessor's hash in it
@@ -64,7 +64,8 @@ class Sequence:
         self.num_writable = 0  # the first so many tokens need no `BlockManager.grow` to be written
 
 
-# Three policies, the defaults of LLM(eviction=, victim=, admission=). None changes any token.
+# Three policies, the defaults of LLM(eviction=, victim=, admission=). Others change the time that
+# a request takes, and never its tokens.
 def least_recently_used(blocks: BlockManager) -> int:
     """Eviction: which of `blocks.cached` loses its content, so that a sequence can write to it."""
     return next(iter(blocks.cached))
@@ -85,8 +86,8 @@ class Events:
 
     arrive(seq), admit(seq, num_hits), allocate(seq, count), copy(seq, index, source), evict(block),
     publish(seq, block), fork(seq, twin), free(seq), preempt(seq), finish(seq), reset(), plan(plan),
-    update(plan, changed), lap(phase): the host has finished this phase of a step, end() of a step;
-    force(seq), note(name, seq, blocks): by features. Seam: `BlockManager.events`.
+    update(plan, changed); lap(phase): the host has finished this part of a step; end(): the step is
+    over; force(seq), note(name, seq, blocks): features call these. Seam: `BlockManager.events`.
     """
 
     def ignore(self, *facts) -> None: ...
@@ -200,7 +201,7 @@ class BlockManager:
         """Give a waiting sequence its hits (some may be free now) and fresh blocks up to token
         `stop`. False, and nothing done, if fewer than `reserve` free blocks would be left."""
         fresh = self.blocks_for(stop) - len(hits)
-        free_hits = [self.ref_count[block] for block in hits if block].count(0)
+        free_hits = [self.ref_count[block] for block in hits if block].count(0)  # the sink is none
         if self.num_free - free_hits - fresh < reserve:
             return False
         for block in hits:
@@ -243,8 +244,8 @@ class BlockManager:
             seq.num_published = count
 
     def set_hash(self, seq: Sequence, block: int, h: bytes) -> None:
-        """Let a block be found by a hash, unless another is, or it has one: it was a cache hit."""
-        if h not in self.block_of and block not in self.hash_of:
+        """Let a block be found by its text's hash, unless it or another one already is."""
+        if h not in self.block_of:
             self.block_of[h] = block
             self.hash_of[block] = h
             self.events.publish(seq, block)
@@ -294,6 +295,7 @@ class BlockManager:
             if self.ref_count[block] > 1:  # the sequences that share it must have one text there
                 text = seq.tokens[i * size : min((i + 1) * size, seq.num_computed)]
                 assert texts.setdefault(block, text) == text, f"block {block} has two texts"
+        # what may be written without `grow` must not be shared
         next_block = seq.table[seq.num_computed // size :][:1]
         assert seq.num_computed >= seq.num_writable or self.ref_count[next_block[0]] == 1, sizes
         assert len(seq.table) >= self.blocks_for(seq.num_computed), sizes
@@ -357,7 +359,7 @@ class Scheduler:
         for seq in self.running[:]:
             start = seq.num_computed
             stop = min(len(seq.tokens), start + budget)
-            if start >= stop or not seq.table:  # no token is left to compute, or it was preempted
+            if start >= stop or not seq.table:  # its last token is in flight, or it was preempted
                 continue
             while seq.table and stop > seq.num_writable and not blocks.grow(seq, start, stop):
                 victim = self.victim(self, seq)
@@ -423,7 +425,7 @@ class Scheduler:
             # since the step was planned it was ended, or a feature appended a token of its own
             if seq.finish_reason or position != len(seq.tokens):
                 continue
-            if not changed or changed[-1] is not seq:
+            if not changed or changed[-1] is not seq:  # features may sample several of a sequence
                 changed.append(seq)
             if token < 0:
                 self.finish(seq, "error", seq.stop_reason or "no token is left to draw")

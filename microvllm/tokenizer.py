@@ -255,9 +255,8 @@ class Text:
 
     def read(self, seq, scheduler) -> None:
         """Add the text of the sequence's new tokens."""
-        # `react` may change the number of tokens, so the loop asks again; a stop token is not shown
-        hidden = seq.num_prompt + (seq.finish_reason == "stop")
-        while self.num_read < len(seq.tokens) - hidden:
+        unread = seq.num_prompt + (seq.finish_reason == "stop")  # prompt and stop token are no text
+        while self.num_read < len(seq.tokens) - unread:  # `react` may change how many there are
             token = seq.tokens[seq.num_prompt + self.num_read]
             self.num_read += 1
             self.text += self.decoder.push(token)

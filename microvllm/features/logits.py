@@ -174,15 +174,15 @@ class LogitsRunner(Runner):
         for start in range(0, len(special), size):
             rows = special[start : start + size]
             at, samples = on(logits.device, rows), [plan.samples[i] for i in rows]
-            own, new = cap_logits(logits[at], self.model.recipe.softcap), tokens[at]
-            packed += self.finish(samples, own, temperature[at], uniform[at], new, most)
+            capped, new = cap_logits(logits[at], self.model.recipe.softcap), tokens[at]
+            packed += self.redraw(samples, capped, temperature[at], uniform[at], new, most)
             tokens[at] = new
         if packed:
             plan.results["logprobs"] = torch.cat(packed)
 
-    def finish(self, samples: Samples, logits, temperature, uniform, tokens, most) -> list[Tensor]:
+    def redraw(self, samples: Samples, logits, temperature, uniform, tokens, most) -> list[Tensor]:
         """Edit capped logits and draw again, both in place, for these rows of a plan. Returns a
-        list of their part of `Sampled.packed`, if any asked; most: its alternatives."""
+        list of their part of `Sampled.packed`, if any asked; most: alternatives of each."""
         params = [seq.params for _, seq, _ in samples]
         asking = [i for i, p in enumerate(params) if p.logprobs is not None]
         if asking:
@@ -190,8 +190,8 @@ class LogitsRunner(Runner):
             model = torch.log_softmax(logits[ask], -1)
         if edited := [i for i, p in enumerate(params) if p.edited]:
             edit(logits, samples)
-            at, theirs = on(logits.device, edited), [params[i] for i in edited]
-            drawn = self.sample(logits[at], theirs, temperature[at], uniform[at], 0.0)
+            at, changed = on(logits.device, edited), [params[i] for i in edited]
+            drawn = self.sample(logits[at], changed, temperature[at], uniform[at], 0.0)
             tokens[at] = drawn.to(tokens.dtype)
         if not asking:
             return []
@@ -273,8 +273,8 @@ def processed(seq: Sequence, position: int, logits: Tensor) -> Tensor | str:
         new = seq.processor(list(tokens), logits)
     except Exception as error:
         inside = error.__traceback__.tb_next
-        own = () if getattr(processor, "may_guess", False) else (begin, seq.processor)
-        calls = [f if hasattr(f, "__code__") else type(f).__call__ for f in own]
+        asked = () if getattr(processor, "may_guess", False) else (begin, seq.processor)
+        calls = [f if hasattr(f, "__code__") else type(f).__call__ for f in asked]
         # not from its own frame, as where a signal came: then it is not raised a second time
         if not inside or inside.tb_frame.f_code not in [getattr(f, "__code__", 0) for f in calls]:
             if not fails(lambda: start()(list(tokens), logits)):

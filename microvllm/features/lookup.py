@@ -34,9 +34,6 @@ class Lookup:
 
     def guess(self, tokens: list[int], room: int) -> list[int]:
         """Up to `room` tokens that may follow these."""
-        if self.seen > len(tokens):  # some were cut off
-            self.seen = 0
-            self.after.clear()
         # those at the very end are what is looked for: they come in with the next token
         for stop in range(self.seen, len(tokens)):
             for n in SIZES:

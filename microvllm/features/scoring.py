@@ -162,16 +162,16 @@ class ScoringLLM(LLM):
 
     def _check_pair(self, prompt, tail) -> tuple[list[int], SamplingParams, list[int]]:
         """Token ids, params and targets of a continuation to score; raises as _check does."""
-        params = self.params_class
+        kind = self.params_class
         tail = self.tokenizer.encode(tail) if isinstance(tail, str) else tail
         if isinstance(tail, (list, tuple)) and not tail:
             raise ValueError("the continuation is empty: give at least one token")
-        tail, _ = self._check(tail, params(max_tokens=1))
-        ids, own = self._check(prompt, params(max_tokens=len(tail), seed=0))
+        tail, _ = self._check(tail, kind(max_tokens=1))
+        ids, params = self._check(prompt, kind(max_tokens=len(tail), seed=0))
         if len(ids) + len(tail) > self.max_model_len:
             limit = f"max_model_len, {self.max_model_len}"
             raise ValueError(f"{len(ids)} tokens and {len(tail)} more are beyond {limit}")
-        return ids, own, tail
+        return ids, params, tail
 
     def _request(self, ids, params, targets: list[int] | None = None, **options) -> Request:
         if targets is not None:

@@ -78,6 +78,15 @@ def test_check_sees_damage(damage):
         sim.blocks.check(sim.scheduler.running)
 
 
+def test_check_sees_that_a_sample_would_write_where_another_reads():
+    sim = Simulation()
+    seq = sim.add(text(6), n=2)
+    sim.step()
+    seq.num_writable = 8
+    with pytest.raises(AssertionError):
+        sim.check()
+
+
 class Stack(list):
     """A list that only does what takes the same time at any length."""
 

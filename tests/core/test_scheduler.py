@@ -415,16 +415,23 @@ def test_the_samples_a_prompt_will_split_into_have_their_seats_from_the_start():
     assert len(sim.scheduler.running) == 3 and list(sim.scheduler.waiting) == [two]
     sim.drain()
     assert len(sim.finished) == 5
+    sim = Simulation(max_batch_size=4)  # whose step has tokens left for `two`, and no seats
+    sim.add(text(6, 1), n=3)
+    two = sim.add(text(2, 2), n=2)
+    sim.step()
+    assert len(sim.scheduler.running) == 3 and list(sim.scheduler.waiting) == [two]
 
 
-def test_a_newcomer_leaves_room_for_those_who_run():
-    sim = Simulation(usable=8)
+@pytest.mark.parametrize(("usable", "room"), [(9, False), (10, True)])
+def test_a_newcomer_leaves_room_for_those_who_run(usable, room):
+    sim = Simulation(usable=usable)
     old = sim.add(text(8, 1), max_tokens=20)
     sim.step()
-    assert sim.blocks.num_free == 6
-    young = sim.add(text(9, 2), max_tokens=2)  # 3 blocks: 3 would be left, and 16 tokens are 4
+    assert sim.blocks.num_free == usable - 2
+    # it takes 3 blocks, the other one its third: 3 would be left of 9, and 16 tokens are 4
+    young = sim.add(text(9, 2), max_tokens=2)
     sim.step()
-    assert young in sim.scheduler.waiting
+    assert (young in sim.scheduler.running) == room
     sim.drain()
     assert sim.scheduler.num_preemptions == 0 and old.finish_reason == young.finish_reason
 

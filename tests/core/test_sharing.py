@@ -4,7 +4,7 @@ samples of one prompt until one of them writes."""
 import pytest
 from test_scheduler import Params, Simulation, complete, served, text
 
-from microvllm.scheduler import Sequence
+from microvllm.scheduler import Sequence, least_recently_used
 
 # the prefix cache ---------------------------------------------------------------------------------
 
@@ -78,6 +78,11 @@ def test_equal_blocks_after_different_beginnings_are_different():
     sim.step()
     assert seq.num_cached == 0
     sim.drain()
+    # one that is there behind another beginning, too, is not found behind a beginning that is there
+    served(sim, text(4, 3) + text(4, 6))
+    seq = sim.add(text(4, 3) + tail, max_tokens=1)
+    sim.drain()
+    assert seq.num_cached == 4
 
 
 def test_two_sequences_that_come_to_the_same_text_on_their_own_keep_one_of_two_blocks():
@@ -131,6 +136,20 @@ def test_an_evicted_beginning_makes_the_rest_of_the_text_unfindable_but_not_wron
     sim.drain()
 
 
+def test_what_follows_a_gap_is_not_found():
+    sim = Simulation(usable=4)
+    prompt = text(13, 1)
+    served(sim, prompt)
+    first, *_ = sim.blocks.match(Sequence(9, prompt, Params()), 12)
+    sim.blocks.eviction = lambda blocks: first
+    served(sim, text(8, 2))  # takes the blank block and that one
+    again = sim.add(prompt, max_tokens=1)
+    sim.blocks.eviction = least_recently_used
+    sim.step()
+    assert again.num_cached == 0
+    sim.drain()
+
+
 def test_a_reset_empties_the_table_and_loses_no_block():
     sim = Simulation()
     served(sim, text(12, 1))
@@ -176,10 +195,12 @@ def test_samples_of_a_prompt_of_whole_blocks_need_no_copy():
     sim.drain()
 
 
+@pytest.mark.parametrize("victim", [-1, 0])  # the last has no copy in the plan yet, the first may
 @pytest.mark.parametrize("usable", [6, 7, 8, 9, 10])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_samples_copy_rightly_when_memory_is_short(usable, ahead):
+def test_samples_copy_rightly_when_memory_is_short(usable, ahead, victim):
     sim = Simulation(usable=usable, max_batch_size=6)
+    sim.scheduler.victim = lambda scheduler, seq: scheduler.running[victim]
     sim.add(text(14, 1), max_tokens=9, n=4)
     sim.add(text(6, 2), max_tokens=9, n=2)
     sim.drain(ahead)

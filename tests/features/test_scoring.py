@@ -36,6 +36,9 @@ def test_scores_are_computed_in_slices_of_64_mb_of_logits():
     assert sizes == [4, 4, 2]
     torch.testing.assert_close(found, h.log_softmax(-1)[range(10), targets])
     assert greedy.tolist() == [i == t for i, t in zip(h.argmax(-1), targets, strict=True)]
+    recipe.softcap = 15.0  # by which two of these are made equal
+    _, greedy = ScoringRunner(model, None, None).score(torch.tensor([[200.0, 201.0]] * 2), [0, 1])
+    assert greedy.tolist() == [False, True]
 
 
 def test_a_multiple_choice_question_is_answered_by_scores(llm):
