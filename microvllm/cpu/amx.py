@@ -22,7 +22,7 @@ from .vectors import AMX, EXACT, LANES, vectorised
 
 WORDS = 16  # of a row that a tile holds
 ROWS = 32  # of x at a time, in two tiles
-_MANY = 512  # rows at a time: they stay in the second-level cache
+MANY = 512  # rows at a time: they stay in the second-level cache
 _SOON = 64  # words ahead, whose weights are 8 KB
 
 
@@ -32,14 +32,14 @@ def fits(b, x, w):
     and the other one is a little faster."""
     if not AMX or x.data.type.pointee != b.i32:
         return b.i1(0)
-    rows, words = b.extract_value(x.shape, 0), b.extract_value(w.shape, 1)
+    rows, words = (b.extract_value(x.shape, i) for i in (0, 1))
     whole = b.icmp_signed("==", b.urem(words, b.i64(WORDS)), b.i64(0))
     least = 4 if w.data.type.pointee == b.i32 else 1
     return b.and_(whole, b.icmp_signed(">=", rows, b.i64(least)))
 
 
 @vectorised()
-def _configure(b, n):
+def configure(b, n):
     """Give the tiles n (1 to ROWS) rows of x; all sums are lost."""
     if not AMX:
         return
@@ -60,19 +60,19 @@ def _configure(b, n):
 
 
 @vectorised()
-def _release(b):
+def release(b):
     """The system need not save tiles that nobody uses."""
     if AMX:
         b.ask("llvm.x86.tilerelease", ir.VoidType())
 
 
 @vectorised()
-def _multiply(
-    b, n, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, near, square, offset, w_scale,
+def multiply_tiles(
+    b, n, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, near, add, square, offset, w_scale,
     x_scale,
 ):  # fmt: skip
     """products._multiply of the n rows that the tiles have: K is of words, a multiple of 16; near:
-    words of `ahead` to start loading at each 16."""
+    words of `ahead` to start loading at each 16; add: for bfloat16 only."""
     if not AMX or x.data.type.pointee != b.i32:
         return
     integers = w.data.type.pointee == b.i32
@@ -88,8 +88,13 @@ def _multiply(
 
     def multiply(blocks):
         sums = [(2 * i + j, b.at(ys, (y_stride, 16 * i), 16 * j)) for i in blocks for j in (0, 1)]
-        for tile, _ in sums:
-            b.ask("llvm.x86.tilezero", nothing, b.i8(tile))
+        with b.if_else(add) as (then, otherwise):
+            with then:
+                for tile, place in sums:
+                    move(tile, place, y_stride)
+            with otherwise:
+                for tile, _ in sums:
+                    b.ask("llvm.x86.tilezero", nothing, b.i8(tile))
         with cgutils.for_range_slice(b, b.i64(0), K, b.i64(WORDS), b.i64) as (k, _):
             for j in (0, 1):
                 move(6 + j, b.at(ws, (k, panel), 16 * j), b.i64(panel))
@@ -125,11 +130,29 @@ def _multiply(
 
 
 @numba.njit(**EXACT)
+def multiply_panel(x, w, at, scaling, square, t0, t1, column, source, start, near, configured, y):
+    """The rows from t0 to t1 of one panel, which begins at w's flat index `at`, in y from a column
+    on. near: see multiply_tiles; configured: how many rows the tiles have, which is returned as it
+    is after it: who calls this last releases them."""
+    K, (offset, w_scale, x_scale) = x.shape[1], scaling
+    for r0 in range(t0, t1, ROWS):
+        n = min(ROWS, t1 - r0)
+        if n != configured:
+            configure(n)
+            configured = n
+        multiply_tiles(
+            n, K, x, r0 * K, w, at, y, r0, column, source, start, near, False, square, offset,
+            w_scale, x_scale,
+        )  # fmt: skip
+        start += near * K // WORDS * 2 * LANES
+    return configured
+
+
+@numba.njit(**EXACT)
 def multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
     """products._multiply_panels, for whole tiles of words."""
     T, K, panel = len(y), w.shape[1], 2 * LANES
-    offset, w_scale, x_scale = scaling
-    blocks, configured = -(-T // _MANY), 0
+    blocks, configured = -(-T // MANY), 0
     for block in range(blocks):
         t0, t1 = T * block // blocks, T * (block + 1) // blocks
         tiles = -(-(t1 - t0) // ROWS)
@@ -144,16 +167,9 @@ def multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
                 start = first * K * panel
             else:
                 source, start = following, ahead
-            for i in range(tiles):
-                r0 = t0 + i * ROWS
-                n = min(ROWS, t1 - r0)
-                if n != configured:
-                    _configure(n)
-                    configured = n
-                _multiply(
-                    n, K, x, r0 * K, w, p * K * panel, y, r0, p * panel,
-                    source, start + i * near * K // WORDS * panel, near,
-                    square, offset, w_scale, x_scale,
-                )  # fmt: skip
+            configured = multiply_panel(
+                x, w, p * K * panel, scaling, square, t0, t1, p * panel, source, start, near,
+                configured, y,
+            )  # fmt: skip
     if configured:
-        _release()
+        release()

@@ -19,25 +19,18 @@ from llvmlite import ir
 from numba.core import cgutils
 from torch import Tensor
 
+from .attention_tiles import TILE, find_keys, fits, halve, tile_scores, tile_values, whole
 from .steps import array_of, exp2, largest
-from .vectors import EXACT, FAST, LANES, kept, one_at_a_time, threads_for, vectorised
+from .vectors import EXACT, FAST, LANES, fetch, kept, one_at_a_time, threads_for, vectorised
 
 _f32 = np.float32
 _KEYS = 512  # of which scores are kept at a time
 _WIDTH = _KEYS + 16  # an odd number of cache lines, else a column of all rows falls into one set
 _PANEL = 64  # keys that are multiplied at a time: they stay in the first-level cache
 _QUERIES = 192  # that read a block of keys together: their scores fit in the second-level cache
+_LEAST = 12  # queries that are not cut further: packing a key takes as long as some of them
+_READ = 16  # products of a query and a key, for which the key could be read from memory
 _SOON = 8192  # bytes that are being loaded while others are multiplied
-
-
-@vectorised()
-def _fetch(b, x, start, count):
-    """Start loading so many numbers from x's flat index `start` on: the next block of a sequence
-    may lie anywhere, the hardware cannot guess where."""
-    line = b.i64({b.i8: 64, b.i16: 32}.get(x.data.type.pointee, 16))
-    start = b.at(x.data, start)
-    with cgutils.for_range_slice(b, b.i64(0), count, line, b.i64) as (d, _):
-        b.start_loading(b.at(start, d))
 
 
 def _totals(b, vectors):
@@ -205,7 +198,7 @@ def _fetch_some(x, table, h, start, stop):
     n_kv_head, block_size, numbers = x.shape[1:]
     for at in range(start, stop):
         row = (table[at // block_size] * n_kv_head + h) * block_size + at % block_size
-        _fetch(x, row * numbers, numbers)
+        fetch(x, row * numbers, numbers)
 
 
 @numba.njit(**EXACT)
@@ -222,88 +215,90 @@ def _rescale_rows(scores, n, x, table, h, start, stop, D):
 
 
 @numba.njit(**EXACT)
-def _few_scores(qs, k, v, table, h, start, stop, last, scores):
-    """scores = qs @ K.T of the positions from `start` to `stop`, where K lies. Meanwhile what comes
-    next is being loaded: more of K, and then V."""
-    n, D = qs.shape
-    n_kv_head, block_size, numbers = k.shape[1:]
-    size, first, blocks = block_size * numbers, start // block_size, (stop - 1) // block_size + 1
-    for b in range(first, blocks):
-        at, near = b * block_size, b + max(1, _SOON // (size * k.itemsize))
-        base = (table[b] * n_kv_head + h) * size
-        for x in range(max(start - at, 0), min(stop - at, block_size), 4):
-            if near < blocks:
-                _fetch(k, (table[near] * n_kv_head + h) * size + x * numbers, 4 * numbers)
-            else:
-                soon = table[min(first + near - blocks, (last - 1) // block_size)]
-                _fetch(v, (soon * n_kv_head + h) * size + x * numbers, 4 * numbers)
-            m, s, row = min(4, min(stop - at, block_size) - x), at + x - start, scores.shape[1]
-            for i in range(n):
-                _dot(qs, i * D, k, base + x * D, m, D, scores, i * row + s, row)
-
-
-@numba.njit(**EXACT)
-def _few_values(scores, k, v, table, h, start, stop, last, ys):
-    """ys += scores @ V of the positions from `start` to `stop`, where V lies."""
+def _read_few(mixes, ys, scores, x, other, table, h, start, stop, last):
+    """scores = ys @ x.T, or if `mixes` ys += scores @ x, of x's positions from `start` to `stop`,
+    where they lie. Meanwhile what comes next is being loaded: more of x, and then of `other`: after
+    K the same positions of V, after V the next ones of K."""
     n, D = ys.shape
-    n_kv_head, block_size, numbers = k.shape[1:]
+    n_kv_head, block_size, numbers = x.shape[1:]
     size, first, blocks = block_size * numbers, start // block_size, (stop - 1) // block_size + 1
     for b in range(first, blocks):
-        at, near = b * block_size, b + max(1, _SOON // (size * k.itemsize))
+        at, near = b * block_size, b + max(1, _SOON // (size * x.itemsize))
         base = (table[b] * n_kv_head + h) * size
-        for x in range(max(start - at, 0), min(stop - at, block_size), 4):
-            soon = (table[min(near, (last - 1) // block_size)] * n_kv_head + h) * size
+        soon = near if mixes or near < blocks else first + near - blocks
+        soon = (table[min(soon, (last - 1) // block_size)] * n_kv_head + h) * size
+        for j in range(max(start - at, 0), min(stop - at, block_size), 4):
             if near < blocks:
-                _fetch(v, soon + x * numbers, 4 * numbers)
+                fetch(x, soon + j * numbers, 4 * numbers)
             else:
-                _fetch(k, soon + x * numbers, 4 * numbers)
-            m, s, row = min(4, min(stop - at, block_size) - x), at + x - start, scores.shape[1]
+                fetch(other, soon + j * numbers, 4 * numbers)
+            m, s, row = min(4, min(stop - at, block_size) - j), at + j - start, scores.shape[1]
             for i in range(n):
-                _mix(scores, i * row + s, row, m, v, base + x * D, D, ys, i * D)
+                if mixes:
+                    _mix(scores, i * row + s, row, m, x, base + j * D, D, ys, i * D)
+                else:
+                    _dot(ys, i * D, x, base + j * D, m, D, scores, i * row + s, row)
 
 
 @numba.njit(**EXACT)
-def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, sums, spare, out):
+def _read_panels(mixes, ys, scores, x, table, h, start, stop, position, group, spare):
+    """The same for more rows, by panels in `spare`."""
+    (n, D), row = ys.shape, scores.shape[1]
+    for at in range(start, stop, _PANEL):
+        end, soon = min(at + _PANEL, stop), min(at + 2 * _PANEL, stop)
+        _gather(x, table, h, at, end, D, spare)
+        for i in range(0, n, _ROWS):
+            _fetch_some(x, table, h, *_share(end, soon, i, n))
+            # up to the last key that the last of them sees
+            m, s = min(end, position + (i + _ROWS - 1) // group + 1) - at, i * row + at - start
+            if m > 0 and mixes:
+                _mix_rows(scores, s, row, m, spare, 0, D, ys, i * D)
+            elif m > 0:
+                _dot_rows(ys, i * D, spare, 0, m, D, scores, s, row)
+
+
+@numba.njit(**EXACT)
+def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, sums, spare, places, out):
     """Some rows of one sequence, the first at `position`, against kv head h: q, out (count, n_head,
     D), table (M,); scratch: qs, ys (n, D), scores (n, _WIDTH), sums (n, 2), n being padded(count *
-    the query heads of h); spare (_PANEL * D,).
+    the query heads of h); spare (_PANEL * D,), places (2 * _KEYS,).
 
     A few rows read K and V where they are; more of them panels in float32, that stay in the
-    first-level cache. The bits of a row are the same either way.
+    first-level cache. The bits of a row are the same either way. With the matrix unit all rows go
+    one way, see attention_tiles.py.
     """
     n, D = qs.shape
-    group, width = q.shape[1] // k.shape[1], scores.shape[1]
+    group, row = q.shape[1] // k.shape[1], scores.shape[1]
     count = q.shape[0] * group
     scale = _f32(1 / (math.sqrt(D) * math.log(2)))  # powers of 2, not of e
+    tiled = fits(k, D)
     for i in range(n):
         qi, qs_i, yi = q[min(i, count - 1) // group, h * group + i % group], qs[i], ys[i]
         for d in range(D):
             qs_i[d] = qi[d] * scale
             yi[d] = 0
         sums[i, 0], sums[i, 1] = -np.inf, 0
+        if tiled:
+            halve(qs, i * D, D)
     last = position + q.shape[0]  # some row sees the keys before it, from `start` on
-    start = max(0, position - window) if window >= 0 else 0
+    first = max(0, position - window) if window >= 0 else 0
+    start = first // TILE * TILE if tiled else first  # tiles hold the same keys for all rows
     while start < last:
         stop = min(last, (start // _KEYS + 1) * _KEYS)
-        if n < _FEW:
-            _few_scores(qs, k, v, table, h, start, stop, last, scores)
+        width = whole(stop - start) if tiled else stop - start
+        if tiled:
+            find_keys(k, table, h, start, stop, first, last, places)
+            tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores, spare)
+        elif n < _FEW:
+            _read_few(False, qs, scores, k, v, table, h, start, stop, last)
         else:
-            for at in range(start, stop, _PANEL):
-                end, soon = min(at + _PANEL, stop), min(at + 2 * _PANEL, stop)
-                _gather(k, table, h, at, end, D, spare)
-                for i in range(0, n, _ROWS):
-                    _fetch_some(k, table, h, *_share(end, soon, i, n))
-                    # up to the last key that the last of them sees
-                    m = min(end, position + (i + _ROWS - 1) // group + 1) - at
-                    if m > 0:
-                        s = i * width + at - start
-                        _dot_rows(qs, i * D, spare, 0, m, D, scores, s, width)
+            _read_panels(False, qs, scores, k, table, h, start, stop, position, group, spare)
         _rescale_rows(scores, n, k, table, h, start, stop, D)
         for i in range(n):
             right = max(0, min(position + i // group + 1, stop) - start)
             left = max(0, position + i // group - window - start) if window >= 0 else 0
             scores[i, : min(left, right)] = 0
-            scores[i, right : stop - start] = 0
+            scores[i, right:width] = 0
             if left < right:
                 before = sums[i, 0]
                 sums[i, 0], total = _softmax(scores[i, left:right], before)
@@ -311,19 +306,15 @@ def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, sums, spar
                 sums[i, 1], yi = sums[i, 1] * factor + total, ys[i]
                 for d in range(D):
                     yi[d] *= factor
+            if tiled:
+                halve(scores, i * row, width)
         _rescale_rows(scores, n, v, table, h, start, stop, D)
-        if n < _FEW:
-            _few_values(scores, k, v, table, h, start, stop, last, ys)
+        if tiled:
+            tile_values(scores, k, v, places, start, stop, position, group, ys, spare)
+        elif n < _FEW:
+            _read_few(True, ys, scores, v, k, table, h, start, stop, last)
         else:
-            for at in range(start, stop, _PANEL):
-                end, soon = min(at + _PANEL, stop), min(at + 2 * _PANEL, stop)
-                _gather(v, table, h, at, end, D, spare)
-                for i in range(0, n, _ROWS):
-                    _fetch_some(v, table, h, *_share(end, soon, i, n))
-                    m = min(end, position + (i + _ROWS - 1) // group + 1) - at
-                    if m > 0:
-                        s = i * width + at - start
-                        _mix_rows(scores, s, width, m, spare, 0, D, ys, i * D)
+            _read_panels(True, ys, scores, v, table, h, start, stop, position, group, spare)
         start = stop
     for i in range(count):
         out_i, yi = out[i // group, h * group + i % group], ys[i]
@@ -338,32 +329,85 @@ def padded(n):
     return n if n < _FEW else -(-n // _ROWS) * _ROWS
 
 
+@numba.njit(**EXACT)
+def _work(count, position, window, group):
+    """Of so many rows, the first at `position`: products of a query and a key, and a key's way from
+    memory, which takes as long as _READ of them."""
+    seen = min(position, window) if window >= 0 else position
+    return group * (count * seen + count * (count + 1) // 2) + _READ * (seen + count)
+
+
+@numba.njit(**EXACT)
+def deal(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
+    """Cut the sequences into tiles of up to `rows` rows: (tiles, 3 + n_kv_head), the sequence, the
+    first row, the one behind the last, and for each kv head the thread that has it.
+
+    A row sees more keys the later it comes, and a batch may begin with decodes and end with long
+    chunks. So no tile is more than half of a thread's mean share, where it has _LEAST queries
+    without that; and the largest come first, each to the thread that has least.
+    """
+    total, count = 0, 0
+    for b in range(seq_lens.size):
+        first, end = cu_seqlens[b], cu_seqlens[b + 1]
+        for r in range(first, end, rows):
+            n = min(rows, end - r)
+            total += n_kv_head * _work(n, seq_lens[b] - end + r, window, group)
+    most, sizes = total // (2 * threads), np.empty(seq_lens.size, np.int64)
+    for b in range(seq_lens.size):
+        length = cu_seqlens[b + 1] - cu_seqlens[b]
+        size = min(rows, length)
+        while size * group >= 2 * _LEAST and _work(size, seq_lens[b] - size, window, group) > most:
+            size = (size + 1) // 2
+        sizes[b] = size
+        count += -(-length // max(size, 1))
+    tiles, works = np.empty((count, 3 + n_kv_head), np.int64), np.empty(count, np.int64)
+    i, level = 0, 0
+    for b in range(seq_lens.size):
+        end = cu_seqlens[b + 1]
+        for r in range(cu_seqlens[b], end, max(sizes[b], 1)):
+            stop = min(r + sizes[b], end)
+            tiles[i, 0], tiles[i, 1], tiles[i, 2] = b, r, stop
+            works[i] = _work(stop - r, seq_lens[b] - end + r, window, group)
+            level = max(level, works[i])
+            i += 1
+    shares = np.zeros(threads, np.int64)
+    while level > 0:  # large ones come before those of less than half their size
+        for i in range(count - 1, -1, -1):
+            if level // 2 < works[i] <= level:
+                for h in range(n_kv_head):
+                    least = 0
+                    for thread in range(1, threads):
+                        if shares[thread] < shares[least]:
+                            least = thread
+                    tiles[i, 3 + h] = least
+                    shares[least] += works[i]
+        level //= 2
+    return tiles
+
+
 @kept(parallel=True, **FAST)
 def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, out):
-    """Tiles of up to `rows` rows and one kv head are dealt to the threads like cards: a batch may
-    begin with decodes and end with long chunks."""
+    """The tiles, of up to `rows` rows and one kv head, are dealt to the threads."""
     D, n_kv_head, threads = q.shape[2], k.shape[1], scratch.shape[0]
     group = q.shape[1] // n_kv_head
     most = padded(rows * group)  # queries in a tile
+    tiles = deal(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads)
     for thread in numba.prange(threads):
         mine = scratch[thread]
         qs = mine[: most * D].reshape(most, D)
         ys = mine[most * D : 2 * most * D].reshape(most, D)
         scores = mine[2 * most * D :].reshape(most, -1)
         sums, spare = np.empty((most, 2), np.float32), np.empty(_PANEL * D, np.float32)
-        turn = 0
-        for b in range(seq_lens.size):
-            end = cu_seqlens[b + 1]
-            for r in range(cu_seqlens[b], end, rows):
-                stop = min(r + rows, end)
-                n, position = padded((stop - r) * group), seq_lens[b] - end + r
-                for h in range(n_kv_head):
-                    if turn == thread:
-                        _attend_tile(
-                            q[r:stop], k, v, h, block_tables[b], position, window,
-                            qs[:n], ys[:n], scores[:n], sums[:n], spare, out[r:stop],
-                        )  # fmt: skip
-                    turn = (turn + 1) % threads
+        places = np.empty(2 * _KEYS, np.int64)
+        for i in range(len(tiles)):
+            b, r, stop = tiles[i, 0], tiles[i, 1], tiles[i, 2]
+            n, position = padded((stop - r) * group), seq_lens[b] - cu_seqlens[b + 1] + r
+            for h in range(n_kv_head):
+                if tiles[i, 3 + h] == thread:
+                    _attend_tile(
+                        q[r:stop], k, v, h, block_tables[b], position, window,
+                        qs[:n], ys[:n], scores[:n], sums[:n], spare, places, out[r:stop],
+                    )  # fmt: skip
 
 
 def tile(batch, group: int) -> tuple[int, int]:

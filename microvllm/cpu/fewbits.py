@@ -23,7 +23,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.linear import Linear
-from . import products
+from . import amx, products
 from .packed import (
     LAYOUT,
     STEP,
@@ -221,10 +221,7 @@ def _multiplier(bits: int):
                 for j in columns:
                     value = b.fmul(b.sitofp(b.load(sums[i][j]), floats), w_scales[j])
                     value = b.fmul(value, scale)
-                    zero = floats(None)
-                    above = b.select(b.fcmp_ordered("<", value, zero), zero, value)
-                    # NaN is not below zero, and stays
-                    value = b.select(square, b.fmul(above, above), value)
+                    value = b.select(square, b.relu2(value), value)
                     b.write(value, b.at(ys, (y_stride, i), (LANES, j)))
 
         done = b.append_basic_block("done")
@@ -258,11 +255,22 @@ def round_rows(x, top, q, scale, start):
 
 
 @kept(**EXACT)  # once for all numbers of bits
-def _multiply_unpacked(q, panels, wide, scaling, square, p, ahead, ahead_at, size, y):
-    """y (T, N) of panel p, and if `wide` of the next one, which are int8 in `panels` (2, K, PANEL);
-    ahead: `size` numbers to load."""
+def _multiply_unpacked(q, panels, count, scaling, square, p, ahead, ahead_at, size, y):
+    """y (T, N) of panel p, and if `count` is 2 of the next one, which are int8 in `panels` (2, K,
+    PANEL); ahead: `size` numbers to load."""
     T, K = q.shape
     offset, w_scale, x_scale = scaling
+    if amx.fits(q, panels):
+        configured, parts = 0, count * -(-T // amx.ROWS) * (K // amx.WORDS)
+        near = -(-size // (parts * PANEL))  # that each part asks for
+        for i in range(count):
+            configured = amx.multiply_panel(
+                q, panels, i * K * PANEL, scaling, square, 0, T, (p + i) * PANEL, ahead,
+                ahead_at + i * parts // count * near * PANEL, near, configured, y,
+            )  # fmt: skip
+        amx.release()
+        return
+    wide = count == 2
     tiles = -(-T // (_ROWS // 2 if wide else _ROWS))
     every = max(1, tiles * K * PANEL // size)  # of the inputs of all tiles
     each = -(-K // every) * PANEL
@@ -302,7 +310,8 @@ def _product(bits: int):
         """The work is dealt out as in products.multiply."""
         panels, later, rows, K = len(w), len(following), len(y), q.shape[1]
         size, step = w.shape[1] * w.shape[2], following.shape[1] * following.shape[2]
-        cuts = row_cuts(panels, rows, _ROWS, threads)
+        tiled = amx.fits(q, w)
+        cuts = row_cuts(panels, rows, amx.ROWS // 2 if tiled else _ROWS, threads)
         used = fewest(panels * cuts, threads)
         offset, w_scale, x_scale = scaling
         for thread in numba.prange(used):
@@ -313,7 +322,8 @@ def _product(bits: int):
             for cut in range(first // panels, -(-end // panels)):
                 c0, c1 = share(rows, cut, cuts)
                 p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
-                blocks, wide = -(-(c1 - c0) // _MANY), int(c1 - c0 >= 128)
+                blocks = -(-(c1 - c0) // (amx.MANY if tiled else _MANY))
+                wide = int(tiled or c1 - c0 >= 128)
                 for block in range(blocks):
                     t0, t1 = share(c1 - c0, block, blocks)
                     t0, t1 = c0 + t0, c0 + t1
@@ -329,7 +339,7 @@ def _product(bits: int):
                                 count = step
                         scales = offset, w_scale, x_scale[t0:t1]
                         _multiply_unpacked(
-                            q[t0:t1], scratch, beside == 2, scales, square, p, source, near, count,
+                            q[t0:t1], scratch, beside, scales, square, p, source, near, count,
                             y[t0:t1],
                         )  # fmt: skip
 

@@ -18,7 +18,7 @@ import numba
 import torch
 from llvmlite import ir
 from llvmlite.binding import initialize_native_asmparser
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
@@ -130,9 +130,10 @@ def row_cuts(panels, rows, least, threads):
 
     1 where whole panels make no thread's share more than 1.2 times the mean; or if no cut does. Few
     rows wait for weights: cut, they would be read once more. So 24 panels are too few for 32
-    threads. A part of a panel is a part of a cache line, or half a register; and if threads shared
-    the inputs, their sums would have to be added in an order that does not depend on how many
-    threads there are: each product would write its parts to memory and wait for a second pass.
+    threads; their halves would be 48, no more even. A smaller part is a part of a cache line, or
+    half a register; and if threads shared the inputs, their sums would have to be added in an order
+    that does not depend on how many threads there are: each product would write its parts to memory
+    and wait for a second pass.
     """
     for cuts in range(1, max(1, rows // least) + 1):
         pieces = panels * cuts
@@ -330,3 +331,13 @@ def vectorised(result=types.void):
         return intrinsic(function)
 
     return decorated
+
+
+@vectorised()
+def fetch(b, x, start, count):
+    """Start loading so many numbers from x's flat index `start` on: the next block of a sequence
+    may lie anywhere, the hardware cannot guess where."""
+    line = b.i64({b.i8: 64, b.i16: 32}.get(x.data.type.pointee, 16))
+    start = b.at(x.data, start)
+    with cgutils.for_range_slice(b, b.i64(0), count, line, b.i64) as (d, _):
+        b.start_loading(b.at(start, d))

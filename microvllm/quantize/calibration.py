@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,11 +13,13 @@ from ..attention import Batch
 from ..checkpoint import empty_model
 from ..cpu.packed import Quantised, dequantised, rotate
 from ..model import norm, rotary
+from .gptq import DAMPING
 
 # parts of a layer with the same inputs, in the order in which they are computed
 STAGES = ("attn.c_q", "attn.c_k", "attn.c_v"), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)
 _TOKENS = 4096  # in a batch, about
 _LENGTH = 512  # tokens of a text, at most
+_SHARE = 0.5  # of what was lost before a matrix, that it makes up for: some is chance of the texts
 # what a user may ask; the other half of the conversations the model begins itself
 PROMPTS = (
     "What is the capital of France?", "Tell me a story about a dog.", "Why is the sky blue?",
@@ -97,8 +100,9 @@ def _make_batch(texts: list[list[int]]) -> Batch:
 class LayerByLayer:
     """The model's natural form (model.py), with one layer's weights at a time in memory, on texts.
 
-    The layers before the present one compute with rounded matrices: what they have lost the later
-    ones see, and make up for. weights: a checked state dict.
+    They compute with rounded matrices, and beside them once more with the exact ones: what was lost
+    in the layers before, the present one sees, and makes up for a part of it (cf. Li et al. 2025,
+    GPTAQ). weights: a checked state dict.
     """
 
     def __init__(self, config, recipe, weights: dict[str, Tensor], texts: list[list[int]]):
@@ -116,14 +120,15 @@ class LayerByLayer:
 
     @torch.no_grad()
     def round(self, matrix: Callable[[str, Tensor, Tensor], Quantised]) -> Iterator[tuple]:
-        """Of each matrix its name and what matrix(name, weight, moments) makes of it; moments: the
-        second moments of its inputs, (in, in), over all tokens."""
+        """Of each matrix its name and what matrix(name, weight, moments) makes of it. weight: what
+        it should be, with its present inputs; moments: their second moments, (in, in), over all
+        tokens."""
         model, recipe, config = self.model, self.recipe, self.config
         own = [name for name in self.weights if not name.startswith(("transformer.h.", "lm_head."))]
         small = {name: self._weight(name) for name in own if not name.startswith("value_embeds.")}
         model.load_state_dict(small, strict=False, assign=True)
         first = [model.embed(batch) for batch in self.batches]  # (1)
-        state, middle = list(first), None
+        states, middle = (list(first), list(first)), None  # after rounded layers, and exact ones
         small.pop("transformer.wte.weight")
         model.transformer.wte.to("meta")
         for i, block in enumerate(model.transformer.h):
@@ -131,29 +136,39 @@ class LayerByLayer:
             names = [name for name in self.weights if name.startswith(place)]
             held = {name.removeprefix(place): self._weight(name) for name in names}
             block.load_state_dict(held, assign=True)
+            blocks = block, copy.deepcopy(block)
             if recipe.lambdas:  # (2)
                 a, b = model.resid_lambdas[i], model.x0_lambdas[i]
-                state = [a * x + b * x0 for x, x0 in zip(state, first, strict=True)]
+                states = [[a * x + b * x0 for x, x0 in zip(s, first, strict=True)] for s in states]
             ve = self.weights.get(f"value_embeds.{i}.weight")
             for stage in STAGES:
-                found = self._moments(block, stage[0], state, ve)
+                found, moved, lost = self._moments(blocks, stage[0], states, ve)
                 for name in stage:
                     linear = block.get_submodule(name)
-                    made = matrix(place + name, linear.weight, found)
+                    made = matrix(place + name, made_up(linear.weight, found, moved, lost), found)
                     linear.weight.copy_(natural(made))
                     yield place + name, made
-            pairs = zip(state, self.batches, strict=True)
-            state = [self._run(block, x, batch, ve) for x, batch in pairs]
+            states = [
+                [self._run(own, x, batch, ve) for x, batch in zip(s, self.batches, strict=True)]
+                for own, s in zip(blocks, states, strict=True)
+            ]
+            del blocks
             block.to("meta")
             if i == config.n_layer // 2:
-                middle = state
+                middle = states
         if recipe.smear:  # (7)
-            state = [x - model.backout_lambda * m for x, m in zip(state, middle, strict=True)]
-        moments = torch.zeros(config.n_embd, config.n_embd)
-        for x in state:
-            h = norm(x, recipe.eps)
-            moments.addmm_(h.T, h)
-        yield "lm_head", matrix("lm_head", self._weight("lm_head.weight"), moments)
+            back = model.backout_lambda
+            states = [
+                [x - back * m for x, m in zip(s, mid, strict=True)]
+                for s, mid in zip(states, middle, strict=True)
+            ]
+        found, moved = torch.zeros(2, config.n_embd, config.n_embd)
+        for pair in zip(*states, strict=True):
+            h, exact = (norm(x, recipe.eps) for x in pair)
+            found.addmm_(h.T, h)
+            moved.addmm_((exact - h).T, h)
+        weight = made_up(self._weight("lm_head.weight"), found, moved, None)
+        yield "lm_head", matrix("lm_head", weight, found)
 
     def _run(self, block, x: Tensor, batch: Batch, ve) -> Tensor:
         cos, sin = (table[batch.positions, None] for table in self.tables)
@@ -162,19 +177,38 @@ class LayerByLayer:
         given = None if ve is None else F.embedding(batch.ids, ve).to(torch.float32)
         return block(x, given, cos, sin, k, v, batch)
 
-    def _moments(self, block, name: str, state: list[Tensor], ve) -> Tensor:
-        """Of the inputs of this part of a layer: the sum of x^T x."""
-        linear = block.get_submodule(name)
-        found = torch.zeros(linear.in_features, linear.in_features)
+    def _moments(self, blocks, name: str, states, ve) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the inputs x of this part of a layer, and x + d of its exact twin: the sums of x^T x
+        and of d^T x. And of what is added to the residual stream, where that lacks r: of r^T x."""
+        parts, inputs = [own.get_submodule(name) for own in blocks], {}
+        hooks = [
+            part.register_forward_pre_hook(lambda part, given: inputs.update({part: given[0]}))
+            for part in parts
+        ]
+        found, moved = torch.zeros(2, parts[0].in_features, parts[0].in_features)
+        lost = torch.zeros(parts[0].weight.shape) if name.endswith("c_proj") else None
+        for *pair, batch in zip(*states, self.batches, strict=True):
+            after = [self._run(own, x, batch, ve) for own, x in zip(blocks, pair, strict=True)]
+            x, exact = (inputs[part] for part in parts)
+            found.addmm_(x.T, x)
+            moved.addmm_((exact - x).T, x)
+            if name == "attn.c_proj":
+                lost.addmm_((pair[1] - pair[0]).T, x)
+            elif name == "mlp.c_proj":  # what is there after it, without its own part
+                lost.addmm_((after[1] - after[0] - (exact - x) @ parts[1].weight.T).T, x)
+        for hook in hooks:
+            hook.remove()
+        return found, moved, lost
 
-        def add(module, inputs):
-            found.addmm_(inputs[0].T, inputs[0])
 
-        hook = linear.register_forward_pre_hook(add)
-        for x, batch in zip(state, self.batches, strict=True):
-            self._run(block, x, batch, ve)
-        hook.remove()
-        return found
+def made_up(weight: Tensor, found: Tensor, moved: Tensor, lost: Tensor | None) -> Tensor:
+    """A weight (rows, in) that makes up, in its products, for _SHARE of what its inputs have lost,
+    and the residual stream with them; the rest as LayerByLayer._moments has it."""
+    goal = weight @ moved if lost is None else weight @ moved + lost
+    damped = found.to(torch.float64)
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-30)
+    change = torch.linalg.solve(damped, goal.T.to(torch.float64)).T
+    return weight + _SHARE * change.to(torch.float32)
 
 
 def natural(found: Quantised) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cpu.packed import STEP, Quantised, dequantised, grouped, rotate
 from ..cpu.packed import factor as as_factors
 
-_DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs nearly dependent on others
+DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs nearly dependent on others
 _INPUTS = 128  # that are done before all others learn of it, which is then one product
 _NUMBERS = 2**23  # of a matrix at a time
 _TURNS = 2  # of fitting scales and integers
@@ -48,7 +48,7 @@ def round_by_gptq(weight: Tensor, moments: Tensor, bits: int) -> Quantised:
     mean = float(diagonal.mean())
     if not mean > 0:  # no input ever: any number is as good, and the nearest one is sane
         moments, mean = torch.eye(len(moments)), 1.0
-    moments.diagonal().add_(_DAMPING * mean)
+    moments.diagonal().add_(DAMPING * mean)
     # the inputs that matter most come first, while all others can make up for them
     order = diagonal.argsort(descending=True, stable=True)
     inverse = torch.linalg.inv(moments[order][:, order].to(torch.float64))

@@ -99,10 +99,20 @@ def test_rounding_is_to_the_nearest_step(bits):
 
 
 @has_int8
+def test_no_two_kernels_have_one_name():
+    """Compiled apart and read from disk they are linked by name: those of one number of bits once
+    ran in place of another's."""
+    cells = [cell for kernel in fewbits._PRODUCTS.values() for cell in kernel.__closure__]
+    inside = [cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "py_func")]
+    names = [kernel.py_func.__qualname__ for kernel in inside]
+    assert len(names) == len({*names}) == 2 * len(fewbits._PRODUCTS)
+
+
+@has_int8
 @pytest.mark.parametrize("bits", COMPILED)
 def test_a_product_is_that_of_its_integers(bits, poisoned):
     """Sums of integers are exact; what is left is the rounding of three factors."""
-    for outputs, inputs in ((1, 64), (33, 100), (130, 1504), (16, 1)):
+    for outputs, inputs in ((1, 64), (33, 100), (130, 1504), (70, 1536), (16, 1)):
         weight = rounded(bits, outputs, inputs)
         linear, squared = made(bits, [weight]), made(bits, [weight], relu2=True)
         same = Quantised(packed.as_bytes(weight), weight.scale, 8)
@@ -121,9 +131,10 @@ def test_a_product_is_that_of_its_integers(bits, poisoned):
 
 
 @has_int8
+@pytest.mark.parametrize("inputs", [1504, 1536])  # tiles (amx.py) are whole in the latter
 @pytest.mark.parametrize("bits", COMPILED)
-def test_the_bits_of_a_row_follow_from_that_row(bits):
-    linear, x = made(bits, [random(200, 1504)]), random(260, 1504, seed=2)
+def test_the_bits_of_a_row_follow_from_that_row(bits, inputs):
+    linear, x = made(bits, [random(200, inputs)]), random(260, inputs, seed=2)
     x[7] = torch.nan
     alone = torch.cat([linear(x[i : i + 1]) for i in range(260)])
     assert alone[7].isnan().all() and alone.isnan().sum() == 200

@@ -21,6 +21,7 @@ from microvllm.cpu.products import quantize_rows, rotate
 from microvllm.full import load_model
 from microvllm.fused.backend import Backend
 
+HALF = pytest.param(torch.bfloat16, marks=pytest.mark.slow)  # a kernel of its own is compiled
 REFERENCE = Backend(torch.device("cpu"), torch.float32)
 
 # (rows in this step, tokens in the cache after it): decodes, then chunks that begin at 0 and later
@@ -62,12 +63,12 @@ def dense(q, k, v, batch, window):
     return torch.from_numpy(out)
 
 
-def check(work, window, dtype=torch.float32, **shape):
+def check(work, window, dtype=torch.float32, atol=3e-6, **shape):
     q, k, v, batch = case(work, **shape)
     k, v = k.to(dtype), v.to(dtype)
     got, want = paged_attention(q, k, v, batch, window), dense(q, k, v, batch, window)
     assert got.shape == q.shape and got.dtype == torch.float32 and got.is_contiguous()
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-6)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
 
 
 @pytest.fixture
@@ -112,9 +113,11 @@ def test_long_chunks(window):
 
 @pytest.mark.parametrize("n_head, n_kv_head, block_size", [(4, 4, 16), (3, 1, 6), (12, 2, 16)])
 @pytest.mark.parametrize("window", [-1, 9, 600])
-def test_the_bits_of_a_row_follow_from_that_row(n_head, n_kv_head, block_size, window):
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_the_bits_of_a_row_follow_from_that_row(n_head, n_kv_head, block_size, window, dtype):
     """Alone, which reads K and V where they are, or among few or many others, in panels."""
     q, k, v, batch = case([(1100, 1100)], n_head, n_kv_head, block_size=block_size)
+    k, v = k.to(dtype), v.to(dtype)
     whole, table = paged_attention(q, k, v, batch, window), batch.block_tables[0].tolist()
     for start in (0, 509, 1070):
         for size in (1, 2, 3, 5, 30):
@@ -223,11 +226,24 @@ def poisoned_outputs(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: empty_like(*a, **kw).fill_(torch.nan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [-1, 20])
 def test_a_bfloat16_cache_is_read_as_the_float32_it_stands_for(window):
     """To float32's rounding, as the others: not to the bit, since this is a kernel of its own, and
-    which sums the compiler reorders is its affair."""
-    check(MIXED, window, torch.bfloat16, n_head=6, n_kv_head=2)
+    which sums the compiler reorders is its affair. Heads of 20 make no whole tiles."""
+    check(MIXED, window, torch.bfloat16, n_head=6, n_kv_head=2, head_dim=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "work, shape",
+    [(MIXED, {"block_size": 3, "n_head": 6}), (MIXED, {"n_head": 20, "n_kv_head": 1}),
+     (MIXED, {"head_dim": 128}), ([(1, 30), (1, 1100), (250, 250), (230, 1300)], {})],
+)  # fmt: skip
+@pytest.mark.parametrize("window", [-1, 0, 20, 700])
+def test_tiles_of_a_bfloat16_cache(work, shape, window):
+    """The matrix unit, where there is one, rounds queries and weights to 8 bits of precision."""
+    check(work, window, torch.bfloat16, 1e-2, **shape)
 
 
 def test_rope_store_rounds_to_a_bfloat16_cache_as_torch_does():

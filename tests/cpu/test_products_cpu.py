@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODEL, hand_made_batch
@@ -174,16 +175,19 @@ def test_rows_that_are_normed_rotated_or_rounded_are_shared_evenly(threads):
             assert max(sizes) <= 1.2 * rows / used
 
 
-@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("rows, keys", [(1, 3), (8, 3), (64, 3), (1, 200)])
 @pytest.mark.parametrize("threads", [4, 8, 16, 32])
-def test_attention_is_dealt_like_cards(rows, threads):
-    """A d12 has 6 heads: a row's are fewer than 8 threads, and one head is one thread's, whose sums
-    are in one order. As even as whole heads can be, and within 1.2 of the mean from 64 rows on."""
-    config = GPTConfig(256, 64, 1, 6, 6, 48)
-    cache = PagedKVCache(config, 1 + rows, 16, torch.float32, CPU)
-    batch = hand_made_batch([([1] * 3, 2, 3, [1 + b]) for b in range(rows)], 16)
+def test_attention_is_dealt_to_all_threads(rows, keys, threads):
+    """Decodes, or one prompt. A d12 has 6 heads: a row's are fewer than 8 threads, and one head is
+    one thread's, whose sums are in one order. As even as whole heads can be, and within 1.2 of the
+    mean from 64 rows on."""
+    config, blocks = GPTConfig(256, 64, 1, 6, 6, 48), -(-keys // 16)
+    cache = PagedKVCache(config, 1 + rows * blocks, 16, torch.float32, CPU)
+    first = 0 if keys > 3 else keys - 1
+    tables = [range(1 + b * blocks, 1 + (b + 1) * blocks) for b in range(rows)]
+    batch = hand_made_batch([([1] * keys, first, keys, table) for table in tables], 16)
     torch.nn.init.normal_(cache.data)
-    q = random(rows, 6, 8).numpy()
+    q = random(len(batch.ids), 6, 8).numpy()
     tables = [getattr(batch, n).numpy() for n in ("cu_seqlens", "seq_lens", "block_tables")]
     k, v = cache.data[0, 0].numpy(), cache.data[0, 1].numpy()
     count, width = attention.tile(batch, 1)
@@ -191,15 +195,43 @@ def test_attention_is_dealt_like_cards(rows, threads):
     def run(threads: int) -> tuple[torch.Tensor, int]:
         """What is attended, and how many threads wrote to their scratch."""
         size = attention.padded(count) * (2 * 8 + width)
-        scratch, out = torch.zeros(threads, size), torch.zeros(rows, 6, 8)
+        scratch, out = torch.zeros(threads, size), torch.zeros(q.shape)
         attention.attend_rows(q, k, v, *tables, -1, count, scratch.numpy(), out.numpy())
         return out, int(scratch.any(1).sum())
 
     (whole, _), (found, used) = run(1), run(threads)
-    assert torch.equal(found, whole) and used == min(threads, 6 * rows)
+    assert torch.equal(found, whole) and used == min(threads, 6 * len(q))
     most = -(-6 * rows // threads)
     if rows == 64 or (rows == 8 and threads <= 16):
         assert most <= 1.2 * 6 * rows / threads
+
+
+# (rows in this step, tokens in the cache after it) of each sequence
+LONG = [[(512, 512)], [(1000, 1000)], [(3072, 3072)], [(512, 3072)]]
+LONG += [[(300, 300), (50, 50), (20, 900), (600, 600)]]
+STEP = [*((1, 20 + 37 * i) for i in range(60)), (452, 452)]
+
+
+@pytest.mark.parametrize("window", [-1, 512])
+@pytest.mark.parametrize("threads", [1, 2, 4, 8, 16, 32])
+def test_no_thread_has_much_more_than_its_share_of_a_d12s_attention(threads, window):
+    """A row of a prompt sees more keys the later it comes. And of decodes the keys' way from memory
+    counts, so that threads which have them have fewer products. Not within 1.2: 8 decodes or 64
+    rows on 32 threads, whole heads and tiles of 12 queries being too large for it."""
+    for chunks in (*LONG, STEP):
+        counts, lengths = map(list, zip(*chunks, strict=True))
+        starts = np.cumsum([0, *counts])
+        given = starts, np.array(lengths), window, 6, 1, min(192, max(counts)), threads
+        done, keys, work = np.zeros((starts[-1], 6)), np.zeros(threads), np.zeros(threads)
+        for b, first, end, *owners in attention.deal(*given).tolist():
+            position = lengths[b] - starts[b + 1] + first
+            seen = [min(p, p if window < 0 else window) + 1 for p in range(position, lengths[b])]
+            done[first:end] += 1
+            for thread in owners:
+                keys[thread] += sum(seen[: end - first])
+                work[thread] += attention._work(end - first, position, window, 1)
+        assert (done == 1).all() and work.max() <= 1.2 * work.mean(), chunks
+        assert chunks is STEP or keys.max() <= 1.2 * keys.mean(), chunks
 
 
 @has_panels

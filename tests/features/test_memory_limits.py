@@ -1,8 +1,10 @@
 """Where memory ends while an engine is made, and what is left of the checkpoint's file after."""
 
 import gc
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 import torch
 from conftest import MODEL, ROOT, Fixture, era_fixtures
 
-from microvllm import LLM, full
+from microvllm import LLM, SamplingParams, full
+from microvllm.cli.roofline import PRECISIONS, layer_bytes
 
 CPU = torch.device("cpu")
 
@@ -83,3 +86,37 @@ def test_nothing_of_the_file_is_mapped_once_the_engine_is_there(options):
             with LLM(fixture.directory, device="cpu", num_blocks=16, **options):
                 maps = Path("/proc/self/maps").read_text()
                 assert str(fixture.directory) not in maps, (name, dtype)
+
+
+@pytest.mark.skipif(not os.environ.get("FUZZ"), reason="takes half a minute: set FUZZ")
+@pytest.mark.parametrize(
+    "kv, dtype", [("auto", "float32"), ("auto", "bfloat16"), ("int8", "float32")]
+)
+def test_a_context_of_16384_tokens_takes_what_was_computed(tmp_path, kv, dtype):
+    """One that was trained for 2,048, raised as far as that; a token more is refused."""
+    fixture = Fixture(*era_fixtures()["era1_padded"])
+    folder = shutil.copytree(fixture.directory, tmp_path / fixture.directory.name)
+    (meta,) = folder.glob("meta_*.json")
+    about = json.loads(meta.read_text())
+    about["model_config"]["sequence_len"] = 2048
+    meta.write_text(json.dumps(about))
+    ids = torch.randint(256, (16_380,), generator=torch.Generator().manual_seed(0)).tolist()
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+    def run(**options) -> list[int]:
+        with LLM(
+            folder, device="cpu", num_blocks=1025, block_size=16, max_model_len=16_384, dtype=dtype,
+            tokenizer_path=fixture.tokenizer, **fixture.overrides, **options,
+        ) as llm:  # fmt: skip
+            config, kind = llm.model.config, PRECISIONS[dtype]._replace(kv=kv)
+            assert llm.cache.data.nbytes == 1025 * 16 * config.n_layer * layer_bytes(config, kind)
+            with pytest.raises(ValueError, match="max_model_len"):
+                llm.generate([[*ids, *ids[:4]]], params)
+            (output,) = llm.generate([ids], params)
+            assert llm.scheduler.blocks.num_free == 1024  # all of them were taken, and are back
+            return output["token_ids"]
+
+    found = run(kv_cache_dtype=kv)
+    assert len(found) == 4
+    if dtype == "float32" and kv == "auto":
+        assert found == run(attention="sdpa")

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from conftest import hand_made_batch
+from test_checkpoint import FIXTURES
 
+from microvllm.attention import PagedKVCache
+from microvllm.checkpoint import empty_model
 from microvllm.cpu import packed
-from microvllm.quantize import gptq
+from microvllm.full import find_checkpoint, read_checkpoint
+from microvllm.quantize import calibration, gptq, quantize
 from microvllm.quantize.calibration import natural
 
 BITS = 8, 6, 5, 4
@@ -69,3 +74,44 @@ def test_widths_that_no_rotation_fits():
     weight, moments = made_up_layer(width=44)
     found = gptq.round_by_gptq(weight, moments, 8)
     assert (natural(found) - weight).norm() < 0.02 * weight.norm()
+
+
+def test_a_matrix_makes_up_for_what_was_lost_before_it(monkeypatch):
+    """For products of exact inputs, and what the residual stream lacks: as least squares do."""
+    torch.manual_seed(0)
+    exact, weight, stream = torch.randn(400, 24), torch.randn(8, 24), torch.randn(24, 8)
+    x = exact + 0.5 * torch.randn(400, 24)
+    lost = x @ stream + torch.randn(400, 8)
+    goal, given = exact @ weight.T + lost, (x.T @ x, (exact - x).T @ x, lost.T @ x)
+
+    def error(share: float) -> float:
+        monkeypatch.setattr(calibration, "_SHARE", share)
+        return float((x @ calibration.made_up(weight, *given).T - goal).square().sum())
+
+    least = (x @ torch.linalg.lstsq(x, goal).solution - goal).square().sum()
+    assert error(0) > 2 * error(0.5) > 2 * error(1) == pytest.approx(2 * float(least), rel=0.01)
+    nothing = calibration.made_up(weight, given[0], torch.zeros(24, 24), None)
+    assert torch.equal(nothing, weight)  # where nothing was lost before it
+
+
+def test_a_model_loses_less_where_layers_make_up_for_others(monkeypatch):
+    config, recipe, weights = read_checkpoint(*find_checkpoint(FIXTURES["era5"].directory))
+    texts = torch.randint(config.vocab_size, (6, 60), generator=torch.manual_seed(0)).tolist()
+
+    def logits(weights) -> torch.Tensor:
+        model = empty_model(config, recipe, len(weights["lm_head.weight"])).requires_grad_(False)
+        model.load_state_dict(weights, assign=True)
+        model.init_rotary(60)
+        batch = hand_made_batch([(ids, 0, 60, [1 + i]) for i, ids in enumerate(texts)], 60)
+        cache = PagedKVCache(config, 7, 60, torch.float32, "cpu")
+        return model.logits(model.forward(batch, cache))
+
+    def change(share: float) -> float:
+        monkeypatch.setattr(calibration, "_SHARE", share)
+        new = {name: weight.clone() for name, weight in weights.items()}
+        made = quantize(config, recipe, {**new}, texts, lambda name: 4)
+        new |= {f"{name}.weight": natural(found) for name, found in made.items()}
+        return float((logits(new) - exact).square().mean())
+
+    exact = logits(weights)
+    assert change(0.5) < 0.9 * change(0)

@@ -1,0 +1,271 @@
+"""Attention's products by the matrix unit (amx.py), where K and V are in bfloat16.
+
+Both are copied into its panels, K's for 32 keys at a time, V's for 128. A word of a panel is two
+numbers of one key of K, or of two keys of V:
+
+    K  a0 a1 a2 a3 ...  (D numbers)    (a0 a1) (b0 b1) ...  32 keys
+       b0 b1 b2 b3 ...                 (a2 a3) (b2 b3) ...
+    V  a0 a1 a2 ...                    (a0 b0) (a1 b1) ...  32 of D
+       b0 b1 b2 ...                    (c0 d0) (c1 d1) ...
+
+Queries, and the weights of keys, are rounded to bfloat16 in place: in the first half of a row of
+float32. All rows come here, a single one as well, and keys are in pairs from position 0 on: so the
+bits of a row do not depend on those beside it. (Unless V has a NaN: 0 times that is NaN, for all
+rows of a tile.)
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from .amx import ROWS, WORDS, configure, multiply_tiles, release
+from .vectors import AMX, EXACT, BFloat, fetch, vectorised
+
+TILE = 2 * WORDS  # in a panel of K; numbers in one of V
+_PANEL = 4 * TILE  # keys in one of V
+_FEW = 4  # fewer rows read K and V where they are
+_SOON = 64  # keys ahead that are being loaded
+_NEAR = 32  # the same for a few rows: they may see no more keys than these
+
+
+@vectorised(types.boolean)
+def fits(b, k, D):
+    """Are products with k, K or V, made of tiles? They have to be whole."""
+    if not AMX or k.data.type.pointee != b.i16:
+        return b.i1(0)
+    return b.icmp_signed("==", b.urem(D, b.i64(TILE)), b.i64(0))
+
+
+@numba.njit(**EXACT)
+def whole(keys):
+    """So many keys and those that fill up a tile."""
+    return -(-keys // TILE) * TILE
+
+
+@vectorised()
+def halve(b, x, start, count):
+    """So many numbers of x, from its flat index `start` on, as bfloat16 in half of the place."""
+    if not AMX:
+        return
+    x, lanes = b.at(x.data, start), b.i64(WORDS)
+    halves = b.bitcast(x, b.i16.as_pointer())
+    with cgutils.for_range_slice(b, b.i64(0), count, lanes, b.i64) as (i, _):
+        kind = ir.VectorType(BFloat(), WORDS)
+        value = b.ask("llvm.x86.avx512bf16.cvtneps2bf16.512", kind, b.read(b.at(x, i)))
+        value = b.bitcast(value, b.kind(b.i16))
+        b.store(value, b.bitcast(b.at(halves, i), value.type.as_pointer())).align = 2
+
+
+@vectorised()
+def _turn(b, k, places, first, D, panel, column):
+    """panel (D / 2, TILE) from `column` on = the words of the 16 keys that begin at places[first:],
+    rows as columns."""
+    if not AMX or k.data.type.pointee != b.i16:
+        return
+    starts = [b.words(b.at(k.data, b.load(b.at(places.data, first, i)))) for i in range(WORDS)]
+    with cgutils.for_range_slice(b, b.i64(0), b.udiv(D, b.i64(2)), b.i64(WORDS), b.i64) as (w, _):
+        rows = [b.read(b.at(start, w)) for start in starts]
+        for size in (1, 2, 4, 8):  # squares of so many words change places with their neighbours
+            for i in range(WORDS):
+                if not i & size:
+                    pair, lanes = (rows[i], rows[i + size]), range(WORDS)
+                    masks = (
+                        [j if not j & size else WORDS + j - size for j in lanes],
+                        [j + size if not j & size else WORDS + j for j in lanes],
+                    )
+                    kind = b.kind(b.i32)
+                    turned = [b.shuffle_vector(*pair, ir.Constant(kind, mask)) for mask in masks]
+                    rows[i], rows[i + size] = turned
+        for i, row in enumerate(rows):
+            b.write(row, b.at(b.words(panel.data), (b.add(w, b.i64(i)), TILE), column))
+
+
+@vectorised()
+def _pair(b, v, places, first, D, panel, word):
+    """That word of the panels (D / TILE, _PANEL / 2, TILE) = the numbers of the two keys that begin
+    at places[first:]."""
+    if not AMX or v.data.type.pointee != b.i16:
+        return
+    starts = [b.at(v.data, b.load(b.at(places.data, first, i))) for i in (0, 1)]
+    size = b.i64(TILE)
+    with cgutils.for_range_slice(b, b.i64(0), D, size, b.i64) as (d, _):
+        for part in (0, WORDS):
+            low, high = (b.bitcast(b.read(b.at(x, d, part)), b.kind(b.i32)) for x in starts)
+            place = b.at(b.words(panel.data), (d, _PANEL // 2), (word, TILE), part)
+            b.write(b.or_(b.lshr(low, b.splat(b.i32(16))), high), place)
+
+
+@vectorised()
+def _configure_column(b):
+    """Tiles for one row as a column: of sums (0, 1), of 16 keys (2, 3), and of the row (4)."""
+    if not AMX:
+        return
+    byte = [0] * 64
+    byte[0] = 1
+    for tile, size in enumerate((4, 4, 4 * WORDS, 4 * WORDS, 4)):
+        byte[16 + 2 * tile], byte[48 + tile] = size, 16
+    config = cgutils.alloca_once_value(b, ir.Constant(ir.VectorType(b.i8, 64), byte))
+    b.ask("llvm.x86.ldtilecfg", ir.VoidType(), b.bitcast(config, b.i8.as_pointer()))
+
+
+def _start_loading(b, x, other, places, key, keys, back, d):
+    """As _fetch_soon, of one key a cache line, its numbers from d on: little at a time."""
+    inside = b.icmp_signed("<", key, keys)
+    place = b.load(b.at(places.data, b.select(inside, key, b.sub(key, back))))
+    b.start_loading(b.at(b.select(inside, x.data, other.data), place, d))
+
+
+@vectorised()
+def _score_column(b, q, q_at, k, v, low, high, D, scores, s_at, places, at, keys):
+    """TILE scores, from the flat index s_at on, = as many keys, half of which begin at k's flat
+    index `low`, and half at `high`, times a row of words of q: where they lie. Meanwhile keys
+    behind those from places[at] on are being loaded, line by line, see _fetch_soon."""
+    if not AMX or k.data.type.pointee != b.i16:
+        return
+    nothing, pointer = ir.VoidType(), b.i8.as_pointer()
+
+    def move(tile, place, stride, name="tileloadd64"):
+        b.ask(f"llvm.x86.{name}", nothing, b.i8(tile), b.bitcast(place, pointer), stride)
+
+    for tile in (0, 1):
+        b.ask("llvm.x86.tilezero", nothing, b.i8(tile))
+    with cgutils.for_range_slice(b, b.i64(0), D, b.i64(TILE), b.i64) as (d, _):
+        move(4, b.at(q.data, q_at, b.udiv(d, b.i64(2))), b.i64(4))
+        for tile, start in enumerate((low, high)):
+            move(2 + tile, b.at(k.data, start, d), b.mul(D, b.i64(2)))
+            b.ask("llvm.x86.tdpbf16ps", nothing, *map(b.i8, (tile, 2 + tile, 4)))
+        with cgutils.for_range(b, b.i64(TILE), intp=b.i64) as loop:
+            key = b.add(b.add(at, b.i64(_NEAR)), loop.index)
+            _start_loading(b, k, v, places, key, keys, keys, d)
+    for tile in (0, 1):
+        move(tile, b.at(scores.data, s_at, WORDS * tile), b.i64(4), "tilestored64")
+
+
+@vectorised()
+def _mix_column(b, weights, at, v, k, places, first, keys, D, y, y_at):
+    """y, from its flat index on, += TILE weights (bfloat16) of keys times their numbers in V, added
+    up as a product of tiles is: those of even keys, those of odd ones, both, and that to y. Later
+    keys are being loaded meanwhile, as above."""
+    if not AMX or v.data.type.pointee != b.i16:
+        return
+    weights, start = b.at(weights.data, at), b.i64(0)
+    for count in (4, 2):
+        size = b.i64(count * WORDS)
+        stop = b.mul(b.udiv(D, size), size)
+        sums = [[cgutils.alloca_once(b, b.kind(b.f32)) for _ in range(count)] for _ in (0, 1)]
+        with cgutils.for_range_slice(b, start, stop, size, b.i64) as (d, _):
+            for each in (*sums[0], *sums[1]):
+                b.store(b.kind(b.f32)(None), each)
+            with cgutils.for_range_slice(b, b.i64(0), b.i64(TILE), b.i64(2), b.i64) as (i, _):
+                for odd in (0, 1):
+                    weight = b.splat(b.read(b.at(weights, i, odd), 1))
+                    row = b.at(v.data, b.load(b.at(places.data, first, i, odd)), d)
+                    key = b.add(b.add(first, b.i64(_NEAR + odd)), i)
+                    for line in range(0, count * WORDS, TILE):
+                        soon = b.add(d, b.i64(line))
+                        _start_loading(b, v, k, places, key, keys, b.i64(0), soon)
+                    for j, each in enumerate(sums[odd]):
+                        value = b.read(b.at(row, j * WORDS))
+                        b.store(b.multiply_add(weight, value, b.load(each)), each)
+            for j, (even, odd) in enumerate(zip(*sums, strict=True)):
+                place = b.at(y.data, y_at, d, j * WORDS)
+                b.write(b.fadd(b.read(place), b.fadd(b.load(even), b.load(odd))), place)
+        start = stop
+
+
+@numba.njit(**EXACT)
+def find_keys(k, table, h, start, stop, first, last, places):
+    """places = where in k, flat, each key from position `start` on begins, some more than up to
+    `stop`; where there is no such key, or no row sees it, that of one which is seen."""
+    n_kv_head, block_size, D = k.shape[1:]
+    end = start + whole(stop - start) + _SOON + TILE
+    low, high = max(start, first), min(end, last)
+    for b in range(low // block_size, (high - 1) // block_size + 1):
+        at = b * block_size
+        row = (table[b] * n_kv_head + h) * block_size - at
+        for key in range(max(low, at), min(high, at + block_size)):
+            places[key - start] = (row + key) * D
+    for i in range(low - start):
+        places[i] = places[low - start]
+    for i in range(high - start, end - start):
+        places[i] = places[high - start - 1]
+
+
+@numba.njit(**EXACT)
+def _fetch_soon(x, other, places, at, count, keys, back, D):
+    """Start loading so many keys of x, _SOON ahead; behind the last one of `other`, those at places
+    less `back`: after K the same keys of V, after V the next ones of K."""
+    for i in range(at + _SOON, at + _SOON + count):
+        if i < keys:
+            fetch(x, places[i], D)
+        else:
+            fetch(other, places[i - back], D)
+
+
+@numba.njit(**EXACT)
+def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores, spare):
+    """attention._attend_tile's scores = qs @ K.T, of the keys from position `start` to `stop`."""
+    (n, D), words, panel, configured = qs.shape, qs.view(np.int32), spare.view(np.uint16), 0
+    n_kv_head, size = k.shape[1:3]
+    few = n < _FEW and size % WORDS == 0
+    if few:
+        _configure_column()
+    for at in range(0, stop - start, TILE):
+        if few:
+            low, high = start + at, min(start + at + WORDS, (stop - 1) // WORDS * WORDS)
+            low = ((table[low // size] * n_kv_head + h) * size + low % size) * D
+            high = ((table[high // size] * n_kv_head + h) * size + high % size) * D
+            for i in range(n):
+                row = i * scores.shape[1] + at
+                _score_column(
+                    words, i * D, k, v, low, high, D, scores, row, places, at, stop - start
+                )  # fmt: skip
+            continue
+        _fetch_soon(k, v, places, at, TILE, stop - start, stop - start, D)
+        for i in (0, WORDS):
+            _turn(k, places, at + i, D, panel, i)
+        for i in range(0, n, ROWS):
+            count = min(ROWS, n - i)
+            if start + at <= position + (i + count - 1) // group:  # the last of them sees one
+                if count != configured:
+                    configure(count)
+                    configured = count
+                multiply_tiles(
+                    count, D // 2, words, i * D, panel, 0, scores, i, at, panel, 0, 0, False,
+                    False, qs, qs, qs,
+                )  # fmt: skip
+    release()
+
+
+@numba.njit(**EXACT)
+def tile_values(scores, k, v, places, start, stop, position, group, ys, spare):
+    """ys += scores @ V of the same keys."""
+    (n, D), words, panel, configured = ys.shape, scores.view(np.int32), spare.view(np.uint16), 0
+    width, keys = scores.shape[1], whole(stop - start)
+    if n < _FEW:
+        for at in range(0, keys, TILE):
+            for i in range(n):
+                weights = scores.view(np.uint16)
+                _mix_column(weights, 2 * i * width + at, v, k, places, at, keys, D, ys, i * D)
+        return
+    for at in range(0, keys, _PANEL):
+        size = min(_PANEL, keys - at)
+        for i in range(at, at + size, 2):
+            _fetch_soon(v, k, places, i, 2, keys, 0, D)
+            _pair(v, places, i, D, panel, (i - at) // 2)
+        for i in range(0, n, ROWS):
+            count = min(ROWS, n - i)
+            seen = min(size, position + (i + count - 1) // group + 1 - start - at)
+            if seen > 0:
+                if count != configured:
+                    configure(count)
+                    configured = count
+                for d in range(0, D, TILE):
+                    multiply_tiles(
+                        count, whole(seen) // 2, words, i * width + at // 2, panel,
+                        d * _PANEL // 2, ys, i, d, panel, 0, 0, True, False, ys, ys, ys,
+                    )  # fmt: skip
+    release()
