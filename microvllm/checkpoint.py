@@ -62,6 +62,8 @@ def read_checkpoint(directory: Path, step: int) -> tuple[GPTConfig, Recipe, dict
         rows = len(weights["transformer.wte.weight"])
         if config.n_layer > len(weights) or config.vocab_size > rows:  # before a model is built
             raise ValueError(f"{len(weights)} tensors, {rows} rows of vocabulary for {config}")
+        if sum(w.nbytes for w in weights.values()) > file.stat().st_size:
+            raise ValueError("its tensors share memory, and are larger than the file")
         recipe = recognise(weights)
         empty_model(config, recipe, rows).load_state_dict(weights, assign=True)  # checks them all
     except Exception as error:  # torch raises a different type for every way a file can be broken

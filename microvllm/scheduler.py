@@ -64,8 +64,7 @@ class Sequence:
         self.num_writable = 0  # the first so many tokens need no `BlockManager.grow` to be written
 
 
-# Three policies, the defaults of LLM(eviction=, victim=, admission=). Others change the time that
-# a request takes, and never its tokens.
+# Three policies, the defaults of LLM(eviction=, victim=, admission=). None changes any token.
 def least_recently_used(blocks: BlockManager) -> int:
     """Eviction: which of `blocks.cached` loses its content, so that a sequence can write to it."""
     return next(iter(blocks.cached))
@@ -295,7 +294,6 @@ class BlockManager:
             if self.ref_count[block] > 1:  # the sequences that share it must have one text there
                 text = seq.tokens[i * size : min((i + 1) * size, seq.num_computed)]
                 assert texts.setdefault(block, text) == text, f"block {block} has two texts"
-        # what may be written without `grow` must not be shared
         next_block = seq.table[seq.num_computed // size :][:1]
         assert seq.num_computed >= seq.num_writable or self.ref_count[next_block[0]] == 1, sizes
         assert len(seq.table) >= self.blocks_for(seq.num_computed), sizes

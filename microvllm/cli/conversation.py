@@ -49,7 +49,8 @@ def read_turn() -> str | None:
     terminal = sys.stdin.isatty()
     while True:
         try:
-            lines = [input("> " if terminal and sys.stdout.isatty() else "")]
+            # without a prompt nothing is written, which a full disk may refuse
+            lines = [input("> ") if terminal and sys.stdout.isatty() else input()]
             with suppress(EOFError):
                 while terminal and not command_of(lines[0].strip()) and is_typed():
                     lines.append(input())

@@ -136,7 +136,6 @@ def learn(args: argparse.Namespace) -> None:
         return check(args.number)
     script, page, title = found[args.number - 1]
     terminal.say(f"{title}. The page: {page}\n")
-    sys.stdout.flush()
     done = subprocess.run([sys.executable, str(script)])
     if done.returncode:
         sys.exit(done.returncode)

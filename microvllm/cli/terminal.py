@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn
@@ -59,6 +59,15 @@ class Parser(argparse.ArgumentParser):
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
             self.exit(2)  # all that torchrun started were given these flags
         self.tell(message)
+
+    def _print_message(self, message: str, file=None) -> None:
+        """Help and version go where all goes: argparse does not see that a disk is full."""
+        if file is None or file is not sys.stdout:
+            return super()._print_message(message, file)
+        try:
+            say(message, end="")
+        except (BrokenPipeError, Unwritable) as error:
+            leave(error, self.tell)
 
     def tell(self, message: object) -> NoReturn:
         if isinstance(message, ModuleNotFoundError) and str(message.name).startswith("microvllm."):
@@ -116,15 +125,20 @@ def execute(args: argparse.Namespace) -> None:
 
                 stack.enter_context(one_voice(args))
             args.command(args)
-        sys.stdout.flush()
+        say(end="")  # what a library has left
     except KeyboardInterrupt:
         sys.exit(130)
-    except (BrokenPipeError, Unwritable) as error:  # `| head`, or a full disk
-        # python flushes once more at its end, which may not fail too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, Unwritable):
-            args.error(error)
-        sys.exit(141)
+    except (BrokenPipeError, Unwritable) as error:
+        leave(error, args.error)
+
+
+def leave(error: Exception, tell: Callable[[Exception], object]) -> NoReturn:
+    """End after `| head`, or where a disk is full."""
+    # python flushes once more at its end, which may not fail too
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, Unwritable):
+        tell(error)
+    sys.exit(141)
 
 
 @contextmanager
@@ -163,7 +177,9 @@ class Unwritable(Exception):
 def say(text: str = "", end: str = "\n") -> None:
     """Print to stdout: plain on a terminal, as it is for a file or a program."""
     try:
-        print(plain(text) if sys.stdout.isatty() else text, end=end, flush=True)
+        if text or end:
+            print(plain(text) if sys.stdout.isatty() else text, end=end)
+        sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -172,7 +188,7 @@ def say(text: str = "", end: str = "\n") -> None:
 
 def note(text: str) -> None:
     """Say something that is no answer: on stderr, in grey where there are colours."""
-    sys.stdout.flush()
+    say(end="")
     text = plain(text)
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         text = f"\033[2m{text}\033[0m"

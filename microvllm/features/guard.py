@@ -113,6 +113,8 @@ class GuardLLM(LLM):
     def _deliver(self) -> None:
         """Read the inbox, unless another thread is in a step: then that one does, at its end. To
         wait here could be for ever: the garbage collector aborts a stream under any lock."""
+        if self.runner is None:  # closed: nobody is served any more
+            self._inbox.clear()
         if self._inbox and self._lock._is_owned():
             self._try(self._read_inbox)
             return
@@ -133,13 +135,11 @@ class GuardLLM(LLM):
         self._deliver()
 
     def _steps(self, requests: list[Request], *args) -> Iterator:
-        """As in the core; what nobody wants is aborted even if an exception strikes the abort."""
-
-        def caller() -> None: ...  # it is gone when this call is
-
-        left = weakref.finalize(caller, self.abort, *[request.id for request in requests])
-        yield from super()._steps(requests, *args)
-        left.detach()
+        """As in the core; what nobody wants is aborted even if an exception strikes the abort, and
+        is kept, with its traceback: the generator itself is gone as soon as the call is left."""
+        steps = super()._steps(requests, *args)
+        weakref.finalize(steps, self.abort, *[request.id for request in requests])
+        return steps
 
     def abort(self, *request_ids: int) -> None:
         """As in the core; while a step is under way, at its end."""
@@ -192,6 +192,7 @@ class GuardLLM(LLM):
 
     def is_finished(self) -> bool:
         """As in the core."""
+        self._deliver()  # what an exception kept in the inbox
         return not self._inbox and super().is_finished()
 
     def close(self) -> None:

@@ -272,10 +272,12 @@ def processed(seq: Sequence, position: int, logits: Tensor) -> Tensor | str:
             seq.processor = start()
         new = seq.processor(list(tokens), logits)
     except Exception as error:
+        if from_signal(error):
+            raise
         inside = error.__traceback__.tb_next
         asked = () if getattr(processor, "may_guess", False) else (begin, seq.processor)
         calls = [f if hasattr(f, "__code__") else type(f).__call__ for f in asked]
-        # not from its own frame, as where a signal came: then it is not raised a second time
+        # not from its own frame, as where it came from outside: it is not raised a second time
         if not inside or inside.tb_frame.f_code not in [getattr(f, "__code__", 0) for f in calls]:
             if not fails(lambda: start()(list(tokens), logits)):
                 raise
@@ -285,6 +287,18 @@ def processed(seq: Sequence, position: int, logits: Tensor) -> Tensor | str:
         want = f"logits_processor must return logits of shape {tuple(logits.shape)}"
         return f"TypeError: {want}, got {got!s:.80}"
     return logits.masked_fill(~new, -torch.inf) if new.dtype == torch.bool else new  # a mask
+
+
+def from_signal(error: Exception) -> bool:
+    """Did a signal's handler raise it, as at a time limit? Of all functions in a traceback only a
+    handler was given the frame that called it."""
+    caller = error.__traceback__
+    while called := caller.tb_next:
+        for value in called.tb_frame.f_locals.values():
+            if any(x is caller.tb_frame for x in (value if type(value) is tuple else (value,))):
+                return True
+        caller = called
+    return False
 
 
 def fails(function: Callable) -> bool:

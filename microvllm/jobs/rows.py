@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_LINE = 2**24  # bytes of a row; what is longer is no prompt
+MAX_UNFOLDED = 2**28  # bytes of a row group, or 64 times what it is compressed
+MAX_ROWS = 2**22  # and 64 for each byte, of Parquet: a column of nulls takes no room
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -116,8 +120,12 @@ def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict | 
             file = pyarrow.parquet.ParquetFile(source, read_dictionary=texts)
             there = file.schema_arrow.names
             names = there if columns is None else [name for name in columns if name in there]
-            for i, sizes in enumerate(_column_sizes(source)):
-                _check_group(sizes, leaves, names, path)
+            groups = _row_groups(source)
+            most = MAX_ROWS + 64 * os.fstat(source.fileno()).st_size
+            if (num_rows := sum(count for count, _ in groups)) > most:
+                raise ValueError(f"{path}: it says it has {num_rows:,} rows, more than it can have")
+            for i, (_, columns_there) in enumerate(groups):
+                _check_group(source, columns_there, leaves, names, path)
                 for batch in file.iter_batches(1024, row_groups=[i], columns=names):
                     yield from _unfold(batch)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -125,33 +133,65 @@ def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict | 
 
 
 def _check_group(
-    sizes: list[tuple[int, int, int]], leaves: list, names: list[str], path: Path
+    source: BinaryIO, columns: list[dict], leaves: list, names: list[str], path: Path
 ) -> None:
-    """Raises ValueError for pages that unfold to far more than they are, or values without end."""
-    if len(sizes) != len(leaves):
-        raise OSError(f"its footer is damaged: {len(sizes)} columns of {len(leaves)}")
+    """Raises ValueError for pages that unfold to far more than they are, or values without end.
+    What the footer says of that is not believed: it may lie, and the pages are what is read."""
+    if len(columns) != len(leaves):
+        raise OSError(f"its footer is damaged: {len(columns)} columns of {len(leaves)}")
     small = size = 0
-    for (num_values, unfolded, compressed), leaf in zip(sizes, leaves, strict=True):
+    for column, leaf in zip(columns, leaves, strict=True):
         if leaf.path.split(".")[0] in names:
-            small += compressed
-            size += max(unfolded, num_values * max(8, leaf.length or 0))
-    if size > max(2**28, 64 * small):
+            if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "DECIMAL":
+                raise ValueError(f"{path}: {leaf.path} has decimals of any length: give texts")
+            num_values, unfolded = _pages(source, column)
+            small += column[7]
+            size += max(unfolded, num_values * max(16, leaf.length or 0))
+    if size > max(MAX_UNFOLDED, 64 * small):
         told = f"{small:,} bytes unfold to {size:,}: write it in smaller row groups"
         raise ValueError(f"{path}: {told}")
 
 
-def _column_sizes(source: BinaryIO) -> list[list[tuple[int, int, int]]]:
-    """Values, bytes, and compressed bytes of each column of each row group, as the footer has them.
-    pyarrow can tell them as well, but a damaged footer then ends the process."""
+@contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """Raises OSError for what is no Thrift inside."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RecursionError, StopIteration) as error:
+        raise OSError(f"its {what} is damaged ({type(error).__name__})") from None
+
+
+def _row_groups(source: BinaryIO) -> list[tuple[int, list[dict]]]:
+    """The number of rows of each row group, and the facts of its columns by their numbers in
+    Parquet's ColumnMetaData. pyarrow can tell them as well, but a damaged footer then ends the
+    process."""
     source.seek(-8, os.SEEK_END)
     length = int.from_bytes(source.read(4), "little")
     source.seek(-8 - length, os.SEEK_END)
-    try:
+    with _damage("footer"):
         groups = _thrift(iter(source.read(length)), 12)[4]
-        parts = [[column[3] for column in group[1]] for group in groups]
-        return [[(part[5], part[6], part[7]) for part in columns] for columns in parts]
-    except (LookupError, TypeError, ValueError, RecursionError, StopIteration) as error:
-        raise OSError(f"its footer is damaged ({type(error).__name__})") from None
+        return [(group[3] + 0, [column[3] for column in group[1]]) for group in groups]
+
+
+def _pages(source: BinaryIO, column: dict) -> tuple[int, int]:
+    """Values, and bytes without compression, of a column in a row group, as its pages have them."""
+    with _damage("footer"):
+        start = min([column[9], *filter(None, [column.get(11)])])  # where its dictionary is
+        stop, most = start + column[7], 1000 + column[5]
+        source.seek(start)
+    # byte by byte, so that the page begins where its header ends
+    data = (byte for chunk in iter(partial(source.read, 1), b"") for byte in chunk)
+    num_values = unfolded = num_pages = 0
+    with _damage("page"):
+        while source.tell() < stop:
+            page, num_pages = _thrift(data, 12), num_pages + 1
+            # of data, version 1 or 2, or of a dictionary
+            values = (page.get(5) or page.get(8) or page.get(7) or {1: 0})[1]
+            if min(page[2], page[3], values) < 0 or num_pages > most:
+                raise ValueError
+            source.seek(page[3], os.SEEK_CUR)
+            num_values, unfolded = num_values + values, unfolded + page[2]
+    return num_values, unfolded
 
 
 def _thrift(data: Iterator[int], kind: int) -> Any:

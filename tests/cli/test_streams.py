@@ -106,14 +106,40 @@ def test_a_shell_may_close_any_stream(closed, commands, tmp_path):
     assert len(output.read_text().splitlines()) == 1
 
 
+FULL = [["--help"], ["run", "--help"], ["--version"], ["learn"], ["chat", *SMALL]]
+LOADED = [[*line.split(), *SMALL, "--max-tokens", "2"] for line in ("run a", "run a b --json")]
+LOADED += [["bench", "--num-prompts", "1", *LOADED[0][2:]], ["score", "a", "b", "c", *SMALL]]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("lines", "unbuffered"),
+    [(FULL, True), pytest.param([*FULL, *LOADED, ["info"]], False, marks=pytest.mark.slow)],
+    ids=["as with PYTHONUNBUFFERED", "buffered"],
+)
+def test_every_command_tells_in_one_line_that_the_disk_is_full(
+    lines, unbuffered, monkeypatch, capsys
+):
+    for flags in lines:
+        with open("/dev/full", "wb", buffering=0 if unbuffered else -1) as full:
+            stdout = io.TextIOWrapper(full, write_through=unbuffered)
+            monkeypatch.setattr(sys, "stdout", stdout)
+            monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+            with pytest.raises(SystemExit) as stop:
+                cli.main(flags)
+            stdout.close()  # what is left in it leads nowhere now
+        said = capsys.readouterr().err
+        assert (stop.value.code, said.count("\n")) == (2, 1), (flags, said)
+        assert "error: stdout cannot be written: No space left on device" in said, flags
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("line", ["run hi", "info"])
-def test_a_full_disk_is_told_in_one_line(line):
-    shell = f"{sys.executable} -m microvllm {line} > /dev/full"
+def test_a_full_disk_is_told_in_one_line():
+    shell = f"{sys.executable} -m microvllm run hi > /dev/full"
     done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, stdin=-3)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
     assert b"error: stdout cannot be written: No space left on device" in done.stderr
-    shell = f"{sys.executable} -m microvllm {line} 2> /dev/full"
+    shell = f"{sys.executable} -m microvllm run hi 2> /dev/full"
     done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, stdin=-3)
     assert done.returncode == 0 and done.stdout

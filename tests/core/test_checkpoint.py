@@ -362,6 +362,20 @@ def test_nothing_in_a_file_is_run(checkpoint, tmp_path, zipped):
 # the tokenizer -----------------------------------------------------------------------------------
 
 
+def test_float16_is_loaded_with_a_warning(checkpoint, caplog):
+    assert full.load_model(checkpoint.directory, dtype="float16").dtype == torch.float16
+    assert "float16 ends at 65,504" in caplog.text
+
+
+def test_the_core_refuses_tensors_that_the_file_does_not_hold(checkpoint):
+    one = torch.zeros(1)
+    for name, weight in checkpoint.weights.items():
+        checkpoint.weights[name] = one.expand(weight.shape)
+    checkpoint.write()
+    with refused(ValueError, checkpoint.file, "larger than the file"):
+        checkpoint.load()
+
+
 def test_a_vocabulary_that_does_not_match(checkpoint):
     with refused(ValueError, "311", "4096", "tokenizer_path"):
         LLM(checkpoint.directory, tokenizer_path=MODEL.parent / "tokenizer")

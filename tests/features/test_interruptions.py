@@ -1,12 +1,15 @@
 """Exceptions from outside, at any line: a signal's handler, a time limit, no memory. Whatever was
 half done, the books are in order before the next step, and everybody gets the same tokens."""
 
+import ctypes
 import json
 import os
 import random
 import signal
 import sys
+import threading
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +44,8 @@ class Strike:
         sys.settrace(self.trace)
         try:
             return function(*args)
-        except Struck:
+        except Struck as error:
+            self.kept = error  # as a caller may, with all frames that it went through
             return []
         finally:
             sys.settrace(outer)
@@ -252,6 +256,79 @@ def test_an_exception_in_a_tools_call_is_not_the_tools():
                 llm._lock.release()
 
 
+class Limit:
+    """A time limit."""
+
+    def strike(self, number, frame):
+        raise Struck
+
+
+def judged(judge) -> tuple[list, list]:
+    """What two requests, the first of which has this logits_processor, get; and what a step
+    raised."""
+    struck = []
+    with build() as llm:
+        work = (ids(9, 1), greedy(5, logits_processor=judge)), (ids(9, 2), greedy(5))
+        numbers, outputs = [llm.add_request(*request) for request in work], {}
+        while not llm.is_finished():
+            try:
+                outputs |= {output["request_id"]: output for output in llm.step()}
+            except Struck as error:
+                struck.append(error)
+            check(llm)
+        assert_idle(llm)
+    return [plain(outputs[number]) for number in numbers], struck
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize(
+    "handler",
+    [Limit().strike, partial(Limit.strike, None), None],
+    ids=["method", "partial", "any arguments"],
+)
+def test_a_signal_inside_a_logits_processor_is_not_the_processors_error(handler, depth):
+    def deeper(left: int) -> None:
+        if left:
+            return deeper(left - 1)
+        signal.raise_signal(signal.SIGINT)
+
+    def judge(tokens, logits):
+        if len(tokens) == 11 and not asked:
+            asked.append(tokens)
+            deeper(depth)
+        return logits
+
+    def strike(*_):
+        raise Struck
+
+    asked, before = [ids(11)], signal.signal(signal.SIGINT, handler or strike)
+    try:
+        expected, struck = judged(judge)
+        assert not struck
+        asked.clear()
+        found, struck = judged(judge)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == expected and len(struck) == len(asked) == 1
+
+
+def test_what_another_thread_raises_inside_a_logits_processor_counts_as_the_processors():
+    """Nothing in the traceback tells it from an exception of a function in C, and who keeps state
+    cannot be asked twice."""
+    raised = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    me = ctypes.c_ulong(threading.get_ident())
+
+    def judge(tokens, logits):
+        raised(me, ctypes.py_object(Struck))
+        while True:
+            pass
+
+    (bad, good), struck = judged(judge)
+    assert (bad["finish_reason"], bad["token_ids"], struck) == ("error", [], [])
+    assert bad["stop_reason"].startswith("logits_processor: Struck")
+    assert good["finish_reason"] == "length"
+
+
 @pytest.mark.slow
 def test_an_exception_at_any_instruction_changes_no_token():
     with engine() as llm:
@@ -265,6 +342,7 @@ def test_an_exception_at_any_instruction_changes_no_token():
     assert hit == len(numbers)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["generate", "stream"])
 def test_what_leaves_a_call_by_an_exception_leaves_nothing_behind(how):
     with engine() as llm:

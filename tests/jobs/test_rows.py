@@ -97,6 +97,69 @@ def test_pages_of_parquet_that_unfold_without_end_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"^{file}: .*smaller row groups"):
         rows.read_rows(file)
     assert [row for _, row in rows.read(file, ["id"])] == [{"id": 1}], "it is not looked at"
+    lie(file, varint(40_000_000), varint(4))
+    with pytest.raises(ValueError, match=f"^{file}: .*smaller row groups"):
+        rows.read_rows(file)
+
+
+def varint(number: int) -> bytes:
+    """A number as Thrift writes it."""
+    number, parts = 2 * number, []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def lie(file, true: bytes, told: bytes, where: str = "footer") -> None:
+    """Put other bytes into a Parquet file's footer, or as many of them into its pages."""
+    data = file.read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    pages, footer = data[:start], data[start:-8]
+    if where == "footer":
+        footer, before = footer.replace(true, told), footer
+        assert footer != before
+    else:
+        assert true in pages and len(true) == len(told)
+        pages = pages.replace(true, told, 1)
+    file.write_bytes(pages + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def test_sizes_in_a_footer_of_parquet_are_not_believed(tmp_path, monkeypatch):
+    pa, file = rows.import_pyarrow(), tmp_path / "rows.parquet"
+    monkeypatch.setattr(rows, "MAX_UNFOLDED", 2**20)
+
+    def write(column, **options):
+        table = pa.table({"prompt": column})
+        pa.parquet.write_table(table, file, compression="zstd", store_schema=False, **options)
+        with open(file, "rb") as source:
+            return rows._row_groups(source)[0][1][0]
+
+    size = write(["a" * 3_000_000], write_statistics=False)[6]
+    lie(file, varint(size), varint(1000))
+    with pytest.raises(ValueError, match=f"^{file}: .* bytes unfold to 3,000,0.*smaller row"):
+        rows.read_rows(file)
+    # a dictionary, for which there would be memory before it is read
+    write(pa.array(range(12345)))
+    assert len(rows.read_rows(file)) == 12345
+    lie(file, varint(12345), varint(2**20 - 1), "pages")
+    with pytest.raises(ValueError, match=f"^{file}: .*smaller row groups"):
+        rows.read_rows(file)
+    # rows without end of which no column is read
+    write(pa.array(range(12345)))
+    assert len([*rows.read(file, ["absent"])]) == 12345
+    lie(file, varint(12345), varint(10**12))
+    with pytest.raises(ValueError, match=f"^{file}: it says it has 1,000,000,000,000 rows"):
+        next(rows.read(file, ["absent"]))
+
+
+def test_decimals_of_any_length_are_refused(tmp_path):
+    """As texts of a dictionary are there once, but these are not read as a dictionary."""
+    path = many_of_one_text(tmp_path / "rows.parquet", nested=False)
+    # UTF8, STRING; DECIMAL of scale 0 and precision 9
+    lie(path, b"\x25\x00\x4c\x1c\x00\x00\x00", b"\x25\x0a\x15\x00\x15\x12\x00")
+    with pytest.raises(ValueError, match=f"^{path}: prompt has decimals of any length"):
+        rows.read_rows(path)
 
 
 def test_a_row_of_parquet_has_a_limit_as_a_line_has(tmp_path, monkeypatch):
