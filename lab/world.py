@@ -90,16 +90,19 @@ def read_sharegpt(path: str) -> list[tuple[int, int]]:
     wrong = argparse.ArgumentTypeError
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        talks = [[(t["from"], t["value"]) for t in row["conversations"]] for row in rows]
+        talks = [
+            [(turn["from"], len(turn["value"].encode(errors="replace"))) for turn in talk]
+            for talk in (row["conversations"] for row in rows)
+        ]
     except OSError as error:
         raise wrong(str(error)) from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise wrong(f"{path} is not in ShareGPT's JSON format: {error!r}") from None
     pairs = []
     for talk in talks:
         for (asks, question), (_, answer) in zip(talk, talk[1:], strict=False):
             if asks in ("human", "user"):
-                pair = [-(-len(text.encode()) // 4) for text in (question, answer)]
+                pair = [-(-size // 4) for size in (question, answer)]
                 pairs += [tuple(pair)] if all(pair) and sum(pair) <= CONTEXT else []
                 break
     if not pairs:

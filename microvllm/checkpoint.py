@@ -25,7 +25,7 @@ def load_model(
     """Load the checkpoint of a training step (by default the last) of any era as a core GPT.
     max_len: positions that the rotary tables cover, by default the context; overrides: constants of
     the recipe. Raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
-    directory = Path(model_path).expanduser()
+    directory = Path(os.path.expanduser(model_path))
     config, recipe, weights = read_checkpoint(directory, find_step(directory, step))
     return make_model(config, recipe, weights, device, dtype, max_len=max_len, **overrides)
 
@@ -118,7 +118,7 @@ def find_tokenizer(directory, tokenizer_path=None, names=("tokenizer.pkl",)) -> 
     """tokenizer_path, or the first directory that has a file of these names for the checkpoint in
     `directory`. Raises FileNotFoundError listing those that were tried."""
     if tokenizer_path is not None:
-        return Path(os.path.expanduser(tokenizer_path))
+        return Path(os.path.abspath(os.path.expanduser(tokenizer_path)))
     model = Path(os.path.abspath(os.path.expanduser(directory)))
     # published checkpoints have it beside the weights, nanochat in its base directory
     beside = [model.parent, model.parent.parent, nanochat_base(), Path.home() / ".cache/nanochat"]

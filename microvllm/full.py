@@ -271,7 +271,7 @@ def find_checkpoint(name, step=None) -> tuple[Path, int | None]:
     """Where a checkpoint is: see sources/places.py; without it, directories alone are known."""
     if places := optional("sources.places"):
         return places.find_checkpoint(name, step)
-    directory = Path(name).expanduser().absolute()
+    directory = Path(os.path.abspath(os.path.expanduser(name)))
     if not any(directory.glob("model_*.pt")):
         what = f"{name!r} has no model_<step>.pt; what finds other formats and places"
         needed(what, "sources.places")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import select
 import sys
@@ -136,7 +137,7 @@ class Conversation:
 
     def save(self, name: str) -> str:
         """Write it to a new file as JSON; returns what to say of that."""
-        path, text = Path(name).expanduser(), json.dumps(self.messages(), indent=2) + "\n"
+        path, text = Path(os.path.expanduser(name)), json.dumps(self.messages(), indent=2) + "\n"
         try:
             with open(path, "x", encoding="utf-8") as file:
                 try:

@@ -17,6 +17,8 @@ from .bench import ROOT
 
 COURSE = ROOT / "course"
 START = {"learn": "microvllm learn --start DIR", "lab": "microvllm lab start DIR"}
+# what reading a state raises: no file, no JSON, values of other types, infinite or nested too deep
+DAMAGE = OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError
 
 
 # a reader's progress and copy of the exercises, of the course ("learn") and of the lab ("lab") ----
@@ -37,7 +39,7 @@ def read_state(of: str = "learn") -> dict:
         hints = {str(int(number)): int(count) for number, count in found["hints"].items()}
         ran, solved = ([int(number) for number in found[name]] for name in ("ran", "solved"))
         return {"folder": str(found["folder"] or ""), "ran": ran, "solved": solved, "hints": hints}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except DAMAGE:
         return empty
 
 
@@ -61,7 +63,7 @@ def mark(of: str, name: str, number: int, done: bool = True) -> None:
 
 def copy_exercises(of: str, source: Path, folder: str | Path) -> Path:
     """Copy the exercises to a folder of the reader's, and remember it. Gives the copy."""
-    target = Path(folder).expanduser().absolute()
+    target = Path(os.path.expanduser(folder)).absolute()
     target.mkdir(parents=True, exist_ok=True)
     file = target / "exercises.py"
     if file.exists():

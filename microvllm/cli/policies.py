@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,7 @@ def names(kind: str) -> dict[str, Callable]:
 def find_policy(kind: str, text: str) -> Callable:
     """The policy of a kind that NAME or FILE:FUNCTION means. Raises ValueError if there is none."""
     file, _, function = text.rpartition(":")
-    known = vars(load(Path(file).expanduser().absolute())) if file else names(kind)
+    known = vars(load(Path(os.path.expanduser(file)).absolute())) if file else names(kind)
     if not callable(policy := known.get(function)):
         where = f"{file} has no function" if file else "there is no policy"
         hint = "" if file else f": choose from {', '.join(known)}, or give FILE:FUNCTION"

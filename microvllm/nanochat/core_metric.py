@@ -20,7 +20,7 @@ import random
 from array import array
 from collections.abc import Iterable
 from math import nan
-from os.path import commonprefix
+from os.path import commonprefix, expanduser
 from pathlib import Path
 
 KINDS = "multiple_choice", "schema", "language_modeling"
@@ -59,7 +59,7 @@ def read_bundle(directory: str | Path, max_per_task: int = -1) -> list[dict]:
     except ModuleNotFoundError as error:
         what = "read_bundle needs the package yaml: pip install pyyaml"
         raise ModuleNotFoundError(what, name=error.name) from None
-    folder = Path(directory).expanduser()
+    folder = Path(expanduser(directory))
     config = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))
     with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
         chances = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}

@@ -71,6 +71,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(mine, mistake, tmp_path, mon
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0")
     cases = [
+        (["--eviction", "~nobody-of-this-name/x.py:f"], "there is no file"),
         (["--eviction", "lru"], "no policy 'lru': choose from least_recently_used, most_"),
         (["--victim", "dueling"], "choose from youngest, largest"),
         (["--admission", f"{mine}:first"], f"{mine} has no function 'first'"),

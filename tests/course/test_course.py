@@ -164,6 +164,21 @@ def test_exercises(monkeypatch):
             assert check.verdict(number, solutions), name
 
 
+DAMAGED = ("", "[]", "[" * 100_000, '{"ran": 1}', '{"ran": [[]], "solved": [], "folder": null}',
+           '{"ran": [1e999], "solved": [], "folder": null}', '"ran"', "\xff")  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_progress_is_none(text, tmp_path, monkeypatch):
+    # a number without end, and what nests without end, were tracebacks
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    learn.state_file().parent.mkdir()
+    learn.state_file().write_bytes(text.encode("latin-1"))
+    assert learn.read_state() == {"folder": "", "ran": [], "solved": [], "hints": {}}
+    learn.write_state(ran=[1], solved=[2], folder="here")
+    assert learn.read_state() == {"folder": "here", "ran": [1], "solved": [2], "hints": {}}
+
+
 def test_learn(tmp_path, monkeypatch, capsys):
     """The list, a copy, a check, a run; mistakes are one line."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))

@@ -20,6 +20,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALL = bool(os.environ.get("FUZZ"))  # all sizes and dtypes; else a part, for want of time
 DTYPES = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
+# whose kernels compile for minutes
+RARE = {bits: {"quantization": bits} for bits in ("int6", "int5", "int4")}
+RARE |= {f"{name}, K and V int8": DTYPES[name] | {"kv_cache_dtype": "int8"} for name in DTYPES}
 WAYS = {
     "rows": (1, 2, 64, 300), "cache": ("cold", "warm"), "budget": (1, 7, 64, 1024),
     "preempted": (False, True), "lookup": (0, 6), "samples": (1, 3), "threads": (1, 2, 3),
@@ -51,7 +54,7 @@ class Matrix:
 
     def __init__(self, place: str, dtype: str, rows: int):
         self.options = {"device": "cpu", "num_blocks": 4000, "max_batch_size": 300}
-        self.options |= PLACES[place] | DTYPES[dtype]
+        self.options |= PLACES[place] | (DTYPES | RARE)[dtype]
         self.record, self.engines, self.preemptions, self.cached, self.guessed = (
             Record(),
             {},
@@ -142,9 +145,10 @@ def go(place: str, dtype: str, cells: list[dict]) -> None:
 SMALL = WAYS | {"rows": (1, 2, 9)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, *(RARE if ALL else ())])
 def test_every_two_conditions_together(dtype):
-    go("tiny", dtype, covering(SMALL))
+    if dtype in DTYPES:
+        go("tiny", dtype, covering(SMALL))
     go("bundled", dtype, covering(SMALL | {"budget": (7, 64), "threads": (1, 3)}))
 
 
@@ -184,5 +188,6 @@ def test_the_record_sees_a_bit():
 
 def test_the_table_names_what_is_tested():
     text = (ROOT / "docs" / "DETERMINISM.md").read_text()
-    for name in ("1, 2, 64 or 300", "1, 7, 64, 1,024", "1, 2 or 3", *DTYPES, "prompt_lookup"):
+    ways = "1, 2, 64 or 300", "1, 7, 64, 1,024", "1, 2 or 3", "prompt_lookup", "kv_cache_dtype"
+    for name in (*ways, *DTYPES, "int6", "int5", "int4"):
         assert name in text, name

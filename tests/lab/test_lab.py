@@ -264,7 +264,11 @@ def test_lengths_of_a_sharegpt_file(tmp_path):
     path.write_text(json.dumps(rows))
     assert world.read_sharegpt(str(path)) == [(11, 20)]
     assert next(world.lengths("sharegpt", random.Random(0), [(11, 20)])) == (11, 20)
-    for wrong in ("{", '[{"talk": []}]', "[1]", "[]"):
+    rows[0]["conversations"][0]["value"] = "x" * 40 + "\ud800"  # what has no UTF-8 is a ?
+    path.write_text(json.dumps(rows))
+    assert world.read_sharegpt(str(path)) == [(11, 20)]
+    rows[0]["conversations"][0]["value"] = 5
+    for wrong in ("{", '[{"talk": []}]', "[1]", "[]", "[" * 100_000, json.dumps(rows)):
         path.write_text(wrong)
         with pytest.raises(Exception, match=r"talks\.json"):
             world.read_sharegpt(str(path))
@@ -313,6 +317,13 @@ NUMBERS = range(1, len(check.CHECKS) + 1)
 def home(monkeypatch, tmp_path):
     """Nobody's progress."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.mark.parametrize("damage", ["[" * 100_000, '{"folder": "", "solved": [1e999]}', "[]"])
+def test_a_damaged_progress_is_none(damage):
+    learn.state_file("lab").parent.mkdir(parents=True)
+    learn.state_file("lab").write_text(damage)
+    assert learn.read_state("lab") == {"folder": "", "ran": [], "solved": [], "hints": {}}
 
 
 @pytest.mark.usefixtures("one_thread")
