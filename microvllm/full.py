@@ -283,10 +283,10 @@ def read_checkpoint(directory: Path, step: int | None):
     return (optional("sources.places") or checkpoint).read_checkpoint(directory, step)
 
 
-GPU = [module.PARTS["llm"] for module in map(optional, ("gpu.memory", "gpu.ahead")) if module]
+LOOPS = filter(None, map(optional, ("gpu.memory", "cpu.several", "gpu.ahead")))
 
 
-class LLM(*parts("llm"), *GPU, engine.LLM):
+class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM):
     """The core's LLM with every feature; its docstring, in engine.py, has the other arguments.
 
     model_path: also a place in nanochat's tree ("sft", "base:d20", "rl:d20:650"), a Hugging Face
@@ -419,6 +419,8 @@ class LLM(*parts("llm"), *GPU, engine.LLM):
             if backend and backend.name == "triton" and self.cuda_graphs and not self.ranks:
                 runners.append(optional("gpu.graphs").GraphRunner)
                 schedulers.append(optional("gpu.admission").GroupScheduler)
+        if getattr(self.model, "compiled", None) and not self.prompt_lookup:
+            runners.append(optional("cpu.several").SeveralRunner)
         if backend:
             runners.append(optional("fused.model").FusedRunner)
         if self.prompt_lookup:

@@ -16,12 +16,12 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils, types
 from torch import Tensor
 
 from .attention_tiles import TILE, find_keys, fits, halve, tile_scores, tile_values, whole
-from .steps import array_of, exp2, largest
-from .vectors import EXACT, FAST, LANES, fetch, kept, one_at_a_time, threads_for, vectorised
+from .steps import array_of, exp2, exp2_of, largest
+from .vectors import EXACT, LANES, fetch, kept, one_at_a_time, sum_of, threads_for, vectorised
 
 _f32 = np.float32
 _KEYS = 512  # of which scores are kept at a time
@@ -162,17 +162,26 @@ def _rescale(b, s, s_at, x, start, first, count):
         start = stop
 
 
-@numba.njit(**FAST)
+@vectorised(types.float32)
+def _powers(b, x, n, top):
+    """The first n of x become 2**(x - top). Their sum."""
+
+    def add(sums, i, lanes):
+        place = b.at(x.data, i)
+        value = exp2_of(b, b.fsub(b.read(place, lanes), b.splat(top, lanes)), lanes)
+        b.write(value, place)
+        return b.fadd(sums, value)
+
+    return sum_of(b, n, add)
+
+
+@numba.njit(**EXACT)
 def _softmax(scores, before):
     """In place, but for the division by the sum. Returns the largest score or, if that is larger,
     `before`, and the sum."""
     top = largest(scores)
     top = before if before > top else top  # a NaN stays
-    total = _f32(0)
-    for j in range(scores.size):
-        scores[j] = exp2(scores[j] - top)
-        total += scores[j]
-    return top, total
+    return top, _powers(scores, scores.size, top)
 
 
 @numba.njit(**EXACT)
@@ -301,9 +310,9 @@ def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, sums, spar
             scores[i, right:width] = 0
             if left < right:
                 before = sums[i, 0]
-                sums[i, 0], total = _softmax(scores[i, left:right], before)
+                sums[i, 0], added = _softmax(scores[i, left:right], before)
                 factor = exp2(before - sums[i, 0])
-                sums[i, 1], yi = sums[i, 1] * factor + total, ys[i]
+                sums[i, 1], yi = sums[i, 1] * factor + added, ys[i]
                 for d in range(D):
                     yi[d] *= factor
             if tiled:
@@ -323,7 +332,7 @@ def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, sums, spar
             out_i[d] = yi[d] * factor
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def padded(n):
     """The rows of scratch that so many queries take."""
     return n if n < _FEW else -(-n // _ROWS) * _ROWS
@@ -385,7 +394,7 @@ def deal(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
     return tiles
 
 
-@kept(parallel=True, **FAST)
+@kept(parallel=True, **EXACT)
 def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, out):
     """The tiles, of up to `rows` rows and one kv head, are dealt to the threads."""
     D, n_kv_head, threads = q.shape[2], k.shape[1], scratch.shape[0]

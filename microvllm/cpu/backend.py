@@ -22,10 +22,12 @@ from .attention import attend_rows, padded, paged_attention, tile
 from .fewbits import class_of
 from .packed import BITS
 from .products import HalfPanels, Int8, Int8Panels, Panels, product
-from .steps import add_norm_rows, array_of, rope_store_rows
-from .vectors import FAST, check_process, kept, one_at_a_time, row_threads, threads_for, vectorised
+from .steps import add_norm_rows, array_of, back_out, embed_rows, rope_store_rows
+from .vectors import EXACT, check_process, kept, one_at_a_time, row_threads, threads_for, vectorised
 
 _f32 = np.float32
+# kinds of which there are kernels of several steps (crew.py)
+SEVERAL = "float32-layers", "bfloat16-layers", "int8-layers"
 PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plain torch as well
 
 
@@ -33,6 +35,7 @@ class CpuBackend(Backend):
     """Kernels in numba, float32 in and out; matrices, tables, K and V may be in bfloat16."""
 
     name = "numba"
+    kind: str | None = None  # of kernels, as first.py has them
     waits = False  # have no steps in plain torch the same result? then kernels are waited for
     awaited: str | None = None  # the kind of kernels, while they are being compiled: see first.py
     attend = staticmethod(paged_attention)
@@ -88,6 +91,7 @@ class CpuBackend(Backend):
         kind = model.store or "float32"
         kind += "-int8_cache" if model.kv_layout[1] == torch.int8 else ""
         kind += "-layers" if model.compiled else ""
+        self.kind = kind
         # ranks draw the same tokens, so all of them have to compute in the same way
         waits = self.waits or self.deterministic or model.ranks is not None
         if not first.begin(CpuBackend, kind, waits):
@@ -107,20 +111,24 @@ class CpuBackend(Backend):
                 delattr(self, name)
         return self.awaited is None
 
+    def has_several(self) -> bool:
+        """Can several steps be computed in one call? Not before somebody else has compiled it."""
+        return self.kind in SEVERAL and first.offers(CpuBackend, self.kind + first.SEVERAL)
+
 
 @vectorised(types.voidptr)
 def _pointer(b, number):
     return b.inttoptr(number, b.i8.as_pointer())
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def _tensor(weights, i, kind, like):
     """The tensor at a place of layer i, of numbers such as `like` has."""
     place = weights[i, kind]
     return numba.carray(_pointer(place[0]), (place[1], place[2], place[3]), like.dtype)
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def _parts(weights, i, kind, like):
     """The panels, offset and scale of layer i's qkv, proj, fc or mlp_proj."""
     w = _tensor(weights, i, 3 * kind, like[0])
@@ -132,7 +140,7 @@ def _weight(weights, i, kind, like):
     """The same, of the type that `like` has, which tells `product` how they are packed."""
 
 
-@overload(_weight, jit_options=FAST)
+@overload(_weight, jit_options=EXACT)
 def _weight_of(weights, i, kind, like):
     made = getattr(like, "instance_class", None)
 
@@ -146,7 +154,7 @@ def _weight_of(weights, i, kind, like):
 _VE = 12  # after those four weights: the value embeddings, and their gate
 
 
-@kept(**FAST)
+@kept(**EXACT)
 def _layers(
     x0, ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables, cache, depths, groups,
     windows, weights, like, head, wte, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
@@ -203,7 +211,7 @@ def _layers(
             middle = x + y
     add_norm_rows(x, y, x, one, none, eps, yes, no, few, spare, h)
     if smear:  # (7)
-        spare -= backout[0] * middle
+        back_out(spare, backout[0], middle)
         add_norm_rows(spare, y, x, one, none, eps, no, no, few, x, h)
     return h
 
@@ -225,24 +233,35 @@ class Layers:
         names = "resid_lambdas", "x0_lambdas", "backout_lambda"
         numbers = [model.tensors.get(name, none) for name in names]
         self.numbers = [x.numpy() for x in (*numbers, model.cos, model.sin)]
+        smear = model.tensors.get("smear_gate.weight", none.view(0, 0))
+        self.smear = [smear.numpy(), model.tensors.get("smear_lambda", none).numpy()]
         self.scales = [_f32(x) for x in (recipe.qk_scale, recipe.gate_scale, recipe.eps)]
         self.cache = None  # the one that groups and depths are of
         self.group = model.config.n_head // model.config.n_kv_head
+        self.width = model.config.n_embd
 
-    def __call__(self, x: Tensor, batch, cache) -> Tensor:
-        """x (T, C), the embeddings; returns (R, C), the normed rows of the head."""
-        names = "ids", "positions", "cu_seqlens", "seq_lens", "logit_rows", "slots", "block_tables"
-        *arrays, slots, tables = [getattr(batch, name).numpy() for name in names]
-        if cache is not self.cache:  # each layer's group, and where in the cache's data it is
+    def locate(self, cache) -> None:
+        """Set each layer's group, and where in the cache's data it is."""
+        if cache is not self.cache:
             places = getattr(cache, "places", [(0, i) for i in range(len(self.windows))])
             self.groups, self.depths = np.array(places).T.copy()
-            self.cache = cache
-        slots = slots.reshape(-1, len(x))
+            self.cache, self.member = cache, None  # and crew.py's kernel for it
+
+    def __call__(self, batch, cache) -> Tensor:
+        """(R, C), the normed rows of the head."""
+        names = "ids", "positions", "cu_seqlens", "seq_lens", "logit_rows", "slots", "block_tables"
+        *arrays, slots, tables = [getattr(batch, name).numpy() for name in names]
+        self.locate(cache)
+        T = len(arrays[0])
+        x, slots = np.empty((T, self.width), np.float32), slots.reshape(-1, T)
         tables = tables.reshape(len(slots), len(batch.seq_lens), -1)
         with one_at_a_time:
+            threads = threads_for(1 + T // 8)  # (1)
+            ids, prev_ids, eps = arrays[0], batch.prev_ids.numpy(), self.scales[2]
+            embed_rows(ids, prev_ids, arrays[1], self.wte, *self.smear, eps, threads, x)
             threads = threads_for(len(self.head[0]))
             h = _layers(
-                x.numpy(), *arrays, slots, tables, array_of(cache.data), self.depths,
+                x, *arrays, slots, tables, array_of(cache.data), self.depths,
                 self.groups, self.windows, self.weights, self.like, self.head, self.wte,
                 *self.numbers, *self.scales, *tile(batch, self.group), threads,
             )  # fmt: skip

@@ -38,7 +38,6 @@ from .packed import (
 from .products import PANEL, PANEL8, Panels, aligned, product, quantize_row, quantize_rows_into
 from .vectors import (
     EXACT,
-    FAST,
     FOUR_BYTES,
     LANES,
     SIGNED,
@@ -237,7 +236,7 @@ def _multiplier(bits: int):
     return multiply
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def round_rows(x, top, q, scale, start):
     """Few rows x (T, C), rotated, as int8 in q (T, whole steps), the rest zeros, and what 1 is
     worth in each; start (T, groups): see above."""
@@ -363,13 +362,13 @@ _HAS_PRODUCTS = PANEL8 and not SIGNED  # numbers without a sign are multiplied a
 _PRODUCTS = {WEIGHTS[bits]: _product(bits) for bits in WEIGHTS} if _HAS_PRODUCTS else {}
 
 
-@overload(product, jit_options=FAST)
+@overload(product, jit_options=EXACT)
 def _product_of(x, weight, square, following, threads, y):
     if isinstance(weight, types.BaseNamedTuple):
         return _PRODUCTS.get(weight.instance_class)
 
 
-@kept(**FAST)
+@kept(**EXACT)
 def _linear(x, weight, square, threads, y):
     product(x, weight, square, weight.panels, threads, y)
 

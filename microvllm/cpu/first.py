@@ -10,6 +10,10 @@ The helper is a run of a tiny model of the same kind, whose arrays have the same
 the loading. Each kernel is on disk as soon as it is compiled: a helper that ends early, as it does
 with its engine, leaves less work to the next one. The files hold no code. Where numba can write
 nowhere, or no helper lives, an engine that waits compiles by itself.
+
+What takes several steps in one call (crew.py) is a kind of its own, "...-several", that nobody
+waits for: single steps have the same result. Its helper comes later, and takes only what time the
+processor has left.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,24 +47,29 @@ log = logging.getLogger("microvllm")
 # what a person is told by, and whether engines wait for their kernels; see `told`
 tell: Callable[[str], object] = log.info
 patient = True
+several: Callable | None = None  # that of crew.py, which imports this file
 TRIES = 2  # helpers that may die before an engine goes on without
+SEVERAL = "-several"  # the end of such a kind's name
+LATER = 5  # seconds from the first wish for it to its helper: shorter runs end before that does
 # what a helper runs; the paths where this process found its packages, and the kind are arguments
 RUN = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from {} import CpuBackend, first
+from {0}.backend import CpuBackend
+from {0}.crew import first
 first.serve(CpuBackend, sys.argv[2])
 """
 
 _ready: set[str] = set()  # kinds whose kernels this process has, or finds on disk
 _told: set[str] = set()  # lines
 _helpers: dict[str, list[subprocess.Popen]] = {}  # of each kind, the last one may run
+_due: dict[str, float] = {}  # when `offers` looks for a kind again
 _lock = threading.RLock()
 
 
 def run_tiny(backend_class: type, kind: str) -> None:
     """Two steps of a tiny model of this kind, a prompt and a token: each kernel that an engine of
-    this kind calls is loaded from disk, or compiled."""
+    this kind calls is loaded from disk, or compiled; of several steps another token."""
     store, *parts = kind.split("-")
     width = 64 if "layers" in parts else 24  # of which panels are whole, or not
     config, recipe = GPTConfig(16, 64, 2, 2, 1, width), RECIPES["5"]
@@ -74,12 +84,14 @@ def run_tiny(backend_class: type, kind: str) -> None:
     layout, dtype = model.kv_layout
     cache = PagedKVCache(layout, 8, 4, dtype, backend.device)
     scheduler = Scheduler(blocks := BlockManager(8, 4), 4, 16)
-    scheduler.add(Sequence(0, [1, 2, 3], SamplingParams(max_tokens=2, top_k=2, seed=0)))
+    scheduler.add(Sequence(0, [1, 2, 3], SamplingParams(max_tokens=3, top_k=2, seed=0)))
     runner = FusedRunner(model, cache, blocks)
     with torch.inference_mode():
         for _ in range(2):
             runner.launch(plan := scheduler.schedule())
             scheduler.update(plan, runner.read(plan))
+        if "several" in parts:
+            several(model, scheduler.schedule(), cache, blocks, 1)
 
 
 # what is on disk ----------------------------------------------------------------------------------
@@ -115,12 +127,12 @@ def compile_here(backend_class: type, kind: str) -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Hold the lock of numba's folder, which one process can have; where there is none, do not."""
+def alone(end: str = "") -> Iterator[None]:
+    """Hold a lock of numba's folder, which one process can have; where there is none, do not."""
     try:
         import fcntl
 
-        file = open(place("").with_name("kernels.lock"), "w")
+        file = open(place("").with_name(f"kernels{end}.lock"), "w")
     except (ImportError, OSError):
         yield
         return
@@ -143,7 +155,10 @@ def serve(backend_class: type, kind: str) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)
-    with alone():
+    end = SEVERAL if kind.endswith(SEVERAL) else ""
+    if end and hasattr(os, "nice"):
+        os.nice(19)
+    with alone(end):  # who compiles what others wait for does not wait for this one
         if not compiled(kind):  # by a helper that had the lock before
             compile_here(backend_class, kind)
     os._exit(0)  # the thread cannot be waited for
@@ -156,7 +171,7 @@ def start(kind: str) -> None:
     root, sources = str(Path(__file__).resolve().parents[2]), [str(x) for x in sys.path if x]
     where = json.dumps(sources if root in sources else [*sources, root])
     # isolated: the folder that happens to be the current one may have a module of any name
-    code = RUN.format(f"{__package__}.backend")
+    code = RUN.format(__package__)
     command = [sys.executable or "python", "-I", "-c", code, where, kind]
     helper = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -235,4 +250,26 @@ def poll(backend_class: type, kind: str) -> bool:
                 return False
     line = "the kernels could not be compiled (exit status %d): this run goes on without them"
     say(log.warning, line % helpers[-1].returncode)
+    return False
+
+
+def offers(backend_class: type, kind: str) -> bool:
+    """Can kernels be called that nobody waits for? They are looked for once a second at most, and
+    never compiled here."""
+    if kind in _ready:
+        return True
+    with _lock:
+        now = time.monotonic()
+        if now < _due.get(kind, 0):
+            return False
+        if compiled(kind):
+            run_tiny(backend_class, kind)
+            _ready.add(kind)
+            return True
+        helpers, wished = _helpers.setdefault(kind, []), kind in _due
+        _due[kind] = now + (1 if wished else LATER)
+        lives = bool(helpers) and helpers[-1].poll() is None
+        with suppress(OSError):
+            if wished and not lives and len(helpers) < TRIES and place(kind):
+                start(kind)
     return False

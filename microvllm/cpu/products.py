@@ -27,13 +27,13 @@ from .steps import array_of, store
 from .vectors import (
     EXACT,
     EXCESS,
-    FAST,
     INTEGERS,
     LANES,
     NEON,
     TWO_HALVES,
     fewest,
     kept,
+    multiply_add,
     one_at_a_time,
     row_cuts,
     row_threads,
@@ -198,7 +198,7 @@ def multiply(x, w, scaling, square, following, threads, y):
                 _multiply_panels(xs, w, scales, square, p0, p1, following, ahead, ys)
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def quantize_row(x, levels, q):
     """x (C,), rotated, as integers from -levels to levels, stored plus levels + 1 in the first C of
     q, uint8; returns what one of them is worth."""
@@ -218,11 +218,11 @@ def quantize_row(x, levels, q):
     most = max(np.int32(greatest).view(np.float32), _f32(1e-30))
     steps, zero = levels / most, levels + _f32(1.5)
     for c in range(C):
-        q[c] = np.uint8(np.int32(xt[c] * steps + zero))
+        q[c] = np.uint8(np.int32(multiply_add(xt[c], steps, zero)))
     return most / levels
 
 
-@kept(parallel=True, **FAST)
+@kept(parallel=True, **EXACT)
 def round_rows_into(x, threads, q):
     """x as bfloat16, in uint16."""
     for thread in numba.prange(threads):
@@ -233,7 +233,7 @@ def round_rows_into(x, threads, q):
                 store(qt, c, xt[c])
 
 
-@kept(parallel=True, **FAST)
+@kept(parallel=True, **EXACT)
 def quantize_rows_into(x, levels, threads, q, scale):
     for thread in numba.prange(threads):
         first, end = share(len(x), thread, threads)
@@ -255,7 +255,7 @@ def product(x, weight, square, following, threads, y):
     """y = x times a weight: (panels, offset, scale), the latter two empty unless it is int8."""
 
 
-@overload(product, jit_options=FAST)
+@overload(product, jit_options=EXACT)
 def _product_of(x, weight, square, following, threads, y):
     def floats(x, weight, square, following, threads, y):
         w, offset, w_scale = weight
@@ -283,7 +283,7 @@ def _product_of(x, weight, square, following, threads, y):
     return halves if weight[0].dtype == types.uint16 and TWO_HALVES else floats
 
 
-@kept(**FAST)
+@kept(**EXACT)
 def _linear(x, weight, square, threads, y):
     product(x, weight, square, weight[0], threads, y)
 

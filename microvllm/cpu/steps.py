@@ -17,7 +17,19 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.backend import NO_FILTERS, filter_values
-from .vectors import EXACT, FAST, kept, one_at_a_time, row_threads, share, threads_for, vectorised
+from .vectors import (
+    EXACT,
+    above,
+    apart,
+    dot,
+    kept,
+    one_at_a_time,
+    row_threads,
+    share,
+    threads_for,
+    total,
+    vectorised,
+)
 
 _f32 = np.float32
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9
@@ -49,13 +61,13 @@ def store(b, x, i, value):
     b.store(value, place)
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def flipped(bits):
     """A float's bits as an integer in the order of the floats, or back; a NaN is at either end."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def largest(x):
     """Integers, since the compiler makes no vectors of the maximum of floats: 12 times faster."""
     bits, most = x.view(np.int32), np.int32(-(2**31))
@@ -64,27 +76,33 @@ def largest(x):
     return np.int32(flipped(most)).view(np.float32)
 
 
-@numba.njit(**FAST)
-def exp2(x):
-    """2**x for x <= 0, to 1e-7 of it. LLVM has no vector exp of its own, this it vectorises."""
-    x = _f32(-126) if x < _f32(-126) else x  # the smallest power that has an exponent's bits
-    whole = np.floor(x + _f32(0.5))
-    r = x - whole
-    y = ((_EXP2[7] * r + _EXP2[6]) * r + _EXP2[5]) * r + _EXP2[4]
-    y = (((y * r + _EXP2[3]) * r + _EXP2[2]) * r + _EXP2[1]) * r + _EXP2[0]
-    return y * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+def exp2_of(b, x, lanes: int):
+    """2**x for x <= 0, to 1e-7 of it. LLVM has no vector exp of its own."""
+
+    def number(value):
+        return b.splat(b.f32(value), lanes)
+
+    least = number(-126)  # the smallest power that has an exponent's bits
+    x = b.select(b.fcmp_ordered("<", x, least), least, x)
+    whole = b.floor(b.fadd(x, number(0.5)))
+    r, y = b.fsub(x, whole), number(_EXP2[7])
+    for factor in _EXP2[6::-1]:
+        y = b.multiply_add(y, r, number(factor))
+    exponent = b.add(b.fptosi(whole, b.kind(b.i32, lanes)), b.splat(b.i32(127), lanes))
+    return b.fmul(y, b.bitcast(b.shl(exponent, b.splat(b.i32(23), lanes)), y.type))
 
 
-@numba.njit(**FAST)
+exp2 = vectorised(types.float32)(lambda b, x: exp2_of(b, x, 1))
+
+
+@numba.njit(**EXACT)
 def _rms_scale(x, eps):
-    total = _f32(0)
-    for c in range(x.size):
-        total += x[c] * x[c]
-    return _f32(1) / np.sqrt(total / _f32(x.size) + eps)
+    return _f32(1) / np.sqrt(dot(x, x, x.size) / _f32(x.size) + eps)
 
 
-@kept(parallel=True, **FAST)
+@kept(parallel=True, **EXACT)
 def add_norm_rows(x, y, x0, a, b, eps, adds, mixes, threads, x_new, h):
+    apart()
     for thread in numba.prange(threads):
         first, end = share(len(x), thread, threads)
         for t in range(first, end):
@@ -136,7 +154,7 @@ def write_row(x, scale, rows, i):
     """rows[i] = x (D,) times scale, in the numbers that rows has."""
 
 
-@overload(write_row, jit_options=FAST)
+@overload(write_row, jit_options=EXACT)
 def _write_row_of(x, scale, rows, i):
     def floats(x, scale, rows, i):
         row = rows[i]
@@ -149,7 +167,33 @@ def _write_row_of(x, scale, rows, i):
     return integers if rows.dtype == types.int8 else floats
 
 
-@numba.njit(**FAST)
+@kept(parallel=True, **EXACT)
+def embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, threads, x):
+    """FusedGPT.embed; without smear, its gate is empty."""
+    apart()
+    for thread in numba.prange(threads):
+        previous = np.empty(x.shape[1], np.float32)
+        start, end = share(len(x), thread, threads)
+        for t in range(start, end):
+            _embed(wte[ids[t]], eps, x[t])
+            if smear_gate.size and positions[t] > 0:  # position 0 has no neighbour
+                _embed(wte[prev_ids[t]], eps, previous)
+                gate = smear_lambda[0] / (_f32(1) + np.exp(-dot(x[t], smear_gate, smear_gate.size)))
+                for c in range(previous.size):
+                    x[t, c] += gate * previous[c]
+
+
+@numba.njit(**EXACT)
+def _embed(row, eps, x):
+    """x (C,) = the normed row of a table."""
+    for c in range(x.size):
+        x[c] = load(row, c)
+    scale = _rms_scale(x, eps)
+    for c in range(x.size):
+        x[c] *= scale
+
+
+@numba.njit(**EXACT)
 def _rotate(x, cos, sin, qk_scale, eps, z, rows, i):
     """rows[i] (D,) = qk_scale * the norm of x (D,) rotated; z (D,) is scratch."""
     half = cos.size
@@ -159,11 +203,12 @@ def _rotate(x, cos, sin, qk_scale, eps, z, rows, i):
     write_row(z, _rms_scale(z, eps) * qk_scale, rows, i)
 
 
-@kept(parallel=True, **FAST)
+@kept(parallel=True, **EXACT)
 def rope_store_rows(
     qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
     qk_scale, gate_scale, eps, threads, q,
 ):  # fmt: skip
+    apart()
     T, n_head, D = q.shape
     n_kv_head, block_size = k.shape[1:3]
     for thread in numba.prange(threads):
@@ -179,10 +224,7 @@ def rope_store_rows(
                 _rotate(qkv[t, n_head + i], c, s, qk_scale, eps, z, k[block, i], slot)
                 vi = qkv[t, n_head + n_kv_head + i]
                 if gated:
-                    dot = _f32(0)
-                    for j in range(ve_gate.shape[1]):
-                        dot += h[t, j] * ve_gate[i, j]
-                    gate = gate_scale / (_f32(1) + np.exp(-dot))
+                    gate = gate_scale / (_f32(1) + np.exp(-dot(h[t], ve_gate[i], ve_gate.shape[1])))
                     for j in range(D):
                         z[j] = vi[j] + gate * load(e, i * D + j)
                     vi = z
@@ -209,7 +251,15 @@ def rope_store(
     return q
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
+def back_out(x, factor, middle):
+    """x (T, C) -= factor * middle."""
+    for t in range(len(x)):
+        for c in range(x.shape[1]):
+            x[t, c] -= factor * middle[t, c]
+
+
+@numba.njit(**EXACT)
 def _least(values, counting, limit, low, high):
     """The least of the values that stay: those for which all larger ones together hold less than
     `limit`, each holding what it is or, if counting, 1. It lies between low and high."""
@@ -217,18 +267,15 @@ def _least(values, counting, limit, low, high):
     last = np.int64(flipped(_f32(high).view(np.int32)))
     while first < last:
         middle = (first + last) >> 1
-        bound, held = np.int32(flipped(middle)).view(np.float32), _f32(0)
-        for i in range(values.size):
-            weight = _f32(1) if counting else values[i]
-            held += weight if values[i] > bound else _f32(0)
-        if held < limit:
+        bound = np.int32(flipped(middle)).view(np.float32)
+        if above(values, values.size, bound, counting) < limit:
             last = middle
         else:
             first = middle + 1
     return np.int32(flipped(first)).view(np.float32)
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
     """w (V,) = 2**(scale * (x - the largest)), x being capped, and 0 for what the filters drop."""
     top = largest(x)
@@ -251,29 +298,24 @@ def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
         # 0 where float32 has no smaller number
         w[i] = exp2(exponent) if exponent >= -126 and x[i] >= kth else _f32(0)
     if top_p < 1:
-        total = _f32(0)
-        for i in range(w.size):  # w.sum() makes no vectors
-            total += w[i]
+        whole = total(w, w.size)
         # tokens that weigh no more than this weigh 1 - p of it together at most: none can stay
-        low = (1 - top_p) * total / x.size
-        min_p = max(min_p, _least(w, False, top_p * total, low, _f32(1)))
+        low = (1 - top_p) * whole / x.size
+        min_p = max(min_p, _least(w, False, top_p * whole, low, _f32(1)))
     if min_p > 0:
         for i in range(x.size):
             w[i] = w[i] if w[i] >= min_p else _f32(0)
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def _draw(w, sums, u):
     """The first index at which the running sum of w exceeds u of the whole."""
-    total = 0.0
+    whole = 0.0
     for b in range(sums.size):
-        block, s = w[b * _BLOCK : (b + 1) * _BLOCK], _f32(0)
-        for i in range(_BLOCK):
-            s += block[i]
-        sums[b] = s
-        total += s
+        sums[b] = total(w[b * _BLOCK : (b + 1) * _BLOCK], _BLOCK)
+        whole += sums[b]
     # u is below 1, so one block passes the target, and that one has a weight above 0
-    target, running, b = u * total, 0.0, 0
+    target, running, b = u * whole, 0.0, 0
     while b < sums.size - 1 and running + sums[b] <= target:
         running += sums[b]
         b += 1
@@ -287,7 +329,7 @@ def _draw(w, sums, u):
     return token
 
 
-@numba.njit(**FAST)
+@numba.njit(**EXACT)
 def _argmax(x):
     top = largest(x)
     if top > -np.inf:  # and no NaN
@@ -297,9 +339,10 @@ def _argmax(x):
     return -1
 
 
-@kept(parallel=True, **FAST)
+@kept(parallel=True, **EXACT)
 def _sample(logits, V, stride, u, scale, softcap, filters, threads, tokens):
     """Rows dealt to the threads; that of number r begins at logits[r * stride]."""
+    apart()
     for thread in numba.prange(threads):
         sums = np.empty(-(-V // _BLOCK), np.float32)
         w = np.zeros(sums.size * _BLOCK, np.float32)  # the last block may be longer than the row
@@ -312,18 +355,24 @@ def _sample(logits, V, stride, u, scale, softcap, filters, threads, tokens):
                 tokens[r] = _draw(w, sums, u[r])
 
 
+def draw_values(params, T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(R,) float32 the factor of a row's logits for powers of 2, 0 if it is greedy, and (R, 3) its
+    filters; T (R,): temperatures."""
+    filters = filter_values(params)
+    filters = np.tile(np.array(NO_FILTERS), (len(T), 1)) if filters is None else filters
+    return np.divide(_LOG2E, T, out=np.zeros_like(T), where=T > 0), filters
+
+
 def sample(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap: float) -> Tensor:
     """A token for each row of logits (R, V): what ../sampler.py says, with its arguments. (R,)."""
-    (R, V), logits, filters = logits.shape, logits.float(), filter_values(params)
-    filters = np.tile(np.array(NO_FILTERS), (R, 1)) if filters is None else filters
+    (R, V), logits = logits.shape, logits.float()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     stride = logits.stride(0)  # rows may be longer than V, or all the same
     flat = logits.as_strided(((R - 1) * stride + V,), (1,))
-    T, tokens = temperature.numpy(), torch.empty(R, dtype=torch.int64)
-    scale = np.divide(_LOG2E, T, out=np.zeros_like(T), where=T > 0)
+    tokens, values = torch.empty(R, dtype=torch.int64), draw_values(params, temperature.numpy())
     with one_at_a_time:
         _sample(
-            flat.numpy(), V, stride, uniform.numpy(), scale, _f32(softcap), filters, threads_for(R),
-            tokens.numpy(),
+            flat.numpy(), V, stride, uniform.numpy(), values[0], _f32(softcap), values[1],
+            threads_for(R), tokens.numpy(),
         )  # fmt: skip
     return tokens

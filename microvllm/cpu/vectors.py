@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from functools import cache, wraps
+from functools import cache, reduce, wraps
 from pathlib import Path
 
 import numba
@@ -55,9 +55,8 @@ def threads_for(jobs: int) -> int:
     return threads
 
 
-# sums may be reordered, else nothing is vectorised; but NaN stays NaN (see steps.largest)
-FAST = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
-# for what is in vectors already, where one row could get other bits; a caller's would be inherited
+# nothing is rounded or added up in another order than is written, since that would depend on which
+# kernel a function is made part of; long sums are written in vectors (see `sum_of`)
 EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
 
 # what tells these sources from others: when each of the room's files was written, and its size
@@ -239,10 +238,18 @@ class Builder:
         vector = self.insert_element(vector, value, self.i32(0))
         return self.shuffle_vector(vector, vector, firsts)
 
+    def _of(self, name: str, *values):
+        """LLVM's function of that name of floats, or vectors of them."""
+        kind = values[0].type
+        end = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+        return self.ask(f"llvm.{name}.{end}", kind, *values)
+
     def multiply_add(self, a, b, c):
         """a * b + c, rounded once where the processor can."""
-        name = f"v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "f32"
-        return self.ask(f"llvm.fmuladd.{name}", a.type, a, b, c)
+        return self._of("fmuladd", a, b, c)
+
+    def floor(self, value):
+        return self._of("floor", value)
 
     def multiply_add8(self, a, b, c):
         """The same in each lane of four unsigned bytes of a and four signed ones of b, exactly;
@@ -341,3 +348,67 @@ def fetch(b, x, start, count):
     start = b.at(x.data, start)
     with cgutils.for_range_slice(b, b.i64(0), count, line, b.i64) as (d, _):
         b.start_loading(b.at(start, d))
+
+
+@vectorised()
+def apart(b):
+    """Called in a function: it is not made part of a larger one, in which registers run out."""
+    b.function.attributes.add("noinline")
+
+
+@vectorised(types.float32)
+def multiply_add(b, x, y, z):
+    """x * y + z, rounded once where the processor can."""
+    return b.multiply_add(x, y, z)
+
+
+def sum_of(b, n, add, width: int = LANES):
+    """The sum of n numbers, whose order the compiler leaves as it is; add(sums, i, lanes) is `sums`
+    and, in each lane, one from i on."""
+    found, start = [], b.i64(0)
+    for count, lanes in ((4, width), (1, width), (1, 1)):
+        sums = [cgutils.alloca_once(b, b.kind(b.f32, lanes), zfill=True) for _ in range(count)]
+        size = b.i64(count * lanes)
+        stop = b.mul(b.udiv(n, size), size)
+        with cgutils.for_range_slice(b, start, stop, size, b.i64) as (i, _):
+            for j, each in enumerate(sums):
+                b.store(add(b.load(each), b.add(i, b.i64(j * lanes)), lanes), each)
+        start, found = stop, found + [b.load(each) for each in sums]
+    *vectors, last = found
+    vector, size = reduce(b.fadd, vectors), width
+    while size > 1:  # halves
+        size //= 2
+        kind = ir.VectorType(b.i32, size)
+        ends = [ir.Constant(kind, list(range(at, at + size))) for at in (0, size)]
+        vector = b.fadd(*[b.shuffle_vector(vector, vector, end) for end in ends])
+    return b.fadd(b.extract_element(vector, b.i32(0)), last)
+
+
+@vectorised(types.float32)
+def dot(b, x, y, n):
+    """The sum of the first n of x * y."""
+
+    def add(sums, i, lanes):
+        return b.multiply_add(b.read(b.at(x.data, i), lanes), b.read(b.at(y.data, i), lanes), sums)
+
+    # x was just written in the compiler's vectors: wider ones would wait until it is in the cache
+    return sum_of(b, n, add, min(LANES, 8))
+
+
+@vectorised(types.float32)
+def total(b, x, n):
+    """The sum of the first n of x."""
+    return sum_of(b, n, lambda sums, i, lanes: b.fadd(sums, b.read(b.at(x.data, i), lanes)))
+
+
+@vectorised(types.float32)
+def above(b, x, n, bound, counting):
+    """The sum of those of the first n of x that are above a bound or, if counting, their number."""
+
+    def add(sums, i, lanes):
+        value = b.read(b.at(x.data, i), lanes)
+        large = b.fcmp_ordered(">", value, b.splat(bound, lanes))
+        value = b.select(counting, b.splat(b.f32(1), lanes), value)
+        return b.fadd(sums, b.select(large, value, b.splat(b.f32(0), lanes)))
+
+    return sum_of(b, n, add)

@@ -25,7 +25,7 @@ def filter_values(params: Seq[SamplingParams]) -> np.ndarray | None:
     """(R, 3) top_k, top_p and min_p of each row, None if all of them are off."""
     if True not in [p.truncated for p in params]:
         return None
-    return np.array([(p.top_k or 0, p.top_p, p.min_p) for p in params])
+    return np.array([(p.top_k or 0, p.top_p, p.min_p) for p in params], np.float64)
 
 
 class Backend:
@@ -93,7 +93,7 @@ class Backend:
         return config, dtype
 
     def compile(self, model) -> Callable | None:
-        """All layers of the model as one function of (x, batch, cache), where there is one."""
+        """All layers of the model as one function of (batch, cache), where there is one."""
         return None
 
     def prepare(self, model) -> None:

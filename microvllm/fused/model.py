@@ -151,9 +151,9 @@ class FusedGPT:
         """Run the batch, write its K and V into the cache, return (R, C), the rows of the head."""
         kernels, recipe, n_head = self.backend, self.recipe, self.local.n_head
         compiled = self.compiled if kernels.is_ready() else None
-        x, y, middle = self.embed(batch), None, None  # (1)
         if compiled:  # all of the following in one call
-            return compiled(x, batch, cache)
+            return compiled(batch, cache)
+        x, y, middle = self.embed(batch), None, None  # (1)
         x0, layers = x, zip(self.layers, cache.layers(batch), strict=True)
         for i, (layer, (k, v, view)) in enumerate(layers):
             # (2), and the norm before (3)

@@ -393,7 +393,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch, capsys):
 def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_leaves(monkeypatch, capsys):
     keys = [KeyboardInterrupt, "hello", EOFError]
 
-    def pressed(prompt):
+    def pressed(prompt=""):
         key = keys.pop(0)
         if isinstance(key, str):
             return key

@@ -33,7 +33,8 @@ class Helpers:
         monkeypatch.setattr(first, "tell", self.lines.append)
         monkeypatch.setattr(first, "patient", False)
         self.started = {}
-        for name, empty in (("_ready", set()), ("_told", set()), ("_helpers", self.started)):
+        names = {"_ready": set(), "_told": set(), "_due": {}, "_helpers": self.started}
+        for name, empty in names.items():
             monkeypatch.setattr(first, name, empty)
 
     def start(self, kind):
@@ -237,6 +238,53 @@ def test_one_process_at_a_time_compiles(helpers):
     assert order == ["this", "other"]
 
 
+def test_nobody_waits_for_several_steps(helpers, monkeypatch):
+    """A helper compiles them, later; they are looked for now and then, and never compiled here."""
+    times, looks = iter((100.0, 100.5, 104.9, 105.1, 105.2, 106.0, 106.2)), []
+    monkeypatch.setattr(first, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(first, "LATER", 5)
+    compiled = first.compiled
+    monkeypatch.setattr(first, "compiled", lambda kind: looks.append(kind) or compiled(kind))
+    backend = CpuBackend(torch.device("cpu"), torch.float32)
+    for backend.kind in "float32", "float32-int8_cache-layers", "int4-layers", None:
+        assert not backend.has_several() and not looks, "there are none"
+    backend.kind, kind = "float32-layers", "float32-layers-several"
+    assert not backend.has_several() and len(looks) == 1
+    for _ in range(6):
+        assert not backend.has_several()
+    assert [*helpers.started] == [kind] and len(helpers.started[kind]) == 1
+    assert len(looks) == 3, "a second apart"
+    helpers.end(kind)  # it dies, and a second one
+    times = iter((110.0, 111.0, 112.0, 113.0, 113.5, 114.1))
+    for _ in range(4):
+        assert not backend.has_several()
+        helpers.end(kind)
+    assert len(helpers.started[kind]) == first.TRIES
+    helpers.finish(kind)
+    assert not backend.has_several() and not helpers.tiny
+    assert backend.has_several() and helpers.tiny == [kind]
+    assert backend.has_several() and len(helpers.tiny) == 1 and not helpers.lines
+
+
+def test_where_no_helper_can_be_there_are_single_steps(helpers, monkeypatch):
+    monkeypatch.setattr(first, "LATER", 0)
+    monkeypatch.setattr(first, "time", SimpleNamespace(monotonic=iter(range(99)).__next__))
+    folder, helpers.folder = helpers.folder, None
+    kind = "float32-layers-several"
+    for _ in range(4):
+        assert not first.offers(CpuBackend, kind)
+    helpers.folder, started = folder, []
+
+    def refuse(kind):
+        started.append(kind)
+        raise OSError("no processes")
+
+    monkeypatch.setattr(first, "start", refuse)
+    for _ in range(4):
+        assert not first.offers(CpuBackend, kind)
+    assert started and not helpers.started.get(kind) and not helpers.tiny
+
+
 def test_a_program_that_is_no_python_starts_no_helper(monkeypatch):
     """It would start itself again."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
@@ -328,15 +376,17 @@ def test_two_helpers_compile_once(tmp_path):
 
 
 ENGINES = """
-import sys
+import os, sys
 from microvllm import LLM, SamplingParams
-from microvllm.cpu import attention, backend, first, products, steps
+from microvllm.cpu import attention, backend, crew, first, products, several, steps
 kernels = [
-    x for room in (attention, backend, products, steps) for x in vars(room).values()
+    x for room in (attention, backend, crew, products, steps) for x in vars(room).values()
     if hasattr(x, "nopython_signatures")
 ]
 def known():
     return {(x.py_func.__qualname__, str(s)) for x in kernels for s in x.nopython_signatures}
+calls, compute, several.SECONDS = [], crew.compute, 1.0  # steps seem to take no time
+crew.compute = lambda *args: calls.append(args) or compute(*args)
 compile = backend.CpuBackend.compile
 for kind, options in (
     ("float32-layers", {}), ("float32", {}), ("bfloat16-layers", {"dtype": "bfloat16"}),
@@ -346,12 +396,21 @@ for kind, options in (
     backend.CpuBackend.compile = compile if "-" in kind else lambda *_: None
     first._ready.add(kind)
     with LLM(sys.argv[1], device="cpu", num_blocks=60, **options) as llm:
-        first.run_tiny(backend.CpuBackend, kind if llm.model.compiled else kind.partition("-")[0])
+        kind = kind if llm.model.compiled else kind.partition("-")[0]
+        first.run_tiny(backend.CpuBackend, kind)
+        at_once = kind in backend.SEVERAL[: 3 if "FUZZ" in os.environ else 1]  # for want of time
+        if at_once:
+            with first.alone(first.SEVERAL):
+                first.compile_here(backend.CpuBackend, kind + first.SEVERAL)
+            first._ready.add(kind + first.SEVERAL)
         before = known()
+        calls.clear()
         params = SamplingParams(max_tokens=4, n=2, top_k=5, seed=1, ignore_eos=True)
         llm.generate([[1, 2, 3, 4, 5], [3]], params, use_tqdm=False)
-        llm.generate([[7] * 30], SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)
+        params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+        llm.generate([[7] * 30], params, use_tqdm=False)
         assert known() == before, (kind, known() - before)
+        assert at_once == bool(calls), "several steps in one call"
 """
 
 

@@ -1,0 +1,282 @@
+"""Several steps in one compiled call: the tokens, books and traces of single steps."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import test_engine
+import torch
+from test_engine import FIXTURES, assert_idle, check, greedy, ids, sampled
+from test_interruptions import ALL, Strike
+from test_products_cpu import KINDS, has_panels
+from test_trace import compare
+
+from microvllm.checkpoint import load_model
+from microvllm.cpu import crew, first, several
+from microvllm.cpu.backend import SEVERAL, CpuBackend
+from microvllm.trace import Replay
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # for its kernels
+NAME = "era5"  # smears, mixes, gates and has windows
+STORES = KINDS if ALL else KINDS[:1]  # each compiles for half a minute
+
+
+def build(name=NAME, **options):
+    """An engine of test_engine.py, and the kernels of several steps compiled, once."""
+    llm = test_engine.build(name, **options)
+    kind = getattr(llm.model.backend, "kind", None)
+    if kind in SEVERAL and kind + first.SEVERAL not in first._ready:
+        with first.alone(first.SEVERAL):
+            if not first.compiled(kind + first.SEVERAL):
+                first.compile_here(CpuBackend, kind + first.SEVERAL)
+        first._ready.add(kind + first.SEVERAL)
+    return llm
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(sequences, steps allowed, steps done) of each call; steps seem to take no time."""
+    found, real = [], crew.compute
+
+    def compute(model, plan, cache, blocks, count):
+        tokens = real(model, plan, cache, blocks, count)
+        if count > 1:  # else it is the tiny model's
+            found.append((len(plan.samples), count, len(tokens)))
+        return tokens
+
+    monkeypatch.setattr(crew, "compute", compute)
+    monkeypatch.setattr(several, "SECONDS", 1.0)
+    monkeypatch.setattr(several, "STREAMED", 0.9)
+    return found
+
+
+# greedy, filters, a fork, one that ends early, lengths that differ
+WORK = [
+    (ids(18, 1), greedy(25)), (ids(9, 2), sampled(40, seed=4, top_k=20, top_p=0.9)),
+    (ids(30, 3), sampled(17, seed=5, n=3)), (ids(1, 4), sampled(33, seed=6, min_p=0.05)),
+]  # fmt: skip
+
+
+def plain(outputs) -> list:
+    return [[(s["token_ids"], s["finish_reason"]) for s in o["samples"]] for o in outputs]
+
+
+def one_by_one(llm, work) -> list:
+    """The outputs of step(), which takes single steps."""
+    numbers, found = [llm.add_request(*request) for request in work], {}
+    while not llm.is_finished():
+        found |= {o["request_id"]: o for o in llm.step()}
+    return [found[i] for i in numbers]
+
+
+def at_once(llm, work) -> list:
+    return llm.generate([p for p, _ in work], [q for _, q in work], use_tqdm=False)
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["era1_unpadded", "era3", "era5"])
+def test_the_tokens_are_those_of_single_steps(name, threads, store, calls):
+    torch.set_num_threads(threads)
+    options = {"dtype": store} if store == "bfloat16" else {"quantization": store}
+    try:
+        with build(name, **options, num_blocks=400, block_size=4) as llm:
+            if not llm.model.compiled:
+                pytest.skip("its panels are not whole")
+            work = WORK * 3  # more rows than each thread norms by itself
+            want = plain(one_by_one(llm, work))
+            assert not calls
+            llm.scheduler.reset()
+            steps, tokens = llm.stats()["steps"], sum(len(t) for r in want for t, _ in r)
+            assert plain(at_once(llm, work)) == want
+            assert plain(at_once(llm, WORK[1:2])) == want[1:2]
+            assert max(rows for rows, _, _ in calls) > crew.FEW
+            assert sum(rows * done for rows, _, done in calls) > tokens // 2
+            assert llm.stats()["steps"] > steps + 40, "each step is counted"
+            assert_idle(llm)
+    finally:
+        torch.set_num_threads(1)
+
+
+@has_panels
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("rows", [3, 12])  # each thread norms all of few rows, or its share
+@pytest.mark.parametrize("name", ["era1_unpadded", "era3", "era5"])
+def test_the_logits_are_those_of_single_steps_bit_for_bit(name, rows, store, calls, monkeypatch):
+    options = {"dtype": store} if store == "bfloat16" else {"quantization": store}
+    with build(name, **options, num_blocks=400, deterministic=rows < crew.FEW) as llm:
+        work, found = [(ids(9 + i, i), greedy(20)) for i in range(rows)], []
+        logits, start = llm.model.logits, crew._start
+        monkeypatch.setattr(llm.model, "logits", lambda h: found.append(logits(h)) or found[-1])
+        one_by_one(llm, work)
+        want = found[-1]
+        monkeypatch.setattr(crew, "_start", lambda *args: found.append(args[2][10]) or start(*args))
+        llm.scheduler.reset()
+        at_once(llm, work)
+        assert calls[-1][0] == rows and isinstance(found[-1], np.ndarray)
+        assert torch.equal(torch.from_numpy(found[-1][:, : want.shape[1]]), want)
+
+
+@has_panels
+def test_a_thread_that_comes_late_leaves_the_work_to_the_others(calls):
+    """Three members, one after another on one thread: the first does all there is."""
+    with build(NAME, num_blocks=60) as llm:
+        want = plain(one_by_one(llm, WORK[:2]))
+        llm.scheduler.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(crew, "threads_for", lambda jobs: crew.numba.set_num_threads(1) or 3)
+            assert plain(at_once(llm, WORK[:2])) == want and calls
+
+
+@has_panels
+def test_texts_end_at_their_stop_tokens(calls):
+    with build(NAME, num_blocks=60) as llm:
+        prompt, params = WORK[1]
+        (whole,) = one_by_one(llm, [(prompt, params)])
+        tokens = whole["token_ids"]
+        ends = replace(params, stop_token_ids=(tokens[20], tokens[30]))
+        want = plain(one_by_one(llm, [(prompt, ends), WORK[0]]))
+        assert want[0][0][1] == "stop" and len(want[0][0][0]) <= 21
+        llm.scheduler.reset()
+        assert plain(at_once(llm, [(prompt, ends), WORK[0]])) == want
+        assert calls[0][2] < calls[0][1], "the call goes on until a row ends, and no further"
+        assert_idle(llm)
+
+
+@has_panels
+def test_blocks_are_granted_ahead_and_taken_back(calls):
+    """In a pool that is small, and with windows: nobody is preempted for a step that may not come,
+    and what was granted for steps that did not come is free again."""
+    with build(NAME, num_blocks=21, block_size=4) as llm:
+        work = [(ids(9, i), sampled(14 + i, seed=i)) for i in range(4)]
+        want = plain(one_by_one(llm, work))
+        llm.scheduler.reset()
+        before = llm.scheduler.num_preemptions
+        assert plain(at_once(llm, work)) == want and calls
+        assert llm.scheduler.num_preemptions - before < 4
+        tokens = want[1][0][0]
+        ends = replace(work[1][1], stop_token_ids=(tokens[9],))
+        llm.scheduler.reset()
+        for _ in llm.stream([work[0][0], work[1][0]], [work[0][1], ends]):
+            check(llm)
+            for seq in llm.scheduler.running:
+                assert len(seq.table) <= llm.scheduler.blocks.blocks_for(len(seq.tokens))
+        assert_idle(llm)
+
+
+@has_panels
+def test_a_trace_shows_each_step(calls):
+    def events(generate) -> list:
+        llm.scheduler.reset()
+        with llm.tracing() as trace:
+            generate(llm, WORK[:2])
+            replay = Replay(trace.events)
+            compare(replay, llm.scheduler)
+        return trace.events
+
+    with build(NAME, num_blocks=60) as llm:
+        single, several_ = events(one_by_one), events(at_once)
+        kinds = "begin", "tokens", "publish", "finish"
+        timeless = [
+            [{**e, "t": 0, "block": 0} for e in found if e["e"] in kinds]
+            for found in (single, several_)
+        ]
+        assert timeless[0] == timeless[1] and len(calls) < len(timeless[0]) / 4
+        ends = [e["ms"] for e in several_ if e["e"] == "end"]
+        assert all({"schedule", "batch", "forward", "sample", "update"} <= ms.keys() for ms in ends)
+
+
+@has_panels
+def test_whoever_looks_at_each_token_gets_single_steps(calls):
+    prompt = ids(9, 2)
+    with build(NAME, num_blocks=60) as llm:
+        for params in (
+            greedy(9, stop=("no such text",)), greedy(9, logprobs=1), greedy(9, min_tokens=2),
+            greedy(9, repetition_penalty=1.1), greedy(9, logits_processor=lambda _, x: x),
+        ):  # fmt: skip
+            llm.generate([prompt], params, use_tqdm=False)
+        llm.generate([prompt], greedy(9), use_tqdm=False, tools=True)
+        one_by_one(llm, [(prompt, greedy(9))])
+        llm.add_request(prompt, greedy(30))  # whose owner may call step()
+        llm.generate([prompt], greedy(9), use_tqdm=False)
+        assert not calls
+        llm.abort(*llm._requests)
+        llm.generate([prompt], greedy(9), use_tqdm=False)
+        assert calls
+    calls.clear()
+    for options in {"prompt_lookup": 4}, {"attention": "sdpa"}, {"overlap": True}:
+        with build(NAME, num_blocks=60, **options) as llm:
+            llm.generate([prompt], greedy(9), use_tqdm=False)
+    assert not calls
+
+
+@has_panels
+def test_streams_aborts_and_new_requests_wait_for_one_call(calls, monkeypatch):
+    with build(NAME, num_blocks=200) as llm:
+        want = plain(one_by_one(llm, WORK[:2]))
+        llm.scheduler.reset()
+        monkeypatch.setattr(llm.runner, "how_many", lambda seqs: 4)
+        pieces, late = [], None
+        for event in llm.stream([WORK[0][0]], WORK[0][1]):
+            pieces.append(event["token_ids"])
+            assert llm.runner.seconds == (0 if late else several.STREAMED)
+            if len(pieces) == 3:
+                late = llm.add_request(*WORK[1])
+        assert sum(pieces, []) == want[0][0][0] and max(map(len, pieces)) <= 5
+        outputs = []
+        while not llm.is_finished():
+            outputs += llm.step()
+        assert plain(outputs) == want[1:] and outputs[0]["request_id"] == late
+        stream = llm.stream([WORK[0][0]], WORK[0][1])
+        next(stream), next(stream)
+        stream.close()
+        at_once(llm, WORK[:1])
+        assert llm.runner.seconds == several.SECONDS
+        assert_idle(llm)
+
+
+@has_panels
+def test_new_weights_are_used_at_once(calls):
+    with build(NAME, num_blocks=60) as llm:
+        weights = FIXTURES[NAME]
+        state = load_model(weights.directory).state_dict()
+        old = plain(at_once(llm, WORK[:2]))
+        llm.update_weights({name: w * 1.1 for name, w in state.items()})
+        new = plain(at_once(llm, WORK[:2]))
+        llm.scheduler.reset()
+        assert old != new == plain(one_by_one(llm, WORK[:2])) and calls
+
+
+@has_panels
+def test_an_exception_at_any_line_changes_no_token(calls):
+    """Of a turn of several steps, or, with a fork and a text that ends first, of several turns."""
+    with build(NAME, num_blocks=14, block_size=4) as llm:
+        work = [(ids(6, 1), greedy(8)), (ids(5, 9), sampled(7, seed=2, n=2))]
+
+        def run(strike=None):
+            """All of it, over and over until nothing is struck."""
+            llm.scheduler.reset()
+            requests = [llm._prepare([p], q)[0] for p, q in work]
+            llm._queue(requests)
+            while not all(request.output for request in requests):
+                step = next(r for r in requests if not r.output)
+                strike(llm._step, step) if strike else llm._step(step)
+                check(llm)
+            assert_idle(llm)
+            while llm._lock._is_owned():
+                llm._lock.release()
+            return plain([request.output for request in requests])
+
+        want, found, every = run(), Strike(), Strike(opcodes=True)
+        assert run(found) == run(every) == want and calls
+        own = [line for line in found.lines if line[0] in ("cpu/several.py", "cpu/crew.py")]
+        assert len(own) > 50
+        others = [line for line in found.lines if line not in own]
+        for line in own[:: 1 if ALL else 6] + others[:: 1 if ALL else 60]:
+            struck = Strike(line)
+            assert run(struck) == want and struck.struck, line
+        numbers = random.Random(5).sample(range(1, every.count), 400 if ALL else 5)
+        for number in numbers:
+            struck = Strike(number, opcodes=True)
+            assert run(struck) == want and struck.struck, number
