@@ -23,11 +23,12 @@ EARLY = (
     "test_tokenizer test_scheduler test_pt test_strict_tokenizer test_state_machine"
 ).split()
 ORDER = [*EARLY, *(
-    "test_house test_readme test_benchmarks test_ray test_parallel test_soak test_interruptions "
-    "test_streams test_scripts test_batch test_examples test_conversation test_model test_fuzz "
-    "test_trace test_trace_page test_cli test_logits test_policies test_engine test_kernels_cpu "
-    "test_products_cpu test_determinism_matrix test_live test_fewbits_cpu test_first "
-    "test_int8_cache test_vectors_cpu test_memory_limits test_quantize"
+    "test_house test_readme test_several test_benchmarks test_ray test_parallel test_soak "
+    "test_interruptions test_streams test_scripts test_batch test_examples test_conversation "
+    "test_model test_fuzz test_trace test_trace_page test_cli test_logits test_policies "
+    "test_engine test_kernels_cpu test_products_cpu test_determinism_matrix test_live "
+    "test_fewbits_cpu test_first test_int8_cache test_vectors_cpu test_memory_limits "
+    "test_quantize"
 ).split()]  # fmt: skip
 KINDS = "float32-layers", "float32", "bfloat16-layers", "int8-layers"  # of kernels; two are usual
 
