@@ -21,6 +21,7 @@ from llvmlite.binding import initialize_native_asmparser
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+from numba.np.ufunc import parallel
 
 # numba's OpenMP layer binds to the library that torch has loaded before it: kernels run on torch's
 # own threads. A second pool would fight for the cores: torch's workers keep spinning for
@@ -34,6 +35,9 @@ numba.set_num_threads(1)  # starts the layer
 torch.set_num_threads(_threads)
 getattr(_openmp, "omp_set_nested", int)(_nested)
 PROCESS = os.getpid()  # whose threads the layer has: a fork gets none of them
+# numba's public one takes a lock that all processes share, each time. An exception that strikes
+# there from outside leaves it taken, and other threads wait for ever
+_set_num_threads = getattr(parallel, "_set_num_threads", numba.set_num_threads)
 one_at_a_time = threading.Lock()  # the workqueue layer aborts the process on concurrent launches
 log = logging.getLogger("microvllm")
 
@@ -51,7 +55,7 @@ def threads_for(jobs: int) -> int:
     """Set and return how many threads share so many jobs: torch's number, or fewer."""
     check_process()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, jobs)
-    numba.set_num_threads(threads)
+    _set_num_threads(threads)
     return threads
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
 from conftest import MODEL, ROOT
 
@@ -133,3 +134,21 @@ def test_a_fork_is_told_before_it_asks_for_a_kernel(monkeypatch):
     monkeypatch.setattr("numba.threading_layer", lambda: "omp")
     with pytest.raises(RuntimeError, match=GONE):
         vectors.threads_for(4)
+
+
+def test_no_step_takes_the_lock_of_all_processes(monkeypatch):
+    """An exception from outside that struck inside that lock left it taken: the thread that had it
+    went on, all others waited for ever."""
+
+    class Struck:
+        def __enter__(self):
+            raise AssertionError("it was taken")
+
+        def __exit__(self, *_): ...
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numba.np.ufunc.parallel._backend_init_process_lock", Struck())
+        with pytest.raises(AssertionError, match="it was taken"):
+            numba.get_num_threads()
+        assert vectors.threads_for(1) == 1
+    assert numba.get_num_threads() == 1
