@@ -23,7 +23,7 @@ EARLY = (
     "test_tokenizer test_scheduler test_pt test_strict_tokenizer test_state_machine"
 ).split()
 ORDER = [*EARLY, *(
-    "test_house test_readme test_several test_benchmarks test_ray test_parallel test_soak "
+    "test_house test_readme test_benchmarks test_ray test_parallel test_soak "
     "test_interruptions test_streams test_scripts test_batch test_examples test_conversation "
     "test_model test_fuzz test_trace test_trace_page test_cli test_logits test_policies "
     "test_engine test_kernels_cpu test_products_cpu test_determinism_matrix test_live "
@@ -35,6 +35,8 @@ KINDS = "float32-layers", "float32", "bfloat16-layers", "int8-layers"  # of kern
 
 def pytest_collection_modifyitems(items):
     places = {name: i for i, name in enumerate(ORDER)}
+    # the last one compiles kernels that all engines would use once they are on disk
+    places["test_several"] = len(items)
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 

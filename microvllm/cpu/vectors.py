@@ -38,7 +38,9 @@ PROCESS = os.getpid()  # whose threads the layer has: a fork gets none of them
 # numba's public one takes a lock that all processes share, each time. An exception that strikes
 # there from outside leaves it taken, and other threads wait for ever
 _set_num_threads = getattr(parallel, "_set_num_threads", numba.set_num_threads)
-one_at_a_time = threading.Lock()  # the workqueue layer aborts the process on concurrent launches
+# the workqueue layer aborts the process on concurrent launches. An exception that strikes as a
+# thread leaves it may leave it taken: that thread goes on
+one_at_a_time = threading.RLock()
 log = logging.getLogger("microvllm")
 
 
