@@ -56,6 +56,8 @@ def check_process() -> None:
 def threads_for(jobs: int) -> int:
     """Set and return how many threads share so many jobs: torch's number, or fewer."""
     check_process()
+    if one_at_a_time._is_owned():  # once, also where an earlier call was struck and left it taken
+        one_at_a_time._acquire_restore((1, one_at_a_time._release_save()[1]))
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, jobs)
     _set_num_threads(threads)
     return threads
