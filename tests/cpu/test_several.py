@@ -170,12 +170,15 @@ def test_a_trace_shows_each_step(calls):
     def events(generate) -> list:
         llm.scheduler.reset()
         with llm.tracing() as trace:
-            generate(llm, WORK[:2])
+            generate(llm, work)
             replay = Replay(trace.events)
             compare(replay, llm.scheduler)
         return trace.events
 
-    with build(NAME, num_blocks=60) as llm:
+    with build(NAME, num_blocks=60, block_size=4) as llm:
+        prompt, params = WORK[1]
+        (whole,) = one_by_one(llm, [WORK[1]])  # that text now ends before what was foreseen
+        work = [WORK[0], (prompt, replace(params, stop_token_ids=(whole["token_ids"][12],)))]
         single, several_ = events(one_by_one), events(at_once)
         kinds = "begin", "tokens", "publish", "finish"
         timeless = [
@@ -183,6 +186,9 @@ def test_a_trace_shows_each_step(calls):
             for found in (single, several_)
         ]
         assert timeless[0] == timeless[1] and len(calls) < len(timeless[0]) / 4
+        order = [e["e"] for e in several_ if e["e"] in ("begin", "reject", "end")]
+        pairs = [*zip(order, order[1:], strict=False)]
+        assert ("begin", "reject") in pairs and ("end", "reject") not in pairs
         ends = [e["ms"] for e in several_ if e["e"] == "end"]
         assert all({"schedule", "batch", "forward", "sample", "update"} <= ms.keys() for ms in ends)
 
