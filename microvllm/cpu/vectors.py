@@ -38,8 +38,9 @@ PROCESS = os.getpid()  # whose threads the layer has: a fork gets none of them
 # numba's public one takes a lock that all processes share, each time. An exception that strikes
 # there from outside leaves it taken, and other threads wait for ever
 _set_num_threads = getattr(parallel, "_set_num_threads", numba.set_num_threads)
-# the workqueue layer aborts the process on concurrent launches. An exception that strikes as a
-# thread leaves it may leave it taken: that thread goes on
+# the workqueue layer aborts the process on concurrent launches. As all locks of ours that a step
+# takes it is one of C's and taken by `with`: the interpreter lets nothing strike between the lock
+# and the block, as it would in an __enter__ of Python
 one_at_a_time = threading.RLock()
 log = logging.getLogger("microvllm")
 
@@ -56,8 +57,6 @@ def check_process() -> None:
 def threads_for(jobs: int) -> int:
     """Set and return how many threads share so many jobs: torch's number, or fewer."""
     check_process()
-    if one_at_a_time._is_owned():  # once, also where an earlier call was struck and left it taken
-        one_at_a_time._acquire_restore((1, one_at_a_time._release_save()[1]))
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, jobs)
     _set_num_threads(threads)
     return threads

@@ -270,7 +270,7 @@ def test_an_exception_at_any_line_changes_no_token(calls):
                 strike(llm._step, step) if strike else llm._step(step)
                 check(llm)
             assert_idle(llm)
-            while llm._lock._is_owned():
+            while llm._lock._is_owned():  # only a trace can strike between a lock and its block
                 llm._lock.release()
             return plain([request.output for request in requests])
 

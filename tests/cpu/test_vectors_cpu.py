@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numba
@@ -153,15 +152,3 @@ def test_no_step_takes_the_lock_of_all_processes(monkeypatch):
             numba.get_num_threads()
         assert vectors.threads_for(1) == 1
     assert numba.get_num_threads() == 1
-
-
-def test_what_an_exception_left_taken_is_free_after_the_next_kernel():
-    lock = vectors.one_at_a_time
-    lock.acquire()  # struck as it was left
-    with lock:
-        vectors.threads_for(1)
-    got = []
-    other = threading.Thread(target=lambda: got.append(lock.acquire(timeout=5) and lock.release()))
-    other.start()
-    other.join()
-    assert got == [None], "another thread waits for ever"

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from test_trace import compare
 
 import microvllm
 from microvllm import SamplingParams
+from microvllm.cpu import vectors
 from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -327,6 +329,45 @@ def test_what_another_thread_raises_inside_a_logits_processor_counts_as_the_proc
     assert (bad["finish_reason"], bad["token_ids"], struck) == ("error", [], [])
     assert bad["stop_reason"].startswith("logits_processor: Struck")
     assert good["finish_reason"] == "length"
+
+
+def test_no_exception_leaves_a_lock_taken():
+    """Between a lock of C's and the block of its `with` nothing can strike, on both sides of it; an
+    __enter__ or __exit__ of Python's would be left half done in every second of these rounds."""
+    raised, usual = ctypes.pythonapi.PyThreadState_SetAsyncExc, sys.getswitchinterval()
+    with engine() as llm:
+        locks, rounds, left = [llm._lock, vectors.one_at_a_time], [], []
+
+        def take(lock) -> None:
+            while len(rounds) < 400:
+                try:
+                    ready.set()
+                    while True:
+                        with lock:
+                            pass
+                except Struck:
+                    pass
+                rounds.append(lock)
+                while lock._is_owned():
+                    left.append(lock)
+                    lock.release()
+
+        try:
+            sys.setswitchinterval(1e-5)
+            for lock in locks:
+                rounds.clear()
+                ready = threading.Event()
+                thread = threading.Thread(target=take, args=[lock])
+                thread.start()
+                while thread.is_alive():
+                    if ready.wait(0.001):
+                        ready.clear()
+                        time.sleep(random.random() * 1e-4)
+                        raised(ctypes.c_ulong(thread.ident), ctypes.py_object(Struck))
+                assert len(rounds) == 400
+        finally:
+            sys.setswitchinterval(usual)
+    assert not left, f"{len(left)} of 800"
 
 
 @pytest.mark.slow
