@@ -47,6 +47,12 @@ class SeveralLLM(LLM):
                 super()._advance()
         runner.take_back()
 
+    def _recover(self, error: BaseException | None = None) -> None:
+        """As in the core; the exception may have struck in a lock."""
+        if isinstance(self.runner, SeveralRunner):
+            self.runner.give_back()
+        super()._recover(error)
+
 
 class SeveralRunner(Runner):
     """A Runner that computes steps before they are planned, where it may and can foresee them."""
@@ -55,9 +61,9 @@ class SeveralRunner(Runner):
 
     def __init__(self, *args):
         super().__init__(*args)
-        from . import crew  # which needs numba
+        from . import crew, vectors  # which need numba
 
-        self.crew = crew
+        self.crew, self.give_back = crew, vectors.give_back
         self.foreseen: deque[tuple[list, Tensor]] = deque()  # chunks and tokens of next steps
         self.granted: list[Sequence] = []  # got blocks for these
         self.pace = 0, 0.0  # rows, and the seconds of a step of so many, as measured last

@@ -19,6 +19,7 @@ import torch
 from llvmlite import ir
 from llvmlite.binding import initialize_native_asmparser
 from numba.core import cgutils, types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel
@@ -43,6 +44,14 @@ _set_num_threads = getattr(parallel, "_set_num_threads", numba.set_num_threads)
 # and the block, as it would in an __enter__ of Python
 one_at_a_time = threading.RLock()
 log = logging.getLogger("microvllm")
+
+
+def give_back() -> None:
+    """Release what an exception has left taken by this thread: numba's lock, which has an __enter__
+    of Python and is taken as a kernel is loaded; and ours, where a trace has struck."""
+    for lock in one_at_a_time, global_compiler_lock._lock:
+        while lock._is_owned():
+            lock.release()
 
 
 def check_process() -> None:

@@ -370,6 +370,26 @@ def test_no_exception_leaves_a_lock_taken():
     assert not left, f"{len(left)} of 800"
 
 
+def test_a_lock_that_a_step_leaves_taken_is_given_back(monkeypatch):
+    """numba's, for one, whose __enter__ is Python's."""
+    locks = [vectors.one_at_a_time, vectors.global_compiler_lock._lock]
+    with engine() as llm:
+
+        def struck(plan):
+            for lock in locks:
+                lock.acquire()
+            raise Struck
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.runner, "launch", struck)
+            llm.add_request(ids(8), greedy(4))
+            with pytest.raises(Struck):
+                llm.step()
+        assert not any(lock._is_owned() for lock in locks)
+        while not llm.is_finished():
+            llm.step()
+
+
 @pytest.mark.slow
 def test_an_exception_at_any_instruction_changes_no_token():
     with engine() as llm:
