@@ -19,15 +19,16 @@ from torch import Tensor
 from ..fused.backend import Backend
 from . import first, products, steps
 from .attention import attend_rows, padded, paged_attention, tile
-from .fewbits import class_of
+from .fewbits import FEW, class_of
 from .packed import BITS
 from .products import HalfPanels, Int8, Int8Panels, Panels, product
 from .steps import add_norm_rows, array_of, back_out, embed_rows, rope_store_rows
 from .vectors import EXACT, check_process, kept, one_at_a_time, row_threads, threads_for, vectorised
 
 _f32 = np.float32
-# kinds of which there are kernels of several steps (crew.py)
-SEVERAL = "float32-layers", "bfloat16-layers", "int8-layers"
+# kinds of which there are kernels of several steps (crew.py), and for how many rows
+SEVERAL = dict.fromkeys(("float32-layers", "bfloat16-layers", "int8-layers"), 1 << 30)
+SEVERAL |= dict.fromkeys(("int6-layers", "int5-layers", "int4-layers"), FEW)
 PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plain torch as well
 
 
@@ -111,9 +112,11 @@ class CpuBackend(Backend):
                 delattr(self, name)
         return self.awaited is None
 
-    def has_several(self) -> bool:
-        """Can several steps be computed in one call? Not before somebody else has compiled it."""
-        return self.kind in SEVERAL and first.offers(CpuBackend, self.kind + first.SEVERAL)
+    def has_several(self, rows: int) -> bool:
+        """Can several steps of so many rows be computed in one call? Not before somebody else has
+        compiled it."""
+        fit = rows <= SEVERAL.get(self.kind, 0)
+        return fit and first.offers(CpuBackend, self.kind + first.SEVERAL)
 
 
 @vectorised(types.voidptr)

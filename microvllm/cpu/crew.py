@@ -21,6 +21,8 @@ from ..sampler import noise
 from . import amx, first, products, steps
 from .attention import _KEYS, _PANEL, _WIDTH, _attend_tile, padded
 from .backend import _VE, _tensor, _weight
+from .fewbits import SOON, few_rows, round_rows
+from .packed import STEP
 from .products import PANEL, _multiply_panels
 from .vectors import EXACT, TWO_HALVES, apart, kept, one_at_a_time, share, threads_for, vectorised
 
@@ -165,21 +167,45 @@ def _product_of(x, weight, square, following, own, team, crew, q, scale, y):
         scaling = offset, w_scale, w_scale
         _multiply(near.view(np.int32), w, scaling, square, following, team, crew, y)
 
+    if isinstance(weight, types.BaseNamedTuple):
+        return few_bits(weight.instance_class)
     if weight[0].dtype == types.int32:
         return integers
     return halves if weight[0].dtype == types.uint16 and TWO_HALVES else floats
+
+
+def few_bits(kind: type):
+    """Of weights in a few bits, for few rows, all of which each member rounds."""
+    direct, size, top, groups = few_rows(kind)
+
+    def product(x, weight, square, following, own, team, crew, q, scale, y):
+        apart()
+        w, offset, w_scale = weight
+        T, steps = len(x), w.shape[1]
+        levels = q.reshape(-1)[: T * steps * STEP].reshape(T, steps * STEP)
+        start, x_scale = np.empty((T, steps if groups else 1), np.int32), scale.reshape(T)
+        round_rows(x, top, levels, x_scale, start)
+        first, end = _share(len(w), crew)
+        for p in range(first, end):
+            direct(
+                T, steps, levels.view(np.int32), 0, start, w, p * steps * size, y, 0, p * PANEL,
+                w, p * steps * size + SOON, square, w_scale, x_scale,
+            )  # fmt: skip
+        _wait(team, crew)
+
+    return product
 
 
 @kept(**EXACT)
 def _member(
     team, threads, rows, rounded, scales, y, q, seen, qkv, wide, logits, tokens, ids, prev_ids,
     positions, slots, tables, uniform, scale, filters, stops, V, softcap, cache, depths, groups,
-    windows, weights, panels, offset, w_scale, wte, smear_gate, smear_lambda, resid, first, backout,
-    cos, sin, qk_scale, gate_scale, eps,
+    windows, weights, like, head, wte, smear_gate, smear_lambda, resid, first, backout, cos, sin,
+    qk_scale, gate_scale, eps,
 ):  # fmt: skip
     """What a thread does in all steps: FusedGPT.forward with the same numbers, and the draw. tokens
-    (steps, T); panels, offset, w_scale: of the head."""
-    crew, head = _join(team, threads), (panels, offset, w_scale)
+    (steps, T); like: the weights of some layer, for their types."""
+    crew = _join(team, threads)
     if crew[1] == 0:
         return
     T, n_head, D = q.shape
@@ -209,8 +235,8 @@ def _member(
             if not own:
                 _wait(team, crew)
             # (3) project, (4) rotate and norm, (5) write K and V, then attend
-            proj, fc = _weight(weights, i, 1, head), _weight(weights, i, 2, head)
-            _product(h, _weight(weights, i, 0, head), no, proj[0], own, team, crew, q8, s8, qkv)
+            proj, fc = _weight(weights, i, 1, like), _weight(weights, i, 2, like)
+            _product(h, _weight(weights, i, 0, like), no, proj[0], own, team, crew, q8, s8, qkv)
             k, v, g = cache[depths[i], 0], cache[depths[i], 1], groups[i]
             gated = weights[i, _VE, 0] != 0
             ve = _tensor(weights, i, _VE, wte)[0] if gated else wte
@@ -229,9 +255,9 @@ def _member(
             x, spare = spare, x
             if not own:
                 _wait(team, crew)
-            mlp_proj = _weight(weights, i, 3, head)  # (6)
+            mlp_proj = _weight(weights, i, 3, like)  # (6)
             _product(h, fc, yes, mlp_proj[0], own, team, crew, q8, s8, wide)
-            following = head[0] if i == n_layer - 1 else _weight(weights, i + 1, 0, head)[0]
+            following = head[0] if i == n_layer - 1 else _weight(weights, i + 1, 0, like)[0]
             _product(wide, mlp_proj, no, following, own, team, crew, q8, s8, y)
             if smears and i == n_layer // 2:
                 for t in range(a0, b0):
@@ -245,7 +271,7 @@ def _member(
             )
         if not own:
             _wait(team, crew)
-        first_weights = _weight(weights, 0, 0, head)[0]
+        first_weights = _weight(weights, 0, 0, like)[0]
         _product(h, head, no, first_weights, own, team, crew, q8, s8, logits)
         stride, flat = logits.shape[1], logits.reshape(-1)
         _draw(
@@ -329,16 +355,19 @@ def compute(model, plan, cache, blocks, count: int) -> np.ndarray:
             (T, C // D, D), (T, C + 2 * n_kv_head * D), (T, 4 * C), (T, num_panels * PANEL),
         )  # fmt: skip
         rows, rounded, *others = [np.empty(shape, np.float32) for shape in shapes]
-        arguments = (
+        before = (
             team, threads, rows, rounded.view(np.uint8), *others, tokens, *batch[:3], slots, tables,
             uniform, *steps.draw_values(params, batch.temperature), stops, model.config.vocab_size,
             _f32(model.recipe.softcap), steps.array_of(cache.data),
-            layers.depths, layers.groups, layers.windows, layers.weights, *layers.head, layers.wte,
-            *layers.smear, *layers.numbers, *layers.scales,
+            layers.depths, layers.groups, layers.windows, layers.weights,
         )  # fmt: skip
-        # numba takes a millisecond to find out their types, which are always the same
-        layers.member = layers.member or address_of(_member, numba.typeof(arguments).types)
-        _start(layers.member, threads, arguments)
+        after = layers.wte, *layers.smear, *layers.numbers, *layers.scales
+        if not layers.member:
+            # numba takes a millisecond to find out their types, which are always the same
+            kinds = numba.typeof((*before, layers.like, layers.head, *after)).types
+            layers.member = address_of(_member, kinds)
+        # a parallel loop takes no tuples within a tuple; to a kernel it is the same without them
+        _start(layers.member, threads, (*before, *layers.like, *layers.head, *after))
     return tokens[: team[_DONE]]
 
 

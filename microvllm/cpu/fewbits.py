@@ -11,6 +11,7 @@ so that for few rows a sum begins with -top times the sum of the row's inputs, a
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numba
@@ -54,7 +55,7 @@ OPERANDS = STEP // 4  # of a step
 _ROWS = 12 if LANES == 16 else 6  # that are multiplied together, of what was unpacked
 FEW = _ROWS // 2  # so many rows are multiplied by what is unpacked in registers
 _MANY = 240  # rows at a time: they stay in the cache
-_SOON = 768  # numbers of 32 bits that are loaded ahead of their use by a single tile
+SOON = 768  # numbers of 32 bits that are loaded ahead of their use by a single tile
 
 
 class Weight4(NamedTuple):
@@ -281,10 +282,17 @@ def _multiply_unpacked(q, panels, count, scaling, square, p, ahead, ahead_at, si
         )  # fmt: skip
 
 
+@cache
+def few_rows(kind: type) -> tuple:
+    """Of one of WEIGHTS: the product with up to FEW rows, what a step takes, half of the integers
+    there are, and whether groups have factors."""
+    bits = next(bits for bits in WEIGHTS if WEIGHTS[bits] is kind)
+    return _multiplier(bits), step_size(bits, PANEL), 2 ** (bits - 1), grouped(bits)
+
+
 def _product(bits: int):
     """A kernel: y (T, N) = x (T, K) @ w.T of a weight in so many bits."""
-    direct, unpack, top = _multiplier(bits), _unpacker(bits), 2 ** (bits - 1)
-    factors = grouped(bits)
+    (direct, _, top, factors), unpack = few_rows(WEIGHTS[bits]), _unpacker(bits)
 
     def named(function):
         # kernels that were compiled in two processes, and are read from disk by a third, must not
@@ -301,7 +309,7 @@ def _product(bits: int):
             for p in range(first, end):
                 direct(
                     len(y), w.shape[1], q, 0, start, w, p * size, y, 0, p * PANEL,
-                    w, p * size + _SOON, square, scaling[1], scaling[2],
+                    w, p * size + SOON, square, scaling[1], scaling[2],
                 )  # fmt: skip
 
     @named

@@ -111,7 +111,7 @@ class SeveralRunner(Runner):
         if not ready or not all(getattr(seq.params, "plain", True) for seq in seqs):
             return 0
         count = int(self.seconds / (seconds * max(1, len(seqs) / rows)))
-        if count < 2 or not model.backend.has_several():
+        if count < 2 or not model.backend.has_several(len(seqs)):
             return 0
         count = min([count] + [seq.max_length - len(seq.tokens) for seq in seqs])
         while count > 1:

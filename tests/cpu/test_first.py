@@ -246,24 +246,26 @@ def test_nobody_waits_for_several_steps(helpers, monkeypatch):
     compiled = first.compiled
     monkeypatch.setattr(first, "compiled", lambda kind: looks.append(kind) or compiled(kind))
     backend = CpuBackend(torch.device("cpu"), torch.float32)
-    for backend.kind in "float32", "float32-int8_cache-layers", "int4-layers", None:
-        assert not backend.has_several() and not looks, "there are none"
+    for backend.kind in "float32", "float32-int8_cache-layers", "int4", None:
+        assert not backend.has_several(4) and not looks, "there are none"
+    backend.kind = "int4-layers"
+    assert not backend.has_several(7) and not looks, "there are none for more than a few rows"
     backend.kind, kind = "float32-layers", "float32-layers-several"
-    assert not backend.has_several() and len(looks) == 1
+    assert not backend.has_several(4) and len(looks) == 1
     for _ in range(6):
-        assert not backend.has_several()
+        assert not backend.has_several(4)
     assert [*helpers.started] == [kind] and len(helpers.started[kind]) == 1
     assert len(looks) == 3, "a second apart"
     helpers.end(kind)  # it dies, and a second one
     times = iter((110.0, 111.0, 112.0, 113.0, 113.5, 114.1))
     for _ in range(4):
-        assert not backend.has_several()
+        assert not backend.has_several(4)
         helpers.end(kind)
     assert len(helpers.started[kind]) == first.TRIES
     helpers.finish(kind)
-    assert not backend.has_several() and not helpers.tiny
-    assert backend.has_several() and helpers.tiny == [kind]
-    assert backend.has_several() and len(helpers.tiny) == 1 and not helpers.lines
+    assert not backend.has_several(4) and not helpers.tiny
+    assert backend.has_several(4) and helpers.tiny == [kind]
+    assert backend.has_several(4) and len(helpers.tiny) == 1 and not helpers.lines
 
 
 def test_where_no_helper_can_be_there_are_single_steps(helpers, monkeypatch):
@@ -398,7 +400,7 @@ for kind, options in (
     with LLM(sys.argv[1], device="cpu", num_blocks=60, **options) as llm:
         kind = kind if llm.model.compiled else kind.partition("-")[0]
         first.run_tiny(backend.CpuBackend, kind)
-        at_once = kind in backend.SEVERAL[: 3 if "FUZZ" in os.environ else 1]  # for want of time
+        at_once = kind in [*backend.SEVERAL][: 3 if "FUZZ" in os.environ else 1]  # for want of time
         if at_once:
             with first.alone(first.SEVERAL):
                 first.compile_here(backend.CpuBackend, kind + first.SEVERAL)

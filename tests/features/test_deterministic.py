@@ -38,7 +38,7 @@ class Record(dict):
             return pick(plan, logits, *drawn_from)
 
         llm.runner.pick = watched
-        llm.model.backend.has_several = lambda: False  # whose logits nobody sees: see test_several
+        llm.model.backend.has_several = lambda rows: False  # nobody sees their logits
         return llm
 
 
