@@ -30,7 +30,8 @@ ORDER = [*EARLY, *(
     "test_fewbits_cpu test_first test_int8_cache test_vectors_cpu test_memory_limits "
     "test_quantize"
 ).split()]  # fmt: skip
-KINDS = "float32-layers", "float32", "bfloat16-layers", "int8-layers"  # of kernels; two are usual
+KINDS = "float32-layers", "float32"  # of kernels
+SLOW = "bfloat16-layers", "int8-layers"  # those that only slow tests need
 
 
 def pytest_collection_modifyitems(items):
@@ -48,8 +49,8 @@ def kernels(request):
 
     first.LATER = float("inf")  # no helper compiles beside the tests what nobody waits for
     alone = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
-    for kind in KINDS:
-        waits = kind in KINDS[:2] and request.path.stem not in EARLY
+    for kind in KINDS if request.config.option.markexpr == "not slow" else KINDS + SLOW:
+        waits = kind in KINDS and request.path.stem not in EARLY
         if first.compiled(kind):
             continue
         if not waits and (not alone or kind in first._helpers or not first.place(kind)):

@@ -68,7 +68,9 @@ def answers(llm, **options):
     return [sample["token_ids"] for output in outputs for sample in output["samples"]]
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"prompt_lookup": 3}])
+@pytest.mark.parametrize("options", [
+    {}, {"prompt_lookup": 3}, pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_steps_are_in_plain_torch_until_the_kernels_are_there(options, helpers):
     """And the tokens are those of the kernels, wherever the change falls, also of samples."""
     kind = options.get("dtype", "float32")

@@ -360,10 +360,11 @@ def test_weights_in_panels_are_replaced_where_they_are():
     assert torch.equal(dense(made.weight[0], 64), torch.cat(parts))
 
 
-KINDS = [
-    pytest.param(None, marks=has_panels), pytest.param("bfloat16", marks=has_panels),
-    pytest.param("int8", marks=has_int8),
-]  # fmt: skip
+KINDS = [  # the latter two compile kernels that no test of the fast ones needs
+    pytest.param(None, marks=has_panels),
+    pytest.param("bfloat16", marks=[has_panels, pytest.mark.slow]),
+    pytest.param("int8", marks=[has_int8, pytest.mark.slow]),
+]
 
 
 def compiled(folder, store=None) -> FusedGPT:

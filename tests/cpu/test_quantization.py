@@ -18,7 +18,10 @@ from microvllm.fused.linear import Linear
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALLER = [{"quantization": "int8"}, {"dtype": "bfloat16"}]
+SMALLER = [  # each compiles kernels
+    pytest.param({"quantization": "int8"}, marks=pytest.mark.slow),
+    pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 

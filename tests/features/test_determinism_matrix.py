@@ -145,7 +145,10 @@ def go(place: str, dtype: str, cells: list[dict]) -> None:
 SMALL = WAYS | {"rows": (1, 2, 9)}
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, *(RARE if ALL else ())])
+@pytest.mark.parametrize("dtype", [
+    pytest.param(dtype, marks=() if dtype == "float32" else pytest.mark.slow)
+    for dtype in (*DTYPES, *(RARE if ALL else ()))
+])  # fmt: skip
 def test_every_two_conditions_together(dtype):
     if dtype in DTYPES:
         go("tiny", dtype, covering(SMALL))

@@ -106,7 +106,9 @@ def test_every_era(era):
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"block_size": 6, "max_batch_size": 7},
+        {}, {"block_size": 6, "max_batch_size": 7},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"quantization": "int8"}, marks=pytest.mark.slow),
         pytest.param({"quantization": "int4"}, marks=[pytest.mark.slow, HEAVY]),
     ],
     ids=str,

@@ -161,8 +161,9 @@ ENGINES = {
 
 def slowly(name: str) -> list:
     """It compiles kernels of its own."""
-    heavy = pytest.mark.skipif(not ALL, reason="compiles for long: set FUZZ")
-    return [pytest.mark.slow, heavy] if name == "int4" else []
+    heavy = [pytest.mark.skipif(not ALL, reason="compiles for long: set FUZZ")]
+    heavy = heavy if name == "int4" else []
+    return [pytest.mark.slow, *heavy] if name in ("int4", "int8", "bfloat16") else []
 
 
 COPIES = {name: options for name, options in ENGINES.items() if name in ("shared", "copy")}
@@ -497,7 +498,9 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS)
+@pytest.fixture(
+    params=[pytest.param(make, id=name, marks=slowly(name)) for name, make in KINDS.items()]
+)
 def sleeper(request):
     with request.param() as llm:
         yield llm
@@ -528,7 +531,8 @@ def test_requests_survive_a_sleep_and_any_step_wakes(sleeper):
     for call in (
         lambda: [output["token_ids"] for output in llm.generate("Who?", GREEDY)],
         lambda: [output["token_ids"] for output in llm.chat(talk, GREEDY)],
-        lambda: [event["token_ids"] for event in llm.stream(["Who?"], GREEDY)],
+        # an event has the tokens of one turn of the loop, which may be several steps
+        lambda: [i for event in llm.stream(["Who?"], GREEDY) for i in event["token_ids"]],
         lambda: [round(x, 4) for scores in llm.score([[1, 2]], [[3]]) for x in scores],
         lambda: llm.generate_batch([1, 2], max_tokens=3),
     ):

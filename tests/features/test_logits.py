@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STOP_IDS = frozenset({7, 8})
 
 
-@pytest.fixture(params=["numba", "sdpa"])
+@pytest.fixture(params=["numba", pytest.param("sdpa", marks=pytest.mark.slow)])
 def backend(request):
     """What a CPU does, and the plain torch of other devices."""
     return request.param

@@ -76,16 +76,16 @@ def test_a_limit_of_addresses_ends_in_our_error_or_in_a_smaller_pool(room, block
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
 @pytest.mark.parametrize("options", [{}, {"attention": "sdpa"}, {"plain": True}], ids=str)
-def test_nothing_of_the_file_is_mapped_once_the_engine_is_there(options):
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_nothing_of_the_file_is_mapped_once_the_engine_is_there(options, dtype):
     """So a checkpoint that is cut or overwritten later ends nothing in SIGBUS."""
     gc.collect()  # what other tests have left in circles is no concern of this one
     for name in era_fixtures():
         fixture = Fixture(*era_fixtures()[name])
-        for dtype in ("float32", "bfloat16"):
-            options = options | {"dtype": dtype, "tokenizer_path": fixture.tokenizer}
-            with LLM(fixture.directory, device="cpu", num_blocks=16, **options):
-                maps = Path("/proc/self/maps").read_text()
-                assert str(fixture.directory) not in maps, (name, dtype)
+        options = options | {"dtype": dtype, "tokenizer_path": fixture.tokenizer}
+        with LLM(fixture.directory, device="cpu", num_blocks=16, **options):
+            maps = Path("/proc/self/maps").read_text()
+            assert str(fixture.directory) not in maps, name
 
 
 @pytest.mark.skipif(not os.environ.get("FUZZ"), reason="takes half a minute: set FUZZ")

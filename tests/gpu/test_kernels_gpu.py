@@ -91,7 +91,9 @@ def test_relu2(dtype):
 # N: what is left over by 2 and by 4 at a time; a program of the interpreter takes its time
 @DTYPES
 @pytest.mark.parametrize("rows, K, N", [(1, 136, 10), (3, 600, 9), (8, 64, 7), (2, 4200, 5)])
-@pytest.mark.parametrize("lambdas, outputs", [(False, 4), (True, 2)])
+@pytest.mark.parametrize(
+    "lambdas, outputs", [(False, 4), pytest.param(True, 2, marks=pytest.mark.slow)]
+)
 def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
     """norm_linear and linear_add are add_norm, F.linear and relu2 in one."""
     a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
@@ -438,10 +440,10 @@ def test_masked_and_impossible_tokens_are_never_drawn(softcap):
 
 
 @pytest.mark.parametrize("vocab, dtype, tile", [
-    pytest.param(50, torch.float32, 16),  # some searches are among the 16 largest, others not
-    pytest.param(50, torch.bfloat16, 64, marks=pytest.mark.slow),
-    pytest.param(5000, torch.float32, 4096, marks=pytest.mark.slow),
+    (50, torch.float32, 16),  # some searches are among the 16 largest, others not
+    (50, torch.bfloat16, 64), (5000, torch.float32, 4096),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_sample_with_filters(dtype, vocab, tile, monkeypatch):
     """What top_k, top_p and min_p leave is what the reference leaves, ties and all; mixed with
     greedy rows and rows without any."""
@@ -610,6 +612,7 @@ for at in (0, 1, 8):  # where in one upload the batch's arrays lie
 
 
 @pytest.mark.skipif(CUDA, reason="a real card has compiled the kernels for itself")
+@pytest.mark.slow
 def test_the_kernels_compile_for_hopper_and_wait_for_the_kernel_before_them():
     """What the interpreter cannot see: that Triton's compiler takes the kernels, that each waits
     for its predecessor before it touches memory, and that neither where a batch lies in memory nor

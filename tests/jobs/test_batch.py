@@ -85,7 +85,10 @@ def killed(source: Path, output: Path, ordered: bool, delay: float) -> int:
     return journal.stat().st_size
 
 
-@pytest.mark.parametrize("name", ["out.jsonl", "ordered.jsonl", "out.parquet"])
+@pytest.mark.parametrize("name", [
+    "out.jsonl", pytest.param("ordered.jsonl", marks=pytest.mark.slow),
+    pytest.param("out.parquet", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_job_killed_twenty_times_has_each_row_once_and_the_same_tokens(name, tmp_path):
     rows = texts(2000)
     for i in range(100, 2000, 100):

@@ -157,6 +157,7 @@ def era_jobs() -> list[dict]:
     return jobs
 
 
+@pytest.mark.slow
 def test_the_core_runs_alone(tmp_path):
     """Eight files in an empty folder, and torch, numpy, tiktoken and xxhash: nanochat's tokens for
     every era, the full engine's seeded tokens, and everything that alone.tour checks."""

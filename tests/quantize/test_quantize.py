@@ -93,7 +93,7 @@ HEAVY = pytest.mark.skipif(not os.environ.get("FUZZ"), reason="compiles for long
 SLOW = [pytest.param(bits, marks=[pytest.mark.slow, HEAVY]) for bits in (6, 5, 4)]
 
 
-@pytest.mark.parametrize("bits", [8, *SLOW])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), *SLOW])
 def test_a_folder_gives_the_tokens_of_the_dense_model(bits, folders):
     prompts = ["Who wrote Moby Dick?", "Once upon a time"]
     config, recipe, weights = read_checkpoint(*find_checkpoint(folders[bits]))
@@ -107,6 +107,7 @@ def test_a_folder_gives_the_tokens_of_the_dense_model(bits, folders):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_int8_runs_on_the_integers_of_the_folder(folders):
     found = read_checkpoint(*find_checkpoint(folders[8]))
     model = build_model(*found, torch.device("cpu"))
@@ -130,6 +131,7 @@ def test_another_word_is_refused_and_the_own_one_is_not(folders, monkeypatch):
         LLM(folders[bits], quantization=f"int{bits}", num_blocks=20, device="cpu").close()
 
 
+@pytest.mark.slow
 def test_weights_of_a_folder_can_be_swapped(folders):
     state = {name: w.float() for name, w in read_checkpoint(*find_checkpoint(MODEL))[2].items()}
     with LLM(folders[8], num_blocks=40, device="cpu") as llm:
@@ -253,6 +255,7 @@ def test_more_bits_than_the_tensors_have(folders, tmp_path):
 # the command --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_on_a_tiny_model(command, mistake, tmp_path):
     fixture, out = FIXTURES["era5"], tmp_path / "q"
     flags = ["--tokenizer-dir", fixture.tokenizer, "--tokens", 100, "--json"]

@@ -484,6 +484,7 @@ def test_forks_share_the_tokens_that_they_began_with():
     assert sum(len(life.new) for life in replay.seqs.values()) == 307
 
 
+@pytest.mark.slow
 def test_forks_copy_no_more_blocks_than_a_pool_could_mean():
     table = {"e": "allocate", "seq": 0, "blocks": [*range(1, 1001)]}
     start = [POOL, {**FACTS, "tokens": [1]}, table]
