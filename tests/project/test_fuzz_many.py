@@ -84,10 +84,10 @@ class Guard:
 
     def __enter__(self):
         if self.reset is not None:
-            os.pwrite(self.reset, b"5", 0)  # VmHWM begins at what is taken now
             if not self.begin:
                 ctypes.CDLL(None).malloc_trim(0)  # what lies free would hide what a case takes
                 self.begin = self.of_status(b"VmRSS")
+            os.pwrite(self.reset, b"5", 0)  # VmHWM begins at what is taken now
         self.on = True
 
     def __exit__(self, *_):
