@@ -217,6 +217,19 @@ WAYS = {
 } | {f"max_tokens {n}": {"temperature": 0, "max_tokens": n} for n in (1, 2, 3, 4, 5)}
 
 
+def test_the_blocks_of_guesses_are_in_the_cache_when_a_text_ends_with_them():
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in range(20, 28)]
+    with LLM(MODEL, device="cpu", num_blocks=100, block_size=4, prompt_lookup=6) as llm:
+        for each in params:
+            (output,) = llm.generate(TEXTS[:1], each, use_tqdm=False)
+            text = llm.tokenizer.encode(TEXTS[0], bos=True) + output["token_ids"]
+            (after,) = llm.generate([[*text, 5]], SamplingParams(max_tokens=1), use_tqdm=False)
+            # the last token was never fed back
+            assert after["num_cached_tokens"] == (len(text) - 1) // 4 * 4
+            llm.scheduler.reset()
+        assert llm.stats()["accepted_tokens"]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_token_for_token_and_log_probability_for_log_probability(way, pair):
     given = {"max_tokens": 48, "ignore_eos": True, "seed": 3, "logprobs": 2} | WAYS[way]
