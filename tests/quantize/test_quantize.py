@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -98,13 +99,19 @@ def test_a_folder_gives_the_tokens_of_the_dense_model(bits, folders):
     prompts = ["Who wrote Moby Dick?", "Once upon a time"]
     config, recipe, weights = read_checkpoint(*find_checkpoint(folders[bits]))
     with LLM(folders[bits], num_blocks=60, device="cpu", plain=True) as llm:
-        expected = [o["token_ids"] for o in llm.generate(prompts, GREEDY, use_tqdm=False)]
+        params = replace(GREEDY, logprobs=4)
+        expected = [o["samples"][0]["logprobs"] for o in llm.generate(prompts, params)]
         for name, w in llm.model.state_dict().items():
             stored = weights[name]
             assert torch.equal(w, stored.dense() if hasattr(stored, "dense") else stored.float())
     with LLM(folders[bits], num_blocks=60, device="cpu") as llm:
         found = [o["token_ids"] for o in llm.generate(prompts, GREEDY, use_tqdm=False)]
-    assert found == expected
+    for wanted, tokens in zip(expected, found, strict=True):
+        for own, token in zip(wanted, tokens, strict=True):
+            if token != own["token_id"]:  # a tie, within what inputs rounded to int8 change
+                (other,) = [logprob for i, logprob, _ in own["top"] if i == token]
+                assert own["logprob"] - other < 0.1
+                break  # another text from here on
 
 
 @pytest.mark.slow
