@@ -38,7 +38,8 @@ class Record(dict):
             return pick(plan, logits, *drawn_from)
 
         llm.runner.pick = watched
-        llm.model.backend.has_several = lambda rows: False  # nobody sees their logits
+        # logits of several steps in one call are seen by nobody: see test_several
+        llm.model.backend.has_several = lambda rows: False
         return llm
 
 
