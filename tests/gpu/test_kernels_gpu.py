@@ -101,11 +101,13 @@ def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
     for relu2 in (False, True):
         y, h = norm_linear(x, w, EPS, x0, a, b, relu2, outputs)
         summed = x.float() if a is None else a * x.float() + b * x0.float()
+        # the interpreter cuts bfloat16 off instead of rounding, and a square doubles what it loses
+        if dtype == torch.bfloat16 and not CUDA:
+            summed = (summed.view(torch.int32) & -65536).view(torch.float32)
         h_ref = F.rms_norm(summed.to(dtype).float(), (K,), eps=EPS)
         y_ref = F.linear(h_ref, w.float())
         assert y.dtype == h.dtype == dtype
         assert_close(h, h_ref[:, :32], dtype)
-        # the interpreter cuts bfloat16 off instead of rounding, and a square doubles what it loses
         assert_close(*((y.float().sqrt(), y_ref.relu()) if relu2 else (y, y_ref)), dtype)
     stream, x0 = randn(rows, N, dtype=dtype), randn(rows, N, dtype=dtype)
     out = linear_add(x, w, stream, x0, a, b, outputs)
