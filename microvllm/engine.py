@@ -13,7 +13,8 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, takewhile
 
@@ -310,7 +311,8 @@ class LLM(AbstractContextManager):
     def _request(self, ids, params, *, owned=False, streamed=False, **options) -> Request:
         """A request for what was checked, and its first sample."""
         if params.seed is None:
-            params = replace(params, seed=self._seeds.getrandbits(63))
+            params = copy(params)  # `replace` would check every field again
+            params.put("seed", self._seeds.getrandbits(63))
         request = Request(next(self._ids), ids, params, owned, streamed, options)
         request.watched = streamed or self.watches(request)
         request.samples = self._make_sequence(request).samples

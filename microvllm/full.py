@@ -94,7 +94,7 @@ class SamplingParams(*parts("params"), sampler.SamplingParams):
     features/stop_strings.py."""
 
     def __new__(cls, *_, **given):
-        for name in given.keys() & PLACES.keys() - cls.__dataclass_fields__.keys():
+        for name in (given.keys() - cls.__dataclass_fields__.keys()) & PLACES.keys():
             needed(name)
         if checks := optional("features.checks"):
             checks.check_names(given, checks.words(cls))

@@ -174,8 +174,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A nanochat model. rows: of the embedding tables, vocab_size and padding; attend: see
-    attention.py."""
+    """A nanochat model. rows: of the tables, vocab_size and padding; attend: see attention.py."""
 
     def __init__(self, config: GPTConfig, recipe: Recipe, rows: int, attend=sdpa_attention):
         super().__init__()

@@ -262,8 +262,7 @@ class BlockManager:
         return twin
 
     def free(self, seq: Sequence) -> None:
-        """Release all blocks, the last one first: prompts rarely have it in common, so it may be
-        evicted first."""
+        """Release all blocks, the last first: it is evicted first, and prompts rarely share it."""
         for block in reversed(seq.table):
             self.release(block)
         seq.forget()

@@ -18,7 +18,7 @@ import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from .vectors import AMX, EXACT, LANES, vectorised
+from .vectors import AMX, LANES, VIEWS, vectorised
 
 WORDS = 16  # of a row that a tile holds
 ROWS = 32  # of x at a time, in two tiles
@@ -129,7 +129,7 @@ def multiply_tiles(
                 b.write(b.select(square, b.relu2(value), value), place)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def multiply_panel(x, w, at, scaling, square, t0, t1, column, source, start, near, configured, y):
     """The rows from t0 to t1 of one panel, which begins at w's flat index `at`, in y from a column
     on. near: see multiply_tiles; configured: how many rows the tiles have, which is returned as it
@@ -148,7 +148,7 @@ def multiply_panel(x, w, at, scaling, square, t0, t1, column, source, start, nea
     return configured
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
     """products._multiply_panels, for whole tiles of words."""
     T, K, panel = len(y), w.shape[1], 2 * LANES

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from .attention_tiles import TILE, find_keys, fits, halve, tile_scores, tile_values, whole
 from .steps import array_of, exp2, exp2_of, largest
-from .vectors import EXACT, LANES, fetch, kept, one_at_a_time, sum_of, threads_for, vectorised
+from .vectors import (
+    EXACT,
+    LANES,
+    VIEWS,
+    fetch,
+    kept,
+    one_at_a_time,
+    sum_of,
+    threads_for,
+    vectorised,
+)
 
 _f32 = np.float32
 _KEYS = 512  # of which scores are kept at a time
@@ -30,7 +40,8 @@ _PANEL = 64  # keys that are multiplied at a time: they stay in the first-level 
 _QUERIES = 192  # that read a block of keys together: their scores fit in the second-level cache
 _LEAST = 12  # queries that are not cut further: packing a key takes as long as some of them
 _READ = 16  # products of a query and a key, for which the key could be read from memory
-_SOON = 8192  # bytes that are being loaded while others are multiplied
+_SOON = 4096  # bytes that are multiplied while a later block begins to be loaded
+_BEGIN = 1024  # bytes of it that are asked for: the rest the processor foresees
 
 
 def _totals(b, vectors):
@@ -134,6 +145,8 @@ def _mixes(rows: int):
 _ROWS = LANES // 4  # queries that are multiplied together: with four keys, a sum in each register
 _FEW = 4  # fewer queries read K and V where they are
 _dot, _mix, _dot_rows, _mix_rows = _dots(1), _mixes(1), _dots(_ROWS), _mixes(_ROWS)
+_TWO = min(2, _ROWS)  # of those few that are read together
+_dot_two, _mix_two = _dots(_TWO), _mixes(_TWO)
 
 
 @vectorised()
@@ -175,7 +188,7 @@ def _powers(b, x, n, top):
     return sum_of(b, n, add)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _softmax(scores, before):
     """In place, but for the division by the sum. Returns the largest score or, if that is larger,
     `before`, and the sum."""
@@ -184,7 +197,7 @@ def _softmax(scores, before):
     return top, _powers(scores, scores.size, top)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _gather(x, table, h, start, stop, D, spare):
     """spare (stop - start, D) = what x, K or V, has of kv head h at these positions."""
     n_kv_head, block_size, numbers = x.shape[1:]
@@ -195,13 +208,13 @@ def _gather(x, table, h, start, stop, D, spare):
         _unpack(x, base + x0 * D, (x1 - x0) * D, spare, (at + x0 - start) * D)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _share(start, stop, i, n):
     """The part of these positions that is due with _ROWS rows of n from i on."""
     return start + (stop - start) * i // n, start + (stop - start) * min(i + _ROWS, n) // n
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _fetch_some(x, table, h, start, stop):
     """Start loading what x has of kv head h at these positions."""
     n_kv_head, block_size, numbers = x.shape[1:]
@@ -210,7 +223,7 @@ def _fetch_some(x, table, h, start, stop):
         fetch(x, row * numbers, numbers)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _rescale_rows(scores, n, x, table, h, start, stop, D):
     """The first n of these rows, of positions from `start` on, times the scales of x."""
     n_kv_head, block_size, numbers = x.shape[1:]
@@ -223,7 +236,7 @@ def _rescale_rows(scores, n, x, table, h, start, stop, D):
             _rescale(scores, s, x, scales, x0, x1 - x0)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _read_few(mixes, ys, scores, x, other, table, h, start, stop, last):
     """scores = ys @ x.T, or if `mixes` ys += scores @ x, of x's positions from `start` to `stop`,
     where they lie. Meanwhile what comes next is being loaded: more of x, and then of `other`: after
@@ -231,25 +244,31 @@ def _read_few(mixes, ys, scores, x, other, table, h, start, stop, last):
     n, D = ys.shape
     n_kv_head, block_size, numbers = x.shape[1:]
     size, first, blocks = block_size * numbers, start // block_size, (stop - 1) // block_size + 1
+    few = min(size, _BEGIN // x.itemsize)
     for b in range(first, blocks):
         at, near = b * block_size, b + max(1, _SOON // (size * x.itemsize))
         base = (table[b] * n_kv_head + h) * size
         soon = near if mixes or near < blocks else first + near - blocks
         soon = (table[min(soon, (last - 1) // block_size)] * n_kv_head + h) * size
-        for j in range(max(start - at, 0), min(stop - at, block_size), 4):
-            if near < blocks:
-                fetch(x, soon + j * numbers, 4 * numbers)
+        if near < blocks:
+            fetch(x, soon, few)
+        else:
+            fetch(other, soon, few)
+        j, row = max(start - at, 0), scores.shape[1]
+        m, s, base = min(stop - at, block_size) - j, at + j - start, base + j * D
+        for i in range(0, n - _TWO + 1, _TWO):
+            if mixes:
+                _mix_two(scores, i * row + s, row, m, x, base, D, ys, i * D)
             else:
-                fetch(other, soon + j * numbers, 4 * numbers)
-            m, s, row = min(4, min(stop - at, block_size) - j), at + j - start, scores.shape[1]
-            for i in range(n):
-                if mixes:
-                    _mix(scores, i * row + s, row, m, x, base + j * D, D, ys, i * D)
-                else:
-                    _dot(ys, i * D, x, base + j * D, m, D, scores, i * row + s, row)
+                _dot_two(ys, i * D, x, base, m, D, scores, i * row + s, row)
+        i = n - 1
+        if n % _TWO and mixes:
+            _mix(scores, i * row + s, row, m, x, base, D, ys, i * D)
+        elif n % _TWO:
+            _dot(ys, i * D, x, base, m, D, scores, i * row + s, row)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _read_panels(mixes, ys, scores, x, table, h, start, stop, position, group, spare):
     """The same for more rows, by panels in `spare`."""
     (n, D), row = ys.shape, scores.shape[1]
@@ -266,19 +285,22 @@ def _read_panels(mixes, ys, scores, x, table, h, start, stop, position, group, s
                 _dot_rows(ys, i * D, spare, 0, m, D, scores, s, row)
 
 
-@numba.njit(**EXACT)
-def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, sums, spare, places, out):
+@numba.njit(**VIEWS)
+def attend_tile(q, k, v, h, table, position, window, scratch, out):
     """Some rows of one sequence, the first at `position`, against kv head h: q, out (count, n_head,
-    D), table (M,); scratch: qs, ys (n, D), scores (n, _WIDTH), sums (n, 2), n being padded(count *
-    the query heads of h); spare (_PANEL * D,), places (2 * _KEYS,).
+    D), table (M,); scratch: of scratch_size(count * the query heads of h, D).
 
     A few rows read K and V where they are; more of them panels in float32, that stay in the
     first-level cache. The bits of a row are the same either way. With the matrix unit all rows go
     one way, see attention_tiles.py.
     """
-    n, D = qs.shape
-    group, row = q.shape[1] // k.shape[1], scores.shape[1]
+    D, group, row = q.shape[2], q.shape[1] // k.shape[1], _WIDTH
     count = q.shape[0] * group
+    n, (spare, scratch) = padded(count), (scratch[: _PANEL * D], scratch[_PANEL * D :])
+    places, scratch = scratch[: 4 * _KEYS].view(np.int64), scratch[4 * _KEYS :]
+    qs, ys = scratch[: n * D].reshape(n, D), scratch[n * D : 2 * n * D].reshape(n, D)
+    scores = scratch[2 * n * D : n * (2 * D + row)].reshape(n, row)
+    sums = scratch[n * (2 * D + row) : n * (2 * D + row + 2)].reshape(n, 2)
     scale = _f32(1 / (math.sqrt(D) * math.log(2)))  # powers of 2, not of e
     tiled = fits(k, D)
     for i in range(n):
@@ -332,13 +354,19 @@ def _attend_tile(q, k, v, h, table, position, window, qs, ys, scores, sums, spar
             out_i[d] = yi[d] * factor
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def padded(n):
     """The rows of scratch that so many queries take."""
     return n if n < _FEW else -(-n // _ROWS) * _ROWS
 
 
-@numba.njit(**EXACT)
+def scratch_size(queries: int, D: int) -> int:
+    """How many float32 a tile needs: spare, places, and of each query qs, ys, scores, sums."""
+    size = _PANEL * D + 4 * _KEYS + padded(queries) * (2 * D + _WIDTH + 2)
+    return -(-size // 16) * 16  # no two threads write to one cache line
+
+
+@numba.njit(**VIEWS)
 def _work(count, position, window, group):
     """Of so many rows, the first at `position`: products of a query and a key, and a key's way from
     memory, which takes as long as _READ of them."""
@@ -397,44 +425,46 @@ def deal(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
 @kept(parallel=True, **EXACT)
 def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, out):
     """The tiles, of up to `rows` rows and one kv head, are dealt to the threads."""
-    D, n_kv_head, threads = q.shape[2], k.shape[1], scratch.shape[0]
+    n_kv_head, threads = k.shape[1], len(scratch)
     group = q.shape[1] // n_kv_head
-    most = padded(rows * group)  # queries in a tile
     tiles = deal(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads)
     for thread in numba.prange(threads):
-        mine = scratch[thread]
-        qs = mine[: most * D].reshape(most, D)
-        ys = mine[most * D : 2 * most * D].reshape(most, D)
-        scores = mine[2 * most * D :].reshape(most, -1)
-        sums, spare = np.empty((most, 2), np.float32), np.empty(_PANEL * D, np.float32)
-        places = np.empty(2 * _KEYS, np.int64)
-        for i in range(len(tiles)):
-            b, r, stop = tiles[i, 0], tiles[i, 1], tiles[i, 2]
-            n, position = padded((stop - r) * group), seq_lens[b] - cu_seqlens[b + 1] + r
-            for h in range(n_kv_head):
-                if tiles[i, 3 + h] == thread:
-                    _attend_tile(
-                        q[r:stop], k, v, h, block_tables[b], position, window,
-                        qs[:n], ys[:n], scores[:n], sums[:n], spare, places, out[r:stop],
-                    )  # fmt: skip
+        _attend_tiles(
+            tiles, thread, q, k, v, cu_seqlens, seq_lens, block_tables, window, scratch[thread], out
+        )
 
 
-def tile(batch, group: int) -> tuple[int, int]:
-    """Rows of one sequence that are done together, and how long a row of scores is."""
+@numba.njit(**VIEWS)
+def _attend_tiles(
+    tiles, thread, q, k, v, cu_seqlens, seq_lens, block_tables, window, scratch, out
+):  # fmt: skip
+    """Those that a thread has."""
+    for i in range(len(tiles)):
+        b, r, stop = tiles[i, 0], tiles[i, 1], tiles[i, 2]
+        position = seq_lens[b] - cu_seqlens[b + 1] + r
+        for h in range(k.shape[1]):
+            if tiles[i, 3 + h] == thread:
+                table, rows = block_tables[b], slice(r, stop)
+                attend_tile(q[rows], k, v, h, table, position, window, scratch, out[rows])
+
+
+def tile(batch, group: int, D: int) -> tuple[int, int]:
+    """Rows of one sequence that are done together, and the size of a thread's scratch for them."""
     # many queries read a block of keys together: their scores still fit in the second-level cache
-    return max(1, min(batch.max_query, _QUERIES // group)), _WIDTH
+    rows = max(1, min(batch.max_query, _QUERIES // group))
+    return rows, scratch_size(rows * group, D)
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
     """Attention as ../attention.py describes it: q in float32, k and v in that or bfloat16, or
     in int8 as ../fused/int8_cache.py has them. Chunks come here too, of any length."""
     group, D = q.shape[1] // k.shape[1], q.shape[2]
-    rows, width = tile(batch, group)
+    rows, size = tile(batch, group, D)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     where = batch.cu_seqlens, batch.seq_lens, batch.block_tables
     arrays = [array_of(x) for x in (q.contiguous(), k, v, *where)]
     with one_at_a_time:
         threads = threads_for(len(q) * k.shape[1])
-        scratch = torch.empty(threads, padded(rows * group) * (2 * D + width))
+        scratch = torch.empty(threads, size)
         attend_rows(*arrays, window, rows, scratch.numpy(), out.numpy())
     return out

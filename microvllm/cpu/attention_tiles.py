@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from .amx import ROWS, WORDS, configure, multiply_tiles, release
-from .vectors import AMX, EXACT, BFloat, fetch, vectorised
+from .vectors import AMX, VIEWS, BFloat, fetch, vectorised
 
 TILE = 2 * WORDS  # in a panel of K; numbers in one of V
 _PANEL = 4 * TILE  # keys in one of V
@@ -39,7 +39,7 @@ def fits(b, k, D):
     return b.icmp_signed("==", b.urem(D, b.i64(TILE)), b.i64(0))
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def whole(keys):
     """So many keys and those that fill up a tile."""
     return -(-keys // TILE) * TILE
@@ -176,7 +176,7 @@ def _mix_column(b, weights, at, v, k, places, first, keys, D, y, y_at):
         start = stop
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def find_keys(k, table, h, start, stop, first, last, places):
     """places = where in k, flat, each key from position `start` on begins, some more than up to
     `stop`; where there is no such key, or no row sees it, that of one which is seen."""
@@ -194,7 +194,7 @@ def find_keys(k, table, h, start, stop, first, last, places):
         places[i] = places[high - start - 1]
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _fetch_soon(x, other, places, at, count, keys, back, D):
     """Start loading so many keys of x, _SOON ahead; behind the last one of `other`, those at places
     less `back`: after K the same keys of V, after V the next ones of K."""
@@ -205,7 +205,7 @@ def _fetch_soon(x, other, places, at, count, keys, back, D):
             fetch(other, places[i - back], D)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores, spare):
     """attention._attend_tile's scores = qs @ K.T, of the keys from position `start` to `stop`."""
     (n, D), words, panel, configured = qs.shape, qs.view(np.int32), spare.view(np.uint16), 0
@@ -240,7 +240,7 @@ def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores
     release()
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def tile_values(scores, k, v, places, start, stop, position, group, ys, spare):
     """ys += scores @ V of the same keys."""
     (n, D), words, panel, configured = ys.shape, scores.view(np.int32), spare.view(np.uint16), 0

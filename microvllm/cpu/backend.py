@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..fused.backend import Backend
 from . import first, products, steps
-from .attention import attend_rows, padded, paged_attention, tile
+from .attention import attend_rows, paged_attention, tile
 from .fewbits import FEW, class_of
 from .packed import BITS
-from .products import HalfPanels, Int8, Int8Panels, Panels, product
+from .products import HalfPanels, Int8, Int8Panels, Panels, product, workspace
 from .steps import add_norm_rows, array_of, back_out, embed_rows, rope_store_rows
 from .vectors import EXACT, check_process, kept, one_at_a_time, row_threads, threads_for, vectorised
 
@@ -161,17 +161,12 @@ _VE = 12  # after those four weights: the value embeddings, and their gate
 def _layers(
     x0, ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables, cache, depths, groups,
     windows, weights, like, head, wte, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
-    rows, width, threads,
+    rows, spare, other, y, h, q, seen, qkv, wide, scratch,
 ):  # fmt: skip
-    """FusedGPT.forward after its step (1), with the same numbers."""
-    T, C = x0.shape
-    n_layer, n_kv_head, D = len(windows), cache.shape[3], 2 * cos.shape[1]
-    n_head, mixes, smear = C // D, resid.size > 0, backout.size > 0
-    few = row_threads(T, threads)
-    x, spare, y, h, middle = x0.copy(), np.empty_like(x0), np.empty_like(x0), np.empty_like(x0), x0
-    q, seen = np.empty((T, n_head, D), np.float32), np.empty((T, n_head, D), np.float32)
-    qkv, wide = np.empty((T, C + 2 * n_kv_head * D), np.float32), np.empty((T, 4 * C), np.float32)
-    scratch = np.empty((threads, padded(rows * n_head // n_kv_head) * (2 * D + width)), np.float32)
+    """FusedGPT.forward after its step (1), with the same numbers. The last line's are workspace."""
+    (T, C), threads, n_layer = x0.shape, len(scratch), len(windows)
+    mixes, smear = resid.size > 0, backout.size > 0
+    few, x, middle = row_threads(T, threads), x0, x0
     one, none = _f32(1), _f32(0)
     # no constants, or numba would compile each kernel for them once more
     yes, no = threads > 0, threads < 0
@@ -179,7 +174,7 @@ def _layers(
         a, b = (resid[i], first[i]) if mixes else (one, none)  # (2), and the norm before (3)
         add_norm_rows(x, y, x0, a, b, eps, i > 0, mixes, few, spare, h)
         if i > 0 or mixes:
-            x, spare = spare, x
+            x, spare = spare, x if i > 0 else other  # x0 is mixed in again
         # (3) project, (4) rotate and norm, (5) write K and V, then attend
         proj, fc = _weight(weights, i, 1, like), _weight(weights, i, 2, like)
         product(h, _weight(weights, i, 0, like), no, proj[0], threads, qkv)
@@ -188,8 +183,8 @@ def _layers(
         ve = _tensor(weights, i, _VE, wte)[0] if gated else wte
         ve_gate = _tensor(weights, i, _VE + 1, x0)[0] if gated else x0
         rope_store_rows(
-            qkv.reshape(T, -1, D), h, ids, ve, ve_gate, gated, cos, sin, positions, slots[group],
-            k, v, qk_scale, gate_scale, eps, few, q,
+            qkv.reshape(T, -1, q.shape[2]), h, ids, ve, ve_gate, gated, cos, sin, positions,
+            slots[group], k, v, qk_scale, gate_scale, eps, few, q,
         )  # fmt: skip
         if i == n_layer - 1 and len(logit_rows) == 0:
             return y[:0]
@@ -223,7 +218,7 @@ class Layers:
     """All layers of a FusedGPT whose weights are in panels, on a batch: see FusedGPT.forward."""
 
     def __init__(self, model):
-        recipe, places, none = model.recipe, [], torch.empty(0)
+        config, recipe, places, none = model.config, model.recipe, [], torch.empty(0)
         for layer in model.layers:
             linears = layer.qkv, layer.proj, layer.fc, layer.mlp_proj
             embeddings = (none, none) if layer.ve is None else (layer.ve, layer.ve_gate)
@@ -240,8 +235,9 @@ class Layers:
         self.smear = [smear.numpy(), model.tensors.get("smear_lambda", none).numpy()]
         self.scales = [_f32(x) for x in (recipe.qk_scale, recipe.gate_scale, recipe.eps)]
         self.cache = None  # the one that groups and depths are of
-        self.group = model.config.n_head // model.config.n_kv_head
-        self.width = model.config.n_embd
+        C, D, self.group = config.n_embd, config.head_dim, config.n_head // config.n_kv_head
+        # of a row's spare, other, y, h, q, seen, qkv and wide
+        self.shapes = *[(C,)] * 4, *[(C // D, D)] * 2, (C + 2 * C // self.group,), (4 * C,)
 
     def locate(self, cache) -> None:
         """Set each layer's group, and where in the cache's data it is."""
@@ -256,16 +252,18 @@ class Layers:
         *arrays, slots, tables = [getattr(batch, name).numpy() for name in names]
         self.locate(cache)
         T = len(arrays[0])
-        x, slots = np.empty((T, self.width), np.float32), slots.reshape(-1, T)
+        x, slots = np.empty((T, *self.shapes[0]), np.float32), slots.reshape(-1, T)
         tables = tables.reshape(len(slots), len(batch.seq_lens), -1)
         with one_at_a_time:
             threads = threads_for(1 + T // 8)  # (1)
             ids, prev_ids, eps = arrays[0], batch.prev_ids.numpy(), self.scales[2]
             embed_rows(ids, prev_ids, arrays[1], self.wte, *self.smear, eps, threads, x)
-            threads = threads_for(len(self.head[0]))
+            rows, size = tile(batch, self.group, self.shapes[4][1])
+            scratch = threads_for(len(self.head[0])), size
             h = _layers(
                 x, *arrays, slots, tables, array_of(cache.data), self.depths,
                 self.groups, self.windows, self.weights, self.like, self.head, self.wte,
-                *self.numbers, *self.scales, *tile(batch, self.group), threads,
+                *self.numbers, *self.scales, rows,
+                *workspace(*[(T, *shape) for shape in self.shapes], scratch),
             )  # fmt: skip
         return torch.from_numpy(h)

@@ -19,12 +19,12 @@ from numba.extending import intrinsic, overload
 from ..attention import make_batch
 from ..sampler import noise
 from . import amx, first, products, steps
-from .attention import _KEYS, _PANEL, _WIDTH, _attend_tile, padded
+from .attention import attend_tile, scratch_size
 from .backend import _VE, _tensor, _weight
-from .fewbits import SOON, few_rows, round_rows
+from .fewbits import few_rows, round_rows
 from .packed import STEP
-from .products import PANEL, _multiply_panels
-from .vectors import EXACT, TWO_HALVES, apart, kept, one_at_a_time, share, threads_for, vectorised
+from .products import PANEL, _multiply_panels, workspace
+from .vectors import EXACT, VIEWS, apart, kept, one_at_a_time, share, threads_for, vectorised
 
 _f32 = np.float32
 FEW = 8  # rows below which each thread norms all of them by itself, rather than wait for others
@@ -99,27 +99,18 @@ def _serial(kernel):
     return numba.njit(**EXACT)(kernel.py_func)
 
 
-_embed, _add_norm = _serial(steps.embed_rows), _serial(steps.add_norm_rows)
-_rope_store, _draw = _serial(steps.rope_store_rows), _serial(steps._sample)
 _quantize, _round = _serial(products.quantize_rows_into), _serial(products.round_rows_into)
 
 
-@numba.njit(**EXACT)
-def _attend(q, k, v, tables, positions, window, crew, seen):
+@numba.njit(**VIEWS)
+def _attend(q, k, v, tables, positions, window, crew, scratch, seen):
     """A member's share of what attend_rows does, with a row of each sequence."""
     apart()
-    T, n_head, D = q.shape
     n_kv_head = k.shape[1]
-    most = padded(n_head // n_kv_head)
-    qs, ys = np.empty((most, D), np.float32), np.empty((most, D), np.float32)
-    scores, sums = np.empty((most, _WIDTH), np.float32), np.empty((most, 2), np.float32)
-    spare, places = np.empty(_PANEL * D, np.float32), np.empty(2 * _KEYS, np.int64)
-    for job in range(crew[0], T * n_kv_head, crew[1]):
+    for job in range(crew[0], len(q) * n_kv_head, crew[1]):
         t, head = job // n_kv_head, job % n_kv_head
-        _attend_tile(
-            q[t : t + 1], k, v, head, tables[t], positions[t], window, qs, ys, scores, sums, spare,
-            places, seen[t : t + 1],
-        )  # fmt: skip
+        row = slice(t, t + 1)
+        attend_tile(q[row], k, v, head, tables[t], positions[t], window, scratch, seen[row])
 
 
 def _product(x, weight, square, following, own, team, crew, q, scale, y):
@@ -171,12 +162,12 @@ def _product_of(x, weight, square, following, own, team, crew, q, scale, y):
         return few_bits(weight.instance_class)
     if weight[0].dtype == types.int32:
         return integers
-    return halves if weight[0].dtype == types.uint16 and TWO_HALVES else floats
+    return halves if weight[0].dtype == types.uint16 and products.TWO_HALVES else floats
 
 
 def few_bits(kind: type):
     """Of weights in a few bits, for few rows, all of which each member rounds."""
-    direct, size, top, groups = few_rows(kind)
+    multiply, top, groups = few_rows(kind)
 
     def product(x, weight, square, following, own, team, crew, q, scale, y):
         apart()
@@ -186,11 +177,7 @@ def few_bits(kind: type):
         start, x_scale = np.empty((T, steps if groups else 1), np.int32), scale.reshape(T)
         round_rows(x, top, levels, x_scale, start)
         first, end = _share(len(w), crew)
-        for p in range(first, end):
-            direct(
-                T, steps, levels.view(np.int32), 0, start, w, p * steps * size, y, 0, p * PANEL,
-                w, p * steps * size + SOON, square, w_scale, x_scale,
-            )  # fmt: skip
+        multiply(levels.view(np.int32), start, w, first, end, square, w_scale, x_scale, y)
         _wait(team, crew)
 
     return product
@@ -198,10 +185,10 @@ def few_bits(kind: type):
 
 @kept(**EXACT)
 def _member(
-    team, threads, rows, rounded, scales, y, q, seen, qkv, wide, logits, tokens, ids, prev_ids,
-    positions, slots, tables, uniform, scale, filters, stops, V, softcap, cache, depths, groups,
-    windows, weights, like, head, wte, smear_gate, smear_lambda, resid, first, backout, cos, sin,
-    qk_scale, gate_scale, eps,
+    team, threads, rows, rounded, scales, scratch, y, q, seen, qkv, wide, logits, tokens, ids,
+    prev_ids, positions, slots, tables, uniform, scale, filters, stops, V, softcap, cache, depths,
+    groups, windows, weights, like, head, wte, smear_gate, smear_lambda, resid, first, backout, cos,
+    sin, qk_scale, gate_scale, eps,
 ):  # fmt: skip
     """What a thread does in all steps: FusedGPT.forward with the same numbers, and the draw. tokens
     (steps, T); like: the weights of some layer, for their types."""
@@ -211,27 +198,24 @@ def _member(
     T, n_head, D = q.shape
     size, C, n_layer = cache.shape[4], n_head * D, len(windows)
     mixes, smears = resid.size > 0, backout.size > 0
-    own, (a, b) = T < FEW, _share(T, crew)
-    a0, b0, mine = (0, T, crew[0]) if own else (a, b, 0)  # rows to norm, and where
-    x0, x, spare, h, middle = rows[mine]
+    own, part = T < FEW, _share(T, crew)
+    (a, b), (normed, mine) = part, ((0, T), crew[0]) if own else (part, 0)  # rows to norm, where
+    a0, b0 = normed
+    x0, unused, other, h, middle = rows[mine]
+    previous, space = np.empty(C, np.float32), steps.draw_space(V)
     q8, s8 = rounded[mine], scales[mine]
     one, none = _f32(1), _f32(0)
     yes, no = threads > 0, threads < 0
     for step in range(len(tokens)):
-        _embed(  # (1)
-            ids[a0:b0], prev_ids[a0:b0], positions[a0:b0], wte, smear_gate, smear_lambda, eps, 1,
-            x0[a0:b0],
-        )  # fmt: skip
-        for t in range(a0, b0):
-            for c in range(C):
-                x[t, c] = x0[t, c]
+        steps.embed_some(  # (1)
+            ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, normed, previous, x0
+        )
+        x, spare = x0, unused
         for i in range(n_layer):
             c0, c1 = (resid[i], first[i]) if mixes else (one, none)  # (2), and the norm before (3)
-            _add_norm(
-                x[a0:b0], y[a0:b0], x0[a0:b0], c0, c1, eps, i > 0, mixes, 1, spare[a0:b0], h[a0:b0]
-            )
+            steps.add_norm_some(x, y, x0, c0, c1, eps, i > 0, mixes, normed, spare, h)
             if i > 0 or mixes:
-                x, spare = spare, x
+                x, spare = spare, x if i > 0 else other  # x0 is mixed in again
             if not own:
                 _wait(team, crew)
             # (3) project, (4) rotate and norm, (5) write K and V, then attend
@@ -241,17 +225,15 @@ def _member(
             gated = weights[i, _VE, 0] != 0
             ve = _tensor(weights, i, _VE, wte)[0] if gated else wte
             ve_gate = _tensor(weights, i, _VE + 1, x0)[0] if gated else x0
-            _rope_store(
-                qkv.reshape(T, -1, D)[a:b], h[a:b], ids[a:b], ve, ve_gate, gated, cos, sin,
-                positions[a:b], slots[g, a:b], k, v, qk_scale, gate_scale, eps, 1, q[a:b],
+            steps.rope_store_some(
+                qkv.reshape(T, -1, D), h, ids, ve, ve_gate, gated, cos, sin, positions, slots[g],
+                k, v, qk_scale, gate_scale, eps, part, previous[:D], q,
             )  # fmt: skip
             _wait(team, crew)
-            _attend(q, k, v, tables[g], positions, windows[i], crew, seen)
+            _attend(q, k, v, tables[g], positions, windows[i], crew, scratch[crew[0]], seen)
             _wait(team, crew)
             _product(seen.reshape(T, C), proj, no, fc[0], own, team, crew, q8, s8, y)
-            _add_norm(
-                x[a0:b0], y[a0:b0], x[a0:b0], one, none, eps, yes, no, 1, spare[a0:b0], h[a0:b0]
-            )
+            steps.add_norm_some(x, y, x, one, none, eps, yes, no, normed, spare, h)
             x, spare = spare, x
             if not own:
                 _wait(team, crew)
@@ -263,21 +245,18 @@ def _member(
                 for t in range(a0, b0):
                     for c in range(C):
                         middle[t, c] = x[t, c] + y[t, c]
-        _add_norm(x[a0:b0], y[a0:b0], x[a0:b0], one, none, eps, yes, no, 1, spare[a0:b0], h[a0:b0])
+        steps.add_norm_some(x, y, x, one, none, eps, yes, no, normed, spare, h)
         if smears:  # (7)
             steps.back_out(spare[a0:b0], backout[0], middle[a0:b0])
-            _add_norm(
-                spare[a0:b0], y[a0:b0], x[a0:b0], one, none, eps, no, no, 1, x[a0:b0], h[a0:b0]
-            )
+            steps.add_norm_some(spare, y, x, one, none, eps, no, no, normed, x, h)
         if not own:
             _wait(team, crew)
         first_weights = _weight(weights, 0, 0, like)[0]
         _product(h, head, no, first_weights, own, team, crew, q8, s8, logits)
         stride, flat = logits.shape[1], logits.reshape(-1)
-        _draw(
-            flat[a * stride :], V, stride, uniform[step, a:b], scale[a:b], softcap, filters[a:b], 1,
-            tokens[step, a:b],
-        )  # fmt: skip
+        steps.sample_some(
+            flat, V, stride, uniform[step], scale, softcap, filters, (a, b, 1), space, tokens[step]
+        )
         for t in range(a, b):
             token, position = tokens[step, t], positions[t] + 1
             ends = token < 0
@@ -339,22 +318,20 @@ def compute(model, plan, cache, blocks, count: int) -> np.ndarray:
     drawn = (batch.seq_lens + np.arange(count)[:, None]).ravel()
     seeds = np.array([p.seed for p in params], np.uint64)
     uniform = noise(np.tile(seeds, count), np.tile(samples, count), drawn).reshape(count, T)
-    width = max([len(seq.stop_ids) for seq in seqs])
-    stops = np.full((T, width), -1, np.int32)
-    for row, seq in zip(stops, seqs, strict=True):
-        known = [i for i in seq.stop_ids if i < model.config.vocab_size]
-        row[: len(known)] = known
+    known = [[i for i in seq.stop_ids if i < model.config.vocab_size] for seq in seqs]
+    width = max(map(len, known))
+    stops = np.array([[*row, *[-1] * (width - len(row))] for row in known], np.int32)
     layers.locate(cache)
-    C, D, n_kv_head = layers.width, 2 * model.cos.shape[1], model.local.n_kv_head
     num_panels = len(layers.head[0])
     tokens, team = np.empty((count, T), np.int64), np.zeros(32, np.int64)
     with one_at_a_time:
         threads = threads_for(num_panels)
-        shapes = (
-            (threads, 5, T, C), (threads, T, 2 * C), (threads, T, 1), (T, C), (T, C // D, D),
-            (T, C // D, D), (T, C + 2 * n_kv_head * D), (T, 4 * C), (T, num_panels * PANEL),
+        y, _, q, seen, qkv, wide = [(T, *shape) for shape in layers.shapes[2:]]
+        rows, rounded, *others = workspace(
+            (threads, 5, *y), (threads, T, 2 * y[1]), (threads, T, 1),
+            (threads, scratch_size(layers.group, q[2])), y, q, seen, qkv, wide,
+            (T, num_panels * PANEL),
         )  # fmt: skip
-        rows, rounded, *others = [np.empty(shape, np.float32) for shape in shapes]
         before = (
             team, threads, rows, rounded.view(np.uint8), *others, tokens, *batch[:3], slots, tables,
             uniform, *steps.draw_values(params, batch.temperature), stops, model.config.vocab_size,

@@ -11,7 +11,7 @@ so that for few rows a sum begins with -top times the sum of the row's inputs, a
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numba
@@ -55,7 +55,7 @@ OPERANDS = STEP // 4  # of a step
 _ROWS = 12 if LANES == 16 else 6  # that are multiplied together, of what was unpacked
 FEW = _ROWS // 2  # so many rows are multiplied by what is unpacked in registers
 _MANY = 240  # rows at a time: they stay in the cache
-SOON = 768  # numbers of 32 bits that are loaded ahead of their use by a single tile
+_SOON = 768  # numbers of 32 bits that are loaded ahead of their use by a single tile
 
 
 class Weight4(NamedTuple):
@@ -159,19 +159,12 @@ def _multiplier(bits: int):
     layout, factors, size = LAYOUT[bits], grouped(bits), step_size(bits, PANEL)
 
     @vectorised()
-    def multiply(
-        b, n, steps, x, x_at, start, w, w_at, y, row, column, ahead, ahead_at, square, w_scale,
-        x_scale,
-    ):  # fmt: skip
-        """y (n, PANEL) = x (n, 8 * steps int32 of four int8) @ the weights.
-
-        The arrays begin as in products._multiply. start (T, groups): what the integer sums begin
-        with; ahead: weights to start loading, as many as are used.
-        """
-        x_stride, y_stride, s_stride = (b.extract_value(a.shape, 1) for a in (x, y, start))
-        xs, ws, aheads = b.at(x.data, x_at), b.at(w.data, w_at), b.at(ahead.data, ahead_at)
-        ys = b.at(y.data, (row, y_stride), column)
-        starts = b.at(start.data, (row, s_stride))
+    def multiply(b, x, start, w, p, square, w_scale, x_scale, y):
+        """Columns of y (T, N) = x (T, 8 * steps int32 of four int8) @ panel p of w (panels, steps,
+        size); start (T, groups): what the integer sums begin with."""
+        steps, x_stride, y_stride, groups = (b.extract_value(a.shape, 1) for a in (w, x, y, start))
+        column = b.mul(p, b.i64(PANEL))
+        xs, ws, ys = x.data, b.at(w.data, (b.mul(p, steps), size)), b.at(y.data, column)
         floats, integers = b.kind(b.f32), b.kind(b.i32)
         shorts = ir.VectorType(b.i16, 2 * LANES)
         # sums of 4 bits of a step fit 16 bits: 8 operands of at most 2 * 15 * 127 in each
@@ -181,7 +174,7 @@ def _multiplier(bits: int):
             rows, columns = range(n), range(2)
             places = [b.at(xs, (x_stride, i)) for i in rows]
             sums = [[cgutils.alloca_once(b, integers, zfill=True) for _ in columns] for _ in rows]
-            first = [b.at(starts, (s_stride, i)) for i in rows]
+            first = [b.at(start.data, (groups, i)) for i in rows]
             if not factors:
                 for i in rows:
                     for each in sums[i]:
@@ -212,12 +205,12 @@ def _multiplier(bits: int):
                             total = b.bitcast(total, shorts)
                             total = b.multiply_add16(total, own[j], b.load(sums[i][j]))
                         b.store(total, sums[i][j])
-                near = b.at(aheads, (k, size))
+                near = b.at(begin, _SOON)
                 for line in range(0, size, 16):
                     b.start_loading(b.at(near, line))
             w_scales = [b.read(b.at(w_scale.data, column, (LANES, j))) for j in columns]
             for i in rows:
-                scale = b.splat(b.load(b.at(x_scale.data, row, i)))
+                scale = b.splat(b.load(b.at(x_scale.data, i)))
                 for j in columns:
                     value = b.fmul(b.sitofp(b.load(sums[i][j]), floats), w_scales[j])
                     value = b.fmul(value, scale)
@@ -225,7 +218,7 @@ def _multiplier(bits: int):
                     b.write(value, b.at(ys, (y_stride, i), (LANES, j)))
 
         done = b.append_basic_block("done")
-        switch = b.switch(n, done)
+        switch = b.switch(b.extract_value(y.shape, 0), done)
         for i in range(1, FEW + 1):
             block = b.append_basic_block(f"{i}_rows")
             switch.add_case(b.i64(i), block)
@@ -284,33 +277,36 @@ def _multiply_unpacked(q, panels, count, scaling, square, p, ahead, ahead_at, si
 
 @cache
 def few_rows(kind: type) -> tuple:
-    """Of one of WEIGHTS: the product with up to FEW rows, what a step takes, half of the integers
-    there are, and whether groups have factors."""
+    """Of one of WEIGHTS: the product of panels with up to FEW rows, half of the integers there are,
+    and whether groups have factors."""
     bits = next(bits for bits in WEIGHTS if WEIGHTS[bits] is kind)
-    return _multiplier(bits), step_size(bits, PANEL), 2 ** (bits - 1), grouped(bits)
+    direct = _multiplier(bits)
+
+    def multiply(q, start, w, first, end, square, w_scale, x_scale, y):
+        for p in range(first, end):
+            direct(q, start, w, p, square, w_scale, x_scale, y)
+
+    return _compiled(bits, multiply), 2 ** (bits - 1), grouped(bits)
+
+
+def _compiled(bits: int, function, **options):
+    """A function for so many bits. Kernels that were compiled in two processes, and are read from
+    disk by a third, must not have the same name, by which they are linked."""
+    function.__qualname__ += str(bits)
+    return numba.njit(**options, **EXACT)(function)
 
 
 def _product(bits: int):
     """A kernel: y (T, N) = x (T, K) @ w.T of a weight in so many bits."""
-    (direct, _, top, factors), unpack = few_rows(WEIGHTS[bits]), _unpacker(bits)
-
-    def named(function):
-        # kernels that were compiled in two processes, and are read from disk by a third, must not
-        # have the same name, by which they are linked
-        function.__qualname__ += str(bits)
-        return numba.njit(parallel=True, **EXACT)(function)
+    (direct, top, factors), unpack = few_rows(WEIGHTS[bits]), _unpacker(bits)
+    named = partial(_compiled, bits, parallel=True)
 
     @named
     def multiply_few(q, start, scaling, w, square, threads, y):
-        panels, size = len(w), w.shape[1] * w.shape[2]
-        used = fewest(panels, threads)
+        used = fewest(len(w), threads)
         for thread in numba.prange(used):
-            first, end = share(panels, thread, used)
-            for p in range(first, end):
-                direct(
-                    len(y), w.shape[1], q, 0, start, w, p * size, y, 0, p * PANEL,
-                    w, p * size + SOON, square, scaling[1], scaling[2],
-                )  # fmt: skip
+            first, end = share(len(w), thread, used)
+            direct(q, start, w, first, end, square, scaling[1], scaling[2], y)
 
     @named
     def multiply_many(q, scaling, w, square, following, threads, y):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import accumulate
 
 import numba
 import numpy as np
@@ -31,6 +32,7 @@ from .vectors import (
     LANES,
     NEON,
     TWO_HALVES,
+    VIEWS,
     fewest,
     kept,
     multiply_add,
@@ -140,7 +142,7 @@ def _multiply(
     b.position_at_end(done)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
     """y (T, N) of the panels from `first` to `end`; following, ahead: which weights come after, and
     where they begin."""
@@ -295,6 +297,22 @@ def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     flat = np.empty(count + 16, np.int32)
     start = -flat.ctypes.data % 64 // flat.itemsize
     return torch.from_numpy(flat[start : start + count]).view(dtype).view(shape)
+
+
+_space = np.empty(0, np.float32)
+
+
+def workspace(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """Arrays of float32 that a kernel needs until it returns, always in the same memory: to clear
+    new pages would take the system as long as it takes a kernel to fill them."""
+    global _space
+    sizes = [math.prod(shape) for shape in shapes]
+    *starts, end = accumulate([-(-size // 16) * 16 for size in sizes], initial=0)  # cache lines
+    space = _space
+    if end > len(space):
+        space = _space = aligned((end,), torch.float32).numpy()
+    places = zip(starts, sizes, shapes, strict=True)
+    return [space[at : at + size].reshape(shape) for at, size, shape in places]
 
 
 class Panels(Linear):

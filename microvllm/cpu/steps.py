@@ -19,6 +19,7 @@ from torch import Tensor
 from ..fused.backend import NO_FILTERS, filter_values
 from .vectors import (
     EXACT,
+    VIEWS,
     above,
     apart,
     dot,
@@ -61,13 +62,13 @@ def store(b, x, i, value):
     b.store(value, place)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def flipped(bits):
     """A float's bits as an integer in the order of the floats, or back; a NaN is at either end."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def largest(x):
     """Integers, since the compiler makes no vectors of the maximum of floats: 12 times faster."""
     bits, most = x.view(np.int32), np.int32(-(2**31))
@@ -95,29 +96,36 @@ def exp2_of(b, x, lanes: int):
 exp2 = vectorised(types.float32)(lambda b, x: exp2_of(b, x, 1))
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _rms_scale(x, eps):
     return _f32(1) / np.sqrt(dot(x, x, x.size) / _f32(x.size) + eps)
+
+
+@numba.njit(**VIEWS)
+def add_norm_some(x, y, x0, a, b, eps, adds, mixes, rows, x_new, h):
+    """rows: the first, and the one behind the last."""
+    apart()
+    for t in range(rows[0], rows[1]):
+        xt, yt, x0t, zt, ht = x[t], y[t], x0[t], x_new[t], h[t]
+        if adds:
+            for c in range(xt.size):
+                zt[c] = xt[c] + yt[c]
+            xt = zt
+        if mixes:
+            for c in range(xt.size):
+                zt[c] = a * xt[c] + b * x0t[c]
+            xt = zt
+        scale = _rms_scale(xt, eps)
+        for c in range(xt.size):
+            ht[c] = xt[c] * scale
 
 
 @kept(parallel=True, **EXACT)
 def add_norm_rows(x, y, x0, a, b, eps, adds, mixes, threads, x_new, h):
     apart()
     for thread in numba.prange(threads):
-        first, end = share(len(x), thread, threads)
-        for t in range(first, end):
-            xt, yt, x0t, zt, ht = x[t], y[t], x0[t], x_new[t], h[t]
-            if adds:
-                for c in range(xt.size):
-                    zt[c] = xt[c] + yt[c]
-                xt = zt
-            if mixes:
-                for c in range(xt.size):
-                    zt[c] = a * xt[c] + b * x0t[c]
-                xt = zt
-            scale = _rms_scale(xt, eps)
-            for c in range(xt.size):
-                ht[c] = xt[c] * scale
+        rows = share(len(x), thread, threads)
+        add_norm_some(x, y, x0, a, b, eps, adds, mixes, rows, x_new, h)
 
 
 def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
@@ -132,7 +140,7 @@ def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
     return x_new, h
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _quantize(x, scale, head, slot):
     """x (D,) times scale to a slot of head (block_size, D + 2) as fused/int8_cache.py has it, whose
     rounding this is, to the bit."""
@@ -154,7 +162,7 @@ def write_row(x, scale, rows, i):
     """rows[i] = x (D,) times scale, in the numbers that rows has."""
 
 
-@overload(write_row, jit_options=EXACT)
+@overload(write_row, jit_options=VIEWS)
 def _write_row_of(x, scale, rows, i):
     def floats(x, scale, rows, i):
         row = rows[i]
@@ -167,23 +175,29 @@ def _write_row_of(x, scale, rows, i):
     return integers if rows.dtype == types.int8 else floats
 
 
+@numba.njit(**VIEWS)
+def embed_some(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, rows, previous, x):
+    """previous (C,): scratch, the embedding of the token before."""
+    apart()
+    for t in range(rows[0], rows[1]):
+        _embed(wte[ids[t]], eps, x[t])
+        if smear_gate.size and positions[t] > 0:  # position 0 has no neighbour
+            _embed(wte[prev_ids[t]], eps, previous)
+            gate = smear_lambda[0] / (_f32(1) + np.exp(-dot(x[t], smear_gate, smear_gate.size)))
+            for c in range(previous.size):
+                x[t, c] += gate * previous[c]
+
+
 @kept(parallel=True, **EXACT)
 def embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, threads, x):
     """FusedGPT.embed; without smear, its gate is empty."""
     apart()
     for thread in numba.prange(threads):
-        previous = np.empty(x.shape[1], np.float32)
-        start, end = share(len(x), thread, threads)
-        for t in range(start, end):
-            _embed(wte[ids[t]], eps, x[t])
-            if smear_gate.size and positions[t] > 0:  # position 0 has no neighbour
-                _embed(wte[prev_ids[t]], eps, previous)
-                gate = smear_lambda[0] / (_f32(1) + np.exp(-dot(x[t], smear_gate, smear_gate.size)))
-                for c in range(previous.size):
-                    x[t, c] += gate * previous[c]
+        rows, previous = share(len(x), thread, threads), np.empty(x.shape[1], np.float32)
+        embed_some(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, rows, previous, x)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _embed(row, eps, x):
     """x (C,) = the normed row of a table."""
     for c in range(x.size):
@@ -193,7 +207,7 @@ def _embed(row, eps, x):
         x[c] *= scale
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _rotate(x, cos, sin, qk_scale, eps, z, rows, i):
     """rows[i] (D,) = qk_scale * the norm of x (D,) rotated; z (D,) is scratch."""
     half = cos.size
@@ -203,32 +217,43 @@ def _rotate(x, cos, sin, qk_scale, eps, z, rows, i):
     write_row(z, _rms_scale(z, eps) * qk_scale, rows, i)
 
 
+@numba.njit(**VIEWS)
+def rope_store_some(
+    qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
+    qk_scale, gate_scale, eps, rows, z, q,
+):  # fmt: skip
+    """z (D,): scratch."""
+    apart()
+    (_, n_head, D), (n_kv_head, block_size) = q.shape, k.shape[1:3]
+    for t in range(rows[0], rows[1]):
+        c, s = cos[positions[t]], sin[positions[t]]
+        block, slot = slots[t] // block_size, slots[t] % block_size
+        e = ve[ids[t] if gated else 0]
+        for i in range(n_head):
+            _rotate(qkv[t, i], c, s, qk_scale, eps, z, q[t], i)
+        for i in range(n_kv_head):
+            _rotate(qkv[t, n_head + i], c, s, qk_scale, eps, z, k[block, i], slot)
+            vi = qkv[t, n_head + n_kv_head + i]
+            if gated:
+                gate = gate_scale / (_f32(1) + np.exp(-dot(h[t], ve_gate[i], ve_gate.shape[1])))
+                for j in range(D):
+                    z[j] = vi[j] + gate * load(e, i * D + j)
+                vi = z
+            write_row(vi, _f32(1), v[block, i], slot)
+
+
 @kept(parallel=True, **EXACT)
 def rope_store_rows(
     qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
     qk_scale, gate_scale, eps, threads, q,
 ):  # fmt: skip
     apart()
-    T, n_head, D = q.shape
-    n_kv_head, block_size = k.shape[1:3]
     for thread in numba.prange(threads):
-        z = np.empty(D, np.float32)
-        first, end = share(T, thread, threads)
-        for t in range(first, end):
-            c, s = cos[positions[t]], sin[positions[t]]
-            block, slot = slots[t] // block_size, slots[t] % block_size
-            e = ve[ids[t] if gated else 0]
-            for i in range(n_head):
-                _rotate(qkv[t, i], c, s, qk_scale, eps, z, q[t], i)
-            for i in range(n_kv_head):
-                _rotate(qkv[t, n_head + i], c, s, qk_scale, eps, z, k[block, i], slot)
-                vi = qkv[t, n_head + n_kv_head + i]
-                if gated:
-                    gate = gate_scale / (_f32(1) + np.exp(-dot(h[t], ve_gate[i], ve_gate.shape[1])))
-                    for j in range(D):
-                        z[j] = vi[j] + gate * load(e, i * D + j)
-                    vi = z
-                write_row(vi, _f32(1), v[block, i], slot)
+        rows, z = share(len(q), thread, threads), np.empty(q.shape[2], np.float32)
+        rope_store_some(
+            qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
+            qk_scale, gate_scale, eps, rows, z, q,
+        )  # fmt: skip
 
 
 def rope_store(
@@ -251,7 +276,7 @@ def rope_store(
     return q
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def back_out(x, factor, middle):
     """x (T, C) -= factor * middle."""
     for t in range(len(x)):
@@ -259,7 +284,7 @@ def back_out(x, factor, middle):
             x[t, c] -= factor * middle[t, c]
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _least(values, counting, limit, low, high):
     """The least of the values that stay: those for which all larger ones together hold less than
     `limit`, each holding what it is or, if counting, 1. It lies between low and high."""
@@ -275,7 +300,7 @@ def _least(values, counting, limit, low, high):
     return np.int32(flipped(first)).view(np.float32)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
     """w (V,) = 2**(scale * (x - the largest)), x being capped, and 0 for what the filters drop."""
     top = largest(x)
@@ -307,7 +332,7 @@ def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
             w[i] = w[i] if w[i] >= min_p else _f32(0)
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _draw(w, sums, u):
     """The first index at which the running sum of w exceeds u of the whole."""
     whole = 0.0
@@ -329,7 +354,7 @@ def _draw(w, sums, u):
     return token
 
 
-@numba.njit(**EXACT)
+@numba.njit(**VIEWS)
 def _argmax(x):
     top = largest(x)
     if top > -np.inf:  # and no NaN
@@ -339,20 +364,33 @@ def _argmax(x):
     return -1
 
 
+@numba.njit(**EXACT)
+def draw_space(V):
+    """The scratch of sample_some: weights, and the sums of their blocks."""
+    blocks = -(-V // _BLOCK)  # the last one may be longer than the row
+    return np.zeros(blocks * _BLOCK, np.float32), np.empty(blocks, np.float32)
+
+
+@numba.njit(**VIEWS)
+def sample_some(logits, V, stride, u, scale, softcap, filters, rows, space, tokens):
+    """The row of number r begins at logits[r * stride]."""
+    apart()
+    w, sums = space
+    for r in range(rows[0], rows[1], rows[2]):
+        x, (top_k, top_p, min_p) = logits[r * stride : r * stride + V], filters[r]
+        if scale[r] == 0:
+            tokens[r] = _argmax(x)
+        else:
+            _weigh(x, scale[r], softcap, top_k, top_p, _f32(min_p), w[:V])
+            tokens[r] = _draw(w, sums, u[r])
+
+
 @kept(parallel=True, **EXACT)
 def _sample(logits, V, stride, u, scale, softcap, filters, threads, tokens):
-    """Rows dealt to the threads; that of number r begins at logits[r * stride]."""
     apart()
     for thread in numba.prange(threads):
-        sums = np.empty(-(-V // _BLOCK), np.float32)
-        w = np.zeros(sums.size * _BLOCK, np.float32)  # the last block may be longer than the row
-        for r in range(thread, tokens.size, threads):
-            x, (top_k, top_p, min_p) = logits[r * stride : r * stride + V], filters[r]
-            if scale[r] == 0:
-                tokens[r] = _argmax(x)
-            else:
-                _weigh(x, scale[r], softcap, top_k, top_p, _f32(min_p), w[:V])
-                tokens[r] = _draw(w, sums, u[r])
+        rows, space = (thread, tokens.size, threads), draw_space(V)
+        sample_some(logits, V, stride, u, scale, softcap, filters, rows, space, tokens)
 
 
 def draw_values(params, T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

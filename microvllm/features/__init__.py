@@ -12,7 +12,8 @@ def check_number(name: str, value: object, least=0, most=2**31 - 1) -> int | flo
     """The value as an int if `least` is one, else as a float: numpy's small integers would overflow
     when they are added to a length. Raises TypeError or ValueError naming the argument."""
     whole = isinstance(least, int)
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+    plain, kind = (int, Integral) if whole else (float, Real)  # `kind` takes long to ask
+    if type(value) is not plain and (isinstance(value, bool) or not isinstance(value, kind)):
         what = "an integer" if whole else "a number"
         raise TypeError(f"{name} must be {what}, got {value!r:.80}")
     if not least <= value <= most:  # a NaN fails both

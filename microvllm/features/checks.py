@@ -4,7 +4,7 @@ from bisect import bisect
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from numbers import Integral
 
 import numpy as np
@@ -62,9 +62,10 @@ def check_arguments(given: dict) -> dict[str, Callable]:
     return {name: checked_policy(name, given[name]) for name in POLICIES}
 
 
-def words(params_class: type[SamplingParams]) -> list[str]:
+@cache
+def words(params_class: type[SamplingParams]) -> tuple[str, ...]:
     """The keywords with which it is made."""
-    return [f.name for f in fields(params_class) if f.init]
+    return tuple(f.name for f in fields(params_class) if f.init)
 
 
 def check_names(given: Iterable[str], known: Collection[str], params: Collection[str] = ()) -> None:

@@ -190,11 +190,10 @@ def test_attention_is_dealt_to_all_threads(rows, keys, threads):
     q = random(len(batch.ids), 6, 8).numpy()
     tables = [getattr(batch, n).numpy() for n in ("cu_seqlens", "seq_lens", "block_tables")]
     k, v = cache.data[0, 0].numpy(), cache.data[0, 1].numpy()
-    count, width = attention.tile(batch, 1)
+    count, size = attention.tile(batch, 1, 8)
 
     def run(threads: int) -> tuple[torch.Tensor, int]:
         """What is attended, and how many threads wrote to their scratch."""
-        size = attention.padded(count) * (2 * 8 + width)
         scratch, out = torch.zeros(threads, size), torch.zeros(q.shape)
         attention.attend_rows(q, k, v, *tables, -1, count, scratch.numpy(), out.numpy())
         return out, int(scratch.any(1).sum())

@@ -116,7 +116,7 @@ def test_the_logits_are_those_of_single_steps_bit_for_bit(name, rows, store, cal
         monkeypatch.setattr(llm.model, "logits", lambda h: found.append(logits(h)) or found[-1])
         one_by_one(llm, work)
         want = found[-1]
-        monkeypatch.setattr(crew, "_start", lambda *args: found.append(args[2][10]) or start(*args))
+        monkeypatch.setattr(crew, "_start", lambda *args: found.append(args[2][11]) or start(*args))
         llm.scheduler.reset()
         at_once(llm, work)
         assert calls[-1][0] == rows and isinstance(found[-1], np.ndarray)

@@ -565,7 +565,7 @@ def test_sizes():
     wrong += [f"core {name}.py: {count} lines" for name, count in core.items() if count > 500]
     if sum(core.values()) > 2_000:
         wrong.append(f"the core: {sum(core.values())} lines")
-    if total > 17_030:
+    if total > 17_090:
         wrong.append(f"the package: {total} lines")
     assert not wrong, wrong
 
