@@ -2,8 +2,8 @@
 
 Its threads are started once for all steps, and wait for each other by spinning, which takes a tenth
 of what OpenMP takes for each kernel: every one of them runs `_member`, does its share of what there
-is to do, and then waits until all have come there (`_wait`). The kernels are those of single steps,
-compiled once more for one thread; their bits are the same, see vectors.EXACT.
+is to do, and then waits until all have come there (`_wait`). What it calls for its rows is what the
+kernels of single steps call, with the same bits: see vectors.EXACT.
 """
 
 from __future__ import annotations
@@ -94,14 +94,6 @@ def _share(count, crew):
     return share(count, crew[0], crew[1])
 
 
-def _serial(kernel):
-    """The same kernel for one thread: on a share of its rows."""
-    return numba.njit(**EXACT)(kernel.py_func)
-
-
-_quantize, _round = _serial(products.quantize_rows_into), _serial(products.round_rows_into)
-
-
 @numba.njit(**VIEWS)
 def _attend(q, k, v, tables, positions, window, crew, scratch, seen):
     """A member's share of what attend_rows does, with a row of each sequence."""
@@ -140,8 +132,8 @@ def _product_of(x, weight, square, following, own, team, crew, q, scale, y):
         w, offset, w_scale = weight
         T, C = x.shape
         levels = q.reshape(-1)[: T * C].reshape(T, C)
-        a, b = (0, T) if own else _share(T, crew)
-        _quantize(x[a:b], _f32(127), 1, levels[a:b], scale[a:b])
+        rows, xt = (0, T) if own else _share(T, crew), np.empty(C, np.float32)
+        products.quantize_some(x, _f32(127), rows, xt, levels, scale)
         if not own:
             _wait(team, crew)
         scaling = offset, w_scale, scale.reshape(T)
@@ -151,8 +143,7 @@ def _product_of(x, weight, square, following, own, team, crew, q, scale, y):
         w, offset, w_scale = weight
         T, C = x.shape
         near = q.reshape(-1)[: 2 * T * C].view(np.uint16).reshape(T, C)
-        a, b = (0, T) if own else _share(T, crew)
-        _round(x[a:b], 1, near[a:b])
+        products.round_some(x, (0, T) if own else _share(T, crew), near)
         if not own:
             _wait(team, crew)
         scaling = offset, w_scale, w_scale

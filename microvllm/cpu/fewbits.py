@@ -234,10 +234,10 @@ def _multiplier(bits: int):
 def round_rows(x, top, q, scale, start):
     """Few rows x (T, C), rotated, as int8 in q (T, whole steps), the rest zeros, and what 1 is
     worth in each; start (T, groups): see above."""
-    C, each = x.shape[1], q.shape[1] // start.shape[1]
+    C, each, xt = x.shape[1], q.shape[1] // start.shape[1], np.empty(x.shape[1], np.float32)
     for t in range(len(x)):
         qt = q[t]
-        scale[t] = quantize_row(x[t], _f32(127), qt)
+        scale[t] = quantize_row(x[t], _f32(127), qt, xt)
         qt[C:] = 128
         for group in range(start.shape[1]):
             total = np.int32(0)

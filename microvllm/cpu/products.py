@@ -200,11 +200,11 @@ def multiply(x, w, scaling, square, following, threads, y):
                 _multiply_panels(xs, w, scales, square, p0, p1, following, ahead, ys)
 
 
-@numba.njit(**EXACT)
-def quantize_row(x, levels, q):
+@numba.njit(**VIEWS)
+def quantize_row(x, levels, q, xt):
     """x (C,), rotated, as integers from -levels to levels, stored plus levels + 1 in the first C of
-    q, uint8; returns what one of them is worth."""
-    C, xt = x.size, np.empty(x.size, np.float32)
+    q, uint8; returns what one of them is worth. xt (C,) is scratch."""
+    C = x.size
     for c in range(C):
         xt[c] = x[c]
     half = C // 2
@@ -224,23 +224,32 @@ def quantize_row(x, levels, q):
     return most / levels
 
 
+@numba.njit(**VIEWS)
+def round_some(x, rows, q):
+    """x as bfloat16, in uint16; rows: the first, and the one behind the last."""
+    for t in range(rows[0], rows[1]):
+        xt, qt = x[t], q[t]
+        for c in range(xt.size):
+            store(qt, c, xt[c])
+
+
 @kept(parallel=True, **EXACT)
 def round_rows_into(x, threads, q):
-    """x as bfloat16, in uint16."""
     for thread in numba.prange(threads):
-        first, end = share(len(x), thread, threads)
-        for t in range(first, end):
-            xt, qt = x[t], q[t]
-            for c in range(xt.size):
-                store(qt, c, xt[c])
+        round_some(x, share(len(x), thread, threads), q)
+
+
+@numba.njit(**VIEWS)
+def quantize_some(x, levels, rows, xt, q, scale):
+    for t in range(rows[0], rows[1]):
+        scale[t, 0] = quantize_row(x[t], levels, q[t], xt)
 
 
 @kept(parallel=True, **EXACT)
 def quantize_rows_into(x, levels, threads, q, scale):
     for thread in numba.prange(threads):
-        first, end = share(len(x), thread, threads)
-        for t in range(first, end):
-            scale[t, 0] = quantize_row(x[t], levels, q[t])
+        rows, xt = share(len(x), thread, threads), np.empty(x.shape[1], np.float32)
+        quantize_some(x, levels, rows, xt, q, scale)
 
 
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:

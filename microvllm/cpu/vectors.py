@@ -74,8 +74,8 @@ def threads_for(jobs: int) -> int:
 # nothing is rounded or added up in another order than is written, since that would depend on which
 # kernel a function is made part of; long sums are written in vectors (see `sum_of`)
 EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
-# numba counts who holds an array, in one place for all threads, and they wait for each other there
-# longer than they look at a few rows; a function that makes and returns no arrays need not count
+# numba counts the references to an array in one place: threads that make views of it in a loop wait
+# for each other there. A function that makes no arrays, and returns none, can do without
 VIEWS = EXACT | {"_nrt": False}
 
 # what tells these sources from others: when each of the room's files was written, and its size

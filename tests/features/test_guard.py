@@ -119,7 +119,8 @@ def test_requests_and_aborts_of_other_threads_join_the_steps_that_run():
             while not done.is_set() or not llm.is_finished():
                 for output in llm.step():
                     outputs[output["request_id"]] = output
-                check(llm)
+                with llm._lock:  # others change the books while these are looked at
+                    check(llm)
 
         def client(k: int):
             found = []
