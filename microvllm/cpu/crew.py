@@ -190,7 +190,8 @@ def _member(
     size, C, n_layer = cache.shape[4], n_head * D, len(windows)
     mixes, smears = resid.size > 0, backout.size > 0
     own, part = T < FEW, _share(T, crew)
-    (a, b), (normed, mine) = part, ((0, T), crew[0]) if own else (part, 0)  # rows to norm, where
+    # the rows that a member norms: all, in arrays of its own, or its share of those that all use
+    (a, b), (normed, mine) = part, ((0, T), crew[0]) if own else (part, 0)
     a0, b0 = normed
     x0, unused, other, h, middle = rows[mine]
     previous, space = np.empty(C, np.float32), steps.draw_space(V)
