@@ -538,38 +538,6 @@ def test_no_dispatch_by_accident():
     assert not wrong, "\n".join(["", *wrong])
 
 
-# sizes --------------------------------------------------------------------------------------------
-
-
-def count_lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines())
-
-
-def test_sizes():
-    """What one can read in an evening, file by file; `pytest -s` shows the counts."""
-    core = {name: count_lines(PACKAGE / f"{name}.py") for name in CORE}
-    counts = {
-        path.relative_to(ROOT).as_posix(): count_lines(path)
-        for folder in ("microvllm", "lab", "course", "examples", "benchmarks")
-        for path in sorted((ROOT / folder).rglob("*.py"))
-    }
-    total = sum(count for name, count in counts.items() if name.startswith("microvllm/"))
-    rooms = dict.fromkeys(ROOMS, 0)
-    for name, count in counts.items():
-        if (place := name.split("/")[1]) in rooms and name.startswith("microvllm/"):
-            rooms[place] += count
-    print(f"\nthe core: {sum(core.values())} lines", core)
-    print(f"the package: {total} lines", rooms)
-    print(*(f"{count:5} {name}" for name, count in counts.items()), sep="\n")
-    wrong = [f"{name}: {count} lines" for name, count in counts.items() if count > 700]
-    wrong += [f"core {name}.py: {count} lines" for name, count in core.items() if count > 500]
-    if sum(core.values()) > 2_000:
-        wrong.append(f"the core: {sum(core.values())} lines")
-    if total > 17_090:
-        wrong.append(f"the package: {total} lines")
-    assert not wrong, wrong
-
-
 # names, and the plain engine ----------------------------------------------------------------------
 
 
