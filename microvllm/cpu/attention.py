@@ -21,17 +21,8 @@ from torch import Tensor
 
 from .attention_tiles import TILE, find_keys, fits, halve, tile_scores, tile_values, whole
 from .steps import array_of, exp2, exp2_of, largest
-from .vectors import (
-    EXACT,
-    LANES,
-    VIEWS,
-    fetch,
-    kept,
-    one_at_a_time,
-    sum_of,
-    threads_for,
-    vectorised,
-)
+from .team import MAX_PARTS, SIZE, job, one_at_a_time, team_of
+from .vectors import EXACT, LANES, VIEWS, fetch, kept, share, sum_of, vectorised
 
 _f32 = np.float32
 _KEYS = 512  # of which scores are kept at a time
@@ -375,13 +366,13 @@ def _work(count, position, window, group):
 
 
 @numba.njit(**EXACT)
-def deal(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
-    """Cut the sequences into tiles of up to `rows` rows: (tiles, 3 + n_kv_head), the sequence, the
-    first row, the one behind the last, and for each kv head the thread that has it.
+def cut_tiles(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
+    """Cut the sequences into tiles of up to `rows` rows: (tiles, 3), the sequence, the first row,
+    the one behind the last.
 
     A row sees more keys the later it comes, and a batch may begin with decodes and end with long
     chunks. So no tile is more than half of a thread's mean share, where it has _LEAST queries
-    without that; and the largest come first, each to the thread that has least.
+    without that; and the largest come first, since threads take them as they come.
     """
     total, count = 0, 0
     for b in range(seq_lens.size):
@@ -397,55 +388,57 @@ def deal(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
             size = (size + 1) // 2
         sizes[b] = size
         count += -(-length // max(size, 1))
-    tiles, works = np.empty((count, 3 + n_kv_head), np.int64), np.empty(count, np.int64)
+    found, works = np.empty((count, 3), np.int64), np.empty(count, np.int64)
     i, level = 0, 0
     for b in range(seq_lens.size):
         end = cu_seqlens[b + 1]
         for r in range(cu_seqlens[b], end, max(sizes[b], 1)):
             stop = min(r + sizes[b], end)
-            tiles[i, 0], tiles[i, 1], tiles[i, 2] = b, r, stop
+            found[i, 0], found[i, 1], found[i, 2] = b, r, stop
             works[i] = _work(stop - r, seq_lens[b] - end + r, window, group)
             level = max(level, works[i])
             i += 1
-    shares = np.zeros(threads, np.int64)
-    while level > 0:  # large ones come before those of less than half their size
+    tiles, n = np.empty((count, 3), np.int64), 0
+    while level > 0:  # those of more than half of the largest one's work, then of half of that
         for i in range(count - 1, -1, -1):
             if level // 2 < works[i] <= level:
-                for h in range(n_kv_head):
-                    least = 0
-                    for thread in range(1, threads):
-                        if shares[thread] < shares[least]:
-                            least = thread
-                    tiles[i, 3 + h] = least
-                    shares[least] += works[i]
+                tiles[n] = found[i]
+                n += 1
         level //= 2
     return tiles
 
 
-@kept(parallel=True, **EXACT)
-def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, scratch, out):
-    """The tiles, of up to `rows` rows and one kv head, are dealt to the threads."""
-    n_kv_head, threads = k.shape[1], len(scratch)
-    group = q.shape[1] // n_kv_head
-    tiles = deal(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads)
-    for thread in numba.prange(threads):
-        _attend_tiles(
-            tiles, thread, q, k, v, cu_seqlens, seq_lens, block_tables, window, scratch[thread], out
-        )
-
-
+@job
 @numba.njit(**VIEWS)
-def _attend_tiles(
-    tiles, thread, q, k, v, cu_seqlens, seq_lens, block_tables, window, scratch, out
+def _attend_part(
+    worker, part, parts, tiles, q, k, v, cu_seqlens, seq_lens, block_tables, window, scratch, out
 ):  # fmt: skip
-    """Those that a thread has."""
-    for i in range(len(tiles)):
+    n_kv_head = k.shape[1]
+    first, end = share(len(tiles) * n_kv_head, part, parts)
+    for job in range(first, end):
+        i, h = job // n_kv_head, job % n_kv_head
         b, r, stop = tiles[i, 0], tiles[i, 1], tiles[i, 2]
         position = seq_lens[b] - cu_seqlens[b + 1] + r
-        for h in range(k.shape[1]):
-            if tiles[i, 3 + h] == thread:
-                table, rows = block_tables[b], slice(r, stop)
-                attend_tile(q[rows], k, v, h, table, position, window, scratch, out[rows])
+        table, rows = block_tables[b], slice(r, stop)
+        attend_tile(q[rows], k, v, h, table, position, window, scratch[worker], out[rows])
+
+
+@numba.njit(**EXACT)
+def num_parts(tiles, n_kv_head, threads):
+    """Of a job: no more for each thread than make up for tiles of different sizes."""
+    return min(tiles * n_kv_head, 16 * threads if threads > 1 else 1, MAX_PARTS)
+
+
+@kept(**EXACT)
+def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, team, scratch, out):
+    """Attention in tiles of up to `rows` rows and one kv head, which threads take as they come.
+    scratch (threads, scratch_size)."""
+    n_kv_head, threads = k.shape[1], team[SIZE]
+    group = q.shape[1] // n_kv_head
+    tiles = cut_tiles(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads)
+    parts = num_parts(len(tiles), n_kv_head, threads)
+    arguments = tiles, q, k, v, cu_seqlens, seq_lens, block_tables, window, scratch, out
+    _attend_part(team, 1, parts, arguments)
 
 
 def tile(batch, group: int, D: int) -> tuple[int, int]:
@@ -464,7 +457,7 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tens
     where = batch.cu_seqlens, batch.seq_lens, batch.block_tables
     arrays = [array_of(x) for x in (q.contiguous(), k, v, *where)]
     with one_at_a_time:
-        threads = threads_for(len(q) * k.shape[1])
-        scratch = torch.empty(threads, size)
-        attend_rows(*arrays, window, rows, scratch.numpy(), out.numpy())
+        team = team_of()
+        scratch = torch.empty(team[SIZE], size)
+        attend_rows(*arrays, window, rows, team, scratch.numpy(), out.numpy())
     return out

@@ -22,8 +22,9 @@ from .attention import attend_rows, paged_attention, tile
 from .fewbits import FEW, class_of
 from .packed import BITS
 from .products import HalfPanels, Int8, Int8Panels, Panels, product, workspace
-from .steps import add_norm_rows, array_of, back_out, embed_rows, rope_store_rows
-from .vectors import EXACT, check_process, kept, one_at_a_time, row_threads, threads_for, vectorised
+from .steps import add_norm_rows, array_of, back_out, embed_rows, rope_store_rows, sample_rows
+from .team import SIZE, check_process, one_at_a_time, team_of
+from .vectors import EXACT, kept, vectorised
 
 _f32 = np.float32
 # kinds of which there are kernels of several steps (crew.py), and for how many rows
@@ -113,10 +114,8 @@ class CpuBackend(Backend):
         return self.awaited is None
 
     def has_several(self, rows: int) -> bool:
-        """Can several steps of so many rows be computed in one call? Not before somebody else has
-        compiled it."""
-        fit = rows <= SEVERAL.get(self.kind, 0)
-        return fit and first.offers(CpuBackend, self.kind + first.SEVERAL)
+        """Can several steps of so many rows be computed in one call?"""
+        return self.awaited is None and rows <= SEVERAL.get(self.kind, 0)
 
 
 @vectorised(types.voidptr)
@@ -158,60 +157,91 @@ _VE = 12  # after those four weights: the value embeddings, and their gate
 
 
 @kept(**EXACT)
-def _layers(
-    x0, ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables, cache, depths, groups,
-    windows, weights, like, head, wte, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
-    rows, spare, other, y, h, q, seen, qkv, wide, scratch,
+def _run(
+    team, ids, prev_ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables,
+    cache, depths, groups, windows, weights, like, head, wte, smear_gate, smear_lambda, resid,
+    first, backout, cos, sin, qk_scale, gate_scale, eps,
+    rows, x0, unused, other, y, h, q, seen, qkv, wide, scratch, hidden,
+    logits, V, uniform, scale, softcap, filters, stops, tokens,
 ):  # fmt: skip
-    """FusedGPT.forward after its step (1), with the same numbers. The last line's are workspace."""
-    (T, C), threads, n_layer = x0.shape, len(scratch), len(windows)
-    mixes, smear = resid.size > 0, backout.size > 0
-    few, x, middle = row_threads(T, threads), x0, x0
+    """FusedGPT.forward with the same numbers: `hidden` (R, C) becomes the normed rows of the head.
+
+    With tokens (steps, R) also what follows, step after step, where each sequence has one row: the
+    head, the draw, and the next step with the drawn token, until a sequence has drawn one of its
+    `stops`. Returns how many steps were done. The batch's arrays are those of the next step then.
+
+    The lines of arguments: a batch (attention.py), the model, workspace, and what a draw takes.
+    """
+    n_layer, size = len(windows), cache.shape[4]
+    mixes, smears = resid.size > 0, backout.size > 0
     one, none = _f32(1), _f32(0)
     # no constants, or numba would compile each kernel for them once more
-    yes, no = threads > 0, threads < 0
-    for i in range(n_layer):
-        a, b = (resid[i], first[i]) if mixes else (one, none)  # (2), and the norm before (3)
-        add_norm_rows(x, y, x0, a, b, eps, i > 0, mixes, few, spare, h)
-        if i > 0 or mixes:
-            x, spare = spare, x if i > 0 else other  # x0 is mixed in again
-        # (3) project, (4) rotate and norm, (5) write K and V, then attend
-        proj, fc = _weight(weights, i, 1, like), _weight(weights, i, 2, like)
-        product(h, _weight(weights, i, 0, like), no, proj[0], threads, qkv)
-        k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
-        gated = weights[i, _VE, 0] != 0
-        ve = _tensor(weights, i, _VE, wte)[0] if gated else wte
-        ve_gate = _tensor(weights, i, _VE + 1, x0)[0] if gated else x0
-        rope_store_rows(
-            qkv.reshape(T, -1, q.shape[2]), h, ids, ve, ve_gate, gated, cos, sin, positions,
-            slots[group], k, v, qk_scale, gate_scale, eps, few, q,
-        )  # fmt: skip
-        if i == n_layer - 1 and len(logit_rows) == 0:
-            return y[:0]
-        attend_rows(q, k, v, cu_seqlens, seq_lens, tables[group], windows[i], rows, scratch, seen)
-        if i == n_layer - 1:
-            T = len(logit_rows)
-            few = row_threads(T, threads)
-            x, seen = x[logit_rows], seen[logit_rows]
-            spare, y, h = np.empty_like(x), np.empty_like(x), np.empty_like(x)
-            wide = np.empty((T, 4 * C), np.float32)
-            if smear and i > n_layer // 2:
-                middle = middle[logit_rows]
-        product(seen.reshape(T, C), proj, no, fc[0], threads, y)
-        add_norm_rows(x, y, x, one, none, eps, yes, no, few, spare, h)
-        x, spare = spare, x
-        mlp_proj = _weight(weights, i, 3, like)  # (6)
-        product(h, fc, yes, mlp_proj[0], threads, wide)
-        # the head comes after the last
-        following = head[0] if i == n_layer - 1 else _weight(weights, i + 1, 0, like)[0]
-        product(wide, mlp_proj, no, following, threads, y)
-        if smear and i == n_layer // 2:
-            middle = x + y
-    add_norm_rows(x, y, x, one, none, eps, yes, no, few, spare, h)
-    if smear:  # (7)
-        back_out(spare, backout[0], middle)
-        add_norm_rows(spare, y, x, one, none, eps, no, no, few, x, h)
-    return h
+    yes, no = len(windows) > 0, len(windows) < 0
+    for step in range(max(1, len(tokens))):
+        embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, team, x0)  # (1)
+        x, spare, z, normed, attended, middle = x0, unused, y, h, seen, x0
+        T, R, inner = len(x0), len(logit_rows), wide
+        for i in range(n_layer):
+            a, b = (resid[i], first[i]) if mixes else (one, none)  # (2), and the norm before (3)
+            add_norm_rows(x, z, x0, a, b, eps, i > 0, mixes, team, spare, normed)
+            if i > 0 or mixes:
+                x, spare = spare, x if i > 0 else other  # x0 is mixed in again
+            # (3) project, (4) rotate and norm, (5) write K and V, then attend
+            proj, fc = _weight(weights, i, 1, like), _weight(weights, i, 2, like)
+            product(normed, _weight(weights, i, 0, like), no, proj[0], team, qkv)
+            k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
+            gated = weights[i, _VE, 0] != 0
+            ve = _tensor(weights, i, _VE, wte)[0] if gated else wte
+            ve_gate = _tensor(weights, i, _VE + 1, x0)[0] if gated else x0
+            rope_store_rows(
+                qkv.reshape(T, -1, q.shape[2]), normed, ids, ve, ve_gate, gated, cos, sin,
+                positions, slots[group], k, v, qk_scale, gate_scale, eps, team, q,
+            )  # fmt: skip
+            if i == n_layer - 1 and R == 0:
+                return 0
+            table = tables[group]
+            attend_rows(q, k, v, cu_seqlens, seq_lens, table, windows[i], rows, team, scratch, seen)
+            if i == n_layer - 1 and R < T:  # all K and V are written: only the head's rows go on
+                x, attended = x[logit_rows], seen[logit_rows]
+                spare, z, normed = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+                inner = np.empty((R, wide.shape[1]), np.float32)
+                if smears and i > n_layer // 2:
+                    middle = middle[logit_rows]
+            product(attended.reshape(len(x), -1), proj, no, fc[0], team, z)
+            add_norm_rows(x, z, x, one, none, eps, yes, no, team, spare, normed)
+            x, spare = spare, x
+            mlp_proj = _weight(weights, i, 3, like)  # (6)
+            product(normed, fc, yes, mlp_proj[0], team, inner)
+            # the head comes after the last
+            following = head[0] if i == n_layer - 1 else _weight(weights, i + 1, 0, like)[0]
+            product(inner, mlp_proj, no, following, team, z)
+            if smears and i == n_layer // 2:
+                middle = x + z
+        last = hidden if len(tokens) == 0 else normed
+        add_norm_rows(x, z, x, one, none, eps, yes, no, team, spare, last)
+        if smears:  # (7)
+            back_out(spare, backout[0], middle)
+            add_norm_rows(spare, z, x, one, none, eps, no, no, team, x, last)
+        if len(tokens) == 0:
+            return 0
+        product(normed, head, no, _weight(weights, 0, 0, like)[0], team, logits)
+        stride, flat, drawn = logits.shape[1], logits.reshape(-1), tokens[step]
+        sample_rows(flat, V, stride, uniform[step], scale, softcap, filters, team, drawn)
+        ends = False
+        for t in range(T):
+            token, position = drawn[t], positions[t] + 1
+            ends |= token < 0
+            for stop in stops[t]:
+                ends |= token == stop
+            prev_ids[t], ids[t] = ids[t], max(token, 0)
+            positions[t] = position
+            seq_lens[t] += 1
+            if step + 1 < len(tokens):
+                for g in range(len(slots)):
+                    slots[g, t] = tables[g, t, position // size] * size + position % size
+        if ends:
+            return step + 1
+    return len(tokens)
 
 
 class Layers:
@@ -234,36 +264,53 @@ class Layers:
         smear = model.tensors.get("smear_gate.weight", none.view(0, 0))
         self.smear = [smear.numpy(), model.tensors.get("smear_lambda", none).numpy()]
         self.scales = [_f32(x) for x in (recipe.qk_scale, recipe.gate_scale, recipe.eps)]
+        self.vocab_size, self.softcap = config.vocab_size, _f32(recipe.softcap)
         self.cache = None  # the one that groups and depths are of
         C, D, self.group = config.n_embd, config.head_dim, config.n_head // config.n_kv_head
-        # of a row's spare, other, y, h, q, seen, qkv and wide
-        self.shapes = *[(C,)] * 4, *[(C // D, D)] * 2, (C + 2 * C // self.group,), (4 * C,)
-
-    def locate(self, cache) -> None:
-        """Set each layer's group, and where in the cache's data it is."""
-        if cache is not self.cache:
-            places = getattr(cache, "places", [(0, i) for i in range(len(self.windows))])
-            self.groups, self.depths = np.array(places).T.copy()
-            self.cache, self.member = cache, None  # and crew.py's kernel for it
+        # of a row's x0, unused, other, y, h, q, seen, qkv and wide
+        self.shapes = *[(C,)] * 5, *[(C // D, D)] * 2, (C + 2 * C // self.group,), (4 * C,)
 
     def __call__(self, batch, cache) -> Tensor:
         """(R, C), the normed rows of the head."""
-        names = "ids", "positions", "cu_seqlens", "seq_lens", "logit_rows", "slots", "block_tables"
-        *arrays, slots, tables = [getattr(batch, name).numpy() for name in names]
-        self.locate(cache)
+        rows = len(batch.logit_rows)
+        hidden, nothing = np.empty((rows, self.wte.shape[1]), np.float32), np.empty(0, np.float32)
+        draws = (
+            nothing.reshape(1, 0), nothing.reshape(1, 0), nothing, np.empty((0, 3)),
+            np.empty((0, 0), np.int32), np.empty((0, 0), np.int64),
+        )  # fmt: skip
+        self.run(batch, cache, hidden, *draws)
+        return torch.from_numpy(hidden)
+
+    def several(self, batch, cache, uniform, scale, filters, stops, count: int) -> np.ndarray:
+        """The tokens (steps, T) of a batch of one row for each sequence, and of the steps after it:
+        at most `count`, up to the first that ends a sequence. uniform (count, T): random numbers of
+        [0, 1); scale, filters: of steps.draw_values; stops (T, n): tokens, -1 for none."""
+        rows, num_panels = len(batch.logit_rows), len(self.head[0])
+        logits = np.empty((rows, num_panels * products.PANEL), np.float32)
+        tokens = np.empty((count, rows), np.int64)
+        hidden = np.empty((0, self.wte.shape[1]), np.float32)
+        done = self.run(batch, cache, hidden, logits, uniform, scale, filters, stops, tokens)
+        return tokens[:done]
+
+    def run(self, batch, cache, hidden, logits, uniform, scale, filters, stops, tokens) -> int:
+        """Call the kernel."""
+        names = "ids", "prev_ids", "positions", "cu_seqlens", "seq_lens", "logit_rows"
+        arrays = [np.asarray(getattr(batch, name)) for name in names]
+        slots, tables = np.asarray(batch.slots), np.asarray(batch.block_tables)
+        if cache is not self.cache:
+            places = getattr(cache, "places", [(0, i) for i in range(len(self.windows))])
+            self.groups, self.depths = np.array(places).T.copy()
+            self.cache = cache
         T = len(arrays[0])
-        x, slots = np.empty((T, *self.shapes[0]), np.float32), slots.reshape(-1, T)
-        tables = tables.reshape(len(slots), len(batch.seq_lens), -1)
+        slots = slots.reshape(-1, T)
+        tables = tables.reshape(len(slots), len(arrays[4]), -1)
         with one_at_a_time:
-            threads = threads_for(1 + T // 8)  # (1)
-            ids, prev_ids, eps = arrays[0], batch.prev_ids.numpy(), self.scales[2]
-            embed_rows(ids, prev_ids, arrays[1], self.wte, *self.smear, eps, threads, x)
-            rows, size = tile(batch, self.group, self.shapes[4][1])
-            scratch = threads_for(len(self.head[0])), size
-            h = _layers(
-                x, *arrays, slots, tables, array_of(cache.data), self.depths,
-                self.groups, self.windows, self.weights, self.like, self.head, self.wte,
-                *self.numbers, *self.scales, rows,
-                *workspace(*[(T, *shape) for shape in self.shapes], scratch),
+            team = team_of()
+            rows, size = tile(batch, self.group, self.shapes[5][1])
+            shapes = *[(T, *shape) for shape in self.shapes], (int(team[SIZE]), size)
+            return _run(
+                team, *arrays, slots, tables, array_of(cache.data), self.depths, self.groups,
+                self.windows, self.weights, self.like, self.head, self.wte, *self.smear,
+                *self.numbers, *self.scales, rows, *workspace(*shapes), hidden, logits,
+                self.vocab_size, uniform, scale, self.softcap, filters, stops, tokens,
             )  # fmt: skip
-        return torch.from_numpy(h)

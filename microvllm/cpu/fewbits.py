@@ -11,7 +11,7 @@ so that for few rows a sum begins with -top times the sum of the row's inputs, a
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import numba
@@ -37,15 +37,15 @@ from .packed import (
     step_size,
 )
 from .products import PANEL, PANEL8, Panels, aligned, product, quantize_row, quantize_rows_into
+from .team import SIZE, job
 from .vectors import (
     EXACT,
     FOUR_BYTES,
     LANES,
     SIGNED,
-    fewest,
     kept,
+    piece_parts,
     row_cuts,
-    row_threads,
     share,
     vectorised,
 )
@@ -275,78 +275,80 @@ def _multiply_unpacked(q, panels, count, scaling, square, p, ahead, ahead_at, si
         )  # fmt: skip
 
 
-@cache
-def few_rows(kind: type) -> tuple:
-    """Of one of WEIGHTS: the product of panels with up to FEW rows, half of the integers there are,
-    and whether groups have factors."""
-    bits = next(bits for bits in WEIGHTS if WEIGHTS[bits] is kind)
-    direct = _multiplier(bits)
-
-    def multiply(q, start, w, first, end, square, w_scale, x_scale, y):
-        for p in range(first, end):
-            direct(q, start, w, p, square, w_scale, x_scale, y)
-
-    return _compiled(bits, multiply), 2 ** (bits - 1), grouped(bits)
-
-
-def _compiled(bits: int, function, **options):
+def _compiled(bits: int, function):
     """A function for so many bits. Kernels that were compiled in two processes, and are read from
     disk by a third, must not have the same name, by which they are linked."""
     function.__qualname__ += str(bits)
-    return numba.njit(**options, **EXACT)(function)
+    return numba.njit(**EXACT)(function)
 
 
 def _product(bits: int):
     """A kernel: y (T, N) = x (T, K) @ w.T of a weight in so many bits."""
-    (direct, top, factors), unpack = few_rows(WEIGHTS[bits]), _unpacker(bits)
-    named = partial(_compiled, bits, parallel=True)
+    direct, unpack, top, factors = _multiplier(bits), _unpacker(bits), 2 ** (bits - 1), grouped(bits)
+    named = partial(_compiled, bits)
+
+    @job
+    @named
+    def few_part(worker, part, parts, q, start, w, square, w_scale, x_scale, y):
+        first, end = share(len(w), part, parts)
+        for p in range(first, end):
+            direct(q, start, w, p, square, w_scale, x_scale, y)
 
     @named
-    def multiply_few(q, start, scaling, w, square, threads, y):
-        used = fewest(len(w), threads)
-        for thread in numba.prange(used):
-            first, end = share(len(w), thread, used)
-            direct(q, start, w, first, end, square, scaling[1], scaling[2], y)
+    def multiply_few(q, start, scaling, w, square, team, y):
+        runs, parts = piece_parts(len(w), team[SIZE])
+        few_part(team, runs, parts, (q, start, w, square, scaling[1], scaling[2], y))
 
+    @job
     @named
-    def multiply_many(q, scaling, w, square, following, threads, y):
-        """The work is dealt out as in products.multiply."""
-        panels, later, rows, K = len(w), len(following), len(y), q.shape[1]
+    def many_part(
+        worker, part, parts, q, offset, w_scale, x_scale, w, square, following, cuts, runs, space, y
+    ):  # fmt: skip
+        panels, rows, K, each = len(w), len(y), q.shape[1], parts // runs
         size, step = w.shape[1] * w.shape[2], following.shape[1] * following.shape[2]
-        tiled = amx.fits(q, w)
-        cuts = row_cuts(panels, rows, amx.ROWS // 2 if tiled else _ROWS, threads)
-        used = fewest(panels * cuts, threads)
-        offset, w_scale, x_scale = scaling
-        for thread in numba.prange(used):
-            first, end = share(panels * cuts, thread, used)
-            space = np.empty(2 * K * PANEL + 16, np.int32)
-            skip = -space.ctypes.data % 64 // 4  # to a cache line
-            scratch = space[skip : skip + 2 * K * PANEL].reshape(2, K, PANEL)
-            for cut in range(first // panels, -(-end // panels)):
-                c0, c1 = share(rows, cut, cuts)
-                p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
-                blocks = -(-(c1 - c0) // (amx.MANY if tiled else _MANY))
-                wide = int(tiled or c1 - c0 >= 128)
-                for block in range(blocks):
-                    t0, t1 = share(c1 - c0, block, blocks)
-                    t0, t1 = c0 + t0, c0 + t1
-                    for p in range(p0, p1, 1 + wide):
-                        beside = min(1 + wide, p1 - p)
-                        for i in range(beside):
-                            unpack(w.shape[1], w, (p + i) * size, scratch[i])
-                        source, near, count = w, (p + beside) * size, beside * size
-                        if p + beside == p1:
-                            near = p0 * size
-                            if t1 == c1:
-                                source, near = following, share(later, thread, used)[0] * step
-                                count = step
-                        scales = offset, w_scale, x_scale[t0:t1]
-                        _multiply_unpacked(
-                            q[t0:t1], scratch, beside, scales, square, p, source, near, count,
-                            y[t0:t1],
-                        )  # fmt: skip
+        first, end = share(panels * cuts, part, parts)
+        later, ahead, soon = w, end % panels * size, size
+        if (part + 1) % each == 0:
+            later, soon = following, step
+            ahead = share(len(following), part // each, runs)[0] * step
+        tiled, own = amx.fits(q, w), space[worker]
+        skip = -own.ctypes.data % 64 // 4  # to a cache line
+        scratch = own[skip : skip + 2 * K * PANEL].reshape(2, K, PANEL)
+        for cut in range(first // panels, -(-end // panels)):
+            c0, c1 = share(rows, cut, cuts)
+            p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
+            blocks = -(-(c1 - c0) // (amx.MANY if tiled else _MANY))
+            wide = int(tiled or c1 - c0 >= 128)
+            for block in range(blocks):
+                t0, t1 = share(c1 - c0, block, blocks)
+                t0, t1 = c0 + t0, c0 + t1
+                for p in range(p0, p1, 1 + wide):
+                    beside = min(1 + wide, p1 - p)
+                    for i in range(beside):
+                        unpack(w.shape[1], w, (p + i) * size, scratch[i])
+                    source, near, count = w, (p + beside) * size, beside * size
+                    if p + beside == p1:
+                        near = p0 * size
+                        if t1 == c1:
+                            source, near, count = later, ahead, soon
+                    scales = offset, w_scale, x_scale[t0:t1]
+                    _multiply_unpacked(
+                        q[t0:t1], scratch, beside, scales, square, p, source, near, count,
+                        y[t0:t1],
+                    )  # fmt: skip
 
-    def kernel(x, weight, square, following, threads, y):
+    @named
+    def multiply_many(q, scaling, w, square, following, team, y):
+        """The work is dealt out as in products.multiply."""
+        least = amx.ROWS // 2 if amx.fits(q, w) else _ROWS
+        cuts = row_cuts(len(w), len(y), least, team[SIZE])
+        runs, parts = piece_parts(len(w) * cuts, team[SIZE])
+        space = np.empty((team[SIZE], 2 * q.shape[1] * PANEL + 16), np.int32)
+        offset, w_scale, x_scale = scaling
+        arguments = q, offset, w_scale, x_scale, w, square, following, cuts, runs, space, y
+        many_part(team, runs, parts, arguments)
+
+    def kernel(x, weight, square, following, team, y):
         w, offset, w_scale = weight
         T, steps = len(x), w.shape[1]
         q, scale = np.empty((T, steps * STEP), np.uint8), np.empty((T, 1), np.float32)
@@ -354,10 +356,10 @@ def _product(bits: int):
         if T <= FEW:
             start = np.empty((T, steps if factors else 1), np.int32)
             round_rows(x, top, q, scaling[2], start)
-            multiply_few(q.view(np.int32), start, scaling, w, square, threads, y)
+            multiply_few(q.view(np.int32), start, scaling, w, square, team, y)
         else:
-            quantize_rows_into(x, _f32(127), row_threads(T, threads), q, scale)
-            multiply_many(q.view(np.int32), scaling, w, square, following, threads, y)
+            quantize_rows_into(x, _f32(127), team, q, scale)
+            multiply_many(q.view(np.int32), scaling, w, square, following, team, y)
 
     return kernel
 
@@ -367,14 +369,14 @@ _PRODUCTS = {WEIGHTS[bits]: _product(bits) for bits in WEIGHTS} if _HAS_PRODUCTS
 
 
 @overload(product, jit_options=EXACT)
-def _product_of(x, weight, square, following, threads, y):
+def _product_of(x, weight, square, following, team, y):
     if isinstance(weight, types.BaseNamedTuple):
         return _PRODUCTS.get(weight.instance_class)
 
 
 @kept(**EXACT)
-def _linear(x, weight, square, threads, y):
-    product(x, weight, square, weight.panels, threads, y)
+def _linear(x, weight, square, team, y):
+    product(x, weight, square, weight.panels, team, y)
 
 
 class FewBits(Panels):
@@ -397,8 +399,8 @@ class FewBits(Panels):
         for old, part in zip(self.weight, new, strict=True):
             old.copy_(part)
 
-    def compute(self, x, threads: int, y) -> None:
-        _linear(x, self.arrays, self.relu2, threads, y)
+    def compute(self, x, team, y) -> None:
+        _linear(x, self.arrays, self.relu2, team, y)
 
 
 class PlainFewBits(Linear):

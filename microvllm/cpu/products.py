@@ -25,6 +25,7 @@ from . import amx
 from .packed import quantised
 from .packed import rotate as rotate
 from .steps import array_of, store
+from .team import SIZE, job, one_at_a_time, team_of
 from .vectors import (
     EXACT,
     EXCESS,
@@ -33,14 +34,12 @@ from .vectors import (
     NEON,
     TWO_HALVES,
     VIEWS,
-    fewest,
     kept,
     multiply_add,
-    one_at_a_time,
+    piece_parts,
     row_cuts,
-    row_threads,
+    row_parts,
     share,
-    threads_for,
     vectorised,
 )
 
@@ -176,28 +175,40 @@ def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
                 )  # fmt: skip
 
 
-@kept(parallel=True, **EXACT)
-def multiply(x, w, scaling, square, following, threads, y):
+@job
+@numba.njit(**VIEWS)
+def _multiply_part(
+    worker, part, parts, x, w, offset, w_scale, x_scale, square, following, cuts, runs, y
+):  # fmt: skip
+    panels, rows, each = len(w), len(y), parts // runs
+    first, end = share(panels * cuts, part, parts)
+    # what to load after it: the next part of this run, or the weights of the next product
+    later, ahead = w, end % panels * w.shape[1] * PANEL
+    if (part + 1) % each == 0:
+        later = following
+        ahead = share(len(following), part // each, runs)[0] * following.shape[1] * PANEL
+    # the panels of the first rows, then those of the next: a thread's weights lie together
+    for cut in range(first // panels, -(-end // panels)):
+        t0, t1 = share(rows, cut, cuts)
+        p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
+        scales = offset, w_scale, x_scale[t0:t1]
+        xs, ys = x[t0:t1], y[t0:t1]
+        if amx.fits(x, w):
+            amx.multiply_panels(xs, w, scales, square, p0, p1, later, ahead, ys)
+        else:
+            _multiply_panels(xs, w, scales, square, p0, p1, later, ahead, ys)
+
+
+@kept(**EXACT)
+def multiply(x, w, scaling, square, following, team, y):
     """y (T, N) = x (T, K) @ w.T, of panels; square: then relu(y)^2; following: the weights of the
     product that comes next, whose beginning is to be loaded; scaling: of int8, see _multiply."""
-    panels, later, rows = len(w), len(following), len(y)
-    size, tiled = following.shape[1] * PANEL, amx.fits(x, w)
-    cuts = row_cuts(panels, rows, amx.ROWS // 2 if tiled else _ROWS, threads)
-    used = fewest(panels * cuts, threads)
     offset, w_scale, x_scale = scaling
-    for thread in numba.prange(used):
-        first, end = share(panels * cuts, thread, used)
-        ahead = share(later, thread, used)[0] * size
-        # the panels of the first rows, then those of the next: a thread's weights lie together
-        for cut in range(first // panels, -(-end // panels)):
-            t0, t1 = share(rows, cut, cuts)
-            p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
-            scales = offset, w_scale, x_scale[t0:t1]
-            xs, ys = x[t0:t1], y[t0:t1]
-            if tiled:
-                amx.multiply_panels(xs, w, scales, square, p0, p1, following, ahead, ys)
-            else:
-                _multiply_panels(xs, w, scales, square, p0, p1, following, ahead, ys)
+    least = amx.ROWS // 2 if amx.fits(x, w) else _ROWS
+    cuts = row_cuts(len(w), len(y), least, team[SIZE])
+    runs, parts = piece_parts(len(w) * cuts, team[SIZE])
+    arguments = x, w, offset, w_scale, x_scale, square, following, cuts, runs, y
+    _multiply_part(team, runs, parts, arguments)
 
 
 @numba.njit(**VIEWS)
@@ -224,32 +235,41 @@ def quantize_row(x, levels, q, xt):
     return most / levels
 
 
+@job
 @numba.njit(**VIEWS)
-def round_some(x, rows, q):
-    """x as bfloat16, in uint16; rows: the first, and the one behind the last."""
-    for t in range(rows[0], rows[1]):
+def _round_part(worker, part, parts, x, q):
+    first, end = share(len(x), part, parts)
+    for t in range(first, end):
         xt, qt = x[t], q[t]
         for c in range(xt.size):
             store(qt, c, xt[c])
 
 
-@kept(parallel=True, **EXACT)
-def round_rows_into(x, threads, q):
-    for thread in numba.prange(threads):
-        round_some(x, share(len(x), thread, threads), q)
+@numba.njit(**EXACT)
+def round_rows_into(x, team, q):
+    """q = x as bfloat16, in uint16."""
+    runs, parts = row_parts(len(x), team[SIZE])
+    _round_part(team, runs, parts, (x, q))
 
 
 @numba.njit(**VIEWS)
-def quantize_some(x, levels, rows, xt, q, scale):
-    for t in range(rows[0], rows[1]):
+def _quantize_some(x, levels, first, end, xt, q, scale):
+    for t in range(first, end):
         scale[t, 0] = quantize_row(x[t], levels, q[t], xt)
 
 
-@kept(parallel=True, **EXACT)
-def quantize_rows_into(x, levels, threads, q, scale):
-    for thread in numba.prange(threads):
-        rows, xt = share(len(x), thread, threads), np.empty(x.shape[1], np.float32)
-        quantize_some(x, levels, rows, xt, q, scale)
+@job
+@numba.njit(**EXACT)
+def _quantize_part(worker, part, parts, x, levels, q, scale):
+    first, end = share(len(x), part, parts)
+    _quantize_some(x, levels, first, end, np.empty(x.shape[1], np.float32), q, scale)
+
+
+@kept(**EXACT)
+def quantize_rows_into(x, levels, team, q, scale):
+    """See quantize_rows."""
+    runs, parts = row_parts(len(x), team[SIZE])
+    _quantize_part(team, runs, parts, (x, levels, q, scale))
 
 
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -257,35 +277,34 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     and what one of them is worth in each row, (T, 1) float32."""
     q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
     with one_at_a_time:
-        threads = threads_for(row_threads(len(x), len(x)))
-        quantize_rows_into(x.numpy(), _f32(levels), threads, q.numpy(), scale.numpy())
+        quantize_rows_into(x.numpy(), _f32(levels), team_of(), q.numpy(), scale.numpy())
     return q, scale
 
 
-def product(x, weight, square, following, threads, y):
+def product(x, weight, square, following, team, y):
     """y = x times a weight: (panels, offset, scale), the latter two empty unless it is int8."""
 
 
 @overload(product, jit_options=EXACT)
-def _product_of(x, weight, square, following, threads, y):
-    def floats(x, weight, square, following, threads, y):
+def _product_of(x, weight, square, following, team, y):
+    def floats(x, weight, square, following, team, y):
         w, offset, w_scale = weight
-        multiply(x, w, (offset, w_scale, w_scale), square, following, threads, y)
+        multiply(x, w, (offset, w_scale, w_scale), square, following, team, y)
 
-    def integers(x, weight, square, following, threads, y):
+    def integers(x, weight, square, following, team, y):
         w, offset, w_scale = weight
         T, C = x.shape
         q, scale = np.empty((T, C), np.uint8), np.empty((T, 1), np.float32)
-        quantize_rows_into(x, _f32(127), row_threads(T, threads), q, scale)
+        quantize_rows_into(x, _f32(127), team, q, scale)
         scaling = offset, w_scale, scale.reshape(T)
-        multiply(q.view(np.int32), w, scaling, square, following, threads, y)
+        multiply(q.view(np.int32), w, scaling, square, following, team, y)
 
-    def halves(x, weight, square, following, threads, y):
+    def halves(x, weight, square, following, team, y):
         w, offset, w_scale = weight
         q = np.empty(x.shape, np.uint16)
-        round_rows_into(x, row_threads(len(x), threads), q)
+        round_rows_into(x, team, q)
         scaling = offset, w_scale, w_scale
-        multiply(q.view(np.int32), w, scaling, square, following, threads, y)
+        multiply(q.view(np.int32), w, scaling, square, following, team, y)
 
     if isinstance(weight, types.BaseNamedTuple):  # fewbits.py has those
         return None
@@ -295,8 +314,8 @@ def _product_of(x, weight, square, following, threads, y):
 
 
 @kept(**EXACT)
-def _linear(x, weight, square, threads, y):
-    product(x, weight, square, weight[0], threads, y)
+def _linear(x, weight, square, team, y):
+    product(x, weight, square, weight[0], team, y)
 
 
 def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -359,13 +378,12 @@ class Panels(Linear):
             return y.relu().square_() if self.relu2 else y
         y = torch.empty(len(x), len(panels) * PANEL)
         with one_at_a_time:
-            threads = threads_for(len(panels))
-            self.compute(x.contiguous().numpy(), threads, y.numpy())
+            self.compute(x.contiguous().numpy(), team_of(), y.numpy())
         return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
 
-    def compute(self, x, threads: int, y) -> None:
+    def compute(self, x, team, y) -> None:
         """y = the product, of numpy's arrays."""
-        _linear(x, self.arrays, self.relu2, threads, y)
+        _linear(x, self.arrays, self.relu2, team, y)
 
     def plain(self, x: Tensor) -> Tensor:
         """The product in plain torch, on the same panels: there is no second copy of them."""

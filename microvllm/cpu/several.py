@@ -61,9 +61,9 @@ class SeveralRunner(Runner):
 
     def __init__(self, *args):
         super().__init__(*args)
-        from . import crew, vectors  # which need numba
+        from . import crew, team  # which need numba
 
-        self.crew, self.give_back = crew, vectors.give_back
+        self.crew, self.give_back = crew, team.give_back
         self.foreseen: deque[tuple[list, Tensor]] = deque()  # chunks and tokens of next steps
         self.granted: list[Sequence] = []  # got blocks for these
         self.pace = 0, 0.0  # rows, and the seconds of a step of so many, as measured last

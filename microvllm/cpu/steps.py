@@ -17,17 +17,15 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.backend import NO_FILTERS, filter_values
+from .team import SIZE, job, one_at_a_time, team_of
 from .vectors import (
     EXACT,
     VIEWS,
     above,
-    apart,
     dot,
     kept,
-    one_at_a_time,
-    row_threads,
+    row_parts,
     share,
-    threads_for,
     total,
     vectorised,
 )
@@ -101,11 +99,11 @@ def _rms_scale(x, eps):
     return _f32(1) / np.sqrt(dot(x, x, x.size) / _f32(x.size) + eps)
 
 
+@job
 @numba.njit(**VIEWS)
-def add_norm_some(x, y, x0, a, b, eps, adds, mixes, rows, x_new, h):
-    """rows: the first, and the one behind the last."""
-    apart()
-    for t in range(rows[0], rows[1]):
+def _add_norm_part(worker, part, parts, x, y, x0, a, b, eps, adds, mixes, x_new, h):
+    first, end = share(len(x), part, parts)
+    for t in range(first, end):
         xt, yt, x0t, zt, ht = x[t], y[t], x0[t], x_new[t], h[t]
         if adds:
             for c in range(xt.size):
@@ -120,12 +118,11 @@ def add_norm_some(x, y, x0, a, b, eps, adds, mixes, rows, x_new, h):
             ht[c] = xt[c] * scale
 
 
-@kept(parallel=True, **EXACT)
-def add_norm_rows(x, y, x0, a, b, eps, adds, mixes, threads, x_new, h):
-    apart()
-    for thread in numba.prange(threads):
-        rows = share(len(x), thread, threads)
-        add_norm_some(x, y, x0, a, b, eps, adds, mixes, rows, x_new, h)
+@kept(**EXACT)
+def add_norm_rows(x, y, x0, a, b, eps, adds, mixes, team, x_new, h):
+    runs, parts = row_parts(len(x), team[SIZE])
+    arguments = x, y, x0, a, b, eps, adds, mixes, x_new, h
+    _add_norm_part(team, runs, parts, arguments)
 
 
 def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
@@ -135,8 +132,7 @@ def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
     arrays = [z.numpy() for z in (x, y if adds else x, x0 if mixes else x)]
     a, b = (_f32(a), _f32(b)) if mixes else (_f32(1), _f32(0))
     with one_at_a_time:
-        threads = threads_for(row_threads(len(x), len(x)))
-        add_norm_rows(*arrays, a, b, _f32(eps), adds, mixes, threads, x_new.numpy(), h.numpy())
+        add_norm_rows(*arrays, a, b, _f32(eps), adds, mixes, team_of(), x_new.numpy(), h.numpy())
     return x_new, h
 
 
@@ -176,10 +172,11 @@ def _write_row_of(x, scale, rows, i):
 
 
 @numba.njit(**VIEWS)
-def embed_some(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, rows, previous, x):
-    """previous (C,): scratch, the embedding of the token before."""
-    apart()
-    for t in range(rows[0], rows[1]):
+def _embed_some(
+    ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, first, end, previous, x
+):  # fmt: skip
+    """The rows from `first` to `end`; previous (C,): scratch, the embedding of the token before."""
+    for t in range(first, end):
         _embed(wte[ids[t]], eps, x[t])
         if smear_gate.size and positions[t] > 0:  # position 0 has no neighbour
             _embed(wte[prev_ids[t]], eps, previous)
@@ -188,13 +185,24 @@ def embed_some(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, row
                 x[t, c] += gate * previous[c]
 
 
-@kept(parallel=True, **EXACT)
-def embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, threads, x):
+@job
+@numba.njit(**EXACT)
+def _embed_part(
+    worker, part, parts, ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, x
+):  # fmt: skip
+    first, end = share(len(x), part, parts)
+    previous = np.empty(x.shape[1], np.float32)
+    _embed_some(
+        ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, first, end, previous, x
+    )  # fmt: skip
+
+
+@numba.njit(**EXACT)
+def embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, team, x):
     """FusedGPT.embed; without smear, its gate is empty."""
-    apart()
-    for thread in numba.prange(threads):
-        rows, previous = share(len(x), thread, threads), np.empty(x.shape[1], np.float32)
-        embed_some(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, rows, previous, x)
+    runs, parts = row_parts(len(x), team[SIZE])
+    arguments = ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, x
+    _embed_part(team, runs, parts, arguments)
 
 
 @numba.njit(**VIEWS)
@@ -218,14 +226,13 @@ def _rotate(x, cos, sin, qk_scale, eps, z, rows, i):
 
 
 @numba.njit(**VIEWS)
-def rope_store_some(
+def _rope_store_some(
     qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
-    qk_scale, gate_scale, eps, rows, z, q,
+    qk_scale, gate_scale, eps, first, end, z, q,
 ):  # fmt: skip
-    """z (D,): scratch."""
-    apart()
+    """The rows from `first` to `end`; z (D,): scratch."""
     (_, n_head, D), (n_kv_head, block_size) = q.shape, k.shape[1:3]
-    for t in range(rows[0], rows[1]):
+    for t in range(first, end):
         c, s = cos[positions[t]], sin[positions[t]]
         block, slot = slots[t] // block_size, slots[t] % block_size
         e = ve[ids[t] if gated else 0]
@@ -242,18 +249,31 @@ def rope_store_some(
             write_row(vi, _f32(1), v[block, i], slot)
 
 
-@kept(parallel=True, **EXACT)
+@job
+@numba.njit(**EXACT)
+def _rope_store_part(
+    worker, part, parts, qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
+    qk_scale, gate_scale, eps, q,
+):  # fmt: skip
+    first, end = share(len(q), part, parts)
+    z = np.empty(q.shape[2], np.float32)
+    _rope_store_some(
+        qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
+        qk_scale, gate_scale, eps, first, end, z, q,
+    )  # fmt: skip
+
+
+@kept(**EXACT)
 def rope_store_rows(
     qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
-    qk_scale, gate_scale, eps, threads, q,
+    qk_scale, gate_scale, eps, team, q,
 ):  # fmt: skip
-    apart()
-    for thread in numba.prange(threads):
-        rows, z = share(len(q), thread, threads), np.empty(q.shape[2], np.float32)
-        rope_store_some(
-            qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
-            qk_scale, gate_scale, eps, rows, z, q,
-        )  # fmt: skip
+    runs, parts = row_parts(len(q), team[SIZE])
+    arguments = (
+        qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
+        qk_scale, gate_scale, eps, q,
+    )  # fmt: skip
+    _rope_store_part(team, runs, parts, arguments)
 
 
 def rope_store(
@@ -268,10 +288,9 @@ def rope_store(
     tensors = ids, ve, ve_gate, cos, sin, batch.positions, batch.slots, k, v
     ids, ve, ve_gate, *others = [array_of(x) for x in tensors]
     with one_at_a_time:
-        threads = threads_for(row_threads(len(qkv), len(qkv)))
         rope_store_rows(
             qkv.view(len(qkv), -1, D).numpy(), h.numpy(), ids, ve, ve_gate, gated,
-            *others, _f32(qk_scale), _f32(gate_scale), _f32(eps), threads, q.numpy(),
+            *others, _f32(qk_scale), _f32(gate_scale), _f32(eps), team_of(), q.numpy(),
         )  # fmt: skip
     return q
 
@@ -364,33 +383,33 @@ def _argmax(x):
     return -1
 
 
-@numba.njit(**EXACT)
-def draw_space(V):
-    """The scratch of sample_some: weights, and the sums of their blocks."""
-    blocks = -(-V // _BLOCK)  # the last one may be longer than the row
-    return np.zeros(blocks * _BLOCK, np.float32), np.empty(blocks, np.float32)
-
-
+@job
 @numba.njit(**VIEWS)
-def sample_some(logits, V, stride, u, scale, softcap, filters, rows, space, tokens):
-    """The row of number r begins at logits[r * stride]."""
-    apart()
-    w, sums = space
-    for r in range(rows[0], rows[1], rows[2]):
+def _sample_part(worker, part, parts, logits, V, stride, u, scale, softcap, filters, w, sums, tokens):
+    """The row of number r begins at logits[r * stride]. w (threads, V and more), sums (threads, the
+    blocks of a row): scratch."""
+    own, own_sums = w[worker], sums[worker]
+    first, end = share(tokens.size, part, parts)
+    for r in range(first, end):
         x, (top_k, top_p, min_p) = logits[r * stride : r * stride + V], filters[r]
         if scale[r] == 0:
             tokens[r] = _argmax(x)
         else:
-            _weigh(x, scale[r], softcap, top_k, top_p, _f32(min_p), w[:V])
-            tokens[r] = _draw(w, sums, u[r])
+            _weigh(x, scale[r], softcap, top_k, top_p, _f32(min_p), own[:V])
+            tokens[r] = _draw(own, own_sums, u[r])
 
 
-@kept(parallel=True, **EXACT)
-def _sample(logits, V, stride, u, scale, softcap, filters, threads, tokens):
-    apart()
-    for thread in numba.prange(threads):
-        rows, space = (thread, tokens.size, threads), draw_space(V)
-        sample_some(logits, V, stride, u, scale, softcap, filters, rows, space, tokens)
+@kept(**EXACT)
+def sample_rows(logits, V, stride, u, scale, softcap, filters, team, tokens):
+    """A token for each row; the row of number r begins at logits[r * stride]."""
+    runs = min(team[SIZE], tokens.size)
+    parts = runs * max(1, min(8, tokens.size // runs))
+    blocks = -(-V // _BLOCK)  # the last one may be longer than the row
+    threads = team[SIZE] if runs > 1 else 1  # that may take a part
+    w = np.zeros((threads, blocks * _BLOCK), np.float32)
+    sums = np.empty((threads, blocks), np.float32)
+    arguments = logits, V, stride, u, scale, softcap, filters, w, sums, tokens
+    _sample_part(team, runs, parts if runs > 1 else 1, arguments)
 
 
 def draw_values(params, T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -409,8 +428,8 @@ def sample(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap
     flat = logits.as_strided(((R - 1) * stride + V,), (1,))
     tokens, values = torch.empty(R, dtype=torch.int64), draw_values(params, temperature.numpy())
     with one_at_a_time:
-        _sample(
+        sample_rows(
             flat.numpy(), V, stride, uniform.numpy(), values[0], _f32(softcap), values[1],
-            threads_for(R), tokens.numpy(),
+            team_of(), tokens.numpy(),
         )  # fmt: skip
     return tokens

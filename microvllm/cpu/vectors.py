@@ -1,4 +1,4 @@
-"""What the CPU's kernels are made of: numba compiles them, and its threads are torch's.
+"""What the CPU's kernels are made of; numba compiles them.
 
 Where the compiler makes less of a loop than the processor can do, the loop is written in vectors,
 in the compiler's own language (llvmlite.ir).
@@ -10,7 +10,6 @@ import ctypes
 import logging
 import os
 import sys
-import threading
 from functools import cache, reduce, wraps
 from pathlib import Path
 
@@ -19,56 +18,11 @@ import torch
 from llvmlite import ir
 from llvmlite.binding import initialize_native_asmparser
 from numba.core import cgutils, types
-from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
-from numba.np.ufunc import parallel
 
-# numba's OpenMP layer binds to the library that torch has loaded before it: kernels run on torch's
-# own threads. A second pool would fight for the cores: torch's workers keep spinning for
-# milliseconds after a product, in case another one follows. But as the layer starts it sets that
-# library's number of threads and allows nested teams, and with these torch's own attention takes 6
-# to 140 times as long. So both are put back.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-_openmp = ctypes.CDLL(None) if os.name == "posix" else None  # without it, int() does nothing
-_threads, _nested = torch.get_num_threads(), getattr(_openmp, "omp_get_nested", int)()
-numba.set_num_threads(1)  # starts the layer
-torch.set_num_threads(_threads)
-getattr(_openmp, "omp_set_nested", int)(_nested)
-PROCESS = os.getpid()  # whose threads the layer has: a fork gets none of them
-# numba's public one takes a lock that all processes share, each time. An exception that strikes
-# there from outside leaves it taken, and other threads wait for ever
-_set_num_threads = getattr(parallel, "_set_num_threads", numba.set_num_threads)
-# the workqueue layer aborts the process on concurrent launches. As all locks of ours that a step
-# takes it is one of C's and taken by `with`: the interpreter lets nothing strike between the lock
-# and the block, as it would in an __enter__ of Python
-one_at_a_time = threading.RLock()
+_libc = ctypes.CDLL(None) if os.name == "posix" else None
 log = logging.getLogger("microvllm")
-
-
-def give_back() -> None:
-    """Release what an exception has left taken by this thread: numba's lock, which has an __enter__
-    of Python and is taken as a kernel is loaded; and ours, where a trace has struck."""
-    for lock in one_at_a_time, global_compiler_lock._lock:
-        while lock._is_owned():
-            lock.release()
-
-
-def check_process() -> None:
-    """Raises RuntimeError in a fork, where OpenMP's layer ends the process or waits for ever."""
-    if os.getpid() != PROCESS and numba.threading_layer() == "omp":
-        raise RuntimeError(
-            f"attention='numba' began in process {PROCESS}, whose threads a fork does not have: "
-            "start processes with 'spawn' or 'forkserver' (multiprocessing.get_context)"
-        )
-
-
-def threads_for(jobs: int) -> int:
-    """Set and return how many threads share so many jobs: torch's number, or fewer."""
-    check_process()
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, jobs)
-    _set_num_threads(threads)
-    return threads
 
 
 # nothing is rounded or added up in another order than is written, since that would depend on which
@@ -136,10 +90,19 @@ def fewest(count, threads):
 
 
 @numba.njit(**EXACT)
-def row_threads(rows, threads):
-    """The same for rows that are normed, rotated or rounded: waking a thread takes as long as a few
-    of them."""
-    return fewest(rows, min(threads, 1 + rows // 8))
+def row_parts(rows, threads):
+    """Runs and parts of a job (team.py) on rows that are normed, rotated or rounded. To hand a part
+    over takes as long as a few rows do."""
+    runs = fewest(rows, min(threads, 1 + rows // 8))
+    return runs, runs * (max(1, min(4, rows // (16 * runs))) if runs > 1 else 1)
+
+
+@numba.njit(**EXACT)
+def piece_parts(pieces, threads):
+    """Runs and parts of a job on so many pieces of a matrix: at most four parts for each thread, so
+    that those of a thread that comes late can be taken by others, of four pieces or more."""
+    runs = fewest(pieces, threads)
+    return runs, runs * (max(1, min(4, pieces // (4 * runs))) if runs > 1 else 1)
 
 
 @numba.njit(**EXACT)
@@ -168,7 +131,7 @@ LANES = 16 if "+avx512f" in CPU else 8 if "+avx2" in CPU and "+fma" in CPU else 
 NEON = "+neon" in CPU  # ARM's: as few numbers in one, but 32 of them
 # the instruction that multiplies four bytes in each lane; ARM's (which LLVM does not look for, and
 # each of Apple's has) takes signed ones
-SIGNED = NEON and bool(not hasattr(_openmp, "getauxval") or _openmp.getauxval(16) >> 20 & 1)
+SIGNED = NEON and bool(not hasattr(_libc, "getauxval") or _libc.getauxval(16) >> 20 & 1)
 FOUR_BYTES = SIGNED or ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU
 # that, or one for two numbers of 16 bits
 INTEGERS = FOUR_BYTES or ("+avx512bw" if LANES == 16 else "+avx2") in CPU
@@ -179,7 +142,7 @@ _bfloat16 = LANES == 16 and "+avx512bf16" in CPU
 # the unit that multiplies tiles of matrices, see amx.py: its registers are so large that a process
 # has to ask Linux for them (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)
 AMX = _bfloat16 and {"+amx-tile", "+amx-bf16", "+amx-int8"} <= {*CPU} and sys.platform == "linux"
-AMX = AMX and _openmp.syscall(158, 0x1023, 18) == 0
+AMX = AMX and _libc.syscall(158, 0x1023, 18) == 0
 # the instruction that multiplies two bfloat16 in each lane: on Intel's processors, which have the
 # tiles, it takes longer than two of float32
 TWO_HALVES = _bfloat16 and (AMX or _name.startswith("znver"))
@@ -367,12 +330,6 @@ def fetch(b, x, start, count):
     start = b.at(x.data, start)
     with cgutils.for_range_slice(b, b.i64(0), count, line, b.i64) as (d, _):
         b.start_loading(b.at(start, d))
-
-
-@vectorised()
-def apart(b):
-    """Called in a function: it is not made part of a larger one, in which registers run out."""
-    b.function.attributes.add("noinline")
 
 
 @vectorised(types.float32)

@@ -20,7 +20,7 @@ from test_trace import compare
 
 import microvllm
 from microvllm import SamplingParams
-from microvllm.cpu import vectors
+from microvllm.cpu import team
 from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -336,7 +336,7 @@ def test_no_exception_leaves_a_lock_taken():
     __enter__ or __exit__ of Python's would be left half done in every second of these rounds."""
     raised, usual = ctypes.pythonapi.PyThreadState_SetAsyncExc, sys.getswitchinterval()
     with engine() as llm:
-        locks, rounds, left = [llm._lock, vectors.one_at_a_time], [], []
+        locks, rounds, left = [llm._lock, team.one_at_a_time], [], []
 
         def take(lock) -> None:
             while len(rounds) < 400:
@@ -372,7 +372,7 @@ def test_no_exception_leaves_a_lock_taken():
 
 def test_a_lock_that_a_step_leaves_taken_is_given_back(monkeypatch):
     """numba's, for one, whose __enter__ is Python's."""
-    locks = [vectors.one_at_a_time, vectors.global_compiler_lock._lock]
+    locks = [team.one_at_a_time, team.global_compiler_lock._lock]
     with engine() as llm:
 
         def struck(plan):
