@@ -32,6 +32,18 @@ SEVERAL |= dict.fromkeys(("int6-layers", "int5-layers", "int4-layers"), FEW)
 PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plain torch as well
 
 
+def kinds_for(kind: str) -> list[str]:
+    """All kinds of kernels that the engines of one checkpoint call in one precision, `kind` first:
+    several steps in one call, and a live module, whose weights are shared and so in no panels."""
+    kinds = [kind]
+    if kind in SEVERAL:
+        kinds.append(kind + first.SEVERAL)
+    store, *parts = kind.split("-")
+    if "layers" in parts and store in ("float32", "bfloat16"):
+        kinds.append(kind.removesuffix("-layers"))
+    return kinds
+
+
 class CpuBackend(Backend):
     """Kernels in numba, float32 in and out; matrices, tables, K and V may be in bfloat16."""
 
