@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 ERAS = Path(__file__).parent / "fixtures" / "nanochat_eras"
 MODEL = ROOT / "models" / "oldbooks-d6"
 
+# a helper that compiles kernels ends with the test that started it, also in commands of tests
+os.environ["MICROVLLM_HELPER"] = "attached"
 torch.set_num_threads(1)  # two processes run side by side; a test of threads asks for more
 
 

@@ -200,7 +200,7 @@ def start(kind: str, role: str) -> subprocess.Popen | None:
             creationflags=getattr(subprocess, "IDLE_PRIORITY_CLASS", 0) * (role == BACKGROUND),
         )  # fmt: skip
         if passes:
-            describe(lock, description(kind, role, process.pid))
+            describe(lock, description(kind, arguments["role"], process.pid))
     finally:
         os.close(lock)  # the helper has it
     # no zombie is left, whether or not an engine looks for its helper again

@@ -27,10 +27,7 @@ def build(name=NAME, **options):
     llm = test_engine.build(name, **options)
     kind = getattr(llm.model.backend, "kind", None)
     if kind in SEVERAL and kind + first.SEVERAL not in first._ready:
-        with first.alone(first.SEVERAL):
-            if not first.compiled(kind + first.SEVERAL):
-                first.compile_here(CpuBackend, kind + first.SEVERAL)
-        first._ready.add(kind + first.SEVERAL)
+        first.begin(CpuBackend, kind + first.SEVERAL, waits=True)
     return llm
 
 
