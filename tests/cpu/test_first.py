@@ -459,7 +459,8 @@ def test_ctrl_c_ends_a_run_that_compiles(words, tmp_path):
 
 def helpers_in(folder) -> list[int]:
     """Processes whose arguments name the folder: a helper's have the paths where packages are."""
-    shown = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout
+    command = ["ps", "-ww", "-e", "-o", "pid=", "-o", "args="]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
     return [int(line.split()[0]) for line in shown.splitlines() if f"{folder}" in line]
 
 
@@ -510,6 +511,7 @@ for kind, options in (
         at_once = kind in [*backend.SEVERAL][: 3 if "FUZZ" in os.environ else 1]  # for want of time
         if at_once:
             first.begin(backend.CpuBackend, kind + first.SEVERAL, waits=True)
+            first.run_tiny(backend.CpuBackend, kind + first.SEVERAL)
         before = known()
         calls.clear()
         params = SamplingParams(max_tokens=4, n=2, top_k=5, seed=1, ignore_eos=True)
