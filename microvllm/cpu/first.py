@@ -167,6 +167,20 @@ def serve(backend_class: type, kind: str, said: dict) -> None:
     os._exit(0 if compiled(kind) else UNKEPT)  # threads that wait cannot be waited for
 
 
+def sources() -> list[str]:
+    """The places where this process found its modules, and this package for sure: numba keeps
+    kernels by the path of their source, so a helper must find the same one. The current folder is
+    none of them, unless the package is there: it may have a module of any name."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    places = []
+    for place in sys.path:
+        if place:
+            places.append(os.path.abspath(place))
+        elif os.path.exists(root) and os.path.samefile(root, os.curdir):
+            places.append(root)
+    return places if root in places else [*places, root]
+
+
 def start(kind: str, role: str) -> subprocess.Popen | None:
     """Start a helper, FOREGROUND or BACKGROUND. Returns None where another process has one of that
     role. Raises OSError if there can be none."""
@@ -175,11 +189,9 @@ def start(kind: str, role: str) -> subprocess.Popen | None:
         raise OSError("sys.executable is this program, and no Python")
     if setting == "none":
         raise OSError("MICROVLLM_HELPER=none")
-    root = str(Path(__file__).resolve().parents[2])
-    sources = [os.path.abspath(x) for x in sys.path if x]
     arguments = {
-        "path": sources if root in sources else [*sources, root], "package": __package__,
-        "kind": kind, "role": ATTACHED if setting == "attached" else role,
+        "path": sources(), "package": __package__, "kind": kind,
+        "role": ATTACHED if setting == "attached" else role,
     }  # fmt: skip
     env = dict(os.environ)
     if numba.config.CACHE_DIR:
@@ -190,7 +202,7 @@ def start(kind: str, role: str) -> subprocess.Popen | None:
     try:
         passes = os.name == "posix"  # elsewhere no descriptor is passed on
         arguments["lock"] = lock if passes else None
-        # isolated: the folder that happens to be the current one may have a module of any name
+        # isolated: what `sources` names, and nothing else
         command = [sys.executable or "python", "-I", helper.__file__, json.dumps(arguments)]
         process = subprocess.Popen(
             command, env=env, pass_fds=(lock,) if passes else (),
@@ -356,8 +368,8 @@ def wait(kind: str) -> None:
             same = next((said for said in others if said.get("kind") == kind), {})
             waited_for = any(said.get("role") != BACKGROUND for said in others)
             if not (lives_on(own) or waited_for or (same and seconds < PATIENCE)):
-                if tries == TRIES or (own and own.returncode == UNKEPT):
-                    return
+                if tries == TRIES or (own and own.returncode == UNKEPT) or compiled(kind):
+                    return  # the last one: a helper may have ended just now
                 try:
                     own = start(kind, FOREGROUND)
                 except OSError:

@@ -16,6 +16,7 @@ from microvllm.cpu import first
 from microvllm.cpu.backend import PLAIN, CpuBackend
 
 PROMPTS = ["Who wrote Moby Dick?", "It was a dark and stormy night, and", "The island"]
+posix = pytest.mark.skipif(os.name != "posix", reason="no such signals, no such links")
 ENDS = "import sys; sys.exit(1)"
 WAITS = "import sys; sys.stdin.read()"
 WRITES = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
@@ -316,6 +317,19 @@ def test_a_program_that_is_no_python_starts_no_helper(monkeypatch):
         first.start("float32", first.BACKGROUND)
 
 
+@posix
+def test_a_helper_imports_the_same_package(tmp_path, monkeypatch):
+    """Also one that is linked to, or in the current folder; numba keeps kernels by its path."""
+    link = tmp_path / "link"
+    link.symlink_to(ROOT, target_is_directory=True)
+    monkeypatch.setattr(first, "__file__", f"{link}/microvllm/cpu/first.py")
+    monkeypatch.setattr(sys, "path", ["/lib", "", "lib"])
+    monkeypatch.chdir(tmp_path)
+    assert first.sources() == ["/lib", f"{tmp_path}/lib", str(link)]
+    monkeypatch.chdir(ROOT)
+    assert first.sources() == ["/lib", str(link), f"{ROOT}/lib"]
+
+
 def test_panels_multiply_without_kernels_too():
     """In plain torch, on the same memory: odd sizes, no rows, and relu2."""
     from microvllm.cpu import products
@@ -417,8 +431,6 @@ def test_a_library_hears_one_line_on_stderr(helpers, monkeypatch, capsys):
 
 
 # real helpers -------------------------------------------------------------------------------------
-
-posix = pytest.mark.skipif(os.name != "posix", reason="no such signals")
 
 
 @posix
