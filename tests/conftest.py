@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 ERAS = Path(__file__).parent / "fixtures" / "nanochat_eras"
 MODEL = ROOT / "models" / "oldbooks-d6"
 
+# a helper that compiles kernels ends with the test that started it, also in commands of tests
+os.environ["MICROVLLM_HELPER"] = "attached"
 torch.set_num_threads(1)  # two processes run side by side; a test of threads asks for more
 
 
@@ -36,8 +38,6 @@ SLOW = "bfloat16-layers", "int8-layers"  # those that only slow tests need
 
 def pytest_collection_modifyitems(items):
     places = {name: i for i, name in enumerate(ORDER)}
-    # the last one compiles kernels that all engines would use once they are on disk
-    places["test_several"] = len(items)
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
@@ -47,7 +47,6 @@ def kernels(request):
     other files, and for the kinds that come later, one process has a helper compile them."""
     from microvllm.cpu import backend, first
 
-    first.LATER = float("inf")  # no helper compiles beside the tests what nobody waits for
     alone = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
     for kind in KINDS if request.config.option.markexpr == "not slow" else KINDS + SLOW:
         waits = kind in KINDS and request.path.stem not in EARLY

@@ -380,6 +380,43 @@ def info(args: argparse.Namespace) -> None:
     terminal.say(json.dumps(found) if args.json else roofline.description(found))
 
 
+def warmup(args: argparse.Namespace) -> None:
+    """Compile the kernels that a CPU needs for a checkpoint, in the foreground, and keep them."""
+    engine()
+    from ..full import find_checkpoint, load_model, needed
+
+    first, backend = needed("warmup", "cpu.first"), needed("warmup", "cpu.backend")
+    if why := first.not_kept():
+        raise ValueError(f"kernels cannot be kept, because {why}: {first.REMEDY}")
+    model_path = find_checkpoint(model_name(args), args.step)
+    seconds: dict[str, float] = {}  # of each kind that was not on disk
+
+    def show(kind: str, said: dict, passed: float, last: bool = False) -> None:
+        seconds[kind] = passed
+        kinds = backend.kinds_for(next(iter(seconds)))
+        line = f"kernels {kinds.index(kind) + 1} of {len(kinds)} ({kind}): {passed:.0f} s"
+        if said.get("now"):
+            line += f", {said['done']} compiled, now {said['now']}"
+        terminal.progress(line, last)
+
+    options = {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
+    began = time.perf_counter()
+    with first.told(lambda line: None, waits=True, shows=show):
+        model = load_model(*model_path, "cpu", args.dtype, **options, **overrides(args))
+        kinds = backend.kinds_for(model.backend.kind)
+        for kind in kinds:
+            first.begin(backend.CpuBackend, kind, waits=True)
+            if kind in seconds:
+                show(kind, {}, time.perf_counter() - began, last=True)
+            began = time.perf_counter()
+    if why := first.not_kept(*kinds):
+        raise ValueError(f"kernels were compiled but not kept, because {why}: {first.REMEDY}")
+    found = {"folder": str(first.folder()), "seconds": {k: round(v, 1) for k, v in seconds.items()}}
+    found["kinds"] = kinds
+    line = f"kernels of {len(kinds)} kinds ({', '.join(kinds)}) are in {found['folder']}"
+    terminal.say(json.dumps(found) if args.json else line)
+
+
 def convert(args: argparse.Namespace) -> None:
     """Write a checkpoint in the other format, and see that both give the same tokens."""
     from .. import LLM, SamplingParams

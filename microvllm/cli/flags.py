@@ -102,6 +102,16 @@ $ owner/name --json
 model? CHECKPOINT  {CHECKPOINT}
 --kv-cache-dtype auto|int8  of K and V (=auto)
 """
+WARMUP = f"""compile the CPU's kernels for a checkpoint, once; later runs find them on disk
+$
+$ -m sft --quantization int8
+-m --model --model-dir CHECKPOINT  {CHECKPOINT}
+--step int N         training step of the checkpoint (the last one)
+--dtype auto|float32|bfloat16  (float32)
+--quantization int8|int6|int5|int4  of matrices
+--kv-cache-dtype auto|int8  of K and V (=auto)
+--recipe+ NAME=VALUE  a constant that the weights cannot tell, such as softcap=20; may be repeated
+"""
 CONVERT = """write a checkpoint in the other format: nanochat's as a Hugging Face folder, or back
 $ sft -o my-model-hf
 $ owner/name -o my-model
@@ -208,6 +218,7 @@ PAGES = {
     commands.score: SCORE + ENGINE + RAW,
     commands.eval: EVAL + ENGINE,
     commands.info: INFO + MODEL,
+    commands.warmup: WARMUP,
     commands.convert: CONVERT,
     commands.quantize: QUANTIZE,
     commands.lab: LAB,

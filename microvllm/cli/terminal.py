@@ -186,14 +186,46 @@ def say(text: str = "", end: str = "\n") -> None:
         raise Unwritable(f"stdout cannot be written: {error.strerror}") from None
 
 
+_held: list[str] | None = None  # notes, while an answer is written
+
+
+@contextmanager
+def notes_later() -> Iterator[None]:
+    """Hold notes back until what is printed inside is whole."""
+    global _held
+    if _held is not None:
+        yield
+        return
+    _held = []
+    try:
+        yield
+    finally:
+        held, _held = _held, None
+        for text in held:
+            note(text)
+
+
 def note(text: str) -> None:
     """Say something that is no answer: on stderr, in grey where there are colours."""
+    if _held is not None:
+        _held.append(text)
+        return
     say(end="")
     text = plain(text)
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         text = f"\033[2m{text}\033[0m"
     with suppress(OSError):  # nobody can be told
         print(text, file=sys.stderr, flush=True)
+
+
+def progress(text: str, last: bool = False) -> None:
+    """Show how far a command is, on stderr: on a terminal in one line that changes, elsewhere the
+    last state alone."""
+    with suppress(OSError):
+        if sys.stderr.isatty():
+            print(f"\r\033[K{plain(text)}", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif last:
+            print(plain(text), file=sys.stderr, flush=True)
 
 
 # answers ------------------------------------------------------------------------------------------
@@ -218,21 +250,25 @@ def live(
     before, start = counters(llm), time.perf_counter()
     answer = {"text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": "abort"}
     options = tools(llm, chat)
-    with suppress(KeyboardInterrupt), closing(llm.stream([prompt], params, **options)) as events:
-        for event in events:
-            answer["text"] += event.text
-            answer["token_ids"] += event.token_ids
-            if event.finish_reason:
-                answer |= {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
-            if show:
-                say(lead + event.text, end="")
-                lead = ""
+    with notes_later():
+        with (
+            suppress(KeyboardInterrupt),
+            closing(llm.stream([prompt], params, **options)) as events,
+        ):
+            for event in events:
+                answer["text"] += event.text
+                answer["token_ids"] += event.token_ids
+                if reason := event.finish_reason:
+                    answer |= {"finish_reason": reason, "stop_reason": event.stop_reason}
+                if show:
+                    say(lead + event.text, end="")
+                    lead = ""
+        if show:
+            say()
     count, after = len(answer["token_ids"]), counters(llm)
     now = {name: after[name] - before[name] for name in before if name.endswith("_tokens")}
     answer["tokens_per_second"] = speed = round(count / (time.perf_counter() - start), 1)
     answer |= {name: now[name] for name in ("prompt_tokens", "cached_tokens")}
-    if show:
-        say()
     if show and sys.stderr.isatty():
         end = "" if answer["finish_reason"] == "stop" else _ENDS.get(answer["stop_reason"], "")
         hits = f"{now['cached_tokens']} of {now['prompt_tokens']} prompt tokens cached"

@@ -415,8 +415,8 @@ def _attend_part(
 ):  # fmt: skip
     n_kv_head = k.shape[1]
     first, end = share(len(tiles) * n_kv_head, part, parts)
-    for job in range(first, end):
-        i, h = job // n_kv_head, job % n_kv_head
+    for each in range(first, end):
+        i, h = each // n_kv_head, each % n_kv_head
         b, r, stop = tiles[i, 0], tiles[i, 1], tiles[i, 2]
         position = seq_lens[b] - cu_seqlens[b + 1] + r
         table, rows = block_tables[b], slice(r, stop)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..fused.backend import Backend
 from . import first, products, steps
 from .attention import attend_rows, paged_attention, tile
-from .fewbits import FEW, class_of
+from .fewbits import class_of
 from .packed import BITS
 from .products import HalfPanels, Int8, Int8Panels, Panels, product, workspace
 from .steps import add_norm_rows, array_of, back_out, embed_rows, rope_store_rows, sample_rows
@@ -27,10 +27,17 @@ from .team import SIZE, check_process, one_at_a_time, team_of
 from .vectors import EXACT, kept, vectorised
 
 _f32 = np.float32
-# kinds of which there are kernels of several steps (crew.py), and for how many rows
-SEVERAL = dict.fromkeys(("float32-layers", "bfloat16-layers", "int8-layers"), 1 << 30)
-SEVERAL |= dict.fromkeys(("int6-layers", "int5-layers", "int4-layers"), FEW)
 PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plain torch as well
+
+
+def kinds_for(kind: str) -> list[str]:
+    """All kinds of kernels that the engines of one checkpoint call in one precision, `kind` first,
+    then that of a live module, whose weights are shared and so in no panels."""
+    kinds = [kind]
+    store, *parts = kind.split("-")
+    if "layers" in parts and store in ("float32", "bfloat16"):
+        kinds.append(kind.removesuffix("-layers"))
+    return kinds
 
 
 class CpuBackend(Backend):
@@ -112,10 +119,6 @@ class CpuBackend(Backend):
             for name in PLAIN:
                 delattr(self, name)
         return self.awaited is None
-
-    def has_several(self, rows: int) -> bool:
-        """Can several steps of so many rows be computed in one call?"""
-        return self.awaited is None and rows <= SEVERAL.get(self.kind, 0)
 
 
 @vectorised(types.voidptr)

@@ -284,7 +284,8 @@ def _compiled(bits: int, function):
 
 def _product(bits: int):
     """A kernel: y (T, N) = x (T, K) @ w.T of a weight in so many bits."""
-    direct, unpack, top, factors = _multiplier(bits), _unpacker(bits), 2 ** (bits - 1), grouped(bits)
+    direct, unpack = _multiplier(bits), _unpacker(bits)
+    top, factors = 2 ** (bits - 1), grouped(bits)
     named = partial(_compiled, bits)
 
     @job

@@ -1,26 +1,26 @@
-"""The first run: who compiles the kernels, and what an engine does meanwhile?
+"""The first run: which process compiles the kernels, and what an engine does meanwhile?
 
 numba compiles for tens of seconds, and keeps what it made on disk. A process that compiles hears no
-Ctrl-C. So a helper process does it, once for each kind of engine:
+Ctrl-C. So a helper process (helper.py) does it, once for each kind of engine:
 
     engine       plain torch ... ... ... ... loads the kernels, calls them     (or it waits)
     helper       compiles, writes to numba's folder, then a file that says so, and ends
 
 The helper is a run of a tiny model of the same kind, whose arrays have the same types, and so is
-the loading. Each kernel is on disk as soon as it is compiled: a helper that ends early, as it does
-with its engine, leaves less work to the next one. The files hold no code. Where numba can write
-nowhere, or no helper lives, an engine that waits compiles by itself.
+the loading. Each kernel is on disk as soon as it is compiled. The files hold no code.
 
-What takes several steps in one call (crew.py) is a kind of its own, "...-several", that nobody
-waits for: single steps have the same result. Its helper comes later, and takes only what time the
-processor has left.
+A helper that no engine waits for has the lowest priority and outlives the engine, so that a run of
+four seconds leaves compiled kernels to the next one. There is one at a time in a folder, and its
+lock file says what it does (locks.py). An engine that waits has a helper of its own, at its own
+priority; once that engine is gone it is like the others. Where nothing can be written, or no helper
+can be started, an engine that waits compiles by itself.
+
+MICROVLLM_HELPER=attached: helpers end with their engine; =none: there are none.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -40,36 +40,41 @@ from ..fused.model import FusedGPT, FusedRunner
 from ..model import RECIPES, GPTConfig
 from ..sampler import SamplingParams
 from ..scheduler import BlockManager, Scheduler, Sequence
+from . import helper, kernel_cache, locks
 from .attention import attend_rows
+from .helper import ATTACHED, BACKGROUND, FOREGROUND, UNKEPT, describe, description
 from .vectors import AMX, CPU, STAMP
 
-log = logging.getLogger("microvllm")
-# what a person is told by, and whether engines wait for their kernels; see `told`
-tell: Callable[[str], object] = log.info
-patient = True
-several: Callable | None = None  # that of crew.py, which imports this file
 TRIES = 2  # helpers that may die before an engine goes on without
-SEVERAL = "-several"  # the end of such a kind's name
-LATER = 5  # seconds from the first wish for it to its helper: shorter runs end before that does
-# what a helper runs; the paths where this process found its packages, and the kind are arguments
-RUN = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from {0}.backend import CpuBackend
-from {0}.crew import first
-first.serve(CpuBackend, sys.argv[2])
-"""
+PATIENCE = 60.0  # seconds that an engine waits for a helper of the lowest priority
+REMEDY = "set NUMBA_CACHE_DIR to a folder of your own"
+LOCKS = {FOREGROUND: "kernels.lock", BACKGROUND: "kernels-background.lock"}
 
 _ready: set[str] = set()  # kinds whose kernels this process has, or finds on disk
 _told: set[str] = set()  # lines
 _helpers: dict[str, list[subprocess.Popen]] = {}  # of each kind, the last one may run
-_due: dict[str, float] = {}  # when `offers` looks for a kind again
+_due: dict[str, float] = {}  # when a kind is looked for again
 _lock = threading.RLock()
+
+
+def to_stderr(line: str) -> None:
+    """Tell a person who uses the library."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):  # closed
+            print(f"microvllm: {line}", file=sys.stderr, flush=True)
+
+
+# where lines for a person go, whether engines wait for their kernels, and what is called meanwhile
+# with the kind, what its helper says of itself, and seconds; see `told`
+tell: Callable[[str], object] = to_stderr
+patient = True
+progress: Callable[[str, dict, float], object] | None = None
+_listeners: dict[str, Callable[[str], object]] = {}  # `tell` of the engines that do not wait
 
 
 def run_tiny(backend_class: type, kind: str) -> None:
     """Two steps of a tiny model of this kind, a prompt and a token: each kernel that an engine of
-    this kind calls is loaded from disk, or compiled; of several steps another token."""
+    this kind calls is loaded from disk, or compiled."""
     store, *parts = kind.split("-")
     width = 64 if "layers" in parts else 24  # of which panels are whole, or not
     config, recipe = GPTConfig(16, 64, 2, 2, 1, width), RECIPES["5"]
@@ -90,8 +95,6 @@ def run_tiny(backend_class: type, kind: str) -> None:
         for _ in range(2):
             runner.launch(plan := scheduler.schedule())
             scheduler.update(plan, runner.read(plan))
-        if "several" in parts:
-            several(model, scheduler.schedule(), cache, blocks, 1)
 
 
 # what is on disk ----------------------------------------------------------------------------------
@@ -105,93 +108,141 @@ def place(kind: str) -> Path | None:
     return Path(cache.cache_path) / f"kernels-{kind}.{sys.implementation.cache_tag}.txt"
 
 
-def contents() -> str:
-    """What the file says: of which sources, compiler and processor they are."""
-    return repr((STAMP, AMX, numba.__version__, *CPU))
+def folder() -> Path:
+    """Where kernels are kept, if they are."""
+    return Path(os.path.abspath(place("any").parent))
+
+
+def contents(files: dict[str, int]) -> str:
+    """What the file says: of which sources, compiler and processor the kernels are, and the size in
+    bytes of each of their files."""
+    return json.dumps([repr((STAMP, AMX, numba.__version__, *CPU)), files])
 
 
 def compiled(kind: str) -> bool:
-    """Are the kernels on disk?"""
+    """Are the kernels on disk, all of them whole?"""
     file = place(kind)
-    with suppress(OSError, ValueError):
-        return bool(file) and file.read_text(encoding="utf-8") == contents()
+    if file is None:
+        return False
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        text = file.read_text(encoding="utf-8")
+        _, files = json.loads(text)
+        sizes = {name: (file.parent / name).stat().st_size for name in files}
+        return text == contents(sizes)
     return False
 
 
 def compile_here(backend_class: type, kind: str) -> None:
     """Compile or load the kernels in this process, and say so in the file."""
     run_tiny(backend_class, kind)
-    if file := place(kind):
-        with suppress(OSError):
-            file.write_text(contents(), encoding="utf-8")
-
-
-@contextmanager
-def alone(end: str = "") -> Iterator[None]:
-    """Hold a lock of numba's folder, which one process can have; where there is none, do not."""
-    try:
-        import fcntl
-
-        file = open(place("").with_name(f"kernels{end}.lock"), "w")
-    except (ImportError, OSError):
-        yield
+    file = place(kind)
+    if file is None or kernel_cache.unkept:
         return
-    with file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    with suppress(OSError):
+        mine = [path for path in sorted(kernel_cache.used) if path.parent == file.parent]
+        file.write_text(contents({path.name: path.stat().st_size for path in mine}), "utf-8")
 
 
 # the helper ---------------------------------------------------------------------------------------
 
 
-def serve(backend_class: type, kind: str) -> None:
-    """All that a helper does. It ends when nobody holds the other end of its stdin any more, also
-    in the midst of a kernel: so it ends with the engine, however that ends."""
+def serve(backend_class: type, kind: str, said: dict) -> None:
+    """What a helper does once it has imported all. said: what it says of itself, see helper.py."""
 
-    def follow() -> None:
-        os.read(0, 1)
-        os._exit(1)
+    def report(name: str) -> None:
+        said.update(now=name, done=len(kernel_cache.used))
 
-    threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(1)
-    end = SEVERAL if kind.endswith(SEVERAL) else ""
-    if end and hasattr(os, "nice"):
-        os.nice(19)
-    with alone(end):  # who compiles what others wait for does not wait for this one
-        if not compiled(kind):  # by a helper that had the lock before
-            compile_here(backend_class, kind)
-    os._exit(0)  # the thread cannot be waited for
+    kernel_cache.compiling = report
+    if not compiled(kind):  # by another process meanwhile
+        compile_here(backend_class, kind)
+    os._exit(0 if compiled(kind) else UNKEPT)  # threads that wait cannot be waited for
 
 
-def start(kind: str) -> None:
-    """Start a helper. Raises OSError if there can be none."""
+def sources() -> list[str]:
+    """The places where this process found its modules, and this package for sure: numba keeps
+    kernels by the path of their source, so a helper must find the same one. The current folder is
+    none of them, unless the package is there: it may have a module of any name."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    places = []
+    for place in sys.path:
+        if place:
+            places.append(os.path.abspath(place))
+        elif os.path.exists(root) and os.path.samefile(root, os.curdir):
+            places.append(root)
+    return places if root in places else [*places, root]
+
+
+def start(kind: str, role: str) -> subprocess.Popen | None:
+    """Start a helper, FOREGROUND or BACKGROUND. Returns None where another process has one of that
+    role. Raises OSError if there can be none."""
+    setting = os.environ.get("MICROVLLM_HELPER")
     if getattr(sys, "frozen", False):
         raise OSError("sys.executable is this program, and no Python")
-    root, sources = str(Path(__file__).resolve().parents[2]), [str(x) for x in sys.path if x]
-    where = json.dumps(sources if root in sources else [*sources, root])
-    # isolated: the folder that happens to be the current one may have a module of any name
-    code = RUN.format(__package__)
-    command = [sys.executable or "python", "-I", "-c", code, where, kind]
-    helper = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C on the terminal is for the engine
-    )  # fmt: skip
-    _helpers.setdefault(kind, []).append(helper)
-    atexit.register(helper.kill)
+    if setting == "none":
+        raise OSError("MICROVLLM_HELPER=none")
+    arguments = {
+        "path": sources(), "package": __package__, "kind": kind,
+        "role": ATTACHED if setting == "attached" else role,
+    }  # fmt: skip
+    env = dict(os.environ)
+    if numba.config.CACHE_DIR:
+        env["NUMBA_CACHE_DIR"] = os.path.abspath(numba.config.CACHE_DIR)
+    lock = locks.take(place(kind).with_name(LOCKS[role]))
+    if lock is None:
+        return None
+    try:
+        passes = os.name == "posix"  # elsewhere no descriptor is passed on
+        arguments["lock"] = lock if passes else None
+        # isolated: what `sources` names, and nothing else
+        command = [sys.executable or "python", "-I", helper.__file__, json.dumps(arguments)]
+        process = subprocess.Popen(
+            command, env=env, pass_fds=(lock,) if passes else (),
+            stdin=subprocess.DEVNULL if arguments["role"] == BACKGROUND else subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C on the terminal is for the engine
+            creationflags=getattr(subprocess, "IDLE_PRIORITY_CLASS", 0) * (role == BACKGROUND),
+        )  # fmt: skip
+        if passes:
+            describe(lock, description(kind, arguments["role"], process.pid))
+    finally:
+        os.close(lock)  # the helper has it
+    # no zombie is left, whether or not an engine looks for its helper again
+    threading.Thread(target=process.wait, daemon=True).start()
+    return process
+
+
+def at_work() -> list[dict]:
+    """What the helpers of this folder say of themselves, whichever process started them."""
+    file = place("any")
+    paths = [file.with_name(name) for name in LOCKS.values()] if file else []
+    found = [locks.holder(path) for path in paths]
+    return [said for said in found if said is not None]
+
+
+def lives(kind: str) -> bool:
+    """Does a helper run that this process has started?"""
+    started = _helpers.setdefault(kind, [])
+    return bool(started) and started[-1].poll() is None
+
+
+# what a person hears ------------------------------------------------------------------------------
 
 
 @contextmanager
-def told(how: Callable[[str], object], waits: bool) -> Iterator[None]:
-    """Engines made inside tell by how(line) that kernels are compiled; unless waits, they compute
-    in plain torch until these are there, where that gives the same but for rounding."""
-    global tell, patient
-    before = tell, patient
+def told(
+    how: Callable[[str], object], waits: bool, shows: Callable | None = None
+) -> Iterator[None]:
+    """Engines made inside tell by how(line) that kernels are compiled, and while they wait call
+    shows(kind, what the helper says, seconds) about ten times a second. Unless waits, they compute
+    in plain torch until the kernels are there, where that gives the same but for rounding."""
+    global tell, patient, progress
+    before = tell, patient, progress
     try:
-        tell, patient = how, waits
+        tell, patient, progress = how, waits, shows
         yield
     finally:
-        tell, patient = before
+        tell, patient, progress = before
 
 
 def say(tell: Callable[[str], object], line: str) -> None:
@@ -201,33 +252,136 @@ def say(tell: Callable[[str], object], line: str) -> None:
         tell(line)
 
 
+def precision(kind: str) -> str:
+    """A kind in words."""
+    store, *parts = kind.split("-")
+    return store + (", K and V in int8" if "int8_cache" in parts else "")
+
+
+def warmup(kind: str) -> str:
+    """The command that compiles a kind."""
+    store, *parts = kind.split("-")
+    flags = {"float32": "", "bfloat16": " --dtype bfloat16"}.get(store, f" --quantization {store}")
+    if "int8_cache" in parts:
+        flags += " --kv-cache-dtype int8"
+    return f"`microvllm warmup{flags}`"
+
+
+def being_compiled(kind: str, said: dict, waits: bool) -> str:
+    """The line for kernels that a helper compiles. said: what a helper says that another process
+    started, {} for one of this process."""
+    by = ""
+    if said.get("kind") == kind:
+        by = f" by process {said.get('pid')}"
+    elif said:
+        by = f" after those that process {said.get('pid')} compiles now"
+    line = f"the kernels for this processor ({precision(kind)}) are being compiled{by}, once, for "
+    line += f"about half a minute, and are kept in {folder()}"
+    if not waits:
+        line += "; until they are there answers come more slowly"
+    return f"{line}; {warmup(kind)} does it beforehand"
+
+
+def compiled_here(kind: str) -> str:
+    """The line for kernels that this process compiles."""
+    line = f"the kernels for this processor ({precision(kind)}) are compiled in this process, for "
+    line += "about half a minute"
+    if (why := not_kept(kind)) is None:
+        return f"{line}, since no helper process could do it, and are kept in {folder()}"
+    return f"{line}, and again in each later one, because {why}: {REMEDY}"
+
+
+def not_kept(*kinds: str) -> str | None:
+    """Why kernels are not kept on disk, None if they are. kinds: what helpers have compiled."""
+    if place("any") is None:
+        return kernel_cache.unkept or "numba keeps none"
+    ended = [process.returncode for kind in kinds for process in _helpers.get(kind, [])]
+    if UNKEPT in ended:
+        return f"{folder()} cannot be written"
+    return kernel_cache.unkept
+
+
 # the engine ---------------------------------------------------------------------------------------
 
 
 def begin(backend_class: type, kind: str, waits: bool) -> bool:
     """Can kernels of this kind be called? If not a helper compiles them, and `poll` knows more; an
     engine that waits comes back when they are there. Ctrl-C ends the waiting."""
+    waits = waits or patient
     with _lock:
         if kind in _ready or compiled(kind):
             _ready.add(kind)
             return True
-        helpers = _helpers.setdefault(kind, [])
-        with suppress(OSError):
-            if place(kind) and not (helpers and helpers[-1].poll() is None):
-                start(kind)
-        lives = bool(helpers) and helpers[-1].poll() is None
-        doing = "the kernels for this processor are being compiled, once, for about half a minute"
-        if lives and not waits and not patient:
-            say(tell, f"{doing}: until then answers come more slowly")
-            return False
-        say(tell, doing)
-    if lives:
-        helpers[-1].wait()
+        if not waits and place(kind):
+            with suppress(OSError):
+                said = find_helper(kind)
+                _listeners[kind] = tell
+                say(tell, being_compiled(kind, said, waits))
+                return False
+    if place(kind):
+        wait(kind)
     with _lock:
         if not compiled(kind):
+            say(tell, compiled_here(kind))
+            if progress:
+                progress(kind, {}, 0.0)
             compile_here(backend_class, kind)
         _ready.add(kind)
     return True
+
+
+def find_helper(kind: str) -> dict:
+    """See that a helper compiles a kind, which no engine waits for. Returns what it says of itself
+    if another process started it, or if it has another kind to compile before this one; else {}.
+    Raises OSError if there can be none."""
+    if lives(kind):
+        return {}
+    others = at_work()
+    for said in others:
+        if said.get("kind") == kind:
+            return said
+    if not others and (process := start(kind, BACKGROUND)):
+        _helpers[kind].append(process)
+        return {}
+    return others[0] if others else {}
+
+
+def wait(kind: str) -> None:
+    """Come back when a kind is compiled, or when no helper can do that.
+
+    A helper that another engine waits for is waited for here, too. One of the lowest priority gets
+    no time at all where other programs are busy: after a minute this engine's own helper compiles
+    what is left, beside it.
+    """
+    began, own, tries, is_told = time.monotonic(), None, 0, False
+    try:
+        while not compiled(kind):
+            others, seconds = at_work(), time.monotonic() - began
+            same = next((said for said in others if said.get("kind") == kind), {})
+            waited_for = any(said.get("role") != BACKGROUND for said in others)
+            if not (lives_on(own) or waited_for or (same and seconds < PATIENCE)):
+                if tries == TRIES or (own and own.returncode == UNKEPT) or compiled(kind):
+                    return  # the last one: a helper may have ended just now
+                try:
+                    own = start(kind, FOREGROUND)
+                except OSError:
+                    return
+                if own:
+                    tries += 1
+                    _helpers.setdefault(kind, []).append(own)
+            if (own or any(others)) and not is_told:
+                is_told = True
+                say(tell, being_compiled(kind, {} if own else (same or others[0]), waits=True))
+            if progress:
+                progress(kind, same, seconds)
+            time.sleep(0.1)
+    finally:
+        if own and own.stdin:
+            own.stdin.close()  # after Ctrl-C it goes on, at the lowest priority
+
+
+def lives_on(process: subprocess.Popen | None) -> bool:
+    return process is not None and process.poll() is None
 
 
 def poll(backend_class: type, kind: str) -> bool:
@@ -237,39 +391,21 @@ def poll(backend_class: type, kind: str) -> bool:
     if kind in _ready:
         return True
     with _lock:
-        helpers = _helpers[kind]
-        if helpers[-1].poll() is None:
+        if lives(kind):
             return False
         if compiled(kind):
             run_tiny(backend_class, kind)
             _ready.add(kind)
             return True
-        with suppress(OSError):
-            if len(helpers) < TRIES:
-                start(kind)
-                return False
-    line = "the kernels could not be compiled (exit status %d): this run goes on without them"
-    say(log.warning, line % helpers[-1].returncode)
-    return False
-
-
-def offers(backend_class: type, kind: str) -> bool:
-    """Can kernels be called that nobody waits for? They are looked for once a second at most, and
-    never compiled here."""
-    if kind in _ready:
-        return True
-    with _lock:
-        now = time.monotonic()
-        if now < _due.get(kind, 0):
+        ended = [process.returncode for process in _helpers[kind]]
+        if len(ended) < TRIES and UNKEPT not in ended:
+            now = time.monotonic()
+            if now >= _due.get(kind, 0):
+                _due[kind] = now + 0.5
+                with suppress(OSError):
+                    find_helper(kind)
             return False
-        if compiled(kind):
-            run_tiny(backend_class, kind)
-            _ready.add(kind)
-            return True
-        helpers, wished = _helpers.setdefault(kind, []), kind in _due
-        _due[kind] = now + (1 if wished else LATER)
-        lives = bool(helpers) and helpers[-1].poll() is None
-        with suppress(OSError):
-            if wished and not lives and len(helpers) < TRIES and place(kind):
-                start(kind)
+    why = f"exit status {ended[-1]}" if UNKEPT not in ended else f"{not_kept(kind)}: {REMEDY}"
+    line = f"the kernels could not be compiled ({why}); this run goes on without them"
+    say(_listeners.get(kind, tell), line)
     return False

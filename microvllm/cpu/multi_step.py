@@ -6,7 +6,7 @@ import numpy as np
 
 from ..attention import make_batch
 from ..sampler import noise
-from . import first, steps
+from . import steps
 
 
 def compute(model, plan, cache, blocks, count: int) -> np.ndarray:
@@ -26,6 +26,3 @@ def compute(model, plan, cache, blocks, count: int) -> np.ndarray:
     scale, filters = steps.draw_values(params, batch.temperature)
     uniform = uniform.reshape(count, len(seqs))
     return model.compiled.several(batch, cache, uniform, scale, filters, stops, count)
-
-
-first.several = compute  # a tiny model's run, too

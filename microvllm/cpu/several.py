@@ -4,8 +4,8 @@
     several       Python | kernels, kernels, kernels | Python, Python, Python | kernels, ...
 
 Where each sequence has one token to compute, and nothing but its draw decides about the next one,
-steps are computed that nobody has planned yet, in one compiled call (crew.py), until a row ends or
-its time is over. Then the plain loop goes through the same steps, one at a time, and finds the
+steps are computed that are not planned yet, in one compiled call (multi_step.py), until a row ends
+or its time is over. Then the plain loop goes through the same steps, one at a time, and finds the
 tokens of each plan there already: books, traces and counts are those of single steps. A plan that
 is another one than was foreseen is computed as usual, and what was foreseen is dropped.
 """
@@ -61,9 +61,9 @@ class SeveralRunner(Runner):
 
     def __init__(self, *args):
         super().__init__(*args)
-        from . import crew, team  # which need numba
+        from . import multi_step, team  # which need numba
 
-        self.crew, self.give_back = crew, team.give_back
+        self.multi_step, self.give_back = multi_step, team.give_back
         self.foreseen: deque[tuple[list, Tensor]] = deque()  # chunks and tokens of next steps
         self.granted: list[Sequence] = []  # got blocks for these
         self.pace = 0, 0.0  # rows, and the seconds of a step of so many, as measured last
@@ -99,7 +99,7 @@ class SeveralRunner(Runner):
             assert grown, (seq.table, count, blocks.num_free)
         self.granted = seqs
         began = time.perf_counter()
-        tokens = self.crew.compute(self.model, plan, self.cache, blocks, count)
+        tokens = self.multi_step.compute(self.model, plan, self.cache, blocks, count)
         self.pace = len(seqs), (time.perf_counter() - began) / len(tokens)
         for i, row in enumerate(torch.from_numpy(tokens)):
             self.foreseen.append(([(seq, start + i) for seq, start, _ in plan.chunks], row))
@@ -111,7 +111,7 @@ class SeveralRunner(Runner):
         if not ready or not all(getattr(seq.params, "plain", True) for seq in seqs):
             return 0
         count = int(self.seconds / (seconds * max(1, len(seqs) / rows)))
-        if count < 2 or not model.backend.has_several(len(seqs)):
+        if count < 2:
             return 0
         count = min([count] + [seq.max_length - len(seq.tokens) for seq in seqs])
         while count > 1:

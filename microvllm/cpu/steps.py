@@ -385,7 +385,9 @@ def _argmax(x):
 
 @job
 @numba.njit(**VIEWS)
-def _sample_part(worker, part, parts, logits, V, stride, u, scale, softcap, filters, w, sums, tokens):
+def _sample_part(
+    worker, part, parts, logits, V, stride, u, scale, softcap, filters, w, sums, tokens
+):  # fmt: skip
     """The row of number r begins at logits[r * stride]. w (threads, V and more), sums (threads, the
     blocks of a row): scratch."""
     own, own_sums = w[worker], sums[worker]

@@ -14,12 +14,13 @@ from functools import cache, reduce, wraps
 from pathlib import Path
 
 import numba
-import torch
 from llvmlite import ir
 from llvmlite.binding import initialize_native_asmparser
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+from . import kernel_cache
 
 _libc = ctypes.CDLL(None) if os.name == "posix" else None
 log = logging.getLogger("microvllm")
@@ -46,31 +47,34 @@ def trusted(folder: str) -> bool:
         return True
     owners = {0, os.getuid(), os.stat(__file__).st_uid}
     for place in (Path(folder), *sorted(Path(folder).glob("*.nb[ic]"))):
-        about = place.stat()
+        try:
+            about = place.stat()
+        except FileNotFoundError:
+            if place == Path(folder):
+                raise
+            continue  # another process has just replaced it
         private = about.st_gid == about.st_uid  # the user's own group, of which umask 002 comes
         if about.st_uid not in owners or about.st_mode & (0o002 if private else 0o022):
-            log.warning(
-                "%s may be written by others: kernels are not kept there but compiled in each "
-                "process, for a minute or two; chmod -R go-w %s, or set NUMBA_CACHE_DIR to a "
-                "folder of your own", place, folder,
-            )  # fmt: skip
+            kernel_cache.unkept = f"{place} may be written by others (chmod -R go-w {folder})"
+            log.info("kernels are not kept: %s", kernel_cache.unkept)
             return False
     return True
 
 
 def kept(**options):
-    """numba.njit, of which the result is written to disk, for later processes."""
+    """numba.njit, with compiled kernels written to disk, for later processes."""
 
     def compiled(function):
         kernel = numba.njit(**options)(function)
         try:
-            kernel.enable_caching()
             # numba looks whether a kernel's own file has changed; it is made of several of ours
-            kernel._cache._cache_file._source_stamp = STAMP, AMX
-            if not trusted(kernel._cache.cache_path):
-                kernel._cache.disable()
+            cached = kernel_cache.KernelCache(function, stamp=(STAMP, AMX))
+            if not trusted(cached.cache_path):
+                cached.disable()
+            kernel._cache = cached
         except (RuntimeError, OSError):
-            pass  # neither the package's folder nor the user's cache can be written
+            folder = Path(function.__code__.co_filename).parent
+            kernel_cache.unkept = f"neither {folder} nor the user's cache can be written"
         return kernel
 
     return compiled

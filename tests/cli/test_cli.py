@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -539,6 +540,79 @@ def test_the_roofline_counts_what_a_decode_step_reads(command, monkeypatch):
     assert limits == pytest.approx(expected, rel=1e-3)
     room = (10**9 - found["weight_bytes"]) / 2
     assert found["full_sequences_that_fit"] == int(room / ((64 * 2 + 17 * 4) * 16 * 2 * 2 * 64 * 2))
+
+
+@pytest.fixture
+def compiles(tmp_path, monkeypatch):
+    """Kinds that were compiled, in a folder without kernels, with no helper and no compiler."""
+    first = pytest.importorskip("microvllm.cpu.first")
+    kinds = []
+
+    def begin(backend_class, kind, waits):
+        if kind not in kinds:
+            kinds.append(kind)
+            first.progress(kind, {"now": "a_kernel", "done": 2}, 7.0)
+        return True
+
+    monkeypatch.setattr(first, "place", lambda kind: tmp_path / kind)
+    monkeypatch.setattr(first, "begin", begin)
+    monkeypatch.setattr(first, "_helpers", {})
+    monkeypatch.setattr(first.kernel_cache, "unkept", None)
+    return kinds
+
+
+def test_warmup_compiles_all_that_a_checkpoint_needs(command, compiles, tmp_path):
+    """A live module's, too; it says where kernels are kept."""
+    out, err = command("warmup")
+    assert compiles[0].startswith("float32") and compiles[-1] == "float32"
+    if compiles[0] == "float32-layers":
+        assert compiles[1:] == ["float32"]
+    assert str(tmp_path) in out and out.count("\n") == 1
+    numbers = [f"kernels {i + 1} of {len(compiles)} ({kind}): " for i, kind in enumerate(compiles)]
+    assert [line[: len(x)] for line, x in zip(err.splitlines(), numbers, strict=True)] == numbers
+    compiles.clear()
+    flags = ["-m", MODEL, "--quantization", "int4", "--kv-cache-dtype", "int8", "--json"]
+    out, _ = command("warmup", *flags)
+    found = json.loads(out)
+    assert found["folder"] == str(tmp_path) and found["kinds"] == compiles
+    assert list(found["seconds"]) == compiles and compiles[0].startswith("int4-int8_cache")
+
+
+def test_warmup_shows_what_is_compiled(command, compiles, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, err = command("warmup")
+    lines = err.split("\r\033[K")
+    assert f"({compiles[0]}): 7 s, 2 compiled, now a_kernel" in lines[1] and "\n" not in lines[1]
+    assert lines[2].endswith(" s\n")
+
+
+def test_warmup_where_nothing_can_be_kept(mistake, compiles, monkeypatch):
+    from microvllm.cpu import first
+
+    monkeypatch.setattr(first.kernel_cache, "unkept", "/here cannot be written")
+    assert "/here cannot be written: set NUMBA_CACHE_DIR to a folder" in mistake("warmup")
+    assert not compiles
+    monkeypatch.setattr(first, "place", lambda kind: None)
+    monkeypatch.setattr(first.kernel_cache, "unkept", None)
+    assert "set NUMBA_CACHE_DIR to a folder of your own" in mistake("warmup")
+
+
+def test_what_is_noted_in_the_midst_of_an_answer_comes_after_it(capsys, monkeypatch):
+    """Such as that kernels could not be compiled."""
+    written = []
+    monkeypatch.setattr(terminal, "print", lambda text, **_: written.append(text), raising=False)
+
+    def stream(*_, **__):
+        for number in range(2):
+            yield SimpleNamespace(text=f"word{number} ", token_ids=[number], finish_reason=None)
+            terminal.note(f"note {number}")
+
+    counts = {"prompt_tokens": 1, "cached_tokens": 0}
+    llm = SimpleNamespace(stream=stream, stats=lambda: counts, request_options=())
+    terminal.live(llm, "prompt", None, chat=False)
+    assert [text.strip() for text in written] == ["word0", "word1", "", "note 0", "note 1"]
+    terminal.note("later")
+    assert written[-1] == "later"
 
 
 def test_info_tells_what_each_precision_takes(command, monkeypatch):

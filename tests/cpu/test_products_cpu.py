@@ -195,8 +195,8 @@ def test_attention_has_the_same_bits_with_any_number_of_threads(rows, keys):
     def run(threads: int) -> torch.Tensor:
         scratch, out = torch.zeros(threads, size), torch.full(q.shape, torch.nan)
         with team.one_at_a_time:
-            threads = team.team_of(threads)
-            attention.attend_rows(q, k, v, *tables, -1, count, threads, scratch.numpy(), out.numpy())
+            arrays = team.team_of(threads), scratch.numpy(), out.numpy()
+            attention.attend_rows(q, k, v, *tables, -1, count, *arrays)
         return out
 
     whole = run(1)

@@ -13,8 +13,7 @@ from test_products_cpu import KINDS, has_panels
 from test_trace import compare
 
 from microvllm.checkpoint import load_model
-from microvllm.cpu import crew, first, several
-from microvllm.cpu.backend import SEVERAL, CpuBackend
+from microvllm.cpu import multi_step, several, team
 from microvllm.trace import Replay
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # for its kernels
@@ -22,30 +21,20 @@ NAME = "era5"  # smears, mixes, gates and has windows
 STORES = [*KINDS, "int6", "int5", "int4"] if ALL else KINDS[:1]  # each compiles for half a minute
 
 
-def build(name=NAME, **options):
-    """An engine of test_engine.py, and the kernels of several steps compiled, once."""
-    llm = test_engine.build(name, **options)
-    kind = getattr(llm.model.backend, "kind", None)
-    if kind in SEVERAL and kind + first.SEVERAL not in first._ready:
-        with first.alone(first.SEVERAL):
-            if not first.compiled(kind + first.SEVERAL):
-                first.compile_here(CpuBackend, kind + first.SEVERAL)
-        first._ready.add(kind + first.SEVERAL)
-    return llm
+build = test_engine.build
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """(sequences, steps allowed, steps done) of each call; steps seem to take no time."""
-    found, real = [], crew.compute
+    found, real = [], multi_step.compute
 
     def compute(model, plan, cache, blocks, count):
         tokens = real(model, plan, cache, blocks, count)
-        if count > 1:  # else it is the tiny model's
-            found.append((len(plan.samples), count, len(tokens)))
+        found.append((len(plan.samples), count, len(tokens)))
         return tokens
 
-    monkeypatch.setattr(crew, "compute", compute)
+    monkeypatch.setattr(multi_step, "compute", compute)
     monkeypatch.setattr(several, "SECONDS", 1.0)
     monkeypatch.setattr(several, "STREAMED", 0.9)
     return found
@@ -84,17 +73,14 @@ def test_the_tokens_are_those_of_single_steps(name, threads, store, calls):
         with build(name, **options, num_blocks=400, block_size=4) as llm:
             if not llm.model.compiled:
                 pytest.skip("its panels are not whole")
-            # more rows than each thread norms by itself
-            most = SEVERAL[llm.model.backend.kind]
-            many = most > crew.FEW
-            work = WORK * 3 if many else WORK[: most // 2]
+            work = WORK * 3  # enough rows for a job of several parts
             want = plain(one_by_one(llm, work))
             assert not calls
             llm.scheduler.reset()
             steps, tokens = llm.stats()["steps"], sum(len(t) for r in want for t, _ in r)
             assert plain(at_once(llm, work)) == want
             assert plain(at_once(llm, work[-1:])) == want[-1:]
-            assert max(rows for rows, _, _ in calls) > (crew.FEW if many else 0)
+            assert max(rows for rows, _, _ in calls) >= 16
             assert sum(rows * done for rows, _, done in calls) > tokens // 2
             assert llm.stats()["steps"] > steps + 40, "each step is counted"
             assert_idle(llm)
@@ -104,19 +90,23 @@ def test_the_tokens_are_those_of_single_steps(name, threads, store, calls):
 
 @has_panels
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("rows", [3, 12])  # each thread norms all of few rows, or its share
+@pytest.mark.parametrize("rows", [3, 20])  # the leader norms all of few rows, or its share
 @pytest.mark.parametrize("name", ["era1_unpadded", "era3", "era5"])
 def test_the_logits_are_those_of_single_steps_bit_for_bit(name, rows, store, calls, monkeypatch):
     options = {"dtype": store} if store == "bfloat16" else {"quantization": store}
-    with build(name, **options, num_blocks=400, deterministic=rows < crew.FEW) as llm:
-        if rows > SEVERAL.get(llm.model.backend.kind, 0):
-            pytest.skip("there are single steps alone")
+    with build(name, **options, num_blocks=400, deterministic=rows < 8) as llm:
         work, found = [(ids(9 + i, i), greedy(20)) for i in range(rows)], []
-        logits, start = llm.model.logits, crew._start
+        logits = llm.model.logits
         monkeypatch.setattr(llm.model, "logits", lambda h: found.append(logits(h)) or found[-1])
         one_by_one(llm, work)
-        want = found[-1]
-        monkeypatch.setattr(crew, "_start", lambda *args: found.append(args[2][11]) or start(*args))
+        want, run = found[-1], llm.model.compiled.run
+
+        def seen(batch, cache, hidden, logits, *draws):
+            done = run(batch, cache, hidden, logits, *draws)
+            found.append(logits)
+            return done
+
+        monkeypatch.setattr(llm.model.compiled, "run", seen)
         llm.scheduler.reset()
         at_once(llm, work)
         assert calls[-1][0] == rows and isinstance(found[-1], np.ndarray)
@@ -124,14 +114,13 @@ def test_the_logits_are_those_of_single_steps_bit_for_bit(name, rows, store, cal
 
 
 @has_panels
-def test_a_thread_that_comes_late_leaves_the_work_to_the_others(calls):
-    """Three members, one after another on one thread: the first does all there is."""
+def test_a_worker_that_comes_late_leaves_the_work_to_the_others(calls, monkeypatch):
+    """The workers of this team have not started at all: the leader does what there is."""
     with build(NAME, num_blocks=60) as llm:
         want = plain(one_by_one(llm, WORK[:2]))
         llm.scheduler.reset()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(crew, "threads_for", lambda jobs: crew.numba.set_num_threads(1) or 3)
-            assert plain(at_once(llm, WORK[:2])) == want and calls
+        monkeypatch.setattr("microvllm.cpu.backend.team_of", lambda: team._new_team(3))
+        assert plain(at_once(llm, WORK[:2])) == want and calls
 
 
 @has_panels
@@ -281,7 +270,7 @@ def test_an_exception_at_any_line_changes_no_token(calls):
 
         want, found, every = run(), Strike(), Strike(opcodes=True)
         assert run(found) == run(every) == want and calls
-        own = [line for line in found.lines if line[0] in ("cpu/several.py", "cpu/crew.py")]
+        own = [line for line in found.lines if line[0] in ("cpu/several.py", "cpu/multi_step.py")]
         assert len(own) > 50
         others = [line for line in found.lines if line not in own]
         for line in own[:: 1 if ALL else 6] + others[:: 1 if ALL else 60]:

@@ -1,6 +1,8 @@
 """What the kernels stand on: folders that others can write, and processes that are forks."""
 
+import errno
 import importlib.util
+import logging
 import os
 import pickle
 import subprocess
@@ -11,7 +13,7 @@ import numba
 import pytest
 from conftest import MODEL, ROOT
 
-from microvllm.cpu import vectors
+from microvllm.cpu import kernel_cache, vectors
 
 SOURCE = """
 from microvllm.cpu.vectors import EXACT, kept
@@ -37,11 +39,13 @@ def kernel(folder: Path):
 @pytest.mark.parametrize("place", ["folder", "index", "kernel"])
 def test_kernels_that_others_can_write_are_not_read(tmp_path, monkeypatch, caplog, place):
     monkeypatch.setattr("numba.config.CACHE_DIR", "")
+    monkeypatch.setattr(kernel_cache, "unkept", None)
+    caplog.set_level(logging.INFO)
     assert kernel(tmp_path)(3) == 6  # compiled, and kept
     again = kernel(tmp_path)
     assert again(3) == 6 and sum(again.stats.cache_hits.values()) == 1 and not caplog.text
     folder, ran = tmp_path / "__pycache__", tmp_path / "ran"
-    (index,), (data,) = folder.glob("*.nbi"), folder.glob("*.nbc")
+    (index,) = folder.glob("*.nbi")
 
     class Evil:
         def __reduce__(self):
@@ -51,6 +55,7 @@ def test_kernels_that_others_can_write_are_not_read(tmp_path, monkeypatch, caplo
     kernel(tmp_path)(3.0)  # who can write there can run code:
     assert ran.exists()
     ran.unlink()
+    (data,) = folder.glob("*.nbc")
     index.write_bytes(pickle.dumps(Evil()))
     {"folder": folder, "index": index, "kernel": data}[place].chmod(0o777)
     before = {file: file.read_bytes() for file in (index, data)}
@@ -58,6 +63,139 @@ def test_kernels_that_others_can_write_are_not_read(tmp_path, monkeypatch, caplo
     assert last(3) == 6 and not ran.exists() and not last.stats.cache_hits
     assert before == {file: file.read_bytes() for file in (index, data)}, "nor written"
     assert "may be written by others" in caplog.text and f"chmod -R go-w {folder}" in caplog.text
+    assert kernel_cache.unkept in caplog.text, "an engine tells a person"
+
+
+class Raises:
+    """A pickle whose reading fails in a way of its own."""
+
+    def __init__(self, *error):
+        self.error = error
+
+    def __reduce__(self):
+        return eval, (f"(_ for _ in ()).throw({self.error[0]})",)
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: b"\0" * len(content),
+    "zeros inside": lambda content: content[:99] + b"\0" * 400 + content[499:],
+    "other": lambda content: b"no pickle at all",
+    "long": lambda content: content + b"more",
+    "KeyError": lambda content: pickle.dumps(Raises("KeyError(5)")),
+    "MemoryError": lambda content: pickle.dumps(Raises("MemoryError()")),
+    "an older one": lambda content: pickle.dumps("0.1") + content,
+}
+
+
+@pytest.fixture
+def keeps(tmp_path, monkeypatch):
+    """(kernel(), in a folder that has one on disk; its index; its file)"""
+    monkeypatch.setattr("numba.config.CACHE_DIR", "")
+    monkeypatch.setattr(kernel_cache, "unkept", None)
+    monkeypatch.setattr(kernel_cache, "used", set())
+    assert kernel(tmp_path)(3) == 6
+    (index,), (data,) = tmp_path.glob("*/*.nbi"), tmp_path.glob("*/*.nbc")
+    return lambda: kernel(tmp_path), index, data
+
+
+def hits(function) -> int:
+    """Whether its kernel was on disk."""
+    assert function(3) == 6
+    return sum(function.stats.cache_hits.values())
+
+
+@pytest.mark.parametrize("place", ["index", "kernel"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_kernel_is_compiled_again(damage, place, keeps):
+    """Whatever error it would raise; later processes find a whole one."""
+    again, index, data = keeps
+    assert hits(again()) == 1
+    file = index if place == "index" else data
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    if (damage, place) in (("long", "index"), ("zeros inside", "index")):
+        hits(again())  # the index has no checksum, and may be readable
+    else:
+        assert hits(again()) == 0
+    assert hits(again()) == 1
+    assert sorted(index.parent.glob("*.nb*")) == [data, index], "and nothing else is left there"
+
+
+def test_a_kernel_that_is_gone_is_compiled_again(keeps):
+    again, index, data = keeps
+    for file in data, index:
+        file.unlink()
+        assert hits(again()) == 0 and hits(again()) == 1 and data.exists() and index.exists()
+
+
+def test_a_kernel_of_other_sources_is_no_kernel(keeps, monkeypatch):
+    """Also one in the place of a new one that was named and not written yet: of a process that
+    lost its power between the two."""
+    again, index, data = keeps
+    old = data.read_bytes()
+    monkeypatch.setattr(vectors, "STAMP", "of another version")
+    assert hits(again()) == 0 and hits(again()) == 1
+    assert [*index.parent.glob("*.nbc")] == [data]
+    data.write_bytes(old)
+    assert hits(again()) == 0 and hits(again()) == 1
+
+
+def test_two_processes_that_compile_at_once_take_no_kernel_for_another(keeps):
+    """Each has read the index before the other one wrote to it. numba would number both files 1."""
+    again, index, _ = keeps
+    kernel_cache.KernelFiles(str(index.parent), index.stem, None).remove()
+    assert not [*index.parent.glob("*.nb*")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_cache.KernelFiles, "_load_index", lambda self: {})
+        patch.setattr(kernel_cache.KernelFiles, "remove", lambda self: None)
+        assert again()(3) == 6 and again()(1.5) == 3.0
+    assert len([*index.parent.glob("*.nbc")]) == 2
+    function = again()
+    assert function(3) == 6 and function(1.5) == 3.0
+    assert sum(function.stats.cache_hits.values()) == 1, "the index has lost one of them"
+
+
+def test_what_a_handler_raises_while_a_kernel_is_read_goes_out(keeps, monkeypatch):
+    """And the file stays: an error of a file would come again."""
+    again, index, data = keeps
+    load, struck = kernel_cache.KernelFiles._load_index, []
+
+    def strike(self):
+        if not struck:
+            struck.append(1)
+            raise TimeoutError("a limit of time")
+        return load(self)
+
+    monkeypatch.setattr(kernel_cache.KernelFiles, "_load_index", strike)
+    with pytest.raises(TimeoutError, match="a limit of time"):
+        again()(3)
+    assert data.exists() and hits(again()) == 1
+
+
+def test_a_disk_that_takes_no_kernel(keeps, monkeypatch):
+    """It is in memory, and works."""
+    again, index, data = keeps
+    data.unlink()
+
+    def full(self, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_cache.KernelFiles, "_open_for_write", full)
+        assert hits(again()) == 0
+    assert kernel_cache.unkept == f"{index.parent} cannot be written: No space left on device"
+    assert hits(again()) == 0 and hits(again()) == 1
+
+
+def test_a_folder_that_is_removed_does_not_come_back(keeps, tmp_path):
+    again, index, data = keeps
+    function = again()
+    for file in index.parent.iterdir():
+        file.unlink()
+    index.parent.rmdir()
+    assert function(3) == 6 and not index.parent.exists()
+    assert kernel_cache.unkept == f"{index.parent} is gone"
 
 
 @posix

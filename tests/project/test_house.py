@@ -486,11 +486,12 @@ def test_imports_point_one_way():
     users = {a.source for a in arrows() if a.target == "full.py" and a.kind != "typing"}
     assert {room(user) for user in users - {"__init__.py"}} <= {"cli"}
     # no arrow is hidden in a string, but for two files that import what is asked for; the third
-    # looks for other packages
+    # looks for other packages, the last is a process, which imports its own room
     for path in PACKAGE.rglob("*.py"):
         if "import_module" in path.read_text(encoding="utf-8"):
             file = path.relative_to(PACKAGE).as_posix()
-            assert file in ("full.py", "jobs/__init__.py", "gpu/flash.py"), file
+            users = "full.py", "jobs/__init__.py", "gpu/flash.py", "cpu/helper.py"
+            assert file in users, file
 
 
 def test_no_circle():

@@ -53,7 +53,8 @@ def test_a_breakpoint_in_the_plain_model_is_reached(monkeypatch):
 def test_every_subcommand_that_the_readme_names_has_a_help():
     line = re.search(r"On the command line: (.+)", README)[1]
     names = [name.split()[-1] for name in re.findall(r"`([^`]+)`", line) if "--" not in name]
-    assert names == "run chat batch bench score eval info convert quantize lab learn trace".split()
+    commands = "run chat batch bench score eval info warmup convert quantize lab learn trace"
+    assert names == commands.split()
     for name in names:
         command = [sys.executable, "-m", "microvllm", name, "--help"]
         told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

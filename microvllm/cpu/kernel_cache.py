@@ -1,0 +1,126 @@
+"""Compiled kernels on disk: numba's files, where a damaged one costs a compilation and no error.
+
+numba keeps an index for each function (.nbi, from types to a file) and a file for each kernel
+(.nbc). When a loss of power, a full disk or another process leaves a bad file there, numba raises
+in every later process. Here it is a miss: the bad files are removed, and numba compiles again.
+
+    load    index -> file -> checksum of sources, types and contents -> the kernel
+    save    the file, then the index, which therefore names no file that is not there yet
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+log = logging.getLogger("microvllm")
+DIGEST = 32  # bytes in front of a kernel
+
+used: set[Path] = set()  # files of kernels that this process has loaded or written
+unkept: str | None = None  # why the last kernel that was compiled could not be written
+compiling: Callable[[str], object] | None = None  # called before a function is compiled
+
+
+class KernelCache(FunctionCache):
+    """numba's cache of one function. stamp: what its kernels depend on beyond the function."""
+
+    def __init__(self, function, stamp: object):
+        super().__init__(function)
+        base = self._impl.filename_base
+        self._cache_file = KernelFiles(self._cache_path, base, stamp)
+
+    def _load_overload(self, sig, target_context):
+        kernel = None
+        try:
+            kernel = super()._load_overload(sig, target_context)
+        except Exception as error:
+            # a bad file fails each time; what a signal's handler has raised comes once
+            if self._fails_again(sig, target_context):
+                log.info("%s: kernels cannot be read: %r", self._cache_path, error)
+                self._cache_file.remove()
+            else:
+                raise
+        if kernel is None and compiling:
+            compiling(self._py_func.__name__)
+        return kernel
+
+    def _fails_again(self, sig, target_context) -> bool:
+        try:
+            super()._load_overload(sig, target_context)
+        except Exception:
+            return True
+        return False
+
+    def _save_overload(self, sig, data):
+        global unkept
+        if not os.path.isdir(self._cache_path):
+            unkept = f"{self._cache_path} is gone"  # the package was removed: nothing is left there
+            return
+        try:
+            super()._save_overload(sig, data)
+        except OSError as error:
+            if error.errno is None:  # a signal's handler has raised it
+                raise
+            unkept = f"{self._cache_path} cannot be written: {os.strerror(error.errno)}"
+
+
+class KernelFiles(IndexDataCacheFile):
+    """numba's index and files of one function, each file with a checksum and a name of its own."""
+
+    def load(self, key):
+        """The kernel's data, None if there is none. Raises an error of any kind for a bad index."""
+        name = self._load_index().get(key)
+        if name is None:
+            return None
+        path = Path(self._data_path(name))
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, PermissionError):
+            return None
+        digest, data = content[:DIGEST], content[DIGEST:]
+        if digest != self._digest(key, data):
+            log.info("%s is damaged: it is compiled again", path)
+            self._unlink(path)
+            return None
+        used.add(path)
+        return pickle.loads(data)
+
+    def save(self, key, data):
+        """Write a kernel. Two processes that do this at once both leave whole files."""
+        overloads = self._load_index()
+        if not overloads:
+            self.remove()  # kernels of other sources
+        # the name follows from the types: no other kernel is ever written to this file
+        number = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+        name, data = self._data_name(number), self._dump(data)
+        self._write(self._data_path(name), self._digest(key, data) + data)
+        self._save_index(overloads | {key: name})
+        used.add(Path(self._data_path(name)))
+
+    def _write(self, path: str, content: bytes) -> None:
+        with self._open_for_write(path) as file:
+            file.write(content)
+
+    def _digest(self, key, data: bytes) -> bytes:
+        """Of a kernel, and of what it was made for: an old kernel in the place of a new one has
+        another one."""
+        what = repr((self._version, self._source_stamp, key)).encode()
+        return hashlib.blake2b(what + data, digest_size=DIGEST).digest()
+
+    def remove(self) -> None:
+        """Remove the function's index and all its kernels."""
+        index = Path(self._index_path)
+        for path in index.parent.glob(f"{index.stem}.*"):
+            self._unlink(path)
+
+    @staticmethod
+    def _unlink(path: Path) -> None:
+        with suppress(OSError):
+            path.unlink()
