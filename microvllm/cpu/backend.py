@@ -178,6 +178,9 @@ def _run(
     n_layer, size = len(windows), cache.shape[4]
     mixes, smears = resid.size > 0, backout.size > 0
     one, none = _f32(1), _f32(0)
+    whole = len(logit_rows) == len(ids)  # are all rows the head's, in their order?
+    for t in range(len(logit_rows) if whole else 0):
+        whole &= logit_rows[t] == t
     # no constants, or numba would compile each kernel for them once more
     yes, no = len(windows) > 0, len(windows) < 0
     for step in range(max(1, len(tokens))):
@@ -204,7 +207,7 @@ def _run(
                 return 0
             table = tables[group]
             attend_rows(q, k, v, cu_seqlens, seq_lens, table, windows[i], rows, team, scratch, seen)
-            if i == n_layer - 1 and R < T:  # all K and V are written: only the head's rows go on
+            if i == n_layer - 1 and not whole:  # all K and V are written: only the head's rows go on
                 x, attended = x[logit_rows], seen[logit_rows]
                 spare, z, normed = np.empty_like(x), np.empty_like(x), np.empty_like(x)
                 inner = np.empty((R, wide.shape[1]), np.float32)
