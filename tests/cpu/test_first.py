@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, SRC
 
 from microvllm import LLM, SamplingParams
 from microvllm.cpu import first
@@ -325,7 +325,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="no such signals")
 def test_ctrl_c_ends_a_run_that_compiles(words, tmp_path):
     """On an empty cache: the first token comes before the kernels do, or a line says why not; and
     the helper ends with the run."""
-    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{SRC}:{tmp_path}"}
     command = [sys.executable, "-m", "microvllm", "run", "--raw", "--ignore-eos", *words, "It was"]
     with subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -371,7 +371,7 @@ first.serve(backend.CpuBackend, "float32")
 @posix
 @pytest.mark.slow
 def test_two_helpers_compile_once(tmp_path):
-    script = SLOW.format(path=[str(ROOT), *sys.path], folder=str(tmp_path))
+    script = SLOW.format(path=[str(SRC), *sys.path], folder=str(tmp_path))
     both = [
         subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) for _ in range(2)
     ]

@@ -215,7 +215,7 @@ stats = attend_rows.stats
 assert sum(stats.cache_hits.values()) == 1 and not stats.cache_misses, stats
 """
     here = os.path.dirname(os.path.abspath(__file__))
-    path = os.pathsep.join([os.path.dirname(here), here])
+    path = os.pathsep.join([os.path.dirname(here), here, os.environ["PYTHONPATH"]])
     env = {**os.environ, "PYTHONPATH": path, "NUMBA_THREADING_LAYER": layer}
     run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
