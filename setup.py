@@ -1,4 +1,4 @@
-"""Build: what pyproject.toml says, and for a wheel the folders that a clone has beside the package.
+"""Build: what pyproject.toml says, and for a wheel the folders that a clone has beside src/.
 
 They become microvllm/share/ in the wheel, where cli/bench.py looks for them. An editable install
 needs no copy.

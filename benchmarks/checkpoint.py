@@ -20,7 +20,7 @@ import time
 from itertools import chain, islice, product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a clone
 
 import tiktoken
 import torch

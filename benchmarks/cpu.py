@@ -36,7 +36,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a clone
 
 import torch
 from compare import BUNDLED, SHAPES, cores, find_model, processor, workload

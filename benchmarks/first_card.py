@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a clone
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,7 @@ class Part:
             try:
                 done = subprocess.run(
                     [sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                    timeout=limit, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                    timeout=limit, env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
                 )  # fmt: skip
                 code = done.returncode
             except subprocess.TimeoutExpired:

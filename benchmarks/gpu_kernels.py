@@ -37,7 +37,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a clone
 
 import torch
 

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where microvllm is
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # where microvllm is
 
 BATCH = 2048  # tokens that openvino and llamacpp may compute at once
 Generate = Callable[[list[list[int]], list[int]], list[list[int]]]

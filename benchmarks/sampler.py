@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a clone
 
 import torch
 

@@ -31,8 +31,9 @@ from contextlib import closing
 from copy import copy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a clone, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the lab is
 sys.path.extend(f"{sys.path[0]}/tests/{room}" for room in (".", "core", "features", "trace"))
+sys.path.insert(0, f"{sys.path[0]}/src")
 
 import numpy as np
 import torch

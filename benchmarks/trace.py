@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-LOADED: dict[Path, dict] = {}  # the modules of each checkout's package
+LOADED: dict[Path, dict] = {}  # by the folder that has it, the modules of a checkout's package
 
 
 def use(root: Path):
@@ -32,11 +32,12 @@ def use(root: Path):
     names = [name for name in sys.modules if name.split(".")[0] == "microvllm"]
     if aside := {name: sys.modules.pop(name) for name in names}:
         LOADED[Path(aside["microvllm"].__file__).parents[1]] = aside
-    sys.modules.update(LOADED.get(root, {}))
-    sys.path.insert(0, str(root))
+    source = root / "src" if (root / "src").is_dir() else root  # older checkouts have no src
+    sys.modules.update(LOADED.get(source, {}))
+    sys.path.insert(0, str(source))
     package = importlib.import_module("microvllm")
-    sys.path.remove(str(root))
-    assert Path(package.__file__).parents[1] == root, package.__file__
+    sys.path.remove(str(source))
+    assert Path(package.__file__).parents[1] == source, package.__file__
     return package
 
 

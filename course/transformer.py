@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-if (Path(__file__).parents[1] / "microvllm").is_dir():  # a clone in which nothing was installed
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+if (SOURCE := Path(__file__).parents[1] / "src").is_dir():  # a clone in which nothing was installed
+    sys.path.insert(0, str(SOURCE))
 
 from microvllm.checkpoint import find_tokenizer, load_model
 from microvllm.cli.commands import MODEL_DIR

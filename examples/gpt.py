@@ -1,8 +1,8 @@
 """A nanochat GPT that one can train: nanochat's config, names and mathematics in plain torch.
 
 It computes whole sequences at once, without a KV cache, in the two eras at the ends of nanochat's
-history: era 1, and era 5, of which the bundled model is. microvllm/model.py has the same layers for
-inference, in all eras.
+history: era 1, and era 5, of which the bundled model is. src/microvllm/model.py has the same layers
+for inference, in all eras.
 """
 
 from copy import copy

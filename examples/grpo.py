@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the examples are
+sys.path.insert(0, f"{sys.path[0]}/src")
 
 import torch
 from torch import Tensor

@@ -9,11 +9,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+SRC = ROOT / "src"
+PACKAGE = SRC / "microvllm"
 ERAS = Path(__file__).parent / "fixtures" / "nanochat_eras"
 MODEL = ROOT / "models" / "oldbooks-d6"
 
 # a helper that compiles kernels ends with the test that started it, also in commands of tests
 os.environ["MICROVLLM_HELPER"] = "attached"
+# processes that a test starts import this checkout, whichever one is installed
+others = [path for path in [os.environ.get("PYTHONPATH")] if path]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(SRC), *others])
+
 torch.set_num_threads(1)  # two processes run side by side; a test of threads asks for more
 
 

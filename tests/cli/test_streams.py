@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PACKAGE, ROOT
 from test_cli import SMALL, Terminal
 
 from microvllm import cli
@@ -21,7 +21,7 @@ HOSTILE = "\x1b]0;title\x07\x1b[31m\x9b2J\x7f\rabc\u202edef\u2066\u061c\u200f"
 
 def test_all_that_is_printed_goes_one_way():
     """So that what is said of one `print` is true of all."""
-    for file in (ROOT / "microvllm" / "cli").glob("*.py"):
+    for file in (PACKAGE / "cli").glob("*.py"):
         tree = ast.parse(file.read_text())
         own = [n for n in ast.walk(tree) if getattr(n, "name", "") in ("say", "note")]
         allowed = {id(node) for function in own for node in ast.walk(function)}

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import test_cli
-from conftest import ERAS, ROOT
+from conftest import ERAS, ROOT, SRC
 from test_cli import SMALL, Terminal
 
 import run as script
@@ -248,6 +248,6 @@ def test_ctrl_c_is_not_lost_in_an_import_that_swallows_it(name, words, tmp_path)
     )
     done = subprocess.run(
         [sys.executable, "-m", *words.split()], cwd=ROOT, capture_output=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{SRC}"},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

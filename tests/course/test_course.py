@@ -98,11 +98,11 @@ def test_sizes():
 
 
 def test_the_names_of_the_engine_exist():
-    """Each page says where its idea lives: `name` in `microvllm/file.py`, and it is there."""
+    """Each page says where its idea lives: `name` in `src/microvllm/file.py`, and it is there."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         part = text[text.index("**In the engine.**" if page != PAGES[-1] else "**Where the id") :]
-        places = dict.fromkeys(re.findall(r"`(microvllm/[\w/]+\.py)`", part))
+        places = dict.fromkeys(re.findall(r"`src/(microvllm/[\w/]+\.py)`", part))
         assert places, page
         files = [importlib.import_module(p[:-3].replace("/", ".")) for p in places]
         names = re.findall(r"`([A-Za-z_]+(?:\.\w+)?)`", part)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, ROOT
+from conftest import MODEL, ROOT, SRC
 
 from microvllm import LLM, SamplingParams
 from microvllm.cpu import first
@@ -388,7 +388,7 @@ def test_a_library_hears_one_line_on_stderr(helpers, monkeypatch, capsys):
 def test_ctrl_c_ends_a_run_that_compiles(words, tmp_path):
     """On an empty cache: the first token comes before the kernels do, or a line says why not. The
     helper goes on, unless it is attached to the run, and holds none of its pipes."""
-    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{SRC}:{tmp_path}"}
     if not words:
         del env["MICROVLLM_HELPER"]
     command = [sys.executable, "-m", "microvllm", "run", "--raw", "--ignore-eos", *words, "It was"]
@@ -429,7 +429,7 @@ def helpers_in(folder) -> list[int]:
 @pytest.mark.slow
 def test_the_second_run_finds_the_kernels(tmp_path):
     """Though the first one ends long before they are compiled."""
-    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{SRC}:{tmp_path}"}
     del env["MICROVLLM_HELPER"]
     command = [sys.executable, ROOT / "run.py", "--max-tokens", "4", "--prompt", "It was"]
     told = []

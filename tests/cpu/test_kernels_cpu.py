@@ -218,7 +218,7 @@ else:
     raise AssertionError("numba has started a pool of threads")
 """
     here = os.path.dirname(os.path.abspath(__file__))
-    path = os.pathsep.join([os.path.dirname(here), here])
+    path = os.pathsep.join([os.path.dirname(here), here, os.environ["PYTHONPATH"]])
     env = {**os.environ, "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

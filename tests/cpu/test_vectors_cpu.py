@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numba
 import pytest
-from conftest import MODEL, ROOT
+from conftest import MODEL, SRC
 
 from microvllm.cpu import kernel_cache, vectors
 
@@ -258,7 +258,7 @@ GONE = "whose threads a fork does not have: start processes with 'spawn'"
 def test_a_new_engine_in_a_fork_works_or_says_why_not(parent, threads, children):
     script = FORK.format(model=str(MODEL))
     command = [sys.executable, "-c", script, parent, str(threads), *children]
-    env = os.environ | {"NUMBA_THREADING_LAYER": "omp", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"NUMBA_THREADING_LAYER": "omp", "PYTHONPATH": str(SRC)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     lines = done.stdout.splitlines()
     assert len(lines) == len(children), done

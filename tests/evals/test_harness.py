@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT, hand_made_batch
+from conftest import ERAS, MODEL, ROOT, SRC, hand_made_batch
 
 from microvllm import LLM, cli
 from microvllm.attention import PagedKVCache
@@ -336,7 +336,7 @@ def test_the_harness_s_own_command_line_runs_the_model(tmp_path):
         [sys.executable, "-c", code, "--model", "microvllm", "--model_args", args, "--tasks",
          "books_choice", "--include_path", ".", "--output_path", str(tmp_path / "out.json")],
         cwd=TASKS, capture_output=True, text=True, timeout=300,
-        env={"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": ""},
+        env={"HF_HOME": str(tmp_path), "PYTHONPATH": str(SRC), "PATH": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "|books_choice|" in done.stdout and list(tmp_path.glob("out*.json"))

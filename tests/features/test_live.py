@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT, Fixture, era_fixtures
+from conftest import ERAS, MODEL, ROOT, SRC, Fixture, era_fixtures
 from standin import GPT, Config, optimizers, train
 from test_interruptions import ALL, Strike
 from test_llm import GREEDY, question
@@ -483,7 +483,7 @@ with LLM(model=gpt, tokenizer_path={tokenizer!r}, copy=True, num_blocks=1000) as
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_sleep_gives_the_memory_of_the_pool_and_of_the_copy_back():
     script = RESIDENT.format(tokenizer=str(MODEL.parent / "tokenizer"))
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    path = os.pathsep.join(map(str, (SRC, ROOT / "tests")))
     subprocess.run(
         [sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": path}
     )

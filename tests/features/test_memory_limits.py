@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, Fixture, era_fixtures
+from conftest import MODEL, SRC, Fixture, era_fixtures
 
 from microvllm import LLM, SamplingParams, full
 from microvllm.cli.roofline import PRECISIONS, layer_bytes
@@ -69,7 +69,7 @@ except ValueError as error:
 def test_a_limit_of_addresses_ends_in_our_error_or_in_a_smaller_pool(room, blocks, said):
     script = SCRIPT.format(model=str(MODEL))
     command = [sys.executable, "-c", script, str(room * 2**20), str(blocks)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(SRC)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert re.search(said, done.stdout.strip()), done
 

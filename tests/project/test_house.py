@@ -17,12 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT, Fixture, era_fixtures, hand_made_batch
+from conftest import ERAS, MODEL, PACKAGE, ROOT, SRC, Fixture, era_fixtures, hand_made_batch
 
 from microvllm import LLM, SamplingParams, attention, engine, full, model
 from microvllm.sampler import cap_logits, noise, truncate
 
-PACKAGE = ROOT / "microvllm"
 CORE = "__init__ engine scheduler model attention sampler tokenizer checkpoint".split()
 ROOMS = "features fused cpu gpu sources quantize trace jobs evals nanochat cli".split()
 FEATURES = sorted(p.stem for p in (PACKAGE / "features").glob("*.py") if p.stem != "__init__")
@@ -308,7 +307,7 @@ ERA = ERAS / "era5" / "chatsft_checkpoints" / "d4"
 @pytest.fixture(scope="module")
 def expected(fork_alone) -> dict:
     """What alone.tour gives with everything in place but numba."""
-    return fork_alone(folder=ROOT, hidden=HIDDEN[:2], model=ERA)["tour"]
+    return fork_alone(folder=SRC, hidden=HIDDEN[:2], model=ERA)["tour"]
 
 
 @pytest.mark.parametrize(
@@ -610,8 +609,8 @@ def test_a_wheel_has_all_rooms(tmp_path):
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     share = [name for name in ("lab", "course", "models") if (ROOT / name).is_dir()]
-    for name in ("microvllm", *share):
-        ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("src", *share):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     # with what is installed, where that is new enough; else pip fetches what builds it
     here = metadata.packages_distributions().get("setuptools")
@@ -629,7 +628,7 @@ def test_a_wheel_has_all_rooms(tmp_path):
 
     target = tmp_path / "site"
     pip("install", "--no-deps", "--no-index", "--target", target, wheel)
-    modules = [path.relative_to(ROOT).with_suffix("") for path in files if path.suffix == ".py"]
+    modules = [path.relative_to(SRC).with_suffix("") for path in files if path.suffix == ".py"]
     names = sorted(".".join(path.parts).removesuffix(".__init__") for path in modules)
     names.remove("microvllm.__main__")
     found = run_alone(

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import MODEL, ROOT
+from conftest import MODEL, PACKAGE, ROOT
 
-PACKAGE = ROOT / "microvllm"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORE = "__init__ attention checkpoint engine model sampler scheduler tokenizer".split()
 
@@ -125,7 +124,7 @@ def test_the_files_that_a_page_names_are_there(page):
     assert all(((ROOT / page).parent / link).exists() for link in links), links
     quoted = " ".join(re.findall(r"`([^`]+)`", re.sub(r"^```.+?^```", "", text, flags=re.M | re.S)))
     named = set(re.findall(r"(?<![\w/.])((?:\w+/)*\w+\.(?:py|md)|(?:\w+/)+)(?![\w.])", quoted))
-    named -= {"microvllm/features/preemptions.py"}  # which the reader writes
+    named -= {"src/microvllm/features/preemptions.py"}  # which the reader writes
     missing = [x for x in named if not (ROOT / x).exists() and not (PACKAGE / x).exists()]
     assert named or page == "SECURITY.md"
     assert not missing, missing

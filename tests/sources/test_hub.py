@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ERAS, ROOT
+from conftest import ERAS, SRC
 
 pytest.importorskip("huggingface_hub", reason="pip install 'microvllm[hf]'")
 
@@ -87,7 +87,7 @@ def microvllm(*words: str, home: Path, port: int) -> subprocess.CompletedProcess
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
     }
-    env |= {"PYTHONPATH": str(ROOT), "NO_PROXY": "*", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(SRC), "NO_PROXY": "*", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "microvllm", *words]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=home, timeout=120)
 

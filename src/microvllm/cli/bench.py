@@ -13,8 +13,8 @@ from pathlib import Path
 DATASET = "tatsu-lab/alpaca"
 PACKAGE = Path(__file__).resolve().parents[1]
 # where the lab, the course and the bundled model are: a wheel has them in the package's share/, a
-# clone of the project beside the package
-ROOT = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parent
+# clone of the project beside src/
+ROOT = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parents[1]
 MODELS = ROOT / "models"
 BUNDLED = MODELS / "prompts" / "oldbooks_instructions.json"
 
