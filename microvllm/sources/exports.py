@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model import RECIPES
+from ..model import RECIPES, Recipe
 from ..tokenizer import Tokenizer
 from . import strict
 from .huggingface import SIZES, import_safetensors, read_safetensors
@@ -70,6 +70,17 @@ def converted(
             what = f"{type(error).__name__}: {error}"
             raise OSError(f"{directory} cannot be written to {output}: {what}") from None
         yield folder
+
+
+def differences(before: Recipe, after: Recipe) -> str:
+    """What of the constants is not the same in the other format, in words; "" if nothing is."""
+    found = []
+    if before.eps != after.eps:
+        found.append(f"the norms' eps is {after.eps:.3g} (it was {before.eps:.3g})")
+    if before.round_rotary != after.round_rotary:
+        now, then = ("", " not") if after.round_rotary else (" not", "")
+        found.append(f"cos and sin are{now} rounded to bfloat16 (they were{then})")
+    return " and ".join(found)
 
 
 @contextmanager

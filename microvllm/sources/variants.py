@@ -10,6 +10,7 @@ model is in doubt, see `strict.question`.
 import re
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..model import RECIPES, GPTConfig, Recipe, layer_windows
@@ -41,6 +42,8 @@ _NORMS = (
     r"norm\.weight"
     r"|transformer\.h\.\d+\.(input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm)\.weight"
 )
+
+_COMPARED = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 # keys of a config -> the constant of the recipe that they state
 CONSTANTS = {
@@ -93,7 +96,7 @@ def plain_name(name: str) -> str:
 
 def is_unit_norm(name: str, weight: Tensor) -> bool:
     """Is it the weight of a norm, by nanochat's name, and all ones? It changes nothing."""
-    return bool(re.fullmatch(_NORMS, name)) and weight.ndim == 1 and bool((weight == 1).all())
+    return bool(re.fullmatch(_NORMS, name)) and weight.ndim == 1 and _is_all(weight, 1)
 
 
 def without_experts(given: dict) -> dict:
@@ -184,7 +187,8 @@ def fillings(weights: dict[str, Tensor]) -> list[str]:
 
 
 def _is_all(weight: Tensor, value: float) -> bool:
-    return bool((weight == value).all())
+    # not of a type that a file may have and torch cannot compare
+    return weight.dtype in _COMPARED and not weight.is_meta and bool((weight == value).all())
 
 
 def _has(recipe: Recipe, part: str) -> bool:
