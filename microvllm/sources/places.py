@@ -33,8 +33,7 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
             step = int(place[3]) if place[3] else step
         elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name):
             directory = hub.fetch(name, step)
-    has_model = directory.is_dir() and any(map(_is_model, os.listdir(directory)))
-    if not has_model and (folders := model_folders(directory)):
+    if not _has_model(directory) and (folders := model_folders(directory)):
         listed = ", ".join(map(str, folders[:_MAX_LISTED]))
         more = f" and {len(folders) - _MAX_LISTED} more" * (len(folders) > _MAX_LISTED)
         raise FileNotFoundError(
@@ -56,6 +55,14 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
 def _is_model(file: str) -> bool:
     """Is it the name of a file with weights, of any format?"""
     return bool(re.fullmatch(r"model_\d+\.pt|model(-\d+-of-\d+)?\.safetensors", file))
+
+
+def _has_model(directory: Path) -> bool:
+    """Are there weights in the directory itself?"""
+    try:
+        return any(map(_is_model, os.listdir(directory)))
+    except OSError:  # no directory, or one that may not be read
+        return False
 
 
 def model_folders(directory: Path) -> list[Path]:
