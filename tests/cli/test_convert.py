@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ TOKENIZER = ["--tokenizer-dir", str(ERAS / "tokenizer")]
 
 def test_convert_there_and_back(command, tmp_path):
     out, err = command("convert", MODEL, "-o", tmp_path / "hf")
-    assert out == f"{tmp_path}/hf: era 5, the same 16 greedy tokens as {MODEL}\n" and err == ""
+    told = f"{tmp_path}/hf: era 5, the same 16 greedy tokens as {MODEL}, exact: no constant and no "
+    assert out == told + "log-probability differs\n" and err == ""
     found = json.loads(command("convert", "--json", tmp_path / "hf", "-o", tmp_path / "nano")[0])
     assert found == {
         "checkpoint": str(tmp_path / "hf"), "step": None, "output": str(tmp_path / "nano"),
-        "era": "5", "greedy_tokens": found["greedy_tokens"],
+        "era": "5", "greedy_tokens": found["greedy_tokens"], "differs": "",
+        "largest_logprob_difference": 0.0,
     }  # fmt: skip
     assert len(found["greedy_tokens"]) == 16
     assert sorted(os.listdir(tmp_path)) == ["hf", "nano"]
@@ -41,6 +44,36 @@ def test_convert_takes_every_era_and_a_relative_path(name, command, tmp_path, mo
         told = json.loads(command("convert", source, "-o", output, "--json", *flags)[0])
         assert told["era"] == fixture.json["era"].removesuffix("_late").removesuffix("b")
     assert Path("nano").is_dir() and len(os.listdir()) == 2
+
+
+def test_convert_says_what_the_other_formats_constants_change(command, tmp_path):
+    """Rounded tables move this fixture's logits by about 1e-2, and its epsilon by 2e-5."""
+    hf = ERAS / "hf_era1_padded"
+    rounded = "cos and sin are rounded to bfloat16 (they were not)"
+    unrounded = "cos and sin are not rounded to bfloat16 (they were)"
+    eps = "the norms' eps is 1.19e-07 (it was 1e-06)"
+    for source, output, differs in (
+        (FIXTURES["era1_padded"].directory, "a", unrounded),
+        (tmp_path / "a", "b", rounded),
+        (hf, "c", f"{eps} and {rounded}"),
+    ):
+        out, _ = command("convert", source, "-o", tmp_path / output, *TOKENIZER)
+        start, end = out.split(f"with the same constants; in this format {differs}, which changes ")
+        assert start == f"{tmp_path / output}: era 1, the same 16 greedy tokens as {source} "
+        number = re.fullmatch(r"31 log-probabilities by at most ([\d.]+)\n", end)
+        assert 1e-3 < float(number[1]) < 3e-2
+    told = json.loads(command("convert", hf, "-o", tmp_path / "d", "--json", *TOKENIZER)[0])
+    assert told["differs"] == f"{eps} and {rounded}"
+    assert 1e-3 < told["largest_logprob_difference"] < 3e-2
+    # what is measured is what a user would see
+    prompt = [*range(0, 311, 1 + 311 // 16)]
+    pair = [prompt[:1]], [prompt[1:] + told["greedy_tokens"]]
+    scores = []
+    for place in hf, tmp_path / "d":
+        with LLM(place, tokenizer_path=ERAS / "tokenizer", device="cpu", plain=True) as llm:
+            scores += llm.score(*pair)
+    most = max(abs(x - y) for x, y in zip(*scores, strict=True))
+    assert told["largest_logprob_difference"] == pytest.approx(most, abs=1e-5)
 
 
 def test_convert_takes_a_model_with_a_short_context_and_odd_windows(command, tmp_path):

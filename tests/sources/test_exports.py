@@ -121,7 +121,7 @@ def test_an_exported_folder_may_be_sharded_and_all_in_bfloat16(tmp_path):
     "changes, words",
     [
         ({"architectures": ["GPT2LMHeadModel"]}, ["config.json", "GPT2LMHeadModel"]),
-        ({"softcap": 20.0}, ["config.json", "['softcap']", "delete"]),
+        ({"num_hash_bits": 20.0}, ["config.json", "['num_hash_bits']", "delete"]),
         ({"num_experts": 8}, ["config.json", "num_experts"]),
         ({"n_kv_head": None}, ["config.json", "lacks ['n_kv_head']"]),
         ({"n_layer": 5}, ["missing", "transformer.h.4."]),
@@ -207,7 +207,7 @@ def test_a_later_model_without_its_lambdas_is_refused_and_runs_as_the_refusal_sa
     expected = plain_checkpoint(tmp_path / "plain").directory
     prompts = [p["ids"] for p in FIXTURES["era5"].json["prompts"]]
     assert max(map(len, prompts)) > 128  # a short window
-    assert greedy(fork, prompts, **given) == greedy(expected, prompts)
+    assert greedy(fork, prompts, **given) == greedy(expected, prompts, **given)
 
 
 def test_a_part_of_the_constants_is_not_enough(fork):

@@ -134,3 +134,26 @@ def test_of_an_experiment_without_numbers_the_newest_checkpoint_is_taken(tmp_pat
         folder.mkdir(parents=True)
         os.utime(folder, (1e9 - age, 1e9 - age))
     assert find_nanochat("rl") == tmp_path / "mine" / "newest" / "rl"
+
+
+def test_the_experiment_that_is_meant_where_none_is_named(tmp_path, monkeypatch):
+    """nanochat's is called "default"; before there were experiments, there was none."""
+    monkeypatch.delenv("NANOCHAT_EXPERIMENT", raising=False)
+    monkeypatch.delenv("NANOCHAT_EXPERIMENTS_DIR", raising=False)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with refused(FileNotFoundError, tmp_path / "base_checkpoints", "NANOCHAT_BASE_DIR"):
+        find_nanochat("base")
+    (tmp_path / "experiments" / "default" / "d4" / "base").mkdir(parents=True)
+    assert find_nanochat("base") == tmp_path / "experiments" / "default" / "d4" / "base"
+    (tmp_path / "base_checkpoints" / "d6").mkdir(parents=True)
+    assert find_nanochat("base") == tmp_path / "base_checkpoints" / "d6"
+    (tmp_path / "elsewhere" / "mine" / "d20" / "base").mkdir(parents=True)
+    monkeypatch.setenv("NANOCHAT_EXPERIMENTS_DIR", str(tmp_path / "elsewhere"))
+    assert find_nanochat("base") == tmp_path / "base_checkpoints" / "d6"
+    (tmp_path / "elsewhere" / "default" / "d8" / "base").mkdir(parents=True)
+    assert find_nanochat("base") == tmp_path / "elsewhere" / "default" / "d8" / "base"
+    with refused(FileNotFoundError, tmp_path / "elsewhere" / "default", "has no sft checkpoints"):
+        find_nanochat("sft")
+    monkeypatch.setenv("NANOCHAT_EXPERIMENT", "other")
+    with refused(FileNotFoundError, "experiments that have some: default, mine"):
+        find_nanochat("base")

@@ -242,7 +242,7 @@ def test_a_meta_that_lacks_a_number_or_has_nonsense_for_it(checkpoint, key):
         ({"window_pattern": "SLX"}, ["window_pattern", "'SLX'"]),
         ({"window_pattern": 3}, ["window_pattern", "3"]),
         ({"window_pattern": ["S", "L"]}, ["window_pattern"]),
-        ({"rope_theta": 1e4}, ["rope_theta"]),
+        ({"num_hash_bits": 4}, ["num_hash_bits"]),
         ({"num_experts": 4, "top_k": 2}, ["num_experts", "top_k"]),
         ({"num_experts": 0, "top_k": 2, "num_shared_experts": 1}, ["num_shared_experts"]),
     ],

@@ -418,7 +418,8 @@ def warmup(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write a checkpoint in the other format, and see that both give the same tokens."""
+    """Write a checkpoint in the other format, see that both give the same tokens under the same
+    constants, and say how much the other format's own constants change."""
     from .. import LLM, SamplingParams
     from ..full import find_checkpoint, read_checkpoint
     from ..sources import exports, places
@@ -431,19 +432,38 @@ def convert(args: argparse.Namespace) -> None:
     options = {"device": "cpu", "plain": True, "max_batch_size": 1}
     options["max_model_len"] = min(32, 10 * config.sequence_len)
     # the formats' own constants, which the tokens of two near candidates may depend on
-    options |= {"eps": recipe.eps, "round_rotary": recipe.round_rotary}
+    constants = {"eps": recipe.eps, "round_rotary": recipe.round_rotary}
 
-    def tokens(directory: Path, step: int | None, tokenizer_dir: str | None = None) -> list[int]:
-        with LLM(directory, step, tokenizer_dir, **options) as llm:
-            return llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"]
+    def run(place: tuple, tokens: list[int] | None = None, **more) -> tuple[list[int], list[float]]:
+        """The greedy tokens after the prompt, and the log-probabilities of prompt and tokens."""
+        with LLM(*place, **options, **more) as llm:
+            if tokens is None:
+                (output,) = llm.generate([prompt], params, use_tqdm=False)
+                tokens = output["token_ids"]
+            (scores,) = llm.score([prompt[:1]], [prompt[1:] + tokens])
+            return tokens, scores
 
     with exports.converted(checkpoint, *found, tokenizer, args.output) as folder:
-        before, after = tokens(*found, args.tokenizer_dir), tokens(*find_checkpoint(folder))
+        place = find_checkpoint(folder)
+        before, scores = run((*found, args.tokenizer_dir), **constants)
+        after, theirs = run(place, **constants)
         if before != after:
             raise ValueError(f"{args.output} would give the tokens {after}, not {before}")
+        differs = exports.differences(recipe, read_checkpoint(*place)[1])
+        if differs:
+            _, theirs = run(place, before)
+    most = max(abs(x - y) for x, y in zip(scores, theirs, strict=True))
     told = {"checkpoint": str(found[0]), "step": found[1], "output": args.output}
     told |= {"era": recipe.era, "greedy_tokens": before}
+    told |= {"differs": differs, "largest_logprob_difference": most}
     same = f"the same {len(before)} greedy tokens as {found[0]}"
+    if differs:
+        same += f" with the same constants; in this format {differs}, which changes "
+        same += f"{len(scores)} log-probabilities by at most {most:.2g}"
+    elif most == 0:
+        same += ", exact: no constant and no log-probability differs"
+    else:
+        same += f"; no constant differs, and log-probabilities by at most {most:.2g}"
     terminal.say(json.dumps(told) if args.json else f"{args.output}: era {recipe.era}, {same}")
 
 

@@ -40,7 +40,8 @@ def from_module(module) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
     source = f"the module {type(module).__name__}"
     config, weights = strict.make_config(given, source), weights_of(module)
     told = {} if isinstance(module.config, GPTConfig) else given  # ours has a pattern in any era
-    return config, strict.recognise_strictly(weights, config, source, told), weights
+    recipe = strict.recognise_strictly(weights, config, source, told, live=True)
+    return config, recipe, weights
 
 
 def weights_of(module) -> dict[str, Tensor]:

@@ -17,12 +17,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model import RECIPES
+from ..model import RECIPES, Recipe
 from ..tokenizer import Tokenizer
 from . import strict
-from .huggingface import NAMES, SIZES, import_safetensors, read_safetensors
+from .huggingface import SIZES, import_safetensors, read_safetensors
 from .quantised import Stored
 
+# parts of a tensor's name in transformers -> nanochat's
+_NAMES = {
+    "model.embed_tokens.": "transformer.wte.",
+    "model.layers.": "transformer.h.",
+    ".self_attn.q_proj.": ".attn.c_q.",
+    ".self_attn.k_proj.": ".attn.c_k.",
+    ".self_attn.v_proj.": ".attn.c_v.",
+    ".self_attn.o_proj.": ".attn.c_proj.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
 _PADDING = "padding.safetensors"
 _TABLES = "transformer.wte.weight", "lm_head.weight"  # of era 1: a row for each token, and padding
 
@@ -61,6 +72,17 @@ def converted(
         yield folder
 
 
+def differences(before: Recipe, after: Recipe) -> str:
+    """What of the constants is not the same in the other format, in words; "" if nothing is."""
+    found = []
+    if before.eps != after.eps:
+        found.append(f"the norms' eps is {after.eps:.3g} (it was {before.eps:.3g})")
+    if before.round_rotary != after.round_rotary:
+        now, then = ("", " not") if after.round_rotary else (" not", "")
+        found.append(f"cos and sin are{now} rounded to bfloat16 (they were{then})")
+    return " and ".join(found)
+
+
 @contextmanager
 def new_folder(output) -> Iterator[Path]:
     """A folder beside `output` that becomes it at the end, and goes away after an exception. Raises
@@ -94,7 +116,7 @@ def _to_huggingface(config, recipe, weights, step, tokenizer, folder) -> None:
         if rows > config.vocab_size:
             save({name: weights[name][config.vocab_size :] for name in _TABLES}, _PADDING)
         weights |= {name: weights[name][: config.vocab_size] for name in _TABLES}
-        for theirs, ours in NAMES.items():
+        for theirs, ours in _NAMES.items():
             weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
         found |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()} | {
             "architectures": ["NanoChatForCausalLM"], "intermediate_size": 4 * config.n_embd,

@@ -2,18 +2,19 @@
 
 transformers' NanoChat is nanochat's first era under other names. It differs in two constants: the
 rotary tables are not rounded, and the epsilon of the norms is written in config.json. Folders of
-the later eras, which exporters write with a class of their own, keep nanochat's names and sizes.
+the later eras, which exporters write with classes of their own, have nanochat's names and sizes, or
+transformers', or names of their own, see variants.py.
 """
 
-import re
+import dataclasses
 from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor
 
-from ..model import RECIPES
+from ..model import GPTConfig
 from ..tokenizer import Tokenizer
-from . import strict
+from . import strict, variants
 from .strict import Checkpoint, StrictTokenizer, read_json
 
 # nanochat's model_config -> config.json
@@ -25,77 +26,75 @@ SIZES = {
     "n_kv_head": "num_key_value_heads",
     "n_embd": "hidden_size",
 }
-# what config.json could say otherwise, and no nanochat does
-_FIXED = {
-    "hidden_act": "relu2",
-    "attention_bias": False,
-    "qkv_bias": False,
-    "tie_word_embeddings": False,
-    "rope_type": "default",
-}
 # keys of transformers and of exporters beside nanochat's own, by which nothing is computed: the era
-# is recognised by the tensors, and the rest is said again
+# is recognised by the tensors, and the rest is said again, or is about training and sampling
 _IGNORED = set("""
     _attn_implementation _name_or_path architectures attention_dropout auto_map bos_token_id
     chunk_size_feed_forward dtype eos_token_id hidden_size id2label initializer_range
-    intermediate_size is_decoder is_encoder_decoder label2id max_position_embeddings model_type
-    num_attention_heads num_hidden_layers num_key_value_heads output_attentions
-    output_hidden_states pad_token_id padded_vocab_size problem_type return_dict rope_parameters
-    rope_scaling rope_theta step tie_word_embeddings tokenizer_class torch_dtype
-    transformers_version use_cache
+    intermediate_size is_decoder is_encoder_decoder label2id length_penalty max_length
+    max_position_embeddings model_type num_attention_heads num_beam_groups num_beams
+    num_hidden_layers num_key_value_heads num_return_sequences output_attentions
+    output_hidden_states pad_token_id problem_type repetition_penalty return_dict rope_parameters
+    rope_scaling step temperature tie_encoder_decoder tie_word_embeddings tokenizer_class top_k
+    top_p torch_dtype transformers_version typical_p use_cache
 """.split())  # fmt: skip
-# parts of a tensor's name -> nanochat's
-NAMES = {
-    "model.embed_tokens.": "transformer.wte.",
-    "model.layers.": "transformer.h.",
-    ".self_attn.q_proj.": ".attn.c_q.",
-    ".self_attn.k_proj.": ".attn.c_k.",
-    ".self_attn.v_proj.": ".attn.c_v.",
-    ".self_attn.o_proj.": ".attn.c_proj.",
-    ".mlp.fc1.": ".mlp.c_fc.",
-    ".mlp.fc2.": ".mlp.c_proj.",
-}
 
 
 def read_folder(directory: Path) -> Checkpoint:
     """A NanoChat folder: config.json and model.safetensors, or model.safetensors.index.json and its
     shards. Raises ValueError or FileNotFoundError naming the file and what is wrong with it."""
     file = directory / "config.json"
-    given = read_json(file)
-    kind = given.get("architectures") or [given.get("model_type")]
-    if kind not in (["NanoChatForCausalLM"], ["NanochatForCausalLM"], ["nanochat"]):
-        raise ValueError(f"{file}: the architecture is {kind}, and only NanoChatForCausalLM runs")
-    # older files have rope_theta on its own, beside a rope_scaling that is null
+    given = variants.without_experts(read_json(file))
+    kinds = given.get("architectures") or [given.get("model_type")]
+    if not isinstance(kinds, list) or not all(isinstance(k, str) for k in kinds):
+        kinds = [repr(kinds)]
+    if not variants.KINDS & set(kinds):
+        raise ValueError(
+            f"{file}: the architecture is {kinds!s:.200}, and only NanoChatForCausalLM runs, and "
+            "what exporters of nanochat call it; if its code computes what nanochat's does, write "
+            '"architectures": ["NanochatForCausalLM"]'
+        )
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    found = given | {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
-    found["rope_theta"] = rope.get("rope_theta", given.get("rope_theta", 10_000.0))
-    if "n_embd" in given:
-        # what is false is a part of other models that this one does not have
-        own = {k: v for k, v in given.items() if k not in _IGNORED and v is not False}
-        config, weights = strict.make_config(own, str(file)), _read_tensors(directory)
-        return config, strict.recognise_strictly(weights, config, directory, found), weights
-    for key, value in _FIXED.items():
-        if found.get(key, value) != value:
-            raise ValueError(f"{file}: {key} is {found[key]!r}, and nanochat's is {value!r}")
+    # transformers writes this number by itself, for classes too that never read it
+    if (theta := rope.get("rope_theta", 10_000)) != 10_000 and given.get("rope_theta") is None:
+        given["rope_theta"] = theta
+    # what is false or empty is a part of other models that this one does not have
+    own = GPTConfig.__dataclass_fields__
+    rest = {k: v for k, v in given.items() if k in own or v and k not in _IGNORED | variants.KNOWN}
+    has_own_sizes = "n_embd" in given
+    if has_own_sizes:
+        sizes = rest
+        if "text_vocab_size" in sizes:  # beside a vocab_size that counts the padding
+            sizes["vocab_size"] = sizes.pop("text_vocab_size")
+    else:
+        sizes = _sizes(given, file, rope.get("rope_type") or rope.get("type") or "default")
+    config, weights = strict.make_config(sizes, str(file)), _read_tensors(directory)
+    recipe = strict.recognise_strictly(weights, config, directory, given)
+    if has_own_sizes:
+        return config, recipe, weights
+    unknown = sorted(rest.keys() - {"vocab_size", "window_pattern"})
+    if recipe.era == "1":  # transformers' own class, which has keys of its own
+        if given.get("rms_norm_eps") is None:
+            recipe = dataclasses.replace(recipe, eps=1e-6)
+    elif unknown:
+        remedy = "delete those that change nothing in what the model computes"
+        raise ValueError(f"{file} has keys this engine does not know: {unknown!s:.400}; {remedy}")
+    return config, dataclasses.replace(recipe, round_rotary=False), weights
+
+
+def _sizes(given: dict, file: Path, rope_type: object) -> dict:
+    """nanochat's sizes of a config that has them under transformers' names. Raises ValueError for
+    one that is missing, or for what no nanochat has."""
+    if rope_type != "default":
+        raise ValueError(f"{file}: rope_type is {rope_type!r:.80}, and nanochat's is 'default'")
+    if given.get("tie_word_embeddings"):
+        raise ValueError(f"{file}: tie_word_embeddings is True, and nanochat's is False")
     sizes = {ours: given.get(theirs) for ours, theirs in SIZES.items()}
     sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
     if missing := [SIZES[ours] for ours, value in sizes.items() if value is None]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
-    sizes["window_pattern"] = given.get("window_pattern")
-    config, weights = strict.make_config(sizes, str(file)), _read_tensors(directory)
-    try:
-        recipe = strict.replace(
-            RECIPES["1"],
-            round_rotary=False,
-            eps=given.get("rms_norm_eps", 1e-6),
-            softcap=given.get("final_logit_softcapping", 15.0),
-            rope_base=found["rope_theta"],
-        )
-        strict.check_weights(weights, config, recipe)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
-    return config, strict.question(recipe, found, directory), weights
+    return sizes | {"window_pattern": given.get("window_pattern")}
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -108,14 +107,12 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         files = [directory / Path(shard).name for shard in sorted(set(shards.values()))]
     weights = {}
     for file in files:
-        for name, tensor in read_safetensors(file).items():
-            for theirs, ours in NAMES.items():
-                name = name.replace(theirs, ours)
-            # what a wrapper, or torch.compile, puts before the names of the module inside
-            name = re.sub(r"^(model\.|gpt\.|_orig_mod\.)+", "", name)
+        for theirs, tensor in read_safetensors(file).items():
+            name = variants.plain_name(theirs)
             if name in weights:
                 raise ValueError(f"{file} has a second tensor for {name:.80}: keep one of them")
-            weights[name] = tensor
+            if not variants.is_unit_norm(name, tensor):
+                weights[name] = tensor
     return weights
 
 

@@ -2,20 +2,25 @@
 
 import os
 import re
+from itertools import islice
 from pathlib import Path
 
 from .. import checkpoint
 from ..tokenizer import Tokenizer
 from . import hub, huggingface, quantised, strict
 
+# of a folder of folders with models: how far it is searched, and how much an error lists
+_MAX_DEPTH, _MAX_ENTRIES, _MAX_LISTED = 3, 5000, 20
+
 
 def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
     """The directory and the step of a checkpoint; the step is None in Hugging Face's format.
 
     name: a directory with model_<step>.pt and meta_<step>.json, or with config.json and
-    model.safetensors; or, where there is none, source[:tag[:step]] in nanochat's own tree, see
-    find_nanochat, or owner/name[/folder] on the Hugging Face hub. step: by default the last one.
-    Raises FileNotFoundError or ValueError naming what is not there, ConnectionError without a hub.
+    model.safetensors (where these lie in folders below it, the error lists the folders); or, where
+    there is none, source[:tag[:step]] in nanochat's own tree, see find_nanochat, or
+    owner/name[/folder] on the Hugging Face hub. step: by default the last one. Raises
+    FileNotFoundError or ValueError naming what is not there, ConnectionError without a hub.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(f"model_path must be a string or a path, got {name!r:.80}")
@@ -28,6 +33,13 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
             step = int(place[3]) if place[3] else step
         elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name):
             directory = hub.fetch(name, step)
+    if not _has_model(directory) and (folders := model_folders(directory)):
+        listed = ", ".join(map(str, folders[:_MAX_LISTED]))
+        more = f" and {len(folders) - _MAX_LISTED} more" * (len(folders) > _MAX_LISTED)
+        raise FileNotFoundError(
+            f"{directory} has no checkpoint of its own, but these folders in it have: {listed}"
+            f"{more}; give one of them, such as {directory / folders[0]}"
+        )
     if (directory / "config.json").is_file() and not any(directory.glob("model_*.pt")):
         if step is not None:
             raise ValueError(f"{directory} is in Hugging Face's format, without steps: {step=}")
@@ -40,21 +52,72 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
     return directory, checkpoint.find_step(directory, step)
 
 
+def _is_model(file: str) -> bool:
+    """Is it the name of a file with weights, of any format?"""
+    return bool(re.fullmatch(r"model_\d+\.pt|model(-\d+-of-\d+)?\.safetensors", file))
+
+
+def _has_model(directory: Path) -> bool:
+    """Are there weights in the directory itself?"""
+    try:
+        return any(map(_is_model, os.listdir(directory)))
+    except OSError:  # no directory, or one that may not be read
+        return False
+
+
+def model_folders(directory: Path) -> list[Path]:
+    """The folders below a directory that have weights, relative to it and in order: a model each,
+    as in a repository of many models, in nanochat's base directory or in an experiment of it. At
+    most three levels and some thousand entries are looked at."""
+    found, queue, left = [], [(directory, 0)], _MAX_ENTRIES
+    for folder, depth in queue:  # which grows
+        try:
+            with os.scandir(folder) as entries:
+                entries = [*islice(entries, left)]
+            folders = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
+        except OSError:  # no directory, or one that may not be read
+            continue
+        left -= len(entries)
+        if depth and any(_is_model(entry.name) for entry in entries):
+            found.append(folder.relative_to(directory))
+        elif depth < _MAX_DEPTH:
+            queue += [(folder / name, depth + 1) for name in sorted(folders)]
+    return sorted(found)
+
+
+def _experiment(base: Path, source_folder: Path) -> tuple[Path, str] | None:
+    """The folder of nanochat's experiments and the name of the one that is meant; None where its
+    checkpoints lie in the base directory, as they did before there were experiments.
+
+    nanochat takes NANOCHAT_EXPERIMENT, else the experiment "default", in NANOCHAT_EXPERIMENTS_DIR,
+    else in "experiments" of its base directory.
+    """
+    given = os.environ.get("NANOCHAT_EXPERIMENTS_DIR")
+    root = Path(os.path.expanduser(given)) if given else base / "experiments"
+    if name := os.environ.get("NANOCHAT_EXPERIMENT"):
+        return root, name
+    is_default = (root / "default").is_dir() and (given or not source_folder.is_dir())
+    return (root, "default") if is_default else None
+
+
 def find_nanochat(source: str, model_tag: str | None = None) -> Path:
     """The checkpoint directory as nanochat lays them out: <source>_checkpoints/<tag> in its base
-    directory or, where NANOCHAT_EXPERIMENT names one, <tag>/<source> in an experiment's. model_tag:
-    by default the largest d<number>, else the newest. Raises ValueError or FileNotFoundError naming
-    what there is."""
+    directory or <tag>/<source> in an experiment's, see `_experiment`. model_tag: by default the
+    largest d<number>, else the newest. Raises ValueError or FileNotFoundError naming what there
+    is."""
     folders = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
     if source not in folders:
         raise ValueError(f"source must be one of {', '.join(folders)}, got {source!r}")
     base = checkpoint.nanochat_base()
     directory, below = base / f"{folders[source]}_checkpoints", "*"
     remedy = "NANOCHAT_BASE_DIR names the base directory"
-    if experiment := os.environ.get("NANOCHAT_EXPERIMENT"):
+    if experiment := _experiment(base, directory):
+        root, name = experiment
         remedy = f"NANOCHAT_EXPERIMENT names the experiment: unset it for those in {directory}"
-        root = Path(os.environ.get("NANOCHAT_EXPERIMENTS_DIR") or base / "experiments")
-        directory, below = root / experiment, f"*/{source}"
+        others = sorted(p.parent.relative_to(root) for p in root.glob(f"*/*/{source}"))
+        if names := sorted({str(other.parent) for other in others} - {name}):
+            remedy += f"; experiments that have some: {', '.join(names[:_MAX_LISTED])}"
+        directory, below = root / name, f"*/{source}"
     places = [place for place in directory.glob(below) if place.is_dir()]
     tags = {place.relative_to(directory).parts[0]: place for place in places}
     if not tags:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checkpoint import empty_model, recognise
 from ..model import GPTConfig, Recipe
 from ..tokenizer import Tokenizer, load_tokenizer, turns_of
+from . import variants
 from .pt import read_pt
 
 _MAX_JSON_BYTES = 16 << 20  # nanochat's largest tokenizer.json takes about 5 MB, in memory 20 times
@@ -56,7 +57,8 @@ def read_checkpoint(directory: Path, step: int) -> Checkpoint:
     config = make_config(meta["model_config"], str(meta_file))
     file = directory / f"model_{step:06d}.pt"
     weights = read_weights(file)
-    return config, recognise_strictly(weights, config, file, meta["model_config"]), weights
+    source = f"{file} (with {meta_file.name})"
+    return config, recognise_strictly(weights, config, source, meta["model_config"]), weights
 
 
 def read_json(file: Path) -> dict:
@@ -82,11 +84,11 @@ def make_config(model_config: object, source: str = "model_config") -> GPTConfig
     """The config of a meta file's dict. Raises ValueError naming the source, key and value."""
     if not isinstance(model_config, dict):
         raise ValueError(f"{source}: model_config must be a JSON object, got {model_config!r:.80}")
-    given = dict(model_config)
-    if given.get("num_experts", 0) == 0:  # a dense model of the mixture-of-experts branch
-        given = {k: v for k, v in given.items() if k not in ("num_experts", "top_k")}
+    given = variants.without_experts(model_config)
     names = GPTConfig.__dataclass_fields__
     *sizes, _ = names  # all but window_pattern
+    # what `question` compares with the tensors is no part of a GPTConfig
+    given = {key: value for key, value in given.items() if key not in variants.KNOWN}
     if unknown := sorted(set(given) - set(names)):
         remedy = "delete those that change nothing in what the model computes"
         what = f"model_config has keys this engine does not know: {unknown!s:.400}; {remedy}"
@@ -141,10 +143,11 @@ def without_prefix(weights: dict[str, Tensor], source) -> dict[str, Tensor]:
 
 
 def recognise_strictly(
-    weights: dict[str, Tensor], config: GPTConfig, source, given: dict | None = None
+    weights: dict[str, Tensor], config: GPTConfig, source, given: dict | None = None, live=False
 ) -> Recipe:
     """The recipe of a state dict that is complete and has nothing else; given: what the source has
-    for a config, see `question`. Raises ValueError naming the source and what is wrong."""
+    for a config, see `question`; live: a module, whose lambdas a training may not have changed yet.
+    Raises ValueError naming the source and what is wrong."""
     try:
         for key in weights:
             for mark, what in _UNSUPPORTED.items():
@@ -154,33 +157,50 @@ def recognise_strictly(
         check_weights(weights, config, recipe)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    return question(recipe, given or {}, source)
+    filled = [] if live else variants.fillings(weights)
+    return question(recipe, config, given or {}, source, filled)
 
 
 @dataclasses.dataclass(frozen=True)
 class Questionable(Recipe):
-    """The recipe of tensors that are those of era 1, in a model that may not be of era 1."""
+    """The recipe of tensors that are those of an era, in a model that may be of another."""
 
     why: str = ""
 
 
-def question(recipe: Recipe, given: dict, source) -> Recipe:
-    """The recipe, or a Questionable one that `replace` refuses, where the config says more than the
-    tensors. Computed as era 1, a later model whose lambdas and value embeddings were left out would
-    write fluent nonsense."""
-    pattern = given.get("window_pattern")
-    later = f"window_pattern {pattern!r:.40}" if pattern else "rope_theta 100000"
-    if recipe.era != "1" or not (pattern or given.get("rope_theta") == 100_000):
-        return recipe
+def question(
+    recipe: Recipe, config: GPTConfig, given: dict, source, filled: list[str] = ()
+) -> Recipe:
+    """The recipe, with the constants that the config states; or a Questionable one that `replace`
+    refuses, where config and tensors may be of two eras: computed with the constants of the wrong
+    one, a model would write fluent nonsense.
+
+    given: what the source has for a config; filled: see `variants.fillings`. Raises ValueError
+    naming the source and a key that contradicts the tensors.
+    """
+    try:
+        constants = {name: x.value for name, x in variants.stated(given).items()}
+        found = replace(recipe, **constants)
+        variants.check(given, config, found)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    pattern, why = given.get("window_pattern"), variants.doubts(given, recipe)
+    if recipe.era == "1" and pattern:
+        why.append(f"no code of era 1 wrote window_pattern {pattern!r:.40}")
+    if filled:
+        what = f"{', '.join(filled)}, as loaders fill them in for an older model"
+        why.append(f"{what}, and no training leaves them so")
+    if not why:
+        return found
     why = (
-        f"{source}: its tensors are of era 1, but no code of era 1 wrote {later}. If later code "
-        "left out lambdas and value embeddings, no file tells what it computes: give "
-        "rope_base=100000, qk_scale=1.2, short_window=512, round_rotary=False where that is as in "
-        "era 5 (era 4: qk_scale=1.15, short_window=384; eras 2 and 3: rope_base=10000, qk_scale=1, "
-        "short_window=2; era 1, and Hugging Face's NanoChat: its rope_base, qk_scale=1, "
-        "short_window=0)"
+        f"{source}: its tensors are those of era {recipe.era}, but {'; '.join(why)}. No file tells "
+        "then what it computes: give rope_base=100000, qk_scale=1.2, short_window=512, "
+        "round_rotary=False where that is as in era 5 (era 4: qk_scale=1.15, short_window=384; "
+        "eras 2 and 3: rope_base=10000, qk_scale=1, short_window=2, round_rotary=True; era 1: the "
+        "same with short_window=0; Hugging Face's NanoChat: its rope_base, qk_scale=1, "
+        "short_window=0, round_rotary=False)"
     )
-    return Questionable(**vars(recipe), why=why)
+    return Questionable(**vars(found), why=why)
 
 
 def replace(recipe: Recipe, **changes: float) -> Recipe:
