@@ -207,7 +207,9 @@ def _run(
                 return 0
             table = tables[group]
             attend_rows(q, k, v, cu_seqlens, seq_lens, table, windows[i], rows, team, scratch, seen)
-            if i == n_layer - 1 and not whole:  # all K and V are written: only the head's rows go on
+            if (
+                i == n_layer - 1 and not whole
+            ):  # all K and V are written: only the head's rows go on
                 x, attended = x[logit_rows], seen[logit_rows]
                 spare, z, normed = np.empty_like(x), np.empty_like(x), np.empty_like(x)
                 inner = np.empty((R, wide.shape[1]), np.float32)
