@@ -469,6 +469,11 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
         with self._own_threads():
             super()._advance()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks: a measurement then finds none. Unfinished requests keep their
+        tokens and compute the rest again."""
+        self._change(lambda: (self._settle(), self._collect(self.scheduler.reset())))
+
     @contextmanager
     def tracing(self, path=None):
         """Trace what is done inside: `with llm.tracing() as t: ...`, then t.page("run.html"). path:

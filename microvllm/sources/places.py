@@ -2,11 +2,15 @@
 
 import os
 import re
+from itertools import islice
 from pathlib import Path
 
 from .. import checkpoint
 from ..tokenizer import Tokenizer
 from . import hub, huggingface, quantised, strict
+
+# nanochat's <folder>_checkpoints of each source
+FOLDERS = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
 
 
 def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
@@ -37,7 +41,36 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
             f"{directory} is not a directory: give one with model_<step>.pt in it, a place in "
             "nanochat's tree (sft, base:d20, rl:d20:650), or owner/name on the Hugging Face hub"
         )
+    refuse_parent(directory)
     return directory, checkpoint.find_step(directory, step)
+
+
+def refuse_parent(directory: Path) -> None:
+    """Raises FileNotFoundError for a folder that has checkpoints in it and is none: nanochat's base
+    directory, or one of its <source>_checkpoints. The names or paths of these are the remedy."""
+    if any(directory.glob("model_*.pt")):
+        return
+    found = {s: tags_in(directory / f"{folder}_checkpoints") for s, folder in FOLDERS.items()}
+    names = [f"{source}:{tag}" for source, tags in found.items() for tag in tags]
+    if names:
+        here = directory.samefile(base) if (base := checkpoint.nanochat_base()).is_dir() else False
+        remedy = "" if here else f" and set NANOCHAT_BASE_DIR={directory}"
+        short = ", ".join(source for source, tags in found.items() if tags)
+        raise FileNotFoundError(
+            f"{directory} is nanochat's base directory and no checkpoint: give one of "
+            f"{', '.join(names)}{remedy}; {short} alone is the largest model of that source"
+        )
+    if tags := tags_in(directory):
+        raise FileNotFoundError(
+            f"{directory} is a folder of checkpoints: give the path of one, such as "
+            f"{directory / tags[-1]} (there are {', '.join(tags)})"
+        )
+
+
+def tags_in(directory: Path, most: int = 20) -> list[str]:
+    """Names of the folders in a directory that have a checkpoint of nanochat's, of a few."""
+    places = sorted(islice(directory.glob("*/meta_*.json"), 1000))
+    return [*dict.fromkeys(place.parent.name for place in places)][:most]
 
 
 def find_nanochat(source: str, model_tag: str | None = None) -> Path:
@@ -45,11 +78,10 @@ def find_nanochat(source: str, model_tag: str | None = None) -> Path:
     directory or, where NANOCHAT_EXPERIMENT names one, <tag>/<source> in an experiment's. model_tag:
     by default the largest d<number>, else the newest. Raises ValueError or FileNotFoundError naming
     what there is."""
-    folders = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
-    if source not in folders:
-        raise ValueError(f"source must be one of {', '.join(folders)}, got {source!r}")
+    if source not in FOLDERS:
+        raise ValueError(f"source must be one of {', '.join(FOLDERS)}, got {source!r}")
     base = checkpoint.nanochat_base()
-    directory, below = base / f"{folders[source]}_checkpoints", "*"
+    directory, below = base / f"{FOLDERS[source]}_checkpoints", "*"
     remedy = "NANOCHAT_BASE_DIR names the base directory"
     if experiment := os.environ.get("NANOCHAT_EXPERIMENT"):
         remedy = f"NANOCHAT_EXPERIMENT names the experiment: unset it for those in {directory}"
