@@ -10,6 +10,7 @@ from microvllm.cli import commands, flags, terminal
 
 def main() -> None:
     parser = terminal.Parser(description="Throughput on Alpaca's instructions.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
     flags.add_flags(parser, flags.ALPACA)
     parser.set_defaults(command=commands.bench)
     terminal.execute(parser.parse_args())

@@ -95,7 +95,10 @@ class RequestOutput(dict):
     def __getattr__(self, name: str):
         if name in self:
             return self[name]
-        raise AttributeError(name)
+        hint = ". The text of sample i is output.samples[i]['text']" if "samples" in self else ""
+        raise AttributeError(
+            f"RequestOutput has no attribute {name!r}: it has {', '.join(self)}{hint}"
+        )
 
 
 @dataclass

@@ -233,11 +233,18 @@ def on_device(device: torch.device):
 _computing: int | None = None  # the process in which an engine with several threads was made
 
 
-def check_process() -> None:
+def set_torch_threads(count: int) -> None:
+    """Have torch use `count` threads, unless it does: to set its number empties its caches."""
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+def check_process(num_threads: int | None = None) -> None:
     """Raises RuntimeError in a fork of a process that has an engine with several threads: the child
-    has none of them, and torch would wait for them for ever."""
+    has none of them, and torch would wait for them for ever. num_threads: of the new engine, by
+    default torch's number."""
     global _computing
-    if torch.get_num_threads() > 1:
+    if (num_threads or torch.get_num_threads()) > 1:
         _computing = _computing or os.getpid()
         if _computing != os.getpid():
             raise RuntimeError(
@@ -304,9 +311,13 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
     deterministic: logits, and so tokens, bit for bit the same alone or in a batch, cold or warm,
     slower where the products are a library's; prompt_lookup: on a CPU, at most so many guessed
     tokens a step, sooner done where few texts run and repeat themselves (features/lookup.py);
-    tensor_parallel: torchrun's processes, which share the model and all do the same; trace: a file
-    to write events to, see trace/; plain: run the core's own model and attention, slowly, so that a
-    breakpoint in model.py is reached.
+    tensor_parallel: torchrun's processes, which share the model and all do the same; num_threads:
+    CPU threads that this engine's steps and its loading use, from 1 to the CPUs that this process
+    may use, by default as many as torch uses (torch.get_num_threads()). Torch has this number while
+    the engine runs a step, and its former one again after the step: two engines may have different
+    numbers, and a training beside them keeps its own. trace: a file to write events to, see trace/;
+    plain: run the core's own model and attention, slowly, so that a breakpoint in model.py is
+    reached.
 
     Prompts may be one list, array or tensor of token ids, too, or a matrix with a prompt in each
     row. Outputs also have mask (0 for the tokens that a tool forced, else 1; in events of a stream,
@@ -325,13 +336,14 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
         tokenizer=None, copy=False, gpu_memory_utilization=None, cuda_graphs=True,
         quantization=None, kv_cache_dtype="auto", deterministic=False, prompt_lookup=0,
         tensor_parallel=1, trace=None, victim=youngest, admission=first_come,
-        eviction=least_recently_used, plain=False, **overrides,
+        eviction=least_recently_used, plain=False, num_threads=None, **overrides,
     ):  # fmt: skip
         given = locals()
         policies = {"victim": victim, "admission": admission, "eviction": eviction}
         if checks := optional("features.checks"):
             policies = checks.check_arguments(given)
-        check_process()
+        check_process(num_threads)
+        self.num_threads = self._threads_now = num_threads
         asked = {
             "prompt_lookup": prompt_lookup, "tensor_parallel": tensor_parallel > 1, "model": model,
             "tokenizer": tokenizer, "copy": copy, "trace": trace, "deterministic": deterministic,
@@ -373,7 +385,7 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
         else:
             own |= {"share": model is not None and not copy, "max_len": max_model_len}
             build = partial(build_model, device=device, dtype=dtype, **own, **overrides)
-        with on_device(device):
+        with on_device(device), self._own_threads():
             if model is None:
                 model_path, step = find_checkpoint(model_path, step)
                 self.model = build(*read_checkpoint(model_path, step))
@@ -436,6 +448,31 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
         (~/.cache/nanochat). source: "base", "mid", "sft" or "rl"; model_tag: see find_nanochat."""
         places = needed("from_nanochat")
         return cls(places.find_nanochat(source, model_tag), step, **kwargs)
+
+    @contextmanager
+    def _own_threads(self):
+        """Inside, torch uses num_threads threads in the calling thread, and the kernels of a CPU
+        with it; after it torch's number is the former one. A number that is set inside (a backend
+        leaves a thread to the compiler for a while) is this engine's from then on."""
+        if self.num_threads is None:
+            yield
+            return
+        before = torch.get_num_threads()
+        try:
+            set_torch_threads(self._threads_now)
+            yield
+        finally:
+            self._threads_now = torch.get_num_threads()
+            set_torch_threads(before)
+
+    def _advance(self) -> None:
+        with self._own_threads():
+            super()._advance()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks: a measurement then finds none. Unfinished requests keep their
+        tokens and compute the rest again."""
+        self._change(lambda: (self._settle(), self._collect(self.scheduler.reset())))
 
     @contextmanager
     def tracing(self, path=None):

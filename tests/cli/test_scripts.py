@@ -166,31 +166,37 @@ def test_run_repeats_itself_with_the_same_seed_only(capsys, monkeypatch):
 # test_alpaca.py -----------------------------------------------------------------------------------
 
 
-def test_alpaca_prints_the_block_of_results_and_json(tmp_path):
+def test_alpaca_prints_the_results_for_people_or_as_json(tmp_path):
     file = write(tmp_path / "rows.jsonl", ROWS * 2)
     flags = ["--prompts-file", str(file), "--num-prompts", "5", "--max-tokens", "4", "--ignore-eos"]
     process = python(str(ROOT / "test_alpaca.py"), *flags, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
     assert lines[0] == f"5 prompts from {file}"
-    shown = dict(line.split(": ", 1) for line in lines[1:-1] if line)
+    shown = dict(line.split(": ", 1) for line in lines if ": " in line)
     assert list(shown) == [
+        "Load",
+        "Warm-up",
         "Total prompts",
         "Total output tokens",
         "Total time",
         "Throughput",
-        "Latency per request",
+        "Time to first token",
+        "Time between tokens",
         "Prefill",
         "Decode",
         "Prefix-cache hits",
         "Preemptions",
         "KV blocks used at peak",
     ]
-    result = json.loads(lines[-1])
-    assert shown["Total prompts"] == str(result["total_prompts"]) == "5"
-    assert shown["Total output tokens"] == str(result["total_output_tokens"]) == "20"
-    assert shown["Preemptions"] == str(result["preemptions"]) == "0"
-    assert shown["Decode"].startswith("15 tokens, ")
+    assert "Latency" not in process.stdout and "{" not in process.stdout
+    assert shown["Total prompts"] == "5" and shown["Total output tokens"] == "20"
+    assert shown["Preemptions"] == "0" and shown["Decode"].startswith("15 tokens in ")
+
+    process = python(str(ROOT / "test_alpaca.py"), *flags, "--json", cwd=tmp_path)
+    result = json.loads(process.stdout)  # and nothing else
+    assert result["total_prompts"] == 5 and result["decode_tokens"] == 15
+    assert "seconds_per_request" not in result
     speed = result["total_output_tokens"] / result["total_seconds"]
     assert result["tokens_per_second"] == pytest.approx(speed, rel=0.02)
     # rows 4 and 5 repeat rows 1 and 2: what is computed and what is found add up to the prompts
@@ -202,10 +208,10 @@ def test_alpaca_asks_in_chat_form_unless_raw(tmp_path, capsys, monkeypatch):
     file = write(tmp_path / "rows.json", ROWS[:1])
 
     def prompt_tokens(*flags: str) -> int:
-        arguments = ["test_alpaca.py", "--prompts-file", str(file), "--max-tokens", "1"]
+        arguments = ["test_alpaca.py", "--prompts-file", str(file), "--max-tokens", "1", "--json"]
         monkeypatch.setattr(sys, "argv", [*arguments, "--num-blocks", "32", *flags])
         test_alpaca.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])["prompt_tokens"]
+        return json.loads(capsys.readouterr().out)["prompt_tokens"]
 
     # both begin with bos; chat adds user_start, user_end and assistant_start
     assert prompt_tokens() == prompt_tokens("--raw") + 3

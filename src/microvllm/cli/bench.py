@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 DATASET = "tatsu-lab/alpaca"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -17,6 +20,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parents[1]
 MODELS = ROOT / "models"
 BUNDLED = MODELS / "prompts" / "oldbooks_instructions.json"
+# how many prompts at most are run before a measurement, how long they are, and their new tokens
+WARM_UP_BATCH, WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 24, 8
 
 
 # prompts ------------------------------------------------------------------------------------------
@@ -86,6 +91,32 @@ def random_prompts(count, length, shared, vocabulary, seed) -> list[list[int]]:
     return [prefix + draw.choices(range(vocabulary), k=length) for _ in range(count)]
 
 
+def warm_up(llm, params, num_prompts: int) -> float:
+    """Run a few short prompts, so that what a process does once (to read kernels from the disk, to
+    start threads) is in no figure; then forget them. Gives the seconds that this took.
+
+    params: of the benchmark, since they decide which kernels a step needs; num_prompts: as many as
+    the benchmark has at most. In a pool without room for a prompt nothing is done.
+    """
+    from ..features.checks import longest
+
+    start = time.perf_counter()
+    room = min(longest(llm.scheduler.blocks, llm.max_batched_tokens), llm.max_model_len)
+    new = min(WARM_UP_TOKENS, params.max_tokens, room - 1)
+    length = min(WARM_UP_PROMPT, room - new)
+    if new < 1 or length < 1:
+        return 0.0
+    # a seed of their own: the engine's next one is for the benchmark
+    params = replace(params, max_tokens=new, ignore_eos=True, seed=0)
+    vocabulary = llm.tokenizer.num_ordinary
+    for count in {min(num_prompts, WARM_UP_BATCH), 1}:  # kernels for many rows, and for one
+        prompts = random_prompts(count, length, 0, vocabulary, seed=count)
+        llm.generate(prompts, params, use_tqdm=False)
+    llm.reset_prefix_cache()
+    llm.reset_stats()
+    return time.perf_counter() - start
+
+
 # the report ---------------------------------------------------------------------------------------
 
 
@@ -115,8 +146,12 @@ def share(found: dict) -> str:
     return f", reading {used / 1e9:.3g} GB/s of {most / 1e9:.3g} measured ({used / most:.0%})"
 
 
-def results(outputs: list, seconds: float, stats: dict) -> dict:
-    """What a benchmark is about, and the engine's own counters."""
+def results(outputs: list, seconds: float, stats: dict, times: list) -> dict:
+    """What a benchmark is about, and the engine's own counters.
+
+    seconds: from the arrival of all prompts to the last token; stats: LLM.stats() of that time;
+    times: the SampleTimes of each sample (features/stats.py).
+    """
     tokens = sum(len(output["token_ids"]) for output in outputs)
     # the first token of a request comes out of the step that ends its prompt
     decoded = tokens - len(outputs)
@@ -125,25 +160,55 @@ def results(outputs: list, seconds: float, stats: dict) -> dict:
         "total_output_tokens": tokens,
         "total_seconds": round(seconds, 3),
         "tokens_per_second": rate(tokens, seconds),
-        "seconds_per_request": round(seconds / len(outputs), 5),
+        **latencies(times),
         "prefill_tokens_per_second": rate(stats["prefill_tokens"], stats["prefill_seconds"]),
+        "decode_tokens": decoded,
         "decode_tokens_per_second": rate(decoded, stats["decode_seconds"]),
         **stats,
     }
 
 
+def latencies(times: list) -> dict[str, float | None]:
+    """Medians over the samples, in seconds: from the arrival of a request to its first token, and
+    from each token to the next one, which is a sample's mean. None where there is nothing to
+    measure."""
+    firsts = [sample.first - sample.queued for sample in times]
+    gaps = [
+        (sample.last - sample.first) / (sample.num_tokens - 1)
+        for sample in times
+        if sample.num_tokens > 1
+    ]
+    return {
+        "median_seconds_to_first_token": round(median(firsts), 5) if firsts else None,
+        "median_seconds_between_tokens": round(median(gaps), 5) if gaps else None,
+    }
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A time for people."""
+    return "not measured" if seconds is None else f"{1000 * seconds:,.1f} ms"
+
+
 def report(found: dict) -> str:
     """The results for people."""
-    decoded = found["total_output_tokens"] - found["total_prompts"]
+    first = milliseconds(found["median_seconds_to_first_token"])
+    gap = milliseconds(found["median_seconds_between_tokens"])
+    warm = f"{found['warmup_seconds']:.2f} s" if found["warmup_seconds"] else "none"
     return f"""
+Load: {found["load_seconds"]:.2f} s for the model and its kernels
+Warm-up: {warm}
 Total prompts: {found["total_prompts"]}
 Total output tokens: {found["total_output_tokens"]}
-Total time: {found["total_seconds"]:.2f} s
+Total time: {found["total_seconds"]:.2f} s for all prompts, without load and warm-up
 Throughput: {found["tokens_per_second"]} tokens/s
-Latency per request: {1000 * found["seconds_per_request"]:.1f} ms (total time / prompts)
+Time to first token: {first} (median; all prompts arrive at once)
+Time between tokens: {gap} (median)
 
-Prefill: {found["prefill_tokens"]} tokens, {found["prefill_tokens_per_second"]} tokens/s
-Decode: {decoded} tokens, {found["decode_tokens_per_second"]} tokens/s{share(found)}{guesses(found)}
+Prefill: {found["prefill_tokens"]} tokens in {found["prefill_seconds"]:.2f} s, \
+{found["prefill_tokens_per_second"]} tokens/s
+Decode: {found["decode_tokens"]} tokens in {found["decode_seconds"]:.2f} s, \
+{found["decode_tokens_per_second"]} tokens/s{share(found)}{guesses(found)}
+(the time of a step that does both is divided by its tokens)
 Prefix-cache hits: {found["cached_tokens"]} of {found["prompt_tokens"]} prompt tokens
 Preemptions: {found["preemptions"]}
 KV blocks used at peak: {found["peak_blocks"]} of {found["num_blocks"]}, of \

@@ -63,6 +63,17 @@ def overrides(args: argparse.Namespace) -> dict[str, object]:
     return found
 
 
+def use_threads(args: argparse.Namespace) -> None:
+    """Have torch use --threads threads in all of this process."""
+    if args.threads is not None:
+        import torch
+
+        from ..features.checks import check_threads
+
+        check_threads("--threads", args.threads)
+        torch.set_num_threads(args.threads)
+
+
 def model_name(args: argparse.Namespace) -> str:
     """The checkpoint that is asked for, by default the bundled one."""
     if args.model is None and not MODEL_DIR.is_dir():
@@ -75,6 +86,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, object]:
     names = "step device num_blocks max_batch_size dtype quantization deterministic max_model_len"
     names += " max_batched_tokens prompt_lookup tensor_parallel trace kv_cache_dtype"
     given = {name: getattr(args, name) for name in names.split()}
+    given["num_threads"] = args.threads
     given |= {"model_path": model_name(args), "tokenizer_path": args.tokenizer_dir}
     seed = getattr(args, "seed", 0)
     given["seed"] = random.getrandbits(31) if seed is None else seed
@@ -249,7 +261,8 @@ def batch(args: argparse.Namespace) -> None:
         except OSError as error:
             if not args.begun():
                 raise
-            args.error(f"{error}; the same command goes on from here")
+            problem = terminal.path_problem(error)
+            args.error(f"{problem}; the same command goes on from here")
     if args.json:
         terminal.say(json.dumps(found))
     elif found["bad"] or sys.stderr.isatty():
@@ -279,19 +292,24 @@ def bench(args: argparse.Namespace) -> None:
     from ..full import needed
 
     needed("what a benchmark counts", "features.stats")
+    engine()  # the time of imports is not the model's
+    start = time.perf_counter()
     with load(args) as llm:
+        once = {"load_seconds": round(time.perf_counter() - start, 3)}
         if at_random:
             vocabulary = llm.tokenizer.num_ordinary
             prompts = speed.random_prompts(args.num_prompts, length, shared, vocabulary, args.seed)
         else:
             prompts = encode(llm, prompts, args.raw)
-        outputs, seconds = generate(args, llm, prompts, params)
-        found = speed.results(outputs, seconds, llm.stats())
+        # a trace is of the benchmark alone
+        seconds = 0.0 if args.trace else speed.warm_up(llm, params, len(prompts))
+        once["warmup_seconds"] = round(seconds, 3)
+        with llm.timing() as times:
+            outputs, seconds = generate(args, llm, prompts, params)
+        found = once | speed.results(outputs, seconds, llm.stats(), times)
         precision = getattr(llm.model, "store", None) or str(llm.model.dtype)[6:]
         found |= roofline.reading(llm, outputs, found, precision)
-    if not args.json:
-        terminal.say(speed.report(found))
-    terminal.say(json.dumps(found))
+    terminal.say(json.dumps(found) if args.json else speed.report(found))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -358,7 +376,7 @@ def eval(args: argparse.Namespace) -> None:
         try:
             output.write_text(text + "\n", encoding="utf-8")
         except OSError as error:  # what was found is on stdout
-            args.error(f"--output: {error}")
+            args.error(f"--output: {terminal.path_problem(error)}")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -429,7 +447,7 @@ def convert(args: argparse.Namespace) -> None:
     tokenizer = places.open_tokenizer(found[0], args.tokenizer_dir)
     prompt = [*range(0, config.vocab_size, 1 + config.vocab_size // 16)]
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    options = {"device": "cpu", "plain": True, "max_batch_size": 1}
+    options = {"device": "cpu", "plain": True, "max_batch_size": 1, "num_threads": args.threads}
     options["max_model_len"] = min(32, 10 * config.sequence_len)
     # the formats' own constants, which the tokens of two near candidates may depend on
     constants = {"eps": recipe.eps, "round_rotary": recipe.round_rotary}
@@ -477,6 +495,7 @@ def quantize(args: argparse.Namespace) -> None:
     start, bits = time.perf_counter(), int(args.bits)
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"seed must be from 0 to 2**31 - 1, got {args.seed}")
+    use_threads(args)
     directory, step = find_checkpoint(args.model, args.step)
     config, recipe, weights = read_checkpoint(directory, step)
     recipe, base = strict.replace(recipe, **overrides(args)), places.is_base(directory, step)

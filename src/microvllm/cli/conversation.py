@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .terminal import live, note, say
+from .terminal import live, note, path_problem, say
 
 if TYPE_CHECKING:
     from .. import LLM, SamplingParams
@@ -148,7 +148,9 @@ class Conversation:
                     raise
         except FileExistsError:
             return f"not saved: {name} is there already, give another name"
-        except (OSError, ValueError) as error:  # ValueError: what no name may have in it
+        except OSError as error:
+            return f"not saved: {path_problem(error)}"
+        except ValueError as error:  # what no name may have in it
             return f"not saved: {error}"
         return f"saved to {name}"
 

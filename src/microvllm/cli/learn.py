@@ -50,7 +50,7 @@ def write_state(of: str = "learn", **changes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(read_state(of) | changes), encoding="utf-8")
     except OSError as error:
-        terminal.note(f"your progress is not kept: {error}")
+        terminal.note(f"your progress is not kept: {terminal.path_problem(error)}")
 
 
 def mark(of: str, name: str, number: int, done: bool = True) -> None:

@@ -20,10 +20,15 @@ def load(file: Path) -> ModuleType:
     Raises ValueError for one that cannot be loaded."""
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
+    if file.suffix != ".py":
+        raise ValueError(f"{file} is not a Python file: give one whose name ends with .py")
     try:
         return learn.load(file)
-    except Exception as error:  # the user's own code may raise anything
-        raise ValueError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own code may raise anything, and call sys.exit
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} cannot be loaded as a Python module: {told}") from None
 
 
 def names(kind: str) -> dict[str, Callable]:
@@ -39,7 +44,10 @@ def names(kind: str) -> dict[str, Callable]:
 def find_policy(kind: str, text: str) -> Callable:
     """The policy of a kind that NAME or FILE:FUNCTION means. Raises ValueError if there is none."""
     file, _, function = text.rpartition(":")
-    known = vars(load(Path(os.path.expanduser(file)).absolute())) if file else names(kind)
+    try:
+        known = vars(load(Path(os.path.expanduser(file)).absolute())) if file else names(kind)
+    except ValueError as error:
+        raise ValueError(f"--{kind} {text}: {error}") from None
     if not callable(policy := known.get(function)):
         where = f"{file} has no function" if file else "there is no policy"
         hint = "" if file else f": choose from {', '.join(known)}, or give FILE:FUNCTION"

@@ -7,6 +7,7 @@ two; colours and live lines are for terminals.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .bench import counters, guesses
@@ -30,7 +32,21 @@ _ENDS = {
     "max_model_len": "; cut, the context is full",
 }
 # arguments whose flag has another name
-_FLAGS = {"model_path": "model", "tokenizer_path": "tokenizer_dir"}
+_FLAGS = {"model_path": "model", "tokenizer_path": "tokenizer_dir", "num_threads": "threads"}
+# what to do where the system refuses a path
+_REMEDIES = {
+    errno.ENOENT: "there is no such file; check its name",
+    errno.EISDIR: "this is a folder; give the path of a file",
+    errno.ENOTDIR: "a part of this path is a file and no folder; check the path",
+    errno.EEXIST: "this exists already; give another path",
+    errno.EACCES: "permission denied; give a path that you may read or write",
+    errno.EPERM: "permission denied; give a path that you may read or write",
+    errno.EROFS: "this file system can only be read; give a path on another one",
+    errno.ENOSPC: "the disk is full; free space on it, or give a path on another one",
+    errno.EDQUOT: "your quota of the disk is used up; free space, or give a path on another one",
+    errno.ENAMETOOLONG: "the name is too long; give a shorter one",
+    errno.ELOOP: "its symbolic links lead back to itself; give another path",
+}
 # C0 (but tab and newline) and C1, by which a terminal takes orders, and all that have the property
 # Bidi_Control, by which a text is shown in another order than it has (Boucher and Anderson,
 # "Trojan Source", 2021)
@@ -40,12 +56,44 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 # what every command needs -------------------------------------------------------------------------
 
 
+def path_problem(error: OSError) -> str:
+    """What an error of the system means, in words: the path, what is wrong with it and what to do.
+    An error that has no number, since it was raised with a message of our own, is that message."""
+    if error.errno is None:
+        return str(error)
+    told = _REMEDIES.get(error.errno, error.strerror)
+    if not isinstance(error.filename, (str, bytes, os.PathLike)):  # of a file that is open
+        return told
+    path = os.fsdecode(error.filename)
+    folder = Path(path).absolute().parent
+    if error.errno == errno.ENOENT and not folder.is_dir():
+        told = f"the folder {folder} does not exist; create it, or check the path"
+    return f"{path}: {told}"
+
+
 class Parser(argparse.ArgumentParser):
     """Tells a user's mistake in one line and leaves with exit status 2."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.set_defaults(error=self.tell, begun=lambda: False)
+
+    def format_help(self) -> str:
+        """As in argparse, but the usage has no list of all options, which follows anyway."""
+        self.usage = self.usage or self.short_usage()
+        return re.sub(" +$", "", super().format_help(), flags=re.M)
+
+    def short_usage(self) -> str:
+        """What has to be given, and that there are options."""
+        required, positional = [], []
+        marks = {"?": "[{}]", "*": "[{} ...]", "...": "[{} ...]"}
+        for action in self._actions:
+            takes = action.metavar or "|".join(map(str, action.choices or ()))
+            if not action.option_strings:
+                positional.append(marks.get(action.nargs, "{}").format(takes))
+            elif action.required:
+                required.append(f"{action.option_strings[0]} {takes}")
+        return " ".join(["%(prog)s", *required, "[options]", *positional])
 
     def parse_known_args(self, args=None, namespace=None):
         """As in argparse, but a flag that there is not is told with the nearest that there is."""
@@ -74,6 +122,8 @@ class Parser(argparse.ArgumentParser):
             place = message.name.replace(".", "/")
             remedy = "reinstall microvllm (pip install --force-reinstall microvllm)"
             message = f"this command needs {place}, which is not there: {remedy}"
+        elif isinstance(message, OSError):
+            message = self.name_flags(path_problem(message))
         elif isinstance(message, Exception):
             message = self.name_flags(str(message))
         self.exit(2, f"{self.prog}: error: {plain(' '.join(str(message).split()))}\n")

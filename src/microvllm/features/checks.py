@@ -1,5 +1,6 @@
 """What an engine is given, checked before anything is done: a mistake is named, with its value."""
 
+import os
 from bisect import bisect
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
@@ -29,6 +30,10 @@ OFF = (
     "repetition_penalty presence_penalty frequency_penalty"
 ).split()
 NO_LIMIT = RANGES["max_tokens"][1]  # more tokens than any context has
+MESSAGES = (
+    "a message of a conversation, which is a dict: call llm.chat(messages), or give the token ids "
+    "llm.tokenizer.render_for_completion(messages)"
+)
 POLICIES = {  # the default, and what another one must choose from
     "victim": (youngest, "scheduler.running"),
     "admission": (first_come, "scheduler.waiting"),
@@ -50,8 +55,11 @@ def check_arguments(given: dict) -> dict[str, Callable]:
     for name in POLICIES:
         if not callable(given[name]):
             raise TypeError(f"{name} must be a function, got {given[name]!r:.80}")
+    if given["num_threads"] is not None:
+        check_threads("num_threads", given["num_threads"])
     if given["gpu_memory_utilization"] is not None:
         check_number("gpu_memory_utilization", given["gpu_memory_utilization"], 0.01, 1.0)
+    check_model(given)
     if (given["model_path"] is None) == (given["model"] is None):
         raise TypeError("give either model_path or model (a live nanochat GPT module)")
     if given["copy"] and given["model"] is None:
@@ -60,6 +68,23 @@ def check_arguments(given: dict) -> dict[str, Callable]:
         raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
     check_device(given["device"])
     return {name: checked_policy(name, given[name]) for name in POLICIES}
+
+
+def check_model(given: dict) -> None:
+    """Raises TypeError for a path in place of a live module or of its tokenizer, and the other way
+    round."""
+    for name in ("model", "tokenizer"):
+        if isinstance(value := given[name], (str, os.PathLike)):
+            other = {"model": "a live nanochat GPT module", "tokenizer": "a tokenizer object"}[name]
+            raise TypeError(
+                f"{name}={str(value)!r:.80} is a path, and {name} takes {other}: for a path, "
+                f"write {name}_path={str(value)!r:.80}"
+            )
+    if isinstance(module := given["model_path"], torch.nn.Module):
+        raise TypeError(
+            f"model_path is a live module ({type(module).__name__}), and not a path: write "
+            "LLM(model=..., tokenizer=...)"
+        )
 
 
 @cache
@@ -97,6 +122,25 @@ def checked_policy(name: str, policy: Callable) -> Callable:
     return policy if policy is default else checked
 
 
+def available_cpus() -> int:
+    """How many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: what taskset or a container's cpuset leaves
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_threads(name: str, count: object) -> None:
+    """Raises TypeError or ValueError for a number of threads that is no integer, below 1, or above
+    the number of CPUs: threads that share a CPU wait for each other after each operation."""
+    check_number(name, count)
+    cpus = available_cpus()
+    if not 1 <= count <= cpus:
+        raise ValueError(
+            f"{name} must be between 1 and {cpus}, the CPUs that this process may use, got "
+            f"{count}; without it there are {torch.get_num_threads()}, torch's number"
+        )
+
+
 def check_device(name: str | torch.device) -> None:
     """Raises ValueError for a device that torch does not know, or that is not here."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -113,17 +157,24 @@ def check_device(name: str | torch.device) -> None:
         raise ValueError(f"device {name!r}: there are {num_gpus} GPUs")
 
 
+def is_message(value: object) -> bool:
+    """Is it a turn of a conversation?"""
+    return isinstance(value, dict) and ("role" in value or "content" in value)
+
+
 def check_prompt(prompt: object, vocab_size: int) -> None:
     """Raises TypeError or ValueError for what is neither a text nor a list of token ids, is empty,
     or has an id that does not exist."""
     if isinstance(prompt, str):
         return
     if not isinstance(prompt, (list, tuple)):
-        raise TypeError(f"a prompt is a string or a list of token ids, got {type(prompt).__name__}")
+        got = MESSAGES if is_message(prompt) else type(prompt).__name__
+        raise TypeError(f"a prompt is a string or a list of token ids, got {got}")
     plain = prompt and set(map(type, prompt)) == {int} and 0 <= min(prompt) <= max(prompt)
     for token in () if plain and max(prompt) < vocab_size else prompt:  # one by one takes long
         if isinstance(token, bool) or not isinstance(token, Integral):
-            raise TypeError(f"a prompt of token ids must hold integers, got {token!r:.80}")
+            got = MESSAGES if is_message(token) else f"{token!r:.80}"
+            raise TypeError(f"a prompt of token ids must hold integers, got {got}")
         if not 0 <= token < vocab_size:
             raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
     if not len(prompt):
@@ -174,7 +225,8 @@ class CheckedLLM(LLM):
         if isinstance(prompts, (list, tuple)) and prompts:
             prompts = [prompts] if all(isinstance(p, Integral) for p in prompts) else prompts
         if not isinstance(prompts, (str, list, tuple)):
-            raise TypeError(f"prompts must be a string or a list, got {type(prompts).__name__}")
+            got = MESSAGES if is_message(prompts) else type(prompts).__name__
+            raise TypeError(f"prompts must be a string or a list, got {got}")
         if not isinstance(sampling_params, (SamplingParams, list, tuple, type(None))):
             got = f"{sampling_params!r:.80}"
             raise TypeError(f"sampling_params must be SamplingParams or a list, got {got}")

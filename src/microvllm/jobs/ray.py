@@ -129,7 +129,7 @@ def answer_on_ray(
         outcomes = ray.data.from_arrow_refs(blocks).map_batches(
             _Replica, fn_constructor_kwargs={**options, **vars(job.ask)}, batch_size=None,
             batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=replicas),
-            num_gpus=gpus or None, num_cpus=None if gpus else 1,
+            num_gpus=gpus or None, num_cpus=None if gpus else options.get("num_threads") or 1,
         )  # fmt: skip
         for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
             for text in batch["outcome"].to_pylist():

@@ -11,6 +11,8 @@ from . import hub, huggingface, quantised, strict
 
 # of a folder of folders with models: how far it is searched, and how much an error lists
 _MAX_DEPTH, _MAX_ENTRIES, _MAX_LISTED = 3, 5000, 20
+# nanochat's <folder>_checkpoints of each source
+FOLDERS = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
 
 
 def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
@@ -33,6 +35,8 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
             step = int(place[3]) if place[3] else step
         elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name):
             directory = hub.fetch(name, step)
+    if not _has_model(directory):
+        _refuse_base(directory)
     if not _has_model(directory) and (folders := model_folders(directory)):
         listed = ", ".join(map(str, folders[:_MAX_LISTED]))
         more = f" and {len(folders) - _MAX_LISTED} more" * (len(folders) > _MAX_LISTED)
@@ -98,18 +102,33 @@ def _experiment(base: Path, source_folder: Path) -> tuple[Path, str] | None:
         return root, name
     is_default = (root / "default").is_dir() and (given or not source_folder.is_dir())
     return (root, "default") if is_default else None
+def _refuse_base(directory: Path) -> None:
+    """Raises FileNotFoundError for nanochat's base directory, with the names of its checkpoints."""
+    found = {
+        source: [path.name for path in model_folders(directory / f"{folder}_checkpoints")]
+        for source, folder in FOLDERS.items()
+    }
+    names = [f"{source}:{tag}" for source, tags in found.items() for tag in tags]
+    if names:
+        here = directory.samefile(base) if (base := checkpoint.nanochat_base()).is_dir() else False
+        remedy = "" if here else f" and set NANOCHAT_BASE_DIR={directory}"
+        short = ", ".join(source for source, tags in found.items() if tags)
+        raise FileNotFoundError(
+            f"{directory} is nanochat's base directory and no checkpoint: give one of "
+            f"{', '.join(names[:_MAX_LISTED])}{remedy}; {short} alone is the largest model of that "
+            "source"
+        )
 
 
 def find_nanochat(source: str, model_tag: str | None = None) -> Path:
     """The checkpoint directory as nanochat lays them out: <source>_checkpoints/<tag> in its base
-    directory or <tag>/<source> in an experiment's, see `_experiment`. model_tag: by default the
-    largest d<number>, else the newest. Raises ValueError or FileNotFoundError naming what there
-    is."""
-    folders = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
-    if source not in folders:
-        raise ValueError(f"source must be one of {', '.join(folders)}, got {source!r}")
+    directory or, where NANOCHAT_EXPERIMENT names one, <tag>/<source> in an experiment's. model_tag:
+    by default the largest d<number>, else the newest. Raises ValueError or FileNotFoundError naming
+    what there is."""
+    if source not in FOLDERS:
+        raise ValueError(f"source must be one of {', '.join(FOLDERS)}, got {source!r}")
     base = checkpoint.nanochat_base()
-    directory, below = base / f"{folders[source]}_checkpoints", "*"
+    directory, below = base / f"{FOLDERS[source]}_checkpoints", "*"
     remedy = "NANOCHAT_BASE_DIR names the base directory"
     if experiment := _experiment(base, directory):
         root, name = experiment
