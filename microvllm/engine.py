@@ -9,6 +9,7 @@ LLM.generate          text becomes token ids, and a Sequence that waits
 ... again, until every sequence has finished                                  -> RequestOutput
 """
 
+import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -265,10 +266,13 @@ class LLM(AbstractContextManager):
         return not self._requests and not self._finished
 
     def abort(self, *request_ids: int) -> None:
-        """End requests now; their outputs say "abort". Unknown ids are ignored."""
+        """End requests now; their outputs say "abort". Unknown ids are ignored. Raises TypeError,
+        and aborts nothing, if one of them is no integer."""
+        request_ids = check_request_ids(request_ids)
         requests = {i: self._requests[i] for i in request_ids if i in self._requests}
         if requests:
-            self._collect(self.scheduler.abort(*requests))
+            samples = [seq for request in requests.values() for seq in request.samples]
+            self._collect(self.scheduler.abort(*samples))
             for request in requests.values():
                 if request.output is None:  # it has samples that were not forked yet
                     self._finish(request)
@@ -454,6 +458,17 @@ class LLM(AbstractContextManager):
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def check_request_ids(request_ids: Iterable[object]) -> tuple[int, ...]:
+    """The ids of requests as integers. Raises TypeError for what is none, such as a list of ids."""
+    try:
+        return tuple(map(operator.index, request_ids))
+    except TypeError:
+        raise TypeError(
+            "request ids are integers, given one by one, as in abort(3, 4) or abort(*request_ids): "
+            f"got {request_ids!r:.200}"
+        ) from None
 
 
 def name_errors(where: str, check: Callable, arguments: Iterable[tuple]) -> list:
