@@ -17,11 +17,12 @@ al. 2023). This file imports no torch. "Seam": what a feature overrides. With bl
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
@@ -170,6 +171,11 @@ class BlockManager:
         """Blocks that a sequence holds at most on its way to so many tokens, `chunk` a step. Seam:
         fewer, where blocks are given back on the way."""
         return self.blocks_for(num_tokens)
+
+    def longest(self, limit: int, chunk: int) -> int:
+        """Tokens, `limit` at most, of the longest sequence that the pool can hold."""
+        most = partial(self.most_blocks, chunk=chunk)  # grows with the tokens
+        return bisect_right(range(limit + 1), self.num_usable, key=most) - 1
 
     def block_tables(self, seqs: list[Sequence]) -> np.ndarray:
         """(B, M) int32: the tables as rows, padded with 0, the sink; joined as bytes for speed."""

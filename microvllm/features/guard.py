@@ -108,11 +108,11 @@ class GuardLLM(LLM):
         while self._inbox:
             item = self._inbox[0]
             try:
-                self._take(item)
+                self._receive(item)
             except Exception as error:
                 self._recover(error)
                 try:
-                    self._take(item)
+                    self._receive(item)
                 except Exception as again:
                     self._inbox.popleft()
                     self._refuse(item, again)
@@ -121,7 +121,7 @@ class GuardLLM(LLM):
                 raise
             self._inbox.popleft()
 
-    def _take(self, item: Request | tuple[int, ...]) -> None:
+    def _receive(self, item: Request | tuple[int, ...]) -> None:
         """Abort the requests of these ids, or queue a request that is not here yet."""
         if isinstance(item, tuple):
             super().abort(*item)
