@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .model import GPT, RECIPES, GPTConfig, Recipe
+from .model import GPT, RECIPES, GPTConfig, Recipe, rotary_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,7 +61,8 @@ def read_checkpoint(directory: Path, step: int) -> tuple[GPTConfig, Recipe, dict
             weights = {name.removeprefix("_orig_mod."): w for name, w in weights.items()}
         rows = len(weights["transformer.wte.weight"])
         if config.n_layer > len(weights) or config.vocab_size > rows:  # before a model is built
-            raise ValueError(f"{len(weights)} tensors, {rows} rows of vocabulary for {config}")
+            given = f"{config.n_layer} layers and a vocabulary of {config.vocab_size}"
+            raise ValueError(f"{len(weights)} tensors, {rows} rows of vocabulary for {given}")
         if sum(w.nbytes for w in weights.values()) > file.stat().st_size:
             raise ValueError("its tensors share memory, and are larger than the file")
         recipe = recognise(weights)
@@ -104,13 +105,17 @@ def make_model(
     dtype = pick_dtype(dtype, device)
     rows = len(weights["transformer.wte.weight"])
     model = empty_model(config, replace(recipe, **overrides), rows)
+    numel, length = sum(w.numel() for w in weights.values()), max_len or config.sequence_len
+    wanted, free = numel * dtype.itemsize + rotary_bytes(config, length), free_memory(device)
+    what = f"weights in {dtype} and rotary tables of {length} positions"
+    require_memory(what, wanted, free, "use a smaller model or lower max_model_len")
     # one tensor at a time: the file is memory-mapped, so only the copies take memory
     copies = {
         name: w.detach().to(device, torch.float32 if "lambdas" in name else dtype, copy=True)
         for name, w in weights.items()
     }
     model.load_state_dict(copies, assign=True)
-    model.init_rotary(max_len or config.sequence_len)
+    model.init_rotary(length)
     return model.requires_grad_(False)
 
 
@@ -173,3 +178,11 @@ def free_memory(device: torch.device) -> int:
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text) - int(used.read_text()))
     return max(free, 0)
+
+
+def require_memory(what: str, wanted: int, free: int, remedy: str) -> None:
+    """Raises ValueError with the numbers if more bytes are wanted than are free. Whatever has a
+    size that a file claims is compared here before it is made; free: see `free_memory`, or what is
+    left of it."""
+    if wanted > free:
+        raise ValueError(f"no memory for {what}: {wanted:,} bytes, and {free:,} are free; {remedy}")

@@ -9,6 +9,7 @@ LLM.generate          text becomes token ids, and a Sequence that waits
 ... again, until every sequence has finished                                  -> RequestOutput
 """
 
+import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,15 @@ import torch
 from torch import Tensor
 
 from .attention import Batch, PagedKVCache, SequenceKVView, make_batch
-from .checkpoint import _find_last_step, find_tokenizer, free_memory, load_model, pick_device
+from .checkpoint import (
+    _find_last_step,
+    find_tokenizer,
+    free_memory,
+    load_model,
+    pick_device,
+    require_memory,
+)
+from .model import rotary_bytes
 from .sampler import SamplingParams, sample
 from .scheduler import BlockManager, Plan, Scheduler, Sequence, least_recently_used
 from .tokenizer import Text, load_tokenizer
@@ -141,7 +150,7 @@ class LLM(AbstractContextManager):
     ):  # fmt: skip
         policies = {k: options.pop(k) for k in options.keys() & {"victim", "admission", "eviction"}}
         device = pick_device(device)
-        model = load_model(model_path, step, device, dtype, max_len=max_model_len, **options)
+        model = load_model(model_path, step, device, dtype, max_len=1, **options)
         tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
         self._assemble(
             model, tokenizer, max_batch_size, max_batched_tokens, max_model_len, num_blocks,
@@ -166,6 +175,7 @@ class LLM(AbstractContextManager):
         caching = enable_prefix_caching, eviction
         self.cache, blocks = self._make_memory(num_blocks, block_size, *caching)
         limits = self.max_batch_size, self.max_batched_tokens
+        self._make_tables(blocks)
         self.scheduler = self.scheduler_class(blocks, *limits, **policies)
         self.runner = self.runner_class(model, self.cache, blocks)
         self._seeds, self._ids = random.Random(seed), count()
@@ -182,17 +192,42 @@ class LLM(AbstractContextManager):
         cache = PagedKVCache(config, num_blocks, block_size, dtype, self.device)
         return cache, BlockManager(num_blocks, block_size, *caching)
 
-    def _pool_size(self, num_blocks: int | None, wanted: int, block_size: int, block_bytes: int):
-        """How many blocks, checked before they are allocated; by default `wanted`, or what fits."""
+    def _pool_size(
+        self, num_blocks: int | None, wanted: int, block_size: int, block_bytes: int,
+        reach: int | None = None,
+    ) -> int:  # fmt: skip
+        """How many blocks, by default `wanted`, or what fits, compared with what is free before
+        they or the rotary tables are made. reach: tokens by which each block may make the longest
+        sequence longer, by default block_size."""
         free = free_memory(self.device) if num_blocks else self._free_for_cache(block_size)
-        # at least the sink and one to use; a slot is an int32, and lists take 48 bytes a block
-        count = num_blocks or min(wanted, max(2, free // (block_bytes + 48)), 2**31 // block_size)
-        if count * block_bytes > free or count * block_size > 2**31:
-            raise ValueError(
-                f"no memory for a KV cache of num_blocks={count} times {block_bytes:,} bytes: "
-                f"{free:,} bytes are free; lower num_blocks or max_batched_tokens"
-            )
+        reach = reach or block_size
+        each = block_bytes + 48  # K and V of a block, and its entries in lists
+        angles = rotary_bytes(self.model.config, 1)  # of one position
+        # the tables are of all positions, or of those that the pool can hold
+        of_all = (free - angles * self.max_model_len) // each
+        of_some = (free - angles) // (each + angles * reach)
+        # at least the sink and one to use; a slot is an int32
+        fit = max(2, of_all, of_some)
+        count = num_blocks or min(wanted, fit, 2**31 // block_size)
+        what = f"a KV cache of num_blocks={count} times {block_bytes:,} bytes"
+        remedy = "lower num_blocks, max_model_len or max_batched_tokens"
+        if count * block_size > 2**31:
+            raise ValueError(f"{what} has more than 2**31 slots; {remedy}")
+        tables = angles * min(self.max_model_len, count * reach + 1)
+        require_memory(f"{what}, and rotary tables", count * each + tables, free, remedy)
         return count
+
+    def _make_tables(self, blocks: BlockManager) -> None:
+        """Make the model's rotary tables: no longer than a sequence that the pool can hold, and the
+        token that it ends with. Seam: what is said where the system gives no memory."""
+        longest = blocks.longest(self.max_model_len - 1, self.max_batched_tokens)
+        self.max_positions = longest + 1  # of any request
+        if self.max_positions * self.model.config.head_dim >= 2**31:
+            raise ValueError(
+                f"rotary tables of {self.max_positions} positions have more than 2**31 numbers; "
+                "give a smaller max_model_len"
+            )
+        self.model.init_rotary(self.max_positions)
 
     def _free_for_cache(self, block_size: int) -> int:
         """Bytes: half of what is free, 4 GB at most."""
@@ -268,10 +303,13 @@ class LLM(AbstractContextManager):
         return not self._requests and not self._finished
 
     def abort(self, *request_ids: int) -> None:
-        """End requests now; their outputs say "abort". Unknown ids are ignored."""
+        """End requests now; their outputs say "abort". Unknown ids are ignored. Raises TypeError,
+        and aborts nothing, if one of them is no integer."""
+        request_ids = check_request_ids(request_ids)
         requests = {i: self._requests[i] for i in request_ids if i in self._requests}
         if requests:
-            self._collect(self.scheduler.abort(*requests))
+            samples = [seq for request in requests.values() for seq in request.samples]
+            self._collect(self.scheduler.abort(*samples))
             for request in requests.values():
                 if request.output is None:  # it has samples that were not forked yet
                     self._finish(request)
@@ -457,6 +495,17 @@ class LLM(AbstractContextManager):
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def check_request_ids(request_ids: Iterable[object]) -> tuple[int, ...]:
+    """The ids of requests as integers. Raises TypeError for what is none, such as a list of ids."""
+    try:
+        return tuple(map(operator.index, request_ids))
+    except TypeError:
+        raise TypeError(
+            "request ids are integers, given one by one, as in abort(3, 4) or abort(*request_ids): "
+            f"got {request_ids!r:.200}"
+        ) from None
 
 
 def name_errors(where: str, check: Callable, arguments: Iterable[tuple]) -> list:

@@ -16,14 +16,23 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, engine, sampler
-from .checkpoint import find_tokenizer, free_memory, make_model, pick_device, pick_dtype
+from .checkpoint import (
+    find_tokenizer,
+    free_memory,
+    make_model,
+    pick_device,
+    pick_dtype,
+    require_memory,
+)
 from .engine import RequestOutput as RequestOutput
+from .model import rotary_bytes
 from .scheduler import first_come, least_recently_used, youngest
 from .tokenizer import load_tokenizer
 
 log = logging.getLogger("microvllm")
 
 QUANTIZATIONS = "int8", "int6", "int5", "int4", "fp8"  # the last one is a GPU's
+BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "fp8": 8, "bfloat16": 16}  # of what is stored
 
 # the order in which features wrap each other, the outermost first
 FEATURES = (
@@ -154,7 +163,7 @@ def build_model(
             "float16 ends at 65,504: relu(x)^2 of a trained nanochat is larger, becomes infinite "
             "and then NaN; dtype='bfloat16' or 'float32' is right"
         )
-    check_length(max_len, config, device)
+    check_length(max_len, config)
     if quantization not in (None, *QUANTIZATIONS):
         words = ", ".join(map(repr, QUANTIZATIONS[:-1]))
         raise ValueError(
@@ -186,8 +195,15 @@ def build_model(
     sums = {name: weight.sum(dtype=torch.float32) for name, weight in whole.items()}
     if broken := [name for name, total in sums.items() if not total.isfinite()]:
         log.warning("NaN or infinite weights, %s: the model can draw no token", ", ".join(broken))
-    size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
-    with fits(f"weights of {size:,} bytes in {dtype}", device):
+    numel, length = sum(w.numel() for w in weights.values()), max_len or config.sequence_len
+    what = f"weights of {numel * dtype.itemsize:,} bytes in {dtype}"
+    # what is kept at least: tables and cache may have more bits than the matrices
+    bits = 0 if share else BITS.get(store, 8 * dtype.itemsize)
+    wanted = numel * bits // 8 // (ranks.size if ranks else 1) + rotary_bytes(config, length)
+    remedy = "use a smaller model, fewer bits (quantization) or a smaller max_model_len"
+    tables = f"{what}, and rotary tables of {length} positions"
+    require_memory(tables, wanted, free_memory(device), remedy)
+    with fits(what, device):
         options = dtype, max_len, share, store, ranks
         return optional("fused.model").FusedGPT(config, recipe, weights, backend, *options)
 
@@ -199,8 +215,11 @@ def stored_as(weights: dict) -> str | None:
 
 
 def dense(weights: dict) -> dict[str, torch.Tensor]:
-    """The same with all matrices as floats."""
+    """The same with all matrices as floats. Raises ValueError if these are too large."""
     found = weights.items()
+    wanted = sum(4 * w.numel() for w in weights.values() if not isinstance(w, torch.Tensor))
+    free = free_memory(torch.device("cpu"))
+    require_memory("low-bit matrices in float32", wanted, free, "run them on a CPU as they are")
     return {k: w if isinstance(w, torch.Tensor) else w.dense() for k, w in found}
 
 
@@ -253,18 +272,12 @@ def check_process(num_threads: int | None = None) -> None:
             )
 
 
-def check_length(max_len: int | None, config, device: torch.device) -> None:
-    """Raises ValueError for a context beyond ten times that of the training, or one for which there
-    is no memory."""
+def check_length(max_len: int | None, config) -> None:
+    """Raises ValueError for a context beyond ten times that of the training."""
     length, most = max_len or config.sequence_len, 10 * config.sequence_len
     if length > most:
         limit = f"{most} at most, ten times the sequence_len of {config.sequence_len}"
         raise ValueError(f"max_model_len={max_len} is beyond the rotary tables: {limit}")
-    # angles, cosines and sines in float32, two of them rounded for a while
-    wanted, free = 10 * length * config.head_dim, free_memory(device)
-    if wanted > free or length * config.head_dim >= 2**31:
-        what = f"rotary tables of {length} positions: {wanted:,} bytes, and {free:,} are free"
-        raise ValueError(f"no memory for {what}; give a smaller max_model_len")
 
 
 def load_model(model_path, step=None, device="cpu", dtype="auto", **options):
@@ -376,15 +389,19 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
                     what = f"the core alone, which has no {name}"
                     raise ValueError(f"plain=True runs {what}: leave it out")
 
-            def build(config, recipe, weights):
-                check_length(max_model_len, config, device)
+            def build_here(config, recipe, weights):
                 recipe = (optional("sources.strict") or dataclasses).replace(recipe, **overrides)
                 with fits("weights", device):
                     weights = dense(weights)
-                    return make_model(config, recipe, weights, device, dtype, max_len=max_model_len)
+                    return make_model(config, recipe, weights, device, dtype, max_len=1)
         else:
-            own |= {"share": model is not None and not copy, "max_len": max_model_len}
-            build = partial(build_model, device=device, dtype=dtype, **own, **overrides)
+            own |= {"share": model is not None and not copy, "max_len": 1}
+            build_here = partial(build_model, device=device, dtype=dtype, **own, **overrides)
+
+        def build(config, recipe, weights):  # with the tables of `_make_tables`
+            check_length(max_model_len, config)
+            return build_here(config, recipe, weights)
+
         with on_device(device), self._own_threads():
             if model is None:
                 model_path, step = find_checkpoint(model_path, step)
@@ -408,7 +425,7 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
                 num_blocks, block_size, enable_prefix_caching, seed, **policies,
             )  # fmt: skip
             if hasattr(self.runner, "record"):
-                self.runner.record(self.max_batch_size, self.max_model_len)
+                self.runner.record(self.max_batch_size, self.max_positions)
         blocks = self.scheduler.blocks
         log.info(
             "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens (%.1f MB)",
@@ -497,6 +514,10 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
     def _make_memory(self, *args):
         with fits("the KV cache", self.device):
             return super()._make_memory(*args)
+
+    def _make_tables(self, blocks):
+        with fits("rotary tables", self.device):
+            super()._make_tables(blocks)
 
     def _check(self, prompt, params):
         if type(params) is sampler.SamplingParams:  # the core's own

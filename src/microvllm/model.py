@@ -49,7 +49,7 @@ class GPTConfig:
         *sizes, _ = vars(config).values()  # all fields but window_pattern
         right = all(type(n) is int and 0 < n < 2**31 for n in sizes) and set(pattern) <= set("SL")
         if not right or config.n_embd % (2 * config.n_head) or config.n_head % config.n_kv_head:
-            raise ValueError(f"no GPT has this shape: {config}")
+            raise ValueError(f"no GPT has this shape: {vars(config)!s:.400}")
         return config
 
 
@@ -90,7 +90,8 @@ def layer_windows(config: GPTConfig, recipe: Recipe) -> list[int]:
     if not recipe.short_window:
         return [-1] * n
     short = long // 2 if recipe.short_window == 2 else 128 * math.ceil(long / recipe.short_window)
-    kinds = (config.window_pattern * n)[: n - 1] + "L"  # the last layer is always long
+    pattern = config.window_pattern
+    kinds = [pattern[i % len(pattern)] for i in range(n - 1)] + ["L"]  # the last is always long
     return [short if kind == "S" else long for kind in kinds]
 
 
@@ -102,6 +103,12 @@ def rotary(config: GPTConfig, recipe: Recipe, max_len: int, dtype, device) -> tu
     # eras 1 to 3 always round them to bfloat16, eras 4 and 5 to the dtype of the weights
     rounded = torch.bfloat16 if recipe.round_rotary else dtype
     return angle.cos().to(rounded).float(), angle.sin().to(rounded).float()
+
+
+def rotary_bytes(config: GPTConfig, max_len: int) -> int:
+    """What `rotary` takes at most while it works: angles, cosines and sines in float32, two of them
+    rounded for a while."""
+    return 10 * max_len * config.head_dim
 
 
 def norm(x: Tensor, eps: float) -> Tensor:

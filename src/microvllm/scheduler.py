@@ -17,12 +17,13 @@ al. 2023). This file imports no torch. "Seam": what a feature overrides. With bl
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import takewhile
+from functools import cached_property, partial
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -171,6 +172,11 @@ class BlockManager:
         fewer, where blocks are given back on the way."""
         return self.blocks_for(num_tokens)
 
+    def longest(self, limit: int, chunk: int) -> int:
+        """Tokens, `limit` at most, of the longest sequence that the pool can hold."""
+        most = partial(self.most_blocks, chunk=chunk)  # grows with the tokens
+        return bisect_right(range(limit + 1), self.num_usable, key=most) - 1
+
     def block_tables(self, seqs: list[Sequence]) -> np.ndarray:
         """(B, M) int32: the tables as rows, padded with 0, the sink; joined as bytes for speed."""
         lengths = np.array([len(seq.table) for seq in seqs])
@@ -313,6 +319,44 @@ class Plan:
         return [seq.params for _, seq, _ in self.samples]
 
 
+class WaitingQueue:
+    """The sequences that wait, in their order: a deque whose `remove` and `in` take the same time
+    at any length, since a long queue may be aborted one request at a time."""
+
+    def __init__(self, seqs: Iterable[Sequence] = ()):
+        self._seqs: OrderedDict[Sequence, None] = OrderedDict.fromkeys(seqs)
+
+    def append(self, seq: Sequence) -> None:
+        """Put a sequence at the end."""
+        self._seqs[seq] = None
+
+    def appendleft(self, seq: Sequence) -> None:
+        """Put a sequence at the front."""
+        self._seqs[seq] = None
+        self._seqs.move_to_end(seq, last=False)
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a sequence out. Raises KeyError if it does not wait."""
+        del self._seqs[seq]
+
+    def __getitem__(self, index: int) -> Sequence:
+        """The first sequence is found at once, others by a walk."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"waiting[{index}], and {len(self)} sequences wait")
+        if index < 0:
+            return next(islice(reversed(self._seqs), -index - 1, None))
+        return next(islice(self._seqs, index, None))
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq in self._seqs
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._seqs)
+
+    def __len__(self) -> int:
+        return len(self._seqs)
+
+
 class Scheduler:
     """Decides which tokens of which sequences are computed in a step. There is no prefill phase and
     no decode phase: of a sequence's tokens some are computed, and the rest must be. max_batch_size:
@@ -325,7 +369,7 @@ class Scheduler:
     ):  # fmt: skip
         self.blocks, self.victim, self.admission = blocks, victim, admission
         self.max_batch_size, self.max_batched_tokens = max_batch_size, max_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self.num_tokens = 0  # tokens that `update` has appended so far
@@ -455,14 +499,15 @@ class Scheduler:
             self.waiting.remove(seq)
         self.blocks.events.finish(seq)
 
-    def abort(self, *request_ids: int) -> list[Sequence]:
-        """End all samples of these requests, in one walk over the queue; returns them."""
-        gone = set(request_ids)
-        seqs = [s for s in (*self.running, *self.waiting) if s.request_id in gone]
-        self.waiting = deque(s for s in self.waiting if s.request_id not in gone)
+    def abort(self, *seqs: Sequence) -> list[Sequence]:
+        """End those of these sequences that have not ended; returns them. The time does not depend
+        on how many others wait."""
+        ended = []
         for seq in seqs:
-            self.finish(seq, "abort")
-        return seqs
+            if seq.finish_reason is None:
+                self.finish(seq, "abort")
+                ended.append(seq)
+        return ended
 
     def preempt(self, seq: Sequence) -> None:
         """Free a running sequence's blocks; it keeps its tokens and goes first in the queue."""
@@ -476,7 +521,7 @@ class Scheduler:
         """After new weights, or a step that failed: forget all K and V; these sequences (by default
         all) wait again, or end, if the step was left before they did. Returns them."""
         sequences = self.running + [*self.waiting] if sequences is None else [*sequences]
-        self.running, self.waiting = [], deque(sequences)
+        self.running, self.waiting = [], WaitingQueue(sequences)
         self.blocks.clear()
         for seq in sequences:
             seq.forget()

@@ -1,5 +1,6 @@
 """How a sequence ends: by its length, a stop token, an abort; and what a failed step leaves."""
 
+import random
 from collections import deque
 
 import pytest
@@ -13,7 +14,7 @@ from test_scheduler import (
     text,
 )
 
-from microvllm.scheduler import BlockManager, Scheduler, Sequence
+from microvllm.scheduler import BlockManager, Scheduler, Sequence, WaitingQueue
 
 # how a sequence ends ------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ def test_a_request_may_be_aborted_at_any_stage(ahead):
     seen = set()
     for name, sim, target, others in stages(ahead):
         seen.add((name, bool(target.table), len(target.tokens) > 10))
-        victims = sim.scheduler.abort(0)
+        victims = sim.scheduler.abort(*target.samples)
         assert len(victims) == (2 if name == "forked" else 1)
         for seq in victims:
             assert seq.finish_reason == "abort" and not seq.table
@@ -161,10 +162,10 @@ def test_a_request_may_be_aborted_at_any_stage(ahead):
     }  # fmt: skip
 
 
-def test_many_requests_are_aborted_in_one_walk_over_the_queue():
-    """One walk for each, and a Ctrl-C behind a long queue would be felt."""
+def test_an_abort_takes_the_same_time_however_many_wait():
+    """A walk over the queue for each would be felt: a hundred thousand squared."""
 
-    class Queue(deque):
+    class Queue(WaitingQueue):
         walks = 0
 
         def __iter__(self):
@@ -172,15 +173,40 @@ def test_many_requests_are_aborted_in_one_walk_over_the_queue():
             return super().__iter__()
 
     scheduler = Scheduler(BlockManager(20, 4), 8, 64)
-    for i in range(300):
-        scheduler.add(Sequence(i, text(5), Params()))
+    seqs = [Sequence(i, text(5), Params()) for i in range(300)]
+    for seq in seqs:
+        scheduler.add(seq)
     scheduler.schedule()
     scheduler.waiting = Queue(scheduler.waiting)
-    victims = scheduler.abort(*range(10, 300), 999)
-    assert sorted(seq.request_id for seq in victims) == list(range(10, 300))
-    assert Queue.walks == 2  # to find them, and to keep the others
-    assert {seq.request_id for seq in (*scheduler.running, *scheduler.waiting)} == set(range(10))
+    Queue.walks = 0
+    victims = [victim for seq in seqs[10:] for victim in scheduler.abort(seq, seq)]
+    assert victims == seqs[10:] and not scheduler.abort(*seqs[10:])
+    assert Queue.walks == 0
+    assert [*scheduler.running, *scheduler.waiting] == seqs[:10]
     scheduler.blocks.check(scheduler.running)
+
+
+def test_a_queue_keeps_its_order_and_finds_its_items_as_a_deque_does():
+    rng, names = random.Random(1), range(40)
+    seqs = [Sequence(i, text(1), Params()) for i in names]
+    queue, plain = WaitingQueue(seqs[:5]), deque(seqs[:5])
+    for _ in range(500):
+        seq = rng.choice(seqs)
+        assert (seq in queue) == (seq in plain)
+        if seq in plain:
+            queue.remove(seq), plain.remove(seq)
+        elif rng.random() < 0.5:
+            queue.append(seq), plain.append(seq)
+        else:
+            queue.appendleft(seq), plain.appendleft(seq)
+        assert [*queue] == [*plain] and len(queue) == len(plain) and bool(queue) == bool(plain)
+        for i in range(len(plain)):
+            assert queue[i] is plain[i] and queue[-i - 1] is plain[-i - 1]
+    for index in (len(plain), -len(plain) - 1):
+        with pytest.raises(IndexError, match=f"waiting.{index}., and {len(plain)} sequences wait"):
+            queue[index]
+    with pytest.raises(KeyError):
+        WaitingQueue().remove(seqs[0])
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -1,6 +1,7 @@
 """The model against nanochat's own numbers: every era, every position, whole and in chunks."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -228,6 +229,24 @@ def test_short_and_long_windows(sequence_len, era23, era4, era5):
         windows = layer_windows(config(sequence_len), RECIPES[era])
         assert windows == [short, short, short, long, short, long], era
     assert layer_windows(config(sequence_len), RECIPES["1"]) == [-1] * 6
+
+
+def test_a_pattern_of_megabytes_is_read_where_a_layer_is_and_never_tiled():
+    size, n_layer = 2**22, 200
+    tracemalloc.start()
+    try:
+        shape = config(200, "LS" * (size // 2), n_layer)
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        windows = layer_windows(shape, RECIPES["3"])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert windows == [200, 100] * (n_layer // 2 - 1) + [200, 200]
+    assert peak - before < 2**16
+    with pytest.raises(ValueError, match="no GPT has this shape") as error:
+        config(200, "SLX" * size)
+    assert len(str(error.value)) < 500
 
 
 def test_the_pattern_is_tiled_and_the_last_layer_is_always_long():

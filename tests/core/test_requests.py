@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 from test_engine import (
+    FIXTURES,
     GROWING,
     MIXED,
     SHARED,
@@ -22,7 +23,8 @@ from test_engine import (
     serve,
 )
 
-from microvllm import LLM, SamplingParams
+from microvllm import LLM, SamplingParams, engine
+from microvllm.scheduler import WaitingQueue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,6 +95,32 @@ def test_a_request_with_one_sample_done_may_be_aborted(overlap):
     first, second = outputs[request]["samples"]
     assert first["finish_reason"] == "stop" and second["finish_reason"] == "abort"
     assert first["token_ids"] == naive("era5").complete(prompt, params, 0, eos)
+
+
+def test_thousands_that_wait_are_aborted_without_a_walk_for_each(monkeypatch):
+    walks = []
+    monkeypatch.setattr(WaitingQueue, "__iter__", lambda queue: walks.append(1) or iter(()))
+    with build(plain=True, max_batch_size=2) as llm:
+        numbers = [llm.add_request(ids(4), greedy(2)) for _ in range(1000)]
+        llm.step()
+        for number in numbers[500:]:
+            llm.abort(number)
+        llm.abort(*numbers)
+        assert not walks
+        outputs = finish(llm)
+        assert {outputs[number]["finish_reason"] for number in numbers} == {"abort"}
+        assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_usable
+
+
+def test_the_cores_own_abort_refuses_what_is_no_id():
+    fixture = FIXTURES["era1_padded"]
+    with engine.LLM(fixture.directory, tokenizer_path=fixture.tokenizer, num_blocks=50) as llm:
+        number = llm.add_request(ids(4), SamplingParams(max_tokens=2, temperature=0))
+        with pytest.raises(TypeError, match="request ids are integers"):
+            llm.abort([number])
+        assert not llm.is_finished()
+        llm.abort(number)
+        assert [output["finish_reason"] for output in llm.step()] == ["abort"]
 
 
 def test_close_aborts_what_is_unfinished():

@@ -83,8 +83,10 @@ class Engine(RuleBasedStateMachine):
     def abort(self, choice):
         scheduler = self.sim.scheduler
         ids = sorted({seq.request_id for seq in [*scheduler.running, *scheduler.waiting]})
-        victims = scheduler.abort(ids[choice % len(ids)])
-        assert victims and all(seq.finish_reason == "abort" for seq in victims)
+        unfinished = [*scheduler.running, *scheduler.waiting]
+        expected = {seq for seq in unfinished if seq.request_id == ids[choice % len(ids)]}
+        victims = scheduler.abort(*next(iter(expected)).samples)
+        assert {*victims} == expected and all(seq.finish_reason == "abort" for seq in victims)
         self.met["aborted under way"] += self.sim.flight is not None
 
     @precondition(lambda self: self.sim.scheduler.running or self.sim.scheduler.waiting)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ERAS
 
-from microvllm import LLM, SamplingParams, full
+from microvllm import LLM, SamplingParams, checkpoint, engine, full, model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -422,10 +422,28 @@ def test_raising_the_limit_is_advised_only_where_it_helps():
 
 
 def test_a_context_without_memory_for_its_positions_is_refused_before_any_is_taken(monkeypatch):
-    monkeypatch.setattr(full, "free_memory", lambda device: 1000)
+    made, real = [], model.rotary
+
+    def rotary(config, recipe, max_len, *where):
+        made.append(max_len)
+        return real(config, recipe, max_len, *where)
+
+    for module in (model, full.optional("fused.model")):
+        monkeypatch.setattr(module, "rotary", rotary)
+    need = model.rotary_bytes(checkpoint.load_model(OTHER).config, 400)
+    made.clear()
+    monkeypatch.setattr(engine, "free_memory", lambda device: need)
     for plain in (False, True):
-        with pytest.raises(ValueError, match="no memory for rotary tables of 100 positions"):
-            LLM(OTHER, device="cpu", max_model_len=100, plain=plain)
+        with pytest.raises(ValueError, match="KV cache .* and rotary tables.*max_model_len"):
+            LLM(OTHER, device="cpu", max_model_len=400, num_blocks=26, plain=plain)
+        assert made == [1], "the tables were made before they were compared"
+        made.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(full, "free_memory", lambda device: 1000)
+    for load in (checkpoint.load_model, full.load_model):
+        with pytest.raises(ValueError, match="no memory for weights.* positions: [0-9,]+ bytes"):
+            load(OTHER)
 
 
 def test_devices_that_are_none_or_not_here():

@@ -8,6 +8,7 @@ import signal
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODEL
@@ -375,6 +376,98 @@ def test_a_stream_that_is_collected_while_a_step_is_planned_loses_no_block():
             assert calls and gone() is None
             assert [output["request_id"] for output in outputs] == [number]
             assert_idle(llm)
+
+
+# items that fail ----------------------------------------------------------------------------------
+
+NO_IDS = [[3]], ["3"], [None], [1, 2.5], [{}], [3, b"x"], [np.array([1, 2])]
+
+
+@pytest.mark.parametrize("wrong", NO_IDS)
+def test_an_abort_of_what_is_no_id_is_refused_and_leaves_nothing_in_the_inbox(wrong):
+    with build(plain=True) as llm:
+        number = llm.add_request(ids(9), greedy(3))
+        with pytest.raises(TypeError, match="request ids are integers.*abort\\(.request_ids\\)"):
+            llm.abort(*wrong)
+        assert not llm._inbox
+        (output,) = llm.generate([ids(5)], greedy(2), use_tqdm=False)
+        assert output["finish_reason"] == "length"
+        llm.abort(np.int64(number))
+        (aborted,) = llm.step()
+        assert (aborted["request_id"], aborted["finish_reason"]) == (number, "abort")
+        assert_idle(llm)
+
+
+def test_an_abort_that_always_fails_is_dropped(monkeypatch):
+    with build(plain=True) as llm:
+        number = llm.add_request(ids(9), greedy(3))
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.scheduler, "abort", lambda *seqs: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                llm.abort(number)
+            assert not llm._inbox
+            outputs = []
+            while not llm.is_finished():
+                outputs += llm.step()
+            assert [(o["request_id"], o["finish_reason"]) for o in outputs] == [(number, "length")]
+        assert_idle(llm)
+
+
+def test_an_abort_that_fails_once_is_done_and_the_error_is_seen(monkeypatch):
+    with build(plain=True) as llm:
+        number, real, calls = llm.add_request(ids(9), greedy(3)), llm.scheduler.abort, []
+
+        def abort(*seqs):
+            calls.append(seqs)
+            if len(calls) == 1:
+                raise TimeoutError("from outside")
+            return real(*seqs)
+
+        monkeypatch.setattr(llm.scheduler, "abort", abort)
+        with pytest.raises(TimeoutError, match="from outside"):
+            llm.abort(number)
+        assert len(calls) == 2 and not llm._inbox
+        assert [output["finish_reason"] for output in llm.step()] == ["abort"]
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("how", ["add_request", "generate", "stream"])
+def test_a_request_that_cannot_be_queued_ends_with_the_error_and_harms_no_other(how, monkeypatch):
+    with build(plain=True) as llm:
+        expected = llm.generate([ids(5)], greedy(4), use_tqdm=False)[0]["token_ids"]
+        other = llm.add_request(ids(5), greedy(4))
+        with monkeypatch.context() as patch:
+            patch.setattr(llm, "_requests", Refusing(llm._requests))
+            with pytest.raises(ZeroDivisionError):
+                if how == "add_request":
+                    llm.add_request(ids(9), greedy(3))
+                elif how == "generate":
+                    llm.generate([ids(9)], greedy(3), use_tqdm=False)
+                else:
+                    list(llm.stream([ids(9)], greedy(3)))
+            assert not llm._inbox
+        llm._requests = dict(llm._requests)
+        outputs = {}
+        while not llm.is_finished():
+            outputs |= {output["request_id"]: output for output in llm.step()}
+        assert outputs.pop(other)["token_ids"] == expected
+        for output in outputs.values():  # of a request that generate does not wait for
+            assert output["finish_reason"] == "error"
+            assert output["stop_reason"].startswith("ZeroDivisionError")
+        assert len(outputs) == (how == "add_request")
+        assert_idle(llm)
+
+
+class Refusing(dict):
+    """Requests; the first two attempts to queue one more fail."""
+
+    attempts = 0
+
+    def __setitem__(self, key, value):
+        self.attempts += 1
+        if self.attempts <= 2:
+            raise ZeroDivisionError
+        super().__setitem__(key, value)
 
 
 # the end ------------------------------------------------------------------------------------------

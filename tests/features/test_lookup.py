@@ -156,7 +156,7 @@ def test_guesses_are_gone_with_their_step(how):
     if how == "reset":
         scheduler.reset()
     elif how == "abort":
-        scheduler.abort(0)
+        scheduler.abort(seq)
     else:
         scheduler.finish(seq, "error")
     assert seq.tokens == [1] * 4

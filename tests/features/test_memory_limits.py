@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import MODEL, SRC, Fixture, era_fixtures
 
-from microvllm import LLM, SamplingParams, full
+from microvllm import LLM, SamplingParams, checkpoint, engine, full
 from microvllm.cli.roofline import PRECISIONS, layer_bytes
+from microvllm.model import rotary_bytes
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,77 @@ def test_other_errors_stay_what_they_are():
         assert caught.value is error
 
 
+# a context that a file claims ---------------------------------------------------------------------
+
+CONTEXT = 200_000_000
+CORE, PLAIN, FUSED, GROUPED = "core", "plain", "fused", "grouped"
+
+
+def claiming(folder: Path, name: str, context: int) -> Path:
+    """A copy of a fixture whose meta file claims this context."""
+    copy = folder / f"{name}-{context}"
+    shutil.copytree(Fixture(*era_fixtures()[name]).directory, copy)
+    (meta,) = copy.glob("meta_*.json")
+    given = json.loads(meta.read_text())
+    given["model_config"]["sequence_len"] = context
+    meta.write_text(json.dumps(given))
+    return copy
+
+
+def serve(folder: Path, how: str, **options):
+    """An engine of the core alone, or one whose kernels need not be compiled."""
+    made, own = (engine.LLM, {}) if how == CORE else (LLM, {"attention": "sdpa"})
+    own = {"plain": True} if how == PLAIN else own
+    tokenizer = Fixture(*era_fixtures()["era1_padded"]).tokenizer
+    return made(folder, tokenizer_path=tokenizer, device="cpu", **own, **options)
+
+
+@pytest.mark.parametrize("how", [CORE, PLAIN, FUSED, GROUPED])
+def test_rotary_tables_are_no_longer_than_the_pool_can_hold(tmp_path, how):
+    """A file of kilobytes claims two hundred million positions."""
+    name = "era5" if how == GROUPED else "era1_padded"
+    claim, greedy = claiming(tmp_path, name, CONTEXT), {"temperature": 0, "ignore_eos": True}
+    made = []
+    for folder in claim, claiming(tmp_path, name, 10_000):
+        with serve(folder, how, num_blocks=21, block_size=4) as llm:
+            longest = llm.max_positions
+            assert len(llm.model.cos) == len(llm.model.sin) == longest == 20 * 4 + 1
+            params = llm.params_class(**greedy, max_tokens=longest - 5)
+            made.append(llm.generate([[7, 8, 9, 10, 11]], params)[0]["token_ids"])
+            params = llm.params_class(**greedy, max_tokens=longest - 4)
+            with pytest.raises(ValueError, match="blocks"):
+                llm.generate([[7, 8, 9, 10, 11]], params)
+    assert made[0] == made[1] and len(made[0]) == longest - 5
+
+
+@pytest.mark.parametrize("how", [CORE, FUSED, GROUPED])
+def test_what_the_default_pool_and_its_tables_take_is_within_what_is_free(
+    tmp_path, how, monkeypatch
+):
+    name = "era5" if how == GROUPED else "era1_padded"
+    folder = claiming(tmp_path, name, CONTEXT)
+    monkeypatch.setattr(engine, "free_memory", lambda device: 2**23)
+    with serve(folder, how) as llm:
+        blocks = llm.scheduler.blocks
+        taken = llm.cache.data.nbytes + rotary_bytes(llm.model.config, llm.max_positions)
+        taken += 48 * blocks.num_blocks // blocks.width
+        # in groups, where positions are counted that a window may free, less
+        assert (0.7 if how == GROUPED else 0.99) * 2**22 < taken <= 2**22
+        assert llm.max_positions <= blocks.num_blocks * llm.scheduler.blocks.block_size
+    with pytest.raises(ValueError, match="num_blocks=100000 .*rotary tables: .*8,388,608 are free"):
+        serve(folder, how, num_blocks=100_000)
+
+
+def test_weights_that_are_more_than_is_free_are_refused_before_any_is_made(monkeypatch):
+    for module in checkpoint, full:
+        monkeypatch.setattr(module, "free_memory", lambda device: 10**7)
+    monkeypatch.setattr(torch.Tensor, "to", None)
+    monkeypatch.setattr(full.optional("fused.model"), "FusedGPT", None)
+    for make in engine.LLM, LLM:
+        with pytest.raises(ValueError, match="no memory for weights.*10,000,000 are free; use a"):
+            make(MODEL, device="cpu")
+
+
 SCRIPT = """
 import re, resource, sys
 from microvllm import LLM, full
@@ -62,8 +134,8 @@ except ValueError as error:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, and RLIMIT_AS that is kept")
 @pytest.mark.parametrize("room, blocks, said", [
-    (40, 0, r"no memory for weights of .* bytes are free .*ulimit -v"),
-    (400, 10_000, r"no memory for a KV cache of num_blocks=10000 .* bytes are free"),
+    (40, 0, r"no memory for weights of .* are free"),
+    (400, 10_000, r"no memory for a KV cache of num_blocks=10000 .* are free"),
     (1200, 0, r"64 \d+$"),  # the pool takes half of what the limit leaves, and steps have the rest
 ])  # fmt: skip
 def test_a_limit_of_addresses_ends_in_our_error_or_in_a_smaller_pool(room, blocks, said):

@@ -25,7 +25,6 @@ from microvllm import LLM, SamplingParams
 from microvllm.attention import SequenceKVView
 from microvllm.engine import make_batch
 from microvllm.features import windows as feature
-from microvllm.features.checks import longest
 from microvllm.features.windows import GroupedBlocks, GroupedCache, group_layers, most_blocks
 from microvllm.model import GPTConfig
 from microvllm.scheduler import Plan, Sequence
@@ -368,7 +367,7 @@ def test_a_request_needs_fewer_blocks_and_the_refusal_says_how_many():
         # most, in each of the others. that is 55, or 14 of all layers, and 52 are enough for 352
         for number in ("need 14 blocks", "has 13", ": 47 tokens too many", "max_batched_tokens"):
             assert number in str(refusal.value)
-        assert longest(llm.scheduler.blocks, 16) == 352
+        assert llm.scheduler.blocks.longest(10**6, 16) == 352
         work = [(ids(340), greedy(13))]
         assert_naive(serve(llm, work), work)
 

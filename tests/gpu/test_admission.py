@@ -58,7 +58,7 @@ def test_nobody_waits_for_a_group_that_cannot_come_or_does_not_pay():
     seqs = [Sequence(i, [i] * 5, SamplingParams(max_tokens=50)) for i in range(40)]
 
     def step(*new: Sequence, ends: Sequence) -> list[Sequence]:
-        scheduler.abort(ends.request_id)
+        scheduler.abort(ends)
         for seq in new:
             scheduler.add(seq)
         plan = scheduler.schedule()

@@ -9,6 +9,7 @@ from conftest import MODEL
 from microvllm import LLM, SamplingParams, full
 from microvllm.checkpoint import find_step, read_checkpoint
 from microvllm.gpu import memory
+from microvllm.model import rotary_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,14 +86,15 @@ def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
             "reset_peak_memory_stats": None, "empty_cache": None, "mem_get_info": (free, 0),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        tables = rotary_bytes(llm.model.config, 1024)
         assert (
             llm._pool_size(None, 2000, 16, block)
-            == (180_000_000 - 6_000_000) // (block + 48)
+            == (180_000_000 - 6_000_000 - tables) // (block + 48)
             < 2000
         )
         llm.gpu_memory_utilization = 0.01
         with pytest.raises(
-            ValueError, match="no memory for .* num_blocks=2 .*: -4,000,000 bytes are free"
+            ValueError, match="no memory for .* num_blocks=2 .*and -4,000,000 are free"
         ):
             llm._pool_size(None, 2000, 16, block)
         llm.gpu_memory_utilization = 0.9

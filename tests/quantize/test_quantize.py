@@ -186,7 +186,7 @@ DAMAGE = {
     f"{PROJ}.factors has numbers from -16": lambda t: t[f"{PROJ}.factors"].fill_(-16),
     f"{HEAD}.scale has a number that is NaN": lambda t: t[f"{HEAD}.scale"].fill_(torch.nan),
     f"{PROJ}.scale has a number that is NaN or inf": lambda t: t[f"{PROJ}.scale"].fill_(torch.inf),
-    "resid_lambdas is int32, not floating point": lambda t: t.update(
+    "the tensor resid_lambdas of dtype I32": lambda t: t.update(
         resid_lambdas=torch.zeros(6, dtype=torch.int32)
     ),
     "the embedding has 4000 rows": lambda t: t.update(

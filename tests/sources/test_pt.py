@@ -237,3 +237,11 @@ def test_another_layout_is_refused_by_name(checkpoint):
         rows = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=layout)
         torch.save(checkpoint.weights | {"lm_head.weight": rows}, checkpoint.file)
         refuse(checkpoint, words)
+
+
+@pytest.mark.parametrize("kind", ["Int", "Bool", "ComplexFloat", "Byte"])
+def test_a_dtype_that_no_checkpoint_has_is_refused_by_name(checkpoint, kind):
+    dtypes = {"Int": torch.int32, "Bool": torch.bool, "ComplexFloat": torch.complex64}
+    odd = torch.zeros(4).to(dtypes.get(kind, torch.uint8))
+    torch.save(checkpoint.weights | {"lm_head.weight": odd}, checkpoint.file)
+    refuse(checkpoint, f"it has a torch.{kind}Storage, and the dtypes known are float32, bfloat16")

@@ -3,7 +3,9 @@ modules."""
 
 import fnmatch
 import json
+import re
 import shutil
+import struct
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -191,9 +193,64 @@ def test_sharded_weights_are_the_same_weights(tmp_path):
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors is missing"):
+    (missing := folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=f"names the file '{missing.name}', which is not"):
         load(folder)
+
+
+NO_FILES = (
+    "a" * 300,
+    "a\0b",
+    "\ud800",
+    "..",
+    ".",
+    "",
+    "/",
+    "a/" * 3000,
+    "é" * 200,
+    "x\n.safetensors",
+)
+
+
+@pytest.mark.parametrize("name", NO_FILES, ids=ascii)
+def test_an_index_with_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    folder = hf_folder(tmp_path / "sharded")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    index = folder / "model.safetensors.index.json"
+    places = dict.fromkeys(tensors, "part.safetensors") | {"lm_head.weight": name}
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(FileNotFoundError, match="index.json names the file .* not beside") as error:
+        load(folder)
+    assert str(index) in str(error.value) and len(str(error.value)) < 400
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "x/../part.safetensors")}))
+    assert load(folder).config.n_layer == load(HF).config.n_layer
+
+
+DTYPES = "F4 F8_E4M3 F8_E5M2 F8_E8M0 I64 I32 I16 U16 U32 U64 BOOL C64 X7".split()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dtype_that_is_unknown_here_is_refused_by_name(tmp_path, dtype):
+    """Of some of them torch makes floating-point tensors with which nothing can be computed."""
+    folder = hf_folder(tmp_path / "it")
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    name = next(key for key in header if key.endswith("q_proj.weight"))
+    start, _ = header[name]["data_offsets"]
+    bits = int(re.search(r"\d+", dtype.removeprefix("BOOL") or "8")[0])
+    # as many numbers as fit into the place of a matrix
+    count = (header[name]["data_offsets"][1] - start) * 8 // bits
+    header[name] |= {"dtype": dtype, "shape": [count]}
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    assert str(file) in str(error.value) and dtype in str(error.value)
+    if dtype != "X7":  # which the package does not know either
+        assert f"{name} of dtype {dtype}: known are BF16, F16" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
 """What an engine is given, checked before anything is done: a mistake is named, with its value."""
 
 import os
-from bisect import bisect
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache
 from numbers import Integral
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from ..engine import LLM, Request
 from ..sampler import RANGES, SamplingParams
-from ..scheduler import BlockManager, first_come, least_recently_used, youngest
+from ..scheduler import first_come, least_recently_used, youngest
 from . import check_list, check_number, check_numbers
 
 LEAST = {
@@ -205,11 +204,6 @@ class CheckedParams(SamplingParams):
                 raise ValueError(f"{name} {bad} are outside the vocabulary of {vocab_size}")
 
 
-def longest(blocks: BlockManager, chunk: int) -> int:
-    """Tokens of the longest sequence that the pool can hold, computed `chunk` at a time."""
-    return bisect(range(2**31), blocks.num_usable, key=partial(blocks.most_blocks, chunk=chunk)) - 1
-
-
 class CheckedLLM(LLM):
     """An engine that says what it was given in place of prompts and parameters."""
 
@@ -257,11 +251,11 @@ class CheckedLLM(LLM):
         if need > blocks.num_usable:
             other = "" if width == 1 else ", or max_batched_tokens"
             most = None if params.max_tokens == NO_LIMIT else params.max_tokens
+            excess = slots - blocks.longest(slots, chunk)
             raise ValueError(
                 f"{len(ids)} prompt tokens with max_tokens={most} need "
                 f"{-(-need // width)} blocks and the pool has {blocks.num_usable // width}: "
-                f"{slots - longest(blocks, chunk)} tokens too many; raise num_blocks or lower "
-                f"max_tokens{other}"
+                f"{excess} tokens too many; raise num_blocks or lower max_tokens{other}"
             )
         return ids, params
 

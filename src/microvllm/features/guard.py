@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ..engine import LLM, Request, RequestOutput
+from ..engine import LLM, Request, RequestOutput, check_request_ids
 
 pressed: list[bool] = []  # was Ctrl-C, since it was held back?
 
@@ -53,7 +53,7 @@ class GuardLLM(LLM):
         super()._assemble(*args, **options)
         self._lock, self._callers, self._pid = threading.RLock(), set(), os.getpid()
         self._changing: FrameType | None = None  # the call of `_try` that is under way, or was left
-        # what arrived, and ids to abort: each is dropped once it is done
+        # what arrived, and ids to abort: each is dropped once it is done, or fails twice
         self._inbox: deque[Request | tuple[int, ...]] = deque()
 
     def _check(self, prompt, params) -> tuple:
@@ -102,13 +102,39 @@ class GuardLLM(LLM):
         return True
 
     def _read_inbox(self) -> None:
+        """Do what the items of the inbox ask for. An item is dropped once it is done, or if it
+        fails twice in a row: else each later call would fail with it. An exception that does not
+        come again is from outside, and loses nothing."""
         while self._inbox:
             item = self._inbox[0]
-            if isinstance(item, tuple):
-                super().abort(*item)
-            elif item.output is None and item.id not in self._requests:
-                super()._queue([item])
+            try:
+                self._receive(item)
+            except Exception as error:
+                self._recover(error)
+                try:
+                    self._receive(item)
+                except Exception as again:
+                    self._inbox.popleft()
+                    self._refuse(item, again)
+                    raise
+                self._inbox.popleft()
+                raise
             self._inbox.popleft()
+
+    def _receive(self, item: Request | tuple[int, ...]) -> None:
+        """Abort the requests of these ids, or queue a request that is not here yet."""
+        if isinstance(item, tuple):
+            super().abort(*item)
+        elif item.output is None and item.id not in self._requests:
+            super()._queue([item])
+
+    def _refuse(self, item: Request | tuple[int, ...], error: Exception) -> None:
+        """End a request that cannot be queued: a caller may wait for its output."""
+        if isinstance(item, Request) and item.output is None:
+            self._requests[item.id] = item
+            seq = item.samples[0]
+            seq.finish_reason, seq.stop_reason = "error", f"{type(error).__name__}: {error}"
+            self._finish(item)
 
     def _deliver(self) -> None:
         """Read the inbox, unless another thread is in a step: then that one does, at its end. To
@@ -143,6 +169,7 @@ class GuardLLM(LLM):
 
     def abort(self, *request_ids: int) -> None:
         """As in the core; while a step is under way, at its end."""
+        request_ids = check_request_ids(request_ids)  # now, and for the caller to see
         if request_ids and self.runner is not None:
             self._inbox.append(request_ids)
             self._deliver()

@@ -211,8 +211,9 @@ class LiveLLM(LLM):
                 self.model = self.runner.model = self._take()
             pool = blocks.num_usable // blocks.width + 1, blocks.block_size
             self.cache = self.runner.cache = self._make_memory(*pool)[0]
+            self._make_tables(blocks)
             if hasattr(self.runner, "record"):
-                self.runner.record(self.max_batch_size, self.max_model_len)
+                self.runner.record(self.max_batch_size, self.max_positions)
         except BaseException as error:
             self._drop()
             if isinstance(error, ValueError):

@@ -106,11 +106,14 @@ class FusedGPT:
         if recipe.smear:
             self.smear_gate = take("smear_gate.weight")
             self.smear_lambda, self.backout_lambda = take("smear_lambda"), take("backout_lambda")
-        max_len = max_len or config.sequence_len
-        self.cos, self.sin = rotary(config, recipe, max_len, dtype, self.device)
-        # all layers in one call; ranks have to wait for each other in every layer
-        self.compiled = None if ranks else backend.compile(self)
+        self.init_rotary(max_len or config.sequence_len)
         backend.prepare(self)
+
+    def init_rotary(self, max_len: int) -> None:
+        """Make the rotary tables, for positions below max_len, and the call that reads them."""
+        self.cos, self.sin = rotary(self.config, self.recipe, max_len, self.dtype, self.device)
+        # all layers in one call; ranks have to wait for each other in every layer
+        self.compiled = None if self.ranks else self.backend.compile(self)
 
     @staticmethod
     def _part(weight, quantization: str | None):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint import free_memory, require_memory
 from ..engine import Batch, Runner
 from ..fused.backend import NO_FILTERS, filter_values
 from ..fused.linear import Linear
@@ -94,6 +95,10 @@ class DecodeGraphs:
         # of layers, each with a slot and a table of its own; a plain cache knows no groups
         self.groups = getattr(cache, "num_groups", 1)
         self.width = FIELDS + self.groups * (1 + self.columns)  # of a row
+        what = f"the inputs of recorded steps, with tables of {self.columns} blocks"
+        remedy = "lower max_model_len or max_batch_size, or give cuda_graphs=False"
+        free = free_memory(model.device)
+        require_memory(what, 4 * max_batch_size * self.width, free, remedy)
         # where the recorded kernels read: those of a smaller size nearer to the beginning
         ints = {"dtype": torch.int32, "device": model.device}
         self.inputs = torch.zeros(max_batch_size * self.width, **ints)

@@ -33,6 +33,7 @@ class GpuMemory(LLM):
         """Bytes: the largest step is run once to see what activations take."""
         if self.device.type != "cuda":
             return super()._free_for_cache(block_size)
+        self.model.init_rotary(min(self.max_model_len, self.max_batched_tokens + 1))
         taken = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         with fits(f"steps of max_batched_tokens={self.max_batched_tokens}", self.device):

@@ -7,7 +7,8 @@ transformers', or names of their own, see variants.py.
 """
 
 import dataclasses
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from torch import Tensor
@@ -38,6 +39,8 @@ _IGNORED = set("""
     rope_scaling step temperature tie_encoder_decoder tie_word_embeddings tokenizer_class top_k
     top_p torch_dtype transformers_version typical_p use_cache
 """.split())  # fmt: skip
+# of tensors in a file; the last two are those of a folder of `microvllm quantize`
+_DTYPES = {"F64", "F32", "F16", "BF16", "I8", "U8"}
 
 
 def read_folder(directory: Path) -> Checkpoint:
@@ -101,10 +104,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     """The tensors of a folder by nanochat's names; names it does not have stay as they are."""
     files = [directory / "model.safetensors"]
     if not files[0].is_file() and (index := directory / "model.safetensors.index.json").is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-            raise ValueError(f"{index} has no weight_map from tensors to files")
-        files = [directory / Path(shard).name for shard in sorted(set(shards.values()))]
+        files = _shards(index)
     weights = {}
     for file in files:
         for theirs, tensor in read_safetensors(file).items():
@@ -116,15 +116,37 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. Their names are only compared with those that are there: no
+    name goes to the system, which may refuse it in its own way, or find it elsewhere. Raises
+    ValueError or FileNotFoundError naming the index."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    there = {file.name: file for file in index.parent.iterdir() if file.is_file()}
+    names = sorted({PurePosixPath(shard).name for shard in shards.values()})
+    if missing := [name for name in names if name not in there]:
+        what = f"{missing[0]!r:.120}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
+        raise FileNotFoundError(f"{index} names the file {what}, which is not beside it")
+    return [there[name] for name in names]
+
+
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors in a file, memory-mapped. Raises FileNotFoundError or ValueError naming it."""
-    load_file = import_safetensors(file.parent).load_file
+    package = import_safetensors(file.parent)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing (of the weights, only safetensors are read)")
     try:
-        return load_file(file)
+        with package.safe_open(file, "pt") as opened:
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+        tensors = package.load_file(file) if set(kinds.values()) <= _DTYPES else {}
     except Exception as error:  # safetensors' own error, or the system's
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+    if unknown := sorted(name for name, kind in kinds.items() if kind not in _DTYPES):
+        what = f"the tensor {unknown[0]:.80} of dtype {kinds[unknown[0]]}"
+        what += f" and {len(unknown) - 1} more" * (len(unknown) > 1)
+        raise ValueError(f"{file} has {what}: known are {', '.join(sorted(_DTYPES))}")
+    return tensors
 
 
 def import_safetensors(directory: Path) -> ModuleType:

@@ -164,7 +164,7 @@ def _checked(tensors: dict[str, Tensor], config, recipe, bits: int) -> dict:
         found = rest.pop(name)
         if tuple(found.shape) != shape:
             raise ValueError(f"{name} is {tuple(found.shape)}, not {shape}")
-        if found.dtype != dtype if dtype else not found.is_floating_point():
+        if found.dtype != dtype if dtype else found.dtype not in strict.FLOATS:
             wanted = str(dtype)[6:] if dtype else "floating point"
             raise ValueError(f"{name} is {str(found.dtype)[6:]}, not {wanted}")
         return found

@@ -20,6 +20,7 @@ from ..tokenizer import Tokenizer, load_tokenizer, turns_of
 from . import variants
 from .pt import read_pt
 
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16  # dtypes of weights
 _MAX_JSON_BYTES = 16 << 20  # nanochat's largest tokenizer.json takes about 5 MB, in memory 20 times
 _MAX_TOKENIZER_BYTES = 8 << 20  # nanochat's own vocabularies (65,536 tokens at most) take about 1
 _MAX_NAMES = 1 << 16  # characters of all special tokens' names: tiktoken takes 400 bytes for each
@@ -241,7 +242,11 @@ def check_weights(weights: dict[str, Tensor], config: GPTConfig, recipe: Recipe)
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],
         "misshapen": [f"{name} is {a}, not {b}" for name, (a, b) in shapes.items() if a != b],
-        "not floating point": [name for name in there if not weights[name].is_floating_point()],
+        "of an unknown dtype": [
+            f"{name} is {str(weights[name].dtype)[6:]}"
+            for name in there
+            if weights[name].dtype not in FLOATS
+        ],
         "not stored in full": [name for name in weights if name not in stored],
     }
     found = [

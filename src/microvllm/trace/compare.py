@@ -26,36 +26,50 @@ class Film(Replay):
         self.frames: list[list] = []
         self.prompts: Counter[tuple] = Counter()  # of all samples that arrived, to compare traffic
         self.totals: Counter[str] = Counter()
-        self._holder: dict[int, int] = {}  # the request that took a block last
+        self._holders: dict[int, int] = {}  # the request that took a block last
         self._looks: dict[int, int] = {}
         self._touched: set[int] = set()
 
-    def apply(self, event: dict) -> None:
-        name, number = event.get("e"), event.get("seq")
-        life = self.seqs.get(number) if type(number) is int else None
-        held = [*life.table] if life else []
-        if name == "reset":
-            held = [*self.ref_count, *self.cached]
-        super().apply(event)
-        if name == "arrive" and life is None:
+    def _before(self, event: dict) -> None:
+        """Note which blocks an event gives back, and the prompts that are new."""
+        name = event["e"]
+        if name == "arrive" and event["seq"] not in self.seqs:
             self.prompts[tuple(event["tokens"][: event["prompt"]])] += 1
-        elif name in ("hit", "allocate", "resume", "copy"):
-            taken = [event["target"]] if name == "copy" else event.get("blocks", event.get("table"))
-            self._holder |= dict.fromkeys(taken, self.seqs[number].request)
-        elif name == "evict":
-            held = [event["block"]]
-        elif name == "pool":
-            held = [*self.cached]
-        self._touched.update(held)
-        if type(number) is int and number in self.seqs:
-            self._touched.update(self.seqs[number].table)
-        self.totals[name] += sum(map(bool, event["blocks"])) if name == "hit" else 1
-        if name == "tokens":
-            self.totals["written"] += len(event["tokens"])
-        elif name == "begin":
-            chunks = sum(stop - start for _, start, stop in event["prefills"])
-            self.totals["computed"] += chunks + len([*unspan(event["decodes"])])
-            self.note()
+        elif name == "free":
+            self._touched.update(self._life(event["seq"]).table)
+        elif name == "reset":
+            self._touched.update(self.ref_count, self.cached)
+
+    def _after(self, event: dict) -> None:
+        """Note what an event that was followed has changed, and make the frame of a step."""
+        name, totals = event["e"], self.totals
+        totals[name] += 1
+        match event:
+            case {"e": "pool"}:
+                self._touched.update(self.cached)
+            case {"e": "hit" | "allocate", "blocks": blocks} | {"e": "resume", "table": blocks}:
+                self._take(event["seq"], blocks)
+                if name == "hit":
+                    totals["found"] += sum(map(bool, blocks))
+            case {"e": "copy", "source": source, "target": target}:
+                self._take(event["seq"], [target])
+                self._touched.add(source)
+            case {"e": "fork", "seq": number}:
+                self._touched.update(self.seqs[number].table)
+            case {"e": "window" | "reject", "blocks": blocks}:
+                self._touched.update(blocks)
+            case {"e": "evict" | "publish", "block": block}:
+                self._touched.add(block)
+            case {"e": "tokens", "tokens": tokens}:
+                totals["written"] += len(tokens)
+            case {"e": "begin", "decodes": decodes, "prefills": chunks}:
+                totals["computed"] += sum(stop - start for _, start, stop in chunks)
+                totals["computed"] += sum(1 for _ in unspan(decodes))
+                self.note()
+
+    def _take(self, number: int, blocks: list[int]) -> None:
+        self._holders |= dict.fromkeys(blocks, self.seqs[number].request)
+        self._touched.update(blocks)
 
     def note(self) -> None:
         """Add a frame."""
@@ -63,7 +77,7 @@ class Film(Replay):
         for block in sorted(self._touched - {0}):
             look = int(block in self.cached)
             if count := self.ref_count[block]:
-                look = (2 + self._holder.get(block, 0)) * (1 if count == 1 else -1)
+                look = (2 + self._holders.get(block, 0)) * (1 if count == 1 else -1)
             if self._looks.get(block, 0) != look:
                 self._looks[block] = look
                 changed += [block, look]
@@ -72,8 +86,9 @@ class Film(Replay):
         numbers = [
             round(self.time, 3), self.states["running"],
             self.states["waiting"] + self.states["preempted"], used, cached,
-            self.num_blocks - 1 - used - cached, total["written"], total["computed"], total["hit"],
-            total["copy"], total["preempt"], total["evict"], total["finish"] + total["abort"],
+            self.num_blocks - 1 - used - cached, total["written"], total["computed"],
+            total["found"], total["copy"], total["preempt"], total["evict"],
+            total["finish"] + total["abort"],
         ]  # fmt: skip
         self.frames.append([numbers, changed])
 
@@ -84,8 +99,8 @@ def write_comparison(traces: list[list[dict]], names: list[str], path: str | Pat
     runs, prompts = [], []
     for name, events in zip(names, traces, strict=True):
         film = Film()
-        for event in events:
-            film.apply(event)
+        for number, event in enumerate(events, 1):
+            film.follow(event, name, number)
         film.note()
         prompts.append(film.prompts)
         runs.append(

@@ -23,8 +23,8 @@ def write_chrome(events: list[dict], path: str | Path) -> None:
     counters; every sequence has a track of its own: waiting, prefill, decode, preempted.
     Raises ValueError, as Replay does, for an event that cannot be followed."""
     timeline = Timeline()
-    for event in events:
-        timeline.apply(event)
+    for number, event in enumerate(events, 1):
+        timeline.follow(event, "trace", number)
     for number in list(timeline.doing):  # what was going on ends with the last event
         timeline.turn(number, None)
     Path(path).write_text(encode({"traceEvents": timeline.entries, "displayTimeUnit": "ms"}))
@@ -48,8 +48,7 @@ class Timeline(Replay):
         self.label(ENGINE, RESULTS, "thread_name", "results")
         self.label(REQUESTS, 0, "process_name", "requests")
 
-    def apply(self, event: dict) -> None:
-        super().apply(event)
+    def _after(self, event: dict) -> None:
         self.now = round(1e6 * self.time)
         match event:
             case {"e": "arrive" | "fork" as name, "seq": number}:

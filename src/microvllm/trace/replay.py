@@ -1,5 +1,6 @@
 """The format of a trace, and Replay: the pool and all sequences rebuilt from the events alone. They
-may come from a file that others made, so each is checked before it is believed."""
+may come from a file that others made: schema.py says of which types they are, and here is checked
+what can happen."""
 
 import json
 import math
@@ -8,16 +9,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-VERSION = 2
+from .schema import check_event
 
-# fields that are a whole number in any event
-COUNTS = (
-    "seq request sample samples prompt limit score computed parent block index source target count "
-    "step block_size"
-).split()
+VERSION = 2
 
 # a fork copies its parent's table: so many blocks in all, and more of them for each that is told
 MAX_COPIES, COPIES_EACH = 2**23, 64
+
+# who shows a trace has arrays as long as the largest number in it. blocks are handed out from the
+# first on, and sequences are numbered one by one: there are so many of them, and a few for each
+# that is told of
+MAX_BLOCKS, BLOCKS_EACH = 2**20, 16
+MAX_SEQS, SEQS_EACH = 2**10, 2
 
 # without NaN, which is no JSON
 encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -51,10 +54,11 @@ def read(path: str | Path) -> list[dict]:
             if not line.endswith("\n"):
                 break
             try:
-                events.append(json.loads(line, parse_float=_finite, parse_constant=_finite))
-                replay.apply(events[-1])
+                event = json.loads(line, parse_float=_finite, parse_constant=_finite)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: line {number}: {error}") from None
+            replay.follow(event, path, number)
+            events.append(event)
     if not events:
         raise ValueError(f"{path}: no trace: it has no whole line")
     return events
@@ -114,21 +118,31 @@ class Replay:
         for event in events:
             self.apply(event)
 
-    def apply(self, event: dict) -> None:
-        """Follow one more event."""
+    def follow(self, event: dict, source, number: int) -> None:
+        """`apply`; an error begins with the source and the number of its line."""
         try:
-            name, self.time = event["e"], event.get("t", self.time)
-            times = [self.time, *event.get("ms", {}).values()]
-            counts = [event[key] for key in COUNTS if key in event]
-            if not all(0 <= x < 1e12 for x in times) or not all(0 <= x < 2**53 for x in counts):
-                raise ValueError("a number is out of range")
-            if not all(type(x) is int for x in counts):
-                raise ValueError("a number is none")
-            if (name == "pool") is bool(self.num_blocks):
+            self.apply(event)
+        except ValueError as error:
+            raise ValueError(f"{source}: line {number}: {error}") from None
+
+    def apply(self, event: dict) -> None:
+        """Follow one more event. Raises ValueError naming the field that cannot be."""
+        try:
+            check_event(event)
+            if (event["e"] == "pool") is bool(self.num_blocks):
                 raise ValueError("`pool` comes first, and once")
-            self._follow(name, event)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not an event of a trace: {event!r:.200} ({error!r})") from None
+            self.time = event.get("t", self.time)
+            self._before(event)
+            self._follow(event["e"], event)
+            self._after(event)
+        except ValueError as error:
+            raise ValueError(f"not an event of a trace: {error}") from None
+
+    def _before(self, event: dict) -> None:
+        """Called with each event that was checked, before it is followed."""
+
+    def _after(self, event: dict) -> None:
+        """Called with each event that was followed. A subclass makes pictures here."""
 
     def state(self, block: int) -> str:
         """ "sink", "used" (by one sequence), "shared", "cached" or "blank"."""
@@ -138,25 +152,53 @@ class Replay:
             return "shared" if self.ref_count[block] > 1 else "used"
         return "cached" if block in self.cached else "blank"
 
-    def _hold(self, blocks: Iterable[int]) -> None:
+    def _check_blocks(self, blocks: Iterable[int], field: str) -> None:
+        """Raises ValueError for a block that the pool has not, or that cannot be in use yet."""
+        end = MAX_BLOCKS + BLOCKS_EACH * (self.num_told + len(self.hash_of))
         for block in blocks:
             if not 0 < block < self.num_blocks:
-                raise ValueError(f"there is no block {block}")
+                raise ValueError(f"field {field!r}: there is no block {block}")
+            if block >= end:
+                raise ValueError(f"field {field!r}: no event before has blocks near {block}")
+
+    def _life(self, number: int, field: str = "seq") -> Life:
+        """The sequence of this number. Raises ValueError naming the field if there is none."""
+        if number not in self.seqs:
+            raise ValueError(f"field {field!r}: there is no sequence {number}")
+        return self.seqs[number]
+
+    def _begin(self, number: int, life: Life) -> None:
+        """One more sequence, or one that arrives again."""
+        if number > MAX_SEQS + SEQS_EACH * len(self.seqs):
+            raise ValueError(f"field 'seq': no event before has sequences near {number}")
+        self.seqs[number] = life
+
+    def _hold(self, blocks: list[int], field: str) -> None:
+        """Count one more holder of these blocks, the sink left out."""
+        blocks = [block for block in blocks if block]
+        self._check_blocks(blocks, field)
+        for block in blocks:
             self.cached.pop(block, None)
             self.num_used += self.ref_count[block] == 0
             self.ref_count[block] += 1
 
-    def _release(self, block: int) -> None:
+    def _release(self, block: int, field: str = "blocks") -> None:
         if self.ref_count[block] < 1:
-            raise ValueError(f"nobody has block {block}")
+            raise ValueError(f"field {field!r}: no table has block {block}")
         self.ref_count[block] -= 1
         if self.ref_count[block] == 0:
             self.num_used -= 1
             if block in self.hash_of:
                 self.cached[block] = None
 
+    def _extend(self, life: Life, blocks: list[int], field: str) -> None:
+        """Put blocks at the end of a sequence's table."""
+        self.num_told += len(blocks)
+        self._hold(blocks, field)
+        life.table += blocks
+
     def _become(self, number: int, state: str) -> Life:
-        life = self.seqs[number]
+        life = self._life(number)
         self.recent.add(number)
         self.states[life.state] -= 1
         self.states[state] += 1
@@ -168,16 +210,14 @@ class Replay:
         match name:
             case "pool":
                 if e["version"] != VERSION:
-                    raise ValueError(f"version {VERSION} is wanted")
+                    raise ValueError(f"field 'version': {VERSION} is wanted, not {e['version']}")
                 self.num_blocks, self.block_size = e["blocks"], e["block_size"]
-                if type(self.num_blocks) is not int or not 0 < self.num_blocks <= 2**24:
-                    raise ValueError("a pool has 1 to 16,777,216 blocks")
                 self.groups = len(e.get("windows") or [-1])
                 self.hash_of = {int(block): named for block, named in e["hashes"].items()}
                 self.cached = dict.fromkeys(e["cached"])
+                self._check_blocks(self.hash_of, "hashes")
+                self._check_blocks(self.cached, "cached")
             case "text":
-                if not all(isinstance(text, str) for text in e["ids"].values()):
-                    raise ValueError("a token's text is none")
                 self.words.update((int(token), text) for token, text in e["ids"].items())
             case "arrive":
                 number, tokens = e["seq"], list(e["tokens"])
@@ -185,59 +225,68 @@ class Replay:
                     if self._become(number, "").table:
                         raise ValueError("it is here already")
                     self.states[""] -= 1
-                self.seqs[number] = Life(e["request"], e["sample"], e["prompt"], tokens)
+                self._begin(number, Life(e["request"], e["sample"], e["prompt"], tokens))
                 self._become(number, "preempted" if again else "waiting")
             case "resume":
                 self._follow("admit", e)
-                self._follow("allocate", {"seq": e["seq"], "blocks": e["table"]})
+                self._extend(self._life(e["seq"]), e["table"], "table")
             case "admit":
                 self._become(e["seq"], "running").computed = e["computed"]
             case "hit" | "allocate":
-                self._hold(filter(None, e["blocks"]))
-                self.seqs[e["seq"]].table += e["blocks"]
-                self.num_told += len(e["blocks"])
+                self._extend(self._life(e["seq"]), e["blocks"], "blocks")
             case "evict":
+                if e["block"] not in self.cached or e["block"] not in self.hash_of:
+                    raise ValueError(f"field 'block': {e['block']} is not cached")
                 del self.cached[e["block"]], self.hash_of[e["block"]]
             case "copy":
-                self._hold([e["target"]])
-                self.seqs[e["seq"]].table[e["index"]] = e["target"]
-                self._release(e["source"])
+                table = self._life(e["seq"]).table
+                if e["index"] >= len(table):
+                    raise ValueError(f"field 'index': its table has {len(table)} blocks")
+                self.num_told += 1
+                if not e["target"]:
+                    raise ValueError("field 'target': the sink is not written to")
+                self._hold([e["target"]], "target")
+                table[e["index"]] = e["target"]
+                self._release(e["source"], "source")
             case "publish":
+                self._life(e["seq"])
+                self._check_blocks([e["block"]], "block")
                 self.hash_of[e["block"]] = e["hash"]
             case "fork":
-                of = self.seqs[e["parent"]]
+                of = self._life(e["parent"], "parent")
                 self.num_copies += len(of.table)
                 if self.num_copies > MAX_COPIES + COPIES_EACH * self.num_told:
                     raise ValueError("too many copies of long tables")
-                self._hold(filter(None, of.table))
+                self._hold(of.table, "parent")
                 life = Life(of.request, e["sample"], of.prompt, [], of, of.num_tokens)
-                self.seqs[e["seq"]], life.table = life, of.table.copy()
+                self._begin(e["seq"], life)
+                life.table = of.table.copy()
                 self._become(e["seq"], "running").computed = e["computed"]
             case "begin":
                 self.step = e["step"]
                 for number in unspan(e["decodes"]):
-                    self.seqs[number].computed += 1
-                for number, start, stop in e["prefills"]:
-                    if not 0 <= start < stop < 2**53:
-                        raise ValueError("a chunk without tokens")
-                    self.seqs[number].computed = stop
+                    self._life(number, "decodes").computed += 1
+                for number, _, stop in e["prefills"]:
+                    self._life(number, "prefills").computed = stop
             case "reject":
-                life, blocks = self.seqs[e["seq"]], e["blocks"]
+                life, blocks = self._life(e["seq"]), e["blocks"]
                 if life.table[len(life.table) - len(blocks) :] != blocks:
-                    raise ValueError("these blocks are not its last")
+                    raise ValueError("field 'blocks': they are not the last of its table")
                 for _ in blocks:
                     self._release(life.table.pop())
                 life.computed = e["computed"]
             case "tokens":
-                for number, token in zip(unspan(e["seqs"]), e["tokens"], strict=True):
-                    self.seqs[number].new.append(token)
-            case "end":
-                if not e.keys() >= {"t", "step", "ms"}:
-                    raise ValueError("it lacks t, step or ms")
+                numbers = unspan(e["seqs"])
+                for token in e["tokens"]:
+                    if (number := next(numbers, None)) is None:
+                        raise ValueError("field 'tokens': there are more than seqs")
+                    self._life(number, "seqs").new.append(token)
+                if next(numbers, None) is not None:
+                    raise ValueError("field 'tokens': there are fewer than seqs")
             case "force":
-                self.seqs[e["seq"]].new += e["tokens"]
+                self._life(e["seq"]).new += e["tokens"]
             case "free":
-                life = self.seqs[e["seq"]]
+                life = self._life(e["seq"])
                 for block in filter(None, reversed(life.table)):
                     self._release(block)
                 life.table, life.computed = [], 0
@@ -253,11 +302,15 @@ class Replay:
                     kept.clear()
                 self.num_used = 0
             case "window":
-                table = self.seqs[e["seq"]].table
+                table = self._life(e["seq"]).table
                 for block in filter(None, e["blocks"]):
+                    if block not in table:
+                        raise ValueError(f"field 'blocks': {block} is not in its table")
                     table[table.index(block)] = 0
                     self._release(block)
+            case "end":
+                pass
             case "miss":
-                pass  # nothing that is kept here changes
+                self._life(e["seq"])
             case _:
                 raise ValueError("there is no event of this name")
