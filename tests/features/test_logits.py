@@ -88,7 +88,7 @@ def planned(params, history=None) -> Plan:
     for p, h in zip(params, history or history_of(len(params)), strict=True):
         tokens, num_prompt, position, stop_ids = h
         seq = SimpleNamespace(params=p, tokens=tokens, num_prompt=num_prompt, stop_ids=stop_ids)
-        seq.processor = None
+        seq.processor, seq.sample_id, seq.strikes = None, 0, []
         samples.append((len(samples), seq, position))
     return Plan([], samples, [])
 
@@ -258,7 +258,7 @@ def test_plain_rows_go_through_no_filter(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "function, uses", [("banned", ["bad_words", "min_tokens"]), ("processed", ["logits_processor"])]
+    "function, uses", [("banned", ["bad_words", "min_tokens"]), ("process", ["logits_processor"])]
 )
 def test_a_filter_that_no_row_uses_does_not_run(monkeypatch, function, uses):
     calls, real = [], getattr(feature, function)

@@ -5,11 +5,14 @@ repetition_penalty, presence_penalty, frequency_penalty, logits_processor; then 
 (temperature, top_k, top_p, min_p, the draw). What no row uses does not run.
 """
 
+import signal
+import threading
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple, Protocol
 
@@ -42,8 +45,7 @@ class LogitsProcessor(Protocol):
     """
 
     # does what a function returns follow from token_ids and logits alone? then it is asked about
-    # tokens that prompt lookup guesses, too, and maybe without them later; and another one is asked
-    # once more whether an exception in it came from outside, such as a signal
+    # tokens that prompt lookup guesses, too, and maybe without them later
     may_guess: bool = False
 
     def begin(self, prompt_ids: list[int]) -> Callable[[list[int], Tensor], Tensor]:
@@ -72,7 +74,7 @@ class LogitsParams(SamplingParams):
     # constrained decoding: gets the tokens so far and their (V,) float32 logits, returns logits, in
     # which -inf rules a token out, or a mask (V,) of those that may be drawn; or something that
     # begins such a function for each sample. if it raises, its request ends with that error, no
-    # other
+    # other; what a signal's handler raises in it goes to the caller (see `process`)
     logits_processor: Callable[[list[int], Tensor], Tensor] | LogitsProcessor | None = None
     # worked out here once, since every step asks every row
     edited: bool = field(init=False, repr=False, compare=False)  # are its logits changed?
@@ -254,60 +256,103 @@ def edit(logits: Tensor, samples: Samples) -> None:
         logits[at] = logits[at] - each("presence_penalty", at)  # once, as above
         # and as often as it is there
         logits.index_put_(at, -each("frequency_penalty", at), accumulate=True)
-    for i, p, seq, stop in rows:
-        if p.logits_processor is not None:
-            new = processed(seq, stop, logits[i])
-            if isinstance(new, str):  # the caller's code: others in the batch are not to suffer
-                seq.stop_reason, new = f"logits_processor: {new}", torch.nan  # nothing to draw
-            logits[i] = new
+    asking = [(i, seq, stop) for i, p, seq, stop in rows if p.logits_processor is not None]
+    if asking:
+        with marked_handlers() as raised:
+            for i, seq, stop in asking:
+                process(seq, stop, logits[i], raised)
 
 
-def processed(seq: Sequence, position: int, logits: Tensor) -> Tensor | str:
-    """What a sample's logits_processor makes of its row, or what is wrong with it."""
-    processor, tokens = seq.params.logits_processor, seq.tokens[:position]
-    begin = getattr(processor, "begin", None)
-    start = partial(begin, tokens[: seq.num_prompt]) if begin else lambda: processor
+def process(seq: Sequence, position: int, logits: Tensor, raised: list[BaseException]) -> None:
+    """Let a sample's logits_processor change its row, (V,), in place.
+
+    An Exception in it, whatever callable it is, ends its sample: `stop_reason` says which, and the
+    row becomes NaN, so that nothing is drawn. From outside come what a signal's handler raised
+    meanwhile (`raised`, see marked_handlers) and what is no Exception, such as SystemExit: they go
+    to the caller of the step, and the next step asks the processor again. Where that happens twice
+    at one token the sample ends at the next step: otherwise a processor that always exits, or never
+    meets the caller's time limit, would hold up all other requests.
+    """
+    processor, tokens, key = seq.params.logits_processor, seq.tokens[:position], seq.sample_id
+    strikes = [error for place, error in seq.strikes if place == (key, position)]
+    raised.clear()
     try:
-        if seq.processor is None:
-            seq.processor = start()
-        new = seq.processor(list(tokens), logits)
-    except Exception as error:
-        if from_signal(error):
-            raise
-        inside = error.__traceback__.tb_next
-        asked = () if getattr(processor, "may_guess", False) else (begin, seq.processor)
-        calls = [f if hasattr(f, "__code__") else type(f).__call__ for f in asked]
-        # not from its own frame, as where it came from outside: it is not raised a second time
-        if not inside or inside.tb_frame.f_code not in [getattr(f, "__code__", 0) for f in calls]:
-            if not fails(lambda: start()(list(tokens), logits)):
+        if len(strikes) > 1:
+            error = strikes[-1]
+        else:
+            if seq.processor is None:
+                begin = getattr(processor, "begin", None)
+                seq.processor = begin(tokens[: seq.num_prompt]) if begin else processor
+            change_row(logits, seq.processor(list(tokens), logits))
+            return
+    except BaseException as found:
+        error = describe(found)
+        if raised or not isinstance(found, Exception):
+            seq.strikes.append(((key, position), error))
+            if not raised or found is raised[-1]:
                 raise
-        return f"{type(error).__name__}: {error}"
+            raise raised[-1] from found  # the processor, or what it called, made another one of it
+    seq.stop_reason = f"logits_processor: {error}"
+    logits.fill_(torch.nan)
+
+
+def change_row(logits: Tensor, new: object) -> None:
+    """Make a row what a logits_processor returned for it: logits, or a mask. Raises TypeError."""
     if not isinstance(new, Tensor) or new.shape != logits.shape:
         got = tuple(new.shape) if isinstance(new, Tensor) else repr(new)
         want = f"logits_processor must return logits of shape {tuple(logits.shape)}"
-        return f"TypeError: {want}, got {got!s:.80}"
-    return logits.masked_fill(~new, -torch.inf) if new.dtype == torch.bool else new  # a mask
+        raise TypeError(f"{want}, got {got!s:.80}")
+    if new.dtype == torch.bool:
+        logits.masked_fill_(~new, -torch.inf)
+    else:
+        logits.copy_(new)
 
 
-def from_signal(error: Exception) -> bool:
-    """Did a signal's handler raise it, as at a time limit? Of all functions in a traceback only a
-    handler was given the frame that called it."""
-    caller = error.__traceback__
-    while called := caller.tb_next:
-        for value in called.tb_frame.f_locals.values():
-            if any(x is caller.tb_frame for x in (value if type(value) is tuple else (value,))):
-                return True
-        caller = called
-    return False
-
-
-def fails(function: Callable) -> bool:
-    """Does it raise?"""
+def describe(error: BaseException) -> str:
+    """Its type and what it says; a message may raise, too."""
     try:
-        function()
+        return f"{type(error).__name__}: {error}"
     except Exception:
-        return True
-    return False
+        return type(error).__name__
+
+
+SIGNALS = sorted(signal.valid_signals())
+
+
+class MarkedHandler:
+    """A signal's handler that notes in a list what it raises."""
+
+    def __init__(self, handler: Callable, raised: list[BaseException]):
+        self.handler, self.raised = handler, raised
+
+    def __call__(self, number, frame):
+        try:
+            return self.handler(number, frame)
+        except BaseException as error:
+            self.raised.append(error)
+            raise
+
+
+@contextmanager
+def marked_handlers() -> Iterator[list[BaseException]]:
+    """Gives a list to which is added what a signal's handler in Python raises inside: only this
+    tells such an exception from one of the code in which it strikes. Python runs handlers in the
+    main thread. A handler that is set inside belongs to the code that sets it, and stays."""
+    raised: list[BaseException] = []
+    marked: dict[int, MarkedHandler] = {}
+    try:
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            handler = signal.getsignal(number)
+            while isinstance(handler, MarkedHandler):  # an exception left it here
+                handler = handler.handler
+            if callable(handler):
+                marked[number] = MarkedHandler(handler, raised)
+                signal.signal(number, marked[number])
+        yield raised
+    finally:
+        for number, mark in marked.items():
+            if signal.getsignal(number) is mark:
+                signal.signal(number, mark.handler)
 
 
 def banned(seq: Sequence, position: int) -> list[int]:
@@ -362,6 +407,8 @@ class LogitsLLM(LLM):
         seq = super()._make_sequence(request)
         seq.entries = {}  # of all samples of the request, by (sample, position)
         seq.processor = None  # the logits_processor of this sample, once it has begun
+        # exceptions from outside in logits_processors of the request: ((sample, position), text)
+        seq.strikes = []
         if request.params.logits_processor is not None:
             # it may keep books, and would see what nobody writes
             seq.may_guess = getattr(request.params.logits_processor, "may_guess", False)

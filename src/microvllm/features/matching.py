@@ -1,0 +1,366 @@
+"""Which tokens may follow in a grammar: llguidance, in this process or in a helper process.
+
+llguidance limits what it builds, not the time that this takes: `(a?){5000}a{5000}` needs seconds
+for one token, and hears no signal meanwhile. What is not known to be cheap therefore runs in a
+helper, which the system ends when it takes too much processor time or memory.
+
+    Reader           where one text is in a grammar: `allowed` reads tokens and gives the next mask
+    RemoteReader     the same, in a helper
+    Helper           the helper as this process sees it: starts it, and starts it again if it ended
+    Server           what the helper runs
+
+The helper runs this file as a script. Nothing of the package is imported, so it starts in less
+than a tenth of a second. It keeps nothing that cannot be made again: a helper that was ended is
+replaced, and its successor reads the tokens again.
+"""
+
+import errno
+import itertools
+import marshal
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+# llguidance's own limits, which bound the memory of a matcher and, where a guide is small, the time
+LIMITS = {
+    "max_items_in_row": 2_000, "step_max_items": 50_000, "max_grammar_size": 100_000,
+    "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "max_lexer_states": 50_000,
+    "precompute_large_lexemes": True, "verbose_errors": False,
+}  # fmt: skip
+# seconds of processor time in a helper: for a grammar and its first mask, and for each further
+# token, on average
+PREPARE, EACH = 1.0, 0.01
+MEMORY = 2**30  # bytes of address space of a helper
+TIMED_OUT = -getattr(signal, "SIGPROF", 0) or 1  # how a helper ends that takes too long
+REMEDY = "give smaller bounds, fewer properties or choices, no large multipleOf"
+
+
+def llguidance():
+    """The package. Raises ImportError that says what to install."""
+    try:
+        import llguidance
+    except ModuleNotFoundError:
+        what = "guide needs the package llguidance: pip install 'microvllm[guided]'"
+        raise ImportError(what) from None
+    return llguidance
+
+
+def limits():
+    """LIMITS, as llguidance takes them."""
+    return llguidance().LLParserLimits(**LIMITS)
+
+
+def check(grammar: str) -> None:
+    """Raises ValueError saying what is wrong with a grammar."""
+    validate = llguidance().LLMatcher.validate_grammar_with_warnings
+    failed, messages = validate(grammar, limits=limits())
+    if failed:
+        raise ValueError(first_line(messages[0]))
+
+
+def first_line(message: str) -> str:
+    """What an error of llguidance says; of a regular expression's, below a drawing of the place."""
+    for line in message.splitlines():
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    return message.partition("\n")[0]
+
+
+class Reader:
+    """Where one text is in a grammar. matcher: llguidance's, at the beginning of the text; the
+    reader works on a copy."""
+
+    def __init__(self, matcher):
+        self.start = matcher
+        self.restart()
+
+    def restart(self) -> None:
+        """Be before the first token."""
+        self.matcher = self.start.deep_copy()
+        self.read: list[int] = []  # tokens that the matcher has
+
+    def allowed(self, output: list[int]) -> tuple[int, bytes]:
+        """Be behind these tokens, of which the last may differ from those of the call before.
+        Returns how many of them fit, and what may come after these: a bit for each token of the
+        vocabulary, the lowest first. Raises ValueError if nothing may, or if a limit is met."""
+        kept = len(self.read)
+        while self.read[:kept] != output[:kept]:  # prompt lookup took a draft token back
+            kept -= 1
+        self.matcher.rollback(len(self.read) - kept)
+        self.read = output[: kept + self.matcher.try_consume_tokens(output[kept:])]
+        bits = self.matcher.compute_bitmask()
+        if error := self.matcher.get_error():
+            self.restart()  # the matcher is of no use any more, and this may have been a guess
+            if error.startswith("NoExtension"):
+                raise ValueError("no text fits the guide")
+            raise ValueError(f"the guide is too complex here: {first_line(error)}")
+        return len(self.read), bits
+
+
+def open_grammar(tokenizer, grammar: str) -> Reader:
+    """A reader at the beginning of a text. tokenizer: llguidance's. Raises ValueError for a grammar
+    that no text fits, or that is too complex."""
+    kind = llguidance().LLMatcher
+    try:
+        reader = Reader(kind(tokenizer, grammar, log_level=0, limits=limits()))
+        Reader(reader.start).allowed([])
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+            raise
+        raise ValueError(f"the guide is too complex: {first_line(str(error))}") from None
+    return reader
+
+
+# in the helper ------------------------------------------------------------------------------------
+
+
+def send(file, message: tuple) -> None:
+    """Write a message of plain values."""
+    data = marshal.dumps(message)
+    file.write(len(data).to_bytes(8, "little") + data)
+    file.flush()
+
+
+def receive(file) -> tuple:
+    """The next message. Raises EOFError where the other process has ended."""
+    head = file.read(8)
+    size = int.from_bytes(head, "little")
+    data = file.read(size) if len(head) == 8 else b""
+    if len(head) < 8 or len(data) < size:
+        raise EOFError
+    return marshal.loads(data)
+
+
+class Words:
+    """A vocabulary as llguidance wants it; the process that asks encodes its texts."""
+
+    def __init__(self, asked, answers, tokens: list[bytes], special: list[int], bos: int):
+        self.asked, self.answers = asked, answers
+        self.tokens, self.special_token_ids = tokens, special
+        self.bos_token_id = self.eos_token_id = bos
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("text must be a string")
+        send(self.answers, ("encode", text))
+        return receive(self.asked)[0]
+
+
+class Server:
+    """What a helper has, by the numbers that the other process gave."""
+
+    def __init__(self, asked, answers):
+        self.asked, self.answers = asked, answers
+        self.vocabularies: dict[int, object] = {}
+        self.grammars: dict[int, Reader] = {}  # at the beginning of a text
+        self.readers: dict[int, Reader] = {}
+        self.seconds: dict[int, float] = {}  # that a reader took so far
+
+    def run(self) -> None:
+        """Answer messages, (kind, number, ...), until there are no more: with (None, result), or
+        with (error,)."""
+        while True:
+            kind, *rest = receive(self.asked)
+            try:
+                answer = None, getattr(self, kind)(*rest)
+            except BaseException as error:  # also what Rust raises
+                answer = (str(error) if isinstance(error, ValueError) else f"{error!r:.300}",)
+            limit_time(None)
+            send(self.answers, answer)
+
+    def drop(self, *numbers: int) -> None:
+        for number in numbers:
+            for made in (self.vocabularies, self.grammars, self.readers, self.seconds):
+                made.pop(number, None)
+
+    def check(self, number: int, grammar: str) -> None:
+        limit_time(PREPARE)
+        check(grammar)
+
+    def vocabulary(self, number: int, tokens: list, special: list, bos: int, ends: list) -> None:
+        words = Words(self.asked, self.answers, tokens, special, bos)
+        wrapped = llguidance().TokenizerWrapper(words)
+        self.vocabularies[number] = llguidance().LLTokenizer(wrapped, eos_token=ends)
+
+    def grammar(self, number: int, vocabulary: int, grammar: str) -> None:
+        limit_time(PREPARE)
+        self.grammars[number] = open_grammar(self.vocabularies[vocabulary], grammar)
+
+    def allowed(self, number: int, grammar: int, output: list[int]) -> tuple[int, bytes]:
+        begun, before = time.process_time(), self.seconds.get(number, 0)
+        limit_time(PREPARE + EACH * len(output) - before)
+        if number not in self.readers:
+            self.readers[number] = Reader(self.grammars[grammar].start)
+        found = self.readers[number].allowed(output)
+        self.seconds[number] = before + time.process_time() - begun
+        return found
+
+
+def limit_time(seconds: float | None) -> None:
+    """From here on the process may take this much processor time, or it ends; None: any."""
+    if hasattr(signal, "setitimer"):  # nothing catches SIGPROF here, so it ends the process
+        signal.setitimer(signal.ITIMER_PROF, 0 if seconds is None else max(seconds, 0.001))
+        return
+    import faulthandler  # on Windows: by the clock
+
+    faulthandler.cancel_dump_traceback_later()
+    if seconds is not None:
+        faulthandler.dump_traceback_later(max(10 * seconds, 1), exit=True)
+
+
+def limit_memory() -> None:
+    """The process may have MEMORY, where the system can limit it, and leaves no core file."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def main() -> None:
+    """Run as a helper: messages come on stdin, answers go to stdout."""
+    asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    try:
+        sys.path[:] = receive(asked)[0]
+        limit_memory()
+        Server(asked, answers).run()
+    except (EOFError, OSError):  # the process that asks has ended
+        pass
+
+
+# in the process that asks -------------------------------------------------------------------------
+
+numbers = itertools.count(1)  # of what helpers have
+
+
+def end(process: subprocess.Popen, owner: int) -> None:
+    """End a helper; a fork of the process that started it leaves it alone."""
+    if os.getpid() == owner:
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            try:
+                pipe.close()
+            except OSError:  # there is something in it that the helper did not read
+                pass
+        process.wait()
+
+
+class Helper:
+    """A helper process, which is started when it is needed. Any thread may ask it."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.process: subprocess.Popen | None = None
+        self.is_ready = False  # not in the midst of a message, also after an exception there
+        self.sent: set[int] = set()  # numbers of what the process has
+        self.dropped: list[int] = []  # numbers of what it need not keep any more
+        self.stop: Callable[[], object] = lambda: None
+
+    def ask(self, message: tuple, parts: tuple = (), encode: Callable | None = None):
+        """The answer to a message. parts: messages that the helper must have had before; encode: a
+        tokenizer's. Raises ValueError with what the helper says, or if that takes too much."""
+        with self.lock:
+            is_new = not self.is_ready
+            try:
+                error, *result = self._exchange(message, parts, encode)
+            except (EOFError, OSError) as problem:
+                why = self._why_it_ended(problem)
+                if not why:
+                    raise
+                if is_new or why == "time":
+                    raise ValueError(too_complex(why)) from None
+                # it may have been full of other guides
+                return self.ask(message, parts, encode)
+        if error is not None:
+            raise ValueError(error)
+        return result[0]
+
+    def _start(self) -> None:
+        """Raises ValueError if there can be no process."""
+        self.stop()
+        self.sent.clear()
+        if getattr(sys, "frozen", False):
+            raise ValueError("the guide needs a helper process, and this program is no Python")
+        command = [sys.executable or "python", "-I", os.path.abspath(__file__)]
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C on the terminal is for the engine
+            )  # fmt: skip
+        except OSError as error:
+            raise ValueError(f"the guide needs a helper process: {error}") from None
+        self.stop = weakref.finalize(self, end, self.process, os.getpid())
+        send(self.process.stdin, ([path for path in sys.path if path],))
+
+    def _exchange(self, message: tuple, parts: tuple, encode: Callable | None) -> tuple:
+        """Send what the helper needs, and the message. Returns (None, result) or (error,)."""
+        if not self.is_ready:
+            self._start()
+        self.is_ready = False
+        answer: tuple = (None,)
+        if dropped := [self.dropped.pop() for _ in range(len(self.dropped))]:
+            self.sent.difference_update(dropped)
+            answer = self._answer(("drop", *dropped), encode)
+        for part in (*parts, message):
+            if part is message or part[1] not in self.sent:
+                answer = self._answer(part, encode)
+                if answer[0] is not None:
+                    break
+                self.sent.add(part[1])
+        self.is_ready = True
+        return answer
+
+    def _answer(self, message: tuple, encode: Callable | None) -> tuple:
+        send(self.process.stdin, message)
+        answer = receive(self.process.stdout)
+        while answer[0] == "encode":
+            send(self.process.stdin, (encode(answer[1]),))
+            answer = receive(self.process.stdout)
+        return answer
+
+    def _why_it_ended(self, problem: Exception) -> str:
+        """Which limit ended the helper, "time" or "memory"; "" if it has not ended."""
+        if not isinstance(problem, EOFError) and problem.errno not in (errno.EPIPE, errno.EINVAL):
+            return ""  # such as the TimeoutError of a signal's handler
+        try:
+            code = self.process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return ""
+        return "time" if code == TIMED_OUT else "memory"
+
+
+def too_complex(why: str) -> str:
+    """What to tell of a guide for which a helper had to end."""
+    took = {
+        "time": f"it takes more than {PREPARE:g} s, or {EACH:g} s a token",
+        "memory": f"it takes more than {MEMORY >> 20:,} MiB, or ends its process",
+    }
+    return f"the guide is too complex: {took[why]}; {REMEDY}"
+
+
+class RemoteReader:
+    """A Reader in a helper. grammar: the number of its grammar; parts, encode: as in `ask`."""
+
+    def __init__(self, helper: Helper, grammar: int, parts: tuple, encode: Callable):
+        self.helper, self.grammar, self.parts, self.encode = helper, grammar, parts, encode
+        self.number = next(numbers)
+        weakref.finalize(self, helper.dropped.append, self.number).atexit = False
+
+    def allowed(self, output: list[int]) -> tuple[int, bytes]:
+        """As that of a Reader."""
+        message = "allowed", self.number, self.grammar, output
+        return self.helper.ask(message, self.parts, self.encode)
+
+
+if __name__ == "__main__":
+    main()
