@@ -7,7 +7,6 @@ transformers', or names of their own, see variants.py.
 """
 
 import dataclasses
-import re
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 

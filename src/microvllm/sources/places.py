@@ -102,6 +102,8 @@ def _experiment(base: Path, source_folder: Path) -> tuple[Path, str] | None:
         return root, name
     is_default = (root / "default").is_dir() and (given or not source_folder.is_dir())
     return (root, "default") if is_default else None
+
+
 def _refuse_base(directory: Path) -> None:
     """Raises FileNotFoundError for nanochat's base directory, with the names of its checkpoints."""
     found = {
