@@ -33,7 +33,7 @@ FEATURES = (
 
 # where it is, and what can be asked for
 NAMES = {
-    "features.scoring": "score judge",
+    "features.scoring": "score judge", "features.guard": "partial_outputs",
     "features.live": "update_weights model copy sleep wake", "features.foreign": "tokenizer",
     "features.nanochat": "generate_batch generate_columns", "features.lookup": "prompt_lookup",
     "features.parallel": "tensor_parallel", "features.calculator": "tools", "features.stats":
