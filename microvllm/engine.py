@@ -128,7 +128,8 @@ class LLM(AbstractContextManager):
 
     # seam: the classes that an LLM is made of, each of which features may replace by a subclass
     scheduler_class, runner_class = Scheduler, Runner
-    text_class, params_class, output_class = Text, SamplingParams, RequestOutput
+    text_class, params_class = Text, SamplingParams
+    output_class, list_class = RequestOutput, list  # of an output, of what `generate` returns
     request_options: frozenset[str] = frozenset()  # keywords of `generate` that features add
 
     def __init__(
@@ -205,10 +206,9 @@ class LLM(AbstractContextManager):
         return self._run(requests, use_tqdm)
 
     def _run(self, requests: list[Request], use_tqdm: bool = False) -> list[RequestOutput]:
-        """Step until all requests have their outputs. Seam: what is kept of a call that fails, and
-        the kind of list."""
+        """Step until all requests have their outputs. Seam: what is kept of a call that fails."""
         deque(self._steps(requests, use_tqdm), maxlen=0)  # only their outputs are of interest
-        return [request.output for request in requests]
+        return self.list_class([request.output for request in requests])
 
     def _steps(self, requests: list[Request], use_tqdm=False) -> Iterator[deque[Request]]:
         """Queue requests; after each step, yield the first unfinished one and all that follow. What

@@ -17,7 +17,6 @@ import torch
 
 from . import checkpoint, engine, sampler
 from .checkpoint import find_tokenizer, free_memory, make_model, pick_device, pick_dtype
-from .engine import RequestOutput as RequestOutput
 from .scheduler import first_come, least_recently_used, youngest
 from .tokenizer import load_tokenizer
 
@@ -27,8 +26,8 @@ QUANTIZATIONS = "int8", "int6", "int5", "int4", "fp8"  # the last one is a GPU's
 
 # the order in which features wrap each other, the outermost first
 FEATURES = (
-    "guard guided stats checks progress nanochat live parallel scoring stop_strings calculator "
-    "lookup logits windows"
+    "guard display guided stats checks progress nanochat live parallel scoring stop_strings "
+    "calculator lookup logits windows"
 ).split()
 
 # where it is, and what can be asked for
@@ -99,6 +98,11 @@ class SamplingParams(*parts("params"), sampler.SamplingParams):
         if checks := optional("features.checks"):
             checks.check_names(given, checks.words(cls))
         return super().__new__(cls)
+
+
+class RequestOutput(*parts("output"), engine.RequestOutput):
+    """The result of a request, a dict; its keys, which are attributes too, are described in
+    engine.py and below, at LLM. In a notebook it is a table."""
 
 
 def pick_backend(
@@ -316,7 +320,7 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
     """
 
     ranks = None  # the processes that share the model
-    params_class = SamplingParams
+    params_class, output_class = SamplingParams, RequestOutput
 
     def __init__(
         self, model_path=None, step=None, tokenizer_path=None, device="auto", num_blocks=None,

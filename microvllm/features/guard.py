@@ -154,7 +154,7 @@ class GuardLLM(LLM):
         finish_reason "abort" and the tokens that they had. [] if the last such call of this thread
         returned. Kept until the thread's next call, also by an engine that was closed."""
         requests: list[Request] = getattr(self._latest, "requests", [])
-        outputs: list[RequestOutput] = []
+        outputs: list[RequestOutput] = self.list_class()
 
         def look() -> None:
             self._read_inbox()  # an abort may wait there for the end of another thread's step

@@ -242,8 +242,9 @@ GONE = {
     ),
     "features/windows.py": Gone("features/windows", [], [["info", str(MODEL)]]),
     "features/guard.py": Gone("features/guard", ["llm.partial_outputs()"]),
-    # nothing asks for these: without them there is no bar, no count and no check
+    # nothing asks for these: without them there is no bar, no count, no check and no table
     "features/checks.py": Gone("", []),
+    "features/display.py": Gone("", []),
     "features/progress.py": Gone("", []),
     "features/stats.py": Gone(
         "features/stats", ["llm.stats()"], [["bench", "-m", str(MODEL), "--random-input-len", "8"]]
