@@ -7,6 +7,7 @@
     python benchmarks/compare.py --quantization int8 --engines microvllm,openvino,llamacpp \
         --peer-python openvino=/opt/peers/bin/python --peer-python llamacpp=/opt/peers/bin/python \
         --peer-dtype int8 --peer-dtype llamacpp=int4
+    python benchmarks/compare.py --foreign-load 0,1,2       # beside other programs that compute
     python benchmarks/compare.py --model tiny --shrink 16 --turns 1         # does it run?
 
 Nothing is installed. Each engine that can be imported, by this interpreter or by the one that
@@ -29,6 +30,11 @@ with this engine's: the share of requests whose first 8 tokens are the same, and
 before the first difference. All compute the same model in float32, so that only a tie within
 rounding may differ; if less than nine requests of ten agree, the run fails. With another dtype it
 is only reported.
+
+With --foreign-load N, N other processes compute while each engine works (`while True: pass`, at the
+same priority), and none while engines are loaded. With several numbers, 0,1,2, each turn is run
+once beside each of them, and "of idle" is the median of the turns' ratios of an engine's speed to
+its own speed beside none.
 
 The limit is measured in the same turns: see `limit` in peers.py. It is that of an engine on a
 library's matrix products; the shares are of it. "with ours" counts this engine's own products, too,
@@ -66,6 +72,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
@@ -101,6 +109,19 @@ FIRST = 8  # tokens of a request that have to agree
 SPECIAL = 9  # the last ids of a vocabulary
 MAX_LEN, LONG_LEN = 1024, 4096
 
+# another program that computes; it ends with the pipe on its stdin, so that it is
+# never left behind, even where this process is killed
+BUSY_LOOP = """
+import os, sys, threading
+
+def end_with_the_parent():
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+threading.Thread(target=end_with_the_parent, daemon=True).start()
+while True: pass
+"""
+
 # what is asked for, and its version, in whichever interpreter
 VERSION = """
 import sys, importlib.metadata as found, importlib.util
@@ -131,10 +152,10 @@ def lengths(rng: random.Random, count: int, total: int, sigma: float, low: int, 
         sizes[i] += sizes[i] < high
 
 
-def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0) -> dict:
+def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0, load: int = 0) -> dict:
     """prompts (token ids), new (tokens of each), shared (that all begin with): a job of peers.py.
 
-    shrink: divides counts and lengths.
+    shrink: divides counts and lengths; turn, seed, load: with others the ids are others.
     """
     rng = random.Random(f"lengths of {name}")
 
@@ -155,7 +176,8 @@ def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0) -> di
     else:
         shared = less(256)
         sizes, new = [shared + less(16)] * count, [less(32)] * count
-    rng = random.Random(f"ids of {name}, turn {turn}, seed {seed}")
+    beside = f", load {load}" if load else ""
+    rng = random.Random(f"ids of {name}, turn {turn}, seed {seed}{beside}")
     ids = [[rng.randrange(vocab - SPECIAL) for _ in range(size)] for size in sizes]
     prompts = [ids[0][:shared] + own[shared:] for own in ids]
     return {"prompts": prompts, "new": new, "shared": shared}
@@ -246,6 +268,23 @@ class Peer:
         self.process.stdout.close(), self.log.close()
 
 
+@contextmanager
+def foreign_load(count: int) -> Iterator[list[subprocess.Popen]]:
+    """Other processes that compute, until the block is left."""
+    loops: list[subprocess.Popen] = []
+    try:
+        for _ in range(count):
+            command = [sys.executable, "-I", "-S", "-c", BUSY_LOOP]
+            loops.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+        yield loops
+    finally:
+        for loop in loops:
+            loop.kill()
+        for loop in loops:
+            loop.wait()
+            loop.stdin.close()
+
+
 def version(python: str, package: str) -> str | None:
     """None if that interpreter cannot import the package."""
     done = subprocess.run([python, "-c", VERSION, package], capture_output=True, text=True)
@@ -265,9 +304,13 @@ class Comparison:
         self.peers: list[Peer] = []
         self.failed: list[str] = []
         self.facts: dict[str, dict] = {}  # engine -> version, start and memory
-        self.speeds = defaultdict(lambda: defaultdict(list))  # workload -> engine -> tokens/s
-        self.agreed = defaultdict(lambda: defaultdict(list))  # workload -> engine -> two shares
-        self.limits = defaultdict(list)  # workload -> answers of the limit
+        # (workload, foreign load) -> engine -> tokens/s, and two shares of equal tokens, by turn
+        self.speeds = defaultdict(lambda: defaultdict(list))
+        self.agreed = defaultdict(lambda: defaultdict(list))
+        self.limits = defaultdict(list)  # (workload, foreign load) -> answers of the limit
+        # what the table says of the model, whose folder may be gone by then; others have no Llama
+        hugging_face = (folder / "config.json").exists()
+        self.step_weights = step_weights(folder) if hugging_face else 0
 
     def load(self, name: str, python: str) -> None:
         """Start an engine, alone, and time its first token."""
@@ -305,10 +348,13 @@ class Comparison:
             self.peers = [other for other in self.peers if other is not peer]
             return None
 
-    def turn(self, turn: int) -> None:
-        """All workloads by all engines; turn 0 is short and not counted."""
-        for name in self.args.workloads:
-            whole, answers = workload(name, turn, self.vocab, self.args.shrink, self.args.seed), {}
+    def turn(self, turn: int, load: int = 0) -> None:
+        """All workloads by all engines, beside `load` busy loops; turn 0 is short and not
+        counted."""
+        args = self.args
+        for name in args.workloads:
+            whole = workload(name, turn, self.vocab, args.shrink, args.seed, load)
+            answers, key = {}, (name, load)
             if turn == 0:
                 whole = part(whole, 8) | {"new": [min(n, 4) for n in whole["new"][::8]]}
             for peer in list(self.peers):
@@ -318,31 +364,32 @@ class Comparison:
                 if answer is None or turn == 0:
                     continue
                 speed = counted(name, job) / answer["seconds"]
-                self.speeds[name][peer.name].append(speed)
+                self.speeds[key][peer.name].append(speed)
                 if peer.name == "limit":
-                    self.limits[name].append(answer)
+                    self.limits[key].append(answer)
                     own = counted(name, job) / answer["own_seconds"]
-                    self.speeds[name]["limit, with ours"].append(own)
+                    self.speeds[key]["limit, with ours"].append(own)
                     continue
                 llamas = peer.engine in LLAMAS  # whose tokens are compared among themselves
                 if llamas or peer.name == "microvllm":
                     answers.setdefault(llamas, answer["tokens"])
                 if first := answers.get(llamas):
                     same = agreement(first[::every], answer["tokens"])
-                    self.agreed[name][peer.name].append(same)
-            done = ", ".join(f"{n} {s[-1]:,.1f}" for n, s in self.speeds[name].items())
-            say(f"turn {turn}, {name}: {done}" if turn else f"warmed up for {name}")
+                    self.agreed[key][peer.name].append(same)
+            done = ", ".join(f"{n} {s[-1]:,.1f}" for n, s in self.speeds[key].items())
+            say(f"turn {turn}, {name}{beside(load)}: {done}" if turn else f"warmed up for {name}")
 
-    def results(self) -> dict:
-        """By workload and engine: tokens/s, and how they compare."""
+    def results(self, load: int = 0) -> dict:
+        """By workload and engine: tokens/s beside this load, and how they compare."""
         found = {}
         for name in self.args.workloads:
+            key = name, load
             job = workload(name, 1, self.vocab, self.args.shrink)
             asked = sum(map(len, job["prompts"]))
             found[name] = {
                 "requests": len(job["new"]), "prompt_tokens": asked, "new_tokens": sum(job["new"]),
             }  # fmt: skip
-            if limits := self.limits[name]:
+            if limits := self.limits[key]:
                 products = statistics.median(x["products_seconds"] / x["seconds"] for x in limits)
                 gb = statistics.median(x["bandwidth_gb"] for x in limits)
                 found[name] |= {
@@ -350,39 +397,44 @@ class Comparison:
                     "read_gb_per_s": round(gb, 1),
                 }
             engines = found[name]["engines"] = {}
-            for engine, speeds in self.speeds[name].items():
+            limits, ours = (self.speeds[key].get(of, []) for of in ("limit", "microvllm"))
+            for engine, speeds in self.speeds[key].items():
                 numbers = engines[engine] = {
                     "tokens_per_s": round(statistics.median(speeds), 1),
                     "lowest": round(min(speeds), 1), "highest": round(max(speeds), 1),
                 }  # fmt: skip
-                limits, ours = (self.speeds[name].get(of, []) for of in ("limit", "microvllm"))
+                idle = self.speeds[name, 0].get(engine, []) if load else []
+                if idle and len(idle) == len(speeds):
+                    numbers["of_idle"] = round(median_ratio(speeds, idle), 3)
                 if len(limits) == len(speeds):
-                    shares = [speed / most for speed, most in zip(speeds, limits, strict=True)]
-                    numbers["share_of_limit"] = round(statistics.median(shares), 3)
+                    numbers["share_of_limit"] = round(median_ratio(speeds, limits), 3)
                 if not engine.startswith("limit") and len(ours) == len(speeds):
-                    ratios = [our / speed for our, speed in zip(ours, speeds, strict=True)]
-                    numbers["ours_over_it"] = round(statistics.median(ratios), 2)
-                if pairs := self.agreed[name][engine]:
+                    numbers["ours_over_it"] = round(median_ratio(ours, speeds), 2)
+                if pairs := self.agreed[key][engine]:
                     first, tokens = (statistics.mean(column) for column in zip(*pairs, strict=True))
                     numbers |= {"agree_first": round(first, 3), "agree_tokens": round(tokens, 3)}
         return found
 
-    def table(self, found: dict) -> str:
-        """The same for people."""
+    def table(self, by_load: dict[int, dict]) -> str:
+        """The same for people: `results` of each load."""
         lines = []
-        for name, work in found.items():
+        rows = [(name, load) for name in self.args.workloads for load in by_load]
+        for name, load in rows:
+            work = by_load[load][name]
             lines.append(
-                f"\n{name}: {work['requests']} requests, {work['prompt_tokens']:,} tokens in, "
-                f"{work['new_tokens']:,} out\n{'':20}{'tokens/s':>36}{'of limit':>10}"
-                f"{'ours/it':>9}{'agree: first':>14}{'all':>7}"
+                f"\n{name}{beside(load)}: {work['requests']} requests, "
+                f"{work['prompt_tokens']:,} tokens in, {work['new_tokens']:,} out\n"
+                f"{'':20}{'tokens/s':>36}{'of idle':>9}{'of limit':>10}{'ours/it':>9}"
+                f"{'agree: first':>14}{'all':>7}"
             )
             for engine, n in work["engines"].items():
                 low, high = n["lowest"], n["highest"]
                 star = "*" * ("model" in self.facts.get(engine, ()))
                 span = f"({low:,.1f}-{high:,.1f})"
                 line = f"{engine + star:20}{n['tokens_per_s']:>12,.1f}{span:>24}"
-                shares = (("share_of_limit", 10, ".0%"), ("ours_over_it", 9, ".2f"),
-                          ("agree_first", 14, ".0%"), ("agree_tokens", 7, ".1%"))  # fmt: skip
+                shares = (("of_idle", 9, ".0%"), ("share_of_limit", 10, ".0%"),
+                          ("ours_over_it", 9, ".2f"), ("agree_first", 14, ".0%"),
+                          ("agree_tokens", 7, ".1%"))  # fmt: skip
                 for key, width, kind in shares:
                     line += f"{format(n[key], kind) if key in n else '-':>{width}}"
                 lines.append(line)
@@ -393,13 +445,22 @@ class Comparison:
                 told = f"{fact['version']}" + (f", {fact['dtype']}" if "dtype" in fact else "")
                 lines.append(f"{engine:20}{start:>12}{peak:>13}  {told}")
         if numbers := [fact["step_weights"] for fact in self.facts.values() if "model" in fact]:
-            ours = step_weights(Path(self.options["folder"]))
             lines.append(
                 f"\n* a Llama of equal matrices, with random weights of its own: {numbers[0]:,} "
-                f"numbers of them in a step\n  where ours has {ours:,}; its tokens are compared "
-                "with those of the first engine with a star"
+                f"numbers of them in a step\n  where ours has {self.step_weights:,}; its tokens "
+                "are compared with those of the first engine with a star"
             )
         return "\n".join(lines)
+
+
+def median_ratio(speeds: list[float], others: list[float]) -> float:
+    """The median over the turns of the ratio of one to the other."""
+    return statistics.median(a / b for a, b in zip(speeds, others, strict=True))
+
+
+def beside(load: int) -> str:
+    """How a text says that busy loops ran."""
+    return f" beside {load} busy loop{'s' * (load > 1)}" if load else ""
 
 
 def say(text: str) -> None:
@@ -435,6 +496,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--kv-gib", type=int, default=2, help="for K and V (default: %(default)s)")
+    parser.add_argument(
+        "--foreign-load", default="0", metavar="N[,N...]",
+        help="busy loops beside the engines; several numbers: each turn beside each (0)",
+    )  # fmt: skip
     parser.add_argument("--pause", type=float, default=0.5, help="seconds before each run")
     parser.add_argument("--shrink", type=int, default=1, help="divide counts and lengths")
     parser.add_argument("--seed", type=int, default=0)
@@ -449,6 +514,12 @@ def parse() -> argparse.Namespace:
     if unknown := {*args.workloads} - {*WORKLOADS, *LONG}:
         known = ", ".join(WORKLOADS + LONG)
         parser.error(f"--workloads knows {known}; not {', '.join(sorted(unknown))}")
+    loads = args.foreign_load.split(",")
+    if len({*loads}) < len(loads) or not all(n.isascii() and n.isdigit() for n in loads):
+        parser.error(f"--foreign-load {args.foreign_load}: expected different numbers, as in 0,1,2")
+    args.foreign_load = [int(load) for load in loads]
+    if max(args.foreign_load) > 64:
+        parser.error(f"--foreign-load {max(args.foreign_load)}: 64 busy loops at most")
     args.pythons = {}
     for given in args.peer_python:
         name, _, python = given.partition("=")
@@ -536,36 +607,42 @@ def main() -> None:
                     say(f"{name} cannot be imported by {python}: {python} -m pip install {package}")
             if "microvllm" in run.failed:
                 sys.exit("there is nothing to compare with")
-            for turn in range(args.turns + 1):
-                run.turn(turn)
+            run.turn(0)
+            for turn in range(1, args.turns + 1):
+                for load in args.foreign_load:
+                    with foreign_load(load):
+                        run.turn(turn, load)
             for peer in run.peers:
                 if peer.name != "limit":
                     run.facts[peer.name]["peak_gb"] = round(peer.peak_bytes() / 1e9, 2)
         finally:
             for peer in run.peers:
                 peer.close()
-    found = run.results()
+    by_load = {load: run.results(load) for load in args.foreign_load}
     ours = ", ".join(f"{key} {value}" for key, value in args.llm.items()) or "float32"
     others = ", ".join(sorted({*args.dtypes.values()})) or "nothing"
     print(
         f"{processor()}, {args.threads} of {cores()} cores; {args.model}; microvllm in {ours}, the "
-        f"others in {others}; {args.kv_gib} GiB for K and V; median of {args.turns} turns"
-        f"\n{run.table(found)}\n"
+        f"others in {others}; {args.kv_gib} GiB for K and V; median of {args.turns} turns; beside "
+        f"{', '.join(map(str, args.foreign_load))} busy loops\n{run.table(by_load)}\n"
     )
     exact = {name for name, dtype in args.dtypes.items() if dtype == "float32" and not args.llm}
     exact -= {name for name in exact if name.split("-")[0] in LLAMAS}  # K and V may be less
     wrong = [
-        f"{engine} ({name})"
+        f"{engine} ({name}{beside(load)})"
+        for load, found in by_load.items()
         for name, work in found.items()
         for engine, numbers in work["engines"].items()
         if engine in exact and numbers.get("agree_first", 1) < 0.9
     ]
+    first_load, *more_loads = args.foreign_load
     result = {
         "benchmark": "compare", "cpu": processor(), "cores": cores(), "threads": args.threads,
         "model": args.model, "llm": args.llm, "peer_dtype": args.peer_dtype,
         "peer_dtypes": args.dtypes, "kv_gib": args.kv_gib, "turns": args.turns,
-        "shrink": args.shrink,
-        "workloads": found, "engines": run.facts, "failed": run.failed, "disagree": wrong,
+        "shrink": args.shrink, "foreign_load": args.foreign_load,
+        "workloads": by_load[first_load], "under_load": {str(n): by_load[n] for n in more_loads},
+        "engines": run.facts, "failed": run.failed, "disagree": wrong,
     }  # fmt: skip
     print(json.dumps(result))
     if run.failed or wrong:

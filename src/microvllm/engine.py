@@ -141,6 +141,7 @@ class LLM(AbstractContextManager):
     # seam: the classes that an LLM is made of, each of which features may replace by a subclass
     scheduler_class, runner_class = Scheduler, Runner
     text_class, params_class = Text, SamplingParams
+    output_class, list_class = RequestOutput, list  # of an output, of what `generate` returns
     request_options: frozenset[str] = frozenset()  # keywords of `generate` that features add
 
     def __init__(
@@ -240,8 +241,12 @@ class LLM(AbstractContextManager):
         sampling_params: one for all, or a list with one per prompt; use_tqdm, options: for
         features. A bad prompt is refused before any work is done."""
         requests = self._prepare(prompts, sampling_params, **options)
+        return self._run(requests, use_tqdm)
+
+    def _run(self, requests: list[Request], use_tqdm: bool = False) -> list[RequestOutput]:
+        """Step until all requests have their outputs. Seam: what is kept of a call that fails."""
         deque(self._steps(requests, use_tqdm), maxlen=0)  # only their outputs are of interest
-        return [request.output for request in requests]
+        return self.list_class([request.output for request in requests])
 
     def _steps(self, requests: list[Request], use_tqdm=False) -> Iterator[deque[Request]]:
         """Queue requests; after each step, yield the first unfinished one and all that follow. What
@@ -267,7 +272,7 @@ class LLM(AbstractContextManager):
         index = {request.id: i for i, request in enumerate(requests)}
         for pending in self._steps(requests):
             for request, event in self._news(pending):
-                yield RequestOutput(index=index[request.id], **event)
+                yield self.output_class(index=index[request.id], **event)
 
     def _news(self, requests: Iterable[Request]) -> list[tuple[Request, dict]]:
         """The events of streamed requests since the last call."""
@@ -461,7 +466,7 @@ class LLM(AbstractContextManager):
 
     def _finish(self, request: Request) -> None:
         """Make the output of a request of which no sample is left to run, once."""
-        request.output = request.output or RequestOutput(self.output(request))
+        request.output = request.output or self.output_class(self.output(request))
         if not request.owned:
             self._finished[request.id] = request.output
         del self._requests[request.id]

@@ -24,7 +24,6 @@ from .checkpoint import (
     pick_dtype,
     require_memory,
 )
-from .engine import RequestOutput as RequestOutput
 from .model import rotary_bytes
 from .scheduler import first_come, least_recently_used, youngest
 from .tokenizer import load_tokenizer
@@ -36,13 +35,13 @@ BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "fp8": 8, "bfloat16": 16}  #
 
 # the order in which features wrap each other, the outermost first
 FEATURES = (
-    "guard guided stats checks progress nanochat live parallel scoring stop_strings calculator "
-    "lookup logits windows"
+    "guard display guided stats checks progress nanochat live parallel scoring stop_strings "
+    "calculator lookup logits windows"
 ).split()
 
 # where it is, and what can be asked for
 NAMES = {
-    "features.scoring": "score judge",
+    "features.scoring": "score judge", "features.guard": "partial_outputs",
     "features.live": "update_weights model copy sleep wake", "features.foreign": "tokenizer",
     "features.nanochat": "generate_batch generate_columns", "features.lookup": "prompt_lookup",
     "features.parallel": "tensor_parallel", "features.calculator": "tools", "features.stats":
@@ -108,6 +107,11 @@ class SamplingParams(*parts("params"), sampler.SamplingParams):
         if checks := optional("features.checks"):
             checks.check_names(given, checks.words(cls))
         return super().__new__(cls)
+
+
+class RequestOutput(*parts("output"), engine.RequestOutput):
+    """The result of a request, a dict; its keys, which are attributes too, are described in
+    engine.py and below, at LLM. In a notebook it is a table."""
 
 
 def pick_backend(
@@ -340,7 +344,7 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
     """
 
     ranks = None  # the processes that share the model
-    params_class = SamplingParams
+    params_class, output_class = SamplingParams, RequestOutput
 
     def __init__(
         self, model_path=None, step=None, tokenizer_path=None, device="auto", num_blocks=None,

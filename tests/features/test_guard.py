@@ -516,3 +516,103 @@ def test_a_fork_is_told_that_the_engine_is_not_its_own():
         for line in lines:
             assert line.startswith(f"RuntimeError: this LLM was made by process {os.getpid()}")
         assert len(llm.generate([ids(5)], greedy(2), use_tqdm=False)[0]["token_ids"]) == 2
+
+
+# what a call had made when it was interrupted
+
+
+def press_ctrl_c_at(count: int):
+    """A logits_processor that presses Ctrl-C when a sample has so many tokens, once."""
+    pressed = []
+
+    def judge(tokens, logits):
+        if len(tokens) >= count and not pressed:
+            pressed.append(tokens)
+            signal.raise_signal(signal.SIGINT)
+        return logits
+
+    return judge
+
+
+def test_an_interrupted_call_leaves_what_it_had_made():
+    prompts = [ids(7, n) for n in range(3)]
+    params = [greedy(3), greedy(40), sampled(40, seed=2, n=2)]
+    with build(plain=True) as llm:
+        assert llm.partial_outputs() == []
+        whole = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.partial_outputs() == []  # the call returned all of it
+        params[1] = greedy(40, logits_processor=press_ctrl_c_at(7 + 12))
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, params, use_tqdm=False)
+        assert_idle(llm)
+        found = llm.partial_outputs()
+        assert [output["finish_reason"] for output in found] == ["length", "abort", "abort"]
+        assert found[0]["samples"] == whole[0]["samples"]
+        for output, expected in zip(found[1:], whole[1:], strict=True):
+            assert len(output["samples"]) == len(expected["samples"])
+            for sample, all_of_it in zip(output["samples"], expected["samples"], strict=True):
+                tokens = sample["token_ids"]
+                assert len(tokens) >= 12 and tokens == all_of_it["token_ids"][: len(tokens)]
+                assert sample["text"] and all_of_it["text"].startswith(sample["text"].rstrip("�"))
+        # they are there until the next call: neither a look nor a refused call takes them
+        with pytest.raises(ValueError):
+            llm.generate([[]], greedy(3), use_tqdm=False)
+        assert llm.partial_outputs() == found
+        again = llm.generate(prompts[:1], greedy(3), use_tqdm=False)
+        assert again[0]["token_ids"] == whole[0]["token_ids"] and llm.partial_outputs() == []
+
+
+def test_partial_outputs_are_those_of_a_threads_own_call_and_outlive_the_engine():
+    with build(plain=True) as llm:
+        judge = press_ctrl_c_at(7 + 4)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([ids(7)], greedy(30, logits_processor=judge), use_tqdm=False)
+        found = llm.partial_outputs()
+        assert found[0]["finish_reason"] == "abort" and found[0]["token_ids"]
+
+        def other():
+            llm.generate([ids(7)], greedy(3), use_tqdm=False)
+            return llm.partial_outputs()
+
+        assert run_threads([other]) == [[]]
+        assert llm.partial_outputs() == found
+    assert llm.partial_outputs() == found
+
+
+def test_partial_outputs_may_be_read_while_the_call_runs():
+    seen = []
+
+    def handler(*_):
+        seen.append(llm.partial_outputs())
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with build(plain=True) as llm:
+            steps = llm._step
+
+            def step(request=None):
+                steps(request)
+                signal.raise_signal(signal.SIGALRM)
+
+            llm._step = step
+            (output,) = llm.generate([ids(7)], greedy(5), use_tqdm=False)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert [part["token_ids"] for (part,) in seen] == [output["token_ids"][:n] for n in range(1, 6)]
+    assert [part["finish_reason"] for (part,) in seen] == [None] * 4 + ["length"]
+
+
+def test_what_was_never_queued_is_an_empty_beginning(monkeypatch):
+    with build(plain=True) as llm:
+
+        def struck(*_):
+            raise MemoryError
+
+        monkeypatch.setattr(llm, "_queue", struck)
+        with pytest.raises(MemoryError):
+            llm.generate([ids(7), ids(8)], greedy(3), use_tqdm=False)
+        found = llm.partial_outputs()
+        assert [(o["finish_reason"], o["token_ids"], o["text"]) for o in found] == [
+            ("abort", [], ""), ("abort", [], ""),
+        ]  # fmt: skip
+        assert_idle(llm)

@@ -437,6 +437,36 @@ def test_what_leaves_a_call_by_an_exception_leaves_nothing_behind(how, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_struck_call_had_made_can_be_fetched():
+    """At whatever line: an output for each prompt, whose tokens the whole answer begins with."""
+    prompts, params = [ids(9, 1), ids(9, 2)], [sampled(6, seed=1, n=2), greedy(5)]
+
+    def tokens(outputs):
+        return [[sample["token_ids"] for sample in output["samples"]] for output in outputs]
+
+    with engine(plain=True) as llm:
+        found = Strike()
+        expected = tokens(found(llm.generate, prompts, params, False))
+        ends, called = ("engine.py", "features/guard.py"), 0
+        for line in [line for i, line in enumerate(found.lines) if line[0] in ends or i % 9 == 0]:
+            llm.scheduler.reset()
+            llm._latest.requests = []
+            struck = Strike(line)
+            returned = tokens(struck(llm.generate, prompts, params, False))
+            while llm._lock._is_owned():
+                llm._lock.release()
+            partial = tokens(llm.partial_outputs())
+            assert_idle(llm)
+            # nothing was begun, or all was returned, or there is a beginning for each prompt
+            assert len(partial) == 2 or returned in ([], expected), line
+            called += len(partial) == 2
+            for samples, whole in zip(partial, expected, strict=False):
+                for k, sample in enumerate(samples):
+                    assert sample == whole[k][: len(sample)], line
+        assert called > 100
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_a_stream_leaves_behind_is_aborted_even_if_the_abort_is_struck():
     with engine() as llm:
         lines: set = set()

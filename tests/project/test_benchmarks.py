@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -427,9 +429,185 @@ def test_the_table_says_which_engines_have_other_weights(tmp_path, monkeypatch):
         "openvino": {"version": "openvino_genai 9", "dtype": "int8", "first_token_s": 1.0,
                      "peak_gb": 1.0, "model": "a Llama", "step_weights": 342912},
     }  # fmt: skip
-    table = run.table(run.results())
+    table = run.table({0: run.results()})
     assert "\nopenvino*  " in table and "openvino_genai 9, int8" in table
     assert "342,912 numbers of them in a step\n  where ours has 342,912" in table
+
+
+def fake_peers(monkeypatch, seconds) -> list:
+    """Engines without a process; seconds(engine, loops): how long a job takes beside them. Returns
+    (engine, loops) of each job."""
+    loops: list[int] = []
+    jobs: list[tuple[str, int]] = []
+
+    @contextmanager
+    def load(count):
+        loops.append(count)
+        try:
+            yield []
+        finally:
+            loops.pop()
+
+    class Fake:
+        def __init__(self, name, python, options):
+            self.name = self.engine = name
+            self.start = 0.0
+
+        def ask(self, job):
+            count = loops[-1] if loops else 0
+            jobs.append((self.name, count))
+            took = seconds(self.name, count)
+            tokens = [
+                prompt[:1] * new for prompt, new in zip(job["prompts"], job["new"], strict=True)
+            ]
+            more = {"own_seconds": took, "products_seconds": took, "bandwidth_gb": 1.0}
+            return {"seconds": took, "tokens": tokens} | (more if self.name == "limit" else {})
+
+        def peak_bytes(self):
+            return 10**9
+
+        def close(self):
+            assert not loops, "loops run while engines end"
+
+    monkeypatch.setattr(compare, "Peer", Fake)
+    monkeypatch.setattr(compare, "foreign_load", load)
+    monkeypatch.setattr(compare, "version", lambda python, package: "1.0")
+    args = SimpleNamespace(**vars(TINY), era="1", storage="float32")
+    monkeypatch.setattr(
+        compare, "find_model",
+        lambda _, scratch: (checkpoint.make_hf_folder(scratch / "model", args, "cpu"), 500),
+    )  # fmt: skip
+    return jobs
+
+
+def printed(capsys) -> tuple[str, dict]:
+    """The table and the JSON that the comparison prints."""
+    table, _, last = capsys.readouterr().out.rstrip().rpartition("\n")
+    return table, json.loads(last)
+
+
+def test_the_table_needs_no_folder_of_the_model_any_more(monkeypatch, capsys):
+    # without --models the folder is a temporary one, and the table of an engine with a star, which
+    # has the model's size, came after it was gone
+    fake_peers(monkeypatch, lambda engine, loops: 1.0)
+    monkeypatch.setattr(compare, "find_llama", lambda folder, *_: (folder, 4321))
+    words = ["--model", "tiny", "--shrink", "16", "--turns", "1", "--pause", "0"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words, "--engines", "openvino"])
+    compare.main()
+    table, result = printed(capsys)
+    assert "4,321 numbers of them in a step\n  where ours has 342,912" in table
+    assert result["engines"]["openvino"]["step_weights"] == 4321
+
+
+def test_each_turn_is_run_beside_each_load_and_compared_with_the_idle_one(monkeypatch, capsys):
+    def seconds(engine, loops):
+        return {"limit": 1.0, "microvllm": 2.0 * (1 + loops), "nanochat": 4.0 * (1 + 3 * loops)}[
+            engine
+        ]
+
+    jobs = fake_peers(monkeypatch, seconds)
+    words = ["--model", "tiny", "--shrink", "16", "--turns", "2", "--pause", "0", "--workloads"]
+    words += ["W3", "--engines", "nanochat", "--foreign-load", "0,1,2"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    compare.main()
+    # the first tokens and the warm-up, then two turns, in which the loads follow each other
+    assert [loops for engine, loops in jobs if engine == "microvllm"] == [0, 0, 0, 1, 2, 0, 1, 2]
+    table, result = printed(capsys)
+    assert "beside 0, 1, 2 busy loops" in table.splitlines()[0]
+    assert "\nW3 beside 2 busy loops: 1 requests" in table
+    assert result["foreign_load"] == [0, 1, 2]
+    assert "of_idle" not in result["workloads"]["W3"]["engines"]["microvllm"]
+    by_load = {load: found["W3"]["engines"] for load, found in result["under_load"].items()}
+    assert by_load["1"]["microvllm"]["of_idle"] == 0.5
+    assert by_load["2"]["nanochat"]["of_idle"] == round(1 / 7, 3)
+    assert by_load["2"]["nanochat"]["ours_over_it"] == round(28 / 6, 2)
+    assert " 33%" in table  # ours beside two
+    # other prompts, or one load would find those of another in a prefix cache
+    ids = [tuple(compare.workload("W3", 1, 512, 1, 0, load)["prompts"][0]) for load in (0, 1, 2)]
+    assert len({*ids}) == 3
+
+
+@pytest.mark.parametrize("words", ["x", "-1", "1,1", "1,", "65", "1.5"])
+def test_a_foreign_load_is_some_whole_numbers(monkeypatch, capsys, words):
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, f"--foreign-load={words}")
+    assert "--foreign-load" in capsys.readouterr().err.splitlines()[-1]
+
+
+def seconds_used(pid: int) -> float:
+    """The time of a processor that a process took so far; 0.0 for one that has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return 0.0 if stat[0] == "Z" else (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until(is_so) -> None:
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end, "it did not happen within a minute"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_busy_loops_compute_and_end_with_the_block_and_with_their_parent():
+    with pytest.raises(KeyError):
+        with compare.foreign_load(2) as loops:
+            wait_until(lambda: all(seconds_used(loop.pid) > 0.1 for loop in loops))
+            raise KeyError
+    assert len(loops) == 2 and not any(seconds_used(loop.pid) for loop in loops)
+    with compare.foreign_load(0) as loops:
+        assert not loops
+    code = "import compare, time\nwith compare.foreign_load(2) as loops:\n"
+    code += "    print(*[loop.pid for loop in loops], flush=True)\n    time.sleep(600)"
+    for number in signal.SIGTERM, signal.SIGKILL:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=BENCHMARKS, stdout=subprocess.PIPE, text=True
+        )
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        wait_until(lambda pids=pids: all(map(seconds_used, pids)))
+        parent.send_signal(number)
+        parent.communicate()
+        wait_until(lambda pids=pids: not any(map(seconds_used, pids)))
+        assert len(pids) == 2
+
+
+def run_comparison(words: str) -> tuple[str, dict]:
+    """What `python benchmarks/compare.py` prints, and its JSON."""
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "compare.py", *words.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["failed"], result["disagree"]) == ([], [])
+    return done.stdout, result
+
+
+@pytest.mark.slow
+def test_the_default_command_of_the_comparison_runs():
+    # every workload, every engine that there is, and no folder for the model
+    told, result = run_comparison("--model tiny --shrink 16 --turns 1 --pause 0 --kv-gib 1")
+    assert "median of 1 turns; beside 0 busy loops" in told
+    assert [*result["workloads"]] == [*compare.WORKLOADS] and result["under_load"] == {}
+    for work in result["workloads"].values():
+        assert {"microvllm", "nanochat"} <= work["engines"].keys()
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_beside_busy_loops():
+    words = "--model tiny --shrink 16 --turns 1 --pause 0 --kv-gib 1 --threads 1 --engines nanochat"
+    told, result = run_comparison(f"{words} --workloads W1,W3 --foreign-load 0,1")
+    assert "beside 0, 1 busy loops" in told and "\nW3 beside 1 busy loop: 1 requests" in told
+    for name in "W1", "W3":
+        idle, loaded = (found[name]["engines"] for found in (
+            result["workloads"], result["under_load"]["1"]
+        ))  # fmt: skip
+        assert idle.keys() == loaded.keys()
+        for engine, numbers in loaded.items():
+            of_idle = numbers["tokens_per_s"] / idle[engine]["tokens_per_s"]
+            assert numbers["of_idle"] == pytest.approx(of_idle, rel=0.01, abs=0.001)
 
 
 @pytest.mark.slow

@@ -240,9 +240,10 @@ GONE = {
         "features/stop_strings", ["SamplingParams(stop='x')"], [[*RUN, "--stop", "x"]]
     ),
     "features/windows.py": Gone("features/windows", [], [["info", str(MODEL)]]),
-    # nobody asks for these: without them there is no guard, bar or count, and nothing is checked
+    "features/guard.py": Gone("features/guard", ["llm.partial_outputs()"]),
+    # nothing asks for these: without them there is no bar, no count, no check and no table
     "features/checks.py": Gone("", []),
-    "features/guard.py": Gone("", []),
+    "features/display.py": Gone("", []),
     "features/progress.py": Gone("", []),
     "features/stats.py": Gone(
         "features/stats", ["llm.stats()"], [["bench", "-m", str(MODEL), "--random-input-len", "8"]]

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections import Counter, deque
+from html.parser import HTMLParser
 
 import pytest
 import test_state_machine
@@ -540,3 +541,37 @@ def test_no_page_is_made_of_a_number_that_is_none(tmp_path):
             write([POOL, {**FACTS, "tokens": [float("nan")]}, {"e": "reset", "t": float("nan")}],
                   tmp_path / "page")  # fmt: skip
         assert not (tmp_path / "page").exists()
+
+
+class Frame(HTMLParser):
+    """The elements of what a notebook shows of a trace."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.mark.parametrize("to_a_file", [False, True])
+def test_a_notebook_shows_a_trace_in_a_sandbox_and_a_large_one_not_at_all(
+    llm, tmp_path, monkeypatch, to_a_file
+):
+    hostile = '"></iframe><script>hit()</script>'
+    with llm.tracing(tmp_path / "run.jsonl" if to_a_file else None) as trace:
+        llm.generate([hostile], GREEDY, use_tqdm=False)
+        shown = trace._repr_html_()  # also while it is written
+        assert Frame(shown).found[0][0] == "iframe"
+    shown = trace._repr_html_()
+    trace.page(tmp_path / "run.html")
+    ((tag, attributes),) = Frame(shown).found
+    assert tag == "iframe" and attributes["sandbox"] == "allow-scripts"
+    assert attributes["srcdoc"] == (tmp_path / "run.html").read_text(encoding="utf-8")
+    # each notebook keeps what it shows in its own file
+    monkeypatch.setattr("microvllm.trace.events.LARGEST", 1000)
+    monkeypatch.setattr(type(trace), "events", property(lambda self: pytest.fail("it was read")))
+    hint = trace._repr_html_()
+    assert len(hint) < 500 and "iframe" not in hint
+    assert ".page(&quot;run.html&quot;)" in hint and "more than the 1,000" in hint

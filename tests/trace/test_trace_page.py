@@ -35,6 +35,8 @@ def browser():
             "no-sandbox disable-gpu disable-dev-shm-usage no-first-run disable-sync disable-quic"
         )
         flags += " disable-background-networking disable-component-update"
+        # playwright may lose a frame that gets a process of its own
+        flags += " disable-features=IsolateSandboxedIframes"
         try:
             args = [f"--{flag}" for flag in flags.split()]
             found = playwright.chromium.launch(executable_path=CHROMIUM, args=args)

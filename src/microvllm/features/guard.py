@@ -55,6 +55,7 @@ class GuardLLM(LLM):
         self._changing: FrameType | None = None  # the call of `_try` that is under way, or was left
         # what arrived, and ids to abort: each is dropped once it is done, or fails twice
         self._inbox: deque[Request | tuple[int, ...]] = deque()
+        self._latest = threading.local()  # requests: of the thread's last call, if it was left
 
     def _check(self, prompt, params) -> tuple:
         self._check_usable()
@@ -166,6 +167,38 @@ class GuardLLM(LLM):
         steps = super()._steps(requests, *args)
         weakref.finalize(steps, self.abort, *[request.id for request in requests])
         return steps
+
+    def _run(self, requests: list[Request], use_tqdm: bool = False) -> list[RequestOutput]:
+        self._latest.requests = requests  # from the beginning: an exception may come at any line
+        outputs = super()._run(requests, use_tqdm)
+        self._latest.requests = []
+        return outputs
+
+    def partial_outputs(self) -> list[RequestOutput]:
+        """What a call of `generate`, `chat` or `judge` had made when an exception, such as a
+        Ctrl-C, ended it: an output for each of its prompts, the unfinished ones with the
+        finish_reason "abort" and the tokens that they had. [] if the last such call of this thread
+        returned. Kept until the thread's next call, also by an engine that was closed."""
+        requests: list[Request] = getattr(self._latest, "requests", [])
+        outputs: list[RequestOutput] = self.list_class()
+
+        def look() -> None:
+            self._read_inbox()  # an abort may wait there for the end of another thread's step
+            outputs.extend([self._output_so_far(request) for request in requests])
+
+        if self.runner is None:
+            outputs.extend([self._output_so_far(request) for request in requests])
+        elif requests:
+            self._change(look)
+        return outputs
+
+    def _output_so_far(self, request: Request) -> RequestOutput:
+        if request.output is not None:
+            return request.output
+        if request.id not in self._requests:  # the exception came before it was queued
+            for seq in request.samples:
+                seq.finish_reason = "abort"
+        return self.output_class(self.output(request))
 
     def abort(self, *request_ids: int) -> None:
         """As in the core; while a step is under way, at its end."""

@@ -1,7 +1,6 @@
 """The log-probabilities of given continuations. Nothing is written: a continuation is computed like
 a prompt, and each of its tokens is looked up in the distribution that the row before it gives."""
 
-from collections import deque
 from itertools import chain, islice
 
 import numpy as np
@@ -145,8 +144,7 @@ class ScoringLLM(LLM):
         pairs = zip(prompts, continuations, strict=True)
         checked = name_errors("prompts[{0}], continuations[{0}]", self._check_pair, pairs)
         requests = [self._request(*pair, owned=True) for pair in checked]
-        deque(self._steps(requests, use_tqdm), maxlen=0)
-        return [request.output for request in requests]
+        return self._run(requests, use_tqdm)
 
     def add_request(
         self, prompt, sampling_params: SamplingParams | None = None, *, continuation=None, **options

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ..engine import LLM
 from ..scheduler import BlockManager, Events, Plan, Scheduler, Sequence
-from .formats import write_chrome, write_page
+from .formats import make_frame, write_chrome, write_page
 from .replay import VERSION, encode, read, spans
 
 log = logging.getLogger("microvllm")
+LARGEST = 2**22  # bytes of events that a notebook shows: it keeps them in its own file
 # events that tell their time
 TIMED = {"arrive", "admit", "begin", "end", "preempt", "finish", "abort", "reset"}
 
@@ -87,6 +88,21 @@ class Trace(Events):
             return list(map(json.loads, self._lines))
         self._flush()
         return read(self.path)
+
+    def _repr_html_(self) -> str:
+        """The page, in a frame; of a large trace, how to write the page to a file."""
+        if self.path is None:
+            size = sum(map(len, [*self._lines]))
+        else:
+            self._flush()
+            size = os.path.getsize(self.path)
+        if size > LARGEST:
+            return (
+                f"<p>This trace has {size:,} bytes, more than the {LARGEST:,} that are shown in a "
+                "notebook. Write its page to a file with <code>.page(&quot;run.html&quot;)</code> "
+                "and open that in a browser.</p>"
+            )
+        return make_frame(self.events)
 
     def page(self, path: str | Path) -> None:
         """Write the web page that shows it."""

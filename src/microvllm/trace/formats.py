@@ -1,5 +1,6 @@
 """A trace as one web page, and as a timeline of steps and requests for Chrome and Perfetto."""
 
+import html
 from pathlib import Path
 
 from .replay import Replay, encode, unspan
@@ -9,12 +10,26 @@ ENGINE, REQUESTS = 1, 2  # the two processes that Chrome's viewer shows
 LAUNCH, RESULTS = 1, 2  # the tracks of the engine
 
 
-def write_page(events: list[dict], path: str | Path) -> None:
-    """One HTML file that shows a trace and needs nothing else, not even a network."""
+def make_page(events: list[dict]) -> str:
+    """One page of HTML that shows a trace and needs nothing else, not even a network."""
     # a `<` would let a prompt end the script element that holds it
     data = ",\n".join(map(encode, events)).replace("<", "\\u003c")
-    page = TEMPLATE.read_text(encoding="utf-8")
-    Path(path).write_text(page.replace("/*events*/", data), encoding="utf-8")
+    return TEMPLATE.read_text(encoding="utf-8").replace("/*events*/", data)
+
+
+def make_frame(events: list[dict], height: int = 760) -> str:
+    """The page as an element of another page, such as a notebook, of which it can read and change
+    nothing. height: in pixels."""
+    # scripts alone are allowed, so it has an origin of its own; the page itself forbids requests
+    return (
+        f'<iframe sandbox="allow-scripts" title="trace" style="width: 100%; height: {height}px; '
+        f'border: 1px solid #8888" srcdoc="{html.escape(make_page(events))}"></iframe>'
+    )
+
+
+def write_page(events: list[dict], path: str | Path) -> None:
+    """`make_page` in a file."""
+    Path(path).write_text(make_page(events), encoding="utf-8")
 
 
 def write_chrome(events: list[dict], path: str | Path) -> None:
