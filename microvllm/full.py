@@ -27,15 +27,17 @@ QUANTIZATIONS = "int8", "int6", "int5", "int4", "fp8"  # the last one is a GPU's
 
 # the order in which features wrap each other, the outermost first
 FEATURES = (
-    "guard guided stats checks progress nanochat live parallel scoring stop_strings calculator "
-    "lookup logits windows"
+    "async_api guard guided stats checks progress nanochat live parallel scoring stop_strings "
+    "calculator lookup logits windows"
 ).split()
 
 # where it is, and what can be asked for
 NAMES = {
     "features.scoring": "score judge",
     "features.live": "update_weights model copy sleep wake", "features.foreign": "tokenizer",
-    "features.nanochat": "generate_batch generate_columns", "features.lookup": "prompt_lookup",
+    "features.nanochat": "generate_batch generate_columns agenerate_columns",
+    "features.async_api": "agenerate astream achat serve_async warm",
+    "features.lookup": "prompt_lookup",
     "features.parallel": "tensor_parallel", "features.calculator": "tools", "features.stats":
         "stats",
     "features.stop_strings": "stop", "features.guided": "guide", "features.logits":
@@ -399,10 +401,10 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
                 self.runner.record(self.max_batch_size, self.max_model_len)
         blocks = self.scheduler.blocks
         log.info(
-            "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens (%.1f MB)",
+            "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens, K and V in %s (%.1f MB)",
             model_path or self.name, self.model.recipe.era, self.model.config.n_layer,
             str(self.model.dtype)[6:], device, blocks.num_usable // blocks.width + 1, block_size,
-            self.cache.data.nbytes / 1e6,
+            str(self.cache.data.dtype)[6:], self.cache.data.nbytes / 1e6,
         )  # fmt: skip
         if trace is not None:
             room = needed("trace")
