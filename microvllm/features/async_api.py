@@ -17,6 +17,7 @@ memory of a slow consumer is bounded, nothing is lost, and the other consumers d
 """
 
 import asyncio
+import atexit
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -27,6 +28,10 @@ from itertools import takewhile
 from ..engine import LLM, Request, RequestOutput
 
 MOST_ITEMS = 16  # events of a call that wait for its consumer before they are merged
+EXIT_SECONDS = 10  # the interpreter waits so long, at its end, for a step that is under way
+
+_threads: set[threading.Thread] = set()  # those that run steps in this process
+_is_ending = threading.Event()  # is the interpreter at its end?
 
 # gives what is new about these requests since it was called last
 Reader = Callable[[Iterable[Request]], list]
@@ -78,6 +83,10 @@ class Call:
 
     # in the stepping thread
 
+    def is_abandoned(self) -> bool:
+        """Has the consumer left, or its event loop been closed?"""
+        return self.is_left or self._loop.is_closed()
+
     def is_done(self) -> bool:
         """Has each request its output?"""
         return all(request.output is not None for request in self.pending)
@@ -108,8 +117,17 @@ class Call:
         self._is_waking = True
         try:
             self._loop.call_soon_threadsafe(self._arrived.set)
-        except RuntimeError:  # the loop was closed, and the consumer with it
+        except RuntimeError:  # the loop was closed in this moment
             self.is_left = True
+
+
+@atexit.register
+def end_threads() -> None:
+    """End the stepping threads after their present step: a daemon thread that is in a function of
+    C++ when the interpreter goes ends the process by a signal."""
+    _is_ending.set()
+    for thread in [*_threads]:
+        thread.join(EXIT_SECONDS)
 
 
 class Stepper:
@@ -148,11 +166,13 @@ class Stepper:
         """What the thread does. An exception of a step ends the calls that wait now; later calls
         are served."""
         calls: list[Call] = []
-        while self._take(calls):
+        _threads.add(threading.current_thread())
+        while self._take(calls) and not _is_ending.is_set():
             try:
-                calls = run_turn(llm, calls)
+                run_turn(llm, calls)
             except BaseException as error:
                 end_calls(calls, error)
+        _threads.discard(threading.current_thread())
 
     def _take(self, calls: list[Call]) -> bool:
         """Add the new calls to the thread's own; False, and the thread ends, if there are none."""
@@ -164,28 +184,31 @@ class Stepper:
             return bool(calls)
 
 
-def run_turn(llm: LLM, calls: list[Call]) -> list[Call]:
-    """Queue and abort what the calls want, run a step, hand over the news; returns the calls that
-    still wait."""
-    for call in [*calls]:
-        if call.is_left or call.error is not None:
-            calls.remove(call)
-            if call.is_queued:
-                llm.abort(*[request.id for request in call.pending])
-        elif not call.is_queued:
+def run_turn(llm: LLM, calls: list[Call]) -> None:
+    """Drop calls that are over or left, with what they have unfinished; queue the requests of new
+    ones; run a step for all, and hand over its news."""
+    waiting = []
+    for call in calls:
+        if call.is_over or call.is_abandoned():
+            request_ids = [request.id for request in call.pending] if call.is_queued else []
+            call.pending.clear()
+            llm.abort(*request_ids)
+            continue
+        waiting.append(call)
+        if not call.is_queued:
             call.is_queued = True
             with failing(call):
                 llm._queue([*call.pending])
+    calls[:] = waiting
     if calls:
         llm._step()
     deliver_news(calls)
-    return [call for call in calls if call.error is not None or not call.is_over]
 
 
 def deliver_news(calls: list[Call]) -> None:
     """Hand over what is new to the calls that wait; an exception in one's reader is its own."""
     for call in calls:
-        if call.error is None and not call.is_over:
+        if not call.is_over and not call.is_abandoned():
             with failing(call):
                 call.deliver()
 
@@ -195,7 +218,7 @@ def end_calls(calls: list[Call], error: BaseException) -> None:
     these need no step."""
     deliver_news(calls)
     for call in calls:
-        if call.error is None and not call.is_over:
+        if not call.is_over:
             call.fail(error)
 
 

@@ -19,7 +19,8 @@ log = logging.getLogger("microvllm")
 
 
 class NanochatLLM(LLM):
-    """An engine with the two methods of nanochat's, one of them for event loops, too. What their arguments may be:
+    """An engine with the two methods of nanochat's, and the first one for event loops. What their
+    arguments may be:
 
     num_samples: beyond max_batch_size they are served in turns; max_tokens: 0 too; None: until the
     model ends the text, or the context of its training (sequence_len) is full; top_k: None, 0 and
