@@ -273,7 +273,12 @@ class AsyncLLM(LLM):
         index = {request.id: i for i, request in enumerate(requests)}
 
         def read(pending: Iterable[Request]) -> list[RequestOutput]:
-            news = self._news(pending)
+            try:
+                news = self._news(pending)
+            except RuntimeError:
+                if self.runner is not None:
+                    raise
+                news = LLM._news(self, pending)  # closed: nothing changes while this looks
             return [RequestOutput(index=index[request.id], **event) for request, event in news]
 
         with self.serve_async(requests, read) as call:
@@ -304,7 +309,7 @@ class AsyncLLM(LLM):
         self.generate([prompt, prompt], params, use_tqdm=False)
 
     def close(self) -> None:
-        """As in the core; tasks that wait get their requests' outputs, or RuntimeError."""
+        """As in the core; what tasks wait for ends with the finish_reason "abort"."""
         super().close()
         self._stepper.join()
 

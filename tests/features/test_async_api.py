@@ -76,6 +76,10 @@ async def collected(events) -> dict:
     return found
 
 
+async def listed(events) -> list:
+    return [event async for event in events]
+
+
 def pieces(outputs: list) -> dict:
     """What `collected` gives for a stream of the same requests."""
     return {
@@ -98,9 +102,9 @@ def test_tasks_get_what_generate_and_stream_give(llm):
         assert [output.keys() for output in outputs] == [output.keys() for output in expected]
         assert await collected(llm.astream(prompts, params)) == pieces(expected)
         # the events are those of `stream`
-        events = [event async for event in llm.astream(prompts, params)]
+        events = await listed(llm.astream(prompts, params))
         assert {*events[0]} == {*next(iter(llm.stream(prompts, params)))}
-        assert await llm.agenerate([]) == [] == [e async for e in llm.astream([])]
+        assert await llm.agenerate([]) == [] == await listed(llm.astream([]))
 
     run(main())
     settled(llm)
@@ -502,13 +506,14 @@ def test_a_closed_engine_ends_what_waits_and_refuses_what_comes():
     async def main():
         with build(plain=True) as llm:
             whole = asyncio.create_task(llm.agenerate([ids(5)], LONG))
-            stream = asyncio.create_task(collected(llm.astream([ids(6)], LONG)))
+            stream = asyncio.create_task(listed(llm.astream([ids(6)], LONG)))
             await until(lambda: llm.stats()["running"] == 2)
         assert not is_stepping()
         (output,) = await whole  # as `generate` in another thread
         assert output["finish_reason"] == "abort" and len(output["token_ids"]) < 400
-        with pytest.raises(RuntimeError, match="this LLM was closed"):
-            await stream
+        events = await stream
+        assert events[-1]["finish_reason"] == "abort"
+        assert sum(len(event["token_ids"]) for event in events) < 400
         with pytest.raises(RuntimeError, match="this LLM was closed"):
             await llm.agenerate([ids(5)], LONG)
         with pytest.raises(RuntimeError, match="this LLM was closed"):

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 from conftest import MODEL
-from test_async_api import run, settled, until
+from test_async_api import listed, run, settled, until
 from test_calculator import GOLDENS
 from test_engine_nanochat import BOOKS, PAGE, STORY, chain, rows_of
 
@@ -21,10 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def books():
     return Engine(load_model(MODEL), BOOKS, num_blocks=400, plain=True)
-
-
-async def listed(columns) -> list:
-    return [column async for column in columns]
 
 
 def test_the_signature_is_that_of_generate():
