@@ -283,11 +283,14 @@ class LLM(AbstractContextManager):
     def chat(self, messages, sampling_params=None, use_tqdm=True, **options) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of conversations: [{"role": "system" | "user" |
         "assistant", "content": ...}, ...], rendered as nanochat does, the user's turn last."""
+        return self.generate(self._render(messages), sampling_params, use_tqdm, **options)
+
+    def _render(self, messages) -> list[list[int]]:
+        """The token ids of a conversation, or of each of a list of conversations: see `chat`."""
         if not isinstance(messages, (list, tuple)) or dict in map(type, messages):
             messages = [messages]  # a list with dicts in it is one conversation
         render = self.tokenizer.render_for_completion
-        prompts = name_errors("conversation {}", render, [(m,) for m in messages])
-        return self.generate(prompts, sampling_params, use_tqdm, **options)
+        return name_errors("conversation {}", render, [(m,) for m in messages])
 
     def add_request(self, prompt, sampling_params: SamplingParams | None = None, **options) -> int:
         """Queue one prompt (a string or token ids); returns the id its output will carry."""

@@ -35,15 +35,17 @@ BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "fp8": 8, "bfloat16": 16}  #
 
 # the order in which features wrap each other, the outermost first
 FEATURES = (
-    "guard display guided stats checks progress nanochat live parallel scoring stop_strings "
-    "calculator lookup logits windows"
+    "async_api guard display guided stats checks progress nanochat live parallel scoring "
+    "stop_strings calculator lookup logits windows"
 ).split()
 
 # where it is, and what can be asked for
 NAMES = {
     "features.scoring": "score judge", "features.guard": "partial_outputs",
     "features.live": "update_weights model copy sleep wake", "features.foreign": "tokenizer",
-    "features.nanochat": "generate_batch generate_columns", "features.lookup": "prompt_lookup",
+    "features.nanochat": "generate_batch generate_columns agenerate_columns",
+    "features.async_api": "agenerate astream achat serve_async warm",
+    "features.lookup": "prompt_lookup",
     "features.parallel": "tensor_parallel", "features.calculator": "tools", "features.stats":
         "stats",
     "features.stop_strings": "stop", "features.guided": "guide", "features.logits":
@@ -432,10 +434,10 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
                 self.runner.record(self.max_batch_size, self.max_positions)
         blocks = self.scheduler.blocks
         log.info(
-            "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens (%.1f MB)",
+            "%s: era %s, %d layers, %s on %s; %d blocks of %d tokens, K and V in %s (%.1f MB)",
             model_path or self.name, self.model.recipe.era, self.model.config.n_layer,
             str(self.model.dtype)[6:], device, blocks.num_usable // blocks.width + 1, block_size,
-            self.cache.data.nbytes / 1e6,
+            str(self.cache.data.dtype)[6:], self.cache.data.nbytes / 1e6,
         )  # fmt: skip
         if trace is not None:
             room = needed("trace")

@@ -200,6 +200,11 @@ LOGITS = {
 }  # fmt: skip
 RUN = ["run", "-m", str(MODEL), "--temperature", "0", "--max-tokens", "4", "Who?", "Where?"]
 GONE = {
+    "features/async_api.py": Gone(
+        "features/async_api",
+        ["llm.astream(['1+1'])", "llm.agenerate(['1+1'])", "llm.achat([])", "llm.warm()",
+         "llm.serve_async([])", "llm.agenerate_columns([1, 2]).__anext__().send(None)"],
+    ),
     "features/calculator.py": Gone(
         "features/calculator", ["llm.generate('1+1', use_tqdm=False, tools=True)",
                                 "llm.chat([{'role': 'user', 'content': '1+1'}], tools=True)"]
@@ -226,7 +231,8 @@ GONE = {
         [[*RUN, "--prompt-lookup", "4"]],
     ),
     "features/nanochat.py": Gone(
-        "features/nanochat", ["llm.generate_batch([1, 2])", "llm.generate_columns([1, 2])"]
+        "features/nanochat", ["llm.generate_batch([1, 2])", "llm.generate_columns([1, 2])",
+                              "llm.agenerate_columns([1, 2])"]
     ),
     "features/parallel.py": Gone(
         "features/parallel", ["LLM(MODEL, device='cpu', tensor_parallel=2)"],

@@ -50,6 +50,18 @@ def test_the_era_is_recognised_and_named_in_the_log(era, caplog):
         assert llm.model.recipe.era == expected
         (line,) = [r.getMessage() for r in caplog.records if r.name == "microvllm"]
         assert f"era {expected}" in line and str(era.directory) in line
+        assert "8 blocks of 16 tokens, K and V in float32 (" in line
+
+
+def test_the_log_names_the_dtype_of_k_and_v(era, caplog):
+    for name, options in {
+        "int8": {"kv_cache_dtype": "int8"}, "bfloat16": {"dtype": "bfloat16"},
+    }.items():  # fmt: skip
+        caplog.clear()
+        options |= {"attention": "sdpa", "num_blocks": 8, **era.overrides}
+        with caplog.at_level(logging.INFO, logger="microvllm"):
+            LLM(era.directory, device="cpu", **options).close()
+        assert f"tokens, K and V in {name} (" in caplog.text
 
 
 def test_some_keys_with_the_prefix_and_some_without_are_refused(checkpoint):

@@ -1,8 +1,9 @@
 """What nanochat's own Engine does, under its names, and as lenient as it is."""
 
+import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -18,7 +19,8 @@ log = logging.getLogger("microvllm")
 
 
 class NanochatLLM(LLM):
-    """An engine with the two methods of nanochat's. What their arguments may be:
+    """An engine with the two methods of nanochat's, and the first one for event loops. What their
+    arguments may be:
 
     num_samples: beyond max_batch_size they are served in turns; max_tokens: 0 too; None: until the
     model ends the text, or the context of its training (sequence_len) is full; top_k: None, 0 and
@@ -36,12 +38,23 @@ class NanochatLLM(LLM):
         with mask 0; nanochat's goes on past its end."""
         more |= {"temperature": temperature, "top_k": top_k}
         ((_, requests),) = self._ask([tokens], num_samples, max_tokens, seed, more)
-        num_sent = 0
+        read = self._column_reader(requests, num_samples)
         for _ in self._steps(requests):
-            columns: list[tuple] = []
-            self._change(partial(self._read, requests, num_samples, num_sent, columns))
-            num_sent += len(columns)
-            yield from columns
+            yield from read()
+        self._check_endings(requests)
+
+    async def agenerate_columns(
+        self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42, **more
+    ) -> AsyncIterator[tuple[list[int], list[int]]]:
+        """`generate_columns` for event loops: see features/async_api.py."""
+        serve = self.serve_async
+        more |= {"temperature": temperature, "top_k": top_k}
+        ask = partial(self._ask, [tokens], num_samples, max_tokens, seed, more)
+        ((_, requests),) = await asyncio.to_thread(ask)
+        read = self._column_reader(requests, num_samples)
+        with serve(requests, lambda pending: read()) as call:
+            async for column in call:
+                yield column
         self._check_endings(requests)
 
     def generate_batch(
@@ -109,6 +122,19 @@ class NanochatLLM(LLM):
             what = f"the prompt has {len(ids)} tokens, and the context {context}"
             raise ValueError(f"{what}: give max_tokens, None is as many as fit into it")
         return self._check(ids, replace(params, max_tokens=context - len(ids)))
+
+    def _column_reader(self, requests: list[Request], num_samples: int) -> Callable[[], list]:
+        """A function that gives the columns which are known since it was called last."""
+        num_read = 0
+
+        def read() -> list[tuple]:
+            nonlocal num_read
+            columns: list[tuple] = []
+            self._change(partial(self._read, requests, num_samples, num_read, columns))
+            num_read += len(columns)
+            return columns
+
+        return read
 
     def _read(self, requests, num_samples: int, start: int, columns: list) -> None:
         """Append the columns from `start` on that are known by now."""

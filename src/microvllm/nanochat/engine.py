@@ -1,7 +1,9 @@
 """nanochat's Engine, on the paged one: a script changes its import and nothing else."""
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -50,6 +52,23 @@ class Engine:
         """Yield (tokens, masks) of all samples, a token each, see `LLM.generate_columns`."""
         options = num_samples, max_tokens, temperature, top_k, seed
         return self.llm.generate_columns(tokens, *options)
+
+    async def agenerate(
+        self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42
+    ) -> AsyncIterator[tuple[list[int], list[int]]]:
+        """`generate` for event loops: `async for column, masks in engine.agenerate(...)`. All tasks
+        that iterate share the engine's steps. To leave the loop early, or to cancel the task,
+        aborts the samples."""
+        options = num_samples, max_tokens, temperature, top_k, seed
+        llm = await asyncio.to_thread(lambda: self.llm)
+        async with aclosing(llm.agenerate_columns(tokens, *options)) as columns:
+            async for column in columns:
+                yield column
+
+    def warm(self) -> None:
+        """Make the LLM underneath, and its kernels, and answer a tiny request: see `LLM.warm`. A
+        server calls it before its event loop starts, since the first use takes seconds."""
+        self.llm.warm()
 
     def generate_batch(self, tokens, num_samples=1, **kwargs):
         """(sequences, masks) of a prompt's samples, or of a list of prompts, see

@@ -1,0 +1,160 @@
+"""A chat page for a nanochat model: a server in plain asyncio, with all clients in one batch.
+
+    python examples/chat_web.py                      the bundled model, on http://127.0.0.1:8000
+    python examples/chat_web.py -m sft --port 8080   your own
+
+    GET  /                  the page, chat_web.html
+    GET  /health            how many requests run and wait
+    POST /chat/completions  {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.8,
+                            "top_k": 50, "max_tokens": 512}, all but the messages optional. Answered
+                            by server-sent events as nanochat's chat_web had them: {"token": "Hi"},
+                            ..., {"done": true}, or {"error": "what is wrong"} as the last one
+
+This is a recipe to copy from, and no product. It has no encryption, no accounts and no limit on the
+number of clients, so it listens on this machine alone. Put a server that has them in front of it.
+"""
+
+import argparse
+import asyncio
+import json
+from functools import partial
+from pathlib import Path
+
+from microvllm import LLM, SamplingParams
+
+MODEL = Path(__file__).parent.parent / "models" / "oldbooks-d6"
+PAGE = Path(__file__).with_suffix(".html")
+DEFAULTS = {"temperature": 0.8, "top_k": 50, "max_tokens": 512}
+
+MOST_BYTES = 2**18  # of a request's body
+REQUEST_SECONDS = 10  # that a client has to send its request
+ANSWER_SECONDS = 600  # that it has to read the answer
+
+HEAD = (
+    "HTTP/1.1 {status}\r\ncontent-type: {kind}; charset=utf-8\r\ncache-control: no-store\r\n"
+    "content-security-policy: default-src 'self' 'unsafe-inline'\r\nconnection: close\r\n\r\n"
+)
+
+
+async def send_answer(llm, prompt, params, send):
+    """Generate, and send each piece of text as it comes."""
+    async for event in llm.astream([prompt], params, tools=True):
+        if event["text"]:
+            await send({"token": event["text"]})
+        if event["finish_reason"] == "error":
+            await send({"error": event["stop_reason"]})
+    await send({"done": True})
+
+
+def read_question(llm, body: bytes) -> tuple[list[int], SamplingParams]:
+    """The prompt and the parameters of a request's body. Raises ValueError or TypeError."""
+    try:
+        asked = json.loads(body)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list):
+        raise ValueError('give an object with a list of "messages"')
+    params = {name: asked.get(name, value) for name, value in DEFAULTS.items()}
+    if params["top_k"] == 0:  # nanochat's word for off
+        params["top_k"] = None
+    return llm.tokenizer.render_for_completion(asked["messages"]), SamplingParams(**params)
+
+
+async def read_request(reader) -> tuple[str, str, bytes]:
+    """Method, path and body. Raises ValueError for what is no request."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    first, *lines = head.split("\r\n")
+    method, path, _ = first.split(" ")
+    fields = [line.lower().partition(":") for line in lines]
+    lengths = [int(value) for name, _, value in fields if name == "content-length"]
+    if not 0 <= sum(lengths) <= MOST_BYTES:
+        raise ValueError(f"a body may have {MOST_BYTES} bytes")
+    return method, path.partition("?")[0], await reader.readexactly(sum(lengths))
+
+
+async def read_to_end(reader) -> None:
+    """Wait until the client closes the connection; it has nothing more to say."""
+    while await reader.read(2**12):
+        pass
+
+
+async def answer(llm, body: bytes, reader, writer) -> None:
+    """Stream the answer to a question, until its end or until the client is gone."""
+
+    async def send(event: dict) -> None:
+        writer.write(f"data: {json.dumps(event)}\n\n".encode())
+        await writer.drain()  # a client that reads slowly holds up its own stream only
+
+    async def send_all() -> None:
+        try:
+            await send_answer(llm, *question, send)
+        except (ValueError, TypeError) as error:  # a prompt that is too long, for example
+            await send({"error": str(error)})
+
+    # in another thread: a long text takes a while to become token ids
+    question = await asyncio.to_thread(read_question, llm, body)
+    writer.write(HEAD.format(status="200 OK", kind="text/event-stream").encode())
+    tasks = [asyncio.ensure_future(work) for work in (send_all(), read_to_end(reader))]
+    try:
+        first = asyncio.FIRST_COMPLETED
+        await asyncio.wait(tasks, timeout=ANSWER_SECONDS, return_when=first)
+    finally:
+        for task in tasks:
+            task.cancel()  # which aborts the request, if it is not done
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def serve_client(llm, reader, writer) -> None:
+    """Read one request and answer it."""
+
+    def respond(status: str, kind: str, text: str) -> None:
+        writer.write((HEAD.format(status=status, kind=kind) + text).encode())
+
+    try:
+        try:
+            request = await asyncio.wait_for(read_request(reader), REQUEST_SECONDS)
+            match request:
+                case "POST", "/chat/completions", body:
+                    await answer(llm, body, reader, writer)
+                case "GET", "/", _:
+                    respond("200 OK", "text/html", PAGE.read_text(encoding="utf-8"))
+                case "GET", "/health", _:
+                    stats = llm.stats()
+                    counts = {name: stats[name] for name in ("running", "waiting", "requests")}
+                    respond("200 OK", "application/json", json.dumps({"status": "ok"} | counts))
+                case _:
+                    respond("404 Not Found", "text/plain", "there is no such page")
+        except (ValueError, TypeError, asyncio.LimitOverrunError) as error:
+            respond("400 Bad Request", "application/json", json.dumps({"error": str(error)}))
+        await writer.drain()
+    except (ConnectionError, asyncio.IncompleteReadError, asyncio.TimeoutError):
+        pass  # the client is gone
+    finally:
+        writer.close()
+
+
+async def serve(llm, host: str, port: int) -> None:
+    """Serve until the task is cancelled."""
+    await asyncio.to_thread(llm.warm)  # else the first answer would take seconds
+    server = await asyncio.start_server(partial(serve_client, llm), host, port)
+    port = server.sockets[0].getsockname()[1]  # that of --port 0 was chosen now
+    print(f"http://{host}:{port}", flush=True)
+    async with server:
+        await server.serve_forever()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("-m", "--model", default=str(MODEL), help="as LLM takes it")
+    parser.add_argument("--host", default="127.0.0.1", help="an address of this machine")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    args = parser.parse_args()
+    with LLM(args.model) as llm:
+        try:
+            asyncio.run(serve(llm, args.host, args.port))
+        except KeyboardInterrupt:
+            pass
+
+
+if __name__ == "__main__":
+    main()
