@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, engine, sampler
-from .checkpoint import find_tokenizer, free_memory, make_model, pick_device, pick_dtype
+from .checkpoint import find_tokenizer, make_model, pick_device, pick_dtype
 from .engine import RequestOutput as RequestOutput
+from .environment import REINSTALL, free_memory, limit_threads
 from .scheduler import first_come, least_recently_used, youngest
 from .tokenizer import load_tokenizer
 
@@ -67,7 +68,7 @@ def needed(what: str, name: str | None = None):
     except ModuleNotFoundError as error:
         gone = error.name or ""
     if gone.startswith(f"{__package__}."):
-        why = "is not there: reinstall microvllm (pip install --force-reinstall microvllm)"
+        why = f"is not there: {REINSTALL}"
         if not f"{__package__}.{name}".startswith(gone):  # another one, that it imports
             why = f"needs {gone.replace('.', '/')}, which {why}"
     else:
@@ -346,6 +347,8 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
             self.ranks = needed("tensor_parallel").Ranks(tensor_parallel, device)
             device = self.ranks.device
         device = pick_device(device)
+        if device.type == "cpu":
+            limit_threads()
         if prompt_lookup and device.type == "cuda":
             raise ValueError(
                 f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {device} a step "

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..environment import how_to_install
 from . import bench as speed
 from . import policies, roofline, terminal
 from .conversation import converse
@@ -139,7 +140,7 @@ def encode(llm: LLM, prompts: list[str], raw: bool) -> list[str] | list[list[int
 def check_watch(args: argparse.Namespace) -> None:
     """Refuse --watch where it cannot draw, before a model is loaded."""
     if args.watch and not find_spec("rich"):
-        raise ValueError("--watch draws with rich: pip install 'microvllm[watch]'")
+        raise ValueError(f"--watch draws with rich: {how_to_install('watch')}")
 
 
 def generate(args: argparse.Namespace, llm: LLM, prompts: list, params: SamplingParams, **options):

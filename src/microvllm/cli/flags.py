@@ -84,7 +84,7 @@ $ --file rows.jsonl    # each {"prompt": "...", "continuations": ["...", ...]}
 texts* PROMPT CONTINUATION  a prompt and what may follow it
 --file FILE                 such rows, in .jsonl, .json or .parquet
 """
-EVAL = """run tasks of lm-evaluation-harness (microvllm[eval])
+EVAL = """run tasks of lm-evaluation-harness (pip install -e '.[eval]')
 $ -m sft --tasks arc_easy,gsm8k --chat -o results.json
 $ -m base --tasks hellaswag --num-fewshot 10 --limit 200
 $ --tasks mine --include-path my_tasks/
@@ -179,7 +179,7 @@ policies, each by its name in `microvllm lab policies` or as FILE:FUNCTION:
 --victim POLICY     who is preempted when no block is free (youngest)
 --admission POLICY  who of the queue is next (first_come)
 """
-WATCH = "--watch  draw the blocks and the queue (microvllm[watch])\n"
+WATCH = "--watch  draw the blocks and the queue (pip install -e '.[watch]')\n"
 SAMPLING = """sampling:
 --max-tokens int N            at most (={max_tokens})
 --temperature float T         0: the likeliest always (={temperature})
@@ -188,7 +188,7 @@ SAMPLING = """sampling:
 --min-p float P               those this likely, as a share of the likeliest
 --repetition-penalty float X  above 1: repeat less
 --stop+ TEXT                  end before it; may be repeated
---guide FILE                  what they must fit: SamplingParams' guide, in JSON (microvllm[guided])
+--guide FILE                  what they must fit: SamplingParams' guide, in JSON ('.[guided]')
 --ignore-eos                  go on past the end of an answer
 --seed int N                  the same seed gives the same answers ({seed})
 """

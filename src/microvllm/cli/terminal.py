@@ -19,6 +19,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn
 
+from ..environment import REINSTALL
 from .bench import counters, guesses
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ class Parser(argparse.ArgumentParser):
     def tell(self, message: object) -> NoReturn:
         if isinstance(message, ModuleNotFoundError) and str(message.name).startswith("microvllm."):
             place = message.name.replace(".", "/")
-            remedy = "reinstall microvllm (pip install --force-reinstall microvllm)"
-            message = f"this command needs {place}, which is not there: {remedy}"
+            message = f"this command needs {place}, which is not there: {REINSTALL}"
         elif isinstance(message, Exception):
             message = self.name_flags(str(message))
         self.exit(2, f"{self.prog}: error: {plain(' '.join(str(message).split()))}\n")

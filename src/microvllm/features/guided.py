@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..engine import LLM
+from ..environment import how_to_install
 from ..sampler import SamplingParams, on
 from ..tokenizer import Tokenizer
 from . import check_list, check_text
@@ -31,7 +32,7 @@ def llguidance():
     try:
         import llguidance
     except ModuleNotFoundError:
-        what = "guide needs the package llguidance: pip install 'microvllm[guided]'"
+        what = f"guide needs the package llguidance: {how_to_install('guided')}"
         raise ImportError(what) from None
     return llguidance
 
