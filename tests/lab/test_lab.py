@@ -239,7 +239,7 @@ def test_an_install_without_the_lab_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(commands.speed, "ROOT", tmp_path)
     with pytest.raises(SystemExit):
         cli.main(["lab"])
-    assert "clone the project" in capsys.readouterr().err
+    assert "complete clone" in capsys.readouterr().err
 
 
 # the world ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..environment import how_to_install
+from ..environment import REINSTALL, how_to_install
 from . import bench as speed
 from . import policies, roofline, terminal
 from .conversation import converse
@@ -465,9 +465,7 @@ def quantize(args: argparse.Namespace) -> None:
 def lab(args: argparse.Namespace) -> None:
     """Run a program of lab/."""
     if not (speed.ROOT / "lab" / "__main__.py").is_file():
-        raise ValueError(
-            "the lab is not in this install: clone the project, and `pip install -e .` there"
-        )
+        raise ValueError(f"the lab is not in this installation: {REINSTALL}")
     sys.path.insert(0, str(speed.ROOT))
     from lab.__main__ import main
 
