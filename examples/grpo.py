@@ -36,6 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from examples.gpt import GPT, load
 from microvllm import LLM
 from microvllm.cli import terminal
+from microvllm.environment import how_to_install
 from microvllm.tokenizer import load_tokenizer
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -177,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         draw(curve, args.out / "grpo.png")
     except ImportError:
-        print("a picture needs matplotlib: pip install 'microvllm[lab]'")
+        print(f"a picture needs matplotlib: {how_to_install('lab')}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from microvllm.cli import terminal
+from microvllm.environment import how_to_install
 from microvllm.scheduler import Plan, Scheduler, Sequence
 
 KV_BYTES = 2 * 40 * 5120 * 2  # of a token: K and V, 40 layers, 5120 wide, two bytes each
@@ -210,7 +211,7 @@ class Parser(terminal.Parser):
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
-            self.error("plots need matplotlib: pip install 'microvllm[lab]', or give --no-plot")
+            self.error(f"plots need matplotlib: {how_to_install('lab')}, or give --no-plot")
         args.name = self.name
         return args
 

@@ -2,8 +2,9 @@ try:
     from importlib.util import find_spec
 
     if not find_spec("microvllm.cli"):
-        remedy = "reinstall microvllm (pip install --force-reinstall microvllm)"
-        raise SystemExit(f"the command line is in microvllm/cli, which is not there: {remedy}")
+        from .environment import REINSTALL
+
+        raise SystemExit(f"the command line is in microvllm/cli, which is not there: {REINSTALL}")
 
     from .cli import main
 

@@ -2,7 +2,7 @@
 
 model_<step>.pt is nanochat's state dict, meta_<step>.json the model's shape. The era follows from
 the names of the tensors, which must have exactly the names and shapes of an empty model's of that
-era. Nothing in a file is run. At the end: dtype, device and free memory.
+era. Nothing in a file is run. At the end: dtype and device.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .environment import free_memory
 from .model import GPT, RECIPES, GPTConfig, Recipe, rotary_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,23 +162,6 @@ def pick_device(name: str | torch.device) -> torch.device:
         # with its index, as its tensors have it: torch.device("cuda") != torch.device("cuda:0")
         device = torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may allocate: on the GPU, or of RAM within the container's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (meminfo := Path("/proc/meminfo")).exists():
-        free = int(re.search(r"MemAvailable:\s*(\d+)", meminfo.read_text())[1]) * 1024  # from kB
-    if (limits := Path("/proc/self/limits")).exists():  # `ulimit -v`
-        if limit := re.search(r"Max address space\s+(\d+)", limits.read_text()):
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            free = min(free, int(limit[1]) - pages * os.sysconf("SC_PAGE_SIZE"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text()))
-    return max(free, 0)
 
 
 def require_memory(what: str, wanted: int, free: int, remedy: str) -> None:

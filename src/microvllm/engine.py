@@ -26,11 +26,11 @@ from .attention import Batch, PagedKVCache, SequenceKVView, make_batch
 from .checkpoint import (
     _find_last_step,
     find_tokenizer,
-    free_memory,
     load_model,
     pick_device,
     require_memory,
 )
+from .environment import free_memory, limit_threads
 from .model import rotary_bytes
 from .sampler import SamplingParams, sample
 from .scheduler import BlockManager, Plan, Scheduler, Sequence, least_recently_used
@@ -151,6 +151,8 @@ class LLM(AbstractContextManager):
     ):  # fmt: skip
         policies = {k: options.pop(k) for k in options.keys() & {"victim", "admission", "eviction"}}
         device = pick_device(device)
+        if device.type == "cpu":
+            limit_threads()
         model = load_model(model_path, step, device, dtype, max_len=1, **options)
         tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
         self._assemble(

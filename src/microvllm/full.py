@@ -18,12 +18,12 @@ import torch
 from . import checkpoint, engine, sampler
 from .checkpoint import (
     find_tokenizer,
-    free_memory,
     make_model,
     pick_device,
     pick_dtype,
     require_memory,
 )
+from .environment import REINSTALL, free_memory, limit_threads
 from .model import rotary_bytes
 from .scheduler import first_come, least_recently_used, youngest
 from .tokenizer import load_tokenizer
@@ -77,7 +77,7 @@ def needed(what: str, name: str | None = None):
     except ModuleNotFoundError as error:
         gone = error.name or ""
     if gone.startswith(f"{__package__}."):
-        why = "is not there: reinstall microvllm (pip install --force-reinstall microvllm)"
+        why = f"is not there: {REINSTALL}"
         if not f"{__package__}.{name}".startswith(gone):  # another one, that it imports
             why = f"needs {gone.replace('.', '/')}, which {why}"
     else:
@@ -377,6 +377,8 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
             self.ranks = needed("tensor_parallel").Ranks(tensor_parallel, device)
             device = self.ranks.device
         device = pick_device(device)
+        if device.type == "cpu":
+            limit_threads()
         if prompt_lookup and device.type == "cuda":
             raise ValueError(
                 f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {device} a step "

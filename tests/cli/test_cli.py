@@ -165,7 +165,7 @@ def test_evaluations_name_the_package_that_they_need(mistake, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in ("microvllm.evals", "microvllm.evals.harness"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    assert "pip install 'microvllm[eval]'" in mistake("eval", "--tasks", "arc_easy")
+    assert "pip install -e '.[eval]'" in mistake("eval", "--tasks", "arc_easy")
 
 
 def test_a_model_that_completes_only_text_cannot_chat(mistake, monkeypatch):
@@ -528,7 +528,7 @@ def test_info_agrees_with_the_engine(era, command):
 
 def test_the_roofline_counts_what_a_decode_step_reads(command, monkeypatch):
     monkeypatch.setattr(roofline, "bandwidth", lambda device: 1e9)
-    monkeypatch.setattr("microvllm.checkpoint.free_memory", lambda device: 10**9)
+    monkeypatch.setattr("microvllm.environment.free_memory", lambda device: 10**9)
     found = json.loads(command("info", "--json", "--dtype", "bfloat16")[0])
     file = torch.load(MODEL / "model_011414.pt", weights_only=True, mmap=True)
     read = sum(2 * w.numel() for key, w in file.items() if "wte" not in key)
@@ -798,5 +798,5 @@ def test_watch_draws_beside_the_answers(command):
 
 def test_watch_without_rich_says_what_to_install(mistake, monkeypatch):
     monkeypatch.setattr(commands, "find_spec", lambda name: None)
-    assert "pip install 'microvllm[watch]'" in mistake("run", "--watch", "hi")
-    assert "microvllm[watch]" in mistake("bench", "--watch")
+    assert "pip install -e '.[watch]'" in mistake("run", "--watch", "hi")
+    assert "pip install -e '.[watch]'" in mistake("bench", "--watch")

@@ -252,7 +252,7 @@ def test_alpaca_says_what_parquet_needs(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
     file = tmp_path / "rows.parquet"
     line = mistake(test_alpaca, capsys, monkeypatch, "--prompts-file", str(file))
-    assert "pip install 'microvllm[parquet]'" in line
+    assert "pip install -e '.[parquet]'" in line
 
 
 @pytest.mark.parametrize(

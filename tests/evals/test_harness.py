@@ -13,7 +13,7 @@ from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import load_model
 from microvllm.sampler import cap_logits
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness: pip install 'microvllm[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness: pip install -e '.[eval]'")
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 

@@ -446,7 +446,7 @@ def test_a_tokenizer_that_cannot_spell_every_text_is_refused():
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ImportError, match=r"pip install 'microvllm\[guided\]'$") as error:
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[guided\]' in ") as error:
         SamplingParams(guide=GUIDES["choices"])
     assert error.value.__suppress_context__
     SamplingParams(max_tokens=3)

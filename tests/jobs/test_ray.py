@@ -27,7 +27,7 @@ FLAGS = ["--num-blocks", "200", "--max-batch-size", "8", "--device", "cpu", "--m
 @pytest.fixture(scope="module")
 def cluster():
     """Two nodes of one CPU each: (the cluster, the node that may die)."""
-    pytest.importorskip("ray.data", reason="needs pip install 'microvllm[ray]'")
+    pytest.importorskip("ray.data", reason="needs pip install -e '.[ray]'")
     if sys.platform != "linux":
         pytest.skip("127.0.0.2 is an address of this machine on Linux only")
     from ray.cluster_utils import Cluster
@@ -158,7 +158,7 @@ outcomes.close()
 
 
 def test_a_cluster_that_is_started_here_is_open_to_this_machine_alone(tmp_path):
-    pytest.importorskip("ray.data", reason="needs pip install 'microvllm[ray]'")
+    pytest.importorskip("ray.data", reason="needs pip install -e '.[ray]'")
     if sys.platform != "linux":
         pytest.skip("what listens is read from Linux's /proc")
     (tmp_path / "in.jsonl").write_text('{"prompt": "It was"}\n')

@@ -196,7 +196,7 @@ def test_no_torch_is_needed_and_matplotlib_only_to_plot(tmp_path):
 
     assert call("--no-plot").returncode == 0
     told = call()
-    assert told.returncode == 2 and "pip install 'microvllm[lab]'" in told.stderr
+    assert told.returncode == 2 and "pip install -e '.[lab]'" in told.stderr
 
 
 # the command --------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_an_install_without_the_lab_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(commands.speed, "ROOT", tmp_path)
     with pytest.raises(SystemExit):
         cli.main(["lab"])
-    assert "clone the project" in capsys.readouterr().err
+    assert "complete clone" in capsys.readouterr().err
 
 
 # the world ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from conftest import ERAS, MODEL, PACKAGE, ROOT, SRC, Fixture, era_fixtures, han
 from microvllm import LLM, SamplingParams, attention, engine, full, model
 from microvllm.sampler import cap_logits, noise, truncate
 
-CORE = "__init__ engine scheduler model attention sampler tokenizer checkpoint".split()
+CORE = "__init__ engine scheduler model attention sampler tokenizer checkpoint environment".split()
 ROOMS = "features fused cpu gpu sources quantize trace jobs evals nanochat cli".split()
 FEATURES = sorted(p.stem for p in (PACKAGE / "features").glob("*.py") if p.stem != "__init__")
 HIDDEN = ["numba", "llvmlite", "triton", "tqdm"]  # what no core needs
@@ -158,13 +158,14 @@ def era_jobs() -> list[dict]:
 
 @pytest.mark.slow
 def test_the_core_runs_alone(tmp_path):
-    """Eight files in an empty folder, and torch, numpy, tiktoken and xxhash: nanochat's tokens for
-    every era, the full engine's seeded tokens, and everything that alone.tour checks."""
+    """Nine files in an empty folder, and the packages that they import: nanochat's tokens for every
+    era, the full engine's seeded tokens, and everything that alone.tour checks."""
     folder = tmp_path / "microvllm"
     folder.mkdir()
     for name in CORE:
         shutil.copy(PACKAGE / f"{name}.py", folder)
-    allowed = set(environment("torch", "numpy", "tiktoken", "xxhash")) - {*HIDDEN, "microvllm"}
+    packages = environment("torch", "numpy", "tiktoken", "xxhash", "psutil")
+    allowed = {*packages} - {*HIDDEN, "microvllm"}
     found = run_alone(
         folder=tmp_path, allowed=sorted(allowed), hidden=HIDDEN, model=MODEL, eras=era_jobs(),
         seeded={"prompts": PROMPTS, "params": SEEDED},

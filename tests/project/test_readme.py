@@ -13,7 +13,7 @@ import pytest
 from conftest import MODEL, PACKAGE, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CORE = "__init__ attention checkpoint engine model sampler scheduler tokenizer".split()
+CORE = "__init__ attention checkpoint engine environment model sampler scheduler tokenizer".split()
 
 
 def blocks(language: str, text: str = README) -> list[str]:

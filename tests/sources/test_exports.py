@@ -421,6 +421,6 @@ def test_padding_that_does_not_fit_is_refused(tmp_path):
 
 def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with refused(ImportError, "pip install 'microvllm[hf]'"):
+    with refused(ImportError, "pip install -e '.[hf]'"):
         convert(FIXTURES["era5"].directory, tmp_path / "hf", ERAS / "tokenizer")
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ERAS, SRC
 
-pytest.importorskip("huggingface_hub", reason="pip install 'microvllm[hf]'")
+pytest.importorskip("huggingface_hub", reason="pip install -e '.[hf]'")
 
 COMMIT = "a" * 40
 FOLDER = ERAS / "hf_era1_padded"

@@ -307,7 +307,7 @@ def test_a_folder_that_is_broken_is_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"config.json holds no JSON object: \[1\]"):
         load(folder)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"pip install 'microvllm\[hf\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[hf\]'"):
         load(HF)
 
 
@@ -621,7 +621,7 @@ def test_a_gated_repository_says_how_to_get_in(hub, monkeypatch):
 def test_without_huggingface_hub_the_error_says_what_to_install(base, monkeypatch):
     """And that there is no such directory: more often than not, that is what was meant."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FileNotFoundError, match=r"no directory a/b;.*install 'microvllm\[hf\]'"):
+    with pytest.raises(FileNotFoundError, match=r"no directory a/b;.*install -e '\.\[hf\]'"):
         find_checkpoint("a/b")
 
 

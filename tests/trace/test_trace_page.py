@@ -1,6 +1,6 @@
 """The trace page in a real browser: it shows what the trace says, and runs nothing else.
 
-Needs playwright (`pip install 'microvllm[browser]'`) and a chromium of the system's.
+Needs playwright (`pip install -e '.[browser]'`) and a chromium of the system's.
 """
 
 import json

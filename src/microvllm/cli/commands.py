@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..environment import REINSTALL, how_to_install
 from . import bench as speed
 from . import policies, roofline, terminal
 from .conversation import converse
@@ -151,7 +152,7 @@ def encode(llm: LLM, prompts: list[str], raw: bool) -> list[str] | list[list[int
 def check_watch(args: argparse.Namespace) -> None:
     """Refuse --watch where it cannot draw, before a model is loaded."""
     if args.watch and not find_spec("rich"):
-        raise ValueError("--watch draws with rich: pip install 'microvllm[watch]'")
+        raise ValueError(f"--watch draws with rich: {how_to_install('watch')}")
 
 
 def generate(args: argparse.Namespace, llm: LLM, prompts: list, params: SamplingParams, **options):
@@ -540,9 +541,7 @@ def quantize(args: argparse.Namespace) -> None:
 def lab(args: argparse.Namespace) -> None:
     """Run a program of lab/."""
     if not (speed.ROOT / "lab" / "__main__.py").is_file():
-        raise ValueError(
-            "the lab is not in this install: clone the project, and `pip install -e .` there"
-        )
+        raise ValueError(f"the lab is not in this installation: {REINSTALL}")
     sys.path.insert(0, str(speed.ROOT))
     from lab.__main__ import main
 

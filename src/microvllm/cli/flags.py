@@ -102,7 +102,7 @@ $ --file rows.jsonl   # {"prompt": "...", "continuations": [...]}
 texts* PROMPT CONTINUATION  a prompt, then its continuations
 --file FILE                 read prompts and continuations from a .jsonl, .json or .parquet file
 """
-EVAL = """run tasks of lm-evaluation-harness (needs microvllm[eval])
+EVAL = """run tasks of lm-evaluation-harness (pip install -e '.[eval]')
 $ -m sft --tasks arc_easy,gsm8k --chat -o results.json
 $ -m base --tasks hellaswag --num-fewshot 10 --limit 200
 $ --tasks mine --include-path my_tasks/
@@ -232,7 +232,7 @@ policies, each a name of `microvllm lab policies` or FILE.py:FUNCTION:
 --victim POLICY     which running sequence is interrupted when no block is free (default: youngest)
 --admission POLICY  which waiting sequence runs next (default: first_come)
 """
-WATCH = "--watch  draw the blocks and the queue in the terminal (needs microvllm[watch])\n"
+WATCH = "--watch  draw the blocks and the queue in the terminal (pip install -e '.[watch]')\n"
 SAMPLING = """sampling:
 --max-tokens int N            maximum number of new tokens (={max_tokens})
 --temperature float T         randomness; 0 always takes the likeliest token (={temperature})
@@ -245,8 +245,8 @@ SAMPLING = """sampling:
                               (default: 1)
 --stop+ TEXT                  end the answer before TEXT; may be repeated
 --guide FILE                  allow only answers that match the JSON schema, regex or choices in \
-                              FILE, a JSON object such as {{"regex": "[0-9]+"}} (needs \
-                              microvllm[guided])
+                              FILE, a JSON object such as {{"regex": "[0-9]+"}} (pip install \
+                              -e '.[guided]')
 --ignore-eos                  generate --max-tokens tokens, even if the model ends the answer
 --seed int N                  random seed; the same seed gives the same answers ({seed})
 """

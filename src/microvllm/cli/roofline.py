@@ -67,7 +67,8 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
     """What a checkpoint is, and what running it on the device takes: in a dtype or the few bits
     that its file has, and in each precision that the engine has there. Limits are half way through
     the context."""
-    from ..checkpoint import free_memory, pick_dtype
+    from ..checkpoint import pick_dtype
+    from ..environment import free_memory
     from ..features.windows import group_layers, most_blocks
     from ..full import stored_as
     from ..model import layer_windows

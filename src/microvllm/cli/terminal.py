@@ -21,6 +21,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ..environment import REINSTALL
 from .bench import counters, guesses
 
 if TYPE_CHECKING:
@@ -120,8 +121,7 @@ class Parser(argparse.ArgumentParser):
     def tell(self, message: object) -> NoReturn:
         if isinstance(message, ModuleNotFoundError) and str(message.name).startswith("microvllm."):
             place = message.name.replace(".", "/")
-            remedy = "reinstall microvllm (pip install --force-reinstall microvllm)"
-            message = f"this command needs {place}, which is not there: {remedy}"
+            message = f"this command needs {place}, which is not there: {REINSTALL}"
         elif isinstance(message, OSError):
             message = self.name_flags(path_problem(message))
         elif isinstance(message, Exception):

@@ -19,6 +19,8 @@ import re
 from itertools import chain
 from pathlib import Path
 
+from ..environment import how_to_install
+
 try:
     import lm_eval.models  # noqa: F401, which the harness leaves out once one model is registered
     from lm_eval.api.model import TemplateLM
@@ -30,7 +32,7 @@ try:
         simple_parse_args_string,
     )
 except ImportError as error:
-    what = f"evaluations need lm-eval 0.4.10 or later ({error}): pip install 'microvllm[eval]'"
+    what = f"evaluations need lm-eval 0.4.10 or later ({error}): {how_to_install('eval')}"
     raise ModuleNotFoundError(what, name=error.name) from None
 
 COUNTERS = "prompt_tokens cached_tokens output_tokens prefill_seconds decode_seconds".split()

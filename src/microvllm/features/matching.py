@@ -45,7 +45,7 @@ def llguidance():
     try:
         import llguidance
     except ModuleNotFoundError:
-        what = "guide needs the package llguidance: pip install 'microvllm[guided]'"
+        what = "guide needs the package llguidance: pip install -e '.[guided]' in the clone of microvllm"
         raise ImportError(what) from None
     return llguidance
 

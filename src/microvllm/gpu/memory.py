@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import torch
 
-from ..checkpoint import free_memory
 from ..engine import LLM, Request, make_batch
+from ..environment import free_memory
 from ..scheduler import Plan
 
 

@@ -5,11 +5,12 @@ in pinned memory, from which the card reads by itself: while it does, the next p
     card                        | buffer 0            | buffer 1            | buffer 0
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from ..environment import available_cpus
 
 PIECE = 2**24  # bytes of a buffer
 THREADS = 8  # at most: a few cores read memory as fast as all
@@ -22,7 +23,7 @@ class Uploader:
         self.device = device
         self.buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self.read: list[torch.cuda.Event | None] = [None, None]  # when the card has read a buffer
-        self.threads = min(THREADS, os.cpu_count() or 1)
+        self.threads = min(THREADS, available_cpus())
         self.pool = ThreadPoolExecutor(self.threads)
 
     def fill(self, target: Tensor, source: Tensor) -> None:

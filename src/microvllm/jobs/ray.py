@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from ..environment import how_to_install
 from .job import Ask, Job, Outcome, answer, failed
 from .rows import import_pyarrow, parse, schema, to_table
 
@@ -108,7 +109,7 @@ def answer_on_ray(
     try:
         import ray.data
     except ImportError:
-        raise ImportError("replicas need Ray: pip install 'microvllm[ray]'") from None
+        raise ImportError(f"replicas need Ray: {how_to_install('ray')}") from None
     pa, blocks = import_pyarrow(), []
     for name in ("ray", "ray.data"):  # which tells its plans, where a job has its bar
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..environment import how_to_install
+
 MAX_LINE = 2**24  # bytes of a row; what is longer is no prompt
 MAX_UNFOLDED = 2**28  # bytes of a row group, or 64 times what it is compressed
 MAX_ROWS = 2**22  # and 64 for each byte, of Parquet: a column of nulls takes no room
@@ -103,7 +105,7 @@ def import_pyarrow():
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ImportError("Parquet needs pyarrow: pip install 'microvllm[parquet]'") from None
+        raise ImportError(f"Parquet needs pyarrow: {how_to_install('parquet')}") from None
     return pyarrow
 
 

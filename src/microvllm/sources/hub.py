@@ -7,6 +7,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from ..environment import how_to_install
+
 
 def hub_answers(timeout: float = 3.0) -> bool:
     """Whether the hub is there. Its own packages would retry for half a minute."""
@@ -39,8 +41,8 @@ def fetch(name: str, step: int | None) -> Path:
         from huggingface_hub.utils import RepositoryNotFoundError
     except ImportError:
         raise FileNotFoundError(
-            f"there is no directory {name}; if it is a repository on the Hugging Face hub, "
-            "pip install 'microvllm[hf]' to fetch it"
+            f"there is no directory {name}; if it is a repository on the Hugging Face hub, what "
+            f"fetches it is missing: {how_to_install('hf')}"
         ) from None
     repo, folder = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     denied = FileNotFoundError(

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ..environment import how_to_install
 from ..model import GPTConfig
 from ..tokenizer import Tokenizer
 from . import strict, variants
@@ -153,8 +154,8 @@ def import_safetensors(directory: Path) -> ModuleType:
     try:
         import safetensors.torch
     except ImportError:
-        remedy = "pip install 'microvllm[hf]', which has safetensors"
-        raise ImportError(f"{directory} is in Hugging Face's format: {remedy}") from None
+        why = f"{directory} is in Hugging Face's format, which needs safetensors"
+        raise ImportError(f"{why}: {how_to_install('hf')}") from None
     return safetensors.torch
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 from ..engine import LLM
+from ..environment import how_to_install
 from ..scheduler import Scheduler
 from .events import Trace
 
@@ -21,7 +22,7 @@ def watching(llm: LLM, console=None) -> Iterator[None]:
         from rich.console import Console, Group
         from rich.live import Live
     except ImportError:
-        raise ImportError("the picture is drawn by rich: pip install 'microvllm[watch]'") from None
+        raise ImportError(f"the picture is drawn by rich: {how_to_install('watch')}") from None
 
     console = console or Console(stderr=True)
     drawn, past = 0.0, deque([(time.perf_counter(), llm.stats())], 16)

@@ -1,0 +1,173 @@
+"""What may this process use of the machine, and how is a missing package installed?
+
+A container sees the memory and the processors of its whole host. What it may use of them is in its
+control groups (cgroups), of version 1 or 2, which only Linux has. A group lies in others, and the
+limits of all of them hold:
+
+    /proc/self/cgroup     version 2: 0::/user/job        version 1: 4:memory:/user/job
+    limits                /sys/fs/cgroup/user/job        /sys/fs/cgroup/memory/user/job
+                          /sys/fs/cgroup/user            /sys/fs/cgroup/memory/user
+                          /sys/fs/cgroup                 /sys/fs/cgroup/memory
+
+In a container these paths are often the host's, and only the last folder is there: it is the
+container's own group.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:  # it takes a second, and a message of the command line needs none of it
+    import torch
+
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+# memory -------------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may allocate: on the GPU, or of RAM within the limits of the process
+    (`ulimit -v`) and of its control groups."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    free = [psutil.virtual_memory().available, *_free_addresses(), *_free_in_cgroups()]
+    return max(min(free), 0)
+
+
+def _free_addresses() -> Iterator[int]:
+    """Bytes that are left of the process's address space, where it has a limit."""
+    process = psutil.Process()
+    if hasattr(process, "rlimit"):  # Linux and FreeBSD
+        limit, _ = process.rlimit(psutil.RLIMIT_AS)
+        if limit != psutil.RLIM_INFINITY:
+            yield limit - process.memory_info().vms
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """Bytes that are left in each control group that has a limit. Cached files count as free, as
+    they do in MemAvailable: the kernel drops them when memory is needed."""
+    for group in _cgroups("memory"):
+        limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+        prefix = ""
+        if limit is None:  # version 1, whose values with this prefix include the groups inside
+            limit = _number(group / "memory.limit_in_bytes")
+            used = _number(group / "memory.usage_in_bytes")
+            prefix = "total_"
+        if limit is not None and used is not None:
+            # of a file that is mapped or was read twice, and of others; "file" and "cache" would
+            # include tmpfs, which cannot be dropped
+            pattern = rf"^{prefix}(?:in)?active_file (\d+)$"
+            cached = sum(map(int, re.findall(pattern, _text(group / "memory.stat"), re.M)))
+            yield limit - max(used - cached, 0)
+
+
+# processors ---------------------------------------------------------------------------------------
+
+
+def available_cpus() -> int:
+    """How many processors this process may use at once, at least 1: those that it may run on, or
+    fewer where a control group has a quota of processor time. A quota of 1.5 processors counts as
+    2."""
+    return min([_allowed_cpus(), *_cpu_quotas()])
+
+
+def _allowed_cpus() -> int:
+    """The processors that this process may run on (`taskset`)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    process = psutil.Process()
+    if hasattr(process, "cpu_affinity"):  # Windows
+        return len(process.cpu_affinity())
+    return os.cpu_count() or 1
+
+
+def _cpu_quotas() -> Iterator[int]:
+    """The quota of each control group that has one, in processors, rounded up."""
+    for group in _cgroups("cpu"):
+        quota = _number(group / "cpu.cfs_quota_us")  # version 1; -1 is none
+        period = _number(group / "cpu.cfs_period_us")
+        words = _text(group / "cpu.max").split()  # version 2: "150000 100000", or "max 100000"
+        if len(words) == 2 and all(word.isdigit() for word in words):
+            quota, period = map(int, words)
+        if quota and period and quota > 0:
+            yield -(-quota // period)
+
+
+def limit_threads() -> None:
+    """Let torch compute on at most `available_cpus()` threads. More would take turns, and wait for
+    each other at the end of each operation. A number of threads that the user chose stays: in the
+    environment (OMP_NUM_THREADS, MKL_NUM_THREADS), or by torch.set_num_threads a number that torch
+    does not choose by itself."""
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ:
+        return
+    logical = os.cpu_count() or 1
+    physical = psutil.cpu_count(logical=False) or logical
+    allowed = _allowed_cpus()
+    chosen_by_torch = {logical, physical, allowed, allowed * physical // logical}
+    threads, most = torch.get_num_threads(), available_cpus()
+    if threads > most and threads in chosen_by_torch:
+        torch.set_num_threads(most)
+
+
+# control groups -----------------------------------------------------------------------------------
+
+
+def _cgroups(controller: str) -> Iterator[Path]:
+    """The folders of the control groups that limit this process, its own first. controller:
+    "memory" or "cpu"."""
+    for line in _text(PROC / "self" / "cgroup").splitlines():
+        words = line.split(":", 2)
+        if len(words) < 3:
+            continue
+        _, names, path = words
+        if not names:  # version 2, which has all controllers in one tree
+            mount = CGROUPS
+        elif controller in names.split(","):
+            mount = CGROUPS / names
+            if not mount.is_dir():  # of "cpu,cpuacct"
+                mount = CGROUPS / controller
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        if ".." in parts:  # a group outside of what the container sees
+            parts = []
+        for count in range(len(parts), -1, -1):
+            yield mount.joinpath(*parts[:count])
+
+
+def _text(file: Path) -> str:
+    """What is in a file of the kernel's, "" if it cannot be read."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None for another word, such as "max", or if there is no such file."""
+    text = _text(file).strip()
+    return int(text) if text.lstrip("-").isdigit() else None
+
+
+# packages -----------------------------------------------------------------------------------------
+
+# microvllm is on no package index: it is installed from a clone. Editable (-e) as the README has
+# it, since a copy would take the place of an editable installation
+REINSTALL = "reinstall microvllm (pip install -e . in a complete clone of it)"
+
+
+def how_to_install(extra: str) -> str:
+    """What to type for a package that a feature needs. extra: its name in pyproject.toml."""
+    return f"pip install -e '.[{extra}]' in the clone of microvllm"
