@@ -1,8 +1,8 @@
 """The engine in Jupyter: cells are run by a real kernel and interrupted, and what they show is
 looked at in a real browser.
 
-Needs nbclient and ipykernel, the browser playwright and a chromium (`pip install
-'microvllm[notebook,browser]'`).
+Needs nbclient, ipykernel and playwright (`pip install 'microvllm[browser]'`) and a chromium of the
+system's.
 """
 
 import html

@@ -16,6 +16,7 @@ from test_trace import Traced, filled
 
 from microvllm import LLM, SamplingParams
 from microvllm.trace import TEMPLATE, Replay, write_comparison, write_page
+from microvllm.trace.formats import make_frame
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 HOSTILE = "</script><img src=x onerror='window.hit=1'><!-- & \u2028 {} <b>bold</b>"
@@ -35,8 +36,6 @@ def browser():
             "no-sandbox disable-gpu disable-dev-shm-usage no-first-run disable-sync disable-quic"
         )
         flags += " disable-background-networking disable-component-update"
-        # playwright may lose a frame that gets a process of its own
-        flags += " disable-features=IsolateSandboxedIframes"
         try:
             args = [f"--{flag}" for flag in flags.split()]
             found = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
@@ -546,3 +545,27 @@ def test_characters_of_several_tokens_are_put_together(show):
     assert shown.replace("\ufffd", "") in f"<|bos|>{text}" and "été » 雪" in shown
     tokens = page.evaluate("[...tokensOf(0, 0, 16).children].map(n => n.textContent)")
     assert tokens[1:] == [p.decode("utf-8", "backslashreplace") for p in pieces[:15]]
+
+
+@pytest.mark.parametrize("style", ["display: none", "width: 0; height: 0", "width: 60px"])
+def test_the_page_in_a_frame_without_room_is_drawn_when_it_gets_some(
+    browser, events, tmp_path, style
+):
+    # it went on for ever, and with it whatever had the frame, such as a notebook's folded cell
+    frame = make_frame(events)
+    assert "width: 100%" in frame
+    path = tmp_path / "cell.html"
+    head = "<!DOCTYPE html><meta charset=utf-8>"
+    path.write_text(head + frame.replace("width: 100%", style), encoding="utf-8")
+    page, troubles = browser.new_page(viewport={"width": 1200, "height": 900}), []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(path.as_uri())
+    page.eval_on_selector("iframe", "e => e.style = 'display: block; width: 1000px; height: 700px'")
+    inside = page.frame_locator("iframe")
+    inside.locator("#last").click()
+    assert inside.locator("#where").inner_text().startswith("After the last step")
+    # the drawing has the new width
+    frame = page.frames[1]
+    frame.wait_for_function("document.querySelector('#grid').clientWidth > 400")
+    page.close()
+    assert not troubles

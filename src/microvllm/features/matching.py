@@ -45,8 +45,9 @@ def llguidance():
     try:
         import llguidance
     except ModuleNotFoundError:
-        what = "guide needs the package llguidance: pip install -e '.[guided]' in the clone of microvllm"
-        raise ImportError(what) from None
+        raise ImportError(
+            "guide needs the package llguidance: pip install -e '.[guided]' in the clone of microvllm"
+        ) from None
     return llguidance
 
 
