@@ -109,6 +109,7 @@ model CHECKPOINT     a directory, sft, base:d20, rl:d20:650, or owner/name on th
 -o! --output DIR     a new directory, or an empty one
 --step int N         training step of the checkpoint (the last one)
 --tokenizer-dir DIR  where tokenizer.pkl is (beside the model)
+--trust-tokenizer    take a tokenizer whose pattern is not nanochat's: it may take any time
 """
 QUANTIZE = """write a checkpoint in 8, 6, 5 or 4 bits, which then runs as any other
 $ sft -o my-model-4bit --bits 4
@@ -121,6 +122,7 @@ model CHECKPOINT     a directory, sft, base:d20, rl:d20:650, or owner/name on th
 --seed int N         of what the model writes (=0)
 --step int N         training step of the checkpoint (the last one)
 --tokenizer-dir DIR  where tokenizer.pkl is (beside the model)
+--trust-tokenizer    take a tokenizer whose pattern is not nanochat's: it may take any time
 --recipe+ NAME=VALUE  a constant that the weights cannot tell, such as softcap=20; may be repeated
 """
 LAB = """see what a paged KV cache does: the paper's figures, policies, exercises
@@ -155,6 +157,7 @@ MODEL = """model:
 """
 ENGINE = f"""{MODEL}-m --model --model-dir CHECKPOINT  {CHECKPOINT}
 --tokenizer-dir DIR           where tokenizer.pkl is (beside the model)
+--trust-tokenizer             take a tokenizer whose pattern is not nanochat's: it may take any time
 --quantization int8|int6|int5|int4|fp8  of matrices: fp8 on a GPU, the others on a CPU
 --kv-cache-dtype auto|int8    of K and V: int8 on a CPU (=auto)
 --num-blocks int N            blocks of the KV cache (what memory allows)
