@@ -28,7 +28,7 @@ import torch
 from microvllm.checkpoint import empty_model
 from microvllm.model import RECIPES, GPTConfig
 from microvllm.sources import huggingface
-from microvllm.sources.strict import make_config
+from microvllm.sources.strict import PATTERN, make_config
 
 SPECIAL = (
     "bos", "user_start", "user_end", "assistant_start", "assistant_end",
@@ -114,7 +114,7 @@ def random_tokenizer(vocab: int) -> tiktoken.Encoding:
     tokens = [bytes([byte]) for byte in range(256)] + [bytes(w) for w in islice(words, num_words)]
     return tiktoken.Encoding(
         "rustbpe",
-        pat_str=r"\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}]+",
+        pat_str=PATTERN,
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
         special_tokens={f"<|{name}|>": len(tokens) + i for i, name in enumerate(SPECIAL)},
     )

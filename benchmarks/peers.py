@@ -62,7 +62,7 @@ def microvllm(options: dict) -> Callable[[dict], dict]:
     blocks = options["kv_gib"] * 2**30 // (token_bytes * block_size)
     llm = LLM(
         options["folder"], device="cpu", num_blocks=blocks, block_size=block_size,
-        max_model_len=options["max_len"], **settings,
+        max_model_len=options["max_len"], trust_tokenizer=True, **settings,
     )  # fmt: skip
     llm.cache.data.zero_()  # the pool's pages exist once they are written; vLLM's do from its start
 

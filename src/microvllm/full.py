@@ -336,7 +336,8 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
     the engine runs a step, and its former one again after the step: two engines may have different
     numbers, and a training beside them keeps its own. trace: a file to write events to, see trace/;
     plain: run the core's own model and attention, slowly, so that a breakpoint in model.py is
-    reached.
+    reached; trust_tokenizer: take a tokenizer's file also if its pattern is none of nanochat's
+    (such a pattern may take any time and memory for a text).
 
     Prompts may be one list, array or tensor of token ids, too, or a matrix with a prompt in each
     row. Outputs also have mask (0 for the tokens that a tool forced, else 1; in events of a stream,
@@ -355,7 +356,8 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
         tokenizer=None, copy=False, gpu_memory_utilization=None, cuda_graphs=True,
         quantization=None, kv_cache_dtype="auto", deterministic=False, prompt_lookup=0,
         tensor_parallel=1, trace=None, victim=youngest, admission=first_come,
-        eviction=least_recently_used, plain=False, num_threads=None, **overrides,
+        eviction=least_recently_used, plain=False, num_threads=None, trust_tokenizer=False,
+        **overrides,
     ):  # fmt: skip
         given = locals()
         policies = {"victim": victim, "admission": admission, "eviction": eviction}
@@ -423,7 +425,7 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
                 wrap = needed("tokenizer").wrap_tokenizer
                 tokenizer = wrap(tokenizer, self.model.config.vocab_size)
             elif places := optional("sources.places"):
-                tokenizer = places.open_tokenizer(model_path, tokenizer_path)
+                tokenizer = places.open_tokenizer(model_path, tokenizer_path, trust_tokenizer)
             else:
                 tokenizer = load_tokenizer(find_tokenizer(model_path, tokenizer_path))
             self.name = Path(model_path).name if model_path else type(model).__name__

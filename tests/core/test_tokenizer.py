@@ -13,7 +13,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microvllm.sources.strict import StrictTokenizer
+from microvllm.sources.strict import PATTERN, StrictTokenizer
 from microvllm.tokenizer import Tokenizer, load_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "nanochat_eras"
@@ -34,7 +34,7 @@ def parts(**changes):
     """The arguments of a valid little tokenizer, some of them changed."""
     return {
         "name": "bytes",
-        "pat_str": r"\s+|\S+",
+        "pat_str": PATTERN,
         "mergeable_ranks": {bytes([i]): i for i in range(256)},
         "special_tokens": {"<|bos|>": 256},
     } | changes

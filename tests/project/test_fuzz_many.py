@@ -319,7 +319,7 @@ class Tokenizers:
             "model": {"type": "BPE", "vocab": {chr(c): i for i, c in enumerate(letters)},
                       "merges": []},
             "pre_tokenizer": {"pretokenizers": [
-                {"pattern": {"Regex": r"\s+|\S+"}, "behavior": "Isolated", "invert": False},
+                {"pattern": {"Regex": strict.PATTERN}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]},
             "normalizer": None, "added_tokens": [{"content": "<|bos|>", "id": 256}],
         }  # fmt: skip

@@ -3,11 +3,15 @@
 import os
 
 import pytest
+import tiktoken
+from conftest import Fixture, era_fixtures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import BYTES, TOY_FILE, dumps, encoding_with, parts, repr_bomb, write
 
-from microvllm.sources.strict import _PATTERN, StrictTokenizer, open_tokenizer
+from microvllm import LLM, cli
+from microvllm.sources.strict import PATTERN, StrictTokenizer, open_tokenizer
+from microvllm.tokenizer import load_tokenizer
 
 
 def test_a_file_far_too_large_is_not_even_read(tmp_path):
@@ -36,9 +40,8 @@ def test_a_damaged_tokenizer_is_refused_or_still_one(tmp_path_factory, position,
     [
         ({"name": 5}, "name and pat_str must be strings"),
         ({"pat_str": b"."}, "name and pat_str must be strings"),
-        ({"pat_str": "("}, "parenthesis"),
-        ({"pat_str": ""}, "cannot be split|pat_str loses text"),
-        ({"pat_str": "[a-z]+"}, "pat_str loses text"),
+        ({"pat_str": "("}, "none of nanochat's"),
+        ({"pat_str": ""}, "none of nanochat's"),
         ({"mergeable_ranks": {}}, "special_tokens must use each id from 0 to 0"),
         ({"mergeable_ranks": [b"a"]}, "the pickle instruction EMPTY_LIST"),
         ({"mergeable_ranks": "ab"}, "mergeable_ranks is str"),
@@ -83,47 +86,79 @@ def test_blanks_are_counted_in_a_run():
 
 @pytest.mark.parametrize("most", range(1, 10))
 def test_nanochats_pattern_is_admitted(most):
-    pattern = _PATTERN.replace("{1,2}", f"{{1,{most}}}")
+    pattern = PATTERN.replace("{1,2}", f"{{1,{most}}}")
     assert pattern.count(f"N}}{{1,{most}}}") == 1
     tokenizer = StrictTokenizer(**parts(pat_str=pattern))
     assert tokenizer.decode(tokenizer.encode("In 1984, it's  so\n\n ")) == "In 1984, it's  so\n\n "
 
 
-@pytest.mark.parametrize(
-    "pattern", [r"\s+|\S+", r"(?i:a{1,1000})|[\s\S]", r" ?\p{L}+|\p{N}+|\s+|[^\s\p{L}\p{N}]+"]
-)
-def test_a_short_pattern_of_a_linear_engine_is_admitted(pattern):
-    assert StrictTokenizer(**parts(pat_str=pattern)).encode("aé")
+LINEAR = r"\s+|\S+", r"(?i:a{1,1000})|[\s\S]", r" ?\p{L}+|\p{N}+|\s+|[^\s\p{L}\p{N}]+"
+QUADRATIC = r"(?s:.*?\x01)|[\s\S]", r"(?:.*?x){1,30}|[\s\S]"  # no rule of syntax tells these apart
+OTHERS = [
+    *LINEAR, *QUADRATIC,
+    r"(?<=a{1,10000000})b|[\s\S]",  # took 1.6 GB
+    r"(?<=a{1,1000000000})b|[\s\S]",  # was killed
+    r"((a{100}){100}){100}|[\s\S]",
+    r"(?!([\s\S]{0,9})([\s\S]{0,9})\1\2~)[\s\S]",  # slow at each character
+    r"(a)\1|[\s\S]",
+    r"a++|[\s\S]",
+    PATTERN + "|(?<=a)b",
+    PATTERN + " ",
+    PATTERN.replace("{1,2}", "{1,99999}"),
+    PATTERN.replace("{1,2}", "{1,10}"),
+    "a|" * 600_000 + r"[\s\S]",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "pattern, what",
-    [
-        (r"(?<=a{1,10000000})b|[\s\S]", "repeats"),  # took 1.6 GB
-        (r"(?<=a{1,1000000000})b|[\s\S]", "repeats"),  # was killed
-        (r"((a{100}){100}){100}|[\s\S]", "repeats"),
-        (r"a{1001}|[\s\S]", "repeats"),
-        (r"(?!([\s\S]{0,9})([\s\S]{0,9})\1\2~)[\s\S]", "lookaround"),  # slow at each character
-        (r"(?<=a)b|[\s\S]", "lookaround"),
-        (r"(?<!a)b|[\s\S]", "lookaround"),
-        (r"(?=a)a|[\s\S]", "lookaround"),
-        (r"(?>a+)|[\s\S]", "lookaround"),
-        (r"(?P<x>a)(?P=x)|[\s\S]", "lookaround"),
-        (r"(a)\1|[\s\S]", "a backreference"),
-        (r"(a)\k<1>|[\s\S]", "a backreference"),
-        (r"a++|[\s\S]", "a possessive"),
-        (r"a{1,2}+|[\s\S]", "a possessive"),
-        (r"(?x: a{1,2} +)|[\s\S]", "a possessive"),
-        (_PATTERN + "|(?<=a)b", "lookaround"),
-        (_PATTERN.replace("{1,2}", "{1,99999}"), "repeats"),
-        ("a|" * 600 + r"[\s\S]", "1,206 characters"),
-    ],
-)
-def test_a_pattern_that_may_take_any_memory_or_time_is_refused(pattern, what, tmp_path):
+@pytest.mark.parametrize("pattern", OTHERS, ids=lambda pattern: pattern[:40])
+def test_a_pattern_that_is_none_of_nanochats_is_refused_unless_it_is_trusted(pattern, tmp_path):
     file = write(tmp_path, dumps(encoding_with(parts(pat_str=pattern))))
-    with pytest.raises(ValueError, match=f"pat_str is not nanochat's, and has .*{what}") as error:
+    with pytest.raises(ValueError, match="none of nanochat's.*trust_tokenizer=True") as error:
         open_tokenizer(file)
     assert str(file) in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("pattern", [*LINEAR, *QUADRATIC, r"a++|[\s\S]", PATTERN + "|(?<=a)b"])
+def test_a_pattern_of_any_kind_is_taken_if_it_is_trusted_and_loses_no_text(pattern, tmp_path):
+    file = write(tmp_path, dumps(encoding_with(parts(pat_str=pattern))))
+    tokenizer = open_tokenizer(file, trust=True)
+    assert tokenizer.decode(tokenizer.encode("aé 12")) == "aé 12"
+    for wrong in ("[a-z]+", "", "("):
+        file = write(tmp_path, dumps(encoding_with(parts(pat_str=wrong))))
+        with pytest.raises(ValueError, match="pat_str loses text|cannot be split|parenthesis"):
+            open_tokenizer(file, trust=True)
+
+
+def test_the_engine_and_the_commands_take_other_patterns_where_they_are_told_to(
+    tmp_path, capsys, monkeypatch
+):
+    fixture = Fixture(*era_fixtures()["era1_padded"])
+    encoding = load_tokenizer(fixture.tokenizer)._encoding
+    own = {"pat_str": r"\s+|\S+", "mergeable_ranks": encoding._mergeable_ranks}
+    given = parts(**own, special_tokens=encoding._special_tokens)
+    file = write(tmp_path, dumps(encoding_with(given)))
+    options = {"tokenizer_path": file, "device": "cpu", "num_blocks": 20, "attention": "sdpa"}
+    with pytest.raises(ValueError, match="trust_tokenizer=True.*--trust-tokenizer"):
+        LLM(fixture.directory, **options)
+    with LLM(fixture.directory, **options, trust_tokenizer=True) as llm:
+        expected = llm.tokenizer.encode("ab cd")
+        assert expected == encoding_of(given).encode_ordinary("ab cd")
+    with pytest.raises(TypeError, match="trust_tokenizer must be True or False"):
+        LLM(fixture.directory, **options, trust_tokenizer=1)
+    # an object is the caller's own, and splits with its pattern already
+    with LLM(fixture.directory, tokenizer=encoding_of(given), device="cpu", num_blocks=20) as llm:
+        assert llm.tokenizer.encode("ab cd") == expected
+    output = tmp_path / "out"
+    convert = ["convert", str(fixture.directory), "--tokenizer-dir", str(file), "-o", str(output)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(convert)
+    assert stop.value.code == 2 and "--trust-tokenizer" in capsys.readouterr().err
+    cli.main([*convert, "--trust-tokenizer"])
+    assert (output / "tokenizer.pkl").is_file()
+
+
+def encoding_of(given: dict) -> tiktoken.Encoding:
+    return tiktoken.Encoding(**given)
 
 
 def test_a_special_tokens_name_of_megabytes_is_refused(tmp_path):

@@ -86,6 +86,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, object]:
     """The arguments of LLM that the flags describe."""
     names = "step device num_blocks max_batch_size dtype quantization deterministic max_model_len"
     names += " max_batched_tokens prompt_lookup tensor_parallel trace kv_cache_dtype"
+    names += " trust_tokenizer"
     given = {name: getattr(args, name) for name in names.split()}
     given["num_threads"] = args.threads
     given |= {"model_path": model_name(args), "tokenizer_path": args.tokenizer_dir}
@@ -445,10 +446,11 @@ def convert(args: argparse.Namespace) -> None:
 
     found = find_checkpoint(args.model, args.step)
     checkpoint = config, recipe, _ = read_checkpoint(*found)
-    tokenizer = places.open_tokenizer(found[0], args.tokenizer_dir)
+    tokenizer = places.open_tokenizer(found[0], args.tokenizer_dir, args.trust_tokenizer)
     prompt = [*range(0, config.vocab_size, 1 + config.vocab_size // 16)]
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     options = {"device": "cpu", "plain": True, "max_batch_size": 1, "num_threads": args.threads}
+    options["trust_tokenizer"] = args.trust_tokenizer
     options["max_model_len"] = min(32, 10 * config.sequence_len)
     # the formats' own constants, which the tokens of two near candidates may depend on
     constants = {"eps": recipe.eps, "round_rotary": recipe.round_rotary}
@@ -502,7 +504,7 @@ def quantize(args: argparse.Namespace) -> None:
     recipe, base = strict.replace(recipe, **overrides(args)), places.is_base(directory, step)
     checkpoint = config, recipe, weights
     quantised.check_source(checkpoint, directory, bits)
-    tokenizer = places.open_tokenizer(directory, args.tokenizer_dir)
+    tokenizer = places.open_tokenizer(directory, args.tokenizer_dir, args.trust_tokenizer)
     with exports.new_folder(args.output) as folder:
         huggingface.import_safetensors(folder)
         if args.calibration:
@@ -516,6 +518,7 @@ def quantize(args: argparse.Namespace) -> None:
         else:
             options = {"device": "cpu", "max_batch_size": 48, **overrides(args)}
             options["max_model_len"] = min(512, config.sequence_len)
+            options["trust_tokenizer"] = args.trust_tokenizer
             with LLM(directory, step, args.tokenizer_dir, **options) as llm:
                 texts = write_texts(llm, args.tokens, args.seed, tokenizer.has_chat and not base)
         made = quantize(*checkpoint, texts, lambda name: quantised.bits_of(name, bits))

@@ -139,6 +139,8 @@ model CHECKPOINT     {CHECKPOINT}
 -o! --output DIR     folder to write; it must be new or empty
 --step int N         training step of the checkpoint (default: the last one)
 --tokenizer-dir DIR  folder of tokenizer.pkl or tokenizer.json (default: near the checkpoint)
+--trust-tokenizer    accept a tokenizer whose pattern is not one of nanochat's; such a pattern may \
+                     take any time for a text
 --threads positive N  number of CPU threads (default: PyTorch's number, usually one for each core)
 """
 QUANTIZE = f"""write a checkpoint with weights of 8, 6, 5 or 4 bits
@@ -154,6 +156,8 @@ model CHECKPOINT     {CHECKPOINT}
 --seed int N         random seed of the text that the model generates (=0)
 --step int N         training step of the checkpoint (default: the last one)
 --tokenizer-dir DIR  folder of tokenizer.pkl or tokenizer.json (default: near the checkpoint)
+--trust-tokenizer    accept a tokenizer whose pattern is not one of nanochat's; such a pattern may \
+                     take any time for a text
 --recipe+ NAME=VALUE  constant of the model that the checkpoint does not contain, such as \
                      softcap=20; may be repeated
 --threads positive N  number of CPU threads (default: PyTorch's number, usually one for each core)
@@ -195,6 +199,8 @@ MODEL = """model:
 ENGINE = f"""{MODEL}-m --model --model-dir CHECKPOINT  {CHECKPOINT} (default: the bundled model)
 --tokenizer-dir DIR           folder of tokenizer.pkl or tokenizer.json (default: near the \
                               checkpoint)
+--trust-tokenizer             accept a tokenizer whose pattern is not one of nanochat's; such a \
+                              pattern may take any time for a text
 --quantization int8|int6|int5|int4|fp8  round the weight matrices to fewer bits: fp8 on a GPU, the \
                               others on a CPU (default: no rounding)
 engine:

@@ -20,7 +20,7 @@ LEAST = {
     "max_batch_size": 1, "max_batched_tokens": 1, "tensor_parallel": 1, "step": 0,
 }  # fmt: skip
 OPTIONAL = "num_blocks", "max_model_len", "max_batch_size", "max_batched_tokens", "step"
-FLAGS = "enable_prefix_caching", "copy", "cuda_graphs", "deterministic", "plain"
+FLAGS = "enable_prefix_caching", "copy", "cuda_graphs", "deterministic", "plain", "trust_tokenizer"
 # of a model's Recipe: what its tensors do not tell
 CONSTANTS = "eps gate_scale qk_scale rope_base round_rotary short_window softcap".split()
 # parameters of a request that None turns off, which is their default

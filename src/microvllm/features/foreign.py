@@ -22,7 +22,8 @@ def wrap_tokenizer(tokenizer: object, vocab_size: int) -> Tokenizer:
     encoding = getattr(tokenizer, "enc", tokenizer)
     if isinstance(encoding, tiktoken.Encoding):
         parts = encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens
-        return strict.StrictTokenizer(encoding.name, *parts)
+        # the caller's own object, which splits texts with this pattern already
+        return strict.StrictTokenizer(encoding.name, *parts, trust=True)
     if missing := [name for name in METHODS if not callable(getattr(tokenizer, name, None))]:
         kinds = "microvllm's, nanochat's, a tiktoken.Encoding, or an object with nanochat's methods"
         got = f"{type(tokenizer).__name__}, which has no {', '.join(missing)}"

@@ -159,10 +159,10 @@ def import_safetensors(directory: Path) -> ModuleType:
     return safetensors.torch
 
 
-def read_tokenizer(file: Path) -> Tokenizer:
+def read_tokenizer(file: Path, trust: bool = False) -> Tokenizer:
     """A tokenizer.json (of the `tokenizers` package) as nanochat's tokenizer. Only a byte-level BPE
     that is split by one pattern and merged in the order of its ids has the same meaning there and
-    here. Raises ValueError for any other."""
+    here. trust: see StrictTokenizer. Raises ValueError for any other."""
     given = read_json(file)
     # each byte is spelt as one printable character: itself, or the next free one from U+0100 on
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -183,7 +183,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
         if merged != sorted(merged):
             raise ValueError("its merges are not in the order of their ids")
         ranks = {bytes(spelt[c] for c in token): id_ for token, id_ in ids.items()}
-        return StrictTokenizer(file.name, pattern, ranks, special)
+        return StrictTokenizer(file.name, pattern, ranks, special, trust=trust)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file} is no byte-level BPE of nanochat's kind ({type(error).__name__}: {error}): "

@@ -173,13 +173,13 @@ def read_checkpoint(directory: Path, step: int | None) -> strict.Checkpoint:
     return strict.read_checkpoint(directory, step)
 
 
-def open_tokenizer(directory, tokenizer_path=None) -> Tokenizer:
+def open_tokenizer(directory, tokenizer_path=None, trust: bool = False) -> Tokenizer:
     """The tokenizer of the checkpoint in `directory`, or at tokenizer_path: tokenizer.pkl, else
-    tokenizer.json. Raises FileNotFoundError listing every place that was tried, ValueError for a
-    file that is none."""
+    tokenizer.json; trust: also with a pattern that is not nanochat's. Raises FileNotFoundError
+    listing every place that was tried, ValueError for a file that is none."""
     names = "tokenizer.pkl", "tokenizer.json"
     place = checkpoint.find_tokenizer(directory, tokenizer_path, names)
     file = next((place / name for name in names if (place / name).is_file()), place)
     if file.suffix == ".json" and file.is_file():
-        return huggingface.read_tokenizer(file)
-    return strict.open_tokenizer(file)
+        return huggingface.read_tokenizer(file, trust)
+    return strict.open_tokenizer(file, trust)
