@@ -24,7 +24,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # llguidance's own limits, which bound the memory of a matcher and, where a guide is small, the time
 LIMITS = {
@@ -55,10 +56,23 @@ def limits():
     return llguidance().LLParserLimits(**LIMITS)
 
 
+@contextmanager
+def panics_named() -> Iterator[None]:
+    """A panic of Rust, which is no Exception, becomes a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        problem = f"llguidance cannot work with the guide: {first_line(str(error))}"
+        raise ValueError(problem) from None
+
+
 def check(grammar: str) -> None:
     """Raises ValueError saying what is wrong with a grammar."""
     validate = llguidance().LLMatcher.validate_grammar_with_warnings
-    failed, messages = validate(grammar, limits=limits())
+    with panics_named():
+        failed, messages = validate(grammar, limits=limits())
     if failed:
         raise ValueError(first_line(messages[0]))
 
@@ -91,9 +105,10 @@ class Reader:
         kept = len(self.read)
         while self.read[:kept] != output[:kept]:  # prompt lookup took a draft token back
             kept -= 1
-        self.matcher.rollback(len(self.read) - kept)
-        self.read = output[: kept + self.matcher.try_consume_tokens(output[kept:])]
-        bits = self.matcher.compute_bitmask()
+        with panics_named():
+            self.matcher.rollback(len(self.read) - kept)
+            self.read = output[: kept + self.matcher.try_consume_tokens(output[kept:])]
+            bits = self.matcher.compute_bitmask()
         if error := self.matcher.get_error():
             self.restart()  # the matcher is of no use any more, and this may have been a guess
             if error.startswith("NoExtension"):
@@ -105,14 +120,10 @@ class Reader:
 def open_grammar(tokenizer, grammar: str) -> Reader:
     """A reader at the beginning of a text. tokenizer: llguidance's. Raises ValueError for a grammar
     that no text fits, or that is too complex."""
-    kind = llguidance().LLMatcher
-    try:
-        reader = Reader(kind(tokenizer, grammar, log_level=0, limits=limits()))
-        Reader(reader.start).allowed([])
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, and no Exception
-            raise
-        raise ValueError(f"the guide is too complex: {first_line(str(error))}") from None
+    with panics_named():
+        matcher = llguidance().LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
+    reader = Reader(matcher)
+    Reader(matcher).allowed([])
     return reader
 
 
