@@ -224,8 +224,12 @@ def limit_time(seconds: float | None) -> None:
         faulthandler.dump_traceback_later(max(10 * seconds, 1), exit=True)
 
 
-def limit_memory() -> None:
-    """The process may have MEMORY, where the system can limit it, and leaves no core file."""
+def prepare_limits() -> None:
+    """Let SIGPROF end this process, whatever it inherited, and limit its memory, where the system
+    can do that. It leaves no core file."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     try:
         import resource
 
@@ -243,7 +247,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     try:
         sys.path[:] = receive(asked)[0]
-        limit_memory()
+        prepare_limits()
         Server(asked, answers).run()
     except (EOFError, OSError):  # the process that asks has ended
         pass

@@ -5,9 +5,11 @@ import json
 import random
 import re
 import signal
+import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -414,6 +416,27 @@ def killed(number: int):
     return answer
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
+def test_a_helper_has_a_limit_of_memory_and_of_time_whatever_it_inherits():
+    code = """
+import signal, sys
+signal.signal(signal.SIGPROF, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+sys.path.insert(0, sys.argv[1])
+import matching
+matching.prepare_limits()
+try:
+    bytearray(matching.MEMORY)
+except MemoryError:
+    matching.limit_time(0.05)
+    while True:
+        pass
+"""
+    folder = str(Path(matching.__file__).parent)
+    done = subprocess.run([sys.executable, "-I", "-c", code, folder], timeout=60)
+    assert done.returncode == matching.TIMED_OUT
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the helper has no limits here")
 def test_the_limits_of_a_helper_end_it():
@@ -606,6 +629,18 @@ def test_a_guide_that_is_none_is_refused_in_one_line(guide, kind, told):
         SamplingParams(guide=guide)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert "guide" in str(error.value)
+
+
+def test_a_panic_of_llguidance_is_an_error_like_any_other(monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panic(*args, **options):
+        raise PanicException("called unwrap() on None")
+
+    monkeypatch.setattr(matching, "limits", panic)
+    with pytest.raises(ValueError, match="guide .*: llguidance cannot work with .* unwrap"):
+        SamplingParams(guide={"regex": "a new one"})
 
 
 def test_what_goes_not_together_is_refused():
