@@ -4,9 +4,12 @@ of the engine does not notice."""
 import json
 import random
 import re
+import signal
+import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -18,7 +21,7 @@ from test_llm import assert_stream_is_generate, everything_is_free, question
 from test_tools import PYTHON_START, TOY
 
 from microvllm import LLM, SamplingParams, cli, sampler
-from microvllm.features import guided
+from microvllm.features import guided, matching
 from microvllm.features.guided import MOST, Vocabulary
 from microvllm.jobs import Ask, Job, answer, carry_out
 from microvllm.tokenizer import Tokenizer
@@ -64,6 +67,12 @@ def work(llm) -> tuple[list, list]:
         for seed, guide in enumerate(GUIDES.values())
     ]
     return [*prompts, "Once upon"], [*params, SamplingParams(max_tokens=20, seed=4)]
+
+
+def in_helper(params: SamplingParams) -> SamplingParams:
+    """The same, as if the guide were not known to be small."""
+    params.put("small_guide", False)
+    return params
 
 
 def samples(outputs) -> list[list[tuple]]:
@@ -219,30 +228,41 @@ def test_a_step_that_fails_costs_nothing(llm, wanted, place, overlap):
         assert samples([outputs[i] for i in ids]) == wanted
 
 
-def test_an_exception_from_outside_inside_the_guide_is_not_taken_for_its_own(
-    llm, wanted, monkeypatch
-):
-    calls = []
+@pytest.mark.parametrize("large", [False, True], ids=["here", "in a helper"])
+def test_a_signal_inside_the_guide_is_not_taken_for_its_own(llm, wanted, monkeypatch, large):
+    calls, marker = [], getattr(signal, "SIGUSR1", signal.SIGTERM)
 
     def struck(*args):
         calls.append(args)
         if len(calls) == 20:
-            raise TimeoutError("a time limit")
+            signal.raise_signal(marker)
         return sampler.on(*args)
 
+    def strike(*_):
+        raise TimeoutError("a time limit")
+
     prompts, params = work(llm)
-    with LLM(MODEL, num_blocks=400, prompt_lookup=6, device="cpu") as faulty:
-        ids, outputs = [faulty.add_request(*pair) for pair in zip(prompts, params, strict=True)], {}
-        monkeypatch.setattr(guided, "on", struck)
-        while len(calls) < 20:
-            try:
+    if large:
+        params = [in_helper(p) for p in params]
+    before = signal.signal(marker, strike)
+    try:
+        with LLM(MODEL, num_blocks=400, prompt_lookup=6, device="cpu") as faulty:
+            ids, outputs = (
+                [faulty.add_request(*pair) for pair in zip(prompts, params, strict=True)],
+                {},
+            )
+            monkeypatch.setattr(guided, "on", struck)
+            while len(calls) < 20:
+                try:
+                    outputs |= {output["request_id"]: output for output in faulty.step()}
+                except TimeoutError:
+                    ids.append(None)
+            while not faulty.is_finished():
                 outputs |= {output["request_id"]: output for output in faulty.step()}
-            except TimeoutError:
-                ids.append(None)
-        while not faulty.is_finished():
-            outputs |= {output["request_id"]: output for output in faulty.step()}
-        assert ids.pop() is None
-        assert samples([outputs[i] for i in ids]) == wanted
+            assert ids.pop() is None
+            assert samples([outputs[i] for i in ids]) == wanted
+    finally:
+        signal.signal(marker, before)
 
 
 def test_four_threads_at_once(llm, wanted):
@@ -262,6 +282,211 @@ def test_four_threads_at_once(llm, wanted):
 def test_the_plain_model_writes_the_same(llm, wanted):
     with LLM(MODEL, num_blocks=400, plain=True, device="cpu") as plain:
         assert samples(plain.generate(*work(llm), use_tqdm=False)) == wanted
+
+
+# in a helper --------------------------------------------------------------------------------------
+
+
+def test_a_helper_gives_the_same_tokens_and_ends_with_its_engine(llm, wanted):
+    prompts, params = work(llm)
+    with LLM(MODEL, num_blocks=400, prompt_lookup=6, device="cpu") as other:
+        found = other.generate(prompts, [in_helper(p) for p in params], use_tqdm=False)
+        assert samples(found) == wanted
+        helper = other._guides.steps
+        process = helper.process
+        assert process.poll() is None and helper.sent
+    assert process.poll() is not None
+
+
+def test_a_helper_that_is_killed_is_replaced_in_the_midst_of_a_text(llm, wanted):
+    prompts, params = work(llm)
+    params = [in_helper(p) for p in params]
+    ids, outputs = [llm.add_request(*pair) for pair in zip(prompts, params, strict=True)], {}
+    for turn in range(400):
+        if llm.is_finished():
+            break
+        outputs |= {output["request_id"]: output for output in llm.step()}
+        if turn in (3, 9):
+            llm._guides.steps.process.kill()
+    assert samples([outputs[i] for i in ids]) == wanted
+
+
+def test_what_interrupts_a_message_does_not_change_the_next_answer(llm):
+    """Whatever was under way, the helper that was asked is replaced."""
+    guide = llm._check("a", in_helper(SamplingParams(guide=GUIDES["regex"])))[1].logits_processor
+    expected, reader, helper = guide.read().allowed([]), guide.read(), llm._guides.steps
+
+    def interrupted(text):
+        raise TimeoutError(text)
+
+    choices = {"choices": ["one, two, three and four"]}  # one text: the helper asks for its tokens
+    other = llm._check("a", in_helper(SamplingParams(guide=choices)))[1].logits_processor.read()
+    encode, other.encode = other.encode, interrupted
+    with pytest.raises(TimeoutError, match="one, two, three and four"):
+        other.allowed([])
+    assert not helper.is_ready
+    assert reader.allowed([]) == expected
+    other.encode = encode
+    num_read, mask = other.allowed([])
+    assert num_read == 0 and sum(byte.bit_count() for byte in mask) == 1
+    del reader, other
+    reader = guide.read()
+    assert helper.dropped and reader.allowed([]) == expected
+    assert not helper.dropped
+
+
+def test_what_is_small_is_known_to_be_small():
+    deep = {"type": "array", "items": {"anyOf": [{"$ref": "#"}, {"const": 1}]}}
+    small = [
+        GUIDES["json"], GUIDES["regex"], GUIDES["choices"], {"regex": ""}, {"json": {}},
+        {"json": json.dumps(BOOKS)}, {"json": deep}, {"regex": r"\d{4}-\d\d-\d\d( \(x\))?[^a-c]*"},
+        {"choices": [f"choice {i}" for i in range(500)]}, {"json": {"multipleOf": 5}},
+    ]  # fmt: skip
+    hidden = {"$ref": "#/default/x", "default": {"x": {"allOf": [{"$ref": "#/default/x"}]}}}
+    large = [
+        {"regex": "(a?){5000}a{5000}"}, {"regex": "((a{0,9}){0,9}){0,9}"}, {"regex": "a?" * 800},
+        {"regex": "(?i)a"}, {"regex": r"\p{L}"}, {"regex": "[[a-z]--[aeiou]]"}, {"regex": "a)"},
+        {"json": {"multipleOf": 999983}}, {"json": {"multipleOf": 0.001}},
+        {"json": {"allOf": [{}]}}, {"json": {"oneOf": [{}]}}, {"json": hidden},
+        {"json": {"$ref": "#/$defs/a", "type": "object", "$defs": {"a": {}}}},
+        {"json": {"pattern": "(a?){5000}"}}, {"json": {"patternProperties": {"(a?){5000}": {}}}},
+        {"json": {"properties": {f"a property {i}": {} for i in range(99)}}},
+        {"json": {"x-guidance": {"whitespace_pattern": "(a?){5000}"}}},
+        {"choices": ["a" * 10_000]},
+    ]  # fmt: skip
+    for guide in small:
+        assert guided.is_small(guide, guided.grammar_of(guide)), guide
+    for guide in large:
+        assert not guided.is_small(guide, json.dumps(guide)), guide
+
+
+COSTLY = {
+    "a? a": {"regex": "a?" * 20_000 + "a" * 20_000},
+    "multipleOf": {"json": {"type": "integer", "multipleOf": 999_983}},
+    "properties": {"json": {"properties": {f"p{i}": {"type": "integer"} for i in range(8_000)}}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the helper has no time limit here")
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_guide_that_takes_long_is_refused_and_signals_are_heard(llm, name):
+    def strike(*_):
+        raise TimeoutError
+
+    def refused():
+        with pytest.raises(ValueError, match=r"guide.* is too complex: .* give smaller bounds"):
+            llm.add_request("a", SamplingParams(guide=COSTLY[name]))
+
+    refused()
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(TimeoutError):
+            refused()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert everything_is_free(llm)
+
+
+def test_a_helper_ends_what_takes_too_long_or_too_much(monkeypatch):
+    """The limits are the helper's own: this process only hears that it has ended."""
+    helper, ended = matching.Helper(), 0
+    try:
+        for code, why in ((matching.TIMED_OUT, "more than 1 s"), (-signal.SIGABRT, "1,024 MiB")):
+            with monkeypatch.context() as patch:
+                patch.setattr(matching.Helper, "_answer", killed(-code))
+                with pytest.raises(ValueError, match=f"the guide is too complex: .*{why}"):
+                    helper.ask(("check", 0, "start: 'a'"))
+            ended += 1
+            assert helper.ask(("check", 0, 'start: "a"')) is None
+    finally:
+        helper.stop()
+    assert ended == 2
+
+
+def killed(number: int):
+    """An exchange during which the helper gets a signal."""
+
+    def answer(helper, message, encode):
+        helper.process.send_signal(number)
+        return matching.receive(helper.process.stdout)
+
+    return answer
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses")
+def test_a_helper_has_a_limit_of_memory_and_of_time_whatever_it_inherits():
+    code = """
+import signal, sys
+signal.signal(signal.SIGPROF, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+sys.path.insert(0, sys.argv[1])
+import matching
+matching.prepare_limits()
+try:
+    bytearray(matching.MEMORY)
+except MemoryError:
+    matching.limit_time(0.05)
+    while True:
+        pass
+"""
+    folder = str(Path(matching.__file__).parent)
+    done = subprocess.run([sys.executable, "-I", "-c", code, folder], timeout=60)
+    assert done.returncode == matching.TIMED_OUT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the helper has no limits here")
+def test_the_limits_of_a_helper_end_it():
+    """A regular expression that needs gigabytes, and one that needs a minute."""
+    helper = matching.Helper()
+    try:
+        for size, told in ((20_000, "s a token"), (40_000, "")):
+            grammar = guided.grammar_of({"regex": "a?" * size + "a" * size})
+            words = Vocabulary(TOY)
+            about = words.tokens, words.special_token_ids, words.bos_token_id, [words.bos_token_id]
+            with pytest.raises(ValueError, match=f"the guide is too complex: .*{told}"):
+                helper.ask(("grammar", 2, 1, grammar), (("vocabulary", 1, *about),), words.encode)
+    finally:
+        helper.stop()
+
+
+ENDLESS = {"json": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}}
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["here", "in a helper"])
+def test_a_recursion_without_end_ends_its_own_request_and_no_step(llm, large):
+    params = SamplingParams(guide=ENDLESS, max_tokens=60, seed=1)
+    params = in_helper(params) if large else params
+    bad = llm.add_request("Answer:", params)
+    good = llm.add_request("The island was small", SamplingParams(max_tokens=30, temperature=0))
+    outputs = {}
+    while not llm.is_finished():
+        outputs |= {output["request_id"]: output for output in llm.step()}
+    assert outputs[bad]["finish_reason"] == "error"
+    assert "the guide is too complex here" in outputs[bad]["stop_reason"]
+    assert outputs[good]["finish_reason"] in ("stop", "length")
+    assert everything_is_free(llm)
+
+
+def test_a_thread_does_not_see_the_failures_of_anothers_guide(llm):
+    found = {}
+
+    def serve(i):
+        params = SamplingParams(max_tokens=30, seed=i, guide=ENDLESS if i == 0 else None)
+        try:
+            found[i] = llm.generate(["The island"], params, use_tqdm=False)[0]["finish_reason"]
+        except Exception as error:
+            found[i] = repr(error)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found.pop(0) == "error" and {*found.values()} <= {"stop", "length"}
 
 
 # beside other parameters --------------------------------------------------------------------------
@@ -404,6 +629,18 @@ def test_a_guide_that_is_none_is_refused_in_one_line(guide, kind, told):
         SamplingParams(guide=guide)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert "guide" in str(error.value)
+
+
+def test_a_panic_of_llguidance_is_an_error_like_any_other(monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panic(*args, **options):
+        raise PanicException("called unwrap() on None")
+
+    monkeypatch.setattr(matching, "limits", panic)
+    with pytest.raises(ValueError, match="guide .*: llguidance cannot work with .* unwrap"):
+        SamplingParams(guide={"regex": "a new one"})
 
 
 def test_what_goes_not_together_is_refused():

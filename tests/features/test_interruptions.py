@@ -21,6 +21,7 @@ from test_trace import compare
 import microvllm
 from microvllm import SamplingParams
 from microvllm.cpu import team
+from microvllm.features import logits
 from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,9 +33,13 @@ class Struck(Exception):
     """What comes from outside."""
 
 
+SIGNAL = getattr(signal, "SIGUSR1", signal.SIGTERM)
+
+
 class Strike:
-    """While it calls functions, the lines of the package that they run are counted, and one of
-    them, the first time it comes, raises instead. at: (file, line), or the number of the event."""
+    """While it calls functions, the lines of the package that they run are counted, and at one of
+    them, the first time it comes, a signal arrives whose handler raises. at: (file, line), or the
+    number of the event."""
 
     def __init__(self, at=None, opcodes: bool = False):
         self.at, self.opcodes = at, opcodes
@@ -42,7 +47,10 @@ class Strike:
         self.count, self.struck = 0, False
 
     def __call__(self, function, *args):
-        outer = sys.gettrace()
+        def strike(*_):
+            raise Struck(self.at)
+
+        outer, before = sys.gettrace(), signal.signal(SIGNAL, strike)
         sys.settrace(self.trace)
         try:
             return function(*args)
@@ -51,6 +59,7 @@ class Strike:
             return []
         finally:
             sys.settrace(outer)
+            signal.signal(SIGNAL, before)
 
     def trace(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(PACKAGE):
@@ -62,7 +71,7 @@ class Strike:
             self.count += 1
             if not self.struck and self.at in (line, self.count):
                 self.struck = True
-                raise Struck(line)
+                signal.raise_signal(SIGNAL)
         return self.trace
 
 
@@ -314,9 +323,110 @@ def test_a_signal_inside_a_logits_processor_is_not_the_processors_error(handler,
     assert found == expected and len(struck) == len(asked) == 1
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["as it is", "as another exception"])
+def test_a_time_limit_is_not_lost_in_a_processor_that_catches_it(kept):
+    """What the processor makes of it is not its own exception. One that catches it for good, since
+    the limit is its own, goes on."""
+    asked: list = []
+
+    def judge(tokens, logits):
+        if len(tokens) == 11 and not asked:
+            asked.append(tokens)
+            try:
+                signal.raise_signal(SIGNAL)
+            except Struck as error:
+                if not kept:
+                    raise KeyError("no rule") from error
+        return logits
+
+    def strike(*_):
+        raise Struck
+
+    before = signal.signal(SIGNAL, strike)
+    try:
+        (first, second), struck = judged(judge)
+        assert signal.getsignal(SIGNAL) is strike
+    finally:
+        signal.signal(SIGNAL, before)
+    assert first["finish_reason"] == second["finish_reason"] == "length"
+    assert len(struck) == (not kept) and len(asked) == 1
+
+
+def test_a_time_limit_of_the_processors_own_is_its_own():
+    """It sets the handler itself."""
+
+    def judge(tokens, logits):
+        def strike(*_):
+            raise Struck("my own")
+
+        before = signal.signal(SIGNAL, strike)
+        try:
+            signal.raise_signal(SIGNAL)
+        finally:
+            signal.signal(SIGNAL, before)
+
+    before = signal.signal(SIGNAL, lambda *_: None)
+    try:
+        (bad, good), struck = judged(judge)
+    finally:
+        signal.signal(SIGNAL, before)
+    assert bad["stop_reason"] == "logits_processor: Struck: my own"
+    assert good["finish_reason"] == "length" and not struck
+
+
+@pytest.mark.parametrize("kind", [SystemExit, GeneratorExit, Struck])
+def test_a_processor_that_is_struck_twice_at_a_token_starves_no_other_request(kind):
+    """It always exits, or it never meets the caller's time limit."""
+
+    def judge(tokens, logits):
+        if len(tokens) < 11:
+            return logits
+        if kind is Struck:
+            signal.raise_signal(SIGNAL)
+        raise kind("again")
+
+    def strike(*_):
+        raise Struck("too long")
+
+    before, struck = signal.signal(SIGNAL, strike), []
+    try:
+        with build() as llm:
+            params = [greedy(5, logits_processor=judge), greedy(5)]
+            first, second = [llm.add_request(ids(9, i), p) for i, p in enumerate(params, 1)]
+            outputs = {}
+            for _ in range(20):
+                try:
+                    outputs |= {output["request_id"]: output for output in llm.step()}
+                except (kind, Struck) as error:
+                    struck.append(error)
+                check(llm)
+            assert llm.is_finished()
+            assert_idle(llm)
+            outputs[None] = llm.generate([ids(9, 2)], greedy(5), use_tqdm=False)[0]
+    finally:
+        signal.signal(SIGNAL, before)
+    assert len(struck) == 2 and outputs[first]["finish_reason"] == "error"
+    assert outputs[first]["stop_reason"].startswith(f"logits_processor: {kind.__name__}: ")
+    assert len(outputs[first]["token_ids"]) == 2
+    assert outputs[second]["token_ids"] == outputs[None]["token_ids"]
+
+
+def test_handlers_that_were_left_marked_are_put_back_by_the_next_step():
+    def handler(*_):
+        raise Struck
+
+    before = signal.signal(SIGNAL, logits.MarkedHandler(logits.MarkedHandler(handler, []), []))
+    try:
+        with logits.marked_handlers() as raised:
+            with pytest.raises(Struck):
+                signal.raise_signal(SIGNAL)
+        assert len(raised) == 1 and signal.getsignal(SIGNAL) is handler
+    finally:
+        signal.signal(SIGNAL, before)
+
+
 def test_what_another_thread_raises_inside_a_logits_processor_counts_as_the_processors():
-    """Nothing in the traceback tells it from an exception of a function in C, and who keeps state
-    cannot be asked twice."""
+    """Nothing tells it from an exception of the processor itself."""
     raised = ctypes.pythonapi.PyThreadState_SetAsyncExc
     me = ctypes.c_ulong(threading.get_ident())
 

@@ -2,10 +2,11 @@
 the draws, and mixed; then through an engine."""
 
 import math
+import operator
 import re
 from collections import Counter
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -566,6 +567,75 @@ def test_a_logits_processor_that_raises_ends_its_request_alone(overlap):
         assert everything_is_free(llm)
 
 
+class Flaky:
+    """A server that answers every other time."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def answer(self, tokens, logits):
+        self.calls += 1
+        if self.calls % 2:
+            raise ConnectionError("no answer")
+        return logits
+
+    __call__ = answer
+
+
+def mute(tokens, logits):
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError
+
+    raise Mute
+
+
+# callables that have no frame of their own, or not where a traceback of theirs begins
+CALLABLES = {
+    "function": lambda: calling(Flaky().answer),
+    "method": lambda: Flaky().answer,
+    "object": Flaky,
+    "partial": lambda: partial(Flaky.answer, Flaky()),
+    "cached": lambda: CachedCall(),
+    "of C": lambda: operator.methodcaller("nothing"),
+    "begun": lambda: begins_partial(Flaky()),
+    "begin of C": lambda: Begins(operator.itemgetter(10**6)),
+    "not a message": lambda: mute,
+    "another shape": lambda: lambda tokens, logits: logits[:3],
+    "a tensor without data": lambda: lambda tokens, logits: logits.to("meta"),
+}
+
+
+def calling(function):
+    return lambda tokens, logits: function(tokens, logits)
+
+
+def begins_partial(flaky: Flaky):
+    return Begins(lambda prompt: partial(Flaky.answer, flaky))
+
+
+class CachedCall:
+    """It goes through lru_cache, which is of C."""
+
+    def __init__(self):
+        self.ask = lru_cache(Flaky().answer)
+
+    def __call__(self, tokens, logits):
+        return self.ask(tuple(tokens), logits)
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_any_callable_that_fails_ends_its_own_request_and_no_step(name):
+    with build() as llm:
+        good = llm.add_request(ids(9, 2), sampled(9, seed=4))
+        bad = llm.add_request(ids(18), sampled(9, seed=1, logits_processor=CALLABLES[name]()))
+        outputs = finish(llm)
+        assert_idle(llm)
+    assert outputs[good]["finish_reason"] == "length"
+    assert (outputs[bad]["finish_reason"], outputs[bad]["token_ids"]) == ("error", [])
+    assert outputs[bad]["stop_reason"].startswith("logits_processor: ")
+
+
 # with state ---------------------------------------------------------------------------------------
 
 
@@ -713,7 +783,7 @@ def fails_once(state: list, token_ids, logits):
         (lambda prompt: {}[3], "KeyError: 3", 0),
         (lambda prompt: None, "TypeError: 'NoneType' object is not callable", 0),
         (lambda prompt: lambda tokens, logits: None, "TypeError: logits_processor must return", 0),
-        # it has no frame of its own, and is asked a second time: begun anew, or it would not raise
+        # it has no frame of its own
         (lambda prompt: partial(fails_once, []), "KeyError: 'new to me'", 2),
     ],
 )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,40 @@ def test_a_bad_row_is_named_with_its_line_and_the_others_are_answered(tmp_path):
     named |= {16: "1.5", 17: f"{MAX_LINE:,}", 18: "surrogates", 19: "JSON", 20: "chat"}
     for line, word in named.items():
         assert word in told[line], told[line]
+
+
+ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+COSTLY = {"type": "integer", "multipleOf": 999_983}
+
+
+@pytest.mark.parametrize(
+    "schema, told",
+    [
+        (ENDLESS, "the guide is too complex here"),
+        pytest.param(COSTLY, "it takes more than 1 s", marks=pytest.mark.slow),
+    ],
+)
+def test_a_row_whose_guide_has_no_end_is_reported_and_the_job_goes_on(schema, told, tmp_path):
+    """At the first start, which ends before all rows are done, and at the next ones."""
+    pytest.importorskip("llguidance")
+    bad = {"prompt": "b", "params": {"guide": {"json": schema}, "max_tokens": 60}}
+    rows = [bad, *texts(3), bad, *texts(6)[3:]]
+    rows = [row | {"id": i} for i, row in enumerate(rows)]
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    ask = Ask(params={"max_tokens": 3})
+    with LLM(MODEL, num_blocks=60, max_batch_size=2, device="cpu", plain=True) as llm:
+        job = Job(source, output, ask, {})
+        outcomes = answer(llm, job.pending(), ask)
+        assert [job.write(outcome) for outcome in islice(outcomes, 4)] == [True] * 4
+        outcomes.close()
+        job.close()
+        begun = errors(output)
+        for _ in range(2):
+            job = Job(source, output, ask, {})
+            assert carry_out(job, answer(llm, job.pending(), ask))["bad"] == 2
+    assert begun.keys() <= errors(output).keys() == {1, 5}
+    assert all(told in error for error in errors(output).values())
+    assert sorted(row["id"] for row in read(output)) == [1, 2, 3, 5, 6, 7]
 
 
 def test_a_rows_own_parameters_go_before_the_jobs(tmp_path):

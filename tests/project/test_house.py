@@ -231,6 +231,10 @@ GONE = {
         "features/lookup", ["LLM(MODEL, device='cpu', prompt_lookup=4)"],
         [[*RUN, "--prompt-lookup", "4"]],
     ),
+    "features/matching.py": Gone(
+        "features/matching", ["SamplingParams(guide={'choices': ['yes', 'no']})"],
+        [[*RUN, "--guide", str(ROOT / "models" / "prompts" / "oldbooks_instructions.json")]],
+    ),
     "features/nanochat.py": Gone(
         "features/nanochat", ["llm.generate_batch([1, 2])", "llm.generate_columns([1, 2])",
                               "llm.agenerate_columns([1, 2])"]

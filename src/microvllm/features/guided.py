@@ -23,7 +23,16 @@ from ..engine import LLM
 from ..sampler import SamplingParams, on
 from ..tokenizer import Tokenizer
 from . import check_list, check_text
-from .matching import Helper, Reader, RemoteReader, check, llguidance, numbers, open_grammar
+from .matching import (
+    Helper,
+    Reader,
+    RemoteReader,
+    check,
+    llguidance,
+    numbers,
+    open_grammar,
+    panics_named,
+)
 
 MOST, KEPT = 2**18, 16  # characters of a guide; guides that stay compiled: rows often have the same
 # on one line, as Python writes it: where blanks are free, a small model writes nothing else
@@ -202,7 +211,8 @@ class GuidedParams(SamplingParams):
         if self.guide is None:
             return
         try:
-            self.put("grammar", grammar_of(self.guide))
+            with panics_named():
+                self.put("grammar", grammar_of(self.guide))
             self.put("small_guide", is_small(self.guide, self.grammar))
             check_grammar(self.grammar, self.small_guide)
         except (ValueError, TypeError, RecursionError) as error:

@@ -24,7 +24,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # llguidance's own limits, which bound the memory of a matcher and, where a guide is small, the time
 LIMITS = {
@@ -56,10 +57,23 @@ def limits():
     return llguidance().LLParserLimits(**LIMITS)
 
 
+@contextmanager
+def panics_named() -> Iterator[None]:
+    """A panic of Rust, which is no Exception, becomes a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        problem = f"llguidance cannot work with the guide: {first_line(str(error))}"
+        raise ValueError(problem) from None
+
+
 def check(grammar: str) -> None:
     """Raises ValueError saying what is wrong with a grammar."""
     validate = llguidance().LLMatcher.validate_grammar_with_warnings
-    failed, messages = validate(grammar, limits=limits())
+    with panics_named():
+        failed, messages = validate(grammar, limits=limits())
     if failed:
         raise ValueError(first_line(messages[0]))
 
@@ -92,9 +106,10 @@ class Reader:
         kept = len(self.read)
         while self.read[:kept] != output[:kept]:  # prompt lookup took a draft token back
             kept -= 1
-        self.matcher.rollback(len(self.read) - kept)
-        self.read = output[: kept + self.matcher.try_consume_tokens(output[kept:])]
-        bits = self.matcher.compute_bitmask()
+        with panics_named():
+            self.matcher.rollback(len(self.read) - kept)
+            self.read = output[: kept + self.matcher.try_consume_tokens(output[kept:])]
+            bits = self.matcher.compute_bitmask()
         if error := self.matcher.get_error():
             self.restart()  # the matcher is of no use any more, and this may have been a guess
             if error.startswith("NoExtension"):
@@ -106,14 +121,10 @@ class Reader:
 def open_grammar(tokenizer, grammar: str) -> Reader:
     """A reader at the beginning of a text. tokenizer: llguidance's. Raises ValueError for a grammar
     that no text fits, or that is too complex."""
-    kind = llguidance().LLMatcher
-    try:
-        reader = Reader(kind(tokenizer, grammar, log_level=0, limits=limits()))
-        Reader(reader.start).allowed([])
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, and no Exception
-            raise
-        raise ValueError(f"the guide is too complex: {first_line(str(error))}") from None
+    with panics_named():
+        matcher = llguidance().LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
+    reader = Reader(matcher)
+    Reader(matcher).allowed([])
     return reader
 
 
@@ -214,8 +225,12 @@ def limit_time(seconds: float | None) -> None:
         faulthandler.dump_traceback_later(max(10 * seconds, 1), exit=True)
 
 
-def limit_memory() -> None:
-    """The process may have MEMORY, where the system can limit it, and leaves no core file."""
+def prepare_limits() -> None:
+    """Let SIGPROF end this process, whatever it inherited, and limit its memory, where the system
+    can do that. It leaves no core file."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     try:
         import resource
 
@@ -233,7 +248,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     try:
         sys.path[:] = receive(asked)[0]
-        limit_memory()
+        prepare_limits()
         Server(asked, answers).run()
     except (EOFError, OSError):  # the process that asks has ended
         pass
