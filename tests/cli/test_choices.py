@@ -68,9 +68,19 @@ def test_run_batch_and_bench_take_them(mine, command, tmp_path):
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(mine, mistake, tmp_path, monkeypatch):
-    broken = tmp_path / "broken.py"
+    broken, text, leaves = (tmp_path / name for name in ("broken.py", "notes.txt", "leaves.py"))
     broken.write_text("1 / 0")
+    text.write_text("def f(scheduler, seq): ...")
+    leaves.write_text("import sys; sys.exit(0)")
+    (tmp_path / "binary.py").write_bytes(b"\x7fELF\0\xff")
     cases = [
+        (
+            ["--victim", f"{text}:f"],
+            f"--victim {text}:f: {text} is not a Python file: give one whose",
+        ),
+        (["--victim", f"{leaves}:f"], "leaves.py cannot be loaded as a Python module: SystemExit"),
+        (["--victim", f"{tmp_path}/binary.py:f"], "binary.py cannot be loaded as a Python module"),
+        (["--victim", f"{tmp_path}:f"], f"there is no file {tmp_path}"),
         (["--eviction", "~nobody-of-this-name/x.py:f"], "there is no file"),
         (["--eviction", "lru"], "no policy 'lru': choose from least_recently_used, most_"),
         (["--victim", "dueling"], "choose from youngest, largest"),

@@ -16,10 +16,11 @@ import pytest
 import torch
 from conftest import ERAS, MODEL, ROOT
 
-from microvllm import LLM, SamplingParams, cli
+from microvllm import LLM, SamplingParams, cli, engine
 from microvllm.checkpoint import load_model
-from microvllm.cli import bench, commands, conversation, roofline, terminal
+from microvllm.cli import bench, commands, conversation, flags, roofline, terminal
 from microvllm.cli.flags import make_parser
+from microvllm.features import stats
 from microvllm.features.windows import group_layers
 
 SMALL = ["--num-blocks", "40"]  # a pool that any machine has room for
@@ -60,6 +61,7 @@ def mistake(command, capsys):
         out, err = capsys.readouterr()
         assert (stop.value.code, out) == (2, "")
         assert err.startswith("microvllm") and err.index("\n") == len(err) - 1
+        assert "Errno" not in err  # words, and no number of the system's
         return err
 
     return call
@@ -100,6 +102,68 @@ def test_help_shows_examples_that_parse(sub, capsys):
         assert args.command.__name__ == words[0] == (sub or words)[0]
 
 
+def test_without_a_command_there_is_help_and_the_status_of_git(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    out, err = capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert (stop.value.code, err) == (1, "") and out == capsys.readouterr().out
+
+
+def test_help_has_each_command_once_in_a_group(capsys):
+    names = " ".join(flags.GROUPS.values()).split()
+    assert sorted(names) == sorted(work.__name__ for work in flags.PAGES)
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    for title, group in flags.GROUPS.items():
+        listed = out.partition(f"  {title}:\n")[2].partition("\n\n")[0].splitlines()
+        assert [line.split()[0] for line in listed] == group.split()
+        assert all(len(line.split()) > 3 for line in listed)
+
+
+COMMANDS = [[], *([work.__name__] for work in flags.PAGES)]
+
+
+@pytest.mark.parametrize("sub", COMMANDS, ids=str)
+def test_help_fits_into_a_terminal_of_80_columns(sub, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*sub, "--help"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 80
+    usage = out.partition("\n\n")[0]
+    assert usage.startswith("usage: microvllm") and "\n" not in usage and "[options]" in usage
+
+
+@pytest.mark.parametrize("sub", COMMANDS[1:], ids=str)
+def test_each_flag_says_what_it_is_and_what_its_default_is(sub):
+    parser = make_parser()._subparsers._group_actions[0].choices[sub[0]]
+    no_default = {"prompt", "stop", "recipe", "guide", "trace", "output", "calibration", "other"}
+    no_default |= {"chrome", "start", "include_path", "file"}
+    for action in parser._actions:
+        told = action.help % vars(action) if action.help else ""
+        assert len(told.split()) > 2, action.dest
+        # a flag with a value has a default, which is named, but for those that add something
+        if action.option_strings and action.nargs != 0 and not action.required:
+            assert "default" in told or action.dest in no_default, (action.dest, told)
+        if action.default not in (None, [], False) and action.nargs != 0:
+            assert f"(default: {action.default})" in told, (action.dest, told)
+
+
+def test_required_flags_are_in_the_usage(capsys):
+    for name, usage in (
+        ("batch", "batch -o OUTPUT [options] INPUT"),
+        ("quantize", "quantize -o DIR --bits 8|6|5|4 [options] CHECKPOINT"),
+        ("run", "run [options] [PROMPT ...]"),
+        ("trace", "trace [options] FILE [FILE]"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: microvllm {usage}\n")
+
+
 def test_help_is_instant():
     flags = ["-X", "importtime", "-m", "microvllm", "run", "--help"]
     done = subprocess.run([sys.executable, *flags], cwd=ROOT, capture_output=True, text=True)
@@ -112,7 +176,6 @@ def test_help_is_instant():
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ([], "COMMAND"),
         (["walk"], "walk"),
         (["run"], "no prompt"),
         (["run", "-m", "no/such/place", "hi"], "no/such/place"),
@@ -154,11 +217,97 @@ def test_help_is_instant():
         (["quantize", str(MODEL), "-o", "out", "--bits", "4", "--calibration", "no"], "no"),
         (["trace", "absent.jsonl"], "absent.jsonl"),
         (["trace", str(ROOT / "pyproject.toml")], "line 1"),
-        (["run", *SMALL, "--trace", "no/such/place/run.jsonl", "hi"], "no/such/place"),
+        (
+            ["run", *SMALL, "--trace", "no/such/place/run.jsonl", "hi"],
+            "no/such/place does not exist",
+        ),
+        (["run", *SMALL, "--trace", str(ROOT), "hi"], f"{ROOT}: this is a folder; give the path"),
+        (["run", "--guide", "absent.json", "hi"], "absent.json: there is no such file; check"),
+        (["batch", "absent.jsonl", "-o", "out.jsonl"], "there is no file absent.jsonl"),
+        (["run", "--threads", "0", "hi"], "--threads"),
+        (["run", "--threads", "9999", "hi"], ": --threads must be between 1 and "),
+        (
+            ["quantize", str(MODEL), "-o", "x", "--bits", "4", "--threads", "9999"],
+            "--threads must be",
+        ),
+        (["convert", str(MODEL), "-o", "x", "--threads", "9999"], "--threads must be between 1"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(flags, named, mistake):
     assert named in mistake(*flags)
+
+
+def test_a_path_that_the_system_refuses_is_told_in_words_with_a_remedy(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path, mode, told in (
+        (tmp_path / "absent", "r", "there is no such file; check its name"),
+        (tmp_path / "no" / "x", "w", f"the folder {tmp_path / 'no'} does not exist; create it"),
+        (tmp_path, "w", "this is a folder; give the path of a file"),
+        (file / "x", "r", "a part of this path is a file and no folder"),
+        (file, "x", "this exists already; give another path"),
+        (loop, "r", "its symbolic links lead back to itself"),
+        (tmp_path / ("x" * 300), "r", "the name is too long; give a shorter one"),
+    ):
+        with pytest.raises(OSError) as info:
+            open(path, mode)
+        line = terminal.path_problem(info.value)
+        assert line.startswith(f"{path}: ") and told in line
+    assert terminal.path_problem(PermissionError(13, "x", "a")).startswith("a: permission denied;")
+    assert terminal.path_problem(PermissionError(13, "x", b"a")).startswith("a: permission denied;")
+    assert terminal.path_problem(OSError(28, "x")).startswith("the disk is full; free space")
+    assert terminal.path_problem(OSError(5, "Input/output error", "a")) == "a: Input/output error"
+    assert terminal.path_problem(FileNotFoundError("words of our own")) == "words of our own"
+    assert terminal.path_problem(OSError(2, "x", 7)).startswith("there is no such file")  # an fd
+
+
+def test_nanochats_base_directory_is_refused_with_the_names_in_it(mistake, monkeypatch, tmp_path):
+    home = ERAS / "era5"
+    chat = sorted(path.name for path in (home / "chatsft_checkpoints").iterdir())
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
+    line = mistake("run", "-m", home, "hi")
+    assert f"{home} is nanochat's base directory and no checkpoint: give one of " in line
+    assert all(f"sft:{tag}" in line for tag in chat) and "set NANOCHAT_BASE_DIR" not in line
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert f"and set NANOCHAT_BASE_DIR={home}" in mistake("run", "-m", home, "hi")
+    below = home / "chatsft_checkpoints"
+    line = mistake("info", below)
+    assert f"{below} is a folder of checkpoints" in line and f"{below / chat[-1]}" in line
+    # what has neither is told as before
+    assert f"{tmp_path}" in mistake("info", tmp_path)
+
+
+@pytest.mark.parametrize("flag", [["--threads", "1"], []])
+@pytest.mark.parametrize(
+    "words",
+    [["run", "hi"], ["chat"], ["score", "a", " b"], ["bench", "--num-prompts", "2", "--json"]],
+    ids=lambda words: words[0],
+)
+def test_threads_of_the_flag_are_the_engines(words, flag, command, monkeypatch):
+    numbers, advance = [], engine.LLM._advance
+
+    def seen(self):
+        numbers.append((self.num_threads, torch.get_num_threads()))
+        advance(self)
+
+    monkeypatch.setattr(engine.LLM, "_advance", seen)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    more = [] if words[0] == "score" else ["--max-tokens", "2"]
+    command(*words, *SMALL, *flag, *more, stdin="hi\n")
+    assert {number for number, _ in numbers} == {1 if flag else None}
+
+
+def test_every_command_that_runs_a_model_takes_threads():
+    runs = {"run", "chat", "batch", "bench", "score", "eval", "convert", "quantize"}
+    choices = make_parser()._subparsers._group_actions[0].choices
+    assert {
+        name for name, sub in choices.items() if "--threads" in sub._option_string_actions
+    } == runs
+    parser = terminal.Parser()
+    flags.add_flags(parser, flags.ENGINE)  # that of run.py
+    assert parser.parse_args(["--threads", "2"]).threads == 2
 
 
 def test_evaluations_name_the_package_that_they_need(mistake, monkeypatch):
@@ -417,20 +566,76 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_leaves(monkeypatch, caps
 
 def test_bench_measures_a_random_workload(command):
     sizes = ["--random-input-len", "20", "--random-output-len", "6", "--shared-prefix", "32"]
-    out, err = command("bench", "--num-blocks", "60", "--num-prompts", "5", *sizes)
+    flags = ["--num-blocks", "60", "--num-prompts", "5", *sizes]
+    out, err = command("bench", *flags)
     assert out.startswith("5 prompts of 20 random tokens behind a prefix of 32\n") and err == ""
-    assert "Prefix-cache hits: 128 of 260 prompt tokens" in out
-    found = json.loads(out.splitlines()[-1])
+    assert "Prefix-cache hits: 128 of 260 prompt tokens" in out and "GB/s of " in out
+    assert "{" not in out  # JSON is printed where it is asked for
+    found = json.loads(command("bench", *flags, "--json")[0])
     assert (found["prompt_tokens"], found["total_output_tokens"]) == (260, 30)
     assert found["cached_tokens"] == 4 * 32 and found["peak_blocks"] > 0
     assert found["tokens_per_second"] > 0 and found["preemptions"] == 0
-    assert found["decode_bytes_per_second"] > 0 and "GB/s of " in out
+    assert found["decode_bytes_per_second"] > 0
 
     flags = ["--json", "--num-blocks", "20", "--num-prompts", "6", "--max-tokens", "40"]
     out, _ = command("bench", *flags, "--random-input-len", "30")
     (line,) = out.splitlines()
     found = json.loads(line)
     assert found["total_output_tokens"] == 240 and found["preemptions"] > 0  # 26 blocks into 19
+
+
+def test_bench_measures_no_loading_and_each_prompt_by_itself(command, monkeypatch):
+    """A clock that goes on by one second a step, and by 1,000 while the first step loads."""
+    clock, steps, real = [0.0], [], engine.LLM._advance
+
+    def advance(self):
+        clock[0] += 1.0 if steps else 1000.0
+        steps.append(len(self.scheduler.running) + len(self.scheduler.waiting))
+        real(self)
+
+    monkeypatch.setattr(engine.LLM, "_advance", advance)
+    for module in (bench, commands, stats):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    sizes = ["--random-input-len", "20", "--random-output-len", "6", "--num-prompts", "3"]
+    flags = ["--num-blocks", "60", "--max-batch-size", "2", "--json", *sizes]
+    found = json.loads(command("bench", *flags, "--device", "cpu")[0])
+    assert found["warmup_seconds"] >= 1000.0 and found["load_seconds"] == 0.0
+    # two prompts run first, the third when they are done: their first tokens come after 1, 1 and 7
+    # seconds, and then one each second
+    assert found["total_seconds"] == 12.0 == found["prefill_seconds"] + found["decode_seconds"]
+    assert found["tokens_per_second"] == 1.5
+    assert found["median_seconds_to_first_token"] == 1.0
+    assert found["median_seconds_between_tokens"] == 1.0
+    assert found["prefill_seconds"] == 2.0 and found["decode_tokens"] == 15
+    # the counters are of the benchmark alone, and so is the cache
+    assert found["requests"] == 3 and found["steps"] == 12 and found["prompt_tokens"] == 60
+    assert found["output_tokens"] == 18 and found["cached_tokens"] == 0
+    assert found["peak_blocks"] < 10
+
+
+def test_bench_traces_the_benchmark_alone(command, tmp_path):
+    file = tmp_path / "run.jsonl"
+    flags = [*SMALL, "--num-prompts", "2", "--random-input-len", "9", "--random-output-len", "3"]
+    out, _ = command("bench", *flags, "--trace", file)
+    assert "Warm-up: none, so the first steps include the loading of kernels\n" in out
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sum(event["e"] == "arrive" for event in events) == 2
+    assert bench.latencies([]) == dict.fromkeys(
+        ["median_seconds_to_first_token", "median_seconds_between_tokens"]
+    )
+
+
+def test_the_warm_up_leaves_no_trace_in_the_engine():
+    params = SamplingParams(temperature=1.0, max_tokens=5, top_k=3)
+    with LLM(MODEL, device="cpu", num_blocks=40, seed=7, plain=True) as llm:
+        expected = llm.generate(["It was"], params, use_tqdm=False)[0]["token_ids"]
+    with LLM(MODEL, device="cpu", num_blocks=40, seed=7, plain=True) as llm:
+        assert bench.warm_up(llm, params, 4) > 0
+        assert not llm.scheduler.blocks.block_of and llm.stats()["steps"] == 0
+        llm.scheduler.blocks.check([])
+        assert llm.generate(["It was"], params, use_tqdm=False)[0]["token_ids"] == expected
+    with LLM(MODEL, device="cpu", num_blocks=2, block_size=1, plain=True) as tiny:
+        assert bench.warm_up(tiny, params, 4) == 0.0 or tiny.stats()["steps"] == 0
 
 
 def test_random_prompts_share_exactly_their_prefix():

@@ -138,6 +138,8 @@ def test_a_base_model_completes_and_says_so_once(name, command, monkeypatch, cap
             err = capsys.readouterr().err
         else:
             _, err = command(words[name][0], *more, *words[name][1:])
+        if name == "bench":  # its warm-up is of random tokens
+            seen = seen[-2:]
         assert seen and all((mark in ids) is (more == ["--chat"]) for ids in seen)
         assert (err == "") is bool(more)
         assert more or err.endswith(NOTE) and err.count("\n") == 1

@@ -1,8 +1,12 @@
 """Mistakes of a user: each is refused by name, and the engine is as it was before."""
 
+import contextlib
+import copy
 import math
+import pickle
 from contextlib import contextmanager
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import torch
 from conftest import ERAS
 
 from microvllm import LLM, SamplingParams, checkpoint, engine, full, model
+from microvllm.features import checks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -326,6 +331,12 @@ def test_mistakes_in_the_other_calls_are_named_too(llm, call, error, words):
 @pytest.mark.parametrize(
     "name, value, error",
     [
+        ("num_threads", 0, ValueError),
+        ("num_threads", -1, ValueError),
+        ("num_threads", 2**20, ValueError),
+        ("num_threads", 1.0, TypeError),
+        ("num_threads", True, TypeError),
+        ("num_threads", "2", TypeError),
         ("num_blocks", 1, ValueError),
         ("num_blocks", 0, ValueError),
         ("num_blocks", -5, ValueError),
@@ -455,3 +466,131 @@ def test_devices_that_are_none_or_not_here():
         for name in ("cuda", "cuda:1"):
             with pytest.raises(ValueError, match=f"'{name}' is not available.*auto"):
                 LLM(OTHER, device=name)
+
+
+# the commonest slips -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"model": "sft"}, "model='sft' is a path, and model takes a live nanochat GPT module"),
+        ({"model": Path("a/b")}, f"write model_path={str(Path('a/b'))!r}"),
+        ({"model_path": "sft", "tokenizer": "a"}, "tokenizer='a' is a path.*tokenizer_path='a'"),
+        (
+            {"model_path": torch.nn.Linear(1, 1)},
+            "live module .Linear.*LLM.model=..., tokenizer=...",
+        ),
+    ],
+)
+def test_a_path_for_a_module_and_a_module_for_a_path(given, told):
+    with pytest.raises(TypeError, match=told):
+        LLM(**given)
+
+
+@pytest.mark.parametrize("prompts", [TURN, [TURN], [[TURN]], [[TURN, TURN], [TURN]], (TURN,)])
+def test_messages_in_place_of_prompts_are_for_chat(llm, prompts):
+    for call in (llm.generate, lambda *args: next(llm.stream(*args))):
+        with refused(llm, TypeError, "prompts", "call llm.chat(messages)"):
+            call(prompts, GREEDY)
+    with refused(llm, TypeError, "call llm.chat(messages)"):
+        llm.add_request(prompts[0] if isinstance(prompts, list) else prompts, GREEDY)
+
+
+def test_a_key_that_an_output_lacks_is_told_with_those_that_it_has(llm):
+    (output,) = llm.generate([GOOD], GREEDY, use_tqdm=False)
+    with pytest.raises(AttributeError) as info:
+        _ = output.outputs  # vLLM's name
+    told = str(info.value)
+    assert "no attribute 'outputs': it has text, token_ids, " in told and "samples" in told
+    assert "output.samples[i]['text']" in told
+    assert output.text == output.samples[0]["text"] and not hasattr(output, "outputs")
+    event = next(llm.stream([GOOD], GREEDY))
+    with pytest.raises(AttributeError, match="no attribute 'outputs': it has index, sample, text"):
+        _ = event.outputs
+    assert copy.deepcopy(output) == output == pickle.loads(pickle.dumps(output))
+
+
+# threads -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_cpus(monkeypatch):
+    """A machine of two CPUs, and a torch that only says so: its threads are not what is tested."""
+    number = [2]
+    monkeypatch.setattr(checks, "available_cpus", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: number.__setitem__(0, count))
+    return number
+
+
+def test_a_number_of_threads_beyond_the_cpus_is_refused_with_the_numbers(two_cpus):
+    with pytest.raises(ValueError) as info:
+        LLM(MODEL, num_threads=3)
+    told = "num_threads must be between 1 and 2, the CPUs that this process may use, got 3"
+    assert str(info.value).startswith(told) and two_cpus == [2]
+    assert 1 <= checks.available_cpus()
+
+
+def test_steps_run_with_the_engines_own_number_and_torch_keeps_its_own(two_cpus, monkeypatch):
+    seen, advance = [], engine.LLM._advance
+
+    def step(self):
+        seen.append((self.num_threads, torch.get_num_threads()))
+        if len(seen) == 2:
+            raise RuntimeError("a step that fails")
+        advance(self)
+
+    monkeypatch.setattr(engine.LLM, "_advance", step)
+    options = {"device": "cpu", "plain": True, "num_blocks": 20}
+    with LLM(MODEL, num_threads=1, **options) as one, LLM(MODEL, **options) as other:
+        assert two_cpus == [2]
+        one.add_request(GOOD, GREEDY)
+        other.add_request(GOOD, GREEDY)
+        for llm in (one, other, one):
+            with contextlib.suppress(RuntimeError):
+                llm.step()
+            assert two_cpus == [2]
+        one.score([GOOD], [GOOD])
+        assert {*seen} == {(1, 1), (None, 2)} and two_cpus == [2]
+        two_cpus[0] = 1  # the user's own change
+        other.step()
+        assert seen[-1] == (None, 1)
+
+
+def test_a_number_that_a_step_has_set_is_the_engines_from_then_on(two_cpus, monkeypatch):
+    """As a backend does while a helper compiles its kernels: it leaves a thread to it."""
+    numbers, advance = [], engine.LLM._advance
+
+    def step(self):
+        numbers.append(torch.get_num_threads())
+        torch.set_num_threads({2: 1, 1: 2}[numbers[-1]])
+        advance(self)
+
+    monkeypatch.setattr(engine.LLM, "_advance", step)
+    with LLM(MODEL, num_threads=2, device="cpu", plain=True, num_blocks=20) as llm:
+        llm.add_request(GOOD, GREEDY)
+        for _ in range(3):
+            llm.step()
+            assert two_cpus == [2]
+    assert numbers == [2, 1, 2]
+
+
+def test_loading_runs_with_the_engines_number_and_a_failure_gives_torchs_back(
+    two_cpus, monkeypatch
+):
+    def fails(*_):
+        assert torch.get_num_threads() == 1
+        raise ValueError("a file that is none")
+
+    monkeypatch.setattr(full, "read_checkpoint", fails)
+    with pytest.raises(ValueError, match="a file that is none"):
+        LLM(MODEL, num_threads=1, device="cpu")
+    assert two_cpus == [2]
+
+
+def test_tokens_are_the_same_with_one_thread_and_with_torchs(llm):
+    (expected,) = llm.generate([GOOD], GREEDY, use_tqdm=False)
+    with LLM(MODEL, device="cpu", attention="sdpa", num_blocks=40, num_threads=1) as one:
+        (output,) = one.generate([GOOD], GREEDY, use_tqdm=False)
+    assert output.token_ids == expected.token_ids

@@ -193,7 +193,9 @@ def report(found: dict) -> str:
     """The results for people."""
     first = milliseconds(found["median_seconds_to_first_token"])
     gap = milliseconds(found["median_seconds_between_tokens"])
-    warm = f"{found['warmup_seconds']:.2f} s" if found["warmup_seconds"] else "none"
+    warm = f"{found['warmup_seconds']:.2f} s"
+    if not found["warmup_seconds"]:
+        warm = "none, so the first steps include the loading of kernels"
     return f"""
 Load: {found["load_seconds"]:.2f} s for the model and its kernels
 Warm-up: {warm}
@@ -202,7 +204,7 @@ Total output tokens: {found["total_output_tokens"]}
 Total time: {found["total_seconds"]:.2f} s for all prompts, without load and warm-up
 Throughput: {found["tokens_per_second"]} tokens/s
 Time to first token: {first} (median; all prompts arrive at once)
-Time between tokens: {gap} (median)
+Time between tokens: {gap} (median of each prompt's mean)
 
 Prefill: {found["prefill_tokens"]} tokens in {found["prefill_seconds"]:.2f} s, \
 {found["prefill_tokens_per_second"]} tokens/s

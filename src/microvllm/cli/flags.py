@@ -98,7 +98,7 @@ RANDOM = """random prompts, in place of texts:
 SCORE = """rank continuations of a prompt by log-probability
 $ "Who wrote Emma?" "It was Jane Austen." "It was Mark Twain."
 $ --raw "The capital of France is" " Paris" " London"
-$ --file rows.jsonl   # {"prompt": "...", "continuations": [...]}
+$ --file rows.jsonl   # {"prompt": "a", "continuations": ["b"]}
 texts* PROMPT CONTINUATION  a prompt, then its continuations
 --file FILE                 read prompts and continuations from a .jsonl, .json or .parquet file
 """

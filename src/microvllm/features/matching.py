@@ -47,7 +47,8 @@ def llguidance():
         import llguidance
     except ModuleNotFoundError:
         raise ImportError(
-            "guide needs the package llguidance: pip install -e '.[guided]' in the clone of microvllm"
+            "guide needs the package llguidance: pip install -e '.[guided]' in the clone of "
+            "microvllm"
         ) from None
     return llguidance
 
