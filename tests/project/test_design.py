@@ -11,11 +11,11 @@ from conftest import ROOT
 from test_readme import CORE, PACKAGE, blocks
 
 import microvllm
-from microvllm import attention, engine, full, model, sampler, scheduler, tokenizer
+from microvllm import attention, checkpoint, engine, full, model, sampler, scheduler, tokenizer
 from microvllm.fused import backend
 
 DESIGN = (ROOT / "docs" / "DESIGN.md").read_text(encoding="utf-8")
-HOMES = [engine, scheduler, attention, sampler, tokenizer, model, backend]
+HOMES = [engine, scheduler, attention, sampler, tokenizer, model, checkpoint, backend]
 
 
 def parts_of(cls: type) -> set[str]:

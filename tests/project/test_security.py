@@ -129,7 +129,7 @@ def test_no_markup_of_a_trace_reaches_the_page(tmp_path):
             "request": 0,
             "sample": 0,
             "prompt": 1,
-            "tokens": [MARKUP],
+            "tokens": [1],
         },
         {"e": "finish", "t": 0, "seq": 0, "reason": MARKUP},
     ]

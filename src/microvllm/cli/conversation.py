@@ -179,12 +179,7 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool, title: str = "") -
     person, of the model."""
     with suppress(ImportError):
         import readline  # noqa: F401, now input() has a history, arrow keys and bracketed paste
-    with suppress(ImportError):
-        from ..features.checks import longest
-
-        room = longest(llm.scheduler.blocks, llm.max_batched_tokens)
-        llm.max_model_len = min(llm.max_model_len, room + 1)
-    limit = llm.max_model_len
+    limit = llm.max_model_len = llm.max_positions  # what the pool can hold, too
     # of the context, a prompt leaves the answer its part
     talk = Conversation(llm.tokenizer, limit - min(params.max_tokens, limit // 4))
     ranks = getattr(llm, "ranks", None)

@@ -10,6 +10,7 @@ A trace is a text file with one JSON object, an event, a line; docs/TRACE.md lis
 them alone every block's state can be rebuilt at any time.
 
     events.py   Trace, which listens and writes the events; `make_trace` and `attach` for an engine
+    schema.py   which fields an event has, and of which types they are
     replay.py   the format, and Replay, which rebuilds the pool and all sequences from the events
     formats.py  one HTML file that shows a trace, and a file for Chrome and Perfetto
     compare.py  one HTML file that shows two traces of the same traffic side by side
