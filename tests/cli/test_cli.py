@@ -785,6 +785,7 @@ def test_warmup_compiles_all_that_a_checkpoint_needs(command, compiles, tmp_path
 
 def test_warmup_shows_what_is_compiled(command, compiles, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
     _, err = command("warmup")
     lines = err.split("\r\033[K")
     assert f"({compiles[0]}): 7 s, 2 compiled, now a_kernel" in lines[1] and "\n" not in lines[1]

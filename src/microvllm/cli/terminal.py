@@ -255,8 +255,9 @@ def notes_later() -> Iterator[None]:
             note(text)
 
 
-def note(text: str) -> None:
-    """Say something that is no answer: on stderr, in grey where there are colours."""
+def note(text: str, live: bool = False, end: str = "\n") -> None:
+    """Say something that is no answer: on stderr, in grey where there are colours; live: in place
+    of the line that is there."""
     if _held is not None:
         _held.append(text)
         return
@@ -265,17 +266,16 @@ def note(text: str) -> None:
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         text = f"\033[2m{text}\033[0m"
     with suppress(OSError):  # nobody can be told
-        print(text, file=sys.stderr, flush=True)
+        print(f"\r\033[K{text}" if live else text, end=end, file=sys.stderr, flush=True)
 
 
 def progress(text: str, last: bool = False) -> None:
     """Show how far a command is, on stderr: on a terminal in one line that changes, elsewhere the
     last state alone."""
-    with suppress(OSError):
-        if sys.stderr.isatty():
-            print(f"\r\033[K{plain(text)}", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif last:
-            print(plain(text), file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        note(text, live=True, end="\n" if last else "")
+    elif last:
+        note(text)
 
 
 # answers ------------------------------------------------------------------------------------------
