@@ -150,6 +150,7 @@ def test_a_notebook_shows_prompt_text_reason_and_tokens():
     assert row == ["<|bos|>One", "", "length", str(len(scored[0].logprobs))]
     assert Cells(events[0]._repr_html_()).rows[1][:2] == ["", events[0].text]
     assert Outputs([3])._repr_html_() is None  # not outputs at all
+    assert Outputs([])._repr_html_() is None
 
 
 def test_what_a_model_writes_is_no_more_than_text():

@@ -136,8 +136,9 @@ class Outputs(list):
         return f"[{', '.join(parts)}]"
 
     def _repr_html_(self) -> str | None:
-        # another kind of thing may have been put in
-        return table(self) if all(isinstance(output, dict) for output in self) else None
+        # other things may have been put in; an empty list is "[]"
+        shown = len(self) > 0 and all(isinstance(output, dict) for output in self)
+        return table(self) if shown else None
 
 
 class DisplayLLM(LLM):
