@@ -27,7 +27,7 @@ import torch
 
 from microvllm.checkpoint import empty_model
 from microvllm.model import RECIPES, GPTConfig
-from microvllm.sources import huggingface
+from microvllm.sources import exports, huggingface
 from microvllm.sources.strict import PATTERN, make_config
 
 SPECIAL = (
@@ -154,7 +154,7 @@ def make_hf_folder(out: Path, args: argparse.Namespace, device: str) -> Path:
     storage = getattr(torch, args.storage)
     weights = {}
     for name, tensor in random_weights(config, args.era, device, storage, args.seed).items():
-        for theirs, ours in huggingface.NAMES.items():
+        for theirs, ours in exports.NAMES.items():
             name = name.replace(ours, theirs)
         # padding rows of the vocabulary would be tokens there
         padded = name.startswith(("lm_head", "model.embed_tokens"))

@@ -274,7 +274,7 @@ def test_nanochats_base_directory_is_refused_with_the_names_in_it(mistake, monke
     assert f"and set NANOCHAT_BASE_DIR={home}" in mistake("run", "-m", home, "hi")
     below = home / "chatsft_checkpoints"
     line = mistake("info", below)
-    assert f"{below} is a folder of checkpoints" in line and f"{below / chat[-1]}" in line
+    assert f"{below} has no checkpoint of its own" in line and f"{below / chat[-1]}" in line
     # what has neither is told as before
     assert f"{tmp_path}" in mistake("info", tmp_path)
 

@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numba
 import pytest
 from conftest import MODEL, SRC
 
-from microvllm.cpu import kernel_cache, vectors
+from microvllm.cpu import kernel_cache, team, vectors
 
 SOURCE = """
 from microvllm.cpu.vectors import EXACT, kept
@@ -247,7 +246,7 @@ GONE = "whose threads a fork does not have: start processes with 'spawn'"
 @pytest.mark.parametrize(
     "parent, threads, children",  # these: backend and threads of its own, 0: the parent's
     [
-        # those with two threads waited for ever, the one with the parent's one OpenMP ended
+        # those with two threads waited for ever
         ("numba", 2, {"numba 0": GONE, "numba 1": GONE}),
         ("numba", 1, {"numba 0": GONE}),
         ("sdpa", 2, {"sdpa 0": GONE, "numba 0": GONE, "sdpa 1": "right"}),
@@ -258,7 +257,7 @@ GONE = "whose threads a fork does not have: start processes with 'spawn'"
 def test_a_new_engine_in_a_fork_works_or_says_why_not(parent, threads, children):
     script = FORK.format(model=str(MODEL))
     command = [sys.executable, "-c", script, parent, str(threads), *children]
-    env = os.environ | {"NUMBA_THREADING_LAYER": "omp", "PYTHONPATH": str(SRC)}
+    env = os.environ | {"PYTHONPATH": str(SRC)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     lines = done.stdout.splitlines()
     assert len(lines) == len(children), done
@@ -268,25 +267,6 @@ def test_a_new_engine_in_a_fork_works_or_says_why_not(parent, threads, children)
 
 @posix
 def test_a_fork_is_told_before_it_asks_for_a_kernel(monkeypatch):
-    monkeypatch.setattr(vectors, "PROCESS", os.getpid() + 1)
-    monkeypatch.setattr("numba.threading_layer", lambda: "omp")
+    monkeypatch.setattr(team, "_process", os.getpid() + 1)
     with pytest.raises(RuntimeError, match=GONE):
-        vectors.threads_for(4)
-
-
-def test_no_step_takes_the_lock_of_all_processes(monkeypatch):
-    """An exception from outside that struck inside that lock left it taken: the thread that had it
-    went on, all others waited for ever."""
-
-    class Struck:
-        def __enter__(self):
-            raise AssertionError("it was taken")
-
-        def __exit__(self, *_): ...
-
-    with monkeypatch.context() as patch:
-        patch.setattr("numba.np.ufunc.parallel._backend_init_process_lock", Struck())
-        with pytest.raises(AssertionError, match="it was taken"):
-            numba.get_num_threads()
-        assert vectors.threads_for(1) == 1
-    assert numba.get_num_threads() == 1
+        team.team_of(4)

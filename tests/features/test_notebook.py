@@ -1,7 +1,7 @@
 """The engine in Jupyter: cells are run by a real kernel and interrupted, and what they show is
 looked at in a real browser.
 
-Needs nbclient, ipykernel and playwright (`pip install 'microvllm[browser]'`) and a chromium of the
+Needs nbclient, ipykernel and playwright (`pip install -e '.[browser]'`) and a chromium of the
 system's.
 """
 

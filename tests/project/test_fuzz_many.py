@@ -33,7 +33,7 @@ from microvllm.features.calculator import calculate
 from microvllm.full import build_model
 from microvllm.jobs import job, rows
 from microvllm.model import RECIPES, GPTConfig
-from microvllm.sources import huggingface, quantised, strict
+from microvllm.sources import exports, huggingface, quantised, strict
 from microvllm.trace import read, write_chrome, write_page
 
 assert events  # a fixture
@@ -216,7 +216,7 @@ class Folders:
 
         self.folder, config = place, GPTConfig(8, 16, 1, 2, 1, 8, "L")
         weights = state(config, RECIPES["1"])
-        for theirs, ours in huggingface.NAMES.items():
+        for theirs, ours in exports.NAMES.items():
             weights = {name.replace(ours, theirs): w for name, w in weights.items()}
         self.tensors = save(weights, {"format": "pt"})
         self.config = {"architectures": ["NanoChatForCausalLM"], "rms_norm_eps": 1e-6}

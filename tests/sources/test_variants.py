@@ -430,8 +430,14 @@ def test_nanochats_own_folders_are_listed_too(tmp_path):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "model_000001.pt").touch()
     shutil.move(tmp_path / "tokenizer/model_000001.pt", tmp_path / "tokenizer/tokenizer.pkl")
-    with refused(FileNotFoundError, "have: base_checkpoints/d4;"):
-        find_checkpoint(tmp_path)  # three levels, no more
+    (tmp_path / "deep/a/b/c/d").mkdir(parents=True)
+    (tmp_path / "deep/a/b/c/d/model_000001.pt").touch()
+    with refused(FileNotFoundError, "nanochat's base directory", "give one of base:d4 and set"):
+        find_checkpoint(tmp_path)
+    with refused(FileNotFoundError, "have: b/c/d;"):
+        find_checkpoint(tmp_path / "a")
+    with refused(FileNotFoundError, "has no model_<step>.pt"):  # three levels, no more
+        find_checkpoint(tmp_path / "deep")
     with refused(FileNotFoundError, "have: mine/d6/sft;"):
         find_checkpoint(tmp_path / "experiments")
     with refused(FileNotFoundError, "tokenizer has no model_<step>.pt"):

@@ -98,10 +98,8 @@ def warm_up(llm, params, num_prompts: int) -> float:
     params: of the benchmark, since they decide which kernels a step needs; num_prompts: as many as
     the benchmark has at most. In a pool without room for a prompt nothing is done.
     """
-    from ..features.checks import longest
-
     start = time.perf_counter()
-    room = min(longest(llm.scheduler.blocks, llm.max_batched_tokens), llm.max_model_len)
+    room = min(llm.max_positions - 1, llm.max_model_len)
     new = min(WARM_UP_TOKENS, params.max_tokens, room - 1)
     length = min(WARM_UP_PROMPT, room - new)
     if new < 1 or length < 1:

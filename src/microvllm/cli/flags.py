@@ -30,7 +30,7 @@ DEFAULTS = {
 GROUPS = {
     "use a model": "run chat",
     "process many prompts": "batch bench score eval",
-    "inspect and convert checkpoints": "info convert quantize",
+    "inspect and convert checkpoints": "info warmup convert quantize",
     "understand the KV cache": "trace lab learn",
 }
 CHECKPOINT = """\
@@ -121,12 +121,12 @@ $ owner/name --json
 model? CHECKPOINT  {CHECKPOINT} (default: the bundled model)
 --kv-cache-dtype auto|int8  data type of cached keys and values; auto: as the model computes (=auto)
 """
-WARMUP = f"""compile the kernels of a CPU for a checkpoint, once; later runs load them from disk
+WARMUP = f"""compile the CPU kernels for a checkpoint; later runs load them from disk
 $
 $ -m sft --quantization int8
 -m --model --model-dir CHECKPOINT  {CHECKPOINT} (default: the bundled model)
 --step int N         training step of the checkpoint (default: the last one)
---dtype auto|float32|bfloat16  data type of weights, keys and values (default: float32)
+--dtype auto|float32|bfloat16  data type of the weights; auto: float32 (=auto)
 --quantization int8|int6|int5|int4  bits of the weights (default: as the checkpoint has them)
 --kv-cache-dtype auto|int8  data type of cached keys and values; auto: as the model computes (=auto)
 --recipe+ NAME=VALUE  constant of the model that the checkpoint does not contain, such as \

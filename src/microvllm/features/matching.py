@@ -16,7 +16,7 @@ replaced, and its successor reads the tokens again.
 
 import errno
 import itertools
-import marshal
+import json
 import os
 import signal
 import subprocess
@@ -46,10 +46,7 @@ def llguidance():
     try:
         import llguidance
     except ModuleNotFoundError:
-        raise ImportError(
-            "guide needs the package llguidance: pip install -e '.[guided]' in the clone of "
-            "microvllm"
-        ) from None
+        raise ImportError("guide needs the package llguidance") from None
     return llguidance
 
 
@@ -133,8 +130,8 @@ def open_grammar(tokenizer, grammar: str) -> Reader:
 
 
 def send(file, message: tuple) -> None:
-    """Write a message of plain values."""
-    data = marshal.dumps(message)
+    """Write a message of plain values and bytes."""
+    data = json.dumps(message, default=lambda value: {"hex": bytes(value).hex()}).encode()
     file.write(len(data).to_bytes(8, "little") + data)
     file.flush()
 
@@ -146,7 +143,7 @@ def receive(file) -> tuple:
     data = file.read(size) if len(head) == 8 else b""
     if len(head) < 8 or len(data) < size:
         raise EOFError
-    return marshal.loads(data)
+    return json.loads(data, object_hook=lambda found: bytes.fromhex(found["hex"]))
 
 
 class Words:

@@ -24,7 +24,7 @@ from .huggingface import SIZES, import_safetensors, read_safetensors
 from .quantised import Stored
 
 # parts of a tensor's name in transformers -> nanochat's
-_NAMES = {
+NAMES = {
     "model.embed_tokens.": "transformer.wte.",
     "model.layers.": "transformer.h.",
     ".self_attn.q_proj.": ".attn.c_q.",
@@ -116,7 +116,7 @@ def _to_huggingface(config, recipe, weights, step, tokenizer, folder) -> None:
         if rows > config.vocab_size:
             save({name: weights[name][config.vocab_size :] for name in _TABLES}, _PADDING)
         weights |= {name: weights[name][: config.vocab_size] for name in _TABLES}
-        for theirs, ours in _NAMES.items():
+        for theirs, ours in NAMES.items():
             weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
         found |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()} | {
             "architectures": ["NanoChatForCausalLM"], "intermediate_size": 4 * config.n_embd,
