@@ -96,12 +96,16 @@ def warm_up(llm, params, num_prompts: int) -> float:
     start threads) is in no figure; then forget them. Gives the seconds that this took.
 
     params: of the benchmark, since they decide which kernels a step needs; num_prompts: as many as
-    the benchmark has at most. In a pool without room for a prompt nothing is done.
+    the benchmark has at most. In a pool without room for a prompt nothing is done, nor without the
+    feature that knows how long one may be.
     """
-    from ..features.checks import longest
+    from ..full import optional
 
+    checks = optional("features.checks")
+    if checks is None:
+        return 0.0
     start = time.perf_counter()
-    room = min(longest(llm.scheduler.blocks, llm.max_batched_tokens), llm.max_model_len)
+    room = min(checks.longest(llm.scheduler.blocks, llm.max_batched_tokens), llm.max_model_len)
     new = min(WARM_UP_TOKENS, params.max_tokens, room - 1)
     length = min(WARM_UP_PROMPT, room - new)
     if new < 1 or length < 1:
