@@ -333,11 +333,13 @@ class LLM(*parts("llm"), *[module.PARTS["llm"] for module in LOOPS], engine.LLM)
     tensor_parallel: torchrun's processes, which share the model and all do the same; num_threads:
     CPU threads that this engine's steps and its loading use, from 1 to the CPUs that this process
     may use, by default as many as torch uses (torch.get_num_threads()). Torch has this number while
-    the engine runs a step, and its former one again after the step: two engines may have different
-    numbers, and a training beside them keeps its own. trace: a file to write events to, see trace/;
-    plain: run the core's own model and attention, slowly, so that a breakpoint in model.py is
-    reached; trust_tokenizer: take a tokenizer's file also if its pattern is none of nanochat's
-    (such a pattern may take any time and memory for a text).
+    the engine runs a step, in the thread that runs it, and its former one again after the step: two
+    engines may have different numbers, and a training beside them keeps its own; only a thread that
+    uses torch for the first time during a step begins with the step's number. trace: a file to
+    write events to, see trace/; plain: run the core's own model and attention, slowly, so that a
+    breakpoint in model.py is reached; trust_tokenizer: take a tokenizer's file
+    also if its pattern is none of nanochat's (such a pattern may take any time and memory for a
+    text).
 
     Prompts may be one list, array or tensor of token ids, too, or a matrix with a prompt in each
     row. Outputs also have mask (0 for the tokens that a tool forced, else 1; in events of a stream,

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import pickle
+import threading
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -556,6 +557,33 @@ def test_steps_run_with_the_engines_own_number_and_torch_keeps_its_own(two_cpus,
         two_cpus[0] = 1  # the user's own change
         other.step()
         assert seen[-1] == (None, 1)
+
+
+def test_the_number_holds_in_each_thread_that_runs_a_step(monkeypatch):
+    """Torch has a number for each thread that has used it."""
+    monkeypatch.setattr(checks, "available_cpus", lambda: 2)
+    seen, advance = [], engine.LLM._advance
+
+    def step(self):
+        seen.append(torch.get_num_threads())
+        advance(self)
+
+    def other(llm):
+        torch.set_num_threads(2)
+        llm.step()
+        seen.append(torch.get_num_threads())
+
+    monkeypatch.setattr(engine.LLM, "_advance", step)
+    before = torch.get_num_threads()
+    try:
+        with LLM(MODEL, num_threads=1, device="cpu", plain=True, num_blocks=20) as llm:
+            llm.add_request(GOOD, GREEDY)
+            thread = threading.Thread(target=other, args=(llm,))
+            thread.start()
+            thread.join()
+    finally:
+        torch.set_num_threads(before)  # new threads took the other one's
+    assert seen == [1, 2]
 
 
 def test_a_number_that_a_step_has_set_is_the_engines_from_then_on(two_cpus, monkeypatch):

@@ -452,10 +452,10 @@ def test_the_commands_have_it_and_say_how_often_it_was_right(capsys):
         answers.append(json.loads(capsys.readouterr().out)["token_ids"])
     assert answers[0] == answers[1]
     flags = ["--random-input-len", "20", "--random-output-len", "60", "--temperature", "0"]
-    cli.main(["bench", "--num-prompts", "1", "--prompt-lookup", "6", *flags])
+    flags = ["bench", "--num-prompts", "1", "--prompt-lookup", "6", *flags]
+    cli.main(flags)
     out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[-1])
-    told = re.search(
-        r"Decode: 59 tokens, .* tokens/s.*; (\d+) of (\d+) guesses right \(\d+%\)", out
-    )
+    told = re.search(r"Decode: 59 tokens .* tokens/s.*; (\d+) of (\d+) guesses right \(\d+%\)", out)
+    cli.main([*flags, "--json"])
+    found = json.loads(capsys.readouterr().out)
     assert [int(n) for n in told.groups()] == [found["accepted_tokens"], found["guessed_tokens"]]

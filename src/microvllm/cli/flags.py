@@ -121,7 +121,7 @@ $ owner/name --json
 model? CHECKPOINT  {CHECKPOINT} (default: the bundled model)
 --kv-cache-dtype auto|int8  data type of cached keys and values; auto: as the model computes (=auto)
 """
-WARMUP = f"""compile the CPU kernels for a checkpoint; later runs load them from disk
+WARMUP = f"""compile the CPU kernels that a checkpoint needs
 $
 $ -m sft --quantization int8
 -m --model --model-dir CHECKPOINT  {CHECKPOINT} (default: the bundled model)

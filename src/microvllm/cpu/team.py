@@ -331,41 +331,45 @@ def _new_team(size: int) -> np.ndarray:
 
 
 _ALONE = _new_team(1)
-_team, _threads = _ALONE, []  # the last one that was made, and its workers
+_teams: dict[int, tuple[np.ndarray, list[threading.Thread]]] = {}  # by size, with their workers
 _process = os.getpid()
 
 
 def team_of(size: int | None = None) -> np.ndarray:
     """The team whose threads compute the next kernels: as many as torch has, or `size` of them.
     Call it with one_at_a_time held. Raises RuntimeError in a fork, which has no threads."""
-    global _team, _threads
     check_process()
     size = min(size or torch.get_num_threads(), MAX_THREADS)
     if size == 1:
         return _ALONE
-    if _team[SIZE] != size or len(_threads) != size - 1:  # an exception may have struck in here
-        _stop()
+    team, threads = _teams.get(size, (None, []))
+    if len(threads) != size - 1:  # an exception may have struck in here
+        _stop(size)
         _work.compile((types.int64[::1], types.int64))
-        _team = _new_team(size)
+        team, threads = _teams[size] = _new_team(size), []
         for worker in range(1, size):
             thread = threading.Thread(
-                target=_work, args=(_team, worker), name=f"microvllm-{worker}", daemon=True
+                target=_work, args=(team, worker), name=f"microvllm-{worker}", daemon=True
             )
             thread.start()
-            _threads.append(thread)
-    return _team
+            threads.append(thread)
+    return team
+
+
+def _stop(size: int) -> None:
+    """End the workers of a team."""
+    if size in _teams and os.getpid() == _process:
+        team, threads = _teams.pop(size)
+        _stop_workers(team)
+        for thread in threads:
+            thread.join(1)
 
 
 @atexit.register
-def _stop() -> None:
-    """End the workers, before the interpreter unloads their code."""
-    global _team, _threads
-    threads, _threads = _threads, []
-    if threads and os.getpid() == _process:
-        _stop_workers(_team)
-        for thread in threads:
-            thread.join(1)
-    _team = _ALONE
+def _stop_all() -> None:
+    """End all workers, before the interpreter unloads their code."""
+    for size in [*_teams]:
+        _stop(size)
 
 
 @kept(**EXACT)

@@ -46,7 +46,10 @@ def llguidance():
     try:
         import llguidance
     except ModuleNotFoundError:
-        raise ImportError("guide needs the package llguidance") from None
+        from ..environment import how_to_install  # not in a helper, which finds the package
+
+        what = f"guide needs the package llguidance: {how_to_install('guided')}"
+        raise ImportError(what) from None
     return llguidance
 
 
