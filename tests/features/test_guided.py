@@ -446,7 +446,8 @@ def test_the_limits_of_a_helper_end_it():
         for size, told in ((20_000, "s a token"), (40_000, "")):
             grammar = guided.grammar_of({"regex": "a?" * size + "a" * size})
             words = Vocabulary(TOY)
-            about = words.tokens, words.special_token_ids, words.bos_token_id, [words.bos_token_id]
+            tokens, bos = [token.hex() for token in words.tokens], words.bos_token_id
+            about = tokens, words.special_token_ids, bos, [bos]
             with pytest.raises(ValueError, match=f"the guide is too complex: .*{told}"):
                 helper.ask(("grammar", 2, 1, grammar), (("vocabulary", 1, *about),), words.encode)
     finally:

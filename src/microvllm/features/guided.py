@@ -296,7 +296,8 @@ class Guides:
             start = open_grammar(self.tokenizer, grammar).start
             return Guide(lambda: Reader(start), self.num_ordinary)
         words, encode = self.vocabulary, self.vocabulary.encode
-        about = words.tokens, words.special_token_ids, words.bos_token_id, self.ends
+        tokens = [token.hex() for token in words.tokens]
+        about = tokens, words.special_token_ids, words.bos_token_id, self.ends
         vocabulary = "vocabulary", self.number, *about
         opened = "grammar", next(numbers), self.number, grammar
         helper = arrivals(os.getpid())

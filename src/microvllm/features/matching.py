@@ -133,20 +133,20 @@ def open_grammar(tokenizer, grammar: str) -> Reader:
 
 
 def send(file, message: tuple) -> None:
-    """Write a message of plain values and bytes."""
-    data = json.dumps(message, default=lambda value: {"hex": bytes(value).hex()}).encode()
+    """Write a message of JSON's values."""
+    data = json.dumps(message).encode()
     file.write(len(data).to_bytes(8, "little") + data)
     file.flush()
 
 
-def receive(file) -> tuple:
+def receive(file) -> list:
     """The next message. Raises EOFError where the other process has ended."""
     head = file.read(8)
     size = int.from_bytes(head, "little")
     data = file.read(size) if len(head) == 8 else b""
     if len(head) < 8 or len(data) < size:
         raise EOFError
-    return json.loads(data, object_hook=lambda found: bytes.fromhex(found["hex"]))
+    return json.loads(data)
 
 
 class Words:
@@ -196,6 +196,7 @@ class Server:
         check(grammar)
 
     def vocabulary(self, number: int, tokens: list, special: list, bos: int, ends: list) -> None:
+        tokens = [bytes.fromhex(token) for token in tokens]
         words = Words(self.asked, self.answers, tokens, special, bos)
         wrapped = llguidance().TokenizerWrapper(words)
         self.vocabularies[number] = llguidance().LLTokenizer(wrapped, eos_token=ends)
@@ -204,14 +205,14 @@ class Server:
         limit_time(PREPARE)
         self.grammars[number] = open_grammar(self.vocabularies[vocabulary], grammar)
 
-    def allowed(self, number: int, grammar: int, output: list[int]) -> tuple[int, bytes]:
+    def allowed(self, number: int, grammar: int, output: list[int]) -> tuple[int, str]:
         begun, before = time.process_time(), self.seconds.get(number, 0)
         limit_time(PREPARE + EACH * len(output) - before)
         if number not in self.readers:
             self.readers[number] = Reader(self.grammars[grammar].start)
-        found = self.readers[number].allowed(output)
+        num_read, bits = self.readers[number].allowed(output)
         self.seconds[number] = before + time.process_time() - begun
-        return found
+        return num_read, bits.hex()
 
 
 def limit_time(seconds: float | None) -> None:
@@ -319,12 +320,12 @@ class Helper:
         self.stop = weakref.finalize(self, end, self.process, os.getpid())
         send(self.process.stdin, ([path for path in sys.path if path],))
 
-    def _exchange(self, message: tuple, parts: tuple, encode: Callable | None) -> tuple:
+    def _exchange(self, message: tuple, parts: tuple, encode: Callable | None) -> list:
         """Send what the helper needs, and the message. Returns (None, result) or (error,)."""
         if not self.is_ready:
             self._start()
         self.is_ready = False
-        answer: tuple = (None,)
+        answer: list = []
         if dropped := [self.dropped.pop() for _ in range(len(self.dropped))]:
             self.sent.difference_update(dropped)
             answer = self._answer(("drop", *dropped), encode)
@@ -337,7 +338,7 @@ class Helper:
         self.is_ready = True
         return answer
 
-    def _answer(self, message: tuple, encode: Callable | None) -> tuple:
+    def _answer(self, message: tuple, encode: Callable | None) -> list:
         send(self.process.stdin, message)
         answer = receive(self.process.stdout)
         while answer[0] == "encode":
@@ -376,7 +377,8 @@ class RemoteReader:
     def allowed(self, output: list[int]) -> tuple[int, bytes]:
         """As that of a Reader."""
         message = "allowed", self.number, self.grammar, output
-        return self.helper.ask(message, self.parts, self.encode)
+        num_read, bits = self.helper.ask(message, self.parts, self.encode)
+        return num_read, bytes.fromhex(bits)
 
 
 if __name__ == "__main__":
