@@ -110,7 +110,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern", OTHERS, ids=lambda pattern: pattern[:40])
+@pytest.mark.parametrize("pattern", OTHERS, ids=lambda pattern: pattern[:20])
 def test_a_pattern_that_is_none_of_nanochats_is_refused_unless_it_is_trusted(pattern, tmp_path):
     file = write(tmp_path, dumps(encoding_with(parts(pat_str=pattern))))
     with pytest.raises(ValueError, match="none of nanochat's.*trust_tokenizer=True") as error:
