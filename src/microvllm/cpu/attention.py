@@ -374,6 +374,11 @@ def cut_tiles(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
     chunks. So no tile is more than half of a thread's mean share, where it has _LEAST queries
     without that; and the largest come first, since threads take them as they come.
     """
+    if cu_seqlens[seq_lens.size] == seq_lens.size:  # decodes, whose tiles have a row each
+        single = np.empty((seq_lens.size, 3), np.int64)
+        for b in range(seq_lens.size):
+            single[b, 0], single[b, 1], single[b, 2] = b, b, b + 1
+        return single
     total, count = 0, 0
     for b in range(seq_lens.size):
         first, end = cu_seqlens[b], cu_seqlens[b + 1]

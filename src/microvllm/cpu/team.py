@@ -8,8 +8,8 @@ not when all threads have arrived. So a worker that the system runs late, becaus
 the same cores, takes fewer parts, and the others take more.
 
 A worker that the system stops in the middle of a part would hold up all others. Linux does that at
-a timer tick, when another program waits for the core. So a worker offers its core between two parts
-(sched_yield) before that tick: after TURN_NS, about half of what it would get.
+a timer tick, often 4 ms apart, when another program waits for the core. So a worker offers its core
+between two parts (sched_yield) before that: after TURN_NS.
 
 No thread spins for long. A worker without work sleeps after SPIN_NS. A leader that waits for a
 worker's last part sleeps after WAIT_NS: then its core is idle, and the system moves the waiting
@@ -38,17 +38,17 @@ from numba.extending import intrinsic
 from .vectors import EXACT, kept, vectorised
 
 MAX_THREADS, MAX_PARTS = 256, 2**15
-SPIN_NS, WAIT_NS, TURN_NS = 200_000, 50_000, 2_000_000
+SPIN_NS, WAIT_NS, TURN_NS = 200_000, 50_000, 700_000
 
 # Places in a team's array of int64. Those that several threads write have a cache line each.
 SIZE = 0  # threads, with the leader
 JOB = 8  # the job's number and, in the low 16 bits, its runs
+FUNCTION, DATA, PARTS = 9, 10, 11  # in the same line: the job's code, arguments, number of parts
 DONE = 16  # parts of the job that workers have done
 SLEEPERS = 24  # workers that went to sleep since the leader last woke them
 EPOCH = 32  # changes when workers are woken
 LEADER = 40  # 1 while the leader sleeps
-FUNCTION, DATA, PARTS = 48, 49, 50  # the job: code, arguments, number of parts
-RUNS = 64  # for each run a line: the job's number, the run's end and its next part
+RUNS = 48  # for each run a line: the job's number, the run's end and its next part
 _LINE, _BITS, _MASK = 8, 16, 0xFFFF
 _STOP = -1  # as JOB: workers end
 
@@ -83,7 +83,8 @@ def _peek(b, team, place):
 
 @vectorised()
 def _put(b, team, place, value):
-    b.store_atomic(value, b.at(team.data, place), "seq_cst", 8)
+    """Write after all that was written before; a later read may come first."""
+    b.store_atomic(value, b.at(team.data, place), "release", 8)
 
 
 @vectorised()
@@ -208,7 +209,7 @@ def _await_workers(team, due):
             if began == 0:
                 began = now
             elif now - began > WAIT_NS:
-                _put(team, LEADER, 1)
+                _swap(team, LEADER, 1)
                 done = _peek(team, DONE)
                 if done < due:
                     _sleep(team, DONE, done)
