@@ -47,7 +47,6 @@ def folder(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "backend.py").write_text("CpuBackend = None")
-    (package / "crew.py").touch()
     (package / "first.py").write_text(SERVE)
     monkeypatch.setattr(first, "__package__", "invented")
     monkeypatch.setattr(first, "place", lambda kind: tmp_path / f"kernels-{kind}.txt")
