@@ -223,10 +223,11 @@ def test_ctrl_c_at_any_moment_leaves_no_traceback(words, seconds):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     time.sleep(seconds)
+    is_done = child.poll() is not None  # `info` takes little more than a second where all is idle
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     # -2: Python itself was about to end, and does so by the signal
-    assert child.returncode in (130, -2) and err == b""
+    assert child.returncode in ((0,) if is_done else (130, -2)) and err == b""
 
 
 @pytest.mark.slow

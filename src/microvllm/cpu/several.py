@@ -86,7 +86,7 @@ class SeveralRunner(Runner):
         began = time.perf_counter()
         super().launch(plan)
         if decodes:
-            self.pace = len(chunks), time.perf_counter() - began
+            self.pace = len(chunks), max(time.perf_counter() - began, 1e-6)
 
     def foresee(self, plan: Plan) -> None:
         """Compute the step, and what comes after it, unless that is too little to be worth it."""
@@ -100,7 +100,7 @@ class SeveralRunner(Runner):
         self.granted = seqs
         began = time.perf_counter()
         tokens = self.multi_step.compute(self.model, plan, self.cache, blocks, count)
-        self.pace = len(seqs), (time.perf_counter() - began) / len(tokens)
+        self.pace = len(seqs), max(time.perf_counter() - began, 1e-6) / len(tokens)
         for i, row in enumerate(torch.from_numpy(tokens)):
             self.foreseen.append(([(seq, start + i) for seq, start, _ in plan.chunks], row))
 
