@@ -1,7 +1,7 @@
 """A nanochat GPT that one can train: nanochat's config, names and mathematics in plain torch.
 
 It computes whole sequences at once, without a KV cache, in the two eras at the ends of nanochat's
-history: era 1, and era 5, of which the bundled model is. src/microvllm/model.py has the same layers
+history: era 1, and era 5, which the bundled model has. src/microvllm/model.py has the same layers
 for inference, in all eras.
 """
 

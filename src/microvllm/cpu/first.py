@@ -76,7 +76,7 @@ def run_tiny(backend_class: type, kind: str) -> None:
     """Two steps of a tiny model of this kind, a prompt and a token: each kernel that an engine of
     this kind calls is loaded from disk, or compiled."""
     store, *parts = kind.split("-")
-    width = 64 if "layers" in parts else 24  # of which panels are whole, or not
+    width = 64 if "layers" in parts else 24  # its panels are whole, or not
     config, recipe = GPTConfig(16, 64, 2, 2, 1, width), RECIPES["5"]
     names = empty_model(config, recipe, config.vocab_size).state_dict()
     weights = {name: torch.zeros(weight.shape) for name, weight in names.items()}
@@ -114,8 +114,8 @@ def folder() -> Path:
 
 
 def contents(files: dict[str, int]) -> str:
-    """What the file says: of which sources, compiler and processor the kernels are, and the size in
-    bytes of each of their files."""
+    """What the file says: the sources, compiler and processor of the kernels, and the size of each
+    of their files in bytes."""
     return json.dumps([repr((STAMP, AMX, numba.__version__, *CPU)), files])
 
 

@@ -142,9 +142,10 @@ def _sleep(b, team, place, value):
 
 
 @vectorised()
-def _wake(b, team, place):
+def _wake(b, team, place, count):
+    """Wake at most `count` threads that sleep at team[place]."""
     if _FUTEX:
-        _futex(b, b.at(team.data, place), _FUTEX_WAKE, b.i64(2**31 - 1))
+        _futex(b, b.at(team.data, place), _FUTEX_WAKE, count)
 
 
 @vectorised()
@@ -169,6 +170,20 @@ def _claim(team, run):
     return part if part < (claim >> _BITS) & _MASK else -1
 
 
+@numba.njit(**EXACT)
+def _spin(spins, began, limit):
+    """Wait for a moment. Returns the count of such moments, when the first ones were (0: not known
+    yet), and whether that is longer ago than `limit` nanoseconds."""
+    _pause()
+    spins += 1
+    if spins % 64:  # to read the clock takes as long as some of them
+        return spins, began, False
+    now = _now()
+    if began == 0:
+        return spins, now, False
+    return spins, began, now - began > limit
+
+
 # the leader ---------------------------------------------------------------------------------------
 
 
@@ -184,9 +199,12 @@ def _lead(team, function, data, runs, parts):
         first, end = parts * run // runs, parts * (run + 1) // runs
         _put(team, RUNS + _LINE * run, number << 2 * _BITS | end << _BITS | first)
     _put(team, JOB, number << _BITS | runs)
-    if _swap(team, SLEEPERS, 0):
+    sleepers = _swap(team, SLEEPERS, 0)
+    if sleepers:
+        woken = min(sleepers, parts - 1)  # more would find nothing to do
+        _add(team, SLEEPERS, sleepers - woken)
         _add(team, EPOCH, 1)
-        _wake(team, EPOCH)
+        _wake(team, EPOCH, woken)
     own = 0
     for run in range(runs):
         part = _claim(team, run)
@@ -202,18 +220,13 @@ def _await_workers(team, due):
     """Return when workers have done `due` parts."""
     spins, began = 0, 0
     while _peek(team, DONE) < due:
-        _pause()
-        spins += 1
-        if spins % 64 == 0:
-            now = _now()
-            if began == 0:
-                began = now
-            elif now - began > WAIT_NS:
-                _swap(team, LEADER, 1)
-                done = _peek(team, DONE)
-                if done < due:
-                    _sleep(team, DONE, done)
-                _put(team, LEADER, 0)
+        spins, began, is_over = _spin(spins, began, WAIT_NS)
+        if is_over:
+            _swap(team, LEADER, 1)
+            done = _peek(team, DONE)
+            if done < due:
+                _sleep(team, DONE, done)
+            _put(team, LEADER, 0)
 
 
 # the workers --------------------------------------------------------------------------------------
@@ -239,7 +252,7 @@ def _work(team, worker):
                 _call(function, data, worker, part, parts)
                 _add(team, DONE, 1)
                 if _peek(team, LEADER):
-                    _wake(team, DONE)
+                    _wake(team, DONE, 1)
                 if _now() - resumed > TURN_NS:
                     _offer_core()
                     resumed = _now()
@@ -251,18 +264,13 @@ def _await_job(team, job, resumed):
     """Return when there is another job; the time since when this thread has run without a pause."""
     spins, began = 0, 0
     while _peek(team, JOB) == job:
-        _pause()
-        spins += 1
-        if spins % 64 == 0:
-            now = _now()
-            if began == 0:
-                began = now
-            elif now - began > SPIN_NS:
-                _add(team, SLEEPERS, 1)
-                epoch = _peek(team, EPOCH)
-                if _peek(team, JOB) == job:
-                    _sleep(team, EPOCH, epoch)
-                resumed, began = _now(), 0
+        spins, began, is_over = _spin(spins, began, SPIN_NS)
+        if is_over:
+            _add(team, SLEEPERS, 1)
+            epoch = _peek(team, EPOCH)
+            if _peek(team, JOB) == job:
+                _sleep(team, EPOCH, epoch)
+            resumed, began = _now(), 0
     return resumed
 
 
@@ -377,7 +385,7 @@ def _stop_all() -> None:
 def _stop_workers(team):
     _put(team, JOB, _STOP)
     _add(team, EPOCH, 1)
-    _wake(team, EPOCH)
+    _wake(team, EPOCH, MAX_THREADS)
 
 
 def check_process() -> None:

@@ -103,8 +103,8 @@ def row_parts(rows, threads):
 
 @numba.njit(**EXACT)
 def piece_parts(pieces, threads):
-    """Runs and parts of a job on so many pieces of a matrix: at most four parts for each thread, so
-    that those of a thread that comes late can be taken by others, of four pieces or more."""
+    """Runs and parts of a job on `pieces` of a matrix. A thread's share has at most four parts, of
+    four pieces or more: others can take them if the thread comes late."""
     runs = fewest(pieces, threads)
     return runs, runs * (max(1, min(4, pieces // (4 * runs))) if runs > 1 else 1)
 

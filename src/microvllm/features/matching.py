@@ -101,7 +101,7 @@ class Reader:
         self.read: list[int] = []  # tokens that the matcher has
 
     def allowed(self, output: list[int]) -> tuple[int, bytes]:
-        """Be behind these tokens, of which the last may differ from those of the call before.
+        """Go to the end of these tokens; the last ones may differ from those of the call before.
         Returns how many of them fit, and what may come after these: a bit for each token of the
         vocabulary, the lowest first. Raises ValueError if nothing may, or if a limit is met."""
         kept = len(self.read)

@@ -191,7 +191,7 @@ class WindowsLLM(LLM):
         numbers = 2 * places * config.n_kv_head * config.head_dim * block_size
         longest = most_blocks(windows, block_size, self.max_model_len)
         wanted = -(-self.max_batch_size * longest // len(windows)) + 1
-        # a sequence of which no group sees all may be longer than the pool
+        # a sequence may be longer than the pool if no group sees all of it
         reach = len(windows) * block_size if -1 in windows else self.max_model_len
         bytes_each = numbers * dtype.itemsize
         num_blocks = self._pool_size(num_blocks, wanted, block_size, bytes_each, reach)
