@@ -284,7 +284,7 @@ class AsyncApi:
         with a CPU, then about a second. Call it before the event loop starts, or in it as
         `await asyncio.to_thread(llm.warm)`. The requests count in `stats`."""
         engine = self.get_engine()
-        engine.guard.check_usable()
+        engine.guard.check_open()
         blocks = engine.scheduler.blocks
         # blocks_for(1): a token takes a block of each window group
         num_slots = blocks.pool.num_usable // blocks.blocks_for(1) * blocks.block_size
