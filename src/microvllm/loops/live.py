@@ -1,6 +1,6 @@
 """The loop of an engine whose weights may change between two steps, or that may sleep.
 
-    step 1 | look: as before | step 2 | look: changed, take over | step 3, computes all K and V again
+    step 1 | look: as before | step 2 | look: changed, take over | step 3 computes K and V again
 """
 
 from __future__ import annotations
