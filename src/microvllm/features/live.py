@@ -121,12 +121,17 @@ class LiveWeights:
     the engine's model of the module's weights.
     """
 
-    def __init__(self, engine: LLM, module=None, build: Callable | None = None):
-        self.engine: LLM = weakref.proxy(engine)  # the engine has this object: no cycle
+    engine: LLM
+
+    def __init__(self, module=None, build: Callable | None = None):
         self.module = module
         self.build = build
         self.snapshot: Snapshot | None = None  # the module's weights, as the engine has them
         self.is_asleep = False
+
+    def attach(self, engine: LLM) -> None:
+        """Called by the engine's loop (loops/live.py), when it is made."""
+        self.engine = engine
 
     def take(self):
         """The model that `build` makes of the module's present weights, which are followed from

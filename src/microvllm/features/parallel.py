@@ -5,8 +5,8 @@ scheduler on the same requests, so it plans the same steps. Two sums a layer and
 between ranks (Shoeybi et al. 2019, Megatron-LM); then all ranks draw from the same bits with the
 same uniform numbers.
 
-    rank 0   plan | heads 0, 1 | sum | half of the MLP | sum | ... | half of the logits | gather, draw
-    rank 1   plan | heads 2, 3 | sum | half of the MLP | sum | ... | half of the logits | gather, draw
+    rank 0   plan | heads 0, 1 | sum | half of the MLP | sum | ... | half of the logits | gather
+    rank 1   plan | heads 2, 3 | sum | half of the MLP | sum | ... | half of the logits | gather
 """
 
 import atexit
@@ -45,8 +45,8 @@ def join_processes(size: int) -> None:
         num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes != size:
         raise ValueError(
-            f"tensor_parallel={size} takes {size} processes, not {num_processes}: start the program "
-            f"with torchrun --standalone --nproc-per-node {size}"
+            f"tensor_parallel={size} takes {size} processes, not {num_processes}: start the "
+            f"program with torchrun --standalone --nproc-per-node {size}"
         )
     if not is_joined:
         dist.init_process_group(pick_library())
@@ -77,8 +77,8 @@ def first_failure(failure: str) -> str:
 
 class Ranks:
     """This rank and the others of one model, `size` in all. device: of this rank, "auto" and "cuda"
-    are the GPU of its number on its machine. Raises ValueError as `join_processes` and `pick_device`
-    do."""
+    are the GPU of its number on its machine. Raises ValueError as `join_processes` and
+    `pick_device` do."""
 
     def __init__(self, size: int, device="auto"):
         join_processes(size)

@@ -1,5 +1,7 @@
 """The loop of an engine whose weights may change between two steps, or that may sleep.
 
+Before each step it looks whether the weights have changed:
+
     step 1 | look: as before | step 2 | look: changed, take over | step 3 computes K and V again
 """
 
@@ -20,6 +22,7 @@ class FollowingLoop(Loop):
         super().__init__(inner_loop.engine)
         self.inner_loop = inner_loop
         self.live_weights = live_weights
+        live_weights.attach(self.engine)
 
     def advance(self) -> None:
         self.live_weights.refresh()
