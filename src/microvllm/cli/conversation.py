@@ -8,6 +8,7 @@ import re
 import select
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,17 +180,17 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool, title: str = "") -
     person, of the model."""
     with suppress(ImportError):
         import readline  # noqa: F401, now input() has a history, arrow keys and bracketed paste
-    limit = llm.max_model_len = llm.max_positions  # what the pool can hold, too
+    limit = llm.max_positions  # what the pool can hold, too
+    llm.config = replace(llm.config, max_model_len=limit)
     # of the context, a prompt leaves the answer its part
     talk = Conversation(llm.tokenizer, limit - min(params.max_tokens, limit // 4))
-    ranks = getattr(llm, "ranks", None)
     if sys.stdin.isatty():
         note(f"{title}: a context of {limit:,} tokens. /help lists the commands, /exit leaves")
     while (line := read_turn()) is not None:
         if command := command_of(line):
             if command[0] == "exit":
                 return
-            note(order(talk, *command, writes=not ranks or ranks.rank == 0))
+            note(order(talk, *command, writes=llm.ranks is None or llm.ranks.rank == 0))
             continue
         if not line:
             continue

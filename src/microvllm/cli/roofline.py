@@ -70,7 +70,7 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
     from ..checkpoint import pick_dtype
     from ..environment import free_memory
     from ..features.windows import group_layers, most_blocks
-    from ..full import stored_as
+    from ..loading import stored_as
     from ..model import layer_windows
 
     on_gpu, dtype = device.type == "cuda", str(pick_dtype(dtype, device))[6:]

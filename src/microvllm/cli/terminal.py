@@ -281,11 +281,6 @@ def progress(text: str, last: bool = False) -> None:
 # answers ------------------------------------------------------------------------------------------
 
 
-def tools(llm: LLM, chat: bool) -> dict[str, bool]:
-    """What `generate` takes for a conversation: the calculator, where it is installed."""
-    return {"tools": True} if chat and "tools" in llm.request_options else {}
-
-
 def live(
     llm: LLM, prompt, params: SamplingParams, *, chat: bool, show: bool = True, lead: str = "",
     context: int = 0,
@@ -299,11 +294,10 @@ def live(
     """
     before, start = counters(llm), time.perf_counter()
     answer = {"text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": "abort"}
-    options = tools(llm, chat)
     with notes_later():
         with (
             suppress(KeyboardInterrupt),
-            closing(llm.stream([prompt], params, **options)) as events,
+            closing(llm.stream([prompt], params, tools=chat)) as events,
         ):
             for event in events:
                 answer["text"] += event.text
