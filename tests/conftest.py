@@ -9,6 +9,7 @@ pytest.register_assert_rewrite("helpers")  # before anything of it is imported
 
 from helpers.goldens import ERAS, MODEL, PACKAGE, ROOT, SRC, Fixture, era_fixtures  # noqa: E402
 from helpers.batches import hand_made_batch, slots_of  # noqa: E402
+from helpers.browsers import browser  # noqa: E402, a fixture
 
 __all__ = [
     "ERAS",
@@ -17,6 +18,7 @@ __all__ = [
     "ROOT",
     "SRC",
     "Fixture",
+    "browser",
     "era_fixtures",
     "hand_made_batch",
     "slots_of",
