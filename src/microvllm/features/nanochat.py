@@ -20,10 +20,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..engine import LLM, Request, naming
-from ..params import SamplingParams, check_number
+from ..params import SamplingParams
 from ..scheduler import Sequence
-
-MAX_SAMPLES = 2**31 - 1
+from . import check_number
 
 log = logging.getLogger("microvllm")
 
@@ -111,7 +110,7 @@ def make_requests(
     engine: LLM, prompts, num_samples, max_tokens, seed, params: dict
 ) -> list[PromptRequests]:
     """Check all arguments, then make the requests of each prompt."""
-    num_samples = check_number("num_samples", num_samples, 0, MAX_SAMPLES)
+    num_samples = check_number("num_samples", num_samples)
     if not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer, got {seed!r:.80}")
     common_params = make_params(engine, max_tokens, params)
