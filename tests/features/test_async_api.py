@@ -315,7 +315,7 @@ def test_a_coroutine_that_ends_without_a_loop_aborts_its_request(llm):
 # slow consumers -----------------------------------------------------------------------------------
 
 
-def test_a_slow_consumer_gets_all_in_a_few_events_and_holds_up_nobody(llm, monkeypatch):
+def test_a_slow_consumer_gets_all_in_a_few_events_and_no_other_waits(llm, monkeypatch):
     prompts, params = [ids(5, 1), ids(6, 2)], sampled(100, seed=1, n=2)
     expected = pieces(llm.generate(prompts, params, use_tqdm=False))
     lengths = []

@@ -466,7 +466,7 @@ def test_a_closed_engine_says_so():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_fork_is_told_that_the_engine_is_not_its_own():
+def test_a_fork_says_that_the_engine_is_not_its_own():
     with build() as llm:
         llm.generate([ids(5)], greedy(2), use_tqdm=False)
         reader, writer = os.pipe()

@@ -9,11 +9,11 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ERAS, ROOT
+from helpers.goldens import ERAS, ROOT
 
 from microvllm import LLM, SamplingParams, checkpoint
 from microvllm.cli import terminal
-from microvllm.full import find_checkpoint, load_model, read_checkpoint
+from microvllm.loading import find_checkpoint, load_model, read_checkpoint
 from microvllm.trace import TEMPLATE, Replay, write_page
 
 CHECKPOINT = ERAS / "era1_padded" / "chatsft_checkpoints" / "d5"
