@@ -8,7 +8,8 @@ import random
 import shlex
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,11 +116,13 @@ def settle(args: argparse.Namespace) -> str:
     return f"({name} is a base model: it completes plain text, as with --raw; --chat asks it)"
 
 
-def load(args: argparse.Namespace, patient: bool = True) -> LLM:
-    """The engine that the flags describe. patient: better wait for kernels that are being compiled
-    than see a first token soon."""
-    build, _ = engine()
-    told = settle(args)
+@contextmanager
+def starting(args: argparse.Namespace, patient: bool = True) -> Iterator[None]:
+    """Around what makes an engine of these flags: finds the checkpoint first; meanwhile Ctrl-C ends
+    the process at once. patient: better wait for kernels that are being compiled than see a first
+    token soon."""
+    engine()
+    note = settle(args)
     from ..loading import has_numba
 
     with ExitStack() as stack:
@@ -128,13 +131,24 @@ def load(args: argparse.Namespace, patient: bool = True) -> LLM:
             from ..cpu import first
 
             stack.enter_context(first.told(terminal.note, patient))
-        llm = build(**engine_options(args))
-    # all of a user's mistakes are refused before the first
+        yield
+    if note:
+        terminal.note(note)
+
+
+def started(args: argparse.Namespace, llm: LLM) -> None:
+    """The engine is there: an error after its first prompt is a bug, and shows its traceback."""
     args.begun = lambda: speed.counters(llm)["prompt_tokens"]
     if getattr(args, "chat", False) and not llm.tokenizer.has_chat:
         raise ValueError("--chat: the tokenizer has no chat tokens")
-    if told:
-        terminal.note(told)
+
+
+def load(args: argparse.Namespace, patient: bool = True) -> LLM:
+    """The engine that the flags describe; patient: see `starting`."""
+    with starting(args, patient):
+        build, _ = engine()
+        llm = build(**engine_options(args))
+    started(args, llm)
     return llm
 
 
@@ -157,14 +171,22 @@ def check_watch(args: argparse.Namespace) -> None:
         raise ValueError(f"--watch draws with rich: {how_to_install('watch')}")
 
 
-def generate(args: argparse.Namespace, llm: LLM, prompts: list, params: SamplingParams, **options):
-    """(the outputs of the prompts, seconds); --watch draws a picture meanwhile."""
-    start = time.perf_counter()
-    with ExitStack() as stack:
-        if args.watch:
-            from ..trace import watching
+@contextmanager
+def watched(args: argparse.Namespace, llm: LLM) -> Iterator[None]:
+    """--watch draws a picture of the engine meanwhile."""
+    if not args.watch:
+        yield
+        return
+    from ..trace import watching
 
-            stack.enter_context(watching(llm))
+    with watching(llm):
+        yield
+
+
+def generate(args: argparse.Namespace, llm: LLM, prompts: list, params: SamplingParams, **options):
+    """(the outputs of the prompts, seconds)."""
+    start = time.perf_counter()
+    with watched(args, llm):
         outputs = llm.generate(prompts, params, not args.watch, **options)
     return outputs, time.perf_counter() - start
 
@@ -307,8 +329,7 @@ def bench(args: argparse.Namespace) -> None:
         with llm.timing() as times:
             outputs, seconds = generate(args, llm, prompts, params)
         found = once | speed.results(outputs, seconds, llm.stats(), times)
-        precision = getattr(llm.model, "store", None) or str(llm.model.dtype)[6:]
-        found |= roofline.reading(llm, outputs, found, precision)
+        found |= roofline.reading(llm, outputs, found, roofline.precision_of(llm))
     terminal.say(json.dumps(found) if args.json else speed.report(found))
 
 

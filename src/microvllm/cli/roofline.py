@@ -123,6 +123,11 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
     }
 
 
+def precision_of(llm) -> str:
+    """The precision of an engine's weights, one of PRECISIONS or a name that is not there."""
+    return getattr(llm.model, "store", None) or str(llm.model.dtype)[6:]
+
+
 def reading(llm, outputs: list, stats: dict, precision: str) -> dict:
     """How fast a run of decode steps read memory, beside what was measured: the weights of each
     step, and the K and V that each sample's tokens after its first see, those that samples share
