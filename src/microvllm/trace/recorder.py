@@ -87,6 +87,7 @@ class Recorder:
         if isinstance(scheduler.blocks, GroupedBlockManager):
             self.windows = list(scheduler.blocks.windows)
         self.num_groups = len(self.windows)
+        self.has_windows = max(self.windows) >= 0
         self.write_present(**facts)
         self.policy = pool.eviction
         self.recorded_policy = self.evict  # one object, which `stop` recognises
@@ -259,7 +260,7 @@ class Recorder:
         writes: list[tuple[int, Callable[[], None]]] = []
         for loss in losses:
             has_ended = not loss.seq.block_table
-            if has_ended and self.num_groups > 1:
+            if has_ended and self.has_windows:
                 separate_window(loss, order)
             if loss.window:
                 loss.window.sort(key=lambda block: order.get(block, last))
@@ -275,7 +276,7 @@ class Recorder:
     def find_losses(self, plan: Plan) -> list[Loss]:
         """The tables that have lost blocks, and the sequences that have computed tokens anew."""
         sources = {target: source for source, target in plan.copies}
-        can_differ = bool(sources) or self.num_groups > 1  # in entries that both tables have
+        can_differ = bool(sources) or self.has_windows  # in entries that both tables have
         losses = []
         for seq, record in self.running.items():
             table = seq.block_table
