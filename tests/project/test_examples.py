@@ -130,7 +130,8 @@ def test_the_reward_of_a_few_sums_rises(capsys):
     module = gpt.load(MODEL)
     with LLM(model=module, tokenizer_path=MODEL.parent / "tokenizer", copy=True) as llm:
         sizes = SMALL | {"group": 8, "steps": 20, "prompts": 3, "lr": 2e-4}
-        curve, *seconds = grpo.train(module, llm, [(10, 14), (11, 12), (4, 11)], **sizes)
+        pairs = [(10, 14), (11, 12), (4, 11)]
+        curve, *seconds = grpo.train(module, llm, pairs, grpo.Settings(**sizes))
     assert len(curve) == 20 and min(seconds) > 0
     assert sum(curve[-4:]) / 4 > sum(curve[:4]) / 4 + 0.2, curve
     assert capsys.readouterr().out.count("reward") == 20
