@@ -21,40 +21,16 @@ for a sequence that is preempted in the same plan (evictions for it are seen); b
 exact time of an abort; and in which order sequences of one plan got their blocks.
 """
 
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
-from operator import itemgetter
 
 from ..blocks import NULL_BLOCK, BlockPool
 from ..features.scoring import ScoredSequence
 from ..features.windows import GroupedBlockManager
 from ..scheduler import Plan, Scheduler, Sequence
 from .log import EventLog
+from .releases import Kind, Record, Release, find_releases, in_order
 from .replay import VERSION, spans
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """What the events say of a sequence."""
-
-    number: int  # of the sequence, in events
-    num_tokens: int
-    table: array = field(default_factory=lambda: array("i"))  # empty while it waits
-    num_computed: int = 0
-    num_published: int = 0
-
-
-@dataclass(slots=True)
-class Loss:
-    """What the table of a sequence has lost since it was last compared."""
-
-    seq: Sequence
-    record: Record
-    window: list[int]  # blocks that have left their window
-    end: list[int]  # blocks at the end of the table, or all of them
 
 
 class Recorder:
@@ -192,7 +168,7 @@ class Recorder:
     def catch_up(self, plan: Plan | None = None) -> None:
         """Write what has changed. plan: the one that was made just now."""
         plan = Plan() if plan is None else plan
-        self.write_losses(plan)
+        self.write_releases(plan)
         for seq, record in self.running.items():
             if len(seq.block_table) > len(record.table) or plan.copies:
                 self.write_growth(seq, record)
@@ -246,82 +222,62 @@ class Recorder:
 
     # blocks that were given back
 
-    def write_losses(self, plan: Plan) -> None:
+    def write_releases(self, plan: Plan) -> None:
         """The blocks that tables have lost, in the order in which they were given back."""
-        losses = self.find_losses(plan)
-        if not losses:
-            return
-        order = self.find_order(losses)
-        last = len(order)
-
-        def first(blocks: list[int]) -> int:
-            return min([order.get(block, last) for block in blocks], default=last)
-
-        writes: list[tuple[int, Callable[[], None]]] = []
-        for loss in losses:
-            has_ended = not loss.seq.block_table
-            if has_ended and self.has_windows:
-                separate_window(loss, order)
-            if loss.window:
-                loss.window.sort(key=lambda block: order.get(block, last))
-                writes.append((first(loss.window), partial(self.write_window, loss)))
-            if has_ended:
-                writes.append((first(loss.end), partial(self.write_end, loss.seq, loss.record)))
-            elif loss.end or loss.seq.num_computed < loss.record.num_computed:
-                writes.append((first(loss.end), partial(self.write_rejected, loss, plan)))
-        writes.sort(key=itemgetter(0))
-        for _, write in writes:
-            write()
-
-    def find_losses(self, plan: Plan) -> list[Loss]:
-        """The tables that have lost blocks, and the sequences that have computed tokens anew."""
-        sources = {target: source for source, target in plan.copies}
-        can_differ = bool(sources) or self.has_windows  # in entries that both tables have
-        losses = []
+        releases = []
+        can_differ = bool(plan.copies) or self.has_windows  # in entries that both tables have
         for seq, record in self.running.items():
             table = seq.block_table
-            num_common = min(len(table), len(record.table))
-            if not table:
-                losses.append(Loss(seq, record, [], list(record.table)))
-            elif (
-                num_common < len(record.table)
+            num_before = len(record.table)
+            if (
+                len(table) < num_before
                 or seq.num_computed < record.num_computed
-                or (can_differ and table[:num_common] != record.table)
+                or (can_differ and table[:num_before] != record.table)
             ):
-                losses.append(find_loss(seq, record, sources))
-        return losses
+                releases += find_releases(seq, record, plan)
+        if len(releases) > 1 or self.has_windows:
+            releases = in_order(releases, self.find_cached(releases))
+        for release in releases:
+            match release.kind:
+                case Kind.END:
+                    self.write_end(release.seq, release.record)
+                case Kind.WINDOW:
+                    self.write_window(release)
+                case Kind.REJECTED:
+                    self.write_rejected(release, plan)
 
-    def find_order(self, losses: list[Loss]) -> dict[int, int]:
-        """Those of the lost blocks that are cached now, numbered in the order in which they became
-        so: they are the last ones of the pool's list."""
-        lost = {block for loss in losses for block in [*loss.window, *loss.end]}
+    def find_cached(self, releases: list[Release]) -> list[int]:
+        """The released blocks that are cached now, in the order in which they became so. They are
+        the last ones of the pool's list."""
+        released = {block for release in releases for block in release.blocks}
         cached = self.scheduler.blocks.pool.cached
-        num_cached = sum([block in cached for block in lost])
+        num_cached = sum([block in cached for block in released])
         newest_first = []
         blocks = reversed(cached)
         while len(newest_first) < num_cached:
             block = next(blocks)
-            if block in lost:
+            if block in released:
                 newest_first.append(block)
-        return {block: place for place, block in enumerate(reversed(newest_first))}
+        return newest_first[::-1]
 
-    def write_window(self, loss: Loss) -> None:
+    def write_window(self, release: Release) -> None:
         """Blocks have left the window of their layers."""
-        record = loss.record
-        self.write_published(loss.seq, record)
+        record = release.record
+        self.write_published(release.seq, record)
         for index, block in enumerate(record.table):
-            if block in loss.window:
+            if block in release.blocks:
                 record.table[index] = NULL_BLOCK
-        self.log.add("window", seq=record.number, blocks=loss.window)
+        self.log.add("window", seq=record.number, blocks=release.blocks)
 
-    def write_rejected(self, loss: Loss, plan: Plan) -> None:
+    def write_rejected(self, release: Release, plan: Plan) -> None:
         """Draft tokens were wrong, or steps did not come for which there were blocks."""
-        record = loss.record
-        starts = [chunk.start for chunk in plan.chunks if chunk.seq is loss.seq]
-        record.num_computed = starts[0] if starts else loss.seq.num_computed
-        del record.table[len(record.table) - len(loss.end) :]
-        facts = {"computed": record.num_computed, "blocks": loss.end}
-        self.log.add("reject", seq=record.number, **facts)
+        record = release.record
+        starts = [chunk.start for chunk in plan.chunks if chunk.seq is release.seq]
+        record.num_computed = starts[0] if starts else release.seq.num_computed
+        num_kept = len(record.table) - len(release.blocks)
+        blocks = record.table[num_kept:].tolist()
+        del record.table[num_kept:]
+        self.log.add("reject", seq=record.number, computed=record.num_computed, blocks=blocks)
 
     def write_end(self, seq: Sequence, record: Record) -> None:
         """A sequence runs no more, or has left the queue for good."""
@@ -424,33 +380,3 @@ class Recorder:
         self.running[seq] = record
         facts = {"parent": parent.number, "sample": seq.index, "computed": seq.num_computed}
         self.log.add("fork", seq=record.number, **facts)
-
-
-def find_loss(seq: Sequence, record: Record, sources: dict[int, int]) -> Loss:
-    """Compare a table that is still in use with its record. sources: of each new block that is a
-    copy, the block that was copied."""
-    table = seq.block_table
-    window = []
-    num_kept = min(len(table), len(record.table))
-    for index in range(num_kept):
-        before = record.table[index]
-        now = table[index]
-        if now == NULL_BLOCK and before != NULL_BLOCK:
-            window.append(before)
-        elif now != before and sources.get(now) != before:
-            num_kept = index  # the blocks from here on were given back, and others took their place
-            break
-    return Loss(seq, record, window, list(record.table[num_kept:]))
-
-
-def separate_window(loss: Loss, order: dict[int, int]) -> None:
-    """Find the blocks that had left their window before a sequence gave back all others: these
-    became free one by one from the end of the table, those before all of them."""
-    freed = [block for block in reversed(loss.end) if block in order]
-    by_time = sorted(freed, key=order.__getitem__)
-    for num_gone in range(len(freed)):
-        window = by_time[:num_gone]
-        if [block for block in freed if block not in window] == by_time[num_gone:]:
-            loss.window = window
-            loss.end = [block for block in loss.end if block not in window]
-            return
