@@ -1,11 +1,13 @@
 """Full engines on small models, requests for them, and what holds for any engine."""
 
 import json
-import random
 
 from microvllm import LLM, SamplingParams
 from microvllm.loops.ahead import AheadLoop, AheadRunner
 
+from . import engines
+from .engines import check as check
+from .engines import ids as ids
 from .goldens import ERAS, FIXTURES
 
 TOOL_CHAIN = ERAS / "tool_chain"
@@ -36,11 +38,6 @@ def chain(**options) -> LLM:
     return LLM(model, tokenizer_path=TOOL_CHAIN / "tokenizer", **options)
 
 
-def ids(length: int, seed: int = 0) -> list[int]:
-    """A prompt of this many token ids, another one for each seed."""
-    return random.Random(seed).choices(range(256), k=length)
-
-
 def greedy(max_tokens: int, **options) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **options)
 
@@ -48,14 +45,6 @@ def greedy(max_tokens: int, **options) -> SamplingParams:
 def sampled(max_tokens: int, seed: int, **options) -> SamplingParams:
     options = {"temperature": 1.0, "ignore_eos": True} | options
     return SamplingParams(max_tokens=max_tokens, seed=seed, **options)
-
-
-def check(llm: LLM) -> None:
-    """What holds after every step."""
-    scheduler = llm.scheduler
-    scheduler.blocks.check(scheduler.running)
-    assert len(scheduler.running) <= llm.max_batch_size
-    assert not any(len(seq.block_table) for seq in scheduler.waiting)
 
 
 def everything_is_free(llm: LLM) -> bool:
@@ -67,8 +56,6 @@ def everything_is_free(llm: LLM) -> bool:
 
 def assert_idle(llm: LLM) -> None:
     """No request is left, and every block is free again."""
-    pool = llm.scheduler.blocks.pool
-    assert llm.is_finished() and not llm.scheduler.running and not llm.scheduler.waiting
-    assert pool.num_free == pool.num_usable and not any(pool.ref_count)
+    engines.assert_idle(llm)
     stats = llm.stats()
     assert stats["free_blocks"] == stats["num_blocks"] and stats["running"] == 0
