@@ -176,8 +176,9 @@ def make_core_table() -> str:
 def update_design() -> None:
     """Write the core's table into docs/DESIGN.md, in place of the one that is there."""
     text = DESIGN.read_text(encoding="utf-8")
-    table = re.compile(r"^\| files \|.*?(?=\n\n)", re.M | re.S)
-    DESIGN.write_text(table.sub(lambda _: make_core_table(), text, count=1), encoding="utf-8")
+    table = re.compile(r"^\| files \|.*\n(?:\|.*\n)*", re.M)
+    new_table = make_core_table() + "\n"
+    DESIGN.write_text(table.sub(lambda _: new_table, text, count=1), encoding="utf-8")
 
 
 def main() -> None:
