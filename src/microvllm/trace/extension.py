@@ -215,7 +215,7 @@ def detach(llm: LLM, trace: Trace) -> None:
             llm.guard.perform(partial(drain_and_close, llm, trace))
     finally:
         trace.close()
-        if not llm.is_closed:
+        if not llm.guard.is_closed:
             llm.remove_extension(trace)
 
 
