@@ -281,7 +281,9 @@ ALLOWED = {
     ("params", "features"): "guides are compiled when parameters are made; names are checked",
     # features, loops and kernels
     ("features", "sources"): "a live module is checked as strictly as a file: sources/strict.py",
+    ("features", "params"): "nanochat's arguments become the parameters of a request",
     ("loops", "cpu"): "several steps in one compiled call",
+    ("loops", "fused"): "it is the compiled model that computes several steps at once",
     ("cpu", "fused"): "its kernels and layouts fill in the fused model's Backend and Linear",
     ("gpu", "fused"): "its kernels and layouts fill in the fused model's Backend and Linear",
     ("gpu", "loops"): "recorded steps are launched by the runner that is one step ahead",
@@ -438,10 +440,17 @@ def test_no_circle():
 
 # an engine is made of plain objects ---------------------------------------------------------------
 
+MEET = ("core", "full", "parts", "params", "loading", "features", "loops", "fused", "gpu")
 # names of a machinery that puts classes together at run time
 FORBIDDEN = {"PARTS", "PLACES", "NAMES", "FEATURES", "optional", "needed", "compose"}
+# files that make a class of a class that is given, each with its reason
+MADE_CLASSES = {"fused/int8_cache.py": "a backend of any kind, with K and V in 8 bits"}
 # files in which getattr or hasattr asks what an object has, each with its reason
 DUCKS = {
+    "__init__.py": "the name that is imported",
+    "sampler.py": "the fields of a dataclass",
+    "features/calculator.py": "the few methods that nanochat's calculator knows",
+    "features/matching.py": "what an operating system has; the kinds of guides",
     "runner.py": "Hooks: which methods an extension overrides",
     "loading.py": "ModelBuilder: the fields of a dataclass",
     "full.py": "the fields of a dataclass",
@@ -459,6 +468,8 @@ def test_no_machinery_of_strings():
     """Parts are imported by name, where an editor finds them."""
     wrong = []
     for file, tree in sources():
+        if place(file) not in MEET:
+            continue
         for node in ast.walk(tree):
             names = []
             if isinstance(node, ast.Name):
@@ -467,7 +478,7 @@ def test_no_machinery_of_strings():
                 names = [node.name]
             wrong += [f"{file}:{node.lineno}: {name}" for name in FORBIDDEN & {*names}]
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "type":
-                if len(node.args) == 3:
+                if len(node.args) == 3 and file not in MADE_CLASSES:
                     wrong.append(f"{file}:{node.lineno}: a class made at run time")
             if isinstance(node, ast.FunctionDef) and node.name == "__getattr__":
                 if file not in ("__init__.py", "engine.py", "jobs/__init__.py"):
@@ -479,7 +490,7 @@ def test_no_feature_looks_for_another_one():
     """Where the engine's parts meet, no object is asked what it has."""
     wrong, seen = [], set()
     for file, tree in sources():
-        if place(file) not in ("core", "full", "parts", "params", "loading", "features", "loops"):
+        if place(file) not in MEET or place(file) == "gpu":  # where torch and triton are asked
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
