@@ -237,17 +237,17 @@ def trace(rank: int, directory: str) -> tuple:
     def free_memory(device):
         return [9_000_000, 5_000_000][rank]
 
-    from microvllm import engine, full
+    from microvllm import engine, parts
 
     before = engine.free_memory
-    engine.free_memory = full.free_memory = free_memory
+    engine.free_memory = parts.free_memory = free_memory
     try:
         path = f"{directory}/{rank}.jsonl"
         with build("era5", 2, num_blocks=None, trace=path) as llm:
             llm.generate([PROMPTS[0]], GREEDY)
             return llm.stats()["num_blocks"], os.path.exists(path)
     finally:
-        engine.free_memory = full.free_memory = before
+        engine.free_memory = parts.free_memory = before
 
 
 def test_the_smallest_memory_decides_the_pool_and_one_rank_writes_the_trace(ranks, tmp_path):
