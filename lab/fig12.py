@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 from microvllm.cli.terminal import positive
-from microvllm.scheduler import BlockManager, Scheduler
+from microvllm.scheduler import Scheduler
 
 from . import world
 from .orca import RESERVE, Contiguous
@@ -45,7 +45,7 @@ def measure(system: str, kind: str, rate: float, args) -> dict[str, float]:
     if system in RESERVE:
         blocks = Contiguous(world.SLOTS, RESERVE[system])
     else:
-        blocks = BlockManager(world.SLOTS // 16 + 1, 16, enable_prefix_caching=False)
+        blocks = world.make_blocks(world.SLOTS // 16 + 1, enable_prefix_caching=False)
     scheduler = Scheduler(blocks, 256, 2560)
     minutes = args.minutes or MINUTES[kind]
     busy = total = 0.0
