@@ -7,9 +7,10 @@ import torch
 
 pytest.register_assert_rewrite("helpers")  # before anything of it is imported
 
-from helpers.goldens import ERAS, MODEL, PACKAGE, ROOT, SRC, Fixture, era_fixtures  # noqa: E402
 from helpers.batches import hand_made_batch, slots_of  # noqa: E402
 from helpers.browsers import browser  # noqa: E402, a fixture
+from helpers.commands import command, mistake  # noqa: E402, fixtures
+from helpers.goldens import ERAS, MODEL, PACKAGE, ROOT, SRC, Fixture, era_fixtures  # noqa: E402
 
 __all__ = [
     "ERAS",
@@ -19,8 +20,10 @@ __all__ = [
     "SRC",
     "Fixture",
     "browser",
+    "command",
     "era_fixtures",
     "hand_made_batch",
+    "mistake",
     "slots_of",
 ]
 
