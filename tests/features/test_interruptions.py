@@ -27,7 +27,7 @@ from helpers.traces import compare
 
 from microvllm import SamplingParams
 from microvllm.cpu import team
-from microvllm.features import logits
+from microvllm.features.logits_processor import WatchedHandler, watched_handlers
 from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -372,13 +372,13 @@ def test_a_processor_that_is_struck_twice_at_a_token_starves_no_other_request(ki
     assert outputs[second]["token_ids"] == outputs[None]["token_ids"]
 
 
-def test_handlers_that_were_left_marked_are_put_back_by_the_next_step():
+def test_handlers_that_were_left_watched_are_put_back_by_the_next_step():
     def handler(*_):
         raise Struck
 
-    before = signal.signal(SIGNAL, logits.MarkedHandler(logits.MarkedHandler(handler, []), []))
+    before = signal.signal(SIGNAL, WatchedHandler(WatchedHandler(handler, []), []))
     try:
-        with logits.marked_handlers() as raised:
+        with watched_handlers() as raised:
             with pytest.raises(Struck):
                 signal.raise_signal(SIGNAL)
         assert len(raised) == 1 and signal.getsignal(SIGNAL) is handler
