@@ -109,9 +109,10 @@ def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine
 def choose_proposer(tokenizer, prompt_lookup: int) -> engine.DraftProposer | None:
     """What proposes draft tokens, if anything does."""
     proposer = None
-    never: set[int | None] = set()
+    never: set[int] = set()
     # features/calculator.py
-    never = {python_end_id(tokenizer)}  # what comes after it is the tool's
+    end_of_call = python_end_id(tokenizer)
+    never = set() if end_of_call is None else {end_of_call}  # what follows it is the tool's
 
     # features/lookup.py
     if prompt_lookup:
