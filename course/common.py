@@ -42,7 +42,7 @@ def attention(q, k, v, start):
 
 def pick(logits, request, sample, position):
     """The next token of a sample. Sample 0 takes the likeliest; others draw one with random numbers
-    that follow from request, sample and position alone. So all steps of the course draw the same."""
+    that follow from request, sample and position alone. So all steps of the course draw alike."""
     if sample == 0:
         return int(logits.argmax())
     generator = torch.Generator().manual_seed(1000 * (1000 * request.id + sample) + position)

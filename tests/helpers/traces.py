@@ -25,7 +25,7 @@ def filled(replay: Replay) -> dict[int, int]:
 
 
 def compare(replay: Replay, scheduler: Scheduler) -> None:
-    """The replay is the live pool: every block's state, count, hash, and the tables that hold it."""
+    """The replay is the live pool: each block, its count and hash, and the tables that hold it."""
     blocks = scheduler.blocks
     pool = blocks.pool
     assert [replay.ref_count[block] for block in range(pool.num_blocks)] == pool.ref_count
