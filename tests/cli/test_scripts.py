@@ -101,7 +101,7 @@ def test_help_does_not_wait_for_torch(script, tmp_path):
         (["--temperature", "nan"], ": --temperature must"),
         (["--top-k", "-1"], ": --top-k must"),
         (["--num-blocks", "0"], ": --num-blocks must"),
-        (["--num-blocks", "2"], "block"),  # one of them the sink: no prompt fits
+        (["--num-blocks", "2"], "block"),  # one of them the null block: no prompt fits
         (["--max-batch-size", "0"], ": --max-batch-size must"),
         (["--seed", "-1"], ": --seed must"),
         (["--no-such-flag"], "--no-such-flag"),
