@@ -32,8 +32,8 @@ def read_encoding(data: bytes) -> dict:
     state = machine.state
     if machine.stack != [tiktoken.Encoding] or not isinstance(state, dict):
         value = machine.stack[-1] if state is None else state
-        found = type(value).__name__
-        raise ValueError(f"it holds {found}, not a tiktoken.Encoding with its vocabulary")
+        kind = type(value).__name__
+        raise ValueError(f"it holds {kind}, not a tiktoken.Encoding with its vocabulary")
     if set(state) != FIELDS:
         raise ValueError(f"its Encoding has the fields {', '.join(map(str, state)):.200}")
     return state
@@ -92,6 +92,7 @@ class StackMachine:
 
 
 def refuse(name: str, argument: object, position: int) -> None:
+    """Raises ValueError that says which instruction is where."""
     shown = name if argument is None else f"{name} {argument!r:.80}"
     raise ValueError(
         f"it has the pickle instruction {shown} at byte {position}, which no tokenizer needs; "

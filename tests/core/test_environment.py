@@ -21,8 +21,8 @@ UNLIMITED = 9223372036854771712  # what version 1 says where there is no limit
 
 
 class Machine:
-    """A machine of 64 processors, 40 of which this process may run on, and of 100 GB of memory, 80
-    of which are free."""
+    """A machine of 64 processors and 100 GB of memory. This process may run on 40 processors, and
+    80 GB are free."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.monkeypatch = folder, monkeypatch

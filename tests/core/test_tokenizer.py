@@ -130,8 +130,8 @@ def test_special_tokens_are_shown_by_name_unless_skipped():
 
 
 def test_a_special_token_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match=r"<\|nobody\|>.*<\|bos\|>"):
-        REAL.encode_special("<|nobody|>")
+    with pytest.raises(ValueError, match=r"<\|unknown\|>.*<\|bos\|>"):
+        REAL.encode_special("<|unknown|>")
 
 
 @pytest.mark.parametrize("bad_id", [-1, 4096, 10**9])
@@ -379,7 +379,7 @@ def hash_bomb():
 @pytest.mark.parametrize(
     "data",
     [
-        # the bombs stand where they would be hashed, printed, or asked for as a global
+        # the bombs stand where they would be hashed, printed, or named as a global
         b"\x80\x04}" + dumps(hash_bomb())[2:-1] + b"K\x01s.",
         dumps(encoding_with(repr_bomb())),
         dumps(repr_bomb())[:-1] + b"\x8c\x08Encoding\x93.",

@@ -18,7 +18,7 @@ TOLERANCE = 1e-4  # absolute, in float32 logits: nanochat's own two paths differ
 
 class Steps:
     """Drives a GPT over hand-made steps. Each sequence owns blocks scattered over the pool, and
-    every slot that nobody has written holds rubbish."""
+    every slot that was not written holds large numbers."""
 
     def __init__(self, model, lengths: list[int], block_size: int = 16):
         counts = [-(-n // block_size) for n in lengths]
