@@ -44,7 +44,7 @@ EARLY = (
     "test_tokenizer test_scheduler test_pt test_strict_tokenizer test_state_machine"
 ).split()
 ORDER = [*EARLY, *(
-    "test_house test_readme test_benchmarks test_ray test_parallel test_soak "
+    "test_structure test_readme test_benchmarks test_ray test_parallel test_soak "
     "test_interruptions test_streams test_scripts test_batch test_examples test_conversation "
     "test_model test_fuzz test_trace test_trace_page test_cli test_logits test_policies "
     "test_engine test_kernels_cpu test_products_cpu test_determinism_matrix test_live "
