@@ -10,6 +10,7 @@ can nest, and the hash of a nested key may take forever.
 """
 
 import pickletools
+from typing import Any
 
 import tiktoken
 
@@ -48,7 +49,7 @@ class StackMachine:
         self.marks: list[int] = []  # heights of the stack
         self.state: object = None  # of the Encoding
 
-    def run(self, name: str, argument: object, position: int) -> None:
+    def run(self, name: str, argument: Any, position: int | None) -> None:
         """Run the instruction at a position of the file. Raises ValueError for one that no
         tokenizer needs."""
         if name in IGNORED:
@@ -91,7 +92,7 @@ class StackMachine:
         self.stack.append(tiktoken.Encoding)
 
 
-def refuse(name: str, argument: object, position: int) -> None:
+def refuse(name: str, argument: Any, position: int | None) -> None:
     """Raises ValueError that says which instruction is where."""
     shown = name if argument is None else f"{name} {argument!r:.80}"
     raise ValueError(
