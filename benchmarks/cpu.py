@@ -165,11 +165,11 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
     from microvllm.loops.ahead import AheadLoop
 
     class Idle(DecodeGraphs):
-        def _record(self, *_):
-            self.logits = torch.zeros(len(self.last), 1)
+        def record(self, *_):
+            self.logits = torch.zeros(len(self.token_ids), 1)
             return SimpleNamespace(replay=lambda: None)
 
-        def _choose(self, size, graphs):
+        def choose(self, size, graphs):
             pass
 
     def drawn(logits, params, *_):
