@@ -194,7 +194,7 @@ def fastest_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def has_numba() -> bool:
-    """Is the package there, of which the kernels of a CPU are made? It is not imported yet."""
+    """Is the package installed that compiles the kernels of a CPU? It is not imported yet."""
     return find_spec("numba") is not None
 
 

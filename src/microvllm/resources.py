@@ -41,7 +41,7 @@ def fits(what: str, device: torch.device) -> Iterator[None]:
 
 def on_device(device: torch.device) -> AbstractContextManager:
     """A context in which kernels and events go to the device: CUDA has a current one for each
-    thread, and that is the user's, who may have other cards and other engines."""
+    thread, and that is the user's choice: there may be other cards and other engines."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -76,7 +76,7 @@ def use_threads(args: argparse.Namespace) -> None:
 
 
 def model_name(args: argparse.Namespace) -> str:
-    """The checkpoint that is asked for, by default the bundled one."""
+    """The checkpoint of --model, by default the bundled one."""
     if args.model is None and not MODEL_DIR.is_dir():
         raise ValueError("name a model, such as sft or owner/name: none came with this install")
     return args.model or str(MODEL_DIR)
@@ -226,8 +226,9 @@ def answer(args: argparse.Namespace, llm: LLM, texts: list[str], params: Samplin
     turns, prompts = chats(llm, args.raw), encode(llm, texts, args.raw)
     outputs, seconds = generate(args, llm, prompts, params, tools=turns)
     count = terminal.show_all(texts, outputs, params, turns, args.json)
-    rate, guesses = speed.rate(count, seconds), speed.guesses(speed.counters(llm))
-    return f"{len(texts)} prompts, {count} tokens in {seconds:.2f} s: {rate:.0f} tokens/s{guesses}"
+    rate = speed.rate(count, seconds)
+    drafts = speed.drafts(speed.counters(llm))
+    return f"{len(texts)} prompts, {count} tokens in {seconds:.2f} s: {rate:.0f} tokens/s{drafts}"
 
 
 def chat(args: argparse.Namespace) -> None:

@@ -76,11 +76,12 @@ def is_typed() -> bool:
 
 class Conversation:
     """The turns so far. The token ids of the answers are kept as they were written, tool outputs
-    and all, so the prompt of a turn begins with what the cache already has. room: tokens that a
-    prompt may have. Raises ValueError for a tokenizer without chat tokens."""
+    and all, so the prompt of a turn begins with what the cache already has. max_prompt: tokens of
+    a prompt, at most. Raises ValueError for a tokenizer without chat tokens."""
 
-    def __init__(self, tokenizer, room: int):
-        self.tokenizer, self.room = tokenizer, room
+    def __init__(self, tokenizer, max_prompt: int):
+        self.tokenizer = tokenizer
+        self.max_prompt = max_prompt
         names = ("user_start", "user_end", "assistant_start", "assistant_end")
         self.user_start, *self.asks, self.end = (
             tokenizer.encode_special(f"<|{name}|>") for name in names
@@ -106,13 +107,13 @@ class Conversation:
         return ids
 
     def prompt(self, line: str) -> list[int]:
-        """The prompt of a line. When there is no room for all turns, the older half of them is
+        """The prompt of a line. When not all turns fit, the older half of them is
         forgotten: not turn by turn, since what moves to the front is computed anew. Raises
-        ValueError, and forgets nothing, for a line without room or one that cannot be encoded."""
+        ValueError, and forgets nothing, for a line that does not fit or cannot be encoded."""
         least = len(self.render(line, len(self.turns)))
-        if least > self.room:
-            raise ValueError(f"{least} tokens, and the context has room for {self.room}")
-        while len(ids := self.render(line, self.num_forgotten)) > self.room:
+        if least > self.max_prompt:
+            raise ValueError(f"{least} tokens, and the context has room for {self.max_prompt}")
+        while len(ids := self.render(line, self.num_forgotten)) > self.max_prompt:
             self.num_forgotten += (len(self.turns) - self.num_forgotten + 1) // 2
         return ids
 

@@ -194,7 +194,7 @@ class LayerByLayer:
         return block(x, embedding, rotation, LayerKV(k, v, batch))
 
     def _moments(self, blocks, name: str, states, ve) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of the inputs x of this part of a layer, and x + d of its exact twin: the sums of x^T x
+        """Of the inputs x of this part of a layer, and x + d of the exact layer: the sums of x^T x
         and of d^T x. And of what is added to the residual stream, where that lacks r: of r^T x."""
         parts, inputs = [own.get_submodule(name) for own in blocks], {}
         hooks = [
