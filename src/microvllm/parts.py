@@ -168,7 +168,7 @@ def choose_cache_bytes(
     utilization: float | None,
     is_live: bool,
 ) -> int | None:
-    """Bytes for the KV cache; None where the number of blocks is given.
+    """Bytes for the KV cache; None where the number of blocks is given, or the core decides.
 
     utilization: the share of a GPU's free memory. For a live module a quarter of what an engine
     alone would take: a training script makes its engine first, then gradients and the state of
@@ -188,8 +188,10 @@ def choose_cache_bytes(
             make_runner=partial(make_runner, model, steps.runner_class),
             params_class=SamplingParams,
         )
+    elif is_live or ranks is not None:
+        num_bytes = min(free_memory(model.device) // 2, 2**32)  # as in the core
     else:
-        num_bytes = min(free_memory(model.device) // 2, 2**32)
+        return None
     if is_live and utilization is None:
         num_bytes //= 4
     return num_bytes if ranks is None else ranks.least(num_bytes)

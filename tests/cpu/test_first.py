@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, SRC
+from helpers.goldens import MODEL, ROOT, SRC
 
 from microvllm import LLM, SamplingParams
 from microvllm.cpu import first

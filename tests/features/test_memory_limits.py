@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.goldens import MODEL, SRC, Fixture, era_fixtures
 
-from microvllm import LLM, SamplingParams, checkpoint, engine, loading, parts
+from microvllm import LLM, SamplingParams, checkpoint, engine, loading
 from microvllm.cli.roofline import PRECISIONS, layer_bytes
 from microvllm.model import rotary_bytes
 from microvllm.resources import fits
@@ -95,8 +95,7 @@ def test_what_the_default_pool_and_its_tables_take_is_within_what_is_free(
 ):
     name = "era5" if how == GROUPED else "era1_padded"
     folder = claiming(tmp_path, name, CONTEXT)
-    for module in engine, parts:
-        monkeypatch.setattr(module, "free_memory", lambda device: 2**23)
+    monkeypatch.setattr(engine, "free_memory", lambda device: 2**23)
     with serve(folder, how) as llm:
         blocks = llm.scheduler.blocks
         taken = llm.cache.data.nbytes + rotary_bytes(llm.model.config, llm.max_positions)
