@@ -186,9 +186,7 @@ def test_a_context_of_16384_tokens_takes_what_was_computed(tmp_path, kv, dtype):
             with pytest.raises(ValueError, match="max_model_len"):
                 llm.generate([[*ids, *ids[:4]]], params)
             (output,) = llm.generate([ids], params)
-            assert (
-                llm.scheduler.blocks.pool.num_free == 1024
-            )  # all were taken, and are back
+            assert llm.scheduler.blocks.pool.num_free == 1024  # all were taken, and are back
             return output["token_ids"]
 
     found = run(kv_cache_dtype=kv)
