@@ -26,7 +26,7 @@ from microvllm.gpu import attention, backend, launch, sampler, steps  # noqa: E4
 from microvllm.gpu.attention import paged_attention  # noqa: E402
 from microvllm.gpu.sampler import sample  # noqa: E402
 from microvllm.gpu.steps import linear_add, norm_linear  # noqa: E402
-from microvllm.sampler import SamplingParams, cap_logits, truncate  # noqa: E402
+from microvllm.sampler import SamplingParams, cap_logits, drop_tokens  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 PLAIN = Backend(torch.device("cpu"), torch.float32)  # the functions that kernels replace
@@ -155,7 +155,7 @@ def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
     ve_gate = randn(n_kv, channels, dtype=dtype) if channels else None
     angle = randn(max_positions, dim // 2)
     batch = SimpleNamespace(
-        ids=ints(torch.randint(vocab, (T,)).tolist()),
+        token_ids=ints(torch.randint(vocab, (T,)).tolist()),
         positions=ints(torch.randint(max_positions, (T,)).tolist()),
         slots=ints(torch.randperm(num_blocks * block_size)[:T].tolist()),
     )
@@ -194,8 +194,8 @@ def attention_case(sequences, n_head, n_kv, dim, block_size, dtype):
         seq_lens=ints([n for _, n in sequences]),
         block_tables=tables.to(DEVICE),
         num_decodes=next((i for i, r in enumerate(rows) if r > 1), len(rows)),
-        max_query=max(rows),
-        max_seq=max(n for _, n in sequences),
+        max_query_len=max(rows),
+        max_seq_len=max(n for _, n in sequences),
     )
     q = randn(sum(rows), n_head, dim, dtype=dtype)
     unowned = ~owned[:, None, :, None].to(DEVICE)
@@ -296,7 +296,7 @@ def chunk_of(batch, b, start, stop):
     rows = int(batch.cu_seqlens[b + 1] - batch.cu_seqlens[b])
     return SimpleNamespace(
         cu_seqlens=ints([0, stop - start]), seq_lens=batch.seq_lens[b : b + 1] - (rows - stop),
-        block_tables=batch.block_tables[b : b + 1], max_query=stop - start, max_seq=10_000,
+        block_tables=batch.block_tables[b : b + 1], max_query_len=stop - start, max_seq_len=10_000,
         num_decodes=int(stop - start == 1),
     )  # fmt: skip
 
@@ -335,8 +335,8 @@ def test_padding_rows_of_a_graph_are_harmless(options):
     k[0] = v[0] = 0.0  # the engine zeroes the cache
     padded = SimpleNamespace(
         seq_lens=ints([30, 1, 0, 30]), cu_seqlens=ints(range(5)),
-        block_tables=batch.block_tables[[0, 0, 0, 1]].clone(), num_decodes=4, max_query=1,
-        max_seq=4096,  # a graph knows nothing better than max_model_len
+        block_tables=batch.block_tables[[0, 0, 0, 1]].clone(), num_decodes=4, max_query_len=1,
+        max_seq_len=4096,  # a graph knows nothing better than max_model_len
     )  # fmt: skip
     padded.block_tables[1:3] = 0
     out = paged_attention(q[[0, 0, 1, 1]], k, v, padded, -1, **options)
@@ -361,7 +361,7 @@ def test_the_tiles_of_chunks_fit_what_most_of_their_scores_are_in(sequences, til
     rows = [r for r, _ in sequences]
     batch = SimpleNamespace(
         block_tables=ints([[0]] * len(rows)), seq_lens=ints(rows), cu_seqlens=None, num_decodes=0,
-        max_query=max(rows),
+        max_query_len=max(rows),
     )  # fmt: skip
     k = randn(2, 1, 16, 128, dtype=torch.bfloat16)
     paged_attention(randn(sum(rows), 1, 128, dtype=torch.bfloat16), k, k, batch, -1)
@@ -469,7 +469,7 @@ def test_sample_with_filters(dtype, vocab, tile, monkeypatch):
     temperature = torch.tensor([p.temperature for p in params], device=DEVICE)
     scaled = cap_logits(logits, 15.0) / temperature.clamp(min=1e-30)[:, None]
     scaled[logits == -torch.inf] = -torch.inf  # which the cap makes finite
-    kept = truncate(scaled, params) > -torch.inf
+    kept = drop_tokens(scaled, params) > -torch.inf
     kept[temperature == 0] = True
     assert (kept.sum(1) == 1).any() and (kept.sum(1) > vocab // 2).any()
     left = logits.masked_fill(~kept, -torch.inf)
@@ -589,9 +589,9 @@ tables = torch.zeros(64, 64)
 for at in (0, 1, 8):  # where in one upload the batch's arrays lie
     flat = torch.zeros(200, dtype=torch.int32)[at:]
     batch = SimpleNamespace(
-        ids=flat[:8], positions=flat[8:16], slots=flat[16:24], cu_seqlens=flat[24:28],
+        token_ids=flat[:8], positions=flat[8:16], slots=flat[16:24], cu_seqlens=flat[24:28],
         seq_lens=flat[28:31], block_tables=flat[32 : 32 + 3 * (15 + at)].view(3, -1),
-        num_decodes=2, max_query=6, max_seq=99,
+        num_decodes=2, max_query_len=6, max_seq_len=99,
     )
     for n_head, n_kv in ((17, 17), (16, 4)) if at == 0 else ((17, 17),):
         k, v = bf16(2, 3, n_kv, 16, 128)

@@ -11,7 +11,7 @@ from helpers.full_engines import set_overlap
 from helpers.goldens import MODEL
 from helpers.simulation import make_blocks
 
-from microvllm import LLM, SamplingParams, attention
+from microvllm import LLM, SamplingParams, attention, loading, resources
 from microvllm.attention import PagedKVCache, make_batch
 from microvllm.checkpoint import find_step, read_checkpoint
 from microvllm.loops.ahead import AheadRunner, placeholders, upload

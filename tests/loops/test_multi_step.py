@@ -140,8 +140,8 @@ def test_texts_end_at_their_stop_tokens(calls):
 
 @has_panels
 def test_blocks_are_granted_ahead_and_taken_back(calls):
-    """In a pool that is small, and with windows: no sequence is preempted for a step that may not come,
-    and what was granted for steps that did not come is free again."""
+    """In a pool that is small, and with windows: no sequence is preempted for a step that may not
+    come, and what was granted for steps that did not come is free again."""
     with build(NAME, num_blocks=21, block_size=4) as llm:
         work = [(ids(9, i), sampled(14 + i, seed=i)) for i in range(4)]
         want = plain(one_by_one(llm, work))
