@@ -13,11 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.gpu_kernels import CUDA, DEVICE, attention_case, chunk_of, ints, randn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 triton = pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
 
 from microvllm.attention import sdpa_attention  # noqa: E402
@@ -28,7 +26,6 @@ from microvllm.gpu.sampler import sample  # noqa: E402
 from microvllm.gpu.steps import linear_add, norm_linear  # noqa: E402
 from microvllm.sampler import SamplingParams, cap_logits, drop_tokens  # noqa: E402
 
-DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 PLAIN = Backend(torch.device("cpu"), torch.float32)  # the functions that kernels replace
 EPS = 2.0**-23
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative to the norm
@@ -45,14 +42,6 @@ def poisoned_outputs(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: poison(empty(*a, **kw)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: poison(empty_like(*a, **kw)))
-
-
-def randn(*shape, dtype=torch.float32):
-    return torch.randn(shape).to(DEVICE, dtype)
-
-
-def ints(values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def assert_close(out, reference, dtype):
@@ -175,33 +164,6 @@ def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
 # attention ---------------------------------------------------------------------------------------
 
 
-def attention_case(sequences, n_head, n_kv, dim, block_size, dtype):
-    """sequences: (rows, tokens in the cache) each, decodes first. Returns q, a clean k and v for
-    the reference, a k and v with NaN wherever no sequence has a token, and the batch."""
-    blocks = [-(-length // block_size) for _, length in sequences]
-    k, v = randn(2, sum(blocks) + 3, n_kv, block_size, dim, dtype=dtype)
-    order = (torch.randperm(sum(blocks) + 2) + 1).tolist()  # block 0 is the sink
-    tables = torch.zeros(len(sequences), max(blocks) + 1, dtype=torch.int32)
-    owned = torch.zeros(len(k), block_size, dtype=torch.bool)
-    for b, (_, length) in enumerate(sequences):
-        tables[b, : blocks[b]] = torch.tensor([order.pop() for _ in range(blocks[b])])
-        for p in range(length):
-            owned[tables[b, p // block_size], p % block_size] = True
-    rows = [r for r, _ in sequences]
-    batch = SimpleNamespace(
-        positions=ints([p for r, n in sequences for p in range(n - r, n)]),
-        cu_seqlens=ints([sum(rows[:i]) for i in range(len(rows) + 1)]),
-        seq_lens=ints([n for _, n in sequences]),
-        block_tables=tables.to(DEVICE),
-        num_decodes=next((i for i, r in enumerate(rows) if r > 1), len(rows)),
-        max_query_len=max(rows),
-        max_seq_len=max(n for _, n in sequences),
-    )
-    q = randn(sum(rows), n_head, dim, dtype=dtype)
-    unowned = ~owned[:, None, :, None].to(DEVICE)
-    return q, (k, v), (k.masked_fill(unowned, torch.nan), v.masked_fill(unowned, torch.nan)), batch
-
-
 def check_attention(case, window, dtype, **kw):
     q, (k, v), (k_used, v_used), batch = case
     out = paged_attention(q, k_used, v_used, batch, window, **kw)
@@ -289,16 +251,6 @@ def test_what_the_splits_count_with_is_there_for_the_next_launch():
         assert not counts.any()
     with pytest.raises(AssertionError):
         paged_attention(q, k, v, batch, -1, num_splits=2, counts=counts[:2])
-
-
-def chunk_of(batch, b, start, stop):
-    """The batch of rows start .. stop of one sequence's chunk, alone."""
-    rows = int(batch.cu_seqlens[b + 1] - batch.cu_seqlens[b])
-    return SimpleNamespace(
-        cu_seqlens=ints([0, stop - start]), seq_lens=batch.seq_lens[b : b + 1] - (rows - stop),
-        block_tables=batch.block_tables[b : b + 1], max_query_len=stop - start, max_seq_len=10_000,
-        num_decodes=int(stop - start == 1),
-    )  # fmt: skip
 
 
 def test_with_fixed_splits_a_row_does_not_depend_on_its_batch():
