@@ -2,12 +2,14 @@
 the plain loop, whatever fails or ends, is in the cases at the end."""
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers.full_engines import set_overlap
+from helpers.engine_cases import EngineCases, FailureCases, RequestCases
+from helpers.full_engines import build, set_overlap
 from helpers.goldens import MODEL
 from helpers.simulation import make_blocks
 
@@ -184,3 +186,10 @@ def test_a_card_is_the_current_one_only_while_it_is_needed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: f"on {device}")
     assert resources.on_device(torch.device("cuda", 1)) == "on cuda:1"
     assert isinstance(resources.on_device(torch.device("cpu")), nullcontext)
+
+
+class TestAhead(EngineCases, RequestCases, FailureCases):
+    """What holds for any engine."""
+
+    build = staticmethod(partial(build, overlap=True))
+    lag = 1
