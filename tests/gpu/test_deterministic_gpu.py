@@ -10,6 +10,7 @@ from helpers.records import Record
 from triton.runtime import interpreter
 
 from microvllm import LLM, SamplingParams
+from microvllm.engine import Loop
 from microvllm.gpu import steps
 from microvllm.gpu.attention import fixed_attention
 from microvllm.gpu.steps import linear
@@ -71,7 +72,9 @@ def test_an_engine_on_the_gpus_kernels(one_thread, monkeypatch):
         for matrix in llm.model.linears.values():
             assert matrix.backend.product is linear
             matrix.slice = 0  # which is for libraries on a CPU
-        return llm if CUDA else set_overlap(llm)
+        set_overlap(llm, overlap=not CUDA)
+        llm.loop.inner_loop = Loop(llm.loop.engine)  # the plain one: all texts are known
+        return llm
 
     def greedy(prompts, max_tokens, llm) -> list[list[int]]:
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
