@@ -102,7 +102,7 @@ class LookupParams(NamedTuple):
 
     max_tokens: int = 20
     n: int = 1
-    logits_processor: object = None
+    allows_drafts: bool = True
 
 
 def decoding(
@@ -475,7 +475,9 @@ def test_the_commands_have_it_and_say_how_often_it_was_right(capsys):
     flags = ["bench", "--num-prompts", "1", "--prompt-lookup", "6", *flags]
     cli.main(flags)
     out = capsys.readouterr().out
-    told = re.search(r"Decode: 59 tokens .* tokens/s.*; (\d+) of (\d+) guesses right \(\d+%\)", out)
+    told = re.search(
+        r"Decode: 59 tokens .* tokens/s.*; (\d+) of (\d+) draft tokens accepted \(\d+%\)", out
+    )
     cli.main([*flags, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [int(n) for n in told.groups()] == [found["accepted_tokens"], found["guessed_tokens"]]
