@@ -32,6 +32,8 @@ from .log import EventLog
 from .releases import Kind, Record, Release, find_releases, in_order
 from .replay import VERSION, spans
 
+NO_PLAN = Plan()
+
 
 class Recorder:
     """Writes the events of a scheduler to a log, from now on until `stop`. No step may be under
@@ -165,22 +167,43 @@ class Recorder:
             self.arrive(seq, before.get(seq))
         self.catch_up()
 
-    def catch_up(self, plan: Plan | None = None) -> None:
+    def catch_up(self, plan: Plan = NO_PLAN) -> None:
         """Write what has changed. plan: the one that was made just now."""
-        plan = Plan() if plan is None else plan
-        self.write_releases(plan)
-        for seq, record in self.running.items():
-            if len(seq.block_table) > len(record.table) or plan.copies:
+        changed = self.find_changed(plan)
+        if changed:
+            self.write_releases(changed, plan)
+        for seq, record in changed:
+            if seq.block_table != record.table and seq in self.running:
                 self.write_growth(seq, record)
             if seq.num_published > record.num_published:
                 self.write_published(seq, record)
                 record.num_published = seq.num_published
         if len(self.scheduler.running) > len(self.running):
             self.write_new_tables(plan)
-        self.write_evictions(list(self.evicted))  # for sequences that were preempted since
+        if self.evicted:
+            self.write_evictions(list(self.evicted))  # for sequences that were preempted since
         if len(self.scheduler.waiting) != len(self.waiting):
             for seq in [seq for seq in self.waiting if seq.finish_reason is not None]:
                 self.write_end(seq, self.waiting.pop(seq))
+
+    def find_changed(self, plan: Plan) -> list[tuple[Sequence, Record]]:
+        """The sequences that differ from their records. All of them are compared in each step, so
+        whole tables only where entries can differ: after a copy, and where there are windows."""
+        if plan.copies or self.has_windows:
+            return [
+                (seq, record)
+                for seq, record in self.running.items()
+                if seq.block_table != record.table
+                or seq.num_published != record.num_published
+                or seq.num_computed < record.num_computed
+            ]
+        return [
+            (seq, record)
+            for seq, record in self.running.items()
+            if len(seq.block_table) != len(record.table)
+            or seq.num_published != record.num_published
+            or seq.num_computed < record.num_computed
+        ]
 
     # tokens
 
@@ -189,13 +212,17 @@ class Recorder:
         numbers = []
         drawn = []
         forced: list[tuple[int, list[int]]] = []
-        for seq in dict.fromkeys([draw.seq for draw in plan.draws]):
+        for seq in dict.fromkeys(plan.draw_columns.seqs):
             record = self.running.get(seq) or self.waiting.get(seq)
             if record is None:  # it had ended before
                 continue
             start = record.num_tokens
-            new = seq.token_ids[start:]
             record.num_tokens = len(seq.token_ids)  # less, if a stop string has cut the text
+            if record.num_tokens == start + 1 and not seq.forced:  # most have one new token
+                drawn.append(seq.token_ids[-1])
+                numbers.append(record.number)
+                continue
+            new = seq.token_ids[start:]
             if seq.forced:
                 mask = seq.mask(start, record.num_tokens)
                 num_drawn = mask.index(0) if 0 in mask else len(mask)
@@ -222,18 +249,12 @@ class Recorder:
 
     # blocks that were given back
 
-    def write_releases(self, plan: Plan) -> None:
+    def write_releases(self, changed: list[tuple[Sequence, Record]], plan: Plan) -> None:
         """The blocks that tables have lost, in the order in which they were given back."""
         releases = []
-        can_differ = bool(plan.copies) or self.has_windows  # in entries that both tables have
-        for seq, record in self.running.items():
-            table = seq.block_table
-            num_before = len(record.table)
-            if (
-                len(table) < num_before
-                or seq.num_computed < record.num_computed
-                or (can_differ and table[:num_before] != record.table)
-            ):
+        for seq, record in changed:
+            has_grown = seq.block_table[: len(record.table)] == record.table
+            if not has_grown or seq.num_computed < record.num_computed:
                 releases += find_releases(seq, record, plan)
         if len(releases) > 1 or self.has_windows:
             releases = in_order(releases, self.find_cached(releases))
