@@ -158,16 +158,17 @@ class Follower(Strike):
 
     def __init__(self, llm, trace, at=None):
         super().__init__(at)
-        self.llm, self.trace_of_it, self.replay, self.told = llm, trace, Replay(), 0
+        self.llm, self.trace_of_it, self.replay, self.num_replayed = llm, trace, Replay(), 0
 
     def __call__(self, function, *args):
         result = super().__call__(function, *args)
         if self.llm.guard.changing is None:  # else the next step makes the state again first
-            lines = [*self.trace_of_it._lines]
-            for line in lines[self.told :]:
-                self.replay.apply(json.loads(line))
-            self.told = len(lines)
             self.llm.loop.drain()
+            self.trace_of_it.recorder.catch_up()
+            lines = [*self.trace_of_it.log.lines]
+            for line in lines[self.num_replayed :]:
+                self.replay.apply(json.loads(line))
+            self.num_replayed = len(lines)
             compare(self.replay, self.llm.scheduler)
         return result
 
@@ -192,9 +193,10 @@ def test_a_trace_tells_the_truth_after_an_exception_at_any_line():
     with engine() as llm:
         stop, expected = prepare(llm)
         lines = [*followed(llm, stop, expected).lines]
-        # changes, and how a trace learns of them
-        told = "scheduler.py", "blocks.py", "features/windows.py", "trace/events.py"
-        lines = [line for line in lines if line[0] in told]
+        # changes, and how a trace finds them
+        files = "scheduler.py", "blocks.py", "features/windows.py"
+        files += "trace/recorder.py", "trace/releases.py", "trace/extension.py", "trace/log.py"
+        lines = [line for line in lines if line[0] in files]
         assert len(lines) > 200
         lines = lines if ALL else lines[1::7]
         hit = sum(followed(llm, stop, expected, line).struck for line in lines)
