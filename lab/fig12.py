@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
             ratio = best / curve["borne"]
             times = [TIMES.get((kind, system), "-"), f"{ratio:.2g} x"]
             rows.append([system, curve["borne"], *times, paper[system], curve["batched"]])
-        told = [kind, "requests/s", "paging bears: paper", "ours"]
-        head = [*told, f"batched at {at}/s: paper", "ours"]
+        columns = [kind, "requests/s", "paging bears: paper", "ours"]
+        head = [*columns, f"batched at {at}/s: paper", "ours"]
         print(world.table(head, rows), end="\n\n")
         found[kind] = curves
     hours = sum(p["hours"] for c in found.values() for curve in c.values() for p in curve["points"])

@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     def draw(plt):
         figure, panels = plt.subplots(1, 2, figsize=(8, 3.2))
         for axes, kind in zip(panels, PAPER, strict=True):
-            told = [n for n in COUNTS if n in PAPER[kind]]
-            axes.bar([n - 0.35 for n in told], [PAPER[kind][n] for n in told], 0.7,
+            counts = [n for n in COUNTS if n in PAPER[kind]]
+            axes.bar([n - 0.35 for n in counts], [PAPER[kind][n] for n in counts], 0.7,
                      color="#CCCCCC", label="paper")  # fmt: skip
             axes.bar([n + 0.35 for n in COUNTS], found[kind].values(), 0.7,
                      color="#0072B2", label="ours")  # fmt: skip

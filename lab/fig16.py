@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, systems in found.items():
         base = systems["Orca Oracle"]["rate"]
         for system, got in systems.items():
-            told = PAPER[name] if system == "paged, shared" else "-"
-            rows.append([f"{name}: {system}", *got.values(), told, got["rate"] / base])
+            expected = PAPER[name] if system == "paged, shared" else "-"
+            rows.append([f"{name}: {system}", *got.values(), expected, got["rate"] / base])
     print(world.table(head, rows) + "\n" + WHY)
 
     def draw(plt):
