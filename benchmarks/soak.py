@@ -41,7 +41,7 @@ from helpers.failures import PLACES, Fault, failing
 from helpers.full_engines import assert_idle, build, check, ids
 from helpers.goldens import FIXTURES
 from helpers.naive import Naive, naive
-from helpers.naive_sampling import (
+from helpers.sampling import (
     History,
     ban_even,
     favour_the_last,

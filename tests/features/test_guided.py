@@ -14,8 +14,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from helpers.engine_cases import Fault, assert_stream_is_generate, failing
+from helpers.engine_cases import assert_stream_is_generate
 from helpers.engines import question
+from helpers.failures import Fault, failing
 from helpers.full_engines import everything_is_free, set_overlap
 from helpers.goldens import ERAS, MODEL
 

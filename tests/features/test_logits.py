@@ -4,17 +4,15 @@ the draws, and mixed; then through an engine."""
 import math
 import operator
 import re
-from collections import Counter
 from dataclasses import replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from helpers.engine_cases import PLACES, Fault, failing
 from helpers.engines import finish, question, serve
+from helpers.failures import PLACES, Fault, failing
 from helpers.full_engines import (
     assert_idle,
     build,
@@ -26,10 +24,14 @@ from helpers.full_engines import (
 from helpers.goldens import FIXTURES, MODEL
 from helpers.sampling import (
     FILTERS,
+    History,
     V,
     assert_fair,
     assert_naive_frequencies,
+    ban_even,
+    favour_the_last,
     logits_of,
+    naive_edits,
     naive_probabilities,
     refuse,
 )
@@ -55,15 +57,6 @@ both_loops = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "ah
 def backend(request):
     """What a CPU does, and the plain torch of other devices."""
     return request.param
-
-
-class History(NamedTuple):
-    """What edits may ask of a row's sequence."""
-
-    tokens: list[int]  # from `position` on they are not looked at
-    num_prompt: int
-    position: int  # of the token to be sampled
-    stop_ids: frozenset[int] = frozenset()
 
 
 def history_of(rows: int, seed: int = 0, num_prompt: int = 6, length: int = 16) -> list[History]:
@@ -119,39 +112,6 @@ def flat(scores: dict) -> list[float]:
 
 
 # a row, the slow and obvious way ------------------------------------------------------------------
-
-
-def naive_edits(logits: list[float], p: SamplingParams, h: History) -> list[float]:
-    x = list(logits)
-    if p.allowed_token_ids is not None:
-        x = [v if i in p.allowed_token_ids else -math.inf for i, v in enumerate(x)]
-    for i, bias in (p.logit_bias or {}).items():
-        x[i] += bias
-    past = h.tokens[: h.position]
-    output = Counter(past[h.num_prompt :])
-    for word in p.bad_words:
-        if past[len(past) - len(word) + 1 :] == list(word[:-1]) or len(word) == 1:
-            x[word[-1]] = -math.inf
-    if sum(output.values()) < p.min_tokens:
-        for i in h.stop_ids:
-            x[i] = -math.inf
-    for i in set(past):
-        x[i] = x[i] / p.repetition_penalty if x[i] > 0 else x[i] * p.repetition_penalty
-    for i, count in output.items():
-        x[i] -= p.presence_penalty + p.frequency_penalty * count
-    if p.logits_processor:
-        x = p.logits_processor(past, torch.tensor(x)).tolist()
-    return x
-
-
-def ban_even(tokens, logits):
-    logits[::2] = -torch.inf
-    return logits
-
-
-def favour_the_last(tokens, logits):
-    return logits + 4.0 * torch.nn.functional.one_hot(torch.tensor(tokens[-1]), len(logits))
-
 
 WORDS = ((3,), (1, 4), (2, 0, 5))
 EDITS = {

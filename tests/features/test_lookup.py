@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.engine_cases import PLACES, run_work
+from helpers.engine_cases import run_work
 from helpers.engines import check, ids, serve
+from helpers.failures import PLACES
 from helpers.full_engines import assert_idle, build, greedy, sampled
 from helpers.goldens import ERAS, MODEL
 from helpers.naive import assert_naive
 from helpers.records import Record
+from helpers.sampling import ban_even
 from helpers.simulation import Simulation, make_blocks, text
 from helpers.traces import compare
 from helpers.windows import WINDOWED, beyond
@@ -23,11 +25,6 @@ from microvllm.scheduler import Scheduler, Sequence
 from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def ban_even(tokens, logits):
-    logits[::2] = -torch.inf
-    return logits
 
 
 TEXTS = [

@@ -1,6 +1,8 @@
 """Draws of rows of logits, and the same the slow and obvious way."""
 
 import math
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,3 +95,45 @@ def assert_fair(draw, logits, expected, count: int = 30_000) -> None:
 
 def refuse(*_):
     raise AssertionError("this is not needed here")
+
+
+class History(NamedTuple):
+    """What edits of logits need to know of a row's sequence."""
+
+    tokens: list[int]  # from `position` on they are not looked at
+    num_prompt: int
+    position: int  # of the token to be sampled
+    stop_ids: frozenset[int] = frozenset()
+
+
+def naive_edits(logits: list[float], p: SamplingParams, h: History) -> list[float]:
+    """Edited logits, by the definition of each parameter."""
+    x = list(logits)
+    if p.allowed_token_ids is not None:
+        x = [v if i in p.allowed_token_ids else -math.inf for i, v in enumerate(x)]
+    for i, bias in (p.logit_bias or {}).items():
+        x[i] += bias
+    past = h.tokens[: h.position]
+    output = Counter(past[h.num_prompt :])
+    for word in p.bad_words:
+        if past[len(past) - len(word) + 1 :] == list(word[:-1]) or len(word) == 1:
+            x[word[-1]] = -math.inf
+    if sum(output.values()) < p.min_tokens:
+        for i in h.stop_ids:
+            x[i] = -math.inf
+    for i in set(past):
+        x[i] = x[i] / p.repetition_penalty if x[i] > 0 else x[i] * p.repetition_penalty
+    for i, count in output.items():
+        x[i] -= p.presence_penalty + p.frequency_penalty * count
+    if p.logits_processor:
+        x = p.logits_processor(past, torch.tensor(x)).tolist()
+    return x
+
+
+def ban_even(tokens, logits):
+    logits[::2] = -torch.inf
+    return logits
+
+
+def favour_the_last(tokens, logits):
+    return logits + 4.0 * torch.nn.functional.one_hot(torch.tensor(tokens[-1]), len(logits))

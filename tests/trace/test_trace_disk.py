@@ -5,8 +5,9 @@ import json
 import os
 
 import pytest
-from helpers.engine_cases import WORK, Fault, failing
+from helpers.engine_cases import WORK
 from helpers.engines import finish, serve
+from helpers.failures import Fault, failing
 from helpers.full_engines import build
 from helpers.naive import assert_naive
 
