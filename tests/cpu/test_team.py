@@ -45,7 +45,8 @@ def test_each_part_of_each_job_is_computed_once(threads, runs, parts):
 
 
 def test_a_team_whose_workers_never_come_is_its_leader_alone():
-    counts = run(team._new_team(3), 50, 2, 8, np.zeros(8, np.int64))
+    alone = team._new_team(3)  # it must exist as long as its array's addresses are used
+    counts = run(alone.array, 50, 2, 8, np.zeros(8, np.int64))
     assert counts.tolist() == [50] * 8 + [400, 0, 0]
 
 
@@ -77,8 +78,40 @@ def test_another_number_of_threads_is_another_team_and_stopped_ones_end():
     with team.one_at_a_time:
         first, second = team.team_of(3), team.team_of(2)
         assert team.team_of(3) is first and team.team_of(2) is second
-        threads = team._teams[3][1]
+        threads = team._teams[3].threads
         team._stop(3)
         assert not any(thread.is_alive() for thread in threads)
         counts = run(team.team_of(3), 20, 3, 9, np.zeros(9, np.int64))
     assert counts[:9].tolist() == [20] * 9
+
+
+@team.job
+@numba.njit(**VIEWS)
+def append(worker, part, parts, team_array, last, log, count):
+    """Note the number of jobs so far; the list ends when that is `last`."""
+    log[count[0]] = count[0]
+    count[0] += 1
+    if count[0] == last:
+        team.end_list(team_array)
+
+
+@numba.njit(**EXACT)
+def run_list(team_array, times, last, counts, work, log, count):
+    """A list of three jobs of many parts and one that may end it."""
+    team.begin(team_array)
+    for _ in range(3):
+        add_one(team_array, 2, len(work), (counts, work))
+    append(team_array, 1, 1, (team_array, last, log, count))
+    team.compute(team_array, times)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_recorded_list_is_computed_as_often_as_asked_or_until_a_job_ends_it(threads):
+    work = np.random.default_rng(1).integers(0, 500, 16)
+    for _ in range(200):
+        for times, last, done in (7, 0, 7), (7, 3, 3), (1, 1, 1):
+            counts, log, count = np.zeros(16 + threads, np.int64), np.zeros(8), np.zeros(1, int)
+            with team.one_at_a_time:
+                run_list(team.team_of(threads), times, last, counts, work, log, count)
+            assert counts[:16].tolist() == [3 * done] * 16, (times, last)
+            assert count[0] == done and log[:done].tolist() == [*range(done)]

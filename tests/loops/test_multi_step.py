@@ -116,10 +116,11 @@ def test_the_logits_are_those_of_single_steps_bit_for_bit(name, rows, store, cal
 @has_panels
 def test_a_worker_that_comes_late_leaves_the_work_to_the_others(calls, monkeypatch):
     """The workers of this team have not started at all: the leader does what there is."""
+    late = team._new_team(3)
     with build(NAME, num_blocks=60) as llm:
         want = plain(one_by_one(llm, WORK[:2]))
         llm.scheduler.reset()
-        monkeypatch.setattr("microvllm.cpu.backend.team_of", lambda: team._new_team(3))
+        monkeypatch.setattr("microvllm.cpu.backend.team_of", lambda scratch: late.array)
         assert plain(at_once(llm, WORK[:2])) == want and calls
 
 

@@ -441,7 +441,17 @@ def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, team,
     n_kv_head, threads = k.shape[1], team[SIZE]
     group = q.shape[1] // n_kv_head
     tiles = cut_tiles(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads)
-    parts = num_parts(len(tiles), n_kv_head, threads)
+    attend_tiles(
+        tiles, q, k, v, cu_seqlens, seq_lens, block_tables, window, team, scratch, out
+    )  # fmt: skip
+
+
+@numba.njit(**EXACT)
+def attend_tiles(
+    tiles, q, k, v, cu_seqlens, seq_lens, block_tables, window, team, scratch, out
+):  # fmt: skip
+    """The same in tiles that are cut already."""
+    parts = num_parts(len(tiles), k.shape[1], team[SIZE])
     arguments = tiles, q, k, v, cu_seqlens, seq_lens, block_tables, window, scratch, out
     _attend_part(team, 1, parts, arguments)
 

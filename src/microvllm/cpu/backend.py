@@ -12,19 +12,39 @@ from itertools import chain
 import numba
 import numpy as np
 import torch
-from numba.core import types
 from numba.extending import overload
 from torch import Tensor
 
 from ..fused.backend import Backend
 from . import first, products, steps
-from .attention import attend_rows, paged_attention, tile
+from .attention import attend_tiles, cut_tiles, paged_attention, tile
 from .fewbits import class_of
 from .packed import BITS
-from .products import HalfPanels, Int8, Int8Panels, Panels, product, workspace
-from .steps import add_norm_rows, array_of, back_out, embed_rows, rope_store_rows, sample_rows
-from .team import SIZE, check_process, one_at_a_time, team_of
-from .vectors import EXACT, kept, vectorised
+from .products import HalfPanels, Int8, Int8Panels, Panels, product, scratch_bytes, workspace
+from .steps import (
+    add_norm_rows,
+    add_rows,
+    advance_rows,
+    array_of,
+    back_out,
+    draw_space,
+    embed_rows,
+    rope_store_rows,
+    sample_rows,
+    take_rows,
+)
+from .team import (
+    MAX_JOBS,
+    MAX_THREADS,
+    SIZE,
+    begin,
+    check_process,
+    compute,
+    one_at_a_time,
+    pointer,
+    team_of,
+)
+from .vectors import EXACT, kept
 
 _f32 = np.float32
 PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plain torch as well
@@ -121,16 +141,11 @@ class CpuBackend(Backend):
         return self.awaited is None
 
 
-@vectorised(types.voidptr)
-def _pointer(b, number):
-    return b.inttoptr(number, b.i8.as_pointer())
-
-
 @numba.njit(**EXACT)
 def _tensor(weights, i, kind, like):
     """The tensor at a place of layer i, of numbers such as `like` has."""
     place = weights[i, kind]
-    return numba.carray(_pointer(place[0]), (place[1], place[2], place[3]), like.dtype)
+    return numba.carray(pointer(place[0]), (place[1], place[2], place[3]), like.dtype)
 
 
 @numba.njit(**EXACT)
@@ -162,94 +177,105 @@ _VE = 12  # after those four weights: the value embeddings, and their gate
 @kept(**EXACT)
 def _run(
     team, ids, prev_ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables,
-    cache, depths, groups, windows, weights, like, head, wte, smear_gate, smear_lambda, resid,
-    first, backout, cos, sin, qk_scale, gate_scale, eps,
-    rows, x0, unused, other, y, h, q, seen, qkv, wide, scratch, hidden,
-    logits, V, uniform, scale, softcap, filters, stops, tokens,
+    cache, depths, groups, windows, window_kinds, weights, like, head, wte, smear_gate,
+    smear_lambda, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
+    rows, tiles, x0, unused, other, y, h, half, q, seen, qkv, wide, scratch, hidden,
+    logits, V, uniform, scale, softcap, filters, stops, w, sums, step, tokens,
 ):  # fmt: skip
     """FusedGPT.forward with the same numbers: `hidden` (R, C) becomes the normed rows of the head.
 
     With tokens (steps, R) also what follows, step after step, where each sequence has one row: the
     head, the draw, and the next step with the drawn token, until a sequence has drawn one of its
-    `stops`. Returns how many steps were done. The batch's arrays are those of the next step then.
+    `stops`. step[0] becomes the number of steps done. The batch's arrays are those of the next step
+    then.
 
-    The lines of arguments: a batch (attention.py), the model, workspace, and what a draw takes.
+    All of it is recorded first, then computed (team.py): so no array that is made in here is an
+    argument of a job. The lines of arguments: a batch (attention.py), the model, workspace, and
+    what a draw takes.
     """
     n_layer, size = len(windows), cache.shape[4]
     mixes, smears = resid.size > 0, backout.size > 0
     one, none = _f32(1), _f32(0)
-    whole = len(logit_rows) == len(ids)  # are all rows the head's, in their order?
-    for t in range(len(logit_rows) if whole else 0):
+    T, R = len(x0), len(logit_rows)
+    whole = R == T  # are all rows the head's, in their order?
+    for t in range(R if whole else 0):
         whole &= logit_rows[t] == t
     # no constants, or numba would compile each kernel for them once more
-    yes, no = len(windows) > 0, len(windows) < 0
-    for step in range(max(1, len(tokens))):
-        embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, team, x0)  # (1)
-        x, spare, z, normed, attended, middle = x0, unused, y, h, seen, x0
-        T, R, inner = len(x0), len(logit_rows), wide
-        for i in range(n_layer):
-            a, b = (resid[i], first[i]) if mixes else (one, none)  # (2), and the norm before (3)
-            add_norm_rows(x, z, x0, a, b, eps, i > 0, mixes, team, spare, normed)
-            if i > 0 or mixes:
-                x, spare = spare, x if i > 0 else other  # x0 is mixed in again
-            # (3) project, (4) rotate and norm, (5) write K and V, then attend
-            proj, fc = _weight(weights, i, 1, like), _weight(weights, i, 2, like)
-            product(normed, _weight(weights, i, 0, like), no, proj[0], team, qkv)
-            k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
-            gated = weights[i, _VE, 0] != 0
-            ve = _tensor(weights, i, _VE, wte)[0] if gated else wte
-            ve_gate = _tensor(weights, i, _VE + 1, x0)[0] if gated else x0
-            rope_store_rows(
-                qkv.reshape(T, -1, q.shape[2]), normed, ids, ve, ve_gate, gated, cos, sin,
-                positions, slots[group], k, v, qk_scale, gate_scale, eps, team, q,
-            )  # fmt: skip
-            if i == n_layer - 1 and R == 0:
-                return 0
-            table = tables[group]
-            attend_rows(q, k, v, cu_seqlens, seq_lens, table, windows[i], rows, team, scratch, seen)
-            if (
-                i == n_layer - 1 and not whole
-            ):  # all K and V are written: only the head's rows go on
-                x, attended = x[logit_rows], seen[logit_rows]
-                spare, z, normed = np.empty_like(x), np.empty_like(x), np.empty_like(x)
-                inner = np.empty((R, wide.shape[1]), np.float32)
-                if smears and i > n_layer // 2:
-                    middle = middle[logit_rows]
-            product(attended.reshape(len(x), -1), proj, no, fc[0], team, z)
-            add_norm_rows(x, z, x, one, none, eps, yes, no, team, spare, normed)
-            x, spare = spare, x
-            mlp_proj = _weight(weights, i, 3, like)  # (6)
-            product(normed, fc, yes, mlp_proj[0], team, inner)
-            # the head comes after the last
-            following = head[0] if i == n_layer - 1 else _weight(weights, i + 1, 0, like)[0]
-            product(inner, mlp_proj, no, following, team, z)
-            if smears and i == n_layer // 2:
-                middle = x + z
+    yes, no = n_layer > 0, n_layer < 0
+    n_kv_head = cache.shape[3]
+    counts = np.zeros(len(tiles), np.int64)
+    for i in range(n_layer):  # the same tiles for all layers of a window
+        kind = window_kinds[i]
+        if counts[kind] == 0:
+            group = q.shape[1] // n_kv_head
+            cut = cut_tiles(cu_seqlens, seq_lens, windows[i], n_kv_head, group, rows, team[SIZE])
+            counts[kind] = len(cut)
+            tiles[kind, : len(cut)] = cut
+    begin(team)
+    embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, team, x0)  # (1)
+    x, spare, z, normed, attended, inner, middle = x0, unused, y, h, seen, wide, half
+    for i in range(n_layer):
+        is_last = i == n_layer - 1
+        a, b = (resid[i], first[i]) if mixes else (one, none)  # (2), and the norm before (3)
+        add_norm_rows(x, z, x0, a, b, eps, i > 0, mixes, team, spare, normed)
+        if i > 0 or mixes:
+            x, spare = spare, x if i > 0 else other  # x0 is mixed in again
+        # (3) project, (4) rotate and norm, (5) write K and V, then attend
+        proj, fc = _weight(weights, i, 1, like), _weight(weights, i, 2, like)
+        product(normed, _weight(weights, i, 0, like), no, proj[0], team, qkv)
+        k, v, group = cache[depths[i], 0], cache[depths[i], 1], groups[i]
+        gated = weights[i, _VE, 0] != 0
+        ve = _tensor(weights, i, _VE, wte)[0] if gated else wte
+        ve_gate = _tensor(weights, i, _VE + 1, x0)[0] if gated else x0
+        rope_store_rows(
+            qkv.reshape(T, -1, q.shape[2]), normed, ids, ve, ve_gate, gated, cos, sin,
+            positions, slots[group], k, v, qk_scale, gate_scale, eps, team, q,
+        )  # fmt: skip
+        if is_last and R == 0:
+            break
+        kind = window_kinds[i]
+        attend_tiles(
+            tiles[kind, : counts[kind]], q, k, v, cu_seqlens, seq_lens, tables[group], windows[i],
+            team, scratch, seen,
+        )  # fmt: skip
+        if is_last and not whole:  # all K and V are written: only the head's rows go on
+            taken = spare[:R]
+            take_rows(x, logit_rows, team, taken)
+            x, spare, z, normed, inner = taken, x[:R], z[:R], normed[:R], wide[:R]
+            attended = q[:R]  # whose numbers were used
+            flat = attended.reshape(R, -1)
+            take_rows(seen.reshape(T, -1), logit_rows, team, flat)
+            if smears and i > n_layer // 2:
+                middle = qkv.reshape(-1)[: R * half.shape[1]].reshape(R, -1)
+                take_rows(half, logit_rows, team, middle)
+            elif smears:
+                middle = half[:R]
+        product(attended.reshape(len(x), -1), proj, no, fc[0], team, z)
+        add_norm_rows(x, z, x, one, none, eps, yes, no, team, spare, normed)
+        x, spare = spare, x
+        mlp_proj = _weight(weights, i, 3, like)  # (6)
+        product(normed, fc, yes, mlp_proj[0], team, inner)
+        # the head comes after the last
+        following = head[0] if is_last else _weight(weights, i + 1, 0, like)[0]
+        product(inner, mlp_proj, no, following, team, z)
+        if smears and i == n_layer // 2:
+            add_rows(x, z, team, middle)
+    if R > 0:
         last = hidden if len(tokens) == 0 else normed
         add_norm_rows(x, z, x, one, none, eps, yes, no, team, spare, last)
         if smears:  # (7)
-            back_out(spare, backout[0], middle)
+            back_out(spare, backout[0], middle, team)
             add_norm_rows(spare, z, x, one, none, eps, no, no, team, x, last)
-        if len(tokens) == 0:
-            return 0
+    if len(tokens) > 0:
         product(normed, head, no, _weight(weights, 0, 0, like)[0], team, logits)
-        stride, flat, drawn = logits.shape[1], logits.reshape(-1), tokens[step]
-        sample_rows(flat, V, stride, uniform[step], scale, softcap, filters, team, drawn)
-        ends = False
-        for t in range(T):
-            token, position = drawn[t], positions[t] + 1
-            ends |= token < 0
-            for stop in stops[t]:
-                ends |= token == stop
-            prev_ids[t], ids[t] = ids[t], max(token, 0)
-            positions[t] = position
-            seq_lens[t] += 1
-            if step + 1 < len(tokens):
-                for g in range(len(slots)):
-                    slots[g, t] = tables[g, t, position // size] * size + position % size
-        if ends:
-            return step + 1
-    return len(tokens)
+        stride, flat = logits.shape[1], logits.reshape(-1)
+        sample_rows(
+            flat, V, stride, uniform, scale, softcap, filters, w, sums, step, team, tokens
+        )  # fmt: skip
+        advance_rows(
+            ids, prev_ids, positions, seq_lens, slots, tables, size, stops, step, team, tokens
+        )  # fmt: skip
+    compute(team, max(1, len(tokens)))
 
 
 class Layers:
@@ -264,6 +290,8 @@ class Layers:
             # addresses, and three dimensions
             places.append([(x.data_ptr(), *(1,) * (3 - x.ndim), *x.shape) for x in tensors])
         self.weights, self.windows = np.array(places, np.int64), np.array(model.windows)
+        self.window_kinds = np.unique(self.windows, return_inverse=True)[1].astype(np.int64)
+        assert 20 * len(places) + 20 < MAX_JOBS, f"{len(places)} layers"
         self.like = model.layers[0].qkv.arrays
         self.head, self.wte = model.lm_head.arrays, array_of(model.wte)
         names = "resid_lambdas", "x0_lambdas", "backout_lambda"
@@ -275,8 +303,9 @@ class Layers:
         self.vocab_size, self.softcap = config.vocab_size, _f32(recipe.softcap)
         self.cache = None  # the one that groups and depths are of
         C, D, self.group = config.n_embd, config.head_dim, config.n_head // config.n_kv_head
-        # of a row's x0, unused, other, y, h, q, seen, qkv and wide
-        self.shapes = *[(C,)] * 5, *[(C // D, D)] * 2, (C + 2 * C // self.group,), (4 * C,)
+        # of a row's x0, unused, other, y, h, half, q, seen, qkv and wide
+        self.shapes = *[(C,)] * 6, *[(C // D, D)] * 2, (C + 2 * C // self.group,), (4 * C,)
+        self.draw_space = draw_space(config.vocab_size, 1)
 
     def __call__(self, batch, cache) -> Tensor:
         """(R, C), the normed rows of the head."""
@@ -312,13 +341,20 @@ class Layers:
         T = len(arrays[0])
         slots = slots.reshape(-1, T)
         tables = tables.reshape(len(slots), len(arrays[4]), -1)
+        step = np.zeros(1, np.int64)  # steps done
         with one_at_a_time:
-            team = team_of()
-            rows, size = tile(batch, self.group, self.shapes[5][1])
-            shapes = *[(T, *shape) for shape in self.shapes], (int(team[SIZE]), size)
-            return _run(
+            team = team_of(scratch=scratch_bytes(T, self.shapes[-1][0], MAX_THREADS))
+            threads = int(team[SIZE])
+            if len(self.draw_space[0]) != threads and len(tokens):
+                self.draw_space = draw_space(self.vocab_size, threads)
+            rows, size = tile(batch, self.group, self.shapes[6][1])
+            shapes = *[(T, *shape) for shape in self.shapes], (threads, size)
+            tiles = np.empty((int(self.window_kinds.max()) + 1, T, 3), np.int64)
+            _run(
                 team, *arrays, slots, tables, array_of(cache.data), self.depths, self.groups,
-                self.windows, self.weights, self.like, self.head, self.wte, *self.smear,
-                *self.numbers, *self.scales, rows, *workspace(*shapes), hidden, logits,
-                self.vocab_size, uniform, scale, self.softcap, filters, stops, tokens,
+                self.windows, self.window_kinds, self.weights, self.like, self.head, self.wte,
+                *self.smear, *self.numbers, *self.scales, rows, tiles, *workspace(*shapes), hidden,
+                logits, self.vocab_size, uniform, scale, self.softcap, filters, stops,
+                *self.draw_space, step, tokens,
             )  # fmt: skip
+        return int(step[0])

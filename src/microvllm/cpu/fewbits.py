@@ -37,7 +37,7 @@ from .packed import (
     step_size,
 )
 from .products import PANEL, PANEL8, Panels, aligned, product, quantize_row, quantize_rows_into
-from .team import SIZE, job
+from .team import SIZE, behind, job, scratch_array
 from .vectors import (
     EXACT,
     FOUR_BYTES,
@@ -230,8 +230,9 @@ def _multiplier(bits: int):
     return multiply
 
 
+@job
 @numba.njit(**EXACT)
-def round_rows(x, top, q, scale, start):
+def round_rows(worker, part, parts, x, top, q, scale, start):
     """Few rows x (T, C), rotated, as int8 in q (T, whole steps), the rest zeros, and what 1 is
     worth in each; start (T, groups): see above."""
     C, each, xt = x.shape[1], q.shape[1] // start.shape[1], np.empty(x.shape[1], np.float32)
@@ -339,12 +340,12 @@ def _product(bits: int):
                     )  # fmt: skip
 
     @named
-    def multiply_many(q, scaling, w, square, following, team, y):
-        """The work is dealt out as in products.multiply."""
+    def multiply_many(q, scaling, w, square, following, team, start, y):
+        """The work is dealt out as in products.multiply; start: of free scratch memory."""
         least = amx.ROWS // 2 if amx.fits(q, w) else _ROWS
         cuts = row_cuts(len(w), len(y), least, team[SIZE])
         runs, parts = piece_parts(len(w) * cuts, team[SIZE])
-        space = np.empty((team[SIZE], 2 * q.shape[1] * PANEL + 16), np.int32)
+        space = scratch_array(team, start, (team[SIZE], 2 * q.shape[1] * PANEL + 16), np.int32)
         offset, w_scale, x_scale = scaling
         arguments = q, offset, w_scale, x_scale, w, square, following, cuts, runs, space, y
         many_part(team, runs, parts, arguments)
@@ -352,15 +353,17 @@ def _product(bits: int):
     def kernel(x, weight, square, following, team, y):
         w, offset, w_scale = weight
         T, steps = len(x), w.shape[1]
-        q, scale = np.empty((T, steps * STEP), np.uint8), np.empty((T, 1), np.float32)
+        q = scratch_array(team, 0, (T, steps * STEP), np.uint8)
+        scale = scratch_array(team, behind(0, q), (T, 1), np.float32)
+        free = behind(behind(0, q), scale)
         scaling = offset, w_scale, scale.reshape(T)
         if T <= FEW:
-            start = np.empty((T, steps if factors else 1), np.int32)
-            round_rows(x, top, q, scaling[2], start)
+            start = scratch_array(team, free, (T, steps if factors else 1), np.int32)
+            round_rows(team, 1, 1, (x, top, q, scaling[2], start))
             multiply_few(q.view(np.int32), start, scaling, w, square, team, y)
         else:
             quantize_rows_into(x, _f32(127), team, q, scale)
-            multiply_many(q.view(np.int32), scaling, w, square, following, team, y)
+            multiply_many(q.view(np.int32), scaling, w, square, following, team, free, y)
 
     return kernel
 

@@ -25,7 +25,15 @@ from . import amx
 from .packed import quantised
 from .packed import rotate as rotate
 from .steps import array_of, store
-from .team import SIZE, job, one_at_a_time, team_of
+from .team import (
+    MAX_THREADS,
+    SIZE,
+    behind,
+    job,
+    one_at_a_time,
+    scratch_array,
+    team_of,
+)
 from .vectors import (
     EXACT,
     EXCESS,
@@ -281,6 +289,12 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def scratch_bytes(rows: int, width: int, threads: int) -> int:
+    """Of scratch memory, at most, that a product of so many rows of `width` inputs takes: these
+    inputs as integers, their scales and sums, and unpacked weights of each thread."""
+    return rows * (3 * width + 256) + threads * 8 * (width + 64) * max(PANEL, 1) + 4096
+
+
 def product(x, weight, square, following, team, y):
     """y = x times a weight: (panels, offset, scale), the latter two empty unless it is int8."""
 
@@ -294,14 +308,15 @@ def _product_of(x, weight, square, following, team, y):
     def integers(x, weight, square, following, team, y):
         w, offset, w_scale = weight
         T, C = x.shape
-        q, scale = np.empty((T, C), np.uint8), np.empty((T, 1), np.float32)
+        q = scratch_array(team, 0, (T, C), np.uint8)
+        scale = scratch_array(team, behind(0, q), (T, 1), np.float32)
         quantize_rows_into(x, _f32(127), team, q, scale)
         scaling = offset, w_scale, scale.reshape(T)
         multiply(q.view(np.int32), w, scaling, square, following, team, y)
 
     def halves(x, weight, square, following, team, y):
         w, offset, w_scale = weight
-        q = np.empty(x.shape, np.uint16)
+        q = scratch_array(team, 0, x.shape, np.uint16)
         round_rows_into(x, team, q)
         scaling = offset, w_scale, w_scale
         multiply(q.view(np.int32), w, scaling, square, following, team, y)
@@ -378,7 +393,8 @@ class Panels(Linear):
             return y.relu().square_() if self.relu2 else y
         y = torch.empty(len(x), len(panels) * PANEL)
         with one_at_a_time:
-            self.compute(x.contiguous().numpy(), team_of(), y.numpy())
+            scratch = scratch_bytes(*x.shape, MAX_THREADS)
+            self.compute(x.contiguous().numpy(), team_of(scratch=scratch), y.numpy())
         return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
 
     def compute(self, x, team, y) -> None:

@@ -17,7 +17,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.backend import NO_FILTERS, filter_values
-from .team import SIZE, job, one_at_a_time, team_of
+from .team import SIZE, end_list, job, one_at_a_time, team_of
 from .vectors import (
     EXACT,
     VIEWS,
@@ -295,12 +295,52 @@ def rope_store(
     return q
 
 
+@job
 @numba.njit(**VIEWS)
-def back_out(x, factor, middle):
-    """x (T, C) -= factor * middle."""
-    for t in range(len(x)):
+def _back_out_part(worker, part, parts, x, factor, middle):
+    first, end = share(len(x), part, parts)
+    for t in range(first, end):
         for c in range(x.shape[1]):
             x[t, c] -= factor * middle[t, c]
+
+
+@numba.njit(**EXACT)
+def back_out(x, factor, middle, team):
+    """x (T, C) -= factor * middle."""
+    runs, parts = row_parts(len(x), team[SIZE])
+    _back_out_part(team, runs, parts, (x, factor, middle))
+
+
+@job
+@numba.njit(**VIEWS)
+def _add_part(worker, part, parts, x, y, z):
+    first, end = share(len(x), part, parts)
+    for t in range(first, end):
+        for c in range(x.shape[1]):
+            z[t, c] = x[t, c] + y[t, c]
+
+
+@numba.njit(**EXACT)
+def add_rows(x, y, team, z):
+    """z (T, C) = x + y."""
+    runs, parts = row_parts(len(x), team[SIZE])
+    _add_part(team, runs, parts, (x, y, z))
+
+
+@job
+@numba.njit(**VIEWS)
+def _take_part(worker, part, parts, x, rows, y):
+    first, end = share(len(rows), part, parts)
+    for t in range(first, end):
+        for c in range(x.shape[1]):
+            y[t, c] = x[rows[t], c]
+
+
+@numba.njit(**EXACT)
+def take_rows(x, rows, team, y):
+    """y (R, C) = x[rows]."""
+    runs, parts = row_parts(len(rows), team[SIZE])
+    _take_part(team, runs, parts, (x, rows, y))
 
 
 @numba.njit(**VIEWS)
@@ -386,32 +426,72 @@ def _argmax(x):
 @job
 @numba.njit(**VIEWS)
 def _sample_part(
-    worker, part, parts, logits, V, stride, u, scale, softcap, filters, w, sums, tokens
+    worker, part, parts, logits, V, stride, u, scale, softcap, filters, w, sums, step, tokens
 ):  # fmt: skip
     """The row of number r begins at logits[r * stride]. w (threads, V and more), sums (threads, the
     blocks of a row): scratch."""
-    own, own_sums = w[worker], sums[worker]
-    first, end = share(tokens.size, part, parts)
+    own, own_sums, drawn, uniform = w[worker], sums[worker], tokens[step[0]], u[step[0]]
+    first, end = share(drawn.size, part, parts)
     for r in range(first, end):
         x, (top_k, top_p, min_p) = logits[r * stride : r * stride + V], filters[r]
         if scale[r] == 0:
-            tokens[r] = _argmax(x)
+            drawn[r] = _argmax(x)
         else:
             _weigh(x, scale[r], softcap, top_k, top_p, _f32(min_p), own[:V])
-            tokens[r] = _draw(own, own_sums, u[r])
+            drawn[r] = _draw(own, own_sums, uniform[r])
 
 
 @kept(**EXACT)
-def sample_rows(logits, V, stride, u, scale, softcap, filters, team, tokens):
-    """A token for each row; the row of number r begins at logits[r * stride]."""
-    runs = min(team[SIZE], tokens.size)
-    parts = runs * max(1, min(8, tokens.size // runs))
-    blocks = -(-V // _BLOCK)  # the last one may be longer than the row
-    threads = team[SIZE] if runs > 1 else 1  # that may take a part
+def sample_rows(logits, V, stride, u, scale, softcap, filters, w, sums, step, team, tokens):
+    """tokens[step[0]] = a token for each row; the row of number r begins at logits[r * stride].
+    w, sums: of draw_space."""
+    rows = tokens.shape[1]
+    runs = min(team[SIZE], rows)
+    parts = runs * max(1, min(8, rows // runs)) if runs > 1 else 1
+    arguments = logits, V, stride, u, scale, softcap, filters, w, sums, step, tokens
+    _sample_part(team, runs, parts, arguments)
+
+
+def draw_space(V: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the threads need to draw one of V tokens: weights and their sums by blocks."""
+    blocks = -(-V // _BLOCK)  # the last one may be longer than the row: there are zeros
     w = np.zeros((threads, blocks * _BLOCK), np.float32)
-    sums = np.empty((threads, blocks), np.float32)
-    arguments = logits, V, stride, u, scale, softcap, filters, w, sums, tokens
-    _sample_part(team, runs, parts if runs > 1 else 1, arguments)
+    return w, np.empty((threads, blocks), np.float32)
+
+
+@job
+@numba.njit(**VIEWS)
+def _advance_part(
+    worker, part, parts, team, ids, prev_ids, positions, seq_lens, slots, tables, size, stops,
+    step, tokens,
+):  # fmt: skip
+    drawn, ends = tokens[step[0]], False
+    step[0] += 1
+    for t in range(len(drawn)):
+        token, position = drawn[t], positions[t] + 1
+        ends |= token < 0
+        for stop in stops[t]:
+            ends |= token == stop
+        prev_ids[t], ids[t] = ids[t], max(token, 0)
+        positions[t] = position
+        seq_lens[t] += 1
+        if step[0] < len(tokens):
+            for g in range(len(slots)):
+                slots[g, t] = tables[g, t, position // size] * size + position % size
+    if ends:
+        end_list(team)
+
+
+@numba.njit(**EXACT)
+def advance_rows(
+    ids, prev_ids, positions, seq_lens, slots, tables, size, stops, step, team, tokens
+):  # fmt: skip
+    """Make a batch of one row for each sequence that of the next step, with the tokens drawn in
+    tokens[step[0]]; a stop token ends the list of jobs."""
+    arguments = (
+        team, ids, prev_ids, positions, seq_lens, slots, tables, size, stops, step, tokens
+    )  # fmt: skip
+    _advance_part(team, 1, 1, arguments)
 
 
 def draw_values(params, T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -428,10 +508,12 @@ def sample(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     stride = logits.stride(0)  # rows may be longer than V, or all the same
     flat = logits.as_strided(((R - 1) * stride + V,), (1,))
-    tokens, values = torch.empty(R, dtype=torch.int64), draw_values(params, temperature.numpy())
+    tokens, values = torch.empty(1, R, dtype=torch.int64), draw_values(params, temperature.numpy())
     with one_at_a_time:
+        team = team_of()
         sample_rows(
-            flat.numpy(), V, stride, uniform.numpy(), values[0], _f32(softcap), values[1],
-            team_of(), tokens.numpy(),
+            flat.numpy(), V, stride, uniform.numpy()[None], values[0], _f32(softcap), values[1],
+            *draw_space(V, int(team[SIZE])), np.zeros(1, np.int64), team,
+            tokens.numpy(),
         )  # fmt: skip
-    return tokens
+    return tokens[0]

@@ -1,19 +1,23 @@
-"""The thread team of the CPU kernels: one thread leads, workers take parts of its work.
+"""The thread team of the CPU kernels: threads that compute a list of jobs together.
 
-    leader   publishes a job of 8 parts: takes 0, 1, 2, ... then waits until all 8 are done
-    worker   spins ... takes 4, 5, 6, ... ................. spins, and after a while sleeps
+    leader   records jobs 0 to 99, with their arguments; then computes parts of them, like a worker
+    worker   spins ... job 0, part 4 | job 1, part 6 | ...
+
+One thread leads: it records a list of jobs. From then on all threads are equal: each takes parts of
+the current job, and the thread that does a job's last part makes the next job the current one. So
+the leader may lose its core to another program in the middle of a list, and the others go on.
 
 A part belongs to the first thread that claims it, and a job is done when all of its parts are done,
-not when all threads have arrived. So a worker that the system runs late, because other programs use
+not when all threads have arrived. So a thread that the system runs late, because other programs use
 the same cores, takes fewer parts, and the others take more.
 
-A worker that the system stops in the middle of a part would hold up all others. Linux does that at
-a timer tick, often 4 ms apart, when another program waits for the core. So a worker offers its core
+A thread that the system stops in the middle of a part would hold up all others. Linux does that at
+a timer tick, often 4 ms apart, when another program waits for the core. So a thread offers its core
 between two parts (sched_yield) before that: after TURN_NS.
 
-No thread spins for long. A worker without work sleeps after SPIN_NS. A leader that waits for a
-worker's last part sleeps after WAIT_NS: then its core is idle, and the system moves the waiting
-worker there.
+No thread spins for long: one that finds no part to take sleeps, after WAIT_NS if a job is being
+computed (then its core is idle, and the system moves a thread there that waits for one), after
+SPIN_NS if the list is done.
 
 The parts of a job are in runs, one for each thread. A thread takes the parts of its own run first,
 so that it reads weights which lie side by side in memory; then it takes those of the other runs.
@@ -26,6 +30,7 @@ import os
 import platform
 import sys
 import threading
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -35,22 +40,28 @@ from numba.core import cgutils, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
-from .vectors import EXACT, kept, vectorised
+from .vectors import EXACT, VIEWS, kept, vectorised
 
-MAX_THREADS, MAX_PARTS = 256, 2**15
-SPIN_NS, WAIT_NS, TURN_NS = 200_000, 50_000, 700_000
+MAX_THREADS, MAX_PARTS, MAX_JOBS = 256, 2**15, 2**12
+SPIN_NS, WAIT_NS, TURN_NS = 200_000, 50_000, 2_800_000
 
 # Places in a team's array of int64. Those that several threads write have a cache line each.
 SIZE = 0  # threads, with the leader
-JOB = 8  # the job's number and, in the low 16 bits, its runs
-FUNCTION, DATA, PARTS = 9, 10, 11  # in the same line: the job's code, arguments, number of parts
-DONE = 16  # parts of the job that workers have done
-SLEEPERS = 24  # workers that went to sleep since the leader last woke them
-EPOCH = 32  # changes when workers are woken
-LEADER = 40  # 1 while the leader sleeps
-RUNS = 48  # for each run a line: the job's number, the run's end and its next part
+IS_RECORDING = 1  # is the leader recording a list? else each job is a list of its own
+COUNT, NEXT = 2, 3  # jobs recorded so far; the address of the next job's arguments
+SCRATCH, ARGUMENTS = 4, 5  # the addresses of scratch memory, and of the first job's arguments
+BASE, LENGTH = 8, 9  # the number of the list's first job, and how many jobs it has
+END = 10  # the number behind the last job: the list may be computed several times
+IS_STOPPED = 11  # do the workers end?
+JOB = 16  # the number of the current job; no number comes twice
+DONE = 24  # parts of the current job that are done
+SLEEPERS = 32  # workers that went to sleep since the others were last woken
+EPOCH = 40  # changes when workers are woken
+LEADER = 48  # 1 while the leader sleeps
+RUNS = 56  # for each run a line: the number of a job, and in the low 16 bits its next part
 _LINE, _BITS, _MASK = 8, 16, 0xFFFF
-_STOP = -1  # as JOB: workers end
+_ENTRIES = RUNS + _LINE * MAX_THREADS  # for each recorded job: function, arguments, runs, parts
+_ARGUMENTS_SIZE = 2**10  # bytes that a job's arguments take at most
 
 _LINUX = sys.platform == "linux"
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if _LINUX else None
@@ -74,6 +85,13 @@ def _add(b, team, place, value):
 @vectorised(types.int64)
 def _swap(b, team, place, value):
     return b.atomic_rmw("xchg", b.at(team.data, place), value, "seq_cst")
+
+
+@vectorised(types.int64)
+def _replace(b, team, place, old, new):
+    """team[place] = new if it is `old`; returns what was there before."""
+    pair = b.cmpxchg(b.at(team.data, place), old, new, "seq_cst", "seq_cst")
+    return b.extract_value(pair, 0)
 
 
 @vectorised(types.int64)
@@ -158,16 +176,20 @@ def _call(b, function, data, worker, part, parts):
 
 
 @numba.njit(**EXACT)
-def _claim(team, run):
-    """The next part of a run, or -1 if all of them are claimed. The count cannot overflow: a thread
-    adds to it only after it has seen that there is a part left."""
+def _claim(team, job, run, first, end):
+    """The next part of a run of the current job, whose parts are those from `first` to `end`; -1 if
+    all of them are claimed, or if the job is not the current one any more."""
     place = RUNS + _LINE * run
     claim = _peek(team, place)
-    if claim & _MASK >= (claim >> _BITS) & _MASK:
-        return -1
-    claim = _add(team, place, 1)
-    part = claim & _MASK
-    return part if part < (claim >> _BITS) & _MASK else -1
+    while True:
+        claimed = claim >> _BITS
+        part = first if claimed < job else claim & _MASK
+        if claimed > job or part >= end:
+            return -1
+        before = claim
+        claim = _replace(team, place, before, job << _BITS | part + 1)
+        if claim == before:
+            return part
 
 
 @numba.njit(**EXACT)
@@ -184,94 +206,139 @@ def _spin(spins, began, limit):
     return spins, began, now - began > limit
 
 
-# the leader ---------------------------------------------------------------------------------------
+# computing a list ---------------------------------------------------------------------------------
 
 
 @kept(**EXACT)
-def _lead(team, function, data, runs, parts):
-    """Publish a job, take parts of it, and return when all parts are done."""
-    _put(team, FUNCTION, function)
-    _put(team, DATA, data)
-    _put(team, PARTS, parts)
-    _put(team, DONE, 0)
-    number = (_peek(team, JOB) >> _BITS) + 1 & 0x3FFFFFFF
-    for run in range(runs):
-        first, end = parts * run // runs, parts * (run + 1) // runs
-        _put(team, RUNS + _LINE * run, number << 2 * _BITS | end << _BITS | first)
-    _put(team, JOB, number << _BITS | runs)
-    sleepers = _swap(team, SLEEPERS, 0)
-    if sleepers:
-        woken = min(sleepers, parts - 1)  # more would find nothing to do
-        _add(team, SLEEPERS, sleepers - woken)
-        _add(team, EPOCH, 1)
-        _wake(team, EPOCH, woken)
-    own = 0
-    for run in range(runs):
-        part = _claim(team, run)
-        while part >= 0:
-            _call(function, data, 0, part, parts)
-            own += 1
-            part = _claim(team, run)
-    _await_workers(team, parts - own)
+def begin(team):
+    """Record the jobs that are called from now on, until `compute`."""
+    team[IS_RECORDING] = 1
+    team[COUNT] = 0
+    team[NEXT] = team[ARGUMENTS]
+
+
+@kept(**EXACT)
+def compute(team, times):
+    """Compute the recorded jobs in their order, so many times, or until one of them calls
+    `end_list`. What their arguments point to must exist until this returns."""
+    team[IS_RECORDING] = 0
+    job = _peek(team, JOB)
+    _put(team, BASE, job)
+    _put(team, LENGTH, team[COUNT])
+    _swap(team, END, job + team[COUNT] * times)
+    _wake_workers(team, job)
+    _take_jobs(team, 0)
+
+
+@numba.njit(**VIEWS)
+def end_list(team):
+    """Called in a part of a job that has one part only: the list ends with this job."""
+    _put(team, END, _peek(team, JOB) + 1)
 
 
 @numba.njit(**EXACT)
-def _await_workers(team, due):
-    """Return when workers have done `due` parts."""
-    spins, began = 0, 0
-    while _peek(team, DONE) < due:
-        spins, began, is_over = _spin(spins, began, WAIT_NS)
-        if is_over:
+def _take_jobs(team, worker):
+    """Take parts of jobs: the leader until the list is done, a worker until the team is stopped."""
+    resumed = _now()
+    while True:
+        job = _peek(team, JOB)
+        is_done = job >= _peek(team, END)
+        if not is_done:
+            resumed = _take_parts(team, worker, job, resumed)
+        elif worker == 0 or _peek(team, IS_STOPPED):
+            return
+        if _peek(team, JOB) == job:
+            resumed = _await_job(team, worker, job, is_done, resumed)
+
+
+@numba.njit(**EXACT)
+def _take_parts(team, worker, job, resumed):
+    """Take parts of the current job; the time since when this thread has run without a pause."""
+    entry = _ENTRIES + 4 * ((job - _peek(team, BASE)) % _peek(team, LENGTH))
+    function = _peek(team, entry)
+    arguments = _peek(team, entry + 1)
+    runs = _peek(team, entry + 2)
+    parts = _peek(team, entry + 3)
+    if _peek(team, JOB) != job:  # then this may be an entry of another list
+        return resumed
+    for i in range(runs):
+        run = (worker + i) % runs
+        first, end = parts * run // runs, parts * (run + 1) // runs
+        part = _claim(team, job, run, first, end)
+        while part >= 0:
+            _call(function, arguments, worker, part, parts)
+            if parts == 1 or _add(team, DONE, 1) + 1 == parts:
+                _put(team, DONE, 0)
+                _finish_job(team, job)
+                part = -1
+            if team[SIZE] > 1 and _now() - resumed > TURN_NS:
+                _offer_core()
+                resumed = _now()
+            if part >= 0:
+                part = _claim(team, job, run, first, end)
+    return resumed
+
+
+@numba.njit(**EXACT)
+def _finish_job(team, job):
+    """Make the next job the current one."""
+    _swap(team, JOB, job + 1)
+    if _peek(team, LEADER):
+        _wake(team, JOB, 1)
+    if job + 1 < _peek(team, END):
+        _wake_workers(team, job + 1)
+
+
+@numba.njit(**EXACT)
+def _wake_workers(team, job):
+    """Wake workers that sleep, no more than will find a part of this job."""
+    if _peek(team, SLEEPERS) == 0:
+        return
+    parts = _peek(team, _ENTRIES + 4 * ((job - _peek(team, BASE)) % _peek(team, LENGTH)) + 3)
+    if parts > 1:
+        sleepers = _swap(team, SLEEPERS, 0)
+        woken = min(sleepers, parts - 1)
+        _add(team, SLEEPERS, sleepers - woken)
+        _add(team, EPOCH, 1)
+        _wake(team, EPOCH, woken)
+
+
+@numba.njit(**EXACT)
+def _await_job(team, worker, job, is_done, resumed):
+    """Return when another job is the current one or, if the list is done, when there is another
+    list; the time since when this thread has run without a pause."""
+    spins, began, limit = 0, 0, SPIN_NS if is_done else WAIT_NS
+    while _is_same(team, job, is_done):
+        spins, began, is_over = _spin(spins, began, limit)
+        if not is_over:
+            continue
+        if worker == 0:
             _swap(team, LEADER, 1)
-            done = _peek(team, DONE)
-            if done < due:
-                _sleep(team, DONE, done)
+            if _is_same(team, job, is_done):
+                _sleep(team, JOB, job)
             _put(team, LEADER, 0)
+        else:
+            _add(team, SLEEPERS, 1)
+            epoch = _peek(team, EPOCH)
+            if _is_same(team, job, is_done):
+                _sleep(team, EPOCH, epoch)
+        resumed, began = _now(), 0
+    return resumed
 
 
-# the workers --------------------------------------------------------------------------------------
+@numba.njit(**EXACT)
+def _is_same(team, job, is_done):
+    """Is there nothing new since a thread saw that this is the current job, or the next one if the
+    list is done?"""
+    if _peek(team, JOB) != job or _peek(team, IS_STOPPED):
+        return False
+    return not is_done or job >= _peek(team, END)
 
 
 @kept(**EXACT)
 def _work(team, worker):
     """What a worker does until the team is stopped."""
-    job, resumed = 0, _now()
-    while True:
-        if _peek(team, JOB) == job:
-            resumed = _await_job(team, job, resumed)
-        job = _peek(team, JOB)
-        if job == _STOP:
-            break
-        runs = job & _MASK
-        for i in range(runs):
-            run = (worker + i) % runs
-            part = _claim(team, run)
-            while part >= 0:
-                # the job that the part is of cannot end before the part is done
-                function, data, parts = _peek(team, FUNCTION), _peek(team, DATA), _peek(team, PARTS)
-                _call(function, data, worker, part, parts)
-                _add(team, DONE, 1)
-                if _peek(team, LEADER):
-                    _wake(team, DONE, 1)
-                if _now() - resumed > TURN_NS:
-                    _offer_core()
-                    resumed = _now()
-                part = _claim(team, run)
-
-
-@numba.njit(**EXACT)
-def _await_job(team, job, resumed):
-    """Return when there is another job; the time since when this thread has run without a pause."""
-    spins, began = 0, 0
-    while _peek(team, JOB) == job:
-        spins, began, is_over = _spin(spins, began, SPIN_NS)
-        if is_over:
-            _add(team, SLEEPERS, 1)
-            epoch = _peek(team, EPOCH)
-            if _peek(team, JOB) == job:
-                _sleep(team, EPOCH, epoch)
-            resumed, began = _now(), 0
-    return resumed
+    _take_jobs(team, worker)
 
 
 # what kernels call --------------------------------------------------------------------------------
@@ -279,46 +346,58 @@ def _await_job(team, job, resumed):
 
 def job(body):
     """A decorator of a compiled function body(worker, part, parts, *arguments), which returns and
-    raises nothing. It becomes one of (team, runs, parts, arguments), for kernels, that calls body
-    for each part from 0 on, in the team's threads.
+    raises nothing. It becomes one of (team, runs, parts, arguments), for kernels, that computes
+    body for each part from 0 on, in the team's threads; or, between `begin` and `compute`, records
+    this: then the arguments' arrays are used after the function that made them has returned.
 
     team: the array of `team_of`; runs: threads for which parts lie side by side; parts: a multiple
     of runs, at most MAX_PARTS; worker: which thread it is, less than team[SIZE].
     """
 
     @intrinsic
-    def addresses(context, arguments):
-        """Of code that takes a part, and of the arguments: valid until the caller returns."""
+    def stored(context, place, arguments):
+        """Write the arguments to an address. Returns the address of code that computes a part with
+        them, and their size in bytes."""
         kinds = types.int64, types.int64, types.int64, *map(types.unliteral, arguments.types)
         context.resolve_function_type(types.Dispatcher(body), kinds, {})
 
         def codegen(context, builder, signature, values):
+            place, value = values
+            builder.store(value, builder.inttoptr(place, value.type.as_pointer()))
             compiled = body.overloads[kinds]
             context.active_code_library.add_linking_library(compiled.library)
-            place = cgutils.alloca_once_value(builder, values[0])
             number, pointer = ir.IntType(64), ir.IntType(8).as_pointer()
             kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
             name = builder.module.get_unique_name(f"{body.__name__}_of_job")
             function = ir.Function(builder.module, kind, name)
             function.linkage = "internal"
             inner = ir.IRBuilder(function.append_basic_block())
-            packed = inner.load(inner.bitcast(function.args[0], values[0].type.as_pointer()))
+            packed = inner.load(inner.bitcast(function.args[0], value.type.as_pointer()))
             given = *function.args[1:], *cgutils.unpack_tuple(inner, packed)
             callee = context.declare_function(builder.module, compiled.fndesc)
             context.call_conv.call_function(inner, callee, types.none, kinds, given)
             inner.ret_void()
-            found = [builder.ptrtoint(each, number) for each in (function, place)]
+            size = context.get_abi_sizeof(value.type)
+            assert size <= _ARGUMENTS_SIZE, (name, size)
+            found = [builder.ptrtoint(function, number), number(size)]
             return context.make_tuple(builder, signature.return_type, found)
 
-        return types.UniTuple(types.int64, 2)(arguments), codegen
+        return types.UniTuple(types.int64, 2)(place, arguments), codegen
 
     def fork(team, runs, parts, arguments):
-        code, data = addresses(arguments)
-        if parts == 1 or team[SIZE] == 1:
-            for part in range(parts):
-                _call(code, data, 0, part, parts)
-        else:
-            _lead(team, code, data, runs, parts)
+        is_alone = team[IS_RECORDING] == 0
+        if is_alone:
+            begin(team)
+        code, size = stored(team[NEXT], arguments)
+        entry = _ENTRIES + 4 * team[COUNT]
+        _put(team, entry, code)
+        _put(team, entry + 1, team[NEXT])
+        _put(team, entry + 2, runs)
+        _put(team, entry + 3, parts)
+        team[COUNT] += 1
+        team[NEXT] += (size + 63) // 64 * 64
+        if is_alone:
+            compute(team, 1)
 
     # kernels that were compiled in different processes are linked by their names
     fork.__name__ = body.__name__
@@ -326,51 +405,90 @@ def job(body):
     return numba.njit(**EXACT)(fork)
 
 
+@vectorised(types.voidptr)
+def pointer(b, number):
+    return b.inttoptr(number, b.i8.as_pointer())
+
+
+@numba.njit(**EXACT)
+def scratch_array(team, start, shape, dtype):
+    """An array in the team's scratch memory, from byte `start` on. Each job may use this memory
+    for what the next ones read; it is as large as `team_of` was asked for."""
+    return numba.carray(pointer(team[SCRATCH] + start), shape, dtype)
+
+
+@numba.njit(**EXACT)
+def behind(start, array):
+    """The byte of scratch memory, at a cache line, behind an array that begins at `start`."""
+    return (start + array.nbytes + 63) // 64 * 64
+
+
 # the threads --------------------------------------------------------------------------------------
 
 
-def _new_team(size: int) -> np.ndarray:
-    """The array of a team; it begins at a cache line."""
-    count = RUNS + _LINE * MAX_THREADS
-    whole = np.zeros(count + _LINE, np.int64)
-    start = -whole.ctypes.data % 64 // 8
-    team = whole[start : start + count]
-    team[SIZE] = size
-    return team
+def _lined_up(size: int) -> np.ndarray:
+    """New memory of `size` bytes, cleared, that begins at a cache line."""
+    whole = np.zeros(size + 64, np.uint8)
+    start = -whole.ctypes.data % 64
+    return whole[start : start + size]
 
 
-_ALONE = _new_team(1)
-_teams: dict[int, tuple[np.ndarray, list[threading.Thread]]] = {}  # by size, with their workers
+class _Team(NamedTuple):
+    array: np.ndarray  # int64: the places above
+    arguments: np.ndarray  # bytes, of recorded jobs
+    threads: list[threading.Thread]
+
+
+def _new_team(size: int) -> _Team:
+    """A team without threads."""
+    array = _lined_up(8 * (_ENTRIES + 4 * MAX_JOBS)).view(np.int64)
+    arguments = _lined_up(_ARGUMENTS_SIZE * MAX_JOBS)
+    array[SIZE] = size
+    array[LENGTH] = 1
+    array[JOB] = array[END] = 1  # above the number that the runs have
+    array[ARGUMENTS] = arguments.ctypes.data
+    return _Team(array, arguments, [])
+
+
+_teams: dict[int, _Team] = {}  # by size
+_scratch = _lined_up(0)
 _process = os.getpid()
 
 
-def team_of(size: int | None = None) -> np.ndarray:
-    """The team whose threads compute the next kernels: as many as torch has, or `size` of them.
-    Call it with one_at_a_time held. Raises RuntimeError in a fork, which has no threads."""
+def team_of(size: int | None = None, scratch: int = 0) -> np.ndarray:
+    """The array of the team whose threads compute the next kernels: as many as torch has, or `size`
+    of them; scratch: bytes that the kernels take, see scratch_array. Call it with one_at_a_time
+    held. Raises RuntimeError in a fork, which has no threads."""
+    global _scratch
     check_process()
     size = min(size or torch.get_num_threads(), MAX_THREADS)
-    if size == 1:
-        return _ALONE
-    team, threads = _teams.get(size, (None, []))
-    if len(threads) != size - 1:  # an exception may have struck in here
+    team = _teams.get(size)
+    if team is None or len(team.threads) != size - 1:  # an exception may have struck in here
         _stop(size)
         _work.compile((types.int64[::1], types.int64))
-        team, threads = _teams[size] = _new_team(size), []
+        team = _teams[size] = _new_team(size)
         for worker in range(1, size):
             thread = threading.Thread(
-                target=_work, args=(team, worker), name=f"microvllm-{worker}", daemon=True
+                target=_work,
+                args=(team.array, worker),
+                name=f"microvllm-{worker}",
+                daemon=True,
             )
             thread.start()
-            threads.append(thread)
-    return team
+            team.threads.append(thread)
+    if scratch > len(_scratch):
+        _scratch = _lined_up(scratch)
+    team.array[SCRATCH] = _scratch.ctypes.data
+    return team.array
 
 
 def _stop(size: int) -> None:
     """End the workers of a team."""
     if size in _teams and os.getpid() == _process:
-        team, threads = _teams.pop(size)
-        _stop_workers(team)
-        for thread in threads:
+        team = _teams.pop(size)
+        if team.threads:
+            _stop_workers(team.array)
+        for thread in team.threads:
             thread.join(1)
 
 
@@ -383,7 +501,7 @@ def _stop_all() -> None:
 
 @kept(**EXACT)
 def _stop_workers(team):
-    _put(team, JOB, _STOP)
+    _swap(team, IS_STOPPED, 1)
     _add(team, EPOCH, 1)
     _wake(team, EPOCH, MAX_THREADS)
 
