@@ -179,7 +179,7 @@ def _run(
     team, ids, prev_ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables,
     cache, depths, groups, windows, window_kinds, weights, like, head, wte, smear_gate,
     smear_lambda, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
-    rows, tiles, x0, unused, other, y, h, half, q, seen, qkv, wide, scratch, hidden,
+    rows, tiles, x0, unused, other, y, h, half, taken, free, q, seen, qkv, wide, scratch, hidden,
     logits, V, uniform, scale, softcap, filters, stops, w, sums, step, tokens,
 ):  # fmt: skip
     """FusedGPT.forward with the same numbers: `hidden` (R, C) becomes the normed rows of the head.
@@ -196,7 +196,7 @@ def _run(
     n_layer, size = len(windows), cache.shape[4]
     mixes, smears = resid.size > 0, backout.size > 0
     one, none = _f32(1), _f32(0)
-    T, R = len(x0), len(logit_rows)
+    T, R = len(ids), len(logit_rows)
     whole = R == T  # are all rows the head's, in their order?
     for t in range(R if whole else 0):
         whole &= logit_rows[t] == t
@@ -212,8 +212,11 @@ def _run(
             counts[kind] = len(cut)
             tiles[kind, : len(cut)] = cut
     begin(team)
+    # several rows may be drawn from one: the workspace has as many rows as either is
+    x0, unused, other, qkv = x0[:T], unused[:T], other[:T], qkv[:T]
     embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, team, x0)  # (1)
-    x, spare, z, normed, attended, inner, middle = x0, unused, y, h, seen, wide, half
+    x, spare, z, normed, inner, middle = x0, unused, y[:T], h[:T], wide[:T], half[:T]
+    queries, attended = q[:T], seen[:T]
     for i in range(n_layer):
         is_last = i == n_layer - 1
         a, b = (resid[i], first[i]) if mixes else (one, none)  # (2), and the norm before (3)
@@ -229,25 +232,23 @@ def _run(
         ve_gate = _tensor(weights, i, _VE + 1, x0)[0] if gated else x0
         rope_store_rows(
             qkv.reshape(T, -1, q.shape[2]), normed, ids, ve, ve_gate, gated, cos, sin,
-            positions, slots[group], k, v, qk_scale, gate_scale, eps, team, q,
+            positions, slots[group], k, v, qk_scale, gate_scale, eps, team, queries,
         )  # fmt: skip
         if is_last and R == 0:
             break
         kind = window_kinds[i]
         attend_tiles(
-            tiles[kind, : counts[kind]], q, k, v, cu_seqlens, seq_lens, tables[group], windows[i],
-            team, scratch, seen,
+            tiles[kind, : counts[kind]], queries, k, v, cu_seqlens, seq_lens, tables[group],
+            windows[i], team, scratch, attended,
         )  # fmt: skip
         if is_last and not whole:  # all K and V are written: only the head's rows go on
-            taken = spare[:R]
-            take_rows(x, logit_rows, team, taken)
-            x, spare, z, normed, inner = taken, x[:R], z[:R], normed[:R], wide[:R]
-            attended = q[:R]  # whose numbers were used
-            flat = attended.reshape(R, -1)
-            take_rows(seen.reshape(T, -1), logit_rows, team, flat)
+            take_rows(x, logit_rows, team, taken[:R])
+            x, spare, z, normed, inner = taken[:R], free[:R], y[:R], h[:R], wide[:R]
+            take_rows(attended.reshape(T, -1), logit_rows, team, q[:R].reshape(R, -1))
+            attended = q[:R]
             if smears and i > n_layer // 2:
-                middle = qkv.reshape(-1)[: R * half.shape[1]].reshape(R, -1)
-                take_rows(half, logit_rows, team, middle)
+                take_rows(middle, logit_rows, team, seen[:R].reshape(R, -1))
+                middle = seen[:R].reshape(R, -1)
             elif smears:
                 middle = half[:R]
         product(attended.reshape(len(x), -1), proj, no, fc[0], team, z)
@@ -303,8 +304,8 @@ class Layers:
         self.vocab_size, self.softcap = config.vocab_size, _f32(recipe.softcap)
         self.cache = None  # the one that groups and depths are of
         C, D, self.group = config.n_embd, config.head_dim, config.n_head // config.n_kv_head
-        # of a row's x0, unused, other, y, h, half, q, seen, qkv and wide
-        self.shapes = *[(C,)] * 6, *[(C // D, D)] * 2, (C + 2 * C // self.group,), (4 * C,)
+        # of a row's x0, unused, other, y, h, half, taken, free, q, seen, qkv and wide
+        self.shapes = *[(C,)] * 8, *[(C // D, D)] * 2, (C + 2 * C // self.group,), (4 * C,)
         self.draw_space = draw_space(config.vocab_size, 1)
 
     def __call__(self, batch, cache) -> Tensor:
@@ -338,17 +339,17 @@ class Layers:
             places = getattr(cache, "places", [(0, i) for i in range(len(self.windows))])
             self.groups, self.depths = np.array(places).T.copy()
             self.cache = cache
-        T = len(arrays[0])
+        T, R = len(arrays[0]), len(arrays[5])
         slots = slots.reshape(-1, T)
         tables = tables.reshape(len(slots), len(arrays[4]), -1)
         step = np.zeros(1, np.int64)  # steps done
         with one_at_a_time:
-            team = team_of(scratch=scratch_bytes(T, self.shapes[-1][0], MAX_THREADS))
+            team = team_of(scratch=scratch_bytes(max(T, R), self.shapes[-1][0], MAX_THREADS))
             threads = int(team[SIZE])
             if len(self.draw_space[0]) != threads and len(tokens):
                 self.draw_space = draw_space(self.vocab_size, threads)
-            rows, size = tile(batch, self.group, self.shapes[6][1])
-            shapes = *[(T, *shape) for shape in self.shapes], (threads, size)
+            rows, size = tile(batch, self.group, self.shapes[8][1])
+            shapes = *[(max(T, R), *shape) for shape in self.shapes], (threads, size)
             tiles = np.empty((int(self.window_kinds.max()) + 1, T, 3), np.int64)
             _run(
                 team, *arrays, slots, tables, array_of(cache.data), self.depths, self.groups,

@@ -479,6 +479,7 @@ def team_of(size: int | None = None, scratch: int = 0) -> np.ndarray:
     if scratch > len(_scratch):
         _scratch = _lined_up(scratch)
     team.array[SCRATCH] = _scratch.ctypes.data
+    team.array[IS_RECORDING] = 0  # also after a kernel that has failed
     return team.array
 
 
