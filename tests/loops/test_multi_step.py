@@ -281,3 +281,17 @@ def test_an_exception_at_any_line_changes_no_token(calls):
         for number in numbers:
             struck = Strike(number, opcodes=True)
             assert run(struck) == want and struck.struck, number
+
+
+@has_panels
+def test_more_samples_than_tokens_of_a_prompt():
+    """Several rows of the head are one row of the step."""
+    with build(NAME, num_blocks=60) as llm:
+        prompt = ids(2, 1)
+        params = [sampled(6, seed=i) for i in range(5)]
+        want = [llm.generate([prompt], p)[0]["token_ids"] for p in params]
+        several = replace(sampled(6, seed=3), n=5)
+        found = [s["token_ids"] for s in llm.generate([prompt], several)[0]["samples"]]
+        assert found[0] == want[3] and len({*map(tuple, found)}) > 1
+        alone = [replace(several, n=1, sample_index=i) for i in range(5)]
+        assert found == [llm.generate([prompt], p)[0]["token_ids"] for p in alone]
