@@ -386,7 +386,7 @@ class Life:
     def check(self) -> None:
         check(self.llm)
         self.met["steps"] += 1
-        if self.trace:
+        if self.trace and self.trace.recorder:  # none once the engine is closed
             is_between_steps = not self.has_step_in_flight()
             if is_between_steps:
                 self.trace.recorder.catch_up()

@@ -141,7 +141,7 @@ def test_rope_store_writes_what_the_reference_writes(dim, block_size, gated):
     ve = torch.randn(11, n_kv_head * dim) if gated else None
     ve_gate = torch.randn(n_kv_head, 12) if gated else None
     batch = SimpleNamespace(
-        ids=torch.randint(11, (rows,), dtype=torch.int32),
+        token_ids=torch.randint(11, (rows,), dtype=torch.int32),
         positions=torch.randint(50, (rows,), dtype=torch.int32),
         slots=torch.randperm(num_blocks * block_size)[:rows].int(),
     )
