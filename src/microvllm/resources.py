@@ -110,5 +110,6 @@ def naming_package(feature: str) -> Iterator[None]:
 @contextmanager
 def computing(device: torch.device, threads: TorchThreads) -> Iterator[None]:
     """The context of all that an engine computes."""
-    with on_device(device), threads.active():
-        yield
+    with on_device(device):
+        with threads.active():
+            yield
