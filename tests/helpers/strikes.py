@@ -28,6 +28,9 @@ class Strike:
         self.lines: Counter = Counter()
         self.count = 0
         self.struck = False
+        # the same object for all frames, as long as this lives: CPython 3.11 has called the trace
+        # function once more after the exception in it had freed it
+        self.tracer = self.trace
 
     def __call__(self, function, *args):
         def strike(*_):
@@ -35,7 +38,7 @@ class Strike:
 
         outer = sys.gettrace()
         before = signal.signal(SIGNAL, strike)
-        sys.settrace(self.trace)
+        sys.settrace(self.tracer)
         try:
             return function(*args)
         except Struck as error:
@@ -56,7 +59,7 @@ class Strike:
             if not self.struck and self.at in (line, self.count):
                 self.struck = True
                 signal.raise_signal(SIGNAL)
-        return self.trace
+        return self.tracer
 
 
 def release_lock(llm) -> None:
