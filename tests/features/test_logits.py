@@ -512,6 +512,17 @@ def test_a_row_with_nothing_left_to_draw_ends_alone(llm):
     assert everything_is_free(llm)
 
 
+def test_a_stream_says_that_a_sample_ended_before_its_first_token(llm):
+    stuck = replace(GREEDY, n=2, logits_processor=lambda ids, x: x * torch.nan)
+    events = [event for event in llm.stream(["Once", "Once"], [stuck, GREEDY]) if not event.index]
+    assert [(event.sample, event.text, event.token_ids) for event in events] == [
+        (0, "", []),
+        (1, "", []),
+    ]
+    assert {event.finish_reason for event in events} == {"error"}
+    assert everything_is_free(llm)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_logits_processor_that_raises_ends_its_request_alone(overlap):
     def third_time_fails(token_ids, logits):
