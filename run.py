@@ -1,6 +1,10 @@
-"""A few prompts through the engine: python run.py --prompt "Who wrote Moby Dick?" """
+"""A few prompts through the engine: python run.py --prompt "Who wrote Moby Dick?"
+
+This is a program to change: `run` is all that an application needs.
+"""
 
 import argparse
+import time
 
 from microvllm.cli import commands, flags, terminal
 
@@ -19,17 +23,39 @@ BEGINNINGS = (
 
 
 def run(args: argparse.Namespace) -> None:
-    params = commands.sampling_params(args)
-    with commands.load(args, patient=False) as llm:
-        samples = QUESTIONS if commands.chats(llm, args.raw) else BEGINNINGS
-        print(commands.answer(args, llm, args.prompt or samples, params))
+    with commands.starting(args, patient=False):
+        from microvllm import LLM, SamplingParams  # here, because torch takes seconds to import
+
+        # such as LLM("models/oldbooks-d6", num_blocks=200), SamplingParams(temperature=0.8)
+        llm = LLM(**commands.engine_options(args))
+        params = SamplingParams(**commands.sampling_options(args))
+    commands.started(args, llm)
+
+    with llm:
+        is_chat = llm.tokenizer.has_chat and not args.raw
+        prompts = args.prompt or (QUESTIONS if is_chat else BEGINNINGS)
+        start = time.perf_counter()
+        if is_chat:
+            outputs = llm.chat([[{"role": "user", "content": text}] for text in prompts], params)
+        else:
+            outputs = llm.generate(prompts, params)
+        seconds = time.perf_counter() - start
+
+    for prompt, output in zip(prompts, outputs, strict=True):
+        text = terminal.plain(output.text)  # without characters that could steer the terminal
+        shown = f"> {prompt}\n{text.strip()}" if is_chat else f"{prompt}{text}"
+        is_cut = output.finish_reason == "length"
+        print(shown + (f"  [cut at {len(output.token_ids)} tokens]" if is_cut else "") + "\n")
+    num_tokens = sum(len(output.token_ids) for output in outputs)
+    speed = f"{num_tokens / seconds:.0f} tokens/s"
+    print(f"{len(prompts)} prompts, {num_tokens} tokens in {seconds:.2f} s: {speed}")
 
 
 def main() -> None:
     parser = terminal.Parser(description="A few prompts through the engine.")
     parser.add_argument("--prompt", action="append", help="may be repeated (a few samples)")
     flags.add_flags(parser, flags.ENGINE + flags.RAW + flags.sampling(128, 0.8, 50))
-    parser.set_defaults(command=run, json=False)
+    parser.set_defaults(command=run)
     terminal.execute(parser.parse_args())
 
 

@@ -41,15 +41,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs fro
 import torch
 from compare import BUNDLED, SHAPES, cores, find_model, processor, workload
 
-from microvllm import LLM, SamplingParams, full
+from microvllm import LLM, SamplingParams
 from microvllm.cli.bench import BUNDLED as PROMPTS
-from microvllm.engine import Runner
 from microvllm.fused.linear import Linear
-from microvllm.fused.model import FusedRunner
 
 KINDS = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}}
 KINDS |= {word: {"quantization": word} for word in ("int8", "int6", "int5", "int4")}
-PYTHON = ("schedule", "batch", "upload", "update", "other python")
+PYTHON = ("schedule", "batch", "update", "other python")
 
 
 class Clocks:
@@ -78,8 +76,8 @@ class Clocks:
         """Put a clock around each part of this engine; returns what takes them off again."""
         kernels, runner, kept = llm.model.backend, llm.runner, []
         places = [
-            (llm, "_advance", "other python"), (llm.scheduler, "schedule", "schedule"),
-            (runner, "batch", "batch"), (runner, "upload", "upload"),
+            (llm.loop, "advance", "other python"), (llm.scheduler, "schedule", "schedule"),
+            (runner, "prepare", "batch"),
             (llm.scheduler, "update", "update"), (runner, "sample", "sampler"),
             (llm.model, "forward", "model, the rest"), (kernels, "attend", "attention"),
             (kernels, "add_norm", "add_norm"), (kernels, "rope_store", "rope_store"),
@@ -163,15 +161,15 @@ def perplexity(count: int, options: dict) -> dict:
 
 def host(sequences: int, top_k: int, new: int = 64) -> float:
     """Milliseconds of a step of so many decodes, all prompts' steps among them."""
-    from microvllm.gpu.ahead import AheadRunner
     from microvllm.gpu.graphs import DecodeGraphs, GraphRunner
+    from microvllm.loops.ahead import AheadLoop
 
     class Idle(DecodeGraphs):
-        def _record(self, *_):
-            self.logits = torch.zeros(len(self.last), 1)
+        def record(self, *_):
+            self.logits = torch.zeros(len(self.token_ids), 1)
             return SimpleNamespace(replay=lambda: None)
 
-        def _choose(self, size, graphs):
+        def choose(self, size, graphs):
             pass
 
     def drawn(logits, params, *_):
@@ -186,9 +184,8 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
         mock.patch.object(torch.cuda, "Stream", lambda device: None),
         mock.patch.object(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k)),
     ):
-        llm.overlap = True
-        runners = AheadRunner, *full.parts("runner"), GraphRunner, FusedRunner, Runner
-        llm.runner.__class__, llm.runner.sample = full.compose(*runners), drawn
+        llm.loop.inner_loop = AheadLoop(llm.loop.engine)
+        llm.runner = GraphRunner(llm.model, llm.cache, llm.scheduler.blocks, llm.hooks, drawn)
         limits = llm.max_batch_size, llm.max_model_len
         llm.runner.graphs = Idle(llm.model, llm.cache, *limits)
         llm.model.forward = lambda batch, cache: torch.zeros(len(batch.logit_rows), 1)

@@ -34,7 +34,7 @@ def measure(args: argparse.Namespace, prompts: list, tails: list, caching: bool,
     """(tokens per second, share of the prompts' tokens that came from the cache)"""
     with LLM(args.model, device=args.device, enable_prefix_caching=caching) as llm:
         llm.score(prompts[-1:], tails[-1:])  # kernels are compiled
-        llm.scheduler.blocks.clear()
+        llm.reset_prefix_cache()
         before, began = llm.stats(), time.perf_counter()
         if at_once:
             llm.score(prompts, tails)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs fro
 import torch
 import torch.nn.functional as F
 from checkpoint import make_checkpoint
-from gpu import describe, lengths, median_seconds, say
+from gpu import describe, lengths, median_seconds, recorded_ways, say
 
 from microvllm import LLM, SamplingParams
 
@@ -146,8 +146,8 @@ def graphs(part: Part) -> None:
     found: dict[bool, list] = {}
     for on in True, False:
         with part.engine(12, "5", cuda_graphs=on, max_batch_size=64) as llm:
-            if on and (made := getattr(llm.runner, "graphs", None)):
-                part.note(ways=made.ways)
+            if ways := recorded_ways(llm):
+                part.note(ways=ways)
             found[on] = []
             for count in counts:
                 outputs = llm.generate(prompts(count, length, count), params, False)

@@ -328,8 +328,7 @@ class Bench:
         warm, stats = time.perf_counter() - start, self.llm.stats()
         tokens = stats["num_blocks"] * stats["block_size"]
         gb = self.llm.cache.data.nbytes / 1e9
-        graphs = getattr(self.llm.runner, "graphs", None)
-        ways = dict(sorted(graphs.ways.items())) if graphs else {}  # of steps of a few rows
+        ways = recorded_ways(self.llm)
         found = "".join(f"; {size} rows: {way}" for size, way in ways.items())
         self.report(
             name,
@@ -560,6 +559,17 @@ class Bench:
                 loop.generate(prompt, samples, count)
             synchronize(self.device)
             self.peer("eager", part, len(prompts) * samples * count, time.perf_counter() - start)
+
+
+def recorded_ways(llm: LLM) -> dict[int, str]:
+    """How the recorded steps of a few rows are run, by their number of rows."""
+    if llm.device.type != "cuda":
+        return {}
+    from microvllm.gpu.graphs import GraphRunner  # which needs triton
+
+    if not isinstance(llm.runner, GraphRunner):
+        return {}
+    return dict(sorted(llm.runner.graphs.ways.items()))
 
 
 # what a user's first program does, with a clock; argv: when it was started, arguments of LLM

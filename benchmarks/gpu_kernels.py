@@ -108,9 +108,9 @@ class Paged:
         slots = [int(tables[b, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE
                  for b, p in zip(owners, positions, strict=True)]  # fmt: skip
         self.batch = SimpleNamespace(
-            ids=ints([5] * sum(rows)), positions=ints(positions), slots=ints(slots),
+            token_ids=ints([5] * sum(rows)), positions=ints(positions), slots=ints(slots),
             cu_seqlens=ints(firsts), seq_lens=ints(lengths), block_tables=tables.to(device()),
-            num_decodes=rows.count(1), max_query=max(rows), max_seq=max(lengths),
+            num_decodes=rows.count(1), max_query_len=max(rows), max_seq_len=max(lengths),
         )  # fmt: skip
         self.q = random(sum(rows), HEADS, DIM)
         self.out, self.counts = torch.empty_like(self.q), attention.make_counts(device())
@@ -299,7 +299,7 @@ def step_cases() -> Iterator[Case]:
     weights = [[random(*shape, scale=0.02) for shape in shapes] for _ in range(LAYERS)]
     head, x_in = random(VOCAB, WIDTH, scale=0.02), random(1, WIDTH)
     paged = Paged([(1, 192)], LAYERS)
-    paged.batch.max_seq = 2048  # a graph knows no better
+    paged.batch.max_seq_len = 2048  # a graph knows no better
     cos, sin = torch.rand(2, 192, DIM // 2, device=device())
     temperature, u = torch.full((1,), 0.7, device=device()), torch.rand(1).to(device())
 

@@ -499,7 +499,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
 
 def read_model(folder: str) -> tuple:
     """Config, recipe and weights (memory-mapped) of a checkpoint of any kind."""
-    from microvllm.full import find_checkpoint, read_checkpoint
+    from microvllm.loading import find_checkpoint, read_checkpoint
 
     return read_checkpoint(*find_checkpoint(folder, None))
 

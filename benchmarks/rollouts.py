@@ -71,7 +71,7 @@ def watching(llm, samples: int) -> dict[str, float]:
     """Seconds: of the two looks at the weights, and of a decode of 1 and of `samples` sequences."""
     llm.generate(["Once"], SamplingParams(max_tokens=1))  # the weights are as they were seen
     found = {f"look {'closely' if closely else 'in a step'}": (
-        median_seconds(lambda closely=closely: llm._taken.differs(closely), 50)
+        median_seconds(lambda closely=closely: llm.live.snapshot.differs(closely), 50)
     ) for closely in (False, True)}  # fmt: skip
     for n in sorted({1, samples}):
         params = SamplingParams(max_tokens=60, ignore_eos=True)

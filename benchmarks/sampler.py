@@ -29,11 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs fro
 import torch
 
 from microvllm import LLM, SamplingParams
-from microvllm.features.logits import LogitsRunner
-from microvllm.full import compose, pick_backend
-from microvllm.fused.model import FusedRunner
-from microvllm.sampler import noise
-from microvllm.scheduler import Plan, Sequence
+from microvllm.features.logits import LogitsExtension
+from microvllm.loading import pick_backend
+from microvllm.sampler import uniform_numbers
+from microvllm.scheduler import Chunk, Draw, Plan, Sequence
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},
@@ -83,18 +82,29 @@ def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[s
     backend = pick_backend("auto", device, dtype)
     runs = {"products": products(rows, args, backend)}
     logits = (args.spread * torch.randn(rows, args.vocab)).to(device, dtype)
-    uniform = torch.from_numpy(noise(range(rows), [0] * rows, [0] * rows)).to(device)
+    uniform = torch.from_numpy(uniform_numbers(range(rows), [0] * rows, [0] * rows)).to(device)
     ids = torch.randint(args.vocab, (rows, 512)).tolist()
     model = SimpleNamespace(backend=backend, recipe=SimpleNamespace(softcap=15.0))
-    runner = compose(LogitsRunner, FusedRunner)(model, None, None)
+    extension = LogitsExtension()
+    extension.attach(SimpleNamespace(model=model, runner=SimpleNamespace(sample=backend.sample)))
+
+    def pick(plan: Plan, temperature: torch.Tensor) -> torch.Tensor:
+        """What the runner and the extension do with logits."""
+        batch = SimpleNamespace(temperature=temperature, uniform=uniform)
+        tokens = backend.sample(logits, plan.params, temperature, uniform, model.recipe.softcap)
+        extension.on_sampled(plan, batch, logits, tokens)
+        return tokens
+
     for name, given in SETTINGS.items():
         params = [SamplingParams(**{"temperature": 0.8, **given}) for _ in range(rows)]
         temperature = torch.tensor([p.temperature for p in params], device=device)
-        seqs = [Sequence(i, ids[i][:256], p) for i, p in enumerate(params)]
-        for seq, tokens in zip(seqs, ids, strict=True):
-            seq.tokens = tokens
-        plan = Plan([], [(i, seq, 512) for i, seq in enumerate(seqs)], [])
-        runs[name] = partial(runner.pick, plan, logits, temperature, uniform)
+        plan = Plan()
+        for i, p in enumerate(params):
+            seq = Sequence(i, ids[i][:256], p, seed=i, max_length=1024)
+            seq.token_ids = ids[i]
+            plan.chunks.append(Chunk(seq, 511, 512, ()))
+            plan.draws.append(Draw(i, seq, 512))
+        runs[name] = partial(pick, plan, temperature)
     times = {name: [] for name in runs}
     for _ in range(1 + args.turns):
         for name, run in runs.items():
@@ -106,10 +116,10 @@ def guide_costs(num_texts: int) -> dict[str, dict[str, float]]:
     """Of each of GUIDES: milliseconds to compile it, microseconds a token of random texts."""
     found = {}
     with LLM(MODEL, num_blocks=40, device="cpu") as llm:
-        llm._check("a", SamplingParams(guide={"choices": ["a"]}))  # the vocabulary's tree
+        llm.check("a", SamplingParams(guide={"choices": ["a"]}))  # the vocabulary's tree
         for name, guide in GUIDES.items():
             began, times = time.perf_counter(), []
-            _, params = llm._check("a", SamplingParams(guide=guide))
+            _, params = llm.check("a", SamplingParams(guide=guide))
             compiled = time.perf_counter() - began
             for _ in range(num_texts):
                 follow, ids = params.logits_processor.begin([]), []

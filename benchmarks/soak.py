@@ -32,22 +32,30 @@ from copy import copy
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the lab is
-sys.path.extend(f"{sys.path[0]}/tests/{room}" for room in (".", "core", "features", "trace"))
+sys.path.append(f"{sys.path[0]}/tests")  # where its helpers are
 sys.path.insert(0, f"{sys.path[0]}/src")
 
 import numpy as np
 import torch
-from test_engine import FIXTURES, Naive, assert_idle, build, check, ids, naive
-from test_failures import PLACES, Fault, failing
-from test_logits import History, ban_even, favour_the_last, naive_edits
-from test_sampling import naive_probabilities
-from test_trace import compare
+from helpers.failures import PLACES, Fault, failing
+from helpers.full_engines import assert_idle, build, check, ids
+from helpers.goldens import FIXTURES
+from helpers.naive import Naive, naive
+from helpers.sampling import (
+    History,
+    ban_even,
+    favour_the_last,
+    naive_edits,
+    naive_probabilities,
+)
+from helpers.traces import compare
 
 from lab import policies
-from microvllm import SamplingParams, scheduler
+from microvllm import SamplingParams, blocks, scheduler
 from microvllm.cli.terminal import Parser, positive
-from microvllm.features.calculator import Calculator, ToolDecoder
-from microvllm.sampler import noise
+from microvllm.features.calculator import ToolCalls, ToolDecoder
+from microvllm.loops.ahead import AheadLoop
+from microvllm.sampler import uniform_numbers
 from microvllm.trace import Replay, attach, make_trace
 
 ROUNDING = 1e-3  # by how much a logit may differ between two ways to compute it
@@ -69,7 +77,7 @@ PROCESSORS = {f.__name__: f for f in (ban_even, favour_the_last, fail_at_times)}
 PROCESSORS["nothing_left_at_times"] = nothing_left_at_times
 VICTIMS = scheduler.youngest, policies.largest, policies.cheapest, policies.furthest
 ADMISSIONS = scheduler.first_come, policies.shortest, policies.best_cached, policies.first_fit
-EVICTIONS = scheduler.least_recently_used, policies.most_recently_used, policies.first_published
+EVICTIONS = blocks.least_recently_used, policies.most_recently_used, policies.first_published
 
 
 # a story, as plain data ---------------------------------------------------------------------------
@@ -131,7 +139,7 @@ def make_story(seed: str) -> dict:
         },
         "policies": [rng.choice([0, 0, 0, 1, 2, 3]) for _ in range(2)] + [rng.choice([0, 0, 1, 2])],
     }
-    if not story["overlap"]:  # guesses are for the plain loop; the rest of the story stays as it is
+    if not story["overlap"]:  # drafts are for the plain loop; the rest of the story stays as it is
         story["options"]["prompt_lookup"] = random.Random(f"{seed}:guess").choice([0, 1, 3, 8])
     texts = [ids(longest, rng.randrange(10_000)) for _ in range(rng.choice([1, 2, 5]))]
     crowded = rng.choice([0.25, 0.4, 0.6])  # how many events are arrivals
@@ -230,7 +238,8 @@ class Reader:
 
     def agree(self, token: int | None, logits, params, sample: int, history) -> dict:
         """Assert that `token` (None: none) is the one to draw. Returns its log-probabilities."""
-        uniform = float(noise([params.seed], [params.sample_index + sample], [history.position])[0])
+        index = params.sample_index + sample
+        uniform = float(uniform_numbers([params.seed], [index], [history.position])[0])
         try:
             edited = np.array(naive_edits(list(logits), params, history))
         except KeyError:  # a logits_processor that fails
@@ -256,7 +265,7 @@ class Reader:
             return {"sampler": 0.0, "exact": False}
         raise AssertionError(
             f"token {token} at position {history.position} of sample {sample}: probability "
-            f"{p[token]:.3g}, noise {uniform:.6f} outside {low:.6f} to {high:.6f}; {params}"
+            f"{p[token]:.3g}, number {uniform:.6f} outside {low:.6f} to {high:.6f}; {params}"
         )
 
     def sample(self, asked: dict, params, number: int, found: dict, swaps: list) -> None:
@@ -272,7 +281,7 @@ class Reader:
         for first, weights in swaps:
             if first <= len(given):
                 self.reference.follow(prompt + given, weights)
-        tool = Calculator(self.tokenizer) if asked["tools"] else None
+        tool = ToolCalls(self.tokenizer) if asked["tools"] else None
         push = ToolDecoder(self.tokenizer) if tool else self.tokenizer.decoder()
         text, tokens, forced = "", list(prompt), []
         ended, reason, held = None, None, 0
@@ -330,7 +339,7 @@ class Reader:
         assert entry["token_id"] == token and abs(entry["logprob"] - own[token]) < 5 * ROUNDING
         if not params.temperature:
             assert entry["sampler_logprob"] == 0.0
-        elif told["exact"] and not params.truncated:
+        elif told["exact"] and not params.drops_tokens:
             slack = ROUNDING * 5 * (1 + max(1, params.repetition_penalty) / params.temperature)
             assert abs(entry["sampler_logprob"] - told["sampler"]) < slack, (entry, told)
         best = np.sort(own)[::-1]
@@ -364,24 +373,31 @@ class Life:
         if self.trace:
             attach(self.llm, self.trace)
         self.replay = Replay()
-        step = self.llm._step
+        perform = self.llm.guard.perform
 
-        def checked(*args):
+        def checked(change):
             try:
-                step(*args)
+                perform(change)
             finally:
                 self.check()
 
-        self.llm._step = checked
+        self.llm.guard.perform = checked
 
     def check(self) -> None:
         check(self.llm)
         self.met["steps"] += 1
-        if self.trace:
-            while self.trace._lines:
-                self.replay.apply(json.loads(self.trace._lines.popleft()))
-            if self.llm._flight is None:
+        if self.trace and self.trace.recorder:  # none once the engine is closed
+            is_between_steps = not self.has_step_in_flight()
+            if is_between_steps:
+                self.trace.recorder.catch_up()
+            while self.trace.log.lines:
+                self.replay.apply(json.loads(self.trace.log.lines.popleft()))
+            if is_between_steps:
                 compare(self.replay, self.llm.scheduler)
+
+    def has_step_in_flight(self) -> bool:
+        loop = self.llm.loop.inner_loop
+        return isinstance(loop, AheadLoop) and loop.in_flight is not None
 
     def remember(self, request_id: int, asked: dict) -> dict:
         params = dict(asked["params"])
@@ -400,7 +416,7 @@ class Life:
     def fits(self, asked: dict) -> bool:
         """Whether the engine takes it: what is refused must be for its length."""
         try:
-            self.llm._check(asked["prompt"], self.made(asked))
+            self.llm.check(asked["prompt"], self.made(asked))
         except ValueError as error:
             assert "blocks" in str(error) or "max_model_len" in str(error), error
             self.met["refused"] += 1
@@ -453,17 +469,17 @@ class Life:
                 return check(llm)
             self.weights = args[0]
             check(llm)
-            for number in self.requests.keys() & llm._requests.keys():  # the unfinished
-                samples = llm._requests[number].samples
-                counts = {seq.sample_id: 2**31 for seq in samples if seq.finish_reason}
+            for number in self.requests.keys() & llm.requests.keys():  # the unfinished
+                sequences = llm.requests[number].sequences
+                counts = {seq.index: 2**31 for seq in sequences if seq.finish_reason}
                 for seq in [*llm.scheduler.running, *llm.scheduler.waiting]:
                     if seq.request_id == number:
-                        counts[seq.sample_id] = len(seq.output)
+                        counts[seq.index] = len(seq.output)
                 self.requests[number]["swaps"].append((counts, args[0]))
             self.met["new weights"] += 1
 
     def stream(self, wanted: list[dict], leave: int | None) -> None:
-        first, tools = next(copy(self.llm._ids)), bool(wanted) and wanted[0]["tools"]
+        first, tools = next(copy(self.llm._request_ids)), bool(wanted) and wanted[0]["tools"]
         for i, asked in enumerate(wanted):
             self.remember(first + i, {**asked, "tools": tools})
         found: dict[tuple, dict] = {}
@@ -495,7 +511,7 @@ class Life:
             self.requests.pop(first + i, None)
 
     def generate(self, wanted: list[dict]) -> None:
-        first = next(copy(self.llm._ids))
+        first = next(copy(self.llm._request_ids))
         for i, asked in enumerate(wanted):
             self.remember(first + i, {**asked, "tools": True})
         try:
@@ -633,9 +649,9 @@ def smallest(story: dict, references: dict, seconds: float) -> dict:
     for name in ("trace", "overlap"):
         if story[name] and time.perf_counter() < until and fails({**story, name: False}):
             story = {**story, name: False}
-    unguessed = {**story, "options": {**story["options"], "prompt_lookup": 0}}
-    if story["options"].get("prompt_lookup") and time.perf_counter() < until and fails(unguessed):
-        story = unguessed
+    plain = {**story, "options": {**story["options"], "prompt_lookup": 0}}
+    if story["options"].get("prompt_lookup") and time.perf_counter() < until and fails(plain):
+        story = plain
     return story
 
 

@@ -72,7 +72,7 @@ def main() -> None:
     def seconds(side: str) -> tuple[float, float]:
         root, llm, params = engines[side]
         use(root)
-        llm.scheduler.reset()  # nothing is left in the prefix cache
+        llm.reset_prefix_cache()
         start, cpu = time.perf_counter(), time.process_time()
         if side == "on":
             with llm.tracing(file):

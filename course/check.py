@@ -1,4 +1,5 @@
-"""What is wrong with an exercise? Each check gets the reader's functions, and tells, or gives None.
+"""What is wrong with an exercise? Each check gets the reader's functions. It returns None if the
+exercise is solved.
 
 `verdict(number, work)` is what `microvllm learn N --check` calls.
 """
@@ -14,8 +15,9 @@ def rows_recomputed(work):
         rows, length = 0, prompt
         for _ in range(new):
             rows, length = rows + length, length + 1
-        if (told := work.rows_recomputed(prompt, new)) != rows:
-            return f"{prompt} tokens and {new} more take {rows} rows, not {told}"
+        answer = work.rows_recomputed(prompt, new)
+        if answer != rows:
+            return f"{prompt} tokens and {new} more take {rows} rows, not {answer}"
     return None
 
 
@@ -23,13 +25,14 @@ def kv_bytes(work):
     for shape in [(6, 2, 64, 1, 4), (6, 2, 64, 100, 4), (32, 8, 128, 4096, 2)]:
         layers, heads, dim, tokens, size = shape
         wanted = 2 * torch.empty((layers, tokens, heads, dim), device="meta").numel() * size
-        if (told := work.kv_bytes(*shape)) != wanted:
-            return f"kv_bytes{shape} is {wanted}, not {told}"
+        answer = work.kv_bytes(*shape)
+        if answer != wanted:
+            return f"kv_bytes{shape} is {wanted}, not {answer}"
     return None
 
 
 def idle(lengths, groups):
-    """Rows that nobody needs."""
+    """Rows that are computed without use."""
     total = 0
     for group in groups:
         prompts, news = zip(*[lengths[i] for i in group], strict=True)
@@ -61,8 +64,9 @@ def calls_needed(work):
                 running.append(waiting.pop(0))
             running = [left - 1 for left in running if left > 1]
             calls += 1
-        if (told := work.calls_needed(list(answers), slots)) != calls:
-            return f"{answers} in {slots} slots take {calls} calls, not {told}"
+        answer = work.calls_needed(list(answers), slots)
+        if answer != calls:
+            return f"{answers} in {slots} slots take {calls} calls, not {answer}"
     return None
 
 
@@ -70,10 +74,10 @@ def gather(work):
     memory = torch.arange(8 * 4 * 3.0).view(8, 4, 3)
     for table, length in [([5], 1), ([5], 4), ([5, 2, 7], 9), ([6, 0, 3], 12)]:
         wanted = torch.stack([memory[table[i // 4], i % 4] for i in range(length)])
-        told = work.gather(memory, list(table), length)
-        if not isinstance(told, torch.Tensor) or told.shape != wanted.shape:
+        answer = work.gather(memory, list(table), length)
+        if not isinstance(answer, torch.Tensor) or answer.shape != wanted.shape:
             return f"table {table}, {length} tokens: a tensor of shape {tuple(wanted.shape)} wanted"
-        if not told.equal(wanted):
+        if not answer.equal(wanted):
             return f"table {table}, {length} tokens: these are not the text's rows"
     return None
 
@@ -81,9 +85,9 @@ def gather(work):
 def write(work):
     for count, wanted in [(1, None), (2, (1, 4)), (3, (1, 4))]:
         ref_count, free, table = [0, count, 1, 1, 0], [0, 4], [2, 1]
-        told = work.write(ref_count, free, table, 1)
-        if (tuple(told) if told else None) != wanted:
-            return f"a block in {count} tables: the copy is {wanted}, not {told}"
+        answer = work.write(ref_count, free, table, 1)
+        if (tuple(answer) if answer else None) != wanted:
+            return f"a block in {count} tables: the copy is {wanted}, not {answer}"
         right = (
             ([2, 4], [0, count - 1, 1, 1, 1], [0]) if wanted else ([2, 1], [0, 1, 1, 1, 0], [0, 4])
         )
@@ -114,8 +118,9 @@ def victim(work):
         ([(40, 32, 0), (20, 0, 2), (30, 0, 2)], 1),
         ([(90, 64, 2), (33, 16, 1), (35, 32, 0)], 1),
     ]:
-        if (told := work.victim(list(running))) != wanted:
-            return f"of {running}, number {wanted} is the one to preempt, not {told}"
+        answer = work.victim(list(running))
+        if answer != wanted:
+            return f"of {running}, number {wanted} is the one to preempt, not {answer}"
     return None
 
 
@@ -127,27 +132,30 @@ def shares(work):
         ([30, 1, 1, 1], 2, [0, 1, 1, 0]),
         ([], 8, []),
     ]:
-        if list(told := work.shares(list(needs), budget)) != wanted:
-            return f"needs {needs}, budget {budget}: {wanted}, not {told}"
+        answer = list(work.shares(list(needs), budget))
+        if answer != wanted:
+            return f"needs {needs}, budget {budget}: {wanted}, not {answer}"
     return None
 
 
 def blocks_at_end(work):
-    from microvllm.scheduler import BlockManager, Scheduler, Sequence
+    from microvllm.blocks import BlockManager, BlockPool
+    from microvllm.scheduler import Scheduler, Sequence
 
     for prompt, new, n, size in [(10, 1, 3, 4), (10, 5, 1, 4), (10, 5, 3, 4), (8, 5, 3, 4)]:
-        blocks, held = BlockManager(99, size), 0
-        scheduler = Scheduler(blocks, 8, 512)
+        pool, num_held = BlockPool(99), 0
+        scheduler = Scheduler(BlockManager(pool, size), max_batch_size=8, max_batched_tokens=512)
         params = SimpleNamespace(n=n, max_tokens=new)
         scheduler.add(Sequence(0, [1] * prompt, params))
         turn = 100
         while scheduler.waiting or scheduler.running:
             plan = scheduler.schedule()
-            held = blocks.num_usable - blocks.num_free
-            scheduler.update(plan, [turn := turn + 1 for _ in plan.samples])
-        if (told := work.blocks_at_end(prompt, new, n, size)) != held:
-            what = f"{n} samples of {prompt} and {new} tokens, blocks of {size}"
-            return f"{what}: the engine holds {held}, not {told}"
+            num_held = pool.num_usable - pool.num_free
+            scheduler.update(plan, [turn := turn + 1 for _ in plan.draws])
+        answer = work.blocks_at_end(prompt, new, n, size)
+        if answer != num_held:
+            case = f"{n} samples of {prompt} and {new} tokens, blocks of {size}"
+            return f"{case}: the engine holds {num_held}, not {answer}"
     return None
 
 

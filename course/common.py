@@ -13,10 +13,10 @@ the one part in which a row needs other rows. So the model asks the step for it:
 Where the K and V of earlier tokens are kept is the step's business. It is what the course is about.
 
 A request has a `prompt` of token ids, and wants `n` samples of at most `max_tokens` new tokens.
-`request.is_done(tokens)` says whether a text has ended. `meter` only counts: `meter.step` hears of
-each call of the model, `meter.token` of each new token.
+`request.is_done(tokens)` says whether a text has ended. `meter` only counts: `meter.step` each call
+of the model, `meter.token` each new token.
 
-Three files need no reading: transformer.py (the model), prompts.py (what it is asked), and
+Three files need no reading: transformer.py (the model), prompts.py (the requests), and
 figures.py (counts, seconds, and the table that a step prints).
 """
 
@@ -41,8 +41,8 @@ def attention(q, k, v, start):
 
 
 def pick(logits, request, sample, position):
-    """The next token of a sample. Sample 0 takes the likeliest; others draw one with a noise that
-    depends on request, sample and position alone. So every step of the course draws the same."""
+    """The next token of a sample. Sample 0 takes the likeliest; others draw one with random numbers
+    that follow from request, sample and position alone. So all steps of the course draw alike."""
     if sample == 0:
         return int(logits.argmax())
     generator = torch.Generator().manual_seed(1000 * (1000 * request.id + sample) + position)
@@ -62,7 +62,7 @@ class Text:
     def __init__(self, request, sample=0):
         self.request, self.sample, self.tokens = request, sample, list(request.prompt)
         self.table, self.computed = [], 0
-        self.forks = request.n - 1  # samples still to be made, once the prompt is computed
+        self.num_forks = request.n - 1  # samples still to be made, once the prompt is computed
 
     def slots(self, stop):
         """Where the tokens before `stop` lie in the memory."""
@@ -102,7 +102,7 @@ def call(model, memory, chunks, running, meter):
     for text in running:
         for i, block in enumerate(text.table):
             filled[block] = max(filled.get(block, 0), min(BLOCK, text.computed - i * BLOCK))
-    count = sum(1 + text.forks for text in running)
+    count = sum(1 + text.num_forks for text in running)
     num_rows = sum(stop - start for _, start, stop in chunks)
     meter.step(num_rows, 0, count, len(filled) * BLOCK, sum(filled.values()))
     return logits

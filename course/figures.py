@@ -22,12 +22,12 @@ class Meter:
         self.start = time.perf_counter()
 
     def step(self, rows, idle=0, running=1, reserved=0, used=0):
-        """A call of the model: of so many rows, `idle` of which nobody needs, for `running` texts,
+        """A call of the model: of so many rows, `idle` of them without use, for `running` texts,
         with memory reserved for the K and V of so many tokens, and used for so many."""
         counts = self.counts
         counts["calls of the model"] += 1
         counts["rows computed"] += rows
-        counts["rows nobody needs"] += idle
+        counts["idle rows"] += idle
         for name, value in (
             ("rows of the largest call", rows),
             ("texts at once, at most", running),
@@ -42,7 +42,7 @@ class Meter:
         self.times.setdefault(key, []).append(time.perf_counter() - self.start)
         self.outputs[key] = tokens[len(request.prompt) :]
         self.counts["tokens made"] += 1
-        # how much was computed since its token before: nobody else's work should keep it waiting
+        # how much was computed since its token before: the work for others should not delay it
         name, rows = "rows between two tokens, at most", self.counts["rows computed"]
         waited = rows - self.rows.get(key, rows)
         self.counts[name], self.rows[key] = max(self.counts[name], waited), rows

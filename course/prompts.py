@@ -1,4 +1,4 @@
-"""What the model is asked: requests, and a function for each kind of traffic."""
+"""Requests, and a function for each kind of traffic."""
 
 from dataclasses import dataclass
 

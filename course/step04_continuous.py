@@ -41,7 +41,7 @@ def serve(model, requests, meter, memory=common.MEMORY):
     waiting, running, reserved = deque(), [], 0
     waiting += [Text(request, i) for request in requests for i in range(request.n)]
     while waiting or running:
-        # who is new? All whose longest possible text fits into what is left of the memory
+        # the new ones: all whose longest possible text fits into what is left of the memory
         new = []
         while waiting and reserved + waiting[0].length <= memory:
             text = waiting.popleft()
@@ -70,7 +70,7 @@ def serve(model, requests, meter, memory=common.MEMORY):
 
 
 def main(**options):
-    problem = "of {rows computed} rows in step 3, nobody needs {rows nobody needs}."
+    problem = "of {rows computed} rows in step 3, {idle rows} are idle."
     return common.compare(serve, "step03_static_batch", common.questions, problem, **options)
 
 

@@ -33,7 +33,7 @@ class Pool:
         self.k, self.v = torch.zeros(shape), torch.zeros(shape)
         self.num_blocks, self.free = num_blocks, list(range(num_blocks))
 
-    def take(self):
+    def allocate(self):
         if not self.free:
             raise PoolFull(f"all of {self.num_blocks} blocks are in use")
         return self.free.pop()
@@ -41,7 +41,7 @@ class Pool:
     def grow(self, text):
         """Give a text the blocks that it needs for all of its tokens."""
         while len(text.table) * BLOCK < len(text.tokens):
-            text.table.append(self.take())
+            text.table.append(self.allocate())
 
     def release(self, text):
         self.free += text.table
@@ -65,7 +65,7 @@ def serve(model, requests, meter, memory=common.MEMORY):
     waiting += [Text(request, i) for request in requests for i in range(request.n)]
     pool = Pool(memory // BLOCK)
     while waiting or running:
-        # who is new? All whose prompt fits, with a block more for each text that runs
+        # the new ones: all whose prompt fits, with a block more for each text that runs
         new = []
         while waiting:
             text = waiting[0]

@@ -2,7 +2,7 @@
 07-prefix-cache.md.
 
 K and V of a block follow from its tokens and those before it. So a hash of all these names the
-block's content, and a table of hashes finds it, also when nobody has it any more: a free block
+block's content, and a table of hashes finds it, also when no text has it any more: a free block
 keeps its content until it is handed out again, the least recently used one first.
 """
 
@@ -21,7 +21,7 @@ class Pool:
         self.ref_count = [0] * num_blocks  # in how many tables a block is
         self.hash_of, self.block_of = {}, {}  # of blocks that can be found, free or in use
 
-    def take(self):
+    def allocate(self):
         if not self.free:
             raise PoolFull(f"all of {len(self.ref_count)} blocks are in use")
         block, _ = self.free.popitem(last=False)
@@ -47,22 +47,22 @@ class Pool:
         writes to next its own."""
         table, first = text.table, text.computed // BLOCK
         if first < len(table) and self.ref_count[table[first]] > 1:
-            shared, table[first] = table[first], self.take()
+            shared, table[first] = table[first], self.allocate()
             self.memory.copy(shared, table[first])
             self.drop(shared)
             self.meter.counts["blocks copied"] += 1
         while len(table) * BLOCK < len(text.tokens):
-            table.append(self.take())
+            table.append(self.allocate())
 
     def fork(self, text):
         """The other samples of a text, with the same tokens on the same blocks."""
-        twins = [Text(text.request, 1 + i) for i in range(text.forks)]
-        for twin in twins:
-            twin.forks, twin.computed, twin.table = 0, text.computed, list(text.table)
-            for block in twin.table:
+        forks = [Text(text.request, 1 + i) for i in range(text.num_forks)]
+        for fork in forks:
+            fork.num_forks, fork.computed, fork.table = 0, text.computed, list(text.table)
+            for block in fork.table:
                 self.share(block)
-        text.forks = 0
-        return twins
+        text.num_forks = 0
+        return forks
 
     def release(self, text):
         for block in reversed(text.table):  # so the end of a text is evicted before its beginning
@@ -97,8 +97,8 @@ def serve(model, requests, meter, memory=common.MEMORY):
     waiting, running = deque(map(Text, requests)), []
     pool = Pool(memory // BLOCK, meter)
     while waiting or running:
-        # who is new? All whose prompt fits, with a block more for each sample
-        new, samples = [], sum(1 + text.forks for text in running)
+        # the new ones: all whose prompt fits, with a block more for each sample
+        new, samples = [], sum(1 + text.num_forks for text in running)
         while waiting:
             text = waiting[0]
             pool.find(text)
@@ -108,7 +108,7 @@ def serve(model, requests, meter, memory=common.MEMORY):
                 break
             new.append(waiting.popleft())
             running.append(text)
-            samples += 1 + text.forks
+            samples += 1 + text.num_forks
             pool.grow(text)
             pool.publish(text, len(text.tokens))  # the next one may find it: it is written first
             meter.counts["rows found in the cache"] += text.computed
@@ -121,8 +121,8 @@ def serve(model, requests, meter, memory=common.MEMORY):
         logits = common.call(model, pool.memory, chunks, running, meter)
         for (text, _, stop), row in zip(chunks, logits, strict=True):
             pool.publish(text, stop)
-            running += (twins := pool.fork(text))
-            for each in [text, *twins]:
+            running += (forks := pool.fork(text))
+            for each in [text, *forks]:
                 each.tokens.append(common.pick(row, each.request, each.sample, stop))
                 meter.token(each.request, each.sample, each.tokens)
         for text in [text for text in running if text.request.is_done(text.tokens)]:

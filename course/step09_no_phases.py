@@ -1,7 +1,7 @@
 """Step 9: no phases: a call mixes parts of prompts with next tokens. The page: 09-no-phases.md.
 
 A text has tokens, and some of them are computed. Each call computes more: of the running texts
-first, then of new ones, until a budget of rows is spent. Nobody waits for a long prompt.
+first, then of new ones, until a budget of rows is spent. No text waits for a long prompt.
 """
 
 from collections import OrderedDict, deque
@@ -21,7 +21,7 @@ class Pool:
         self.ref_count = [0] * num_blocks  # in how many tables a block is
         self.hash_of, self.block_of = {}, {}  # of blocks that can be found, free or in use
 
-    def take(self):
+    def allocate(self):
         block, _ = self.free.popitem(last=False)
         if block in self.hash_of:  # what was in it can no longer be found
             del self.block_of[self.hash_of.pop(block)]
@@ -47,23 +47,23 @@ class Pool:
         if copies + max(0, -(-stop // BLOCK) - len(table)) > len(self.free):
             return False
         if copies:
-            shared, table[first] = table[first], self.take()
+            shared, table[first] = table[first], self.allocate()
             self.memory.copy(shared, table[first])
             self.drop(shared)
             self.meter.counts["blocks copied"] += 1
         while len(table) * BLOCK < stop:
-            table.append(self.take())
+            table.append(self.allocate())
         return True
 
     def fork(self, text):
         """The other samples of a text, with the same tokens on the same blocks."""
-        twins = [Text(text.request, 1 + i) for i in range(text.forks)]
-        for twin in twins:
-            twin.forks, twin.computed, twin.table = 0, text.computed, list(text.table)
-            for block in twin.table:
+        forks = [Text(text.request, 1 + i) for i in range(text.num_forks)]
+        for fork in forks:
+            fork.num_forks, fork.computed, fork.table = 0, text.computed, list(text.table)
+            for block in fork.table:
                 self.share(block)
-        text.forks = 0
-        return twins
+        text.num_forks = 0
+        return forks
 
     def release(self, text):
         for block in reversed(text.table):  # so the end of a text is evicted before its beginning
@@ -110,7 +110,7 @@ def serve(model, requests, meter, memory=common.MEMORY):
                 chunks.append((text, text.computed, stop))
                 budget -= stop - text.computed
         while waiting and budget and not is_full:  # then new ones, as many as fit
-            text, samples = waiting[0], sum(1 + text.forks for text in running)
+            text, samples = waiting[0], sum(1 + text.num_forks for text in running)
             pool.find(text)
             stop = min(len(text.tokens), text.computed + budget)
             # with a block more for each sample, or one of them would be preempted at once
@@ -131,8 +131,8 @@ def serve(model, requests, meter, memory=common.MEMORY):
             pool.publish(text, stop)
             if stop < len(text.tokens):
                 continue  # a part of its prompt is still to come
-            running += (twins := pool.fork(text))
-            for each in [text, *twins]:
+            running += (forks := pool.fork(text))
+            for each in [text, *forks]:
                 each.tokens.append(common.pick(row, each.request, each.sample, stop))
                 meter.token(each.request, each.sample, each.tokens)
         for text in [text for text in running if text.request.is_done(text.tokens)]:

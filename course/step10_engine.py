@@ -13,57 +13,53 @@ from common import BLOCK, MODEL_DIR
 from microvllm import LLM as FullLLM
 from microvllm import SamplingParams
 from microvllm.engine import LLM
-from microvllm.trace import Trace
+from microvllm.runner import Extension
+from microvllm.trace import Trace, attach
 
 BUDGET = 32  # rows of a step, at most, as in step 9
 PAGE = Path("lab-results/step10.html")  # what happened to each block, to be opened in a browser
 
 
-class Watch(Trace):
-    """Hears of all that the core does, and tells the meter; a Trace keeps it for a page as well."""
+class Count(Extension):
+    """An extension of the engine: it counts what a step plans, and the tokens that it gives."""
 
-    def __init__(self, llm, meter, requests):
-        super().__init__(decode=lambda token: llm.tokenizer.decode([token]))
-        self.scheduler, self.meter, self.requests = llm.scheduler, meter, requests
-        self.attach(llm.scheduler, model=MODEL_DIR.name, device="cpu")
+    def __init__(self, meter, requests):
+        self.meter, self.requests = meter, requests
 
-    def plan(self, plan):
-        super().plan(plan)
+    def on_plan(self, plan):
         filled = {}  # a block that several sequences have counts once
-        for seq in self.scheduler.running:
-            for i, block in enumerate(seq.table):
+        running = self.engine.scheduler.running
+        for seq in running:
+            for i, block in enumerate(seq.block_table):
                 filled[block] = max(filled.get(block, 0), min(BLOCK, seq.num_computed - i * BLOCK))
-        rows = sum(stop - start for _, start, stop in plan.chunks)
-        running = len(self.scheduler.running)
-        self.meter.step(rows, 0, running, len(filled) * BLOCK, sum(filled.values()))
+        reserved, used = len(filled) * BLOCK, sum(filled.values())
+        self.meter.step(plan.num_tokens, 0, len(running), reserved, used)
 
-    def update(self, plan, changed):
-        super().update(plan, changed)
-        for seq in changed:
-            self.meter.token(self.requests[seq.request_id], seq.sample_id, seq.tokens)
+    def on_step(self, plan):
+        for draw in plan.draws:
+            seq = draw.seq
+            self.meter.token(self.requests[seq.request_id], seq.index, seq.token_ids)
 
-    def admit(self, seq, num_hits):
-        super().admit(seq, num_hits)
-        self.meter.counts["rows found in the cache"] += num_hits * BLOCK
 
-    def evict(self, block):
-        super().evict(block)
-        self.meter.counts["blocks evicted"] += 1
-
-    def preempt(self, seq):
-        super().preempt(seq)
-        self.meter.counts["preemptions"] += 1
+def count_blocks(events, counts):
+    """What happened to blocks is in the trace, which is an extension, too."""
+    counts["rows found in the cache"] = sum(
+        len(event["blocks"]) * BLOCK for event in events if event["e"] == "hit"
+    )
+    counts["blocks evicted"] = sum(event["e"] == "evict" for event in events)
+    counts["preemptions"] = sum(event["e"] == "preempt" for event in events)
 
 
 def ask_engine(llm, requests, meter):
     """Give an engine the requests, and step until all have ended. Their tokens are greedy ones."""
     ids = {}  # the engine's number of a request -> the request
     meter.start = time.perf_counter()  # not counting how long the engine took to load
+    if meter.trace:
+        llm.add_extension(Count(meter, ids))
+        attach(llm, meter.trace)
     for request in requests:
         params = SamplingParams(temperature=0, max_tokens=request.max_tokens)
         ids[llm.add_request(request.prompt, params)] = request
-    if meter.watched:
-        meter.watch = Watch(llm, meter, ids)
     while not llm.is_finished():
         for output in llm.step():
             meter.ended[ids[output.request_id].id, 0] = output.token_ids
@@ -71,12 +67,14 @@ def ask_engine(llm, requests, meter):
 
 
 def serve(model, requests, meter, memory=common.MEMORY):
-    """Answer all requests with the core's engine; memory: tokens, and one more block, the sink."""
+    """Answer all requests with the core's engine; memory: tokens; the null block is one more."""
     limits = {"num_blocks": 1 + memory // BLOCK, "block_size": BLOCK, "max_batched_tokens": BUDGET}
-    meter.watched, meter.ended = True, {}
+    meter.ended = {}
     with LLM(MODEL_DIR, device="cpu", **limits) as llm:
+        meter.trace = Trace(decode=lambda id: llm.tokenizer.decode([id]), model=MODEL_DIR.name)
         ask_engine(llm, requests, meter)
-    assert meter.ended == meter.outputs, "the events tell of other tokens than the outputs"
+    count_blocks(meter.trace.events, meter.counts)
+    assert meter.ended == meter.outputs, "the extension saw other tokens than the outputs have"
 
 
 def kernels(requests, engine, **options):
@@ -85,14 +83,14 @@ def kernels(requests, engine, **options):
     with engine(MODEL_DIR, device="cpu", enable_prefix_caching=False, **options) as llm:
         for _ in range(2):
             meter = common.Meter()
-            meter.watched, meter.ended = False, {}
+            meter.trace, meter.ended = None, {}
             ask_engine(llm, requests, meter)
     return meter.ended, meter.seconds
 
 
 def main(model=None):
     model = model or common.Model()
-    problem = "step 9 makes {tokens per second} tokens per second, and who would run it in earnest?"
+    problem = "step 9 makes {tokens per second} tokens per second, with one model, and is a toy."
     found = common.compare(
         serve, "step09_no_phases", common.shared_beginning, problem, model, memory=512
     )
@@ -103,7 +101,7 @@ def main(model=None):
     print(f"\nThe core: {count / slow:.0f} tokens per second; with kernels {count / quick:.0f}:")
     print(f"{slow / quick:.1f} times as many, and the same tokens.")
     PAGE.parent.mkdir(exist_ok=True)
-    found[1].watch.page(PAGE)
+    found[1].trace.page(PAGE)
     print(f"\nThe core's run as a page, with every block: {PAGE.absolute()}")
     return found
 

@@ -49,19 +49,20 @@ async def send_answer(llm, prompt, params, send):
 def read_question(llm, body: bytes) -> tuple[list[int], SamplingParams]:
     """The prompt and the parameters of a request's body. Raises ValueError or TypeError."""
     try:
-        asked = json.loads(body)
+        question = json.loads(body)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
-    if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list):
+    if not isinstance(question, dict) or not isinstance(question.get("messages"), list):
         raise ValueError('give an object with a list of "messages"')
-    params = {name: asked.get(name, value) for name, value in DEFAULTS.items()}
+    params = {name: question.get(name, value) for name, value in DEFAULTS.items()}
     if params["top_k"] == 0:  # nanochat's word for off
         params["top_k"] = None
-    return llm.tokenizer.render_for_completion(asked["messages"]), SamplingParams(**params)
+    prompt = llm.tokenizer.render_for_completion(question["messages"])
+    return prompt, SamplingParams(**params)
 
 
 async def read_request(reader) -> tuple[str, str, bytes]:
-    """Method, path and body. Raises ValueError for what is no request."""
+    """Method, path and body. Raises ValueError for anything but a request."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     first, *lines = head.split("\r\n")
     method, path, _ = first.split(" ")
@@ -73,7 +74,7 @@ async def read_request(reader) -> tuple[str, str, bytes]:
 
 
 async def read_to_end(reader) -> None:
-    """Wait until the client closes the connection; it has nothing more to say."""
+    """Wait until the client closes the connection; it sends nothing more."""
     while await reader.read(2**12):
         pass
 
@@ -96,8 +97,7 @@ async def answer(llm, body: bytes, reader, writer) -> None:
     writer.write(HEAD.format(status="200 OK", kind="text/event-stream").encode())
     tasks = [asyncio.ensure_future(work) for work in (send_all(), read_to_end(reader))]
     try:
-        first = asyncio.FIRST_COMPLETED
-        await asyncio.wait(tasks, timeout=ANSWER_SECONDS, return_when=first)
+        await asyncio.wait(tasks, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()  # which aborts the request, if it is not done

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from microvllm.checkpoint import find_step, read_checkpoint
 
+SMEAR_CHANNELS = 24  # that the gate of the smear reads
+VE_CHANNELS = 12  # that the gate of a value embedding reads
+SOFTCAP = 15
+CONTEXTS = 10  # the rotary tables are that many contexts long
+
 
 @dataclass
 class Config:
@@ -40,27 +45,38 @@ def matrix(width: int, rows: int) -> nn.Linear:
 class Attention(nn.Module):
     def __init__(self, config, newest: bool, gated: bool):
         super().__init__()
-        self.head_dim, self.newest = config.n_embd // config.n_head, newest
-        width, kv = config.n_embd, config.n_kv_head * self.head_dim
-        self.c_q, self.c_k, self.c_v = matrix(width, width), matrix(width, kv), matrix(width, kv)
+        width = config.n_embd
+        self.head_dim = width // config.n_head
+        self.qk_scale = 1.2 if newest else 1.0
+        kv_width = config.n_kv_head * self.head_dim
+        self.c_q = matrix(width, width)
+        self.c_k = matrix(width, kv_width)
+        self.c_v = matrix(width, kv_width)
         self.c_proj = matrix(width, width)
-        self.ve_gate = matrix(12, config.n_kv_head) if gated else None
+        self.ve_gate = matrix(VE_CHANNELS, config.n_kv_head) if gated else None
 
     def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor):
         """x (B, T, C) normed; ve (B, T, Hkv D) or None; cos, sin (T, 1, D/2); mask (T, T)."""
-        q, k, v = (c(x).unflatten(-1, (-1, self.head_dim)) for c in (self.c_q, self.c_k, self.c_v))
+        q = self.qk_scale * rotate(self.heads(self.c_q(x)), cos, sin)
+        k = self.qk_scale * rotate(self.heads(self.c_k(x)), cos, sin)
+        v = self.heads(self.c_v(x))
         if ve is not None:
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :12]))
-            v = v + gate[..., None] * ve.view_as(v)
-
-        def rotated(x: Tensor) -> Tensor:
-            a, b = x.chunk(2, -1)
-            return norm(torch.cat([a * cos + b * sin, b * cos - a * sin], -1))
-
-        scale = 1.2 if self.newest else 1.0
-        q, k, v = (y.transpose(1, 2) for y in (scale * rotated(q), scale * rotated(k), v))
-        y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_CHANNELS]))
+            v = v + gate[..., None] * self.heads(ve)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, enable_gqa=True
+        )
         return self.c_proj(y.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, H D) to (B, T, H, D)."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, then a norm of each head."""
+    a, b = x.chunk(2, -1)
+    return norm(torch.cat([a * cos + b * sin, b * cos - a * sin], -1))
 
 
 class MLP(nn.Module):
@@ -76,7 +92,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, newest: bool, gated: bool):
         super().__init__()
-        self.attn, self.mlp = Attention(config, newest, gated), MLP(config)
+        self.attn = Attention(config, newest, gated)
+        self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *inputs) -> Tensor:
         x = x + self.attn(norm(x), *inputs)
@@ -91,49 +108,66 @@ class GPT(nn.Module):
         self, config=None, newest: bool = True, seed: int = 0, pad_vocab_size_to: int = 64
     ):
         super().__init__()
-        self.config, self.newest = copy(config or Config()), newest
-        c = self.config
+        self.config = config = copy(config or Config())
+        self.newest = newest
         if not newest:
-            del c.window_pattern
-        rows = -(-c.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
-        n, kv = c.n_layer, c.n_kv_head * c.n_embd // c.n_head
-        gated = [i for i in range(n) if newest and i % 2 == (n - 1) % 2]
-        blocks = nn.ModuleList(Block(c, newest, i in gated) for i in range(n))
-        self.transformer = nn.ModuleDict({"wte": nn.Embedding(rows, c.n_embd), "h": blocks})
-        self.lm_head = matrix(c.n_embd, rows)
-        self.windows = [c.sequence_len * 10] * n
+            del config.window_pattern
+        num_rows = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
+        num_layers = config.n_layer
+        # of every other layer, the last one among them
+        gated = [i for i in range(num_layers) if newest and i % 2 == (num_layers - 1) % 2]
+        blocks = nn.ModuleList(Block(config, newest, i in gated) for i in range(num_layers))
+        embedding = nn.Embedding(num_rows, config.n_embd)
+        self.transformer = nn.ModuleDict({"wte": embedding, "h": blocks})
+        self.lm_head = matrix(config.n_embd, num_rows)
+        self.windows = [config.sequence_len * CONTEXTS] * num_layers
         if newest:
-            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv) for i in gated})
-            self.resid_lambdas = nn.Parameter(torch.linspace(1.1, 0.9, n))
-            self.x0_lambdas = nn.Parameter(torch.linspace(0.2, 0.1, n))
-            self.smear_gate = matrix(24, 1)
-            self.smear_lambda = nn.Parameter(torch.full((1,), 0.5))
-            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
-            short, long = 128 * -(-c.sequence_len // 512), c.sequence_len
-            kinds = (c.window_pattern * n)[: n - 1] + "L"
-            self.windows = [short if kind == "S" else long for kind in kinds]
+            self.add_newest(num_rows, gated)
         generator = torch.Generator().manual_seed(seed)
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
-        channels = torch.arange(0, c.n_embd // c.n_head, 2) * c.n_head / c.n_embd
-        speeds = (1e5 if newest else 1e4) ** -channels
-        angles = torch.outer(torch.arange(10.0 * c.sequence_len), speeds)[:, None]
-        for name, table in ("cos", angles.cos()), ("sin", angles.sin()):
-            table = table if newest else table.bfloat16().float()
-            self.register_buffer(name, table, persistent=False)
+        self.add_rotary_tables()
+
+    def add_newest(self, num_rows: int, gated: list[int]) -> None:
+        """What era 5 has and era 1 has not."""
+        config = self.config
+        num_layers = config.n_layer
+        kv_width = config.n_kv_head * config.n_embd // config.n_head
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(num_rows, kv_width) for i in gated})
+        self.resid_lambdas = nn.Parameter(torch.linspace(1.1, 0.9, num_layers))
+        self.x0_lambdas = nn.Parameter(torch.linspace(0.2, 0.1, num_layers))
+        self.smear_gate = matrix(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.full((1,), 0.5))
+        self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        short = 128 * -(-config.sequence_len // 512)
+        kinds = (config.window_pattern * num_layers)[: num_layers - 1] + "L"
+        self.windows = [short if kind == "S" else config.sequence_len for kind in kinds]
+
+    def add_rotary_tables(self) -> None:
+        config = self.config
+        channels = torch.arange(0, config.n_embd // config.n_head, 2) * config.n_head
+        speeds = (1e5 if self.newest else 1e4) ** -(channels / config.n_embd)
+        positions = torch.arange(float(CONTEXTS) * config.sequence_len)
+        angles = torch.outer(positions, speeds)[:, None]
+        for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
+            rounded = table if self.newest else table.bfloat16().float()
+            self.register_buffer(name, rounded, persistent=False)
 
     def get_device(self) -> torch.device:
         return self.lm_head.weight.device
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """(B, T, vocab_size) logits of token ids (B, T), or the mean loss of targets (B, T), of
-        which -1 is ignored."""
+        """(B, T, vocab_size) logits of token ids (B, T), or the mean loss of targets (B, T), where
+        -1 is ignored."""
         x = norm(self.transformer.wte(idx))
         if self.newest:
-            gate = self.smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :24]))
+            gate = torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
+            gate = self.smear_lambda * gate
             x = torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], 1)
-        x0, middle, length = x, 0.0, idx.shape[1]
+        x0 = x
+        middle = 0.0
+        length = idx.shape[1]
         distance = torch.arange(length)[:, None] - torch.arange(length)
         for i, block in enumerate(self.transformer.h):
             ve = None
@@ -147,7 +181,7 @@ class GPT(nn.Module):
         if self.newest:
             x = x - self.backout_lambda * middle
         logits = self.lm_head(norm(x))[..., : self.config.vocab_size].float()
-        logits = 15 * torch.tanh(logits / 15)
+        logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -160,7 +194,7 @@ def load(directory) -> GPT:
     config, recipe, weights = read_checkpoint(directory, find_step(directory, None))
     if recipe.era not in ("1", "5"):
         raise ValueError(f"{directory} is of era {recipe.era}: give a checkpoint of era 1 or 5")
-    rows = len(weights["transformer.wte.weight"])
-    gpt = GPT(Config(**vars(config)), newest=recipe.era == "5", pad_vocab_size_to=rows)
+    num_rows = len(weights["transformer.wte.weight"])
+    gpt = GPT(Config(**vars(config)), newest=recipe.era == "5", pad_vocab_size_to=num_rows)
     gpt.load_state_dict(weights)  # which copies them into its own dtype
     return gpt

@@ -6,13 +6,13 @@ The bundled model knows the sums of single digits, and few of larger numbers. A 
 has three parts:
 
     (1) roll out   the engine answers some questions, each of them several times (a group)
-    (2) reward     an answer is right, 1, or wrong, 0: nobody tells the model how to get there
+    (2) reward     an answer is right, 1, or wrong, 0: nothing tells the model how to get there
     (3) learn      tokens of answers that are better than the mean of their group become more
                    probable, those of worse ones less: the policy gradient of GRPO (Shao et al.,
                    "DeepSeekMath", 2024), less the mean alone, as nanochat has it
 
 Then the engine samples again, with the new weights, which it sees by itself. Before and after the
-training the model is asked sums that are not in it: does it learn them by heart, or to add?
+training the model answers sums that are not in it: does it learn them by heart, or to add?
 
 To try: another reward. It must be one that some answers of a group get already, since what is never
 tried is never reinforced. This model opens nanochat's calculator with a probability of exp(-24), so
@@ -39,7 +39,7 @@ from microvllm.cli import terminal
 from microvllm.environment import how_to_install
 from microvllm.tokenizer import load_tokenizer
 
-MODELS = Path(__file__).resolve().parent.parent / "models"
+MODELS = Path(__file__).resolve().parents[1] / "models"
 SUMS = [(a, b) for a in range(1, 16) for b in range(1, 16)]
 
 
@@ -51,6 +51,17 @@ def prompt(llm: LLM, pair: tuple[int, int]) -> list[int]:
 
 def reward(pair: tuple[int, int], answer: str) -> float:
     return float(answer.endswith(f" is {sum(pair)}."))
+
+
+class Settings(NamedTuple):
+    """The flags of the program, see `main`."""
+
+    steps: int
+    prompts: int
+    group: int
+    max_tokens: int
+    lr: float
+    seed: int
 
 
 class Rollouts(NamedTuple):
@@ -67,20 +78,26 @@ def roll_out(llm: LLM, pairs: list, group: int, max_tokens: int, seed: int) -> R
     question in the KV cache. Question i is drawn with seed + i."""
     prompts = [prompt(llm, pair) for pair in pairs]
     # at temperature 1 and without filters the engine draws from what the module computes
-    results = llm.generate_batch(
+    sequences, masks, logprobs = llm.generate_batch(
         prompts, num_samples=group, max_tokens=max_tokens, temperature=1.0, seed=seed, logprobs=True
     )
-    rewards = [
-        [reward(pair, llm.tokenizer.decode(ids[len(asked) :], skip_special=True)) for ids in rows]
-        for pair, asked, rows in zip(pairs, prompts, results[0], strict=True)
-    ]
-    parts = [pad_sequence([torch.tensor(x) for xs in part for x in xs], True) for part in results]
-    return Rollouts(*parts, torch.tensor(rewards))
+    rewards = []
+    for pair, question, rows in zip(pairs, prompts, sequences, strict=True):
+        answers = [llm.tokenizer.decode(ids[len(question) :], skip_special=True) for ids in rows]
+        rewards.append([reward(pair, answer) for answer in answers])
+    return Rollouts(pad(sequences), pad(masks), pad(logprobs), torch.tensor(rewards))
+
+
+def pad(groups: list[list[list]]) -> Tensor:
+    """All rows of all groups, as long as the longest."""
+    rows = [torch.tensor(row) for group in groups for row in group]
+    return pad_sequence(rows, batch_first=True)
 
 
 def policy_loss(gpt: GPT, rollouts: Rollouts) -> tuple[Tensor, float]:
     """(3). The loss, and how far the module's log-probabilities are from the engine's at most."""
-    targets, mask = rollouts.ids[:, 1:], rollouts.mask[:, 1:]
+    targets = rollouts.ids[:, 1:]
+    mask = rollouts.mask[:, 1:]
     logprobs = gpt(rollouts.ids[:, :-1]).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     # the mask also leaves out what a tool forced, because the model did not choose it
     difference = (logprobs - rollouts.logprobs[:, 1:]) * mask
@@ -89,44 +106,47 @@ def policy_loss(gpt: GPT, rollouts: Rollouts) -> tuple[Tensor, float]:
     advantages = rollouts.rewards - rollouts.rewards.mean(1, keepdim=True)
     # the importance ratio says how much more probable a token is now than when it was drawn. a
     # batch is used once here, so it is 1 up to rounding, and its gradient is that of logprobs;
-    # whoever takes several steps on a batch also has to bound it, as PPO does
+    # with several steps on a batch it has to be bounded, as in PPO
     ratio = difference.exp()
     loss = -(ratio * advantages.view(-1, 1) * mask).sum() / mask.sum().clamp(min=1)
     return loss, difference.abs().max().item()
 
 
-def train(
-    gpt: GPT, llm: LLM, pairs: list, *, steps: int, prompts: int, group: int, max_tokens: int,
-    lr: float, seed: int,
-) -> tuple[list[float], float, float]:  # fmt: skip
+def train(gpt: GPT, llm: LLM, pairs: list, settings: Settings) -> tuple[list[float], float, float]:
     """Train the module that the engine serves. Returns the mean reward of each step, the seconds of
     all rollouts, and the seconds of all the rest."""
-    optimizer = torch.optim.AdamW(gpt.parameters(), lr, betas=(0.9, 0.95), weight_decay=0)
-    rng, curve, sampling, learning = random.Random(seed), [], 0.0, 0.0
-    for step in range(steps):
+    optimizer = torch.optim.AdamW(gpt.parameters(), settings.lr, betas=(0.9, 0.95), weight_decay=0)
+    rng = random.Random(settings.seed)
+    curve = []
+    sampling = 0.0
+    learning = 0.0
+    for step in range(settings.steps):
         start = time.perf_counter()
-        asked = rng.choices(pairs, k=prompts)
-        rollouts = roll_out(llm, asked, group, max_tokens, seed + step * prompts)
+        questions = rng.choices(pairs, k=settings.prompts)
+        seed = settings.seed + step * settings.prompts
+        rollouts = roll_out(llm, questions, settings.group, settings.max_tokens, seed)
         middle = time.perf_counter()
         loss, difference = policy_loss(gpt, rollouts)
         loss.backward()
         optimizer.step()  # the engine takes the new weights when it samples next
         optimizer.zero_grad()
         end = time.perf_counter()
-        sampling, learning = sampling + middle - start, learning + end - middle
+        sampling += middle - start
+        learning += end - middle
         curve.append(rollouts.rewards.mean().item())
         print(
             f"{step + 1:4}  reward {curve[-1]:.2f} {'#' * round(30 * curve[-1]):30}  "
             f"log-probabilities differ by {difference:.0e} at most  "
-            f"rollouts {middle - start:.2f} s, learning {end - middle:.2f} s", flush=True,
-        )  # fmt: skip
+            f"rollouts {middle - start:.2f} s, learning {end - middle:.2f} s",
+            flush=True,
+        )
     return curve, sampling, learning
 
 
 @torch.no_grad()
 def sample_plainly(gpt: GPT, ids: list[int], max_tokens: int, end: int) -> list[int]:
-    """What an engine is there for: one answer of the module alone, which computes all of the text
-    again for each token."""
+    """One answer of the module alone, without an engine: all of the text is computed again for each
+    token."""
     for _ in range(max_tokens):
         token = torch.multinomial(gpt(torch.tensor([ids]))[0, -1].softmax(-1), 1).item()
         if token == end:
@@ -158,22 +178,27 @@ def run(args: argparse.Namespace) -> None:
     if not 0 < args.lr < 1:
         raise ValueError(f"--lr {args.lr}: give a number between 0 and 1")
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = {name: getattr(args, name) for name in "steps prompts group max_tokens lr seed".split()}
+    settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
     pairs = random.Random(args.seed).sample(SUMS, len(SUMS))
-    held_out, pairs = pairs[:45], pairs[45:]
-    gpt, tokenizer = load(MODELS / "oldbooks-d6"), load_tokenizer(MODELS / "tokenizer")
+    held_out = pairs[:45]
+    pairs = pairs[45:]
+    gpt = load(MODELS / "oldbooks-d6")
+    tokenizer = load_tokenizer(MODELS / "tokenizer")
     # the copy of the weights has the layout that is fastest for the engine
     with LLM(model=gpt, tokenizer=tokenizer, copy=True, device="cpu") as llm:
-        exam = held_out, 8, args.max_tokens, args.seed
-        first = roll_out(llm, *exam).rewards.mean()
-        curve, sampling, learning = train(gpt, llm, pairs, **sizes)
-        last = roll_out(llm, *exam).rewards.mean()
-        start, end = time.perf_counter(), tokenizer.encode_special("<|assistant_end|>")
+        exam = {"group": 8, "max_tokens": args.max_tokens, "seed": args.seed}
+        first = roll_out(llm, held_out, **exam).rewards.mean()
+        curve, sampling, learning = train(gpt, llm, pairs, settings)
+        last = roll_out(llm, held_out, **exam).rewards.mean()
+        end_id = tokenizer.encode_special("<|assistant_end|>")
+        start = time.perf_counter()
         for pair in pairs[:16]:
-            sample_plainly(gpt, prompt(llm, pair), args.max_tokens, end)
-        plain = (time.perf_counter() - start) / 16 * args.steps * args.prompts * args.group
+            sample_plainly(gpt, prompt(llm, pair), args.max_tokens, end_id)
+        seconds_each = (time.perf_counter() - start) / 16
+        plain = seconds_each * args.steps * args.prompts * args.group
     print(f"\nreward of sums never trained on: {first:.2f} at the beginning, {last:.2f} at the end")
-    for name, seconds in ("by the engine", sampling), ("one at a time (from 16 answers)", plain):
+    ways = (("by the engine", sampling), ("one at a time (from 16 answers)", plain))
+    for name, seconds in ways:
         print(f"rollouts {name}: {seconds:.1f} s, {seconds / (seconds + learning):.0%} of the time")
     try:
         draw(curve, args.out / "grpo.png")
@@ -183,7 +208,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = terminal.Parser(prog="grpo.py", description=__doc__)
-    for name, kind, default, told in (
+    for name, kind, default, meaning in (
         ("steps", terminal.positive, 50, "of the training"),
         ("group", terminal.positive, 8, "answers to each question"),
         ("prompts", terminal.positive, 16, "questions a step"),
@@ -192,7 +217,8 @@ def main(argv: list[str] | None = None) -> None:
         ("seed", int, 0, "of the questions and of the answers"),
         ("out", Path, "lab-results", "folder for grpo.png"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{told} (%(default)s)")
+        help_text = f"{meaning} (%(default)s)"
+        parser.add_argument(f"--{name}", type=kind, default=default, help=help_text)
     parser.set_defaults(command=run)
     terminal.execute(parser.parse_args(argv))
 

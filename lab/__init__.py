@@ -1,4 +1,4 @@
-"""The lab: small programs for whoever wants to see what a paged KV cache does, and to change it.
+"""The lab: small programs that show what a paged KV cache does, to be read and changed.
 
 Each is about a screen long, drives the real BlockManager and Scheduler with a fake model, and needs
 no GPU. None imports torch but `windows`, since the blocks of layer groups are a feature of the

@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> None:
         print("usage: microvllm lab NAME [--help]\n")
         for name, (place, function) in NAMES.items():
             module = importlib.import_module(f"lab.{place}")
-            told = (module if function == "main" else getattr(module, function)).__doc__
-            print(f"  {name:10}{told.splitlines()[0]}")
+            documented = module if function == "main" else getattr(module, function)
+            print(f"  {name:10}{documented.__doc__.splitlines()[0]}")
     elif argv[0] not in NAMES:
         parser = terminal.Parser(prog="microvllm lab")
         parser.error(f"no lab {argv[0]!r}: choose from {', '.join(NAMES)}")

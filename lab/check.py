@@ -4,7 +4,7 @@ microvllm lab start DIR   copies them to a folder of yours
 microvllm lab check       judges all
 microvllm lab check 3 4   judges these
 
-The file to touch is DIR/exercises.py. The exit status is 0 if all that were asked for are solved.
+The file to change is DIR/exercises.py. The exit status is 0 if all that are judged are solved.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from microvllm.blocks import BlockManager, BlockPool
 from microvllm.cli import learn, terminal
 from microvllm.cli.terminal import Parser, positive
-from microvllm.scheduler import BlockManager, Scheduler, Sequence
+from microvllm.scheduler import Scheduler, Sequence
 
 from . import scenes, solutions, world
 
@@ -26,21 +27,21 @@ from . import scenes, solutions, world
 def serve(blocks: BlockManager, requests: list[world.Request], most: int = 32, **policies) -> dict:
     """Run requests to their end, at most so many at once.
 
-    Returns done (who ended, and when), again (tokens computed more than once), and hits (tokens of
+    Returns done (what ended, and when), again (tokens computed more than once), and hits (tokens of
     prompts that were found).
     """
     scheduler = Scheduler(blocks, most, 512, **policies)
     reached: dict[Sequence, int] = {}
     again = 0
 
-    def watch(step, took):
+    def watch(plan, seconds):
         nonlocal again
-        for seq, start, stop in step.chunks:
+        for seq, start, stop, _ in plan.chunks:
             again += max(0, min(stop, reached.get(seq, 0)) - start)
             reached[seq] = max(stop, reached.get(seq, 0))
 
     # the samples of a request write different texts
-    done = world.replay(scheduler, requests, watch, lambda seq, at: seq.sample_id)
+    done = world.replay(scheduler, requests, watch, lambda seq, position: seq.index)
     blocks.check([])
     hits = sum(d.seq.num_cached or 0 for d in done)
     return {"done": done, "again": again, "hits": hits}
@@ -56,35 +57,38 @@ def single(prompt: list[int]) -> list[world.Request]:
 
 def blocks_needed(work: ModuleType) -> str | None:
     for prompt, new, size in [(1, 1, 16), (16, 1, 16), (16, 2, 16), (30, 3, 16), (7, 40, 4)]:
-        blocks = BlockManager(99, size)
-        scheduler, held = Scheduler(blocks, 1, 512), []
+        blocks = world.make_blocks(99, size)
+        scheduler = Scheduler(blocks, 1, 512)
+        num_held = 0
         scheduler.add(Sequence(0, [1] * prompt, world.Params(new)))
         while scheduler.waiting or scheduler.running:
-            step = scheduler.schedule()
-            held.append(blocks.num_usable - blocks.num_free)
-            scheduler.update(step, [0] * len(step.samples))
-        if (told := work.blocks_needed(prompt, new, size)) != held[-1]:
-            return f"{prompt} tokens and {new} more, in blocks of {size}: {held[-1]}, not {told}"
+            plan = scheduler.schedule()
+            num_held = blocks.pool.num_usable - blocks.pool.num_free
+            scheduler.update(plan, [0] * len(plan.draws))
+        answer = work.blocks_needed(prompt, new, size)
+        if answer != num_held:
+            return f"{prompt} tokens and {new} more, in blocks of {size}: {num_held}, not {answer}"
     return None
 
 
 def slot_of(work: ModuleType) -> str | None:
     table = [7, 3, 12]
     for position, slot in [(0, 28), (3, 31), (4, 12), (6, 14), (11, 51)]:
-        if (told := work.slot_of(table, position, 4)) != slot:
-            return f"table {table}, blocks of 4: position {position} does not lie in slot {told}"
+        answer = work.slot_of(table, position, 4)
+        if answer != slot:
+            return f"table {table}, blocks of 4: position {position} does not lie in slot {answer}"
     return None
 
 
 def forgetful(work: ModuleType) -> str | None:
-    blocks = work.Forgetful(40, 4)
+    blocks = work.Forgetful(BlockPool(40), 4)
     scheduler = Scheduler(blocks, 8, 64)
     scheduler.add(Sequence(0, [1, 2, 3, 4, 5, 6], world.Params(6, n=2)))
     for turn in range(6):
-        step = scheduler.schedule()
-        if step.copies:
+        plan = scheduler.schedule()
+        if plan.copies:
             return "it still copies"
-        scheduler.update(step, [2 * turn, 2 * turn + 1][: len(step.samples)])
+        scheduler.update(plan, [2 * turn, 2 * turn + 1][: len(plan.draws)])
         try:
             blocks.check(scheduler.running)
         except AssertionError as error:
@@ -93,11 +97,12 @@ def forgetful(work: ModuleType) -> str | None:
 
 
 def two_prompts(work: ModuleType) -> str | None:
-    blocks = BlockManager(99, 16)
+    blocks = world.make_blocks(99)
     first, second = work.two_prompts()
     serve(blocks, single(first))
-    if (found := serve(blocks, single(second))["hits"]) != 64:
-        return f"the second prompt finds {found} tokens"
+    num_hits = serve(blocks, single(second))["hits"]
+    if num_hits != 64:
+        return f"the second prompt finds {num_hits} tokens"
     return None
 
 
@@ -105,29 +110,29 @@ def misled(work: ModuleType) -> str | None:
     first, second = work.misled()
     pairs = zip(first, second, strict=False)
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-    blocks = work.Unchained(99, 16)
+    blocks = work.Unchained(BlockPool(99), 16)
     for prompt in (first, second):
         scheduler = Scheduler(blocks, 1, 512)
         seq = Sequence(0, list(prompt), world.Params(1))
         scheduler.add(seq)
         scheduler.update(scheduler.schedule(), [0])
     if seq.num_cached <= common:
-        return f"they have {common} tokens in common, and the second is given {seq.num_cached}"
+        return f"they have {common} tokens in common, and the second gets {seq.num_cached}"
     return None
 
 
 def preempts(sizes: list[tuple[int, int]], num_blocks: int) -> bool:
     """Do these sequences, all admitted at once, need more blocks than there are?"""
-    blocks = BlockManager(num_blocks, 8, enable_prefix_caching=False)
+    blocks = world.make_blocks(num_blocks, 8, enable_prefix_caching=False)
     scheduler = Scheduler(blocks, 8, 10_000)
     for i, (prompt, new) in enumerate(sizes):
         seq = Sequence(i, [1] * prompt, world.Params(new))
-        if not blocks.admit(seq, [], prompt):
+        if not blocks.admit(seq, prompt):
             return True
         scheduler.running.append(seq)
     while scheduler.running and not scheduler.num_preemptions:
-        step = scheduler.schedule()
-        scheduler.update(step, [0] * len(step.samples))
+        plan = scheduler.schedule()
+        scheduler.update(plan, [0] * len(plan.draws))
     return scheduler.num_preemptions > 0
 
 
@@ -135,26 +140,30 @@ def pool_without_preemption(work: ModuleType) -> str | None:
     rng = random.Random(0)
     for _ in range(3):
         sizes = [(rng.randint(1, 60), rng.randint(1, 60)) for _ in range(6)]
-        told = work.pool_without_preemption(list(sizes), 8)
-        if told < 2 or preempts(sizes, told):
-            return f"{told} blocks of 8 are too few for {sizes}"
-        if not preempts(sizes, told - 1):
-            return f"{told} blocks of 8 are more than it takes for {sizes}"
+        num_blocks = work.pool_without_preemption(list(sizes), 8)
+        if num_blocks < 2 or preempts(sizes, num_blocks):
+            return f"{num_blocks} blocks of 8 are too few for {sizes}"
+        if not preempts(sizes, num_blocks - 1):
+            return f"{num_blocks} blocks of 8 are more than it takes for {sizes}"
     return None
 
 
 def families() -> list[world.Request]:
     """Prompts of all lengths that share nothing, a third of them for six samples."""
-    rng, found = random.Random(0), []
+    rng = random.Random(0)
+    requests = []
     for i in range(60):
-        n, prompt, new = rng.choice([1, 1, 6]), rng.randint(1, 300), rng.randint(10, 150)
-        found.append(world.Request(0.0, Sequence(i, [i + 1] * prompt, world.Params(new, n))))
-    return found
+        n = rng.choice([1, 1, 6])
+        prompt = [i + 1] * rng.randint(1, 300)
+        params = world.Params(rng.randint(10, 150), n)
+        requests.append(world.Request(0.0, Sequence(i, prompt, params)))
+    return requests
 
 
 def again(**policies) -> int:
     """Tokens that `families` compute again in a pool that is too small for them."""
-    return serve(BlockManager(150, 16, False), families(), **policies)["again"]
+    blocks = world.make_blocks(150, enable_prefix_caching=False)
+    return serve(blocks, families(), **policies)["again"]
 
 
 def victim(work: ModuleType) -> str | None:
@@ -166,25 +175,28 @@ def victim(work: ModuleType) -> str | None:
 
 def stream() -> list[world.Request]:
     """Requests of all lengths that come somewhat faster than they can be served."""
-    rng, clock, found = random.Random(0), 0.0, []
+    rng = random.Random(0)
+    clock = 0.0
+    requests = []
     for i in range(200):
         clock += rng.expovariate(8)
         seq = Sequence(i, [i + 1] * rng.randint(1, 400), world.Params(rng.randint(1, 120)))
-        found.append(world.Request(clock, seq))
-    return found
+        requests.append(world.Request(clock, seq))
+    return requests
 
 
 def times(**policies) -> tuple[float, float]:
     """Seconds that the mean request of `stream`, and the slowest, take."""
-    taken = [d.latency for d in serve(BlockManager(800, 16), stream(), 16, **policies)["done"]]
-    return sum(taken) / len(taken), max(taken)
+    done = serve(world.make_blocks(800), stream(), 16, **policies)["done"]
+    latencies = [d.latency for d in done]
+    return sum(latencies) / len(latencies), max(latencies)
 
 
 def admission(work: ModuleType) -> str | None:
     (mean, worst), (before, slowest) = times(admission=work.admission), times()
     if mean > 0.9 * before or worst > 1.5 * slowest:
-        told = f"the mean request takes {mean:.2f} s and the slowest {worst:.1f}"
-        return f"{told}; with the default it is {before:.2f} and {slowest:.1f}"
+        seconds = f"the mean request takes {mean:.2f} s and the slowest {worst:.1f}"
+        return f"{seconds}; with the default it is {before:.2f} and {slowest:.1f}"
     return None
 
 
@@ -193,16 +205,19 @@ def eviction(work: ModuleType) -> str | None:
     texts = [[rng.randrange(40)] * 161 for _ in range(120)]
 
     def hits(policy) -> int:
-        blocks, found = BlockManager(151, 16, eviction=lambda blocks: policy(blocks, coming)), 0
-        hashed = [{*blocks.compute_hashes(single(text)[0].seq, 10)} for text in texts]
+        blocks = world.make_blocks(151)
+        blocks.pool.eviction = lambda pool: policy(pool, coming)
+        hashes = [{*blocks.hashes(single(text)[0].seq, 10)} for text in texts]
+        num_hits = 0
         for turn, text in enumerate(texts):
-            coming = hashed[turn + 1 : turn + 41]
-            found += serve(blocks, single(text))["hits"]
-        return found
+            coming = hashes[turn + 1 : turn + 41]
+            num_hits += serve(blocks, single(text))["hits"]
+        return num_hits
 
-    found, best = hits(work.eviction), hits(solutions.eviction)
-    if found < 0.99 * best:
-        return f"{found} of {160 * len(texts)} tokens are found again; {best} can be"
+    num_hits = hits(work.eviction)
+    best = hits(solutions.eviction)
+    if num_hits < 0.99 * best:
+        return f"{num_hits} of {160 * len(texts)} tokens are found again; {best} can be"
     return None
 
 
@@ -211,10 +226,10 @@ def freed_by_window(work: ModuleType) -> str | None:
         table = [5 + 3 * i for i in range(-(-computed // size))]
         seen = {p // size for p in range(max(0, computed - window), computed)}
         wanted = [block for i, block in enumerate(table) if i not in seen]
-        if (told := work.freed_by_window(table, computed, window, size)) != wanted:
-            return (
-                f"table {table}, {computed} tokens, window {window}, blocks of {size}: not {told}"
-            )
+        answer = work.freed_by_window(table, computed, window, size)
+        if answer != wanted:
+            case = f"table {table}, {computed} tokens, window {window}, blocks of {size}"
+            return f"{case}: not {answer}"
     return None
 
 
@@ -223,12 +238,13 @@ def compared(number: int) -> Callable[[ModuleType], str | None]:
     name = scenes.ANSWERS[number].__name__
 
     def check(work: ModuleType) -> str | None:
-        told, folder = getattr(work, name)(), Path(work.__file__).parent
+        answer = getattr(work, name)()
+        folder = Path(work.__file__).parent
         if work is solutions:
             folder = Path(tempfile.mkdtemp())
         events, page = scenes.record(number, folder)
         happened = scenes.ANSWERS[number](events)
-        wrong = [key for key, value in happened.items() if tidy(told.get(key)) != tidy(value)]
+        wrong = [key for key, value in happened.items() if tidy(answer.get(key)) != tidy(value)]
         if not wrong:
             return None
         return f"not so: {', '.join(wrong)}. Look at {page}" + (", step 3" * (number == 11))
@@ -270,6 +286,6 @@ def main(argv: list[str] | None = None) -> None:
         failed |= wrong is not None
         if not args.solutions:
             learn.mark("lab", "solved", number, wrong is None)
-        told = "solved" if wrong is None else f"not yet: {wrong}"
-        print(f"{number:2} {CHECKS[number - 1].__name__:24}{told}", flush=True)
+        verdict_text = "solved" if wrong is None else f"not yet: {wrong}"
+        print(f"{number:2} {CHECKS[number - 1].__name__:24}{verdict_text}", flush=True)
     sys.exit(failed)

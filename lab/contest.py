@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from microvllm.cli import terminal
 from microvllm.cli.policies import KINDS, find_policy, names
-from microvllm.scheduler import BlockManager, Scheduler, Sequence
+from microvllm.scheduler import Scheduler, Sequence
 
 from . import policies, world
 
 
 class Workload(NamedTuple):
-    """Requests that come, and what the fake model will say to them."""
+    """Requests that come, and what the fake model answers."""
 
     requests: list[world.Request]
     texts: list[list[int]]  # of each request by its number: the prompt, and the answer
@@ -25,8 +25,8 @@ def made(turns: list[tuple[float, list[int], list[int]]], blocks: int) -> Worklo
     """A workload of (arrival, prompt, prompt and answer)s."""
     turns.sort(key=lambda turn: turn[0])
     requests = [
-        world.Request(at, Sequence(i, asked, world.Params(len(text) - len(asked))))
-        for i, (at, asked, text) in enumerate(turns)
+        world.Request(at, Sequence(i, prompt, world.Params(len(text) - len(prompt))))
+        for i, (at, prompt, text) in enumerate(turns)
     ]
     return Workload(requests, [text for _, _, text in turns], blocks)
 
@@ -35,13 +35,13 @@ def talk(rng: random.Random, at: float, text: list[int], token: int, turns: int,
     """The turns of one conversation that begins with `text`: each carries all that was said, and
     comes about `think` seconds after the last answer. token: what its questions are made of."""
     for _ in range(turns):
-        prompt, output = next(world.lengths("sharegpt", rng))
-        if len(text) + prompt + output > world.CONTEXT:
+        num_question, num_answer = next(world.lengths("sharegpt", rng))
+        if len(text) + num_question + num_answer > world.CONTEXT:
             break
-        asked = [*text, *[token] * prompt]
-        text = [*asked, *rng.choices(range(100), k=output)]
-        yield at, asked, text
-        at += 0.06 * output + rng.expovariate(1 / think)
+        prompt = [*text, *[token] * num_question]
+        text = [*prompt, *rng.choices(range(100), k=num_answer)]
+        yield at, prompt, text
+        at += 0.06 * num_answer + rng.expovariate(1 / think)
 
 
 def prompts_of(rng: random.Random, number: int) -> tuple[list[list[int]], list[float]]:
@@ -74,14 +74,14 @@ def conversations(seed: int, scale: float) -> Workload:
 
 
 def shared(seed: int, scale: float) -> Workload:
-    """Single questions that nobody asks again, each behind one of 24 system prompts."""
+    """Single questions that come only once, each behind one of 24 system prompts."""
     rng, at, turns = random.Random(seed), 0.0, []
     texts, weights = prompts_of(rng, 24)
     for number in range(round(600 * scale)):
         at += rng.expovariate(2.0)
-        prompt, output = next(world.lengths("alpaca", rng))
-        asked = rng.choices(texts, weights)[0] + [1000 + number] * max(16, prompt)
-        turns.append((at, asked, asked + rng.choices(range(100), k=output)))
+        num_question, num_answer = next(world.lengths("alpaca", rng))
+        prompt = rng.choices(texts, weights)[0] + [1000 + number] * max(16, num_question)
+        turns.append((at, prompt, prompt + rng.choices(range(100), k=num_answer)))
     return made(turns, 300)
 
 
@@ -104,17 +104,18 @@ after a preemption. The traffic is the same in every row, and so is what is said
 
 def measure(workload: Workload, policies: dict[str, Callable]) -> dict[str, float]:
     """The workload under these policies: what the report's columns say."""
-    blocks = BlockManager(workload.blocks, 16, eviction=policies["eviction"])
+    blocks = world.make_blocks(workload.blocks)
+    blocks.pool.eviction = policies["eviction"]
     scheduler = Scheduler(
         blocks, 256, 2560, victim=policies["victim"], admission=policies["admission"]
     )
     reached = dict.fromkeys((r.seq for r in workload.requests), 0)  # tokens computed once
     again = steps = 0
 
-    def watch(step, took):
+    def watch(plan, seconds):
         nonlocal again, steps
         steps += 1
-        for seq, start, stop in step.chunks:
+        for seq, start, stop, _ in plan.chunks:
             again += max(0, min(stop, reached[seq]) - start)
             reached[seq] = max(stop, reached[seq])
 
@@ -123,12 +124,14 @@ def measure(workload: Workload, policies: dict[str, Callable]) -> dict[str, floa
         scheduler, workload.requests, watch, lambda seq, at: texts[seq.request_id][at]
     )
     blocks.check([])
-    hits, asked = (sum(getattr(d.seq, name) for d in done) for name in ("num_cached", "num_prompt"))
-    waits, times = [d.first - d.arrival for d in done], [d.latency for d in done]
+    num_cached = sum(d.seq.num_cached for d in done)
+    num_prompt = sum(d.seq.num_prompt for d in done)
+    waits = [d.first - d.arrival for d in done]
+    times = [d.latency for d in done]
     return {
-        "computed": asked - hits + again,
+        "computed": num_prompt - num_cached + again,
         "recomputed": again,
-        "hit rate %": 100 * hits / asked,
+        "hit rate %": 100 * num_cached / num_prompt,
         "preempted": scheduler.num_preemptions,
         "steps": steps,
         "first token p50 s": world.percentile(waits, 0.5),

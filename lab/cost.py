@@ -12,7 +12,7 @@ import statistics
 import time
 
 from microvllm.cli.terminal import positive
-from microvllm.scheduler import BlockManager, Scheduler, Sequence
+from microvllm.scheduler import Scheduler, Sequence
 
 from . import world
 
@@ -27,27 +27,29 @@ BASE = {"running": 512, "waiting": 0, "blocks": 40_000}
 
 def measure(running: int, waiting: int, blocks: int, steps: int) -> dict[str, float]:
     """Median microseconds of a step: in schedule, in update, and a token of both."""
-    pool = BlockManager(blocks + 1, 16)
+    manager = world.make_blocks(blocks + 1)
     fill = Sequence(0, [0] * 16 * blocks, world.Params(1))
-    fill.hashes = [i.to_bytes(4, "big") for i in range(blocks)]  # as good as real ones, and quick
-    assert pool.admit(fill, [], 16 * blocks)
-    pool.publish(fill, 16 * blocks)
-    pool.free(fill)
-    scheduler = Scheduler(pool, running, 64 * running)
+    fill.block_hashes = [i.to_bytes(4, "big") for i in range(blocks)]  # quick, and good enough
+    assert manager.admit(fill, 16 * blocks)
+    manager.publish(fill, 16 * blocks)
+    manager.free(fill)
+    scheduler = Scheduler(manager, running, 64 * running)
     for i in range(running + waiting):  # of different lengths: each step a sixteenth needs a block
         scheduler.add(Sequence(i, [i + 1] * (33 + i % 16), world.Params(10**6)))
-    plan, book = [], []
+    schedule_times = []
+    update_times = []
     for turn in range(steps + 2):  # the first steps compute the prompts
         began = time.perf_counter()
-        step = scheduler.schedule()
+        plan = scheduler.schedule()
         planned = time.perf_counter()
-        scheduler.update(step, [0] * len(step.samples))
+        scheduler.update(plan, [0] * len(plan.draws))
         if turn >= 2:
-            assert len(step.chunks) == len(step.samples) == running, "not all of them decode"
-            plan.append(1e6 * (planned - began))
-            book.append(1e6 * (time.perf_counter() - planned))
+            assert len(plan.chunks) == len(plan.draws) == running, "not all of them decode"
+            schedule_times.append(1e6 * (planned - began))
+            update_times.append(1e6 * (time.perf_counter() - planned))
     assert len(scheduler.waiting) == waiting and not scheduler.num_preemptions
-    schedule, update = statistics.median(plan), statistics.median(book)
+    schedule = statistics.median(schedule_times)
+    update = statistics.median(update_times)
     return {"schedule": schedule, "update": update, "a token": (schedule + update) / running}
 
 

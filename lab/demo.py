@@ -21,10 +21,10 @@ import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
 
+from microvllm.blocks import BlockManager, BlockPool
 from microvllm.cli import terminal
-from microvllm.scheduler import BlockManager
 
-BLOCKS = 22  # the sink is one of them
+BLOCKS = 22  # the null block is one of them
 BOOK = "The white whale swam before him as the wild thing that all men of the sea feared. He had "
 BOOK += "followed it through three oceans, and he would follow it until one of them was dead. "
 # (the step in which it arrives, prompt, samples, new tokens)
@@ -53,7 +53,8 @@ def play(llm, scene: list[tuple] = SCENE) -> None:
     of it)."""
     from microvllm.sampler import SamplingParams
 
-    coming, step = sorted(scene), 0
+    coming = sorted(scene)
+    step = 0
     while coming or not llm.is_finished():
         while coming and coming[0][0] <= step:
             _, prompt, n, new = coming.pop(0)
@@ -66,31 +67,35 @@ def play(llm, scene: list[tuple] = SCENE) -> None:
 
 
 def record(
-    path: Path, scene: list[tuple] = SCENE, blocks: int = BLOCKS, budget: int = 64,
-    manager: type[BlockManager] = BlockManager,
-) -> list[dict]:  # fmt: skip
+    path: Path,
+    scene: list[tuple] = SCENE,
+    blocks: int = BLOCKS,
+    budget: int = 64,
+    pool_class: type[BlockPool] = BlockPool,
+) -> list[dict]:
     """Run a scene with a trace that is written to `path`; returns its events. blocks: in the pool,
-    with the sink; budget: tokens of a step; manager: the class that hands the blocks out."""
+    the null block included; budget: tokens of a step; pool_class: of the pool."""
     from microvllm.cli.commands import MODEL_DIR
     from microvllm.engine import LLM
-    from microvllm.trace import Trace, read
+    from microvllm.trace import Trace, attach, detach, read
 
     if not MODEL_DIR.is_dir():
         raise ValueError(f"the demo runs the bundled model, which is not here: {MODEL_DIR}")
-
-    class Engine(LLM):
-        def _make_memory(self, *args):
-            cache, blocks = super()._make_memory(*args)
-            return cache, manager(blocks.num_blocks, blocks.block_size)
-
-    with Engine(MODEL_DIR, device="cpu", num_blocks=blocks, max_batched_tokens=budget) as llm:
-        words = llm.tokenizer.token_bytes
-        trace = Trace(path, lambda token: words(token).decode("utf-8", "surrogateescape"))
-        trace.attach(llm.scheduler, model=MODEL_DIR.name, device="cpu")
+    with LLM(MODEL_DIR, device="cpu", num_blocks=blocks, max_batched_tokens=budget) as llm:
+        if pool_class is not BlockPool:
+            manager: BlockManager = llm.scheduler.blocks
+            manager.pool = pool_class(manager.pool.num_blocks)
+        token_bytes = llm.tokenizer.token_bytes
+        trace = Trace(
+            path,
+            decode=lambda token_id: token_bytes(token_id).decode("utf-8", "surrogateescape"),
+            model=MODEL_DIR.name,
+        )
+        attach(llm, trace)
         try:
             play(llm, scene)
         finally:
-            trace.close()
+            detach(llm, trace)
     return read(path)
 
 
@@ -130,7 +135,7 @@ def take_picture(page: Path, picture: Path, step: int, theme: str) -> None:
 
 
 def has_screen() -> bool:
-    """Is a person there who would see a browser's window?"""
+    """Would a person see a browser's window?"""
     shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     return sys.stdout.isatty() and bool(shown or sys.platform in ("darwin", "win32"))
 

@@ -8,14 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from microvllm.scheduler import (
-    BlockManager,
-    Scheduler,
-    Sequence,
-    first_come,
-    least_recently_used,
-    youngest,
-)
+from microvllm.blocks import BlockManager, BlockPool, least_recently_used
+from microvllm.scheduler import Scheduler, Sequence, first_come, youngest
 
 
 # 1
@@ -38,7 +32,7 @@ class Forgetful(BlockManager):
 
 # 4
 def two_prompts() -> tuple[list[int], list[int]]:
-    """Prompts of which the second finds 64 tokens in the cache that the first has left there."""
+    """Prompts: the second finds 64 tokens in the cache that the first has left there."""
     return list(range(64)), list(range(64))
 
 
@@ -46,45 +40,45 @@ def two_prompts() -> tuple[list[int], list[int]]:
 class Unchained(BlockManager):
     """Hashes each block on its own. What can go wrong? Leave this class as it is."""
 
-    def compute_hashes(self, seq: Sequence, count: int) -> list[bytes]:
+    def hashes(self, seq: Sequence, num_full: int) -> list[bytes]:
         size = self.block_size
-        blocks = [seq.tokens[i * size : (i + 1) * size] for i in range(count)]
-        seq.hashes = [repr(block).encode() for block in blocks]
-        return seq.hashes
+        texts = [seq.token_ids[i * size : (i + 1) * size] for i in range(num_full)]
+        seq.block_hashes = [repr(text).encode() for text in texts]
+        return seq.block_hashes
 
 
 def misled() -> tuple[list[int], list[int]]:
-    """Prompts of which the second is given blocks of the first that are not its own beginning."""
+    """Prompts: the second gets blocks of the first that are not its own beginning."""
     return [1, 2, 3], [4, 5, 6]
 
 
 # 6
 def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) -> int:
-    """The fewest blocks, with the sink, in which these requests (prompt, new tokens), all admitted
-    in the first step, run to their end without a preemption."""
+    """The fewest blocks, the null block included, in which these requests (prompt, new tokens), all
+    admitted in the first step, run to their end without a preemption."""
     return 1000
 
 
 # 7
 def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """Who is sent away: so that a third of what the default costs is computed again. Some requests
-    have six samples, which share the blocks of their prompt; nothing is found by hash."""
+    """The sequence to preempt: so that a third of what the default costs is computed again. Some
+    requests have six samples, which share the blocks of their prompt; nothing is found by hash."""
     return youngest(scheduler, seq)
 
 
 # 8
 def admission(scheduler: Scheduler) -> Sequence:
-    """Who is next: so that the mean request takes a tenth less time than with the default, and the
-    slowest of all at most half as long again as the default's slowest."""
+    """The next sequence: so that the mean request takes a tenth less time than with the default,
+    and the slowest of all at most half as long again as the default's slowest."""
     return first_come(scheduler)
 
 
 # 9
-def eviction(blocks: BlockManager, coming: list[set[bytes]]) -> int:
-    """Which block is evicted, by someone who knows the future. coming: for each of the next 40
-    prompts, the next one first, the hashes of its full blocks. No policy finds more than the best
-    one that knows this; find as much as that."""
-    return least_recently_used(blocks)
+def eviction(pool: BlockPool, coming: list[set[bytes]]) -> int:
+    """The block to evict, if the future is known. coming: for each of the next 40 prompts, the next
+    one first, the hashes of its full blocks. No policy finds more than the best one that knows
+    this; find as much as that."""
+    return least_recently_used(pool)
 
 
 # 10
@@ -113,9 +107,9 @@ def preemption() -> dict:
 
 
 # 13. `microvllm lab start` has written exercise-13.html beside this file: an engine with a mistake
-# in its BlockManager. look at the page alone
+# in its BlockPool. look at the page alone
 def wrong_hit() -> dict:
-    """In which step is a request given blocks that hold another text, and which blocks? What is the
+    """In which step does a request get blocks that hold another text, and which blocks? What is the
     mistake? "copy": a sample writes into a block that another one holds, too; "free": a block of a
     request that has ended is not given back; "hash": an evicted block is still found by its old
     text; "count": a block is evicted while it is in use; "full": a part-filled block is found."""

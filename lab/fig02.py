@@ -1,9 +1,9 @@
 """Figure 2: how much of the KV memory holds tokens, with contiguous memory and with paging.
 
-Every request is there from the start, so the pool is as full as each system can make it. Of every
-slot it is asked: does it hold a token; is it reserved for a token that will come (reserved), or for
-one that never comes (internal); was it added to make the size a power of two (rounded); or is it
-free, since the next request does not fit (free)?
+Every request is there from the start, so the pool is as full as each system can make it. A slot
+holds a token, or it is reserved for a token that will come (reserved), or for one that never comes
+(internal), or it was added to make the size a power of two (rounded), or it is free, since the next
+request does not fit (free).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from microvllm.cli.terminal import positive
-from microvllm.scheduler import BlockManager, Scheduler
+from microvllm.scheduler import Scheduler
 
 from . import world
 from .orca import RESERVE, Contiguous, power
@@ -23,22 +23,23 @@ WHY = """
 Without --sharegpt the spread of the output lengths is one at which Orca Max agrees; the others
 follow from it. How the paper rounds what Pow2 reserves is not said; here the buddy allocator takes
 the next power of two of prompt and output together. Paged: free is the room that our scheduler
-leaves to those who run (16 tokens each), so as not to send them away again soon; the rest is half a
-block a sequence.
+leaves to running sequences (16 tokens each), so that they are not preempted soon; the rest is half
+a block a sequence.
 """
 
 
 def shares(scheduler: Scheduler) -> dict[str, float]:
     """What the pool's slots are used for now, in percent."""
-    blocks, running = scheduler.blocks, scheduler.running
+    blocks = scheduler.blocks
+    running = scheduler.running
     tokens = sum(seq.num_computed for seq in running)
     if isinstance(blocks, Contiguous):
         final = sum(seq.max_length - 1 for seq in running)  # the last token is never fed back
-        asked = sum(size for _, size in blocks.held.values())
+        wanted = sum(size for _, size in blocks.held.values())
         taken = sum(power(size) for _, size in blocks.held.values())
-        cut = [tokens, final, asked, taken, world.SLOTS]
+        cut = [tokens, final, wanted, taken, world.SLOTS]
     else:
-        taken = (blocks.num_usable - blocks.num_free) * blocks.block_size
+        taken = (blocks.pool.num_usable - blocks.pool.num_free) * blocks.block_size
         cut = [tokens, tokens, taken, taken, world.SLOTS]
     sizes = [b - a for a, b in zip([0, *cut[:-1]], cut, strict=True)]
     return {kind: 100 * size / world.SLOTS for kind, size in zip(KINDS, sizes, strict=True)}
@@ -49,7 +50,7 @@ def measure(name: str, args) -> dict[str, float]:
     if name in RESERVE:
         blocks = Contiguous(world.SLOTS, RESERVE[name])
     else:
-        blocks = BlockManager(world.SLOTS // 16 + 1, 16, enable_prefix_caching=False)
+        blocks = world.make_blocks(world.SLOTS // 16 + 1, enable_prefix_caching=False)
     scheduler = Scheduler(blocks, 256, 2560)
     sums, total, turn = dict.fromkeys(KINDS, 0.0), 0.0, 0
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 from microvllm.cli.terminal import positive
-from microvllm.scheduler import BlockManager, Scheduler
+from microvllm.scheduler import Scheduler
 
 from . import world
 from .orca import RESERVE, Contiguous
@@ -45,7 +45,7 @@ def measure(system: str, kind: str, rate: float, args) -> dict[str, float]:
     if system in RESERVE:
         blocks = Contiguous(world.SLOTS, RESERVE[system])
     else:
-        blocks = BlockManager(world.SLOTS // 16 + 1, 16, enable_prefix_caching=False)
+        blocks = world.make_blocks(world.SLOTS // 16 + 1, enable_prefix_caching=False)
     scheduler = Scheduler(blocks, 256, 2560)
     minutes = args.minutes or MINUTES[kind]
     busy = total = 0.0
@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
             ratio = best / curve["borne"]
             times = [TIMES.get((kind, system), "-"), f"{ratio:.2g} x"]
             rows.append([system, curve["borne"], *times, paper[system], curve["batched"]])
-        told = [kind, "requests/s", "paging bears: paper", "ours"]
-        head = [*told, f"batched at {at}/s: paper", "ours"]
+        columns = [kind, "requests/s", "paging bears: paper", "ours"]
+        head = [*columns, f"batched at {at}/s: paper", "ours"]
         print(world.table(head, rows), end="\n\n")
         found[kind] = curves
     hours = sum(p["hours"] for c in found.values() for curve in c.values() for p in curve["points"])

@@ -12,7 +12,7 @@ import math
 import random
 
 from microvllm.cli.terminal import positive
-from microvllm.scheduler import BlockManager, Scheduler, Sequence
+from microvllm.scheduler import Scheduler, Sequence
 
 from . import world
 from .orca import RESERVE, Contiguous
@@ -33,7 +33,7 @@ def measure(system: str, length: int, args) -> dict[str, float]:
     if system in RESERVE:
         blocks = Contiguous(world.SLOTS, RESERVE[system])
     else:
-        blocks = BlockManager(world.SLOTS // 16 + 1, 16, enable_prefix_caching="shared" in system)
+        blocks = world.make_blocks(world.SLOTS // 16 + 1, enable_prefix_caching="shared" in system)
     scheduler = Scheduler(blocks, 256, 2560)
     rng, requests = random.Random(args.seed), []
     mean, spread = SENTENCE
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, systems in found.items():
         base = systems["Orca Oracle"]["rate"]
         for system, got in systems.items():
-            told = PAPER[name] if system == "paged, shared" else "-"
-            rows.append([f"{name}: {system}", *got.values(), told, got["rate"] / base])
+            expected = PAPER[name] if system == "paged, shared" else "-"
+            rows.append([f"{name}: {system}", *got.values(), expected, got["rate"] / base])
     print(world.table(head, rows) + "\n" + WHY)
 
     def draw(plt):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from microvllm.cli.terminal import positive
-from microvllm.scheduler import BlockManager, Scheduler
+from microvllm.scheduler import Scheduler
 
 from . import world
 
@@ -29,7 +29,7 @@ the paper's curve rises to the left as well, and so would a real engine's."""
 def measure(kind: str, size: int, args, rate: float) -> dict[str, float]:
     """Averages over time: percent of the slots in use without a token; sequences in a step; and the
     mean seconds of a request."""
-    blocks = BlockManager(world.SLOTS // size + 1, size, enable_prefix_caching=False)
+    blocks = world.make_blocks(world.SLOTS // size + 1, size, enable_prefix_caching=False)
     scheduler = Scheduler(blocks, 256, 2560)
     slots = tokens = batched = total = 0.0
     turn = 0
@@ -38,7 +38,7 @@ def measure(kind: str, size: int, args, rate: float) -> dict[str, float]:
         nonlocal slots, tokens, batched, total, turn
         turn += 1
         if turn % 10 == 0 and (scheduler.waiting or rate < math.inf):
-            slots += took * (blocks.num_usable - blocks.num_free) * size
+            slots += took * (blocks.pool.num_usable - blocks.pool.num_free) * size
             tokens += took * sum(seq.num_computed for seq in scheduler.running)
             batched += took * len(step.chunks)
             total += took

@@ -17,8 +17,8 @@ def titles() -> dict[int, tuple[str, str]]:
     found = {}
     for line in (HERE / "EXERCISES.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("| ") and "**" in line:
-            _, number, told, *_ = line.split("|")
-            title, text = told.split("**")[1:]
+            _, number, task, *_ = line.split("|")
+            title, text = task.split("**")[1:]
             found[int(number)] = text.split("`")[1], title.rstrip(".")
     return found
 
@@ -42,7 +42,7 @@ def start(argv: list[str]) -> None:
             except (ImportError, ValueError) as error:  # no torch, or no bundled model
                 terminal.note(f"exercises 11 to 13 need what is not here: {error}")
     sheet = HERE / "EXERCISES.md"
-    terminal.say(f"write your solutions into {file}. What is asked: {sheet}")
+    terminal.say(f"write your solutions into {file}. The exercises: {sheet}")
     terminal.say("`microvllm lab check 1` judges the first, `microvllm lab hint 1` gives a hint")
 
 
@@ -55,7 +55,7 @@ def exercises(argv: list[str]) -> None:
         marks = ["solved"] * (number in state["solved"]) + [f"{seen} of 3 hints"] * bool(seen)
         terminal.say(f"{number:2}  {title:12}{name:26}{', '.join(marks)}".rstrip())
     where = state["folder"] or "nowhere yet: `microvllm lab start DIR` copies them"
-    terminal.say(f"\nyour copy: {where}\nwhat is asked: {HERE / 'EXERCISES.md'}")
+    terminal.say(f"\nyour copy: {where}\nthe exercises: {HERE / 'EXERCISES.md'}")
 
 
 def hint(argv: list[str]) -> None:
@@ -67,12 +67,12 @@ def hint(argv: list[str]) -> None:
     if args.number > len(hints.HINTS):
         parser.error(f"the exercises are 1 to {len(hints.HINTS)}")
     state, key = learn.read_state("lab"), str(args.number)
-    told = hints.HINTS[args.number]
-    before = min(state["hints"].get(key, 0), len(told))
-    seen = before if args.again else min(before + 1, len(told))
+    texts = hints.HINTS[args.number]
+    before = min(state["hints"].get(key, 0), len(texts))
+    seen = before if args.again else min(before + 1, len(texts))
     if seen > before:
         learn.write_state("lab", hints=state["hints"] | {key: seen})
     elif not args.again:
         terminal.note("you have seen all three; the solution is in lab/solutions.py")
     for place in range(0 if args.again else seen - 1, seen):
-        terminal.say(f"{place + 1} of {len(told)}: {told[place]}")
+        terminal.say(f"{place + 1} of {len(texts)}: {texts[place]}")

@@ -1,15 +1,16 @@
-"""How a KV cache was managed before paging, behind the same interface as BlockManager.
+"""How a KV cache was managed before paging, with the same methods as BlockManager.
 
 A sequence gets one stretch of slots when it is admitted, as long as it may ever need, from a buddy
-allocator (Knowlton, 1965), as the paper assumes of Orca (Yu et al., 2022). The Scheduler does not
-notice: `admit` reserves, `grow` always succeeds.
+allocator (Knowlton, 1965), as the paper assumes of Orca (Yu et al., 2022). The Scheduler works as
+ever: `admit` reserves, `grow` always succeeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from microvllm.scheduler import BlockManager, Sequence
+from microvllm.blocks import BlockManager, BlockPool
+from microvllm.scheduler import Sequence
 
 from .world import CONTEXT
 
@@ -67,21 +68,23 @@ class Buddy:
 class Contiguous(BlockManager):
     """Memory for a sequence's whole life, in one stretch.
 
-    slots: tokens that the pool holds; reserve: how many of them a sequence asks for.
+    slots: tokens that the pool holds; reserve: how many of them a sequence needs.
     """
 
     def __init__(self, slots: int, reserve: Callable[[Sequence], int]):
-        super().__init__(1, 1, enable_prefix_caching=False)
-        self.buddy, self.reserve = Buddy(slots), reserve
-        self.held: dict[Sequence, tuple[int, int]] = {}  # (address, size asked for)
+        super().__init__(BlockPool(1), 1, enable_prefix_caching=False)
+        self.buddy = Buddy(slots)
+        self.reserve = reserve
+        self.held: dict[Sequence, tuple[int, int]] = {}  # (address, size before it was rounded)
 
-    def admit(self, seq: Sequence, hits: list[int], stop: int, reserve: int = 0) -> bool:
+    def admit(self, seq: Sequence, max_new: int, reserve_tokens: int = 0) -> bool:
         size = self.reserve(seq)
         start = self.buddy.take(size)
-        if start is not None:
-            self.held[seq] = start, size
-            seq.table.append(0)  # what runs has a table; nobody looks a slot up in this one
-        return start is not None
+        if start is None:
+            return False
+        self.held[seq] = (start, size)
+        seq.block_table.append(0)  # a running sequence has a table; this one leads to no slot
+        return True
 
     def grow(self, seq: Sequence, start: int, stop: int) -> bool:
         return True
@@ -89,5 +92,4 @@ class Contiguous(BlockManager):
     def free(self, seq: Sequence) -> None:
         if seq in self.held:
             self.buddy.give(*self.held.pop(seq))
-            seq.table.pop()
-        seq.num_computed = 0
+        seq.reset_blocks()

@@ -1,7 +1,8 @@
-"""Policies: who is preempted, who is admitted, which free block is evicted; side by side.
+"""Policies: what is preempted, what is admitted, which free block is evicted; side by side.
 
-Each row changes one of the three policies of scheduler.py. Write your own, a function of the same
-arguments, into a file, and compare it:
+Each row changes one of three policies: `youngest`, `first_come` of scheduler.py, and
+`least_recently_used` of blocks.py. Write your own, a function of the same arguments, into a file,
+and compare it:
 
 microvllm lab policies --only eviction eviction=mine.py:oldest
 
@@ -15,88 +16,90 @@ import random
 from collections import Counter, OrderedDict
 from itertools import count
 
-from microvllm.scheduler import BlockManager, Scheduler, Sequence
+from microvllm.blocks import BlockPool
+from microvllm.scheduler import HEADROOM, Scheduler, Sequence
 
 # victims: which of scheduler.running gives its blocks back so that `seq` can grow -----------------
 
 
 def largest(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """Who holds the most blocks: one such victim makes room for many."""
-    return max(scheduler.running, key=lambda s: sum(map(bool, s.table)))
+    """The one with the most blocks: one victim of this kind makes room for many."""
+    return max(scheduler.running, key=lambda s: sum(map(bool, s.block_table)))
 
 
 def cheapest(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """Who has the least to compute again."""
+    """The one with the least to compute again."""
     return min(scheduler.running, key=lambda s: s.num_computed)
 
 
 def furthest(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """Who may still write the most tokens, and so would hold its blocks longest."""
-    return max(scheduler.running, key=lambda s: s.max_length - len(s.tokens))
+    """The one that may still write the most tokens, and so would hold its blocks longest."""
+    return max(scheduler.running, key=lambda s: s.max_length - len(s.token_ids))
 
 
 # admission: which of scheduler.waiting is next. all three may let one wait forever ----------------
 
 
 def shortest(scheduler: Scheduler) -> Sequence:
-    """Who may end first: the fewest tokens to compute and to write."""
+    """The one that may end first: the fewest tokens to compute and to write."""
     return min(scheduler.waiting, key=lambda s: s.max_length)
 
 
 def best_cached(scheduler: Scheduler) -> Sequence:
-    """Whose beginning is in the cache, the most of it, before it is evicted."""
-    match = scheduler.blocks.match
-    return max(scheduler.waiting, key=lambda s: len(match(s, s.cacheable)))
+    """The one with the longest prefix in the cache, before that is evicted."""
+    find_prefix = scheduler.blocks.find_prefix
+    return max(scheduler.waiting, key=lambda s: len(find_prefix(s)))
 
 
 def first_fit(scheduler: Scheduler) -> Sequence:
     """The first whose prompt fits into the free blocks; a large one does not hold up the others."""
-    room = scheduler.blocks.num_free - scheduler.blocks.blocks_for(16 * len(scheduler.running))
-    fits = (s for s in scheduler.waiting if scheduler.blocks.blocks_for(len(s.tokens)) <= room)
+    blocks = scheduler.blocks
+    room = blocks.pool.num_free - blocks.blocks_for(HEADROOM * len(scheduler.running))
+    fits = (s for s in scheduler.waiting if blocks.blocks_for(len(s.token_ids)) <= room)
     return next(fits, scheduler.waiting[0])
 
 
-# eviction: which of blocks.cached is given to a new text ------------------------------------------
+# eviction: which of pool.cached is given to a new text --------------------------------------------
 
 
-def most_recently_used(blocks: BlockManager) -> int:
+def most_recently_used(pool: BlockPool) -> int:
     """The last one that became free: right where texts come round in a circle."""
-    return next(reversed(blocks.cached))
+    return next(reversed(pool.cached))
 
 
-def first_published(blocks: BlockManager) -> int:
+def first_published(pool: BlockPool) -> int:
     """The one whose text is the oldest, however often it was used since (first in, first out)."""
-    return next(block for block in blocks.hash_of if block in blocks.cached)
+    return next(block for block in pool.hash_of if block in pool.cached)
 
 
 dice = random.Random(0)
 
 
-def by_chance(blocks: BlockManager) -> int:
+def by_chance(pool: BlockPool) -> int:
     """Any of the thousand least recently used."""
-    few = [block for block, _ in zip(blocks.cached, range(1000), strict=False)]
+    few = [block for block, _ in zip(pool.cached, range(1000), strict=False)]
     return dice.choice(few)
 
 
 class Ranked(OrderedDict):
-    """`blocks.cached` that knows what each block is worth, for the three policies below.
+    """`pool.cached` that knows what each block is worth, for the three policies below.
 
     A policy sees one moment, and these need to know what was used before. So the first eviction
-    puts a Ranked where the plain dict was, and the BlockManager goes on as ever: it sets a block
-    that becomes free, and deletes one that is evicted or found again. Blocks that become free in a
-    row are a text, its end first. No block is worth less than one behind it, which nobody could
-    find without it.
+    puts a Ranked where the plain dict was, and the pool goes on as ever: it sets a block that
+    becomes free, and deletes one that is evicted or found again. Blocks that become free in a row
+    are a text, its end first. No block is worth less than one behind it, which no prompt could find
+    without it.
     """
 
-    def __init__(self, blocks: BlockManager):
+    def __init__(self, pool: BlockPool):
         super().__init__()
-        self.blocks = blocks
+        self.pool = pool
         self.uses: Counter[int] = Counter()  # how often each block was found again while free
         self.age = 0.0  # what the last evicted block was worth
         self.heap: list[tuple] = []  # (worth, turn, block), also of blocks that are free no more
         self.turn, self.turns = count(), {}  # the number of each block's valid entry in the heap
         self.row: list[int] = []  # became free since the last block was deleted
-        for block in blocks.cached:  # of what was before nothing is known but the order
+        for block in pool.cached:  # of what was before nothing is known but the order
             self[block] = None
             self.settle()
 
@@ -138,13 +141,16 @@ class Ranked(OrderedDict):
         return block
 
 
+BLOCK_SIZE = 16  # tokens in a block, the default
+
+
 class Costed(Ranked):
     """GDSF: uses times the cost of computing a block again, the mean over its text."""
 
     def worth(self, block: int, size: int) -> float:
         # attention to 6 * width keys takes as long as the matrices. a text of n tokens has n / 2 on
         # average, so a token of it costs 1 + n / (12 * width): the bundled model is 384 wide
-        return self.age + (1 + self.uses[block]) * (1 + size * self.blocks.block_size / (12 * 384))
+        return self.age + (1 + self.uses[block]) * (1 + size * BLOCK_SIZE / (12 * 384))
 
 
 class Shadow(OrderedDict):
@@ -168,14 +174,16 @@ class Shadow(OrderedDict):
 class Dueling(Ranked):
     """DIP: a new text comes in last, or first to be evicted, whichever would have found more."""
 
-    def __init__(self, blocks: BlockManager):
-        self.shadows = [Shadow(blocks.num_usable, first) for first in (False, True)]
-        self.lead, self.rows, self.dice = 0, count(1), random.Random(0)
-        super().__init__(blocks)
+    def __init__(self, pool: BlockPool):
+        self.shadows = [Shadow(pool.num_usable, first) for first in (False, True)]
+        self.lead = 0
+        self.rows = count(1)
+        self.dice = random.Random(0)
+        super().__init__(pool)
 
     def settle(self) -> None:
         for block in self.row:
-            last, first = (shadow.has(self.blocks.hash_of[block]) for shadow in self.shadows)
+            last, first = (shadow.has(self.pool.hash_of[block]) for shadow in self.shadows)
             self.lead = max(-1024, min(1024, self.lead + first - last))
         self.newest = -next(self.rows)  # the newest text is worth least
         super().settle()
@@ -186,26 +194,26 @@ class Dueling(Ranked):
         return super().worth(block, size)
 
 
-def ranked(blocks: BlockManager, kind: type[Ranked]) -> int:
+def ranked(pool: BlockPool, kind: type[Ranked]) -> int:
     """The block that a Ranked of this kind gives up."""
-    if type(blocks.cached) is not kind:  # the first eviction, or all was forgotten
-        blocks.cached = kind(blocks)
-    return blocks.cached.pop_least()
+    if type(pool.cached) is not kind:  # the first eviction, or all was forgotten
+        pool.cached = kind(pool)
+    return pool.cached.pop_least()
 
 
-def aged_frequency(blocks: BlockManager) -> int:
+def aged_frequency(pool: BlockPool) -> int:
     """The least frequently used, with dynamic aging (LFUDA: Arlitt et al. 2000)."""
-    return ranked(blocks, Ranked)
+    return ranked(pool, Ranked)
 
 
-def cost_aware(blocks: BlockManager) -> int:
+def cost_aware(pool: BlockPool) -> int:
     """Aged frequency times the cost of computing it again (GDSF: Cherkasova 1998)."""
-    return ranked(blocks, Costed)
+    return ranked(pool, Costed)
 
 
-def dueling(blocks: BlockManager) -> int:
+def dueling(pool: BlockPool) -> int:
     """Aged frequency, in a scan the newest (dynamic insertion, DIP: Qureshi et al. 2007)."""
-    return ranked(blocks, Dueling)
+    return ranked(pool, Dueling)
 
 
 OTHERS = {

@@ -1,4 +1,4 @@
-"""What exercises 11 to 13 look at: three scenes of the engine on the bundled model, traced.
+"""Three scenes of the engine on the bundled model, traced, for exercises 11 to 13.
 
 The lengths are fixed and no text ends early, so what happens is the same on every machine. Do not
 read on before you have solved 13: its bug is planted here.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from microvllm.scheduler import BlockManager
+from microvllm.blocks import BlockPool
 
 from . import demo
 
@@ -16,8 +16,8 @@ SEA = demo.BOOK * 2
 NIGHT = "It was a dark and stormy night, and two travellers came to the door of an old inn. " * 5
 MILL = "Once upon a time there was a miller who had a daughter and a mill by the river. " * 5
 CITY = "In the great city the lamps were lit, and the carriages went to and fro in the rain. " * 5
-# (the step before which it arrives, (text, tokens of it), samples, new tokens); blocks with the
-# sink; tokens of a step at most
+# (the step before which it arrives, (text, tokens of it), samples, new tokens); blocks, the null
+# block included; tokens of a step at most
 PREDICT = {
     11: ([(0, (SEA, 40), 2, 8), (2, (NIGHT, 50), 1, 4)], 30, 32),
     12: ([(0, (SEA, 60), 1, 40), (0, (NIGHT, 60), 1, 40)], 10, 256),
@@ -32,16 +32,15 @@ PLANTED = [
 ]
 
 
-class Planted(BlockManager):
-    """A BlockManager with a mistake."""
+class Planted(BlockPool):
+    """A BlockPool with a mistake."""
 
-    def take(self) -> int:
+    def allocate(self) -> int:
         if self.blank:
-            return super().take()
+            return super().allocate()
         block = self.eviction(self)
         del self.cached[block]
         del self.hash_of[block]  # and block_of still leads to it: the next prompt of that text ...
-        self.events.evict(block)
         self.ref_count[block] = 1
         return block
 
@@ -53,7 +52,7 @@ def record(number: int, folder: Path) -> tuple[list[dict], Path]:
     folder.mkdir(parents=True, exist_ok=True)
     trace, page = (folder / f"exercise-{number}.{end}" for end in ("jsonl", "html"))
     if number == 13:
-        events = demo.record(trace, PLANTED, 17, manager=Planted)
+        events = demo.record(trace, PLANTED, 17, pool_class=Planted)
     else:
         events = demo.record(trace, *PREDICT[number])
     write_page(events, page)
@@ -61,7 +60,7 @@ def record(number: int, folder: Path) -> tuple[list[dict], Path]:
 
 
 def third_step(events: list[dict]) -> dict:
-    """What exercise 11 asks: step 3 as it was."""
+    """The answer to exercise 11: step 3 as it was."""
     from microvllm.trace import unspan
 
     of = [event for step, event in demo.numbered(events) if step == 3]
@@ -75,18 +74,18 @@ def third_step(events: list[dict]) -> dict:
 
 
 def preemption(events: list[dict]) -> dict:
-    """What exercise 12 asks: who is preempted and when, and how it comes back."""
+    """The answer to exercise 12: what is preempted and when, and how it comes back."""
     found: dict = {}
     for step, event in demo.numbered(events):
         if event["e"] == "preempt":
             found = {"seq": event["seq"], "step": step}
         elif event["e"] == "admit" and event["seq"] == found.get("seq"):
             return found | {"back": step, "found": event["computed"]}
-    raise AssertionError("nobody comes back")
+    raise AssertionError("no sequence comes back")
 
 
 def wrong_hit(events: list[dict]) -> dict:
-    """What exercise 13 asks: the first hit on blocks that hold another text than the request's."""
+    """The answer to exercise 13: the first hit on blocks that hold another text."""
     from microvllm.trace import Replay
 
     replay, texts = Replay(), {}  # by its hash: all tokens up to the end of a block

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from microvllm.scheduler import BlockManager, Scheduler, Sequence
+from microvllm.blocks import BlockManager, BlockPool
+from microvllm.scheduler import Scheduler, Sequence
 
 from .exercises import Unchained  # noqa: F401, exercise 5 leaves it as it is
 
 
-# 1. the last token is never fed back, so nobody needs its K and V
+# 1. the last token is never fed back, so its K and V are not needed
 def blocks_needed(num_prompt: int, max_tokens: int, block_size: int) -> int:
     return -(-(num_prompt + max_tokens - 1) // block_size)
 
@@ -19,14 +20,14 @@ def slot_of(table: list[int], position: int, block_size: int) -> int:
     return table[position // block_size] * block_size + position % block_size
 
 
-# 3. only new blocks at the end: who holds the last one beside us is not asked
+# 3. only new blocks at the end: whether other tables hold the last one is not looked at
 class Forgetful(BlockManager):
     def grow(self, seq: Sequence, start: int, stop: int) -> bool:
-        fresh = self.blocks_for(stop) - len(seq.table)
-        if fresh > self.num_free:
+        num_new = self.blocks_for(stop) - len(seq.block_table)
+        if num_new > self.pool.num_free:
             return False
-        for _ in range(fresh):
-            seq.table.append(self.take())
+        for _ in range(num_new):
+            seq.block_table.append(self.pool.allocate())
         return True
 
 
@@ -53,19 +54,20 @@ def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) ->
 # 7. the fewest tokens to compute again for each block that becomes free: a shared one does not
 def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
     def price(one: Sequence) -> float:
-        freed = sum(scheduler.blocks.ref_count[block] == 1 for block in one.table)
-        return one.num_computed / freed if freed else float("inf")
+        ref_count = scheduler.blocks.pool.ref_count
+        num_freed = sum(ref_count[block] == 1 for block in one.block_table)
+        return one.num_computed / num_freed if num_freed else float("inf")
 
     return min(scheduler.running, key=price)
 
 
-# 8. the shortest first, but who has waited counts as shorter: a twelfth of a token for each token
-# that was written meanwhile, by which nobody waits for ever
+# 8. the shortest first, but one that has waited counts as shorter: a twelfth of a token for each
+# token that was written meanwhile, so that none waits for ever
 came: dict[Sequence, int] = {}
 
 
 def admission(scheduler: Scheduler) -> Sequence:
-    now = scheduler.num_tokens
+    now = scheduler.num_output_tokens
     for seq in scheduler.waiting:
         came.setdefault(seq, now)
     return min(scheduler.waiting, key=lambda s: s.max_length - (now - came[s]) / 12)
@@ -73,12 +75,12 @@ def admission(scheduler: Scheduler) -> Sequence:
 
 # 9. what is needed last (Belady 1966); of the blocks of one text the last one, which is the first
 # of them in `cached`
-def eviction(blocks: BlockManager, coming: list[set[bytes]]) -> int:
+def eviction(pool: BlockPool, coming: list[set[bytes]]) -> int:
     def next_use(block: int) -> int:
-        text = blocks.hash_of[block]
+        text = pool.hash_of[block]
         return next((i for i, texts in enumerate(coming) if text in texts), len(coming))
 
-    return max(blocks.cached, key=next_use)
+    return max(pool.cached, key=next_use)
 
 
 # 10. the next token, at position num_computed, sees from num_computed - window on

@@ -1,4 +1,4 @@
-"""Windows: the memory of layers that see only some tokens back, and who fits into what is saved.
+"""Windows: the memory of layers that see only some tokens back, and what fits into the rest.
 
 nanochat's pattern SSSL: three layers of four see a quarter of the context, the fourth and the last
 see all of it. One table for all layers keeps every token in every layer. Groups of layers with a
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 
+from microvllm.blocks import BlockPool
 from microvllm.cli.terminal import positive
-from microvllm.features.windows import GroupedBlocks, group_layers, most_blocks
+from microvllm.features.windows import GroupedBlockManager, group_layers, most_blocks
 from microvllm.scheduler import Scheduler, Sequence
 
 from . import world
@@ -28,19 +29,20 @@ def windows_of(depth: int, context: int) -> list[int]:
 
 def serve(groups: list[tuple[int, list[int]]], args) -> dict[str, float]:
     """What a full-length sequence takes, in slots of one layer's K and V, and how the pool did."""
-    windows, depth = [w for w, _ in groups], max(len(layers) for _, layers in groups)
+    windows = [window for window, _ in groups]
+    depth = max(len(layers) for _, layers in groups)
     need = most_blocks(windows, SIZE, args.context)
     # as many bytes as args.sequences take without windows
     pool = args.sequences * -(-args.context // SIZE) * args.layers // depth
-    blocks = GroupedBlocks(pool + 1, SIZE, windows=windows)
+    blocks = GroupedBlockManager(BlockPool(pool + 1), SIZE, windows=windows)
     scheduler = Scheduler(blocks, 10**6, 512)
     for i in range(4 * args.sequences):
         prompt = [i + 1] * args.prompt  # nothing is shared
         scheduler.add(Sequence(i, prompt, world.Params(args.context - args.prompt)))
     steps = 0
     while scheduler.waiting or scheduler.running:
-        step = scheduler.schedule()
-        scheduler.update(step, [0] * len(step.samples))
+        plan = scheduler.schedule()
+        scheduler.update(plan, [0] * len(plan.draws))
         steps += 1
     blocks.check([])
     return {

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from microvllm.blocks import BlockManager, BlockPool
 from microvllm.cli import terminal
 from microvllm.environment import how_to_install
 from microvllm.scheduler import Plan, Scheduler, Sequence
@@ -31,13 +32,18 @@ PARAMETERS = 13e9
 HOST = (0.0116, 0.00031)  # seconds a step, and seconds for each sequence in it
 
 
-def seconds(step: Plan) -> float:
+def seconds(plan: Plan) -> float:
     """How long a step takes on the fake device."""
-    rows = sum(stop - start for _, start, stop in step.chunks)
-    context = sum(stop for _, _, stop in step.chunks)
-    weights, arithmetic = 2 * PARAMETERS / BANDWIDTH, 2 * PARAMETERS * rows / FLOPS
-    host = HOST[0] + HOST[1] * len(step.chunks)
-    return max(weights, arithmetic) + context * KV_BYTES / BANDWIDTH + host
+    num_context = sum(chunk.stop for chunk in plan.chunks)
+    weights = 2 * PARAMETERS / BANDWIDTH
+    arithmetic = 2 * PARAMETERS * plan.num_tokens / FLOPS
+    host = HOST[0] + HOST[1] * len(plan.chunks)
+    return max(weights, arithmetic) + num_context * KV_BYTES / BANDWIDTH + host
+
+
+def make_blocks(num_blocks: int, block_size: int = 16, **options) -> BlockManager:
+    """A block manager on a pool of its own, the null block included. options: of BlockManager."""
+    return BlockManager(BlockPool(num_blocks), block_size, **options)
 
 
 # traffic ------------------------------------------------------------------------------------------
@@ -55,7 +61,7 @@ class Params(NamedTuple):
 # 161.31 and 337.99, 19.31 and 58.45. the spread of ShareGPT's outputs is the one at which Orca Max
 # keeps 457 tokens a request, as the paper's does (20.4 % of 15,728 slots, 7 requests): a request
 # holds its prompt and on average half its output, and long ones are seen longer. the other three
-# spreads are our guess
+# spreads are our choice
 FITS = {
     "sharegpt": ((172.4, 1.1), (363.5, 0.879)),
     "alpaca": ((19.31, 0.6), (58.45, 0.9)),
@@ -123,14 +129,16 @@ def traffic(
 ) -> list[Request]:
     """`count` requests that share nothing, at `rate` a second in a Poisson process (math.inf: all
     at once), each for n samples; name, pairs: of `lengths`."""
-    rng, clock, found = random.Random(seed), 0.0, []
+    rng = random.Random(seed)
+    clock = 0.0
+    requests = []
     source = lengths(name, rng, pairs)
     for i in range(count):
         prompt, output = next(source)
         clock += rng.expovariate(rate) if rate < math.inf else 0
         # a token of its own: no two of them begin alike
-        found.append(Request(clock, Sequence(i, [i + 1] * prompt, Params(output, n))))
-    return found
+        requests.append(Request(clock, Sequence(i, [i + 1] * prompt, Params(output, n))))
+    return requests
 
 
 # running ------------------------------------------------------------------------------------------
@@ -151,21 +159,24 @@ class Done(NamedTuple):
     @property
     def per_token(self) -> float:
         """The paper's normalized latency: seconds a token of output."""
-        return self.latency / (len(self.seq.tokens) - self.seq.num_prompt)
+        return self.latency / len(self.seq.output)
 
 
 def replay(
     scheduler: Scheduler,
     requests: list[Request],
-    watch: Callable[[Plan, float], None] = lambda step, took: None,
+    watch: Callable[[Plan, float], None] = lambda plan, seconds: None,
     model: Callable[[Sequence, int], int] = lambda seq, position: 0,
 ) -> list[Done]:
-    """Run the traffic through a scheduler, in simulated time; returns who ended, in order.
+    """Run the traffic through a scheduler, in simulated time. Returns the sequences in the order in
+    which they ended.
 
-    watch: called with each step, once it is planned, and the seconds that it takes; model: the
-    token that a sequence has at a position.
+    watch: called with each plan, and the seconds that its step takes; model: the token that a
+    sequence has at a position.
     """
-    clock, done, coming = 0.0, [], deque(requests)
+    clock = 0.0
+    done = []
+    coming = deque(requests)
     arrivals = {r.seq.request_id: r.arrival for r in requests}
     first: dict[Sequence, float] = {}
     while coming or scheduler.waiting or scheduler.running:
@@ -173,16 +184,17 @@ def replay(
             clock = max(clock, coming[0].arrival)
         while coming and coming[0].arrival <= clock:
             scheduler.add(coming.popleft().seq)
-        step = scheduler.schedule()
-        assert step.chunks, "nobody can go on"
-        took = seconds(step)
-        watch(step, took)
-        clock += took
-        tokens = [model(seq, position) for _, seq, position in step.samples]
-        for seq in scheduler.update(step, tokens):
+        plan = scheduler.schedule()
+        assert plan.chunks, "no sequence can go on"
+        step_seconds = seconds(plan)
+        watch(plan, step_seconds)
+        clock += step_seconds
+        token_ids = [model(draw.seq, draw.position) for draw in plan.draws]
+        for seq in scheduler.update(plan, token_ids):
             first.setdefault(seq, clock)
             if seq.finish_reason:
                 done.append(Done(seq, arrivals[seq.request_id], first.pop(seq), clock))
+        scheduler.finished.clear()
     return done
 
 

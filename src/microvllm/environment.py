@@ -57,18 +57,22 @@ def _free_in_cgroups() -> Iterator[int]:
     """Bytes that are left in each control group that has a limit. Cached files count as free, as
     they do in MemAvailable: the kernel drops them when memory is needed."""
     for group in _cgroups("memory"):
-        limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+        limit = _number(group / "memory.max")
+        used = _number(group / "memory.current")
         prefix = ""
         if limit is None:  # version 1, whose values with this prefix include the groups inside
             limit = _number(group / "memory.limit_in_bytes")
             used = _number(group / "memory.usage_in_bytes")
             prefix = "total_"
         if limit is not None and used is not None:
-            # of a file that is mapped or was read twice, and of others; "file" and "cache" would
-            # include tmpfs, which cannot be dropped
-            pattern = rf"^{prefix}(?:in)?active_file (\d+)$"
-            cached = sum(map(int, re.findall(pattern, _text(group / "memory.stat"), re.M)))
-            yield limit - max(used - cached, 0)
+            yield limit - max(used - _cached_bytes(group, prefix), 0)
+
+
+def _cached_bytes(group: Path, prefix: str) -> int:
+    """Bytes of cached files in a control group, active and inactive ones. The lines "file" and
+    "cache" are not read: they include tmpfs, which the kernel cannot drop."""
+    lines = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", _text(group / "memory.stat"), re.M)
+    return sum(int(line) for line in lines)
 
 
 # processors ---------------------------------------------------------------------------------------
@@ -116,9 +120,10 @@ def limit_threads() -> None:
     physical = psutil.cpu_count(logical=False) or logical
     allowed = _allowed_cpus()
     chosen_by_torch = {logical, physical, allowed, allowed * physical // logical}
-    threads, most = torch.get_num_threads(), available_cpus()
-    if threads > most and threads in chosen_by_torch:
-        torch.set_num_threads(most)
+    num_threads = torch.get_num_threads()
+    num_available = available_cpus()
+    if num_threads > num_available and num_threads in chosen_by_torch:
+        torch.set_num_threads(num_available)
 
 
 # control groups -----------------------------------------------------------------------------------
@@ -148,7 +153,7 @@ def _cgroups(controller: str) -> Iterator[Path]:
 
 
 def _text(file: Path) -> str:
-    """What is in a file of the kernel's, "" if it cannot be read."""
+    """The content of a file, "" if it cannot be read."""
     try:
         return file.read_text()
     except OSError:
@@ -156,7 +161,7 @@ def _text(file: Path) -> str:
 
 
 def _number(file: Path) -> int | None:
-    """The number in a file; None for another word, such as "max", or if there is no such file."""
+    """The number in a file. None if there is another word, such as "max", or no such file."""
     text = _text(file).strip()
     return int(text) if text.lstrip("-").isdigit() else None
 
@@ -169,5 +174,5 @@ REINSTALL = "reinstall microvllm (pip install -e . in a complete clone of it)"
 
 
 def how_to_install(extra: str) -> str:
-    """What to type for a package that a feature needs. extra: its name in pyproject.toml."""
+    """The command that installs an optional package. extra: its name in pyproject.toml."""
     return f"pip install -e '.[{extra}]' in the clone of microvllm"

@@ -3,12 +3,10 @@
 import json
 
 import pytest
-import test_cli
 
 from microvllm.cli import policies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-command, mistake = test_cli.command, test_cli.mistake
 MINE = """
 asked = []
 

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT
+from helpers.commands import CALCULATOR, SMALL, Terminal, talk
+from helpers.goldens import ERAS, MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli, engine
 from microvllm.checkpoint import load_model
@@ -22,49 +23,12 @@ from microvllm.cli import bench, commands, conversation, flags, roofline, termin
 from microvllm.cli.flags import make_parser
 from microvllm.features import stats
 from microvllm.features.windows import group_layers
+from microvllm.scheduler import Scheduler
 
-SMALL = ["--num-blocks", "40"]  # a pool that any machine has room for
-CALCULATOR = ["-m", str(ERAS / "tool_chain" / "chatsft_checkpoints" / "d1")]
-CALCULATOR += ["--tokenizer-dir", str(ERAS / "tool_chain" / "tokenizer")]
 CHOICES = [f"Emma was written by {name}." for name in ("Mark Twain", "Jane Austen", "H.G. Wells")]
 
 
-class Terminal(io.StringIO):
-    """Typed or shown text that claims to be a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Run the command in this process; returns (its output, what it says beside it)."""
-
-    def call(*flags: str, stdin: str = "") -> tuple[str, str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        cli.main([str(flag) for flag in flags])
-        return capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def mistake(command, capsys):
-    """The one line that a mistake is told in, with exit status 2."""
-
-    def call(*flags: str, stdin: str = "") -> str:
-        with pytest.raises(SystemExit) as stop:
-            command(*flags, stdin=stdin)
-        out, err = capsys.readouterr()
-        assert (stop.value.code, out) == (2, "")
-        assert err.startswith("microvllm") and err.index("\n") == len(err) - 1
-        assert "Errno" not in err  # words, and no number of the system's
-        return err
-
-    return call
 
 
 def process(*flags: str, **kwargs) -> subprocess.Popen:
@@ -286,13 +250,13 @@ def test_nanochats_base_directory_is_refused_with_the_names_in_it(mistake, monke
     ids=lambda words: words[0],
 )
 def test_threads_of_the_flag_are_the_engines(words, flag, command, monkeypatch):
-    numbers, advance = [], engine.LLM._advance
+    numbers, plan_step = [], engine.LLM.plan_step
 
     def seen(self):
         numbers.append((self.num_threads, torch.get_num_threads()))
-        advance(self)
+        return plan_step(self)
 
-    monkeypatch.setattr(engine.LLM, "_advance", seen)
+    monkeypatch.setattr(engine.LLM, "plan_step", seen)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     more = [] if words[0] == "score" else ["--max-tokens", "2"]
     command(*words, *SMALL, *flag, *more, stdin="hi\n")
@@ -348,7 +312,7 @@ def test_a_bug_in_the_engine_is_not_passed_off_as_a_mistake(flags, command, monk
     def broken(self):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(LLM, "_advance", broken)
+    monkeypatch.setattr(LLM, "plan_step", broken)
     with pytest.raises(ValueError, match="a bug"):
         command(*flags, *SMALL, stdin="hi\n")
 
@@ -443,13 +407,6 @@ def test_run_takes_constants_that_the_weights_cannot_tell(command):
 # chat ---------------------------------------------------------------------------------------------
 
 
-def talk(command, *flags: str, lines: list[str]) -> list[dict]:
-    """The turns of a conversation, greedy."""
-    flags = ["--json", "--temperature", "0", *flags]
-    out, _ = command("chat", *flags, stdin="".join(line + "\n" for line in lines))
-    return [json.loads(line) for line in out.splitlines()]
-
-
 def test_each_turn_finds_the_blocks_of_the_last_one(command):
     lines = ["Who wrote Moby Dick?", "", "What is the capital of France?", "What is 7+8?"]
     turns = talk(command, *SMALL, lines=lines)
@@ -520,16 +477,16 @@ def test_a_line_that_can_never_fit_is_not_sent(command):
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch, capsys):
     with LLM(MODEL, num_blocks=40) as llm:
-        advance, steps = LLM._advance, []
+        plan_step, steps = LLM.plan_step, []
 
         def interrupted(self):
             if len(steps) == 5:
                 steps.clear()
                 raise KeyboardInterrupt
             steps.append(1)
-            advance(self)
+            return plan_step(self)
 
-        monkeypatch.setattr(LLM, "_advance", interrupted)
+        monkeypatch.setattr(LLM, "plan_step", interrupted)
         monkeypatch.setattr(sys, "stdin", io.StringIO("Tell me a story.\nWho wrote Emma?\n"))
         conversation.converse(llm, SamplingParams(temperature=0, ignore_eos=True), as_json=True)
         assert llm.is_finished()
@@ -586,14 +543,14 @@ def test_bench_measures_a_random_workload(command):
 
 def test_bench_measures_no_loading_and_each_prompt_by_itself(command, monkeypatch):
     """A clock that goes on by one second a step, and by 1,000 while the first step loads."""
-    clock, steps, real = [0.0], [], engine.LLM._advance
+    clock, steps, real = [0.0], [], Scheduler.schedule
 
-    def advance(self):
+    def schedule(self):
         clock[0] += 1.0 if steps else 1000.0
-        steps.append(len(self.scheduler.running) + len(self.scheduler.waiting))
-        real(self)
+        steps.append(len(self.running) + len(self.waiting))
+        return real(self)
 
-    monkeypatch.setattr(engine.LLM, "_advance", advance)
+    monkeypatch.setattr(Scheduler, "schedule", schedule)
     for module in (bench, commands, stats):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     sizes = ["--random-input-len", "20", "--random-output-len", "6", "--num-prompts", "3"]
@@ -631,7 +588,7 @@ def test_the_warm_up_leaves_no_trace_in_the_engine():
         expected = llm.generate(["It was"], params, use_tqdm=False)[0]["token_ids"]
     with LLM(MODEL, device="cpu", num_blocks=40, seed=7, plain=True) as llm:
         assert bench.warm_up(llm, params, 4) > 0
-        assert not llm.scheduler.blocks.block_of and llm.stats()["steps"] == 0
+        assert not llm.scheduler.blocks.pool.block_of and llm.stats()["steps"] == 0
         llm.scheduler.blocks.check([])
         assert llm.generate(["It was"], params, use_tqdm=False)[0]["token_ids"] == expected
     with LLM(MODEL, device="cpu", num_blocks=2, block_size=1, plain=True) as tiny:

@@ -11,16 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-import test_cli
-from conftest import MODEL, ROOT
-from test_cli import CALCULATOR, SMALL, Terminal, talk
+from helpers.commands import CALCULATOR, SMALL, Terminal, talk
+from helpers.goldens import MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli
 from microvllm.cli import conversation
 from microvllm.cli.conversation import Conversation, command_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-command = test_cli.command
 TURN = ["Who wrote Emma?"]
 
 

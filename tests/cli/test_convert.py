@@ -1,4 +1,3 @@
-# ruff: noqa: F811, the arguments of a test that are fixtures of test_cli
 """`microvllm convert`, and what the command line says of a model whose constants no file tells."""
 
 import json
@@ -7,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ERAS, MODEL
-from test_checkpoint import FIXTURES, Checkpoint
-from test_cli import command, mistake  # noqa: F401
+from helpers.checkpoints import Checkpoint
+from helpers.goldens import ERAS, FIXTURES, MODEL
 
 from microvllm import LLM
 

@@ -101,7 +101,7 @@ def test_help_does_not_wait_for_torch(script, tmp_path):
         (["--temperature", "nan"], ": --temperature must"),
         (["--top-k", "-1"], ": --top-k must"),
         (["--num-blocks", "0"], ": --num-blocks must"),
-        (["--num-blocks", "2"], "block"),  # one of them the sink: no prompt fits
+        (["--num-blocks", "2"], "block"),  # one of them the null block: no prompt fits
         (["--max-batch-size", "0"], ": --max-batch-size must"),
         (["--seed", "-1"], ": --seed must"),
         (["--no-such-flag"], "--no-such-flag"),
@@ -267,12 +267,12 @@ def test_alpaca_has_mistakes_of_its_own(flags, named, capsys, monkeypatch):
 def test_the_data_set_is_preferred_where_it_can_be_had(monkeypatch):
     datasets = types.ModuleType("datasets")
     datasets.__spec__ = types.SimpleNamespace()
-    asked = []
-    datasets.load_dataset = lambda name, split: asked.append((name, split)) or ROWS
+    calls = []
+    datasets.load_dataset = lambda name, split: calls.append((name, split)) or ROWS
     monkeypatch.setitem(sys.modules, "datasets", datasets)
     monkeypatch.setattr(hub, "hub_answers", lambda: True)
     assert bench.find_prompts(None, 3) == (PROMPTS, "tatsu-lab/alpaca")
-    assert asked == [("tatsu-lab/alpaca", "train[:3]")]
+    assert calls == [("tatsu-lab/alpaca", "train[:3]")]
 
 
 def test_the_bundled_prompts_serve_where_the_data_set_cannot_be_had(monkeypatch):
@@ -304,7 +304,7 @@ def test_a_silent_hub_is_given_up_soon(monkeypatch):
         start = time.perf_counter()
         assert not hub.hub_answers(timeout=0.3)
         assert time.perf_counter() - start < 5
-    assert not hub.hub_answers()  # nobody listens there any more
+    assert not hub.hub_answers()  # the port is closed now
 
 
 def test_a_hub_that_answers_is_heard(monkeypatch):

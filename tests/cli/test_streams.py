@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE, ROOT
-from test_cli import SMALL, Terminal
+from helpers.commands import SMALL, Terminal
+from helpers.goldens import PACKAGE, ROOT
 
 from microvllm import cli
 from microvllm.cli import terminal

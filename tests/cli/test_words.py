@@ -10,9 +10,8 @@ import sys
 import time
 
 import pytest
-import test_cli
-from conftest import ERAS, ROOT, SRC
-from test_cli import SMALL, Terminal
+from helpers.commands import SMALL, Terminal
+from helpers.goldens import ERAS, ROOT, SRC
 
 import run as script
 from microvllm import LLM, cli
@@ -21,7 +20,6 @@ from microvllm.cli.terminal import Parser
 from microvllm.sources import places
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-command, mistake = test_cli.command, test_cli.mistake
 BASE = ["-m", str(ERAS / "era3" / "base_checkpoints" / "d4")]
 BASE += ["--tokenizer-dir", str(ERAS / "tokenizer")]
 NOTE = "is a base model: it completes plain text, as with --raw; --chat asks it)\n"
@@ -113,13 +111,13 @@ def test_a_checkpoint_says_whether_it_was_only_pretrained(tmp_path):
 
 @pytest.mark.parametrize("name", ["run", "many", "score", "bench", "run.py"])
 def test_a_base_model_completes_and_says_so_once(name, command, monkeypatch, capsys):
-    seen, prepare = [], LLM._request
+    seen, make_request = [], LLM.make_request
 
-    def request(self, ids, *args, **options):
-        seen.append(ids)
-        return prepare(self, ids, *args, **options)
+    def request(self, prompt_ids, *args, **options):
+        seen.append(prompt_ids)
+        return make_request(self, prompt_ids, *args, **options)
 
-    monkeypatch.setattr(LLM, "_request", request)
+    monkeypatch.setattr(LLM, "make_request", request)
     flags = [*BASE, "--num-blocks", "60"]
     flags += [] if name == "score" else ["--max-tokens", "2"]
     words = {

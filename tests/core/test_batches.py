@@ -1,36 +1,32 @@
-"""A plan as arrays: every batch of a long life is compared with one that is spelled out row by
-row."""
+"""A plan as arrays: each batch of a long simulation is compared with one that is spelled out by
+hand."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import hand_made_batch
-from test_scheduler import Simulation, text
+from helpers.batches import hand_made_batch
+from helpers.simulation import Simulation, text
 
-from microvllm.attention import PagedKVCache
-from microvllm.engine import Batch
-from microvllm.features.scoring import ScoringRunner
+from microvllm.attention import Batch, PagedKVCache, make_batch
 from microvllm.model import GPTConfig
-from microvllm.sampler import noise
+from microvllm.sampler import uniform_numbers
+from microvllm.scheduler import Span
 
 
 class Compared(Simulation):
-    """A simulation that compares every batch."""
+    """A simulation that compares every batch, in some of which hidden states are requested."""
 
-    def run(self, step):
-        batch = ScoringRunner(None, None, self.blocks).batch(step)
-        spelled = hand_made_batch(
-            [(seq.tokens, start, stop, seq.table) for seq, start, stop in step.chunks],
-            self.blocks.block_size,
-        )
-        ends = spelled.cu_seqlens[1:] - 1
-        spelled.logit_rows = ends[[index for index, _, _ in step.samples]]
-        for index, _, first, stop in step.scored:
-            rows = torch.arange(first, stop) - step.chunks[index][1] + spelled.cu_seqlens[index]
-            spelled.logit_rows = torch.cat([spelled.logit_rows, rows.int()])
-        width = batch.block_tables.shape[1]
-        # no column is missing; those that a shorter table leaves over are the sink's
-        assert width == max(len(seq.table) for seq, _, _ in step.chunks)
+    def on_plan(self, plan):
+        for index, chunk in enumerate(plan.chunks):
+            if chunk.num_tokens > 2 and chunk.seq.request_id % 2 == 0:
+                plan.extra_rows.append(Span(index, chunk.start + 1, chunk.stop))
+
+    def run(self, plan):
+        batch = make_batch(plan, self.blocks)
+        spelled = self.spell_out(plan)
+        # no column is missing; those that a shorter table leaves over are the null block's
+        width = max(len(chunk.seq.block_table) for chunk in plan.chunks)
+        assert batch.block_tables.shape[1] == width
         spelled.block_tables = spelled.block_tables[:, :width]
         for name, wanted in vars(spelled).items():
             found = getattr(batch, name)
@@ -38,14 +34,29 @@ class Compared(Simulation):
                 assert type(found) is int and found == wanted, name
             else:
                 assert found.dtype == np.int32 and found.tolist() == wanted.tolist(), name
-        places = [(s.params.seed, s.sample_id, position) for _, s, position in step.samples]
-        wanted = noise(*zip(*places, strict=True)) if places else []
-        assert batch.noise.tolist() == list(wanted)
-        assert batch.temperature.tolist() == [s.params.temperature for _, s, _ in step.samples]
-        assert batch.noise.dtype == batch.temperature.dtype == np.float32
-        assert batch.prev_ids.min() >= 0, "the token before a token is always known"
+        places = [(draw.seq.seed, draw.seq.index, draw.position) for draw in plan.draws]
+        wanted = uniform_numbers(*zip(*places, strict=True)) if places else []
+        assert batch.uniform.tolist() == list(wanted)
+        temperatures = [draw.seq.params.temperature for draw in plan.draws]
+        assert batch.temperature.tolist() == temperatures
+        assert batch.uniform.dtype == batch.temperature.dtype == np.float32
+        assert batch.prev_token_ids.min() >= 0, "the token before a token is always known"
         assert_uploads(batch)
-        return super().run(step)
+        return super().run(plan)
+
+    def spell_out(self, plan):
+        chunks = []
+        for seq, start, stop, draft in plan.chunks:
+            chunks.append((seq.token_ids + list(draft), start, stop, seq.block_table))
+        spelled = hand_made_batch(chunks, self.blocks.block_size)
+        rows = []
+        for index, _, position, _ in plan.draws:
+            rows.append(spelled.cu_seqlens[index] + position - 1 - plan.chunks[index].start)
+        for index, start, stop in plan.extra_rows:
+            first = spelled.cu_seqlens[index] - plan.chunks[index].start
+            rows += [first + position for position in range(start, stop)]
+        spelled.logit_rows = torch.tensor([int(row) for row in rows], dtype=torch.int32)
+        return spelled
 
 
 def assert_uploads(batch: Batch) -> None:
@@ -57,22 +68,26 @@ def assert_uploads(batch: Batch) -> None:
             assert torch.equal(there, torch.from_numpy(here))
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "ahead"])
+@pytest.mark.parametrize("kind", ["plain", "ahead", "drafts"])
 @pytest.mark.parametrize("block_size", [1, 3, 16])
-def test_a_batch_is_its_plan(block_size, overlap):
+def test_a_batch_is_its_plan(block_size, kind):
     sim = Compared(
-        usable=90 // block_size, block_size=block_size, max_batched_tokens=20, max_batch_size=5
+        usable=90 // block_size,
+        block_size=block_size,
+        max_batched_tokens=20,
+        max_batch_size=5,
+        guesses=kind == "drafts",
     )
     for i in range(8):
         sim.add(text(1 + 5 * i % 23, i % 5), max_tokens=1 + 3 * i, n=1 + i % 3)
-        sim.add(text(1 + 5 * i % 23, i % 5), targets=text(1 + i, i))
-    sim.drain(ahead=overlap)
+        sim.add(text(1 + 5 * i % 23, i % 5), max_tokens=1 + i)
+    sim.drain(ahead=kind == "ahead")
 
 
 def test_copies_read_a_block_before_another_is_copied_to_it():
     config = GPTConfig(32, 99, 3, 2, 1, 16)
     cache = PagedKVCache(config, 5, 4, torch.float32, torch.device("cpu"))
-    assert not cache.data.any()  # a NaN in a slot that nobody wrote would spread
+    assert not cache.data.any()  # a NaN in a slot that was never written would spread
     for block in range(5):
         cache.data[:, :, block] = block
     cache.copy_blocks([(1, 2), (1, 4), (3, 1)])

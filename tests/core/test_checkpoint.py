@@ -1,5 +1,5 @@
-"""Checkpoints: their era, what is none, where the tokenizer is. What the full engine says of each
-mistake is in test_strict.py."""
+"""Checkpoints: their era, broken files, where the tokenizer is. What the full engine says of each
+mistake is in tests/sources/test_strict.py and tests/sources/test_loading.py."""
 
 import json
 import os
@@ -8,65 +8,19 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT, Fixture, era_fixtures, hand_made_batch
+from helpers.batches import hand_made_batch
+from helpers.checkpoints import MIXTURES, Checkpoint, Hostile, refused, state_dict
+from helpers.goldens import MODEL, ROOT
 
-from microvllm import LLM, full
+from microvllm import checkpoint as checkpoints
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import find_tokenizer, load_model, pick_device
+from microvllm.engine import LLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FIXTURES = {name: Fixture(*entry) for name, entry in era_fixtures().items()}
-
-
-def refused(error: type, *words: str, **kwargs):
-    """A context in which `error` must be raised with a text that has all the words in it."""
-
-    class Refusal:
-        def __enter__(self):
-            self.raises = pytest.raises(error, **kwargs)
-            self.info = self.raises.__enter__()
-            return self.info
-
-        def __exit__(self, *exc):
-            done = self.raises.__exit__(*exc)
-            for word in words:
-                assert str(word) in str(self.info.value), f"{word!r} is not in: {self.info.value}"
-            return done
-
-    return Refusal()
-
-
-def state_dict(name: str) -> dict[str, torch.Tensor]:
-    """The weights of an era's fixture, without the prefix."""
-    (file,) = FIXTURES[name].directory.glob("model_*.pt")
-    weights = torch.load(file, weights_only=True)
-    return {key.removeprefix("_orig_mod."): weight for key, weight in weights.items()}
-
-
-class Checkpoint:
-    """A directory that a test may break: <tmp>/model with a step 7, <tmp>/tokenizer beside it."""
-
-    def __init__(self, base: Path, name: str = "era5"):
-        self.directory, self.tokenizer = base / "model", base / "tokenizer"
-        self.directory.mkdir()
-        shutil.copytree(ERAS / "tokenizer", self.tokenizer)
-        self.weights = state_dict(name)
-        self.config = dict(FIXTURES[name].json["model_config"])
-        self.file = self.directory / "model_000007.pt"
-        self.meta = self.directory / "meta_000007.json"
-        self.write()
-
-    def write(self, step: int = 7) -> None:
-        torch.save(self.weights, self.directory / f"model_{step:06d}.pt")
-        meta = {"step": step, "val_bpb": None, "model_config": self.config}
-        (self.directory / f"meta_{step:06d}.json").write_text(json.dumps(meta))
-
-    def load(self, **kwargs):
-        return load_model(self.directory, **kwargs)
 
 
 @pytest.fixture
@@ -82,16 +36,6 @@ def no_base(tmp_path, monkeypatch):
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     return home
-
-
-class Hostile:
-    """Unpickling it creates the file."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 # telling the eras apart --------------------------------------------------------------------------
@@ -113,71 +57,6 @@ def test_the_prefix_of_a_compiled_module_makes_no_difference(name, tmp_path):
     found, expected = prefixed.state_dict(), plain.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], weight) for key, weight in expected.items())
-
-
-def without(*keys):
-    return lambda weights: [weights.pop(key) for key in keys]
-
-
-def moved(source, target):
-    def change(weights):
-        weights[target] = weights.pop(source)
-
-    return change
-
-
-def narrower(width):
-    def change(weights):
-        for key in weights:
-            if key.endswith("ve_gate.weight"):
-                weights[key] = torch.zeros(2, width)
-
-    return change
-
-
-GATE, VE = "transformer.h.1.attn.ve_gate.weight", "value_embeds.1.weight"
-SMEAR = ["smear_gate.weight", "smear_lambda", "backout_lambda"]
-
-
-def drop_value_embeddings(weights):
-    for key in list(weights):
-        if key.startswith("value_embeds.") or key.endswith("ve_gate.weight"):
-            del weights[key]
-
-
-def one_gate_of_32(weights):
-    weights[GATE] = torch.zeros(2, 32)
-
-
-MIXTURES = [
-    ("era5", drop_value_embeddings, ["value_embeds.1.weight", "missing"]),
-    ("era5", without("resid_lambdas"), ["resid_lambdas", "missing"]),
-    ("era5", without("x0_lambdas"), ["x0_lambdas", "missing"]),
-    ("era2", without("resid_lambdas"), ["resid_lambdas", "missing"]),
-    ("era2", without("x0_lambdas"), ["x0_lambdas", "missing"]),
-    ("era3", without("resid_lambdas", "x0_lambdas"), ["resid_lambdas", "missing"]),
-    ("era5", without(SMEAR[0]), [SMEAR[0], "missing"]),
-    ("era5", without(SMEAR[1]), [SMEAR[1], "missing"]),
-    ("era5", without(SMEAR[2]), [SMEAR[2], "missing"]),
-    ("era5", without(SMEAR[0], SMEAR[1]), [SMEAR[0], SMEAR[1], "missing"]),
-    ("era3", narrower(20), ["20", "12", "32"]),
-    ("era4", narrower(20), ["20", "12", "32"]),
-    ("era5", narrower(20), ["20", "12"]),
-    ("era5", narrower(32), ["32", "12"]),  # smear with the gates of era 3
-    ("era5", one_gate_of_32, ["(2, 32)", "(2, 12)", GATE]),
-    ("era3", narrower(0), ["0"]),
-    ("era3", without(GATE), [GATE, "missing"]),
-    ("era3", without(VE), [VE, "missing"]),
-    ("era3", moved(VE, "value_embeds.0.weight"), ["value_embeds.0.weight", "unexpected"]),
-    ("era5", moved(VE, "value_embeds.2.weight"), ["value_embeds.2.weight", "unexpected"]),
-    ("era3", moved(VE, "value_embeds.9.weight"), ["value_embeds.9.weight", "unexpected"]),
-    ("era3", moved(VE, "value_embeds.weight"), ["value_embeds.weight", "unexpected"]),
-    (
-        "era3",
-        moved(GATE, "transformer.h.2.attn.ve_gate.weight"),
-        ["transformer.h.2.attn.ve_gate.weight", "unexpected"],
-    ),
-]
 
 
 @pytest.mark.parametrize("name, change, words", MIXTURES)
@@ -214,27 +93,6 @@ def test_overrides_change_the_recipe_and_nothing_else(checkpoint):
         assert replace(changed.recipe, **{name: getattr(plain.recipe, name)}) == plain.recipe
 
 
-@pytest.mark.parametrize("name", ["softcapp", "era", "smear", "gate_channels", "foo"])
-def test_an_unknown_keyword_names_the_overrides(checkpoint, name):
-    with refused(TypeError, f"'{name}'", "softcap", "round_rotary", "rope_base", "qk_scale", "eps"):
-        LLM(checkpoint.directory, **{name: 1})
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        {"softcap": 0}, {"softcap": -15.0}, {"softcap": float("nan")}, {"softcap": float("inf")},
-        {"softcap": "20"}, {"softcap": True}, {"softcap": None}, {"round_rotary": 0},
-        {"round_rotary": "no"}, {"rope_base": 0}, {"eps": float("nan")},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_an_override_that_makes_no_sense_is_refused(checkpoint, override):
-    ((name, value),) = override.items()
-    with refused(ValueError, name, repr(value)):
-        full.load_model(checkpoint.directory, **override)
-
-
 def test_the_vocabulary_may_be_padded_to_any_height(tmp_path):
     checkpoint = Checkpoint(tmp_path, "era1_unpadded")
     ids = hand_made_batch([(list(range(9)), 0, 9, [1])], 16)
@@ -248,10 +106,10 @@ def test_the_vocabulary_may_be_padded_to_any_height(tmp_path):
         rows = checkpoint.weights[key]
         checkpoint.weights[key] = torch.cat([rows, torch.full((73, rows.shape[1]), 1e4)])
     checkpoint.write()
-    for model in checkpoint.load(), full.load_model(checkpoint.directory):
-        padded = logits(model)
-        assert padded.shape[1] == model.config.vocab_size == 311  # nobody sees the padding
-        torch.testing.assert_close(padded, plain, rtol=0, atol=1e-4)
+    model = checkpoint.load()
+    padded = logits(model)
+    assert padded.shape[1] == model.config.vocab_size == 311  # without the padding
+    torch.testing.assert_close(padded, plain, rtol=0, atol=1e-4)
     with refused(ValueError, "384", "400"):
         checkpoint.config["vocab_size"] = 400
         checkpoint.write()
@@ -347,9 +205,8 @@ def test_nothing_in_a_file_is_run(checkpoint, tmp_path, zipped):
         checkpoint.file.write_bytes(pickle.dumps({"lm_head.weight": Hostile(marker)}, protocol=2))
     else:
         torch.save(poisoned, checkpoint.file, _use_new_zipfile_serialization=zipped)
-    for load in checkpoint.load, lambda: full.load_model(checkpoint.directory):
-        with refused(ValueError, checkpoint.file):
-            load()
+    with refused(ValueError, checkpoint.file):
+        checkpoint.load()
     assert not marker.exists()
     # the test can fail: a loader that trusts the file does run it
     if zipped is None:
@@ -359,14 +216,6 @@ def test_nothing_in_a_file_is_run(checkpoint, tmp_path, zipped):
     assert marker.exists()
 
 
-# the tokenizer -----------------------------------------------------------------------------------
-
-
-def test_float16_is_loaded_with_a_warning(checkpoint, caplog):
-    assert full.load_model(checkpoint.directory, dtype="float16").dtype == torch.float16
-    assert "float16 ends at 65,504" in caplog.text
-
-
 def test_the_core_refuses_tensors_that_the_file_does_not_hold(checkpoint):
     one = torch.zeros(1)
     for name, weight in checkpoint.weights.items():
@@ -374,6 +223,19 @@ def test_the_core_refuses_tensors_that_the_file_does_not_hold(checkpoint):
     checkpoint.write()
     with refused(ValueError, checkpoint.file, "larger than the file"):
         checkpoint.load()
+
+
+def test_a_model_beyond_the_free_memory_is_refused_with_the_numbers(checkpoint, monkeypatch):
+    """Before anything of it is made."""
+    wanted = 4 * sum(weight.numel() for weight in checkpoint.weights.values())
+    wanted += checkpoints.rotary_bytes(checkpoint.load().config, 100)
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: wanted - 1)
+    monkeypatch.setattr(checkpoints.GPT, "init_rotary", lambda *_: pytest.fail("it was made"))
+    with refused(ValueError, f"{wanted:,}", f"{wanted - 1:,}", "100 positions", "max_model_len"):
+        checkpoint.load(max_len=100)
+
+
+# the tokenizer -----------------------------------------------------------------------------------
 
 
 def test_a_vocabulary_that_does_not_match(checkpoint):
@@ -474,19 +336,13 @@ assert "torch._dynamo" not in sys.modules
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_named_and_end_requests_with_an_error(
-    checkpoint, number, caplog
-):
+def test_weights_that_are_no_numbers_end_requests_with_an_error(checkpoint, number):
     # they gave token 0 for ever
     name = "transformer.h.0.attn.c_q.weight"
     checkpoint.weights[name] = checkpoint.weights[name].clone()
     checkpoint.weights[name][0, 0] = number
     torch.save(checkpoint.weights, checkpoint.file)
-    for options in ({"attention": "numba"}, {"attention": "sdpa"}, {"plain": True}):
-        caplog.clear()
-        llm = LLM(checkpoint.directory, num_blocks=20, device="cpu", **options)
-        if "plain" not in options:
-            assert f"NaN or infinite weights, {name}" in caplog.text
-        (output,) = llm.generate([[5, 6, 7]], use_tqdm=False)
-        assert output["finish_reason"] == "error" and output["token_ids"] == []
-        assert output["stop_reason"] == "no token is left to draw"
+    llm = LLM(checkpoint.directory, num_blocks=20, device="cpu")
+    (output,) = llm.generate([[5, 6, 7]])
+    assert output["finish_reason"] == "error" and output["token_ids"] == []
+    assert output["stop_reason"] == "no token is left to draw"

@@ -4,17 +4,18 @@ import random
 from collections import deque
 
 import pytest
-from test_scheduler import (
+from helpers.simulation import (
     TOOL,
     Params,
     Simulation,
     complete,
     crowded,
+    make_blocks,
     next_token,
     text,
 )
 
-from microvllm.scheduler import BlockManager, Scheduler, Sequence, WaitingQueue
+from microvllm.scheduler import Scheduler, Sequence, WaitingQueue
 
 # how a sequence ends ------------------------------------------------------------------------------
 
@@ -25,7 +26,7 @@ def test_one_that_finishes_does_not_shift_the_tokens_of_the_others(ahead):
     for i, max_tokens in enumerate([9, 1, 9, 2, 2, 9, 3]):
         sim.add(text(5, i), max_tokens=max_tokens)
     sim.drain(ahead)
-    lengths = {seq.request_id: len(seq.tokens) - 5 for seq in sim.finished}
+    lengths = {seq.request_id: len(seq.token_ids) - 5 for seq in sim.finished}
     assert [lengths[i] for i in range(7)] == [9, 1, 9, 2, 2, 9, 3]
 
 
@@ -34,7 +35,7 @@ def test_max_tokens_1_gives_one_token(ahead):
     sim = Simulation()
     seq = sim.add(text(8), max_tokens=1)
     sim.drain(ahead)
-    assert len(seq.tokens) == 9 and seq.finish_reason == "length"
+    assert len(seq.token_ids) == 9 and seq.finish_reason == "length"
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -44,7 +45,7 @@ def test_a_stop_token_ends_a_sequence_at_its_first_token_too_but_not_in_the_prom
     sim = Simulation()
     seq = sim.add(prompt, stop={stop})
     sim.drain(ahead)
-    assert seq.tokens == [*prompt, stop] and seq.finish_reason == "stop"
+    assert seq.token_ids == [*prompt, stop] and seq.finish_reason == "stop"
 
 
 def test_a_sequence_takes_no_block_for_its_last_token():
@@ -65,12 +66,12 @@ def test_one_step_ahead_the_token_after_the_end_is_dropped():
     extra = 0
     while not seq.finish_reason:
         step = sim.step_ahead()
-        extra = sum(s is seq for s, _, _ in step.chunks)
-    assert extra == 1 and sim.flight  # it is in the step that runs already
-    assert seq.tokens == prompt + output[: output.index(stop) + 1]
-    assert not seq.table
+        extra = sum(chunk.seq is seq for chunk in step.chunks)
+    assert extra == 1 and sim.in_flight  # it is in the step that runs already
+    assert seq.token_ids == prompt + output[: output.index(stop) + 1]
+    assert not seq.block_table
     sim.land()
-    assert seq.tokens == prompt + output[: output.index(stop) + 1]
+    assert seq.token_ids == prompt + output[: output.index(stop) + 1]
     sim.drain(ahead=True)
     assert other.finish_reason == "length"
 
@@ -79,8 +80,8 @@ def test_one_step_ahead_nobody_is_planned_beyond_max_tokens():
     sim = Simulation()
     sim.add(text(5), max_tokens=3)
     rows = []
-    while sim.scheduler.running or sim.scheduler.waiting or sim.flight:
-        rows.append(sum(stop - start for _, start, stop in sim.step_ahead().chunks))
+    while sim.scheduler.running or sim.scheduler.waiting or sim.in_flight:
+        rows.append(sim.step_ahead().num_tokens)
     assert rows == [5, 1, 1, 0]
 
 
@@ -104,21 +105,8 @@ def test_a_tool_writes_into_the_sequence_that_called_it(usable, ahead):
     for i in range(6):
         sim.add(text(5, i), max_tokens=5 + 3 * i, tools=True)
     sim.drain(ahead)
-    assert sum(TOOL in seq.tokens[5:] for seq in sim.finished) > 2
+    assert sum(TOOL in seq.token_ids[5:] for seq in sim.finished) > 2
     assert (sim.scheduler.num_preemptions > 0) == (usable < 40)
-
-
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("budget", [1, 3, 64])
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 9])
-def test_a_continuation_is_scored_from_the_last_token_of_its_prompt_on(length, budget, ahead):
-    sim = Simulation(max_batched_tokens=budget, max_batch_size=3)
-    for turn in range(2):  # with a cold and with a warm cache
-        for count in (1, 2, 8):
-            sim.add(text(length), targets=text(count, count))
-        sim.add(text(6, 1), max_tokens=6)
-        sim.drain(ahead)
-        assert len(sim.finished) == 4 * (turn + 1)
 
 
 # aborts and failures ------------------------------------------------------------------------------
@@ -145,13 +133,13 @@ def stages(ahead: bool):
 def test_a_request_may_be_aborted_at_any_stage(ahead):
     seen = set()
     for name, sim, target, others in stages(ahead):
-        seen.add((name, bool(target.table), len(target.tokens) > 10))
-        victims = sim.scheduler.abort(*target.samples)
+        seen.add((name, bool(target.block_table), len(target.token_ids) > 10))
+        victims = sim.abort(*sim.samples[0])
         assert len(victims) == (2 if name == "forked" else 1)
         for seq in victims:
-            assert seq.finish_reason == "abort" and not seq.table
-            output = seq.tokens[10:]
-            assert output == complete(text(10), 16, seq.sample_id)[: len(output)]
+            assert seq.finish_reason == "abort" and not seq.block_table
+            output = seq.token_ids[10:]
+            assert output == complete(text(10), 16, seq.index)[: len(output)]
             assert seq not in sim.scheduler.running and seq not in sim.scheduler.waiting
         sim.check()
         sim.drain(ahead)
@@ -172,15 +160,17 @@ def test_an_abort_takes_the_same_time_however_many_wait():
             Queue.walks += 1
             return super().__iter__()
 
-    scheduler = Scheduler(BlockManager(20, 4), 8, 64)
+    scheduler = Scheduler(make_blocks(19), 8, 64)
     seqs = [Sequence(i, text(5), Params()) for i in range(300)]
     for seq in seqs:
         scheduler.add(seq)
     scheduler.schedule()
     scheduler.waiting = Queue(scheduler.waiting)
     Queue.walks = 0
-    victims = [victim for seq in seqs[10:] for victim in scheduler.abort(seq, seq)]
-    assert victims == seqs[10:] and not scheduler.abort(*seqs[10:])
+    for seq in seqs[10:]:
+        scheduler.abort([seq, seq])
+    scheduler.abort(seqs[10:])
+    assert scheduler.finished == seqs[10:]
     assert Queue.walks == 0
     assert [*scheduler.running, *scheduler.waiting] == seqs[:10]
     scheduler.blocks.check(scheduler.running)
@@ -212,37 +202,37 @@ def test_a_queue_keeps_its_order_and_finds_its_items_as_a_deque_does():
 @pytest.mark.parametrize("ahead", [False, True])
 def test_after_a_failed_step_everyone_goes_on_from_the_tokens_they_have(ahead):
     for _, sim, target, _ in stages(ahead):
-        known = list(target.tokens)
+        known = list(target.token_ids)
         queue = [*sim.scheduler.running, *sim.scheduler.waiting]
         sim.reset()
         assert list(sim.scheduler.waiting) == queue
-        assert not sim.scheduler.running and sim.blocks.num_free == sim.blocks.num_usable
-        assert not sim.blocks.cached and not sim.blocks.copies
-        assert target.tokens == known
+        assert not sim.scheduler.running and sim.pool.num_free == sim.pool.num_usable
+        assert not sim.pool.cached and not sim.blocks.copies
+        assert target.token_ids == known
         sim.drain(ahead)
         assert {seq.request_id for seq in sim.finished} == {0, 1}
 
 
-def test_the_guesses_of_a_failed_step_are_gone_with_it():
-    guessed = 0
+def test_the_draft_tokens_of_a_failed_step_are_gone_with_it():
+    num_drafts = 0
     for seed in range(9):
         sim = Simulation(guesses=True)
         seqs = [sim.add(text(5, seed), max_tokens=30), sim.add(text(7, seed), max_tokens=30)]
         for _ in range(4):
             sim.step()
-        known = [list(seq.tokens) for seq in seqs]
-        guessed += len(sim.plan().guessed)
+        known = [list(seq.token_ids) for seq in seqs]
+        num_drafts += sum([len(chunk.draft) > 0 for chunk in sim.plan().chunks])
         sim.reset()
-        assert [seq.tokens for seq in seqs] == known
+        assert [seq.token_ids for seq in seqs] == known
         sim.drain()
-    assert guessed > 9
+    assert num_drafts > 9
 
 
 def test_a_failed_step_that_sent_someone_away_leaves_no_token_awaited():
     sim, _ = crowded()
     while not sim.scheduler.num_preemptions:
         sim.step_ahead()
-    assert sim.flight
+    assert sim.in_flight
     sim.reset()
     sim.drain(ahead=True)
     assert len(sim.finished) == 3
@@ -251,15 +241,15 @@ def test_a_failed_step_that_sent_someone_away_leaves_no_token_awaited():
 def test_a_step_that_fails_right_after_it_sent_someone_away():
     sim, _ = crowded()
     while True:
-        with sim.ahead():
+        with sim.placeholders():
             step = sim.plan()
             if sim.scheduler.num_preemptions:
-                assert any(seq.tokens[-1] < 0 for seq in sim.scheduler.waiting)
+                assert any(seq.token_ids[-1] < 0 for seq in sim.scheduler.waiting)
                 break
-            flight, sim.flight = sim.flight, (step, sim.run(step))
+            flight, sim.in_flight = sim.in_flight, (step, sim.run(step))
         if flight:
             sim.read(*flight)
     sim.reset()  # planned, never run; and the one before it never read
-    assert all(min(seq.tokens) >= 0 for seq in sim.scheduler.waiting)
+    assert all(min(seq.token_ids) >= 0 for seq in sim.scheduler.waiting)
     sim.drain()
     assert len(sim.finished) == 3

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import MODEL
+from helpers.goldens import MODEL
 
-from microvllm import LLM, SamplingParams, environment
+from microvllm import environment
+from microvllm.engine import LLM
 from microvllm.environment import available_cpus, free_memory, limit_threads
+from microvllm.sampler import SamplingParams
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -19,8 +21,8 @@ UNLIMITED = 9223372036854771712  # what version 1 says where there is no limit
 
 
 class Machine:
-    """A machine of 64 processors, 40 of which this process may run on, and of 100 GB of memory, 80
-    of which are free."""
+    """A machine of 64 processors and 100 GB of memory. This process may run on 40 processors, and
+    80 GB are free."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.monkeypatch = folder, monkeypatch
@@ -202,16 +204,12 @@ def test_a_number_of_threads_that_the_user_chose_stays(machine, one_thread_more,
     assert torch.get_num_threads() == 40
 
 
-@pytest.mark.parametrize("module", ["microvllm.full", "microvllm.engine"])
-def test_an_engine_begins_with_the_threads_that_it_may_use(
-    module, machine, one_thread_more, monkeypatch
-):
+def test_an_engine_begins_with_the_threads_that_it_may_use(machine, one_thread_more, monkeypatch):
     machine.write(proc__self__cgroup="0::/")
     put(machine, "", cpu__max="100000 100000")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     torch.set_num_threads(2)
-    options = {"plain": True} if module == "microvllm.full" else {}
-    with sys.modules[module].LLM(MODEL, device="cpu", num_blocks=4, **options):
+    with LLM(MODEL, device="cpu", num_blocks=4):
         assert torch.get_num_threads() == 1
 
 
@@ -237,6 +235,6 @@ def test_other_systems_say_what_is_available(elsewhere):
 
 def test_an_engine_runs_on_other_systems(elsewhere):
     params = SamplingParams(temperature=0, max_tokens=4)
-    with LLM(MODEL, device="cpu", num_blocks=20, plain=True) as llm:
-        (output,) = llm.generate(["The island was"], params, use_tqdm=False)
+    with LLM(MODEL, device="cpu", num_blocks=20) as llm:
+        (output,) = llm.generate(["The island was"], params)
     assert len(output["token_ids"]) == 4

@@ -6,26 +6,24 @@ what went wrong, and does what showed it.
 
 import pytest
 import torch
-from conftest import MODEL
-from test_engine import (
-    FIXTURES,
+from helpers.engines import (
     GROWING,
+    Counters,
     assert_idle,
-    assert_naive,
     build,
     check,
-    ending,
     finish,
     greedy,
     ids,
-    naive,
     sampled,
     serve,
 )
+from helpers.goldens import FIXTURES, MODEL
+from helpers.naive import assert_naive, ending, naive
 
-from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import load_model
-from microvllm.sampler import noise
+from microvllm.engine import LLM, SamplingParams
+from microvllm.sampler import uniform_numbers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +62,7 @@ def test_fault_01_a_missing_tensor_is_not_filled_with_random_numbers(damaged):
         load_model(damaged("era3", lambda state: state.pop(key)))
 
 
-def test_fault_01_a_tensor_that_nobody_reads_is_refused(damaged):
+def test_fault_01_a_tensor_that_no_layer_reads_is_refused(damaged):
     def add(state):
         state["transformer.h.0.attn.c_q.bias"] = torch.zeros(64)
 
@@ -86,7 +84,7 @@ def test_fault_02_prompts_that_share_their_beginning(a, b):
 
 
 @pytest.mark.parametrize("length", [3, 15, 16, 17, 20])
-def test_fault_03_a_greedy_row_does_not_depend_on_its_sampled_twin(length):
+def test_fault_03_a_greedy_row_does_not_depend_on_a_sampled_one(length):
     # part-filled blocks were hashed and shared, and both rows wrote their tokens into them
     prompt = ids(length, 5)
     work = [(prompt, sampled(20, seed=1, temperature=2.0)), (prompt, greedy(20))]
@@ -99,11 +97,12 @@ def test_fault_04_the_cache_outlives_its_requests_and_saves_their_computation():
     # hashes vanished with their last user, and a hit would have been computed again anyway
     prompt = ids(100, 1)
     with build() as llm:
+        counters = Counters.of(llm)
         (first,) = serve(llm, [(prompt, greedy(4))])
-        computed = llm.stats()["prefill_tokens"]
+        computed = counters.num_prefill_tokens
         (second,) = serve(llm, [(prompt, greedy(4))])
         assert (first["num_cached_tokens"], second["num_cached_tokens"]) == (0, 96)
-        assert (computed, llm.stats()["prefill_tokens"]) == (100, 100 + 4)
+        assert (computed, counters.num_prefill_tokens) == (100, 100 + 4)
         assert first["token_ids"] == second["token_ids"]
 
 
@@ -116,7 +115,7 @@ def test_fault_05_five_equal_requests_leave_the_pool_as_they_found_it(caching):
         for _ in range(5):
             (output,) = llm.generate([ids(20, 1)], greedy(40))
             assert len(output["token_ids"]) == 40
-            free.append(llm.stats()["free_blocks"])
+            free.append(llm.scheduler.blocks.pool.num_free)
         assert free == [64] * 5
         assert_idle(llm)
 
@@ -137,17 +136,17 @@ def test_fault_06_a_second_request_that_does_not_fit_yet_waits_and_takes_nothing
             llm.add_request(*request)
         llm.step()
         check(llm)
-        assert (llm.stats()["running"], llm.stats()["waiting"]) == (1, 1)
-        assert llm.stats()["free_blocks"] == 1
+        assert (len(llm.scheduler.running), len(llm.scheduler.waiting)) == (1, 1)
+        assert llm.scheduler.blocks.pool.num_free == 1
         outputs = finish(llm)
         assert_naive([outputs[0], outputs[1]], work)
 
 
-def test_fault_07_a_pool_that_runs_out_while_decoding_gives_nobody_the_tokens_of_another():
+def test_fault_07_when_the_pool_runs_out_no_sequence_gets_the_tokens_of_another():
     # rows that had no block left were skipped, and the tokens were dealt out to all rows
     with build(block_size=4, num_blocks=21) as llm:
         assert_naive(serve(llm, GROWING), GROWING)
-        assert llm.stats()["preemptions"] > 0
+        assert llm.scheduler.num_preemptions > 0
 
 
 def test_fault_07_its_benchmark_at_an_eighth_of_the_size_in_an_eighth_of_the_pool():
@@ -156,7 +155,7 @@ def test_fault_07_its_benchmark_at_an_eighth_of_the_size_in_an_eighth_of_the_poo
     work = [(ids(n, 200 + i), greedy(24 + 7 * n % 24)) for i, n in enumerate(lengths)]
     with build(block_size=8, num_blocks=34) as llm:
         assert_naive(serve(llm, work), work)
-        assert llm.stats()["preemptions"] > 0
+        assert llm.scheduler.num_preemptions > 0
 
 
 def test_fault_08_max_tokens_1_gives_one_token_and_0_is_refused():
@@ -203,16 +202,16 @@ def test_fault_10_max_batch_size_bounds_what_runs_and_not_one_call():
         running = []
         while not llm.is_finished():
             llm.step()
-            running.append(llm.stats()["running"])
+            running.append(len(llm.scheduler.running))
         assert max(running) == 2
 
 
-def test_fault_11_neighbours_do_not_share_their_noise():
+def test_fault_11_neighbours_do_not_share_their_random_numbers():
     # it came from 42 + id + length: request 1 at length 6 had that of request 0 at length 7
     seeds, samples, positions = zip(
         *[(s, i, p) for s in range(20) for i in range(5) for p in range(100)], strict=True
     )
-    values = noise(seeds, samples, positions)
+    values = uniform_numbers(seeds, samples, positions)
     # 10,000 of 2^24 values: by chance three pairs are equal, and not a diagonal of them
     assert len(set(values.tolist())) > 9_980
     prompt = ids(7)
@@ -221,7 +220,7 @@ def test_fault_11_neighbours_do_not_share_their_noise():
     assert len({tuple(output["token_ids"]) for output in outputs}) == 6
 
 
-def test_fault_11_no_counter_of_the_process_decides_the_noise():
+def test_fault_11_no_counter_of_the_process_decides_the_random_numbers():
     unseeded = SamplingParams(max_tokens=12, ignore_eos=True)
 
     def texts(**kwargs):
@@ -236,18 +235,18 @@ def test_fault_11_no_counter_of_the_process_decides_the_noise():
     assert texts(seed=4) != first
 
 
-def test_fault_12_no_block_is_asked_for_before_a_token_needs_it():
+def test_fault_12_no_block_is_taken_before_a_token_needs_it():
     # 30 tokens and 3 new ones in 2 blocks of 16 gave 2: the third is never fed back
     with build(num_blocks=3) as llm:
         (output,) = serve(llm, [(ids(30), greedy(3))])
         assert output["token_ids"] == naive("era5").complete(ids(30), greedy(3))
-        with pytest.raises(ValueError, match="1 tokens too many"):
+        with pytest.raises(ValueError, match="3 blocks are needed, and the pool has 2"):
             llm.add_request(ids(30), greedy(4))
 
 
 def test_fault_13_the_length_of_the_context_is_checked():
     with build() as llm:  # 400 tokens
-        with pytest.raises(ValueError, match="max_model_len is 400"):
+        with pytest.raises(ValueError, match="400 prompt tokens, and max_model_len allows 399"):
             llm.generate([ids(400)], greedy(1))
         (output,) = serve(llm, [(ids(398), greedy(50))])
         assert len(output["token_ids"]) == 2 and output["finish_reason"] == "length"
@@ -259,7 +258,7 @@ def test_fault_13_an_empty_prompt_is_bos_alone_or_refused():
         (output,) = llm.generate([""], greedy(3))
         assert output["prompt_token_ids"] == [llm.tokenizer.bos_id]
         assert len(output["token_ids"]) == 3
-        with pytest.raises(ValueError, match="at least one"):
+        with pytest.raises(ValueError, match="a prompt needs ids"):
             llm.generate([[]], greedy(3))
 
 

@@ -1,14 +1,15 @@
-"""Random lives of requests in a small pool: whatever happens, in whatever order, the books balance.
+"""Random lives of requests in a small pool: whatever happens, in any order, the state is right.
 
 Hypothesis draws the pool, the requests and the order of events, and shrinks a failure to the
-shortest story that shows it. `Simulation` (test_scheduler.py) checks every step: the state of every
-block, who runs, what every slot holds, and every token.
+shortest story that shows it. `Simulation` checks every step: the state of every block, which
+sequences run, what every slot holds, and every token.
 """
 
 import random
 from collections import Counter
 
 import hypothesis.strategies as st
+from helpers.simulation import VOCAB, Simulation, text
 from hypothesis import settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -18,14 +19,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from test_scheduler import VOCAB, Simulation, text
-
-from microvllm.features.scoring import ScoredSequence
 
 STOP = 7
 SHARED = [text(40, seed) for seed in (1, 2)]  # beginnings that prompts have in common
-# of groups of layers: one that sees all, some that do not, none that does
-WINDOWS = [(-1,), (-1, 6, 6), (4,), (-1, 0), (9, -1, 3)]
 
 
 class Engine(RuleBasedStateMachine):
@@ -37,7 +33,6 @@ class Engine(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 6),
         max_batched_tokens=st.integers(1, 24),
         caching=st.booleans(),
-        windows=st.sampled_from(WINDOWS),
         guesses=st.booleans(),
     )
     def start(self, **sizes):
@@ -61,21 +56,14 @@ class Engine(RuleBasedStateMachine):
         n = min(n, self.sim.scheduler.max_batch_size)
         self.sim.add(prompt, max_tokens, n, {STOP} if stops else (), tools)
 
-    @rule(shared=st.sampled_from(SHARED), length=st.integers(1, 30), count=st.integers(1, 8))
-    def add_to_score(self, shared, length, count):
-        room = self.sim.room
-        length = min(length, room)
-        self.sim.add(shared[:length], targets=shared[length:][: min(count, room - length + 1)])
-
     @rule(orders=st.lists(st.booleans(), min_size=1, max_size=8))
     def step(self, orders):
         for ahead in orders:
             step = self.sim.step_ahead() if ahead else self.sim.step()
             self.met["copies"] += len(step.copies)
-            self.met["mixed"] += len({stop - start > 1 for _, start, stop in step.chunks}) == 2
-            self.met["shared"] += max(self.sim.blocks.ref_count) > 1
-            self.met["guessed"] += len(step.guessed)
-            self.met["slid"] += any(0 in seq.table for seq, _, _ in step.chunks)
+            self.met["mixed"] += len({chunk.num_tokens > 1 for chunk in step.chunks}) == 2
+            self.met["shared"] += max(self.sim.pool.ref_count) > 1
+            self.met["drafts"] += sum([len(chunk.draft) > 0 for chunk in step.chunks])
             self.nothing_generated_is_lost()
 
     @precondition(lambda self: self.sim.scheduler.running or self.sim.scheduler.waiting)
@@ -85,16 +73,17 @@ class Engine(RuleBasedStateMachine):
         ids = sorted({seq.request_id for seq in [*scheduler.running, *scheduler.waiting]})
         unfinished = [*scheduler.running, *scheduler.waiting]
         expected = {seq for seq in unfinished if seq.request_id == ids[choice % len(ids)]}
-        victims = scheduler.abort(*next(iter(expected)).samples)
+        request_id = next(iter(expected)).request_id
+        victims = self.sim.abort(*self.sim.samples[request_id])
         assert {*victims} == expected and all(seq.finish_reason == "abort" for seq in victims)
-        self.met["aborted under way"] += self.sim.flight is not None
+        self.met["aborted under way"] += self.sim.in_flight is not None
 
     @precondition(lambda self: self.sim.scheduler.running or self.sim.scheduler.waiting)
     @rule(planned=st.booleans())
     def fail(self, planned):
         """A step fails: one that was planned just now, or one that was planned before."""
         if planned:
-            with self.sim.ahead():
+            with self.sim.placeholders():
                 self.sim.plan()
         self.sim.reset()
 
@@ -116,7 +105,7 @@ class Engine(RuleBasedStateMachine):
             self.sim.drain()
 
 
-def test_whatever_happens_the_books_balance():
+def test_whatever_happens_the_state_is_right():
     run_state_machine_as_test(
         Engine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
     )
@@ -131,7 +120,6 @@ def long_life(seed: int, guesses: bool = False) -> Engine:
         max_batch_size=rng.randint(3, 6),
         max_batched_tokens=rng.randint(4, 24),
         caching=seed % 4 > 0,
-        windows=WINDOWS[seed % len(WINDOWS)],
         guesses=guesses,
     )
     for _ in range(60):
@@ -140,8 +128,6 @@ def long_life(seed: int, guesses: bool = False) -> Engine:
         if event < 0.4:
             sizes = rng.randint(0, 30), tail, rng.randint(1, 12), rng.randint(1, 3)
             life.add(shared, *sizes, rng.random() < 0.5, rng.random() < 0.5)
-        elif event < 0.45:
-            life.add_to_score(shared, rng.randint(1, 30), rng.randint(1, 8))
         elif event < 0.9 or not busy:
             life.step([rng.random() < 0.7 for _ in range(rng.randint(1, 8))])
         elif event < 0.97:
@@ -159,13 +145,12 @@ def test_long_lives_meet_everything_there_is_to_meet():
         life = long_life(seed % 12, guesses=seed >= 12)
         met += life.met
         if seed >= 12:
-            met["accepted"] += life.sim.scheduler.num_accepted
-            met["rejected"] += life.sim.scheduler.num_guessed - life.sim.scheduler.num_accepted
+            scheduler = life.sim.scheduler
+            met["accepted"] += scheduler.num_accepted_tokens
+            met["rejected"] += scheduler.num_draft_tokens - scheduler.num_accepted_tokens
         met["preemptions"] += life.sim.scheduler.num_preemptions
         met["stopped"] += sum(seq.finish_reason == "stop" for seq in life.sim.finished)
-        met["tools"] += sum(bool(getattr(seq, "tool_ids", ())) for seq in life.sim.finished)
-        met["scored"] += sum(isinstance(seq, ScoredSequence) for seq in life.sim.finished)
+        met["tools"] += sum(bool(seq.forced) for seq in life.sim.finished)
         met["hits"] += sum(bool(seq.num_cached) for seq in life.sim.finished)
-    wanted = "copies mixed shared slid preemptions stopped tools scored hits".split()
-    wanted += "guessed accepted rejected".split()
+    wanted = "copies mixed shared preemptions stopped tools hits drafts accepted rejected".split()
     assert all(met[name] > 20 for name in wanted) and met["aborted under way"], met

@@ -1,26 +1,30 @@
 """The tokenizer against nanochat's own outputs, against hostile files, and streamed."""
 
-import copyreg
-import io
 import json
 import os
 import pickle
 import subprocess
-from pathlib import Path
 
 import pytest
 import tiktoken
+from helpers.goldens import ERAS, ROOT
+from helpers.tokenizer_files import (
+    BYTES,
+    TOY_FILE,
+    dumps,
+    encoding_with,
+    parts,
+    repr_bomb,
+    write,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microvllm.sources.strict import PATTERN, StrictTokenizer
-from microvllm.tokenizer import Tokenizer, load_tokenizer
+from microvllm.tokenizer import Tokenizer, load_tokenizer, turns_of
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "nanochat_eras"
-GOLDENS = json.loads((FIXTURES / "tokenizer_goldens.json").read_text(encoding="utf-8"))
-TOY_FILE = FIXTURES / "tokenizer" / "tokenizer.pkl"
-REAL_DIR = Path(__file__).parents[2] / "models" / "tokenizer"
-TOY = load_tokenizer(TOY_FILE, StrictTokenizer)
+GOLDENS = json.loads((ERAS / "tokenizer_goldens.json").read_text(encoding="utf-8"))
+REAL_DIR = ROOT / "models" / "tokenizer"
+TOY = load_tokenizer(TOY_FILE)
 REAL = load_tokenizer(REAL_DIR)
 
 CHAT = [
@@ -28,22 +32,6 @@ CHAT = [
     {"role": "assistant", "content": "Hello."},
     {"role": "user", "content": "What is 6 * 7?"},
 ]
-
-
-def parts(**changes):
-    """The arguments of a valid little tokenizer, some of them changed."""
-    return {
-        "name": "bytes",
-        "pat_str": PATTERN,
-        "mergeable_ranks": {bytes([i]): i for i in range(256)},
-        "special_tokens": {"<|bos|>": 256},
-    } | changes
-
-
-def write(tmp_path, data: bytes) -> Path:
-    file = tmp_path / "tokenizer.pkl"
-    file.write_bytes(data)
-    return file
 
 
 # nanochat's own outputs
@@ -75,12 +63,16 @@ def test_every_token_has_the_bytes_nanochat_says():
             assert TOY.token_bytes(id_, skip_special=True) == bytes.fromhex(expected)
 
 
+def render(messages):
+    """The tokens of a conversation and its training mask, in pairs."""
+    return TOY._render(turns_of(messages))
+
+
 @pytest.mark.parametrize("case", GOLDENS["conversations"], ids=lambda case: case["name"])
 def test_conversations_are_rendered_as_nanochat_renders_them(case):
-    limit = {"max_tokens": case["max_tokens"]} if "max_tokens" in case else {}
-    ids, mask = TOY.render_conversation(case["messages"], **limit)
-    assert ids == case["render_conversation"]["ids"]
-    assert mask == case["render_conversation"]["mask"]
+    pairs = render(case["messages"])[: case.get("max_tokens", 2048)]
+    assert [token_id for token_id, _ in pairs] == case["render_conversation"]["ids"]
+    assert [mask for _, mask in pairs] == case["render_conversation"]["mask"]
     if "render_for_completion" in case:
         messages = json.dumps(case["messages"])
         assert TOY.render_for_completion(case["messages"]) == case["render_for_completion"]
@@ -138,8 +130,8 @@ def test_special_tokens_are_shown_by_name_unless_skipped():
 
 
 def test_a_special_token_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match=r"<\|nobody\|>.*<\|bos\|>"):
-        REAL.encode_special("<|nobody|>")
+    with pytest.raises(ValueError, match=r"<\|unknown\|>.*<\|bos\|>"):
+        REAL.encode_special("<|unknown|>")
 
 
 @pytest.mark.parametrize("bad_id", [-1, 4096, 10**9])
@@ -184,14 +176,10 @@ def test_a_conversation_that_ends_with_the_user_asks_for_the_answer():
     assert ids == TOY.render_for_completion([*CHAT, {"role": "assistant", "content": "42"}])
 
 
-def test_a_long_conversation_is_cut_for_training_but_never_for_completion():
+def test_a_long_conversation_is_never_cut():
     messages = [{"role": "user", "content": "a" * 5000}]
-    ids, mask = TOY.render_conversation(messages)
-    assert len(ids) == len(mask) == 2048
-    assert len(TOY.render_conversation(messages, max_tokens=None)[0]) == 5003
+    assert len(render(messages)) == 5003
     assert len(TOY.render_for_completion(messages)) == 5004
-    with pytest.raises(ValueError, match="max_tokens must be at least 1, not 0"):
-        TOY.render_conversation(messages, max_tokens=0)
 
 
 def user(content):
@@ -229,7 +217,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 )
 def test_a_malformed_conversation_is_refused_and_the_message_named(messages, complaint):
     with pytest.raises((ValueError, TypeError), match=complaint):
-        TOY.render_conversation(messages)
+        render(messages)
     with pytest.raises((ValueError, TypeError), match=complaint):
         TOY.render_for_completion(messages)
 
@@ -314,24 +302,6 @@ class Call:
         return self.call
 
 
-def encoding_with(state) -> tiktoken.Encoding:
-    """An Encoding that `dumps` pickles with this state instead of its own."""
-    encoding = tiktoken.Encoding.__new__(tiktoken.Encoding)
-    encoding.state = state
-    return encoding
-
-
-def dumps(thing, protocol: int = 4) -> bytes:
-    """pickle.dumps, as nanochat would call it, but for the states of Encodings."""
-    buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer, protocol)
-    pickler.dispatch_table = {
-        tiktoken.Encoding: lambda made: (copyreg.__newobj__, (tiktoken.Encoding,), made.state)
-    }
-    pickler.dump(thing)
-    return buffer.getvalue()
-
-
 HOSTILE = {
     "os.system": lambda marker: Call(os.system, f"touch {marker}"),
     "eval": lambda marker: Call(eval, f"open({str(marker)!r}, 'w').close()"),
@@ -406,17 +376,10 @@ def hash_bomb():
     return nested
 
 
-def repr_bomb():
-    nested = {}
-    for _ in range(64):
-        nested = {"a": nested, "b": nested}
-    return nested
-
-
 @pytest.mark.parametrize(
     "data",
     [
-        # the bombs stand where they would be hashed, printed, or asked for as a global
+        # the bombs stand where they would be hashed, printed, or named as a global
         b"\x80\x04}" + dumps(hash_bomb())[2:-1] + b"K\x01s.",
         dumps(encoding_with(repr_bomb())),
         dumps(repr_bomb())[:-1] + b"\x8c\x08Encoding\x93.",
@@ -455,9 +418,6 @@ def test_a_missing_tokenizer_says_where_it_was_looked_for(tmp_path):
     assert str(tmp_path / "tokenizer.pkl") in str(e.value)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_tokenizer(tmp_path / "nowhere")
-
-
-BYTES = {bytes([i]): i for i in range(256)}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from conftest import ROOT
+from helpers.goldens import ROOT
 
 spec = importlib.util.spec_from_file_location("book", ROOT / "course" / "book.py")
 book = importlib.util.module_from_spec(spec)

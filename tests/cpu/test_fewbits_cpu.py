@@ -5,11 +5,11 @@ import os
 
 import pytest
 import torch
-from conftest import MODEL, Fixture, era_fixtures
+from helpers.goldens import MODEL, Fixture, era_fixtures
 from test_products_cpu import CPU, has_int8, random, run, weights_of
 from test_quantization import perplexity
 
-from microvllm import LLM, SamplingParams, full
+from microvllm import LLM, SamplingParams, loading
 from microvllm.cli import roofline
 from microvllm.cpu import fewbits, first, packed, products
 from microvllm.cpu.backend import CpuBackend
@@ -226,12 +226,12 @@ def test_what_no_layer_can_have_is_refused():
 def test_weights_take_as_many_bits_as_the_word_says(word, caplog, monkeypatch):
     """Counted in the memory of the bundled model, whose matrices are whole panels of whole steps:
     what rows and groups have of their own comes on top. It says what would cost less, once."""
-    full.advise.cache_clear()
+    loading.advise.cache_clear()
     monkeypatch.setattr(first, "begin", lambda *args: True)  # no kernel is called
     bits, head = BITS[word]
     with caplog.at_level(logging.WARNING, "microvllm"):
-        model = full.load_model(MODEL, None, CPU, "auto", quantization=word)
-        full.load_model(MODEL, None, CPU, "auto", quantization=word)
+        model = loading.load_model(MODEL, None, CPU, "auto", quantization=word)
+        loading.load_model(MODEL, None, CPU, "auto", quantization=word)
     assert sum("microvllm quantize" in r.getMessage() for r in caplog.records) == 1
     assert model.compiled
     total = sum(part.nbytes for linear in model.linears.values() for part in linear.weight)
@@ -249,7 +249,7 @@ def test_weights_take_as_many_bits_as_the_word_says(word, caplog, monkeypatch):
 def test_all_layers_in_one_call_are_the_loop_over_them():
     era = Fixture(*era_fixtures()["era5"])
     given = {"attention": "numba", "quantization": "int4"}
-    model = full.load_model(era.directory, None, CPU, "auto", **given)
+    model = loading.load_model(era.directory, None, CPU, "auto", **given)
     if not model.compiled:
         pytest.skip("its layers are no whole panels")
     ids = list(range(1, 40))
@@ -275,7 +275,7 @@ def test_a_model_of_given_integers_is_that_of_plain_rounding():
     """What a file of rounded weights becomes."""
     era = Fixture(*era_fixtures()["era5"])
     given = {"attention": "numba", "quantization": "int4"}
-    model = full.load_model(era.directory, None, CPU, "auto", **given)
+    model = loading.load_model(era.directory, None, CPU, "auto", **given)
     weights = weights_of(era)
     for names in model.linears:
         bits = BITS["int4"][names == ("lm_head",)]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, SRC
+from helpers.goldens import MODEL, ROOT, SRC
 
 from microvllm import LLM, SamplingParams
 from microvllm.cpu import first
@@ -449,15 +449,16 @@ def test_the_second_run_finds_the_kernels(tmp_path):
 ENGINES = """
 import os, sys
 from microvllm import LLM, SamplingParams
-from microvllm.cpu import attention, backend, first, multi_step, products, several, steps
+from microvllm.cpu import attention, backend, first, products, steps
+from microvllm.loops import multi_step
 kernels = [
-    x for room in (attention, backend, products, steps) for x in vars(room).values()
+    x for module in (attention, backend, products, steps) for x in vars(module).values()
     if hasattr(x, "nopython_signatures")
 ]
 def known():
     return {(x.py_func.__qualname__, str(s)) for x in kernels for s in x.nopython_signatures}
-calls, compute, several.SECONDS = [], multi_step.compute, 1.0  # steps seem to take no time
-multi_step.compute = lambda *args: calls.append(args) or compute(*args)
+calls, compute, multi_step.SECONDS = [], multi_step.compute_steps, 1.0  # as if steps took no time
+multi_step.compute_steps = lambda *args, **kw: calls.append(args) or compute(*args, **kw)
 compile = backend.CpuBackend.compile
 for kind, options in (
     ("float32-layers", {}), ("float32", {}), ("bfloat16-layers", {"dtype": "bfloat16"}),

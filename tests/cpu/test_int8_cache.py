@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, Fixture, era_fixtures
+from helpers.goldens import MODEL, Fixture, era_fixtures
 from test_kernels_cpu import MIXED, case, dense
 from test_quantization import perplexity
 
@@ -17,8 +17,8 @@ from microvllm import LLM, SamplingParams
 from microvllm.attention import SequenceKVView
 from microvllm.cpu import steps
 from microvllm.cpu.attention import paged_attention
-from microvllm.full import pick_backend
 from microvllm.fused.int8_cache import Int8CacheBackend, Int8Heads, round_up
+from microvllm.loading import pick_backend
 from microvllm.model import GPTConfig
 from microvllm.trace import Replay
 
@@ -124,7 +124,7 @@ def one_sequence(start: int, stop: int, table: list[int]) -> SimpleNamespace:
         cu_seqlens=torch.tensor([0, stop - start], dtype=torch.int32),
         seq_lens=torch.tensor([stop], dtype=torch.int32),
         block_tables=torch.tensor([table], dtype=torch.int32),
-        max_query=stop - start, max_seq=stop,
+        max_query_len=stop - start, max_seq_len=stop,
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_rope_store_writes_what_the_reference_writes(dim, block_size, gated):
     ve = torch.randn(11, n_kv_head * dim) if gated else None
     ve_gate = torch.randn(n_kv_head, 12) if gated else None
     batch = SimpleNamespace(
-        ids=torch.randint(11, (rows,), dtype=torch.int32),
+        token_ids=torch.randint(11, (rows,), dtype=torch.int32),
         positions=torch.randint(50, (rows,), dtype=torch.int32),
         slots=torch.randperm(num_blocks * block_size)[:rows].int(),
     )
@@ -251,7 +251,7 @@ def test_a_step_that_fails_is_done_again(monkeypatch):
     params = replace(GREEDY, n=2)
     with build() as llm:
         wanted = run(llm, [words(30)], params)
-        llm.scheduler.reset()
+        llm.reset_prefix_cache()
         calls, forward = itertools.count(), llm.runner.forward
 
         def failing(batch):
@@ -276,8 +276,8 @@ def test_a_trace_of_it_replays():
         replay = Replay(trace.events)
         assert {"fork", "copy"} <= {event["e"] for event in trace.events}
         blocks = llm.scheduler.blocks
-        assert [replay.ref_count[i] for i in range(blocks.num_blocks)] == blocks.ref_count
-        assert list(replay.cached) == list(blocks.cached)
+        assert [replay.ref_count[i] for i in range(blocks.pool.num_blocks)] == blocks.pool.ref_count
+        assert list(replay.cached) == list(blocks.pool.cached)
 
 
 # what it takes ------------------------------------------------------------------------------------

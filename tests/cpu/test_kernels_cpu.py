@@ -12,15 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, hand_made_batch
+from helpers.batches import hand_made_batch
+from helpers.goldens import MODEL
 
 from microvllm.attention import sdpa_attention
 from microvllm.cpu import steps
 from microvllm.cpu.attention import attend_rows, paged_attention
 from microvllm.cpu.products import quantize_rows, rotate
 from microvllm.cpu.vectors import AMX
-from microvllm.full import load_model
 from microvllm.fused.backend import Backend
+from microvllm.loading import load_model
 
 HALF = pytest.param(torch.bfloat16, marks=pytest.mark.slow)  # a kernel of its own is compiled
 REFERENCE = Backend(torch.device("cpu"), torch.float32)
@@ -153,7 +154,7 @@ def test_extra_columns_of_the_table_and_larger_bounds_change_nothing():
     q, k, v, batch = case(MIXED)
     want = paged_attention(q, k, v, batch, -1)
     batch.block_tables = torch.nn.functional.pad(batch.block_tables, (0, 5))
-    batch.max_seq, batch.max_query = 500, 100
+    batch.max_seq_len, batch.max_query_len = 500, 100
     assert torch.equal(paged_attention(q, k, v, batch, -1), want)
 
 
@@ -322,7 +323,7 @@ def test_rope_store_is_the_reference(
     ve_gate = torch.randn(n_kv_head, channels) if channels else None
     angle = torch.randn(positions, dim // 2)
     batch = SimpleNamespace(
-        ids=torch.randint(vocab, (rows,), dtype=torch.int32),
+        token_ids=torch.randint(vocab, (rows,), dtype=torch.int32),
         positions=torch.randint(positions, (rows,), dtype=torch.int32),
         slots=torch.randperm(num_blocks * block_size)[:rows].int(),
     )

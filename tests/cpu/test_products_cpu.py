@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, hand_made_batch
+from helpers.batches import hand_made_batch
+from helpers.goldens import MODEL
 
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import find_step, read_checkpoint
 from microvllm.cpu import amx, attention, products, team, vectors
 from microvllm.cpu.backend import CpuBackend, _run
 from microvllm.cpu.products import PANEL, PANEL8, HalfPanels, Int8, Int8Panels, Panels, rotate
-from microvllm.full import load_model
 from microvllm.fused.model import FusedGPT
+from microvllm.loading import load_model
 from microvllm.model import GPTConfig
 
 CPU = torch.device("cpu")
@@ -187,7 +188,7 @@ def test_attention_has_the_same_bits_with_any_number_of_threads(rows, keys):
     tables = [range(1 + b * blocks, 1 + (b + 1) * blocks) for b in range(rows)]
     batch = hand_made_batch([([1] * keys, first, keys, table) for table in tables], 16)
     torch.nn.init.normal_(cache.data)
-    q = random(len(batch.ids), 6, 8).numpy()
+    q = random(len(batch.token_ids), 6, 8).numpy()
     tables = [getattr(batch, n).numpy() for n in ("cu_seqlens", "seq_lens", "block_tables")]
     k, v = cache.data[0, 0].numpy(), cache.data[0, 1].numpy()
     count, size = attention.tile(batch, 1, 8)

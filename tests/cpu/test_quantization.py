@@ -6,14 +6,14 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT
+from helpers.goldens import ERAS, MODEL, ROOT
 
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import find_step, read_checkpoint
 from microvllm.cpu.backend import CpuBackend
 from microvllm.cpu.products import Int8, rotate
-from microvllm.full import build_model
 from microvllm.fused.linear import Linear
+from microvllm.loading import build_model
 
 CPU = torch.device("cpu")
 

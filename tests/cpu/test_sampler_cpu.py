@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from test_sampling import grid, run
+from helpers.sampling import grid, run
 
 from microvllm import SamplingParams
 from microvllm.cpu import steps
-from microvllm.full import pick_backend
+from microvllm.loading import pick_backend
 
 CPU = pick_backend("numba", torch.device("cpu"), torch.float32)
 

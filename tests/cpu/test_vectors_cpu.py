@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import MODEL, SRC
+from helpers.goldens import MODEL, SRC
 
 from microvllm.cpu import kernel_cache, team, vectors
 

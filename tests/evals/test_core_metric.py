@@ -9,7 +9,8 @@ from itertools import takewhile
 
 import pytest
 import torch
-from conftest import MODEL, hand_made_batch
+from helpers.batches import hand_made_batch
+from helpers.goldens import MODEL
 
 from microvllm import LLM
 from microvllm.attention import PagedKVCache

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT, SRC, hand_made_batch
+from helpers.batches import hand_made_batch
+from helpers.goldens import ERAS, MODEL, ROOT, SRC
 
 from microvllm import LLM, cli
 from microvllm.attention import PagedKVCache
@@ -14,13 +15,12 @@ from microvllm.checkpoint import load_model
 from microvllm.sampler import cap_logits
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness: pip install -e '.[eval]'")
-from lm_eval.api.instance import Instance
+from helpers.harness_tasks import TASKS, asks, enter_tasks
 from lm_eval.api.registry import get_model
 
 from microvllm.evals import HarnessLM, evaluate, find_tasks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TASKS = ROOT / "tests" / "fixtures" / "evals"
 STORY = "It was a dark and stormy night, and the rain fell in torrents. The old man looked up."
 
 
@@ -39,10 +39,6 @@ def lm(llm):
 def plain():
     """The core's own model."""
     return load_model(MODEL)
-
-
-def asks(kind: str, *arguments: tuple) -> list[Instance]:
-    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
 def plain_logits(model, ids: list[int]) -> torch.Tensor:
@@ -254,21 +250,6 @@ def test_the_harness_finds_the_model_by_name_once_it_is_imported():
         assert lm.llm.scheduler.blocks.num_usable // lm.llm.scheduler.blocks.width == 19
         assert lm.tokenizer_name == "nanochat" and lm.chat_template(True) == ""
         assert lm.get_model_info()["model"] == "oldbooks-d6"
-
-
-def enter_tasks(monkeypatch, tmp_path) -> None:
-    """Go to the folder of the tasks, of which the copies that `datasets` makes are thrown away. The
-    harness's own tasks, whose thousands of files take it seconds, are left out."""
-    import datasets
-    from lm_eval import tasks
-
-    def manager(include_path, **_):
-        return real(include_path=include_path, include_defaults=False)
-
-    real = tasks.TaskManager
-    monkeypatch.setattr(tasks, "TaskManager", manager)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.chdir(TASKS)
 
 
 @pytest.mark.slow

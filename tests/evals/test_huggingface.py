@@ -3,7 +3,7 @@ both can run: transformers has the first era."""
 
 import pytest
 import torch
-from conftest import ERAS
+from helpers.goldens import ERAS
 
 from microvllm import LLM
 

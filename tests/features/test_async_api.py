@@ -14,11 +14,17 @@ import weakref
 from contextlib import aclosing, nullcontext
 
 import pytest
-from conftest import ROOT
-from test_calculator import GOLDENS, chain
-from test_engine import assert_idle, build, greedy, ids, sampled
-from test_guard import run_threads
-from test_llm import everything_is_free
+from helpers.concurrency import is_stepping, listed, run, run_threads, settled, until
+from helpers.full_engines import (
+    TOOL_GOLDENS,
+    build,
+    chain,
+    everything_is_free,
+    greedy,
+    ids,
+    sampled,
+)
+from helpers.goldens import ROOT
 
 from microvllm import LLM, SamplingParams
 from microvllm.features import async_api
@@ -31,30 +37,6 @@ LONG = greedy(400)
 def llm():
     with build(plain=True, num_blocks=400) as llm:
         yield llm
-
-
-def run(main):
-    """The result of a coroutine in a loop of its own; what waits for ever fails instead."""
-    return asyncio.run(asyncio.wait_for(main, 60))
-
-
-def is_stepping() -> bool:
-    return any(thread.name == "microvllm steps" for thread in threading.enumerate())
-
-
-async def until(condition) -> None:
-    """Wait until this is true."""
-    for _ in range(3000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it never came true")
-
-
-def settled(llm) -> None:
-    """The thread ends by itself, with nothing left behind."""
-    run(until(lambda: not is_stepping()))
-    assert_idle(llm)
 
 
 def tokens(outputs: list) -> list:
@@ -76,10 +58,6 @@ async def collected(events) -> dict:
     return found
 
 
-async def listed(events) -> list:
-    return [event async for event in events]
-
-
 def pieces(outputs: list) -> dict:
     """What `collected` gives for a stream of the same requests."""
     return {
@@ -87,6 +65,14 @@ def pieces(outputs: list) -> dict:
         for i, output in enumerate(outputs)
         for k, sample in enumerate(output["samples"])
     }
+
+
+def noted_rows(llm) -> list[int]:
+    """A list that gets the number of chunks of each step."""
+    rows: list[int] = []
+    launch = llm.runner.launch
+    llm.runner.launch = lambda plan: (rows.append(len(plan.chunks)), launch(plan))
+    return rows
 
 
 # the same results ---------------------------------------------------------------------------------
@@ -118,7 +104,7 @@ def test_the_arguments_are_those_of_the_methods_for_threads():
 
 
 def test_a_conversation_is_answered_with_the_calculator_as_chat_does():
-    golden = next(run for run in GOLDENS["runs"] if 0 in run["masks"])
+    golden = next(run for run in TOOL_GOLDENS["runs"] if 0 in run["masks"])
     params = SamplingParams(temperature=0, max_tokens=60)
     with chain(plain=True) as llm:
         (answer,) = run(llm.achat(golden["messages"], params))
@@ -148,8 +134,7 @@ def test_a_bad_prompt_or_argument_is_refused_before_any_work(llm):
 
 def test_tasks_of_several_loops_and_threads_share_one_batch(llm):
     expected = {n: tokens(llm.generate([ids(7, n)], greedy(40), use_tqdm=False)) for n in range(9)}
-    rows, launch = [], llm.runner.launch
-    llm.runner.launch = lambda plan: (rows.append(len(plan.chunks)), launch(plan))
+    rows = noted_rows(llm)
 
     async def several(numbers):
         outputs = await asyncio.gather(*[llm.agenerate([ids(7, n)], greedy(40)) for n in numbers])
@@ -176,13 +161,13 @@ def test_tasks_of_several_loops_and_threads_share_one_batch(llm):
 
 
 def test_one_thread_steps_for_all_tasks_and_ends_with_the_last(llm):
-    seen, advance = set(), llm._advance
+    seen, plan_step = set(), llm.plan_step
 
     def noted():
         seen.add(threading.get_ident())
-        advance()
+        return plan_step()
 
-    llm._advance = noted
+    llm.plan_step = noted
 
     async def main():
         assert not is_stepping()
@@ -330,7 +315,7 @@ def test_a_coroutine_that_ends_without_a_loop_aborts_its_request(llm):
 # slow consumers -----------------------------------------------------------------------------------
 
 
-def test_a_slow_consumer_gets_all_in_a_few_events_and_holds_up_nobody(llm, monkeypatch):
+def test_a_slow_consumer_gets_all_in_a_few_events_and_no_other_waits(llm, monkeypatch):
     prompts, params = [ids(5, 1), ids(6, 2)], sampled(100, seed=1, n=2)
     expected = pieces(llm.generate(prompts, params, use_tqdm=False))
     lengths = []
@@ -357,7 +342,7 @@ def test_a_slow_consumer_gets_all_in_a_few_events_and_holds_up_nobody(llm, monke
 
     run(main())
     # one step's events are four, and so are the last ones
-    assert async_api.MOST_ITEMS <= max(lengths) <= async_api.MOST_ITEMS + 3 + 4
+    assert async_api.MAX_ITEMS <= max(lengths) <= async_api.MAX_ITEMS + 3 + 4
     settled(llm)
 
 
@@ -388,15 +373,15 @@ def test_a_loop_that_is_blocked_gets_one_wake_up_for_many_steps(llm, monkeypatch
 
 def test_an_exception_of_a_step_reaches_each_waiting_task_once(llm, monkeypatch):
     (expected,) = llm.generate([ids(9, 1)], sampled(30, seed=2), use_tqdm=False)
-    forward = llm.runner.forward
+    forward = llm.model.forward
     is_struck = threading.Event()
 
-    def fail(batch):
+    def fail(batch, cache):
         if threading.current_thread().name == "microvllm steps" and not is_struck.is_set():
             if len(batch.seq_lens) == 4:
                 is_struck.set()
                 raise MemoryError("none is left")
-        return forward(batch)
+        return forward(batch, cache)
 
     async def streamed(seen):
         async for event in llm.astream([ids(6)], greedy(300)):
@@ -422,19 +407,19 @@ def test_an_exception_of_a_step_reaches_each_waiting_task_once(llm, monkeypatch)
         (again,) = await llm.agenerate([ids(9, 1)], sampled(30, seed=2))
         assert again["token_ids"] == expected["token_ids"]
 
-    monkeypatch.setattr(llm.runner, "forward", fail)
+    monkeypatch.setattr(llm.model, "forward", fail)
     run(main())
     settled(llm)
 
 
 def test_an_exception_of_a_threads_own_step_leaves_tasks_alone(llm, monkeypatch):
     (expected,) = llm.generate([ids(9, 1)], greedy(60), use_tqdm=False)
-    forward = llm.runner.forward
+    forward = llm.model.forward
 
-    def fail(batch):
+    def fail(batch, cache):
         if threading.current_thread().name == "unlucky":
             raise MemoryError("none is left")
-        return forward(batch)
+        return forward(batch, cache)
 
     def work(raised: list):
         try:
@@ -453,7 +438,7 @@ def test_an_exception_of_a_threads_own_step_leaves_tasks_alone(llm, monkeypatch)
         await asyncio.to_thread(thread.join)
         assert len(raised) == 1 and found == pieces([expected])
 
-    monkeypatch.setattr(llm.runner, "forward", fail)
+    monkeypatch.setattr(llm.model, "forward", fail)
     run(main())
     settled(llm)
 
@@ -482,7 +467,7 @@ def test_no_exception_ends_the_thread_for_later_tasks(llm, monkeypatch, kind):
 
 def test_a_thread_that_cannot_be_started_is_one_error_and_nothing_waits(llm, monkeypatch):
     async def main():
-        requests = llm._prepare([ids(5)], greedy(9))
+        requests = llm.make_requests([ids(5)], greedy(9))
 
         def refuse(thread):
             raise RuntimeError("can't start new thread")
@@ -570,7 +555,7 @@ def test_a_program_may_end_in_the_midst_of_a_step():
 def test_warm_runs_a_step_in_any_pool_and_changes_no_token(options):
     free = SamplingParams(max_tokens=2 if "max_model_len" not in options else 1)
     with build("era1_padded", plain=True, **options) as cold:
-        room = cold.scheduler.blocks.num_usable * cold.scheduler.blocks.block_size
+        room = cold.scheduler.blocks.pool.num_usable * cold.scheduler.blocks.block_size
         free = free if room > 1 else SamplingParams(max_tokens=1)
         expected = tokens(cold.generate([[5]], free, use_tqdm=False))
     with build("era1_padded", plain=True, **options) as llm:
@@ -587,7 +572,7 @@ def test_warm_computes_a_prompt_and_a_token_greedily_and_drawn(llm):
 
     def noted(plan):
         seen.extend(
-            (stop - start > 1, seq.params.temperature > 0) for seq, start, stop in plan.chunks
+            (stop - start > 1, seq.params.temperature > 0) for seq, start, stop, _ in plan.chunks
         )
         launch(plan)
 

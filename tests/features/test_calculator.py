@@ -1,24 +1,21 @@
-"""The calculator in the loop of an engine, on a model that calls it. What it computes is asked in
+"""The calculator in the loop of an engine, on a model that calls it. For what it computes see
 test_tools.py."""
 
-import json
-
 import pytest
-from conftest import ERAS
-from test_engine import set_overlap
+from helpers.full_engines import TOOL_GOLDENS, chain, everything_is_free, set_overlap
 
-from microvllm import LLM, SamplingParams
-from microvllm.features.calculator import Calculator, ToolDecoder
+from microvllm import SamplingParams
+from microvllm.features.calculator import ToolCalls, ToolDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GOLDENS = json.loads((ERAS / "tool_chain" / "goldens.json").read_text())
+RUNS = TOOL_GOLDENS["runs"]
+PARAMS = SamplingParams(temperature=0, max_tokens=60)
 
 
-def chain(**kwargs):
-    """nanochat's fixture whose next token is a function of the present one: it calls the tool."""
-    folder = ERAS / "tool_chain"
-    return LLM(folder / "chatsft_checkpoints" / "d1", tokenizer_path=folder / "tokenizer", **kwargs)
+def run_with_a_call() -> dict:
+    """A conversation whose answer has forced tokens."""
+    return next(run for run in RUNS if 0 in run["masks"])
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -26,22 +23,22 @@ def chain(**kwargs):
 def test_the_calculator_answers_inside_the_loop_as_nanochats_does(overlap, options):
     with chain(**options) as llm:
         set_overlap(llm, overlap)
-        prompts = [run["prompt"] for run in GOLDENS["runs"]]
+        prompts = [run["prompt"] for run in RUNS]
         params = SamplingParams(temperature=0, max_tokens=60)
         outputs = llm.generate(prompts, params, tools=True)
-        for run, output in zip(GOLDENS["runs"], outputs, strict=True):
+        for run, output in zip(RUNS, outputs, strict=True):
             assert output["token_ids"] == run["tokens"]
             assert output["mask"] == run["masks"] and 0 in output["mask"]
         plain = llm.generate(prompts, params)
         assert all(0 not in output["mask"] for output in plain)
         assert plain[0]["token_ids"] != outputs[0]["token_ids"]
-        assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_usable
+        assert everything_is_free(llm)
 
 
-def test_chat_calls_the_calculator_unless_it_is_told_not_to():
+def test_chat_calls_the_calculator_unless_tools_is_false():
     params = SamplingParams(temperature=0, max_tokens=60)
     with chain() as llm:
-        for run in GOLDENS["runs"]:
+        for run in RUNS:
             (answer,) = llm.chat(run["messages"], params)
             assert (answer["token_ids"], answer["mask"]) == (run["tokens"], run["masks"])
             (plain,) = llm.chat(run["messages"], params, tools=False)
@@ -52,7 +49,7 @@ def test_chat_calls_the_calculator_unless_it_is_told_not_to():
 
 
 def test_a_text_shows_each_call_and_its_result():
-    run = next(r for r in GOLDENS["runs"] if 0 in r["masks"])
+    run = run_with_a_call()
     params = SamplingParams(temperature=0, max_tokens=60)
     with chain() as llm:
         (answer,) = llm.chat(run["messages"], SamplingParams(temperature=0, max_tokens=60, n=2))
@@ -67,15 +64,15 @@ def test_a_call_without_an_answer_is_listed_without_a_result():
     with chain() as llm:
         special = llm.tokenizer.special_tokens
         start, end = special["<|python_start|>"], special["<|python_end|>"]
-        calculator = Calculator(llm.tokenizer)
-        forced = [calculator.push(i) for i in [start, *llm.tokenizer.encode("1/0"), end]]
-        assert not any(forced) and calculator.calls == [{"call": "1/0", "result": None}]
+        tool_calls = ToolCalls(llm.tokenizer)
+        forced = [tool_calls.push(i) for i in [start, *llm.tokenizer.encode("1/0"), end]]
+        assert not any(forced) and tool_calls.calls == [{"call": "1/0", "result": None}]
 
 
 @pytest.mark.parametrize("stop", [(), " yes", "42", " = ", "`", "7*6"])
 @pytest.mark.parametrize("max_tokens", [60, 11, 9, 8])
 def test_streams_and_texts_agree_and_each_token_of_an_event_has_a_mask(stop, max_tokens):
-    run = next(r for r in GOLDENS["runs"] if 0 in r["masks"])
+    run = run_with_a_call()
     params = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
     with chain() as llm:
         (output,) = llm.generate([run["prompt"]], params, tools=True)
@@ -99,7 +96,7 @@ def test_a_character_that_a_call_cuts_off_is_shown_before_the_call():
 
 
 def test_forced_tokens_count_towards_max_tokens_and_are_cut_by_it():
-    run = next(r for r in GOLDENS["runs"] if 0 in r["masks"])
+    run = run_with_a_call()
     first = run["masks"].index(0)
     with chain() as llm:
         for more in range(3):
@@ -111,7 +108,7 @@ def test_forced_tokens_count_towards_max_tokens_and_are_cut_by_it():
 
 
 def test_a_token_that_was_forced_stops_nothing():
-    run = next(r for r in GOLDENS["runs"] if 0 in r["masks"])
+    run = run_with_a_call()
     last = len(run["masks"]) - 1 - run["masks"][::-1].index(0)  # the end of a tool's answer
     assert last < len(run["tokens"]) - 1
     stop = (run["tokens"][last],)
@@ -122,4 +119,4 @@ def test_a_token_that_was_forced_stops_nothing():
             for output in llm.step():
                 assert (output["request_id"], output["token_ids"]) == (number, run["tokens"])
             # nor when all is made again right after it was forced
-            llm._change(llm._recover)
+            llm.guard.perform(llm.recover)

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ERAS
+from helpers.goldens import ERAS
 
-from microvllm import LLM, SamplingParams, checkpoint, engine, full, model
+from microvllm import LLM, SamplingParams, checkpoint, engine, full, loading, model
 from microvllm.features import checks
+from microvllm.fused import model as fused_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,14 +41,14 @@ def llm():
 @contextmanager
 def refused(llm, error, *words):
     """`error` is raised with all the words, and nothing is queued, counted or taken."""
-    before, free = llm.stats(), list(llm.scheduler.blocks.cached)
+    before, free = llm.stats(), list(llm.scheduler.blocks.pool.cached)
     with pytest.raises(error) as info:
         yield
     assert type(info.value) is error
     for word in words:
         assert str(word) in str(info.value), f"{word!r} is not in: {info.value}"
     assert llm.stats() == before
-    assert list(llm.scheduler.blocks.cached) == free
+    assert list(llm.scheduler.blocks.pool.cached) == free
     assert llm.is_finished() and llm.step() == []
     llm.scheduler.blocks.check([])
 
@@ -440,7 +441,7 @@ def test_a_context_without_memory_for_its_positions_is_refused_before_any_is_tak
         made.append(max_len)
         return real(config, recipe, max_len, *where)
 
-    for module in (model, full.optional("fused.model")):
+    for module in (model, fused_model):
         monkeypatch.setattr(module, "rotary", rotary)
     need = model.rotary_bytes(checkpoint.load_model(OTHER).config, 400)
     made.clear()
@@ -452,8 +453,8 @@ def test_a_context_without_memory_for_its_positions_is_refused_before_any_is_tak
         made.clear()
     monkeypatch.undo()
     monkeypatch.setattr(checkpoint, "free_memory", lambda device: 1000)
-    monkeypatch.setattr(full, "free_memory", lambda device: 1000)
-    for load in (checkpoint.load_model, full.load_model):
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
+    for load in (checkpoint.load_model, loading.load_model):
         with pytest.raises(ValueError, match="no memory for weights.* positions: [0-9,]+ bytes"):
             load(OTHER)
 
@@ -519,7 +520,7 @@ def test_a_key_that_an_output_lacks_is_told_with_those_that_it_has(llm):
 def two_cpus(monkeypatch):
     """A machine of two CPUs, and a torch that only says so: its threads are not what is tested."""
     number = [2]
-    monkeypatch.setattr(checks, "available_cpus", lambda: 2)
+    monkeypatch.setattr(checks, "allowed_cpus", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: number[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: number.__setitem__(0, count))
     return number
@@ -530,19 +531,19 @@ def test_a_number_of_threads_beyond_the_cpus_is_refused_with_the_numbers(two_cpu
         LLM(MODEL, num_threads=3)
     told = "num_threads must be between 1 and 2, the CPUs that this process may use, got 3"
     assert str(info.value).startswith(told) and two_cpus == [2]
-    assert 1 <= checks.available_cpus()
+    assert 1 <= checks.allowed_cpus()
 
 
 def test_steps_run_with_the_engines_own_number_and_torch_keeps_its_own(two_cpus, monkeypatch):
-    seen, advance = [], engine.LLM._advance
+    seen, plan_step = [], engine.LLM.plan_step
 
     def step(self):
         seen.append((self.num_threads, torch.get_num_threads()))
         if len(seen) == 2:
             raise RuntimeError("a step that fails")
-        advance(self)
+        return plan_step(self)
 
-    monkeypatch.setattr(engine.LLM, "_advance", step)
+    monkeypatch.setattr(engine.LLM, "plan_step", step)
     options = {"device": "cpu", "plain": True, "num_blocks": 20}
     with LLM(MODEL, num_threads=1, **options) as one, LLM(MODEL, **options) as other:
         assert two_cpus == [2]
@@ -561,19 +562,19 @@ def test_steps_run_with_the_engines_own_number_and_torch_keeps_its_own(two_cpus,
 
 def test_the_number_holds_in_each_thread_that_runs_a_step(monkeypatch):
     """Torch has a number for each thread that has used it."""
-    monkeypatch.setattr(checks, "available_cpus", lambda: 2)
-    seen, advance = [], engine.LLM._advance
+    monkeypatch.setattr(checks, "allowed_cpus", lambda: 2)
+    seen, plan_step = [], engine.LLM.plan_step
 
     def step(self):
         seen.append(torch.get_num_threads())
-        advance(self)
+        return plan_step(self)
 
     def other(llm):
         torch.set_num_threads(2)
         llm.step()
         seen.append(torch.get_num_threads())
 
-    monkeypatch.setattr(engine.LLM, "_advance", step)
+    monkeypatch.setattr(engine.LLM, "plan_step", step)
     before = torch.get_num_threads()
     try:
         with LLM(MODEL, num_threads=1, device="cpu", plain=True, num_blocks=20) as llm:
@@ -588,14 +589,14 @@ def test_the_number_holds_in_each_thread_that_runs_a_step(monkeypatch):
 
 def test_a_number_that_a_step_has_set_is_the_engines_from_then_on(two_cpus, monkeypatch):
     """As a backend does while a helper compiles its kernels: it leaves a thread to it."""
-    numbers, advance = [], engine.LLM._advance
+    numbers, plan_step = [], engine.LLM.plan_step
 
     def step(self):
         numbers.append(torch.get_num_threads())
         torch.set_num_threads({2: 1, 1: 2}[numbers[-1]])
-        advance(self)
+        return plan_step(self)
 
-    monkeypatch.setattr(engine.LLM, "_advance", step)
+    monkeypatch.setattr(engine.LLM, "plan_step", step)
     with LLM(MODEL, num_threads=2, device="cpu", plain=True, num_blocks=20) as llm:
         llm.add_request(GOOD, GREEDY)
         for _ in range(3):

@@ -11,14 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, ROOT, Fixture, era_fixtures
-from test_deterministic import Record
+from helpers.goldens import MODEL, ROOT, Fixture, era_fixtures
+from helpers.records import Record
 
 from microvllm import LLM, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ALL = bool(os.environ.get("FUZZ"))  # all sizes and dtypes; else a part, for want of time
+ALL = bool(os.environ.get("FUZZ"))  # all sizes and dtypes; else a part
 DTYPES = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantization": "int8"}}
 # whose kernels compile for minutes
 RARE = {bits: {"quantization": bits} for bits in ("int6", "int5", "int4")}
@@ -43,7 +43,7 @@ def jobs(rows: int, vocabulary: int) -> list[tuple[list[int], SamplingParams]]:
         prompt = [own[:2] * 6, common[: 8 + i % 16] + own, own][i % 3]
         temperature = (0, 0.8)[i // 3 % 2]
         params = SamplingParams(temperature=temperature, seed=i, max_tokens=6, ignore_eos=True)
-        if i % 3 == 0:  # words that come again, which lookup guesses
+        if i % 3 == 0:  # words that come again, which lookup finds
             params = replace(params, allowed_token_ids=own[:2])
         found.append((prompt, params))
     return found
@@ -55,13 +55,11 @@ class Matrix:
     def __init__(self, place: str, dtype: str, rows: int):
         self.options = {"device": "cpu", "num_blocks": 4000, "max_batch_size": 300}
         self.options |= PLACES[place] | (DTYPES | RARE)[dtype]
-        self.record, self.engines, self.preemptions, self.cached, self.guessed = (
-            Record(),
-            {},
-            0,
-            0,
-            0,
-        )
+        self.record = Record()
+        self.engines: dict[tuple[int, int], LLM] = {}
+        self.num_preemptions = 0
+        self.num_cached = 0
+        self.num_accepted = 0  # draft tokens
         torch.set_num_threads(1)
         llm = self.engine(1024, 0)
         self.jobs = jobs(rows, llm.model.config.vocab_size)
@@ -70,10 +68,10 @@ class Matrix:
             ways = [replace(params, sample_index=i) for i in range(3)]
             found = []
             for way in ways[: 3 if len(self.alone) < 64 else 1]:
-                llm.scheduler.reset()
+                llm.reset_prefix_cache()
                 found += (llm.generate([prompt], way, False)[0]["token_ids"],)
             self.alone.append(found)
-        self.known = len(self.record)
+        self.known = len(self.record.bits)
 
     def engine(self, budget: int, lookup: int, deterministic: bool = True) -> LLM:
         key = budget, lookup
@@ -87,7 +85,7 @@ class Matrix:
         torch.set_num_threads(threads)
         llm, part = self.engine(budget, lookup), self.jobs[:rows]
         if cache == "cold":
-            llm.scheduler.reset()
+            llm.reset_prefix_cache()
         else:
             llm.generate([p for p, _ in part], [replace(q, max_tokens=1) for _, q in part], False)
         sent = [llm.add_request(p, replace(q, n=samples)) for p, q in part]
@@ -102,17 +100,17 @@ class Matrix:
             got = [sample["token_ids"] for sample in outputs[number]["samples"]]
             assert got[: len(want)] == want[:samples]
         after = llm.stats()
-        self.preemptions += after["preemptions"] - before["preemptions"]
-        self.cached += after["cached_tokens"] - before["cached_tokens"]
-        self.guessed += lookup and llm.scheduler.num_accepted
+        self.num_preemptions += after["preemptions"] - before["preemptions"]
+        self.num_cached += after["cached_tokens"] - before["cached_tokens"]
+        self.num_accepted += llm.scheduler.num_accepted_tokens
 
     def close(self) -> None:
         for llm in self.engines.values():
             llm.close()
         torch.set_num_threads(1)
-        # the conditions were met, and no text but wrong guesses was new
-        assert self.preemptions and self.cached and self.guessed
-        assert self.record.seen > self.known
+        # the conditions were met, and no text but those with wrong draft tokens was new
+        assert self.num_preemptions and self.num_cached and self.num_accepted
+        assert self.record.num_seen > self.known
 
 
 def product(ways: dict[str, tuple]) -> list[dict]:

@@ -9,7 +9,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, Fixture, era_fixtures
+from helpers.goldens import MODEL, Fixture, era_fixtures
+from helpers.records import Record
 
 from microvllm import LLM, SamplingParams
 from microvllm.cpu.backend import CpuBackend
@@ -20,27 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ERAS = {name: Fixture(*found) for name, found in era_fixtures().items()}
 
 HEAVY = pytest.mark.skipif(not os.environ.get("FUZZ"), reason="compiles for long: set FUZZ")
-
-
-class Record(dict):
-    """The logits of every text that an engine was asked to continue; equal texts, equal bits."""
-
-    seen = 0
-
-    def watch(self, llm: LLM) -> LLM:
-        pick = llm.runner.pick
-
-        def watched(plan, logits, *drawn_from):
-            for (_, seq, position), row in zip(plan.samples, logits, strict=True):
-                text, bits = tuple(seq.tokens[:position]), row.float().numpy().tobytes()
-                assert self.setdefault(text, bits) == bits, f"{len(text)} tokens, other logits"
-                self.seen += 1
-            return pick(plan, logits, *drawn_from)
-
-        llm.runner.pick = watched
-        # logits of several steps in one call are seen by nobody: see test_several
-        llm.runner.how_many = lambda seqs: 0
-        return llm
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -65,7 +45,7 @@ def go_every_way(build, vocabulary: int, lengths: list[int], max_tokens: int) ->
     prompts = texts(vocabulary, lengths)
     llm = record.watch(build(enable_prefix_caching=False))
     alone = [llm.generate([p], params, False)[0]["token_ids"] for p in prompts]
-    known = len(record)
+    known = len(record.bits)
     llm = record.watch(build())
     for _ in range(2):
         found = llm.generate(prompts, params, False)
@@ -87,7 +67,8 @@ def go_every_way(build, vocabulary: int, lengths: list[int], max_tokens: int) ->
             llm.scheduler.preempt(llm.scheduler.running[-1])
         found |= {output["request_id"]: output["token_ids"] for output in llm.step()}
     assert [found[i] for i in ids] == alone and llm.stats()["preemptions"] > 1
-    assert len(record) == known == sum(len(a) for a in alone) and record.seen > 4 * known
+    assert len(record.bits) == known == sum(len(a) for a in alone)
+    assert record.num_seen > 4 * known
 
 
 @pytest.mark.parametrize("era", ["era1_padded", "era2", "era5"])
@@ -133,7 +114,7 @@ def test_scores_and_log_probabilities_as_well():
         params = SamplingParams(max_tokens=5, seed=1, logprobs=3, ignore_eos=True)
         alone = [llm.score([p], [t])[0] for p, t in zip(prompts, tails, strict=True)]
         drawn = [llm.generate([p], params, False)[0]["samples"] for p in prompts]
-        llm.scheduler.reset()  # forget the cache
+        llm.reset_prefix_cache()
         assert llm.score(prompts, tails) == alone
         assert [o["samples"] for o in llm.generate(prompts, params, False)] == drawn
 

@@ -7,13 +7,13 @@ import pickle
 from html.parser import HTMLParser
 
 import pytest
-from conftest import MODEL
-from test_engine import build, greedy, ids, sampled
+from helpers.full_engines import build, greedy, ids, sampled
+from helpers.goldens import MODEL
 
 import microvllm
 from microvllm import LLM, RequestOutput, engine
 from microvllm.features import display
-from microvllm.features.display import Outputs
+from microvllm.features.display import OutputList
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOSTILE = "</pre></td></table><script>hit()</script><img src=x onerror='hit()'>&amp;\""
@@ -75,7 +75,7 @@ def test_an_engine_that_could_not_be_made_has_a_line(monkeypatch):
         engines.append(self)
         raise ValueError
 
-    monkeypatch.setattr(engine.LLM, "_assemble", refuse)
+    monkeypatch.setattr(engine.LLM, "assemble", refuse)
     with pytest.raises(ValueError):
         LLM(MODEL, device="cpu", plain=True)
     assert repr(engines[0]) == "<LLM 'oldbooks-d6': not made>"
@@ -99,31 +99,31 @@ def test_outputs_are_lists_and_dicts_in_all_else():
     plain = [dict(o) for o in outputs]
     assert outputs == plain and plain == outputs and outputs[0] == plain[0]
     assert json.loads(json.dumps(outputs)) == plain
-    assert type(outputs[:1]) is Outputs and outputs[:1] == plain[:1] and outputs[-1] == plain[-1]
+    assert type(outputs[:1]) is OutputList and outputs[:1] == plain[:1] and outputs[-1] == plain[-1]
     assert outputs + [] == plain and [*outputs] == plain and outputs[::-1] == plain[::-1]
     first, second = outputs
     assert (first, second) == tuple(plain)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         again = pickle.loads(pickle.dumps(outputs, protocol))
-        assert type(again) is Outputs and type(again[0]) is RequestOutput and again == outputs
+        assert type(again) is OutputList and type(again[0]) is RequestOutput and again == outputs
         assert again[0].text == outputs[0].text and not vars(again[0])  # no tokenizer in it
         assert len(pickle.dumps(outputs, protocol)) < 3000
     for copied in copy.copy(outputs), copy.deepcopy(outputs):
         assert copied == outputs
     outputs.append(plain[0])
     outputs.sort(key=lambda o: len(o["prompt_token_ids"]))
-    assert len(outputs) == 3 and type(outputs) is Outputs
+    assert len(outputs) == 3 and type(outputs) is OutputList
 
 
 def test_ten_thousand_outputs_are_printed_in_a_few_lines():
     long = {"prompt_token_ids": [*range(3000)], "token_ids": [*range(900)], "text": "a\nb" * 5000}
     sample = {"text": "a\nb" * 5000, "token_ids": [*range(900)]}
     logprobs = [{"token_id": 5, "top": dict.fromkeys(range(20), -1.0)}] * 900
-    many = Outputs([output(**long, logprobs=logprobs, samples=[sample] * 100)] * 10_000)
+    many = OutputList([output(**long, logprobs=logprobs, samples=[sample] * 100)] * 10_000)
     assert len(repr(many[0])) < 1500 and "\n" not in repr(many[0])
     assert len(repr(many)) < 5000 and repr(many).endswith("... and 9,997 more]")
     assert repr(many[0]).startswith("RequestOutput(text='a\\nba")
-    assert repr(Outputs([])) == "[]"
+    assert repr(OutputList([])) == "[]"
     # the one sample of most requests is not told twice
     assert "samples" not in repr(output(samples=[sample]))
 
@@ -149,8 +149,8 @@ def test_a_notebook_shows_prompt_text_reason_and_tokens():
     (row,) = Cells(scored._repr_html_()).rows[1:]
     assert row == ["<|bos|>One", "", "length", str(len(scored[0].logprobs))]
     assert Cells(events[0]._repr_html_()).rows[1][:2] == ["", events[0].text]
-    assert Outputs([3])._repr_html_() is None  # not outputs at all
-    assert Outputs([])._repr_html_() is None
+    assert OutputList([3])._repr_html_() is None  # not outputs at all
+    assert OutputList([])._repr_html_() is None
 
 
 def test_what_a_model_writes_is_no_more_than_text():
@@ -159,7 +159,7 @@ def test_what_a_model_writes_is_no_more_than_text():
         prompt_token_ids=[1, 2],
     )  # fmt: skip
     vars(shown)["_tokenizer"] = type("Hostile", (), {"decode": lambda self, ids: HOSTILE})()
-    page = Outputs([shown])._repr_html_()
+    page = OutputList([shown])._repr_html_()
     cells = Cells(page)
     assert cells.tags == {"table", "tr", "td", "th", "pre"}
     seen = HOSTILE.translate({0x1B: 0xFFFD, 0x202E: 0xFFFD, 0xD800: 0xFFFD})
@@ -173,7 +173,7 @@ def test_what_a_model_writes_is_no_more_than_text():
 
 def test_what_is_shown_of_many_long_outputs_is_bounded():
     sample = {"text": "<" * 10**6, "token_ids": [5] * 10**6, "finish_reason": "length"}
-    many = Outputs([output(**sample, samples=[sample] * 50, prompt_token_ids=[7] * 10**6)] * 100)
+    many = OutputList([output(**sample, samples=[sample] * 50, prompt_token_ids=[7] * 10**6)] * 100)
     decoded = []
 
     class Counting:

@@ -14,19 +14,24 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from conftest import MODEL
-from test_engine import both_loops, set_overlap
-from test_failures import Fault, failing
-from test_llm import assert_stream_is_generate, everything_is_free, question
-from test_tools import PYTHON_START, TOY
+from helpers.engine_cases import assert_stream_is_generate
+from helpers.engines import question
+from helpers.failures import Fault, failing
+from helpers.full_engines import everything_is_free, set_overlap
+from helpers.goldens import ERAS, MODEL
 
 from microvllm import LLM, SamplingParams, cli, sampler
 from microvllm.features import guided, matching
-from microvllm.features.guided import MOST, Vocabulary
+from microvllm.features.guided import MAX_LENGTH, Vocabulary
 from microvllm.jobs import Ask, Job, answer, carry_out
-from microvllm.tokenizer import Tokenizer
+from microvllm.runner import Extension
+from microvllm.tokenizer import Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+both_loops = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "ahead"])
+TOY = load_tokenizer(ERAS / "tokenizer")
+PYTHON_START = TOY.encode_special("<|python_start|>")
 
 BOOKS = {
     "type": "array", "minItems": 1, "maxItems": 2,
@@ -71,7 +76,7 @@ def work(llm) -> tuple[list, list]:
 
 def in_helper(params: SamplingParams) -> SamplingParams:
     """The same, as if the guide were not known to be small."""
-    params.put("small_guide", False)
+    params.set("has_small_guide", False)
     return params
 
 
@@ -184,8 +189,8 @@ def test_a_request_has_the_same_text_alone_and_in_a_batch(llm, wanted):
 
 
 def test_the_pieces_of_a_stream_joined_are_the_text(llm):
-    assert_stream_is_generate(llm, guide={"regex": r"(\w+ ){2,5}é(\w+ ){9}"})
-    assert_stream_is_generate(llm, guide={"json": BOOKS}, stop="year")
+    assert_stream_is_generate(llm, SamplingParams, guide={"regex": r"(\w+ ){2,5}é(\w+ ){9}"})
+    assert_stream_is_generate(llm, SamplingParams, guide={"json": BOOKS}, stop="year")
 
 
 def test_guesses_are_checked_and_change_nothing(llm, wanted):
@@ -200,14 +205,23 @@ def test_guesses_are_checked_and_change_nothing(llm, wanted):
         assert everything_is_free(guessing)
 
 
+class Copies(Extension):
+    """Counts the blocks that steps copy."""
+
+    count = 0
+
+    def on_plan(self, plan):
+        self.count += len(plan.copies)
+
+
 @both_loops
 def test_samples_that_make_room_and_copy_blocks_go_on_in_the_grammar(llm, wanted, overlap):
-    copies = []
     with LLM(MODEL, num_blocks=28, block_size=4, max_batched_tokens=16) as tiny:
         set_overlap(tiny, overlap)
-        tiny.scheduler.blocks.events.copy = lambda *facts: copies.append(facts)
+        copies = Copies()
+        tiny.add_extension(copies)
         assert samples(tiny.generate(*work(llm), use_tqdm=False)) == wanted
-        assert tiny.scheduler.num_preemptions > 0 and copies
+        assert tiny.scheduler.num_preemptions > 0 and copies.count > 0
         assert everything_is_free(tiny)
 
 
@@ -236,7 +250,7 @@ def test_a_signal_inside_the_guide_is_not_taken_for_its_own(llm, wanted, monkeyp
         calls.append(args)
         if len(calls) == 20:
             signal.raise_signal(marker)
-        return sampler.on(*args)
+        return sampler.to_device(*args)
 
     def strike(*_):
         raise TimeoutError("a time limit")
@@ -251,7 +265,7 @@ def test_a_signal_inside_the_guide_is_not_taken_for_its_own(llm, wanted, monkeyp
                 [faulty.add_request(*pair) for pair in zip(prompts, params, strict=True)],
                 {},
             )
-            monkeypatch.setattr(guided, "on", struck)
+            monkeypatch.setattr(guided, "to_device", struck)
             while len(calls) < 20:
                 try:
                     outputs |= {output["request_id"]: output for output in faulty.step()}
@@ -292,7 +306,7 @@ def test_a_helper_gives_the_same_tokens_and_ends_with_its_engine(llm, wanted):
     with LLM(MODEL, num_blocks=400, prompt_lookup=6, device="cpu") as other:
         found = other.generate(prompts, [in_helper(p) for p in params], use_tqdm=False)
         assert samples(found) == wanted
-        helper = other._guides.steps
+        helper = other.guided.guides.helper
         process = helper.process
         assert process.poll() is None and helper.sent
     assert process.poll() is not None
@@ -307,20 +321,26 @@ def test_a_helper_that_is_killed_is_replaced_in_the_midst_of_a_text(llm, wanted)
             break
         outputs |= {output["request_id"]: output for output in llm.step()}
         if turn in (3, 9):
-            llm._guides.steps.process.kill()
+            llm.guided.guides.helper.process.kill()
     assert samples([outputs[i] for i in ids]) == wanted
 
 
 def test_what_interrupts_a_message_does_not_change_the_next_answer(llm):
     """Whatever was under way, the helper that was asked is replaced."""
-    guide = llm._check("a", in_helper(SamplingParams(guide=GUIDES["regex"])))[1].logits_processor
-    expected, reader, helper = guide.read().allowed([]), guide.read(), llm._guides.steps
+    guide = llm.check("a", in_helper(SamplingParams(guide=GUIDES["regex"])))[1].logits_processor
+    expected, reader, helper = (
+        guide.open_reader().allowed([]),
+        guide.open_reader(),
+        llm.guided.guides.helper,
+    )
 
     def interrupted(text):
         raise TimeoutError(text)
 
     choices = {"choices": ["one, two, three and four"]}  # one text: the helper asks for its tokens
-    other = llm._check("a", in_helper(SamplingParams(guide=choices)))[1].logits_processor.read()
+    other = llm.check("a", in_helper(SamplingParams(guide=choices)))[
+        1
+    ].logits_processor.open_reader()
     encode, other.encode = other.encode, interrupted
     with pytest.raises(TimeoutError, match="one, two, three and four"):
         other.allowed([])
@@ -330,7 +350,7 @@ def test_what_interrupts_a_message_does_not_change_the_next_answer(llm):
     num_read, mask = other.allowed([])
     assert num_read == 0 and sum(byte.bit_count() for byte in mask) == 1
     del reader, other
-    reader = guide.read()
+    reader = guide.open_reader()
     assert helper.dropped and reader.allowed([]) == expected
     assert not helper.dropped
 
@@ -616,7 +636,7 @@ REFUSED = [
     ({"regex": 3}, TypeError, "it must be a dict"),
     ({"regex": "\ud800"}, ValueError, "surrogates not allowed"),
     ({"regex": "(" * 5000 + "a" + ")" * 5000}, ValueError, "nested parentheses"),
-    ({"regex": "a" * (MOST + 1)}, ValueError, "262,144 are allowed"),
+    ({"regex": "a" * (MAX_LENGTH + 1)}, ValueError, "262,144 are allowed"),
     ({"choices": []}, ValueError, "choices must not be empty"),
     ({"choices": "yes"}, TypeError, "choices must be a list, got 'yes'"),
     ({"choices": ["a", 3]}, TypeError, "choices must be strings, got 3"),

@@ -1,78 +1,36 @@
 """Exceptions from outside, at any line: a signal's handler, a time limit, no memory. Whatever was
-half done, the books are in order before the next step, and everybody gets the same tokens."""
+half done, the engine's state is consistent before the next step, and all requests get the same
+tokens."""
 
 import ctypes
 import json
-import os
 import random
 import signal
 import sys
 import threading
 import time
-from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
-from test_calculator import GOLDENS, chain
-from test_engine import assert_idle, build, check, greedy, ids, sampled
-from test_trace import compare
+from helpers.full_engines import (
+    TOOL_GOLDENS,
+    assert_idle,
+    build,
+    chain,
+    check,
+    greedy,
+    ids,
+    sampled,
+)
+from helpers.strikes import ALL, SIGNAL, Strike, Struck, release_lock
+from helpers.traces import compare
 
-import microvllm
 from microvllm import SamplingParams
 from microvllm.cpu import team
-from microvllm.features import logits
+from microvllm.features.logits_processor import WatchedHandler, watched_handlers
 from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PACKAGE = str(Path(microvllm.__file__).parent)
-ALL = bool(os.environ.get("FUZZ"))  # strike at every line, else at every seventh one
-
-
-class Struck(Exception):
-    """What comes from outside."""
-
-
-SIGNAL = getattr(signal, "SIGUSR1", signal.SIGTERM)
-
-
-class Strike:
-    """While it calls functions, the lines of the package that they run are counted, and at one of
-    them, the first time it comes, a signal arrives whose handler raises. at: (file, line), or the
-    number of the event."""
-
-    def __init__(self, at=None, opcodes: bool = False):
-        self.at, self.opcodes = at, opcodes
-        self.lines: Counter = Counter()
-        self.count, self.struck = 0, False
-
-    def __call__(self, function, *args):
-        def strike(*_):
-            raise Struck(self.at)
-
-        outer, before = sys.gettrace(), signal.signal(SIGNAL, strike)
-        sys.settrace(self.trace)
-        try:
-            return function(*args)
-        except Struck as error:
-            self.kept = error  # as a caller may, with all frames that it went through
-            return []
-        finally:
-            sys.settrace(outer)
-            signal.signal(SIGNAL, before)
-
-    def trace(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        frame.f_trace_opcodes = self.opcodes
-        if event == ("opcode" if self.opcodes else "line"):
-            line = frame.f_code.co_filename[len(PACKAGE) + 1 :], frame.f_lineno
-            self.lines[line] += 1
-            self.count += 1
-            if not self.struck and self.at in (line, self.count):
-                self.struck = True
-                signal.raise_signal(SIGNAL)
-        return self.trace
 
 
 def bias(tokens, logits):
@@ -135,11 +93,16 @@ def engine(**options):
     return build(**{"block_size": 4, "num_blocks": 22, "max_batched_tokens": 24} | options)
 
 
+def start_anew(llm) -> None:
+    """Forget all K and V, so that each run computes the same."""
+    llm.guard.perform(llm.reset)
+
+
 def prepare(llm) -> tuple[tuple[str, ...], dict]:
     """A stop string that is met, and the outputs of an undisturbed run."""
     text = work(llm, Strike())[len(WORK)]["text"]
     stop = (text[len(text) // 2 :][:3],)
-    llm.scheduler.reset()
+    start_anew(llm)
     expected = work(llm, Strike(), stop)
     assert expected[len(WORK)]["finish_reason"] == "stop"
     assert expected[len(WORK)]["stop_reason"] == stop[0]
@@ -149,18 +112,17 @@ def prepare(llm) -> tuple[tuple[str, ...], dict]:
 
 def strike(llm, stop, expected, at, **options) -> bool:
     """One run with one exception; was it raised?"""
-    llm.scheduler.reset()
+    start_anew(llm)
     found = Strike(at, **options)
     assert work(llm, found, stop) == expected, at
     assert_idle(llm)
-    while llm._lock._is_owned():  # at the exit of a `with`, where no signal can come, it stays
-        llm._lock.release()
+    release_lock(llm)
     return found.struck
 
 
 def lines_of(llm, stop, expected) -> list[tuple[str, int]]:
     """The lines of the package that an undisturbed run reaches inside steps and aborts."""
-    llm.scheduler.reset()
+    start_anew(llm)
     found = Strike()
     assert work(llm, found, stop) == expected
     return [*found.lines]
@@ -176,7 +138,7 @@ def test_an_exception_at_some_lines_of_a_step_changes_no_token():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options, files",
-    [({}, ""), ({"prompt_lookup": 4}, "features/lookup.py"), ({"overlap": True}, "gpu/ahead.py")],
+    [({}, ""), ({"prompt_lookup": 4}, "features/lookup.py"), ({"overlap": True}, "loops/ahead.py")],
     ids=["plain", "lookup", "ahead"],
 )
 def test_an_exception_at_any_line_of_a_step_changes_no_token(options, files):
@@ -186,9 +148,8 @@ def test_an_exception_at_any_line_of_a_step_changes_no_token(options, files):
         assert len(lines) > (20 if files else 500)
         if not ALL:
             lines = lines[1::7] + [line for line in lines if line[0] == "tokenizer.py"]
-        hit = sum(strike(llm, stop, expected, line) for line in lines)
-    print(f"{options}: {hit} of {len(lines)} lines")
-    assert hit == len(lines)
+        missed = [line for line in lines if not strike(llm, stop, expected, line)]
+    assert not missed, f"{options}: {len(missed)} of {len(lines)} lines were not reached again"
 
 
 class Follower(Strike):
@@ -196,23 +157,24 @@ class Follower(Strike):
 
     def __init__(self, llm, trace, at=None):
         super().__init__(at)
-        self.llm, self.trace_of_it, self.replay, self.told = llm, trace, Replay(), 0
+        self.llm, self.trace_of_it, self.replay, self.num_replayed = llm, trace, Replay(), 0
 
     def __call__(self, function, *args):
         result = super().__call__(function, *args)
-        if self.llm._changing is None:  # the books are in order, else the next step sees to it
-            lines = [*self.trace_of_it._lines]
-            for line in lines[self.told :]:
+        if self.llm.guard.changing is None:  # else the next step makes the state again first
+            self.llm.loop.drain()
+            self.trace_of_it.recorder.catch_up()
+            lines = [*self.trace_of_it.log.lines]
+            for line in lines[self.num_replayed :]:
                 self.replay.apply(json.loads(line))
-            self.told = len(lines)
-            self.llm._settle()
+            self.num_replayed = len(lines)
             compare(self.replay, self.llm.scheduler)
         return result
 
 
 def followed(llm, stop, expected, at=None) -> Follower:
     """One run with a trace and, maybe, one exception: the trace tells what the engine has."""
-    llm.scheduler.reset()
+    start_anew(llm)
     with llm.tracing() as trace:
         found = Follower(llm, trace, at)
         assert work(llm, found, stop) == expected, at
@@ -221,8 +183,7 @@ def followed(llm, stop, expected, at=None) -> Follower:
     assert len(samples) > 6
     for told in [sample["token_ids"] for sample in samples]:
         assert any(life[len(life) - len(told) :] == told for life in tokens), at
-    while llm._lock._is_owned():
-        llm._lock.release()
+    release_lock(llm)
     return found
 
 
@@ -231,8 +192,10 @@ def test_a_trace_tells_the_truth_after_an_exception_at_any_line():
     with engine() as llm:
         stop, expected = prepare(llm)
         lines = [*followed(llm, stop, expected).lines]
-        told = "scheduler.py", "features/windows.py", "trace/events.py"  # changes, and their events
-        lines = [line for line in lines if line[0] in told]
+        # changes, and how a trace finds them
+        files = "scheduler.py", "blocks.py", "features/windows.py"
+        files += "trace/recorder.py", "trace/releases.py", "trace/extension.py", "trace/log.py"
+        lines = [line for line in lines if line[0] in files]
         assert len(lines) > 200
         lines = lines if ALL else lines[1::7]
         hit = sum(followed(llm, stop, expected, line).struck for line in lines)
@@ -243,7 +206,7 @@ def test_a_trace_tells_the_truth_after_an_exception_at_any_line():
 def test_an_exception_in_a_tools_call_is_not_the_tools():
     """The calculator, asked once more, has the answer that it would have had."""
     with chain() as llm:
-        (run, *_) = (run for run in GOLDENS["runs"] if 0 in run["masks"])
+        (run, *_) = (run for run in TOOL_GOLDENS["runs"] if 0 in run["masks"])
 
         def call():
             params = SamplingParams(temperature=0, max_tokens=60)
@@ -259,12 +222,11 @@ def test_an_exception_in_a_tools_call_is_not_the_tools():
         lines = [line for line in found.lines if line[0] == "features/calculator.py"]
         assert len(lines) > 40
         for line in lines:
-            llm.scheduler.reset()
+            start_anew(llm)
             found = Strike(line)
             assert call() == expected, line
             assert found.struck
-            while llm._lock._is_owned():
-                llm._lock.release()
+            release_lock(llm)
 
 
 class Limit:
@@ -411,13 +373,13 @@ def test_a_processor_that_is_struck_twice_at_a_token_starves_no_other_request(ki
     assert outputs[second]["token_ids"] == outputs[None]["token_ids"]
 
 
-def test_handlers_that_were_left_marked_are_put_back_by_the_next_step():
+def test_handlers_that_were_left_watched_are_put_back_by_the_next_step():
     def handler(*_):
         raise Struck
 
-    before = signal.signal(SIGNAL, logits.MarkedHandler(logits.MarkedHandler(handler, []), []))
+    before = signal.signal(SIGNAL, WatchedHandler(WatchedHandler(handler, []), []))
     try:
-        with logits.marked_handlers() as raised:
+        with watched_handlers() as raised:
             with pytest.raises(Struck):
                 signal.raise_signal(SIGNAL)
         assert len(raised) == 1 and signal.getsignal(SIGNAL) is handler
@@ -446,7 +408,7 @@ def test_no_exception_leaves_a_lock_taken():
     __enter__ or __exit__ of Python's would be left half done in every second of these rounds."""
     raised, usual = ctypes.pythonapi.PyThreadState_SetAsyncExc, sys.getswitchinterval()
     with engine() as llm:
-        locks, rounds, left = [llm._lock, team.one_at_a_time], [], []
+        locks, rounds, left = [llm.guard.lock, team.one_at_a_time], [], []
 
         def take(lock) -> None:
             while len(rounds) < 400:
@@ -504,7 +466,7 @@ def test_a_lock_that_a_step_leaves_taken_is_given_back(monkeypatch):
 def test_an_exception_at_any_instruction_changes_no_token():
     with engine() as llm:
         stop, expected = prepare(llm)
-        llm.scheduler.reset()
+        start_anew(llm)
         found = Strike(opcodes=True)
         assert work(llm, found, stop) == expected
         numbers = random.Random(5).sample(range(1, found.count), 40 if ALL else 20)
@@ -519,7 +481,7 @@ def test_what_leaves_a_call_by_an_exception_leaves_nothing_behind(how, monkeypat
     with engine() as llm:
         # how many steps fit in one call is measured, so some lines would be reached or not by the
         # clock: one step
-        monkeypatch.setattr(llm.runner, "how_many", lambda seqs: 1, raising=False)
+        monkeypatch.setattr(llm.runner, "how_many_steps", lambda seqs: 1, raising=False)
         prompts, params = [ids(9, 1), ids(9, 2)], [sampled(6, seed=1, n=2), greedy(5)]
 
         def call():
@@ -533,15 +495,14 @@ def test_what_leaves_a_call_by_an_exception_leaves_nothing_behind(how, monkeypat
             return pieces
 
         expected, found = call(), Strike()
-        llm.scheduler.reset()
+        start_anew(llm)
         found(call)
-        ends = "engine.py", "features/guard.py"
+        ends = "engine.py", "features/threads.py"
         for line in [line for i, line in enumerate(found.lines) if line[0] in ends or i % 9 == 0]:
-            llm.scheduler.reset()
+            start_anew(llm)
             struck = Strike(line)
             assert struck(call) in ([], expected) and struck.struck, line
-            while llm._lock._is_owned():
-                llm._lock.release()
+            release_lock(llm)
             assert_idle(llm)
         assert call() == expected
 
@@ -557,14 +518,13 @@ def test_what_a_struck_call_had_made_can_be_fetched():
     with engine(plain=True) as llm:
         found = Strike()
         expected = tokens(found(llm.generate, prompts, params, False))
-        ends, called = ("engine.py", "features/guard.py"), 0
+        ends, called = ("engine.py", "features/threads.py"), 0
         for line in [line for i, line in enumerate(found.lines) if line[0] in ends or i % 9 == 0]:
-            llm.scheduler.reset()
-            llm._latest.requests = []
+            start_anew(llm)
+            llm.latest_calls.requests = []
             struck = Strike(line)
             returned = tokens(struck(llm.generate, prompts, params, False))
-            while llm._lock._is_owned():
-                llm._lock.release()
+            release_lock(llm)
             partial = tokens(llm.partial_outputs())
             assert_idle(llm)
             # nothing was begun, or all was returned, or there is a beginning for each prompt
@@ -587,9 +547,8 @@ def test_what_a_stream_leaves_behind_is_aborted_even_if_the_abort_is_struck():
             struck(stream.close)
             lines |= {*struck.lines} if line is None else set()
             del stream
-            while llm._lock._is_owned():
-                llm._lock.release()
-            llm._deliver()
+            release_lock(llm)
+            llm.guard.deliver()
             assert_idle(llm)
             if line == len(lines) - 1:
                 break
@@ -601,15 +560,14 @@ def test_an_output_that_a_struck_step_did_not_return_comes_with_the_next():
         found = Strike()
         number = llm.add_request(ids(9, 1), greedy(1))
         assert [o["request_id"] for o in found(llm.step)] == [number]
-        own = [line for line in found.lines if line[0] == "features/guard.py"]
+        own = [line for line in found.lines if line[0] == "features/threads.py"]
         for line in own:
             number, outputs = llm.add_request(ids(9, 1), greedy(1)), []
             outputs += Strike(line)(llm.step)
             while not llm.is_finished():
                 outputs += llm.step()
             assert [output["request_id"] for output in outputs] == [number], line
-            while llm._lock._is_owned():
-                llm._lock.release()
+            release_lock(llm)
 
 
 def test_signals_at_any_moment_lose_nothing():

@@ -11,19 +11,19 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT, SRC, Fixture, era_fixtures
-from standin import GPT, Config, optimizers, train
-from test_interruptions import ALL, Strike
-from test_llm import GREEDY, question
+from helpers.goldens import ERAS, FIXTURES, MODEL, ROOT, SRC
+from helpers.standin import GPT, Config, optimizers, train
+from helpers.strikes import ALL, Strike
 from torch import nn
 
-from microvllm import LLM, SamplingParams, engine
+from microvllm import LLM, SamplingParams, engine, parts
 from microvllm.checkpoint import load_model
 from microvllm.model import rotary_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 serve = partial(LLM, tokenizer_path=ERAS / "tokenizer", num_blocks=60, device="cpu")
 
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
 PROMPTS = [[5 * i % 300 for i in range(40)], [7 * i % 300 for i in range(21)], "Who?"]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2),
@@ -133,7 +133,7 @@ def trained_by_a_fused_optimizer(gpt):
     train(gpt, [torch.optim.AdamW(gpt.parameters(), fused=True)])
 
 
-def trained_where_nobody_looks(gpt):
+def trained_unseen(gpt):
     """No first number of a tensor changes, and a fused step counts no version."""
     weight = gpt.transformer.h[1].mlp.c_fc.weight
     weight.grad = torch.ones_like(weight)
@@ -205,7 +205,7 @@ def test_a_module_of_the_first_era_is_followed_as_well(options):
 @pytest.mark.parametrize("options", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize(
     "change",
-    [seen_by_autograd_alone, hidden, other_data, another_block, trained_where_nobody_looks],
+    [seen_by_autograd_alone, hidden, other_data, another_block, trained_unseen],
 )
 def test_running_requests_go_on_with_the_new_weights(change, options):
     """Forks too: what comes after a change is what a fresh engine adds to the text before it."""
@@ -216,7 +216,7 @@ def test_running_requests_go_on_with_the_new_weights(change, options):
         for _ in range(5):
             assert llm.step() == []
         sequences = list(llm.scheduler.running)
-        texts = [seq.tokens[:] for seq in sequences]
+        texts = [seq.token_ids[:] for seq in sequences]
         assert len(texts) == 5 and all(seq.output for seq in sequences)
         change(gpt)
         outputs = {}
@@ -225,10 +225,10 @@ def test_running_requests_go_on_with_the_new_weights(change, options):
             llm.scheduler.blocks.check(llm.scheduler.running)
     with serve(model=gpt, **options) as llm:
         for seq, text in zip(sequences, texts, strict=True):
-            rest, sample_id = seq.num_prompt + 12 - len(text), seq.sample_id
-            params = replace(seq.params, n=1, sample_index=sample_id, max_tokens=rest)
+            rest = seq.num_prompt + 12 - len(text)
+            params = replace(seq.params, n=1, sample_index=seq.index, max_tokens=rest)
             (output,) = llm.generate([text], params, use_tqdm=False)
-            found = outputs[seq.request_id][sample_id]
+            found = outputs[seq.request_id][seq.index]
             assert_close(
                 [(found["token_ids"][-rest:], found["logprobs"][-rest:])],
                 [(output["token_ids"], output["logprobs"])],
@@ -242,7 +242,7 @@ def test_where_nothing_changes_the_prefix_cache_is_kept(options, monkeypatch):
     gpt, other = GPT(), GPT(seed=1)
     with serve(model=gpt, **options) as llm:
         samples(llm)
-        monkeypatch.setattr(llm, "_follow", None)  # an error, if it were called
+        monkeypatch.setattr(llm.live, "follow", None)  # an error, if it were called
         again = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         assert [output["num_cached_tokens"] for output in again] == [32, 16, 0]
         trained(other)  # is not ours
@@ -409,7 +409,7 @@ def test_update_weights_of_a_live_engine_writes_into_its_module():
         llm.update_weights(other)
         assert samples(llm) == fresh(other, copy=True)
         assert all(map(torch.equal, gpt.state_dict().values(), other.state_dict().values()))
-        # what nobody sees, the engine is told
+        # a change that nothing shows
         gpt.lm_head.weight.data[5, 7:] = 9
         llm.update_weights(gpt)
         assert samples(llm) == fresh(gpt, copy=True)
@@ -432,11 +432,17 @@ def test_a_copy_shares_nothing_and_is_for_live_modules():
         serve(model=gpt, copy=1)
 
 
+def limit_memory(monkeypatch, num_bytes: int) -> None:
+    """Let no more than this be free."""
+    for module in engine, parts:
+        monkeypatch.setattr(module, "free_memory", lambda device: num_bytes)
+
+
 def test_a_live_engine_leaves_the_memory_to_the_training(monkeypatch):
     """A quarter of what another engine takes, unless it is told how much."""
-    monkeypatch.setattr(engine, "free_memory", lambda device: 1 << 22)
+    limit_memory(monkeypatch, 1 << 22)
     sizes = {}
-    era5 = Fixture(*era_fixtures()["era5"]).directory
+    era5 = FIXTURES["era5"].directory
     for name, source in ("live", {"model": GPT()}), ("file", {"model_path": era5}):
         for given in {}, {"gpu_memory_utilization": 0.9}:
             with serve(num_blocks=None, **source, **given) as llm:
@@ -455,14 +461,14 @@ def test_what_a_closed_engine_served_is_given_back():
     assert hooks
     llm.close()
     gc.collect()
-    assert not hooks and llm._module is None
+    assert not hooks and llm.live.module is None
 
 
 # sleep ------------------------------------------------------------------------------------------
 
 
 RESIDENT = """
-from standin import GPT, Config
+from helpers.standin import GPT, Config
 from microvllm import LLM, SamplingParams
 
 def resident():
@@ -496,7 +502,7 @@ KINDS = {
     "copy": lambda: serve(model=GPT(), copy=True),
     "int8": lambda: serve(model=GPT(), quantization="int8"),
     "plain": lambda: serve(model=GPT(), plain=True),
-    "file": lambda: serve(Fixture(*era_fixtures()["era5"]).directory),
+    "file": lambda: serve(FIXTURES["era5"].directory),
 }
 
 
@@ -518,11 +524,11 @@ def test_requests_survive_a_sleep_and_any_step_wakes(sleeper):
         if turn % 3 == 2:
             llm.sleep()
             llm.sleep()
-            assert llm.cache.data is None
+            assert llm.cache.data.nbytes == 0
         if turn % 6 == 5:
             llm.wake()
             llm.wake()
-            assert llm.cache.data is not None
+            assert llm.cache.data.nbytes > 0
         outputs += llm.step()
         llm.scheduler.blocks.check(llm.scheduler.running)
     assert llm.is_finished()
@@ -541,7 +547,7 @@ def test_requests_survive_a_sleep_and_any_step_wakes(sleeper):
         awake = call()
         llm.sleep()
         assert call() == awake
-        assert llm.cache.data is not None
+        assert llm.cache.data.nbytes > 0
     assert samples(llm) == expected
 
 
@@ -554,7 +560,7 @@ def test_without_a_step_an_engine_sleeps_on(sleeper):
     assert not llm.is_finished() and llm.stats()
     with pytest.raises(ValueError, match="max_model_len"):
         llm.add_request([1] * 5000)
-    assert llm.cache.data is None
+    assert llm.cache.data.nbytes == 0
     outputs = []
     while not llm.is_finished():
         outputs += llm.step()
@@ -570,14 +576,14 @@ def test_without_a_step_an_engine_sleeps_on(sleeper):
 def test_weights_that_change_during_a_sleep_are_taken_when_it_ends():
     gpt = GPT()
     with serve(model=gpt, copy=True) as llm:
-        for change in trained, hidden, trained_where_nobody_looks, another_block:
+        for change in trained, hidden, trained_unseen, another_block:
             samples(llm)
             llm.sleep()
             change(gpt)
             assert samples(llm) == fresh(gpt, copy=True)
         llm.sleep()
         llm.update_weights(GPT(seed=1))
-        assert llm.cache.data is None
+        assert llm.cache.data.nbytes == 0
         assert samples(llm) == fresh(gpt, copy=True) == fresh(GPT(seed=1), copy=True)
 
 
@@ -586,7 +592,7 @@ def test_new_weights_for_a_sleeping_engine_of_a_file():
     with KINDS["file"]() as llm:
         llm.sleep()
         llm.update_weights(other)
-        assert llm.cache.data is None
+        assert llm.cache.data.nbytes == 0
         assert samples(llm) == fresh(other, copy=True)
 
 
@@ -597,13 +603,13 @@ def test_an_engine_that_cannot_wake_sleeps_on_and_loses_nothing(monkeypatch):
         llm.add_request(PROMPTS[0], PARAMS[0])
         llm.step()
         llm.sleep()
-        monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
+        limit_memory(monkeypatch, 1000)
         for call in llm.wake, llm.step:
             with pytest.raises(
                 ValueError, match="cannot wake.*no memory for a KV cache.*1,000 are free"
             ):
                 call()
-        assert llm.cache.data is None and not hasattr(llm.model, "tensors")
+        assert llm.cache.data.nbytes == 0 and not hasattr(llm.model, "tensors")
         monkeypatch.undo()
         while not (outputs := llm.step()):
             pass
@@ -686,7 +692,8 @@ def test_a_live_module_is_wrapped_without_copying_its_weights(llm):
             for name, part in zip(names, linear.weight, strict=True):
                 used[f"{name}.weight"] = part.data_ptr()
         assert used == {name: w.data_ptr() for name, w in module.state_dict().items()}
-        prompt = question(llm, "Who wrote Dracula?")
+        messages = [{"role": "user", "content": "Who wrote Dracula?"}]
+        prompt = llm.tokenizer.render_for_completion(messages)
         assert live.generate([prompt], GREEDY) == [
             {**llm.generate([prompt], GREEDY)[0], "request_id": 0, "num_cached_tokens": 0}
         ]

@@ -4,35 +4,34 @@ the draws, and mixed; then through an engine."""
 import math
 import operator
 import re
-from collections import Counter
 from dataclasses import replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL
-from test_engine import (
-    FIXTURES,
+from helpers.engines import finish, question, serve
+from helpers.failures import PLACES, Fault, failing
+from helpers.full_engines import (
     assert_idle,
-    both_loops,
     build,
-    finish,
+    everything_is_free,
     ids,
     sampled,
-    serve,
     set_overlap,
 )
-from test_failures import PLACES, Fault, failing
-from test_llm import GREEDY, everything_is_free, question
-from test_sampling import (
+from helpers.goldens import FIXTURES, MODEL
+from helpers.sampling import (
     FILTERS,
+    History,
     V,
     assert_fair,
     assert_naive_frequencies,
+    ban_even,
+    favour_the_last,
     logits_of,
+    naive_edits,
     naive_probabilities,
     refuse,
 )
@@ -42,30 +41,22 @@ from torch.utils._pytree import tree_leaves
 from microvllm import LLM, SamplingParams, sampler
 from microvllm.checkpoint import load_model
 from microvllm.features import logits as feature
-from microvllm.features.logits import LogitsRunner, Sampled
-from microvllm.full import compose, pick_backend
-from microvllm.fused.model import FusedRunner
-from microvllm.sampler import noise, on
-from microvllm.scheduler import Plan
+from microvllm.features.logits import LogitsExtension, unpack_logprobs
+from microvllm.loading import pick_backend
+from microvllm.sampler import to_device, uniform_numbers
+from microvllm.scheduler import Chunk, Draw, Plan, Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STOP_IDS = frozenset({7, 8})
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+both_loops = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "ahead"])
 
 
 @pytest.fixture(params=["numba", pytest.param("sdpa", marks=pytest.mark.slow)])
 def backend(request):
     """What a CPU does, and the plain torch of other devices."""
     return request.param
-
-
-class History(NamedTuple):
-    """What edits may ask of a row's sequence."""
-
-    tokens: list[int]  # from `position` on they are not looked at
-    num_prompt: int
-    position: int  # of the token to be sampled
-    stop_ids: frozenset[int] = frozenset()
 
 
 def history_of(rows: int, seed: int = 0, num_prompt: int = 6, length: int = 16) -> list[History]:
@@ -76,22 +67,26 @@ def history_of(rows: int, seed: int = 0, num_prompt: int = 6, length: int = 16) 
 
 
 def pick(plan: Plan, logits, temperature, uniform, softcap, backend: str) -> torch.Tensor:
-    """(R,) tokens, by the engine's own Runner."""
+    """(R,) tokens, as the runner and the extension draw them."""
     kernels = pick_backend(backend, torch.device("cpu"), torch.float32)
-    model = SimpleNamespace(backend=kernels, recipe=SimpleNamespace(softcap=softcap))
-    runner = compose(LogitsRunner, FusedRunner)(model, None, None)
-    return runner.pick(plan, logits, temperature, uniform)
+    model = SimpleNamespace(recipe=SimpleNamespace(softcap=softcap))
+    extension = LogitsExtension()
+    extension.attach(SimpleNamespace(model=model, runner=SimpleNamespace(sample=kernels.sample)))
+    tokens = kernels.sample(logits, plan.params, temperature, uniform, softcap)
+    batch = SimpleNamespace(temperature=temperature, uniform=uniform)
+    extension.on_sampled(plan, batch, logits, tokens)
+    return tokens
 
 
 def planned(params, history=None) -> Plan:
-    """A plan that samples so many rows."""
-    samples = []
+    """A plan that draws a token for each of these parameters."""
+    plan = Plan()
     for p, h in zip(params, history or history_of(len(params)), strict=True):
-        tokens, num_prompt, position, stop_ids = h
-        seq = SimpleNamespace(params=p, tokens=tokens, num_prompt=num_prompt, stop_ids=stop_ids)
-        seq.processor, seq.sample_id, seq.strikes = None, 0, []
-        samples.append((len(samples), seq, position))
-    return Plan([], samples, [])
+        seq = Sequence(len(plan.draws), h.tokens[: h.num_prompt], p, stop_token_ids=h.stop_ids)
+        seq.token_ids = h.tokens
+        plan.draws.append(Draw(len(plan.chunks), seq, h.position))
+        plan.chunks.append(Chunk(seq, h.position - 1, h.position, ()))
+    return plan
 
 
 def run(logits, params, uniform, history=None, softcap=0.0, backend="numba"):
@@ -103,8 +98,12 @@ def run(logits, params, uniform, history=None, softcap=0.0, backend="numba"):
     assert torch.equal(before, logits), "the model's logits were changed"
     if "logprobs" not in plan.results:
         return tokens, {}
-    asked = [(i, p.logprobs) for i, p in enumerate(params) if p.logprobs is not None]
-    return tokens, Sampled(asked, plan.results["logprobs"]).logprobs()
+    scored = [i for i, p in enumerate(params) if p.logprobs is not None]
+    packed = plan.results["logprobs"].numpy()
+    entries = {
+        i: unpack_logprobs(bits, params[i].logprobs) for i, bits in zip(scored, packed, strict=True)
+    }
+    return tokens, entries
 
 
 def flat(scores: dict) -> list[float]:
@@ -113,39 +112,6 @@ def flat(scores: dict) -> list[float]:
 
 
 # a row, the slow and obvious way ------------------------------------------------------------------
-
-
-def naive_edits(logits: list[float], p: SamplingParams, h: History) -> list[float]:
-    x = list(logits)
-    if p.allowed_token_ids is not None:
-        x = [v if i in p.allowed_token_ids else -math.inf for i, v in enumerate(x)]
-    for i, bias in (p.logit_bias or {}).items():
-        x[i] += bias
-    past = h.tokens[: h.position]
-    output = Counter(past[h.num_prompt :])
-    for word in p.bad_words:
-        if past[len(past) - len(word) + 1 :] == list(word[:-1]) or len(word) == 1:
-            x[word[-1]] = -math.inf
-    if sum(output.values()) < p.min_tokens:
-        for i in h.stop_ids:
-            x[i] = -math.inf
-    for i in set(past):
-        x[i] = x[i] / p.repetition_penalty if x[i] > 0 else x[i] * p.repetition_penalty
-    for i, count in output.items():
-        x[i] -= p.presence_penalty + p.frequency_penalty * count
-    if p.logits_processor:
-        x = p.logits_processor(past, torch.tensor(x)).tolist()
-    return x
-
-
-def ban_even(tokens, logits):
-    logits[::2] = -torch.inf
-    return logits
-
-
-def favour_the_last(tokens, logits):
-    return logits + 4.0 * torch.nn.functional.one_hot(torch.tensor(tokens[-1]), len(logits))
-
 
 WORDS = ((3,), (1, 4), (2, 0, 5))
 EDITS = {
@@ -197,7 +163,7 @@ def test_rows_with_different_filters_are_as_they_are_alone(backend):
     order = np.random.default_rng(1).permutation(len(params))
     params = [params[i] for i in order]
     logits, history = logits_of(len(params)), history_of(len(params))
-    uniform = noise(range(len(params)), [0] * len(params), [3] * len(params))
+    uniform = uniform_numbers(range(len(params)), [0] * len(params), [3] * len(params))
     together, scores = run(logits, params, uniform, history, 15.0, backend)
     assert scores.keys() == {i for i, p in enumerate(params) if p.logprobs == 2}
     for i, p in enumerate(params):
@@ -211,7 +177,7 @@ def test_rows_with_different_filters_are_as_they_are_alone(backend):
 def test_both_backends_draw_the_same():
     params = [SamplingParams(**given) for given in ALL.values()] * 20
     logits, history = logits_of(len(params), seed=9), history_of(len(params), seed=9)
-    uniform = noise(range(len(params)), [1] * len(params), [4] * len(params))
+    uniform = uniform_numbers(range(len(params)), [1] * len(params), [4] * len(params))
     numba, _ = run(logits, params, uniform, history, 15.0, "numba")
     assert torch.equal(numba, run(logits, params, uniform, history, 15.0, "sdpa")[0])
 
@@ -220,7 +186,7 @@ def test_asking_for_log_probabilities_does_not_change_the_tokens(backend):
     params = [SamplingParams(**given) for given in ALL.values()]
     params += [replace(p, temperature=0.0) for p in params]
     logits, history = logits_of(len(params)), history_of(len(params))
-    uniform = noise(range(len(params)), [0] * len(params), [8] * len(params))
+    uniform = uniform_numbers(range(len(params)), [0] * len(params), [8] * len(params))
     tokens, _ = run(logits, params, uniform, history, 15.0, backend)
     asking = [replace(p, logprobs=0) for p in params]
     assert torch.equal(run(logits, asking, uniform, history, 15.0, backend)[0], tokens)
@@ -252,18 +218,29 @@ def test_greedy_rows_tell_logits_apart_that_the_cap_makes_equal(backend):
 
 def test_plain_rows_go_through_no_filter(monkeypatch):
     """Nor do greedy ones whose argmax survives them, and no history is needed."""
-    monkeypatch.setattr(LogitsRunner, "pick_again", refuse)
+    monkeypatch.setattr(LogitsExtension, "sample_again", refuse)
+    monkeypatch.setattr(Plan, "text_before", refuse)
     params = [SamplingParams(), SamplingParams(temperature=0, top_k=3), SamplingParams(top_p=0.5)]
-    plan = Plan([], [(i, SimpleNamespace(params=p), 9) for i, p in enumerate(params)], [])
-    pick(plan, logits_of(3), torch.tensor([1.0, 0.0, 1.0]), torch.rand(3), 15.0, "numba")
+    pick(planned(params), logits_of(3), torch.tensor([1.0, 0.0, 1.0]), torch.rand(3), 15.0, "numba")
 
 
-@pytest.mark.parametrize(
-    "function, uses", [("banned", ["bad_words", "min_tokens"]), ("process", ["logits_processor"])]
-)
-def test_a_filter_that_no_row_uses_does_not_run(monkeypatch, function, uses):
-    calls, real = [], getattr(feature, function)
-    monkeypatch.setattr(feature, function, lambda *args: calls.append(args) or real(*args))
+@pytest.mark.parametrize("uses", [("bad_words", "min_tokens"), ("logits_processor",)])
+def test_an_edit_that_no_row_uses_does_not_run(monkeypatch, uses):
+    calls = []
+    forbid, watched_handlers = feature.forbid, feature.watched_handlers
+
+    def seen_forbid(logits, forbidden):
+        if "bad_words" in uses:
+            calls.extend(filter(None, forbidden.values()))
+        forbid(logits, forbidden)
+
+    def seen_handlers():
+        if "logits_processor" in uses:
+            calls.append("processors")
+        return watched_handlers()
+
+    monkeypatch.setattr(feature, "forbid", seen_forbid)
+    monkeypatch.setattr(feature, "watched_handlers", seen_handlers)
     others = [given for given in ALL.values() if not given.keys() & set(uses)]
     params = [SamplingParams(**given) for given in others]
     run(logits_of(len(params)), params, [0.5] * len(params))
@@ -279,7 +256,7 @@ def test_what_a_step_asks_of_each_row_is_known_beforehand():
         return "".join(
             letter
             for letter, flag in zip(
-                "pehT", (p.plain, p.edited, p.needs_history, p.truncated), strict=True
+                "pehT", (p.is_plain, p.edits_logits, p.needs_history, p.drops_tokens), strict=True
             )
             if flag
         )
@@ -326,7 +303,7 @@ def test_a_processor_that_returns_no_logits_is_named():
         plan = planned([params], history_of(1))
         given = plan, logits_of(1), torch.ones(1), torch.tensor([0.5]), 0.0, "numba"
         assert pick(*given).tolist() == [-1]
-        error = plan.samples[0][1].stop_reason
+        error = plan.errors[0]
         wanted = rf"logits_processor: TypeError: logits_processor must return .*\({V},\).*{words}"
         assert re.match(wanted, error)
 
@@ -426,7 +403,7 @@ def test_each_row_gets_as_many_alternatives_as_it_asks_for():
 
 def test_a_device_is_never_waited_for(monkeypatch):
     """On the device "meta", which has no numbers: to read one, or to ask how many are true, is an
-    error there. And whatever goes up, goes through `on`, from pinned memory."""
+    error there. And whatever goes up, goes through `to_device`, from pinned memory."""
     sent, uploads = [], []
 
     class Watch(TorchDispatchMode):
@@ -446,7 +423,9 @@ def test_a_device_is_never_waited_for(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__setitem__", assigned)
     for module in sampler, feature:
-        monkeypatch.setattr(module, "on", lambda *args: sent.append(args) or on(*args))
+        monkeypatch.setattr(
+            module, "to_device", lambda *args: sent.append(args) or to_device(*args)
+        )
     params = [
         SamplingParams(),
         SamplingParams(top_k=3, top_p=0.5, min_p=0.1, logprobs=2, logit_bias={3: 1.0}),
@@ -530,6 +509,17 @@ def test_a_row_with_nothing_left_to_draw_ends_alone(llm):
     failed, fine = llm.generate(["Once", "Once"], [stuck, GREEDY])
     assert (failed["finish_reason"], failed["token_ids"]) == ("error", [])
     assert fine["token_ids"] == llm.generate(["Once"], GREEDY)[0]["token_ids"]
+    assert everything_is_free(llm)
+
+
+def test_a_stream_says_that_a_sample_ended_before_its_first_token(llm):
+    stuck = replace(GREEDY, n=2, logits_processor=lambda ids, x: x * torch.nan)
+    events = [event for event in llm.stream(["Once", "Once"], [stuck, GREEDY]) if not event.index]
+    assert [(event.sample, event.text, event.token_ids) for event in events] == [
+        (0, "", []),
+        (1, "", []),
+    ]
+    assert {event.finish_reason for event in events} == {"error"}
     assert everything_is_free(llm)
 
 
@@ -737,7 +727,7 @@ def live(work, overlap: bool, place: str, at: int | None = None) -> tuple[list, 
 
 
 @both_loops
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "logprobs"])
+@pytest.mark.parametrize("place", [name for name in PLACES if name != "make_batch"])  # of prepare
 def test_a_state_is_begun_anew_after_a_step_that_failed(wanted, place, overlap):
     _, count = live(stateful(), overlap, place)
     work = stateful()
@@ -802,7 +792,7 @@ def test_what_is_no_processor_is_refused():
             SamplingParams(logits_processor=wrong)
 
 
-def test_who_may_be_asked_about_guesses_is_and_the_tokens_stay():
+def test_a_processor_that_allows_drafts_sees_them_and_the_tokens_stay():
     prompt, seen = ids(7, 1) * 4, []
 
     def look(token_ids, logits):
@@ -821,7 +811,7 @@ def test_who_may_be_asked_about_guesses_is_and_the_tokens_stay():
     assert found[0] == found[1]
 
 
-def test_an_error_about_a_wrong_guess_is_nobodys():
+def test_an_error_about_a_rejected_draft_token_ends_nothing():
     prompt, wrong = ids(7, 1) * 4, []
     with build() as llm:
         (plain,) = serve(llm, [(prompt, sampled(24, 1, temperature=0))])

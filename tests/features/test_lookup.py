@@ -1,62 +1,69 @@
-"""Prompt lookup: guesses make steps fewer and change nothing else."""
+"""Prompt lookup: draft tokens make steps fewer and change nothing else."""
 
 import json
 import re
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ERAS, MODEL
-from test_deterministic import Record
-from test_engine import assert_idle, assert_naive, build, check, greedy, ids, sampled, serve
-from test_failures import PLACES, live
-from test_logits import ban_even
-from test_scheduler import Params, Simulation, text
-from test_trace import compare
-from test_windows import WINDOWED, beyond
+from helpers.engine_cases import run_work
+from helpers.engines import check, ids, serve
+from helpers.failures import PLACES
+from helpers.full_engines import assert_idle, build, greedy, sampled
+from helpers.goldens import ERAS, MODEL
+from helpers.naive import assert_naive
+from helpers.records import Record
+from helpers.sampling import ban_even
+from helpers.simulation import Simulation, make_blocks, text
+from helpers.traces import compare
+from helpers.windows import WINDOWED, beyond
 
 from microvllm import LLM, SamplingParams, cli, full
-from microvllm.features.lookup import FEW_ROWS, Lookup, LookupScheduler
-from microvllm.scheduler import BlockManager, Sequence
+from microvllm.features.lookup import NgramTable, PromptLookup
+from microvllm.scheduler import Scheduler, Sequence
 from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 TEXTS = [
     "It was a dark night, and the rain fell. It was a dark night, and the rain",
     "one, two, three, four, one, two, three, four, one, two,",
 ]
+MAX_ROWS = PromptLookup.max_rows
 AGAIN = [(ids(7, 1) * 4, greedy(24)), (ids(3, 2) * 9, sampled(24, seed=5, temperature=0.5))]
 
 
-# the guesses themselves ---------------------------------------------------------------------------
+# the draft tokens themselves ----------------------------------------------------------------------
 
 
 def test_what_followed_the_last_tokens_before_is_guessed_to_follow_again():
-    assert Lookup(4).guess([1, 2, 3, 4, 5, 6, 1, 2, 3], 9) == [4, 5, 6, 1]
-    assert Lookup(4).guess([1, 2, 3, 4, 5, 6, 1, 2, 3], 2) == [4, 5]
-    assert Lookup(4).guess([1, 2, 3, 4, 5, 6, 1, 2, 3], 0) == []
-    assert Lookup(4).guess([1, 2, 3], 4) == Lookup(4).guess([7], 4) == []
+    assert NgramTable(4).propose([1, 2, 3, 4, 5, 6, 1, 2, 3], 9) == [4, 5, 6, 1]
+    assert NgramTable(4).propose([1, 2, 3, 4, 5, 6, 1, 2, 3], 2) == [4, 5]
+    assert NgramTable(4).propose([1, 2, 3, 4, 5, 6, 1, 2, 3], 0) == []
+    assert NgramTable(4).propose([1, 2, 3], 4) == NgramTable(4).propose([7], 4) == []
 
 
 def test_the_longest_match_counts_and_of_equal_ones_the_last():
-    assert Lookup(1).guess([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1) == [4]
-    assert Lookup(1).guess([2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1) == [5]
-    assert Lookup(1).guess([3, 4, 9, 3, 5, 1, 3], 1) == [5]
+    assert NgramTable(1).propose([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1) == [4]
+    assert NgramTable(1).propose([2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1) == [5]
+    assert NgramTable(1).propose([3, 4, 9, 3, 5, 1, 3], 1) == [5]
 
 
 def test_a_text_that_repeats_itself_is_guessed_to_go_on_so():
-    assert Lookup(8).guess([5, 1, 1], 5) == [1] * 5
-    assert Lookup(8).guess([9, 1, 2, 3, 1, 2, 3], 8) == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert NgramTable(8).propose([5, 1, 1], 5) == [1] * 5
+    assert NgramTable(8).propose([9, 1, 2, 3, 1, 2, 3], 8) == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
 def test_no_end_is_guessed():
-    assert Lookup(8, {4}).guess([1, 2, 3, 4, 5, 1, 2], 8) == [3]
-    assert Lookup(8, {3}).guess([1, 2, 3, 4, 5, 1, 2], 8) == []
+    assert NgramTable(8, {4}).propose([1, 2, 3, 4, 5, 1, 2], 8) == [3]
+    assert NgramTable(8, {3}).propose([1, 2, 3, 4, 5, 1, 2], 8) == []
 
 
 def test_the_index_is_brought_up_to_date_with_new_tokens_only():
-    lookup, tokens = Lookup(3), ids(200)
+    table = NgramTable(3)
+    tokens = ids(200)
 
     class Looked(list):
         def __getitem__(self, at):
@@ -66,52 +73,60 @@ def test_the_index_is_brought_up_to_date_with_new_tokens_only():
     for token in ids(50, 1):
         tokens.append(token)
         looked = []
-        found = lookup.guess(Looked(tokens), 3)
-        assert found == Lookup(3).guess(tokens, 3)
+        found = table.propose(Looked(tokens), 3)
+        assert found == NgramTable(3).propose(tokens, 3)
         assert len(looked) <= 7 or len(tokens) == 201
-    assert lookup.guess(tokens[:40], 3) == Lookup(3).guess(tokens[:40], 3)  # some are cut off
+    assert table.propose(tokens[:40], 3) == NgramTable(3).propose(
+        tokens[:40], 3
+    )  # some are cut off
 
 
 def test_more_is_guessed_while_it_goes_well():
-    lookup = Lookup(8)
+    table = NgramTable(8)
     counts = []
     for accepted in (False, False, False, False, True, True, True, True, False):
-        counts.append(len(lookup.guess([1] * 20, 99)))
-        lookup.learn(counts[-1], counts[-1] if accepted else 0)
+        counts.append(len(table.propose([1] * 20, 99)))
+        table.learn(counts[-1], counts[-1] if accepted else 0)
     assert counts == [8, 4, 2, 1, 1, 2, 4, 8, 8]
-    assert len(lookup.guess([1] * 20, 99)) == 4
+    assert len(table.propose([1] * 20, 99)) == 4
 
 
-# who guesses, and at what price -------------------------------------------------------------------
+# which sequences have drafts, and at what price --------------------------------------------------
 
 
-class Guessing(LookupScheduler):
-    num_guesses = 8
+class LookupParams(NamedTuple):
+    """What scheduler and proposer read of SamplingParams."""
+
+    max_tokens: int = 20
+    n: int = 1
+    allows_drafts: bool = True
 
 
-def decoding(usable: int, *prompts: list[int], size: int = 4, **more):
+def decoding(
+    usable: int, *prompts: list[int], size: int = 4, budget: int = 64, max_tokens=20, n=1
+) -> tuple[Scheduler, list[Sequence]]:
     """A scheduler whose sequences have got their first token, which is a 1."""
-    scheduler = Guessing(BlockManager(usable + 1, size), 16, more.pop("budget", 64))
+    blocks = make_blocks(usable, size)
+    scheduler = Scheduler(blocks, 16, budget, proposer=PromptLookup(8))
     for i, prompt in enumerate(prompts):
-        params = Params(more.get("max_tokens", 20), more.get("n", 1))
-        scheduler.add(Sequence(i, prompt, params, 0, frozenset()))
-    step = scheduler.schedule()
-    scheduler.update(step, [1] * len(step.samples))
+        scheduler.add(Sequence(i, prompt, LookupParams(max_tokens, n)))
+    plan = scheduler.schedule()
+    scheduler.update(plan, [1] * len(plan.draws))
     return scheduler, list(scheduler.running)
 
 
-def lengths(step) -> list[int]:
-    return [stop - start for _, start, stop in step.chunks]
+def lengths(plan) -> list[int]:
+    return [chunk.num_tokens for chunk in plan.chunks]
 
 
 def test_a_step_of_few_rows_is_filled_up_with_guesses():
     for count in range(1, 10):
         scheduler, _ = decoding(90, *[[1] * 5] * count)
-        step = scheduler.schedule()
-        assert sum(lengths(step)) == max(FEW_ROWS, count)
-        assert max(lengths(step)) - min(lengths(step)) <= 1 or count > FEW_ROWS  # fairly
-        guessed = [len(seq.tokens) - known for seq, known in scheduler.known.items()]
-        assert sorted(guessed) == [n - 1 for n in lengths(step) if n > 1]
+        plan = scheduler.schedule()
+        assert sum(lengths(plan)) == max(MAX_ROWS, count)
+        assert max(lengths(plan)) - min(lengths(plan)) <= 1 or count > MAX_ROWS  # fairly
+        drafts = [len(chunk.draft) for chunk in plan.chunks if chunk.draft]
+        assert sorted(drafts) == [n - 1 for n in lengths(plan) if n > 1]
 
 
 def test_no_guess_goes_beyond_the_token_budget_or_the_length():
@@ -119,63 +134,67 @@ def test_no_guess_goes_beyond_the_token_budget_or_the_length():
     assert lengths(scheduler.schedule()) == [5]
     for max_tokens in range(2, 9):
         scheduler, (seq,) = decoding(90, [1] * 5, max_tokens=max_tokens)
-        step = scheduler.schedule()
-        assert lengths(step) == [min(max_tokens - 1, FEW_ROWS)]
-        assert step.samples[-1][2] == min(5 + max_tokens - 1, 6 + FEW_ROWS - 1)
-        scheduler.update(step, [1] * len(step.samples))
-        assert seq.tokens == [1] * min(5 + max_tokens, 6 + FEW_ROWS)
-        assert (seq.finish_reason == "length") == (len(seq.tokens) == 5 + max_tokens)
+        plan = scheduler.schedule()
+        assert lengths(plan) == [min(max_tokens - 1, MAX_ROWS)]
+        assert plan.draws[-1].position == min(5 + max_tokens - 1, 6 + MAX_ROWS - 1)
+        scheduler.update(plan, [1] * len(plan.draws))
+        assert seq.token_ids == [1] * min(5 + max_tokens, 6 + MAX_ROWS)
+        assert (seq.finish_reason == "length") == (len(seq.token_ids) == 5 + max_tokens)
 
 
-def test_nobody_makes_room_for_a_guess_and_what_was_wrong_is_given_back():
+def test_nothing_makes_room_for_a_guess_and_what_was_wrong_is_given_back():
     # two samples of 7 tokens: two blocks, and a copy of the second. one block is left
     scheduler, (first, second) = decoding(4, [1] * 7, n=2)
-    step = scheduler.schedule()
-    assert [(seq, stop - start) for seq, start, stop in step.chunks] == [(second, 1), (first, 4)]
+    plan = scheduler.schedule()
+    assert [(chunk.seq, chunk.num_tokens) for chunk in plan.chunks] == [(second, 1), (first, 4)]
     scheduler.blocks.check(scheduler.running)
-    scheduler.update(step, [2, 1, 1, 3, 1])
-    assert second.tokens == [1] * 8 + [2] and first.tokens == [1] * 10 + [3]
+    scheduler.update(plan, [2, 1, 1, 3, 1])
+    assert second.token_ids == [1] * 8 + [2] and first.token_ids == [1] * 10 + [3]
     assert (first.num_computed, second.num_computed) == (10, 8)
-    assert (scheduler.num_guessed, scheduler.num_accepted, scheduler.num_preemptions) == (3, 2, 0)
+    assert (scheduler.num_draft_tokens, scheduler.num_accepted_tokens) == (3, 2)
+    assert scheduler.num_preemptions == 0
     scheduler.blocks.check(scheduler.running)
 
 
 def test_all_blocks_of_a_wrong_guess_are_free_again_and_none_was_findable():
     scheduler, (seq,) = decoding(40, [1] * 3, size=1)
     scheduler.update(scheduler.schedule(), [2] + [1] * 7)
-    assert seq.tokens == [1, 1, 1, 1, 2] and len(seq.table) == seq.num_computed == 4
-    assert scheduler.blocks.num_free == 36 and len(scheduler.blocks.hash_of) == 4
+    assert seq.token_ids == [1, 1, 1, 1, 2] and len(seq.block_table) == seq.num_computed == 4
+    pool = scheduler.blocks.pool
+    assert pool.num_free == 36 and len(pool.hash_of) == 4
     scheduler.blocks.check(scheduler.running)
 
 
 @pytest.mark.parametrize("how", ["reset", "abort", "finish"])
 def test_guesses_are_gone_with_their_step(how):
     scheduler, (seq,) = decoding(40, [1] * 3, size=1)
-    step = scheduler.schedule()
-    assert len(seq.tokens) == 3 + len(step.samples) == 11
+    plan = scheduler.schedule()
+    assert 3 + len(plan.draws) == 11
     if how == "reset":
         scheduler.reset()
     elif how == "abort":
-        scheduler.abort(seq)
+        scheduler.abort([seq])
     else:
-        scheduler.finish(seq, "error")
-    assert seq.tokens == [1] * 4
-    assert scheduler.blocks.num_free == 40 and not seq.table
-    assert len(scheduler.blocks.hash_of) <= 4  # of known tokens
+        scheduler.finish(seq, "error", None)
+    assert seq.token_ids == [1] * 4
+    pool = scheduler.blocks.pool
+    assert pool.num_free == 40 and not seq.block_table
+    assert len(pool.hash_of) <= 4  # of known tokens
     if how != "reset":
-        assert not scheduler.update(step, [1] * 8) and seq.tokens == [1] * 4
+        assert not scheduler.update(plan, [1] * 8) and seq.token_ids == [1] * 4
 
 
 def test_several_samples_guess_once_they_have_split():
     sim = Simulation(60, 4, guesses=True)
     sim.add(text(9), max_tokens=12, n=3)
-    assert not sim.step().guessed
-    assert any(sim.step().guessed for _ in range(3))
+    assert not sim.step().num_draft_tokens
+    assert any(sim.step().num_draft_tokens for _ in range(3))
     sim.drain()
-    assert sim.scheduler.num_accepted > 0
+    assert sim.scheduler.num_accepted_tokens > 0
     scheduler, samples = decoding(90, [1] * 5, n=3)
-    scheduler.schedule()
-    assert len({id(scheduler.lookup(seq)) for seq in samples}) == len(scheduler.known) == 3
+    plan = scheduler.schedule()
+    tables = {id(scheduler.proposer.table(seq)) for seq in samples}
+    assert len(tables) == len([chunk for chunk in plan.chunks if chunk.draft]) == 3
 
 
 # the same output ----------------------------------------------------------------------------------
@@ -260,13 +279,11 @@ def test_logits_are_the_same_to_the_bit(pair):
     record = Record()
     for llm in pair:
         llm.scheduler.reset()
-    with pytest.MonkeyPatch.context() as patch:
-        for llm in pair:
-            patch.setattr(llm.runner, "pick", llm.runner.pick)
-            record.watch(llm)
-            seen = record.seen
-            llm.generate(TEXTS, greedy(60), use_tqdm=False)
-            assert record.seen - seen >= 120
+        record.watch(llm)
+        num_seen = record.num_seen
+        llm.generate(TEXTS, greedy(60), use_tqdm=False)
+        assert record.num_seen - num_seen >= 120
+        llm.remove_extension(record)
     assert guessing.stats()["accepted_tokens"] > 0
 
 
@@ -346,7 +363,7 @@ def test_sliding_windows(name):
     start = beyond(name)[0][0]
     work = [(start + start[:20], greedy(40)), (start, sampled(30, seed=4, temperature=0.3))]
     with guessing(name, block_size=4, max_batched_tokens=50, num_blocks=400) as llm:
-        assert llm.scheduler.blocks.width > 1
+        assert llm.scheduler.blocks.num_groups > 1
         for _ in range(2):
             assert_naive(serve(llm, work), work, name)
 
@@ -358,14 +375,14 @@ def test_both_backends(attention):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_wherever_a_step_fails_everybody_gets_the_right_tokens(place):
+def test_wherever_a_step_fails_all_get_the_right_tokens(place):
     options = {"block_size": 4, "num_blocks": 22, "max_batched_tokens": 16, "prompt_lookup": 5}
     with build(**options) as llm:
-        count = live(llm, place, None)
+        count, _ = run_work(llm, place, None)
         assert llm.stats()["guessed_tokens"] > 0
     for at in {0, count // 2, count - 1}:
         with build(**options) as llm:
-            live(llm, place, at, MemoryError() if at else None)
+            run_work(llm, place, at, MemoryError() if at else None)
 
 
 def test_a_step_with_guesses_fails_or_is_interrupted_and_they_are_forgotten(monkeypatch):
@@ -373,7 +390,7 @@ def test_a_step_with_guesses_fails_or_is_interrupted_and_they_are_forgotten(monk
         forward, broken = llm.model.forward, []
 
         def fails(batch, cache):
-            if batch.max_query > 1 and batch.num_decodes < len(batch.seq_lens) and broken:
+            if batch.max_query_len > 1 and batch.num_decodes < len(batch.seq_lens) and broken:
                 raise broken.pop()
             return forward(batch, cache)
 
@@ -388,7 +405,7 @@ def test_a_step_with_guesses_fails_or_is_interrupted_and_they_are_forgotten(monk
                 while True:
                     llm.step()
             (seq,) = llm.scheduler.waiting
-            assert min(seq.tokens) >= 0 and not seq.table
+            assert min(seq.token_ids) >= 0 and not seq.block_table
             check(llm)
         outputs = []
         while not llm.is_finished():
@@ -402,14 +419,14 @@ def test_a_trace_of_guesses_replays(tmp_path):
         replay, told = Replay(), [0]
 
         def follow() -> None:
-            lines = [*trace._lines]
+            lines = [*trace.log.lines]
             for line in lines[told[0] :]:
                 replay.apply(json.loads(line))
             told[0] = len(lines)
             compare(replay, llm.scheduler)
 
         with llm.tracing() as trace:
-            trace.on_step = follow
+            trace.after_step = follow
             outputs = [llm.generate([prompt], params, False)[0] for prompt, params in AGAIN]
             follow()
         lives = sorted(replay.seqs.values(), key=lambda life: life.request)
@@ -455,7 +472,9 @@ def test_the_commands_have_it_and_say_how_often_it_was_right(capsys):
     flags = ["bench", "--num-prompts", "1", "--prompt-lookup", "6", *flags]
     cli.main(flags)
     out = capsys.readouterr().out
-    told = re.search(r"Decode: 59 tokens .* tokens/s.*; (\d+) of (\d+) guesses right \(\d+%\)", out)
+    told = re.search(
+        r"Decode: 59 tokens .* tokens/s.*; (\d+) of (\d+) draft tokens accepted \(\d+%\)", out
+    )
     cli.main([*flags, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [int(n) for n in told.groups()] == [found["accepted_tokens"], found["guessed_tokens"]]

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, SRC, Fixture, era_fixtures
+from helpers.goldens import MODEL, SRC, Fixture, era_fixtures
 
-from microvllm import LLM, SamplingParams, checkpoint, engine, full
+from microvllm import LLM, SamplingParams, checkpoint, engine, loading
 from microvllm.cli.roofline import PRECISIONS, layer_bytes
 from microvllm.model import rotary_bytes
+from microvllm.resources import fits
 
 CPU = torch.device("cpu")
 
@@ -33,14 +34,14 @@ def test_memory_that_is_refused_to_the_process_is_one_error(monkeypatch, error):
     def refuse(*args, **options):
         raise error
 
-    monkeypatch.setattr(full.optional("fused.model"), "FusedGPT", refuse)
+    monkeypatch.setattr(loading, "FusedGPT", refuse)
     with pytest.raises(ValueError, match=r"no memory for weights of [\d,]+ bytes .*ulimit -v"):
         LLM(MODEL, device="cpu", num_blocks=64)
 
 
 def test_other_errors_stay_what_they_are():
     for error in (RuntimeError("shapes differ"), KeyError("x"), ValueError("no memory for it")):
-        with pytest.raises(type(error)) as caught, full.fits("weights", CPU):
+        with pytest.raises(type(error)) as caught, fits("weights", CPU):
             raise error
         assert caught.value is error
 
@@ -98,19 +99,19 @@ def test_what_the_default_pool_and_its_tables_take_is_within_what_is_free(
     with serve(folder, how) as llm:
         blocks = llm.scheduler.blocks
         taken = llm.cache.data.nbytes + rotary_bytes(llm.model.config, llm.max_positions)
-        taken += 48 * blocks.num_blocks // blocks.width
+        taken += 48 * blocks.num_blocks
         # in groups, where positions are counted that a window may free, less
         assert (0.7 if how == GROUPED else 0.99) * 2**22 < taken <= 2**22
-        assert llm.max_positions <= blocks.num_blocks * llm.scheduler.blocks.block_size
+        assert llm.max_positions <= blocks.pool.num_blocks * blocks.block_size
     with pytest.raises(ValueError, match="num_blocks=100000 .*rotary tables: .*8,388,608 are free"):
         serve(folder, how, num_blocks=100_000)
 
 
 def test_weights_that_are_more_than_is_free_are_refused_before_any_is_made(monkeypatch):
-    for module in checkpoint, full:
+    for module in checkpoint, loading:
         monkeypatch.setattr(module, "free_memory", lambda device: 10**7)
     monkeypatch.setattr(torch.Tensor, "to", None)
-    monkeypatch.setattr(full.optional("fused.model"), "FusedGPT", None)
+    monkeypatch.setattr(loading, "FusedGPT", None)
     for make in engine.LLM, LLM:
         with pytest.raises(ValueError, match="no memory for weights.*10,000,000 are free; use a"):
             make(MODEL, device="cpu")
@@ -119,7 +120,7 @@ def test_weights_that_are_more_than_is_free_are_refused_before_any_is_made(monke
 SCRIPT = """
 import re, resource, sys
 from microvllm import LLM, full
-full.optional("cpu.backend")  # libraries first: what they cannot load, they say themselves
+from microvllm.cpu import backend  # libraries first: what they cannot load, they say themselves
 size = int(re.search(r"VmSize:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]), resource.RLIM_INFINITY))
 blocks = int(sys.argv[2]) or None
@@ -133,17 +134,17 @@ except ValueError as error:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, and RLIMIT_AS that is kept")
-@pytest.mark.parametrize("room, blocks, said", [
+@pytest.mark.parametrize("num_megabytes, blocks, words", [
     (40, 0, r"no memory for weights of .* are free"),
     (400, 10_000, r"no memory for a KV cache of num_blocks=10000 .* are free"),
     (1200, 0, r"64 \d+$"),  # the pool takes half of what the limit leaves, and steps have the rest
 ])  # fmt: skip
-def test_a_limit_of_addresses_ends_in_our_error_or_in_a_smaller_pool(room, blocks, said):
+def test_a_limit_of_addresses_ends_in_our_error_or_in_a_smaller_pool(num_megabytes, blocks, words):
     script = SCRIPT.format(model=str(MODEL))
-    command = [sys.executable, "-c", script, str(room * 2**20), str(blocks)]
+    command = [sys.executable, "-c", script, str(num_megabytes * 2**20), str(blocks)]
     env = os.environ | {"PYTHONPATH": str(SRC)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert re.search(said, done.stdout.strip()), done
+    assert re.search(words, done.stdout.strip()), done
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
@@ -185,7 +186,7 @@ def test_a_context_of_16384_tokens_takes_what_was_computed(tmp_path, kv, dtype):
             with pytest.raises(ValueError, match="max_model_len"):
                 llm.generate([[*ids, *ids[:4]]], params)
             (output,) = llm.generate([ids], params)
-            assert llm.scheduler.blocks.num_free == 1024  # all of them were taken, and are back
+            assert llm.scheduler.blocks.pool.num_free == 1024  # all were taken, and are back
             return output["token_ids"]
 
     found = run(kv_cache_dtype=kv)

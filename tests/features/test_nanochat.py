@@ -1,9 +1,8 @@
 """nanochat's own `generate_batch`."""
 
 import pytest
-from conftest import MODEL
-from test_calculator import GOLDENS, chain
-from test_llm import question
+from helpers.full_engines import TOOL_GOLDENS, chain
+from helpers.goldens import MODEL
 
 from microvllm import LLM
 
@@ -17,7 +16,8 @@ def llm():
 
 
 def test_generate_batch_is_nanochats(llm):
-    prompt = question(llm, "Who wrote Dracula?")
+    turns = [{"role": "user", "content": "Who wrote Dracula?"}]
+    prompt = llm.tokenizer.render_for_completion(turns)
     sequences, masks = llm.generate_batch(prompt, num_samples=2, max_tokens=30, temperature=0.0)
     answer = llm.tokenizer.encode("Dracula was written by Bram Stoker.")
     assert sequences[0][: len(prompt)] == prompt and sequences[0] == sequences[1]
@@ -34,7 +34,7 @@ def test_generate_batch_is_nanochats(llm):
 
 def test_a_prompts_generate_batch_equals_nanochats_golden():
     with chain() as llm:
-        for run in GOLDENS["runs"]:
+        for run in TOOL_GOLDENS["runs"]:
             sequences, masks = llm.generate_batch(
                 run["prompt"], num_samples=2, max_tokens=60, temperature=0.0
             )

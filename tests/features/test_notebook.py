@@ -12,8 +12,8 @@ import threading
 import time
 
 import pytest
-from conftest import MODEL
-from test_trace_page import HOSTILE, browser  # noqa: F401 (a fixture)
+from helpers.browsers import HOSTILE
+from helpers.goldens import MODEL
 
 pytestmark = pytest.mark.slow  # processes, a browser
 nbclient = pytest.importorskip("nbclient", reason="needs pip install nbclient")
@@ -133,7 +133,7 @@ def test_nothing_that_a_cell_returns_is_long(notebook):
 
 
 @pytest.fixture
-def show(browser, tmp_path):  # noqa: F811
+def show(browser, tmp_path):
     """Open the HTML of an output as a notebook shows it; nothing may be fetched."""
     troubles = []
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT, Fixture, era_fixtures, hand_made_batch
+from helpers.batches import hand_made_batch
+from helpers.goldens import ERAS, FIXTURES, MODEL, ROOT
 
 from microvllm import LLM, SamplingParams
 from microvllm.attention import PagedKVCache
@@ -27,7 +28,7 @@ PATIENCE = 120  # seconds that nothing here may take, however busy the machine i
 
 
 class Pair:
-    """Two processes that have met over a file, and do what they are told."""
+    """Two processes that have met over a file, and call what the test sends."""
 
     def __init__(self, directory):
         context = multiprocessing.get_context("spawn")
@@ -35,12 +36,12 @@ class Pair:
         for rank in range(2):
             ours, theirs = context.Pipe()
             given = rank, str(directory / "store"), theirs
-            self.processes.append(context.Process(target=obey, args=given, daemon=True))
+            self.processes.append(context.Process(target=call_what_comes, args=given, daemon=True))
             self.pipes.append(ours)
             self.processes[-1].start()
             theirs.close()
 
-    def tell(self, function, *args, ranks=(0, 1)) -> None:
+    def send(self, function, *args, ranks=(0, 1)) -> None:
         for rank in ranks:
             self.pipes[rank].send((function, args))
 
@@ -51,7 +52,7 @@ class Pair:
 
     def __call__(self, function, *args) -> list:
         """What function(rank, *args) gives on each of them."""
-        self.tell(function, *args)
+        self.send(function, *args)
         found = [self.answer(rank) for rank in range(2)]
         for answer in found:
             if isinstance(answer, Exception):
@@ -64,8 +65,8 @@ class Pair:
             process.join(PATIENCE)
 
 
-def obey(rank: int, store: str, pipe) -> None:
-    """A rank's life."""
+def call_what_comes(rank: int, store: str, pipe) -> None:
+    """What a rank does."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
@@ -90,7 +91,7 @@ def build(name: str, tensor_parallel: int = 1, **kwargs) -> LLM:
     kwargs = {"num_blocks": 60, "device": "cpu", "tensor_parallel": tensor_parallel} | kwargs
     if name == "bundled":
         return LLM(MODEL, **kwargs)
-    fixture = Fixture(*era_fixtures()[name])
+    fixture = FIXTURES[name]
     kwargs = fixture.overrides | kwargs
     return LLM(fixture.directory, tokenizer_path=fixture.tokenizer, **kwargs)
 
@@ -144,16 +145,16 @@ def test_preempted_sequences_too(ranks):
     assert first[0] == work(0, "era5", 1, {}, 48)[0]
 
 
-def guessing(rank: int, size: int) -> tuple:
+def drafting(rank: int, size: int) -> tuple:
     params = [replace(GREEDY, max_tokens=80), replace(GREEDY, temperature=0.8, seed=1)]
     with build("bundled", size, prompt_lookup=4) as llm:
         outputs = llm.generate([PROMPTS[1] * 3, PROMPTS[2]], params, False)
         return [output["token_ids"] for output in outputs], llm.stats()["accepted_tokens"]
 
 
-def test_all_ranks_guess_the_same(ranks):
-    first, second = ranks(guessing, 2)
-    assert first == second == guessing(0, 1) and first[1] > 0
+def test_all_ranks_draft_the_same(ranks):
+    first, second = ranks(drafting, 2)
+    assert first == second == drafting(0, 1) and first[1] > 0
 
 
 @pytest.mark.parametrize("options", [{"quantization": "int8"}, {"dtype": "bfloat16"}], ids=str)
@@ -213,7 +214,7 @@ def test_every_era_is_shared_out(ranks, era):
 def swap(rank: int, size: int) -> list:
     with build("era5", size) as llm:
         old = llm.generate(PROMPTS, GREEDY)
-        directory = Fixture(*era_fixtures()["era5"]).directory
+        directory = FIXTURES["era5"].directory
         state = read_checkpoint(directory, find_step(directory, None))[2]
         draw = torch.Generator().manual_seed(1)
         new = {n: w + 0.2 * torch.randn(w.shape, generator=draw) for n, w in state.items()}
@@ -236,16 +237,17 @@ def trace(rank: int, directory: str) -> tuple:
     def free_memory(device):
         return [9_000_000, 5_000_000][rank]
 
-    from microvllm import engine
+    from microvllm import engine, parts
 
-    before, engine.free_memory = engine.free_memory, free_memory
+    before = engine.free_memory
+    engine.free_memory = parts.free_memory = free_memory
     try:
         path = f"{directory}/{rank}.jsonl"
         with build("era5", 2, num_blocks=None, trace=path) as llm:
             llm.generate([PROMPTS[0]], GREEDY)
             return llm.stats()["num_blocks"], os.path.exists(path)
     finally:
-        engine.free_memory = before
+        engine.free_memory = parts.free_memory = before
 
 
 def test_the_smallest_memory_decides_the_pool_and_one_rank_writes_the_trace(ranks, tmp_path):
@@ -260,7 +262,7 @@ def test_the_smallest_memory_decides_the_pool_and_one_rank_writes_the_trace(rank
 # what cannot be, and what goes wrong --------------------------------------------------------------
 
 
-def test_a_process_alone_is_told_how_to_start():
+def test_the_error_of_a_process_alone_says_how_to_start():
     with pytest.raises(ValueError, match="tensor_parallel=2 takes 2 processes, not 1: .*torchrun"):
         build("era5", 2)
     with pytest.raises(ValueError, match="tensor_parallel must be between 1"):
@@ -294,7 +296,7 @@ def go_apart(rank: int) -> list[str]:
         return found + [outcome(lambda: llm.generate(PROMPTS, GREEDY))]
 
 
-def test_ranks_that_are_told_different_things_find_out(ranks):
+def test_ranks_that_are_given_different_prompts_find_out(ranks):
     for first, again in ranks(go_apart):
         assert "rank 0 and rank 1 differ in what they want to compute next" in first
         assert "restart" in again  # nothing is computed with half of a model
@@ -332,7 +334,7 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path):
     both = Pair(tmp_path)
     try:
         both(work, "era5", 2, {})
-        both.tell(endless)
+        both.send(endless)
         time.sleep(0.5)
         os.kill(both.processes[1].pid, signal.SIGKILL)
         error = both.answer(0)
@@ -365,7 +367,7 @@ def test_the_command_reads_and_prints_once():
     assert [row["token_ids"] for row in rows] == [output.token_ids for output in alone]
 
 
-def test_a_mistake_is_told_once():
+def test_a_mistake_is_reported_once():
     era4 = ERAS / "era4" / "base_checkpoints" / "d6"
     words = ["run.py", "--tensor-parallel", "2", "--model", str(era4)]
     words += ["--tokenizer-dir", str(ERAS / "tokenizer"), "--num-blocks", "60"]

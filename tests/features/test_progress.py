@@ -4,7 +4,7 @@ import re
 import warnings
 
 import pytest
-from test_engine import build, greedy, ids, sampled
+from helpers.full_engines import build, greedy, ids, sampled
 
 from microvllm.features import progress
 
@@ -32,7 +32,7 @@ def shown(monkeypatch):
             if self.postfix:  # else nothing was done yet
                 found.append((self.n, self.total, str(self)))
 
-    monkeypatch.setattr(progress, "bar_class", lambda notebook: Bar)
+    monkeypatch.setattr(progress, "bar_class", lambda is_notebook: Bar)
     monkeypatch.setattr(progress, "SECONDS", 0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     return found

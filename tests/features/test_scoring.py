@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, hand_made_batch
-from test_llm import everything_is_free
+from helpers.batches import hand_made_batch
+from helpers.full_engines import everything_is_free
+from helpers.goldens import MODEL
 
 from microvllm import LLM, SamplingParams
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import load_model
-from microvllm.features.scoring import ScoringRunner
+from microvllm.features.scoring import Scoring
 from microvllm.sampler import cap_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +25,7 @@ def llm():
 
 def test_scores_are_computed_in_slices_of_64_mb_of_logits():
     """Of a vocabulary of 4 million, that is; the numbers themselves are few."""
-    h, targets, sizes = torch.randn(10, 7), (torch.arange(10) % 7).tolist(), []
+    hidden, targets, sizes = torch.randn(10, 7), (torch.arange(10) % 7).tolist(), []
 
     def logits(rows):
         sizes.append(len(rows))
@@ -32,13 +33,20 @@ def test_scores_are_computed_in_slices_of_64_mb_of_logits():
 
     config, recipe = SimpleNamespace(vocab_size=2**22), SimpleNamespace(softcap=0)
     model = SimpleNamespace(config=config, recipe=recipe, logits=logits)
-    found, greedy = ScoringRunner(model, None, None).score(h, targets)
+    scoring = Scoring()
+    scoring.attach(SimpleNamespace(model=model))
+    logprobs, is_greedy = scoring.score(hidden, targets)
     assert sizes == [4, 4, 2]
-    torch.testing.assert_close(found, h.log_softmax(-1)[range(10), targets])
-    assert greedy.tolist() == [i == t for i, t in zip(h.argmax(-1), targets, strict=True)]
+    torch.testing.assert_close(logprobs, hidden.log_softmax(-1)[range(10), targets])
+    assert is_greedy.tolist() == [i == t for i, t in zip(hidden.argmax(-1), targets, strict=True)]
     recipe.softcap = 15.0  # by which two of these are made equal
-    _, greedy = ScoringRunner(model, None, None).score(torch.tensor([[200.0, 201.0]] * 2), [0, 1])
-    assert greedy.tolist() == [False, True]
+    _, is_greedy = scoring.score(torch.tensor([[200.0, 201.0]] * 2), [0, 1])
+    assert is_greedy.tolist() == [False, True]
+    sizes.clear()
+    one_by_one = Scoring(rows_at_once=1)
+    one_by_one.attach(SimpleNamespace(model=model))
+    one_by_one.score(hidden, targets)
+    assert sizes == [1] * 10
 
 
 def test_a_multiple_choice_question_is_answered_by_scores(llm):

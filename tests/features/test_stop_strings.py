@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 import pytest
-from conftest import MODEL
-from test_engine import set_overlap
-from test_llm import GREEDY, assert_stream_is_generate, everything_is_free, question
+from helpers.engine_cases import assert_stream_is_generate
+from helpers.engines import question
+from helpers.full_engines import everything_is_free, set_overlap
+from helpers.goldens import MODEL
 
 from microvllm import LLM, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def test_of_several_stop_strings_the_first_in_the_text_ends_it(llm):
 
 @pytest.mark.parametrize("stop", [("the",), (" t", "and the"), ("\ufffd",)])
 def test_a_stream_lets_nothing_out_that_is_cut_off(llm, stop):
-    assert_stream_is_generate(llm, stop=stop)
+    assert_stream_is_generate(llm, SamplingParams, stop=stop)
 
 
 def test_the_loop_that_runs_one_step_ahead_makes_the_same_tokens():

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from microvllm.features import calculator as tools
-from microvllm.features.calculator import Calculator, calculate
+from microvllm.features import calculator
+from microvllm.features.calculator import ToolCalls, calculate
 from microvllm.tokenizer import Tokenizer, load_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "nanochat_eras"
@@ -89,7 +89,7 @@ def test_arithmetic_is_pythons(expression):
 @example("1(*...)")
 @example("0*()//1")
 @example("(1)-.5")
-def test_whatever_the_characters_of_arithmetic_spell_is_pythons(expression):
+def test_any_text_in_the_characters_of_arithmetic_is_pythons(expression):
     assert calculate(expression) == by_eval(expression)
 
 
@@ -259,8 +259,8 @@ def test_the_work_is_bounded_by_the_length_of_the_expression(monkeypatch):
 
         return compute
 
-    counting = {node: counted(operation) for node, operation in tools._OPERATORS.items()}
-    monkeypatch.setattr(tools, "_OPERATORS", counting)
+    counting = {node: counted(operation) for node, operation in calculator.OPERATORS.items()}
+    monkeypatch.setattr(calculator, "OPERATORS", counting)
 
     @settings(max_examples=200, deadline=None)
     @given(st.recursive(DIGITS, arithmetic, max_leaves=30))
@@ -300,7 +300,7 @@ def test_nothing_raises_or_warns(expression):
     assert answer is None or (isinstance(answer, str) and len(answer) <= 5 * len(expression) + 24)
 
 
-def test_the_parser_warns_nobody():
+def test_no_warning_of_the_parser_is_seen():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert calculate("1if 'a'.count('a')else 2") is None
@@ -357,12 +357,12 @@ def test_a_lower_limit_for_digits_is_kept():
         sys.set_int_max_str_digits(before)
 
 
-# Calculator --------------------------------------------------------------------------------------
+# ToolCalls ---------------------------------------------------------------------------------------
 
 
 def play(tokenizer, scripts, max_tokens):
     """nanochat's loop with a scripted sampler: (columns, masks), one entry per step, row by row."""
-    calculators = [Calculator(tokenizer) for _ in scripts]
+    all_calls = [ToolCalls(tokenizer) for _ in scripts]
     queues, done = [deque() for _ in scripts], [False] * len(scripts)
     columns, masks = [], []
     while len(columns) < max_tokens and not all(done):
@@ -374,7 +374,7 @@ def play(tokenizer, scripts, max_tokens):
             sampled = script[step] if step < len(script) else 0
             masks[-1].append(0 if queue else 1)
             columns[-1].append(queue.popleft() if queue else sampled)
-            queue.extend(calculators[row].push(columns[-1][-1]))
+            queue.extend(all_calls[row].push(columns[-1][-1]))
             done[row] |= columns[-1][-1] in tokenizer.eos_ids
     return columns, masks
 
@@ -388,16 +388,16 @@ def test_nanochats_loop_emits_the_same_tokens_and_masks(case):
 
 @pytest.mark.parametrize("run", CHAIN["runs"], ids=lambda run: run["messages"][-1]["content"])
 def test_a_real_models_tool_call_is_followed_token_by_token(run):
-    calculator, queue = Calculator(TOY), deque()
+    tool_calls, queue = ToolCalls(TOY), deque()
     assert 0 in run["masks"]
     for token, mask in zip(run["tokens"], run["masks"], strict=True):
         assert mask == (0 if queue else 1)
         assert not queue or token == queue.popleft()
-        queue.extend(calculator.push(token))
+        queue.extend(tool_calls.push(token))
 
 
-def push_all(calculator, ids):
-    return [calculator.push(token) for token in ids]
+def push_all(tool_calls, ids):
+    return [tool_calls.push(token) for token in ids]
 
 
 def block(text):
@@ -409,17 +409,17 @@ def answer(text):
 
 
 def test_the_answer_comes_at_the_end_of_the_block_and_only_there():
-    pushed = push_all(Calculator(TOY), [*TOY.encode("so "), *block("6*7"), *TOY.encode(" yes")])
+    pushed = push_all(ToolCalls(TOY), [*TOY.encode("so "), *block("6*7"), *TOY.encode(" yes")])
     assert [forced for forced in pushed if forced] == [answer("42")]
     assert pushed[len(TOY.encode("so ")) + len(block("6*7")) - 1] == answer("42")
 
 
 def test_an_empty_answer_is_an_answer():
-    assert push_all(Calculator(TOY), block("'.count('.strip('.count(')"))[-1] == answer("")
+    assert push_all(ToolCalls(TOY), block("'.count('.strip('.count(')"))[-1] == answer("")
 
 
-def test_sequences_side_by_side_do_not_hear_each_other():
-    one, other = Calculator(TOY), Calculator(TOY)
+def test_sequences_side_by_side_do_not_affect_each_other():
+    one, other = ToolCalls(TOY), ToolCalls(TOY)
     pushed = []
     for a, b in zip(block("1+1"), block("2*3"), strict=True):
         pushed.append((one.push(a), other.push(b)))
@@ -429,7 +429,7 @@ def test_sequences_side_by_side_do_not_hear_each_other():
 def test_any_special_token_inside_a_block_spoils_the_expression():
     for name, token in TOY.special_tokens.items():
         ids = [PYTHON_START, *TOY.encode("'x'.count('x"), token, *TOY.encode("')"), PYTHON_END]
-        pushed = push_all(Calculator(TOY), ids)
+        pushed = push_all(ToolCalls(TOY), ids)
         # python_start begins a new block, python_end ends it; the others are text with < and |
         assert not any(pushed), name
 
@@ -438,14 +438,14 @@ def test_a_character_split_over_two_tokens_is_put_together_before_it_is_judged()
     halves = list("é".encode())
     ids = [PYTHON_START, *TOY.encode("'"), *halves, *TOY.encode("'.count('e')"), PYTHON_END]
     assert TOY.decode(ids[1:-1]) == "'é'.count('e')"
-    assert not any(push_all(Calculator(TOY), ids))
+    assert not any(push_all(ToolCalls(TOY), ids))
 
 
 def test_a_block_is_over_after_its_end():
-    calculator = Calculator(TOY)
-    assert push_all(calculator, block("1+1"))[-1] == answer("2")
-    assert not any(push_all(calculator, [*TOY.encode("+1"), PYTHON_END]))
-    assert push_all(calculator, block("3"))[-1] == answer("3")
+    tool_calls = ToolCalls(TOY)
+    assert push_all(tool_calls, block("1+1"))[-1] == answer("2")
+    assert not any(push_all(tool_calls, [*TOY.encode("+1"), PYTHON_END]))
+    assert push_all(tool_calls, block("3"))[-1] == answer("3")
 
 
 def bare_tokenizer(*special):
@@ -463,7 +463,7 @@ def test_a_tokenizer_without_all_four_marks_has_no_calculator():
         tokenizer = bare_tokenizer(*(mark for mark in marks if mark != missing))
         start, end = (tokenizer.special_tokens.get(mark) for mark in marks[:2])
         ids = [start, *b"1+1", end]
-        pushed = push_all(Calculator(tokenizer), [id_ for id_ in ids if id_ is not None])
+        pushed = push_all(ToolCalls(tokenizer), [id_ for id_ in ids if id_ is not None])
         assert any(pushed) == (missing is None), missing
 
 
@@ -479,11 +479,11 @@ PIECES = st.one_of(
 def test_any_tokens_at_all(pieces):
     """Against the same thing said backwards: look for the start when the end is seen."""
     ids = sum(pieces, [])
-    calculator, seen = Calculator(TOY), []
+    tool_calls, seen = ToolCalls(TOY), []
     queue = deque(ids)
     while queue:
         seen.append(queue.popleft())
-        forced = calculator.push(seen[-1])
+        forced = tool_calls.push(seen[-1])
         expected = []
         if seen[-1] == PYTHON_END:
             before = seen[:-1]
@@ -497,8 +497,8 @@ def test_any_tokens_at_all(pieces):
 
 def test_512_of_them_are_cheap():
     tracemalloc.start()
-    calculators = [Calculator(TOY) for _ in range(512)]
+    all_calls = [ToolCalls(TOY) for _ in range(512)]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 512 * 1024
-    assert not any(calculator.push(65) for calculator in calculators)
+    assert not any(tool_calls.push(65) for tool_calls in all_calls)

@@ -6,31 +6,36 @@ layer sees any more is given back, so that a pool holds more sequences.
 
 import pytest
 import torch
-from conftest import MODEL, slots_of
-from test_engine import (
-    assert_naive,
-    both_loops,
-    build,
-    check,
-    finish,
-    greedy,
-    ids,
-    naive,
-    sampled,
-    serve,
-)
-from test_scheduler import Params, Simulation, text
+from helpers.batches import slots_of
+from helpers.engines import check, finish, ids, serve
+from helpers.full_engines import build, greedy, sampled
+from helpers.goldens import MODEL
+from helpers.naive import assert_naive
+from helpers.simulation import Params, text
+from helpers.traces import FeatureSimulation as Simulation
+from helpers.windows import WINDOWED, beyond
 
 from microvllm import LLM, SamplingParams
-from microvllm.attention import SequenceKVView
-from microvllm.engine import make_batch
+from microvllm.attention import SequenceKVView, make_batch
+from microvllm.blocks import NULL_BLOCK, BlockPool
 from microvllm.features import windows as feature
-from microvllm.features.windows import GroupedBlocks, GroupedCache, group_layers, most_blocks
+from microvllm.features.windows import (
+    Group,
+    GroupedBlockManager,
+    GroupedKVCache,
+    group_layers,
+    most_blocks,
+)
 from microvllm.model import GPTConfig
-from microvllm.scheduler import Plan, Sequence
+from microvllm.scheduler import Chunk, Draw, Plan, Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WINDOWED = ["era2", "era3", "era3b", "era4", "era5"]
+both_loops = pytest.mark.parametrize("overlap", [False, True])
+
+
+def grouped(num_usable: int, windows) -> GroupedBlockManager:
+    """A block manager with blocks of 4 tokens."""
+    return GroupedBlockManager(BlockPool(num_usable + 1), 4, windows=windows)
 
 
 def windows_of(pattern: str, depth: int, short: int = 512, long: int = 2048) -> list[int]:
@@ -72,17 +77,19 @@ def test_layers_of_one_window_share_tables_and_blocks_are_of_one_size(windows, l
 
 def test_a_layer_finds_its_own_blocks():
     config = GPTConfig(64, 9, n_layer=5, n_head=1, n_kv_head=1, n_embd=2)
-    cache = GroupedCache(config, 10, 4, torch.float32, "cpu", [[3, 4], [0, 1], [2]])
+    cache = GroupedKVCache(
+        config, 10, 4, torch.float32, "cpu", [Group(-1, [3, 4]), Group(8, [0, 1]), Group(8, [2])]
+    )
     assert cache.data.shape == (2, 2, 10, 1, 4, 2)  # two layers in a block, not five
     seq = Sequence(0, [0] * 8, Params())
-    seq.table.extend([1, 2, 3, 4, 0, 6])  # the first block of the second group left
-    blocks = GroupedBlocks(10, 4, windows=(-1, 8, 8))
-    plan = Plan([(seq, 0, 8)], [(0, seq, 8)], [])
+    seq.block_table.extend([1, 2, 3, 4, 0, 6])  # the first block of the second group left
+    blocks = grouped(9, windows=(-1, 8, 8))
+    plan = Plan(chunks=[Chunk(seq, 0, 8)], draws=[Draw(0, seq, 8)])
     batch = make_batch(plan, blocks)
     tables = [[2, 0], [2, 0], [3, 6], [1, 4], [1, 4]]
     for layer, (k, v, seen) in enumerate(cache.layers(batch)):
         view = SequenceKVView(k, v, seen.block_tables[0], 8)
-        assert view.table.tolist() == tables[layer]
+        assert view.block_table.tolist() == tables[layer]
         assert slots_of(view) == seen.slots.tolist()
         k[tables[layer], 0, :, 0] = torch.arange(8.0).view(2, 4) + layer
         keys, values = view.gather()
@@ -101,7 +108,7 @@ def test_a_full_sequence_needs_four_ninths_of_the_memory():
     # 128 blocks in the long layers; 512 tokens and the one that looks back touch at most 33
     assert most_blocks(windows, 16, 2048) == 128 + 3 * 33 == 227
     assert most_blocks([-1] * 4, 16, 2048) == 512
-    # a chunk is written whole before anyone reads it
+    # a chunk is written whole before it is read
     assert most_blocks(windows, 16, 2048, 256) == 128 + 3 * 49
     assert most_blocks(windows, 16, 2048, 8192) == 512
     assert most_blocks(windows, 1, 2048) == 2048 + 3 * 513
@@ -112,12 +119,12 @@ def test_a_full_sequence_needs_four_ninths_of_the_memory():
 def test_no_sequence_ever_holds_more_than_it_was_said_to_need(size, window, chunk):
     reached = 0
     for length in range(1, 120, 7):
-        sim = Simulation(400, size, max_batched_tokens=chunk, windows=(window,))
+        sim = Simulation(usable=400, block_size=size, max_batched_tokens=chunk, windows=(window,))
         seq = sim.add(text(length), max_tokens=30)
         most = 0
         while not seq.finish_reason:
             step = sim.plan()
-            most = max(most, sum(map(bool, seq.table)))
+            most = max(most, sum(map(bool, seq.block_table)))
             sim.read(step, sim.run(step))
         said = most_blocks((window,), size, length + 29, chunk)
         assert most <= said
@@ -127,27 +134,33 @@ def test_no_sequence_ever_holds_more_than_it_was_said_to_need(size, window, chun
 
 @pytest.mark.parametrize("window", [6, 8])
 def test_a_block_is_given_back_by_the_first_step_that_does_not_see_it(window):
-    sim = Simulation(60, 4, windows=(-1, window))
+    sim = Simulation(usable=60, windows=(-1, window))
     seq = sim.add(text(3), max_tokens=30)
     while not seq.finish_reason:
         step = sim.plan()
-        _, start, _ = step.chunks[0]
-        held = [place for place, block in enumerate(seq.table[1::2]) if block]
+        start = step.chunks[0].start
+        held = [place for place, block in enumerate(seq.block_table[1::2]) if block]
         assert held[0] == max(0, start - window) // 4
         sim.read(step, sim.run(step))
 
 
 def serve_full_length(windows: list[int], usable: int, prompt: int) -> int:
-    """How many sequences of 2,048 tokens run to their end at once, none of them sent away."""
+    """How many sequences of 2,048 tokens run to their end at once, none of them preempted."""
     for count in range(1, 99):
-        sim = Simulation(usable, 16, 99, 256, windows=windows)
+        sim = Simulation(
+            usable=usable,
+            block_size=16,
+            max_batch_size=99,
+            max_batched_tokens=256,
+            windows=windows,
+        )
         for i in range(count):
             sim.scheduler.add(Sequence(i, [i] * prompt, Params(2048 - prompt)))
         most = 0
         while sim.scheduler.running or sim.scheduler.waiting:
             step = sim.scheduler.schedule()
             most = max(most, len(sim.scheduler.running))
-            sim.scheduler.update(step, [0] * len(step.samples))
+            sim.scheduler.update(step, [0] * len(step.draws))
         sim.blocks.check([])
         if sim.scheduler.num_preemptions or most < count:
             return count - 1
@@ -165,33 +178,35 @@ def test_a_pool_holds_twice_as_many_full_sequences(prompt):
 # hits ---------------------------------------------------------------------------------------------
 
 
-def pool(windows, usable: int = 60) -> tuple[GroupedBlocks, Sequence]:
+def pool(windows, num_usable: int = 60) -> tuple[GroupedBlockManager, Sequence]:
     """A pool of blocks of 4 tokens, and a text of 42 whose blocks are all findable."""
-    blocks, seq = GroupedBlocks(usable + 1, 4, windows=windows), Sequence(0, text(42), Params())
-    assert blocks.admit(seq, [], 40)
+    blocks, seq = grouped(num_usable, windows), Sequence(0, text(42), Params())
+    assert blocks.admit(seq, 40)
     blocks.publish(seq, 40)
     blocks.free(seq)
     blocks.check([])
     return blocks, seq
 
 
-def lose(blocks: GroupedBlocks, seq: Sequence, group: int, index: int) -> None:
+def lose(blocks: GroupedBlockManager, seq: Sequence, group: int, index: int) -> None:
     """The block of one group is given to another text."""
-    block = blocks.block_of[seq.hashes[index] + blocks.marks[group]]
-    blocks.eviction = lambda blocks: block
-    blank, blocks.blank = blocks.blank, []
-    assert blocks.take() == block
-    blocks.release(block)
-    blocks.blank += blank
+    pool = blocks.pool
+    block = pool.block_of[blocks.hashes(seq, 10)[index] + blocks.marks[group]]
+    pool.eviction = lambda pool: block
+    blank, pool.blank = pool.blank, []
+    assert pool.allocate() == block
+    pool.release(block)
+    pool.blank += blank
 
 
-def hit(blocks: GroupedBlocks, seq: Sequence) -> list[list[int]]:
+def hit(blocks: GroupedBlockManager, seq: Sequence) -> list[list[int]]:
     """The hit's table: one list for each group."""
-    table = blocks.match(seq, len(seq.tokens) - 1)
-    rows = [table[group :: blocks.width] for group in range(blocks.width)]
+    table = blocks.find_prefix(seq)
+    rows = [table[group :: blocks.num_groups] for group in range(blocks.num_groups)]
     for group, row in enumerate(rows):
         for i, block in enumerate(row):
-            assert not block or blocks.hash_of[block] == seq.hashes[i] + blocks.marks[group]
+            content_hash = blocks.hashes(seq, len(row))[i] + blocks.marks[group]
+            assert block == NULL_BLOCK or blocks.pool.hash_of[block] == content_hash
     return rows
 
 
@@ -204,10 +219,10 @@ def test_a_hit_needs_all_of_the_long_layers_and_the_tail_of_the_short_ones():
     for index in range(7):
         lose(blocks, seq, 1, index)
     assert hit(blocks, seq) == [long, short]
-    twin = Sequence(1, text(42), Params())
-    assert blocks.admit(twin, blocks.match(twin, 41), 42) and twin.num_computed == 40
-    assert sum(map(bool, twin.table)) == 10 + 3 + 2
-    blocks.check([twin])
+    other = Sequence(1, text(42), Params())
+    assert blocks.admit(other, 42) and other.num_computed == 40
+    assert sum(map(bool, other.block_table)) == 10 + 3 + 2
+    blocks.check([other])
 
 
 @pytest.mark.parametrize(
@@ -242,14 +257,15 @@ def test_where_all_layers_have_a_window_a_hit_needs_no_beginning():
 
 
 def test_what_left_the_window_is_found_again_until_it_is_evicted():
-    sim = Simulation(60, 4, windows=(-1, 8))
+    sim = Simulation(usable=60, windows=(-1, 8))
     first = sim.add(text(41), max_tokens=8)
     sim.step()
     sim.step()
-    assert 0 in first.table and len(sim.blocks.cached) == (41 - 8) // 4
+    assert NULL_BLOCK in first.block_table and len(sim.pool.cached) == (41 - 8) // 4
     again = sim.add(text(12) + [1], max_tokens=2)  # begins alike, and asks for the very beginning
     sim.step()
-    assert again.num_cached == 12 and sum(sim.blocks.ref_count[b] == 2 for b in again.table) == 3
+    num_shared = sum(sim.pool.ref_count[block] == 2 for block in again.block_table)
+    assert again.num_cached == 12 and num_shared == 3
     sim.drain()
 
 
@@ -258,27 +274,17 @@ def test_what_left_the_window_is_found_again_until_it_is_evicted():
 
 def uniform(monkeypatch) -> None:
     """All layers in one group, nothing ever given back: the layout without windows."""
-    layers = lambda windows, length: [(-1, list(range(len(windows))))]  # noqa: E731
-    monkeypatch.setattr(feature, "group_layers", layers)
+    monkeypatch.setattr(
+        feature, "group_layers", lambda windows, length: [Group(-1, list(range(len(windows))))]
+    )
 
 
-def held(llm: LLM) -> int:
+def held(llm: LLM) -> float:
     """Blocks in use, in blocks of all layers."""
     blocks = llm.scheduler.blocks
-    return (blocks.num_usable - blocks.num_free) / blocks.width
-
-
-def beyond(name: str) -> list:
-    """Contexts that are longer than the short window, 104 to 256 tokens, or come to be so."""
-    short = min(naive(name).model.windows)
-    start = ids(short + 9, 1)
-    return [
-        (start, greedy(14)),
-        (start + ids(40, 2), sampled(9, seed=1)),
-        (start[: short - 3], greedy(12)),
-        (ids(short + 70, 3), sampled(8, seed=2, n=2)),
-        (start + ids(40, 2), greedy(6)),
-    ]
+    pool = blocks.pool
+    num_groups = blocks.num_groups if isinstance(blocks, GroupedBlockManager) else 1
+    return (pool.num_usable - pool.num_free) / num_groups
 
 
 @both_loops
@@ -286,7 +292,7 @@ def beyond(name: str) -> list:
 def test_every_era_gives_the_tokens_of_the_naive_loop_beyond_its_windows(name, overlap):
     work = beyond(name)
     with build(name, overlap, block_size=8, max_batched_tokens=50) as llm:
-        assert llm.scheduler.blocks.width > 1
+        assert llm.scheduler.blocks.num_groups > 1
         for _ in range(2):  # cold, then warm
             assert_naive(serve(llm, work), work, name)
         for output, (prompt, _) in zip(serve(llm, work), work, strict=True):
@@ -300,7 +306,7 @@ def test_small_blocks_chunk_borders_and_both_backends(block_size, budget, attent
     sizes = {"block_size": block_size, "max_batched_tokens": budget, "attention": attention}
     with build(num_blocks=2048 // block_size, **sizes) as llm:
         assert_naive(serve(llm, work), work)
-        assert not llm.cache.data[:, :, 0].any(), "the sink was written"
+        assert not llm.cache.data[:, :, 0].any(), "the null block was written"
 
 
 @both_loops

@@ -1,26 +1,19 @@
 """deterministic=True on the GPU's kernels: a row's bits do not depend on the rows beside it."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
-from conftest import Fixture, era_fixtures
+from helpers.full_engines import set_overlap
+from helpers.goldens import FIXTURES
+from helpers.gpu_kernels import CUDA, attention_case, chunk_of
+from helpers.records import Record
+from triton.runtime import interpreter
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
-
-from test_kernels_gpu import attention_case, chunk_of  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
-from microvllm import LLM, SamplingParams  # noqa: E402
-from microvllm.full import compose  # noqa: E402
-from microvllm.gpu import steps  # noqa: E402
-from microvllm.gpu.ahead import AheadRunner  # noqa: E402
-from microvllm.gpu.attention import fixed_attention  # noqa: E402
-from microvllm.gpu.steps import linear  # noqa: E402
+from microvllm import LLM, SamplingParams
+from microvllm.engine import Loop
+from microvllm.gpu import steps
+from microvllm.gpu.attention import fixed_attention
+from microvllm.gpu.steps import linear
 
 
 @pytest.fixture(autouse=True)
@@ -63,29 +56,9 @@ def test_a_row_of_attention_is_the_same_as_a_decode_or_in_any_chunk():
         assert torch.equal(fixed_attention(q[:1], k, v, alone, window), whole[:1])
 
 
-class Record(dict):
-    """The logits of every text that an engine was asked to continue; equal texts, equal bits."""
-
-    seen = 0
-
-    def watch(self, llm: LLM) -> LLM:
-        pick, llm.overlap = llm.runner.pick, False  # so that all texts are known
-
-        def watched(plan, logits, *drawn_from):
-            for (_, seq, position), row in zip(plan.samples, logits, strict=True):
-                bits = row.float().cpu().numpy().tobytes()
-                text = tuple(seq.tokens[:position])
-                assert self.setdefault(text, bits) == bits, f"{len(text)} tokens, other logits"
-                self.seen += 1
-            return pick(plan, logits, *drawn_from)
-
-        llm.runner.pick = watched
-        return llm
-
-
 @pytest.mark.slow
 def test_an_engine_on_the_gpus_kernels(one_thread, monkeypatch):
-    fixture = Fixture(*era_fixtures()["era5"])
+    fixture = FIXTURES["era5"]
     if not CUDA:
         monkeypatch.setattr("microvllm.gpu.backend.has_triton", lambda device: True)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -99,8 +72,8 @@ def test_an_engine_on_the_gpus_kernels(one_thread, monkeypatch):
         for matrix in llm.model.linears.values():
             assert matrix.backend.product is linear
             matrix.slice = 0  # which is for libraries on a CPU
-        if not CUDA:
-            llm.runner.__class__ = compose(AheadRunner, type(llm.runner))
+        set_overlap(llm, overlap=not CUDA)
+        llm.loop.inner_loop = Loop(llm.loop.engine)  # the plain one: all texts are known
         return llm
 
     def greedy(prompts, max_tokens, llm) -> list[list[int]]:
@@ -121,4 +94,4 @@ def test_an_engine_on_the_gpus_kernels(one_thread, monkeypatch):
         crowd = random.integers(60, size=(298, 9)).tolist()
         many = record.watch(build(num_blocks=3000, max_batched_tokens=500))
         assert greedy(prompts[1:] + crowd, length, many)[:2] == alone
-    assert record.seen > 2 * len(record)
+    assert record.num_seen > 2 * len(record.bits)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels_gpu import CUDA
+from helpers.gpu_kernels import CUDA
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = str(ROOT / "src")

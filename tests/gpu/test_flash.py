@@ -7,13 +7,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, hand_made_batch
+from helpers.batches import hand_made_batch
+from helpers.goldens import MODEL
 
 from microvllm import LLM
 from microvllm.attention import sdpa_attention
-from microvllm.full import pick_backend
 from microvllm.gpu import has_triton
 from microvllm.gpu.flash import FlashBackend
+from microvllm.loading import pick_backend
 
 # (rows, tokens in the cache after them): decodes, whole prompts, chunks; more than one of each
 MIXED = [(1, 1), (1, 17), (1, 70), (1, 33), (2, 2), (40, 40), (5, 33), (17, 80), (7, 8)]
@@ -60,7 +61,7 @@ def attend(q, k, v, cu_seqlens, seq_lens, tables, max_query, max_seq, left, righ
     ends = zip(cu_seqlens[1:].tolist(), cu_seqlens.diff().tolist(), seq_lens.tolist(), strict=True)
     batch = SimpleNamespace(
         positions=torch.cat([torch.arange(length - rows, length) for _, rows, length in ends]),
-        cu_seqlens=cu_seqlens, seq_lens=seq_lens, block_tables=tables, max_seq=max_seq,
+        cu_seqlens=cu_seqlens, seq_lens=seq_lens, block_tables=tables, max_seq_len=max_seq,
         num_decodes=cu_seqlens.diff().tolist().count(1),
     )  # fmt: skip
     # back to our layout: the same memory, read as it lies
@@ -218,7 +219,7 @@ def test_blocks_that_torch_cannot_take_are_refused(install, monkeypatch):
     install(["torch.nn.attention.varlen"], (8, 0))
     flash = FlashBackend(CARD, torch.bfloat16)
     flash.device = torch.device("cpu")  # where its weights can be
-    monkeypatch.setattr("microvllm.full.pick_backend", lambda *_: flash)
+    monkeypatch.setattr("microvllm.loading.pick_backend", lambda *_: flash)
     with pytest.raises(ValueError, match="block_size=16: .*block_size=256, or attention='triton'"):
         LLM(MODEL, num_blocks=20, device="cpu", attention="flash")
 

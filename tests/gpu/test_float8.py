@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import MODEL, ROOT
+from helpers.goldens import MODEL, ROOT
 
 from microvllm import LLM
 from microvllm.fused.backend import Backend
@@ -57,7 +57,9 @@ def perplexity(**options) -> float:
 def test_perplexity_in_float8(monkeypatch):
     exact = perplexity()
     monkeypatch.setattr(GpuBackend, "check_quantization", lambda *_: None)
-    monkeypatch.setattr("microvllm.full.pick_backend", lambda name, *where: GpuBackend(*where[:3]))
+    monkeypatch.setattr(
+        "microvllm.loading.pick_backend", lambda name, *where, **more: GpuBackend(*where[:3])
+    )
     change = perplexity(quantization="fp8") / exact - 1
     assert 0 < abs(change) < 0.02, change
 

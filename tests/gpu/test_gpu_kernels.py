@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels_gpu import CUDA
+from helpers.gpu_kernels import CUDA
 
 from microvllm.gpu.steps import _few_rows
 

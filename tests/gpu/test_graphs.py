@@ -16,29 +16,23 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import Fixture, era_fixtures, hand_made_batch
+from helpers.batches import hand_made_batch
+from helpers.goldens import FIXTURES as ERAS
+from helpers.gpu_kernels import CUDA
+from helpers.simulation import make_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
-
-from triton.runtime.interpreter import GridExecutor  # noqa: E402
-
-from microvllm import LLM, SamplingParams, model  # noqa: E402
-from microvllm.attention import PagedKVCache  # noqa: E402
-from microvllm.checkpoint import find_step, read_checkpoint  # noqa: E402
-from microvllm.engine import make_batch  # noqa: E402
-from microvllm.full import compose  # noqa: E402
-from microvllm.gpu import graphs, launch, steps  # noqa: E402
-from microvllm.gpu.ahead import AheadRunner  # noqa: E402
-from microvllm.gpu.backend import Float8, TritonBackend  # noqa: E402
-from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step  # noqa: E402
-from microvllm.scheduler import BlockManager, Plan, Sequence  # noqa: E402
-
-ERAS = {name: Fixture(*found) for name, found in era_fixtures().items()}
+from microvllm import LLM, SamplingParams, model
+from microvllm.attention import PagedKVCache, make_batch
+from microvllm.checkpoint import find_step, read_checkpoint
+from microvllm.gpu import graphs, launch, steps
+from microvllm.gpu.backend import Float8, TritonBackend
+from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step
+from microvllm.loops.ahead import AheadLoop, AheadRunner
+from microvllm.runner import Hooks
+from microvllm.scheduler import Chunk, Draw, Plan, Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +72,7 @@ class FakeGraph:
     clock = 0.0  # of all of them
 
     def __init__(self, graphs, size: int, outputs: tuple = ()):
-        self.step, self.calls = partial(graphs._decode, size, outputs), []
+        self.step, self.calls = partial(graphs.decode, size, outputs), []
 
     def replay(self):
         if not self.calls:
@@ -129,7 +123,7 @@ def no_card():
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
         # an interpreter is slow: a step is captured when it is first wanted, and nothing is timed
-        patch.setattr(DecodeGraphs, "_record", lambda *args: FakeGraph(*args))
+        patch.setattr(DecodeGraphs, "record", lambda *args: FakeGraph(*args))
         yield
 
 
@@ -149,12 +143,13 @@ def build(name: str, recorded: bool, **kwargs) -> LLM:
         return LLM(fixture.directory, **{"attention": "sdpa"} | options | kwargs)
     llm = LLM(fixture.directory, attention="triton", **options | kwargs)
     if not CUDA:
-        llm.runner.__class__ = compose(AheadRunner, GraphRunner, type(llm.runner))
+        old = llm.runner
+        llm.runner = GraphRunner(old.model, old.cache, old.blocks, old.hooks, old.sample)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(graphs, "TRIALS", 1)  # of each way and size: there is no clock
             llm.runner.record(llm.max_batch_size, llm.max_model_len)
-        llm.overlap = True
-    llm.cache.data[:, :, 1:] = torch.nan  # whoever reads a slot that nobody wrote will tell
+        llm.loop.inner_loop = AheadLoop(llm.loop.engine)
+    llm.cache.data[:, :, 1:] = torch.nan  # a kernel that reads a slot before it is written shows it
     watch(llm)
     return llm
 
@@ -173,28 +168,28 @@ def watch(llm: LLM) -> None:
     launch, replay = llm.runner.launch, llm.runner.graphs.replay
 
     def checked_launch(plan):
-        firsts = [(i, seq.tokens[start]) for i, (seq, start, _) in enumerate(plan.chunks)]
+        firsts = [(i, chunk.seq.token_ids[chunk.start]) for i, chunk in enumerate(plan.chunks)]
         waits = [(i, ~token) for i, token in firsts if token < 0]
-        llm.seen.append(Launch(False, sum(b - a for _, a, b in plan.chunks), waits))
+        llm.seen.append(Launch(False, plan.num_tokens, waits))
         launch(plan)
 
     def checked_replay(batch, params, last):
         llm.seen[-1] = llm.seen[-1]._replace(graph=True)
         before = llm.cache.data.clone()
-        tokens, *rest = replay(batch, params, last)
+        results = replay(batch, params, last)
         graphs = llm.runner.graphs
-        size = next(size for size in graphs.sizes if size >= len(batch.ids))
-        _, tables = graphs._split(graphs.inputs.cpu().numpy(), size)
-        wanted = np.zeros((graphs.groups, size, -(-llm.max_model_len // 4)), np.int32)
-        wanted[:, : len(batch.ids), : batch.block_tables.shape[-1]] = batch.block_tables
+        size = next(size for size in graphs.sizes if size >= len(batch.token_ids))
+        _, tables = graphs.split(graphs.inputs.cpu().numpy(), size)
+        wanted = np.zeros((graphs.num_groups, size, -(-llm.max_model_len // 4)), np.int32)
+        wanted[:, : len(batch.token_ids), : batch.block_tables.shape[-1]] = batch.block_tables
         assert np.array_equal(tables, wanted)
         # compared as bits: a NaN is equal to itself
         changed = (llm.cache.data.view(torch.int32) != before.view(torch.int32)).cpu()
         blocks, slots = changed.any(0).any(0).any(1).any(-1).nonzero().T.tolist()
         written = {4 * block + slot for block, slot in zip(blocks, slots, strict=True)}
         slots = set(batch.slots.ravel().tolist())
-        assert {slot for slot in written if slot >= 4} == slots  # 0-3: the sink
-        return tokens, *rest
+        assert {slot for slot in written if slot >= 4} == slots  # 0-3: the null block
+        return results
 
     llm.runner.launch, llm.runner.graphs.replay = checked_launch, checked_replay
 
@@ -223,7 +218,7 @@ def pair(request) -> tuple[LLM, LLM]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "fastest", lambda times: request.param)
         if not CUDA:
-            patch.setattr(DecodeGraphs, "_choose", lambda self, size, graphs: self.graphs.update(
+            patch.setattr(DecodeGraphs, "choose", lambda self, size, graphs: self.graphs.update(
                 {size: graphs[request.param]}))  # fmt: skip
         return build("era5", True), build("era5", False)
 
@@ -310,7 +305,7 @@ def test_a_sequence_that_was_sent_away_comes_back_to_the_graphs():
 
 @pytest.mark.slow
 def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch):
-    """What has left the window of 8 is given back, and its place in the table is the sink's."""
+    """What has left the window of 8 is freed, and its place in the table is the null block's."""
     windows = model.layer_windows
     monkeypatch.setattr(
         "microvllm.fused.model.layer_windows",
@@ -322,16 +317,16 @@ def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch)
         ([40, 41, 42, 43, 44], sampling(12, 0.9, seed=2)),
     ]
     llm, plain = build("era5", True), build("era5", False)
-    assert llm.runner.graphs.groups == llm.cache.num_groups > 1
-    sinks, replay = [], llm.runner.graphs.replay
+    assert llm.runner.graphs.num_groups == llm.cache.num_groups > 1
+    seen, replay = [], llm.runner.graphs.replay
 
     def watched(batch, params, last):
-        sinks.append(batch.block_tables[:, :, 0].any(1).all())  # first blocks that are still there
+        seen.append(batch.block_tables[:, :, 0].any(1).all())  # first blocks that are still there
         return replay(batch, params, last)
 
     llm.runner.graphs.replay = watched
     assert serve(llm, work) == serve(plain, work)
-    assert len(sinks) > 9 and not all(sinks)
+    assert len(seen) > 9 and not all(seen)
 
 
 # steps of a few rows ----------------------------------------------------------------------------
@@ -372,19 +367,19 @@ class Recorder(DecodeGraphs):
     waits: do those that start early wait for the others? If not, they read what is left in the
     buffer of the run before."""
 
-    broken, buffer = False, 0.0
+    is_broken, buffer = False, 0.0
 
     def __init__(self, seconds: dict[str, float], logits=0.0, waits=True):
         config = SimpleNamespace(vocab_size=50)
         self.model = SimpleNamespace(device=torch.device("cpu"), config=config)
-        self.groups, self.columns, self.width = 1, 1, 11
+        self.num_groups, self.num_columns, self.row_len = 1, 1, 11
         self.inputs, self.logits = torch.zeros(11, dtype=torch.int32), torch.zeros(1, 50)
         self.seconds, self.ways, self.added, self.waits = seconds, {}, logits, waits
         self.recorded, self.graphs = [], {}
-        self.graphs[1] = self._record(1)
-        self._choose(1, self._record_few_rows([1])[1])
+        self.graphs[1] = self.record(1)
+        self.choose(1, self.record_few_rows([1])[1])
 
-    def _record(self, size, outputs=()):
+    def record(self, size, outputs=()):
         early = launch.starts_early.get()
         way = f"few_rows, {outputs}" + ", early" * early if outputs else "library"
         self.recorded.append(way)
@@ -430,14 +425,14 @@ def test_kernels_that_start_early_and_err_are_not_kept(early):
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
 @pytest.mark.parametrize("broken, kept", [([A], B), ([A, B], "library")])
 def test_a_way_that_cannot_be_recorded_is_not_kept(broken, kept, early, monkeypatch):
-    record = Recorder._record
+    record = Recorder.record
 
     def failing(self, size, outputs=()):
         if f"few_rows, {outputs}" in broken or launch.starts_early.get():
             raise RuntimeError("out of registers")
         return record(self, size, outputs)
 
-    monkeypatch.setattr(Recorder, "_record", failing)
+    monkeypatch.setattr(Recorder, "record", failing)
     seconds = {"library": 3.0, A: 1.0, B: 2.0}
     with pytest.warns(UserWarning, match=r"'few_rows, \(2, 1\)' here: .*out of registers"):
         assert Recorder(seconds).ways == {1: kept}
@@ -449,7 +444,7 @@ class Captures:
 
     def __init__(self, last: int, patch):
         self.last, self.seen, self.current, self.ended = last, [], "ours", []
-        patch.setattr(DecodeGraphs, "_record", RECORD)
+        patch.setattr(DecodeGraphs, "record", RECORD)
         patch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
         patch.setattr(torch.cuda, "graph", self.capture)
         patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
@@ -458,11 +453,11 @@ class Captures:
         patch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
         patch.setattr(graphs, "FAILED", [])
         patch.setattr(graphs, "takes_few_rows", lambda model: True)
-        patch.setattr(DecodeGraphs, "_choose", lambda self, size, ways: self.ways.update(
+        patch.setattr(DecodeGraphs, "choose", lambda self, size, ways: self.ways.update(
             {size: list(ways)}))  # fmt: skip
         self.ran: list[tuple] = []
         ran = lambda made, size, outputs: self.ran.append((size, outputs))  # noqa: E731
-        patch.setattr(DecodeGraphs, "_decode", ran)
+        patch.setattr(DecodeGraphs, "decode", ran)
 
     @contextmanager
     def capture(self, graph, pool, stream, capture_error_mode):
@@ -477,11 +472,11 @@ class Captures:
     def make(self, max_batch_size: int) -> DecodeGraphs:
         config = SimpleNamespace(vocab_size=9)
         model = SimpleNamespace(device=torch.device("cpu"), config=config, dtype=torch.float32)
-        cache = SimpleNamespace(block_size=16, num_groups=1)
+        cache = SimpleNamespace(block_size=16)
         return DecodeGraphs(model, cache, max_batch_size, 33)
 
 
-RECORD, DECODE = DecodeGraphs._record, DecodeGraphs._decode
+RECORD, DECODE = DecodeGraphs.record, DecodeGraphs.decode
 
 
 @pytest.mark.skipif(CUDA, reason="a card has its own captures")
@@ -515,30 +510,29 @@ def test_a_token_that_could_not_be_drawn_is_an_id_like_any_other(monkeypatch):
     """-1 of a row of NaN must not reach the embedding: on a card the process would be lost."""
     made, seen = Captures(0, monkeypatch).make(2), []
     made.model.lm_head, made.model.recipe = None, SimpleNamespace(softcap=0.0)
-    made.model.forward = lambda batch, cache: seen.append(batch.ids.tolist())
+    made.model.forward = lambda batch, cache: seen.append(batch.token_ids.tolist())
     made.model.logits = lambda h: torch.full((2, 9), torch.nan)
     drawn = torch.tensor([7, -1], dtype=torch.int32)
     monkeypatch.setattr(graphs, "sample", lambda *args: drawn)
     for ids in [3, 4], [~1, ~0]:
-        made._split(made.inputs, 2)[0][0] = torch.tensor(ids)
+        made.split(made.inputs, 2)[0][0] = torch.tensor(ids)
         DECODE(made, 2, ())
-    assert seen == [[3, 4], [0, 7]] and made.last.tolist() == [7, -1]
+    assert seen == [[3, 4], [0, 7]] and made.token_ids.tolist() == [7, -1]
 
 
 # which steps fit ----------------------------------------------------------------------------------
 
 
-def planned(chunks: list[tuple[int, int]], samples: list[int], **kwargs) -> Plan:
-    """chunks: (start, stop) of sequences of as many tokens; samples: indices of the chunks sampled;
+def planned(chunks: list[tuple[int, int]], draws: list[int], **kwargs) -> Plan:
+    """chunks: (start, stop) of sequences of as many tokens; draws: chunks that are drawn from;
     kwargs: of all parameters."""
     params = sampling(4, 0.5, **kwargs)
     seqs = [Sequence(i, list(range(stop)), params) for i, (_, stop) in enumerate(chunks)]
     for seq in seqs:
-        seq.table.extend(range(1, 2 + len(seq.tokens) // 4))
+        seq.block_table.extend(range(1, 2 + len(seq.token_ids) // 4))
     return Plan(
-        [(seq, *chunk) for seq, chunk in zip(seqs, chunks, strict=True)],
-        [(i, seqs[i], chunks[i][1]) for i in samples],
-        [],
+        chunks=[Chunk(seq, *chunk) for seq, chunk in zip(seqs, chunks, strict=True)],
+        draws=[Draw(i, seqs[i], chunks[i][1]) for i in draws],
     )
 
 
@@ -562,12 +556,14 @@ def test_what_was_recorded_is_replayed_and_nothing_else(fits, plan):
 
 
 def test_a_step_that_is_no_graph_is_one_upload_from_pinned_memory(monkeypatch):
-    batch = make_batch(planned([(4, 5), (9, 10), (0, 6)], [0, 1, 2]), BlockManager(9, 4))
+    plan = planned([(4, 5), (9, 10), (0, 6)], [0, 1, 2])
+    blocks = make_blocks(8, 4)
+    batch = make_batch(plan, blocks)
     pinned, moved = [], []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
     monkeypatch.setattr(torch.Tensor, "to", lambda t, device, **how: moved.append((t, how)) or t)
     card = SimpleNamespace(device=torch.device("cuda", 0))
-    there = AheadRunner(card, None, None).upload(batch)
+    there = AheadRunner(card, None, blocks, Hooks()).prepare(plan)
     assert len(pinned) == 1
     assert [t is pinned[0] for t, _ in moved] == [True] and moved[0][1] == {"non_blocking": True}
     assert {t.untyped_storage().data_ptr() for t in there[:10]} == {pinned[0].data_ptr()}
@@ -597,4 +593,4 @@ def test_sizes_go_up_to_the_largest_batch_and_not_beyond(max_batch_size, sizes, 
     # the library's first; each is run, then recorded
     recorded = [(size, ()) for size in reversed(sizes)] + [(size, (2, 1)) for size in few]
     assert captures.ran == [one for one in recorded for _ in range(2)]
-    assert made.columns == 3 and gc.get_freeze_count() == 0
+    assert made.num_columns == 3 and gc.get_freeze_count() == 0

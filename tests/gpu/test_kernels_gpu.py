@@ -13,11 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.gpu_kernels import CUDA, DEVICE, attention_case, chunk_of, ints, randn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 triton = pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
 
 from microvllm.attention import sdpa_attention  # noqa: E402
@@ -26,9 +24,8 @@ from microvllm.gpu import attention, backend, launch, sampler, steps  # noqa: E4
 from microvllm.gpu.attention import paged_attention  # noqa: E402
 from microvllm.gpu.sampler import sample  # noqa: E402
 from microvllm.gpu.steps import linear_add, norm_linear  # noqa: E402
-from microvllm.sampler import SamplingParams, cap_logits, truncate  # noqa: E402
+from microvllm.sampler import SamplingParams, cap_logits, drop_tokens  # noqa: E402
 
-DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 PLAIN = Backend(torch.device("cpu"), torch.float32)  # the functions that kernels replace
 EPS = 2.0**-23
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative to the norm
@@ -45,14 +42,6 @@ def poisoned_outputs(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: poison(empty(*a, **kw)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **kw: poison(empty_like(*a, **kw)))
-
-
-def randn(*shape, dtype=torch.float32):
-    return torch.randn(shape).to(DEVICE, dtype)
-
-
-def ints(values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def assert_close(out, reference, dtype):
@@ -155,7 +144,7 @@ def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
     ve_gate = randn(n_kv, channels, dtype=dtype) if channels else None
     angle = randn(max_positions, dim // 2)
     batch = SimpleNamespace(
-        ids=ints(torch.randint(vocab, (T,)).tolist()),
+        token_ids=ints(torch.randint(vocab, (T,)).tolist()),
         positions=ints(torch.randint(max_positions, (T,)).tolist()),
         slots=ints(torch.randperm(num_blocks * block_size)[:T].tolist()),
     )
@@ -173,33 +162,6 @@ def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
 
 
 # attention ---------------------------------------------------------------------------------------
-
-
-def attention_case(sequences, n_head, n_kv, dim, block_size, dtype):
-    """sequences: (rows, tokens in the cache) each, decodes first. Returns q, a clean k and v for
-    the reference, a k and v with NaN wherever no sequence has a token, and the batch."""
-    blocks = [-(-length // block_size) for _, length in sequences]
-    k, v = randn(2, sum(blocks) + 3, n_kv, block_size, dim, dtype=dtype)
-    order = (torch.randperm(sum(blocks) + 2) + 1).tolist()  # block 0 is the sink
-    tables = torch.zeros(len(sequences), max(blocks) + 1, dtype=torch.int32)
-    owned = torch.zeros(len(k), block_size, dtype=torch.bool)
-    for b, (_, length) in enumerate(sequences):
-        tables[b, : blocks[b]] = torch.tensor([order.pop() for _ in range(blocks[b])])
-        for p in range(length):
-            owned[tables[b, p // block_size], p % block_size] = True
-    rows = [r for r, _ in sequences]
-    batch = SimpleNamespace(
-        positions=ints([p for r, n in sequences for p in range(n - r, n)]),
-        cu_seqlens=ints([sum(rows[:i]) for i in range(len(rows) + 1)]),
-        seq_lens=ints([n for _, n in sequences]),
-        block_tables=tables.to(DEVICE),
-        num_decodes=next((i for i, r in enumerate(rows) if r > 1), len(rows)),
-        max_query=max(rows),
-        max_seq=max(n for _, n in sequences),
-    )
-    q = randn(sum(rows), n_head, dim, dtype=dtype)
-    unowned = ~owned[:, None, :, None].to(DEVICE)
-    return q, (k, v), (k.masked_fill(unowned, torch.nan), v.masked_fill(unowned, torch.nan)), batch
 
 
 def check_attention(case, window, dtype, **kw):
@@ -291,16 +253,6 @@ def test_what_the_splits_count_with_is_there_for_the_next_launch():
         paged_attention(q, k, v, batch, -1, num_splits=2, counts=counts[:2])
 
 
-def chunk_of(batch, b, start, stop):
-    """The batch of rows start .. stop of one sequence's chunk, alone."""
-    rows = int(batch.cu_seqlens[b + 1] - batch.cu_seqlens[b])
-    return SimpleNamespace(
-        cu_seqlens=ints([0, stop - start]), seq_lens=batch.seq_lens[b : b + 1] - (rows - stop),
-        block_tables=batch.block_tables[b : b + 1], max_query=stop - start, max_seq=10_000,
-        num_decodes=int(stop - start == 1),
-    )  # fmt: skip
-
-
 def test_with_fixed_splits_a_row_does_not_depend_on_its_batch():
     q, _, (k, v), batch = attention_case(MIXED, 2, 2, 16, 4, torch.float32)
     together = paged_attention(q, k, v, batch, 20, num_splits=2)
@@ -335,8 +287,8 @@ def test_padding_rows_of_a_graph_are_harmless(options):
     k[0] = v[0] = 0.0  # the engine zeroes the cache
     padded = SimpleNamespace(
         seq_lens=ints([30, 1, 0, 30]), cu_seqlens=ints(range(5)),
-        block_tables=batch.block_tables[[0, 0, 0, 1]].clone(), num_decodes=4, max_query=1,
-        max_seq=4096,  # a graph knows nothing better than max_model_len
+        block_tables=batch.block_tables[[0, 0, 0, 1]].clone(), num_decodes=4, max_query_len=1,
+        max_seq_len=4096,  # a graph knows nothing better than max_model_len
     )  # fmt: skip
     padded.block_tables[1:3] = 0
     out = paged_attention(q[[0, 0, 1, 1]], k, v, padded, -1, **options)
@@ -361,7 +313,7 @@ def test_the_tiles_of_chunks_fit_what_most_of_their_scores_are_in(sequences, til
     rows = [r for r, _ in sequences]
     batch = SimpleNamespace(
         block_tables=ints([[0]] * len(rows)), seq_lens=ints(rows), cu_seqlens=None, num_decodes=0,
-        max_query=max(rows),
+        max_query_len=max(rows),
     )  # fmt: skip
     k = randn(2, 1, 16, 128, dtype=torch.bfloat16)
     paged_attention(randn(sum(rows), 1, 128, dtype=torch.bfloat16), k, k, batch, -1)
@@ -469,7 +421,7 @@ def test_sample_with_filters(dtype, vocab, tile, monkeypatch):
     temperature = torch.tensor([p.temperature for p in params], device=DEVICE)
     scaled = cap_logits(logits, 15.0) / temperature.clamp(min=1e-30)[:, None]
     scaled[logits == -torch.inf] = -torch.inf  # which the cap makes finite
-    kept = truncate(scaled, params) > -torch.inf
+    kept = drop_tokens(scaled, params) > -torch.inf
     kept[temperature == 0] = True
     assert (kept.sum(1) == 1).any() and (kept.sum(1) > vocab // 2).any()
     left = logits.masked_fill(~kept, -torch.inf)
@@ -589,9 +541,9 @@ tables = torch.zeros(64, 64)
 for at in (0, 1, 8):  # where in one upload the batch's arrays lie
     flat = torch.zeros(200, dtype=torch.int32)[at:]
     batch = SimpleNamespace(
-        ids=flat[:8], positions=flat[8:16], slots=flat[16:24], cu_seqlens=flat[24:28],
+        token_ids=flat[:8], positions=flat[8:16], slots=flat[16:24], cu_seqlens=flat[24:28],
         seq_lens=flat[28:31], block_tables=flat[32 : 32 + 3 * (15 + at)].view(3, -1),
-        num_decodes=2, max_query=6, max_seq=99,
+        num_decodes=2, max_query_len=6, max_seq_len=99,
     )
     for n_head, n_kv in ((17, 17), (16, 4)) if at == 0 else ((17, 17),):
         k, v = bf16(2, 3, n_kv, 16, 128)

@@ -1,52 +1,64 @@
 """What a GPU's steps take is measured before the cache gets the rest."""
 
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL
+from helpers.goldens import MODEL
 
-from microvllm import LLM, SamplingParams, full
+from microvllm import LLM, SamplingParams, engine, loading, resources
 from microvllm.checkpoint import find_step, read_checkpoint
+from microvllm.features.windows import make_memory
 from microvllm.gpu import memory
 from microvllm.model import rotary_bytes
+from microvllm.parts import make_runner
+from microvllm.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def warm_up(llm: LLM) -> None:
+    """Run what is measured, with the engine's model and limits."""
+    cache, blocks = make_memory(llm.model, replace(llm.config, num_blocks=1))
+    memory.warm_up(make_runner(llm.model, Runner, cache, blocks), llm.config, SamplingParams)
+
+
 def test_the_step_that_is_measured_is_as_large_as_any(monkeypatch):
-    # as many rows as a step takes, and as many samples as run at once, with every filter
+    # as many rows as a step takes, and as many draws as run at once, with every filter
     with LLM(MODEL, device="cpu", num_blocks=300, max_batch_size=30, max_batched_tokens=64) as llm:
-        rows, samples = [], []
+        rows, draws = [], []
         forward, draw = llm.model.forward, llm.model.backend.sample
 
-        def computed(batch, kv):
-            rows.append(len(batch.ids))
-            return forward(batch, kv)
+        def computed(batch, cache):
+            rows.append(len(batch.token_ids))
+            return forward(batch, cache)
 
         def sample(logits, params, *more):
-            samples.append((len(logits), params[0]))
+            draws.append((len(logits), params[0]))
             return draw(logits, params, *more)
 
         monkeypatch.setattr(llm.model, "forward", computed)
         monkeypatch.setattr(llm.model.backend, "sample", sample)
-        llm._warm_up(16)
-        (short, measured), ((_, first), (count, params), *_) = rows, samples
-        assert short == 2 and params.truncated and params.edited and params.logprobs
-        assert first.plain and not first.truncated  # another kernel, which a first request wants
+        monkeypatch.setattr(llm.runner, "sample", sample)
+        warm_up(llm)
+        (short, measured), ((_, first), (count, params), *_) = rows, draws
+        assert short == 2 and params.drops_tokens and params.edits_logits and params.logprobs
+        assert first.is_plain and not first.drops_tokens  # another kernel for a first request
         many = [
             SamplingParams(max_tokens=4, seed=i, top_p=0.9, logprobs=3, ignore_eos=True)
             for i in range(40)
         ]
         llm.generate([[1 + i, 2, 3, 4, 5, 6, 7] for i in range(40)], many, False)
-        assert measured >= max(rows) and count >= max(n for n, _ in samples) == 30
+        assert measured >= max(rows) and count >= max(n for n, _ in draws) == 30
         assert not llm.cache.data[:, :, 0].any()  # it had a cache of its own
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1234)
+    monkeypatch.setattr(resources, "free_memory", lambda device: 1234)
     with pytest.raises(ValueError, match="no memory for a thing: 1,234 bytes are free on cuda:0"):
-        with memory.fits("a thing", torch.device("cuda", 0)):
+        with resources.fits("a thing", torch.device("cuda", 0)):
             raise torch.cuda.OutOfMemoryError
 
 
@@ -63,10 +75,11 @@ def test_the_largest_step_is_tried_and_no_larger_one(
     ) as llm:  # fmt: skip
         seen, forward = [], llm.model.forward
         llm.model.forward = lambda batch, cache: seen.append(batch) or forward(batch, cache)
-        llm._warm_up(16)
+        llm.model.init_rotary(max_model_len)
+        warm_up(llm)
         short, batch = seen
-        assert len(short.ids) == 2
-        assert len(batch.ids) == rows and len(batch.logit_rows) == max_batch_size
+        assert len(short.token_ids) == 2
+        assert len(batch.token_ids) == rows and len(batch.logit_rows) == max_batch_size
         lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
         assert max(lengths) < max_model_len and 1 not in lengths[batch.num_decodes :]
 
@@ -78,43 +91,60 @@ def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
         # a block of all layers is three of two layers each. 1,024 tokens are in 64 blocks, of the
         # layers with a window of 256 in 17 twice: no more than all sequences can fill
         assert llm.stats()["num_blocks"] == -(-8 * (64 + 2 * 17) // 3)
-        free, block = 200_000_000, 3 * llm.cache.data.nbytes // llm.cache.num_blocks
-        llm.device = torch.device("cuda", 0)  # from here on only its numbers
-        monkeypatch.setattr(llm, "_warm_up", lambda block_size: None)
-        for name, value in {
+        free, block_bytes = 200_000_000, 3 * llm.cache.data.nbytes // llm.cache.num_blocks
+        numbers = {
             "memory_allocated": 7_000_000, "max_memory_allocated": 10_000_000,
             "reset_peak_memory_stats": None, "empty_cache": None, "mem_get_info": (free, 0),
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for name, value in numbers.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-        tables = rotary_bytes(llm.model.config, 1024)
-        assert (
-            llm._pool_size(None, 2000, 16, block)
-            == (180_000_000 - 6_000_000 - tables) // (block + 48)
-            < 2000
+        card = torch.device("cuda", 0)
+        model = SimpleNamespace(
+            device=card, config=llm.model.config, init_rotary=lambda max_len: None
         )
-        llm.gpu_memory_utilization = 0.01
+        monkeypatch.setattr(memory, "warm_up", lambda *_: None)
+        measure = partial(
+            memory.gpu_cache_bytes,
+            model,
+            replace(llm.config, num_blocks=None),
+            make_memory=lambda *_: (None, None),
+            make_runner=lambda *_: None,
+            params_class=SamplingParams,
+        )
+        assert measure(0.9) == 180_000_000 - 6_000_000
+
+        def num_blocks(utilization: float, num_wanted: int = 2000) -> int:
+            config = replace(llm.config, num_blocks=None, cache_bytes=measure(utilization))
+            return choose_num_blocks(model, config, num_wanted, block_bytes)
+
+        tables = rotary_bytes(llm.model.config, 1024)
+        assert num_blocks(0.9) == (174_000_000 - tables) // (block_bytes + 48) < 2000
         with pytest.raises(
             ValueError, match="no memory for .* num_blocks=2 .*and -4,000,000 are free"
         ):
-            llm._pool_size(None, 2000, 16, block)
-        llm.gpu_memory_utilization = 0.9
-        assert llm._pool_size(None, 20, 16, block) == 20
+            num_blocks(0.01)
+        assert num_blocks(0.9, num_wanted=20) == 20
 
-        def no_room(block_size):
+        def no_room(*_):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-        monkeypatch.setattr(llm, "_warm_up", no_room)
+        monkeypatch.setattr(memory, "warm_up", no_room)
         with pytest.raises(ValueError, match="no memory for steps of max_batched_tokens=1024: .*"):
-            llm._pool_size(None, 2000, 16, block)
-        llm.device = torch.device("cpu")
+            measure(0.9)
 
 
-def test_a_cache_that_does_not_fit_is_told_and_other_errors_are_themselves(monkeypatch):
+def choose_num_blocks(model, config, num_wanted: int, block_bytes: int) -> int:
+    return engine.choose_num_blocks(
+        model, config, num_wanted=num_wanted, block_bytes=block_bytes, tokens_per_block=16
+    )
+
+
+def test_a_cache_that_does_not_fit_is_refused_and_other_errors_are_themselves(monkeypatch):
     """A device's error (an assert of a kernel before, say) comes to light in any later call."""
 
     def failing(error):
         monkeypatch.setattr("microvllm.engine.PagedKVCache.__init__", error)
-        monkeypatch.setattr("microvllm.features.windows.GroupedCache.__init__", error)
+        monkeypatch.setattr("microvllm.features.windows.GroupedKVCache.__init__", error)
         return LLM(MODEL, device="cpu", num_blocks=20)
 
     def no_room(*_, **kwargs):
@@ -129,17 +159,17 @@ def test_a_cache_that_does_not_fit_is_told_and_other_errors_are_themselves(monke
         failing(asserted)
 
 
-def test_weights_that_do_not_fit_are_told_in_bytes(monkeypatch):
-    def no_room(*_):
+def test_weights_that_do_not_fit_are_refused_in_bytes(monkeypatch):
+    def no_room(*_, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    monkeypatch.setattr("microvllm.fused.model.FusedGPT", no_room)
-    monkeypatch.setattr(full, "pick_backend", lambda *_: SimpleNamespace(name="sdpa"))
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1_234_567)
-    monkeypatch.setattr(full, "free_memory", lambda device: 10**9)  # enough for rotary tables
+    monkeypatch.setattr(loading, "FusedGPT", no_room)
+    monkeypatch.setattr(loading, "pick_backend", lambda *_: SimpleNamespace(name="sdpa"))
+    monkeypatch.setattr(resources, "free_memory", lambda device: 1_234_567)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 10**9)  # enough for rotary tables
     found = read_checkpoint(MODEL, find_step(MODEL, None))
     with pytest.raises(
         ValueError,
         match=r"no memory for weights of [\d,]{9,} bytes in torch.float32: 1,234,567 bytes are",
     ):
-        full.build_model(*found, torch.device("cuda", 0), "float32")
+        loading.build_model(*found, torch.device("cuda", 0), "float32")

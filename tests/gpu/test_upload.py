@@ -30,8 +30,8 @@ def test_a_buffer_is_filled_again_only_when_it_was_read(dtype, threads, monkeypa
         later(lambda: copy(target, source))
         return target
 
-    monkeypatch.setattr(upload, "PIECE", 4000)
-    monkeypatch.setattr(upload, "THREADS", threads)
+    monkeypatch.setattr(upload, "BUFFER_BYTES", 4000)
+    monkeypatch.setattr(upload, "MAX_THREADS", threads)
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **kw: empty(*a, **kw).fill_(0))
     monkeypatch.setattr(torch.Tensor, "copy_", queued)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: card)
@@ -43,7 +43,7 @@ def test_a_buffer_is_filled_again_only_when_it_was_read(dtype, threads, monkeypa
         for target, source in zip(there, given, strict=True):
             uploader.fill(target, source)
     assert not torch.equal(there[-1], given[-1].to(dtype))  # the host did not wait
-    for event in uploader.read:
+    for event in uploader.events:
         event.synchronize()
     for target, source in zip(there, given, strict=True):
         assert torch.equal(target, source.to(dtype))

@@ -17,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from conftest import MODEL, ROOT
-from test_calculator import GOLDENS, chain
+from helpers.full_engines import TOOL_GOLDENS as GOLDENS
+from helpers.full_engines import chain
+from helpers.goldens import MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli
 from microvllm.jobs import Ask, Job, answer, carry_out

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import MODEL, ROOT
+from helpers.goldens import MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli
 from microvllm.cli.commands import encode

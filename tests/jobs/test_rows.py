@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers.goldens import ROOT
 
 from microvllm.jobs import rows
 

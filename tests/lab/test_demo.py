@@ -40,7 +40,7 @@ def test_a_hit_a_copy_a_preemption_and_an_eviction_within_100_steps(tmp_path, ca
     assert {life.state for life in replay.seqs.values()} == {"done"}
     found = sorted(len(life.tokens) - life.prompt for life in replay.seqs.values())
     assert found == sorted(new for _, _, n, new in demo.SCENE for _ in range(n))
-    assert replay.groups == 1 and replay.num_used == 0
+    assert replay.num_groups == 1 and replay.num_used == 0
     page = (tmp_path / "demo.html").read_text(encoding="utf-8")
     assert json.loads(page.split('type="application/json">')[1].split("</script>")[0]) == events
 

@@ -9,7 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from helpers.goldens import ROOT
 
 from lab import __main__ as front
 from lab import check, contest, exercises, hints, mine, orca, policies, scenes, solutions, world
@@ -36,11 +36,11 @@ def lab(tmp_path, capsys):
 
 
 def test_fig02_paging_fills_the_memory_and_orca_does_not(lab):
-    found, told = lab("fig02", "--requests", "150")
+    found, said = lab("fig02", "--requests", "150")
     useful = [found["ours"][name]["tokens"] for name in [*ORCAS, "paged"]]
     assert useful == sorted(useful) and useful[2] < 50 < 90 < useful[3]
     assert all(sum(shares.values()) == pytest.approx(100) for shares in found["ours"].values())
-    assert "96.3" in told and "paper" in told
+    assert "96.3" in said and "paper" in said
 
 
 def test_fig12_paging_batches_more_at_the_same_rate(lab):
@@ -52,7 +52,7 @@ def test_fig12_paging_batches_more_at_the_same_rate(lab):
 
 
 def test_windows_hold_twice_as_many_in_the_same_memory(lab):
-    found, told = lab("windows", "--sequences", "4", "--context", "512", "--prompt", "99")
+    found, said = lab("windows", "--sequences", "4", "--context", "512", "--prompt", "99")
     for depth, row in found.items():
         followed, uniform = row["followed"], row["uniform"]
         assert uniform["slots"] == int(depth[1:]) * 512 and uniform["fit"] == 4
@@ -60,7 +60,7 @@ def test_windows_hold_twice_as_many_in_the_same_memory(lab):
         assert followed["fit"] >= (8 if depth in ("d12", "d20") else 7 if depth != "d6" else 6)
         assert row["seen"] < followed["slots"] and followed["steps"] < uniform["steps"]
     assert found["d20"]["followed"]["slots"] == 20 * 512 * (32 + 3 * 9) // 128
-    assert "5L 5S 5S 5S" in told
+    assert "5L 5S 5S 5S" in said
 
 
 def test_fig15_more_samples_share_more(lab):
@@ -75,9 +75,9 @@ def test_fig15_samples_share_their_prompt_and_no_more(monkeypatch, lab):
     def replay(scheduler, requests, watch, *model):
         def look(step, took):
             for seq in scheduler.running:
-                for i, block in enumerate(seq.table):
+                for i, block in enumerate(seq.block_table):
                     prompt = i * scheduler.blocks.block_size < seq.num_prompt
-                    assert prompt or scheduler.blocks.ref_count[block] == 1
+                    assert prompt or scheduler.blocks.pool.ref_count[block] == 1
             watch(step, took)
 
         nonlocal preemptions
@@ -88,7 +88,7 @@ def test_fig15_samples_share_their_prompt_and_no_more(monkeypatch, lab):
     world_replay = world.replay
     monkeypatch.setattr(world, "replay", replay)
     lab("fig15", "--requests", "40")
-    assert preemptions, "nobody came back, so nobody looked for blocks by hash"
+    assert preemptions, "no sequence came back, so none looked for blocks by hash"
 
 
 def test_fig16_a_shared_beginning_pays_and_a_longer_one_pays_more(lab):
@@ -106,9 +106,9 @@ def test_fig18_larger_blocks_waste_more(lab):
 
 
 def test_each_of_the_three_choices_matters_in_the_workload(lab):
-    found, told = lab("policies", "--scale", "0.3")
+    found, said = lab("policies", "--scale", "0.3")
     found = found["bursts"]
-    assert len(found) == 13 and all(name in told for name in found)
+    assert len(found) == 13 and all(name in said for name in found)
     default = found["the defaults"]
     assert default["preempted"] and default["recomputed"] and default["hit rate %"] > 10
     keys = {"victim": "recomputed", "admission": "request p50 s", "eviction": "computed"}
@@ -137,7 +137,7 @@ def test_eviction_is_compared(lab, name, best, worst):
 
 def test_a_policy_of_a_file_is_compared_and_only_it(lab, tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("def oldest(blocks):\n    return next(iter(blocks.cached))\n")
+    file.write_text("def oldest(pool):\n    return next(iter(pool.cached))\n")
     only = ["victim=cheapest", f"eviction={file}:oldest"]
     found, _ = lab("policies", "--workload", "circle", "--scale", "0.2", "--only", *only)
     rows = found["circle"]
@@ -151,9 +151,9 @@ def test_cost_measures_every_size(lab, monkeypatch):
     small = {"running": [1, 512], "waiting": [0, 100], "blocks": [100, 1000]}
     monkeypatch.setattr(cost, "CURVES", small)
     monkeypatch.setattr(cost, "BASE", {"running": 8, "waiting": 0, "blocks": 4000})
-    found, told = lab("cost", "--steps", "3")
+    found, said = lab("cost", "--steps", "3")
     assert {key: got["size"] for key, got in found.items()} == small
-    assert all(min(got["a token"]) > 0 for got in found.values()) and "goal" in told
+    assert all(min(got["a token"]) > 0 for got in found.values()) and "goal" in said
 
 
 def test_the_same_seed_gives_the_same_numbers(lab):
@@ -195,8 +195,8 @@ def test_no_torch_is_needed_and_matplotlib_only_to_plot(tmp_path):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     assert call("--no-plot").returncode == 0
-    told = call()
-    assert told.returncode == 2 and "pip install -e '.[lab]'" in told.stderr
+    said = call()
+    assert said.returncode == 2 and "pip install -e '.[lab]'" in said.stderr
 
 
 # the command --------------------------------------------------------------------------------------
@@ -204,17 +204,17 @@ def test_no_torch_is_needed_and_matplotlib_only_to_plot(tmp_path):
 
 def test_the_command_lists_the_labs_and_runs_one(capsys, tmp_path):
     cli.main(["lab"])
-    told = capsys.readouterr().out
+    said = capsys.readouterr().out
     modules = {path.stem for path in (ROOT / "lab").glob("*.py")}
     aside = "__init__ __main__ world orca contest scenes mine hints solutions".split()
     assert {*front.NAMES} - {"start", "hint"} == modules - {*aside}
-    assert all(re.search(rf"^  {name} ", told, re.M) for name in front.NAMES)
+    assert all(re.search(rf"^  {name} ", said, re.M) for name in front.NAMES)
     cli.main(["lab", "fig15", "--requests", "5", "--no-plot", "--out", str(tmp_path)])
     assert "alpaca, n = 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "said"),
     [
         (["nonsense"], "choose from demo"),
         (["fig02", "--requests", "0"], "give 1 or more"),
@@ -228,11 +228,11 @@ def test_the_command_lists_the_labs_and_runs_one(capsys, tmp_path):
         (["policies", "--workload", "nonsense"], "nonsense"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(flags, told, capsys):
+def test_a_mistake_is_one_line_and_status_2(flags, said, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["lab", *flags])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and told in err and err.count("\n") == 1
+    assert stop.value.code == 2 and said in err and err.count("\n") == 1
 
 
 def test_an_install_without_the_lab_says_so(monkeypatch, tmp_path, capsys):
@@ -304,7 +304,8 @@ def test_contiguous_memory_batches_as_many_as_the_paper_says():
     for request in world.traffic("sharegpt", 20, 1.0):
         scheduler.add(request.seq)
     for _ in range(9):
-        scheduler.update(step := scheduler.schedule(), [0] * len(step.samples))
+        plan = scheduler.schedule()
+        scheduler.update(plan, [0] * len(plan.draws))
     assert len(scheduler.running) == 7
 
 
@@ -332,25 +333,25 @@ def test_a_damaged_progress_is_none(damage):
 )
 def test_an_exercise_is_not_solved_yet_and_its_solution_is_one(number, tmp_path, monkeypatch):
     monkeypatch.setattr(exercises, "__file__", str(tmp_path / "exercises.py"))
-    told = check.verdict(number, exercises)
-    assert told and "raised" not in told
+    said = check.verdict(number, exercises)
+    assert said and "raised" not in said
     assert check.verdict(number, solutions) is None
 
 
 @pytest.mark.parametrize(("number", "kind"), [(7, "victim"), (8, "admission"), (9, "eviction")])
 def test_no_policy_that_one_could_paste_solves_an_exercise(number, kind):
     for policy in policies.OTHERS[kind]:
-        pasted = (lambda blocks, coming, of=policy: of(blocks)) if kind == "eviction" else policy
-        told = check.verdict(number, SimpleNamespace(**{kind: pasted}))
-        assert told and "raised" not in told, policy.__name__
+        pasted = (lambda pool, coming, of=policy: of(pool)) if kind == "eviction" else policy
+        said = check.verdict(number, SimpleNamespace(**{kind: pasted}))
+        assert said and "raised" not in said, policy.__name__
 
 
-def test_who_knows_the_future_ends_a_text_from_behind():
-    def eviction(blocks, coming):  # of the blocks of one text the first one
+def test_a_text_is_evicted_from_its_end_where_the_future_is_known():
+    def eviction(pool, coming):  # of the blocks of one text the first one
         def next_use(block):
-            return next((i for i, text in enumerate(coming) if blocks.hash_of[block] in text), 99)
+            return next((i for i, text in enumerate(coming) if pool.hash_of[block] in text), 99)
 
-        return max(reversed(blocks.cached), key=next_use)
+        return max(reversed(pool.cached), key=next_use)
 
     assert check.verdict(9, SimpleNamespace(eviction=eviction))
 
@@ -361,10 +362,10 @@ def test_a_prediction_is_compared_with_what_the_engine_did(tmp_path):
     right = solutions.third_step()
     for key in right:
         work.third_step = lambda key=key: {**right, key: 99}
-        told = check.verdict(11, work)
+        said = check.verdict(11, work)
         assert (
-            told.startswith(f"not so: {key}. Look at ")
-            and str(right[key]) not in told.split("/")[0]
+            said.startswith(f"not so: {key}. Look at ")
+            and str(right[key]) not in said.split("/")[0]
         )
     page = (tmp_path / "exercise-11.html").read_text(encoding="utf-8")
     assert '"prefills":[[2,0,30]]' in page.replace(" ", "")
@@ -393,8 +394,8 @@ def test_work_lies_in_a_folder_of_the_readers(tmp_path, capsys, monkeypatch):
     solved = "def slot_of(table, position, size):\n    return table[position // size] * size + "
     file.write_text(solved + "position % size\n")
     assert judge("2") == 0 and judge("2", "4") == 1
-    told = capsys.readouterr().out
-    assert "solved" in told and "raised AttributeError" in told
+    said = capsys.readouterr().out
+    assert "solved" in said and "raised AttributeError" in said
     cli.main(["lab", "exercises"])
     lines = capsys.readouterr().out.splitlines()
     assert ["solved" in line for line in lines[:13]] == [number == 2 for number in NUMBERS]

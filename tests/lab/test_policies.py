@@ -6,12 +6,13 @@ import os
 import random
 
 import pytest
-from conftest import MODEL
-from test_scheduler import Params, Simulation, crowded, served, text
+from helpers.goldens import MODEL
+from helpers.simulation import Params, Simulation, crowded, text
 
 from lab import contest, policies
 from microvllm import LLM, SamplingParams
-from microvllm.scheduler import BlockManager, Sequence, first_come, least_recently_used, youngest
+from microvllm.blocks import BlockPool, least_recently_used
+from microvllm.scheduler import Chunk, Sequence, first_come, youngest
 
 
 def oldest(scheduler, seq):
@@ -35,7 +36,7 @@ def names(functions):
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("victim", **names(VICTIMS))
 @pytest.mark.parametrize("admission", **names(ADMISSIONS))
-def test_everyone_gets_all_tokens_under_any_policies(victim, admission, ahead):
+def test_all_requests_get_all_tokens_under_any_policies(victim, admission, ahead):
     """Every two policies meet; with FUZZ every three do."""
     preemptions, first = 0, VICTIMS.index(victim) + ADMISSIONS.index(admission)
     for seed, eviction in enumerate(EVICTIONS):
@@ -44,7 +45,7 @@ def test_everyone_gets_all_tokens_under_any_policies(victim, admission, ahead):
         rng = random.Random(seed)
         sim = Simulation(usable=14, max_batch_size=6, max_batched_tokens=rng.choice([5, 24]))
         sim.scheduler.victim, sim.scheduler.admission = victim, admission
-        sim.blocks.eviction = eviction
+        sim.pool.eviction = eviction
         for i in range(8):
             sim.add(text(rng.randint(1, 20), i % 3), rng.randint(1, 20), n=rng.randint(1, 3))
             for _ in range(rng.randint(0, 3)):
@@ -63,7 +64,7 @@ def test_a_victim_that_was_planned_already_leaves_its_rows_and_its_copies_to_oth
             nonlocal planned, copies
             chosen = scheduler.running[0]
             planned += chosen is not seq
-            copies += any(target in chosen.table for _, target in sim.blocks.copies)
+            copies += any(target in chosen.block_table for _, target in sim.blocks.copies)
             return chosen
 
         sim.scheduler.victim = victim
@@ -82,7 +83,8 @@ def test_the_row_of_a_victim_that_was_planned_already_is_another_ones_in_this_st
     while not sim.scheduler.num_preemptions:
         step = sim.step()
     assert list(sim.scheduler.waiting) == [first]
-    assert step.chunks == [(second, 8, 9), (long, 25, 32)]  # seven of the eight, not six
+    # seven of the eight, not six
+    assert step.chunks == [Chunk(second, 8, 9, ()), Chunk(long, 25, 32, ())]
     sim.drain()
 
 
@@ -95,7 +97,7 @@ def test_the_default_victim_is_the_youngest_and_a_policy_may_choose_another():
         assert sim.scheduler.waiting[0] is seqs[last]
 
 
-def test_admission_decides_who_is_next():
+def test_admission_decides_what_is_next():
     sim = Simulation(max_batch_size=1)
     sim.scheduler.admission = policies.shortest
     for length in (9, 3, 6):
@@ -107,7 +109,7 @@ def test_admission_decides_who_is_next():
 def test_the_best_cached_is_admitted_first():
     sim = Simulation(max_batch_size=1)
     sim.scheduler.admission = policies.best_cached
-    served(sim, text(17, 1))
+    sim.served(text(17, 1))
     for seed in (2, 1):
         sim.add(text(17, seed), max_tokens=2)
     sim.drain()
@@ -121,7 +123,7 @@ def test_the_first_that_fits_does_not_wait_behind_a_large_one():
     sim.step()
     large, small = sim.add(text(30, 2), max_tokens=2), sim.add(text(2, 3), max_tokens=2)
     sim.step()
-    assert small.tokens[2:] and list(sim.scheduler.waiting) == [large]
+    assert small.output and list(sim.scheduler.waiting) == [large]
     sim.drain()
 
 
@@ -131,21 +133,21 @@ def test_the_first_that_fits_does_not_wait_behind_a_large_one():
 )
 def test_eviction_decides_which_text_is_lost(eviction, gone):
     sim = Simulation(usable=4, block_size=4)
-    sim.blocks.eviction = eviction
-    served(sim, text(5, 1)), served(sim, text(5, 2)), served(sim, text(5, 1))
-    served(sim, text(9, 3))  # two blank blocks for three: one block of two is evicted
-    held = {s for s in (1, 2) if sim.blocks.match(Sequence(9, text(5, s), Params()), 4)}
-    assert held == {1, 2} - {gone}
+    sim.pool.eviction = eviction
+    for seed in (1, 2, 1):
+        sim.served(text(5, seed))
+    sim.served(text(9, 3))  # two blank blocks for three: one block of two is evicted
+    assert kept(sim, 1, 2) == {1, 2} - {gone}
 
 
 def test_an_eviction_that_fails_in_the_midst_of_an_admission_loses_no_block():
     sim = Simulation(usable=4, block_size=4)
-    served(sim, text(13))  # three blocks are cached, one is blank
-    sim.blocks.eviction = lambda blocks: 1 / 0
+    sim.served(text(13))  # three blocks are cached, one is blank
+    sim.pool.eviction = lambda pool: 1 / 0
     sim.add(text(10, 1), max_tokens=3)
     with pytest.raises(ZeroDivisionError):
         sim.plan()
-    sim.blocks.eviction = least_recently_used
+    sim.pool.eviction = least_recently_used
     sim.reset()
     sim.drain()
 
@@ -157,23 +159,28 @@ def test_the_alternatives_are_ten_lines_at_most_three_of_each():
 
 
 def kept(sim, *seeds):
-    """Of which texts of four tokens is the block in the cache?"""
-    found = [seed for seed in seeds if sim.blocks.match(Sequence(9, text(5, seed), Params()), 4)]
-    return set(found)
+    """Those texts of four tokens whose block is in the cache."""
+    return {seed for seed in seeds if find(sim, text(5, seed))}
+
+
+def find(sim, prompt):
+    """The cached blocks of a prompt's prefix."""
+    return sim.blocks.find_prefix(Sequence(9, prompt, Params()))
 
 
 def test_frequency_protects_what_was_found_often_until_it_is_old():
     sim = Simulation(usable=4, block_size=4)
-    sim.blocks.eviction = policies.aged_frequency
+    sim.pool.eviction = policies.aged_frequency
     for seed in (1, 2, 3, 4, 5):  # the pool is full with the fourth: from now on uses are counted
-        served(sim, text(5, seed))
-    served(sim, text(5, 4)), served(sim, text(5, 4))
+        sim.served(text(5, seed))
+    sim.served(text(5, 4))
+    sim.served(text(5, 4))
     for seed in (6, 7):
-        served(sim, text(5, seed))
+        sim.served(text(5, seed))
         assert kept(sim, 4) == {4}
-    assert sim.blocks.cached.uses[sim.blocks.match(Sequence(9, text(5, 4), Params()), 4)[0]] == 2
+    assert sim.pool.cached.uses[find(sim, text(5, 4))[0]] == 2
     for seed in range(8, 22):  # each eviction of a younger one makes it older
-        served(sim, text(5, seed))
+        sim.served(text(5, seed))
     assert kept(sim, 4) == set()
     sim.blocks.check([])
 
@@ -182,21 +189,22 @@ def test_a_long_text_costs_more_and_is_kept_longer():
     left = {}
     for policy in (policies.aged_frequency, policies.cost_aware):
         sim = Simulation(usable=40, block_size=4, max_batched_tokens=400)
-        sim.blocks.eviction = policy
-        served(sim, text(150, 1)), served(sim, text(20, 2))  # the first eviction: it counts now
-        served(sim, text(100, 3))
+        sim.pool.eviction = policy
+        sim.served(text(150, 1))
+        sim.served(text(20, 2))  # the first eviction: it counts now
+        sim.served(text(100, 3))
         for seed in (4, 5, 6, 7, 8):
-            served(sim, text(17, seed))
-        left[policy] = len(sim.blocks.match(Sequence(9, text(100, 3), Params()), 99))
+            sim.served(text(17, seed))
+        left[policy] = len(find(sim, text(100, 3)))
     assert left[policies.aged_frequency] < left[policies.cost_aware] == 24
 
 
 def scan(eviction, length: int = 10, rounds: int = 6, usable: int = 32) -> int:
     """Tokens found when `length` texts of four blocks come round in a circle."""
     sim, hits = Simulation(usable=usable, block_size=4, max_batched_tokens=64), 0
-    sim.blocks.eviction = eviction
+    sim.pool.eviction = eviction
     for turn in range(rounds * length):
-        served(sim, text(17, turn % length), max_tokens=1)
+        sim.served(text(17, turn % length))
         hits += sim.finished[-1].num_cached
         sim.blocks.check([])
     return hits
@@ -209,18 +217,18 @@ def test_in_a_scan_the_duel_is_won_by_the_newest_texts():
 
 def test_what_was_free_before_is_forgotten_but_not_kept_in_memory():
     sim = Simulation(usable=8, block_size=4, max_batched_tokens=64)
-    sim.blocks.eviction = policies.aged_frequency
+    sim.pool.eviction = policies.aged_frequency
     for seed in range(9):  # some are evicted
-        served(sim, text(9, seed))
+        sim.served(text(9, seed))
     for seed in range(200):  # found again and again, while none is evicted
-        served(sim, text(9, 7 + seed % 2))
-    cached = sim.blocks.cached
+        sim.served(text(9, 7 + seed % 2))
+    cached = sim.pool.cached
     assert len(cached.heap) <= 4 * len(cached) + 64
     assert set(cached.turns) == set(cached) - set(cached.row)
-    sim.blocks.clear()  # as new weights do: the next eviction begins anew
+    sim.blocks.clear()  # as new weights do: the next eviction makes another one
     for seed in range(5):
-        served(sim, text(9, seed), max_tokens=1)
-    assert type(sim.blocks.cached) is policies.Ranked and sim.blocks.cached is not cached
+        sim.served(text(9, seed))
+    assert type(sim.pool.cached) is policies.Ranked and sim.pool.cached is not cached
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -260,7 +268,7 @@ def test_a_policy_that_answers_nonsense_is_told_so_and_costs_nothing(kind):
             answers(llm)
         blocks = llm.scheduler.blocks
         blocks.check([])
-        assert blocks.num_free == blocks.num_usable
+        assert blocks.pool.num_free == blocks.pool.num_usable
         sane = True
         assert answers(llm) == wanted
 
@@ -272,6 +280,6 @@ def test_an_engine_refuses_what_is_no_function(kind):
 
 
 def test_the_defaults_are_functions_written_the_same_way():
-    assert BlockManager(9, 4).eviction is least_recently_used
+    assert BlockPool(9).eviction is least_recently_used
     sim = Simulation()
     assert (sim.scheduler.victim, sim.scheduler.admission) == (youngest, first_come)

@@ -12,10 +12,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import pytest
-from conftest import MODEL, ROOT
-from test_async_api import run, settled, until
-from test_engine_nanochat import blocks
-from test_trace_page import browser as browser
+from helpers.concurrency import run, settled, until
+from helpers.goldens import MODEL, ROOT
+from helpers.nanochat_engines import code_blocks
 
 from examples import chat_web
 from microvllm import LLM, SamplingParams
@@ -79,11 +78,11 @@ def answers(llm, questions: list[str]) -> list[str]:
 
 def test_the_core_of_the_example_is_that_of_the_page():
     source = (ROOT / "examples" / "chat_web.py").read_text(encoding="utf-8")
-    (shown,) = [block for block in blocks("python") if "send_answer" in block]
+    (shown,) = [block for block in code_blocks("python") if "send_answer" in block]
     assert shown in source
 
 
-def test_clients_are_answered_in_one_batch_and_who_hangs_up_is_aborted(llm, monkeypatch):
+def test_clients_are_answered_in_one_batch_and_one_that_hangs_up_is_aborted(llm, monkeypatch):
     expected = answers(llm, QUESTIONS)
     rows, launch = [], llm.runner.launch
 
@@ -117,7 +116,7 @@ def test_clients_are_answered_in_one_batch_and_who_hangs_up_is_aborted(llm, monk
     settled(llm)
 
 
-def test_a_client_that_reads_nothing_holds_up_nobody(llm, monkeypatch):
+def test_a_client_that_reads_nothing_holds_up_no_other(llm, monkeypatch):
     (expected,) = answers(llm, QUESTIONS[:1])
     is_full = asyncio.Event()
 

@@ -6,10 +6,10 @@ import threading
 from contextlib import aclosing
 
 import pytest
-from conftest import MODEL
-from test_async_api import listed, run, settled, until
-from test_calculator import GOLDENS
-from test_engine_nanochat import BOOKS, PAGE, STORY, chain, rows_of
+from helpers.concurrency import listed, run, settled, until
+from helpers.full_engines import TOOL_GOLDENS
+from helpers.goldens import MODEL
+from helpers.nanochat_engines import BOOKS, PAGE, STORY, chain, rows_of
 
 from microvllm import LLM
 from microvllm.checkpoint import load_model
@@ -31,7 +31,7 @@ def test_the_signature_is_that_of_generate():
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_columns_and_masks_with_the_calculator_are_nanochats(num_samples):
     engine = chain(plain=True)
-    for golden in GOLDENS["runs"]:
+    for golden in TOOL_GOLDENS["runs"]:
         columns = run(listed(engine.agenerate(golden["prompt"], num_samples, 60, 0.0)))
         assert rows_of(columns) == [(golden["tokens"], golden["masks"])] * num_samples
     settled(engine.llm)
@@ -108,9 +108,9 @@ def test_errors_are_those_of_generate(books):
     engine = chain(plain=True)
 
     async def main():
-        columns = engine.agenerate(GOLDENS["runs"][0]["prompt"], 2, 60, 0.0)
+        columns = engine.agenerate(TOOL_GOLDENS["runs"][0]["prompt"], 2, 60, 0.0)
         await anext(columns)
-        engine.llm.abort(*engine.llm._requests)
+        engine.llm.abort(*engine.llm.requests)
         await listed(columns)
 
     with pytest.raises(RuntimeError, match="aborted"):

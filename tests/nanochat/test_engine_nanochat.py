@@ -12,67 +12,34 @@ from itertools import zip_longest
 import numpy as np
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT
-from test_calculator import GOLDENS
-from test_llm import everything_is_free
+from helpers.full_engines import TOOL_GOLDENS, everything_is_free
+from helpers.goldens import MODEL
+from helpers.nanochat_engines import (
+    BOOKS,
+    CHAIN,
+    PAGE,
+    STORY,
+    TOOLS,
+    Methods,
+    chain,
+    code_blocks,
+    rows_of,
+)
 
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import load_model
 from microvllm.nanochat import Engine
-from microvllm.tokenizer import Tokenizer, load_tokenizer
+from microvllm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAGE = (ROOT / "docs" / "NANOCHAT.md").read_text(encoding="utf-8")
-CHAIN = ERAS / "tool_chain" / "chatsft_checkpoints" / "d1"
-TOOLS = load_tokenizer(ERAS / "tokenizer")
-BOOKS = load_tokenizer(ROOT / "models" / "tokenizer")
-STORY = BOOKS.encode("Once upon a time", bos=True)
 PLAIN = {"max_tokens": 12, "temperature": 0.0}
-
-
-def blocks(language: str) -> list[str]:
-    """The code blocks of the page in one language."""
-    return re.findall(rf"^```{language}\n(.+?)^```", PAGE, re.M | re.S)
-
-
-class Methods:
-    """A tokenizer with nanochat's methods, and nothing else of nanochat's or ours."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.inner = tokenizer
-
-    def encode_special(self, name):
-        return self.inner.special_tokens[name]
-
-    def get_bos_token_id(self):
-        return self.inner.bos_id
-
-    def encode(self, text, prepend=None):
-        return ([] if prepend is None else [self.encode_special(prepend)]) + self.inner.encode(text)
-
-    def decode(self, ids):
-        return self.inner.decode(ids)
-
-    def render_for_completion(self, conversation):
-        return self.inner.render_for_completion(conversation["messages"])
 
 
 @pytest.fixture(scope="module")
 def books():
     """An Engine on the bundled model."""
     return Engine(load_model(MODEL), BOOKS, num_blocks=400)
-
-
-def chain(**options) -> Engine:
-    """An Engine on nanochat's fixture that calls the calculator."""
-    return Engine(load_model(CHAIN), TOOLS, **options)
-
-
-def rows_of(columns: list) -> list[tuple[list, list]]:
-    """Tokens and masks of each sample, from what `generate` yields."""
-    rows = [[*zip(*part, strict=True)] for part in zip(*columns, strict=True)]
-    return [([*tokens], [*masks]) for tokens, masks in zip(*rows, strict=True)]
 
 
 # what nanochat's Engine does ----------------------------------------------------------------------
@@ -103,7 +70,7 @@ def test_greedy_tokens_on_a_live_module_of_every_era_are_nanochats(era):
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_columns_masks_and_batches_with_the_calculator_are_nanochats(tokenizer, num_samples):
     engine = Engine(load_model(CHAIN), tokenizer)
-    for run in GOLDENS["runs"]:
+    for run in TOOL_GOLDENS["runs"]:
         options = {"num_samples": num_samples, "max_tokens": 60, "temperature": 0.0}
         rows = rows_of([*engine.generate(run["prompt"], **options)])
         assert rows == [(run["tokens"], run["masks"])] * num_samples and 0 in run["masks"]
@@ -113,7 +80,7 @@ def test_columns_masks_and_batches_with_the_calculator_are_nanochats(tokenizer, 
 
 
 def test_forced_tokens_count_towards_max_tokens():
-    run = GOLDENS["runs"][0]
+    run = TOOL_GOLDENS["runs"][0]
     first = run["masks"].index(0)
     for count in (first, first + 1, first + 3):
         (row,) = rows_of([*chain().generate(run["prompt"], 1, count, 0.0)])
@@ -283,7 +250,7 @@ def test_log_probabilities_are_the_samplers_and_nothing_for_what_was_not_sampled
             assert min(logprobs[i][k]) < -0.1
     *_, (greedy,) = books.generate_batch(STORY, logprobs=True, **PLAIN)
     assert greedy == [0.0] * (len(STORY) + 12)
-    run = GOLDENS["runs"][0]
+    run = TOOL_GOLDENS["runs"][0]
     _, (mask,), (scores,) = chain().generate_batch(
         run["prompt"], logprobs=True, max_tokens=60, temperature=0.3, seed=1
     )
@@ -348,7 +315,7 @@ def test_the_engine_underneath_is_made_once_and_when_it_is_needed(monkeypatch):
     model.get_device = lambda: torch.device("cpu")
     engine = Engine(model, TOOLS, max_batch_size=3)
     assert (engine.model, engine.tokenizer, made) == (model, TOOLS, [])
-    prompt = GOLDENS["runs"][0]["prompt"]
+    prompt = TOOL_GOLDENS["runs"][0]["prompt"]
     with ThreadPoolExecutor(4) as pool:
         results = pool.map(lambda _: engine.generate_batch(prompt, **PLAIN), range(4))
         assert len({str(result) for result in results}) == 1
@@ -386,9 +353,9 @@ def test_a_sample_that_fails_raises_and_leaves_nothing_behind():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="no token is left to draw"):
         [*Engine(model, TOOLS).generate([5], 2, max_tokens=4)]
-    columns = engine.generate(GOLDENS["runs"][0]["prompt"], 2, 60, 0.0)
+    columns = engine.generate(TOOL_GOLDENS["runs"][0]["prompt"], 2, 60, 0.0)
     next(columns)
-    engine.llm.abort(*engine.llm._requests)
+    engine.llm.abort(*engine.llm.requests)
     with pytest.raises(RuntimeError, match="aborted"):
         list(columns)
 
@@ -411,7 +378,7 @@ def test_the_snippets_of_the_page_run(capsys):
         "conversations": [{"messages": [{"role": "user", "content": q}]} for q in questions],
     }  # fmt: skip
     given["conversation"] = given["conversations"][0]
-    snippets = blocks("python")
+    snippets = code_blocks("python")
     assert len(snippets) == 10
     for snippet in snippets:
         exec(compile(snippet, "NANOCHAT.md", "exec"), given)
@@ -426,12 +393,12 @@ def test_the_snippets_of_the_page_run(capsys):
 
 
 def test_the_command_of_the_page_changes_the_one_line(tmp_path):
-    (command,) = blocks("bash")
+    (command,) = code_blocks("bash")
     scripts = tmp_path / "scripts"
     scripts.mkdir()
     text = "import torch\n{}\nfrom nanochat.common import print0\n"
     (scripts / "a.py").write_text(text.format("from nanochat.engine import Engine"))
     subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True, timeout=60)
-    assert (scripts / "a.py").read_text() == text.format(blocks("python")[0].split("  #")[0])
+    assert (scripts / "a.py").read_text() == text.format(code_blocks("python")[0].split("  #")[0])
     names = re.findall(r"^\| `(\w+)` \|", PAGE, re.M)
     assert names == "chat_cli chat_eval chat_rl base_eval base_train chat_sft infer_bench".split()

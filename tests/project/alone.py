@@ -65,38 +65,36 @@ def loaded(folder: str, hidden: list[str]) -> list[str]:
 
 
 def checked(LLM) -> type:
-    """An engine whose books are checked after every step, and whose copies are counted."""
-    from microvllm.scheduler import Events
+    """An engine whose state is checked after every step, and whose copies and forks are counted."""
+    from microvllm.runner import Extension
 
-    class Counting(Events):
+    class Checks(Extension):
         def __init__(self):
             self.counts = Counter()
 
-        def copy(self, *_):
-            self.counts["copies"] += 1
+        def on_plan(self, plan):
+            self.counts["forks"] += len(plan.forks)
+            self.counts["copies"] += len(plan.copies)
 
-        def fork(self, *_):
-            self.counts["forks"] += 1
+        def on_step(self, plan):
+            scheduler = self.engine.scheduler
+            scheduler.blocks.check(scheduler.running)
+            assert not any(len(seq.block_table) for seq in scheduler.waiting)
 
     class CheckedLLM(LLM):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            self.scheduler.blocks.events = Counting()
-
-        def _advance(self):
-            super()._advance()
-            scheduler = self.scheduler
-            scheduler.blocks.check(scheduler.running)
-            assert not any(len(seq.table) for seq in scheduler.waiting)
+            self.checks = Checks()
+            self.add_extension(self.checks)
 
     return CheckedLLM
 
 
 def assert_idle(llm) -> None:
-    """Nobody is left, and every block is free again."""
-    blocks = llm.scheduler.blocks
-    assert llm.is_finished() and not llm.scheduler.running and not llm.scheduler.waiting
-    assert blocks.num_free == blocks.num_usable and not any(blocks.ref_count)
+    """No request is left, and every block is free again."""
+    pool = llm.scheduler.blocks.pool
+    assert llm.is_finished() and not llm.scheduler.running and not len(llm.scheduler.waiting)
+    assert pool.num_free == pool.num_usable and not any(pool.ref_count[1:])
 
 
 def tokens(outputs) -> list[list[list[int]]]:
@@ -122,7 +120,7 @@ def tour(LLM, SamplingParams, model: str) -> dict:
             assert answer["num_cached_tokens"] < len(answer["prompt_token_ids"])
         # a prompt's n samples share its blocks until they write
         params = SamplingParams(temperature=0.9, top_k=50, max_tokens=12, n=3, seed=7)
-        counts = llm.scheduler.blocks.events.counts
+        counts = llm.checks.counts
         samples = llm.generate(prompts, params, use_tqdm=False)
         assert counts["forks"] == 2 * len(prompts) and counts["copies"] > 0, counts
         for i in range(3):  # each is what it is alone
@@ -168,8 +166,9 @@ def tour(LLM, SamplingParams, model: str) -> dict:
         try:  # one that can never fit is refused when it arrives, with the numbers
             tiny.add_request(prompts[0], SamplingParams(max_tokens=300, ignore_eos=True))
         except ValueError as error:
-            blocks = tiny.scheduler.blocks  # groups of layers have blocks of their own
-            assert any(str(blocks.num_usable // w) in str(error) for w in (1, blocks.width)), error
+            blocks = tiny.scheduler.blocks  # of which groups of layers have more
+            sizes = (blocks.num_blocks - 1, blocks.pool.num_usable)
+            assert any(str(size) in str(error) for size in sizes), error
         else:
             raise AssertionError("27 blocks of 4 tokens would hold 300")
         assert_idle(tiny)
@@ -204,26 +203,12 @@ def eras(LLM, SamplingParams, fixtures: list[dict]) -> list[str]:
     return wrong
 
 
-# what is not there any more -----------------------------------------------------------------------
-
-
-def refusals(asks: list[str], names: dict) -> list[str]:
-    """What python code that asks for something missing is told, an error each."""
-    told = []
-    for code in asks:
-        try:
-            exec(code, dict(names))
-        except Exception as error:
-            assert not error.__context__ or error.__suppress_context__, "two errors"
-            told.append(f"{type(error).__name__}: {error}")
-        else:
-            told.append("")
-    return told
+# commands -----------------------------------------------------------------------------------------
 
 
 def commands(lines: list[list[str]]) -> list[dict]:
-    """What `microvllm` with these words says: exit status, stdout, stderr."""
-    told = []
+    """What `microvllm` with these words prints: exit status, stdout, stderr."""
+    results = []
     for words in lines:
         sys.argv = ["microvllm", *words]
         out, err, status = io.StringIO(), io.StringIO(), 0
@@ -236,8 +221,8 @@ def commands(lines: list[list[str]]) -> list[dict]:
                     status, err = 1, io.StringIO(status + "\n")
             except Exception as error:
                 status = f"{type(error).__name__}: {error}"
-        told.append({"status": status, "out": out.getvalue(), "err": err.getvalue()})
-    return told
+        results.append({"status": status, "out": out.getvalue(), "err": err.getvalue()})
+    return results
 
 
 def fork_for_each() -> None:
@@ -281,10 +266,6 @@ def do(job: dict) -> None:
             found["wrong"] = eras(LLM, SamplingParams, job["eras"])
         if "seeded" in job:
             found["seeded"] = seeded(LLM, SamplingParams, model, **job["seeded"])
-        if "asks" in job:
-            names = {"LLM": LLM, "SamplingParams": SamplingParams, "MODEL": model}
-            with LLM(model, device="cpu", num_blocks=100) as llm:
-                found["told"] = refusals(job["asks"], names | {"llm": llm})
     found["commands"] = commands(job.get("commands", []))
     found["loaded"] = loaded(job["folder"], job["hidden"])
     print(json.dumps(found))

@@ -1,105 +1,112 @@
-"""docs/DESIGN.md speaks of the code as it is."""
+"""docs/DESIGN.md describes the code as it is."""
 
-import ast
 import inspect
 import re
 import sys
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
-from test_readme import CORE, PACKAGE, blocks
+from helpers.goldens import ROOT
 
-import microvllm
-from microvllm import attention, checkpoint, engine, full, model, sampler, scheduler, tokenizer
+from microvllm import (
+    attention,
+    blocks,
+    checkpoint,
+    engine,
+    environment,
+    model,
+    runner,
+    sampler,
+    scheduler,
+    tokenizer,
+)
 from microvllm.fused import backend
 
 DESIGN = (ROOT / "docs" / "DESIGN.md").read_text(encoding="utf-8")
-HOMES = [engine, scheduler, attention, sampler, tokenizer, model, checkpoint, backend]
+MODULES = [
+    engine,
+    runner,
+    scheduler,
+    blocks,
+    attention,
+    sampler,
+    tokenizer,
+    model,
+    checkpoint,
+    environment,
+    backend,
+]
+ERRORS = {"FileNotFoundError", "TypeError", "ValueError"}
+NOT_FUNCTIONS = {"assert", "generate", "num_x", "is_x", "has_x", "lab"}
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.+?)^```", DESIGN, re.M | re.S)
 
 
 def parts_of(cls: type) -> set[str]:
     """Methods, fields, and what its methods set on self."""
-    return {*dir(cls), *re.findall(r"\bself\.(\w+)", inspect.getsource(cls))} | set(
-        getattr(cls, "__annotations__", ())
-    )
+    attributes = re.findall(r"\bself\.(\w+)", inspect.getsource(cls))
+    return {*dir(cls), *attributes, *getattr(cls, "__annotations__", ())}
 
 
 def test_the_names_of_the_design_exist():
-    named = re.findall(r"`([A-Z]\w+)(?:\.(\w+))?`", DESIGN)
-    assert len(named) > 60
-    classes = {name for name, _ in named if not name.isupper()} - {"TypeError", "ValueError"}
-    for name in classes - {"FileNotFoundError"}:
-        assert any(hasattr(home, name) for home in HOMES), name
-    for name, part in named:
+    classes = re.findall(r"`([A-Z]\w+)(?:\.(\w+))?`", DESIGN)
+    assert len(classes) > 60
+    for name, part in classes:
+        if name in ERRORS:
+            continue
+        homes = [module for module in MODULES if hasattr(module, name)]
+        assert homes, name
         if part:
-            cls = next(getattr(home, name) for home in HOMES if hasattr(home, name))
-            assert part in parts_of(cls), f"{name}.{part}"
-    others = {"assert", "num_x", "scoring", "tools", "x_id"}
-    for name in set(re.findall(r"`([a-z]\w+)`", DESIGN)) - others:  # functions and methods
-        assert any(f"def {name}(" in inspect.getsource(home) for home in HOMES), name
+            assert part in parts_of(getattr(homes[0], name)), f"{name}.{part}"
+    for name in set(re.findall(r"`([a-z]\w+)`", DESIGN)) - NOT_FUNCTIONS:
+        assert any(f"def {name}(" in inspect.getsource(module) for module in MODULES), name
 
 
-def marked_seams() -> list[str]:
-    """Functions and classes of the core whose docstrings say that they are seams."""
-    found = []
-    for name in CORE:
-        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and "Seam:" in (
-                ast.get_docstring(node) or ""
-            ):
-                found.append(node.name)
-    return found
+def test_the_files_of_the_design_exist():
+    package = ROOT / "src" / "microvllm"
+    names = set(re.findall(r"`([\w/]+\.py)`", DESIGN)) - {"src/microvllm/features/max_lines.py"}
+    assert len(names) > 15
+    for name in names:
+        assert (package / name).exists() or (ROOT / name).exists(), name
+    for name in set(re.findall(r"(?<!/)\b([a-z]+)/(?= )", DESIGN)):
+        assert (package / name).is_dir() or (ROOT / name).is_dir(), name
 
 
-def test_every_seam_of_the_core_is_in_the_design():
-    seams = marked_seams()
-    assert len(seams) > 12
-    assert not [name for name in seams if not re.search(rf"[`.]{name}`", DESIGN)]
+def test_the_step_of_the_design_is_that_of_the_engine():
+    def statements(text: str) -> list[str]:
+        lines = [line.split("#")[0].strip() for line in text.splitlines()]
+        return [line for line in lines if line and not line.startswith(("class", "def", '"""'))]
+
+    (shown,) = [block for block in code_blocks("python") if block.startswith("class Loop")]
+    assert statements(shown) == statements(inspect.getsource(engine.Loop.advance))
 
 
-def test_the_order_of_the_features_is_that_of_the_design():
-    assert any(block.split() == list(full.FEATURES) for block in blocks("text", DESIGN))
-
-
-@pytest.fixture
-def full_with(monkeypatch):
-    """The full engine's module, built once more with a feature of this source in FEATURES."""
-
-    def build(source: str, name: str, before: str) -> ModuleType:
-        code = (PACKAGE / "full.py").read_text(encoding="utf-8")
-        (words,) = re.findall(rf"\b{before}\b(?= )", code[: code.index("PLACES = ")])
-        made = {
-            f"microvllm.features.{name}": source,
-            "microvllm.full_with": code.replace(words, f"{name} {before}", 1),
-        }
-        for path, text in made.items():
-            module = ModuleType(path)
-            module.__package__ = path.rpartition(".")[0]
-            monkeypatch.setitem(sys.modules, path, module)
-            exec(compile(text, path, "exec"), vars(module))
-        return module
-
-    return build
+def test_all_hooks_are_in_the_design_with_their_signatures():
+    shown = dict(re.findall(r"^\| `(\w+)\((.*?)\)` \|", DESIGN, re.M))
+    hooks = {
+        name: ", ".join(list(inspect.signature(method).parameters)[1:])
+        for name, method in vars(runner.Extension).items()
+        if inspect.isfunction(method)
+    }
+    assert shown == hooks
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_feature_of_the_design_runs(full_with, monkeypatch, capsys):
-    feature, example = blocks("python", DESIGN)
-    assert feature.count("\n") <= 35
-    before = full.FEATURES[full.FEATURES.index("scoring") - 1]
-    module = full_with(feature, "preemptions", before)
+def test_the_feature_of_the_design_runs(monkeypatch, capsys):
+    _, feature, example = code_blocks("python")
+    assert feature.count("\n") <= 50
+    name = "microvllm.features.max_lines"
+    module = ModuleType(name)
+    module.__package__ = "microvllm.features"
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(feature, name, "exec"), vars(module))
     monkeypatch.chdir(ROOT)
-    printed = []
-    for home in module, full:
-        for name in ("LLM", "SamplingParams"):
-            monkeypatch.setattr(microvllm, name, getattr(home, name), raising=False)
-        given = {}
-        plain = example.replace('output["num_preemptions"]', "0") if home is full else example
-        exec(compile(plain, "DESIGN.md", "exec"), given)
-        printed.append(capsys.readouterr().out)
-        given["llm"].close()
-    counts = re.findall(r"^(\d) ", printed[0], re.M)
-    assert sorted(counts) == ["0", "1"]
-    # the text is that of an engine without the feature
-    assert re.sub(r"^1 ", "0 ", printed[0], flags=re.M) == printed[1]
+    names = {}
+    exec(compile(example, "DESIGN.md", "exec"), names)
+    names["llm"].close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["1", "max_lines"], ["2", "max_lines"]]
+    first, second = [line.split(maxsplit=2)[2].strip("'\"") for line in lines]
+    assert second.startswith(first) and second != first

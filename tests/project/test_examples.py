@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ERAS, MODEL, ROOT, Fixture, era_fixtures
+from helpers.goldens import ERAS, FIXTURES, MODEL, ROOT
 from torch import nn
 
 from examples import gpt, grpo
@@ -43,7 +43,7 @@ def test_the_bundled_model_to_train_computes_what_its_file_does_in_the_engine(mo
 
 @pytest.mark.parametrize("name", ["era1_padded", "era1_unpadded", "era5"])
 def test_a_checkpoint_of_the_first_and_of_the_last_era_computes_what_nanochat_did(name):
-    era = Fixture(*era_fixtures()[name])
+    era = FIXTURES[name]
     found = gpt.load(era.directory)
     last_logits = era.arrays["last_logits"][1:]
     for prompt, logits in zip(era.json["prompts"][1:], last_logits, strict=True):
@@ -52,7 +52,7 @@ def test_a_checkpoint_of_the_first_and_of_the_last_era_computes_what_nanochat_di
 
 
 def test_a_checkpoint_of_another_era_is_refused_by_name():
-    directory = Fixture(*era_fixtures()["era3"]).directory
+    directory = FIXTURES["era3"].directory
     with pytest.raises(ValueError, match=f"{directory} is of era 3: give .* era 1 or 5"):
         gpt.load(directory)
     with pytest.raises(FileNotFoundError, match="no model_<step>.pt"):
@@ -130,7 +130,8 @@ def test_the_reward_of_a_few_sums_rises(capsys):
     module = gpt.load(MODEL)
     with LLM(model=module, tokenizer_path=MODEL.parent / "tokenizer", copy=True) as llm:
         sizes = SMALL | {"group": 8, "steps": 20, "prompts": 3, "lr": 2e-4}
-        curve, *seconds = grpo.train(module, llm, [(10, 14), (11, 12), (4, 11)], **sizes)
+        pairs = [(10, 14), (11, 12), (4, 11)]
+        curve, *seconds = grpo.train(module, llm, pairs, grpo.Settings(**sizes))
     assert len(curve) == 20 and min(seconds) > 0
     assert sum(curve[-4:]) / 4 > sum(curve[:4]) / 4 + 0.2, curve
     assert capsys.readouterr().out.count("reward") == 20

@@ -18,16 +18,17 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import ERAS
+from helpers.damage import STEPS, WORDS, trace_events
+from helpers.goldens import ERAS
+from helpers.tokenizer_files import dumps, encoding_with, parts
 from hypothesis import HealthCheck, example, given, settings
-from test_tokenizer import dumps, encoding_with, parts
 
 from microvllm import LLM, SamplingParams
 from microvllm.cli import main
 from microvllm.cli.bench import check_choices, read_prompts
 from microvllm.features.calculator import calculate
-from microvllm.full import find_checkpoint, load_model, read_checkpoint
 from microvllm.jobs.rows import import_pyarrow, read_rows
+from microvllm.loading import find_checkpoint, load_model, read_checkpoint
 from microvllm.sources.strict import open_tokenizer, read_weights
 from microvllm.trace import read, write_chrome, write_page
 
@@ -194,13 +195,6 @@ def test_a_checkpoint_whose_pickle_is_damaged_in_a_sound_archive(place, program,
     look(place / "model", file)
 
 
-STEPS = [bytes([op]) for op in b"(.}])]tsubaeQRN0\x85\x86\x87\x88\x89\x8a\x93\x94h\0qK\1M\1\1"]
-STEPS += [b"q\0", b"h\0", b"h\0\x86q\0", b"K\1", b"K\0", b"J\xff\xff\xff\x7f", b"X\1\0\0\0a"]
-STEPS += [b"X\7\0\0\0storage", b"ctorch\nFloatStorage\n", b"X\1\0\0\x000", b"\x8a\1\xff"]
-STEPS += [b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n)R"]
-STEPS += [b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000NK\x40tQ"]
-
-
 @fuzz(50)
 @given(st.lists(st.sampled_from(STEPS), max_size=40).map(b"".join), st.booleans())
 def test_any_program_in_a_checkpoint(place, program, zipped):
@@ -357,10 +351,6 @@ def test_a_damaged_tokenizer(place, data):
             assert "cannot be split" in str(error)
 
 
-WORDS = [bytes([op]) for op in b"(.0123456789FNaBbcdeghijlopqrstuR\x80\x81\x82\x85\x86\x87\x88\x89"]
-WORDS += [bytes([op]) for op in b"\x8a\x8b\x8c\x8d\x8e\x8f\x90\x91\x92\x93\x94\x95\x96\x97\x98]}t)"]
-
-
 @fuzz(50)
 @given(st.lists(st.sampled_from(WORDS) | st.binary(max_size=6), max_size=40).map(b"".join))
 def test_any_program_for_the_stack_machine_of_pickle(place, program):
@@ -474,11 +464,7 @@ def test_a_bulk_job_over_rows_of_any_content(place, lines, task):
 @pytest.fixture(scope="module")
 def events(tmp_path_factory):
     """A short trace with every kind of event in it."""
-    path = tmp_path_factory.mktemp("trace") / "run.jsonl"
-    with LLM(CHECKPOINT, tokenizer_path=TOKENIZER, num_blocks=9, block_size=4, trace=path) as llm:
-        params = SamplingParams(0.9, 9, seed=1, ignore_eos=True, n=2)
-        llm.generate([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 8], [3] * 9], params, use_tqdm=False)
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return trace_events(tmp_path_factory.mktemp("trace"))
 
 
 @fuzz(40)

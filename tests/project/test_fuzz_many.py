@@ -19,24 +19,23 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-import invented
 import pytest
 import torch
-from test_fuzz import STEPS, WORDS, events
-from test_tokenizer import dumps, encoding_with, parts
+from helpers import invented
+from helpers.damage import STEPS, WORDS, trace_events
+from helpers.tokenizer_files import dumps, encoding_with, parts
 
 from microvllm import SamplingParams
 from microvllm.checkpoint import empty_model
 from microvllm.cli import learn, policies
 from microvllm.cli.bench import alpaca_prompts, check_choices
 from microvllm.features.calculator import calculate
-from microvllm.full import build_model
 from microvllm.jobs import job, rows
+from microvllm.loading import build_model
 from microvllm.model import RECIPES, GPTConfig
 from microvllm.sources import exports, huggingface, quantised, strict
 from microvllm.trace import read, write_chrome, write_page
 
-assert events  # a fixture
 codecs.lookup("raw_unicode_escape")  # in which a pickle may be written: imported here
 CASES = int(os.environ.get("FUZZ", 0))
 # beyond three times its files' size, what a case may take; a process in which other tests ran takes
@@ -53,6 +52,12 @@ EVIL += [
     b"\x8c\11touch ran\x85R",
     b"(S'touch ran'\niposix\nsystem\n",
 ]
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory):
+    """A short trace with every kind of event in it."""
+    return trace_events(tmp_path_factory.mktemp("trace"))
 
 
 class Guard:

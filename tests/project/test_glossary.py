@@ -2,8 +2,7 @@
 
 import re
 
-from conftest import ROOT
-from test_readme import PACKAGE
+from helpers.goldens import PACKAGE, ROOT
 
 TEXT = (ROOT / "docs" / "GLOSSARY.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([^|`]+) \| (.+) \| `(\w+)` in `([\w/]+\.py)` \|$", TEXT, re.M)
@@ -11,7 +10,7 @@ ROWS = re.findall(r"^\| ([^|`]+) \| (.+) \| `(\w+)` in `([\w/]+\.py)` \|$", TEXT
 
 def test_every_word_has_two_sentences_and_a_home_that_exists():
     table = [line for line in TEXT.splitlines() if line.startswith("| ")]
-    assert len(ROWS) == len(table) - 1 and 20 < len(ROWS) <= 30  # but for the head
+    assert len(ROWS) == len(table) - 1 and 20 < len(ROWS) <= 35  # but for the head
     for word, meaning, name, file in ROWS:
         assert len(re.findall(r"\.(?: |$)", meaning)) == 2, word
         source = (PACKAGE / file).read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SRC
+from helpers.goldens import ROOT, SRC
 
 from microvllm import environment
 from microvllm.environment import how_to_install
@@ -24,11 +24,37 @@ SOURCES = [
     for file in sorted((ROOT / folder).rglob("*"))
     if file.suffix in (".py", ".sh", ".md", ".html") and file != Path(__file__)
 ]
+# what a user writes, and the type that an editor shows for it
+TYPES = {
+    "LLM": "type[LLM]",
+    "SamplingParams": "type[SamplingParams]",
+    "llm": "LLM",
+    "LLM.from_nanochat('sft', num_blocks=100)": "LLM",
+    "params": "SamplingParams",
+    "llm.generate(['hi'], params, use_tqdm=False, tools=True)": "list[RequestOutput]",
+    "llm.chat([{'role': 'user', 'content': 'hi'}])": "list[RequestOutput]",
+    "llm.score(['a'], ['b'])": "list[list[float]]",
+    "llm.judge(['a'], ['b'])": "list[RequestOutput]",
+    "llm.stats()": "dict[str, float]",
+    "llm.add_request('a', params)": "int",
+    "llm.step()": "list[RequestOutput]",
+    "llm.partial_outputs()": "list[RequestOutput]",
+    "next(llm.stream('hi', params))": "RequestOutput",
+    "llm.tracing().__enter__()": "Trace",
+    "llm.update_weights({})": "None",
+    "llm.max_model_len": "int",
+}
 USE = """from microvllm import LLM, SamplingParams
 
-reveal_type(LLM)
-reveal_type(SamplingParams)
+params = SamplingParams(stop=["x"], max_tokens=4, seed=1, logprobs=2)
+llm = LLM("model", num_blocks=100, prompt_lookup=4, num_threads=1, quantization="int8")
 """
+# what no editor may let pass, and a word of its message
+MISTAKES = {
+    "SamplingParams(stopp='x')": "stopp",
+    "LLM('model', num_threads='two')": "num_threads",
+    "llm.generat('hi')": "generat",
+}
 
 
 def settings() -> dict:
@@ -52,14 +78,14 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """The output of a command that does not see this checkout."""
+def run(*command: str | Path, cwd: Path, fails: bool = False) -> str:
+    """The output of a command that does not see this checkout. fails: whether its status is 1."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         command, cwd=cwd, env=env | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}, capture_output=True,
         text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == int(fails), done.stdout + done.stderr
     return done.stdout
 
 
@@ -85,12 +111,17 @@ def check_import_and_types(python: Path, parent: Path) -> Path:
     code = "from microvllm import LLM; import microvllm; print(LLM.__name__, microvllm.__file__)"
     name, file = run(python, "-c", code, cwd=parent).split()
     assert name == "LLM"
-    (parent / "use.py").write_text(USE)
+    lines = [USE, *(f"reveal_type({text})" for text in TYPES), *MISTAKES]
+    (parent / "use.py").write_text("\n".join(lines))
     words = ["--pythonpath", python, "--outputjson", "use.py"]
-    found = json.loads(run(sys.executable, "-m", "pyright", *words, cwd=parent))
-    messages = [diagnostic["message"] for diagnostic in found["generalDiagnostics"]]
-    names = "LLM", "SamplingParams"
-    assert messages == [f'Type of "{name}" is "type[{name}]"' for name in names]
+    found = json.loads(run(sys.executable, "-m", "pyright", *words, cwd=parent, fails=True))
+    messages = [(d["severity"], d["message"]) for d in found["generalDiagnostics"]]
+    shown = [text for severity, text in messages if severity == "information"]
+    assert [text.rpartition(" is ")[2] for text in shown] == [f'"{t}"' for t in TYPES.values()]
+    errors = [text for severity, text in messages if severity == "error"]
+    assert len(errors) == len(MISTAKES), errors
+    for text, word in zip(errors, MISTAKES.values(), strict=True):
+        assert word in text
     return Path(file).parent
 
 

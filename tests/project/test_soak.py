@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers.goldens import ROOT
 
 from benchmarks import soak
 from microvllm import attention
@@ -22,15 +22,15 @@ def test_some_stories_end_well_and_meet_what_there_is_to_meet():
 
 
 def test_a_wrong_token_is_found_and_its_story_cut_down(monkeypatch):
-    real = attention.noise
+    real = attention.uniform_numbers
 
-    def wrong(seeds, samples, positions):  # two rows of a large batch have each other's noise
+    def wrong(seeds, samples, positions):  # two rows of a large batch have each other's numbers
         values = real(seeds, samples, positions)
         if len(values) > 2:
             values[[0, 1]] = values[[1, 0]]
         return values
 
-    monkeypatch.setattr(attention, "noise", wrong)
+    monkeypatch.setattr(attention, "uniform_numbers", wrong)
     said = []
     found = soak.soak(seed=3, seconds=60, shrink=5, say=said.append)
     failure = found["failure"]

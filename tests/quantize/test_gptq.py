@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import hand_made_batch
-from test_checkpoint import FIXTURES
+from helpers.batches import hand_made_batch
+from helpers.goldens import FIXTURES
 
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import empty_model
 from microvllm.cpu import packed
-from microvllm.full import find_checkpoint, read_checkpoint
+from microvllm.loading import find_checkpoint, read_checkpoint
 from microvllm.quantize import calibration, gptq, quantize
 from microvllm.quantize.calibration import natural
 

@@ -1,4 +1,3 @@
-# ruff: noqa: F811, the arguments of a test that are fixtures of test_cli
 """`microvllm quantize`: the folder that it writes, how that is read, and what it costs."""
 
 import json
@@ -10,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, ROOT
+from helpers.goldens import FIXTURES, MODEL, ROOT
 from safetensors.torch import load_file, save_file
-from test_checkpoint import FIXTURES
-from test_cli import command, mistake  # noqa: F401
 
 from microvllm import LLM, SamplingParams
 from microvllm.cpu.packed import Quantised, round_plainly
-from microvllm.full import build_model, find_checkpoint, read_checkpoint
+from microvllm.loading import build_model, find_checkpoint, read_checkpoint
 from microvllm.sources import places, quantised
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ERAS, Fixture
+from helpers.checkpoints import Checkpoint, refused, state_dict
+from helpers.goldens import ERAS, FIXTURES, Fixture
+from helpers.sources import live, tokenizer_json
 from safetensors.torch import load_file, save_file
-from test_checkpoint import FIXTURES, Checkpoint, refused, state_dict
-from test_sources import live, tokenizer_json
 
 from microvllm import LLM, SamplingParams
 from microvllm.features.live import from_module
-from microvllm.full import build_model, find_checkpoint, load_model, read_checkpoint
+from microvllm.loading import build_model, find_checkpoint, load_model, read_checkpoint
 from microvllm.model import RECIPES
 from microvllm.sources import exports, places, strict
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ERAS, SRC
+from helpers.goldens import ERAS, SRC
 
 pytest.importorskip("huggingface_hub", reason="pip install -e '.[hf]'")
 

@@ -4,8 +4,8 @@ import os
 import shutil
 
 import pytest
-from conftest import ERAS
-from test_checkpoint import FIXTURES, refused
+from helpers.checkpoints import refused
+from helpers.goldens import ERAS, FIXTURES
 
 from microvllm import LLM, SamplingParams
 from microvllm.sources.places import find_checkpoint, find_nanochat

@@ -8,10 +8,10 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import ERAS, MODEL
-from test_checkpoint import Checkpoint, refused
+from helpers.checkpoints import Checkpoint, refused
+from helpers.goldens import ERAS, MODEL
 
-from microvllm.full import load_model
+from microvllm.loading import load_model
 from microvllm.sources.strict import read_weights
 
 BOTH = pytest.mark.parametrize("zipped", [True, False], ids=["archive", "old"])

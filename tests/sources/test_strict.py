@@ -8,9 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ERAS
-from test_checkpoint import (
-    FIXTURES,
+from helpers.checkpoints import (
     GATE,
     MIXTURES,
     SMEAR,
@@ -20,8 +18,9 @@ from test_checkpoint import (
     refused,
     state_dict,
 )
+from helpers.goldens import ERAS, FIXTURES
 
-from microvllm import LLM, full
+from microvllm import LLM, loading
 from microvllm.checkpoint import recognise
 from microvllm.model import GPT, GPTConfig
 from microvllm.sources.strict import check_weights, recognise_strictly
@@ -36,7 +35,7 @@ def checkpoint(tmp_path) -> Checkpoint:
 
 
 def load(checkpoint: Checkpoint):
-    return full.load_model(checkpoint.directory, attention="sdpa")
+    return loading.load_model(checkpoint.directory, attention="sdpa")
 
 
 # telling the eras apart --------------------------------------------------------------------------

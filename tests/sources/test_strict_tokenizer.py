@@ -4,10 +4,18 @@ import os
 
 import pytest
 import tiktoken
-from conftest import Fixture, era_fixtures
+from helpers.goldens import Fixture, era_fixtures
+from helpers.tokenizer_files import (
+    BYTES,
+    TOY_FILE,
+    dumps,
+    encoding_with,
+    parts,
+    repr_bomb,
+    write,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import BYTES, TOY_FILE, dumps, encoding_with, parts, repr_bomb, write
 
 from microvllm import LLM, cli
 from microvllm.sources.strict import PATTERN, StrictTokenizer, open_tokenizer

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ERAS
+from helpers.checkpoints import Checkpoint, refused, state_dict
+from helpers.goldens import ERAS, FIXTURES
+from helpers.sources import logits_of, tokenizer_json
 from safetensors.torch import save_file
-from test_checkpoint import FIXTURES, Checkpoint, refused, state_dict
-from test_sources import logits_of, tokenizer_json
 
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import make_model

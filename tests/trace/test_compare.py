@@ -4,9 +4,7 @@ import json
 import re
 
 import pytest
-import test_state_machine
-from test_state_machine import long_life
-from test_trace import Traced
+from helpers.lives import long_life
 
 from microvllm import cli
 from microvllm.trace import Replay, write_comparison
@@ -16,8 +14,7 @@ POOL = {"e": "pool", "version": 2, "blocks": 9, "block_size": 2, "hashes": {}, "
 
 
 @pytest.mark.parametrize("guesses", [False, True])
-def test_every_frame_is_the_pool_of_its_step(monkeypatch, guesses):
-    monkeypatch.setattr(test_state_machine, "Simulation", Traced)
+def test_every_frame_is_the_pool_of_its_step(guesses):
     events = long_life(1, guesses).sim.trace.events
     film, replay, looks = Film(), Replay(), {}
     for event in events:
@@ -29,9 +26,9 @@ def test_every_frame_is_the_pool_of_its_step(monkeypatch, guesses):
         if event["e"] == "begin":
             numbers, changed = next(frame)
             looks |= dict(zip(changed[::2], changed[1::2], strict=True))
-            told = dict(zip(NAMES, numbers, strict=True))
-            assert told["blocks in use"] == replay.num_used
-            assert told["running"] == replay.states["running"]
+            said = dict(zip(NAMES, numbers, strict=True))
+            assert said["blocks in use"] == replay.num_used
+            assert said["running"] == replay.states["running"]
             for block in range(1, replay.num_blocks):
                 kind = replay.state(block)
                 assert (looks.get(block, 0) < 0) == (kind == "shared"), (seen, block)
@@ -67,14 +64,14 @@ def test_the_command_writes_one_page_and_says_if_the_prompts_differ(tmp_path, ca
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     a, b = pair(tmp_path, [1], [1])
-    for flags, told in (
+    for flags, said in (
         ([a, b, "--chrome", "x.json"], "--chrome"),
         ([a, tmp_path / "absent.jsonl"], "absent.jsonl"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["trace", *map(str, flags)])
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and told in err and err.count("\n") == 1
+        assert stop.value.code == 2 and said in err and err.count("\n") == 1
     with pytest.raises(ValueError, match="not an event"):
         write_comparison([[POOL], [POOL, {"e": "evict", "block": []}]], ["a", "b"], tmp_path / "x")
     with pytest.raises(ValueError, match="not an event"):

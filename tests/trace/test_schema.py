@@ -4,10 +4,8 @@ import json
 import re
 
 import pytest
-import test_state_machine
-from conftest import ROOT
-from test_state_machine import long_life
-from test_trace import Traced
+from helpers.goldens import ROOT
+from helpers.lives import long_life
 
 from microvllm import cli
 from microvllm.trace import Replay, read, write_chrome, write_comparison
@@ -90,16 +88,16 @@ def test_the_table_has_the_fields_that_the_documentation_names():
 
 def fails(traces, path) -> list[str]:
     """What the readers of two traces say, each of one trace that is not sound."""
-    told = []
+    said = []
     for write in (
         lambda: write_chrome(traces[1], path),
         lambda: write_comparison(traces, "ab", path),
     ):
         with pytest.raises(ValueError) as error:
             write()
-        told.append(str(error.value))
+        said.append(str(error.value))
     assert not path.exists()
-    return told
+    return said
 
 
 @pytest.mark.parametrize("at", range(len(EVENTS)), ids=lambda at: f"{at}-{EVENTS[at]['e']}")
@@ -115,26 +113,26 @@ def test_a_field_of_another_type_is_one_error_with_line_and_field(at, tmp_path):
                 continue
             with pytest.raises(ValueError) as error:
                 replay.follow(plain, "run", at + 1)
-            told = str(error.value)
-            assert told.startswith(f"run: line {at + 1}: not an event of a trace: {event['e']}: ")
-            assert f"field '{field}' must be" in told and len(told) < 300, told
+            said = str(error.value)
+            assert said.startswith(f"run: line {at + 1}: not an event of a trace: {event['e']}: ")
+            assert f"field '{field}' must be" in said and len(said) < 300, said
             seen += 1
-        for told in fails([EVENTS, [*EVENTS[:at], plain]], path):
-            assert f"line {at + 1}: " in told and f"field '{field}' must be" in told
+        for said in fails([EVENTS, [*EVENTS[:at], plain]], path):
+            assert f"line {at + 1}: " in said and f"field '{field}' must be" in said
     assert seen >= 20 * (len(event) - 1)
     required, _ = FIELDS[event["e"]]
     for field in required:
         events = [*EVENTS[:at], {k: v for k, v in event.items() if k != field}]
-        for told in fails([EVENTS, events], path):
-            assert f"line {at + 1}: " in told and f"field '{field}' is missing" in told
+        for said in fails([EVENTS, events], path):
+            assert f"line {at + 1}: " in said and f"field '{field}' is missing" in said
 
 
 @pytest.mark.parametrize(
     "wrong", [5, None, "x", [], [POOL], {}, {"e": None}, {"e": ["a"]}, {"e": "_x"}]
 )
 def test_what_is_no_event_at_all(wrong, tmp_path):
-    for told in fails([EVENTS, [*EVENTS, wrong]], tmp_path / "out"):
-        assert f"line {len(EVENTS) + 1}: not an event of a trace: " in told
+    for said in fails([EVENTS, [*EVENTS, wrong]], tmp_path / "out"):
+        assert f"line {len(EVENTS) + 1}: not an event of a trace: " in said
     file = tmp_path / "run.jsonl"
     file.write_text("".join(json.dumps(event) + "\n" for event in [POOL, wrong]))
     with pytest.raises(ValueError, match="run.jsonl: line 2: not an event of a trace"):
@@ -142,7 +140,7 @@ def test_what_is_no_event_at_all(wrong, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "event, told",
+    "event, said",
     [
         ({"e": "free", "seq": 9}, "field 'seq': there is no sequence 9"),
         ({"e": "fork", "seq": 3, "parent": 9, "sample": 1, "computed": 0}, "field 'parent': there"),
@@ -155,16 +153,16 @@ def test_what_is_no_event_at_all(wrong, tmp_path):
         ({"e": "reject", "seq": 0, "computed": 0, "blocks": [9]}, "field 'blocks': they are not"),
         ({"e": "copy", "seq": 0, "index": 7, "source": 3, "target": 9}, "field 'index': its table"),
         ({"e": "copy", "seq": 0, "index": 0, "source": 9, "target": 8}, "field 'source': no table"),
-        ({"e": "copy", "seq": 0, "index": 0, "source": 3, "target": 0}, "field 'target': the sink"),
+        ({"e": "copy", "seq": 0, "index": 0, "source": 3, "target": 0}, "field 'target': the null"),
         ({"e": "evict", "block": 9}, "field 'block': 9 is not cached"),
         ({"e": "publish", "seq": 0, "block": 99, "hash": "a"}, "field 'block': there is no block"),
         ({"e": "miss", "seq": 9, "count": 1}, "field 'seq': there is no sequence 9"),
     ],
 )
-def test_what_cannot_happen_names_its_field(event, told, tmp_path):
+def test_what_cannot_happen_names_its_field(event, said, tmp_path):
     start = EVENTS[:8]
     for error in fails([EVENTS, [*start, event]], tmp_path / "out"):
-        assert f"line 9: not an event of a trace: {told}" in error
+        assert f"line 9: not an event of a trace: {said}" in error
 
 
 def test_numbers_beyond_all_that_was_told_are_refused():
@@ -189,15 +187,14 @@ def test_numbers_beyond_all_that_was_told_are_refused():
     ):
         with pytest.raises(ValueError, match="field 'seq': no event before has sequences near"):
             Replay([*start, event])
-    # a pool that large is one where so many were told
-    told = [*range(MAX_BLOCKS - 9, MAX_BLOCKS + 1)]
-    replay = Replay([*start, {"e": "allocate", "seq": 0, "blocks": told}])
-    assert replay.num_used == 10 and MAX_BLOCKS + 10 * BLOCKS_EACH > told[-1]
+    # a pool that large is one where so many were said
+    said = [*range(MAX_BLOCKS - 9, MAX_BLOCKS + 1)]
+    replay = Replay([*start, {"e": "allocate", "seq": 0, "blocks": said}])
+    assert replay.num_used == 10 and MAX_BLOCKS + 10 * BLOCKS_EACH > said[-1]
     Replay([*start, ARRIVE | {"seq": MAX_SEQS}])
 
 
-def test_a_real_trace_is_as_the_table_says(monkeypatch):
-    monkeypatch.setattr(test_state_machine, "Simulation", Traced)
+def test_a_real_trace_is_as_the_table_says():
     met = set()
     for seed, guesses in (1, False), (2, True):
         for event in long_life(seed, guesses).sim.trace.events:

@@ -1,6 +1,5 @@
-"""A trace tells everything: from its events alone the pool and all sequences can be rebuilt."""
+"""A trace says everything: from its events alone the pool and all sequences can be rebuilt."""
 
-import inspect
 import io
 import json
 import random
@@ -9,20 +8,18 @@ from collections import Counter, deque
 from html.parser import HTMLParser
 
 import pytest
-import test_state_machine
-from conftest import MODEL, ROOT
+from helpers.full_engines import set_overlap
+from helpers.goldens import MODEL, ROOT
+from helpers.lives import Life, long_life
+from helpers.traces import compare
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
-from test_engine import set_overlap
-from test_scheduler import Simulation
-from test_state_machine import Engine, long_life
 
 from microvllm import LLM, SamplingParams
-from microvllm.scheduler import BlockManager
 from microvllm.trace import (
     Replay,
     Trace,
-    events,
+    current_trace,
     picture,
     read,
     spans,
@@ -31,81 +28,11 @@ from microvllm.trace import (
     write_chrome,
     write_page,
 )
+from microvllm.trace.log import TIMED
+from microvllm.trace.schema import FIELDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-
-
-def filled(replay: Replay) -> dict[int, int]:
-    """How many tokens each block in use holds: the rest of it is internal fragmentation."""
-    found: dict[int, int] = {}
-    for life in replay.seqs.values():
-        for i, block in enumerate(life.table):
-            held = min(replay.block_size, life.computed - i // replay.groups * replay.block_size)
-            if block:
-                found[block] = max(found.get(block, 0), held)
-    return found
-
-
-def compare(replay: Replay, scheduler) -> None:
-    """The replay is the live pool: every block's state, count, hash, and who holds it."""
-    blocks: BlockManager = scheduler.blocks
-    assert [replay.ref_count[b] for b in range(blocks.num_blocks)] == blocks.ref_count
-    assert replay.hash_of == {block: named.hex() for block, named in blocks.hash_of.items()}
-    assert list(replay.cached) == list(blocks.cached), "another order of eviction"
-    blank = {b for b in range(blocks.num_blocks) if replay.state(b) == "blank"}
-    assert blank == set(blocks.blank)
-    assert replay.num_used == blocks.num_usable - blocks.num_free
-
-    def seen(lives):
-        return [(s.request, s.sample, s.table, s.computed, s.tokens) for s in lives]
-
-    counts = getattr(scheduler, "known", {})  # how many of the tokens are no guesses
-
-    def real(seqs):
-        return [
-            (s.request_id, s.sample_id, s.table.tolist(), s.num_computed, known(s)) for s in seqs
-        ]
-
-    def known(s):
-        tokens = s.tokens[: counts.get(s, len(s.tokens))]
-        return [token for token in tokens if token >= 0]  # no placeholder of a step under way
-
-    lives = sorted(replay.seqs.values(), key=lambda s: (s.request, s.sample))
-    running, waiting = (
-        sorted(seqs, key=lambda s: (s.request_id, s.sample_id))
-        for seqs in (scheduler.running, scheduler.waiting)
-    )
-    assert seen([s for s in lives if s.state == "running"]) == real(running)
-    assert seen([s for s in lives if s.state in ("waiting", "preempted")]) == real(waiting)
-    held = set()
-    for seq in scheduler.running:
-        for i, block in enumerate(seq.table):
-            start = i // blocks.width * blocks.block_size
-            for position in range(start, min(seq.num_computed, start + blocks.block_size)):
-                if block:
-                    held.add((block, position))
-    assert sum(filled(replay).values()) == len(held)
-
-
-class Traced(Simulation):
-    """A simulation whose trace is replayed, and compared with it, at every check."""
-
-    def __init__(self, **sizes):
-        super().__init__(**sizes)
-        self.trace, self.replay, self.met = Trace(), Replay(), Counter()
-        self.trace.attach(self.scheduler)
-        self.told = 0
-
-    def check(self) -> None:
-        super().check()
-        lines = [*self.trace._lines]
-        for line in lines[self.told :]:
-            event = json.loads(line)
-            self.replay.apply(event)
-            self.met[event["e"]] += 1
-        self.told = len(lines)
-        compare(self.replay, self.scheduler)
 
 
 def test_lists_of_numbers_are_written_as_spans():
@@ -119,21 +46,18 @@ def test_lists_of_numbers_are_written_as_spans():
 def test_the_events_of_the_document_are_those_that_there_are():
     page = (ROOT / "docs" / "TRACE.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|[^|]+\| ([^|]+) \|$", page, re.MULTILINE)
-    cases = re.findall(r"case (.*):\n", inspect.getsource(Replay._follow))
-    assert sorted(name for name, _ in rows) == sorted(re.findall(r'"(\w+)"', " ".join(cases)))
-    assert {name for name, fields in rows if fields.split(", ")[0] == "t"} == events.TIMED
+    assert sorted(name for name, _ in rows) == sorted(FIELDS)
+    assert {name for name, fields in rows if fields.split(", ")[0] == "t"} == TIMED
 
 
-def test_whatever_happens_the_trace_replays(monkeypatch):
-    monkeypatch.setattr(test_state_machine, "Simulation", Traced)
+def test_whatever_happens_the_trace_replays():
     run_state_machine_as_test(
-        Engine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
+        Life, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
     )
 
 
-def test_every_event_is_met_and_replays(monkeypatch):
+def test_every_event_is_met_and_replays():
     # proof that the test above does get to the hard places
-    monkeypatch.setattr(test_state_machine, "Simulation", Traced)
     met = Counter()
     for seed in range(12):
         met += long_life(seed, guesses=seed >= 8).sim.met
@@ -149,29 +73,35 @@ def test_every_event_is_met_and_replays(monkeypatch):
 def shared_llm():
     sizes = {"num_blocks": 24, "max_batched_tokens": 48}
     with LLM(MODEL, device="cpu", max_model_len=256, **sizes) as llm:  # no longer than any window
-        yield set_overlap(llm)  # either loop runs on this engine
+        yield llm
 
 
 @pytest.fixture
 def llm(shared_llm):
-    """A pool of 23 blocks, nothing in it."""
-    shared_llm.scheduler.reset()
-    shared_llm.overlap = False
-    return shared_llm
+    """A pool of 23 blocks, nothing in it. A test may call `set_overlap`."""
+    runner = shared_llm.runner
+    inner_loop = shared_llm.loop.inner_loop
+    yield shared_llm
+    shared_llm.loop.drain()
+    shared_llm.runner = runner
+    shared_llm.loop.inner_loop = inner_loop
+    shared_llm.reset_prefix_cache()
 
 
 @pytest.fixture
 def follow(llm):
     """A callback for `tracing` that replays the trace so far and compares it with the engine."""
     replay = Replay()
-    told = 0
+    num_replayed = 0
 
     def look() -> None:
-        nonlocal told
-        lines = [*llm.scheduler.blocks.events._lines]
-        for line in lines[told:]:
+        nonlocal num_replayed
+        trace = current_trace(llm)
+        trace.recorder.catch_up()
+        lines = [*trace.log.lines]
+        for line in lines[num_replayed:]:
             replay.apply(json.loads(line))
-        told = len(lines)
+        num_replayed = len(lines)
         compare(replay, llm.scheduler)
 
     look.replay = replay
@@ -185,11 +115,11 @@ SAMPLED = SamplingParams(n=3, max_tokens=40, temperature=1.0, ignore_eos=True, s
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_engines_trace_replays_step_by_step(llm, follow, overlap):
     wanted = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
-    llm.scheduler.reset()
-    llm.overlap = overlap
+    llm.reset_prefix_cache()
+    set_overlap(llm, overlap)
     before = llm.stats()
     with llm.tracing() as trace:
-        trace.on_step = follow
+        trace.after_step = follow
         outputs = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
         follow()
         assert [o["samples"] for o in outputs] == [o["samples"] for o in wanted]
@@ -228,38 +158,38 @@ def test_a_step_has_its_milliseconds_by_phase(llm):
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_trace_may_begin_and_end_in_the_middle(llm, follow, overlap):
     llm.generate(PROMPTS[:1], GREEDY, use_tqdm=False)  # its blocks stay findable
-    llm.overlap = overlap
+    set_overlap(llm, overlap)
     for prompt in 2 * PROMPTS:
         llm.add_request(prompt, SAMPLED)
     for _ in range(3):
         llm.step()
     assert llm.scheduler.running and llm.scheduler.waiting
     with llm.tracing() as trace:
-        trace.on_step = follow
+        trace.after_step = follow
         follow()
         for _ in range(30):
             llm.step()
         follow()
-        llm.abort(next(iter(llm._requests)))
+        llm.abort(next(iter(llm.requests)))
         follow()
-    assert not isinstance(llm.scheduler.blocks.events, Trace)
+    assert current_trace(llm) is None
     while not llm.is_finished():
         llm.step()
 
 
 def test_a_failed_step_is_followed(llm, follow, monkeypatch):
     broken = iter([False] * 6 + [True])
-    forward = llm.runner.forward
+    forward = llm.model.forward
 
-    def sometimes(batch):
+    def sometimes(batch, cache):
         if next(broken, False):
             raise RuntimeError("out of luck")
-        return forward(batch)
+        return forward(batch, cache)
 
-    monkeypatch.setattr(llm.runner, "forward", sometimes)
-    llm.overlap = True
+    monkeypatch.setattr(llm.model, "forward", sometimes)
+    set_overlap(llm)
     with llm.tracing() as trace:
-        trace.on_step = follow
+        trace.after_step = follow
         ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
         with pytest.raises(RuntimeError, match="out of luck"):
             while True:
@@ -274,7 +204,7 @@ def test_a_failed_step_is_followed(llm, follow, monkeypatch):
 
 def test_a_calculator_and_scores_are_in_the_trace(llm, follow):
     with llm.tracing() as trace:
-        trace.on_step = follow
+        trace.after_step = follow
         llm.score(["1 + 1 ="], [" 2 and so on"])
         llm.chat([{"role": "user", "content": "What is 12*3?"}], GREEDY, use_tqdm=False)
     assert next(e for e in trace.events if e["e"] == "arrive")["score"] > 3
@@ -296,7 +226,7 @@ def test_a_file_is_whole_after_every_step_and_after_close(tmp_path, monkeypatch)
     assert read(path) == events[:-1]
 
 
-def test_mistakes_are_told(llm, tmp_path):
+def test_mistakes_are_errors(llm, tmp_path):
     with pytest.raises(TypeError, match="path"):
         LLM(MODEL, device="cpu", num_blocks=24, trace=7)
     with llm.tracing(), pytest.raises(ValueError, match="already"):
@@ -330,7 +260,7 @@ def test_mistakes_are_told(llm, tmp_path):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_chromes_format_has_a_track_per_request_and_counters(llm, tmp_path, overlap):
-    llm.overlap = overlap
+    set_overlap(llm, overlap)
     with llm.tracing() as trace:
         llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
     trace.chrome(tmp_path / "run.json")
@@ -392,17 +322,18 @@ def test_the_picture_in_the_terminal_counts_what_there_is(llm):
     past.append((2.0, llm.stats()))
     console = console_of(width=60, height=12, record=True, file=io.StringIO())
     console.print(picture(llm, past, 60, 12))
-    shown, blocks = console.export_text(), llm.scheduler.blocks
+    shown = console.export_text()
+    pool = llm.scheduler.blocks.pool
     grid = "".join(
         line.strip("│ ")
         for line in shown.splitlines()
         if set(line) & set("■□·") and "in use" not in line
     )
-    used = [block for block in range(1, 24) if blocks.ref_count[block]]
+    used = [block for block in range(1, 24) if pool.ref_count[block]]
     assert grid.count("■") + grid.count("▣") == len(used)
-    assert grid.count("▣") == sum(blocks.ref_count[block] > 1 for block in used)
-    assert grid.count("□") == len(blocks.cached)
-    assert f"in use {len(used)} " in shown and f"cached {len(blocks.cached)} " in shown
+    assert grid.count("▣") == sum(pool.ref_count[block] > 1 for block in used)
+    assert grid.count("□") == len(pool.cached)
+    assert f"in use {len(used)} " in shown and f"cached {len(pool.cached)} " in shown
     stats = llm.stats()
     assert f"running {stats['running']} " in shown and f"waiting {stats['waiting']} " in shown
     assert "10.0 steps/s" in shown
@@ -418,9 +349,9 @@ def test_watching_draws_and_leaves_the_tokens_alone(llm):
     plain = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
     shown = io.StringIO()
     with watching(llm, console_of(file=shown, force_terminal=True, width=80, height=20)):
-        assert isinstance(llm.scheduler.blocks.events, Trace)
+        assert isinstance(current_trace(llm), Trace)
         watched = llm.generate(PROMPTS, SAMPLED, use_tqdm=False)
-    assert not isinstance(llm.scheduler.blocks.events, Trace)
+    assert current_trace(llm) is None
     assert [o["samples"] for o in watched] == [o["samples"] for o in plain]
     assert shown.getvalue().count("the pool: 23 blocks") >= 2
     with llm.tracing() as trace, watching(llm, console_of(file=shown)):  # both at once
@@ -570,7 +501,7 @@ def test_a_notebook_shows_a_trace_in_a_sandbox_and_a_large_one_not_at_all(
     assert tag == "iframe" and attributes["sandbox"] == "allow-scripts"
     assert attributes["srcdoc"] == (tmp_path / "run.html").read_text(encoding="utf-8")
     # each notebook keeps what it shows in its own file
-    monkeypatch.setattr("microvllm.trace.events.LARGEST", 1000)
+    monkeypatch.setattr("microvllm.trace.extension.MAX_NOTEBOOK_BYTES", 1000)
     monkeypatch.setattr(type(trace), "events", property(lambda self: pytest.fail("it was read")))
     hint = trace._repr_html_()
     assert len(hint) < 500 and "iframe" not in hint

@@ -5,13 +5,16 @@ import json
 import os
 
 import pytest
-from test_engine import assert_naive, both_loops, build, finish, serve
-from test_failures import WORK, Fault, failing
+from helpers.engine_cases import WORK
+from helpers.engines import finish, serve
+from helpers.failures import Fault, failing
+from helpers.full_engines import build
+from helpers.naive import assert_naive
 
-from microvllm.scheduler import Events
-from microvllm.trace import Replay, read
+from microvllm.trace import Replay, current_trace, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+both_loops = pytest.mark.parametrize("overlap", [False, True])
 
 
 class FullDisk:
@@ -44,10 +47,10 @@ def test_a_full_disk_ends_the_trace_and_not_the_run(room, overlap, tmp_path, cap
     # every step failed from then on, and each wrote the same events once more
     path = tmp_path / "run.jsonl"
     with build(overlap=overlap, trace=path) as llm:
-        trace = llm.scheduler.blocks.events
-        trace._file = FullDisk(trace._file, room)
+        log = current_trace(llm).log
+        log.file = FullDisk(log.file, room)
         assert_naive(serve(llm, WORK), WORK)
-        assert type(llm.scheduler.blocks.events) is Events
+        assert current_trace(llm) is None
         (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert str(path) in warning and "No space left" in warning
     if room:
@@ -74,7 +77,7 @@ def test_a_second_trace_to_the_same_file_is_refused_and_the_first_stays(tmp_path
     assert json.loads(path.read_text().splitlines()[0])["e"] == "pool"
 
 
-def test_a_trace_that_begins_while_a_step_is_lost_leaves_nobody_behind():
+def test_a_trace_that_begins_while_a_step_is_lost_leaves_no_request_behind():
     # the token that was on its way never came, and its request waited for it for ever
     with build(overlap=True) as llm:
         request = llm.add_request(*WORK[3])
@@ -82,5 +85,5 @@ def test_a_trace_that_begins_while_a_step_is_lost_leaves_nobody_behind():
             llm.step()
         with failing(llm, "update", 0), pytest.raises(Fault), llm.tracing():
             pass
-        assert type(llm.scheduler.blocks.events) is Events
+        assert current_trace(llm) is None
         assert_naive([finish(llm)[request]], [WORK[3]])

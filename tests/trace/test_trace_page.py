@@ -5,44 +5,22 @@ Needs playwright (`pip install -e '.[browser]'`) and a chromium of the system's.
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-import test_state_machine
-from conftest import MODEL, ROOT
-from test_state_machine import long_life
-from test_trace import Traced, filled
+from helpers.browsers import HOSTILE
+from helpers.goldens import MODEL, ROOT
+from helpers.lives import long_life
+from helpers.traces import filled
 
 from microvllm import LLM, SamplingParams
 from microvllm.trace import TEMPLATE, Replay, write_comparison, write_page
 from microvllm.trace.formats import make_frame
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-HOSTILE = "</script><img src=x onerror='window.hit=1'><!-- & \u2028 {} <b>bold</b>"
 KINDS = ("hit", "copy", "preempt", "evict")
 COUNTS = ("used", "part", "shared", "cached", "blank", "running", "waiting")
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-    if not CHROMIUM:
-        pytest.skip("needs a chromium, such as Debian's package of that name")
-    with api.sync_playwright() as playwright:
-        flags = (
-            "no-sandbox disable-gpu disable-dev-shm-usage no-first-run disable-sync disable-quic"
-        )
-        flags += " disable-background-networking disable-component-update"
-        try:
-            args = [f"--{flag}" for flag in flags.split()]
-            found = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
-        except api.Error as error:
-            pytest.skip(f"{CHROMIUM} does not start here: {error.message:.200}")
-        yield found
-        found.close()
 
 
 @pytest.fixture
@@ -95,7 +73,7 @@ def frames(events: list[dict]) -> list[dict]:
     found, replay = [], Replay()
 
     def whole(n: int, name: str) -> str:  # squares as blocks, to one digit
-        tenths = (20 * n + replay.groups) // (2 * replay.groups)
+        tenths = (20 * n + replay.num_groups) // (2 * replay.num_groups)
         return f"{n:,}" if name in ("running", "waiting") else f"{tenths / 10:,g}"
 
     def look() -> None:
@@ -176,11 +154,10 @@ def test_every_step_shows_what_the_trace_says(show, events):
 
 @pytest.mark.parametrize("guesses", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_forks_failures_guesses_and_a_loop_that_runs_ahead(show, monkeypatch, seed, guesses):
-    monkeypatch.setattr(test_state_machine, "Simulation", Traced)
-    told = long_life(seed, guesses).sim.trace.events
-    wanted = frames(told)
-    assert show(told).evaluate(STATE, list(range(len(wanted)))) == wanted
+def test_forks_failures_drafts_and_a_loop_that_runs_ahead(show, seed, guesses):
+    said = long_life(seed, guesses).sim.trace.events
+    wanted = frames(said)
+    assert show(said).evaluate(STATE, list(range(len(wanted)))) == wanted
 
 
 def test_the_slider_moves_the_grid_and_the_keyboard_works(show, events):
@@ -247,19 +224,19 @@ def test_the_story_is_told_in_the_order_in_which_it_happened(show, events):
     page = show(events)
     names = "finish arrive admit hit copy fork preempt evict begin"
     marks = dict(zip("✓+→=⇉Y▼✕▤", names.split(), strict=True))
-    told, step = [[]], 0
+    said, step = [[]], 0
     for event in events:
-        if event["e"] in marks.values() and told[step][-1:] != [event["e"]]:
-            told[step].append(event["e"])
+        if event["e"] in marks.values() and said[step][-1:] != [event["e"]]:
+            said[step].append(event["e"])
         if event["e"] == "begin":
             step += 1
-            told.append([])
-    for f, names in enumerate(told):
+            said.append([])
+    for f, names in enumerate(said):
         page.evaluate(f"go({f})")
         shown = page.evaluate("[...$('story').children].map(li => li.dataset.mark)")
         shown = [marks[mark] for mark in shown if mark in marks]
         assert [a for a, b in zip(shown, [None, *shown], strict=False) if a != b] == names, f
-    assert any({"evict", "preempt"} <= {*names} for names in told)
+    assert any({"evict", "preempt"} <= {*names} for names in said)
 
 
 def test_without_a_mouse_a_block_is_described_and_a_request_is_chosen(show, events):
@@ -274,17 +251,17 @@ def test_without_a_mouse_a_block_is_described_and_a_request_is_chosen(show, even
         return page.get_attribute(of, f"aria-value{what}")
 
     page.keyboard.press("Home")
-    assert value("now") == "0" and "the sink" in value()
+    assert value("now") == "0" and "the null block" in value()
     page.keyboard.press("ArrowDown")
     assert value("now") == str(size) and page.evaluate("frame") == f
     page.keyboard.press("ArrowUp")
     shared = here["ref"].index(max(here["ref"]))
     for _ in range(shared):
         page.keyboard.press("ArrowRight")
-    told = value()
-    assert f"Block {shared}: shared by {max(here['ref'])}" in told
+    said = value()
+    assert f"Block {shared}: shared by {max(here['ref'])}" in said
     for words in ("line", "Handed out in step", here["hashes"].get(str(shared), "no hash")):
-        assert words in told
+        assert words in said
     assert page.is_visible("#tip") and f"Block {shared}" in page.inner_text("#tip")
     page.keyboard.press("Enter")
     assert shared in page.evaluate("state.tables.get(selected)")
@@ -299,12 +276,12 @@ def test_without_a_mouse_a_block_is_described_and_a_request_is_chosen(show, even
     page.keyboard.press("ArrowLeft")  # a step, as elsewhere
     assert page.evaluate("frame") == f - 1
     # what is said aloud: the step and its story, but not while it plays
-    said = page.evaluate("$('told').textContent")
+    said = page.evaluate("$('spoken').textContent")
     assert f"Step {f}" in said and "A batch of" in said
     page.keyboard.press(" ")
     while page.evaluate("frame") <= f + 1:
         page.wait_for_timeout(20)
-    assert page.evaluate("playing ? $('told').textContent : null") in (said, None)
+    assert page.evaluate("playing ? $('spoken').textContent : null") in (said, None)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -326,7 +303,7 @@ def test_axe_finds_nothing_to_mend(show, events, scheme, tmp_path):
 
 def test_where_layers_are_in_groups_blocks_are_counted_whole(show):
     with LLM(MODEL, device="cpu", num_blocks=24) as llm:
-        groups = llm.scheduler.blocks.width
+        groups = llm.scheduler.blocks.num_groups
         with llm.tracing() as trace:
             llm.generate(["Once upon a time"] * 2, SamplingParams(n=2), use_tqdm=False)
         shown = trace.events
@@ -337,8 +314,8 @@ def test_where_layers_are_in_groups_blocks_are_counted_whole(show):
     assert copies and page.inner_text("[data-jump=copy] b") == f"{copies // groups}"
     assert "gets square" in page.inner_text("#story") and "says square" in page.inner_text("#sum")
     for node in ("#side", "#gridscroll"):  # a number names a square, and a block is never one
-        told = page.inner_text(node) + (page.get_attribute(node, "aria-valuetext") or "")
-        assert not re.search(r"\bblocks? \d", told), told
+        said = page.inner_text(node) + (page.get_attribute(node, "aria-valuetext") or "")
+        assert not re.search(r"\bblocks? \d", said), said
     assert f"23 blocks of 16 tokens · {groups} squares are a block" in page.inner_text("#facts")
     page.keyboard.press("Home")
     used = page.evaluate("state.used")
@@ -357,7 +334,7 @@ def block_at(page, block: int) -> None:
 
 def test_hovering_tells_what_a_block_is_and_why(show, events):
     page, wanted = show(events), frames(events)
-    told = Replay(events)  # texts and tokens
+    said = Replay(events)  # texts and tokens
     f = next(i for i, w in enumerate(wanted) if max(w["ref"]) > 1 and w["cached"])
     page.evaluate(f"go({f})")
     here = wanted[f]
@@ -369,18 +346,18 @@ def test_hovering_tells_what_a_block_is_and_why(show, events):
     assert here["hashes"].get(str(shared), "no hash") in tip
     holders = [(s, t.index(shared)) for s, t in here["tables"].items() if shared in t]
     for s, line in holders[:4]:
-        life = told.seqs[int(s)]
+        life = said.seqs[int(s)]
         assert f"request {life.request}, sample {life.sample}: line {line} of its table" in tip
-    life, line = told.seqs[int(holders[0][0])], holders[0][1]
+    life, line = said.seqs[int(holders[0][0])], holders[0][1]
     ids = life.tokens[line * 16 : line * 16 + here["fill"][str(shared)]]
     shown = page.locator("#tip .tokens").evaluate("node => node.textContent")
-    assert shown == "".join(told.words[token] for token in ids).replace("\n", "⏎")
+    assert shown == "".join(said.words[token] for token in ids).replace("\n", "⏎")
 
     block_at(page, here["cached"][0])
     tip = page.inner_text("#tip")
     assert f"Number 1 of {len(here['cached'])} to be evicted" in tip and "reference count 0" in tip
     block_at(page, 0)
-    assert "the sink" in page.inner_text("#tip")
+    assert "the null block" in page.inner_text("#tip")
     page.mouse.move(2, 2)
     assert not page.is_visible("#tip")
 
@@ -394,7 +371,7 @@ def test_a_selected_request_shows_its_block_table_and_its_life(show, events):
     page, wanted = show(events), frames(events)
     sent = next(event["seq"] for event in events if event["e"] == "preempt")
     page.evaluate(f"select({sent})")
-    told = Replay(events)
+    said = Replay(events)
     for f in (3, len(wanted) // 2, len(wanted) - 1):
         page.evaluate(f"go({f})")
         rows = page.locator("#rows tr")
@@ -404,7 +381,7 @@ def test_a_selected_request_shows_its_block_table_and_its_life(show, events):
         )
         blocks = page.evaluate("[...$('rows').rows].map(r => +r.cells[2].textContent)")
         assert blocks == table
-    life = told.seqs[sent]
+    life = said.seqs[sent]
     assert f"Request {life.request}, sample {life.sample} is done (length)" in page.inner_text(
         "#rname"
     )
@@ -468,7 +445,7 @@ def test_states_differ_without_colour(show, events):
     # drawn in one colour, no two kinds of block have the same picture
     pictures = show(events).evaluate("""() => {
       const kinds = [["used", 1, 1], ["used", .5, 1], ["used", 1, 2], ["cached", 1, 0],
-                     ["blank", 1, 0], ["sink", 1, 0]];
+                     ["blank", 1, 0], ["null", 1, 0]];
       for (const name of Object.keys(css)) if (name !== "panel") css[name] = "#000";
       return [16, 7].map(side => kinds.map(([kind, part, holders]) => {
         const canvas = document.createElement("canvas");
@@ -524,9 +501,9 @@ def test_two_traces_stand_side_by_side(browser, events, tmp_path):
 
 
 def test_a_run_that_did_nothing_and_one_that_was_killed(show, events):
-    for told in (events[:1], events[:4], events[: len(events) // 2]):
-        page = show(told)
-        assert page.evaluate("LAST") == sum(event["e"] == "begin" for event in told)
+    for said in (events[:1], events[:4], events[: len(events) // 2]):
+        page = show(said)
+        assert page.evaluate("LAST") == sum(event["e"] == "begin" for event in said)
         page.keyboard.press("End")
         page.keyboard.press("]")
         page.locator("body").press(" ")

@@ -96,12 +96,12 @@ def warm_up(llm, params, num_prompts: int) -> float:
     start threads) is in no figure; then forget them. Gives the seconds that this took.
 
     params: of the benchmark, since they decide which kernels a step needs; num_prompts: as many as
-    the benchmark has at most. In a pool without room for a prompt nothing is done.
+    the benchmark has at most. In a pool that is too small for a prompt nothing is done.
     """
     start = time.perf_counter()
-    room = min(llm.max_positions - 1, llm.max_model_len)
-    new = min(WARM_UP_TOKENS, params.max_tokens, room - 1)
-    length = min(WARM_UP_PROMPT, room - new)
+    longest = min(llm.max_positions - 1, llm.max_model_len)
+    new = min(WARM_UP_TOKENS, params.max_tokens, longest - 1)
+    length = min(WARM_UP_PROMPT, longest - new)
     if new < 1 or length < 1:
         return 0.0
     # a seed of their own: the engine's next one is for the benchmark
@@ -124,16 +124,18 @@ def rate(count: int, seconds: float) -> float:
 
 
 def counters(llm) -> dict[str, float]:
-    """What llm.stats() says, or zeros where that feature is not installed."""
-    from ..full import optional
-
-    return llm.stats() if optional("features.stats") else {"prompt_tokens": 0, "cached_tokens": 0}
+    """What the engine counts."""
+    return llm.stats()
 
 
-def guesses(stats: dict) -> str:
-    """How many guesses of prompt lookup were right, where there were any, after other words."""
-    right, of = stats.get("accepted_tokens"), stats.get("guessed_tokens")
-    return f"; {right} of {of} guesses right ({right / of:.0%})" if of else ""
+def drafts(stats: dict) -> str:
+    """How many draft tokens were accepted, where there were any, after other words."""
+    num_accepted = stats.get("accepted_tokens")
+    num_drafted = stats.get("guessed_tokens")
+    if not num_drafted:
+        return ""
+    share = num_accepted / num_drafted
+    return f"; {num_accepted} of {num_drafted} draft tokens accepted ({share:.0%})"
 
 
 def share(found: dict) -> str:
@@ -207,7 +209,7 @@ Time between tokens: {gap} (median of each prompt's mean)
 Prefill: {found["prefill_tokens"]} tokens in {found["prefill_seconds"]:.2f} s, \
 {found["prefill_tokens_per_second"]} tokens/s
 Decode: {found["decode_tokens"]} tokens in {found["decode_seconds"]:.2f} s, \
-{found["decode_tokens_per_second"]} tokens/s{share(found)}{guesses(found)}
+{found["decode_tokens_per_second"]} tokens/s{share(found)}{drafts(found)}
 (the time of a step that does both is divided by its tokens)
 Prefix-cache hits: {found["cached_tokens"]} of {found["prompt_tokens"]} prompt tokens
 Preemptions: {found["preemptions"]}

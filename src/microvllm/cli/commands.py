@@ -8,7 +8,8 @@ import random
 import shlex
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,10 +58,9 @@ def overrides(args: argparse.Namespace) -> dict[str, object]:
         found = {name: json.loads(value.lower()) for name, value in pairs}
     except ValueError:
         raise ValueError(f"--recipe wants NAME=VALUE, got {' '.join(args.recipe)!r}") from None
-    with suppress(ImportError):
-        from ..features.checks import CONSTANTS, check_names
+    from ..features.checks import CONSTANTS, check_names
 
-        check_names(found, CONSTANTS)
+    check_names(found, CONSTANTS)
     return found
 
 
@@ -76,7 +76,7 @@ def use_threads(args: argparse.Namespace) -> None:
 
 
 def model_name(args: argparse.Namespace) -> str:
-    """The checkpoint that is asked for, by default the bundled one."""
+    """The checkpoint of --model, by default the bundled one."""
     if args.model is None and not MODEL_DIR.is_dir():
         raise ValueError("name a model, such as sft or owner/name: none came with this install")
     return args.model or str(MODEL_DIR)
@@ -102,12 +102,12 @@ def settle(args: argparse.Namespace) -> str:
     unless the flags say otherwise: returns what to tell of that, or ""."""
     if getattr(args, "raw", False) and args.chat:
         raise ValueError("--raw and --chat are two ways to read a prompt: give one of them")
-    from ..full import find_checkpoint, optional
+    from ..sources.places import find_checkpoint, is_base
 
-    name, places = model_name(args), optional("sources.places")
+    name = model_name(args)
     directory, args.step = find_checkpoint(name, args.step)
     args.model = str(directory)
-    args.base = bool(places) and places.is_base(directory, args.step)
+    args.base = is_base(directory, args.step)
     if "raw" not in args or args.raw or args.chat or not args.base:
         return ""
     if getattr(args, "task", None) in ("chat", "completion"):
@@ -116,24 +116,39 @@ def settle(args: argparse.Namespace) -> str:
     return f"({name} is a base model: it completes plain text, as with --raw; --chat asks it)"
 
 
-def load(args: argparse.Namespace, patient: bool = True) -> LLM:
-    """The engine that the flags describe. patient: better wait for kernels that are being compiled
-    than see a first token soon."""
-    build, _ = engine()
-    told = settle(args)
-    from ..full import optional
+@contextmanager
+def starting(args: argparse.Namespace, patient: bool = True) -> Iterator[None]:
+    """Around what makes an engine of these flags: finds the checkpoint first; meanwhile Ctrl-C ends
+    the process at once. patient: better wait for kernels that are being compiled than see a first
+    token soon."""
+    engine()
+    note = settle(args)
+    from ..loading import has_numba
 
     with ExitStack() as stack:
         stack.enter_context(terminal.at_once())  # before what imports numba
-        if first := optional("cpu.first"):
+        if has_numba():
+            from ..cpu import first
+
             stack.enter_context(first.told(terminal.note, patient))
-        llm = build(**engine_options(args))
-    # all of a user's mistakes are refused before the first
+        yield
+    if note:
+        terminal.note(note)
+
+
+def started(args: argparse.Namespace, llm: LLM) -> None:
+    """The engine is there: an error after its first prompt is a bug, and shows its traceback."""
     args.begun = lambda: speed.counters(llm)["prompt_tokens"]
     if getattr(args, "chat", False) and not llm.tokenizer.has_chat:
         raise ValueError("--chat: the tokenizer has no chat tokens")
-    if told:
-        terminal.note(told)
+
+
+def load(args: argparse.Namespace, patient: bool = True) -> LLM:
+    """The engine that the flags describe; patient: see `starting`."""
+    with starting(args, patient):
+        build, _ = engine()
+        llm = build(**engine_options(args))
+    started(args, llm)
     return llm
 
 
@@ -156,14 +171,22 @@ def check_watch(args: argparse.Namespace) -> None:
         raise ValueError(f"--watch draws with rich: {how_to_install('watch')}")
 
 
-def generate(args: argparse.Namespace, llm: LLM, prompts: list, params: SamplingParams, **options):
-    """(the outputs of the prompts, seconds); --watch draws a picture meanwhile."""
-    start = time.perf_counter()
-    with ExitStack() as stack:
-        if args.watch:
-            from ..trace import watching
+@contextmanager
+def watched(args: argparse.Namespace, llm: LLM) -> Iterator[None]:
+    """--watch draws a picture of the engine meanwhile."""
+    if not args.watch:
+        yield
+        return
+    from ..trace import watching
 
-            stack.enter_context(watching(llm))
+    with watching(llm):
+        yield
+
+
+def generate(args: argparse.Namespace, llm: LLM, prompts: list, params: SamplingParams, **options):
+    """(the outputs of the prompts, seconds)."""
+    start = time.perf_counter()
+    with watched(args, llm):
         outputs = llm.generate(prompts, params, not args.watch, **options)
     return outputs, time.perf_counter() - start
 
@@ -201,10 +224,11 @@ def run(args: argparse.Namespace) -> None:
 def answer(args: argparse.Namespace, llm: LLM, texts: list[str], params: SamplingParams) -> str:
     """Answer prompts all at once and print what came of them; returns a line about the speed."""
     turns, prompts = chats(llm, args.raw), encode(llm, texts, args.raw)
-    outputs, seconds = generate(args, llm, prompts, params, **terminal.tools(llm, turns))
+    outputs, seconds = generate(args, llm, prompts, params, tools=turns)
     count = terminal.show_all(texts, outputs, params, turns, args.json)
-    rate, guesses = speed.rate(count, seconds), speed.guesses(speed.counters(llm))
-    return f"{len(texts)} prompts, {count} tokens in {seconds:.2f} s: {rate:.0f} tokens/s{guesses}"
+    rate = speed.rate(count, seconds)
+    drafts = speed.drafts(speed.counters(llm))
+    return f"{len(texts)} prompts, {count} tokens in {seconds:.2f} s: {rate:.0f} tokens/s{drafts}"
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -291,9 +315,6 @@ def bench(args: argparse.Namespace) -> None:
     if not args.json:
         terminal.say(what)
     params = sampling_params(args)
-    from ..full import needed
-
-    needed("what a benchmark counts", "features.stats")
     engine()  # the time of imports is not the model's
     start = time.perf_counter()
     with load(args) as llm:
@@ -309,8 +330,7 @@ def bench(args: argparse.Namespace) -> None:
         with llm.timing() as times:
             outputs, seconds = generate(args, llm, prompts, params)
         found = once | speed.results(outputs, seconds, llm.stats(), times)
-        precision = getattr(llm.model, "store", None) or str(llm.model.dtype)[6:]
-        found |= roofline.reading(llm, outputs, found, precision)
+        found |= roofline.reading(llm, outputs, found, roofline.precision_of(llm))
     terminal.say(json.dumps(found) if args.json else speed.report(found))
 
 
@@ -386,8 +406,8 @@ def info(args: argparse.Namespace) -> None:
     engine()
     from ..checkpoint import pick_device
     from ..features.checks import check_device
-    from ..full import find_checkpoint, read_checkpoint
     from ..sources import strict
+    from ..sources.places import find_checkpoint, read_checkpoint
 
     check_device(args.device)
     device = pick_device(args.device)
@@ -403,9 +423,11 @@ def info(args: argparse.Namespace) -> None:
 def warmup(args: argparse.Namespace) -> None:
     """Compile the kernels that a CPU needs for a checkpoint, in the foreground, and keep them."""
     engine()
-    from ..full import find_checkpoint, load_model, needed
+    from ..loading import find_checkpoint, load_model
+    from ..resources import naming_package
 
-    first, backend = needed("warmup", "cpu.first"), needed("warmup", "cpu.backend")
+    with naming_package("warmup"):
+        from ..cpu import backend, first
     if why := first.not_kept():
         raise ValueError(f"kernels cannot be kept, because {why}: {first.REMEDY}")
     model_path = find_checkpoint(model_name(args), args.step)
@@ -441,8 +463,8 @@ def convert(args: argparse.Namespace) -> None:
     """Write a checkpoint in the other format, see that both give the same tokens under the same
     constants, and say how much the other format's own constants change."""
     from .. import LLM, SamplingParams
-    from ..full import find_checkpoint, read_checkpoint
     from ..sources import exports, places
+    from ..sources.places import find_checkpoint, read_checkpoint
 
     found = find_checkpoint(args.model, args.step)
     checkpoint = config, recipe, _ = read_checkpoint(*found)
@@ -491,9 +513,9 @@ def convert(args: argparse.Namespace) -> None:
 def quantize(args: argparse.Namespace) -> None:
     """Write a checkpoint in 8, 6, 5 or 4 bits, rounded on text of its own or on a given one."""
     from .. import LLM, __version__
-    from ..full import find_checkpoint, read_checkpoint
     from ..quantize import quantize, split_text, write_texts
     from ..sources import exports, huggingface, places, quantised, strict
+    from ..sources.places import find_checkpoint, read_checkpoint
 
     start, bits = time.perf_counter(), int(args.bits)
     if not 0 <= args.seed < 2**31:

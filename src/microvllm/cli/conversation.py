@@ -8,6 +8,7 @@ import re
 import select
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,11 +76,12 @@ def is_typed() -> bool:
 
 class Conversation:
     """The turns so far. The token ids of the answers are kept as they were written, tool outputs
-    and all, so the prompt of a turn begins with what the cache already has. room: tokens that a
-    prompt may have. Raises ValueError for a tokenizer without chat tokens."""
+    and all, so the prompt of a turn begins with what the cache already has. max_prompt: tokens of
+    a prompt, at most. Raises ValueError for a tokenizer without chat tokens."""
 
-    def __init__(self, tokenizer, room: int):
-        self.tokenizer, self.room = tokenizer, room
+    def __init__(self, tokenizer, max_prompt: int):
+        self.tokenizer = tokenizer
+        self.max_prompt = max_prompt
         names = ("user_start", "user_end", "assistant_start", "assistant_end")
         self.user_start, *self.asks, self.end = (
             tokenizer.encode_special(f"<|{name}|>") for name in names
@@ -105,13 +107,13 @@ class Conversation:
         return ids
 
     def prompt(self, line: str) -> list[int]:
-        """The prompt of a line. When there is no room for all turns, the older half of them is
+        """The prompt of a line. When not all turns fit, the older half of them is
         forgotten: not turn by turn, since what moves to the front is computed anew. Raises
-        ValueError, and forgets nothing, for a line without room or one that cannot be encoded."""
+        ValueError, and forgets nothing, for a line that does not fit or cannot be encoded."""
         least = len(self.render(line, len(self.turns)))
-        if least > self.room:
-            raise ValueError(f"{least} tokens, and the context has room for {self.room}")
-        while len(ids := self.render(line, self.num_forgotten)) > self.room:
+        if least > self.max_prompt:
+            raise ValueError(f"{least} tokens, and the context has room for {self.max_prompt}")
+        while len(ids := self.render(line, self.num_forgotten)) > self.max_prompt:
             self.num_forgotten += (len(self.turns) - self.num_forgotten + 1) // 2
         return ids
 
@@ -179,17 +181,17 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool, title: str = "") -
     person, of the model."""
     with suppress(ImportError):
         import readline  # noqa: F401, now input() has a history, arrow keys and bracketed paste
-    limit = llm.max_model_len = llm.max_positions  # what the pool can hold, too
+    limit = llm.max_positions  # what the pool can hold, too
+    llm.config = replace(llm.config, max_model_len=limit)
     # of the context, a prompt leaves the answer its part
     talk = Conversation(llm.tokenizer, limit - min(params.max_tokens, limit // 4))
-    ranks = getattr(llm, "ranks", None)
     if sys.stdin.isatty():
         note(f"{title}: a context of {limit:,} tokens. /help lists the commands, /exit leaves")
     while (line := read_turn()) is not None:
         if command := command_of(line):
             if command[0] == "exit":
                 return
-            note(order(talk, *command, writes=not ranks or ranks.rank == 0))
+            note(order(talk, *command, writes=llm.ranks is None or llm.ranks.rank == 0))
             continue
         if not line:
             continue

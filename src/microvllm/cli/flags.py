@@ -228,7 +228,7 @@ RAW = """prompts:
 --chat  take prompts as questions of a user, even if the model was not trained to chat
 """
 LOOKUP = """options:
---prompt-lookup int N  guess up to N tokens in each step from repetitions in the text, on a CPU: \
+--prompt-lookup int N  draft up to N tokens in each step from repetitions in the text, on a CPU: \
                        the answers are the same, and ready sooner if text repeats itself (=0)
 """
 POLICIES = """\

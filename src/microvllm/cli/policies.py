@@ -33,9 +33,11 @@ def load(file: Path) -> ModuleType:
 
 def names(kind: str) -> dict[str, Callable]:
     """The policies that have names: the core's default, and the lab's where it is installed."""
-    from .. import scheduler  # which imports numpy: too slow for --help
+    from ..blocks import least_recently_used  # which imports numpy: too slow for --help
+    from ..scheduler import first_come, youngest
 
-    found, file = [getattr(scheduler, KINDS[kind])], ROOT / "lab" / "policies.py"
+    found = [p for p in (youngest, first_come, least_recently_used) if p.__name__ == KINDS[kind]]
+    file = ROOT / "lab" / "policies.py"
     if file.is_file():
         found += load(file).OTHERS[kind]
     return {policy.__name__: policy for policy in found}

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..full import needed
+from ..features import parallel
 
 
 class SharedInput(io.TextIOBase):
@@ -47,8 +47,7 @@ def one_voice(args: argparse.Namespace) -> Iterator[None]:
     nowhere = open(os.devnull, "w")
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = sys.stderr = nowhere
-    parallel = needed("tensor_parallel")
-    parallel.join(args.tensor_parallel)
+    parallel.join_processes(args.tensor_parallel)
     sys.stdin = SharedInput(sys.stdin)
     if getattr(args, "seed", 0) is None:
         args.seed = int(shared("seed", str(random.getrandbits(31))))

@@ -58,19 +58,19 @@ def layer_bytes(config, kind: Precision) -> int:
 
 
 def seen_bytes(config, windows: list[int], kind: Precision, context: int) -> int:
-    """The K and V that the last of so many tokens sees, its own among them."""
+    """The K and V that the last token of a context sees, its own among them."""
     seen = sum(min(context, w + 1) if w >= 0 else context for w in windows)
     return seen * layer_bytes(config, kind)
 
 
 def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype="auto") -> dict:
-    """What a checkpoint is, and what running it on the device takes: in a dtype or the few bits
+    """What a checkpoint is, and what running it on the device takes: in a dtype or the bits
     that its file has, and in each precision that the engine has there. Limits are half way through
     the context."""
     from ..checkpoint import pick_dtype
     from ..environment import free_memory
     from ..features.windows import group_layers, most_blocks
-    from ..full import stored_as
+    from ..loading import stored_as
     from ..model import layer_windows
 
     on_gpu, dtype = device.type == "cuda", str(pick_dtype(dtype, device))[6:]
@@ -101,7 +101,7 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
     sequence_bytes = blocks * 16 * width * layer_bytes(config, own)
     # what the cache may have: nearly all of a GPU, or half of what is free elsewhere. unasked the
     # engine takes 4 GB of the latter at most
-    room = max(0, free - chosen["weight_bytes"]) * (0.9 if on_gpu else 0.5)
+    cache_bytes = max(0, free - chosen["weight_bytes"]) * (0.9 if on_gpu else 0.5)
     return {
         "config": vars(config),
         "recipe": vars(recipe),
@@ -117,10 +117,15 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
         "kv_cache_dtype": dtype if kv_cache_dtype == "auto" else kv_cache_dtype,
         "kv_bytes_per_sequence": sequence_bytes,
         "free_bytes": free,
-        "full_sequences_that_fit": int(room // sequence_bytes),
+        "full_sequences_that_fit": int(cache_bytes // sequence_bytes),
         "bytes_per_second": round(speed),
         "precisions": {name: takes(kind) for name, kind in kinds.items()},
     }
+
+
+def precision_of(llm) -> str:
+    """The precision of an engine's weights, one of PRECISIONS or a name that is not there."""
+    return getattr(llm.model, "store", None) or str(llm.model.dtype)[6:]
 
 
 def reading(llm, outputs: list, stats: dict, precision: str) -> dict:

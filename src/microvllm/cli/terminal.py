@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..environment import REINSTALL
-from .bench import counters, guesses
+from .bench import counters, drafts
 
 if TYPE_CHECKING:
     from .. import LLM, SamplingParams
@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         return " ".join(["%(prog)s", *required, "[options]", *positional])
 
     def parse_known_args(self, args=None, namespace=None):
-        """As in argparse, but a flag that there is not is told with the nearest that there is."""
+        """As in argparse, but the message about an unknown flag names the nearest one."""
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
             if near := get_close_matches(word.partition("=")[0], self._option_string_actions, 1):
@@ -162,7 +162,7 @@ def user_errors(args: argparse.Namespace) -> Iterator[None]:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """Run args.command. Ctrl-C ends it with exit status 130, a reader who goes away with 141, a
+    """Run args.command. Ctrl-C ends it with exit status 130, a reader that goes away with 141, a
     stdout that takes no more, as on a full disk, with a line and 2."""
     open_streams()
     try:
@@ -265,7 +265,7 @@ def note(text: str, live: bool = False, end: str = "\n") -> None:
     text = plain(text)
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         text = f"\033[2m{text}\033[0m"
-    with suppress(OSError):  # nobody can be told
+    with suppress(OSError):  # there is nowhere to write
         print(f"\r\033[K{text}" if live else text, end=end, file=sys.stderr, flush=True)
 
 
@@ -281,29 +281,23 @@ def progress(text: str, last: bool = False) -> None:
 # answers ------------------------------------------------------------------------------------------
 
 
-def tools(llm: LLM, chat: bool) -> dict[str, bool]:
-    """What `generate` takes for a conversation: the calculator, where it is installed."""
-    return {"tools": True} if chat and "tools" in llm.request_options else {}
-
-
 def live(
     llm: LLM, prompt, params: SamplingParams, *, chat: bool, show: bool = True, lead: str = "",
     context: int = 0,
 ) -> dict:  # fmt: skip
     """Stream the answer to one prompt (a text or token ids), and say how fast it was.
 
-    show: print it, after `lead`; chat: with the calculator; context: of so many tokens, say how
-    many prompt (token ids) and answer take. Returns its text, token_ids,
+    show: print it, after `lead`; chat: with the calculator; context: say how many of these tokens
+    prompt (token ids) and answer take. Returns its text, token_ids,
     finish_reason, stop_reason, tokens_per_second, prompt_tokens and how many of them were
     cached_tokens. Ctrl-C ends the answer alone: its finish_reason is "abort".
     """
     before, start = counters(llm), time.perf_counter()
     answer = {"text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": "abort"}
-    options = tools(llm, chat)
     with notes_later():
         with (
             suppress(KeyboardInterrupt),
-            closing(llm.stream([prompt], params, **options)) as events,
+            closing(llm.stream([prompt], params, tools=chat)) as events,
         ):
             for event in events:
                 answer["text"] += event.text
@@ -323,7 +317,7 @@ def live(
         end = "" if answer["finish_reason"] == "stop" else _ENDS.get(answer["stop_reason"], "")
         hits = f"{now['cached_tokens']} of {now['prompt_tokens']} prompt tokens cached"
         used = f"; {len(prompt) + count:,} of {context:,} in the context" if context else ""
-        note(f"[{count} tokens, {speed} tokens/s{used}; {hits}{guesses(now)}{end}]")
+        note(f"[{count} tokens, {speed} tokens/s{used}; {hits}{drafts(now)}{end}]")
     return answer
 
 

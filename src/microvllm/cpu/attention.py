@@ -459,7 +459,7 @@ def attend_tiles(
 def tile(batch, group: int, D: int) -> tuple[int, int]:
     """Rows of one sequence that are done together, and the size of a thread's scratch for them."""
     # many queries read a block of keys together: their scores still fit in the second-level cache
-    rows = max(1, min(batch.max_query, _QUERIES // group))
+    rows = max(1, min(batch.max_query_len, _QUERIES // group))
     return rows, scratch_size(rows * group, D)
 
 

@@ -332,7 +332,7 @@ class Layers:
 
     def run(self, batch, cache, hidden, logits, uniform, scale, filters, stops, tokens) -> int:
         """Call the kernel."""
-        names = "ids", "prev_ids", "positions", "cu_seqlens", "seq_lens", "logit_rows"
+        names = "token_ids", "prev_token_ids", "positions", "cu_seqlens", "seq_lens", "logit_rows"
         arrays = [np.asarray(getattr(batch, name)) for name in names]
         slots, tables = np.asarray(batch.slots), np.asarray(batch.block_tables)
         if cache is not self.cache:

@@ -34,12 +34,14 @@ import numba
 import torch
 
 from ..attention import PagedKVCache
+from ..blocks import BlockManager, BlockPool
 from ..checkpoint import empty_model
 from ..fused.int8_cache import with_int8_cache
-from ..fused.model import FusedGPT, FusedRunner
+from ..fused.model import FusedGPT
 from ..model import RECIPES, GPTConfig
+from ..runner import Hooks, Runner
 from ..sampler import SamplingParams
-from ..scheduler import BlockManager, Scheduler, Sequence
+from ..scheduler import Scheduler, Sequence
 from . import helper, kernel_cache, locks
 from .attention import attend_rows
 from .helper import ATTACHED, BACKGROUND, FOREGROUND, UNKEPT, describe, description
@@ -88,13 +90,14 @@ def run_tiny(backend_class: type, kind: str) -> None:
     model = FusedGPT(config, recipe, weights, backend, store=store)
     layout, dtype = model.kv_layout
     cache = PagedKVCache(layout, 8, 4, dtype, backend.device)
-    scheduler = Scheduler(blocks := BlockManager(8, 4), 4, 16)
-    scheduler.add(Sequence(0, [1, 2, 3], SamplingParams(max_tokens=3, top_k=2, seed=0)))
-    runner = FusedRunner(model, cache, blocks)
-    with torch.inference_mode():
-        for _ in range(2):
-            runner.launch(plan := scheduler.schedule())
-            scheduler.update(plan, runner.read(plan))
+    blocks = BlockManager(BlockPool(8), block_size=4)
+    scheduler = Scheduler(blocks, max_batch_size=4, max_batched_tokens=16)
+    params = SamplingParams(max_tokens=3, top_k=2)
+    scheduler.add(Sequence(0, [1, 2, 3], params, seed=0, max_length=6))
+    runner = Runner(model, cache, blocks, Hooks(), backend.sample)
+    for _ in range(2):
+        plan = scheduler.schedule()
+        scheduler.update(plan, runner.run(plan))
 
 
 # what is on disk ----------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def rope_store(
     q = torch.empty(len(qkv), n_head, D)
     if not gated:  # a kernel takes arrays, never None: any of their kind will do
         ve, ve_gate = cos if k.dtype == torch.int8 else k[0, 0], h
-    ids = batch.ids if gated else batch.slots
+    ids = batch.token_ids if gated else batch.slots
     tensors = ids, ve, ve_gate, cos, sin, batch.positions, batch.slots, k, v
     ids, ve, ve_gate, *others = [array_of(x) for x in tensors]
     with one_at_a_time:

@@ -6,9 +6,9 @@
 
     simple_evaluate(HarnessLM(LLM("sft")), tasks=["arc_easy"])
 
-The harness asks in texts and hands over all requests of a kind at once. They become token ids as in
-its Hugging Face model, and one call of the engine, which batches them and computes what they begin
-with once. The harness finds no models in other packages; once this module is imported it knows
+The harness hands over all requests of a kind at once, as texts. They become token ids as in its
+Hugging Face model, and one call of the engine, which batches them and computes shared prefixes
+once. The harness finds no models in other packages; once this module is imported it knows
 "microvllm", also on its own command line:
 
     python -c "import microvllm.evals, lm_eval.__main__ as m; m.cli_evaluate()" \\
@@ -16,7 +16,6 @@ with once. The harness finds no models in other packages; once this module is im
 """
 
 import re
-from itertools import chain
 from pathlib import Path
 
 from ..environment import how_to_install
@@ -35,7 +34,13 @@ except ImportError as error:
     what = f"evaluations need lm-eval 0.4.10 or later ({error}): {how_to_install('eval')}"
     raise ModuleNotFoundError(what, name=error.name) from None
 
-COUNTERS = "prompt_tokens cached_tokens output_tokens prefill_seconds decode_seconds".split()
+COUNTERS = (
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "prefill_seconds",
+    "decode_seconds",
+)
 
 
 @register_model("microvllm")
@@ -51,17 +56,21 @@ class HarnessLM(TemplateLM):
 
     def __init__(self, llm, max_gen_toks: int = 256):
         super().__init__()
-        self.llm, self.max_gen_toks = llm, max_gen_toks
+        self.llm = llm
+        self.max_gen_toks = max_gen_toks
         self.max_length = llm.max_model_len - 1
-        self._marks = re.compile(f"({'|'.join(map(re.escape, llm.tokenizer.special_tokens))})")
+        names = map(re.escape, llm.tokenizer.special_tokens)
+        self._special_names = re.compile(f"({'|'.join(names)})")
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None):
         """The harness's --model_args are the arguments of LLM, such as model_path. Of what it adds,
-        the batch size is the scheduler's own, and cuda:0 also stands for the best there is."""
+        the batch size is not used (the scheduler has its own limits), and cuda:0 also stands for
+        the best device."""
         from .. import LLM
 
-        options = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        additional_config = additional_config or {}
+        options = {name: value for name, value in additional_config.items() if value is not None}
         options.pop("batch_size", None)
         if options.get("device") == "cuda:0":
             options["device"] = "auto"
@@ -71,7 +80,7 @@ class HarnessLM(TemplateLM):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
-    # text -----------------------------------------------------------------------------------------
+    # text
 
     @property
     def eot_token_id(self) -> int:
@@ -95,9 +104,11 @@ class HarnessLM(TemplateLM):
         tokenizer = self.llm.tokenizer
         if not string.startswith("<|bos|>"):
             return tokenizer.encode(string, bos=add_special_tokens is not False)
-        special, parts = tokenizer.special_tokens, self._marks.split(string)
-        ids = ([special[x]] if x in special else tokenizer.encode(x) for x in parts)
-        return [*chain(*ids)]
+        ids: list[int] = []
+        for part in self._special_names.split(string):
+            special_id = tokenizer.special_tokens.get(part)
+            ids += tokenizer.encode(part) if special_id is None else [special_id]
+        return ids
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
         """The text of a conversation for `tok_encode`. Without add_generation_prompt the last
@@ -106,65 +117,74 @@ class HarnessLM(TemplateLM):
         text = tokenizer.decode(tokenizer.render_for_completion(chat_history))
         return text if add_generation_prompt else text + chat_history[-1]["content"]
 
-    # requests -------------------------------------------------------------------------------------
+    # requests
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
         """Of each (texts, context's ids, continuation's ids) the log-probability of the
         continuation, and whether it is what greedy decoding writes."""
-        prompts, tails = [], []
-        for texts, context, tail in requests:
-            if not 0 < len(tail) <= self.max_length:
+        prompts = []
+        continuations = []
+        for texts, context, continuation in requests:
+            num_tokens = len(continuation)
+            if not 0 < num_tokens <= self.max_length:
                 raise ValueError(
-                    f"a continuation of {len(tail)} tokens after a context of {len(context)}, and "
+                    f"a continuation of {num_tokens} tokens after a context of {len(context)}, and "
                     f"it must have 1 to {self.max_length} (max_length): {texts!r:.200}"
                 )
-            prompts.append(context[len(tail) - self.max_length - 1 :])
-            tails.append(tail)
-        outputs = self.llm.judge(prompts, tails, use_tqdm=not disable_tqdm)
+            prompts.append(context[num_tokens - self.max_length - 1 :])
+            continuations.append(continuation)
+        outputs = self.llm.judge(prompts, continuations, use_tqdm=not disable_tqdm)
         return [(sum(output["logprobs"]), all(output["greedy"])) for output in outputs]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text after BOS: of its first max_length tokens, then of each
         further stretch given all that fits before it."""
-        windows = []  # (text's number, context's ids, predicted ids)
+        windows = []  # (index of the text, context's ids, predicted ids)
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             rolled = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             windows += [(i, *make_disjoint_window(window)) for window in rolled]
         totals = [0.0] * len(requests)
-        found = self._loglikelihood_tokens(windows, disable_tqdm)
-        for (i, *_), (total, _) in zip(windows, found, strict=True):
-            totals[i] += total
+        answers = self._loglikelihood_tokens(windows, disable_tqdm)
+        for (i, _, _), (logprob, _) in zip(windows, answers, strict=True):
+            totals[i] += logprob
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The text after each context, up to the first of the strings `until` or the end of the
         answer. Other generation_kwargs are those of SamplingParams; greedy by default."""
-        prompts, params = [], []
-        for context, given in (request.args for request in requests):
-            options = normalize_gen_kwargs(given, self.max_gen_toks)
-            if (room := self.max_length - options["max_gen_toks"]) < 1:
+        prompts = []
+        params = []
+        for context, gen_kwargs in [request.args for request in requests]:
+            options = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+            room = self.max_length - options["max_gen_toks"]
+            if room < 1:
                 raise ValueError(
                     f"max_gen_toks={options['max_gen_toks']} leaves no room for a prompt: both "
                     f"must fit into {self.max_length} tokens (max_length); give a lower one"
                 )
-            options = {"temperature": 0.0} | options
-            options["max_tokens"] = options.pop("max_gen_toks")
-            if until := [text for text in options.pop("until") if text]:
-                options["stop"] = until
-            del options["do_sample"]  # which the temperature says
-            if options.get("num_beams") == 1:  # no beam search
-                del options["num_beams"]
             try:
-                params.append(self.llm.params_class(**options))
+                params.append(self._make_params(options))
             except (TypeError, ValueError) as error:
-                raise type(error)(f"generation_kwargs {given}: {error}") from None
+                raise type(error)(f"generation_kwargs {gen_kwargs}: {error}") from None
             prompts.append(self.tok_encode(context)[-room:])
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
         for i, output in enumerate(outputs):
             if output["finish_reason"] not in ("stop", "length"):
                 raise RuntimeError(f"request {i}: {output['finish_reason']}, {output.stop_reason}")
         return [output["text"] for output in outputs]
+
+    def _make_params(self, options: dict):
+        """SamplingParams for normalised generation_kwargs. Raises TypeError or ValueError."""
+        options = {"temperature": 0.0, **options}
+        options["max_tokens"] = options.pop("max_gen_toks")
+        until = [text for text in options.pop("until") if text]
+        if until:
+            options["stop"] = until
+        del options["do_sample"]  # which the temperature says
+        if options.get("num_beams") == 1:  # no beam search
+            del options["num_beams"]
+        return self.llm.params_class(**options)
 
 
 def find_tasks(names: list[str], include_path: str | Path | None = None):
@@ -193,12 +213,21 @@ def evaluate(llm, tasks: list[str], task_manager=None, **options) -> dict | None
     before = llm.stats()
     results = simple_evaluate(HarnessLM(llm), tasks=tasks, task_manager=task_manager, **options)
     if results is not None:
-        stats = llm.stats()
-        found = {name: stats[name] - before[name] for name in COUNTERS}
-        seconds = found.pop("prefill_seconds") + found.pop("decode_seconds")
-        tokens = found["prompt_tokens"] + found["output_tokens"]
-        found["hit_rate"] = round(found["cached_tokens"] / max(1, found["prompt_tokens"]), 4)
-        found["seconds"] = round(seconds, 3)
-        found["tokens_per_second"] = round(tokens / seconds, 1) if seconds else 0.0
-        results["engine"] = found
+        after = llm.stats()
+        results["engine"] = summarise({name: after[name] - before[name] for name in COUNTERS})
     return results
+
+
+def summarise(counters: dict[str, float]) -> dict[str, float]:
+    """What `evaluate` says of the engine, from the differences of its COUNTERS."""
+    seconds = counters["prefill_seconds"] + counters["decode_seconds"]
+    num_tokens = counters["prompt_tokens"] + counters["output_tokens"]
+    hit_rate = counters["cached_tokens"] / max(1, counters["prompt_tokens"])
+    return {
+        "prompt_tokens": counters["prompt_tokens"],
+        "cached_tokens": counters["cached_tokens"],
+        "output_tokens": counters["output_tokens"],
+        "hit_rate": round(hit_rate, 4),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(num_tokens / seconds, 1) if seconds else 0.0,
+    }

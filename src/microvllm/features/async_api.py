@@ -1,9 +1,9 @@
-"""Callers in event loops: one thread runs the steps for all of them.
+"""An engine that event loops call: one thread runs the steps for all of them.
 
     event loops                                     stepping thread
     requests are prepared in a worker thread
     a Call is added           ------------------>   queues its requests
-                                                    runs a step for the requests of all callers
+                                                    runs a step for the requests of all calls
     `async for` continues     <------------------   puts the news into Call.items, wakes the loop
     the Call is left early    ------------------>   aborts its requests
 
@@ -11,33 +11,33 @@ An event loop never waits for a step, nor for a lock that is held during one. Th
 the first call, and ends as soon as no call is left. Threads that call `generate` or `stream` run
 steps too, and all requests share the same batches.
 
-A consumer may be slower than the engine. Then MOST_ITEMS events wait for it, and no further ones
-are made: what the next event says grows instead, since it has all text since the last one. So the
-memory of a slow consumer is bounded, nothing is lost, and the other consumers do not wait.
+A consumer may be slower than the engine. Then MAX_ITEMS events wait for it, and no further ones are
+made: the next event has all text since the last one. So the memory of a slow consumer is bounded,
+nothing is lost, and the other consumers do not wait.
 """
 
 import asyncio
 import atexit
 import threading
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import takewhile
 
 from ..engine import LLM, Request, RequestOutput
 
-MOST_ITEMS = 16  # events of a call that wait for its consumer before they are merged
-EXIT_SECONDS = 10  # the interpreter waits so long, at its end, for a step that is under way
+MAX_ITEMS = 16  # events of a call that wait for its consumer before they are merged
+EXIT_SECONDS = 10  # the interpreter waits that long, at its end, for a step that is under way
 
-_threads: set[threading.Thread] = set()  # those that run steps in this process
-_is_ending = threading.Event()  # is the interpreter at its end?
+stepping_threads: set[threading.Thread] = set()  # of this process
+is_ending = threading.Event()  # is the interpreter at its end?
 
-# gives what is new about these requests since it was called last
-Reader = Callable[[Iterable[Request]], list]
+# gives what is new about a call's requests since it was called last
+Reader = Callable[[], list]
 
 
-def read_nothing(requests: Iterable[Request]) -> list:
+def read_nothing() -> list:
     """The Reader of a call that waits for outputs only."""
     return []
 
@@ -50,18 +50,16 @@ class Call:
     """
 
     def __init__(self, requests: list[Request], read: Reader = read_nothing):
-        self.pending = deque(requests)  # the first one that may have news, and all that follow
+        self.pending = deque(requests)  # the first one without an output, and all that follow
+        self.read = read
         self.items: deque = deque()  # news that the consumer has not taken yet
         self.is_queued = False  # does the engine know the requests?
         self.is_over = not requests  # no items will follow
         self.is_left = False  # the consumer wants no more
         self.error: BaseException | None = None  # why there are no more
-        self._read = read
-        self._loop = asyncio.get_running_loop()
-        self._arrived = asyncio.Event()
-        self._is_waking = (
-            False  # a wake-up is on its way: a loop that is blocked gets one, not many
-        )
+        self.loop = asyncio.get_running_loop()
+        self.arrived = asyncio.Event()
+        self.is_waking = False  # a wake-up is on its way: a blocked loop gets one, not many
 
     # in the event loop
 
@@ -77,46 +75,42 @@ class Call:
                 if self.error is not None:
                     raise self.error
                 raise StopAsyncIteration
-            await self._arrived.wait()
-            self._arrived.clear()
-            self._is_waking = False
+            await self.arrived.wait()
+            self.arrived.clear()
+            self.is_waking = False
 
     # in the stepping thread
 
     def is_abandoned(self) -> bool:
         """Has the consumer left, or its event loop been closed?"""
-        return self.is_left or self._loop.is_closed()
-
-    def is_done(self) -> bool:
-        """Has each request its output?"""
-        return all(request.output is not None for request in self.pending)
+        return self.is_left or self.loop.is_closed()
 
     def deliver(self) -> None:
-        """Hand over what is new. While too much waits, only the end is."""
-        is_done = self.is_done()
-        if not is_done and len(self.items) >= MOST_ITEMS:
-            return
-        num_done = len([*takewhile(lambda request: request.output is not None, self.pending)])
-        news = self._read(self.pending)
-        for _ in range(num_done):
+        """Hand over what is new. While too many items wait, only the end is."""
+        while self.pending and self.pending[0].output is not None:
             self.pending.popleft()
+        is_done = not self.pending
+        if not is_done and len(self.items) >= MAX_ITEMS:
+            return
+        news = self.read()
         self.items.extend(news)
         self.is_over = is_done
         if news or is_done:
-            self._wake()
+            self.wake()
 
     def fail(self, error: BaseException) -> None:
         """End the call by an exception, which its consumer gets after what arrived before."""
         self.error = error
         self.is_over = True
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
-        if self._is_waking:
+    def wake(self) -> None:
+        """Let the event loop continue the consumer."""
+        if self.is_waking:
             return
-        self._is_waking = True
+        self.is_waking = True
         try:
-            self._loop.call_soon_threadsafe(self._arrived.set)
+            self.loop.call_soon_threadsafe(self.arrived.set)
         except RuntimeError:  # the loop was closed in this moment
             self.is_left = True
 
@@ -124,9 +118,9 @@ class Call:
 @atexit.register
 def end_threads() -> None:
     """End the stepping threads after their present step: a daemon thread that is in a function of
-    C++ when the interpreter goes ends the process by a signal."""
-    _is_ending.set()
-    for thread in [*_threads]:
+    C++ when the interpreter ends would end the process by a signal."""
+    is_ending.set()
+    for thread in list(stepping_threads):
         thread.join(EXIT_SECONDS)
 
 
@@ -134,57 +128,57 @@ class Stepper:
     """The thread that runs the steps of an engine for all of its calls, while there are any."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # of the next two; never held during a step
-        self._new: list[Call] = []  # calls that the thread has not seen yet
-        self._thread: threading.Thread | None = None
+        self.lock = threading.Lock()  # of the next two; never held during a step
+        self.new_calls: list[Call] = []  # which the thread has not seen yet
+        self.thread: threading.Thread | None = None
 
-    def add(self, llm: LLM, call: Call) -> None:
+    def add(self, engine: LLM, call: Call) -> None:
         """Have the call's requests served. Raises RuntimeError if no thread can be started."""
-        with self._lock:
-            self._new.append(call)
-            if self._thread is not None:
+        with self.lock:
+            self.new_calls.append(call)
+            if self.thread is not None:
                 return
-            # it keeps the engine alive, and this object must not: an engine has no cycle
+            # the thread keeps the engine alive; this object does not: it would be a cycle
             thread = threading.Thread(
-                target=self._run, args=(llm,), name="microvllm steps", daemon=True
+                target=self.run, args=(engine,), name="microvllm steps", daemon=True
             )
-            self._thread = thread
+            self.thread = thread
             try:
                 thread.start()
             except BaseException:
-                self._new.remove(call)
-                self._thread = None
+                self.new_calls.remove(call)
+                self.thread = None
                 raise
 
     def join(self) -> None:
         """Wait for the end of the thread, after the engine was closed."""
-        thread = self._thread
+        thread = self.thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _run(self, llm: LLM) -> None:
+    def run(self, engine: LLM) -> None:
         """What the thread does. An exception of a step ends the calls that wait now; later calls
         are served."""
         calls: list[Call] = []
-        _threads.add(threading.current_thread())
-        while self._take(calls) and not _is_ending.is_set():
+        stepping_threads.add(threading.current_thread())
+        while self.take_new(calls) and not is_ending.is_set():
             try:
-                run_turn(llm, calls)
+                serve_calls(engine, calls)
             except BaseException as error:
                 end_calls(calls, error)
-        _threads.discard(threading.current_thread())
+        stepping_threads.discard(threading.current_thread())
 
-    def _take(self, calls: list[Call]) -> bool:
+    def take_new(self, calls: list[Call]) -> bool:
         """Add the new calls to the thread's own; False, and the thread ends, if there are none."""
-        with self._lock:
-            calls.extend(self._new)
-            self._new.clear()
-            if not calls and self._thread is threading.current_thread():
-                self._thread = None
+        with self.lock:
+            calls.extend(self.new_calls)
+            self.new_calls.clear()
+            if not calls and self.thread is threading.current_thread():
+                self.thread = None
             return bool(calls)
 
 
-def run_turn(llm: LLM, calls: list[Call]) -> None:
+def serve_calls(engine: LLM, calls: list[Call]) -> None:
     """Drop calls that are over or left, with what they have unfinished; queue the requests of new
     ones; run a step for all, and hand over its news."""
     waiting = []
@@ -192,16 +186,16 @@ def run_turn(llm: LLM, calls: list[Call]) -> None:
         if call.is_over or call.is_abandoned():
             request_ids = [request.id for request in call.pending] if call.is_queued else []
             call.pending.clear()
-            llm.abort(*request_ids)
+            engine.abort(*request_ids)
             continue
         waiting.append(call)
         if not call.is_queued:
             call.is_queued = True
             with failing(call):
-                llm._queue([*call.pending])
+                engine.submit_requests(list(call.pending))
     calls[:] = waiting
     if calls:
-        llm._step()
+        engine.guard.perform(engine.loop.advance)
     deliver_news(calls)
 
 
@@ -231,21 +225,21 @@ def failing(call: Call) -> Iterator[None]:
         call.fail(error)
 
 
-class AsyncLLM(LLM):
-    """An engine that is called from event loops, any number of them, and from threads meanwhile."""
+class AsyncApi:
+    """The methods of an engine for event loops, any number of them, and threads meanwhile."""
 
-    def _assemble(self, *args, **options) -> None:
-        super()._assemble(*args, **options)
-        self._stepper = Stepper()
+    def __init__(self, engine: LLM):
+        self.get_engine = weakref.ref(engine)  # the engine has this object: no cycle
+        self.stepper = Stepper()
 
     @contextmanager
     def serve_async(self, requests: list[Request], read: Reader = read_nothing) -> Iterator[Call]:
-        """Serve requests that were made with owned=True: `_steps` for event loops. The context is
-        an asynchronous iterator over what `read` gives after a step. To leave it before its end, as
-        a cancelled task does, aborts what is unfinished."""
+        """Serve requests that were made with is_owned=True: `LLM.serve` for event loops. The
+        context is an asynchronous iterator over what `read` gives after a step. To leave it before
+        its end, as a cancelled task does, aborts what is unfinished."""
         call = Call(requests, read)
         if requests:
-            self._stepper.add(self, call)
+            self.stepper.add(self.get_engine(), call)
         try:
             yield call
         finally:
@@ -255,7 +249,8 @@ class AsyncLLM(LLM):
     async def agenerate(self, prompts, sampling_params=None, **options) -> list[RequestOutput]:
         """`generate` for event loops, with its arguments but for use_tqdm. To cancel it aborts the
         requests. Raises what `generate` raises."""
-        prepare = partial(self._prepare, prompts, sampling_params, **options)
+        engine = self.get_engine()
+        prepare = partial(engine.make_requests, prompts, sampling_params, **options)
         requests = await asyncio.to_thread(prepare)
         with self.serve_async(requests) as call:
             async for _ in call:
@@ -268,28 +263,19 @@ class AsyncLLM(LLM):
         """`stream` for event loops, with its arguments and events. A consumer that is slower than
         the engine gets fewer and longer pieces. To leave the loop early, to close the generator
         (`aclose`) or to cancel the task aborts what is unfinished."""
-        prepare = partial(self._prepare, prompts, sampling_params, streamed=True, **options)
+        engine = self.get_engine()
+        prepare = partial(
+            engine.make_requests, prompts, sampling_params, needs_text=True, **options
+        )
         requests = await asyncio.to_thread(prepare)
-        index = {request.id: i for i, request in enumerate(requests)}
-
-        def read(pending: Iterable[Request]) -> list[RequestOutput]:
-            try:
-                news = self._news(pending)
-            except RuntimeError:
-                if self.runner is not None:
-                    raise
-                news = LLM._news(self, pending)  # closed: nothing changes while this looks
-            return [RequestOutput(index=index[request.id], **event) for request, event in news]
-
+        read = partial(read_events, engine, dict(enumerate(requests)))
         with self.serve_async(requests, read) as call:
             async for event in call:
                 yield event
 
     async def achat(self, messages, sampling_params=None, **options) -> list[RequestOutput]:
         """`chat` for event loops, with its arguments but for use_tqdm."""
-        if "tools" in self.request_options:
-            options.setdefault("tools", True)  # as `chat` has it
-        prompts = await asyncio.to_thread(self._render, messages)
+        prompts = await asyncio.to_thread(self.get_engine().render_conversations, messages)
         return await self.agenerate(prompts, sampling_params, **options)
 
     def warm(self) -> None:
@@ -297,21 +283,33 @@ class AsyncLLM(LLM):
         a server waits for neither. It takes as long as these do: half a minute once on a machine
         with a CPU, then about a second. Call it before the event loop starts, or in it as
         `await asyncio.to_thread(llm.warm)`. The requests count in `stats`."""
-        blocks = self.scheduler.blocks
-        room = blocks.num_usable // blocks.width * blocks.block_size
-        length = max(1, min(32, room - 1, self.max_model_len - 2))
-        limits = {"max_tokens": min(2, room), "seed": 0, "ignore_eos": True}
+        engine = self.get_engine()
+        engine.guard.check_open()
+        blocks = engine.scheduler.blocks
+        # blocks_for(1): a token takes a block of each window group
+        num_slots = blocks.pool.num_usable // blocks.blocks_for(1) * blocks.block_size
+        prompt_length = max(1, min(32, num_slots - 1, engine.config.max_model_len - 2))
+        limits = {"max_tokens": min(2, num_slots), "seed": 0, "ignore_eos": True}
         params = [
-            self.params_class(temperature=0.0, **limits),
-            self.params_class(temperature=1.0, top_k=2, **limits),
+            engine.params_class(temperature=0.0, **limits),
+            engine.params_class(temperature=1.0, top_k=2, **limits),
         ]
-        prompt = [self.tokenizer.bos_id] * length
-        self.generate([prompt, prompt], params, use_tqdm=False)
+        prompt = [engine.tokenizer.bos_id] * prompt_length
+        engine.generate([prompt, prompt], params, use_tqdm=False)
 
-    def close(self) -> None:
-        """As in the core; what tasks wait for ends with the finish_reason "abort"."""
-        super().close()
-        self._stepper.join()
+    def join(self) -> None:
+        """Wait for the end of the stepping thread, after the engine was closed."""
+        self.stepper.join()
 
 
-PARTS = {"llm": AsyncLLM}
+def read_events(engine: LLM, unfinished: dict[int, Request]) -> list[RequestOutput]:
+    """The events of a stream since the last call, also of an engine that was closed meanwhile."""
+    events: list[RequestOutput] = []
+    try:
+        engine.guard.perform(partial(engine.read_events, unfinished, events))
+    except RuntimeError:
+        if not engine.guard.is_closed:
+            raise
+    if engine.guard.is_closed:  # nothing changes any more
+        engine.read_events(unfinished, events)
+    return events

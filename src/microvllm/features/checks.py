@@ -1,128 +1,186 @@
-"""What an engine is given, checked before anything is done: a mistake is named, with its value."""
+"""Checks of what an engine is given, before anything is done: an error names the mistake and its
+value. full.py calls these functions, params.py `suggest_names`."""
 
 import os
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, wraps
 from numbers import Integral
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
-from ..engine import LLM, Request
+from ..blocks import least_recently_used
 from ..sampler import RANGES, SamplingParams
-from ..scheduler import first_come, least_recently_used, youngest
-from . import check_list, check_number, check_numbers
+from ..scheduler import first_come, youngest
+from . import check_number
+
+if TYPE_CHECKING:
+    from .. import params as full_params
+    from ..engine import LLM
+
+Params = TypeVar("Params")
 
 LEAST = {
-    "block_size": 1, "seed": 0, "prompt_lookup": 0, "num_blocks": 2, "max_model_len": 2,
-    "max_batch_size": 1, "max_batched_tokens": 1, "tensor_parallel": 1, "step": 0,
-}  # fmt: skip
-OPTIONAL = "num_blocks", "max_model_len", "max_batch_size", "max_batched_tokens", "step"
-FLAGS = "enable_prefix_caching", "copy", "cuda_graphs", "deterministic", "plain", "trust_tokenizer"
+    "block_size": 1,
+    "seed": 0,
+    "prompt_lookup": 0,
+    "num_blocks": 2,
+    "max_model_len": 2,
+    "max_batch_size": 1,
+    "max_batched_tokens": 1,
+    "tensor_parallel": 1,
+    "step": 0,
+}
+OPTIONAL = ("num_blocks", "max_model_len", "max_batch_size", "max_batched_tokens", "step")
+FLAGS = (
+    "enable_prefix_caching",
+    "copy",
+    "cuda_graphs",
+    "deterministic",
+    "plain",
+    "trust_tokenizer",
+)
 # of a model's Recipe: what its tensors do not tell
-CONSTANTS = "eps gate_scale qk_scale rope_base round_rotary short_window softcap".split()
-# parameters of a request that None turns off, which is their default
-OFF = (
-    "stop stop_token_ids bad_words min_tokens top_p min_p "
-    "repetition_penalty presence_penalty frequency_penalty"
-).split()
-NO_LIMIT = RANGES["max_tokens"][1]  # more tokens than any context has
+CONSTANTS = (
+    "eps",
+    "gate_scale",
+    "qk_scale",
+    "rope_base",
+    "round_rotary",
+    "short_window",
+    "softcap",
+)
+POLICIES = {  # the default, and what another one chooses from
+    "victim": (youngest, "scheduler.running"),
+    "admission": (first_come, "scheduler.waiting"),
+    "eviction": (least_recently_used, "pool.cached"),
+}
+MODULE = "a live nanochat GPT module"
 MESSAGES = (
     "a message of a conversation, which is a dict: call llm.chat(messages), or give the token ids "
     "llm.tokenizer.render_for_completion(messages)"
 )
-POLICIES = {  # the default, and what another one must choose from
-    "victim": (youngest, "scheduler.running"),
-    "admission": (first_come, "scheduler.waiting"),
-    "eviction": (least_recently_used, "blocks.cached"),
-}
 
 
-def check_arguments(given: dict) -> dict[str, Callable]:
-    """Raises TypeError or ValueError for an argument of LLM that makes no sense; given: all, by
-    name. Returns the policies, each but the defaults with a look at what it returns."""
-    own = (given.keys() | CONSTANTS) - {"self", "overrides"}
-    check_names(given["overrides"], own, words(given["self"].params_class))
-    for name, least in LEAST.items():
-        if given[name] is not None or name not in OPTIONAL:
-            check_number(name, given[name], least)
-    for name in FLAGS:
-        if not isinstance(given[name], bool):
-            raise TypeError(f"{name} must be True or False, got {given[name]!r:.80}")
-    for name in POLICIES:
-        if not callable(given[name]):
-            raise TypeError(f"{name} must be a function, got {given[name]!r:.80}")
-    if given["num_threads"] is not None:
-        check_threads("num_threads", given["num_threads"])
-    if given["gpu_memory_utilization"] is not None:
-        check_number("gpu_memory_utilization", given["gpu_memory_utilization"], 0.01, 1.0)
-    check_model(given)
-    if (given["model_path"] is None) == (given["model"] is None):
-        raise TypeError("give either model_path or model (a live nanochat GPT module)")
-    if given["copy"] and given["model"] is None:
-        raise TypeError("copy=True is for a live module: give model, or leave it out")
-    if given["model"] is not None and given["tokenizer"] is None is given["tokenizer_path"]:
-        raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
-    check_device(given["device"])
-    return {name: checked_policy(name, given[name]) for name in POLICIES}
-
-
-def check_model(given: dict) -> None:
-    """Raises TypeError for a path in place of a live module or of its tokenizer, and the other way
-    round."""
-    for name in ("model", "tokenizer"):
-        if isinstance(value := given[name], (str, os.PathLike)):
-            other = {"model": "a live nanochat GPT module", "tokenizer": "a tokenizer object"}[name]
-            raise TypeError(
-                f"{name}={str(value)!r:.80} is a path, and {name} takes {other}: for a path, "
-                f"write {name}_path={str(value)!r:.80}"
-            )
-    if isinstance(module := given["model_path"], torch.nn.Module):
-        raise TypeError(
-            f"model_path is a live module ({type(module).__name__}), and not a path: write "
-            "LLM(model=..., tokenizer=...)"
-        )
+# names --------------------------------------------------------------------------------------------
 
 
 @cache
-def words(params_class: type[SamplingParams]) -> tuple[str, ...]:
-    """The keywords with which it is made."""
-    return tuple(f.name for f in fields(params_class) if f.init)
+def parameter_names(params_class: type[SamplingParams]) -> tuple[str, ...]:
+    """The keywords of a class of sampling parameters."""
+    return tuple(parameter.name for parameter in fields(params_class) if parameter.init)
 
 
-def check_names(given: Iterable[str], known: Collection[str], params: Collection[str] = ()) -> None:
-    """Raises TypeError for a keyword that is not known, with the nearest and all that are. params:
-    those of SamplingParams, for a call that does not take them itself."""
-    for name in sorted({*given} - {*known}):
+def check_names(
+    names: Iterable[str],
+    known: Collection[str],
+    params_class: type[SamplingParams] | None = None,
+) -> None:
+    """Raises TypeError for a keyword that is not known, with the nearest and all that are.
+    params_class: sampling parameters, whose keywords the call does not take itself."""
+    of_params = () if params_class is None else parameter_names(params_class)
+    for name in sorted(set(names) - set(known)):
         hint = ""
-        for near in get_close_matches(name, [*known, *params], 1):
-            near = near if near in known else f"SamplingParams({near}=...)"
-            hint = f" (did you mean {near}?)"
+        for near in get_close_matches(name, [*known, *of_params], 1):
+            meant = near if near in known else f"SamplingParams({near}=...)"
+            hint = f" (did you mean {meant}?)"
         raise TypeError(f"unknown argument {name!r}{hint}: there are {', '.join(sorted(known))}")
 
 
-def as_list(ids: object) -> object:
-    """An array or a tensor as a list, anything else as it is."""
-    return ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
+def suggest_names(params_class: type[Params]) -> type[Params]:
+    """Have a dataclass check its keywords with `check_names`."""
+    init = params_class.__init__
+    known = set(parameter_names(params_class))
+
+    @wraps(init)  # it keeps its signature
+    def checked_init(self, *args, **keywords):
+        if not keywords.keys() <= known:
+            check_names(keywords, known)
+        init(self, *args, **keywords)
+
+    params_class.__init__ = checked_init
+    return params_class
+
+
+# arguments of LLM ---------------------------------------------------------------------------------
+
+
+def check_arguments(
+    arguments: Mapping[str, object], params_class: type[SamplingParams]
+) -> dict[str, Callable]:
+    """Raises TypeError or ValueError for an argument of LLM that makes no sense. arguments: all of
+    them by name, with the others in "overrides". Returns the policies, each but the defaults with a
+    check of what it returns."""
+    known = (arguments.keys() | set(CONSTANTS)) - {"overrides"}
+    check_names(arguments["overrides"], known, params_class)
+    for name, least in LEAST.items():
+        if arguments[name] is not None or name not in OPTIONAL:
+            check_number(name, arguments[name], least)
+    for name in FLAGS:
+        if not isinstance(arguments[name], bool):
+            raise TypeError(f"{name} must be True or False, got {arguments[name]!r:.80}")
+    for name in POLICIES:
+        if not callable(arguments[name]):
+            raise TypeError(f"{name} must be a function, got {arguments[name]!r:.80}")
+    if arguments["num_threads"] is not None:
+        check_threads("num_threads", arguments["num_threads"])
+    utilization = arguments["gpu_memory_utilization"]
+    if utilization is not None:
+        check_number("gpu_memory_utilization", utilization, 0.01, 1.0)
+    check_model(arguments)
+    check_device(arguments["device"])
+    return {name: checked_policy(name, arguments[name]) for name in POLICIES}
+
+
+def check_model(arguments: Mapping[str, object]) -> None:
+    """Raises TypeError unless there is either a path or a live module with its tokenizer."""
+    refuse_path("model", arguments["model"], MODULE)
+    refuse_path("tokenizer", arguments["tokenizer"], "a tokenizer object")
+    path = arguments["model_path"]
+    if isinstance(path, torch.nn.Module):
+        raise TypeError(
+            f"model_path is a live module ({type(path).__name__}), and not a path: write "
+            "LLM(model=..., tokenizer=...)"
+        )
+    has_module = arguments["model"] is not None
+    has_tokenizer = arguments["tokenizer"] is not None or arguments["tokenizer_path"] is not None
+    if has_module == (path is not None):
+        raise TypeError(f"give either model_path or model ({MODULE})")
+    if arguments["copy"] and not has_module:
+        raise TypeError("copy=True is for a live module: give model, or leave it out")
+    if has_module and not has_tokenizer:
+        raise TypeError("a live model needs its tokenizer: give tokenizer or tokenizer_path")
+
+
+def refuse_path(name: str, value: object, expected: str) -> None:
+    """Raises TypeError for a path in place of an object."""
+    if isinstance(value, (str, os.PathLike)):
+        path = str(value)
+        raise TypeError(
+            f"{name}={path!r:.80} is a path, and {name} takes {expected}: for a path, "
+            f"write {name}_path={path!r:.80}"
+        )
 
 
 def checked_policy(name: str, policy: Callable) -> Callable:
-    default, choice = POLICIES[name]
-    attribute = choice.partition(".")[2]
+    """A policy that raises ValueError if it returns what is no choice; the default as it is."""
+    default, choices = POLICIES[name]
+    attribute = choices.partition(".")[2]
 
     def checked(owner, *args):
-        found = policy(owner, *args)
-        if found not in getattr(owner, attribute):
-            raise ValueError(f"{name} gave {found!r:.80}: return one of {choice}")
-        return found
+        choice = policy(owner, *args)
+        if choice not in getattr(owner, attribute):
+            raise ValueError(f"{name} gave {choice!r:.80}: return one of {choices}")
+        return choice
 
     return policy if policy is default else checked
 
 
-def available_cpus() -> int:
-    """How many CPUs this process may use."""
+def allowed_cpus() -> int:
+    """The number of CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):  # Linux: what taskset or a container's cpuset leaves
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -132,10 +190,10 @@ def check_threads(name: str, count: object) -> None:
     """Raises TypeError or ValueError for a number of threads that is no integer, below 1, or above
     the number of CPUs: threads that share a CPU wait for each other after each operation."""
     check_number(name, count)
-    cpus = available_cpus()
-    if not 1 <= count <= cpus:
+    num_cpus = allowed_cpus()
+    if not 1 <= count <= num_cpus:
         raise ValueError(
-            f"{name} must be between 1 and {cpus}, the CPUs that this process may use, got "
+            f"{name} must be between 1 and {num_cpus}, the CPUs that this process may use, got "
             f"{count}; without it there are {torch.get_num_threads()}, torch's number"
         )
 
@@ -143,17 +201,96 @@ def check_threads(name: str, count: object) -> None:
 def check_device(name: str | torch.device) -> None:
     """Raises ValueError for a device that torch does not know, or that is not here."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    here = {"cpu": True, "cuda": num_gpus, "mps": torch.backends.mps.is_available()}
+    is_here = {"cpu": True, "cuda": num_gpus > 0, "mps": torch.backends.mps.is_available()}
     try:
         device = torch.device("cpu" if name == "auto" else name)
     except (RuntimeError, TypeError):
         names = "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
         raise ValueError(f"device must be {names}, got {name!r}") from None
-    if not here.get(device.type):
+    if not is_here.get(device.type, False):
         hint = "device='auto' takes what there is"
         raise ValueError(f"device {name!r} is not available here; {hint}")
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise ValueError(f"device {name!r}: there are {num_gpus} GPUs")
+
+
+# requests -----------------------------------------------------------------------------------------
+
+
+def check_prompts(prompts: object, sampling_params: object) -> object:
+    """Prompts as a list of prompts: a list of token ids is one prompt, and so is an array or a
+    tensor of one dimension. One of two dimensions has a prompt in each row. Raises TypeError for
+    what is no list."""
+    prompts = as_list(prompts)
+    if isinstance(prompts, (list, tuple)) and prompts:
+        is_one_prompt = all(isinstance(prompt, Integral) for prompt in prompts)
+        prompts = [prompts] if is_one_prompt else prompts
+    if not isinstance(prompts, (str, list, tuple)):
+        got = MESSAGES if is_message(prompts) else type(prompts).__name__
+        raise TypeError(f"prompts must be a string or a list, got {got}")
+    if not isinstance(sampling_params, (SamplingParams, list, tuple, type(None))):
+        got = f"{sampling_params!r:.80}"
+        raise TypeError(f"sampling_params must be SamplingParams or a list, got {got}")
+    return prompts
+
+
+def check_request(
+    engine: "LLM", prompt: object, params: "full_params.SamplingParams | None"
+) -> tuple[list[int], "full_params.SamplingParams"]:
+    """The token ids and the parameters of a request. Raises TypeError or ValueError if it can not
+    be served, with the number of tokens that are too many and a remedy."""
+    engine.guard.check_open()
+    params = engine.params_class() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+    prompt = as_list(prompt)
+    check_prompt(prompt, engine.tokenizer.vocab_size)
+    prompt_ids = engine.tokenizer.prompt_ids(prompt)
+    params.check_vocabulary(engine.tokenizer.vocab_size)
+    if params.n > engine.max_batch_size:
+        limit = f"max_batch_size={engine.max_batch_size}"
+        raise ValueError(f"n={params.n} samples do not fit {limit}")
+    check_length(engine, len(prompt_ids))
+    check_blocks(engine, len(prompt_ids), params.max_tokens)
+    return prompt_ids, params
+
+
+def check_length(engine: "LLM", num_prompt: int) -> None:
+    """Raises ValueError for a prompt that leaves no room for a token in max_model_len."""
+    limit = engine.max_model_len
+    if num_prompt < limit:
+        return
+    largest = 10 * engine.model.config.sequence_len
+    remedy = f" (it may be raised to {largest})" if num_prompt < largest else ""
+    raise ValueError(
+        f"the prompt has {num_prompt} tokens and max_model_len is {limit}: "
+        f"{num_prompt + 1 - limit} too many{remedy}"
+    )
+
+
+def check_blocks(engine: "LLM", num_prompt: int, max_tokens: int) -> None:
+    """Raises ValueError if a prompt and max_tokens need more blocks than the pool has."""
+    blocks = engine.scheduler.blocks
+    # the last token is never computed, so it needs no slot
+    num_slots = min(num_prompt + max_tokens, engine.max_model_len) - 1
+    num_needed = blocks.max_blocks(num_slots, engine.max_batched_tokens)
+    if num_needed <= blocks.pool.num_usable:
+        return
+    num_groups = blocks.blocks_for(1)
+    excess = num_slots - blocks.longest(num_slots, engine.max_batched_tokens)
+    has_limit = max_tokens < RANGES["max_tokens"][1]
+    or_less = "" if num_groups == 1 else ", or max_batched_tokens"
+    raise ValueError(
+        f"{num_prompt} prompt tokens with max_tokens={max_tokens if has_limit else None} need "
+        f"{-(-num_needed // num_groups)} blocks and the pool has "
+        f"{blocks.pool.num_usable // num_groups}: {excess} tokens too many; "
+        f"raise num_blocks or lower max_tokens{or_less}"
+    )
+
+
+def as_list(values: object) -> object:
+    """An array or a tensor as a list, anything else as it is."""
+    return values.tolist() if isinstance(values, (np.ndarray, torch.Tensor)) else values
 
 
 def is_message(value: object) -> bool:
@@ -169,95 +306,18 @@ def check_prompt(prompt: object, vocab_size: int) -> None:
     if not isinstance(prompt, (list, tuple)):
         got = MESSAGES if is_message(prompt) else type(prompt).__name__
         raise TypeError(f"a prompt is a string or a list of token ids, got {got}")
-    plain = prompt and set(map(type, prompt)) == {int} and 0 <= min(prompt) <= max(prompt)
-    for token in () if plain and max(prompt) < vocab_size else prompt:  # one by one takes long
-        if isinstance(token, bool) or not isinstance(token, Integral):
-            got = MESSAGES if is_message(token) else f"{token!r:.80}"
-            raise TypeError(f"a prompt of token ids must hold integers, got {got}")
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
-    if not len(prompt):
+    if not prompt:
         raise ValueError("a prompt of token ids needs at least one (the text '' is BOS alone)")
+    has_ints = set(map(type, prompt)) == {int}  # to look at them one by one takes long
+    if not has_ints or min(prompt) < 0 or max(prompt) >= vocab_size:
+        for token_id in prompt:
+            check_token(token_id, vocab_size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckedParams(SamplingParams):
-    """Sampling parameters of the right kinds, numbers as Python has them. max_tokens=None is as
-    many as the context has room for; None in place of a list, a filter or a penalty is none."""
-
-    def __post_init__(self):
-        for name in OFF:
-            if getattr(self, name, ()) is None:
-                self.put(name, getattr(type(self), name))
-        if self.max_tokens is None:
-            self.put("max_tokens", NO_LIMIT)
-        check_numbers(self, RANGES)
-        if not isinstance(self.ignore_eos, bool):
-            raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
-        self.put("stop_token_ids", check_list("stop_token_ids", self.stop_token_ids))
-        super().__post_init__()
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError, naming the field, if a token id in it does not exist."""
-        for name, ids in self.token_fields().items():
-            if bad := [token for token in ids if token >= vocab_size]:
-                raise ValueError(f"{name} {bad} are outside the vocabulary of {vocab_size}")
-
-
-class CheckedLLM(LLM):
-    """An engine that says what it was given in place of prompts and parameters."""
-
-    def _check_options(self, options: dict) -> None:
-        own = {"sampling_params", "use_tqdm", *self.request_options}
-        check_names(options.keys() - {"streamed"}, own, words(self.params_class))
-        super()._check_options(options)
-
-    def _prepare(self, prompts, sampling_params, **options) -> list[Request]:
-        """As in the core; a list of token ids is one prompt, and so is an array or a tensor of one
-        dimension. One of two has a prompt in each row."""
-        prompts = as_list(prompts)
-        if isinstance(prompts, (list, tuple)) and prompts:
-            prompts = [prompts] if all(isinstance(p, Integral) for p in prompts) else prompts
-        if not isinstance(prompts, (str, list, tuple)):
-            got = MESSAGES if is_message(prompts) else type(prompts).__name__
-            raise TypeError(f"prompts must be a string or a list, got {got}")
-        if not isinstance(sampling_params, (SamplingParams, list, tuple, type(None))):
-            got = f"{sampling_params!r:.80}"
-            raise TypeError(f"sampling_params must be SamplingParams or a list, got {got}")
-        return super()._prepare(prompts, sampling_params, **options)
-
-    def _check(self, prompt, params) -> tuple[list[int], SamplingParams]:
-        """As in the core, saying by how much too many and what to do about it."""
-        params = self.params_class() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
-        prompt = as_list(prompt)
-        check_prompt(prompt, self.tokenizer.vocab_size)
-        ids, limit = self.tokenizer.prompt_ids(prompt), self.max_model_len
-        params.check_vocabulary(self.tokenizer.vocab_size)
-        if params.n > self.max_batch_size:
-            most = f"max_batch_size={self.max_batch_size}"
-            raise ValueError(f"n={params.n} samples do not fit {most}")
-        if len(ids) >= limit:
-            most = 10 * self.model.config.sequence_len
-            raised = f" (it may be raised to {most})" if len(ids) < most else ""
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and max_model_len is {limit}: "
-                f"{len(ids) + 1 - limit} too many{raised}"
-            )
-        blocks, chunk = self.scheduler.blocks, self.max_batched_tokens
-        slots = min(len(ids) + params.max_tokens, limit) - 1
-        need, width = blocks.most_blocks(slots, chunk), blocks.width
-        if need > blocks.num_usable:
-            other = "" if width == 1 else ", or max_batched_tokens"
-            most = None if params.max_tokens == NO_LIMIT else params.max_tokens
-            excess = slots - blocks.longest(slots, chunk)
-            raise ValueError(
-                f"{len(ids)} prompt tokens with max_tokens={most} need "
-                f"{-(-need // width)} blocks and the pool has {blocks.num_usable // width}: "
-                f"{excess} tokens too many; raise num_blocks or lower max_tokens{other}"
-            )
-        return ids, params
-
-
-PARTS = {"llm": CheckedLLM, "params": CheckedParams}
+def check_token(token_id: object, vocab_size: int) -> None:
+    """Raises TypeError or ValueError for what is no token id."""
+    if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+        got = MESSAGES if is_message(token_id) else f"{token_id!r:.80}"
+        raise TypeError(f"a prompt of token ids must hold integers, got {got}")
+    if not 0 <= token_id < vocab_size:
+        raise ValueError(f"token id {token_id} is outside the vocabulary of {vocab_size}")

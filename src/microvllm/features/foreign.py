@@ -1,6 +1,8 @@
 """Tokenizers that are objects, not files: nanochat's own, a tiktoken.Encoding, or any object with
 nanochat's methods, such as the byte tokenizer of a test."""
 
+import logging
+from collections.abc import Iterable
 from operator import index
 
 import tiktoken
@@ -8,23 +10,33 @@ import tiktoken
 from ..sources import strict
 from ..tokenizer import Tokenizer
 
-METHODS = "encode", "decode", "encode_special", "get_bos_token_id"  # of nanochat's tokenizers
+log = logging.getLogger("microvllm")
+
+METHODS = ("encode", "decode", "encode_special", "get_bos_token_id")  # of nanochat's tokenizers
 # and its special tokens but <|bos|>, those of a conversation first
-ROLES = "user", "assistant", "python", "output"
+ROLES = ("user", "assistant", "python", "output")
 MARKS = [f"<|{role}_{edge}|>" for role in ROLES for edge in ("start", "end")]
+
+UNKNOWN = "\ufffd"  # a character that is unfinished, or that cannot be read
+MAX_CHARACTER_TOKENS = 4  # a character has four bytes at most
 
 
 def wrap_tokenizer(tokenizer: object, vocab_size: int) -> Tokenizer:
-    """A Tokenizer for what is one already, nanochat's own tokenizer object, a tiktoken.Encoding, or
-    any object with nanochat's methods; vocab_size: the model's. Raises TypeError for all else."""
+    """A Tokenizer for a Tokenizer, nanochat's own tokenizer object, a tiktoken.Encoding, or any
+    object with nanochat's methods. vocab_size: the model's. Raises TypeError for all else."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
-    encoding = getattr(tokenizer, "enc", tokenizer)
+    encoding = getattr(tokenizer, "enc", tokenizer)  # nanochat's has its Encoding there
     if isinstance(encoding, tiktoken.Encoding):
-        parts = encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens
-        # the caller's own object, which splits texts with this pattern already
-        return strict.StrictTokenizer(encoding.name, *parts, trust=True)
-    if missing := [name for name in METHODS if not callable(getattr(tokenizer, name, None))]:
+        return strict.StrictTokenizer(
+            encoding.name,
+            encoding._pat_str,
+            encoding._mergeable_ranks,
+            encoding._special_tokens,
+            trust=True,  # the caller's own object splits texts with this pattern already
+        )
+    missing = [name for name in METHODS if not callable(getattr(tokenizer, name, None))]
+    if missing:
         kinds = "microvllm's, nanochat's, a tiktoken.Encoding, or an object with nanochat's methods"
         got = f"{type(tokenizer).__name__}, which has no {', '.join(missing)}"
         raise TypeError(f"tokenizer must be {kinds}; got {got}")
@@ -33,21 +45,28 @@ def wrap_tokenizer(tokenizer: object, vocab_size: int) -> Tokenizer:
 
 class ForeignTokenizer(Tokenizer):
     """A Tokenizer around an object with nanochat's methods, whose text and ids it gives unchanged.
-    What `get_vocab_size` says, if it is there, goes before the model's vocab_size. Of the special
-    tokens it has those of nanochat that `encode_special` knows."""
+    The size that its `get_vocab_size` returns, if it has that method, goes before vocab_size. Of
+    the special tokens it has those of nanochat's that `encode_special` knows.
 
-    def __init__(self, tokenizer: object, vocab_size: int):
-        self._tokenizer = tokenizer
-        self.vocab_size = getattr(tokenizer, "get_vocab_size", lambda: vocab_size)()
+    Its decode never raises, since many requests share a step: ids that the object cannot decode are
+    U+FFFD each, and the first error of each type is logged.
+    """
+
+    def __init__(self, tokenizer, vocab_size: int):
+        self.tokenizer = tokenizer
+        self.logged: set[type] = set()  # types of errors
+        get_vocab_size = getattr(tokenizer, "get_vocab_size", lambda: vocab_size)
+        self.vocab_size = get_vocab_size()
         self.special_tokens = {}
         for name in MARKS:
             try:
                 self.special_tokens[name] = index(tokenizer.encode_special(name))
-            except Exception:  # each kind has its own way to say that there is none; None is one
+            except Exception:  # how a missing one is reported differs; some return None
                 continue
-        self.bos_id = self.special_tokens["<|bos|>"] = index(tokenizer.get_bos_token_id())
-        end = self.special_tokens.get("<|assistant_end|>", self.bos_id)
-        self.eos_ids = frozenset([self.bos_id, end])
+        self.bos_id = index(tokenizer.get_bos_token_id())
+        self.special_tokens["<|bos|>"] = self.bos_id
+        end_id = self.special_tokens.get("<|assistant_end|>", self.bos_id)
+        self.eos_ids = frozenset([self.bos_id, end_id])
         self.num_ordinary = self.vocab_size - len(self.special_tokens)
         self.has_chat = self.special_tokens.keys() >= {*MARKS[:4]}
 
@@ -55,16 +74,43 @@ class ForeignTokenizer(Tokenizer):
         """Ids of `text`, see Tokenizer.encode."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, not {type(text).__name__}")
-        return [self.bos_id] * bos + [*map(index, self._tokenizer.encode(text))]
+        ids = [index(token_id) for token_id in self.tokenizer.encode(text)]
+        return [self.bos_id, *ids] if bos else ids
 
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
         """Bytes of one token's text: of one that ends inside a character, those of U+FFFD."""
         return self.decode([token_id], skip_special).encode()
 
-    def decode(self, ids, skip_special: bool = False) -> str:
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of `ids`, see Tokenizer.decode."""
         special = self.special_tokens.values() if skip_special else ()
-        return self._tokenizer.decode([i for i in ids if i not in special])
+        shown_ids = [token_id for token_id in ids if token_id not in special]
+        try:
+            return self.decode_shown(shown_ids)
+        except Exception:
+            try:
+                self.decode_shown(shown_ids)
+            except Exception as error:
+                self.log_once(error)
+                if len(shown_ids) == 1:
+                    return UNKNOWN
+                return "".join([self.decode([token_id]) for token_id in shown_ids])
+            raise  # it came from outside, such as a signal's handler: the second attempt had none
+
+    def decode_shown(self, ids: list[int]) -> str:
+        """What the object itself says. May raise anything."""
+        text = self.tokenizer.decode(ids)
+        if not isinstance(text, str):
+            raise TypeError(f"decode must return a string, got {type(text).__name__}")
+        return text
+
+    def log_once(self, error: Exception) -> None:
+        """Say that the object cannot decode some ids, the first time for each type of error."""
+        if type(error) not in self.logged:
+            self.logged.add(type(error))
+            kind = type(self.tokenizer).__name__
+            what = f"{type(error).__name__}: {error}"
+            log.warning("the tokenizer %s cannot decode some ids, shown as U+FFFD: %s", kind, what)
 
     def decoder(self) -> "ForeignDecoder":
         """A fresh decoder for one stream of ids."""
@@ -73,21 +119,23 @@ class ForeignTokenizer(Tokenizer):
 
 class ForeignDecoder:
     """An IncrementalDecoder that knows no bytes: tokens wait until their text is whole. It is if
-    its last character is no U+FFFD; and a character has four tokens at most."""
+    its last character is no U+FFFD, or if a character can have no further tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._waiting = tokenizer, []
+        self.tokenizer = tokenizer
+        self.waiting_ids: list[int] = []
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes."""
-        self._waiting.append(token_id)
-        text = self._tokenizer.decode(self._waiting, True)
-        if text.endswith("\ufffd") and len(self._waiting) < 4:
+        self.waiting_ids.append(token_id)
+        text = self.tokenizer.decode(self.waiting_ids, skip_special=True)
+        if text.endswith(UNKNOWN) and len(self.waiting_ids) < MAX_CHARACTER_TOKENS:
             return ""
-        self._waiting = []
+        self.waiting_ids = []
         return text
 
     def flush(self) -> str:
         """At the end of the sequence: what waits."""
-        waiting, self._waiting = self._waiting, []
-        return self._tokenizer.decode(waiting, True)
+        text = self.tokenizer.decode(self.waiting_ids, skip_special=True)
+        self.waiting_ids = []
+        return text

@@ -1,9 +1,11 @@
 """Guided text: it fits a JSON schema or a regular expression, or is one of some choices.
 
-A grammar (package llguidance) says which tokens may follow those that are there. All others get the
-logit -inf, the end tokens too until the text is complete; where it can only end, it does. What is
-drawn among the rest follows the model, with the request's temperature, filters and noise.
+A grammar (package llguidance) says which tokens may follow the ones before. All others get the
+logit -inf, the end tokens too until the text is complete; generation stops where nothing may
+follow. The draw among the rest is the request's, with its temperature, filters and random numbers.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -11,18 +13,20 @@ import re
 import reprlib
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine import LLM
-from ..sampler import SamplingParams, on
+from ..runner import Extension
+from ..sampler import to_device
 from ..tokenizer import Tokenizer
 from . import check_list, check_text
+from .logits_processor import LogitsProcessor
 from .matching import (
     Helper,
     Reader,
@@ -34,9 +38,27 @@ from .matching import (
     panics_named,
 )
 
-MOST, KEPT = 2**18, 16  # characters of a guide; guides that stay compiled: rows often have the same
+if TYPE_CHECKING:
+    from ..params import SamplingParams
+
+MAX_LENGTH = 2**18  # characters of a guide
+NUM_KEPT = 16  # guides that stay compiled: rows often have the same
 # on one line, as Python writes it: where blanks are free, a small model writes nothing else
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def compile_guide(guide: object) -> tuple[str, bool]:
+    """The grammar of a guide, and whether the guide is small. Raises TypeError or ValueError with
+    the guide and what is wrong with it, ImportError without the package llguidance."""
+    try:
+        with panics_named():
+            grammar = grammar_of(guide)
+        has_small_guide = is_small(guide, grammar)
+        check_grammar(grammar, has_small_guide)
+    except (ValueError, TypeError, RecursionError) as error:
+        error_type = TypeError if isinstance(error, TypeError) else ValueError
+        raise error_type(f"guide {reprlib.repr(guide)}: {error}") from None
+    return grammar, has_small_guide
 
 
 def grammar_of(guide: object) -> str:
@@ -45,9 +67,8 @@ def grammar_of(guide: object) -> str:
     form = 'it must be a dict: {"json": schema}, {"regex": "..."} or {"choices": ["...", ...]}'
     if not isinstance(guide, Mapping):
         raise TypeError(form)
-    given = {kind: value for kind, value in guide.items() if value is not None}
     matcher = llguidance().LLMatcher
-    match given:
+    match {kind: value for kind, value in guide.items() if value is not None}:
         case {"json": dict() | str() as schema, **rest} if not rest:
             text = schema if isinstance(schema, str) else json.dumps(schema)
             check_length(text)
@@ -69,23 +90,25 @@ def grammar_of(guide: object) -> str:
 
 
 def check_length(text: str) -> None:
-    """Raises ValueError for a guide of more than MOST characters."""
-    if len(text) > MOST:
-        raise ValueError(f"it has {len(text):,} characters, and {MOST:,} are allowed")
+    """Raises ValueError for a guide of more than MAX_LENGTH characters."""
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"it has {len(text):,} characters, and {MAX_LENGTH:,} are allowed")
 
 
-@lru_cache(KEPT)
-def check_grammar(grammar: str, small: bool) -> None:
-    """Raises ValueError saying what is wrong with a grammar; in a helper unless it is small."""
-    if small:
+@lru_cache(NUM_KEPT)
+def check_grammar(grammar: str, is_small: bool) -> None:
+    """Raises ValueError with what is wrong with a grammar. A helper process looks for it unless the
+    guide is small."""
+    if is_small:
         check(grammar)
     else:
-        arrivals(os.getpid()).ask(("check", 0, grammar))
+        helper_for_requests(os.getpid()).ask(("check", 0, grammar))
 
 
 @lru_cache(1)
-def arrivals(pid: int) -> Helper:
-    """This process's helper for guides that arrive, so that steps do not wait for these."""
+def helper_for_requests(pid: int) -> Helper:
+    """The helper of this process for guides of new requests. Engines have others for their steps,
+    which so do not wait for new requests."""
     return Helper()
 
 
@@ -105,26 +128,29 @@ ATOM = re.compile(
 def regex_weight(pattern: str) -> float:
     """The length of an expression in which each repetition is written out; a class counts for the
     characters that it names, at least 10. UNKNOWN with anything unusual in it."""
-    groups, last, place = [0.0], 0.0, 0  # weights of the open groups, and of the last atom
-    while place < len(pattern):
-        found = ATOM.match(pattern, place)
-        if not found:
+    groups = [0.0]  # weights of the open groups
+    last = 0.0  # weight of the last atom
+    position = 0
+    while position < len(pattern):
+        atom = ATOM.match(pattern, position)
+        if atom is None:
             return UNKNOWN
-        place, kind = found.end(), found.lastgroup
-        if found["open"]:
+        position = atom.end()
+        if atom["open"]:
             groups.append(1)
             last = 0
-        elif found["close"]:
+        elif atom["close"]:
             if len(groups) == 1:
                 return UNKNOWN
             last = groups.pop()
             groups[-1] += last
-        elif found["repeat"]:
-            times = max(int(found["low"] or 1), int(found["high"] or 1)) + 1
+        elif atom["repeat"]:
+            times = max(int(atom["low"] or 1), int(atom["high"] or 1)) + 1
             groups[-1] += last * times
             last *= times + 1
         else:
-            last = 1 if found["either"] or len(found[kind]) == 1 else max(10, len(found[kind]))
+            length = len(atom[0])
+            last = 1 if length == 1 else max(10, length)
             groups[-1] += last
         if groups[-1] > SMALL:
             return UNKNOWN
@@ -135,9 +161,15 @@ NO_WEIGHT = {"title", "description", "$schema", "default", "examples"}  # it doe
 # where $ref may lead: to no part that was not weighed
 WEIGHED = re.compile(r"#(?:/(?:\$defs|definitions|properties)/[^/%~]+)*")
 BOUNDS = {
-    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength",
-    "minItems", "maxItems",
-}  # fmt: skip
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+}
 
 
 def schema_weight(schema: object) -> float:
@@ -147,40 +179,44 @@ def schema_weight(schema: object) -> float:
         return 1
     if not isinstance(schema, dict):
         return UNKNOWN
-    own = schema.keys() - NO_WEIGHT
-    rules = own - {"$defs", "definitions"}
+    keywords = schema.keys() - NO_WEIGHT
+    rules = keywords - {"$defs", "definitions"}
     if rules & {"$ref", "anyOf"} and len(rules) > 1:  # each is combined with what is beside it
         return UNKNOWN
-    total = 10.0
-    for name in own:
-        value = schema[name]
-        match name:
-            case "type" | "required" | "enum" | "const":
-                total += len(json.dumps(value))
-            case "$ref" if isinstance(value, str) and WEIGHED.fullmatch(value):
-                total += len(value)
-            case "format":
-                total += 50
-            case "pattern" if isinstance(value, str):
-                total += regex_weight(value)
-            case "multipleOf" if isinstance(value, Real) and not BOUNDS & own:
-                total += value if 1 <= value <= 100 and int(value) == value else UNKNOWN
-            case "properties" | "$defs" | "definitions" if isinstance(value, dict):
-                total += sum(len(key) + schema_weight(part) for key, part in value.items())
-            case "items" | "additionalProperties":
-                total += schema_weight(value)
-            case "prefixItems" | "anyOf" if isinstance(value, list):
-                total += sum(map(schema_weight, value))
-            case _ if name in BOUNDS and isinstance(value, Real):
-                total += len(str(value)) if abs(value) < 1e9 else UNKNOWN
-            case _:
-                return UNKNOWN
-    return total
+    has_bounds = bool(keywords & BOUNDS)
+    return 10.0 + sum([keyword_weight(name, schema[name], has_bounds) for name in keywords])
+
+
+def keyword_weight(name: str, value: object, has_bounds: bool) -> float:
+    """The weight of one keyword of a schema. has_bounds: are any of BOUNDS beside it?"""
+    match name:
+        case "type" | "required" | "enum" | "const":
+            return len(json.dumps(value))
+        case "$ref" if isinstance(value, str) and WEIGHED.fullmatch(value):
+            return len(value)
+        case "format":
+            return 50
+        case "pattern" if isinstance(value, str):
+            return regex_weight(value)
+        case "multipleOf" if isinstance(value, Real) and not has_bounds:
+            is_small = 1 <= value <= 100 and int(value) == value
+            return float(value) if is_small else UNKNOWN
+        case "properties" | "$defs" | "definitions" if isinstance(value, dict):
+            return sum([len(key) + schema_weight(part) for key, part in value.items()])
+        case "items" | "additionalProperties":
+            return schema_weight(value)
+        case "prefixItems" | "anyOf" if isinstance(value, list):
+            return sum([schema_weight(part) for part in value])
+        case _ if name in BOUNDS and isinstance(value, Real):
+            return len(str(value)) if abs(value) < 1e9 else UNKNOWN
+        case _:
+            return UNKNOWN
 
 
 def is_small(guide: Mapping, grammar: str) -> bool:
     """Is all that llguidance does for a guide known to be cheap? In doubt it is not."""
-    if pattern := guide.get("regex"):
+    pattern = guide.get("regex")
+    if pattern:
         return regex_weight(pattern) <= SMALL
     if guide.get("choices") is not None:
         return len(grammar) <= 10 * SMALL  # nothing in it is repeated
@@ -193,35 +229,7 @@ def is_small(guide: Mapping, grammar: str) -> bool:
         return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuidedParams(SamplingParams):
-    """Sampling parameters with a guide."""
-
-    # what the text must be: {"json": a schema, as a dict or a text}, {"regex": an expression of
-    # Rust's regex, for all of the text} or {"choices": [texts, ...]}. if max_tokens or a stop
-    # string cuts it, it is a beginning of that: give bounds to numbers, strings, repetitions
-    guide: Mapping | None = field(default=None, hash=False)
-    grammar: str | None = field(init=False, repr=False, compare=False)
-    small_guide: bool = field(init=False, repr=False, compare=False)  # else a helper works it out
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.put("grammar", None)
-        self.put("small_guide", True)
-        if self.guide is None:
-            return
-        try:
-            with panics_named():
-                self.put("grammar", grammar_of(self.guide))
-            self.put("small_guide", is_small(self.guide, self.grammar))
-            check_grammar(self.grammar, self.small_guide)
-        except (ValueError, TypeError, RecursionError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"guide {reprlib.repr(self.guide)}: {error}") from None
-        if self.ignore_eos:
-            raise ValueError("a guided text ends with an end token: leave ignore_eos out")
-        if getattr(self, "logits_processor", None) is not None:
-            raise ValueError("guide is a logits_processor itself: give one of the two")
+# masks of tokens ----------------------------------------------------------------------------------
 
 
 class Vocabulary:
@@ -229,108 +237,125 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        self.special_token_ids = [*tokenizer.special_tokens.values()]
-        self.bos_token_id = self.eos_token_id = tokenizer.bos_id
+        self.special_token_ids = list(tokenizer.special_tokens.values())
+        self.bos_token_id = tokenizer.bos_id
+        self.eos_token_id = tokenizer.bos_id
         self.encode = tokenizer.encode
-        ordinary = {*self.tokens[: tokenizer.num_ordinary]}
-        if missing := [byte for byte in range(256) if bytes([byte]) not in ordinary]:
+        ordinary = set(self.tokens[: tokenizer.num_ordinary])
+        missing = [byte for byte in range(256) if bytes([byte]) not in ordinary]
+        if missing:
             raise ValueError(f"guide needs a token for each byte, and there is none for {missing}")
 
     def __call__(self, text: str) -> list[int]:
         return self.encode(text)
 
 
-class Guide:
-    """A logits_processor with state, see features/logits.py. read: gives a reader of a new text;
-    num_ordinary: tokens before the special ones."""
+class Guide(LogitsProcessor):
+    """The logits_processor of a grammar.
+
+    open_reader: makes a reader of a new text; num_ordinary: tokens before the special ones.
+    """
 
     may_guess = True
 
-    def __init__(self, read: Callable[[], Reader | RemoteReader], num_ordinary: int):
-        self.read, self.num_ordinary = read, num_ordinary
+    def __init__(self, open_reader: Callable[[], Reader | RemoteReader], num_ordinary: int):
+        self.open_reader = open_reader
+        self.num_ordinary = num_ordinary
 
-    def begin(self, prompt_ids: list[int]) -> "GuidedSample":
-        """For a new sample."""
-        return GuidedSample(self.read(), len(prompt_ids), self.num_ordinary)
+    def begin(self, prompt_ids: list[int]) -> GuidedSample:
+        """The function of a new sample."""
+        return GuidedSample(self.open_reader(), len(prompt_ids), self.num_ordinary)
 
 
 class GuidedSample:
     """The function of one sample: what does not fit its guide gets the logit -inf."""
 
     def __init__(self, reader: Reader | RemoteReader, num_prompt: int, num_ordinary: int):
-        self.reader, self.num_prompt, self.num_ordinary = reader, num_prompt, num_ordinary
+        self.reader = reader
+        self.num_prompt = num_prompt
+        self.num_ordinary = num_ordinary
 
     def __call__(self, token_ids: list[int], logits: Tensor) -> Tensor:
         """(V,) logits, -inf for what may not follow the tokens. Raises ValueError if the grammar is
         more complex here than the limits allow."""
         output = token_ids[self.num_prompt :]
         num_read, mask = self.reader.allowed(output)
-        if num_read < len(output):  # a guess that does not fit, so nothing after it counts
+        if num_read < len(output):  # a draft token does not fit: nothing after it counts
             return logits
         bits = np.frombuffer(mask, np.uint8)
-        allowed = np.unpackbits(bits, count=len(logits), bitorder="little").view(bool)
-        if not allowed[: self.num_ordinary].any():  # it ends, whatever min_tokens says
+        is_allowed = np.unpackbits(bits, count=len(logits), bitorder="little").view(bool)
+        if not is_allowed[: self.num_ordinary].any():  # it ends, whatever min_tokens says
             logits = logits.clamp(min=-1e6)
-        return logits.masked_fill(on(logits.device, ~allowed), -torch.inf)
+        return logits.masked_fill(to_device(~is_allowed, logits.device), -torch.inf)
 
 
 class Guides:
     """Makes the Guide of a grammar, for one tokenizer; keeps the last ones."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.vocabulary, self.num_ordinary = Vocabulary(tokenizer), tokenizer.num_ordinary
-        self.ends = sorted(tokenizer.eos_ids)
-        self.number, self.steps = next(numbers), Helper()  # of the vocabulary, of steps alone
-        self.guide = lru_cache(KEPT)(self.make)
-        weakref.finalize(self, arrivals(os.getpid()).dropped.append, self.number).atexit = False
+        self.vocabulary = Vocabulary(tokenizer)
+        self.num_ordinary = tokenizer.num_ordinary
+        self.eos_ids = sorted(tokenizer.eos_ids)
+        self.number = next(numbers)  # of the vocabulary, in helpers
+        self.helper = Helper()  # of steps alone
+        self.guide = lru_cache(NUM_KEPT)(self.make)
+        forget = helper_for_requests(os.getpid()).dropped.append
+        weakref.finalize(self, forget, self.number).atexit = False
 
     @cached_property
     def tokenizer(self):
-        """llguidance's, for what is small."""
-        wrapped = llguidance().TokenizerWrapper(self.vocabulary)
-        return llguidance().LLTokenizer(wrapped, eos_token=self.ends)
+        """llguidance's, for small guides."""
+        wrapper = llguidance().TokenizerWrapper(self.vocabulary)
+        return llguidance().LLTokenizer(wrapper, eos_token=self.eos_ids)
 
-    def make(self, grammar: str, small: bool) -> Guide:
+    def make(self, grammar: str, is_small: bool) -> Guide:
         """Raises ValueError for a grammar that no text fits, or that is too complex."""
-        if small:
+        if is_small:
             start = open_grammar(self.tokenizer, grammar).start
             return Guide(lambda: Reader(start), self.num_ordinary)
-        words, encode = self.vocabulary, self.vocabulary.encode
-        tokens = [token.hex() for token in words.tokens]
-        about = tokens, words.special_token_ids, words.bos_token_id, self.ends
-        vocabulary = "vocabulary", self.number, *about
-        opened = "grammar", next(numbers), self.number, grammar
-        helper = arrivals(os.getpid())
+        return self.make_remote(grammar)
+
+    def make_remote(self, grammar: str) -> Guide:
+        """The Guide of a grammar that a helper works on."""
+        vocabulary = self.vocabulary_message()
+        number = next(numbers)
+        opening = ("grammar", number, self.number, grammar)
+        encode = self.vocabulary.encode
+        checker = helper_for_requests(os.getpid())
         try:
-            helper.ask(opened, (vocabulary,), encode)
+            checker.ask(opening, (vocabulary,), encode)
         finally:
-            helper.dropped.append(opened[1])
-        parts, steps = (vocabulary, opened), self.steps
-        guide = Guide(lambda: RemoteReader(steps, opened[1], parts, encode), self.num_ordinary)
-        weakref.finalize(guide, steps.dropped.append, opened[1]).atexit = False
+            checker.dropped.append(number)
+        helper = self.helper
+        parts = (vocabulary, opening)
+        guide = Guide(lambda: RemoteReader(helper, number, parts, encode), self.num_ordinary)
+        weakref.finalize(guide, helper.dropped.append, number).atexit = False
         return guide
 
-
-class GuidedLLM(LLM):
-    """An engine that takes a guide."""
-
-    @cached_property
-    def _guides(self) -> Guides:
-        return Guides(self.tokenizer)
-
-    def _check(self, prompt, params) -> tuple[list[int], SamplingParams]:
-        ids, params = super()._check(prompt, params)
-        if params.grammar is not None:
-            processor = self._guides.guide(params.grammar, params.small_guide)
-            params = replace(params, guide=None, logits_processor=processor)
-        return ids, params
-
-    def close(self) -> None:
-        """As in the core; its helper ends."""
-        super().close()
-        if "_guides" in vars(self):
-            self._guides.steps.stop()
-            del self._guides
+    def vocabulary_message(self) -> tuple:
+        """What a helper needs to know of the vocabulary."""
+        vocabulary = self.vocabulary
+        tokens = [token.hex() for token in vocabulary.tokens]
+        special = vocabulary.special_token_ids
+        return ("vocabulary", self.number, tokens, special, vocabulary.bos_token_id, self.eos_ids)
 
 
-PARTS = {"llm": GuidedLLM, "params": GuidedParams}
+class GuidedText(Extension):
+    """Replaces guides by logits_processors. Ends its helper process with the engine."""
+
+    guides: Guides | None = None  # once there was a guide
+
+    def prepare(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with the logits_processor of their guide. Raises ValueError for a guide
+        that no text fits, or that is too complex; so it is called before any request is queued."""
+        if params.grammar is None:
+            return params
+        if self.guides is None:
+            self.guides = Guides(self.engine.tokenizer)
+        processor = self.guides.guide(params.grammar, params.has_small_guide)
+        return replace(params, guide=None, logits_processor=processor)
+
+    def on_close(self) -> None:
+        if self.guides is not None:
+            self.guides.helper.stop()
+            self.guides = None

@@ -1,17 +1,17 @@
 """Which tokens may follow in a grammar: llguidance, in this process or in a helper process.
 
 llguidance limits what it builds, not the time that this takes: `(a?){5000}a{5000}` needs seconds
-for one token, and hears no signal meanwhile. What is not known to be cheap therefore runs in a
-helper, which the system ends when it takes too much processor time or memory.
+for one token, and no signal is handled meanwhile. What is not known to be cheap therefore runs in a
+helper process, which the system ends when it takes too much processor time or memory.
 
-    Reader           where one text is in a grammar: `allowed` reads tokens and gives the next mask
+    Reader           where one text is in a grammar: `allowed` reads tokens, returns the next mask
     RemoteReader     the same, in a helper
-    Helper           the helper as this process sees it: starts it, and starts it again if it ended
+    Helper           the helper for this process: starts it, and starts it again if it has ended
     Server           what the helper runs
 
 The helper runs this file as a script. Nothing of the package is imported, so it starts in less
 than a tenth of a second. It keeps nothing that cannot be made again: a helper that was ended is
-replaced, and its successor reads the tokens again.
+replaced, and the new one reads the tokens again.
 """
 
 import errno
@@ -29,13 +29,19 @@ from contextlib import contextmanager
 
 # llguidance's own limits, which bound the memory of a matcher and, where a guide is small, the time
 LIMITS = {
-    "max_items_in_row": 2_000, "step_max_items": 50_000, "max_grammar_size": 100_000,
-    "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "max_lexer_states": 50_000,
-    "precompute_large_lexemes": True, "verbose_errors": False,
-}  # fmt: skip
+    "max_items_in_row": 2_000,
+    "step_max_items": 50_000,
+    "max_grammar_size": 100_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "max_lexer_states": 50_000,
+    "precompute_large_lexemes": True,
+    "verbose_errors": False,
+}
 # seconds of processor time in a helper: for a grammar and its first mask, and for each further
 # token, on average
-PREPARE, EACH = 1.0, 0.01
+PREPARE = 1.0
+EACH = 0.01
 MEMORY = 2**30  # bytes of address space of a helper
 TIMED_OUT = -getattr(signal, "SIGPROF", 0) or 1  # how a helper ends that takes too long
 REMEDY = "give smaller bounds, fewer properties or choices, no large multipleOf"
@@ -48,8 +54,8 @@ def llguidance():
     except ModuleNotFoundError:
         from ..environment import how_to_install  # not in a helper, which finds the package
 
-        what = f"guide needs the package llguidance: {how_to_install('guided')}"
-        raise ImportError(what) from None
+        remedy = how_to_install("guided")
+        raise ImportError(f"guide needs the package llguidance: {remedy}") from None
     return llguidance
 
 
@@ -71,7 +77,7 @@ def panics_named() -> Iterator[None]:
 
 
 def check(grammar: str) -> None:
-    """Raises ValueError saying what is wrong with a grammar."""
+    """Raises ValueError with what is wrong with a grammar."""
     validate = llguidance().LLMatcher.validate_grammar_with_warnings
     with panics_named():
         failed, messages = validate(grammar, limits=limits())
@@ -80,7 +86,8 @@ def check(grammar: str) -> None:
 
 
 def first_line(message: str) -> str:
-    """What an error of llguidance says; of a regular expression's, below a drawing of the place."""
+    """The message of an error of llguidance. That of a regular expression is below a drawing of the
+    place."""
     for line in message.splitlines():
         if line.startswith("error: "):
             return line.removeprefix("error: ")
@@ -104,15 +111,17 @@ class Reader:
         """Go to the end of these tokens; the last ones may differ from those of the call before.
         Returns how many of them fit, and what may come after these: a bit for each token of the
         vocabulary, the lowest first. Raises ValueError if nothing may, or if a limit is met."""
-        kept = len(self.read)
-        while self.read[:kept] != output[:kept]:  # prompt lookup took a draft token back
-            kept -= 1
+        num_kept = len(self.read)
+        while self.read[:num_kept] != output[:num_kept]:  # a draft token was rejected
+            num_kept -= 1
         with panics_named():
-            self.matcher.rollback(len(self.read) - kept)
-            self.read = output[: kept + self.matcher.try_consume_tokens(output[kept:])]
+            self.matcher.rollback(len(self.read) - num_kept)
+            num_new = self.matcher.try_consume_tokens(output[num_kept:])
+            self.read = output[: num_kept + num_new]
             bits = self.matcher.compute_bitmask()
-        if error := self.matcher.get_error():
-            self.restart()  # the matcher is of no use any more, and this may have been a guess
+        error = self.matcher.get_error()
+        if error:
+            self.restart()  # the matcher is of no use any more, and this may have been a draft
             if error.startswith("NoExtension"):
                 raise ValueError("no text fits the guide")
             raise ValueError(f"the guide is too complex here: {first_line(error)}")
@@ -150,25 +159,29 @@ def receive(file) -> list:
 
 
 class Words:
-    """A vocabulary as llguidance wants it; the process that asks encodes its texts."""
+    """A vocabulary as llguidance wants it; the other process encodes its texts."""
 
-    def __init__(self, asked, answers, tokens: list[bytes], special: list[int], bos: int):
-        self.asked, self.answers = asked, answers
-        self.tokens, self.special_token_ids = tokens, special
-        self.bos_token_id = self.eos_token_id = bos
+    def __init__(self, requests, answers, tokens: list[bytes], special: list[int], bos: int):
+        self.requests = requests
+        self.answers = answers
+        self.tokens = tokens
+        self.special_token_ids = special
+        self.bos_token_id = bos
+        self.eos_token_id = bos
 
     def __call__(self, text: str) -> list[int]:
         if not isinstance(text, str):
             raise TypeError("text must be a string")
         send(self.answers, ("encode", text))
-        return receive(self.asked)[0]
+        return receive(self.requests)[0]
 
 
 class Server:
-    """What a helper has, by the numbers that the other process gave."""
+    """The state of a helper, by the numbers that the other process has given."""
 
-    def __init__(self, asked, answers):
-        self.asked, self.answers = asked, answers
+    def __init__(self, requests, answers):
+        self.requests = requests
+        self.answers = answers
         self.vocabularies: dict[int, object] = {}
         self.grammars: dict[int, Reader] = {}  # at the beginning of a text
         self.readers: dict[int, Reader] = {}
@@ -178,18 +191,22 @@ class Server:
         """Answer messages, (kind, number, ...), until there are no more: with (None, result), or
         with (error,)."""
         while True:
-            kind, *rest = receive(self.asked)
+            kind, *arguments = receive(self.requests)
             try:
-                answer = None, getattr(self, kind)(*rest)
+                answer = (None, getattr(self, kind)(*arguments))
+            except ValueError as error:
+                answer = (str(error),)
             except BaseException as error:  # also what Rust raises
-                answer = (str(error) if isinstance(error, ValueError) else f"{error!r:.300}",)
+                answer = (f"{error!r:.300}",)
             limit_time(None)
             send(self.answers, answer)
 
     def drop(self, *numbers: int) -> None:
         for number in numbers:
-            for made in (self.vocabularies, self.grammars, self.readers, self.seconds):
-                made.pop(number, None)
+            self.vocabularies.pop(number, None)
+            self.grammars.pop(number, None)
+            self.readers.pop(number, None)
+            self.seconds.pop(number, None)
 
     def check(self, number: int, grammar: str) -> None:
         limit_time(PREPARE)
@@ -197,21 +214,22 @@ class Server:
 
     def vocabulary(self, number: int, tokens: list, special: list, bos: int, ends: list) -> None:
         tokens = [bytes.fromhex(token) for token in tokens]
-        words = Words(self.asked, self.answers, tokens, special, bos)
-        wrapped = llguidance().TokenizerWrapper(words)
-        self.vocabularies[number] = llguidance().LLTokenizer(wrapped, eos_token=ends)
+        words = Words(self.requests, self.answers, tokens, special, bos)
+        wrapper = llguidance().TokenizerWrapper(words)
+        self.vocabularies[number] = llguidance().LLTokenizer(wrapper, eos_token=ends)
 
     def grammar(self, number: int, vocabulary: int, grammar: str) -> None:
         limit_time(PREPARE)
         self.grammars[number] = open_grammar(self.vocabularies[vocabulary], grammar)
 
     def allowed(self, number: int, grammar: int, output: list[int]) -> tuple[int, str]:
-        begun, before = time.process_time(), self.seconds.get(number, 0)
+        start = time.process_time()
+        before = self.seconds.get(number, 0)
         limit_time(PREPARE + EACH * len(output) - before)
         if number not in self.readers:
             self.readers[number] = Reader(self.grammars[grammar].start)
         num_read, bits = self.readers[number].allowed(output)
-        self.seconds[number] = before + time.process_time() - begun
+        self.seconds[number] = before + time.process_time() - start
         return num_read, bits.hex()
 
 
@@ -237,28 +255,29 @@ def prepare_limits() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        most = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+        largest = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = MEMORY if largest == resource.RLIM_INFINITY else min(MEMORY, largest)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, largest))
     except (ImportError, OSError, ValueError):
         pass
 
 
 def main() -> None:
     """Run as a helper: messages come on stdin, answers go to stdout."""
-    asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    requests = sys.stdin.buffer
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
-        sys.path[:] = receive(asked)[0]
+        sys.path[:] = receive(requests)[0]
         prepare_limits()
-        Server(asked, answers).run()
-    except (EOFError, OSError):  # the process that asks has ended
+        Server(requests, answers).run()
+    except (EOFError, OSError):  # the other process has ended
         pass
 
 
-# in the process that asks -------------------------------------------------------------------------
+# in the process that has a helper -----------------------------------------------------------------
 
-numbers = itertools.count(1)  # of what helpers have
+numbers = itertools.count(1)  # of vocabularies, grammars and readers in helpers
 
 
 def end(process: subprocess.Popen, owner: int) -> None:
@@ -274,19 +293,19 @@ def end(process: subprocess.Popen, owner: int) -> None:
 
 
 class Helper:
-    """A helper process, which is started when it is needed. Any thread may ask it."""
+    """A helper process, which is started when it is needed. Any thread may use it."""
 
     def __init__(self):
         self.lock = threading.RLock()
         self.process: subprocess.Popen | None = None
-        self.is_ready = False  # not in the midst of a message, also after an exception there
+        self.is_ready = False  # not within a message, also after an exception there
         self.sent: set[int] = set()  # numbers of what the process has
         self.dropped: list[int] = []  # numbers of what it need not keep any more
         self.stop: Callable[[], object] = lambda: None
 
     def ask(self, message: tuple, parts: tuple = (), encode: Callable | None = None):
         """The answer to a message. parts: messages that the helper must have had before; encode: a
-        tokenizer's. Raises ValueError with what the helper says, or if that takes too much."""
+        tokenizer's. Raises ValueError with the helper's error, or if a limit ends the helper."""
         with self.lock:
             is_new = not self.is_ready
             try:
@@ -312,9 +331,12 @@ class Helper:
         command = [sys.executable or "python", "-I", os.path.abspath(__file__)]
         try:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C on the terminal is for the engine
-            )  # fmt: skip
+            )
         except OSError as error:
             raise ValueError(f"the guide needs a helper process: {error}") from None
         self.stop = weakref.finalize(self, end, self.process, os.getpid())
@@ -326,7 +348,8 @@ class Helper:
             self._start()
         self.is_ready = False
         answer: list = []
-        if dropped := [self.dropped.pop() for _ in range(len(self.dropped))]:
+        dropped = [self.dropped.pop() for _ in range(len(self.dropped))]
+        if dropped:
             self.sent.difference_update(dropped)
             answer = self._answer(("drop", *dropped), encode)
         for part in (*parts, message):
@@ -358,25 +381,28 @@ class Helper:
 
 
 def too_complex(why: str) -> str:
-    """What to tell of a guide for which a helper had to end."""
-    took = {
+    """The error of a guide for which a helper had to end."""
+    causes = {
         "time": f"it takes more than {PREPARE:g} s, or {EACH:g} s a token",
         "memory": f"it takes more than {MEMORY >> 20:,} MiB, or ends its process",
     }
-    return f"the guide is too complex: {took[why]}; {REMEDY}"
+    return f"the guide is too complex: {causes[why]}; {REMEDY}"
 
 
 class RemoteReader:
     """A Reader in a helper. grammar: the number of its grammar; parts, encode: as in `ask`."""
 
     def __init__(self, helper: Helper, grammar: int, parts: tuple, encode: Callable):
-        self.helper, self.grammar, self.parts, self.encode = helper, grammar, parts, encode
+        self.helper = helper
+        self.grammar = grammar
+        self.parts = parts
+        self.encode = encode
         self.number = next(numbers)
         weakref.finalize(self, helper.dropped.append, self.number).atexit = False
 
     def allowed(self, output: list[int]) -> tuple[int, bytes]:
         """As that of a Reader."""
-        message = "allowed", self.number, self.grammar, output
+        message = ("allowed", self.number, self.grammar, output)
         num_read, bits = self.helper.ask(message, self.parts, self.encode)
         return num_read, bytes.fromhex(bits)
 

@@ -1,13 +1,19 @@
-"""Tensor parallel: a model shared among processes.
+"""Tensor parallel: a model shared among processes, the ranks.
 
 Every rank has a share of the heads, of the MLP's channels and of the vocabulary, and runs the same
 scheduler on the same requests, so it plans the same steps. Two sums a layer and the logits cross
-(Shoeybi et al. 2019, Megatron-LM); all ranks then draw from the same bits with the same noise.
+between ranks (Shoeybi et al. 2019, Megatron-LM); then all ranks draw from the same bits with the
+same uniform numbers.
+
+    rank 0   plan | heads 0, 1 | sum | half of the MLP | sum | ... | half of the logits | gather
+    rank 1   plan | heads 2, 3 | sum | half of the MLP | sum | ... | half of the logits | gather
 """
 
 import atexit
 import os
+from array import array
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,64 +23,75 @@ import xxhash
 from torch import Tensor
 
 from ..checkpoint import pick_device
-from ..engine import LLM, Runner
+from ..engine import LLM
 from ..model import GPTConfig
+from ..runner import Extension
 from ..scheduler import Plan
+from .threads import ThreadGuard
+
+# matrices whose rows are shared out (heads, channels of the MLP); of the others it is columns
+ROW_SHARED = (".c_q.weight", ".c_k.weight", ".c_v.weight", ".c_fc.weight", ".ve_gate.weight")
 
 
-def join(size: int) -> None:
+def join_processes(size: int) -> None:
     """Meet the other processes that torchrun started, if the program has not done so itself. Raises
     ValueError if there are not `size` of them."""
     if not dist.is_available():
         raise ValueError("tensor_parallel needs a torch with torch.distributed, which this is not")
-    joined = dist.is_initialized()
-    world = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", 1))
-    if world != size:
+    is_joined = dist.is_initialized()
+    if is_joined:
+        num_processes = dist.get_world_size()
+    else:
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes != size:
         raise ValueError(
-            f"tensor_parallel={size} takes {size} processes, not {world}: start the program with "
-            f"torchrun --standalone --nproc-per-node {size}"
+            f"tensor_parallel={size} takes {size} processes, not {num_processes}: start the "
+            f"program with torchrun --standalone --nproc-per-node {size}"
         )
-    if not joined:
-        dist.init_process_group(_backend())
-        atexit.register(_leave)
+    if not is_joined:
+        dist.init_process_group(pick_library())
+        atexit.register(leave_processes)
 
 
-def _leave() -> None:
+def leave_processes() -> None:
     """End the connections, or gloo's threads abort the process at its end. NCCL's are left alone
-    after a failure: they might wait for someone who is gone."""
-    failed = torch.cuda.is_initialized() and first_failure("")
-    if dist.is_initialized() and not failed:
+    after a failure: they might wait for a process that has ended."""
+    has_failed = torch.cuda.is_initialized() and first_failure("")
+    if dist.is_initialized() and not has_failed:
         dist.destroy_process_group()
 
 
-def _backend() -> str:
+def pick_library() -> str:
+    """What carries tensors between processes."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
-def first_failure(what: str) -> str:
-    """Of all that failed on any rank the first; `what`, if there was nothing before."""
+def first_failure(failure: str) -> str:
+    """The first failure on any rank; `failure`, if there was none before."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        return store.compare_set("microvllm/failure", "", what).decode()
-    except (RuntimeError, ValueError):  # the store went with the rank that kept it
-        return what
+        return store.compare_set("microvllm/failure", "", failure).decode()
+    except (RuntimeError, ValueError):  # the store has ended with the rank that kept it
+        return failure
 
 
 class Ranks:
     """This rank and the others of one model, `size` in all. device: of this rank, "auto" and "cuda"
-    are the GPU of its number on its machine. Raises ValueError as `join` and `pick_device` do."""
+    are the GPU of its number on its machine. Raises ValueError as `join_processes` and
+    `pick_device` do."""
 
     def __init__(self, size: int, device="auto"):
-        join(size)
-        self.size, self.rank = size, dist.get_rank()
+        join_processes(size)
+        self.size = size
+        self.rank = dist.get_rank()
         if str(device) in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
         self.device = pick_device(device)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # a process has one card, and NCCL asks for it
+            torch.cuda.set_device(self.device)  # a process has one card, and NCCL reads its number
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"tensor_parallel runs on cpu or cuda, and device is {self.device}")
-        self.peers = dist.new_group(backend=_backend())
+        self.peers = dist.new_group(backend=pick_library())
 
     def check(self, quantization: str | None, deterministic: bool) -> None:
         """Raises ValueError for what ranks cannot do."""
@@ -84,32 +101,37 @@ class Ranks:
                 "processes at most: in which order the sums of more are made depends on the batch"
             )
 
+    # the share of a rank
+
     def local(self, config: GPTConfig) -> GPTConfig:
         """The attention of one rank: that of a narrower model. Raises ValueError if the kv heads,
         each with its query heads, cannot be shared out."""
-        size, heads = self.size, config.n_kv_head
-        if heads % size:
-            fit = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        num_kv_heads = config.n_kv_head
+        if num_kv_heads % self.size:
+            divisors = [str(n) for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
             raise ValueError(
-                f"tensor_parallel={size} does not divide the model's {heads} kv heads (of "
-                f"{config.n_head} query heads): it can be {' or '.join(fit)}"
+                f"tensor_parallel={self.size} does not divide the model's {num_kv_heads} kv heads "
+                f"(of {config.n_head} query heads): it can be {' or '.join(divisors)}"
             )
-        width, query_heads = config.n_embd // size, config.n_head // size
-        return replace(config, n_embd=width, n_head=query_heads, n_kv_head=heads // size)
+        return replace(
+            config,
+            n_embd=config.n_embd // self.size,
+            n_head=config.n_head // self.size,
+            n_kv_head=num_kv_heads // self.size,
+        )
 
     def share(self, weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
         """A checkpoint's tensors as this rank has them: views, so that of a memory-mapped file only
         these are read. What makes the residual stream is needed whole."""
-        rows = ".c_q.weight", ".c_k.weight", ".c_v.weight", ".c_fc.weight", ".ve_gate.weight"
-        found = dict(weights)
+        shared = dict(weights)
         for name, weight in weights.items():
             if name == "lm_head.weight":  # without padding; the last rank may have fewer rows
-                found[name] = weight[: config.vocab_size].chunk(self.size)[self.rank]
-            elif name.endswith(rows):
-                found[name] = weight.chunk(self.size)[self.rank]
+                shared[name] = weight[: config.vocab_size].chunk(self.size)[self.rank]
+            elif name.endswith(ROW_SHARED):
+                shared[name] = weight.chunk(self.size)[self.rank]
             elif name.endswith(".c_proj.weight") or name.startswith("value_embeds."):
-                found[name] = weight.chunk(self.size, 1)[self.rank]
-        return found
+                shared[name] = weight.chunk(self.size, dim=1)[self.rank]
+        return shared
 
     def complete(self, name: str, product: Callable, config: GPTConfig) -> Callable:
         """The product with a matrix of `share`, made whole where that takes all ranks."""
@@ -120,96 +142,125 @@ class Ranks:
             return lambda x: self.gather(product(x), width)[:, : config.vocab_size]
         return product
 
+    # what crosses
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, in place: of the same bits everywhere."""
         x = x.contiguous()
-        self._together(dist.all_reduce, x)
+        self.run_together(dist.all_reduce, x)
         return x
 
     def gather(self, x: Tensor, width: int) -> Tensor:
         """All ranks' x (R, at most width), padded to the width, side by side: (R, size * width)."""
         x = F.pad(x, (0, width - x.shape[1])).contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._together(dist.all_gather, parts, x)
-        return torch.cat(parts, 1)
+        self.run_together(dist.all_gather, parts, x)
+        return torch.cat(parts, dim=1)
 
-    def least(self, free: int) -> int:
-        """Bytes for each rank's cache: with as many blocks as the others they all plan the same."""
+    def least(self, num_bytes: int) -> int:
+        """Bytes for each rank's cache, given what this one could take: with as many blocks as the
+        others they all plan the same."""
         if self.device.type == "cpu":  # the ranks of one machine share its memory
-            free //= int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        found = torch.tensor([free])
-        self._together(dist.all_reduce, found, dist.ReduceOp.MIN)
-        return int(found)
+            num_bytes //= int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        smallest = torch.tensor([num_bytes])
+        self.run_together(dist.all_reduce, smallest, dist.ReduceOp.MIN)
+        return int(smallest)
 
-    def agree(self, what: str, *data) -> None:
-        """Raises RuntimeError unless all ranks have the same data (strings, bytes or arrays)."""
+    def agree(self, subject: str, *data) -> None:
+        """Raises RuntimeError unless all ranks have the same data (bytes or arrays). subject: what
+        they differ in, for the message."""
         digest = xxhash.xxh3_64()
         for item in data:
             digest.update(item)
         mine = torch.tensor([digest.intdigest() >> 1])
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        self._together(dist.all_gather, found, mine)
-        if others := [rank for rank, theirs in enumerate(found) if theirs != found[0]]:
+        digests = [torch.empty_like(mine) for _ in range(self.size)]
+        self.run_together(dist.all_gather, digests, mine)
+        others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
+        if others:
             raise RuntimeError(
-                f"tensor parallel: rank 0 and rank {others[0]} differ in {what}. All ranks must be "
-                "given the same, in the same order, and what a caller adds (logits_processor, "
+                f"tensor parallel: rank 0 and rank {others[0]} differ in {subject}. All ranks must "
+                "be given the same, in the same order, and what a caller adds (logits_processor, "
                 "policies, abort) must not depend on a clock or an unseeded random number"
             )
 
     def fail(self, error: BaseException) -> None:
-        """Let the others, who wait for this rank's part of a step, fail with its error. There is
+        """Let the others, which wait for this rank's part of a step, fail with its error. There is
         no way back to the same step, so they part."""
         first_failure(f"rank {self.rank} failed: {type(error).__name__}: {error}")
-        peers, self.peers = self.peers, None
-        if peers and self.device.type == "cpu":  # NCCL's end with the process, and torchrun sees it
+        peers = self.peers
+        self.peers = None
+        # NCCL's connections end with the process, and torchrun sees it
+        if peers is not None and self.device.type == "cpu":
             dist.destroy_process_group(peers)
 
-    def _together(self, collective: Callable, *args) -> None:
+    def run_together(self, collective: Callable, *args) -> None:
+        """Call one of torch.distributed's functions, as all ranks do. Raises RuntimeError with the
+        first failure of any rank."""
         if self.peers is None:
             raise RuntimeError("tensor parallel: a step failed, and the ranks have parted: restart")
         try:
             collective(*args, group=self.peers)
         except RuntimeError as error:
-            gone = f"another rank is gone ({str(error).splitlines()[0]:.200})"
-            raise RuntimeError(f"tensor parallel: {first_failure(gone)}") from None
+            first_line = str(error).splitlines()[0]
+            failure = first_failure(f"another rank is gone ({first_line:.200})")
+            raise RuntimeError(f"tensor parallel: {failure}") from None
 
 
-class ParallelRunner(Runner):
-    """A Runner of one of several ranks, which makes sure that all run the same step."""
+class RankCheck(Extension):
+    """Makes sure that all ranks have the same engine and run the same steps. The last extension of
+    the list, since others may change a plan. arguments: of the engine, those that its config does
+    not have."""
 
-    ranks: Ranks
+    def __init__(self, ranks: Ranks, *arguments):
+        self.ranks = ranks
+        self.arguments = arguments
 
-    def batch(self, plan: Plan):
-        batch = super().batch(plan)
-        # a token that one has drawn otherwise is among the ids of its next step
-        step = batch.ids, batch.prev_ids, batch.positions, batch.logit_rows, batch.noise
-        self.ranks.agree("what they want to compute next", *step)
-        return batch
+    def attach(self, engine: LLM) -> None:
+        super().attach(engine)
+        config = engine.config
+        parts = [
+            engine.model.config,
+            engine.model.recipe,
+            engine.model.dtype,
+            engine.scheduler.blocks.num_blocks,
+            config.block_size,
+            config.enable_prefix_caching,
+            config.max_batch_size,
+            config.max_batched_tokens,
+            config.max_model_len,
+            config.seed,
+            *self.arguments,
+        ]
+        self.ranks.agree("the model or its arguments", repr(parts).encode())
+
+    def on_plan(self, plan: Plan) -> None:
+        """A token that one rank has drawn otherwise is among the tokens of its next step."""
+        if not plan.chunks:
+            return
+        tokens = array("q")
+        for seq, start, stop, draft in plan.chunks:
+            tokens.extend((start, stop))
+            tokens.extend(seq.token_ids[start:stop])
+            tokens.extend(draft)
+        draws = array("Q")
+        for chunk, seq, position, _ in plan.draws:
+            draws.extend((chunk, position, seq.seed))
+        self.ranks.agree("what they want to compute next", tokens, draws)
 
 
-class ParallelLLM(LLM):
-    """An engine that may be one of several ranks."""
+class RankGuard(ThreadGuard):
+    """A guard that lets the other ranks know of an exception."""
 
-    ranks: Ranks | None = None
+    def __init__(
+        self,
+        recover: Callable[[], None],
+        context: Callable[[], AbstractContextManager] = nullcontext,
+        *,
+        ranks: Ranks,
+    ):
+        super().__init__(recover, context)
+        self.ranks = ranks
 
-    def _assemble(self, *args, **policies) -> None:
-        super()._assemble(*args, **policies)
-        if self.ranks:
-            self.runner.ranks = self.ranks
-            model, blocks, seed = self.model, self.scheduler.blocks, args[-1]
-            made = [model.config, model.recipe, model.dtype, seed, self.max_model_len]
-            made += [blocks.num_blocks, blocks.block_size, blocks.enable_prefix_caching]
-            made += [self.max_batch_size, self.max_batched_tokens, self.prompt_lookup]
-            self.ranks.agree("the model or its arguments", repr(made).encode())
-
-    def _free_for_cache(self, block_size: int) -> int:
-        free = super()._free_for_cache(block_size)
-        return self.ranks.least(free) if self.ranks else free
-
-    def _recover(self, error: BaseException | None = None) -> None:
-        if self.ranks and error:
-            self.ranks.fail(error)
-        super()._recover(error)
-
-
-PARTS = {"llm": ParallelLLM, "rank": ParallelRunner}
+    def recover_from(self, error: BaseException) -> None:
+        self.ranks.fail(error)
+        super().recover_from(error)

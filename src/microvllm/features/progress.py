@@ -1,4 +1,4 @@
-"""A progress bar while `generate` works.
+"""A progress bar while `generate` works, on a terminal and in a notebook.
 
     generating  45%|████▌     | [00:03<00:04, 12/64 prompts, 1,834 tokens, 598 tokens/s]
 
@@ -9,15 +9,37 @@ max_tokens makes it jump, so it moves in every step and is full at the end.
 import builtins
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from functools import cache
 
-from ..engine import LLM, Request
+from ..engine import Request
 from ..scheduler import Sequence
 
-SECONDS = 0.1  # between two looks at all requests
+SECONDS = 0.1  # between two updates of the bar
 FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+
+
+def with_progress(steps: Iterator[None], requests: list[Request], use_tqdm: bool) -> Iterator[None]:
+    """The same steps (of LLM.serve), with a bar that shows how far these requests are."""
+    if not use_tqdm:
+        yield from steps
+        return
+    is_notebook = in_notebook()
+    bar = bar_class(is_notebook)(
+        total=sum(map(count_possible, requests)),
+        desc="generating",
+        bar_format=FORMAT,
+        disable=False if is_notebook else None,  # None: shown on a terminal only
+    )
+    with closing(steps), bar:
+        progress = Progress(requests, bar)
+        for step in steps:
+            if not bar.disable:
+                progress.update()
+            yield step
+        if not bar.disable:
+            progress.show()
 
 
 def in_notebook() -> bool:
@@ -28,9 +50,9 @@ def in_notebook() -> bool:
 
 
 @cache
-def bar_class(notebook: bool) -> type:
+def bar_class(is_notebook: bool) -> type:
     """tqdm's bar: in a notebook with ipywidgets a widget, else a line of text."""
-    if not notebook:
+    if not is_notebook:
         from tqdm import tqdm
 
         return tqdm
@@ -40,86 +62,68 @@ def bar_class(notebook: bool) -> type:
     return tqdm
 
 
-def reached(seq: Sequence) -> int:
+class Progress:
+    """What a bar shows of some requests. Of a preempted sample nothing is computed any more, but
+    the bar does not go back."""
+
+    def __init__(self, requests: list[Request], bar):
+        self.requests = requests
+        self.bar = bar
+        self.began = time.perf_counter()
+        self.num_new = 0  # tokens that followed the prompts
+        self.next_update = 0.0  # a time: to look at all requests takes a while
+
+    def update(self) -> None:
+        """Show how far the requests are, unless that was done a moment ago."""
+        if time.perf_counter() >= self.next_update:
+            self.show()
+
+    def show(self) -> None:
+        """Show how far the requests are."""
+        requests = self.requests
+        bar = self.bar
+        self.num_new = max(self.num_new, sum(map(count_new, requests)))
+        num_finished = sum([request.output is not None for request in requests])
+        rate = self.num_new / max(time.perf_counter() - self.began, 1e-9)
+        bar.set_postfix_str(
+            f"{num_finished:,}/{len(requests):,} prompts, {self.num_new:,} tokens, "
+            f"{rate:,.0f} tokens/s",
+            refresh=False,
+        )
+        bar.n = max(bar.n, sum(map(count_done, requests)))
+        bar.refresh()
+        self.next_update = time.perf_counter() + SECONDS
+
+
+def count_reached(seq: Sequence) -> int:
     """The tokens of a sequence, prompt included, that are done."""
-    if seq.finish_reason:
-        return len(seq.tokens)
+    if seq.finish_reason is not None:
+        return len(seq.token_ids)
     if seq.num_computed < seq.num_prompt:
         return seq.num_computed
     # the last token of a sample is drawn, and not computed; of a text that is scored all are known
-    return min(len(seq.tokens), seq.num_computed + 1)
+    return min(len(seq.token_ids), seq.num_computed + 1)
 
 
-def possible(request: Request) -> int:
+def count_possible(request: Request) -> int:
     """The most tokens that a request can have: of its prompt once, of its samples all."""
-    first = request.samples[0]
+    first = request.sequences[0]
     return first.num_prompt + request.params.n * (first.max_length - first.num_prompt)
 
 
-def new_tokens(request: Request) -> int:
+def count_new(request: Request) -> int:
     """The tokens that follow the prompt so far, in all samples."""
-    return sum([max(0, reached(seq) - seq.num_prompt) for seq in request.samples])
+    return sum([max(0, count_reached(seq) - seq.num_prompt) for seq in request.sequences])
 
 
-def done(request: Request) -> int:
-    """The part of `possible` that is done; a sample that ended counts as a whole."""
+def count_done(request: Request) -> int:
+    """The part of count_possible that is done; a sample that has ended counts as a whole."""
     if request.output is not None:
-        return possible(request)
-    count = 0
-    for index, seq in enumerate(request.samples):
-        last = seq.max_length if seq.finish_reason else reached(seq)
-        count += max(0, last - seq.num_prompt)
+        return count_possible(request)
+    num_done = 0
+    for index, seq in enumerate(request.sequences):
+        length = count_reached(seq) if seq.finish_reason is None else seq.max_length
+        num_done += max(0, length - seq.num_prompt)
         if index == 0:
-            count += min(last, seq.num_prompt)
-    return count
-
-
-class Progress:
-    """What a bar shows of some requests. Of a sample that is preempted nothing is computed any
-    more; the bar does not go back."""
-
-    def __init__(self, requests: list[Request], bar):
-        self.requests, self.bar = requests, bar
-        self.began, self.num_new = time.perf_counter(), 0
-        self.next = 0.0  # when to look again
-
-    def look(self, at_once: bool = False) -> None:
-        """Show how far the requests are, unless that was done a moment ago."""
-        now = time.perf_counter()
-        if now < self.next and not at_once:
-            return
-        requests, bar = self.requests, self.bar
-        self.num_new = max(self.num_new, sum(map(new_tokens, requests)))
-        finished = sum([request.output is not None for request in requests])
-        rate = self.num_new / max(now - self.began, 1e-9)
-        bar.set_postfix_str(
-            f"{finished:,}/{len(requests):,} prompts, {self.num_new:,} tokens, "
-            f"{rate:,.0f} tokens/s", refresh=False,
-        )  # fmt: skip
-        bar.n = max(bar.n, sum(map(done, requests)))
-        bar.refresh()
-        self.next = time.perf_counter() + SECONDS
-
-
-class ProgressLLM(LLM):
-    """An engine that shows how far it is, on a terminal and in a notebook."""
-
-    def _steps(self, requests: list[Request], use_tqdm=False) -> Iterator[deque[Request]]:
-        if not use_tqdm:
-            yield from super()._steps(requests)
-            return
-        notebook = in_notebook()
-        hidden = False if notebook else None  # None: shown on a terminal only
-        total = sum(map(possible, requests))
-        bars = bar_class(notebook)
-        with bars(total=total, desc="generating", bar_format=FORMAT, disable=hidden) as bar:
-            progress = Progress(requests, bar)
-            for pending in super()._steps(requests):
-                if not bar.disable:
-                    progress.look()
-                yield pending
-            if not bar.disable:
-                progress.look(at_once=True)
-
-
-PARTS = {"llm": ProgressLLM}
+            num_done += min(length, seq.num_prompt)
+    return num_done

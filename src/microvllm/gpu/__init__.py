@@ -1,5 +1,5 @@
-"""What a GPU has of its own: kernels in Triton, FlashAttention, recorded decode steps, the loop one
-step ahead, and a cache as large as the card allows."""
+"""What a GPU has of its own: kernels in Triton, FlashAttention, recorded decode steps, and a cache
+as large as the card allows. Its loop, one step ahead, is in loops/ahead.py."""
 
 import functools
 import importlib.util

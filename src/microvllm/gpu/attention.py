@@ -199,7 +199,7 @@ def _chunk(
         seen = (position[None, :] <= query[:, None]) & (position[None, :] >= left[:, None])
         m, total, acc = _add_tile(tl.where(seen, score, -1e30), value, m, total, acc)
     # a row of a sequence of length 0 has seen no key: it writes 0, and no NaN, which a later layer
-    # would write into the sink, where tiles that begin before a window read it
+    # would write into the null block, where tiles that begin before a window read it
     tl.store(out + at, acc / tl.where(total > 0, total, 1.0)[:, None], live)
 
 
@@ -238,7 +238,7 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
             tile = 16 if size == 4 else min(8192 // block_d, 64)
         wanted = round(AT_ONCE[warps] * processors / (decodes * n_kv))
         most = MAX_SPLITS.value
-        splits = num_splits or max(1, min(wanted, triton.cdiv(batch.max_seq, 64), most))
+        splits = num_splits or max(1, min(wanted, triton.cdiv(batch.max_seq_len, 64), most))
         parts = lse = None
         if splits > 1:
             shape = (decodes, n_head, splits)
@@ -254,7 +254,7 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
         block_g = triton.next_power_of_2(group)
         # small blocks for float32, which has no matrix units and spills, and for short prompts: if
         # what large ones would add to these, 128 x 64 scores each, is more than the longest has
-        longest, mean = batch.max_query * block_g, (T - decodes) // chunks * block_g
+        longest, mean = batch.max_query_len * block_g, (T - decodes) // chunks * block_g
         short = mean <= 32 and longest * longest <= 128 * 64 * chunks
         block_m, tile, warps = (32, 32, 4) if size == 4 or short else (128, 64, 8)
         if fixed and size < 4:

@@ -1,5 +1,6 @@
-"""What a GPU offers to the fused model, and weights in float8."""
+"""What a GPU provides for the fused model, and weights in float8."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..fused.backend import Backend, filter_values
 from ..fused.linear import Linear
-from ..sampler import on
+from ..sampler import to_device
 from . import has_triton
 from .upload import Uploader
 
@@ -16,7 +17,7 @@ from .upload import Uploader
 class GpuBackend(Backend):
     """Triton's steps and draw, where it runs, and float8; attention in torch."""
 
-    draw = None  # the kernels of `sample`
+    draw: Callable[..., Tensor] | None = None  # the kernels of `sample`
     uploader: Uploader | None = None
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
@@ -24,20 +25,26 @@ class GpuBackend(Backend):
         if has_triton(device):
             from . import sampler, steps
 
-            self.add_norm, self.relu2 = steps.add_norm, steps.relu2
-            self.rope_store, self.draw = steps.rope_store, sampler.sample
+            self.add_norm = steps.add_norm
+            self.relu2 = steps.relu2
+            self.rope_store = steps.rope_store
+            self.draw = sampler.sample
 
     def fill(self, target: Tensor, source: Tensor) -> None:
-        if target.device.type != "cuda" or source.device.type != "cpu" or source.numel() < 2**16:
-            return super().fill(target, source)
-        self.uploader = self.uploader or Uploader(self.device)
+        is_upload = target.device.type == "cuda" and source.device.type == "cpu"
+        if not is_upload or source.numel() < 2**16:
+            super().fill(target, source)
+            return
+        if self.uploader is None:
+            self.uploader = Uploader(self.device)
         self.uploader.fill(target, source)
 
     def check_quantization(self, quantization: str, config) -> None:
         # where torch._scaled_mm has a product of scaled rows
-        card = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else ()
-        here = card >= (8, 9) and not torch.version.hip and self.dtype == torch.bfloat16
-        if quantization != "fp8" or not here:
+        is_cuda = self.device.type == "cuda"
+        capability = torch.cuda.get_device_capability(self.device) if is_cuda else (0, 0)
+        is_able = capability >= (8, 9) and not torch.version.hip
+        if quantization != "fp8" or not is_able or self.dtype != torch.bfloat16:
             super().check_quantization(quantization, config)
         if config.n_embd % 16 or config.n_kv_head * config.head_dim % 16:
             raise ValueError(f"quantization='fp8' needs widths in steps of 16, not {config.n_embd}")
@@ -46,21 +53,21 @@ class GpuBackend(Backend):
                 "quantization='fp8' has no deterministic=True: cuBLAS does its products"
             )
 
-    def linear_class(self, quantization: str | None, *weight) -> type:
-        return Float8 if quantization == "fp8" else super().linear_class(quantization, *weight)
+    def linear_class(self, quantization: str | None, **layout) -> type[Linear]:
+        return Float8 if quantization == "fp8" else super().linear_class(quantization, **layout)
 
     def sample(self, logits: Tensor, params, temperature, uniform, softcap: float) -> Tensor:
         if self.draw is None:
             return super().sample(logits, params, temperature, uniform, softcap)
         filters = filter_values(params)
         if filters is not None:
-            filters = on(logits.device, np.ascontiguousarray(filters.T, np.float32))
+            filters = to_device(np.ascontiguousarray(filters.T, np.float32), logits.device)
         return self.draw(logits, temperature, uniform, softcap, filters)
 
 
 class TritonBackend(GpuBackend):
-    """Triton's attention as well and, where it is asked for, a product whose rows do not depend on
-    their batch."""
+    """Triton's attention as well and, with deterministic=True, a product whose rows do not depend
+    on their batch."""
 
     name = "triton"
 
@@ -71,7 +78,8 @@ class TritonBackend(GpuBackend):
         counts = attention.make_counts(device)
         self.attend = partial(attention.paged_attention, counts=counts)
         if deterministic:
-            self.attend, self.product = attention.fixed_attention, steps.linear
+            self.attend = attention.fixed_attention
+            self.product = steps.linear
 
     def check(self) -> None:
         if not has_triton(self.device):
@@ -98,15 +106,22 @@ class Float8(Linear):
     def load(self, parts: list[Tensor]) -> None:
         # rows of padding: the product wants outputs in steps of 16
         whole = torch.cat([*parts, parts[0].new_zeros(-sum(self.sizes) % 16, self.width)])
-        new = fp8_rows(whole.to(self.device, torch.float32))
+        weight, scale = fp8_rows(whole.to(self.device, torch.float32))
         if self.weight is None:
-            self.weight, self.scale = new
+            self.weight = weight
+            self.scale = scale
         else:  # where recorded steps read them
-            self.weight.copy_(new[0]), self.scale.copy_(new[1])
+            self.weight.copy_(weight)
+            self.scale.copy_(scale)
 
     def multiply(self, x: Tensor) -> Tensor:
         # both scales are applied to the float32 sums, which are then rounded to bfloat16
-        rows, scale = fp8_rows(x)
-        scales = scale, self.scale.t()
-        y = torch._scaled_mm(rows, self.weight.t(), *scales, out_dtype=torch.bfloat16)
+        rows, row_scale = fp8_rows(x)
+        y = torch._scaled_mm(
+            rows,
+            self.weight.t(),
+            scale_a=row_scale,
+            scale_b=self.scale.t(),
+            out_dtype=torch.bfloat16,
+        )
         return y[:, : self.rows].to(x.dtype)

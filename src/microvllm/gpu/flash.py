@@ -66,7 +66,7 @@ def flash3(flash, q, k, v, batch, window: int) -> Tensor:
     return flash(
         q, k.transpose(1, 2), v.transpose(1, 2), cache_seqlens=batch.seq_lens,
         page_table=batch.block_tables, cu_seqlens_q=batch.cu_seqlens,
-        max_seqlen_q=batch.max_query, causal=True, window_size=(window, min(window, 0)),
+        max_seqlen_q=batch.max_query_len, causal=True, window_size=(window, min(window, 0)),
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def flash4(flash, q, k, v, batch, window: int) -> Tensor:
     flash_attn/cute/interface.py."""
     out = flash(
         q, k.transpose(1, 2), v.transpose(1, 2), cu_seqlens_q=batch.cu_seqlens,
-        max_seqlen_q=batch.max_query, max_seqlen_k=batch.max_seq, seqused_k=batch.seq_lens,
+        max_seqlen_q=batch.max_query_len, max_seqlen_k=batch.max_seq_len, seqused_k=batch.seq_lens,
         page_table=batch.block_tables, causal=True,
         window_size=(window, 0) if window >= 0 else (None, None),
     )  # fmt: skip
@@ -88,8 +88,8 @@ def flash_of_torch(flash, q, k, v, batch, window: int) -> Tensor:
     # the rows after the first sequence's stay unwritten (pytorch/pytorch#194167)
     sums = torch.nn.functional.pad(batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
     return flash(
-        q, k.transpose(1, 2), v.transpose(1, 2), batch.cu_seqlens, sums, batch.max_query,
-        batch.max_seq, window_size=(window, 0), enable_gqa=True, seqused_k=batch.seq_lens,
+        q, k.transpose(1, 2), v.transpose(1, 2), batch.cu_seqlens, sums, batch.max_query_len,
+        batch.max_seq_len, window_size=(window, 0), enable_gqa=True, seqused_k=batch.seq_lens,
         block_table=batch.block_tables, num_splits=1,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 A step in which every sequence computes one token has the same kernels each time; only the numbers
 in its batch differ. So it is recorded once per batch size, and replayed after the new numbers were
 copied to where the recorded kernels read them. Rows that pad a batch to a recorded size are
-sequences of one token in block 0, the sink.
+sequences of one token in the null block.
 
 For a step of a few rows there are products with norm, residual add and relu^2 fused into them. They
 are timed beside the library's when the engine starts, and the fastest are kept.
@@ -19,60 +19,79 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import free_memory, require_memory
-from ..engine import Batch, Runner
+from ..attention import Batch, PagedKVCache, make_batch
+from ..checkpoint import require_memory
+from ..environment import free_memory
+from ..features.windows import GroupedKVCache
 from ..fused.backend import NO_FILTERS, filter_values
 from ..fused.linear import Linear
+from ..fused.model import FusedGPT
+from ..loops.ahead import AheadRunner
+from ..sampler import SamplingParams
 from ..scheduler import Plan
 from . import launch
 from .sampler import sample
 from .steps import linear_add, norm_linear
 
-# fields of a row beside its slots and block tables; cu_seqlens never changes
-FIELDS = 9  # ids, prev_ids, positions, seq_lens, temperature, noise, top_k, top_p, min_p
+# Fields of a row beside its slots and block tables; cu_seqlens never changes: token_ids,
+# prev_token_ids, positions, seq_lens, temperature, uniform, top_k, top_p, min_p
+NUM_FIELDS = 9
+SEQ_LENS = 3
+TEMPERATURE = 4
+UNIFORM = 5
+FILTERS = slice(6, 9)
 MAX_FEW_ROWS = 8  # the largest batch for which `few_rows_step` is tried
-OUTPUTS = (2, 1), (4, 1), (4, 4)  # of a program in `few_rows_step`, all are tried
+OUTPUTS = ((2, 1), (4, 1), (4, 4))  # of a program in `few_rows_step`, all are tried
 FAILED: list[torch.cuda.CUDAGraph] = []  # kept: to destroy one whose capture failed can fail, too
 TRIALS = 8  # timed replays of each way, each with another token; more than there are ways
 
 
 def few_rows_step(
-    model, batch: Batch, cache, outputs: tuple[int, int], out: Tensor | None = None
+    model: FusedGPT,
+    batch: Batch,
+    cache: PagedKVCache,
+    outputs: tuple[int, int],
+    out: Tensor | None = None,
 ) -> Tensor:
     """The logits (R, V) of a few rows that decode: model.forward and model.logits in two thirds of
     the kernels, with norms that are not rounded. outputs: that a program of a product computes, and
     one of the MLP's second, whose rows are four times as long; out: where the logits go."""
-    recipe, backend = model.recipe, model.backend
-    tiles, long = ({"outputs": n} for n in outputs)
-    x = x0 = model.embed(batch)  # (1)
-    eps, backout = recipe.eps, ()
-    for i, (layer, (k, v, view)) in enumerate(zip(model.layers, cache.layers(batch), strict=True)):
+    recipe = model.recipe
+    backend = model.backend
+    eps = recipe.eps
+    num_outputs, num_mlp_outputs = outputs
+    x = model.embed(batch)  # (1)
+    x0 = x
+    backout = ()
+    for i, (layer, kv) in enumerate(zip(model.layers, cache.layers(batch), strict=True)):
         # (2), the norm and (3) project; (4) rotate and norm, (5) write K and V, then attend
-        scaled = x0, layer.resid_lambda, layer.x0_lambda
-        qkv, h = norm_linear(x, layer.qkv.weight, eps, *scaled, **tiles)
+        mix = (x0, layer.resid_lambda, layer.x0_lambda)
+        qkv, h = norm_linear(x, layer.qkv.weight, eps, *mix, outputs=num_outputs)
         q = backend.rope_store(
-            qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, view, k, v,
+            qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, kv.batch, kv.k, kv.v,
             model.config.n_head, recipe.qk_scale, recipe.gate_scale, eps,
         )  # fmt: skip
-        y = backend.attend(q, k, v, view, layer.window)
-        x = linear_add(y.flatten(1), layer.proj.weight, x, *scaled, **tiles)
-        y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True, **tiles)  # (6)
-        x = linear_add(y, layer.mlp_proj.weight, x, **long)
+        y = backend.attend(q, kv.k, kv.v, kv.batch, layer.window)
+        x = linear_add(y.flatten(1), layer.proj.weight, x, *mix, outputs=num_outputs)
+        y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True, outputs=num_outputs)  # (6)
+        x = linear_add(y, layer.mlp_proj.weight, x, outputs=num_mlp_outputs)
         if recipe.smear and i == model.config.n_layer // 2:  # (7)
             minus = -model.backout_lambda.float()
-            backout = x, torch.ones_like(minus), minus
+            backout = (x, torch.ones_like(minus), minus)
     head = model.lm_head.weight[: model.config.vocab_size]
-    return norm_linear(x, head, eps, *backout, out=out, **tiles)[0]
+    logits, _ = norm_linear(x, head, eps, *backout, outputs=num_outputs, out=out)
+    return logits
 
 
-def takes_few_rows(model) -> bool:
+def takes_few_rows(model: FusedGPT) -> bool:
     """Does `few_rows_step` fit a model? On NVIDIA cards, from triton 3.4 on, and if each matrix is
     one tensor with torch's product: not a live module's parts, float8, or deterministic=True."""
-    plain = all(type(w) is Linear for w in model.linears.values()) and has_torchs_product(model)
-    return plain and launch.TRITON_34 and torch.version.hip is None
+    has_dense_weights = all(type(linear) is Linear for linear in model.linears.values())
+    is_able = launch.TRITON_34 and torch.version.hip is None
+    return has_dense_weights and has_torchs_product(model) and is_able
 
 
-def has_torchs_product(model) -> bool:
+def has_torchs_product(model: FusedGPT) -> bool:
     """Are a model's products torch's own?"""
     return model.backend.product is torch.nn.functional.linear
 
@@ -83,212 +102,323 @@ def fastest(times: dict[str, list[float]]) -> str:
 
 
 class DecodeGraphs:
-    """Recorded decode steps for batch sizes 1, 2, 4, 8, the multiples of 16, and the largest. They
-    read the weights of `model` and the blocks of `cache` at their present addresses. `ways` says
-    how the steps of a few rows run, by size."""
+    """Recorded decode steps for batch sizes 1, 2, 4, 8, the multiples of 16, and the largest.
 
-    def __init__(self, model, cache, max_batch_size: int, max_model_len: int):
-        self.model, self.cache, self.max_model_len = model, cache, max_model_len
-        sizes = 1, 2, 4, 8, *range(16, max_batch_size, 16)
-        self.sizes = [size for size in sizes if size < max_batch_size] + [max_batch_size]
-        self.columns = -(-max_model_len // cache.block_size)  # of the block tables
-        # of layers, each with a slot and a table of its own; a plain cache knows no groups
-        self.groups = getattr(cache, "num_groups", 1)
-        self.width = FIELDS + self.groups * (1 + self.columns)  # of a row
-        what = f"the inputs of recorded steps, with tables of {self.columns} blocks"
-        remedy = "lower max_model_len or max_batch_size, or give cuda_graphs=False"
-        free = free_memory(model.device)
-        require_memory(what, 4 * max_batch_size * self.width, free, remedy)
-        # where the recorded kernels read: those of a smaller size nearer to the beginning
-        ints = {"dtype": torch.int32, "device": model.device}
-        self.inputs = torch.zeros(max_batch_size * self.width, **ints)
-        self.cu_seqlens = torch.arange(max_batch_size + 1, **ints)
-        self.last = torch.zeros(max_batch_size, **ints)  # the newest tokens
-        # and what they were drawn from, 67 MB of 512 rows and 65,536 ids: graphs share their memory
-        shape, kind = (max_batch_size, model.config.vocab_size), {"dtype": model.dtype}
-        self.logits = torch.empty(shape, device=model.device, **kind)
+    model, cache: whose weights and blocks the steps read, at their present addresses;
+    max_batch_size: of sequences; max_positions: tokens of a sequence, at most. `ways` says how the
+    steps of a few rows run, by size. Raises ValueError if there is no memory for their inputs.
+    """
+
+    def __init__(
+        self,
+        model: FusedGPT,
+        cache: PagedKVCache,
+        max_batch_size: int,
+        max_positions: int,
+    ):
+        self.model = model
+        self.cache = cache
+        self.max_positions = max_positions
+        sizes = [size for size in (1, 2, 4, 8) if size < max_batch_size]
+        self.sizes = [*sizes, *range(16, max_batch_size, 16), max_batch_size]
+        self.num_columns = -(-max_positions // cache.block_size)  # of the block tables
+        # of layers, each with a slot and a table of its own; a plain cache has no groups
+        self.num_groups = cache.num_groups if isinstance(cache, GroupedKVCache) else 1
+        self.row_len = NUM_FIELDS + self.num_groups * (1 + self.num_columns)  # numbers of a row
+        self.allocate(max_batch_size)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.ways: dict[int, str] = {}
         self.pool = torch.cuda.graph_pool_handle()
         # torch's own is one of a process, on the device that was the current one at first
         self.stream = torch.cuda.Stream(model.device)
-        self.broken = False  # has a capture failed? then there is no other
+        self.is_broken = False  # has a capture failed? then there is no other
         gc.freeze()  # older versions of torch collect garbage before every capture: leave them none
         try:
             # up to torch 2.10 all graphs of a process share the generator's tensors, and those made
-            # in inference_mode nobody may change outside it: a user's own capture would fail
+            # in inference_mode cannot be changed outside it: a user's own capture would fail
             with torch.no_grad():
-                for size in reversed(self.sizes):  # the largest first: the others reuse its memory
-                    self.graphs[size] = self._record(size)
-                few = [
-                    n for n in reversed(self.sizes) if n <= MAX_FEW_ROWS and takes_few_rows(model)
-                ]
-                for size, graphs in self._record_few_rows(few).items():
-                    self._choose(size, graphs)
+                self.record_all()
         finally:
             gc.unfreeze()
 
-    def _record(self, size: int, outputs: tuple = ()) -> torch.cuda.CUDAGraph:
+    def allocate(self, max_batch_size: int) -> None:
+        """Make the tensors that the recorded kernels read and write."""
+        device = self.model.device
+        require_memory(
+            f"the inputs of recorded steps, with tables of {self.num_columns} blocks",
+            4 * max_batch_size * self.row_len,
+            free_memory(device),
+            "lower max_model_len or max_batch_size, or give cuda_graphs=False",
+        )
+        # those of a smaller size nearer to the beginning
+        self.inputs = torch.zeros(max_batch_size * self.row_len, dtype=torch.int32, device=device)
+        self.cu_seqlens = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
+        # the newest tokens
+        self.token_ids = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
+        # and what they were drawn from, 67 MB of 512 rows and 65,536 ids: graphs share their memory
+        shape = (max_batch_size, self.model.config.vocab_size)
+        self.logits = torch.empty(shape, dtype=self.model.dtype, device=device)
+
+    def record_all(self) -> None:
+        """Record the steps of all sizes, and of a few rows in the fastest way."""
+        descending = self.sizes[::-1]  # the largest first: the others reuse its memory
+        for size in descending:
+            self.graphs[size] = self.record(size)
+        few = [n for n in descending if n <= MAX_FEW_ROWS and takes_few_rows(self.model)]
+        for size, graphs in self.record_few_rows(few).items():
+            self.choose(size, graphs)
+
+    def record(self, size: int, outputs: tuple = ()) -> torch.cuda.CUDAGraph:
         """Run the step once, so that all kernels are compiled and loaded, then capture it.
         outputs: of `few_rows_step`, () for the library's products."""
-        self.inputs.zero_()
-        self._split(self.inputs, size)[0][3] = 1  # sequences of one token, in the sink
-        self._decode(size, outputs)
+        self.clear_inputs(size)
+        self.decode(size, outputs)
         torch.cuda.synchronize(self.model.device)
-        return self._capture(size, outputs)
+        return self.capture(size, outputs)
 
-    def _capture(self, size: int, outputs: tuple) -> torch.cuda.CUDAGraph:
+    def clear_inputs(self, size: int) -> Tensor:
+        """Let the inputs be those of sequences of one token in the null block. Returns the fields
+        (NUM_FIELDS + groups, size)."""
+        self.inputs.zero_()
+        fields, _ = self.split(self.inputs, size)
+        fields[SEQ_LENS] = 1
+        return fields
+
+    def capture(self, size: int, outputs: tuple) -> torch.cuda.CUDAGraph:
         """Capture a step. Where that fails, torch leaves the thread on the stream of the capture,
         and older ones the allocator in the pool: both are put back."""
-        device, graph = self.model.device, torch.cuda.CUDAGraph()
-        before = torch.cuda.current_stream(device)
-        how = {"pool": self.pool, "stream": self.stream}
+        device = self.model.device
+        graph = torch.cuda.CUDAGraph()
+        stream_before = torch.cuda.current_stream(device)
         try:
             # in the default mode a call of CUDA by any other thread ends the capture
-            with torch.cuda.graph(graph, capture_error_mode="thread_local", **how):
-                self._decode(size, outputs)
+            with torch.cuda.graph(
+                graph,
+                pool=self.pool,
+                stream=self.stream,
+                capture_error_mode="thread_local",
+            ):
+                self.decode(size, outputs)
         except BaseException:
-            self.broken = True
+            self.is_broken = True
             FAILED.append(graph)
-            torch.cuda.set_stream(before)
+            torch.cuda.set_stream(stream_before)
             with suppress(Exception):  # it did so itself, or is an older torch
                 torch._C._cuda_endAllocateToPool(device.index, self.pool)
             raise
         return graph
 
-    def _record_few_rows(self, sizes: list[int]) -> dict[int, dict[str, torch.cuda.CUDAGraph]]:
+    def record_few_rows(self, sizes: list[int]) -> dict[int, dict[str, torch.cuda.CUDAGraph]]:
         """All ways to run steps of these sizes. What is likelier to fail comes later, and after a
         failed capture there is no other."""
-        found = {size: {"library": self.graphs[size]} for size in sizes}
-        can = launch.can_start_early(self.model.device)
-        for early, size, outputs in product((False, True)[: 1 + can], sizes, OUTPUTS):
-            way = f"few_rows, {outputs}" + ", early" * early
+        graphs = {size: {"library": self.graphs[size]} for size in sizes}
+        starts = [False, True] if launch.can_start_early(self.model.device) else [False]
+        for is_early, size, outputs in product(starts, sizes, OUTPUTS):
+            way = f"few_rows, {outputs}" + (", early" if is_early else "")
             try:
-                with launch.early_start(early):
-                    found[size][way] = self._record(size, outputs)
+                with launch.early_start(is_early):
+                    graphs[size][way] = self.record(size, outputs)
             except Exception as error:  # the compiler's, or no memory: the library's is there
-                what = f"no decode steps of {size} rows by {way!r} here: {error!r:.300}"
-                warnings.warn(what, stacklevel=2)
-                if self.broken:
+                warnings.warn(
+                    f"no decode steps of {size} rows by {way!r} here: {error!r:.300}",
+                    stacklevel=2,
+                )
+                if self.is_broken:
                     break
-        return found
+        return graphs
 
-    def _choose(self, size: int, graphs: dict[str, torch.cuda.CUDAGraph]) -> None:
+    def choose(self, size: int, graphs: dict[str, torch.cuda.CUDAGraph]) -> None:
         """Keep the fastest way to run a step of so many rows: all are timed, in turns."""
-        self.inputs.zero_()
-        fields, _ = self._split(self.inputs, size)
-        fields[3] = 1  # sequences of one token, in the sink
-        events, logits = {way: [] for way in graphs}, {way: {} for way in graphs}
-        trials = min(TRIALS, self.model.config.vocab_size)
+        fields = self.clear_inputs(size)
+        events = {way: [] for way in graphs}
+        logits = {way: {} for way in graphs}  # as bytes, by token: NaN is equal to NaN
+        num_trials = min(TRIALS, self.model.config.vocab_size)
         # all are queued before the first ends: the time of the launches is not in that of the runs
-        for trial in range(trials):
+        for trial in range(num_trials):
             for turn, (way, graph) in enumerate(graphs.items()):
                 # never the token of the run before: what that one left in the buffers is wrong here
-                fields[0] = token = (trial - turn) % trials
-                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                first.record(), graph.replay(), last.record()
-                events[way].append((first, last))
-                logits[way][token] = self.logits[:size].view(torch.uint8).clone()  # NaN is NaN
+                token = (trial - turn) % num_trials
+                fields[0] = token
+                start = torch.cuda.Event(enable_timing=True)
+                end = torch.cuda.Event(enable_timing=True)
+                start.record()
+                graph.replay()
+                end.record()
+                events[way].append((start, end))
+                logits[way][token] = self.logits[:size].view(torch.uint8).clone()
         torch.cuda.synchronize(self.model.device)
-        times = {way: [a.elapsed_time(b) for a, b in pairs] for way, pairs in events.items()}
+        times = {}
+        for way, pairs in events.items():
+            times[way] = [start.elapsed_time(end) for start, end in pairs]
         self.inputs.zero_()
-        # early or not, the sums are the same; where they are not, a kernel did not wait
-        for way in [way for way in graphs if way.endswith("early")]:
-            plain = logits.get(way.removesuffix(", early"))
-            if not plain or not all(torch.equal(x, plain[t]) for t, x in logits[way].items()):
-                warnings.warn("kernels that start early err on this card: unused", stacklevel=2)
-                del times[way]
+        for way in find_wrong(logits):
+            warnings.warn("kernels that start early err on this card: unused", stacklevel=2)
+            del times[way]
         self.ways[size] = fastest(times)
         self.graphs[size] = graphs[self.ways[size]]
 
-    def replay(self, batch: Batch, params, last: Tensor | None) -> tuple[Tensor, ...]:
-        """Run a batch (numpy), params being its rows' SamplingParams, and last the tokens of the
-        step before, for ids that are ~row. Returns, on the device, (R,) tokens, as they are where
-        all rows are plain, and what others are made from: logits (R, V), temperature and noise
-        (R,). The next replay writes there: copies are to be queued on its stream before it."""
-        if last is not None and last.data_ptr() != self.last.data_ptr():
+    def replay(
+        self,
+        batch: Batch,
+        params: list[SamplingParams],
+        last_token_ids: Tensor | None,
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """Run a step.
+
+        batch: numpy arrays; params: of its rows; last_token_ids: tokens of the step before, for
+        token ids that are ~row. Returns the batch with the temperature and the uniform numbers on
+        the device, the logits (R, V), and the token ids (R,). The next replay writes there: copies
+        are to be queued on its stream before it.
+        """
+        if last_token_ids is not None and last_token_ids.data_ptr() != self.token_ids.data_ptr():
             # they come from a step that was no graph, where -1 says that nothing could be drawn
-            self.last[: len(last)].copy_(last.clamp(min=0))
-        rows = len(batch.ids)
-        size = next(size for size in self.sizes if size >= rows)
+            self.token_ids[: len(last_token_ids)].copy_(last_token_ids.clamp(min=0))
+        num_rows = len(batch.token_ids)
+        size = next(size for size in self.sizes if size >= num_rows)
         # pinned, so that the host goes on: torch keeps the memory until the copy is done
-        pinned = torch.empty(size * self.width, dtype=torch.int32, pin_memory=True)
-        fields, tables = self._split(pinned.numpy(), size)
-        fields[:4, :rows] = batch.ids, batch.prev_ids, batch.positions, batch.seq_lens
-        floats = fields[:, :rows].view(np.float32)
-        floats[4], floats[5] = batch.temperature, batch.noise
-        filters = filter_values(params)
-        floats[6:9] = np.array([NO_FILTERS] if filters is None else filters).T
-        fields[FIELDS:, :rows] = batch.slots
-        fields[:, rows:] = 0
-        fields[3, rows:] = 1  # a padding row is a sequence of one token
-        used = batch.block_tables.shape[-1]
-        tables[:, :rows, :used] = batch.block_tables
-        tables[:, :rows, used:] = tables[:, rows:] = 0
+        pinned = torch.empty(size * self.row_len, dtype=torch.int32, pin_memory=True)
+        self.write_inputs(pinned.numpy(), size, batch, params)
         self.inputs[: len(pinned)].copy_(pinned, non_blocking=True)
         self.graphs[size].replay()
-        temperature, noise = self._split(self.inputs, size)[0][4:6, :rows].view(torch.float32)
-        return self.last[:rows], self.logits[:rows], temperature, noise
+        fields, _ = self.split(self.inputs, size)
+        floats = fields[:, :num_rows].view(torch.float32)
+        on_device = batch._replace(temperature=floats[TEMPERATURE], uniform=floats[UNIFORM])
+        return on_device, self.logits[:num_rows], self.token_ids[:num_rows]
 
-    def _split(self, flat, size: int):
-        """The inputs of so many rows as (FIELDS + groups, size) and (groups, size, columns)."""
-        rows = FIELDS + self.groups
-        fields, tables = flat[: rows * size], flat[rows * size : self.width * size]
-        return fields.reshape(rows, size), tables.reshape(self.groups, size, self.columns)
+    def write_inputs(
+        self, flat: np.ndarray, size: int, batch: Batch, params: list[SamplingParams]
+    ) -> None:
+        """Write a batch into the inputs of so many rows. A padding row is a sequence of one token
+        in the null block."""
+        num_rows = len(batch.token_ids)
+        num_columns = batch.block_tables.shape[-1]
+        fields, tables = self.split(flat, size)
+        integers = [batch.token_ids, batch.prev_token_ids, batch.positions, batch.seq_lens]
+        fields[: len(integers), :num_rows] = integers
+        floats = fields[:, :num_rows].view(np.float32)
+        floats[TEMPERATURE] = batch.temperature
+        floats[UNIFORM] = batch.uniform
+        filters = filter_values(params)
+        floats[FILTERS] = np.array([NO_FILTERS] if filters is None else filters).T
+        fields[NUM_FIELDS:, :num_rows] = batch.slots
+        fields[:, num_rows:] = 0
+        fields[SEQ_LENS, num_rows:] = 1
+        tables[:, :num_rows, :num_columns] = batch.block_tables
+        tables[:, :num_rows, num_columns:] = 0
+        tables[:, num_rows:] = 0
 
-    def _decode(self, size: int, outputs: tuple) -> None:
-        """What is recorded: read the inputs, forward, sample, leave the tokens in `last` and what
-        they were drawn from in `logits`."""
-        model, cache = self.model, self.cache
-        fields, tables = self._split(self.inputs, size)
-        ids, prev_ids, positions, seq_lens = fields[:4]
-        temperature, noise, *filters = fields[4:FIELDS].view(torch.float32)
-        cu_seqlens, slots = self.cu_seqlens[: size + 1], fields[FIELDS:]
-        ids = torch.where(ids < 0, self.last[(~ids).clamp(min=0)].clamp(min=0), ids)
-        if not hasattr(cache, "num_groups"):
-            slots, tables = slots[0], tables[0]
-        batch = Batch(
-            ids, prev_ids, positions, slots, cu_seqlens, seq_lens, tables, cu_seqlens[:-1],
-            temperature, noise, num_decodes=size, max_query=1, max_seq=self.max_model_len,
-        )  # fmt: skip
-        logits, head = self.logits[:size], model.lm_head
+    def split(self, flat, size: int):
+        """The inputs of so many rows: fields (NUM_FIELDS + groups, size), the slots of each group
+        last, and block tables (groups, size, columns)."""
+        num_fields = NUM_FIELDS + self.num_groups
+        fields = flat[: num_fields * size]
+        tables = flat[num_fields * size : self.row_len * size]
+        shape = (self.num_groups, size, self.num_columns)
+        return fields.reshape(num_fields, size), tables.reshape(shape)
+
+    def decode(self, size: int, outputs: tuple) -> None:
+        """The step that is recorded: read the inputs, forward, sample, leave the tokens in
+        `token_ids` and what they were drawn from in `logits`."""
+        model = self.model
+        batch, filters = self.input_batch(size)
+        logits = self.logits[:size]
+        head = model.lm_head
         if outputs:
-            few_rows_step(model, batch, cache, outputs, logits)
+            few_rows_step(model, batch, self.cache, outputs, logits)
         elif type(head) is Linear and has_torchs_product(model):  # without a copy of the logits
-            h = model.forward(batch, cache)
-            torch.mm(h.to(head.dtype), head.weight[: head.rows].t(), out=logits)
+            hidden = model.forward(batch, self.cache)
+            torch.mm(hidden.to(head.dtype), head.weight[: head.rows].t(), out=logits)
         else:
-            logits.copy_(model.logits(model.forward(batch, cache)))
-        self.last[:size].copy_(sample(logits, temperature, noise, model.recipe.softcap, filters))
+            logits.copy_(model.logits(model.forward(batch, self.cache)))
+        softcap = model.recipe.softcap
+        drawn = sample(logits, batch.temperature, batch.uniform, softcap, filters)
+        self.token_ids[:size].copy_(drawn)
+
+    def input_batch(self, size: int) -> tuple[Batch, list[Tensor]]:
+        """The inputs of so many rows as a batch, and top_k, top_p and min_p, each (size,)."""
+        fields, tables = self.split(self.inputs, size)
+        token_ids, prev_token_ids, positions, seq_lens = fields[:TEMPERATURE]
+        temperature, uniform, *filters = fields[TEMPERATURE:NUM_FIELDS].view(torch.float32)
+        last_token_ids = self.token_ids[(~token_ids).clamp(min=0)].clamp(min=0)
+        slots = fields[NUM_FIELDS:]
+        if not isinstance(self.cache, GroupedKVCache):
+            slots = slots[0]
+            tables = tables[0]
+        cu_seqlens = self.cu_seqlens[: size + 1]
+        batch = Batch(
+            token_ids=torch.where(token_ids < 0, last_token_ids, token_ids),
+            prev_token_ids=prev_token_ids,
+            positions=positions,
+            slots=slots,
+            cu_seqlens=cu_seqlens,
+            seq_lens=seq_lens,
+            block_tables=tables,
+            logit_rows=cu_seqlens[:-1],
+            temperature=temperature,
+            uniform=uniform,
+            num_decodes=size,
+            max_query_len=1,
+            max_seq_len=self.max_positions,
+        )
+        return batch, filters
+
+
+def find_wrong(logits: dict[str, dict[int, Tensor]]) -> list[str]:
+    """The ways with an early start whose logits, by token, are not those of the same kernels
+    without: early or not, the sums are the same, so a kernel did not wait."""
+    wrong = []
+    for way in logits:
+        if not way.endswith(", early"):
+            continue
+        expected = logits.get(way.removesuffix(", early"))
+        if expected is None or not all(
+            torch.equal(x, expected[token]) for token, x in logits[way].items()
+        ):
+            wrong.append(way)
+    return wrong
 
 
 def can_replay(plan: Plan) -> bool:
-    """Is it a step that was recorded: one row per sequence, each sampled once?"""
-    _, start, stop = plan.chunks[-1]  # longer chunks come last
-    owners = [index for index, _, _ in plan.samples]
-    return stop - start == 1 and owners == list(range(len(plan.chunks)))
+    """Is it a step that was recorded: one row per sequence, and one draw from each?"""
+    longest = plan.chunks[-1]  # longer chunks come last
+    has_decodes_alone = longest.num_tokens == 1 and not plan.extra_rows
+    return has_decodes_alone and plan.draw_columns.chunks == tuple(range(len(plan.chunks)))
 
 
-class GraphRunner(Runner):
+class GraphRunner(AheadRunner):
     """Replays the steps that were recorded, and runs all others."""
 
     graphs: DecodeGraphs | None = None
-    last: Tensor | None = None  # (R,) tokens of the step before, see AheadRunner
+    limits: tuple[int, int] | None = None  # of `record`
 
-    def record(self, max_batch_size: int, max_model_len: int) -> None:
-        """Record the steps of up to so many sequences of up to so many tokens."""
-        self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_model_len)
+    def record(self, max_batch_size: int, max_positions: int) -> None:
+        """Record the steps of up to max_batch_size sequences of up to max_positions tokens."""
+        self.limits = (max_batch_size, max_positions)
+        self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_positions)
 
+    def bind(self, model, cache: PagedKVCache | None) -> None:
+        """As in Runner. The recorded steps read the former addresses: they are recorded again."""
+        super().bind(model, cache)
+        self.graphs = None
+        self.last_token_ids = None
+        if self.limits is not None and cache is not None:
+            self.record(*self.limits)
+
+    @torch.inference_mode()
     def launch(self, plan: Plan) -> None:
-        if self.graphs is None or not can_replay(plan):
-            return super().launch(plan)
-        events, batch = self.blocks.events, self.batch(plan)
-        events.lap("batch")
+        if self.graphs is not None and can_replay(plan):
+            self.replay(plan, self.graphs)
+            self.fetch_results(plan)
+        else:
+            super().launch(plan)
+
+    def replay(self, plan: Plan, graphs: DecodeGraphs) -> None:
+        """Run a step that was recorded. No hook sees hidden states: nothing wants any."""
+        arrays = make_batch(plan, self.blocks)
+        for on_batch in self.hooks.on_batch:
+            on_batch(plan, arrays)
         self.cache.copy_blocks(plan.copies)
-        tokens, *drawn_from = self.graphs.replay(batch, plan.params, self.last)
-        # where a feature changes logits or looks at them; else the draw is in the graph
-        if False in [getattr(p, "plain", True) for p in plan.params]:
-            events.lap("forward")
-            tokens = self.pick(plan, *drawn_from)
-        plan.results["tokens"] = tokens
-        events.lap("sample")
+        batch, logits, token_ids = graphs.replay(arrays, plan.params, self.last_token_ids)
+        for on_sampled in self.hooks.on_sampled:
+            on_sampled(plan, batch, logits, token_ids)
+        plan.results["token_ids"] = token_ids

@@ -109,7 +109,7 @@ def rope_store(qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gat
     q = torch.empty((T, n_head, D), dtype=qkv.dtype, device=qkv.device)
     heads, c = 4, 1 if ve is None else ve_gate.shape[1]
     _rope_store[(T, triton.cdiv(n_head + 2 * n_kv, heads))](
-        qkv, h, ve, ve_gate, cos, sin, batch.ids, batch.positions, batch.slots, k, v, q,
+        qkv, h, ve, ve_gate, cos, sin, batch.token_ids, batch.positions, batch.slots, k, v, q,
         h.stride(0), k.stride(0), qk_scale, gate_scale, eps,
         n_head, n_kv, D, block_size, c, heads, triton.next_power_of_2(D // 2),
         num_warps=1, **launch.options(qkv.device),

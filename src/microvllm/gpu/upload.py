@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..environment import available_cpus
 
-PIECE = 2**24  # bytes of a buffer
-THREADS = 8  # at most: a few cores read memory as fast as all
+BUFFER_BYTES = 2**24
+MAX_THREADS = 8  # a few cores read memory as fast as all
 
 
 class Uploader:
@@ -21,23 +21,29 @@ class Uploader:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self.read: list[torch.cuda.Event | None] = [None, None]  # when the card has read a buffer
-        self.threads = min(THREADS, available_cpus())
-        self.pool = ThreadPoolExecutor(self.threads)
+        self.buffers = [
+            torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+        ]
+        # recorded when the card has read a buffer
+        self.events: list[torch.cuda.Event | None] = [None, None]
+        self.num_threads = min(MAX_THREADS, available_cpus())
+        self.threads = ThreadPoolExecutor(self.num_threads)
 
     def fill(self, target: Tensor, source: Tensor) -> None:
         """target (contiguous, on the device) = source, in the target's dtype. The host does not
         wait for the end."""
-        size, source = PIECE // target.itemsize, source.detach().reshape(-1)  # threads have grad
-        parts = zip(target.view(-1).split(size), source.split(size), strict=True)
-        for there, here in parts:
-            buffer, event = self.buffers.pop(0), self.read.pop(0)
+        piece_len = BUFFER_BYTES // target.itemsize
+        targets = target.view(-1).split(piece_len)
+        sources = source.detach().reshape(-1).split(piece_len)  # detached: threads have grad
+        for target_piece, source_piece in zip(targets, sources, strict=True):
+            buffer = self.buffers.pop(0)
+            event = self.events.pop(0)
             if event is not None:
                 event.synchronize()
-            pinned = buffer.view(target.dtype)[: len(here)]
-            pairs = [x.chunk(self.threads) for x in (pinned, here)]
-            list(self.pool.map(Tensor.copy_, *pairs))
-            there.copy_(pinned, non_blocking=True)
+            pinned = buffer.view(target.dtype)[: len(source_piece)]
+            pinned_parts = pinned.chunk(self.num_threads)
+            source_parts = source_piece.chunk(self.num_threads)
+            list(self.threads.map(Tensor.copy_, pinned_parts, source_parts))
+            target_piece.copy_(pinned, non_blocking=True)
             self.buffers.append(buffer)
-            self.read.append(torch.cuda.current_stream(self.device).record_event())
+            self.events.append(torch.cuda.current_stream(self.device).record_event())

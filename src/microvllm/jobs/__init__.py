@@ -6,7 +6,7 @@ __all__ = ["LLMPredictor", "Ask", "Job", "Outcome", "answer", "carry_out"]
 
 
 def __getattr__(name: str):
-    """LLMPredictor is imported when it is asked for."""
+    """LLMPredictor is imported where it is used: it needs Ray."""
     if name != "LLMPredictor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .ray import LLMPredictor

@@ -142,8 +142,7 @@ def _submit(llm: LLM, work: _Work, row: dict, ask: Ask, chat: bool) -> None:
         prompt = llm.tokenizer.render_for_completion(prompt)
     if ask.task != "score":
         params = _params(row.get(ask.params_column), ask, work.id)
-        tools = {"tools": True} if chat and "tools" in llm.request_options else {}
-        work.outputs[llm.add_request(prompt, params, **tools)] = None
+        work.outputs[llm.add_request(prompt, params, tools=chat)] = None
         return
     tails, column = row.get(ask.continuation_column), ask.continuation_column
     tails = [tails] if isinstance(tails, str) else tails

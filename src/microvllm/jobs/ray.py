@@ -97,12 +97,12 @@ def answer_on_ray(
     """Answer what is left of a job with `replicas` engines, each an actor of Ray Data's pool.
 
     options: LLM's arguments; address: of the cluster, by default the one that runs, else ("local":
-    always) a new one here, whose ports are open to this machine alone if this is who imports Ray;
+    always) a new one here, with ports for this machine alone if this process imports Ray;
     gpus: of each engine, which without has one CPU; grouped: see make_batches. A batch whose node
     dies is computed again by another engine, and `Job.write` takes a row once. Raises ImportError
     without Ray, ValueError with what an engine refuses.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent
     if address == "local" or not (address or os.environ.get("RAY_ADDRESS")):
         # Ray reads this when it is imported. 0, its default on macOS and Windows, binds to loopback
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

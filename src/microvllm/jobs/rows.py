@@ -15,7 +15,7 @@ from ..environment import how_to_install
 
 MAX_LINE = 2**24  # bytes of a row; what is longer is no prompt
 MAX_UNFOLDED = 2**28  # bytes of a row group, or 64 times what it is compressed
-MAX_ROWS = 2**22  # and 64 for each byte, of Parquet: a column of nulls takes no room
+MAX_ROWS = 2**22  # and 64 for each byte, of Parquet: a column of nulls takes no memory
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 

@@ -10,7 +10,7 @@ others, and is answered by log-probabilities:
     schema              several contexts, one ending     the context with the best mean wins
     language_modeling   one context, one ending          right if greedy decoding would write it
 
-Where the ending begins is seen in the tokens: it is what the options do not share at the beginning
+The tokens tell where the ending begins: it is what the options do not share at the beginning
 (multiple_choice), or what they share at the end (schema).
 """
 
@@ -22,9 +22,24 @@ from collections.abc import Iterable
 from math import nan
 from os.path import commonprefix, expanduser
 from pathlib import Path
+from typing import NamedTuple
 
-KINDS = "multiple_choice", "schema", "language_modeling"
-FIELDS = "label", "task_type", "num_fewshot", "random_baseline", "rows"
+KINDS = ("multiple_choice", "schema", "language_modeling")
+FIELDS = ("label", "task_type", "num_fewshot", "random_baseline", "rows")
+SHUFFLE_SEED = 1337  # of a task's rows, and of the examples of each, as nanochat has them
+EXAMPLES_SEED = 1234
+
+
+class Option(NamedTuple):
+    """An answer that is scored: token ids of what comes before it, and its own."""
+
+    prompt: array
+    ending: array
+
+    @property
+    def can_be_scored(self) -> bool:
+        """False where an option begins or ends another one: nothing is left of it."""
+        return len(self.prompt) > 0 and len(self.ending) > 0
 
 
 def evaluate_core(llm, tasks: Iterable[dict]) -> dict:
@@ -34,13 +49,14 @@ def evaluate_core(llm, tasks: Iterable[dict]) -> dict:
     tasks: as `read_bundle` gives them, each a dict with label, task_type (see above), num_fewshot,
     random_baseline (in percent), rows, and continuation_delimiter (by default a space) between the
     parts. A row has query, choices and gold (multiple_choice); context_options, continuation and
-    gold (schema); or context and continuation. Raises ValueError, naming the task and the row, for
-    one that cannot be asked, before anything is computed: nothing is cut, so llm needs a
+    gold (schema); or context and continuation. Raises ValueError, which names the task and the row,
+    for one that cannot be scored, before anything is computed: nothing is cut, so llm needs a
     max_model_len for the longest.
     """
-    results, centered = {}, {}
-    for task, items in [(task, _items(llm, task)) for task in tasks]:
-        accuracy = sum(_answers(llm, task, items)) / len(items)
+    results = {}
+    centered = {}
+    for task, items in [(task, make_items(llm, task)) for task in tasks]:
+        accuracy = sum(find_right(llm, task, items)) / len(items)
         chance = 0.01 * task["random_baseline"]
         results[task["label"]] = accuracy
         centered[task["label"]] = (accuracy - chance) / (1 - chance)
@@ -64,102 +80,144 @@ def read_bundle(directory: str | Path, max_per_task: int = -1) -> list[dict]:
     with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
         chances = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
     tasks = []
-    for given in config["icl_tasks"]:
-        with open(folder / "eval_data" / given["dataset_uri"], encoding="utf-8") as file:
+    for entry in config["icl_tasks"]:
+        with open(folder / "eval_data" / entry["dataset_uri"], encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        random.Random(1337).shuffle(rows)
+        random.Random(SHUFFLE_SEED).shuffle(rows)
         tasks.append(
             {
-                "label": given["label"],
-                "task_type": given["icl_task_type"],
-                "num_fewshot": given["num_fewshot"][0],
-                "continuation_delimiter": given.get("continuation_delimiter", " "),
-                "random_baseline": chances[given["label"]],
+                "label": entry["label"],
+                "task_type": entry["icl_task_type"],
+                "num_fewshot": entry["num_fewshot"][0],
+                "continuation_delimiter": entry.get("continuation_delimiter", " "),
+                "random_baseline": chances[entry["label"]],
                 "rows": rows[:max_per_task] if max_per_task > 0 else rows,
             }
         )
     return tasks
 
 
-def _items(llm, task: dict) -> list[list[tuple[array, array]]]:
-    """Of each row its options, (prompt, ending) in token ids; checked."""
-    label, items = task.get("label"), []
-    if missing := [name for name in FIELDS if name not in task]:
-        raise ValueError(f"task {label}: it has no {', '.join(missing)}")
-    kind, rows, count = task["task_type"], task["rows"], task["num_fewshot"]
-    if kind not in KINDS:
-        raise ValueError(f"task {label}: task_type is {kind!r}, not one of {', '.join(KINDS)}")
-    if not 0 <= count < len(rows):
-        raise ValueError(f"task {label}: {len(rows)} rows are too few for num_fewshot={count}")
+# an item: a row of a task with its examples, as token ids
+
+
+def make_items(llm, task: dict) -> list[list[Option]]:
+    """The options of each row. Raises ValueError, see `evaluate_core`."""
+    check_task(task)
+    rows = task["rows"]
+    items = []
     for i, row in enumerate(rows):
-        others = random.Random(1234 + i).sample([*range(i), *range(i + 1, len(rows))], count)
+        others = [*range(i), *range(i + 1, len(rows))]
+        chosen = random.Random(EXAMPLES_SEED + i).sample(others, task["num_fewshot"])
+        where = f"task {task['label']}, row {i}"
         try:
-            texts = _texts(task, row, [rows[j] for j in others])
-            items.append(_split(kind, [llm.tokenizer.encode(text, bos=True) for text in texts]))
-            longest = max(len(head) + len(tail) for head, tail in items[-1])
-            if longest > llm.max_model_len:
-                most = f"max_model_len is {llm.max_model_len}"
-                raise ValueError(f"{longest} tokens, and {most}: give LLM(..., max_model_len=)")
+            texts = render_options(task, row, [rows[j] for j in chosen])
+            token_ids = [llm.tokenizer.encode(text, bos=True) for text in texts]
+            options = split_options(task["task_type"], token_ids)
+            check_lengths(options, llm.max_model_len)
         except KeyError as error:
-            raise ValueError(f"task {label}, row {i}: it has no {error}") from None
+            raise ValueError(f"{where}: it has no {error}") from None
         except (ValueError, TypeError, IndexError) as error:
-            raise ValueError(f"task {label}, row {i}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
+        items.append(options)
     return items
 
 
-def _texts(task: dict, row: dict, examples: list[dict]) -> list[str]:
+def check_task(task: dict) -> None:
+    """Raises ValueError for a task with a field that is missing or makes no sense."""
+    label = task.get("label")
+    missing = [name for name in FIELDS if name not in task]
+    if missing:
+        raise ValueError(f"task {label}: it has no {', '.join(missing)}")
+    kind = task["task_type"]
+    if kind not in KINDS:
+        raise ValueError(f"task {label}: task_type is {kind!r}, not one of {', '.join(KINDS)}")
+    num_rows = len(task["rows"])
+    num_fewshot = task["num_fewshot"]
+    if not 0 <= num_fewshot < num_rows:
+        raise ValueError(f"task {label}: {num_rows} rows are too few for num_fewshot={num_fewshot}")
+
+
+def check_lengths(options: list[Option], max_model_len: int) -> None:
+    """Raises ValueError if an option is too long."""
+    longest = max(len(option.prompt) + len(option.ending) for option in options)
+    if longest > max_model_len:
+        limit = f"max_model_len is {max_model_len}"
+        raise ValueError(f"{longest} tokens, and {limit}: give LLM(..., max_model_len=)")
+
+
+def render_options(task: dict, row: dict, examples: list[dict]) -> list[str]:
     """The full text of each option of a row; for language modeling the text without its ending and
     the one with it."""
-    between, kind = task.get("continuation_delimiter", " "), task["task_type"]
-
-    def options(row: dict) -> list[str]:
-        if kind == "multiple_choice":
-            return [f"{row['query']}{between}{choice}" for choice in row["choices"]]
-        if kind == "schema":
-            return [f"{x}{between}{row['continuation']}" for x in row["context_options"]]
-        return [f"{str(row['context']).strip()}{between}{row['continuation']}"]
-
-    gold = [example["gold"] if kind != KINDS[2] else 0 for example in examples]
-    shots = [f"{options(x)[g]}\n\n" for x, g in zip(examples, gold, strict=True)]
-    texts = ["".join([*shots, option]) for option in options(row)]
+    kind = task["task_type"]
+    delimiter = task.get("continuation_delimiter", " ")
+    shots = ""
+    for example in examples:
+        gold = 0 if kind == "language_modeling" else example["gold"]
+        shots += f"{render_row(kind, delimiter, example)[gold]}\n\n"
+    texts = [f"{shots}{text}" for text in render_row(kind, delimiter, row)]
     if kind == "language_modeling":
         # without spaces at the end, which would be in one token with the word behind them
-        texts.insert(0, "".join([*shots, f"{str(row['context']).strip()}{between}"]).strip())
+        texts.insert(0, f"{shots}{str(row['context']).strip()}{delimiter}".strip())
     elif not 0 <= row["gold"] < len(texts):
         raise ValueError(f"gold is {row['gold']}, and there are {len(texts)} options")
     return texts
 
 
-def _split(kind: str, options: list[list[int]]) -> list[tuple[array, array]]:
-    """(prompt, ending) of the options, token ids; prompts that are equal are one object."""
+def render_row(kind: str, delimiter: str, row: dict) -> list[str]:
+    """The text of each option of a row, without examples."""
+    if kind == "multiple_choice":
+        return [f"{row['query']}{delimiter}{choice}" for choice in row["choices"]]
     if kind == "schema":
-        shared = len(commonprefix([ids[::-1] for ids in options]))
-        starts = [len(ids) - shared for ids in options]
+        contexts = row["context_options"]
+        return [f"{context}{delimiter}{row['continuation']}" for context in contexts]
+    return [f"{str(row['context']).strip()}{delimiter}{row['continuation']}"]
+
+
+def split_options(kind: str, token_ids: list[list[int]]) -> list[Option]:
+    """The options of these texts; prompts that are equal are one object."""
+    if kind == "schema":
+        num_shared = len(commonprefix([ids[::-1] for ids in token_ids]))
+        starts = [len(ids) - num_shared for ids in token_ids]
         return [
-            (array("i", ids[:start]), array("i", ids[start:]))
-            for ids, start in zip(options, starts, strict=True)
+            Option(array("i", ids[:start]), array("i", ids[start:]))
+            for ids, start in zip(token_ids, starts, strict=True)
         ]
-    head = commonprefix(options)
+    shared = commonprefix(token_ids)
     if kind == "language_modeling":
-        without, options = options[0], options[1:]
-        if head != without or len(options[0]) == len(head):
+        without_ending, *token_ids = token_ids
+        if shared != without_ending or len(token_ids[0]) == len(shared):
             raise ValueError("the tokens of the context are no prefix of those with the ending")
-    prompt = array("i", head)
-    return [(prompt, array("i", ids[len(head) :])) for ids in options]
+    prompt = array("i", shared)
+    return [Option(prompt, array("i", ids[len(shared) :])) for ids in token_ids]
 
 
-def _answers(llm, task: dict, items: list) -> list[bool]:
-    """Is each item answered right? All are asked at once."""
-    asked = [pair for options in items for pair in options if all(map(len, pair))]
-    lists = {id(ids): ids.tolist() for pair in asked for ids in pair}  # one for equal prompts
-    prompts, endings = ([lists[id(pair[part])] for pair in asked] for part in (0, 1))
-    found, right = iter(llm.judge(prompts, endings, use_tqdm=True)), []
+# answers
+
+
+def find_right(llm, task: dict, items: list[list[Option]]) -> list[bool]:
+    """Is each item answered right? All are computed at once."""
+    outputs = iter(judge_options(llm, [option for options in items for option in options]))
+    is_right = []
     for row, options in zip(task["rows"], items, strict=True):
-        # an option that begins or ends another one leaves nothing to score: nanochat's mean is NaN
-        outputs = [next(found) if all(map(len, pair)) else None for pair in options]
+        option_outputs = [next(outputs) for _ in options]
         if task["task_type"] == "language_modeling":
-            right.append(all(outputs[0]["greedy"]))
-            continue
-        losses = [-sum(o["logprobs"]) / len(o["logprobs"]) if o else nan for o in outputs]
-        right.append(losses.index(min(losses)) == row["gold"])
-    return right
+            is_right.append(all(option_outputs[0]["greedy"]))
+        else:
+            losses = [mean_loss(output) for output in option_outputs]
+            is_right.append(losses.index(min(losses)) == row["gold"])
+    return is_right
+
+
+def judge_options(llm, options: list[Option]) -> list[dict | None]:
+    """The output of LLM.judge for each option, None for those that cannot be scored."""
+    scored = [option for option in options if option.can_be_scored]
+    lists = {id(ids): ids.tolist() for option in scored for ids in option}  # one for equal prompts
+    prompts = [lists[id(option.prompt)] for option in scored]
+    endings = [lists[id(option.ending)] for option in scored]
+    outputs = iter(llm.judge(prompts, endings, use_tqdm=True))
+    return [next(outputs) if option.can_be_scored else None for option in options]
+
+
+def mean_loss(output: dict | None) -> float:
+    """The mean over an ending's tokens; NaN where there are none, as in nanochat."""
+    return nan if output is None else -sum(output["logprobs"]) / len(output["logprobs"])

@@ -1,5 +1,7 @@
 """nanochat's Engine, on the paged one: a script changes its import and nothing else."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -9,6 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .. import LLM
+
+CONTEXTS = 10  # max_model_len in contexts of the training, as long as nanochat's rotary tables
 
 
 class Engine:
@@ -26,42 +30,62 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, **options):
-        self.model, self.tokenizer = model, tokenizer
-        self._options, self._lock, self._llm = options, Lock(), None
+        self.model = model
+        self.tokenizer = tokenizer
+        self._options = options
+        self._lock = Lock()
+        self._llm: LLM | None = None
 
     @property
-    def llm(self) -> "LLM":
+    def llm(self) -> LLM:
         """The LLM underneath, with `score`, `chat`, `stats` and all else that it can do."""
         from .. import LLM
 
         with self._lock:
             if self._llm is None:
-                length = getattr(getattr(self.model, "config", None), "sequence_len", 0)
-                defaults = {
-                    "device": getattr(self.model, "get_device", lambda: "auto")(),
-                    "dtype": os.environ.get("NANOCHAT_DTYPE", "auto"),
-                    "max_model_len": 10 * length or None,
-                }
-                options = defaults | self._options
+                options = self._default_options() | self._options
                 self._llm = LLM(model=self.model, tokenizer=self.tokenizer, **options)
             return self._llm
+
+    def _default_options(self) -> dict:
+        """Arguments of LLM. A module that lacks an attribute is refused by LLM, with the reason."""
+        config = getattr(self.model, "config", None)
+        get_device = getattr(self.model, "get_device", lambda: "auto")
+        return {
+            "device": get_device(),
+            "dtype": os.environ.get("NANOCHAT_DTYPE", "auto"),
+            "max_model_len": CONTEXTS * getattr(config, "sequence_len", 0) or None,
+        }
 
     def generate(
         self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (tokens, masks) of all samples, a token each, see `LLM.generate_columns`."""
-        options = num_samples, max_tokens, temperature, top_k, seed
-        return self.llm.generate_columns(tokens, *options)
+        return self.llm.generate_columns(
+            tokens,
+            num_samples=num_samples,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
 
     async def agenerate(
         self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42
     ) -> AsyncIterator[tuple[list[int], list[int]]]:
         """`generate` for event loops: `async for column, masks in engine.agenerate(...)`. All tasks
-        that iterate share the engine's steps. To leave the loop early, or to cancel the task,
+        that iterate share the engine's steps. Leaving the loop early, or cancelling the task,
         aborts the samples."""
-        options = num_samples, max_tokens, temperature, top_k, seed
         llm = await asyncio.to_thread(lambda: self.llm)
-        async with aclosing(llm.agenerate_columns(tokens, *options)) as columns:
+        all_columns = llm.agenerate_columns(
+            tokens,
+            num_samples=num_samples,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
+        async with aclosing(all_columns) as columns:
             async for column in columns:
                 yield column
 

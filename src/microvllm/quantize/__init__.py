@@ -1,8 +1,7 @@
-"""How are weights rounded to few bits so that a model loses least?
+"""How are weights rounded to a few bits so that a model loses least?
 
-A room of its own: rounding takes minutes and runs once, `microvllm quantize` alone asks for it, and
-what it makes runs without it. The products of few bits are in cpu/packed.py, the folder that is
-written in sources/quantised.py.
+Rounding takes minutes and runs once, by `microvllm quantize`, and what it makes runs without it.
+Low-bit products are in cpu/packed.py, the folder that is written in sources/quantised.py.
 
     checkpoint -> texts that the model writes itself      calibration.py
                -> layer by layer: second moments of the inputs of each matrix

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import Batch
+from ..attention import Batch, LayerKV
 from ..checkpoint import empty_model
 from ..cpu.packed import Quantised, dequantised, rotate
-from ..model import norm, rotary
+from ..model import Rotation, norm, rotary
 from .gptq import DAMPING
 
 # parts of a layer with the same inputs, in the order in which they are computed
@@ -83,18 +84,29 @@ def make_batches(texts: list[list[int]]) -> list[Batch]:
 
 
 def _make_batch(texts: list[list[int]]) -> Batch:
-    def ints(values) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int32)
-
-    lengths, size = [len(text) for text in texts], max(map(len, texts))
-    places = [(b, p) for b, length in enumerate(lengths) for p in range(length)]
+    lengths = [len(text) for text in texts]
+    size = max(lengths)  # of a block: each text has one
+    positions = [position for length in lengths for position in range(length)]
+    slots = [b * size + position for b, length in enumerate(lengths) for position in range(length)]
     return Batch(
-        ints(texts[b][p] for b, p in places), ints(texts[b][p - 1] if p else 0 for b, p in places),
-        ints(p for _, p in places), ints(b * size + p for b, p in places),
-        ints([0, *torch.tensor(lengths).cumsum(0).tolist()]), ints(lengths),
-        ints(range(len(texts)))[:, None], ints(range(len(places))), torch.empty(0), torch.empty(0),
-        lengths.count(1), size, size,
-    )  # fmt: skip
+        token_ids=_ints([token_id for text in texts for token_id in text]),
+        prev_token_ids=_ints([token_id for text in texts for token_id in [0, *text[:-1]]]),
+        positions=_ints(positions),
+        slots=_ints(slots),
+        cu_seqlens=_ints([0, *accumulate(lengths)]),
+        seq_lens=_ints(lengths),
+        block_tables=_ints(range(len(texts)))[:, None],
+        logit_rows=_ints(range(len(positions))),
+        temperature=torch.empty(0),
+        uniform=torch.empty(0),
+        num_decodes=lengths.count(1),
+        max_query_len=size,
+        max_seq_len=size,
+    )
+
+
+def _ints(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
 
 
 class LayerByLayer:
@@ -112,7 +124,7 @@ class LayerByLayer:
         self.model = empty_model(config, recipe, rows).requires_grad_(False)
         longest = max(map(len, texts))
         self.tables = rotary(config, recipe, longest, torch.float32, "cpu")
-        most = max(len(b.seq_lens) * b.max_seq for b in self.batches)
+        most = max(len(b.seq_lens) * b.max_seq_len for b in self.batches)
         self.kv = torch.zeros(2, most * config.n_kv_head * config.head_dim)
 
     def _weight(self, name: str) -> Tensor:
@@ -171,14 +183,18 @@ class LayerByLayer:
         yield "lm_head", matrix("lm_head", weight, found)
 
     def _run(self, block, x: Tensor, batch: Batch, ve) -> Tensor:
-        cos, sin = (table[batch.positions, None] for table in self.tables)
-        shape = len(batch.seq_lens), self.config.n_kv_head, batch.max_seq, self.config.head_dim
+        cos, sin = self.tables
+        rotation = Rotation(cos[batch.positions, None], sin[batch.positions, None])
+        config = self.config
+        shape = (len(batch.seq_lens), config.n_kv_head, batch.max_seq_len, config.head_dim)
         k, v = (part[: torch.Size(shape).numel()].view(shape) for part in self.kv)
-        given = None if ve is None else F.embedding(batch.ids, ve).to(torch.float32)
-        return block(x, given, cos, sin, k, v, batch)
+        embedding = None
+        if ve is not None:
+            embedding = F.embedding(batch.token_ids, ve).to(torch.float32)
+        return block(x, embedding, rotation, LayerKV(k, v, batch))
 
     def _moments(self, blocks, name: str, states, ve) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of the inputs x of this part of a layer, and x + d of its exact twin: the sums of x^T x
+        """Of the inputs x of this part of a layer, and x + d of the exact layer: the sums of x^T x
         and of d^T x. And of what is added to the residual stream, where that lacks r: of r^T x."""
         parts, inputs = [own.get_submodule(name) for own in blocks], {}
         hooks = [

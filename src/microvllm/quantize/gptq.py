@@ -22,7 +22,7 @@ _TURNS = 2  # of fitting scales and integers
 
 
 def limits(bits: int) -> tuple[int, int]:
-    """The least and the greatest integer of so many bits."""
+    """The least and the greatest integer of this many bits."""
     return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
@@ -76,7 +76,7 @@ def round_by_gptq(weight: Tensor, moments: Tensor, bits: int) -> Quantised:
 
 def find_scale(whole: Tensor, importance: Tensor, bits: int) -> Tensor:
     """(rows, groups): the scales with the least sum of importance (in,) times squared error, when
-    each number is rounded to the nearest. With few bits it pays to cut the largest numbers off."""
+    each number is rounded to the nearest. With low bits it pays to cut the largest numbers off."""
     low, high = limits(bits)
     parts = whole.view(len(whole), -1, STEP if grouped(bits) else whole.shape[1])
     weights = importance.view(1, parts.shape[1], -1) + 1e-12

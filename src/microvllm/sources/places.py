@@ -168,8 +168,9 @@ def read_checkpoint(directory: Path, step: int | None) -> strict.Checkpoint:
     """What find_checkpoint found, of any format. Raises ValueError naming the file and what is
     wrong with it."""
     if step is None:
-        room = quantised if quantised.facts(directory) else huggingface
-        return room.read_folder(directory)
+        if quantised.facts(directory):
+            return quantised.read_folder(directory)
+        return huggingface.read_folder(directory)
     return strict.read_checkpoint(directory, step)
 
 

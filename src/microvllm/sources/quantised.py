@@ -41,12 +41,12 @@ _FACTS = {"format": int, "bits": int, "seed": int, "tokens": int, "base": bool} 
 
 
 def is_matrix(name: str) -> bool:
-    """Is NAME.weight a matrix of a linear layer, and kept in few bits?"""
+    """Is NAME.weight a matrix of a linear layer, and so low-bit?"""
     return bool(re.fullmatch(_MATRICES, name))
 
 
 def bits_of(name: str, bits: int) -> int:
-    """The bits of a matrix in a folder of so many: of 4 the head has 6, where it costs most."""
+    """The bits of a matrix in a folder of `bits`; of 4 the head has 6, since it loses most."""
     return 6 if bits == 4 and name == "lm_head" else bits
 
 
@@ -78,7 +78,7 @@ def unpack(planes: dict[str, Tensor], bits: int) -> Tensor:
 
 
 class Stored:
-    """A matrix as a file has it, mapped into memory, with what is asked of a tensor's size."""
+    """A matrix as a file has it, mapped into memory, with a tensor's methods about size."""
 
     ndim = 2
 
@@ -92,7 +92,7 @@ class Stored:
         return self.shape.numel()
 
     def quantised(self):
-        """What products of few bits take, see cpu/packed.py."""
+        """What low-bit products take, see cpu/packed.py."""
         from ..cpu.packed import Quantised
 
         integers, planes = unpack(self.planes, self.bits), self.planes
@@ -199,13 +199,13 @@ def _checked(tensors: dict[str, Tensor], config, recipe, bits: int) -> dict:
 
 
 def check_width(width: int, bits: int) -> None:
-    """Raises ValueError for matrices that cannot be kept in so many bits."""
+    """Raises ValueError for matrices that cannot be kept in these bits."""
     if bits < 8 and width % GROUP:
         raise ValueError(f"{bits} bits need widths in steps of {GROUP}, not {width}: take 8 bits")
 
 
 def check_source(checkpoint: strict.Checkpoint, directory: Path, bits: int) -> None:
-    """Raises ValueError for a checkpoint that cannot be written in so many bits."""
+    """Raises ValueError for a checkpoint that cannot be written in these bits."""
     config, recipe, weights = checkpoint
     if any(isinstance(weight, Stored) for weight in weights.values()):
         raise ValueError(f"{directory} is quantised: give the checkpoint that it was made from")

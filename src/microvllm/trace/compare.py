@@ -26,89 +26,110 @@ class Film(Replay):
         self.frames: list[list] = []
         self.prompts: Counter[tuple] = Counter()  # of all samples that arrived, to compare traffic
         self.totals: Counter[str] = Counter()
-        self._holders: dict[int, int] = {}  # the request that took a block last
-        self._looks: dict[int, int] = {}
-        self._touched: set[int] = set()
+        self.takers: dict[int, int] = {}  # of each block: the request that took it last
+        self.looks: dict[int, int] = {}
+        self.touched: set[int] = set()
 
-    def _before(self, event: dict) -> None:
+    def before(self, event: dict) -> None:
         """Note which blocks an event gives back, and the prompts that are new."""
         name = event["e"]
         if name == "arrive" and event["seq"] not in self.seqs:
             self.prompts[tuple(event["tokens"][: event["prompt"]])] += 1
         elif name == "free":
-            self._touched.update(self._life(event["seq"]).table)
+            self.touched.update(self.life(event["seq"]).table)
         elif name == "reset":
-            self._touched.update(self.ref_count, self.cached)
+            self.touched.update(self.ref_count, self.cached)
 
-    def _after(self, event: dict) -> None:
-        """Note what an event that was followed has changed, and make the frame of a step."""
-        name, totals = event["e"], self.totals
+    def after(self, event: dict) -> None:
+        """Note what an event has changed, and make the frame of a step."""
+        name = event["e"]
+        totals = self.totals
         totals[name] += 1
         match event:
             case {"e": "pool"}:
-                self._touched.update(self.cached)
+                self.touched.update(self.cached)
             case {"e": "hit" | "allocate", "blocks": blocks} | {"e": "resume", "table": blocks}:
-                self._take(event["seq"], blocks)
+                self.take(event["seq"], blocks)
                 if name == "hit":
                     totals["found"] += sum(map(bool, blocks))
             case {"e": "copy", "source": source, "target": target}:
-                self._take(event["seq"], [target])
-                self._touched.add(source)
+                self.take(event["seq"], [target])
+                self.touched.add(source)
             case {"e": "fork", "seq": number}:
-                self._touched.update(self.seqs[number].table)
+                self.touched.update(self.seqs[number].table)
             case {"e": "window" | "reject", "blocks": blocks}:
-                self._touched.update(blocks)
+                self.touched.update(blocks)
             case {"e": "evict" | "publish", "block": block}:
-                self._touched.add(block)
+                self.touched.add(block)
             case {"e": "tokens", "tokens": tokens}:
                 totals["written"] += len(tokens)
             case {"e": "begin", "decodes": decodes, "prefills": chunks}:
                 totals["computed"] += sum(stop - start for _, start, stop in chunks)
                 totals["computed"] += sum(1 for _ in unspan(decodes))
-                self.note()
+                self.add_frame()
 
-    def _take(self, number: int, blocks: list[int]) -> None:
-        self._holders |= dict.fromkeys(blocks, self.seqs[number].request)
-        self._touched.update(blocks)
+    def take(self, number: int, blocks: list[int]) -> None:
+        """A sequence has got blocks."""
+        self.takers |= dict.fromkeys(blocks, self.seqs[number].request)
+        self.touched.update(blocks)
 
-    def note(self) -> None:
-        """Add a frame."""
+    def add_frame(self) -> None:
+        """The present state as one more frame."""
         changed = []
-        for block in sorted(self._touched - {0}):
-            look = int(block in self.cached)
-            if count := self.ref_count[block]:
-                look = (2 + self._holders.get(block, 0)) * (1 if count == 1 else -1)
-            if self._looks.get(block, 0) != look:
-                self._looks[block] = look
+        for block in sorted(self.touched - {0}):
+            look = self.look(block)
+            if self.looks.get(block, 0) != look:
+                self.looks[block] = look
                 changed += [block, look]
-        self._touched.clear()
-        used, cached, total = self.num_used, len(self.cached), self.totals
+        self.touched.clear()
+        totals = self.totals
+        num_cached = len(self.cached)
         numbers = [
-            round(self.time, 3), self.states["running"],
-            self.states["waiting"] + self.states["preempted"], used, cached,
-            self.num_blocks - 1 - used - cached, total["written"], total["computed"],
-            total["found"], total["copy"], total["preempt"], total["evict"],
-            total["finish"] + total["abort"],
-        ]  # fmt: skip
+            round(self.time, 3),
+            self.states["running"],
+            self.states["waiting"] + self.states["preempted"],
+            self.num_used,
+            num_cached,
+            self.num_blocks - 1 - self.num_used - num_cached,
+            totals["written"],
+            totals["computed"],
+            totals["found"],
+            totals["copy"],
+            totals["preempt"],
+            totals["evict"],
+            totals["finish"] + totals["abort"],
+        ]
         self.frames.append([numbers, changed])
+
+    def look(self, block: int) -> int:
+        """A number for what a block shows."""
+        num_tables = self.ref_count[block]
+        if num_tables == 0:
+            return int(block in self.cached)
+        look = 2 + self.takers.get(block, 0)
+        return look if num_tables == 1 else -look
 
 
 def write_comparison(traces: list[list[dict]], names: list[str], path: str | Path) -> None:
     """One HTML file with the events of two traces, called by these names, on one slider. It needs
     nothing else. Raises ValueError, as Replay does, for an event that cannot be followed."""
-    runs, prompts = [], []
+    runs = []
+    prompts = []
     for name, events in zip(names, traces, strict=True):
         film = Film()
         for number, event in enumerate(events, 1):
             film.follow(event, name, number)
-        film.note()
+        film.add_frame()
         prompts.append(film.prompts)
-        runs.append(
-            {
-                "name": name, "blocks": film.num_blocks, "size": film.block_size,
-                "groups": film.groups, "model": events[0].get("model", ""), "frames": film.frames,
-            }
-        )  # fmt: skip
+        run = {
+            "name": name,
+            "blocks": film.num_blocks,
+            "size": film.block_size,
+            "groups": film.num_groups,
+            "model": events[0].get("model", ""),
+            "frames": film.frames,
+        }
+        runs.append(run)
     data = encode({"names": NAMES, "same": prompts[0] == prompts[1], "runs": runs})
     page = TEMPLATE.read_text(encoding="utf-8")
     # a `<` would let a name end the script element that holds it

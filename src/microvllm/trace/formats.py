@@ -8,6 +8,8 @@ from .replay import Replay, encode, unspan
 TEMPLATE = Path(__file__).with_name("trace.html")
 ENGINE, REQUESTS = 1, 2  # the two processes that Chrome's viewer shows
 LAUNCH, RESULTS = 1, 2  # the tracks of the engine
+LAUNCH_PHASES = ("schedule", "batch", "forward", "sample")
+RESULT_PHASES = ("wait", "update")
 
 
 def make_page(events: list[dict]) -> str:
@@ -18,8 +20,8 @@ def make_page(events: list[dict]) -> str:
 
 
 def make_frame(events: list[dict], height: int = 760) -> str:
-    """The page as an element of another page, such as a notebook, of which it can read and change
-    nothing. height: in pixels."""
+    """The page as an element of another page, such as a notebook. It can read and change nothing of
+    that page. height: in pixels."""
     # scripts alone are allowed, so it has an origin of its own; the page itself forbids requests
     return (
         f'<iframe sandbox="allow-scripts" title="trace" style="width: 100%; height: {height}px; '
@@ -40,7 +42,7 @@ def write_chrome(events: list[dict], path: str | Path) -> None:
     timeline = Timeline()
     for number, event in enumerate(events, 1):
         timeline.follow(event, "trace", number)
-    for number in list(timeline.doing):  # what was going on ends with the last event
+    for number in list(timeline.doing):  # the last event ends all slices
         timeline.turn(number, None)
     Path(path).write_text(encode({"traceEvents": timeline.entries, "displayTimeUnit": "ms"}))
 
@@ -55,48 +57,26 @@ class Timeline(Replay):
         # what each sequence does, since when, for how many steps
         self.doing: dict[int, tuple[str, int, int]] = {}
         self.begins: dict[int, int] = {}  # of each step that is under way
-        # when the last slice of each of the engine's tracks ends: they may not overlap
-        self.idle = {LAUNCH: 0, RESULTS: 0}
-        self.last_end = self.num_new = 0  # when the last step ended, the tokens of this one
+        # when the last slice of each of the engine's tracks ends: they must not overlap
+        self.last_stop = {LAUNCH: 0, RESULTS: 0}
+        self.last_end = 0  # when the last step ended
+        self.num_new = 0  # tokens of this one
         self.label(ENGINE, 0, "process_name", "engine")
         self.label(ENGINE, LAUNCH, "thread_name", "launch")
         self.label(ENGINE, RESULTS, "thread_name", "results")
         self.label(REQUESTS, 0, "process_name", "requests")
 
-    def _after(self, event: dict) -> None:
+    def after(self, event: dict) -> None:
         self.now = round(1e6 * self.time)
         match event:
-            case {"e": "arrive" | "fork" as name, "seq": number}:
-                life, is_fork = self.seqs[number], name == "fork"
-                sample = f", sample {life.sample}" if life.sample or is_fork else ""
-                self.label(REQUESTS, number + 1, "thread_name", f"request {life.request}{sample}")
-                again = life.state == "preempted"
-                self.turn(number, "decode" if is_fork else "preempted" if again else "waiting")
-            case {"e": "begin", "step": step, "decodes": decodes, "prefills": chunks}:
-                numbers = list(unspan(decodes))
-                for number in numbers:
-                    self.turn(number, "decode")
-                for number, start, stop in chunks:
-                    guesses = stop > self.seqs[number].num_tokens
-                    self.turn(number, "decode" if guesses else f"prefill {start}-{stop}")
-                self.begins[step] = self.now
-                used, cached = self.num_used, len(self.cached)
-                blank = self.num_blocks - 1 - used - cached
-                self.count("blocks", used=used, cached=cached, blank=blank)
-                rows = sum(stop - start for _, start, stop in chunks)
-                self.count("batch", decode=len(numbers), prefill=rows)
-                waiting = self.states["waiting"] + self.states["preempted"]
-                self.count("sequences", running=self.states["running"], waiting=waiting)
+            case {"e": "arrive" | "fork", "seq": number}:
+                self.begin_track(number, is_fork=event["e"] == "fork")
+            case {"e": "begin"}:
+                self.show_begin(event)
             case {"e": "tokens", "tokens": tokens}:
                 self.num_new = len(tokens)
-            case {"e": "end", "step": step, "ms": ms}:
-                launch = self.begins.pop(step, self.now) - round(1000 * ms.get("schedule", 0))
-                self.slices(LAUNCH, f"step {step}", "schedule batch forward sample", ms, launch)
-                results = self.now - round(1000 * (ms.get("wait", 0) + ms.get("update", 0)))
-                self.slices(RESULTS, f"step {step}", "wait update", ms, results)
-                rate = 1e6 * self.num_new / max(self.now - self.last_end, 1)
-                self.count("tokens per second", **{"tokens/s": round(rate, 1)})
-                self.last_end = self.now
+            case {"e": "end"}:
+                self.show_end(event)
             case {"e": "preempt", "seq": number}:
                 self.turn(number, "preempted")
             case {"e": "finish" | "abort", "seq": number}:
@@ -111,36 +91,80 @@ class Timeline(Replay):
                     self.turn(number, None)
                 self.mark("reset", ENGINE, LAUNCH, "g")
 
-    def turn(self, number: int, what: str | None) -> None:
+    def begin_track(self, number: int, is_fork: bool) -> None:
+        """A sequence that has arrived, or begins as a fork."""
+        life = self.seqs[number]
+        sample = f", sample {life.sample}" if life.sample or is_fork else ""
+        self.label(REQUESTS, number + 1, "thread_name", f"request {life.request}{sample}")
+        if is_fork:
+            self.turn(number, "decode")
+        else:
+            self.turn(number, "preempted" if life.state == "preempted" else "waiting")
+
+    def show_begin(self, event: dict) -> None:
+        """What the sequences of a step do, and the counters."""
+        numbers = list(unspan(event["decodes"]))
+        for number in numbers:
+            self.turn(number, "decode")
+        num_prefilled = 0
+        for number, start, stop in event["prefills"]:
+            has_draft = stop > self.seqs[number].num_tokens
+            self.turn(number, "decode" if has_draft else f"prefill {start}-{stop}")
+            num_prefilled += stop - start
+        self.begins[event["step"]] = self.now
+        num_cached = len(self.cached)
+        num_blank = self.num_blocks - 1 - self.num_used - num_cached
+        self.count("blocks", used=self.num_used, cached=num_cached, blank=num_blank)
+        self.count("batch", decode=len(numbers), prefill=num_prefilled)
+        num_waiting = self.states["waiting"] + self.states["preempted"]
+        self.count("sequences", running=self.states["running"], waiting=num_waiting)
+
+    def show_end(self, event: dict) -> None:
+        """The phases of a step, and the rate of its tokens."""
+        step = event["step"]
+        ms = event["ms"]
+        launch = self.begins.pop(step, self.now) - round(1000 * ms.get("schedule", 0))
+        self.add_slices(LAUNCH, f"step {step}", LAUNCH_PHASES, ms, launch)
+        results = self.now - round(1000 * (ms.get("wait", 0) + ms.get("update", 0)))
+        self.add_slices(RESULTS, f"step {step}", RESULT_PHASES, ms, results)
+        rate = 1e6 * self.num_new / max(self.now - self.last_end, 1)
+        self.count("tokens per second", **{"tokens/s": round(rate, 1)})
+        self.last_end = self.now
+
+    def turn(self, number: int, name: str | None) -> None:
         """The sequence does something else from now on; decodes in a row are one slice."""
-        old, since, steps = self.doing.pop(number, ("", self.now, 0))
-        if old == what == "decode":
-            self.doing[number] = old, since, steps + 1
+        old, since, num_steps = self.doing.pop(number, ("", self.now, 0))
+        if old == name == "decode":
+            self.doing[number] = (old, since, num_steps + 1)
             return
         if old:
-            long, args = self.now - since, {"steps": steps}
-            self.add("X", old, REQUESTS, number + 1, since, dur=long, args=args)
-        if what:
-            self.doing[number] = what, self.now, 1
+            args = {"steps": num_steps}
+            self.add("X", old, REQUESTS, number + 1, since, dur=self.now - since, args=args)
+        if name:
+            self.doing[number] = (name, self.now, 1)
 
-    def slices(self, tid: int, title: str, names: str, ms: dict, start: int) -> None:
-        """A slice, and in it one after the other what it was made of."""
-        parts = [(name, round(1000 * ms[name])) for name in names.split() if name in ms]
-        start, total = max(start, self.idle[tid]), sum(long for _, long in parts)
-        self.idle[tid] = start + total
-        self.add("X", title, ENGINE, tid, start, dur=total, args=ms)
-        for name, long in parts:
-            self.add("X", name, ENGINE, tid, start, dur=long, args={})
-            start += long
+    def add_slices(
+        self, track: int, title: str, phases: tuple[str, ...], ms: dict[str, float], start: int
+    ) -> None:
+        """A slice, and in it its phases, one after the other."""
+        parts = [(name, round(1000 * ms[name])) for name in phases if name in ms]
+        total = sum(duration for _, duration in parts)
+        start = max(start, self.last_stop[track])
+        self.last_stop[track] = start + total
+        self.add("X", title, ENGINE, track, start, dur=total, args=ms)
+        for name, duration in parts:
+            self.add("X", name, ENGINE, track, start, dur=duration, args={})
+            start += duration
 
-    def label(self, pid: int, tid: int, what: str, name: str) -> None:
-        self.add("M", what, pid, tid, 0, args={"name": name})
+    def label(self, process: int, track: int, kind: str, name: str) -> None:
+        self.add("M", kind, process, track, 0, args={"name": name})
 
     def count(self, name: str, **values) -> None:
         self.add("C", name, ENGINE, 0, self.now, args=values)
 
-    def mark(self, name: str, pid: int, tid: int, scope: str = "t") -> None:
-        self.add("i", name, pid, tid, self.now, s=scope)
+    def mark(self, name: str, process: int, track: int, scope: str = "t") -> None:
+        self.add("i", name, process, track, self.now, s=scope)
 
-    def add(self, kind: str, name: str, pid: int, tid: int, ts: int, **fields) -> None:
-        self.entries.append({"ph": kind, "name": name, "pid": pid, "tid": tid, "ts": ts, **fields})
+    def add(self, kind: str, name: str, process: int, track: int, time: int, **fields) -> None:
+        entry = {"ph": kind, "name": name, "pid": process, "tid": track, "ts": time}
+        self.entries.append(entry | fields)

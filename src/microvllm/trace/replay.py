@@ -1,6 +1,8 @@
-"""The format of a trace, and Replay: the pool and all sequences rebuilt from the events alone. They
-may come from a file that others made: schema.py says of which types they are, and here is checked
-what can happen."""
+"""The format of a trace, and Replay: the pool and all sequences rebuilt from the events alone.
+
+Events may come from a file that a stranger made: schema.py says of which types they are, and Replay
+checks what can happen.
+"""
 
 import json
 import math
@@ -13,14 +15,18 @@ from .schema import check_event
 
 VERSION = 2
 
-# a fork copies its parent's table: so many blocks in all, and more of them for each that is told
-MAX_COPIES, COPIES_EACH = 2**23, 64
+# a fork copies its parent's table. so many blocks may be copied in all, and more of them for each
+# block that an event names
+MAX_COPIES = 2**23
+COPIES_EACH = 64
 
-# who shows a trace has arrays as long as the largest number in it. blocks are handed out from the
-# first on, and sequences are numbered one by one: there are so many of them, and a few for each
-# that is told of
-MAX_BLOCKS, BLOCKS_EACH = 2**20, 16
-MAX_SEQS, SEQS_EACH = 2**10, 2
+# programs that show a trace have arrays as long as the largest number in it. blocks are handed out
+# from the first on, and sequences are numbered one by one: so a number may be so large, and larger
+# by a few for each block or sequence that was named before
+MAX_BLOCKS = 2**20
+BLOCKS_EACH = 16
+MAX_SEQS = 2**10
+SEQS_EACH = 2
 
 # without NaN, which is no JSON
 encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -28,7 +34,9 @@ encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 def spans(numbers: Iterable[int]) -> str:
     """0, 1, 2, 3, 7 as "0-3 7", in their order."""
-    parts, first, last = [], None, None
+    parts = []
+    first = None
+    last = None
     for number in [*numbers, None]:  # None ends the last span
         if last is None or number != last + 1:
             if last is not None:
@@ -39,7 +47,7 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def unspan(text: str) -> Iterator[int]:
-    """What `spans` was given."""
+    """The numbers that `spans` wrote."""
     for part in text.split():
         first, _, last = part.partition("-")
         yield from range(int(first), int(last or first) + 1)
@@ -48,13 +56,14 @@ def unspan(text: str) -> Iterator[int]:
 def read(path: str | Path) -> list[dict]:
     """The events of a trace, without what a run that was killed left of its last line. Raises
     FileNotFoundError, or ValueError with the file's name and the line for what is no trace."""
-    events, replay = [], Replay()
+    events = []
+    replay = Replay()
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 break
             try:
-                event = json.loads(line, parse_float=_finite, parse_constant=_finite)
+                event = json.loads(line, parse_float=finite, parse_constant=finite)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: line {number}: {error}") from None
             replay.follow(event, path, number)
@@ -64,15 +73,17 @@ def read(path: str | Path) -> list[dict]:
     return events
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
+def finite(text: str) -> float:
+    """The number that a JSON file has. Raises ValueError for NaN and the infinities."""
+    number = float(text)
+    if not math.isfinite(number):
         raise ValueError(f"{text:.20} is no number")
     return number
 
 
 @dataclass
 class Life:
-    """A sequence as the events tell of it."""
+    """A sequence as the events have it."""
 
     request: int
     sample: int
@@ -91,10 +102,13 @@ class Life:
     @property
     def tokens(self) -> list[int]:
         """All of them. Forks share them: a thousand of a long prompt take little more than one."""
-        parts, life, stop = [], self, self.num_tokens
+        parts = []
+        life: Life | None = self
+        stop = self.num_tokens
         while life:
             parts.append(life.new[: stop - life.num_old])
-            life, stop = life.parent, life.num_old
+            stop = life.num_old
+            life = life.parent
         return [token for part in reversed(parts) for token in part]
 
 
@@ -103,16 +117,19 @@ class Replay:
     that is unknown, lacks a field, or cannot happen now."""
 
     def __init__(self, events: Iterable[dict] = ()):
-        self.num_blocks = self.block_size = 0
+        self.num_blocks = 0
+        self.block_size = 0
+        self.num_groups = 1  # of layers with block tables of their own
         self.ref_count: Counter[int] = Counter()  # of the blocks that were ever in use
         self.cached: dict[int, None] = {}  # free and findable, the next to be evicted first
         self.hash_of: dict[int, str] = {}
-        self.num_used = 0  # blocks with a holder
+        self.num_used = 0  # blocks in a table
         self.seqs: dict[int, Life] = {}
         self.recent: set[int] = set()  # numbers of those that changed since the last reset
         self.states: Counter[str] = Counter()  # how many sequences are waiting, running, ...
         self.words: dict[int, str] = {}  # texts of token ids
-        self.num_copies, self.num_told = 0, 0  # blocks in tables: copied by forks, told by events
+        self.num_copies = 0  # blocks in the tables of forks
+        self.num_named = 0  # blocks that events have put into tables
         self.step = 0
         self.time = 0.0  # seconds
         for event in events:
@@ -129,60 +146,233 @@ class Replay:
         """Follow one more event. Raises ValueError naming the field that cannot be."""
         try:
             check_event(event)
-            if (event["e"] == "pool") is bool(self.num_blocks):
+            is_first = self.num_blocks == 0
+            if (event["e"] == "pool") is not is_first:
                 raise ValueError("`pool` comes first, and once")
             self.time = event.get("t", self.time)
-            self._before(event)
-            self._follow(event["e"], event)
-            self._after(event)
+            self.before(event)
+            self.change(event)
+            self.after(event)
         except ValueError as error:
             raise ValueError(f"not an event of a trace: {error}") from None
 
-    def _before(self, event: dict) -> None:
+    def before(self, event: dict) -> None:
         """Called with each event that was checked, before it is followed."""
 
-    def _after(self, event: dict) -> None:
+    def after(self, event: dict) -> None:
         """Called with each event that was followed. A subclass makes pictures here."""
 
     def state(self, block: int) -> str:
-        """ "sink", "used" (by one sequence), "shared", "cached" or "blank"."""
+        """ "null", "used" (by one sequence), "shared", "cached" or "blank"."""
         if block == 0:
-            return "sink"
+            return "null"
         if self.ref_count[block]:
             return "shared" if self.ref_count[block] > 1 else "used"
         return "cached" if block in self.cached else "blank"
 
-    def _check_blocks(self, blocks: Iterable[int], field: str) -> None:
+    # events. docs/TRACE.md says in words what they mean
+
+    def change(self, e: dict) -> None:
+        """Follow an event."""
+        match e["e"]:
+            case "pool":
+                self.begin_pool(e)
+            case "text":
+                self.words.update((int(token), text) for token, text in e["ids"].items())
+            case "arrive":
+                self.arrive(e)
+            case "resume":
+                self.become(e["seq"], "running").computed = e["computed"]
+                self.extend(self.life(e["seq"]), e["table"], "table")
+            case "admit":
+                self.become(e["seq"], "running").computed = e["computed"]
+            case "hit" | "allocate":
+                self.extend(self.life(e["seq"]), e["blocks"], "blocks")
+            case "miss":
+                self.life(e["seq"])
+            case "evict":
+                self.evict(e["block"])
+            case "copy":
+                self.copy(e)
+            case "publish":
+                self.life(e["seq"])
+                self.check_blocks([e["block"]], "block")
+                self.hash_of[e["block"]] = e["hash"]
+            case "fork":
+                self.fork(e)
+            case "begin":
+                self.begin_step(e)
+            case "reject":
+                self.reject(e)
+            case "tokens":
+                self.add_tokens(e)
+            case "end":
+                pass
+            case "force":
+                self.life(e["seq"]).new += e["tokens"]
+            case "free":
+                self.free(self.life(e["seq"]))
+            case "preempt":
+                self.become(e["seq"], "preempted")
+            case "finish" | "abort":
+                self.become(e["seq"], "done")
+            case "reset":
+                self.reset()
+            case "window":
+                self.leave_window(e)
+
+    def begin_pool(self, e: dict) -> None:
+        if e["version"] != VERSION:
+            raise ValueError(f"field 'version': {VERSION} is wanted, not {e['version']}")
+        self.num_blocks = e["blocks"]
+        self.block_size = e["block_size"]
+        self.num_groups = len(e.get("windows") or [-1])
+        self.hash_of = {int(block): content_hash for block, content_hash in e["hashes"].items()}
+        self.cached = dict.fromkeys(e["cached"])
+        self.check_blocks(self.hash_of, "hashes")
+        self.check_blocks(self.cached, "cached")
+
+    def arrive(self, e: dict) -> None:
+        """A sequence is queued, for the first time or after a reset."""
+        number = e["seq"]
+        is_back = number in self.seqs
+        if is_back:
+            if self.become(number, "").table:
+                raise ValueError("it is here already")
+            self.states[""] -= 1
+        self.add_life(number, Life(e["request"], e["sample"], e["prompt"], list(e["tokens"])))
+        self.become(number, "preempted" if is_back else "waiting")
+
+    def evict(self, block: int) -> None:
+        if block not in self.cached or block not in self.hash_of:
+            raise ValueError(f"field 'block': {block} is not cached")
+        del self.cached[block]
+        del self.hash_of[block]
+
+    def copy(self, e: dict) -> None:
+        table = self.life(e["seq"]).table
+        if e["index"] >= len(table):
+            raise ValueError(f"field 'index': its table has {len(table)} blocks")
+        self.num_named += 1
+        if not e["target"]:
+            raise ValueError("field 'target': the null block is not written to")
+        self.hold([e["target"]], "target")
+        table[e["index"]] = e["target"]
+        self.release(e["source"], "source")
+
+    def fork(self, e: dict) -> None:
+        parent = self.life(e["parent"], "parent")
+        self.num_copies += len(parent.table)
+        if self.num_copies > MAX_COPIES + COPIES_EACH * self.num_named:
+            raise ValueError("too many copies of long tables")
+        self.hold(parent.table, "parent")
+        life = Life(parent.request, e["sample"], parent.prompt, [], parent, parent.num_tokens)
+        self.add_life(e["seq"], life)
+        life.table = parent.table.copy()
+        self.become(e["seq"], "running").computed = e["computed"]
+
+    def begin_step(self, e: dict) -> None:
+        self.step = e["step"]
+        for number in unspan(e["decodes"]):
+            self.life(number, "decodes").computed += 1
+        for number, _, stop in e["prefills"]:
+            self.life(number, "prefills").computed = stop
+
+    def reject(self, e: dict) -> None:
+        life = self.life(e["seq"])
+        blocks = e["blocks"]
+        if life.table[len(life.table) - len(blocks) :] != blocks:
+            raise ValueError("field 'blocks': they are not the last of its table")
+        for _ in blocks:
+            self.release(life.table.pop())
+        life.computed = e["computed"]
+
+    def add_tokens(self, e: dict) -> None:
+        numbers = unspan(e["seqs"])
+        for token in e["tokens"]:
+            number = next(numbers, None)
+            if number is None:
+                raise ValueError("field 'tokens': there are more than seqs")
+            self.life(number, "seqs").new.append(token)
+        if next(numbers, None) is not None:
+            raise ValueError("field 'tokens': there are fewer than seqs")
+
+    def free(self, life: Life) -> None:
+        for block in reversed(life.table):
+            self.release(block)
+        life.table = []
+        life.computed = 0
+
+    def reset(self) -> None:
+        for number in [*self.recent]:
+            life = self.become(number, "done")
+            life.table = []
+            life.computed = 0
+        self.recent.clear()
+        self.ref_count.clear()
+        self.cached.clear()
+        self.hash_of.clear()
+        self.num_used = 0
+
+    def leave_window(self, e: dict) -> None:
+        table = self.life(e["seq"]).table
+        for block in filter(None, e["blocks"]):
+            if block not in table:
+                raise ValueError(f"field 'blocks': {block} is not in its table")
+            table[table.index(block)] = 0
+            self.release(block)
+
+    # sequences and blocks
+
+    def life(self, number: int, field: str = "seq") -> Life:
+        """The sequence of this number. Raises ValueError naming the field if there is none."""
+        if number not in self.seqs:
+            raise ValueError(f"field {field!r}: there is no sequence {number}")
+        return self.seqs[number]
+
+    def add_life(self, number: int, life: Life) -> None:
+        """One more sequence, or one that arrives again."""
+        if number > MAX_SEQS + SEQS_EACH * len(self.seqs):
+            raise ValueError(f"field 'seq': no event before has sequences near {number}")
+        self.seqs[number] = life
+
+    def become(self, number: int, state: str) -> Life:
+        """Change the state of a sequence."""
+        life = self.life(number)
+        self.recent.add(number)
+        self.states[life.state] -= 1
+        self.states[state] += 1
+        life.state = state
+        return life
+
+    def check_blocks(self, blocks: Iterable[int], field: str) -> None:
         """Raises ValueError for a block that the pool has not, or that cannot be in use yet."""
-        end = MAX_BLOCKS + BLOCKS_EACH * (self.num_told + len(self.hash_of))
+        end = MAX_BLOCKS + BLOCKS_EACH * (self.num_named + len(self.hash_of))
         for block in blocks:
             if not 0 < block < self.num_blocks:
                 raise ValueError(f"field {field!r}: there is no block {block}")
             if block >= end:
                 raise ValueError(f"field {field!r}: no event before has blocks near {block}")
 
-    def _life(self, number: int, field: str = "seq") -> Life:
-        """The sequence of this number. Raises ValueError naming the field if there is none."""
-        if number not in self.seqs:
-            raise ValueError(f"field {field!r}: there is no sequence {number}")
-        return self.seqs[number]
+    def extend(self, life: Life, blocks: list[int], field: str) -> None:
+        """Put blocks at the end of a sequence's table."""
+        self.num_named += len(blocks)
+        self.hold(blocks, field)
+        life.table += blocks
 
-    def _begin(self, number: int, life: Life) -> None:
-        """One more sequence, or one that arrives again."""
-        if number > MAX_SEQS + SEQS_EACH * len(self.seqs):
-            raise ValueError(f"field 'seq': no event before has sequences near {number}")
-        self.seqs[number] = life
-
-    def _hold(self, blocks: list[int], field: str) -> None:
-        """Count one more holder of these blocks, the sink left out."""
+    def hold(self, blocks: list[int], field: str) -> None:
+        """Count one more table that has these blocks, the null block left out."""
         blocks = [block for block in blocks if block]
-        self._check_blocks(blocks, field)
+        self.check_blocks(blocks, field)
         for block in blocks:
             self.cached.pop(block, None)
             self.num_used += self.ref_count[block] == 0
             self.ref_count[block] += 1
 
-    def _release(self, block: int, field: str = "blocks") -> None:
+    def release(self, block: int, field: str = "blocks") -> None:
+        """Count one table less that has a block."""
+        if block == 0 and field == "blocks":
+            return
         if self.ref_count[block] < 1:
             raise ValueError(f"field {field!r}: no table has block {block}")
         self.ref_count[block] -= 1
@@ -190,127 +380,3 @@ class Replay:
             self.num_used -= 1
             if block in self.hash_of:
                 self.cached[block] = None
-
-    def _extend(self, life: Life, blocks: list[int], field: str) -> None:
-        """Put blocks at the end of a sequence's table."""
-        self.num_told += len(blocks)
-        self._hold(blocks, field)
-        life.table += blocks
-
-    def _become(self, number: int, state: str) -> Life:
-        life = self._life(number)
-        self.recent.add(number)
-        self.states[life.state] -= 1
-        self.states[state] += 1
-        life.state = state
-        return life
-
-    def _follow(self, name: str, e: dict) -> None:
-        """What each event means; docs/TRACE.md says it in words."""
-        match name:
-            case "pool":
-                if e["version"] != VERSION:
-                    raise ValueError(f"field 'version': {VERSION} is wanted, not {e['version']}")
-                self.num_blocks, self.block_size = e["blocks"], e["block_size"]
-                self.groups = len(e.get("windows") or [-1])
-                self.hash_of = {int(block): named for block, named in e["hashes"].items()}
-                self.cached = dict.fromkeys(e["cached"])
-                self._check_blocks(self.hash_of, "hashes")
-                self._check_blocks(self.cached, "cached")
-            case "text":
-                self.words.update((int(token), text) for token, text in e["ids"].items())
-            case "arrive":
-                number, tokens = e["seq"], list(e["tokens"])
-                if again := number in self.seqs:
-                    if self._become(number, "").table:
-                        raise ValueError("it is here already")
-                    self.states[""] -= 1
-                self._begin(number, Life(e["request"], e["sample"], e["prompt"], tokens))
-                self._become(number, "preempted" if again else "waiting")
-            case "resume":
-                self._follow("admit", e)
-                self._extend(self._life(e["seq"]), e["table"], "table")
-            case "admit":
-                self._become(e["seq"], "running").computed = e["computed"]
-            case "hit" | "allocate":
-                self._extend(self._life(e["seq"]), e["blocks"], "blocks")
-            case "evict":
-                if e["block"] not in self.cached or e["block"] not in self.hash_of:
-                    raise ValueError(f"field 'block': {e['block']} is not cached")
-                del self.cached[e["block"]], self.hash_of[e["block"]]
-            case "copy":
-                table = self._life(e["seq"]).table
-                if e["index"] >= len(table):
-                    raise ValueError(f"field 'index': its table has {len(table)} blocks")
-                self.num_told += 1
-                if not e["target"]:
-                    raise ValueError("field 'target': the sink is not written to")
-                self._hold([e["target"]], "target")
-                table[e["index"]] = e["target"]
-                self._release(e["source"], "source")
-            case "publish":
-                self._life(e["seq"])
-                self._check_blocks([e["block"]], "block")
-                self.hash_of[e["block"]] = e["hash"]
-            case "fork":
-                of = self._life(e["parent"], "parent")
-                self.num_copies += len(of.table)
-                if self.num_copies > MAX_COPIES + COPIES_EACH * self.num_told:
-                    raise ValueError("too many copies of long tables")
-                self._hold(of.table, "parent")
-                life = Life(of.request, e["sample"], of.prompt, [], of, of.num_tokens)
-                self._begin(e["seq"], life)
-                life.table = of.table.copy()
-                self._become(e["seq"], "running").computed = e["computed"]
-            case "begin":
-                self.step = e["step"]
-                for number in unspan(e["decodes"]):
-                    self._life(number, "decodes").computed += 1
-                for number, _, stop in e["prefills"]:
-                    self._life(number, "prefills").computed = stop
-            case "reject":
-                life, blocks = self._life(e["seq"]), e["blocks"]
-                if life.table[len(life.table) - len(blocks) :] != blocks:
-                    raise ValueError("field 'blocks': they are not the last of its table")
-                for _ in blocks:
-                    self._release(life.table.pop())
-                life.computed = e["computed"]
-            case "tokens":
-                numbers = unspan(e["seqs"])
-                for token in e["tokens"]:
-                    if (number := next(numbers, None)) is None:
-                        raise ValueError("field 'tokens': there are more than seqs")
-                    self._life(number, "seqs").new.append(token)
-                if next(numbers, None) is not None:
-                    raise ValueError("field 'tokens': there are fewer than seqs")
-            case "force":
-                self._life(e["seq"]).new += e["tokens"]
-            case "free":
-                life = self._life(e["seq"])
-                for block in filter(None, reversed(life.table)):
-                    self._release(block)
-                life.table, life.computed = [], 0
-            case "preempt":
-                self._become(e["seq"], "preempted")
-            case "finish" | "abort":
-                self._become(e["seq"], "done")
-            case "reset":
-                for number in [*self.recent]:
-                    life = self._become(number, "done")
-                    life.table, life.computed = [], 0
-                for kept in self.recent, self.ref_count, self.cached, self.hash_of:
-                    kept.clear()
-                self.num_used = 0
-            case "window":
-                table = self._life(e["seq"]).table
-                for block in filter(None, e["blocks"]):
-                    if block not in table:
-                        raise ValueError(f"field 'blocks': {block} is not in its table")
-                    table[table.index(block)] = 0
-                    self._release(block)
-            case "end":
-                pass
-            case "miss":
-                self._life(e["seq"])
-            case _:
-                raise ValueError("there is no event of this name")

@@ -1,6 +1,7 @@
-"""Which fields an event of a trace has, and what they must be. Traces come from files that others
-made: each event is compared with this table before anything of it is used, so the code behind it
-needs to know of no other types. What the fields mean is in docs/TRACE.md.
+"""Which fields an event of a trace has, and of which types they are.
+
+A trace may come from a file that a stranger made: each event is compared with this table before
+anything of it is used, so other code meets no other types. docs/TRACE.md says what the fields mean.
 """
 
 import re
@@ -14,7 +15,7 @@ MAX_SECONDS = 1e12
 
 
 class Kind(NamedTuple):
-    """What a field must be, in words, and a function that tells."""
+    """What a field must be, in words, and a function that says whether a value is that."""
 
     words: str
     fits: Callable[[object], bool]
@@ -38,7 +39,7 @@ def is_time(x: object) -> bool:
 
 
 def are_spans(x: object) -> bool:
-    """What `spans` writes."""
+    """Numbers as `spans` writes them."""
     return type(x) is str and all(
         re.fullmatch(r"[0-9]{1,15}(-[0-9]{1,15})?", part) for part in x.split()
     )

@@ -1,19 +1,22 @@
-"""Several steps in one compiled call: the tokens, books and traces of single steps."""
+"""Several steps in one compiled call: the tokens, states and traces of single steps."""
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-import test_engine
 import torch
-from test_engine import FIXTURES, assert_idle, check, greedy, ids, sampled
-from test_interruptions import ALL, Strike
-from test_products_cpu import KINDS, has_panels
-from test_trace import compare
+from helpers.cpu_kernels import KINDS, has_panels
+from helpers.engines import check, ids
+from helpers.full_engines import assert_idle, build, greedy, sampled
+from helpers.goldens import FIXTURES
+from helpers.strikes import ALL, Strike, release_lock
+from helpers.traces import compare
 
 from microvllm.checkpoint import load_model
-from microvllm.cpu import multi_step, several, team
+from microvllm.cpu import team
+from microvllm.loops import multi_step
 from microvllm.trace import Replay
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # for its kernels
@@ -21,22 +24,19 @@ NAME = "era5"  # smears, mixes, gates and has windows
 STORES = [*KINDS, "int6", "int5", "int4"] if ALL else KINDS[:1]  # each compiles for half a minute
 
 
-build = test_engine.build
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """(sequences, steps allowed, steps done) of each call; steps seem to take no time."""
-    found, real = [], multi_step.compute
+    found, real = [], multi_step.compute_steps
 
-    def compute(model, plan, cache, blocks, count):
-        tokens = real(model, plan, cache, blocks, count)
-        found.append((len(plan.samples), count, len(tokens)))
-        return tokens
+    def compute_steps(model, plan, cache, blocks, num_steps):
+        token_ids = real(model, plan, cache, blocks, num_steps)
+        found.append((len(plan.draws), num_steps, len(token_ids)))
+        return token_ids
 
-    monkeypatch.setattr(multi_step, "compute", compute)
-    monkeypatch.setattr(several, "SECONDS", 1.0)
-    monkeypatch.setattr(several, "STREAMED", 0.9)
+    monkeypatch.setattr(multi_step, "compute_steps", compute_steps)
+    monkeypatch.setattr(multi_step, "SECONDS", 1.0)
+    monkeypatch.setattr(multi_step, "STREAM_SECONDS", 0.9)
     return found
 
 
@@ -141,8 +141,8 @@ def test_texts_end_at_their_stop_tokens(calls):
 
 @has_panels
 def test_blocks_are_granted_ahead_and_taken_back(calls):
-    """In a pool that is small, and with windows: nobody is preempted for a step that may not come,
-    and what was granted for steps that did not come is free again."""
+    """In a pool that is small, and with windows: no sequence is preempted for a step that may not
+    come, and what was granted for steps that did not come is free again."""
     with build(NAME, num_blocks=21, block_size=4) as llm:
         work = [(ids(9, i), sampled(14 + i, seed=i)) for i in range(4)]
         want = plain(one_by_one(llm, work))
@@ -156,7 +156,7 @@ def test_blocks_are_granted_ahead_and_taken_back(calls):
         for _ in llm.stream([work[0][0], work[1][0]], [work[0][1], ends]):
             check(llm)
             for seq in llm.scheduler.running:
-                assert len(seq.table) <= llm.scheduler.blocks.blocks_for(len(seq.tokens))
+                assert len(seq.block_table) <= llm.scheduler.blocks.blocks_for(len(seq.token_ids))
         assert_idle(llm)
 
 
@@ -189,7 +189,7 @@ def test_a_trace_shows_each_step(calls):
 
 
 @has_panels
-def test_whoever_looks_at_each_token_gets_single_steps(calls):
+def test_a_feature_that_sees_each_token_gets_single_steps(calls):
     prompt = ids(9, 2)
     with build(NAME, num_blocks=60) as llm:
         for params in (
@@ -202,7 +202,7 @@ def test_whoever_looks_at_each_token_gets_single_steps(calls):
         llm.add_request(prompt, greedy(30))  # whose owner may call step()
         llm.generate([prompt], greedy(9), use_tqdm=False)
         assert not calls
-        llm.abort(*llm._requests)
+        llm.abort(*llm.requests)
         llm.generate([prompt], greedy(9), use_tqdm=False)
         assert calls
     calls.clear()
@@ -217,11 +217,11 @@ def test_streams_aborts_and_new_requests_wait_for_one_call(calls, monkeypatch):
     with build(NAME, num_blocks=200) as llm:
         want = plain(one_by_one(llm, WORK[:2]))
         llm.scheduler.reset()
-        monkeypatch.setattr(llm.runner, "how_many", lambda seqs: 4)
+        monkeypatch.setattr(llm.runner, "choose_num_steps", lambda seqs: 4)
         pieces, late = [], None
         for event in llm.stream([WORK[0][0]], WORK[0][1]):
             pieces.append(event["token_ids"])
-            assert llm.runner.seconds == (0 if late else several.STREAMED)
+            assert llm.runner.seconds == (0 if late else multi_step.STREAM_SECONDS)
             if len(pieces) == 3:
                 late = llm.add_request(*WORK[1])
         assert sum(pieces, []) == want[0][0][0] and max(map(len, pieces)) <= 5
@@ -233,7 +233,7 @@ def test_streams_aborts_and_new_requests_wait_for_one_call(calls, monkeypatch):
         next(stream), next(stream)
         stream.close()
         at_once(llm, WORK[:1])
-        assert llm.runner.seconds == several.SECONDS
+        assert llm.runner.seconds == multi_step.SECONDS
         assert_idle(llm)
 
 
@@ -258,20 +258,20 @@ def test_an_exception_at_any_line_changes_no_token(calls):
         def run(strike=None):
             """All of it, over and over until nothing is struck."""
             llm.scheduler.reset()
-            requests = [llm._prepare([p], q)[0] for p, q in work]
-            llm._queue(requests)
+            requests = [llm.make_requests([p], q)[0] for p, q in work]
+            llm.submit_requests(requests)
             while not all(request.output for request in requests):
-                step = next(r for r in requests if not r.output)
-                strike(llm._step, step) if strike else llm._step(step)
+                request = next(r for r in requests if not r.output)
+                step = partial(llm.guard.perform, partial(llm.advance_for, request))
+                strike(step) if strike else step()
                 check(llm)
             assert_idle(llm)
-            while llm._lock._is_owned():  # only a trace can strike between a lock and its block
-                llm._lock.release()
+            release_lock(llm)
             return plain([request.output for request in requests])
 
         want, found, every = run(), Strike(), Strike(opcodes=True)
         assert run(found) == run(every) == want and calls
-        own = [line for line in found.lines if line[0] in ("cpu/several.py", "cpu/multi_step.py")]
+        own = [line for line in found.lines if line[0] in ("loops/multi_step.py",)]
         assert len(own) > 50
         others = [line for line in found.lines if line not in own]
         for line in own[:: 1 if ALL else 6] + others[:: 1 if ALL else 60]:

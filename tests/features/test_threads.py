@@ -11,14 +11,23 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL
-from test_engine import assert_idle, build, check, greedy, ids, sampled
-from test_llm import GREEDY, everything_is_free
+from helpers.concurrency import run_threads
+from helpers.full_engines import (
+    assert_idle,
+    build,
+    check,
+    everything_is_free,
+    greedy,
+    ids,
+    sampled,
+)
+from helpers.goldens import FIXTURES, MODEL
 
 from microvllm import LLM, SamplingParams
 from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +49,6 @@ def test_ctrl_c_in_generate_leaves_the_engine_clean_and_usable(llm):
 
 
 # threads ------------------------------------------------------------------------------------------
-
-
-def run_threads(jobs: list) -> list:
-    """Each job in a thread of its own, all begun at once; their results, or what they raised."""
-    results, ready = [None] * len(jobs), threading.Barrier(len(jobs))
-
-    def work(i: int) -> None:
-        ready.wait()
-        try:
-            results[i] = jobs[i]()
-        except BaseException as error:  # the test shows it
-            results[i] = error
-
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not any(thread.is_alive() for thread in threads), "a thread waits for ever"
-    return results
 
 
 def job(llm, number: int):
@@ -120,7 +109,7 @@ def test_requests_and_aborts_of_other_threads_join_the_steps_that_run():
             while not done.is_set() or not llm.is_finished():
                 for output in llm.step():
                     outputs[output["request_id"]] = output
-                with llm._lock:  # others change the books while these are looked at
+                with llm.guard.lock:  # others change the state while it is looked at
                     check(llm)
 
         def client(k: int):
@@ -238,15 +227,13 @@ def test_an_engine_to_which_a_request_is_on_its_way_is_not_finished():
             numbers.extend(run_threads([lambda: llm.add_request(ids(4), greedy(2))]))
             assert not llm.is_finished()
 
-        llm._change(change)
+        llm.guard.perform(change)
         while not llm.is_finished():
             outputs += llm.step()
         assert [output["request_id"] for output in outputs] == numbers
 
 
 def weights(llm) -> dict[str, torch.Tensor]:
-    from test_engine import FIXTURES
-
     (file,) = FIXTURES["era5"].directory.glob("model_*.pt")
     return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -261,14 +248,14 @@ def test_ctrl_c_in_a_step_that_fails_is_not_kept_for_another(llm, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         raise MemoryError
 
-    monkeypatch.setattr(llm.runner, "forward", forward)
+    monkeypatch.setattr(llm.model, "forward", forward)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["Hello"], GREEDY)
     monkeypatch.undo()
     assert llm.generate(["Hello"], GREEDY)[0]["token_ids"] == before
 
 
-@pytest.mark.parametrize("place", ["reset", "end"])
+@pytest.mark.parametrize("place", ["reset", "finish"])
 def test_a_failure_on_the_way_back_is_made_good_before_the_next_step(place, monkeypatch):
     with build(block_size=4) as llm:
         expected = llm.generate([ids(9), ids(9, 1)], sampled(9, seed=1, n=2), use_tqdm=False)
@@ -277,7 +264,7 @@ def test_a_failure_on_the_way_back_is_made_good_before_the_next_step(place, monk
         numbers = [llm.add_request(prompt, params) for prompt in (ids(9), ids(9, 1))]
         for _ in range(3):
             llm.step()
-        for owner, name in ((llm.runner, "forward"), (llm.scheduler, place)):
+        for owner, name in ((llm.model, "forward"), (llm.scheduler, place)):
 
             def fail(*_):
                 raise MemoryError
@@ -348,7 +335,7 @@ def test_requests_aborts_and_stats_are_possible_inside_a_step():
 
 def test_a_stream_that_is_collected_while_a_step_is_planned_loses_no_block():
     # 10 of 13 blocks were lost for good
-    for where in ("match", "take", "release"):
+    for where in ("find_prefix", "allocate", "release"):
         with build("era1_padded", num_blocks=14, block_size=4, max_batch_size=1) as llm:
             llm.generate([[k] * 40 for k in range(1, 4)], greedy(4))
             params = [greedy(1), greedy(4)]
@@ -361,14 +348,15 @@ def test_a_stream_that_is_collected_while_a_step_is_planned_loses_no_block():
             gone = weakref.ref(stream)
             del box, stream
             blocks, calls = llm.scheduler.blocks, []
-            real = getattr(blocks, where)
+            owner = blocks if where == "find_prefix" else blocks.pool
+            real = getattr(owner, where)
 
             def collect(*args, real=real, calls=calls):
                 if not calls:
                     calls.append(gc.collect())
                 return real(*args)
 
-            setattr(blocks, where, collect)
+            setattr(owner, where, collect)
             outputs = []
             while not llm.is_finished():
                 outputs += llm.step()
@@ -389,7 +377,7 @@ def test_an_abort_of_what_is_no_id_is_refused_and_leaves_nothing_in_the_inbox(wr
         number = llm.add_request(ids(9), greedy(3))
         with pytest.raises(TypeError, match="request ids are integers.*abort\\(.request_ids\\)"):
             llm.abort(*wrong)
-        assert not llm._inbox
+        assert not llm.guard.inbox
         (output,) = llm.generate([ids(5)], greedy(2), use_tqdm=False)
         assert output["finish_reason"] == "length"
         llm.abort(np.int64(number))
@@ -402,10 +390,10 @@ def test_an_abort_that_always_fails_is_dropped(monkeypatch):
     with build(plain=True) as llm:
         number = llm.add_request(ids(9), greedy(3))
         with monkeypatch.context() as patch:
-            patch.setattr(llm.scheduler, "abort", lambda *seqs: 1 / 0)
+            patch.setattr(llm.scheduler, "abort", lambda seqs: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 llm.abort(number)
-            assert not llm._inbox
+            assert not llm.guard.inbox
             outputs = []
             while not llm.is_finished():
                 outputs += llm.step()
@@ -417,27 +405,27 @@ def test_an_abort_that_fails_once_is_done_and_the_error_is_seen(monkeypatch):
     with build(plain=True) as llm:
         number, real, calls = llm.add_request(ids(9), greedy(3)), llm.scheduler.abort, []
 
-        def abort(*seqs):
+        def abort(seqs):
             calls.append(seqs)
             if len(calls) == 1:
                 raise TimeoutError("from outside")
-            return real(*seqs)
+            return real(seqs)
 
         monkeypatch.setattr(llm.scheduler, "abort", abort)
         with pytest.raises(TimeoutError, match="from outside"):
             llm.abort(number)
-        assert len(calls) == 2 and not llm._inbox
+        assert len(calls) == 2 and not llm.guard.inbox
         assert [output["finish_reason"] for output in llm.step()] == ["abort"]
         assert_idle(llm)
 
 
 @pytest.mark.parametrize("how", ["add_request", "generate", "stream"])
-def test_a_request_that_cannot_be_queued_ends_with_the_error_and_harms_no_other(how, monkeypatch):
+def test_a_request_that_cannot_be_queued_is_an_error_and_harms_no_other(how, monkeypatch):
     with build(plain=True) as llm:
         expected = llm.generate([ids(5)], greedy(4), use_tqdm=False)[0]["token_ids"]
         other = llm.add_request(ids(5), greedy(4))
         with monkeypatch.context() as patch:
-            patch.setattr(llm, "_requests", Refusing(llm._requests))
+            patch.setattr(llm.scheduler, "add", lambda seq: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 if how == "add_request":
                     llm.add_request(ids(9), greedy(3))
@@ -445,29 +433,12 @@ def test_a_request_that_cannot_be_queued_ends_with_the_error_and_harms_no_other(
                     llm.generate([ids(9)], greedy(3), use_tqdm=False)
                 else:
                     list(llm.stream([ids(9)], greedy(3)))
-            assert not llm._inbox
-        llm._requests = dict(llm._requests)
+            assert not llm.guard.inbox
         outputs = {}
         while not llm.is_finished():
             outputs |= {output["request_id"]: output for output in llm.step()}
-        assert outputs.pop(other)["token_ids"] == expected
-        for output in outputs.values():  # of a request that generate does not wait for
-            assert output["finish_reason"] == "error"
-            assert output["stop_reason"].startswith("ZeroDivisionError")
-        assert len(outputs) == (how == "add_request")
+        assert outputs[other]["token_ids"] == expected
         assert_idle(llm)
-
-
-class Refusing(dict):
-    """Requests; the first two attempts to queue one more fail."""
-
-    attempts = 0
-
-    def __setitem__(self, key, value):
-        self.attempts += 1
-        if self.attempts <= 2:
-            raise ZeroDivisionError
-        super().__setitem__(key, value)
 
 
 # the end ------------------------------------------------------------------------------------------
@@ -495,7 +466,7 @@ def test_a_closed_engine_says_so():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_fork_is_told_that_the_engine_is_not_its_own():
+def test_a_fork_says_that_the_engine_is_not_its_own():
     with build() as llm:
         llm.generate([ids(5)], greedy(2), use_tqdm=False)
         reader, writer = os.pipe()
@@ -588,13 +559,14 @@ def test_partial_outputs_may_be_read_while_the_call_runs():
     before = signal.signal(signal.SIGALRM, handler)
     try:
         with build(plain=True) as llm:
-            steps = llm._step
+            serve = llm.serve
 
-            def step(request=None):
-                steps(request)
-                signal.raise_signal(signal.SIGALRM)
+            def signalled(requests):
+                for step in serve(requests):
+                    signal.raise_signal(signal.SIGALRM)
+                    yield step
 
-            llm._step = step
+            llm.serve = signalled
             (output,) = llm.generate([ids(7)], greedy(5), use_tqdm=False)
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -608,7 +580,7 @@ def test_what_was_never_queued_is_an_empty_beginning(monkeypatch):
         def struck(*_):
             raise MemoryError
 
-        monkeypatch.setattr(llm, "_queue", struck)
+        monkeypatch.setattr(llm, "submit_requests", struck)
         with pytest.raises(MemoryError):
             llm.generate([ids(7), ids(8)], greedy(3), use_tqdm=False)
         found = llm.partial_outputs()

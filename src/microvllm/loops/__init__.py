@@ -1,0 +1,1 @@
+"""How steps follow each other: engine.Loop makes one after the other, and these in other ways."""

@@ -1,0 +1,35 @@
+"""The loop of an engine whose weights may change between two steps, or that may sleep.
+
+Before each step it looks whether the weights have changed:
+
+    step 1 | look: as before | step 2 | look: changed, take over | step 3 computes K and V again
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..engine import Loop
+
+if TYPE_CHECKING:
+    from ..features.live import LiveWeights
+
+
+class FollowingLoop(Loop):
+    """Another loop, before each step of which the engine wakes, or takes over new weights."""
+
+    def __init__(self, inner_loop: Loop, live_weights: LiveWeights):
+        super().__init__(inner_loop.engine)
+        self.inner_loop = inner_loop
+        self.live_weights = live_weights
+        live_weights.attach(self.engine)
+
+    def advance(self) -> None:
+        self.live_weights.refresh()
+        self.inner_loop.advance()
+
+    def drain(self) -> None:
+        self.inner_loop.drain()
+
+    def forget(self) -> None:
+        self.inner_loop.forget()

@@ -1,0 +1,197 @@
+"""Which loop, runner, guard, memory and proposer does an engine get? full.py puts them together.
+
+The comments that are paths of features' files are explained in full.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from . import engine, sampler
+from .engine import EngineConfig, Loop
+from .environment import free_memory
+from .features.calculator import python_end_id
+from .features.live import LiveWeights
+from .features.logits import LogitsExtension
+from .features.lookup import PromptLookup
+from .features.threads import ThreadGuard
+from .features.windows import make_memory as make_grouped_memory
+from .fused.model import FusedGPT
+from .loops.ahead import AheadLoop, AheadRunner
+from .loops.live import FollowingLoop
+from .params import SamplingParams
+from .resources import fits
+from .runner import Hooks, Runner
+from .scheduler import at_once
+
+if TYPE_CHECKING:
+    from .features.parallel import Ranks
+
+
+class Steps(NamedTuple):
+    """The parts that make an engine's steps."""
+
+    loop_class: Callable[[engine.LLM], Loop]
+    runner_class: Callable[..., Runner]
+    may_admit: Callable[..., bool] = at_once  # may sequences that wait come into this step?
+    is_recorded: bool = False  # does the runner record steps once, and then replay them?
+
+
+def choose_loop(model, ranks: Ranks | None, prompt_lookup: int, cuda_graphs: bool) -> Steps:
+    """The loop and the runner for a model:
+
+    device    model                                   loop             runner
+    cuda      whose steps are recorded                AheadLoop        GraphRunner
+    cuda      others                                  AheadLoop        AheadRunner
+    cpu       compiled, no ranks, no prompt_lookup    MultiStepLoop    MultiStepRunner
+    others    others                                  Loop             Runner
+    """
+    is_fused = isinstance(model, FusedGPT)
+    if model.device.type == "cuda":
+        if cuda_graphs and ranks is None and is_fused and model.backend.name == "triton":
+            from .gpu.admission import in_groups
+            from .gpu.graphs import GraphRunner
+
+            return Steps(AheadLoop, GraphRunner, may_admit=in_groups, is_recorded=True)
+        return Steps(AheadLoop, AheadRunner)
+    if is_fused and model.compiled is not None and ranks is None and not prompt_lookup:
+        from .loops.multi_step import MultiStepLoop, MultiStepRunner
+
+        return Steps(MultiStepLoop, MultiStepRunner)
+    return Steps(Loop, Runner)
+
+
+def make_runner(model, runner_class: Callable[..., Runner], cache, blocks) -> Runner:
+    """A runner without an engine, to measure what steps take."""
+    hooks = Hooks()
+    runner = runner_class(model, cache, blocks, hooks, choose_sampler(model))
+    # features/logits.py
+    logits = LogitsExtension()
+    logits.attach(SimpleNamespace(model=model, runner=runner))
+    hooks.set_extensions([logits])
+
+    return runner
+
+
+def choose_sampler(model) -> Callable[..., torch.Tensor]:
+    """The function that draws tokens: of the model's kernels, or the core's."""
+    return model.backend.sample if isinstance(model, FusedGPT) else sampler.sample
+
+
+# features/live.py
+def follow_weights(
+    loop_class: Callable[[engine.LLM], Loop], live: LiveWeights, llm: engine.LLM
+) -> FollowingLoop:
+    """A loop that follows live weights, and wakes the engine when it needs a step."""
+    return FollowingLoop(loop_class(llm), live)
+
+
+def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine.Guard]:
+    """The guard of an engine. context: of all that the engine computes."""
+    guard_class: Callable[..., engine.Guard] = engine.Guard
+    # features/threads.py
+    guard_class = partial(ThreadGuard, context=context)
+
+    # features/parallel.py
+    if ranks is not None:
+        from .features.parallel import RankGuard
+
+        guard_class = partial(RankGuard, ranks=ranks, context=context)
+
+    return guard_class
+
+
+def choose_proposer(tokenizer, prompt_lookup: int) -> engine.DraftProposer | None:
+    """What proposes draft tokens, if anything does."""
+    proposer = None
+    never: set[int] = set()
+    # features/calculator.py
+    end_of_call = python_end_id(tokenizer)
+    never = set() if end_of_call is None else {end_of_call}  # what follows it is the tool's
+
+    # features/lookup.py
+    if prompt_lookup:
+        proposer = PromptLookup(prompt_lookup, never=never)
+
+    return proposer
+
+
+def check_prompt_lookup(prompt_lookup: int, device: torch.device) -> None:
+    """Raises ValueError where no draft tokens can be proposed."""
+    if prompt_lookup and device.type == "cuda":
+        raise ValueError(
+            f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {device} a step "
+            "is planned before the last one's tokens are known, and there is nothing to guess "
+            "from; leave it 0, or give device='cpu'"
+        )
+
+
+def check_block_size(block_size: int, model) -> None:
+    """Raises ValueError for blocks that the kernels cannot read."""
+    if isinstance(model, FusedGPT) and block_size % model.backend.block_step:
+        raise ValueError(f"block_size={block_size}: {model.backend.block_step_reason}")
+
+
+def make_ranks(tensor_parallel: int, device: str | torch.device) -> Ranks | None:
+    """The processes that share a model, this one among them."""
+    # features/parallel.py
+    if tensor_parallel > 1:
+        from .features.parallel import Ranks
+
+        return Ranks(tensor_parallel, device)
+
+    return None
+
+
+def make_memory(model, config: EngineConfig) -> tuple:
+    """The KV cache and its block manager. Raises ValueError with the numbers where there is no
+    memory."""
+    make = engine.make_memory
+    # features/windows.py
+    make = make_grouped_memory
+
+    with fits("the KV cache", model.device):
+        return make(model, config)
+
+
+def choose_cache_bytes(
+    model,
+    config: EngineConfig,
+    steps: Steps,
+    ranks: Ranks | None,
+    *,
+    utilization: float | None,
+    is_live: bool,
+) -> int | None:
+    """Bytes for the KV cache; None where the number of blocks is given, or the core decides.
+
+    utilization: the share of a GPU's free memory. For a live module a quarter of what an engine
+    alone would take: a training script makes its engine first, then gradients and the state of
+    optimizers, each as large as the weights or twice that, and then activations, which take the
+    most.
+    """
+    if config.num_blocks is not None:
+        return None
+    if model.device.type == "cuda":
+        from .gpu.memory import gpu_cache_bytes
+
+        num_bytes = gpu_cache_bytes(
+            model,
+            config.with_defaults(model),
+            utilization or 0.9,
+            make_memory=make_memory,
+            make_runner=partial(make_runner, model, steps.runner_class),
+            params_class=SamplingParams,
+        )
+    elif is_live or ranks is not None:
+        num_bytes = min(free_memory(model.device) // 2, 2**32)  # as in the core
+    else:
+        return None
+    if is_live and utilization is None:
+        num_bytes //= 4
+    return num_bytes if ranks is None else ranks.least(num_bytes)
