@@ -220,10 +220,13 @@ def test_no_thread_has_much_more_than_its_share_of_a_d12s_attention(threads, win
     for chunks in (*LONG, STEP):
         counts, lengths = map(list, zip(*chunks, strict=True))
         starts = np.cumsum([0, *counts])
-        given = starts, np.array(lengths), window, 6, 1, min(192, max(counts)), threads
-        tiles = attention.cut_tiles(*given).tolist()
+        tables = np.arange(len(lengths) * 256, dtype=np.int32).reshape(len(lengths), 256)
+        rows = min(192, max(counts))
+        tiles = attention.cut_tiles(
+            starts, np.array(lengths), tables, 16, window, 6, 1, rows, threads, False
+        ).tolist()
         done, work, jobs = np.zeros((starts[-1], 6)), np.zeros(threads), []
-        for b, first, end in tiles:
+        for b, first, end, _ in tiles:
             position = lengths[b] - starts[b + 1] + first
             done[first:end] += 1
             jobs += [attention._work(end - first, position, window, 1)] * 6

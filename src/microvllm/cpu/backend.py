@@ -18,6 +18,7 @@ from torch import Tensor
 from ..fused.backend import Backend
 from . import first, products, steps
 from .attention import attend_tiles, cut_tiles, paged_attention, tile
+from .attention_tiles import fits
 from .fewbits import class_of
 from .packed import BITS
 from .products import HalfPanels, Int8, Int8Panels, Panels, product, scratch_bytes, workspace
@@ -177,7 +178,7 @@ _VE = 12  # after those four weights: the value embeddings, and their gate
 @kept(**EXACT)
 def _run(
     team, ids, prev_ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables,
-    cache, depths, groups, windows, window_kinds, weights, like, head, wte, smear_gate,
+    cache, depths, groups, windows, tilings, weights, like, head, wte, smear_gate,
     smear_lambda, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
     rows, tiles, x0, unused, other, y, h, half, taken, free, q, seen, qkv, wide, scratch, hidden,
     logits, V, uniform, scale, softcap, filters, stops, w, sums, step, tokens,
@@ -204,11 +205,14 @@ def _run(
     yes, no = n_layer > 0, n_layer < 0
     n_kv_head = cache.shape[3]
     counts = np.zeros(len(tiles), np.int64)
-    for i in range(n_layer):  # the same tiles for all layers of a window
-        kind = window_kinds[i]
+    for i in range(n_layer):  # the same tiles for all layers of a window and a block table
+        kind = tilings[i]
         if counts[kind] == 0:
             group = q.shape[1] // n_kv_head
-            cut = cut_tiles(cu_seqlens, seq_lens, windows[i], n_kv_head, group, rows, team[SIZE])
+            cut = cut_tiles(
+                cu_seqlens, seq_lens, tables[groups[i]], size, windows[i], n_kv_head, group, rows,
+                team[SIZE], fits(cache[0, 0], q.shape[2]),
+            )  # fmt: skip
             counts[kind] = len(cut)
             tiles[kind, : len(cut)] = cut
     begin(team)
@@ -236,7 +240,7 @@ def _run(
         )  # fmt: skip
         if is_last and R == 0:
             break
-        kind = window_kinds[i]
+        kind = tilings[i]
         attend_tiles(
             tiles[kind, : counts[kind]], queries, k, v, cu_seqlens, seq_lens, tables[group],
             windows[i], team, scratch, attended,
@@ -291,7 +295,6 @@ class Layers:
             # addresses, and three dimensions
             places.append([(x.data_ptr(), *(1,) * (3 - x.ndim), *x.shape) for x in tensors])
         self.weights, self.windows = np.array(places, np.int64), np.array(model.windows)
-        self.window_kinds = np.unique(self.windows, return_inverse=True)[1].astype(np.int64)
         assert 20 * len(places) + 20 < MAX_JOBS, f"{len(places)} layers"
         self.like = model.layers[0].qkv.arrays
         self.head, self.wte = model.lm_head.arrays, array_of(model.wte)
@@ -338,6 +341,8 @@ class Layers:
         if cache is not self.cache:
             places = getattr(cache, "places", [(0, i) for i in range(len(self.windows))])
             self.groups, self.depths = np.array(places).T.copy()
+            pairs = np.stack([self.windows, self.groups])
+            self.tilings = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()
             self.cache = cache
         T, R = len(arrays[0]), len(arrays[5])
         slots = slots.reshape(-1, T)
@@ -350,10 +355,10 @@ class Layers:
                 self.draw_space = draw_space(self.vocab_size, threads)
             rows, size = tile(batch, self.group, self.shapes[8][1])
             shapes = *[(max(T, R), *shape) for shape in self.shapes], (threads, size)
-            tiles = np.empty((int(self.window_kinds.max()) + 1, T, 3), np.int64)
+            tiles = np.empty((int(self.tilings.max()) + 1, T, 4), np.int64)
             _run(
                 team, *arrays, slots, tables, array_of(cache.data), self.depths, self.groups,
-                self.windows, self.window_kinds, self.weights, self.like, self.head, self.wte,
+                self.windows, self.tilings, self.weights, self.like, self.head, self.wte,
                 *self.smear, *self.numbers, *self.scales, rows, tiles, *workspace(*shapes), hidden,
                 logits, self.vocab_size, uniform, scale, self.softcap, filters, stops,
                 *self.draw_space, step, tokens,
