@@ -6,7 +6,7 @@ import torch
 from helpers.sampling import grid, run
 
 from microvllm import SamplingParams
-from microvllm.cpu import steps
+from microvllm.cpu import elementwise
 from microvllm.loading import pick_backend
 
 CPU = pick_backend("numba", torch.device("cpu"), torch.float32)
@@ -56,5 +56,5 @@ def test_a_block_whose_sum_was_rounded_up_gives_no_token_without_weight():
     w[0], w[1], w[300] = 1, 0.75 * step, 1
     sums = np.zeros(2, np.float32)
     u = (1 + 0.9 * float(step)) / (2 + float(step))
-    assert steps._draw(w, sums, u) == 1
+    assert elementwise._draw(w, sums, u) == 1
     assert sums[0] == 1 + step

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from microvllm.cpu import attention, team
-from microvllm.cpu.steps import array_of
+from microvllm.cpu.elementwise import array_of
 
 pytestmark = pytest.mark.slow  # its kernels are compiled
 

@@ -20,14 +20,14 @@ from numba.core import cgutils, types
 from torch import Tensor
 
 from .attention_tiles import TILE, find_keys, fits, halve, tile_scores, tile_values, whole
-from .steps import array_of, exp2, exp2_of, largest
+from .elementwise import array_of, exp2, exp2_of, largest
+from .simd import EXACT, LANES, VIEWS, fetch, kept, share, sum_of, vectorised
 from .team import MAX_PARTS, SIZE, job, one_at_a_time, team_of
-from .vectors import EXACT, LANES, VIEWS, fetch, kept, share, sum_of, vectorised
 
 _f32 = np.float32
 _KEYS = 512  # of which scores are kept at a time
 _WIDTH = _KEYS + 16  # an odd number of cache lines, else a column of all rows falls into one set
-_PANEL = 64  # keys that are multiplied at a time: they stay in the first-level cache
+_KEYS_AT_ONCE = 64  # keys that are multiplied at a time: they stay in the first-level cache
 _QUERIES = 192  # that read a block of keys together: their scores fit in the second-level cache
 _SHARED = 64  # positions, at least, that several sequences read together
 _LEAST = 12  # queries that are not cut further: packing a key takes as long as some of them
@@ -263,11 +263,11 @@ def _read_few(mixes, ys, scores, zero, x, other, table, h, start, stop, last):
 
 
 @numba.njit(**VIEWS)
-def _read_panels(mixes, ys, scores, zero, x, table, h, start, stop, position, group, spare):
-    """The same for more rows, by panels in `spare`."""
+def _read_many(mixes, ys, scores, zero, x, table, h, start, stop, position, group, spare):
+    """The same for more rows, by parts in `spare`."""
     (n, D), row = ys.shape, scores.shape[1]
-    for at in range(start, stop, _PANEL):
-        end, soon = min(at + _PANEL, stop), min(at + 2 * _PANEL, stop)
+    for at in range(start, stop, _KEYS_AT_ONCE):
+        end, soon = min(at + _KEYS_AT_ONCE, stop), min(at + 2 * _KEYS_AT_ONCE, stop)
         _gather(x, table, h, at, end, D, spare)
         for i in range(0, n, _ROWS):
             _fetch_some(x, table, h, *_share(end, soon, i, n))
@@ -284,13 +284,16 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
     """Some rows of one sequence, the first at `position`, against kv head h: q, out (count, n_head,
     D), table (M,); scratch: of scratch_size(count * the query heads of h, D).
 
-    A few rows read K and V where they are; more of them panels in float32, that stay in the
+    A few rows read K and V where they are; more of them copies in float32, that stay in the
     first-level cache. The bits of a row are the same either way. With the matrix unit all rows go
     one way, see attention_tiles.py.
     """
     D, group, row = q.shape[2], q.shape[1] // k.shape[1], _WIDTH
     count = q.shape[0] * group
-    n, (spare, scratch) = padded(count), (scratch[: _PANEL * D], scratch[_PANEL * D :])
+    n, (spare, scratch) = (
+        padded(count),
+        (scratch[: _KEYS_AT_ONCE * D], scratch[_KEYS_AT_ONCE * D :]),
+    )
     places, scratch = scratch[: 4 * _KEYS].view(np.int64), scratch[4 * _KEYS :]
     qs, ys = scratch[: n * D].reshape(n, D), scratch[n * D : 2 * n * D].reshape(n, D)
     scores = scratch[2 * n * D : n * (2 * D + row)].reshape(n, row)
@@ -317,7 +320,7 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
         elif n < _FEW:
             _read_few(False, qs, scores, start, k, v, table, h, start, stop, last)
         else:
-            _read_panels(
+            _read_many(
                 False, qs, scores, start, k, table, h, start, stop, position, group, spare
             )  # fmt: skip
         _rescale_rows(scores, start, n, k, table, h, start, stop, D)
@@ -341,7 +344,7 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
         elif n < _FEW:
             _read_few(True, ys, scores, start, v, k, table, h, start, stop, last)
         else:
-            _read_panels(
+            _read_many(
                 True, ys, scores, start, v, table, h, start, stop, position, group, spare
             )  # fmt: skip
         start = stop
@@ -365,7 +368,7 @@ def _read_shared(
         if len(ys) < _FEW:
             _read_few(mixes, ys, scores, zero, x, other, tables[0], h, zero, both, shared)
         else:
-            _read_panels(
+            _read_many(
                 mixes, ys, scores, zero, x, tables[0], h, zero, both, both, group, spare
             )  # fmt: skip
         if not mixes:
@@ -382,7 +385,7 @@ def _read_shared(
                 mixes, own_ys, own_scores, zero, x, other, tables[r], h, start, end, last
             )  # fmt: skip
         else:
-            _read_panels(
+            _read_many(
                 mixes, own_ys, own_scores, zero, x, tables[r], h, start, end, end, group, spare
             )  # fmt: skip
         if not mixes:
@@ -396,7 +399,10 @@ def attend_shared(q, k, v, h, tables, seq_lens, shared, window, scratch, out):
     bits of a row are those of attend_tile."""
     D, group, row = q.shape[2], q.shape[1] // k.shape[1], _WIDTH
     count = q.shape[0] * group
-    n, (spare, scratch) = padded(count), (scratch[: _PANEL * D], scratch[_PANEL * D :])
+    n, (spare, scratch) = (
+        padded(count),
+        (scratch[: _KEYS_AT_ONCE * D], scratch[_KEYS_AT_ONCE * D :]),
+    )
     scratch = scratch[4 * _KEYS :]
     qs, ys = scratch[: n * D].reshape(n, D), scratch[n * D : 2 * n * D].reshape(n, D)
     scores = scratch[2 * n * D : n * (2 * D + row)].reshape(n, row)
@@ -449,7 +455,7 @@ def padded(n):
 
 def scratch_size(queries: int, D: int) -> int:
     """How many float32 a tile needs: spare, places, and of each query qs, ys, scores, sums."""
-    size = _PANEL * D + 4 * _KEYS + padded(queries) * (2 * D + _WIDTH + 2)
+    size = _KEYS_AT_ONCE * D + 4 * _KEYS + padded(queries) * (2 * D + _WIDTH + 2)
     return -(-size // 16) * 16  # no two threads write to one cache line
 
 

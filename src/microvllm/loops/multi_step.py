@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..attention import PagedKVCache, make_batch
 from ..blocks import BlockManager
-from ..cpu import steps, team
+from ..cpu import elementwise, team
 from ..engine import Loop, Request
 from ..fused.model import FusedGPT
 from ..runner import Runner
@@ -190,7 +190,7 @@ def compute_steps(
         sample_indices=np.tile([seq.params.sample_index + seq.index for seq in seqs], num_steps),
         positions=positions.ravel(),
     )
-    scale, filters = steps.draw_values(plan.params, batch.temperature)
+    scale, filters = elementwise.draw_values(plan.params, batch.temperature)
     return model.compiled.several(
         batch,
         cache,
