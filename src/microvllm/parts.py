@@ -126,8 +126,8 @@ def check_prompt_lookup(prompt_lookup: int, device: torch.device) -> None:
     if prompt_lookup and device.type == "cuda":
         raise ValueError(
             f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {device} a step "
-            "is planned before the last one's tokens are known, and there is nothing to guess "
-            "from; leave it 0, or give device='cpu'"
+            "is planned before the last one's tokens are known, so none can be proposed; "
+            "leave it 0, or give device='cpu'"
         )
 
 

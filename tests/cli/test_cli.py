@@ -513,7 +513,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_leaves(monkeypatch, caps
     assert conversation.read_turn() is None
 
     keys.append(KeyboardInterrupt)
-    monkeypatch.setattr(sys, "stdin", io.StringIO())  # a pipe has nobody to go on
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # a pipe has no person to go on
     with pytest.raises(KeyboardInterrupt):
         conversation.read_turn()
 

@@ -356,7 +356,7 @@ def compiled(folder, store=None) -> FusedGPT:
 
 @pytest.fixture
 def two_threads():
-    """Who share the work."""
+    """Threads that share the work."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

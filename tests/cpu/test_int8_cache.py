@@ -204,7 +204,7 @@ def tokens(outputs) -> list[list[list[int]]]:
 
 
 def run(llm: LLM, prompts, params) -> list[list[list[int]]]:
-    """The tokens of each sample of each request, with a look at the books after every step."""
+    """The tokens of each sample of each request; the engine is checked after every step."""
     requests, outputs = [llm.add_request(prompt, params) for prompt in prompts], {}
     while not llm.is_finished():
         outputs |= {output["request_id"]: output for output in llm.step()}

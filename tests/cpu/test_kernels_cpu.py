@@ -28,7 +28,7 @@ REFERENCE = Backend(torch.device("cpu"), torch.float32)
 
 @pytest.fixture
 def two_threads():
-    """Who share the work."""
+    """Threads that share the work."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -202,7 +202,7 @@ def test_several_samples_guess_once_they_have_split():
 
 @pytest.fixture(scope="module")
 def pair():
-    """An engine that does not guess and one that does; of equal texts they have equal bits."""
+    """An engine without draft tokens and one with them; of equal texts they have equal bits."""
     options = {"device": "cpu", "num_blocks": 100, "deterministic": True, "max_model_len": 400}
     with LLM(MODEL, **options) as plain, LLM(MODEL, **options, prompt_lookup=6) as guessing:
         yield plain, guessing

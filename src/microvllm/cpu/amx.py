@@ -61,7 +61,7 @@ def configure(b, n):
 
 @vectorised()
 def release(b):
-    """The system need not save tiles that nobody uses."""
+    """The system need not save tiles that no thread uses."""
     if AMX:
         b.ask("llvm.x86.tilerelease", ir.VoidType())
 
