@@ -41,6 +41,7 @@ from microvllm.cpu.gemm import (
 )
 from microvllm.fused.model import FusedGPT
 from microvllm.loading import load_model
+from microvllm.lowbit import packing
 from microvllm.model import GPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -489,7 +490,8 @@ def test_no_instructions_are_used_that_numba_was_told_to_leave(tmp_path):
 def test_what_is_kept_on_disk_is_of_these_very_sources():
     """A kernel is compiled again when any of the files changes that it is made of, not its own
     alone."""
-    stamp, room = simd.STAMP, Path(gemm.__file__).parent
-    assert [size for _, size in stamp] == [f.stat().st_size for f in sorted(room.glob("*.py"))]
+    stamp = simd.STAMP
+    files = [*sorted(Path(gemm.__file__).parent.glob("*.py")), Path(packing.__file__)]
+    assert [size for _, size in stamp] == [file.stat().st_size for file in files]
     for kernel in (_run, attention.attend_rows, gemm.multiply):
         assert kernel._cache._cache_file._source_stamp == (stamp, simd.AMX)

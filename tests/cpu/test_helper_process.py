@@ -47,7 +47,7 @@ def folder(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "backend.py").write_text("CpuBackend = None")
-    (package / "first.py").write_text(SERVE)
+    (package / "compilation.py").write_text(SERVE)
     monkeypatch.setattr(compilation, "__package__", "invented")
     monkeypatch.setattr(compilation, "place", lambda kind: tmp_path / f"kernels-{kind}.txt")
     monkeypatch.syspath_prepend(tmp_path)

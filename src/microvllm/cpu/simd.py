@@ -33,9 +33,13 @@ EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
 # for each other there. A function that makes no arrays, and returns none, can do without
 VIEWS = EXACT | {"_nrt": False}
 
-# what tells these sources from others: when each of the room's files was written, and its size
-_files = [file.stat() for file in sorted(Path(__file__).parent.glob("*.py"))]
-STAMP = tuple((file.st_mtime, file.st_size) for file in _files)
+# the files that kernels are made of: of this subpackage, and the layout of low-bit weights
+SOURCES = [
+    *sorted(Path(__file__).parent.glob("*.py")),
+    Path(__file__).parent.parent / "lowbit" / "packing.py",
+]
+# what tells these sources from others: when each file was written, and its size
+STAMP = tuple((file.stat().st_mtime, file.stat().st_size) for file in SOURCES)
 
 
 @cache
