@@ -92,7 +92,8 @@ def follow_weights(
 
 
 def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine.Guard]:
-    """The guard of an engine. context: of all that the engine computes."""
+    """The guard of an engine: each feature here replaces the one above it. context: of all that the
+    engine computes."""
     guard_class: Callable[..., engine.Guard] = engine.Guard
     # features/threads.py
     guard_class = partial(ThreadGuard, context=context)
@@ -107,7 +108,7 @@ def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine
 
 
 def choose_proposer(tokenizer, prompt_lookup: int) -> engine.DraftProposer | None:
-    """What proposes draft tokens, if anything does."""
+    """The proposer of draft tokens, if there is one."""
     proposer = None
     never: set[int] = set()
     # features/calculator.py
@@ -126,8 +127,8 @@ def check_prompt_lookup(prompt_lookup: int, device: torch.device) -> None:
     if prompt_lookup and device.type == "cuda":
         raise ValueError(
             f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {device} a step "
-            "is planned before the last one's tokens are known, so none can be proposed; "
-            "leave it 0, or give device='cpu'"
+            "is planned before the last one's tokens are known, so there is no text to propose "
+            "draft tokens from; leave it 0, or give device='cpu'"
         )
 
 

@@ -362,7 +362,7 @@ class Recorder:
         starts = {seq: start for seq, start, _, _ in plan.chunks}
         parents = {}
         if plan.forks:
-            parents = {draw.seq: plan.chunks[draw.chunk].seq for draw in plan.draws}
+            parents = {draw.seq: plan.chunks[draw.chunk_index].seq for draw in plan.draws}
         forks = set(plan.forks)
         for seq in self.scheduler.running:
             if seq in forks:
