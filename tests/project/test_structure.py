@@ -300,6 +300,8 @@ ALLOWED = {
     ("cli", "evals"): "the command eval",
     ("cli", "quantize"): "the command of that name",
     ("cli", "trace"): "--watch, and the command of that name",
+    # nanochat's tasks
+    ("nanochat", "jobs"): "rows of tasks are read like rows of prompts",
     # quantised folders
     ("quantize", "cpu"): "what is rounded is what low-bit products multiply by",
     ("sources", "cpu"): "a quantised folder becomes what low-bit products multiply by",
