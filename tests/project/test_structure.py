@@ -298,6 +298,8 @@ ALLOWED = {
     ("cli", "evals"): "the command eval",
     ("cli", "lowbit"): "the command quantize",
     ("cli", "trace"): "--watch, and the command of that name",
+    # nanochat's tasks
+    ("nanochat", "jobs"): "rows of tasks are read like rows of prompts",
     # low-bit weights
     ("cpu", "lowbit"): "kernels multiply weights in the layout of lowbit/packing.py",
     ("sources", "lowbit"): "a folder of low-bit weights is a checkpoint",
