@@ -31,7 +31,7 @@ CORE = (
 # the files beside the core that put the full engine together
 TOP = "full parts params loading resources __main__".split()
 SUBPACKAGES = (
-    "features loops fused cpu gpu sources quantize trace jobs evals nanochat cli"
+    "features loops fused cpu gpu sources quantize trace jobs evals nanochat rl cli"
 ).split()
 FEATURES = sorted(
     f"features/{path.name}"
