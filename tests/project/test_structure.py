@@ -30,7 +30,9 @@ CORE = (
 ).split()
 # the files beside the core that put the full engine together
 TOP = "full parts params loading resources __main__".split()
-SUBPACKAGES = ("features loops fused cpu gpu sources lowbit trace jobs evals nanochat cli").split()
+SUBPACKAGES = (
+    "features loops fused cpu gpu sources lowbit trace jobs evals nanochat rl cli"
+).split()
 FEATURES = sorted(
     f"features/{path.name}"
     for path in (PACKAGE / "features").glob("*.py")
