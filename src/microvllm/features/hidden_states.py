@@ -209,7 +209,7 @@ class HiddenStates(Extension):
         if not self.sequences:
             return
         is_read = [isinstance(chunk.seq, ReadSequence) for chunk in plan.chunks]
-        plan.draws = [draw for draw in plan.draws if not is_read[draw.chunk]]
+        plan.draws = [draw for draw in plan.draws if not is_read[draw.chunk_index]]
         for index, (seq, start, stop, _) in enumerate(plan.chunks):
             if is_read[index]:
                 plan.extra_rows.append(Span(index, start, stop))
@@ -222,7 +222,7 @@ class HiddenStates(Extension):
         if not plan.layers:
             return
         for span, rows in zip(plan.extra_rows, plan.extra_slices, strict=True):
-            seq = plan.chunks[span.chunk].seq
+            seq = plan.chunks[span.chunk_index].seq
             if not isinstance(seq, ReadSequence):
                 continue
             wanted = seq.wanted
