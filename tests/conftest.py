@@ -40,7 +40,7 @@ torch.set_num_threads(1)  # two processes run side by side; a test of threads as
 # which are compiled meanwhile, then those of many seconds, of these the ones that need more kernels
 # last. Short ones come at the end, so that neither process waits for the other.
 EARLY = (
-    "test_kernels_gpu test_graphs test_deterministic_gpu test_float8 test_backend_gpu test_lab "
+    "test_kernels_gpu test_graphs test_deterministic_gpu test_flash test_float8 test_lab "
     "test_tokenizer test_scheduler test_pt test_strict_tokenizer test_state_machine"
 ).split()
 ORDER = [*EARLY, *(

@@ -33,7 +33,7 @@ log = logging.getLogger("microvllm")
 QUANTIZATIONS = ("int8", "int6", "int5", "int4", "fp8")  # the last one is a GPU's
 # bits of a stored number
 BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "fp8": 8, "bfloat16": 16}
-BACKENDS = "'auto', 'sdpa', 'numba' or 'triton'"
+BACKENDS = "'auto', 'sdpa', 'numba', 'triton' or 'flash'"
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,11 @@ def choose_backend(name: str, device: torch.device) -> type[Backend]:
             from .gpu.backend import TritonBackend
 
             return TritonBackend
+    if name == "flash":
+        with naming_package("attention='flash'"):
+            from .gpu.flash import FlashBackend
+
+            return FlashBackend
     if name != "sdpa":
         raise ValueError(f"attention must be {BACKENDS}, got {name!r}")
     if device.type == "cuda":

@@ -132,6 +132,12 @@ def check_prompt_lookup(prompt_lookup: int, device: torch.device) -> None:
         )
 
 
+def check_block_size(block_size: int, model) -> None:
+    """Raises ValueError for blocks that the kernels cannot read."""
+    if isinstance(model, FusedGPT) and block_size % model.backend.block_step:
+        raise ValueError(f"block_size={block_size}: {model.backend.block_step_reason}")
+
+
 def make_ranks(tensor_parallel: int, device: str | torch.device) -> Ranks | None:
     """The processes that share a model, this one among them."""
     # features/parallel.py
