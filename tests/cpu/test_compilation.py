@@ -463,7 +463,7 @@ from microvllm import LLM, SamplingParams
 from microvllm.cpu import attention, backend, compilation, gemm, elementwise
 from microvllm.loops import multi_step
 kernels = [
-    x for module in (attention, backend, products, steps) for x in vars(module).values()
+    x for module in (attention, backend, gemm, elementwise) for x in vars(module).values()
     if hasattr(x, "nopython_signatures")
 ]
 def known():

@@ -128,6 +128,7 @@ def one_sequence(start: int, stop: int, table: list[int]) -> SimpleNamespace:
         cu_seqlens=torch.tensor([0, stop - start], dtype=torch.int32),
         seq_lens=torch.tensor([stop], dtype=torch.int32),
         block_tables=torch.tensor([table], dtype=torch.int32),
+        positions=torch.arange(start, stop, dtype=torch.int32),
         max_query_len=stop - start, max_seq_len=stop,
     )  # fmt: skip
 
