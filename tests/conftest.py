@@ -106,6 +106,15 @@ def era(request) -> Fixture:
     return Fixture(*era_fixtures()[request.param])
 
 
+@pytest.fixture
+def two_threads():
+    """Threads that share the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For modules of thousands of tiny steps: two threads would wait for each other most of the

@@ -387,7 +387,7 @@ def test_a_library_hears_one_line_on_stderr(helpers, monkeypatch, capsys):
     assert err.startswith("microvllm: ") and err.count("\n") == 1 and not out
     assert "`microvllm warmup --quantization int4 --kv-cache-dtype int8`" in err
     monkeypatch.setattr(sys, "stderr", None)
-    compilation.to_stderr("nobody hears this")
+    compilation.to_stderr("a line without a reader")
 
 
 # real helpers -------------------------------------------------------------------------------------

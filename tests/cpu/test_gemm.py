@@ -355,15 +355,6 @@ def compiled(folder, store=None) -> FusedGPT:
     return model
 
 
-@pytest.fixture
-def two_threads():
-    """Threads that share the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("store", KINDS)
 def test_all_layers_in_one_call_are_the_loop_over_them(era, store):

@@ -26,15 +26,6 @@ HALF = pytest.param(torch.bfloat16, marks=pytest.mark.slow)  # a kernel of its o
 REFERENCE = Backend(torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture
-def two_threads():
-    """Threads that share the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
     "block_size, window",

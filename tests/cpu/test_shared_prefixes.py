@@ -1,9 +1,13 @@
 """Attention of sequences that share their first blocks: read once, with the bits of each alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from helpers.goldens import MODEL
 
+from microvllm import LLM, SamplingParams
 from microvllm.cpu import attention, team
 from microvllm.cpu.elementwise import array_of
 
@@ -66,6 +70,28 @@ def test_shared_blocks_give_the_bits_of_copies_of_them(lengths, shared, window, 
     for threads in (1, 2):
         got = attend(q, k, v, lengths, common, window, threads)
         assert np.array_equal(got, want), (lengths, shared)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_cache_dtype": "int8"}, {"dtype": "bfloat16"}], ids=str
+)
+def test_samples_and_questions_have_the_tokens_that_each_has_alone(options):
+    """Samples of one prompt, then questions behind one text, in blocks that all of them read."""
+    text = [7 + i % 40 for i in range(150)]
+    with LLM(MODEL, num_blocks=300, **options) as llm:
+        params = SamplingParams(max_tokens=40, seed=3, n=5, ignore_eos=True)
+        (together,) = llm.generate([text], params, use_tqdm=False)
+        for i, sample in enumerate(together["samples"]):
+            alone = replace(params, n=1, sample_index=i)
+            assert (
+                llm.generate([text], alone, use_tqdm=False)[0]["token_ids"] == sample["token_ids"]
+            )
+        questions = [[*text, 50 + i, *range(60, 60 + 3 * i)] for i in range(6)]
+        greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+        outputs = llm.generate(questions, greedy, use_tqdm=False)
+        for question, output in zip(questions, outputs, strict=True):
+            (alone,) = llm.generate([question], greedy, use_tqdm=False)
+            assert output["token_ids"] == alone["token_ids"]
 
 
 def cut(lengths, tables, threads=1, n_kv_head=6, block_size=16, tiled=False):

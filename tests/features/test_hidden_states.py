@@ -10,7 +10,7 @@ from helpers.goldens import ERAS, FIXTURES, MODEL
 from helpers.standin import GPT
 
 from microvllm import LLM, SamplingParams
-from microvllm.features.hidden_states import ReadSequence, load_hidden_states
+from microvllm.features.hidden_states import ShownSequence, load_hidden_states
 from microvllm.runner import Extension
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,7 +101,7 @@ class Preempter(Extension):
     def on_step(self, plan):
         scheduler = self.engine.scheduler
         for seq in list(scheduler.running):
-            if isinstance(seq, ReadSequence) and self.num_left > 0:
+            if isinstance(seq, ShownSequence) and self.num_left > 0:
                 scheduler.preempt(seq)
                 self.num_left -= 1
 

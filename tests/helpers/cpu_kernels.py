@@ -185,11 +185,11 @@ def run(model, chunks, block_size: int = 16, logit_rows=None):
 
 
 @cache
-def perplexity(**options) -> float:
-    """Of the bundled answers."""
+def perplexity(model=MODEL, **options) -> float:
+    """Of the bundled answers. model: the folder of a checkpoint."""
     rows = json.loads((ROOT / "models" / "prompts" / "oldbooks_instructions.json").read_text())
     rows = [row for row in rows if row["output"]][:40]
-    with LLM(MODEL, num_blocks=400, device="cpu", **options) as llm:
+    with LLM(model, num_blocks=400, device="cpu", **options) as llm:
         render = llm.tokenizer.render_for_completion
         prompts = [render([{"role": "user", "content": row["instruction"]}]) for row in rows]
         found = sum(llm.score(prompts, [row["output"] for row in rows]), [])

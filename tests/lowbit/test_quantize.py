@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.goldens import FIXTURES, MODEL, ROOT
+from helpers.cpu_kernels import perplexity
+from helpers.goldens import FIXTURES, MODEL
 from safetensors.torch import load_file, save_file
 
 from microvllm import LLM, SamplingParams
@@ -304,18 +304,6 @@ def test_a_model_with_broken_weights_is_refused(tmp_path):
     broken = {**weights, f"{name}.weight": weights[f"{name}.weight"] * torch.nan}
     with pytest.raises(ValueError, match=f"{name} or its inputs are NaN or infinite"):
         quantize(config, recipe, broken, [[0, 1, 2, 3]], lambda name: 8)
-
-
-@cache
-def perplexity(model: str, **options) -> float:
-    """Of the bundled answers, on which nothing was calibrated."""
-    rows = json.loads((ROOT / "models" / "prompts" / "oldbooks_instructions.json").read_text())
-    rows = [row for row in rows if row["output"]][:40]
-    with LLM(model, num_blocks=400, device="cpu", **options) as llm:
-        render = llm.tokenizer.render_for_completion
-        prompts = [render([{"role": "user", "content": row["instruction"]}]) for row in rows]
-        found = sum(llm.score(prompts, [row["output"] for row in rows]), [])
-    return float(torch.tensor(found).mean().neg().exp())
 
 
 @HEAVY

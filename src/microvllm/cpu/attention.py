@@ -25,7 +25,7 @@ from .simd import EXACT, LANES, VIEWS, fetch, kept, share, sum_of, vectorised
 from .team import MAX_PARTS, SIZE, job, one_at_a_time, team_of
 
 _f32 = np.float32
-_KEYS = 512  # of which scores are kept at a time
+_KEYS = 512  # whose scores are kept at a time
 _WIDTH = _KEYS + 16  # an odd number of cache lines, else a column of all rows falls into one set
 _KEYS_AT_ONCE = 64  # keys that are multiplied at a time: they stay in the first-level cache
 _QUERIES = 192  # that read a block of keys together: their scores fit in the second-level cache
@@ -154,8 +154,8 @@ def _unpack(b, x, start, count, y, y_at):
 
 @vectorised()
 def _rescale(b, s, s_at, x, start, first, count):
-    """If x is a cache of int8: s, from its flat index s_at on, times so many of a head's scales,
-    which begin at x's flat index `start`, the first of them left out."""
+    """If x is a cache of int8: s, from its flat index s_at on, times `count` of a head's
+    scales, which begin at x's flat index `start`; the first `first` of them are left out."""
     if x.data.type.pointee != b.i8:
         return
     scales = b.bitcast(b.at(x.data, start), b.i16.as_pointer())
@@ -187,6 +187,40 @@ def _softmax(scores, before):
     top = largest(scores)
     top = before if before > top else top  # a NaN stays
     return top, _powers(scores, scores.size, top)
+
+
+@numba.njit(**VIEWS)
+def _begin(q, count, h, group, qs, ys, sums):
+    """qs = the scaled queries of kv head h, padded with the last row's; no keys are added yet."""
+    scale = _f32(1 / (math.sqrt(q.shape[2]) * math.log(2)))  # powers of 2, not of e
+    for i in range(len(qs)):
+        qi, qs_i, yi = q[min(i, count - 1) // group, h * group + i % group], qs[i], ys[i]
+        for d in range(qi.size):
+            qs_i[d] = qi[d] * scale
+            yi[d] = 0
+        sums[i, 0], sums[i, 1] = -np.inf, 0
+
+
+@numba.njit(**VIEWS)
+def _add_keys(scores, sums, y):
+    """Scores of a query and some keys become weights. sums: the largest score so far, and the sum
+    of all weights; they and y, the weighted sum of values, are scaled for a new largest score."""
+    before = sums[0]
+    sums[0], added = _softmax(scores, before)
+    factor = exp2(before - sums[0])
+    sums[1] = sums[1] * factor + added
+    for d in range(y.size):
+        y[d] *= factor
+
+
+@numba.njit(**VIEWS)
+def _write_means(ys, sums, count, h, group, out):
+    """out = the first `count` weighted sums of values over their sums of weights."""
+    for i in range(count):
+        out_i, yi = out[i // group, h * group + i % group], ys[i]
+        factor = 1 / sums[i, 1]
+        for d in range(yi.size):
+            out_i[d] = yi[d] * factor
 
 
 @numba.njit(**VIEWS)
@@ -298,15 +332,10 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
     qs, ys = scratch[: n * D].reshape(n, D), scratch[n * D : 2 * n * D].reshape(n, D)
     scores = scratch[2 * n * D : n * (2 * D + row)].reshape(n, row)
     sums = scratch[n * (2 * D + row) : n * (2 * D + row + 2)].reshape(n, 2)
-    scale = _f32(1 / (math.sqrt(D) * math.log(2)))  # powers of 2, not of e
     tiled = fits(k, D)
-    for i in range(n):
-        qi, qs_i, yi = q[min(i, count - 1) // group, h * group + i % group], qs[i], ys[i]
-        for d in range(D):
-            qs_i[d] = qi[d] * scale
-            yi[d] = 0
-        sums[i, 0], sums[i, 1] = -np.inf, 0
-        if tiled:
+    _begin(q, count, h, group, qs, ys, sums)
+    if tiled:
+        for i in range(n):
             halve(qs, i * D, D)
     last = position + q.shape[0]  # some row sees the keys before it, from `start` on
     first = max(0, position - window) if window >= 0 else 0
@@ -330,12 +359,7 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
             scores[i, : min(left, right)] = 0
             scores[i, right:width] = 0
             if left < right:
-                before = sums[i, 0]
-                sums[i, 0], added = _softmax(scores[i, left:right], before)
-                factor = exp2(before - sums[i, 0])
-                sums[i, 1], yi = sums[i, 1] * factor + added, ys[i]
-                for d in range(D):
-                    yi[d] *= factor
+                _add_keys(scores[i, left:right], sums[i], ys[i])
             if tiled:
                 halve(scores, i * row, width)
         _rescale_rows(scores, start, n, v, table, h, start, stop, D)
@@ -348,11 +372,7 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
                 True, ys, scores, start, v, table, h, start, stop, position, group, spare
             )  # fmt: skip
         start = stop
-    for i in range(count):
-        out_i, yi = out[i // group, h * group + i % group], ys[i]
-        factor = 1 / sums[i, 1]
-        for d in range(D):
-            out_i[d] = yi[d] * factor
+    _write_means(ys, sums, count, h, group, out)
 
 
 @numba.njit(**VIEWS)
@@ -407,13 +427,7 @@ def attend_shared(q, k, v, h, tables, seq_lens, shared, window, scratch, out):
     qs, ys = scratch[: n * D].reshape(n, D), scratch[n * D : 2 * n * D].reshape(n, D)
     scores = scratch[2 * n * D : n * (2 * D + row)].reshape(n, row)
     sums = scratch[n * (2 * D + row) : n * (2 * D + row + 2)].reshape(n, 2)
-    scale = _f32(1 / (math.sqrt(D) * math.log(2)))  # powers of 2, not of e
-    for i in range(n):
-        qi, qs_i, yi = q[min(i, count - 1) // group, h * group + i % group], qs[i], ys[i]
-        for d in range(D):
-            qs_i[d] = qi[d] * scale
-            yi[d] = 0
-        sums[i, 0], sums[i, 1] = -np.inf, 0
+    _begin(q, count, h, group, qs, ys, sums)
     shortest, longest = seq_lens[0], seq_lens[0]
     for length in seq_lens:
         shortest, longest = min(shortest, length), max(longest, length)
@@ -430,26 +444,17 @@ def attend_shared(q, k, v, h, tables, seq_lens, shared, window, scratch, out):
             scores[i, : min(left, right)] = 0
             scores[i, right : stop - start] = 0
             if left < right:
-                before = sums[i, 0]
-                sums[i, 0], added = _softmax(scores[i, left:right], before)
-                factor = exp2(before - sums[i, 0])
-                sums[i, 1], yi = sums[i, 1] * factor + added, ys[i]
-                for d in range(D):
-                    yi[d] *= factor
+                _add_keys(scores[i, left:right], sums[i], ys[i])
         _read_shared(
             True, ys, scores, start, v, k, tables, h, stop, shared, seq_lens, group, spare
         )  # fmt: skip
         start = stop
-    for i in range(count):
-        out_i, yi = out[i // group, h * group + i % group], ys[i]
-        factor = 1 / sums[i, 1]
-        for d in range(D):
-            out_i[d] = yi[d] * factor
+    _write_means(ys, sums, count, h, group, out)
 
 
 @numba.njit(**VIEWS)
 def padded(n):
-    """The rows of scratch that so many queries take."""
+    """The rows of scratch that n queries take."""
     return n if n < _FEW else -(-n // _ROWS) * _ROWS
 
 
@@ -461,7 +466,7 @@ def scratch_size(queries: int, D: int) -> int:
 
 @numba.njit(**VIEWS)
 def _work(count, position, window, group):
-    """Of so many rows, the first at `position`: products of a query and a key, and a key's way from
+    """Of `count` rows, the first at `position`: products of a query and a key, and a key's way from
     memory, which takes as long as _READ of them."""
     seen = min(position, window) if window >= 0 else position
     return group * (count * seen + count * (count + 1) // 2) + _READ * (seen + count)

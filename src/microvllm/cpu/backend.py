@@ -341,8 +341,7 @@ class Layers:
         arrays = [np.asarray(getattr(batch, name)) for name in names]
         slots, tables = np.asarray(batch.slots), np.asarray(batch.block_tables)
         if cache is not self.cache:
-            places = getattr(cache, "places", [(0, i) for i in range(len(self.windows))])
-            self.groups, self.depths = np.array(places).T.copy()
+            self.groups, self.depths = np.array(cache.places).T.copy()
             pairs = np.stack([self.windows, self.groups])
             self.tilings = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()
             self.cache = cache

@@ -362,8 +362,8 @@ def workspace(*shapes: tuple[int, ...]) -> list[np.ndarray]:
 class PackedLinear(Linear):
     """Packed in tiles of TILE outputs, for our own product.
 
-    weight: (tiles, in, TILE), the last one filled up with zeros; and of int8, four of which are
-    one number there, 128 times the sums of the rows, and what one step is worth in each.
+    weight: (tiles, in, TILE), the last tile padded with zeros. In int8 four weights are one
+    number there, and two arrays follow: 128 times the sums of the rows, and each row's step.
     """
 
     row_exact = fuses_relu2 = True

@@ -32,8 +32,8 @@ from ..engine import Request, check_limit, naming
 from ..environment import free_memory
 from ..runner import Extension
 from ..sampler import SamplingParams
-from ..scheduler import Plan, Sequence, Span
-from . import check_list, check_number
+from ..scheduler import Plan, Sequence
+from . import ReadSequence, check_list, check_number, read_spans, request_rows
 
 KEYS = ("layers", "dtype", "path", "recompute")
 POOLINGS = ("mean", "last")
@@ -47,7 +47,7 @@ class Wanted:
     layers: tuple[int, ...]  # from 0
     dtype: torch.dtype
     path: Path | None = None  # a file, for more than memory holds
-    recompute: bool = True  # False: refuse a prompt of which the prefix cache has a part
+    recompute: bool = True  # False: refuse a prompt whose beginning is in the prefix cache
 
 
 class Reading(NamedTuple):
@@ -57,56 +57,51 @@ class Reading(NamedTuple):
     ending: list[int]  # tokens behind those of its sequence: the last one of a continuation
 
 
-class ReadSequence(Sequence):
-    """A text all positions of which are computed, the last one too."""
+class ShownSequence(ReadSequence):
+    """A text whose positions are all computed, the last one too, and whose layers are shown."""
 
     def __init__(
         self, request_id: int, token_ids: list[int], params: SamplingParams, wanted: Wanted
     ):
-        super().__init__(request_id, token_ids, params, max_length=len(token_ids) + 1)
+        super().__init__(request_id, token_ids, params, token_ids=token_ids, first_row=0)
         self.wanted = wanted
         self.states: Tensor | None = None  # (T, layers, C), from the first chunk on
-
-    @property
-    def max_cached_tokens(self) -> int:
-        """Blocks of the prefix cache hold K and V, and no hidden states."""
-        return 0
 
 
 class HiddenStates(Extension):
     """Keeps hidden states, for `generate(hidden_states=)`, `judge`, `score` and `embed`."""
 
     def __init__(self):
-        self.sequences: WeakSet[ReadSequence] = WeakSet()  # of requests that are not forgotten
+        self.sequences: WeakSet[ShownSequence] = WeakSet()  # of requests that are not forgotten
 
     # arguments
 
     def check(self, hidden_states: object) -> Wanted:
         """The argument hidden_states: layers, or a dict of layers, dtype, path and recompute.
         Raises TypeError or ValueError."""
-        given = hidden_states if isinstance(hidden_states, dict) else {"layers": hidden_states}
-        unknown = sorted(given.keys() - {*KEYS})
-        if unknown or "layers" not in given:
-            raise ValueError(f"hidden_states has the keys {', '.join(KEYS)}, got {given!r:.200}")
-        dtype = given.get("dtype", "float32")
+        is_dict = isinstance(hidden_states, dict)
+        settings = hidden_states if is_dict else {"layers": hidden_states}
+        if settings.keys() - {*KEYS} or "layers" not in settings:
+            raise ValueError(f"hidden_states has the keys {', '.join(KEYS)}, got {settings!r:.200}")
+        dtype = settings.get("dtype", "float32")
         if dtype not in ("float32", "model"):
             raise ValueError(f"dtype of hidden_states must be 'float32' or 'model', got {dtype!r}")
-        path = given.get("path")
+        path = settings.get("path")
         if path is not None and not Path(path).parent.is_dir():
             raise FileNotFoundError(f"path of hidden_states: {Path(path).parent} is no folder")
         return Wanted(
-            layers=self.check_layers(given["layers"]),
+            layers=self.check_layers(settings["layers"]),
             dtype=torch.float32 if dtype == "float32" else self.engine.model.dtype,
             path=None if path is None else Path(path),
-            recompute=bool(given.get("recompute", True)),
+            recompute=bool(settings.get("recompute", True)),
         )
 
     def check_layers(self, layers: object) -> tuple[int, ...]:
         """Layers as numbers from 0. Raises TypeError or ValueError."""
         num_layers = self.engine.model.config.n_layer
         limits = {"least": -num_layers, "most": num_layers - 1}
-        given = [layers] if isinstance(layers, Integral) else layers
-        numbers = check_list("hidden_states", given, partial(check_number, **limits))
+        layers = [layers] if isinstance(layers, Integral) else layers
+        numbers = check_list("hidden_states", layers, partial(check_number, **limits))
         counted = tuple([number % num_layers for number in numbers])
         if not counted or len(set(counted)) < len(counted):
             raise ValueError(f"hidden_states={numbers}: give layers, and each of them once")
@@ -130,7 +125,7 @@ class HiddenStates(Extension):
             request.options["hidden_states"] = Reading(wanted, ending)
 
     def check_length(self, num_tokens: int) -> None:
-        """Raises ValueError if the pool cannot hold K and V of all of so many tokens."""
+        """Raises ValueError if the pool cannot hold K and V of num_tokens tokens."""
         blocks = self.engine.scheduler.blocks
         num_needed = blocks.max_blocks(num_tokens, self.engine.config.max_batched_tokens)
         words = "blocks are needed for hidden states of all tokens, and the pool has"
@@ -173,7 +168,7 @@ class HiddenStates(Extension):
                 yield from self.read(texts, wanted, partial(writer.write, samples))
 
     def require_memory(self, num_tokens: int, wanted: Wanted) -> None:
-        """Raises ValueError if memory cannot hold the states of so many tokens."""
+        """Raises ValueError if memory cannot hold the states of num_tokens tokens."""
         width = self.engine.model.config.n_embd
         num_bytes = num_tokens * len(wanted.layers) * width * wanted.dtype.itemsize
         what = f"hidden states of {num_tokens:,} tokens in {len(wanted.layers)} layers"
@@ -199,21 +194,17 @@ class HiddenStates(Extension):
         """A request to compute a text."""
         params = self.engine.params_class(max_tokens=1, seed=0)
         request = self.engine.make_request(token_ids, params, is_owned=True)
-        seq = ReadSequence(request.id, token_ids, params, wanted)
+        seq = ShownSequence(request.id, token_ids, params, wanted)
         self.sequences.add(seq)
         request.sequences = [seq]
         return request
 
     def on_plan(self, plan: Plan) -> None:
-        """Draw nothing for these sequences, and request all of their rows instead."""
-        if not self.sequences:
-            return
-        is_read = [isinstance(chunk.seq, ReadSequence) for chunk in plan.chunks]
-        plan.draws = [draw for draw in plan.draws if not is_read[draw.chunk_index]]
-        for index, (seq, start, stop, _) in enumerate(plan.chunks):
-            if is_read[index]:
-                plan.extra_rows.append(Span(index, start, stop))
-                plan.layers.update(seq.wanted.layers)
+        """Request the rows of these sequences, behind the layers that are wanted."""
+        if self.sequences and request_rows(plan, ShownSequence):
+            for chunk in plan.chunks:
+                if isinstance(chunk.seq, ShownSequence):
+                    plan.layers.update(chunk.seq.wanted.layers)
 
     def on_layer(self, plan: Plan, layer: int, hidden: Tensor) -> None:
         plan.results[f"layer {layer}"] = hidden
@@ -221,10 +212,7 @@ class HiddenStates(Extension):
     def on_results(self, plan: Plan) -> None:
         if not plan.layers:
             return
-        for span, rows in zip(plan.extra_rows, plan.extra_slices, strict=True):
-            seq = plan.chunks[span.chunk_index].seq
-            if not isinstance(seq, ReadSequence):
-                continue
+        for seq, span, rows in read_spans(plan, ShownSequence):
             wanted = seq.wanted
             if seq.states is None:
                 shape = (len(seq.token_ids), len(wanted.layers), self.engine.model.config.n_embd)
@@ -336,13 +324,13 @@ class StatesWriter:
         if error_type is not None:
             self.unfinished.unlink(missing_ok=True)
             return
-        about = {
+        metadata = {
             "shape": [self.num_tokens, len(self.wanted.layers), self.width],
             "layers": list(self.wanted.layers),
             "dtype": str(self.wanted.dtype).removeprefix("torch."),
             "texts": self.texts,
         }
-        Path(f"{self.wanted.path}.json").write_text(json.dumps(about), encoding="utf-8")
+        Path(f"{self.wanted.path}.json").write_text(json.dumps(metadata), encoding="utf-8")
         os.replace(self.unfinished, self.wanted.path)
 
 
@@ -351,16 +339,16 @@ def load_hidden_states(path: str | Path) -> tuple[Tensor, dict]:
     and not read, and a dict of layers, dtype and texts, each with its prompt, sample and rows.
     Raises FileNotFoundError, or ValueError for files that do not belong together."""
     path = Path(path)
-    about = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
-    shape = about["shape"]
+    metadata = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+    shape = metadata["shape"]
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    if about["dtype"] not in dtypes or len(shape) != 3:
-        raise ValueError(f"{path}.json describes no hidden states: {about!r:.200}")
-    dtype = dtypes[about["dtype"]]
+    if metadata["dtype"] not in dtypes or len(shape) != 3:
+        raise ValueError(f"{path}.json describes no hidden states: {metadata!r:.200}")
+    dtype = dtypes[metadata["dtype"]]
     num_numbers = shape[0] * shape[1] * shape[2]
     if path.stat().st_size != num_numbers * dtype.itemsize:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, and {path}.json says {shape}")
     if num_numbers == 0:
-        return torch.empty(shape, dtype=dtype), about
+        return torch.empty(shape, dtype=dtype), metadata
     flat = torch.from_file(str(path), shared=False, size=num_numbers, dtype=dtype)
-    return flat.view(shape), about
+    return flat.view(shape), metadata

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 LEAST_RATIO = 0.8
 MOST_RATIO = 1.2
-# a mean ratio is below 1 by more than chance and rounding if it is by so many standard errors, and
-# by this share
+# a mean ratio is below 1 by more than chance and rounding if it is by this number of standard
+# errors, and by this share
 SURE_ERRORS = 5
 SURE_SHARE = 1e-3
 
