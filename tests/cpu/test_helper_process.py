@@ -31,8 +31,9 @@ def serve(backend, kind, said):
 """
 
 
-def wait_for(condition, seconds=30.0):
-    """What the condition gives, once it is true."""
+def wait_for(condition, seconds=120.0):
+    """What the condition gives, once it is true. Where other programs are busy, a helper of the
+    lowest priority waits for a core."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "it takes too long"
