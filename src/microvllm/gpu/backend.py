@@ -15,7 +15,7 @@ from .upload import Uploader
 
 
 class GpuBackend(Backend):
-    """Triton's steps and draw, where it runs, and float8; attention in torch."""
+    """Triton's elementwise kernels and draw, where it runs, and float8; attention in torch."""
 
     draw: Callable[..., Tensor] | None = None  # the kernels of `sample`
     uploader: Uploader | None = None
@@ -23,11 +23,11 @@ class GpuBackend(Backend):
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
         if has_triton(device):
-            from . import sampler, steps
+            from . import elementwise, sampler
 
-            self.add_norm = steps.add_norm
-            self.relu2 = steps.relu2
-            self.rope_store = steps.rope_store
+            self.add_norm = elementwise.add_norm
+            self.relu2 = elementwise.relu2
+            self.rope_store = elementwise.rope_store
             self.draw = sampler.sample
 
     def fill(self, target: Tensor, source: Tensor) -> None:
@@ -73,13 +73,13 @@ class TritonBackend(GpuBackend):
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
-        from . import attention, steps
+        from . import attention, elementwise
 
         counts = attention.make_counts(device)
         self.attend = partial(attention.paged_attention, counts=counts)
         if deterministic:
             self.attend = attention.fixed_attention
-            self.product = steps.linear
+            self.product = elementwise.linear
 
     def check(self) -> None:
         if not has_triton(self.device):
@@ -93,9 +93,9 @@ def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
     each row, (T, 1) float32."""
     if has_triton(x.device):
-        from . import steps
+        from . import elementwise
 
-        return steps.fp8_rows(x)
+        return elementwise.fp8_rows(x)
     scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
     return (x / scale).to(torch.float8_e4m3fn), scale
 
