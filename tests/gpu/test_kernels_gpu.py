@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.gpu_kernels import CUDA, DEVICE, attention_case, chunk_of, ints, randn
+from helpers.gpu_kernels import CUDA, DEVICE, attention_case, ints, randn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 triton = pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
@@ -81,7 +81,7 @@ def test_relu2(dtype):
 @DTYPES
 @pytest.mark.parametrize("rows, K, N", [(1, 136, 10), (3, 600, 9), (8, 64, 7), (2, 4200, 5)])
 @pytest.mark.parametrize(
-    "lambdas, outputs", [(False, 4), pytest.param(True, 2, marks=pytest.mark.slow)]
+    "lambdas, outputs", [(False, 4), pytest.param(True, 1, marks=pytest.mark.slow)]
 )
 def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
     """norm_linear and linear_add are add_norm, F.linear and relu2 in one."""
@@ -251,29 +251,6 @@ def test_what_the_splits_count_with_is_there_for_the_next_launch():
         assert not counts.any()
     with pytest.raises(AssertionError):
         paged_attention(q, k, v, batch, -1, num_splits=2, counts=counts[:2])
-
-
-def test_with_fixed_splits_a_row_does_not_depend_on_its_batch():
-    q, _, (k, v), batch = attention_case(MIXED, 2, 2, 16, 4, torch.float32)
-    together = paged_attention(q, k, v, batch, 20, num_splits=2)
-    for b in range(len(MIXED)):
-        rows = slice(batch.cu_seqlens[b], batch.cu_seqlens[b + 1])
-        alone = chunk_of(batch, b, 0, MIXED[b][0])
-        out = paged_attention(q[rows], k, v, alone, 20, num_splits=2)
-        assert torch.equal(out, together[rows])
-
-
-@pytest.mark.parametrize("border", [32, 27])
-def test_with_fixed_splits_a_chunk_border_changes_nothing(border):
-    q, _, (k, v), batch = attention_case([(40, 70)], 2, 2, 16, 4, torch.float32)
-    whole = paged_attention(q, k, v, batch, 20, num_splits=2)
-    for start, stop in ((0, border), (border, 40)):
-        chunk = chunk_of(batch, 0, start, stop)
-        out = paged_attention(q[start:stop], k, v, chunk, 20, num_splits=2)
-        if border == 32 or CUDA:  # a row's place in its tile is the same, or does not matter
-            assert torch.equal(out, whole[start:stop])
-        else:  # in numpy's matrix product it does
-            torch.testing.assert_close(out, whole[start:stop], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

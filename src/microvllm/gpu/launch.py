@@ -11,6 +11,7 @@ Under `TRITON_INTERPRET=1` they run on the CPU, slowly: that is how the tests ru
 """
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,9 @@ VARIES = (
     "ids positions slots tables seq_lens cu_seqlens temperatures us sums lows top_ks top_ps min_ps "
     "a b table_stride h_stride window first_sequence num_sequences splits rows"
 ).split()
+
+# Are decode steps tried with `early_start`, too? No card has shown yet that it pays.
+TRIES_EARLY_START = os.environ.get("MICROVLLM_EARLY_START") == "1"
 
 starts_early = ContextVar("starts_early", default=False)  # was `early_start` asked for?
 
