@@ -128,7 +128,7 @@ def no_card():
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
         # an interpreter is slow: a step is captured when it is first wanted, and nothing is timed
-        patch.setattr(DecodeGraphs, "record", lambda *args: FakeGraph(*args))
+        patch.setattr(DecodeGraphs, "record", lambda *args, **kw: FakeGraph(*args, **kw))
         yield
 
 

@@ -22,6 +22,8 @@ import triton.language as tl
 
 TRITON_34 = hasattr(tl.extra.cuda, "gdc_wait")  # or newer
 
+MAX_AT_ONCE = 32  # programs that any multiprocessor runs at once
+
 # Arguments that change from step to step or from layer to layer. They are views into something
 # larger, so their addresses divide by 16 or do not: no second variant of a kernel for that.
 VARIES = (
@@ -72,6 +74,23 @@ def _card(device: torch.device, early: bool) -> tuple[int, int, dict]:
     if early and can_start_early(device):
         options.update(PDL=True, launch_pdl=True)
     return found.multi_processor_count, memory, options
+
+
+def programs_at_once(device: torch.device, kernel, num_warps: int) -> int:
+    """Programs of a compiled kernel that a multiprocessor of the card runs at once: as many as its
+    registers, shared memory and threads are enough for. As Triton's tutorial of the softmax has it.
+    """
+    if torch.version.hip is not None:
+        return 8
+    kernel._init_handles()  # loads it, and reads what it takes
+    found = torch.cuda.get_device_properties(device)
+    # a warp gets registers by 256, and a quarter of a multiprocessor has a quarter of them
+    warp_registers = -(-kernel.n_regs // 8) * 256
+    warps = found.regs_per_multiprocessor // 4 // warp_registers * 4
+    threads = found.max_threads_per_multi_processor
+    by_memory = found.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
+    limits = (warps // num_warps, threads // (32 * num_warps), by_memory, MAX_AT_ONCE)
+    return max(1, min(limits))
 
 
 def options(device: torch.device) -> dict:
