@@ -41,7 +41,7 @@ class ModelOptions:
     """How a FusedGPT computes. attention, quantization, kv_cache_dtype, deterministic: as LLM takes
     them; share: use given tensors where device and dtype allow it, instead of copies; max_len:
     positions of the rotary tables, by default the checkpoint's context; ranks: the processes that
-    share the model."""
+    share the model; block_size: of the KV cache, for which kernels are compiled."""
 
     attention: str = "auto"
     quantization: str | None = None
@@ -50,6 +50,7 @@ class ModelOptions:
     share: bool = False
     max_len: int | None = None
     ranks: Ranks | None = None
+    block_size: int = 16
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def build_fused(
     backend = pick_backend(
         options.attention, device, dtype, options.deterministic, options.kv_cache_dtype
     )
+    backend.block_size = options.block_size
     quantization = choose_quantization(options, weights, backend, config, dtype)
     if options.ranks is not None:
         weights = dense(weights)

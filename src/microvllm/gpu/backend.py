@@ -1,5 +1,6 @@
 """What a GPU provides for the fused model, and weights in float8."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -10,14 +11,23 @@ from torch import Tensor
 from ..fused.backend import Backend, filter_values
 from ..fused.linear import Linear
 from ..sampler import to_device
-from . import has_triton
+from . import compiler_problem, has_triton, takes_triton
 from .upload import Uploader
+
+
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
+    each row, (T, 1) float32."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
+    return (x / scale).to(torch.float8_e4m3fn), scale
 
 
 class GpuBackend(Backend):
     """Triton's steps and draw, where it runs, and float8; attention in torch."""
 
     draw: Callable[..., Tensor] | None = None  # the kernels of `sample`
+    fp8_rows = staticmethod(fp8_rows)  # of the inputs of a product
+    few_rows = False  # may steps of a few rows have products of their own (graphs.py)?
     uploader: Uploader | None = None
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
@@ -29,6 +39,38 @@ class GpuBackend(Backend):
             self.relu2 = steps.relu2
             self.rope_store = steps.rope_store
             self.draw = sampler.sample
+            self.fp8_rows = steps.fp8_rows
+
+    def prepare(self, model) -> None:
+        """Compare the kernels with plain torch, and use none that differs."""
+        if has_triton(self.device) and self.device.type == "cuda":
+            from .self_check import check_kernels
+
+            self.use_plain(check_kernels(shapes_of(model), self.device))
+
+    def use_plain(self, found: dict[str, str]) -> None:
+        """Compute in plain torch where a kernel is wrong, and say so. found: of self_check.py.
+        Raises ValueError where no plain function does the same."""
+        from .self_check import FORMS
+
+        wrong = {title: error for title, error in found.items() if error}
+        if not wrong:
+            return
+        errors = "; ".join(f"{title} ({error})" for title, error in wrong.items())
+        report = "please report the table of `microvllm info --check`"
+        names = {FORMS[title].name for title in wrong}
+        if self.deterministic and names & {"attend", "product"}:
+            raise ValueError(
+                f"deterministic=True has no kernels that are right on {self.device}: {errors}; "
+                f"leave it out, and {report}"
+            )
+        for name in names:
+            vars(self).pop(name, None)  # then it is the class's own
+        warnings.warn(
+            f"kernels differ from plain torch on {self.device}, which computes in their place, "
+            f"slower: {errors}; {report}",
+            stacklevel=2,
+        )
 
     def fill(self, target: Tensor, source: Tensor) -> None:
         is_upload = target.device.type == "cuda" and source.device.type == "cpu"
@@ -52,6 +94,11 @@ class GpuBackend(Backend):
             raise ValueError(
                 "quantization='fp8' has no deterministic=True: cuBLAS does its products"
             )
+
+    @property
+    def can_record(self) -> bool:
+        """May steps be recorded? Plain attention and plain draws wait for the device."""
+        return "attend" in vars(self) and self.draw is not None
 
     def linear_class(self, quantization: str | None, **layout) -> type[Linear]:
         return Float8 if quantization == "fp8" else super().linear_class(quantization, **layout)
@@ -77,11 +124,15 @@ class TritonBackend(GpuBackend):
 
         counts = attention.make_counts(device)
         self.attend = partial(attention.paged_attention, counts=counts)
+        self.few_rows = True
         if deterministic:
             self.attend = attention.fixed_attention
             self.product = steps.linear
 
     def check(self) -> None:
+        problem = compiler_problem(self.device) if takes_triton(self.device) else None
+        if problem is not None:
+            raise ValueError(f"attention='triton': {problem}, or use 'auto'")
         if not has_triton(self.device):
             raise ValueError(
                 "attention='triton' needs a GPU (of NVIDIA's, Ampere or newer) and triton, and the "
@@ -89,15 +140,30 @@ class TritonBackend(GpuBackend):
             )
 
 
-def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
-    each row, (T, 1) float32."""
-    if has_triton(x.device):
-        from . import steps
+def shapes_of(model):
+    """What the kernels of a model are compiled for."""
+    from .self_check import Shapes
 
-        return steps.fp8_rows(x)
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    backend, recipe, config = model.backend, model.recipe, model.local
+    gates = [layer.ve_gate for layer in model.layers if layer.ve_gate is not None]
+    return Shapes(
+        dtype=str(model.dtype).removeprefix("torch."),
+        n_embd=model.config.n_embd,
+        n_head=config.n_head,
+        n_kv_head=config.n_kv_head,
+        head_dim=config.head_dim,
+        vocab_size=model.config.vocab_size,
+        block_size=backend.block_size,
+        ve_channels=gates[0].shape[1] if gates else 0,
+        has_lambdas=recipe.lambdas,
+        eps=recipe.eps,
+        qk_scale=recipe.qk_scale,
+        gate_scale=recipe.gate_scale,
+        softcap=recipe.softcap,
+        has_attention="attend" in vars(backend),
+        deterministic=backend.deterministic,
+        is_fp8=model.store == "fp8",
+    )
 
 
 class Float8(Linear):
@@ -116,7 +182,7 @@ class Float8(Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         # both scales are applied to the float32 sums, which are then rounded to bfloat16
-        rows, row_scale = fp8_rows(x)
+        rows, row_scale = self.backend.fp8_rows(x)
         y = torch._scaled_mm(
             rows,
             self.weight.t(),
