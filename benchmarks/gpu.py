@@ -650,7 +650,7 @@ def parse() -> argparse.Namespace:
     engine.add_argument("--max-model-len", type=int, default=2064)
     engine.add_argument("--num-blocks", type=int)
     engine.add_argument("--block-size", type=int, default=16)
-    backends = ("auto", "triton", "sdpa", "numba")
+    backends = ("auto", "triton", "flash", "sdpa", "numba")
     engine.add_argument("--attention", choices=backends, default="auto")
     args = parser.parse_args()
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():

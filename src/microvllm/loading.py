@@ -33,7 +33,7 @@ log = logging.getLogger("microvllm")
 QUANTIZATIONS = ("int8", "int6", "int5", "int4", "fp8")  # the last one is a GPU's
 # bits of a stored number
 BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "fp8": 8, "bfloat16": 16}
-BACKENDS = "'auto', 'sdpa', 'numba' or 'triton'"
+BACKENDS = "'auto', 'sdpa', 'numba', 'triton' or 'flash'"
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,11 @@ def choose_backend(name: str, device: torch.device) -> type[Backend]:
             from .gpu.backend import TritonBackend
 
             return TritonBackend
+    if name == "flash":
+        with naming_package("attention='flash'"):
+            from .gpu.flash import FlashBackend
+
+            return FlashBackend
     if name != "sdpa":
         raise ValueError(f"attention must be {BACKENDS}, got {name!r}")
     if device.type == "cuda":
@@ -259,7 +264,7 @@ def choose_quantization(
 
 
 def stored_as(weights: dict) -> str | None:
-    """int8, int6, int5 or int4, if the weights are of a quantised folder (sources/quantised.py)."""
+    """int8, int6, int5 or int4, if the weights are of a quantised folder (lowbit/folder.py)."""
     bits = [weight.bits for weight in weights.values() if not isinstance(weight, torch.Tensor)]
     return f"int{min(bits)}" if bits else None
 

@@ -92,7 +92,8 @@ def follow_weights(
 
 
 def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine.Guard]:
-    """The guard of an engine. context: of all that the engine computes."""
+    """The guard of an engine: each feature here replaces the one above it. context: of all that the
+    engine computes."""
     guard_class: Callable[..., engine.Guard] = engine.Guard
     # features/threads.py
     guard_class = partial(ThreadGuard, context=context)
@@ -107,7 +108,7 @@ def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine
 
 
 def choose_proposer(tokenizer, prompt_lookup: int) -> engine.DraftProposer | None:
-    """What proposes draft tokens, if anything does."""
+    """The proposer of draft tokens, if there is one."""
     proposer = None
     never: set[int] = set()
     # features/calculator.py
@@ -126,9 +127,15 @@ def check_prompt_lookup(prompt_lookup: int, device: torch.device) -> None:
     if prompt_lookup and device.type == "cuda":
         raise ValueError(
             f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {device} a step "
-            "is planned before the last one's tokens are known, and there is nothing to guess "
-            "from; leave it 0, or give device='cpu'"
+            "is planned before the last one's tokens are known, so there is no text to propose "
+            "draft tokens from; leave it 0, or give device='cpu'"
         )
+
+
+def check_block_size(block_size: int, model) -> None:
+    """Raises ValueError for blocks that the kernels cannot read."""
+    if isinstance(model, FusedGPT) and block_size % model.backend.block_step:
+        raise ValueError(f"block_size={block_size}: {model.backend.block_step_reason}")
 
 
 def make_ranks(tensor_parallel: int, device: str | torch.device) -> Ranks | None:

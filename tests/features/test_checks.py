@@ -369,7 +369,7 @@ def test_mistakes_in_the_other_calls_are_named_too(llm, call, error, words):
         ("dtype", torch.int32, ValueError),
         ("device", "gpu0", ValueError),
         ("device", 3.5, ValueError),
-        ("attention", "flash", ValueError),  # of earlier versions
+        ("attention", "flash", ValueError),
         ("attention", None, ValueError),
         ("attention", "triton", ValueError),
         ("step", 484, FileNotFoundError),

@@ -85,6 +85,7 @@ def test_auto_is_the_fastest_that_runs_here():
     "name, dtype, words",
     [
         ("flush", torch.float32, ["attention", "'flush'", "'auto'", "'sdpa'", "'numba'"]),
+        ("flash", torch.float32, ["attention='flash'", "float16", "GPU", "float32 on cpu"]),
         (None, torch.float32, ["attention", "None", "'auto'"]),
         ("numba", torch.float16, ["numba", "float32", "bfloat16", "float16"]),
         ("triton", torch.float32, ["triton", "GPU", "cpu"]),

@@ -379,7 +379,7 @@ def test_the_snippets_of_the_page_run(capsys):
     }  # fmt: skip
     given["conversation"] = given["conversations"][0]
     snippets = code_blocks("python")
-    assert len(snippets) == 10
+    assert len(snippets) == 11
     for snippet in snippets:
         exec(compile(snippet, "NANOCHAT.md", "exec"), given)
     printed = capsys.readouterr().out

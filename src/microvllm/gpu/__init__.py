@@ -1,5 +1,5 @@
-"""What a GPU has of its own: kernels in Triton, recorded decode steps, and a cache as large as the
-card allows. Its loop, one step ahead, is in loops/ahead.py."""
+"""What a GPU has of its own: kernels in Triton, FlashAttention, recorded decode steps, and a cache
+as large as the card allows. Its loop, one step ahead, is in loops/ahead.py."""
 
 import functools
 import importlib.util
