@@ -4,9 +4,18 @@ as large as the card allows. Its loop, one step ahead, is in loops/ahead.py."""
 import functools
 import importlib.util
 import subprocess
+import sys
 import warnings
+from contextlib import suppress
 
 import torch
+
+
+def say(line: str) -> None:
+    """Tell a person who waits."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):  # closed
+            print(f"microvllm: {line}", file=sys.stderr, flush=True)
 
 
 def has_triton(device: torch.device) -> bool:

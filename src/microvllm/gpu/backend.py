@@ -43,29 +43,32 @@ class GpuBackend(Backend):
 
     def prepare(self, model) -> None:
         """Compare the kernels with plain torch, and use none that differs."""
-        if has_triton(self.device) and self.device.type == "cuda":
+        has_blocks = self.block_size % self.block_step == 0  # else it is refused later
+        if self.device.type == "cuda" and has_triton(self.device) and has_blocks:
             from .self_check import check_kernels
 
-            self.use_plain(check_kernels(shapes_of(model), self.device))
+            self.use_plain(check_kernels(self, shapes_of(model)))
 
-    def use_plain(self, found: dict[str, str]) -> None:
-        """Compute in plain torch where a kernel is wrong, and say so. found: of self_check.py.
+    def use_plain(self, results: dict[str, str]) -> None:
+        """Compute in plain torch where a kernel is wrong, and say so. results: of `check_kernels`.
         Raises ValueError where no plain function does the same."""
         from .self_check import FORMS
 
-        wrong = {title: error for title, error in found.items() if error}
+        wrong = {title: error for title, error in results.items() if error}
         if not wrong:
             return
         errors = "; ".join(f"{title} ({error})" for title, error in wrong.items())
-        report = "please report the table of `microvllm info --check`"
-        names = {FORMS[title].name for title in wrong}
-        if self.deterministic and names & {"attend", "product"}:
+        report = "please report what `microvllm info --check` prints"
+        if self.deterministic:
             raise ValueError(
                 f"deterministic=True has no kernels that are right on {self.device}: {errors}; "
                 f"leave it out, and {report}"
             )
-        for name in names:
-            vars(self).pop(name, None)  # then it is the class's own
+        attributes = {FORMS[title].attribute for title in wrong}
+        for attribute in attributes:
+            vars(self).pop(attribute, None)  # then it is the class's own
+        if not attributes <= {"few_rows", "fp8_rows"}:
+            self.can_record = False  # a plain function may wait for the device
         warnings.warn(
             f"kernels differ from plain torch on {self.device}, which computes in their place, "
             f"slower: {errors}; {report}",
@@ -95,11 +98,6 @@ class GpuBackend(Backend):
                 "quantization='fp8' has no deterministic=True: cuBLAS does its products"
             )
 
-    @property
-    def can_record(self) -> bool:
-        """May steps be recorded? Plain attention and plain draws wait for the device."""
-        return "attend" in vars(self) and self.draw is not None
-
     def linear_class(self, quantization: str | None, **layout) -> type[Linear]:
         return Float8 if quantization == "fp8" else super().linear_class(quantization, **layout)
 
@@ -117,14 +115,16 @@ class TritonBackend(GpuBackend):
     on their batch."""
 
     name = "triton"
+    can_record = True
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
-        from . import attention, steps
+        from . import attention, launch, steps
 
         counts = attention.make_counts(device)
         self.attend = partial(attention.paged_attention, counts=counts)
-        self.few_rows = True
+        if launch.TRITON_34 and torch.version.hip is None and not deterministic:
+            self.few_rows = True
         if deterministic:
             self.attend = attention.fixed_attention
             self.product = steps.linear
@@ -144,24 +144,12 @@ def shapes_of(model):
     """What the kernels of a model are compiled for."""
     from .self_check import Shapes
 
-    backend, recipe, config = model.backend, model.recipe, model.local
-    gates = [layer.ve_gate for layer in model.layers if layer.ve_gate is not None]
     return Shapes(
-        dtype=str(model.dtype).removeprefix("torch."),
-        n_embd=model.config.n_embd,
-        n_head=config.n_head,
-        n_kv_head=config.n_kv_head,
-        head_dim=config.head_dim,
-        vocab_size=model.config.vocab_size,
-        block_size=backend.block_size,
-        ve_channels=gates[0].shape[1] if gates else 0,
-        has_lambdas=recipe.lambdas,
-        eps=recipe.eps,
-        qk_scale=recipe.qk_scale,
-        gate_scale=recipe.gate_scale,
-        softcap=recipe.softcap,
-        has_attention="attend" in vars(backend),
-        deterministic=backend.deterministic,
+        config=model.config,
+        local=model.local,
+        recipe=model.recipe,
+        cache=model.kv_layout,
+        block_size=model.backend.block_size,
         is_fp8=model.store == "fp8",
     )
 

@@ -84,11 +84,10 @@ def few_rows_step(
 
 
 def takes_few_rows(model: FusedGPT) -> bool:
-    """Does `few_rows_step` fit a model? On NVIDIA cards, from triton 3.4 on, and if each matrix is
-    one tensor with torch's product: not a live module's parts, float8, or deterministic=True."""
+    """Does `few_rows_step` fit a model? If the backend has it, and each matrix is one tensor with
+    torch's product: not a live module's parts, float8, or deterministic=True."""
     has_dense_weights = all(type(linear) is Linear for linear in model.linears.values())
-    is_able = launch.TRITON_34 and torch.version.hip is None
-    return has_dense_weights and has_torchs_product(model) and is_able
+    return model.backend.few_rows and has_dense_weights and has_torchs_product(model)
 
 
 def has_torchs_product(model: FusedGPT) -> bool:
