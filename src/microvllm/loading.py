@@ -228,6 +228,28 @@ def choose_backend(name: str, device: torch.device) -> type[Backend]:
     return Backend
 
 
+def check_kernels(
+    config: GPTConfig, recipe: Recipe, device: torch.device, dtype: str, kv_cache_dtype: str
+) -> dict[str, Any]:
+    """Compare the kernels that an engine of a checkpoint has on a GPU with plain torch, now.
+    Returns the card and the versions, and for each kernel what is wrong, "" if nothing is. Raises
+    ValueError where there are none."""
+    from .gpu import has_triton
+
+    if device.type != "cuda":
+        raise ValueError(f"--check compares the kernels of a GPU, and the device is {device}")
+    if not has_triton(device):
+        raise ValueError(f"no kernels run on {device}: plain torch computes there")
+    from .gpu import self_check
+
+    dtype = pick_dtype(dtype, device)
+    backend = pick_backend("auto", device, dtype, kv_cache_dtype=kv_cache_dtype)
+    shapes = self_check.Shapes(config, config, recipe, backend.kv_layout(config, dtype), 16)
+    setting = self_check.describe_setting(backend, shapes)
+    results = self_check.check_kernels(backend, shapes, fresh=True)
+    return {"card": setting["card"], "versions": setting["versions"], "kernels": results}
+
+
 # quantization -------------------------------------------------------------------------------------
 
 

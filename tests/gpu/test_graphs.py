@@ -27,7 +27,7 @@ from triton.runtime.interpreter import GridExecutor
 from microvllm import LLM, SamplingParams, model
 from microvllm.attention import PagedKVCache, make_batch
 from microvllm.checkpoint import find_step, read_checkpoint
-from microvllm.gpu import graphs, launch, steps
+from microvllm.gpu import elementwise, graphs, launch
 from microvllm.gpu.backend import Float8, TritonBackend
 from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step
 from microvllm.loops.ahead import AheadLoop, AheadRunner
@@ -499,7 +499,7 @@ def test_few_rows_want_plain_matrices(kind):
     linears = llm.model.linears
     llm.model.backend.few_rows = kind != "wrong"  # as the self-check says
     if kind == "deterministic":  # as it is on a GPU
-        llm.model.backend.product = steps.linear
+        llm.model.backend.product = elementwise.linear
     if kind == "of another layout":
         linears[next(iter(linears))] = object.__new__(Float8)
     assert graphs.takes_few_rows(llm.model) == (kind == "plain")

@@ -20,10 +20,10 @@ triton = pytest.importorskip("triton", reason="the GPU kernels need triton (pip 
 
 from microvllm.attention import sdpa_attention  # noqa: E402
 from microvllm.fused.backend import Backend, filter_values  # noqa: E402
-from microvllm.gpu import attention, backend, launch, sampler, steps  # noqa: E402
+from microvllm.gpu import attention, backend, elementwise, launch, sampler  # noqa: E402
 from microvllm.gpu.attention import paged_attention  # noqa: E402
+from microvllm.gpu.elementwise import linear_add, norm_linear  # noqa: E402
 from microvllm.gpu.sampler import sample  # noqa: E402
-from microvllm.gpu.steps import linear_add, norm_linear  # noqa: E402
 from microvllm.sampler import SamplingParams, cap_logits, drop_tokens  # noqa: E402
 
 PLAIN = Backend(torch.device("cpu"), torch.float32)  # the functions that kernels replace
@@ -61,7 +61,7 @@ def test_add_norm(dtype, y, lambdas):
     x, x0 = randn(5, 136, dtype=dtype), randn(5, 136, dtype=dtype)
     y = randn(5, 136, dtype=dtype) if y else None
     a, b = (torch.tensor(z, device=DEVICE) if lambdas else None for z in (0.7, -0.4))
-    x_new, h = steps.add_norm(x, y, x0, a, b, EPS)
+    x_new, h = elementwise.add_norm(x, y, x0, a, b, EPS)
     assert x_new.dtype == h.dtype == dtype
     x_ref, h_ref = PLAIN.add_norm(
         x.float(), None if y is None else y.float(), x0.float(), a, b, EPS
@@ -74,7 +74,7 @@ def test_add_norm(dtype, y, lambdas):
 def test_relu2(dtype):
     x = randn(3, 1000, dtype=dtype)
     reference = PLAIN.relu2(x.float())
-    assert_close(steps.relu2(x), reference, dtype)
+    assert_close(elementwise.relu2(x), reference, dtype)
 
 
 # N: what is left over by 2 and by 4 at a time; a program of the interpreter takes its time
@@ -110,7 +110,7 @@ def test_fp8_rows(dtype, channels):
     x = randn(5, channels, dtype=dtype)
     x[1], x[2, 3] = 0.0, 300.0  # a row of nothing, and one number far larger than the others
     expected, worth = backend.fp8_rows(x.cpu())
-    out, scales = steps.fp8_rows(x)
+    out, scales = elementwise.fp8_rows(x)
     assert out.dtype == torch.float8_e4m3fn and scales.shape == (5, 1)
     torch.testing.assert_close(scales.cpu(), worth, rtol=1e-6, atol=0)
     if CUDA:  # a division of its own, which may fall on the other side of a border
@@ -120,12 +120,12 @@ def test_fp8_rows(dtype, channels):
     assert not out.float().isnan().any()
     assert (out.float() != expected.float()).float().mean() < 0.2
     exact = torch.empty(x.shape)
-    steps._fp8_rows[(5,)](x, exact, scales, channels, 1024, PDL=False)
+    elementwise._fp8_rows[(5,)](x, exact, scales, channels, 1024, PDL=False)
     assert torch.equal(exact.to(torch.float8_e4m3fn).float(), expected.float())
 
 
 def test_products_in_float8_take_it_where_it_runs(monkeypatch):
-    monkeypatch.setattr(steps, "fp8_rows", lambda x: "fused")
+    monkeypatch.setattr(elementwise, "fp8_rows", lambda x: "fused")
     for there in (True, False):
         monkeypatch.setattr(backend, "has_triton", lambda device, there=there: there)
         made = backend.GpuBackend(DEVICE, torch.float32)
@@ -153,7 +153,7 @@ def test_rope_store(dtype, n_head, n_kv, dim, block_size, channels):
     k, v = layer[0], layer[1]
     k_ref, v_ref = k.float(), v.float()
     rest = (n_head, 1.2, 3.0, EPS)
-    q = steps.rope_store(qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch, k, v, *rest)
+    q = elementwise.rope_store(qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch, k, v, *rest)
     floats = [None if t is None else t.float() for t in (qkv, h, ve, ve_gate)]
     q_ref = PLAIN.rope_store(*floats, angle.cos(), angle.sin(), batch, k_ref, v_ref, *rest)
     assert q.dtype == dtype
@@ -472,7 +472,7 @@ from triton.runtime.jit import JITFunction
 from microvllm.gpu import launch
 from microvllm.gpu.attention import fixed_attention, paged_attention
 from microvllm.gpu.sampler import sample
-from microvllm.gpu.steps import (
+from microvllm.gpu.elementwise import (
     add_norm, fp8_rows, linear, linear_add, norm_linear, relu2, rope_store
 )
 

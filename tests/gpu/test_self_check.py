@@ -15,7 +15,7 @@ from triton import language as tl
 
 from microvllm.attention import sdpa_attention
 from microvllm.fused.backend import Backend
-from microvllm.gpu import attention, backend, sampler, self_check, steps
+from microvllm.gpu import attention, backend, elementwise, sampler, self_check
 from microvllm.gpu.backend import TritonBackend
 from microvllm.gpu.self_check import check_here, forms_of
 from microvllm.model import RECIPES, GPTConfig
@@ -62,7 +62,7 @@ def test_kernels_are_right_and_are_used():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.use_plain(results)
-    assert made.relu2 is steps.relu2 and made.can_record and made.few_rows
+    assert made.relu2 is elementwise.relu2 and made.can_record and made.few_rows
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def _square(x, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 def test_a_kernel_that_is_wrong_is_found_and_plain_torch_computes(monkeypatch):
-    monkeypatch.setattr(steps, "_relu2", _square)  # without the relu
+    monkeypatch.setattr(elementwise, "_relu2", _square)  # without the relu
     made = TritonBackend(DEVICE, torch.float32)
     results = check(made, "sum and norm", "relu^2")
     assert results["sum and norm"] == ""
@@ -99,7 +99,7 @@ def test_a_kernel_that_is_wrong_is_found_and_plain_torch_computes(monkeypatch):
     assert "sum and norm" not in message
     x = torch.tensor([[-2.0, 3.0]])
     assert made.relu2(x).tolist() == [[0.0, 9.0]]
-    assert made.add_norm is steps.add_norm
+    assert made.add_norm is elementwise.add_norm
     assert not made.can_record and made.few_rows
 
 

@@ -120,6 +120,7 @@ $ base:d20
 $ owner/name --json
 model? CHECKPOINT  {CHECKPOINT} (default: the bundled model)
 --kv-cache-dtype auto|int8  data type of cached keys and values; auto: as the model computes (=auto)
+--check             compare each kernel of a GPU with plain torch, and show the result
 """
 WARMUP = f"""compile the CPU kernels that a checkpoint needs
 $

@@ -23,7 +23,7 @@ def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class GpuBackend(Backend):
-    """Triton's steps and draw, where it runs, and float8; attention in torch."""
+    """Triton's elementwise kernels and draw, where it runs, and float8; attention in torch."""
 
     draw: Callable[..., Tensor] | None = None  # the kernels of `sample`
     fp8_rows = staticmethod(fp8_rows)  # of the inputs of a product
@@ -33,13 +33,13 @@ class GpuBackend(Backend):
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
         if has_triton(device):
-            from . import sampler, steps
+            from . import elementwise, sampler
 
-            self.add_norm = steps.add_norm
-            self.relu2 = steps.relu2
-            self.rope_store = steps.rope_store
+            self.add_norm = elementwise.add_norm
+            self.relu2 = elementwise.relu2
+            self.rope_store = elementwise.rope_store
             self.draw = sampler.sample
-            self.fp8_rows = steps.fp8_rows
+            self.fp8_rows = elementwise.fp8_rows
 
     def prepare(self, model) -> None:
         """Compare the kernels with plain torch, and use none that differs."""
@@ -119,7 +119,7 @@ class TritonBackend(GpuBackend):
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
-        from . import attention, launch, steps
+        from . import attention, elementwise, launch
 
         counts = attention.make_counts(device)
         self.attend = partial(attention.paged_attention, counts=counts)
@@ -127,7 +127,7 @@ class TritonBackend(GpuBackend):
             self.few_rows = True
         if deterministic:
             self.attend = attention.fixed_attention
-            self.product = steps.linear
+            self.product = elementwise.linear
 
     def check(self) -> None:
         problem = compiler_problem(self.device) if takes_triton(self.device) else None

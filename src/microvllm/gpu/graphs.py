@@ -30,8 +30,8 @@ from ..loops.ahead import AheadRunner
 from ..sampler import SamplingParams
 from ..scheduler import Plan
 from . import launch
+from .elementwise import linear_add, norm_linear
 from .sampler import sample
-from .steps import linear_add, norm_linear
 
 # Fields of a row beside its slots and block tables; cu_seqlens never changes: token_ids,
 # prev_token_ids, positions, seq_lens, temperature, uniform, top_k, top_p, min_p

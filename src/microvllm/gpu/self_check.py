@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from ..attention import Batch, make_batch
@@ -434,8 +435,6 @@ def check_kernels(backend: Backend, shapes: Shapes, fresh: bool = False) -> dict
 
 def describe_setting(backend: Backend, shapes: Shapes) -> dict:
     """On what a result depends, as JSON has it."""
-    import triton
-
     card = "no card"
     if backend.device.type == "cuda":
         properties = torch.cuda.get_device_properties(backend.device)
@@ -482,9 +481,3 @@ def write(file: Path, content: dict) -> None:
             json.dump(content, part, indent=1)
         os.replace(part.name, file)
 
-
-def table(results: dict[str, str]) -> str:
-    """A line for each form, for people."""
-    width = max(map(len, results), default=0)
-    lines = [f"{title:{width}}  {w or 'as plain torch'}" for title, w in results.items()]
-    return "\n".join(lines)

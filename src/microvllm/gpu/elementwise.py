@@ -1,5 +1,5 @@
-"""The steps between the matrix products, fused: `add_norm`, `rope_store` and `relu2` are those of
-fused.backend.Backend. A product whose rows do not depend on their batch. And products of a few
+"""The operations between the matrix products, fused: `add_norm`, `rope_store` and `relu2` are those
+of fused.backend.Backend. A product whose rows do not depend on their batch. And products of a few
 rows, with the norm before them or the addition and relu^2 after them."""
 
 import torch
