@@ -228,7 +228,7 @@ def choose_backend(name: str, device: torch.device) -> type[Backend]:
     return Backend
 
 
-def check_kernels(
+def compare_kernels(
     config: GPTConfig, recipe: Recipe, device: torch.device, dtype: str, kv_cache_dtype: str
 ) -> dict[str, Any]:
     """Compare the kernels that an engine of a checkpoint has on a GPU with plain torch, now.

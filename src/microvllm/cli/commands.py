@@ -417,9 +417,9 @@ def info(args: argparse.Namespace) -> None:
     found = {"checkpoint": str(directory), "step": step}
     given = args.dtype, args.kv_cache_dtype
     if args.check:
-        from ..loading import check_kernels
+        from ..loading import compare_kernels
 
-        found["check"] = check_kernels(config, recipe, device, *given)
+        found["check"] = compare_kernels(config, recipe, device, *given)
     found |= roofline.describe(config, recipe, weights, device, *given)
     terminal.say(json.dumps(found) if args.json else roofline.description(found))
 

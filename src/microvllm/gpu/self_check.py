@@ -480,4 +480,3 @@ def write(file: Path, content: dict) -> None:
         ) as part:
             json.dump(content, part, indent=1)
         os.replace(part.name, file)
-
