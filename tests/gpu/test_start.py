@@ -2,13 +2,14 @@
 
 import subprocess
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.gpu_kernels import CUDA, DEVICE
 
 from microvllm import gpu, loading
-from microvllm.gpu import backend, launch, self_check
+from microvllm.gpu import backend, graphs, launch, self_check
 from microvllm.model import RECIPES, GPTConfig
 
 CARD = torch.device("cuda", 0)
@@ -111,3 +112,20 @@ def test_info_compares_the_kernels_now(monkeypatch):
             found = loading.compare_kernels(*arguments, CARD, "float32", "auto")
         assert "relative error" in found["kernels"]["relu^2"]
         assert found["card"] == "no card" and torch.__version__ in found["versions"]
+
+
+@pytest.mark.parametrize("kind", [torch.cuda.OutOfMemoryError, RuntimeError])
+def test_steps_are_recorded_with_a_line_and_their_memory_is_named(monkeypatch, capsys, kind):
+    runner = object.__new__(graphs.GraphRunner)
+    runner.model = SimpleNamespace(device=torch.device("cpu"))
+    runner.cache = None
+    monkeypatch.setattr(graphs, "DecodeGraphs", lambda *_: "recorded")
+    runner.record(4, 64)
+    assert runner.graphs == "recorded" and "recording decode steps" in capsys.readouterr().err
+
+    def fail(*_):
+        raise kind("CUDA error: out of memory")
+
+    monkeypatch.setattr(graphs, "DecodeGraphs", fail)
+    with pytest.raises(ValueError, match=r"no memory for recorded steps \(cuda_graphs=False"):
+        runner.record(4, 64)

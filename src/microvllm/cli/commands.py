@@ -404,13 +404,13 @@ def eval(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     """What a checkpoint is and takes, without loading it: its files are mapped."""
     engine()
-    from ..checkpoint import pick_device
+    from ..devices import find_device
     from ..features.checks import check_device
     from ..sources import strict
     from ..sources.places import find_checkpoint, read_checkpoint
 
     check_device(args.device)
-    device = pick_device(args.device)
+    device = find_device(args.device)
     directory, step = find_checkpoint(model_name(args), args.step)
     config, recipe, weights = read_checkpoint(directory, step)
     recipe = strict.replace(recipe, **overrides(args))

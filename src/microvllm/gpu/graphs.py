@@ -27,9 +27,10 @@ from ..fused.backend import NO_FILTERS, filter_values
 from ..fused.linear import Linear
 from ..fused.model import FusedGPT
 from ..loops.ahead import AheadRunner
+from ..resources import fits
 from ..sampler import SamplingParams
 from ..scheduler import Plan
-from . import launch
+from . import launch, say
 from .elementwise import linear_add, norm_linear
 from .sampler import sample
 
@@ -395,7 +396,9 @@ class GraphRunner(AheadRunner):
     def record(self, max_batch_size: int, max_positions: int) -> None:
         """Record the steps of up to max_batch_size sequences of up to max_positions tokens."""
         self.limits = (max_batch_size, max_positions)
-        self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_positions)
+        say("recording decode steps, with kernels that are compiled where they are not on disk")
+        with fits("recorded steps (cuda_graphs=False records none)", self.model.device):
+            self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_positions)
 
     def bind(self, model, cache: PagedKVCache | None) -> None:
         """As in Runner. The recorded steps read the former addresses: they are recorded again."""
