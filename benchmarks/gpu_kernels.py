@@ -51,7 +51,6 @@ from gpu import copy_bandwidth, describe, free_memory, median_seconds, product_p
 
 from microvllm.gpu import attention, elementwise, launch, sampler
 from microvllm.gpu.elementwise import linear_add, norm_linear
-from microvllm.gpu.graphs import OUTPUTS
 
 LAYERS, WIDTH, HEADS, DIM, VOCAB, BLOCK_SIZE = 34, 2176, 17, 128, 65536, 16
 EPS, SCALE = 2.0**-23, math.log2(math.e) / math.sqrt(DIM)
@@ -319,7 +318,7 @@ def step_cases() -> Iterator[Case]:
             y = F.linear(elementwise.relu2(F.linear(h, fc)), mlp)
         return F.linear(elementwise.add_norm(x, y, None, None, None, EPS)[1], head)
 
-    def with_few_rows(outputs):
+    def with_few_rows(outputs):  # of a program, and of one of the MLP's second product
         x, tiles, long = x_in, *({"outputs": n} for n in outputs)
         for i, (qkv, proj, fc, mlp) in enumerate(weights):
             x = linear_add(attend(*norm_linear(x, qkv, EPS, **tiles), i), proj, x, **tiles)
@@ -331,7 +330,7 @@ def step_cases() -> Iterator[Case]:
             sampler.sample(logits(), temperature, u, 15.0)
 
     bytes_read = 2 * (LAYERS * 12 * WIDTH * WIDTH + VOCAB * WIDTH)
-    tried = *OUTPUTS, (1, 1), (2, 2)
+    tried = (4, 1), (4, 4), (2, 1), (2, 2), (1, 1)  # the first is the package's
     ways = {f"few-rows outputs {n}": partial(with_few_rows, n) for n in tried}
     for name, logits in {"cublas": with_cublas, **ways}.items():
         for early in (False, True):
