@@ -14,7 +14,7 @@ import torch
 from .environment import free_memory
 
 # of messages of torch that are about memory; other errors keep their own words
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
 
 RELEASED_BYTES = 2**26  # see FilePages
 
