@@ -86,8 +86,14 @@ def test_the_search_works_from_disk(site, browser):  # noqa: F811
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto((site / "docs" / "DESIGN.html").as_uri())
-    page.keyboard.press("/")  # opens the search
-    page.fill("input[name=query]", "copy-on-write")
-    page.wait_for_selector(".md-search-result__item a[href*='GLOSSARY']", timeout=60_000)
+    page.wait_for_selector("iframe", state="attached", timeout=60_000)  # in which the search runs
+    page.keyboard.press("/")
+    page.wait_for_selector("input[name=query]", timeout=60_000)
+    page.keyboard.type("preempt", delay=20)
+    page.wait_for_selector(".md-search-result__item", timeout=60_000)
+    found = page.locator(".md-search-result__item a").evaluate_all(
+        "links => links.map(a => a.href)"
+    )
+    assert any("GLOSSARY.html" in link for link in found), found
     assert not errors
     page.close()
