@@ -384,8 +384,7 @@ def can_replay(plan: Plan) -> bool:
     """Is it a step that was recorded: one row per sequence, and one draw from each?"""
     longest = plan.chunks[-1]  # longer chunks come last
     has_decodes_alone = longest.num_tokens == 1 and not plan.extra_rows
-    chunk_indices = plan.draw_columns.chunk_indices
-    return has_decodes_alone and chunk_indices == tuple(range(len(plan.chunks)))
+    return has_decodes_alone and plan.draws.chunk_indices == list(range(len(plan.chunks)))
 
 
 class GraphRunner(AheadRunner):
