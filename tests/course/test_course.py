@@ -3,6 +3,7 @@ exercise can be solved."""
 
 import difflib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -20,6 +21,7 @@ COURSE = ROOT / "course"
 SCRIPTS = sorted(COURSE.glob("step*.py"))
 NAMES = [script.stem for script in SCRIPTS]
 PAGES = [COURSE / f"{name[4:].replace('_', '-')}.md" for name in NAMES]
+CORE = "blocks", "scheduler", "attention", "engine"
 EARLY = NAMES[:9]  # the tenth is the engine, whose samples are drawn with other random numbers
 
 
@@ -113,6 +115,38 @@ def test_the_names_of_the_engine_exist():
             assert any(h is not None and (not member or hasattr(h, member)) for h in holders), (
                 page.name, name,
             )  # fmt: skip
+
+
+def test_the_words_of_the_engine_exist():
+    """The table of step 1: names of the course in its steps, names of the engine in the core."""
+    page = PAGES[0].read_text(encoding="utf-8")
+    part = page[page.index("**The words of the engine.**") : page.index("**A question")]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|", part, re.M)[1:]
+    assert len(rows) == 7
+    core = [importlib.import_module(f"microvllm.{name}") for name in CORE]
+    steps = "".join(
+        script.read_text(encoding="utf-8") for script in [*SCRIPTS, COURSE / "common.py"]
+    )
+    for ours, theirs in rows:
+        for name in re.findall(r"`(\w+)`", ours):
+            assert re.search(rf"(def|class|self\.) ?{name}\b", steps), name
+        for name in re.findall(r"`([\w.]+)`", theirs):
+            owner, _, member = name.partition(".")
+            holders = [getattr(module, owner) for module in core if hasattr(module, owner)]
+            known = [*dir(holders[0]), *vars(holders[0]).get("__slots__", ())]
+            source = inspect.getsource(holders[0])
+            assert not member or member in known or f"self.{member}" in source, name
+
+
+def test_the_figure_of_a_d20_is_right():
+    page = PAGES[1].read_text(encoding="utf-8")
+    size = solutions.kv_bytes(20, 10, 128, 1, 2)
+    weights = 2 * (
+        2 * 65_536 * 1_280 + 20 * 12 * 1_280**2
+    )  # two embeddings, twelve squares a layer
+    for number in size, 2_048 * size, weights, 16 * 2_048 * size:
+        (line,) = [x for x in page.splitlines() if f" {number:,}" in x]
+        assert line.count("#") == round(number / 100e6)
 
 
 def test_the_pages_have_all_parts():
