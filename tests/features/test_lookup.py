@@ -136,7 +136,7 @@ def test_no_guess_goes_beyond_the_token_budget_or_the_length():
         scheduler, (seq,) = decoding(90, [1] * 5, max_tokens=max_tokens)
         plan = scheduler.schedule()
         assert lengths(plan) == [min(max_tokens - 1, MAX_ROWS)]
-        assert plan.draws[-1].position == min(5 + max_tokens - 1, 6 + MAX_ROWS - 1)
+        assert plan.draws.positions[-1] == min(5 + max_tokens - 1, 6 + MAX_ROWS - 1)
         scheduler.update(plan, [1] * len(plan.draws))
         assert seq.token_ids == [1] * min(5 + max_tokens, 6 + MAX_ROWS)
         assert (seq.finish_reason == "length") == (len(seq.token_ids) == 5 + max_tokens)
@@ -456,7 +456,7 @@ def test_it_is_a_number_of_tokens(value, error, words):
 
 
 def test_it_is_refused_where_the_loop_is_a_step_ahead(monkeypatch):
-    monkeypatch.setattr(full, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(full, "find_device", lambda _: torch.device("cuda"))
     with pytest.raises(ValueError, match="prompt_lookup=3 .* on cuda .* leave it 0"):
         LLM(MODEL, prompt_lookup=3)
 

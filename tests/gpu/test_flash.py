@@ -141,6 +141,8 @@ def test_blocks_that_torch_cannot_take_are_refused(install, monkeypatch):
 def test_older_cards_go_without_triton(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr("microvllm.gpu.attention.make_counts", lambda device: None)  # no such card
+    for place in ("microvllm.gpu", "microvllm.gpu.backend"):
+        monkeypatch.setattr(f"{place}.compiler_problem", lambda device: None)
     for index, (capability, here) in enumerate([((7, 5), False), ((8, 0), True), ((9, 0), True)]):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
         device = torch.device("cuda", 90 + index)  # it asks once for each card

@@ -31,7 +31,7 @@ from microvllm.gpu.backend import Float8, TritonBackend
 from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step
 from microvllm.loops.ahead import AheadLoop, AheadRunner
 from microvllm.runner import Hooks
-from microvllm.scheduler import Chunk, Draw, Plan, Sequence
+from microvllm.scheduler import Chunk, Draw, DrawList, Plan, Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -520,16 +520,16 @@ def test_a_capture_that_fails_is_the_last_one(early, monkeypatch):
     assert captures.current == "ours" and len(graphs.FAILED) == 1
 
 
-@pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout"])
+@pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout", "wrong"])
 def test_few_rows_want_plain_matrices(kind):
     llm = build("era5", False, device="cuda" if CUDA else "cpu")
     linears = llm.model.linears
+    llm.model.backend.few_rows = kind != "wrong"  # as the self-check says
     if kind == "deterministic":  # as it is on a GPU
         llm.model.backend.product = elementwise.linear
     if kind == "of another layout":
         linears[next(iter(linears))] = object.__new__(Float8)
-    plain = kind == "plain" and launch.TRITON_34 and torch.version.hip is None
-    assert graphs.takes_few_rows(llm.model) == plain
+    assert graphs.takes_few_rows(llm.model) == (kind == "plain")
 
 
 @pytest.mark.skipif(CUDA, reason="with a stand-in for the device")
@@ -559,7 +559,7 @@ def planned(chunks: list[tuple[int, int]], draws: list[int], **kwargs) -> Plan:
         seq.block_table.extend(range(1, 2 + len(seq.token_ids) // 4))
     return Plan(
         chunks=[Chunk(seq, *chunk) for seq, chunk in zip(seqs, chunks, strict=True)],
-        draws=[Draw(i, seqs[i], chunks[i][1]) for i in draws],
+        draws=DrawList(Draw(i, seqs[i], chunks[i][1]) for i in draws),
     )
 
 

@@ -244,5 +244,5 @@ def test_the_table_of_cards_is_what_the_formulas_say():
             tokens = min(tokens, size * 2048)  # more cannot be filled
             cells.append(f"{tokens // 1000:,},000; {size}")
         rows.append(f"| d{depth} | {weights / 1e9:.1f} GB | {' | '.join(cells)} |")
-    numbers = (ROOT / "docs" / "NUMBERS.md").read_text(encoding="utf-8")
+    numbers = (ROOT / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
     assert all(row in numbers for row in rows)

@@ -27,9 +27,10 @@ from ..fused.backend import NO_FILTERS, filter_values
 from ..fused.linear import Linear
 from ..fused.model import FusedGPT
 from ..loops.ahead import AheadRunner
+from ..resources import fits
 from ..sampler import SamplingParams
 from ..scheduler import Plan
-from . import launch
+from . import launch, say
 from .elementwise import linear_add, norm_linear
 from .sampler import sample
 
@@ -83,11 +84,10 @@ def few_rows_step(
 
 
 def takes_few_rows(model: FusedGPT) -> bool:
-    """Does `few_rows_step` fit a model? On NVIDIA cards, from triton 3.4 on, and if each matrix is
-    one tensor with torch's product: not a live module's parts, float8, or deterministic=True."""
+    """Does `few_rows_step` fit a model? If the backend has it, and each matrix is one tensor with
+    torch's product: not a live module's parts, float8, or deterministic=True."""
     has_dense_weights = all(type(linear) is Linear for linear in model.linears.values())
-    is_able = launch.TRITON_34 and torch.version.hip is None
-    return has_dense_weights and has_torchs_product(model) and is_able
+    return model.backend.few_rows and has_dense_weights and has_torchs_product(model)
 
 
 def has_torchs_product(model: FusedGPT) -> bool:
@@ -382,8 +382,7 @@ def can_replay(plan: Plan) -> bool:
     """Is it a step that was recorded: one row per sequence, and one draw from each?"""
     longest = plan.chunks[-1]  # longer chunks come last
     has_decodes_alone = longest.num_tokens == 1 and not plan.extra_rows
-    chunk_indices = plan.draw_columns.chunk_indices
-    return has_decodes_alone and chunk_indices == tuple(range(len(plan.chunks)))
+    return has_decodes_alone and plan.draws.chunk_indices == list(range(len(plan.chunks)))
 
 
 class GraphRunner(AheadRunner):
@@ -395,7 +394,9 @@ class GraphRunner(AheadRunner):
     def record(self, max_batch_size: int, max_positions: int) -> None:
         """Record the steps of up to max_batch_size sequences of up to max_positions tokens."""
         self.limits = (max_batch_size, max_positions)
-        self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_positions)
+        say("recording decode steps, with kernels that are compiled where they are not on disk")
+        with fits("recorded steps (cuda_graphs=False records none)", self.model.device):
+            self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_positions)
 
     def bind(self, model, cache: PagedKVCache | None) -> None:
         """As in Runner. The recorded steps read the former addresses: they are recorded again."""

@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..resources import on_device
+
 TRITON_34 = hasattr(tl.extra.cuda, "gdc_wait")  # or newer
 
 MAX_AT_ONCE = 32  # programs that any multiprocessor runs at once
@@ -96,6 +98,20 @@ def programs_at_once(device: torch.device, kernel, num_warps: int) -> int:
 def options(device: torch.device) -> dict:
     """What every launch on the device is given."""
     return card(device)[2]
+
+
+@triton.jit
+def _write_seven(x):
+    tl.store(x, 7)
+
+
+def try_compiler(device: torch.device) -> None:
+    """Compile a kernel and run it. Raises whatever is raised where that cannot be."""
+    x = torch.zeros(1, dtype=torch.int32, device=device)
+    with on_device(device):
+        _write_seven[(1,)](x)
+    if x.item() != 7:
+        raise RuntimeError(f"a kernel that writes 7 has written {x.item()}")
 
 
 @triton.jit

@@ -212,7 +212,7 @@ class Recorder:
         numbers = []
         drawn = []
         forced: list[tuple[int, list[int]]] = []
-        for seq in dict.fromkeys(plan.draw_columns.seqs):
+        for seq in dict.fromkeys(plan.draws.seqs):
             record = self.running.get(seq) or self.waiting.get(seq)
             if record is None:  # it had ended before
                 continue
