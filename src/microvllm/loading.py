@@ -20,7 +20,7 @@ from .checkpoint import make_model, pick_dtype, require_memory
 from .environment import free_memory
 from .fused.model import FusedGPT
 from .model import GPT, GPTConfig, Recipe, rotary_bytes
-from .resources import fits, naming_package
+from .resources import FilePages, fits, naming_package
 from .sources import strict
 from .sources.places import find_checkpoint, read_checkpoint
 
@@ -363,8 +363,12 @@ def warn_of_float16(dtype: torch.dtype) -> None:
 
 def warn_of_nan(weights: dict) -> None:
     """Say which weights are no finite numbers."""
-    tensors = {n: w for n, w in weights.items() if isinstance(w, torch.Tensor)}
-    sums = {name: weight.sum(dtype=torch.float32) for name, weight in tensors.items()}
-    broken = [name for name, total in sums.items() if not total.isfinite()]
+    pages = FilePages()
+    broken = []
+    for name, weight in weights.items():
+        if isinstance(weight, torch.Tensor):
+            if not weight.sum(dtype=torch.float32).isfinite():
+                broken.append(name)
+            pages.read(weight)
     if broken:
         log.warning("NaN or infinite weights, %s: the model can draw no token", ", ".join(broken))

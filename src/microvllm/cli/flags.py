@@ -173,8 +173,11 @@ $
 $ 1
 $ --start my-course   # copies the exercises
 $ 1 --check
+$ 8 --mine                # run the step with your function
 number? positive N  step to run (default: list the steps and your progress)
 --check             check your solution of the step's exercise; do not run the step
+--hint              show the next of three hints for the step's exercise
+--mine              run step 6, 8 or 9 with your solution of its exercise in it
 --start DIR         copy the exercises to the folder DIR
 """
 TRACE = """turn a trace into a web page that shows every block at every step
