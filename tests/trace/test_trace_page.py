@@ -524,7 +524,8 @@ def test_two_traces_on_a_narrow_screen_and_in_both_themes(browser, events, tmp_p
     page.click("#theme")
     assert page.evaluate(colour) == light
     page.emulate_media(color_scheme="dark")  # the event comes later
-    page.wait_for_function(f"{colour} !== {light!r}")
+    while page.evaluate(colour) == light:
+        page.wait_for_timeout(20)
     page.context.close()
 
 
