@@ -104,7 +104,7 @@ ENGINES = {
 INSTALL = {"openvino": "openvino-genai", "llamacpp": "llama-cpp-python gguf"}
 # those that run a Llama of equal matrices -> its format, see llama.py
 LLAMAS = {"openvino": "openvino", "llamacpp": "gguf"}
-# every so many-th request is enough: one at a time, the speed does not depend on how many; and
+# every n-th request is enough: one at a time, the speed does not depend on how many; and
 # transformers copies its whole cache, padded to the longest request, at each step
 SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8, "W6": 8, "W7": 8}, "transformers": {"W2": 8}}
 WORKLOADS = ("W1", "W2", "W3", "W4")
@@ -189,7 +189,7 @@ def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0, load:
 
 
 def part(job: dict, every: int) -> dict:
-    """Every so many-th request of a job."""
+    """Every n-th request of a job, n being `every`."""
     return job | {"prompts": job["prompts"][::every], "new": job["new"][::every]}
 
 

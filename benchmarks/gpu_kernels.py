@@ -88,7 +88,7 @@ def ints(values) -> torch.Tensor:
 
 
 class Paged:
-    """A batch of (rows, tokens in the cache) each, decodes first, and caches for so many layers."""
+    """A batch of (rows, tokens in the cache) each, decodes first, and caches for the layers."""
 
     def __init__(self, sequences: list[tuple[int, int]], layers: int | None = None):
         rows, lengths = zip(*sequences, strict=True)

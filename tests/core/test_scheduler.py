@@ -25,7 +25,7 @@ def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_room():
     assert sim.started == [0, 1, 2]
 
 
-def test_a_steady_stream_of_requests_starves_nobody():
+def test_a_steady_stream_of_requests_starves_no_sequence():
     sim = Simulation(usable=10, max_batch_size=3, max_batched_tokens=6)
     first = sim.add(text(30, 0), max_tokens=9)
     for i in range(1, 40):
@@ -144,7 +144,7 @@ def test_several_victims_come_back_oldest_first():
     sim.drain()
 
 
-def test_nobody_is_admitted_in_a_step_in_which_someone_was_sent_away():
+def test_no_sequence_is_admitted_in_a_step_with_a_preemption():
     # with 8 tokens a step the first part of the victim would fit at once, and be sent away again
     sim = Simulation(usable=14, max_batched_tokens=8, caching=False)
     old, young = sim.add(text(8, 1), max_tokens=40), sim.add(text(36, 2))

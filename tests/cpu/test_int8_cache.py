@@ -67,7 +67,7 @@ def test_scales_are_rounded_up():
 
 
 def test_a_block_has_its_scales_in_it():
-    """So that whoever copies a block copies them."""
+    """A copy of a block copies them, too."""
     data, worth = packed(torch.randn(4, 2, 3, 8))
     data[1] = data[2]
     assert torch.equal(Int8Heads(data)[torch.tensor([1])], worth[2:3])

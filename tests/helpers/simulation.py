@@ -164,7 +164,7 @@ class Simulation:
         return seq.token_ids[:-1] if seq.token_ids[-1] < 0 else list(seq.token_ids)
 
     def need(self, num_tokens: int) -> int:
-        """Blocks of a request of so many tokens; it is refused if the pool has fewer."""
+        """Blocks of a request of this number of tokens; it is refused if the pool has fewer."""
         return self.blocks.max_blocks(num_tokens, self.scheduler.max_batched_tokens)
 
     @property

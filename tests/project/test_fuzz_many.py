@@ -1,6 +1,6 @@
 """The readers of what others made, in this process, on small files: a hundred thousand cases each.
 
-FUZZ=100000 pytest -s tests/project/test_fuzz_many.py tries so many of each kind, and prints how
+FUZZ=100000 pytest -s tests/project/test_fuzz_many.py tries this number of each kind, and prints how
 many were refused and what the worst took; by default there are few. A case follows from its number.
 No case may raise what is no refusal, run code, or take more than its files explain.
 """

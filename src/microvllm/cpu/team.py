@@ -219,7 +219,7 @@ def begin(team):
 
 @kept(**EXACT)
 def compute(team, times):
-    """Compute the recorded jobs in their order, so many times, or until one of them calls
+    """Compute the recorded jobs in their order, `times` times, or until one of them calls
     `end_list`. What their arguments point to must exist until this returns."""
     team[IS_RECORDING] = 0
     job = _peek(team, JOB)

@@ -229,7 +229,7 @@ class DecodeGraphs:
         return graphs
 
     def choose(self, size: int, graphs: dict[str, torch.cuda.CUDAGraph]) -> None:
-        """Keep the fastest way to run a step of so many rows: all are timed, in turns, at contexts
+        """Keep the fastest way to run a step of `size` rows: all are timed, in turns, at contexts
         of several lengths in the null block."""
         fields = self.clear_inputs(size)
         longest = min(self.max_positions, LONGEST_TRIAL)
@@ -295,7 +295,7 @@ class DecodeGraphs:
     def write_inputs(
         self, flat: np.ndarray, size: int, batch: HostBatch, params: list[SamplingParams]
     ) -> None:
-        """Write a batch into the inputs of so many rows. A padding row is a sequence of one token
+        """Write a batch into the inputs of `size` rows. A padding row is a sequence of one token
         in the null block."""
         num_rows = len(batch.token_ids)
         num_columns = batch.block_tables.shape[-1]
@@ -315,7 +315,7 @@ class DecodeGraphs:
         tables[:, num_rows:] = 0
 
     def split(self, flat, size: int):
-        """The inputs of so many rows: fields (NUM_FIELDS + groups, size), the slots of each group
+        """The inputs of `size` rows: fields (NUM_FIELDS + groups, size), the slots of each group
         last, and block tables (groups, size, columns)."""
         num_fields = NUM_FIELDS + self.num_groups
         fields = flat[: num_fields * size]
@@ -342,7 +342,7 @@ class DecodeGraphs:
         self.token_ids[:size].copy_(drawn)
 
     def input_batch(self, size: int) -> tuple[Batch, list[Tensor]]:
-        """The inputs of so many rows as a batch, and top_k, top_p and min_p, each (size,)."""
+        """The inputs of `size` rows as a batch, and top_k, top_p and min_p, each (size,)."""
         fields, tables = self.split(self.inputs, size)
         token_ids, prev_token_ids, positions, seq_lens = fields[:TEMPERATURE]
         temperature, uniform, *filters = fields[TEMPERATURE:NUM_FIELDS].view(torch.float32)

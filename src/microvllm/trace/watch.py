@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SECONDS_BETWEEN_PICTURES = 0.125
-NUM_MOMENTS = 16  # rates are means over so many pictures
+NUM_MOMENTS = 16  # pictures over which a rate is a mean
 
 
 @contextmanager
