@@ -178,7 +178,10 @@ class Recorder:
             if seq.num_published > record.num_published:
                 self.write_published(seq, record)
                 record.num_published = seq.num_published
-        if len(self.scheduler.running) > len(self.running):
+        num_tables = len(self.scheduler.running)
+        if self.scheduler.paused:  # they keep their blocks for a while
+            num_tables += sum([len(seq.block_table) > 0 for seq in self.scheduler.paused])
+        if num_tables > len(self.running):
             self.write_new_tables(plan)
         if self.evicted:
             self.write_evictions(list(self.evicted))  # for sequences that were preempted since
