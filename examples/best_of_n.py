@@ -1,6 +1,6 @@
 """Best of n: sample several answers, and let a judge choose.
 
-    python examples/best_of_n.py "Who wrote Dracula?" --n 8
+    python examples/best_of_n.py "What is a good name for a ship?" --n 8
 
 A judge is a function from an answer to a number. The one below asks the model itself how likely the
 question is behind the answer: an answer that has nothing to do with the question makes it unlikely.
@@ -40,7 +40,7 @@ def backwards(llm: LLM, question: str) -> Judge:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("question", nargs="?", default="Who wrote Dracula?")
+    parser.add_argument("question", nargs="?", default="What is a good name for a ship?")
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
