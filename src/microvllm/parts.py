@@ -91,7 +91,8 @@ def follow_weights(
 
 
 def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine.Guard]:
-    """The guard of an engine. context: of all that the engine computes."""
+    """The guard of an engine: each feature here replaces the one above it. context: of all that the
+    engine computes."""
     guard_class: Callable[..., engine.Guard] = engine.Guard
     # features/threads.py
     guard_class = partial(ThreadGuard, context=context)
@@ -108,7 +109,7 @@ def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine
 def choose_proposer(
     prompt_lookup: int, never: Set[int] = frozenset()
 ) -> engine.DraftProposer | None:
-    """What proposes draft tokens, if anything does. never: ids that are no draft tokens."""
+    """The proposer of draft tokens, if there is one. never: ids that are no draft tokens."""
     proposer = None
     # features/lookup.py
     if prompt_lookup:
@@ -122,8 +123,8 @@ def check_prompt_lookup(prompt_lookup: int, device: torch.device) -> None:
     if prompt_lookup and device.type == "cuda":
         raise ValueError(
             f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {device} a step "
-            "is planned before the last one's tokens are known, and there is nothing to guess "
-            "from; leave it 0, or give device='cpu'"
+            "is planned before the last one's tokens are known, so there is no text to propose "
+            "draft tokens from; leave it 0, or give device='cpu'"
         )
 
 

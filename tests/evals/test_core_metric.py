@@ -11,11 +11,12 @@ import pytest
 import torch
 from helpers.batches import hand_made_batch
 from helpers.goldens import MODEL
+from helpers.nanochat_engines import Methods
 
 from microvllm import LLM
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import load_model
-from microvllm.nanochat import evaluate_core, read_bundle
+from microvllm.nanochat import evaluate_core, evaluate_task, read_bundle
 from microvllm.sampler import cap_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -222,3 +223,11 @@ def test_a_task_that_cannot_be_asked_is_named_before_anything_is_computed(llm, c
     assert llm.stats()["steps"] == before
     with pytest.raises(ValueError, match="at least one task"):
         evaluate_core(llm, [])
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_nanochats_function_for_a_task_gives_the_same_accuracy(kind, llm):
+    rows = ROWS[kind]()
+    meta = {"task_type": kind, "num_fewshot": 1, "continuation_delimiter": " "}
+    expected = evaluate_core(llm, [task(kind, rows, num_fewshot=1)])["results"][f"my {kind}"]
+    assert evaluate_task(plain(), Methods(llm.tokenizer), rows, "cpu", meta) == expected

@@ -46,7 +46,7 @@ def books():
 
 
 def test_the_signatures_are_nanochats():
-    asked = "(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42)"
+    asked = "(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42"
     assert str(inspect.signature(Engine.generate)).startswith(asked)
     assert (
         str(inspect.signature(Engine.generate_batch)) == "(self, tokens, num_samples=1, **kwargs)"
@@ -379,7 +379,7 @@ def test_the_snippets_of_the_page_run(capsys):
     }  # fmt: skip
     given["conversation"] = given["conversations"][0]
     snippets = code_blocks("python")
-    assert len(snippets) == 10
+    assert len(snippets) == 11
     for snippet in snippets:
         exec(compile(snippet, "NANOCHAT.md", "exec"), given)
     printed = capsys.readouterr().out

@@ -99,7 +99,7 @@ class Branches:
     def __init__(self, engine: LLM):
         self.engine = engine
         self.live: list[Branch] = []
-        self.sample_indices = count(1)  # so that forks draw different tokens
+        self.sample_indices = count(2**30)  # of forks, which so draw other tokens than any request
 
     @property
     def num_blocks(self) -> int:
@@ -131,11 +131,13 @@ class Branches:
             (logprobs,) = self.engine.score([prompt_ids], [token_ids])
         branch = self.make(prompt_ids, params, logprobs)
         branch.seq.token_ids.extend(token_ids)
-        positions = range(len(prompt_ids), len(prompt_ids) + len(token_ids))
-        pairs = zip(positions, made["mask"], strict=False)
-        branch.seq.forced = {position for position, is_drawn in pairs if not is_drawn}
+        for i in range(len(token_ids)):
+            if not made["mask"][i]:
+                branch.seq.forced.add(len(prompt_ids) + i)
+                branch.logprobs[i] = 0.0
         branch.target_length = len(branch.seq.token_ids)
-        self.engine.guard.perform(partial(self.hold, branch, None))
+        if token_ids:  # else it is as one that was started
+            self.engine.guard.perform(partial(self.hold, branch, None))
         return branch
 
     def fork_request(self, request_id: int, k: int = 1, sample: int = 0) -> list[Branch]:
@@ -182,7 +184,7 @@ class Branches:
         self, prompt_ids: List[int], params: SamplingParams, source: Sequence, logprobs: List[float]
     ) -> Branch:
         """A branch with the tokens of a sequence, whose blocks it shares. Under the guard."""
-        params = replace(params, sample_index=params.sample_index + next(self.sample_indices))
+        params = replace(params, sample_index=next(self.sample_indices))
         branch = self.make(prompt_ids, params, logprobs)
         branch.seq.seed = source.seed
         branch.seq.token_ids = list(source.token_ids)
@@ -204,7 +206,7 @@ class Branches:
             seq.num_computed = source.num_computed
             seq.num_published = source.num_published
             seq.block_hashes = list(source.block_hashes)
-        self.engine.read_text(seq)
+        self.engine.find_or_open_text(seq).read(seq)
 
     # branches grow, and end
 
@@ -283,9 +285,7 @@ class Branches:
         """A branch that differs in its last token. Under the guard."""
         request = branch.request
         source = branch.seq
-        params = replace(
-            request.params, sample_index=request.params.sample_index + next(self.sample_indices)
-        )
+        params = replace(request.params, sample_index=next(self.sample_indices))
         child = self.make(request.prompt, params, [*branch.logprobs[:-1], logprob])
         child.seq.seed = source.seed
         child.seq.token_ids = [*source.token_ids[:-1], token_id]

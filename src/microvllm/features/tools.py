@@ -52,6 +52,7 @@ MARKS = {
 }
 MAX_ERROR = 200  # characters of an exception in the text
 CHARACTERS_PER_TOKEN = 64  # of a long result only so many are encoded
+CANCEL_SECONDS = 1.0  # that coroutines have to end when the engine is closed
 WAIT_SECONDS = 0.02  # that a step waits at most if all sequences wait for tools
 
 Mark = str | List[int]
@@ -120,6 +121,8 @@ class Tool:
         has_begin = type(self).begin is not Tool.begin
         if not callable(self.function) and not has_begin:
             raise TypeError(f"function of tool {self.name!r} must be callable: {self.function!r}")
+        if self.is_inline and inspect.iscoroutinefunction(self.function):
+            raise ValueError(f"is_inline of tool {self.name!r}: a step waits for no coroutine")
         self.timeout = check_number("timeout", self.timeout, 0.001, threading.TIMEOUT_MAX)
         for name in ("max_result_tokens", "max_concurrent"):
             check_number(name, vars(self)[name], 1)
@@ -214,7 +217,10 @@ class Call:
 
     def fail(self, error: BaseException) -> None:
         """Let an exception be the result."""
-        message = str(error)[:MAX_ERROR]
+        try:
+            message = str(error)[:MAX_ERROR]
+        except Exception:  # its own
+            message = ""
         self.finish(f"error: {type(error).__name__}: {message}".rstrip(": "), has_failed=True)
 
     def cancel(self) -> None:
@@ -317,7 +323,7 @@ class BackgroundCalls:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
                 thread = threading.Thread(
-                    target=self.loop.run_forever, name="microvllm tools", daemon=True
+                    target=run_loop, args=(self.loop,), name="microvllm tools", daemon=True
                 )
                 thread.start()
                 weakref.finalize(self, stop_loop, self.loop)
@@ -341,10 +347,25 @@ class BackgroundCalls:
                 self.loop = None
 
 
+def run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """What the thread of an event loop does."""
+    loop.run_forever()
+    loop.close()
+
+
 def stop_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """End an event loop that runs in another thread."""
+    """End an event loop that runs in another thread, and cancel its coroutines."""
+
+    async def end() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=CANCEL_SECONDS)
+        loop.stop()
+
     if loop.is_running():
-        loop.call_soon_threadsafe(loop.stop)
+        asyncio.run_coroutine_threadsafe(end(), loop)
 
 
 def check_result(tool: Tool, result: object, vocab_size: int) -> Result:
@@ -450,14 +471,15 @@ class ToolCalling(Extension):
         vocab_size = self.engine.tokenizer.vocab_size
         sample = self.samples[seq]
         try:
-            call.finish(check_result(call.tool, sample.answer(call), vocab_size))
+            result = check_result(call.tool, sample.answer(call), vocab_size)
         except Exception:
             try:
-                sample.answer(call)
+                check_result(call.tool, sample.answer(call), vocab_size)
             except Exception as error:
                 call.fail(error)
                 return
             raise
+        call.finish(result)
 
     def on_begin(self) -> None:
         if self.pending:
@@ -497,7 +519,7 @@ class ToolCalling(Extension):
             self.engine.scheduler.force(seq, token_ids)
         if seq.finish_reason is None:
             self.engine.scheduler.resume(seq)
-        self.engine.read_text(seq)
+        self.engine.find_or_open_text(seq).read(seq)
 
     def drop(self, seq: Sequence) -> None:
         """A sequence has ended while it waited for a tool."""

@@ -1,6 +1,16 @@
 """What nanochat's scripts import from nanochat, on this engine: see docs/NANOCHAT.md."""
 
-from .core_metric import evaluate_core, read_bundle
+from .chat_eval import evaluate_chat, run_chat_eval
+from .core_metric import evaluate_core, evaluate_task, read_bundle
 from .engine import Engine
+from .tasks import load_task
 
-__all__ = ["Engine", "evaluate_core", "read_bundle"]
+__all__ = [
+    "Engine",
+    "evaluate_chat",
+    "evaluate_core",
+    "evaluate_task",
+    "load_task",
+    "read_bundle",
+    "run_chat_eval",
+]

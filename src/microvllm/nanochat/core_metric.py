@@ -24,6 +24,8 @@ from os.path import commonprefix, expanduser
 from pathlib import Path
 from typing import NamedTuple
 
+from .shares import llm_of, own_share, share_solved
+
 KINDS = ("multiple_choice", "schema", "language_modeling")
 FIELDS = ("label", "task_type", "num_fewshot", "random_baseline", "rows")
 SHUFFLE_SEED = 1337  # of a task's rows, and of the examples of each, as nanochat has them
@@ -66,6 +68,23 @@ def evaluate_core(llm, tasks: Iterable[dict]) -> dict:
     return {"results": results, "centered_results": centered, "core_metric": core}
 
 
+def evaluate_task(model, tokenizer, data: list[dict], device, task_meta: dict) -> float:
+    """What nanochat.core_eval.evaluate_task does: the accuracy of a live module in one task. The
+    items are one batch. Under torch.distributed each process has its share of them, and all return
+    the accuracy of the whole.
+
+    model, tokenizer: nanochat's; data: the rows; device: has no effect, it is the module's;
+    task_meta: task_type, num_fewshot and continuation_delimiter. Raises ValueError, see
+    `evaluate_core`.
+    """
+    task = {"label": "of task_meta", "random_baseline": 0.0} | task_meta | {"rows": data}
+    with llm_of(model, tokenizer) as llm:
+        indices = own_share(llm, len(data))
+        items = make_items(llm, task, indices)
+        own_task = task | {"rows": [data[i] for i in indices]}
+        return share_solved(llm, find_right(llm, own_task, items))
+
+
 def read_bundle(directory: str | Path, max_per_task: int = -1) -> list[dict]:
     """The tasks of nanochat's eval_bundle: core.yaml, eval_meta_data.csv and eval_data/. The rows
     are shuffled as nanochat does, also where all are taken: which examples an item gets depends on
@@ -100,12 +119,13 @@ def read_bundle(directory: str | Path, max_per_task: int = -1) -> list[dict]:
 # an item: a row of a task with its examples, as token ids
 
 
-def make_items(llm, task: dict) -> list[list[Option]]:
-    """The options of each row. Raises ValueError, see `evaluate_core`."""
+def make_items(llm, task: dict, indices: Iterable[int] | None = None) -> list[list[Option]]:
+    """The options of each row, or of those at `indices`. Raises ValueError, see `evaluate_core`."""
     check_task(task)
     rows = task["rows"]
     items = []
-    for i, row in enumerate(rows):
+    for i in range(len(rows)) if indices is None else indices:
+        row = rows[i]
         others = [*range(i), *range(i + 1, len(rows))]
         chosen = random.Random(EXAMPLES_SEED + i).sample(others, task["num_fewshot"])
         where = f"task {task['label']}, row {i}"
