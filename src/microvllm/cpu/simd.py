@@ -368,6 +368,26 @@ def sum_of(b, n, add, width: int = LANES):
     return b.fadd(b.extract_element(vector, b.i32(0)), last)
 
 
+def lane_sums(b, vectors: list):
+    """A vector with the sum of each vector's numbers. The number of vectors is a power of two, at
+    most that of lanes: two of them become one, with half as many numbers of each."""
+    width = vectors[0].type.count  # numbers of each sum
+
+    def halved(pair):
+        """The first halves of all sums in a pair of vectors, plus the second halves."""
+        starts = range(0, sum(vector.type.count for vector in pair), width)
+        lanes = [[start + i for start in starts for i in range(width // 2)]]
+        lanes.append([lane + width // 2 for lane in lanes[0]])
+        kind = ir.VectorType(b.i32, len(lanes[0]))
+        return b.fadd(*[b.shuffle_vector(pair[0], pair[-1], ir.Constant(kind, x)) for x in lanes])
+
+    while width > 1:
+        pairs = [vectors[i : i + 2] for i in range(0, len(vectors), 2)]
+        vectors = [halved(pair) for pair in pairs]
+        width //= 2
+    return vectors[0]
+
+
 @vectorised(types.float32)
 def dot(b, x, y, n):
     """The sum of the first n of x * y."""

@@ -452,6 +452,7 @@ def _new_team(size: int) -> _Team:
 
 _teams: dict[int, _Team] = {}  # by size
 _scratch = _lined_up(0)
+_scratch_address = _scratch.ctypes.data  # which takes numpy microseconds to find
 _process = os.getpid()
 
 
@@ -459,7 +460,7 @@ def team_of(size: int | None = None, scratch: int = 0) -> np.ndarray:
     """The array of the team whose threads compute the next kernels: as many as torch has, or `size`
     of them; scratch: bytes that the kernels take, see scratch_array. Call it with one_at_a_time
     held. Raises RuntimeError in a fork, which has no threads."""
-    global _scratch
+    global _scratch, _scratch_address
     check_process()
     size = min(size or torch.get_num_threads(), MAX_THREADS)
     team = _teams.get(size)
@@ -478,7 +479,8 @@ def team_of(size: int | None = None, scratch: int = 0) -> np.ndarray:
             team.threads.append(thread)
     if scratch > len(_scratch):
         _scratch = _lined_up(scratch)
-    team.array[SCRATCH] = _scratch.ctypes.data
+        _scratch_address = _scratch.ctypes.data
+    team.array[SCRATCH] = _scratch_address
     team.array[IS_RECORDING] = 0  # also after a kernel that has failed
     return team.array
 
