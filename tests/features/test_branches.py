@@ -1,12 +1,22 @@
 """Branches: texts that are continued in several ways share their blocks."""
 
 import pytest
-from helpers.full_engines import build, everything_is_free, ids, sampled
+from helpers.full_engines import (
+    TOOL_GOLDENS,
+    build,
+    chain,
+    everything_is_free,
+    ids,
+    sampled,
+)
+from helpers.traces import compare
 
 from microvllm import LLM, SamplingParams
+from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SLOW = pytest.mark.slow
 PROMPT = ids(9, 1)
 PARAMS = sampled(20, seed=3, logprobs=5)
 
@@ -26,7 +36,7 @@ def assert_logprobs(llm: LLM, branches: list) -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("block_size", [4, *[pytest.param(n, marks=SLOW) for n in (1, 16)]])
 def test_a_branch_that_stops_and_goes_on_has_the_tokens_of_a_request(overlap, block_size):
     with build(plain=True, overlap=overlap, block_size=block_size) as llm:
         (expected,) = llm.generate([PROMPT], PARAMS, use_tqdm=False)
@@ -84,7 +94,7 @@ def test_blocks_are_shared_until_they_are_written():
         assert everything_is_free(llm)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=SLOW)])
 def test_a_spread_has_the_most_likely_next_tokens(overlap):
     with build(plain=True, overlap=overlap, block_size=4) as llm:
         with llm.branching() as branches:
@@ -150,7 +160,7 @@ def test_more_branches_than_run_at_once():
         assert_logprobs(llm, forks)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=SLOW), True])
 def test_branches_outlive_an_error_and_new_weights(overlap):
     with build(plain=True, overlap=overlap, block_size=4) as llm:
         (expected,) = llm.generate([PROMPT], PARAMS, use_tqdm=False)
@@ -194,11 +204,14 @@ def test_a_finished_request_is_continued():
         assert everything_is_free(llm)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=SLOW), True])
 def test_a_running_request_is_forked_and_runs_on(overlap):
     with build(plain=True, overlap=overlap, block_size=4) as llm:
         (expected,) = llm.generate([PROMPT], PARAMS, use_tqdm=False)
-        number = llm.add_request(PROMPT, PARAMS)
+        number = llm.add_request(PROMPT, sampled(20, seed=3))
+        with llm.branching() as branches:
+            with pytest.raises(ValueError, match="has no token yet"):
+                branches.fork_request(number)
         for _ in range(7):
             llm.step()
         with llm.branching() as branches:
@@ -218,6 +231,73 @@ def test_a_running_request_is_forked_and_runs_on(overlap):
             with pytest.raises(KeyError, match="not unfinished"):
                 branches.fork_request(number)
         assert everything_is_free(llm)
+
+
+def test_a_sample_that_has_ended_is_not_forked():
+    with build(plain=True) as llm, llm.branching() as branches:
+        number = llm.add_request(PROMPT, sampled(20, seed=3, n=2))
+        llm.step()
+        llm.step()
+        (request,) = [llm.requests[number]]
+        llm.guard.perform(lambda: llm.scheduler.finish(request.sequences[1], "length", None))
+        with pytest.raises(ValueError, match="sample 1 of request .* has ended"):
+            branches.fork_request(number, sample=1)
+        (branch,) = branches.fork_request(number, sample=0)
+        llm.abort(number)  # the branch has its own blocks
+        branches.grow([branch], 3)
+        check(llm)
+        assert_logprobs(llm, [branch])
+        with pytest.raises(KeyError, match="not unfinished"):
+            branches.fork_request(number)
+        branches.drop(branch, branch)
+        with pytest.raises(ValueError, match="'abort' cannot be forked"):
+            branches.fork(branch)
+
+
+def test_what_a_tool_wrote_has_no_probability_in_a_branch():
+    run = next(run for run in TOOL_GOLDENS["runs"] if 0 in run["masks"])
+    params = SamplingParams(temperature=0, max_tokens=60)
+    with chain(plain=True) as llm:
+        (output,) = llm.generate([run["prompt"]], params, use_tqdm=False, tools=True)
+        with llm.branching() as branches:
+            branch = branches.resume(output, params)
+            for logprob, is_drawn in zip(branch.logprobs, output["mask"], strict=False):
+                assert (logprob < 0) == bool(is_drawn)
+            branches.grow([branch], 1)
+            assert branch.finish_reason == "stop"  # as the request
+        assert everything_is_free(llm)
+
+
+@pytest.mark.parametrize("num_blocks", [200, 20])
+def test_a_trace_tells_of_branches(num_blocks):
+    with build("era1_padded", plain=True, block_size=4, num_blocks=num_blocks) as llm:
+        with llm.branching() as branches:
+            root = branches.start(PROMPT, PARAMS)
+            branches.grow([root], 5)
+            with llm.tracing() as trace:
+                replay = Replay()
+                num_replayed = 0
+
+                def follow():
+                    nonlocal num_replayed
+                    for event in trace.events[num_replayed:]:
+                        replay.apply(event)
+                        num_replayed += 1
+                    compare(replay, llm.scheduler)
+
+                follow()
+                forks = branches.fork(root, 2)
+                follow()
+                branches.grow([root], 2)
+                follow()
+                children = branches.spread(forks, 3)
+                follow()
+                llm.generate([ids(9, 2)] * 3, sampled(20, seed=8), use_tqdm=False)
+                follow()
+                branches.grow(children, 4)
+                follow()
+                branches.drop(*children)
+                follow()
 
 
 def test_mistakes_are_refused_with_a_remedy():

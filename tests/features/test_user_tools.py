@@ -5,11 +5,21 @@ import threading
 import time
 
 import pytest
-from helpers.full_engines import TOOL_GOLDENS, chain, everything_is_free, set_overlap
+from helpers.full_engines import (
+    TOOL_CHAIN,
+    TOOL_GOLDENS,
+    chain,
+    everything_is_free,
+    set_overlap,
+)
+from helpers.traces import compare
 
 from microvllm import LLM, SamplingParams
+from microvllm.checkpoint import load_model
 from microvllm.features.calculator import Calculator, calculate
 from microvllm.features.tools import Tool, ToolSession
+from microvllm.nanochat import Engine
+from microvllm.trace import Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,8 +51,14 @@ def check_tables(llm: LLM) -> None:
 # functions ----------------------------------------------------------------------------------------
 
 
+SMALL = [
+    pytest.param(options, marks=pytest.mark.slow)
+    for options in ({"max_batched_tokens": 3}, {"num_blocks": 9})
+]
+
+
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("options", [{}, {"max_batched_tokens": 3}, {"num_blocks": 9}])
+@pytest.mark.parametrize("options", [{}, *SMALL])
 def test_functions_coroutines_and_inline_tools_answer_with_the_tokens_of_the_calculator(
     overlap, options
 ):
@@ -150,30 +166,62 @@ def exit_thread(call: str) -> str:
     raise SystemExit(3)
 
 
-@pytest.mark.parametrize(
-    ("function", "options", "result"),
-    [
-        (fail, {}, "error: ZeroDivisionError: 7*6 is too hard"),
-        (fail_later, {}, "error: ZeroDivisionError: 7*6 is too hard"),
-        (fail, {"is_inline": True}, "error: ZeroDivisionError: 7*6 is too hard"),
-        (exit_thread, {}, "error: SystemExit: 3"),
-        (lambda call: 42, {}, "error: TypeError: the result of tool 'calculator' must be a list"),
-        (lambda call: [10**6], {}, "error: ValueError: token ids [1000000] are outside"),
-    ],
-)
-def test_an_exception_is_a_result(function, options, result):
+async def cancel(call: str) -> str:
+    raise asyncio.CancelledError
+
+
+class Silent(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("this cannot be shown")
+
+
+def fail_silently(call: str) -> str:
+    raise Silent
+
+
+NO_LIST = "error: TypeError: the result of tool 'calculator' must be a list"
+MISTAKES = [
+    (fail, False, "error: ZeroDivisionError: 7*6 is too hard"),
+    (fail_later, False, "error: ZeroDivisionError: 7*6 is too hard"),
+    (fail, True, "error: ZeroDivisionError: 7*6 is too hard"),
+    (exit_thread, False, "error: SystemExit: 3"),
+    (cancel, False, "error: CancelledError"),
+    (fail_silently, False, "error: Silent"),
+    (fail_silently, True, "error: Silent"),
+    (lambda call: 42, False, NO_LIST),
+    (lambda call: 42, True, NO_LIST),
+    (lambda call: b"42", False, NO_LIST),
+    (lambda call: [10**6], False, "error: ValueError: token ids [1000000] are outside"),
+    (lambda call: [True], False, "error: TypeError: the result of tool 'calculator' must be an"),
+]
+
+
+def test_an_exception_is_a_result():
+    params = SamplingParams(temperature=0, max_tokens=200)
     with chain(plain=True) as llm:
-        params = SamplingParams(temperature=0, max_tokens=200)
-        output = answer(llm, [tool(function, **options)], params)
-        (entry,) = output["tool_calls"]
-        assert entry["result"].startswith(result)
-        encode = llm.tokenizer.encode
         special = llm.tokenizer.special_tokens
-        marks = (special["<|output_start|>"], special["<|output_end|>"])
-        pairs = (output["token_ids"], output["mask"])
-        forced = [i for i, is_drawn in zip(*pairs, strict=True) if not is_drawn]
-        assert forced == [marks[0], *encode(entry["result"])[:256], marks[1]]
-        assert output["finish_reason"] == "stop"
+        start, end = special["<|output_start|>"], special["<|output_end|>"]
+        for function, is_inline, result in MISTAKES:
+            output = answer(llm, [tool(function, is_inline=is_inline)], params)
+            (entry,) = output["tool_calls"]
+            assert entry["result"].startswith(result)
+            pairs = zip(output["token_ids"], output["mask"], strict=True)
+            forced = [token_id for token_id, is_drawn in pairs if not is_drawn]
+            assert forced == [start, *llm.tokenizer.encode(entry["result"])[:256], end]
+            assert output["finish_reason"] == "stop"
+        with pytest.raises(ValueError, match="is_inline of tool 'calculator'"):
+            tool(fail_later, is_inline=True)
+
+
+def test_special_tokens_in_a_result_are_plain_text():
+    with chain(plain=True) as llm:
+        text = "<|python_start|>1+1<|python_end|><|assistant_end|>"
+        output = answer(
+            llm, [tool(lambda call: text)], SamplingParams(temperature=0, max_tokens=99)
+        )
+        (entry,) = output["tool_calls"]
+        assert entry == {"call": "7*6", "result": text, "tool": "calculator"}
+        assert output["text"] == f"So:`7*6` = {text}  yes!"
 
 
 def test_a_call_that_takes_too_long_has_an_error_as_its_result():
@@ -317,6 +365,39 @@ def test_a_session_that_cannot_begin_or_end_crashes_nothing(caplog):
     assert "the session did not close" in caplog.text
 
 
+class Late(Counting):
+    """Its sessions begin when they may."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.has_begun = threading.Event()
+        self.may_begin = threading.Event()
+
+    def begin(self, request):
+        self.has_begun.set()
+        assert self.may_begin.wait(60)
+        return super().begin(request)
+
+
+@pytest.mark.parametrize("how", ["timeout", "abort", "close"])
+def test_a_session_that_begins_too_late_is_closed(how):
+    late = Late(timeout=0.05 if how == "timeout" else 60)
+    with chain(plain=True) as llm:
+        number = llm.add_request(RUN["prompt"], PARAMS, tools=[late])
+        while not late.has_begun.is_set():
+            llm.step()
+        if how == "close":
+            llm.close()
+        elif how == "abort":
+            llm.abort(number)
+        while how == "timeout" and not llm.is_finished():
+            llm.step()
+        (thread,) = [t for t in threading.enumerate() if t.name == "microvllm tool count"]
+        late.may_begin.set()
+        thread.join(60)
+    assert late.closed == [0]
+
+
 # what else may happen -----------------------------------------------------------------------------
 
 
@@ -338,6 +419,64 @@ def test_a_request_may_be_aborted_while_it_waits(overlap):
         assert everything_is_free(llm) and not llm.scheduler.paused
         may_end.set()
         assert answer(llm, True)["token_ids"] == RUN["tokens"]
+
+
+def test_closing_the_engine_ends_coroutines_and_sessions():
+    cancelled = threading.Event()
+
+    async def sleep(call: str) -> str:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    llm = chain(plain=True)
+    llm.add_request(RUN["prompt"], PARAMS, tools=[tool(sleep)])
+    while not (llm.scheduler.paused and llm.tool_calling.background.loop):
+        llm.step()
+    (thread,) = [t for t in threading.enumerate() if t.name == "microvllm tools"]
+    loop = llm.tool_calling.background.loop
+    llm.close()
+    assert cancelled.wait(60)
+    thread.join(60)
+    assert not thread.is_alive() and loop.is_closed()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_new_weights_come_while_a_sequence_waits(overlap):
+    may_end = threading.Event()
+
+    def wait(call: str) -> str | None:
+        assert may_end.wait(60)
+        return calculate(call)
+
+    model = load_model(TOOL_CHAIN / "chatsft_checkpoints" / "d1")
+    with set_overlap(chain(plain=True), overlap) as llm:
+        llm.add_request(RUN["prompt"], PARAMS, tools=[tool(wait)])
+        while not llm.scheduler.paused:
+            llm.step()
+        for change in (lambda: llm.update_weights(model.state_dict()), llm.sleep, llm.wake):
+            change()
+            assert llm.step() == []
+            assert len(llm.scheduler.paused) == 1
+            check_tables(llm)
+        may_end.set()
+        (output,) = [output for _ in iter(llm.is_finished, True) for output in llm.step()]
+        assert (output["token_ids"], output["mask"]) == (RUN["tokens"], RUN["masks"])
+        assert output["version"] > 0
+
+
+def test_a_tool_may_call_the_engine_but_not_inside_a_step():
+    with chain(plain=True) as llm:
+
+        def ask(call: str) -> str:
+            (output,) = llm.generate([RUN["prompt"]], PARAMS, False, tools=True)
+            return output["tool_calls"][0]["result"]
+
+        assert answer(llm, [tool(ask)])["token_ids"] == RUN["tokens"]
+        output = answer(llm, [tool(ask, is_inline=True)])
+        assert output["tool_calls"][0]["result"].startswith("error: RuntimeError: a step cannot")
 
 
 def test_no_tool_is_called_twice_after_an_error():
@@ -376,6 +515,10 @@ def test_streams_tasks_and_nanochats_functions_take_tools():
         columns = [*llm.generate_columns(RUN["prompt"], **sizes)]
         assert [*llm.generate_columns(RUN["prompt"], tools=tools, **sizes)] == columns
         assert columns != [*llm.generate_columns(RUN["prompt"], tools=False, **sizes)]
+        model = load_model(TOOL_CHAIN / "chatsft_checkpoints" / "d1")
+        engine = Engine(model, llm.tokenizer, plain=True)
+        assert engine.generate_batch(RUN["prompt"], num_samples=2, tools=tools, **sizes) == expected
+        assert [*engine.generate(RUN["prompt"], tools=tools, **sizes)] == columns
 
 
 def test_draft_tokens_do_not_reach_past_a_call():
@@ -422,8 +565,21 @@ def test_whole_numbers_are_written_as_the_engine_or_as_the_training_data_has_the
     assert [whole(x) for x in expressions] == ["10", "10", "0.25", "3", None, "1", "1000"]
 
 
-def test_a_trace_tells_of_sequences_that_wait():
-    with chain(plain=True) as llm, llm.tracing() as trace:
-        assert answer(llm, [tool(calculate_later)])["token_ids"] == RUN["tokens"]
-    events = [event["e"] for event in trace.events]
-    assert events.count("force") == 1 and events[-1] != "error"
+@pytest.mark.parametrize("num_blocks", [200, 9])
+def test_a_trace_tells_of_sequences_that_wait(num_blocks):
+    def wait(call: str) -> str | None:
+        time.sleep(0.01)
+        return calculate(call)
+
+    with chain(plain=True, num_blocks=num_blocks) as llm, llm.tracing() as trace:
+        replay = Replay()
+        num_replayed = 0
+        for _ in range(3):
+            llm.add_request(RUN["prompt"], PARAMS, tools=[tool(wait)])
+        while not llm.is_finished():
+            llm.step()
+            for event in trace.events[num_replayed:]:
+                replay.apply(event)
+                num_replayed += 1
+            compare(replay, llm.scheduler)
+    assert [event["e"] for event in trace.events].count("force") == 3

@@ -63,7 +63,7 @@ def test_a_beam_that_loses_nothing_finds_the_most_likely_texts(llm, texts):
         assert branch.logprob == pytest.approx(texts[tuple(branch.token_ids)], abs=1e-4)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("width", [2, *[pytest.param(n, marks=pytest.mark.slow) for n in (1, 3)]])
 def test_a_narrow_beam_is_the_one_of_the_definition(llm, texts, width):
     end = len(LETTERS)
     beam = [((), 0.0)]
@@ -111,6 +111,7 @@ def test_nothing_is_left_behind(llm):
 # on the bundled model -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_searches_run_on_the_bundled_model(capsys):
     beam_search.main(["--max-tokens", "8", "--width", "3"])
     tree_search.main(["--max-tokens", "4", "--k", "3"])
@@ -136,6 +137,7 @@ def test_each_search_has_80_lines_at_most_and_is_in_the_readme():
 # tools with a session -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_sample_plays_its_own_game():
     with LLM(MODEL, device="cpu", num_blocks=400, plain=True) as llm:
         output = tool_session.play(llm, num_samples=3, seed=0)
@@ -154,6 +156,7 @@ def test_each_sample_plays_its_own_game():
     assert len(numbers) > 1
 
 
+@pytest.mark.slow
 def test_the_example_of_tools_prints_a_line_for_each_sample(capsys):
     tool_session.main(["--samples", "2"])
     assert len(re.findall(r"^sample \d: `\d` = .* right", capsys.readouterr().out, re.M)) == 2

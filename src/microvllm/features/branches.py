@@ -126,26 +126,26 @@ class Branches:
         if len(token_ids) >= params.max_tokens:
             has = f"the output has {len(token_ids)} tokens"
             raise ValueError(f"max_tokens={params.max_tokens}, and {has}: give a larger number")
-        logprobs = []
-        if token_ids:
-            (logprobs,) = self.engine.score([prompt_ids], [token_ids])
-        branch = self.make(prompt_ids, params, logprobs)
+        branch = self.make(prompt_ids, params)
         branch.seq.token_ids.extend(token_ids)
-        for i in range(len(token_ids)):
-            if not made["mask"][i]:
-                branch.seq.forced.add(len(prompt_ids) + i)
-                branch.logprobs[i] = 0.0
+        for position, is_drawn in enumerate(made["mask"][: len(token_ids)], len(prompt_ids)):
+            if not is_drawn:
+                branch.seq.forced.add(position)
         branch.target_length = len(branch.seq.token_ids)
         if token_ids:  # else it is as one that was started
+            branch.logprobs = self.score(branch.seq)
             self.engine.guard.perform(partial(self.hold, branch, None))
         return branch
 
     def fork_request(self, request_id: int, k: int = 1, sample: int = 0) -> list[Branch]:
-        """k branches that continue an unfinished request as it is now; the request runs on. Raises
-        KeyError if there is none, ValueError if it has ended or is no branch's equal: several
-        samples that are not begun."""
+        """k branches that continue an unfinished request as it is now; the request runs on, and
+        its tools answer only there. Raises KeyError if there is none, ValueError if the sample has
+        ended or not begun."""
         branches: list[Branch] = []
         self.engine.guard.perform(partial(self.fork_now, request_id, k, sample, branches))
+        logprobs = self.score(branches[0].seq) if branches else []
+        for branch in branches:
+            branch.logprobs = list(logprobs)
         return branches
 
     def fork_now(self, request_id: int, k: int, sample: int, branches: list[Branch]) -> None:
@@ -154,15 +154,21 @@ class Branches:
         if request_id not in self.engine.requests:
             raise KeyError(f"request {request_id} is not unfinished: `resume` takes its output")
         request = self.engine.requests[request_id]
-        if sample >= len(request.sequences):
-            raise ValueError(f"sample {sample} of request {request_id} has not begun")
-        source = request.sequences[sample]
-        params = replace(request.params, n=1, logprobs=request.params.logprobs or 0)
-        made = self.engine.make_sample_output(request, source)
-        entries = made.get("logprobs") or [None] * len(source.output)
+        begun = {seq.index: seq for seq in request.sequences if seq.output}
+        source = begun.get(sample)
+        if source is None or source.finish_reason is not None:
+            state = "has ended" if source is not None else "has no token yet"
+            raise ValueError(f"sample {sample} of request {request_id} {state}")
+        params = replace(request.params, n=1)
         for _ in range(k):
-            logprobs = [0.0 if entry is None else entry["logprob"] for entry in entries]
-            branches.append(self.copy(request.prompt, params, source, logprobs))
+            branches.append(self.copy(request.prompt, params, source, []))
+
+    def score(self, seq: Sequence) -> list[float]:
+        """The log-probabilities of a sequence's output, computed from its tokens."""
+        (logprobs,) = self.engine.score([seq.token_ids[: seq.num_prompt]], [seq.output])
+        positions = range(seq.num_prompt, len(seq.token_ids))
+        pairs = zip(positions, logprobs, strict=True)
+        return [0.0 if position in seq.forced else logprob for position, logprob in pairs]
 
     def make(
         self, prompt_ids: List[int], params: SamplingParams, logprobs: Iterable[float] = ()
@@ -216,6 +222,7 @@ class Branches:
         if branch.finish_reason is not None or not branch.token_ids:
             state = branch.finish_reason or "no tokens"
             raise ValueError(f"a branch with {state!r} cannot be forked")
+        self.read_logprobs(branch)  # an exception may have struck in `grow`
         forks: list[Branch] = []
 
         def add() -> None:
@@ -302,7 +309,8 @@ class Branches:
         for branch in branches:
             if branch.finish_reason is None:
                 branch.seq.finish_reason = "abort"
-        self.live = [branch for branch in self.live if branch not in branches]
+        dropped = set(branches)
+        self.live = [branch for branch in self.live if branch not in dropped]
 
     def __enter__(self) -> Branches:
         return self

@@ -224,7 +224,8 @@ class Call:
         self.finish(f"error: {type(error).__name__}: {message}".rstrip(": "), has_failed=True)
 
     def cancel(self) -> None:
-        """The result is of no use any more."""
+        """No result is of use any more."""
+        self.finish(None)
         if self.coroutine is not None:
             self.coroutine.cancel()
 
@@ -257,15 +258,26 @@ class SampleTools:
 
     def answer(self, call: Call) -> Result | Awaitable[Result]:
         """Call the tool's function for this sample, which is begun if there is none."""
-        if call.tool not in self.sessions:
-            self.sessions[call.tool] = call.tool.begin(self.request)
-        return self.sessions[call.tool](call.text)
+        session = self.sessions.get(call.tool)
+        if session is None:
+            session = call.tool.begin(self.request)
+            with call.lock:
+                is_late = call.is_done
+                if not is_late:
+                    self.sessions[call.tool] = session
+            if is_late:  # the call has been given up, and `close` did not see the session
+                close_session(call.tool, session)
+                return None
+        return session(call.text)
 
     def close(self, tool: Tool) -> None:
         """End the session of a tool; a later call begins another one."""
-        session = self.sessions.pop(tool, None)
-        if not isinstance(session, ToolSession):
-            return
+        close_session(tool, self.sessions.pop(tool, None))
+
+
+def close_session(tool: Tool, session: ToolFunction | ToolSession | None) -> None:
+    """End a session, if it is one. What it raises is logged."""
+    if isinstance(session, ToolSession):
         try:
             session.close()
         except Exception:
@@ -427,6 +439,8 @@ class ToolCalling(Extension):
         tools = self.tools_of(request)
         if request.options.get("tools"):
             request.needs_text = True
+            if request.options["tools"] is not True:
+                request.options["tools"] = tools
         starts = set()
         for tool in tools:
             if not isinstance(tool, Tool):
@@ -492,7 +506,7 @@ class ToolCalling(Extension):
         running = Counter(call.tool for call in self.pending.values() if is_running(call, now))
         for seq, call in list(self.pending.items()):
             if seq.finish_reason is not None:
-                self.drop(seq)
+                del self.pending[seq]  # on_output cancels its call
             elif call.is_done or now > call.deadline:
                 # a step that is in flight has drawn behind the call: loops/ahead.py
                 if seq.token_ids[-1] >= 0:
@@ -521,12 +535,6 @@ class ToolCalling(Extension):
             self.engine.scheduler.resume(seq)
         self.engine.find_or_open_text(seq).read(seq)
 
-    def drop(self, seq: Sequence) -> None:
-        """A sequence has ended while it waited for a tool."""
-        call = self.pending.pop(seq, None)
-        if call is not None:
-            call.cancel()
-
     def on_plan(self, plan: Plan) -> None:
         if self.pending and not plan.chunks:  # there is nothing else to do
             nearest = min([call.deadline for call in self.pending.values()])
@@ -550,7 +558,9 @@ class ToolCalling(Extension):
         for seq in request.sequences:
             sample = self.samples.get(seq)
             if sample is not None and seq.finish_reason is not None:
-                self.drop(seq)
+                self.pending.pop(seq, None)
+                for call in sample.calls.values():
+                    call.cancel()
                 for tool in list(sample.sessions):
                     sample.close(tool)
 
