@@ -32,7 +32,11 @@ from microvllm import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--device cpu --depth 2 --width 64 --head-dim 32 --vocab 512 --shrink 32 --num-blocks 512"
-AIMS = {"headline": 54_000, "single": 600, "mixed": 19_500}  # tokens/s on one H100, docs/NUMBERS.md
+AIMS = {
+    "headline": 54_000,
+    "single": 600,
+    "mixed": 19_500,
+}  # tokens/s on one H100, docs/PERFORMANCE.md
 FEATURES = {  # what a request may ask of the sampler
     "greedy": {"temperature": 0.0}, "temperature": {}, "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.8}, "min_p": {"min_p": 0.1}, "logprobs": {"logprobs": 3},

@@ -52,7 +52,7 @@ def choose_loop(model, ranks: Ranks | None, prompt_lookup: int, cuda_graphs: boo
     """
     is_fused = isinstance(model, FusedGPT)
     if model.device.type == "cuda":
-        if cuda_graphs and ranks is None and is_fused and model.backend.name == "triton":
+        if cuda_graphs and ranks is None and is_fused and model.backend.can_record:
             from .gpu.admission import in_groups
             from .gpu.graphs import GraphRunner
 

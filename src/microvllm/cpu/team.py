@@ -402,7 +402,7 @@ def job(body):
     # kernels that were compiled in different processes are linked by their names
     fork.__name__ = body.__name__
     fork.__qualname__ = f"fork_{body.__qualname__}"
-    return numba.njit(**EXACT)(fork)
+    return numba.njit(inline="always", **EXACT)(fork)
 
 
 @vectorised(types.voidptr)

@@ -1,5 +1,6 @@
 """Attention over the block table, with the signature that microvllm/attention.py describes."""
 
+import functools
 import math
 from functools import partial
 
@@ -11,9 +12,6 @@ from . import launch
 from .launch import VARIES, begin
 
 SEARCHED = tl.constexpr(512)  # sequences that a program of `_chunk` looks at in one go
-# programs of `_decode` that a multiprocessor runs at once, of one warp and of four: as registers of
-# Hopper allow, compiled in bfloat16. contexts are split until there are about so many
-AT_ONCE = {1: 8, 4: 5}
 MAX_SPLITS = tl.constexpr(64)
 
 
@@ -205,8 +203,28 @@ def _chunk(
 
 def make_counts(device: torch.device) -> torch.Tensor:
     """What `paged_attention` counts with: for one stream, and 0 between two launches."""
-    size = max(AT_ONCE.values()) * launch.card(device)[0]
+    size = launch.MAX_AT_ONCE * launch.card(device)[0]
     return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache
+def decodes_at_once(
+    device: torch.device, dtype: torch.dtype, constants: tuple[int, ...], options: tuple[int, int]
+) -> int:
+    """Programs of `_decode` that a multiprocessor runs at once, as the compiler and the card have
+    it: contexts are split until there are about that many. constants: the kernel's; options: warps
+    and stages."""
+    if device.type != "cuda":  # the interpreter
+        return 8
+    num_warps, num_stages = options
+    x = torch.empty(16, dtype=dtype, device=device)
+    integers = torch.empty(16, dtype=torch.int32, device=device)
+    parts = torch.empty(16, dtype=torch.float32, device=device)
+    kernel = _decode.warmup(
+        x, x, x, integers, integers, x, parts, parts, integers, 16, 16, 1.0, -1, *constants,
+        num_warps=num_warps, num_stages=num_stages, grid=(1,), **launch.options(device),
+    )  # fmt: skip
+    return launch.programs_at_once(device, kernel, num_warps)
 
 
 def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts=None):
@@ -232,11 +250,13 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
     out = torch.empty_like(q)
     if decodes:
         if group == 1:  # one warp with 4 KB of keys at a time: many small programs fill the card
-            block_g, warps, tile = 1, 1, max(4096 // (block_d * size), 1)
+            block_g, warps, stages, tile = 1, 1, 3, max(4096 // (block_d * size), 1)
         else:
-            block_g, warps = max(16, triton.next_power_of_2(group)), 4
+            block_g, warps, stages = max(16, triton.next_power_of_2(group)), 4, 5
             tile = 16 if size == 4 else min(8192 // block_d, 64)
-        wanted = round(AT_ONCE[warps] * processors / (decodes * n_kv))
+        constants = (n_kv, group, D, block_size, block_d, block_g, tile)
+        at_once = decodes_at_once(q.device, q.dtype, constants, (warps, stages))
+        wanted = round(at_once * processors / (decodes * n_kv))
         most = MAX_SPLITS.value
         splits = num_splits or max(1, min(wanted, triton.cdiv(batch.max_seq_len, 64), most))
         parts = lse = None
@@ -248,7 +268,7 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
             assert splits <= most and decodes * n_kv <= len(counts), (splits, decodes, n_kv)
         _decode[(n_kv, decodes, splits)](
             q, k, v, tables, seq_lens, out, parts, lse, counts, *where, block_g, tile,
-            num_warps=warps, **options,
+            num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
     if chunks:
         block_g = triton.next_power_of_2(group)
@@ -259,6 +279,8 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
         block_m, tile, warps = (32, 32, 4) if size == 4 or short else (128, 64, 8)
         if fixed and size < 4:
             block_m, tile, warps = 64, 64, 4
+        if block_d == 128 and (size == 4 or (fixed and memory <= 200_000)):
+            warps = 8  # with 4 their registers do not suffice
         if block_d > 128:
             block_m, tile, warps = min(block_m, 64), tile // 2, 8
         block_m = max(block_m, block_g)

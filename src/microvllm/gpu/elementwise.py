@@ -1,5 +1,5 @@
-"""The steps between the matrix products, fused: `add_norm`, `rope_store` and `relu2` are those of
-fused.backend.Backend. A product whose rows do not depend on their batch. And products of a few
+"""The operations between the matrix products, fused: `add_norm`, `rope_store` and `relu2` are those
+of fused.backend.Backend. A product whose rows do not depend on their batch. And products of a few
 rows, with the norm before them or the addition and relu^2 after them."""
 
 import torch
@@ -194,7 +194,10 @@ def _few_rows(
     for t in tl.static_range(TILES):
         live = (n < N)[:, None] & (t * BLOCK_K + c < K)
         tiles = tiles + (tl.load(at + t * BLOCK_K, live, 0.0, eviction_policy="evict_first"),)
-    wait(PDL)
+    if PDL:
+        wait(PDL)
+    else:  # or the compiler would move loads down, between the products
+        tl.debug_barrier()
     for row in range(1 if ONE else rows):
         xs = ()
         for t in tl.static_range(TILES):
