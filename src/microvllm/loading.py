@@ -177,7 +177,11 @@ def pick_backend(
     if name == "auto":
         name = fastest_backend(device, dtype)
     backend_class = choose_backend(name, device)
-    if kv_cache_dtype == "int8":
+    if kv_cache_dtype == "int8" and backend_class.name == "triton":
+        from .gpu.backend import Int8TritonBackend
+
+        backend_class = Int8TritonBackend
+    elif kv_cache_dtype == "int8":
         from .fused.int8_cache import with_int8_cache
 
         backend_class = with_int8_cache(backend_class, device)

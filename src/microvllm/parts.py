@@ -6,6 +6,7 @@ The comments that are paths of features' files are explained in full.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
@@ -156,6 +157,19 @@ def make_memory(model, config: EngineConfig) -> tuple:
         return make(model, config)
 
 
+def choose_batch_size(model, config: EngineConfig, ranks: Ranks | None) -> EngineConfig:
+    """A copy of config with max_batch_size for the memory of a GPU, where none is given."""
+    if config.max_batch_size or model.device.type != "cuda":
+        return config
+    from .gpu import memory
+
+    shape, dtype = model.kv_layout
+    num_tokens = config.with_defaults(model).max_batched_tokens
+    free = free_memory(model.device)
+    size = memory.choose_batch_size(shape, dtype.itemsize, num_tokens, free)
+    return replace(config, max_batch_size=size if ranks is None else ranks.least(size))
+
+
 def choose_cache_bytes(
     model,
     config: EngineConfig,
@@ -175,15 +189,16 @@ def choose_cache_bytes(
     if config.num_blocks is not None:
         return None
     if model.device.type == "cuda":
-        from .gpu.memory import gpu_cache_bytes
+        from .gpu.memory import UTILIZATION, gpu_cache_bytes
 
         num_bytes = gpu_cache_bytes(
             model,
             config.with_defaults(model),
-            utilization or 0.9,
+            utilization or UTILIZATION,
             make_memory=make_memory,
             make_runner=partial(make_runner, model, steps.runner_class),
             params_class=SamplingParams,
+            is_recorded=steps.is_recorded,
         )
     elif is_live or ranks is not None:
         num_bytes = min(free_memory(model.device) // 2, 2**32)  # as in the core

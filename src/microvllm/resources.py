@@ -31,7 +31,7 @@ def fits(what: str, device: torch.device) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:
         raise ValueError(
             f"no memory for {what}: {free_memory(device):,} bytes are free on {device}; lower "
-            "max_batched_tokens or num_blocks, or use a smaller model"
+            "max_batch_size, max_batched_tokens or num_blocks, or use a smaller model"
         ) from None
     except (MemoryError, RuntimeError) as error:  # numpy's and C++'s; torch's
         is_of_torch = isinstance(error, RuntimeError)

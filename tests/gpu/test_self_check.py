@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from triton import language as tl
 
 from microvllm.attention import sdpa_attention
 from microvllm.fused.backend import Backend
+from microvllm.fused.int8_cache import Int8Heads
 from microvllm.gpu import attention, backend, elementwise, sampler, self_check
 from microvllm.gpu.backend import TritonBackend
 from microvllm.gpu.self_check import check_here, forms_of
@@ -75,6 +77,71 @@ def test_all_forms_are_right(dtype, era, n_head, n_kv_head):
         assert len(results) == 7 and not any(results.values()), results
 
 
+def test_k_and_v_in_int8_are_written_and_read():
+    made = backend.Int8TritonBackend(DEVICE, torch.float32)
+    assert shapes_for(made).cache[1] == torch.int8
+    titles = ["rotary, and writing K and V", "attention of decodes"]
+    assert [*check(made, *titles, n_head=4, n_kv_head=1).values()] == ["", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("n_head, n_kv_head", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_all_forms_are_right_in_int8(dtype, n_head, n_kv_head, deterministic):
+    made = backend.Int8TritonBackend(DEVICE, dtype, deterministic)
+    results = check(made, n_head=n_head, n_kv_head=n_kv_head)
+    assert len(results) == 7 and not any(results.values()), results
+
+
+def test_a_scale_that_is_wrong_is_found(monkeypatch):
+    @jit
+    def _scales(k, v, table, tile, stop, block_stride, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                TILE: tl.constexpr):  # fmt: skip
+        ones = tl.full((TILE,), 1.0, tl.float32)
+        return ones, ones
+
+    if CUDA:
+        pytest.skip("a kernel that was compiled keeps the functions it calls")
+    monkeypatch.setattr(attention, "_scales", _scales)
+    monkeypatch.setattr(self_check, "WINDOWS", (-1,))
+    made = backend.Int8TritonBackend(DEVICE, torch.float32)
+    (wrong,) = check(made, "attention of decodes").values()
+    assert "relative error" in wrong
+
+
+def test_numbers_in_int8_are_those_of_the_plain_functions():
+    """Bit for bit, also those between two numbers, zeros, NaN and infinities."""
+    made = backend.Int8TritonBackend(DEVICE, torch.float32)
+    shapes = shapes_for(made, n_head=2, n_kv_head=2)
+    plain = self_check.plain_backend(shapes)
+    v = torch.randn(6, 2, 16)
+    v[1] = 0
+    v[2, :, 0] = 127.0  # a scale of 1
+    v[2, :, 1:] = torch.arange(15) + 0.5
+    v[3, 0, 3] = torch.nan
+    v[4, 1, 15] = -torch.inf
+    v[5] *= 1e-35
+    qkv = torch.cat([torch.randn(6, 64), v.flatten(1)], 1)
+    batch = SimpleNamespace(
+        token_ids=torch.zeros(6, dtype=torch.int32),
+        positions=torch.arange(6, dtype=torch.int32),
+        slots=torch.tensor([9, 4, 5, 7, 11, 6], dtype=torch.int32),
+    )
+    tables = torch.ones(6, 8), torch.zeros(6, 8)
+    caches = []
+    for each, device in ((made, DEVICE), (plain, torch.device("cpu"))):
+        cache = torch.zeros(2, 3, 2, 4, 18, dtype=torch.int8, device=device)
+        on_device = SimpleNamespace(**{n: x.to(device) for n, x in vars(batch).items()})
+        arguments = [x.to(device) for x in (qkv, torch.zeros(6, 32))]
+        tables_there = [x.to(device) for x in tables]
+        each.rope_store(*arguments, None, None, *tables_there, on_device, *cache, 2, 1.0, 3.0, 1e-6)
+        caches.append(Int8Heads(cache[1].cpu())[:])
+    ours, theirs = caches
+    assert torch.equal(ours.isnan(), theirs.isnan()) and ours.isnan().any(-1).sum() == 2
+    assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
 # kernels that are wrong ---------------------------------------------------------------------------
 
 
@@ -104,7 +171,7 @@ def test_a_kernel_that_is_wrong_is_found_and_plain_torch_computes(monkeypatch):
 
 
 @jit
-def _add_last_tile_only(score, value, m, total, acc):
+def _add_last_tile_only(score, value, value_scale, m, total, acc):
     # an online softmax that forgets to shrink what it has
     m_new = tl.maximum(m, tl.max(score, 1))
     weight = tl.exp2(score - m_new[:, None])

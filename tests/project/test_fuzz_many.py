@@ -491,7 +491,8 @@ class States:
 
 
 def learn_command(number: int | None) -> None:
-    learn.learn(Namespace(start=None, number=number, check=number is not None))
+    checks = number is not None
+    learn.learn(Namespace(start=None, number=number, check=checks, hint=False, mine=False))
 
 
 class Policies:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..fused.backend import Backend, filter_values
+from ..fused.int8_cache import Int8CacheBackend
 from ..fused.linear import Linear
 from ..sampler import to_device
 from . import compiler_problem, has_triton, takes_triton
@@ -138,6 +139,10 @@ class TritonBackend(GpuBackend):
                 "attention='triton' needs a GPU (of NVIDIA's, Ampere or newer) and triton, and the "
                 f"device is {self.device}; use 'auto'"
             )
+
+
+class Int8TritonBackend(TritonBackend, Int8CacheBackend):
+    """The same with K and V in 8 bits: the kernels see it from their dtype."""
 
 
 def shapes_of(model):
