@@ -5,7 +5,7 @@ The comments that are paths of features' files are explained in full.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -16,7 +16,6 @@ import torch
 from . import engine, sampler
 from .engine import EngineConfig, Loop
 from .environment import free_memory
-from .features.calculator import python_end_id
 from .features.live import LiveWeights
 from .features.logits import LogitsExtension
 from .features.lookup import PromptLookup
@@ -108,14 +107,11 @@ def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine
     return guard_class
 
 
-def choose_proposer(tokenizer, prompt_lookup: int) -> engine.DraftProposer | None:
-    """The proposer of draft tokens, if there is one."""
+def choose_proposer(
+    prompt_lookup: int, never: Set[int] = frozenset()
+) -> engine.DraftProposer | None:
+    """The proposer of draft tokens, if there is one. never: ids that are no draft tokens."""
     proposer = None
-    never: set[int] = set()
-    # features/calculator.py
-    end_of_call = python_end_id(tokenizer)
-    never = set() if end_of_call is None else {end_of_call}  # what follows it is the tool's
-
     # features/lookup.py
     if prompt_lookup:
         proposer = PromptLookup(prompt_lookup, never=never)

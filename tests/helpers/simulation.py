@@ -359,7 +359,7 @@ class Simulation:
     def check(self, plan: Plan | None = None) -> None:
         """plan: if one was planned and not read yet, whose draft tokens may have blocks."""
         scheduler = self.scheduler
-        self.blocks.check(scheduler.running)
+        self.blocks.check([*scheduler.running, *scheduler.paused])
         assert len(scheduler.running) <= scheduler.max_batch_size
         assert all(seq.block_table for seq in scheduler.running)
         assert not any(seq.block_table or seq.num_computed for seq in scheduler.waiting)

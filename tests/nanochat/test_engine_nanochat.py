@@ -46,7 +46,7 @@ def books():
 
 
 def test_the_signatures_are_nanochats():
-    asked = "(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42)"
+    asked = "(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42"
     assert str(inspect.signature(Engine.generate)).startswith(asked)
     assert (
         str(inspect.signature(Engine.generate_batch)) == "(self, tokens, num_samples=1, **kwargs)"

@@ -277,7 +277,8 @@ def _multiply_unpacked(q, tiles, count, scaling, square, p, ahead, ahead_at, siz
 
 
 def _compiled(bits: int, function):
-    """A function for these bits. Kernels that were compiled in two processes, and are read from disk by a third, must not have the same name, by which they are linked."""
+    """A function for these bits. Kernels that were compiled in two processes, and are read from
+    disk by a third, must not have the same name, by which they are linked."""
     function.__qualname__ += str(bits)
     return numba.njit(**EXACT)(function)
 
