@@ -4,9 +4,9 @@
     python benchmarks/bulk.py routing --groups 48 --rows 16 --replicas 2
 
 memory: an engine that writes at once, so that nothing but the job is seen: the memory of a process
-that reads, answers, writes and at last sorts them. routing: a shuffled file in which groups of prompts
-begin alike, through Ray, with pools too small for all beginnings: the share of prompt tokens that
-the replicas' prefix caches had, the rows sorted by their prompts or as they come.
+that reads, answers, writes and at last sorts them. routing: a shuffled file in which groups of
+prompts begin alike, through Ray, with pools too small for all beginnings: the share of prompt tokens
+that the replicas' prefix caches had, the rows sorted by their prompts or as they come.
 """
 
 import argparse

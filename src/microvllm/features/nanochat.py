@@ -3,7 +3,7 @@
 The functions are methods of LLM, which passes itself as `engine`. What their arguments may be:
 
 num_samples: beyond max_batch_size they are served in turns; max_tokens: 0 too; None: until the
-model ends the text, or the context of its training (sequence_len) is full; seed: any integer, the
+model ends the text, or the context of its training (sequence_len) is full; seed: any integer,
 whose last 64 bits count; params: fields of SamplingParams, with top_k: None, 0 and less are off,
 and tools: by default the calculator. They raise TypeError or ValueError for what makes no sense,
 and RuntimeError if a sample fails.
