@@ -5,8 +5,8 @@
 
 memory: an engine that writes at once, so that nothing but the job is seen: the memory of a process
 that reads, answers, writes and at last sorts them. routing: a shuffled file in which groups of
-prompts begin alike, through Ray, with pools too small for all beginnings: the share of prompt tokens
-that the replicas' prefix caches had, the rows sorted by their prompts or as they come.
+prompts begin alike, through Ray, with pools too small for all beginnings: the share of prompt
+tokens that the replicas' prefix caches had, the rows sorted by their prompts or as they come.
 """
 
 import argparse

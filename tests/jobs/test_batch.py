@@ -67,8 +67,8 @@ def texts(count: int, **more) -> list[dict]:
 
 
 def killed(source: Path, output: Path, ordered: bool, delay: float) -> int:
-    """Run the job in a child and kill it `delay` seconds after its first new answer. Returns how many
-    bytes of answers there are then."""
+    """Run the job in a child and kill it `delay` seconds after its first new answer. Returns how
+    many bytes of answers there are then."""
     journal = output if output.suffix == ".jsonl" else Path(f"{output}.journal")
     before = journal.stat().st_size if journal.exists() else 0
     child = os.fork()
