@@ -97,7 +97,7 @@ class Paged:
         self.layers = layers or max(1, min(LAYERS, BEYOND_CACHE // self.kv_bytes))
         blocks = [-(-n // BLOCK_SIZE) for n in lengths]
         self.cache = random(self.layers, 2, sum(blocks) + 1, HEADS, BLOCK_SIZE, DIM)
-        # block 0 is the sink; nobody's blocks are neighbours
+        # block 0 is the null block; no two blocks of a sequence are neighbours
         order = torch.randperm(sum(blocks)) + 1
         tables = torch.zeros(len(rows), max(blocks), dtype=torch.int32)
         for b, part in enumerate(order.split(blocks)):

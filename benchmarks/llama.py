@@ -6,8 +6,8 @@
 
 The folder has config.json and model.safetensors, random float32 weights. Its matrices are those of
 nanochat's first era, but for the feed-forward: three matrices of 8/3 of the width, where nanochat
-has two of 4 times it (2,048 for 3,072 at a width of 768; rounded down to 32s, which the formats of
-few bits want: 672 at 256). So a step multiplies by as many numbers, and reads as many.
+has two of 4 times it (2,048 for 3,072 at a width of 768; rounded down to 32s, which
+low-bit formats need: 672 at 256). So a step multiplies by as many numbers, and reads as many.
 
 --to converts what is in OUT, with packages of the interpreter that runs this: `openvino`, whose
 graph is built here as its GenAI pipelines expect it; or `gguf`, and `llama_cpp`, which has the code

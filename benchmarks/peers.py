@@ -401,7 +401,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
     word = options["llm"].get("quantization")
     int8 = word is not None  # a library's products have no fewer bits
     kept = 2 if int8 else dtype.itemsize  # bytes of a number of K and V
-    owns = cpu is not None and bool(cpu.products.PANEL8 if int8 else cpu.products.PANEL)
+    owns = cpu is not None and bool(cpu.gemm.INT8_TILE if int8 else cpu.gemm.TILE)
     if owns:
         backend = cpu.CpuBackend(torch.device("cpu"), torch.float32)
     c, kv = config.n_embd, config.n_kv_head * config.head_dim

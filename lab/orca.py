@@ -77,7 +77,7 @@ class Contiguous(BlockManager):
         self.reserve = reserve
         self.held: dict[Sequence, tuple[int, int]] = {}  # (address, size before it was rounded)
 
-    def admit(self, seq: Sequence, max_new: int, reserve_tokens: int = 0) -> bool:
+    def admit(self, seq: Sequence, max_new_tokens: int, reserve_tokens: int = 0) -> bool:
         size = self.reserve(seq)
         start = self.buddy.take(size)
         if start is None:

@@ -47,8 +47,8 @@ ORDER = [*EARLY, *(
     "test_structure test_readme test_benchmarks test_ray test_parallel test_soak "
     "test_interruptions test_streams test_scripts test_batch test_examples test_conversation "
     "test_model test_fuzz test_trace test_trace_page test_cli test_logits test_policies "
-    "test_engine test_kernels_cpu test_products_cpu test_determinism_matrix test_live "
-    "test_fewbits_cpu test_first test_int8_cache test_vectors_cpu test_memory_limits "
+    "test_engine test_kernels_cpu test_gemm test_determinism_matrix test_live "
+    "test_low_bit_gemm test_compilation test_int8_cache test_simd test_memory_limits "
     "test_quantize"
 ).split()]  # fmt: skip
 KINDS = "float32-layers", "float32"  # of kernels
@@ -67,17 +67,17 @@ def kernels(request):
     the core need none."""
     if request.path.parent.name == "core":
         return
-    from microvllm.cpu import backend, first
+    from microvllm.cpu import backend, compilation
 
     alone = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
     for kind in KINDS if request.config.option.markexpr == "not slow" else KINDS + SLOW:
         waits = kind in KINDS and request.path.stem not in EARLY
-        if first.compiled(kind):
+        if compilation.compiled(kind):
             continue
-        if not waits and (not alone or kind in first._helpers or not first.place(kind)):
+        if not waits and (not alone or kind in compilation._helpers or not compilation.place(kind)):
             return
-        with first.told(first.tell, waits):
-            if not first.begin(backend.CpuBackend, kind, waits):
+        with compilation.told(compilation.tell, waits):
+            if not compilation.begin(backend.CpuBackend, kind, waits):
                 return  # one kind at a time, and each once
 
 
@@ -104,6 +104,15 @@ def interpreter():
 @pytest.fixture(params=list(era_fixtures()))
 def era(request) -> Fixture:
     return Fixture(*era_fixtures()[request.param])
+
+
+@pytest.fixture
+def two_threads():
+    """Threads that share the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-if TYPE_CHECKING:  # it takes a second, and a message of the command line needs none of it
+if TYPE_CHECKING:  # torch takes a second to import, and not all of the command line needs it
     import torch
 
 PROC = Path("/proc")
@@ -119,6 +119,8 @@ def limit_threads() -> None:
     logical = os.cpu_count() or 1
     physical = psutil.cpu_count(logical=False) or logical
     allowed = _allowed_cpus()
+    # torch starts with a thread for each logical or physical processor, of all or of the allowed
+    # ones, which depends on how it was built
     chosen_by_torch = {logical, physical, allowed, allowed * physical // logical}
     num_threads = torch.get_num_threads()
     num_available = available_cpus()

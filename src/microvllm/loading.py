@@ -262,7 +262,7 @@ def choose_quantization(
 
 
 def stored_as(weights: dict) -> str | None:
-    """int8, int6, int5 or int4, if the weights are of a quantised folder (sources/quantised.py)."""
+    """int8, int6, int5 or int4, if the weights are of a quantised folder (lowbit/folder.py)."""
     bits = [weight.bits for weight in weights.values() if not isinstance(weight, torch.Tensor)]
     return f"int{min(bits)}" if bits else None
 

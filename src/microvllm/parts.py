@@ -95,7 +95,8 @@ def follow_weights(
 
 
 def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine.Guard]:
-    """The guard of an engine. context: of all that the engine computes."""
+    """The guard of an engine: each feature here replaces the one above it. context: of all that the
+    engine computes."""
     guard_class: Callable[..., engine.Guard] = engine.Guard
     # features/threads.py
     guard_class = partial(ThreadGuard, context=context)
@@ -110,7 +111,7 @@ def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine
 
 
 def choose_proposer(tokenizer, prompt_lookup: int) -> engine.DraftProposer | None:
-    """What proposes draft tokens, if anything does."""
+    """The proposer of draft tokens, if there is one."""
     proposer = None
     # features/lookup.py
     if prompt_lookup:
@@ -158,8 +159,8 @@ def check_drafts(arguments: SimpleNamespace, device: torch.device) -> None:
         if device.type == "cuda":
             raise ValueError(
                 f"{name}={value!r} is for the loop of a CPU: on {device} a step is planned before "
-                "the last one's tokens are known, and there is nothing to guess from; leave it "
-                "out, or give device='cpu'"
+                "the last one's tokens are known, and there is no text to "
+                "propose draft tokens from; leave it out, or give device='cpu'"
             )
     if arguments.draft is not None and arguments.tensor_parallel > 1:
         raise ValueError(

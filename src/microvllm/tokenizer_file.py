@@ -15,7 +15,8 @@ from typing import Any
 import tiktoken
 
 FIELDS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
-# the class is named by STACK_GLOBAL; the caller builds the object from the checked state
+# NEWOBJ would call the class on the stack with the tuple of EMPTY_TUPLE. Both are skipped: the
+# class, which STACK_GLOBAL has pushed, stands for its object, and BUILD notes the object's state.
 IGNORED = {"PROTO", "FRAME", "EMPTY_TUPLE", "NEWOBJ", "STOP"}
 CONSTANTS = {
     *("BININT", "BININT1", "BININT2"),

@@ -513,7 +513,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_leaves(monkeypatch, caps
     assert conversation.read_turn() is None
 
     keys.append(KeyboardInterrupt)
-    monkeypatch.setattr(sys, "stdin", io.StringIO())  # a pipe has nobody to go on
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # a pipe has no person to go on
     with pytest.raises(KeyboardInterrupt):
         conversation.read_turn()
 
@@ -707,7 +707,7 @@ def test_the_roofline_counts_what_a_decode_step_reads(command, monkeypatch):
 @pytest.fixture
 def compiles(tmp_path, monkeypatch):
     """Kinds that were compiled, in a folder without kernels, with no helper and no compiler."""
-    first = pytest.importorskip("microvllm.cpu.first")
+    first = pytest.importorskip("microvllm.cpu.compilation")
     kinds = []
 
     def begin(backend_class, kind, waits):
@@ -750,13 +750,13 @@ def test_warmup_shows_what_is_compiled(command, compiles, monkeypatch):
 
 
 def test_warmup_where_nothing_can_be_kept(mistake, compiles, monkeypatch):
-    from microvllm.cpu import first
+    from microvllm.cpu import compilation
 
-    monkeypatch.setattr(first.kernel_cache, "unkept", "/here cannot be written")
+    monkeypatch.setattr(compilation.kernel_cache, "unkept", "/here cannot be written")
     assert "/here cannot be written: set NUMBA_CACHE_DIR to a folder" in mistake("warmup")
     assert not compiles
-    monkeypatch.setattr(first, "place", lambda kind: None)
-    monkeypatch.setattr(first.kernel_cache, "unkept", None)
+    monkeypatch.setattr(compilation, "place", lambda kind: None)
+    monkeypatch.setattr(compilation.kernel_cache, "unkept", None)
     assert "set NUMBA_CACHE_DIR to a folder of your own" in mistake("warmup")
 
 
@@ -780,7 +780,7 @@ def test_what_is_noted_in_the_midst_of_an_answer_comes_after_it(capsys, monkeypa
 
 def test_info_tells_what_each_precision_takes(command, monkeypatch):
     monkeypatch.setattr(roofline, "bandwidth", lambda device: 1e9)
-    monkeypatch.setattr("microvllm.cpu.first.begin", lambda *_: True)  # no kernel is called
+    monkeypatch.setattr("microvllm.cpu.compilation.begin", lambda *_: True)  # no kernel is called
     found = json.loads(command("info", "--json")[0])
     words = ["float32", "bfloat16", "int8", "int6", "int5", "int4"]
     assert list(found["precisions"]) == words

@@ -7,7 +7,7 @@ import torch
 from helpers.batches import hand_made_batch
 from helpers.simulation import Simulation, text
 
-from microvllm.attention import Batch, PagedKVCache, make_batch
+from microvllm.attention import HostBatch, PagedKVCache, make_batch
 from microvllm.model import GPTConfig
 from microvllm.sampler import uniform_numbers
 from microvllm.scheduler import Span
@@ -59,7 +59,7 @@ class Compared(Simulation):
         return spelled
 
 
-def assert_uploads(batch: Batch) -> None:
+def assert_uploads(batch: HostBatch) -> None:
     """As tensors a batch has the same numbers, of the same types."""
     for there, here in zip(batch.to(torch.device("cpu")), batch, strict=True):
         if isinstance(here, int):

@@ -95,7 +95,7 @@ def test_a_sequence_sent_away_with_its_last_token_under_way_still_ends(ahead):
         assert len(sim.finished) == 4
 
 
-# tokens that nobody samples -----------------------------------------------------------------------
+# tokens that are not sampled ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -9,20 +9,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.cpu_kernels import (
+    CPU,
+    MIXED,
+    attention_case,
+    dense_attention,
+    perplexity,
+)
 from helpers.goldens import MODEL, Fixture, era_fixtures
-from test_kernels_cpu import MIXED, case, dense
-from test_quantization import perplexity
 
 from microvllm import LLM, SamplingParams
 from microvllm.attention import SequenceKVView
-from microvllm.cpu import steps
+from microvllm.cpu import elementwise
 from microvllm.cpu.attention import paged_attention
 from microvllm.fused.int8_cache import Int8CacheBackend, Int8Heads, round_up
 from microvllm.loading import pick_backend
 from microvllm.model import GPTConfig
 from microvllm.trace import Replay
 
-CPU = torch.device("cpu")
 REFERENCE = Int8CacheBackend(CPU, torch.float32)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -87,10 +91,10 @@ def test_a_view_gathers_what_the_bytes_stand_for():
 )  # fmt: skip
 def test_attention_reads_the_numbers_that_the_bytes_stand_for(block_size, window, shape):
     torch.manual_seed(0)
-    q, *given, batch = case(MIXED, block_size=block_size, **shape)
+    q, *given, batch = attention_case(MIXED, block_size=block_size, **shape)
     # what no live token wrote is NaN, in its scales as well
     (k8, k), (v8, v) = map(packed, given)
-    got, want = paged_attention(q, k8, v8, batch, window), dense(q, k, v, batch, window)
+    got, want = paged_attention(q, k8, v8, batch, window), dense_attention(q, k, v, batch, window)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-6)
     # torch's own attention reads masked slots as well, which in an engine are zeros at first
     clean = (packed(x.nan_to_num(0))[0] for x in given)
@@ -104,7 +108,7 @@ def test_attention_reads_the_numbers_that_the_bytes_stand_for(block_size, window
 def test_the_bits_of_a_row_follow_from_that_row(n_kv_head, window):
     """Keys become floats once for many queries, or for each of few: alone, as a decode, and in
     chunks of any size it is the same."""
-    q, k, v, batch = case([(60, 60)], n_kv_head=n_kv_head)
+    q, k, v, batch = attention_case([(60, 60)], n_kv_head=n_kv_head)
     k, v = packed(k)[0], packed(v)[0]
     table = batch.block_tables[0].tolist()
 
@@ -124,6 +128,7 @@ def one_sequence(start: int, stop: int, table: list[int]) -> SimpleNamespace:
         cu_seqlens=torch.tensor([0, stop - start], dtype=torch.int32),
         seq_lens=torch.tensor([stop], dtype=torch.int32),
         block_tables=torch.tensor([table], dtype=torch.int32),
+        positions=torch.arange(start, stop, dtype=torch.int32),
         max_query_len=stop - start, max_seq_len=stop,
     )  # fmt: skip
 
@@ -148,7 +153,7 @@ def test_rope_store_writes_what_the_reference_writes(dim, block_size, gated):
     shape = 2, num_blocks, n_kv_head, block_size, dim + 2
     ours, plain = (torch.full(shape, 77, dtype=torch.int8) for _ in range(2))
     given = qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch
-    q = steps.rope_store(*given, *ours, n_head, 1.2, 3.0, 1e-3)
+    q = elementwise.rope_store(*given, *ours, n_head, 1.2, 3.0, 1e-3)
     q_plain = REFERENCE.rope_store(*given, *plain, n_head, 1.2, 3.0, 1e-3)
     torch.testing.assert_close(q, q_plain, atol=5e-6, rtol=5e-6)
     for mine, theirs in zip(ours, plain, strict=True):
@@ -170,7 +175,7 @@ def test_a_nan_is_written_as_one():
     batch = SimpleNamespace(positions=torch.zeros(1).int(), slots=torch.ones(1).int())
     ours, plain = torch.zeros(2, 2, 1, 1, 4, 18, dtype=torch.int8)
     angle = torch.randn(1, 8)
-    for backend, cache in ((steps, ours), (REFERENCE, plain)):
+    for backend, cache in ((elementwise, ours), (REFERENCE, plain)):
         backend.rope_store(
             qkv, qkv, None, None, angle.cos(), angle.sin(), batch, *cache, 1, 1.0, 2.0, 1e-6
         )
@@ -200,7 +205,7 @@ def tokens(outputs) -> list[list[list[int]]]:
 
 
 def run(llm: LLM, prompts, params) -> list[list[list[int]]]:
-    """The tokens of each sample of each request, with a look at the books after every step."""
+    """The tokens of each sample of each request; the engine is checked after every step."""
     requests, outputs = [llm.add_request(prompt, params) for prompt in prompts], {}
     while not llm.is_finished():
         outputs |= {output["request_id"]: output for output in llm.step()}

@@ -3,90 +3,27 @@
 Every slot of the cache that belongs to no live token is NaN, so that whatever reads it shows.
 """
 
-import math
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from helpers.batches import hand_made_batch
+from helpers.cpu_kernels import MIXED, attention_case, check_attention, dense_attention
 from helpers.goldens import MODEL
 
 from microvllm.attention import sdpa_attention
-from microvllm.cpu import steps
+from microvllm.cpu import elementwise
 from microvllm.cpu.attention import attend_rows, paged_attention
-from microvllm.cpu.products import quantize_rows, rotate
-from microvllm.cpu.vectors import AMX
+from microvllm.cpu.gemm import quantize_rows, rotate
+from microvllm.cpu.simd import AMX
 from microvllm.fused.backend import Backend
 from microvllm.loading import load_model
 
 HALF = pytest.param(torch.bfloat16, marks=pytest.mark.slow)  # a kernel of its own is compiled
 REFERENCE = Backend(torch.device("cpu"), torch.float32)
-
-# (rows in this step, tokens in the cache after it): decodes, then chunks that begin at 0 and later
-MIXED = [(1, 1), (1, 2), (1, 77), (1, 16), (1, 17), (5, 5), (16, 16), (17, 40), (33, 70), (2, 64)]
-
-
-def case(work, n_head=4, n_kv_head=2, head_dim=32, block_size=16):
-    """Random q, k, v and a batch whose blocks lie anywhere in a cache that is otherwise NaN."""
-    counts = [-(-length // block_size) for _, length in work]
-    free = (1 + torch.randperm(sum(counts))).tolist()  # block 0 is the sink
-    k, v = torch.full((2, 1 + sum(counts), n_kv_head, block_size, head_dim), torch.nan)
-    chunks = []
-    for (rows, length), count in zip(work, counts, strict=True):
-        table = [free.pop() for _ in range(count)]
-        chunks.append(([0] * length, length - rows, length, table))
-        for i, block in enumerate(table):
-            used = min(block_size, length - i * block_size)
-            k[block, :, :used], v[block, :, :used] = torch.randn(2, n_kv_head, used, head_dim)
-    q = torch.randn(sum(rows for rows, _ in work), n_head, head_dim)
-    return q, k, v, hand_made_batch(chunks, block_size)
-
-
-def dense(q, k, v, batch, window):
-    """Row by row in float64: gather what the row may see, score, softmax, average."""
-    q, k, v = (x.double().numpy() for x in (q, k, v))
-    out, block_size, group = np.empty_like(q), k.shape[2], q.shape[1] // k.shape[1]
-    for b, length in enumerate(batch.seq_lens.tolist()):
-        at = np.arange(length)
-        blocks = batch.block_tables[b].numpy()[at // block_size]
-        keys, values = (x[blocks, :, at % block_size].repeat(group, axis=1) for x in (k, v))
-        first, stop = batch.cu_seqlens[b : b + 2].tolist()
-        for row in range(first, stop):
-            p = length - stop + row
-            seen = slice(0 if window < 0 else max(0, p - window), p + 1)
-            scores = np.einsum("hd,jhd->hj", q[row], keys[seen]) / math.sqrt(q.shape[2])
-            weights = np.exp(scores - scores.max(1, keepdims=True))
-            weights /= weights.sum(1, keepdims=True)
-            out[row] = np.einsum("hj,jhd->hd", weights, values[seen])
-    return torch.from_numpy(out)
-
-
-def check(work, window, dtype=torch.float32, tiles=False, **shape):
-    """tiles: the matrix unit rounds scaled queries, and then weights, to 8 bits of precision."""
-    (q, k, v, batch), atol = case(work, **shape), 3e-6
-    k, v = k.to(dtype), v.to(dtype)
-    got = paged_attention(q, k, v, batch, window)
-    assert got.shape == q.shape and got.dtype == torch.float32 and got.is_contiguous()
-    if tiles:
-        scale = 1 / (math.sqrt(q.shape[2]) * math.log(2))
-        q, atol = (
-            (q * scale).bfloat16().double() / scale,
-            atol + 2**-9 * v.nan_to_num().abs().max().item(),
-        )
-    torch.testing.assert_close(got.double(), dense(q, k, v, batch, window), rtol=0, atol=atol)
-
-
-@pytest.fixture
-def two_threads():
-    """Who share the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -95,37 +32,37 @@ def two_threads():
     [(1, -1), (1, 3), (3, 16), (3, 0), (4, 10_000), (4, -1), (16, 3), (16, 0), (64, 16), (64, -1)],
 )
 def test_mixed_batch_of_decodes_and_chunks(block_size, window):
-    check(MIXED, window, block_size=block_size)
+    check_attention(MIXED, window, block_size=block_size)
 
 
 @pytest.mark.parametrize("n_head, n_kv_head", [(1, 1), (3, 3), (4, 2), (4, 1), (6, 2), (20, 1)])
 @pytest.mark.parametrize("window", [-1, 7])
 def test_query_heads_share_kv_heads(n_head, n_kv_head, window):
-    check(MIXED, window, n_head=n_head, n_kv_head=n_kv_head)
+    check_attention(MIXED, window, n_head=n_head, n_kv_head=n_kv_head)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128])
 def test_head_dims(head_dim):
-    check(MIXED, -1, head_dim=head_dim)
+    check_attention(MIXED, -1, head_dim=head_dim)
 
 
 @pytest.mark.parametrize("work", [[(1, 1)], [(1, 300)], [(1, 5), (1, 9)], [(23, 23)] * 3])
 def test_small_batches(work):
-    check(work, -1)
+    check_attention(work, -1)
 
 
 @pytest.mark.parametrize("window", [-1, 50, 700])
 def test_long_chunks(window):
     """More queries than are done together, and more keys than scores are kept of."""
-    check([(1, 30), (1, 1100), (250, 250), (230, 1300)], window)
+    check_attention([(1, 30), (1, 1100), (250, 250), (230, 1300)], window)
 
 
 @pytest.mark.parametrize("n_head, n_kv_head, block_size", [(4, 4, 16), (3, 1, 6), (12, 2, 16)])
 @pytest.mark.parametrize("window", [-1, 9, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_the_bits_of_a_row_follow_from_that_row(n_head, n_kv_head, block_size, window, dtype):
-    """Alone, which reads K and V where they are, or among few or many others, in panels."""
-    q, k, v, batch = case([(1100, 1100)], n_head, n_kv_head, block_size=block_size)
+    """Alone, which reads K and V where they are, or among few or many others, which copy them."""
+    q, k, v, batch = attention_case([(1100, 1100)], n_head, n_kv_head, block_size=block_size)
     k, v = k.to(dtype), v.to(dtype)
     whole, table = paged_attention(q, k, v, batch, window), batch.block_tables[0].tolist()
     for start in (0, 509, 1070):
@@ -138,7 +75,7 @@ def test_the_bits_of_a_row_follow_from_that_row(n_head, n_kv_head, block_size, w
 
 def test_a_prompt_in_chunks_is_the_prompt_at_once():
     """Each row gets the same answer wherever the borders of the chunks fall."""
-    q, k, v, whole = case([(60, 60)])
+    q, k, v, whole = attention_case([(60, 60)])
     table = whole.block_tables[0].tolist()
     want = paged_attention(q, k, v, whole, 20)
     for size in (1, 7, 16, 59):
@@ -151,7 +88,7 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once():
 
 def test_extra_columns_of_the_table_and_larger_bounds_change_nothing():
     """As in buffers of a fixed size, made for a larger batch."""
-    q, k, v, batch = case(MIXED)
+    q, k, v, batch = attention_case(MIXED)
     want = paged_attention(q, k, v, batch, -1)
     batch.block_tables = torch.nn.functional.pad(batch.block_tables, (0, 5))
     batch.max_seq_len, batch.max_query_len = 500, 100
@@ -160,7 +97,7 @@ def test_extra_columns_of_the_table_and_larger_bounds_change_nothing():
 
 def test_agrees_with_the_sdpa_reference():
     """The reference multiplies what it masks by zero, so here the unused slots are zero."""
-    q, k, v, batch = case(MIXED)
+    q, k, v, batch = attention_case(MIXED)
     k, v = k.nan_to_num(), v.nan_to_num()
     for window in (-1, 9):
         want = sdpa_attention(q, k, v, batch, window)
@@ -170,15 +107,18 @@ def test_agrees_with_the_sdpa_reference():
 
 def test_large_scores_do_not_overflow():
     """One key wins by hundreds of units: its value comes out, the losers weigh next to nothing."""
-    q, k, v, batch = case([(1, 40), (6, 20)])
+    q, k, v, batch = attention_case([(1, 40), (6, 20)])
     q, k = q * 30, k * 30
     torch.testing.assert_close(
-        paged_attention(q, k, v, batch, -1).double(), dense(q, k, v, batch, -1), rtol=0, atol=1e-3
+        paged_attention(q, k, v, batch, -1).double(),
+        dense_attention(q, k, v, batch, -1),
+        rtol=0,
+        atol=1e-3,
     )
 
 
 def test_a_nan_shows_in_its_own_sequence_only():
-    q, k, v, batch = case([(1, 20), (1, 20), (4, 9)])
+    q, k, v, batch = attention_case([(1, 20), (1, 20), (4, 9)])
     q[1] = torch.nan  # a broken row must not turn into a plausible answer
     block = batch.block_tables[2, 0]
     k[block, :, 0] = torch.nan
@@ -188,7 +128,7 @@ def test_a_nan_shows_in_its_own_sequence_only():
 
 def test_rows_of_a_wider_tensor():
     """q may be a slice of the fused projection; that is not worth a second compilation."""
-    q, k, v, batch = case(MIXED)
+    q, k, v, batch = attention_case(MIXED)
     wide = torch.cat((q, torch.randn(len(q), 4, q.shape[2])), dim=1)
     want = paged_attention(q, k, v, batch, -1)
     compiled = len(attend_rows.signatures)
@@ -199,15 +139,18 @@ def test_rows_of_a_wider_tensor():
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing_and_starts_no_threads_of_numba():
     """And two Python threads may call at once."""
-    check([(1, 5)], -1)  # now the kernel is on disk
+    check_attention([(1, 5)], -1)  # now the kernel is on disk
     script = """
 import threading, numba, torch
 torch.set_num_threads(1)
 from microvllm.cpu.attention import attend_rows
 assert torch.get_num_threads() == 1
 torch.set_num_threads(2)
-from test_kernels_cpu import check
-callers = [threading.Thread(target=lambda: [check([(1, 5)], -1) for _ in range(20)]) for _ in "ab"]
+from helpers.cpu_kernels import check_attention
+def call():
+    for _ in range(20):
+        check_attention([(1, 5)], -1)
+callers = [threading.Thread(target=call) for _ in "ab"]
 [t.start() for t in callers], [t.join() for t in callers]
 stats = attend_rows.stats
 assert sum(stats.cache_hits.values()) == 1 and not stats.cache_misses, stats
@@ -219,7 +162,7 @@ else:
     raise AssertionError("numba has started a pool of threads")
 """
     here = os.path.dirname(os.path.abspath(__file__))
-    path = os.pathsep.join([os.path.dirname(here), here, os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([os.path.dirname(here), os.environ["PYTHONPATH"]])
     env = {**os.environ, "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -243,7 +186,7 @@ def poisoned_outputs(monkeypatch):
 def test_a_bfloat16_cache_is_read_as_the_float32_it_stands_for(window):
     """To float32's rounding, as the others: not to the bit, since this is a kernel of its own, and
     which sums the compiler reorders is its affair. Heads of 20 make no whole tiles."""
-    check(MIXED, window, torch.bfloat16, n_head=6, n_kv_head=2, head_dim=20)
+    check_attention(MIXED, window, torch.bfloat16, n_head=6, n_kv_head=2, head_dim=20)
 
 
 @pytest.mark.slow
@@ -254,7 +197,7 @@ def test_a_bfloat16_cache_is_read_as_the_float32_it_stands_for(window):
 )  # fmt: skip
 @pytest.mark.parametrize("window", [-1, 0, 20, 700])
 def test_tiles_of_a_bfloat16_cache(work, shape, window):
-    check(work, window, torch.bfloat16, tiles=AMX, **shape)
+    check_attention(work, window, torch.bfloat16, tiles=AMX, **shape)
 
 
 def test_rope_store_rounds_to_a_bfloat16_cache_as_torch_does():
@@ -263,7 +206,7 @@ def test_rope_store_rounds_to_a_bfloat16_cache_as_torch_does():
     caches = torch.zeros(2, 4, 2, 16, 32)
     small = caches.bfloat16()
     for k, v in (caches, small):
-        steps.rope_store(qkv, qkv, None, None, cos, sin, batch, k, v, 4, 1.2, 3.0, 1e-3)
+        elementwise.rope_store(qkv, qkv, None, None, cos, sin, batch, k, v, 4, 1.2, 3.0, 1e-3)
     assert torch.equal(small[1], caches[1].bfloat16())  # v: nothing was computed
     # k: rounded to the nearest, but for the last bit of what was rounded, which may differ
     torch.testing.assert_close(small[0].float(), caches[0], rtol=1.001 * 2**-8, atol=0)
@@ -303,7 +246,9 @@ def test_add_norm_is_the_reference(rows, adds, mixes, poisoned_outputs):
     given = x.clone()
     a, b = (torch.tensor(z) if mixes else None for z in (0.7, -0.4))
     rest = y if adds else None, x0, a, b, 1e-3
-    for ours, reference in zip(steps.add_norm(x, *rest), REFERENCE.add_norm(x, *rest), strict=True):
+    for ours, reference in zip(
+        elementwise.add_norm(x, *rest), REFERENCE.add_norm(x, *rest), strict=True
+    ):
         torch.testing.assert_close(ours, reference, atol=2e-6, rtol=2e-6)
     assert torch.equal(x, given)  # x0 of the next layers may be this very tensor
 
@@ -331,7 +276,7 @@ def test_rope_store_is_the_reference(
     k_ref, v_ref = k.clone(), v.clone()
     given = qkv, h, ve, ve_gate, angle.cos(), angle.sin(), batch
     rest = n_head, 1.2, 3.0, 1e-3
-    q = steps.rope_store(*given, k, v, *rest)
+    q = elementwise.rope_store(*given, k, v, *rest)
     q_ref = REFERENCE.rope_store(*given, k_ref, v_ref, *rest)
     # the whole caches: nothing else was touched
     for ours, reference in ((q, q_ref), (k, k_ref), (v, v_ref)):
@@ -341,5 +286,5 @@ def test_rope_store_is_the_reference(
 def test_the_fused_steps_come_with_the_attention():
     ours = load_model(MODEL).backend
     assert ours.attend is paged_attention
-    assert (ours.add_norm, ours.rope_store) == (steps.add_norm, steps.rope_store)
+    assert (ours.add_norm, ours.rope_store) == (elementwise.add_norm, elementwise.rope_store)
     assert type(load_model(MODEL, attention="sdpa").backend) is Backend  # all of the reference

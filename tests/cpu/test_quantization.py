@@ -1,21 +1,18 @@
 """Smaller weights on a CPU: int8 products, bfloat16 products and cache, and what they cost."""
 
-import json
 import math
-from functools import cache
 
 import pytest
 import torch
-from helpers.goldens import ERAS, MODEL, ROOT
+from helpers.cpu_kernels import CPU, perplexity
+from helpers.goldens import ERAS, MODEL
 
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import find_step, read_checkpoint
 from microvllm.cpu.backend import CpuBackend
-from microvllm.cpu.products import Int8, rotate
+from microvllm.cpu.gemm import Int8, rotate
 from microvllm.fused.linear import Linear
 from microvllm.loading import build_model
-
-CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALLER = [  # each compiles kernels
@@ -48,19 +45,6 @@ def test_an_int8_product_is_as_near_as_its_steps_allow(rows, channels):
     # the same inputs without the rotation lose most of what is in the other channels
     x[:, 3] = 0
     assert (linear(x) - x @ torch.cat(parts).T[:, :70]).norm() / exact.norm() < bound
-
-
-@cache
-def perplexity(**options) -> float:
-    """Of the bundled answers."""
-    rows = json.loads((ROOT / "models" / "prompts" / "oldbooks_instructions.json").read_text())
-    rows = [row for row in rows if row["output"]][:40]
-    with LLM(MODEL, num_blocks=400, device="cpu", **options) as llm:
-        render = llm.tokenizer.render_for_completion
-        prompts = [render([{"role": "user", "content": row["instruction"]}]) for row in rows]
-        found = sum(llm.score(prompts, [row["output"] for row in rows]), [])
-    assert len(found) > 2000
-    return math.exp(-sum(found) / len(found))
 
 
 @pytest.mark.parametrize("options", SMALLER, ids=str)

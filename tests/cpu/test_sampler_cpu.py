@@ -6,7 +6,7 @@ import torch
 from helpers.sampling import grid, run
 
 from microvllm import SamplingParams
-from microvllm.cpu import steps
+from microvllm.cpu import elementwise
 from microvllm.loading import pick_backend
 
 CPU = pick_backend("numba", torch.device("cpu"), torch.float32)
@@ -41,8 +41,8 @@ def test_top_p_over_a_large_vocabulary_keeps_what_a_sort_keeps(spread, top_p):
     assert (right | ~clear).all()
 
 
-def test_noise_at_the_border_of_two_blocks_of_ids():
-    """256 ids are one block of the search: half the noise is before the second, half in it."""
+def test_uniform_numbers_at_the_border_of_two_blocks_of_ids():
+    """256 ids are one block of the search: half the numbers fall before the second, half in it."""
     for count, u, token in [(512, 0.5, 256), (1024, 0.25, 256), (1024, 0.75, 768)]:
         below = float(np.nextafter(np.float32(u), np.float32(0)))
         tokens = run(CPU, torch.zeros(2, count), [SamplingParams()] * 2, [below, u])
@@ -50,11 +50,11 @@ def test_noise_at_the_border_of_two_blocks_of_ids():
 
 
 def test_a_block_whose_sum_was_rounded_up_gives_no_token_without_weight():
-    """1 + 3/4 of a step of float32 is summed as a step more, and the noise falls between."""
+    """1 + 3/4 of a step of float32 is summed as a step more, and the number falls between."""
     step = np.float32(2.0**-23)
     w = np.zeros(512, np.float32)
     w[0], w[1], w[300] = 1, 0.75 * step, 1
     sums = np.zeros(2, np.float32)
     u = (1 + 0.9 * float(step)) / (2 + float(step))
-    assert steps._draw(w, sums, u) == 1
+    assert elementwise._draw(w, sums, u) == 1
     assert sums[0] == 1 + step

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from microvllm.cpu import team
-from microvllm.cpu.vectors import EXACT, VIEWS
+from microvllm.cpu.simd import EXACT, VIEWS
 
 pytestmark = pytest.mark.slow  # its kernels are compiled
 

@@ -100,7 +100,8 @@ def test_the_arguments_are_those_of_the_methods_for_threads():
     for name in "generate", "chat", "stream":
         ours = [*inspect.signature(getattr(LLM, f"a{name}")).parameters]
         theirs = [*inspect.signature(getattr(LLM, name)).parameters]
-        assert ours == [x for x in theirs if x not in ("use_tqdm", "tools")]
+        # tools pass through the options; hidden states need a pass of their own after the text
+        assert ours == [x for x in theirs if x not in ("use_tqdm", "tools", "hidden_states")]
 
 
 def test_a_conversation_is_answered_with_the_calculator_as_chat_does():
@@ -122,6 +123,8 @@ def test_a_bad_prompt_or_argument_is_refused_before_any_work(llm):
             await llm.agenerate([ids(3), [99999]])
         with pytest.raises(TypeError, match="unknown argument 'colour'"):
             await llm.agenerate([ids(3)], colour=1)
+        with pytest.raises(TypeError, match="'hidden_states'"):
+            await llm.agenerate([ids(3)], hidden_states=[0])
         with pytest.raises(ValueError, match=r"prompts\[0\]"):
             await anext(llm.astream([[99999]]))
 

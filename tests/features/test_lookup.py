@@ -136,7 +136,7 @@ def test_no_guess_goes_beyond_the_token_budget_or_the_length():
         scheduler, (seq,) = decoding(90, [1] * 5, max_tokens=max_tokens)
         plan = scheduler.schedule()
         assert lengths(plan) == [min(max_tokens - 1, MAX_ROWS)]
-        assert plan.draws[-1].position == min(5 + max_tokens - 1, 6 + MAX_ROWS - 1)
+        assert plan.draws.positions[-1] == min(5 + max_tokens - 1, 6 + MAX_ROWS - 1)
         scheduler.update(plan, [1] * len(plan.draws))
         assert seq.token_ids == [1] * min(5 + max_tokens, 6 + MAX_ROWS)
         assert (seq.finish_reason == "length") == (len(seq.token_ids) == 5 + max_tokens)
@@ -202,7 +202,7 @@ def test_several_samples_guess_once_they_have_split():
 
 @pytest.fixture(scope="module")
 def pair():
-    """An engine that does not guess and one that does; of equal texts they have equal bits."""
+    """An engine without draft tokens and one with them; of equal texts they have equal bits."""
     options = {"device": "cpu", "num_blocks": 100, "deterministic": True, "max_model_len": 400}
     with LLM(MODEL, **options) as plain, LLM(MODEL, **options, prompt_lookup=6) as guessing:
         yield plain, guessing

@@ -32,7 +32,7 @@ from microvllm.gpu.backend import Float8, TritonBackend
 from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step
 from microvllm.loops.ahead import AheadLoop, AheadRunner
 from microvllm.runner import Hooks
-from microvllm.scheduler import Chunk, Draw, Plan, Sequence
+from microvllm.scheduler import Chunk, Draw, DrawList, Plan, Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -532,7 +532,7 @@ def planned(chunks: list[tuple[int, int]], draws: list[int], **kwargs) -> Plan:
         seq.block_table.extend(range(1, 2 + len(seq.token_ids) // 4))
     return Plan(
         chunks=[Chunk(seq, *chunk) for seq, chunk in zip(seqs, chunks, strict=True)],
-        draws=[Draw(i, seqs[i], chunks[i][1]) for i in draws],
+        draws=DrawList(Draw(i, seqs[i], chunks[i][1]) for i in draws),
     )
 
 

@@ -207,7 +207,8 @@ class Simulation:
             self.read_context(seq, start, stop, tokens)
         self.on_run(plan, texts)
         return [
-            next_token(texts[draw.chunk][: draw.position], draw.seq.index) for draw in plan.draws
+            next_token(texts[draw.chunk_index][: draw.position], draw.seq.index)
+            for draw in plan.draws
         ]
 
     def resolve(self, token: int) -> int:

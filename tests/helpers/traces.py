@@ -6,7 +6,7 @@ from collections import Counter
 from microvllm.blocks import BlockManager, BlockPool
 from microvllm.features.scoring import ScoredSequence
 from microvllm.features.windows import GroupedBlockManager
-from microvllm.scheduler import Plan, Scheduler, Sequence
+from microvllm.scheduler import DrawList, Plan, Scheduler, Sequence
 from microvllm.trace import Replay, Trace
 
 from .simulation import Params, Simulation
@@ -100,7 +100,7 @@ class FeatureSimulation(Simulation):
         return super().wanted(seq)
 
     def on_plan(self, plan: Plan) -> None:
-        plan.draws = [draw for draw in plan.draws if not isinstance(draw.seq, ScoredSequence)]
+        plan.draws = DrawList(d for d in plan.draws if not isinstance(d.seq, ScoredSequence))
 
     def on_read(self, plan: Plan) -> None:
         for seq, _, stop, _ in plan.chunks:

@@ -1,4 +1,4 @@
-"""Policies: whatever they choose, no token changes, no block is lost, and nobody waits forever."""
+"""Policies: with any of them no token changes, no block is lost, and no request waits forever."""
 
 import inspect
 import itertools

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers.cpu_kernels import KINDS, has_panels
+from helpers.cpu_kernels import KINDS, has_tiles
 from helpers.engines import check, ids
 from helpers.full_engines import assert_idle, build, greedy, sampled
 from helpers.goldens import FIXTURES
@@ -72,7 +72,7 @@ def test_the_tokens_are_those_of_single_steps(name, threads, store, calls):
     try:
         with build(name, **options, num_blocks=400, block_size=4) as llm:
             if not llm.model.compiled:
-                pytest.skip("its panels are not whole")
+                pytest.skip("its weight tiles are not whole")
             work = WORK * 3  # enough rows for a job of several parts
             want = plain(one_by_one(llm, work))
             assert not calls
@@ -88,7 +88,7 @@ def test_the_tokens_are_those_of_single_steps(name, threads, store, calls):
         torch.set_num_threads(1)
 
 
-@has_panels
+@has_tiles
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("rows", [3, 20])  # the leader norms all of few rows, or its share
 @pytest.mark.parametrize("name", ["era1_unpadded", "era3", "era5"])
@@ -113,7 +113,7 @@ def test_the_logits_are_those_of_single_steps_bit_for_bit(name, rows, store, cal
         assert torch.equal(torch.from_numpy(found[-1][:, : want.shape[1]]), want)
 
 
-@has_panels
+@has_tiles
 def test_a_worker_that_comes_late_leaves_the_work_to_the_others(calls, monkeypatch):
     """The workers of this team have not started at all: the leader does what there is."""
     late = team._new_team(3)
@@ -124,7 +124,7 @@ def test_a_worker_that_comes_late_leaves_the_work_to_the_others(calls, monkeypat
         assert plain(at_once(llm, WORK[:2])) == want and calls
 
 
-@has_panels
+@has_tiles
 def test_texts_end_at_their_stop_tokens(calls):
     with build(NAME, num_blocks=60) as llm:
         prompt, params = WORK[1]
@@ -139,7 +139,7 @@ def test_texts_end_at_their_stop_tokens(calls):
         assert_idle(llm)
 
 
-@has_panels
+@has_tiles
 def test_blocks_are_granted_ahead_and_taken_back(calls):
     """In a pool that is small, and with windows: no sequence is preempted for a step that may not
     come, and what was granted for steps that did not come is free again."""
@@ -160,7 +160,7 @@ def test_blocks_are_granted_ahead_and_taken_back(calls):
         assert_idle(llm)
 
 
-@has_panels
+@has_tiles
 def test_a_trace_shows_each_step(calls):
     def events(generate) -> list:
         llm.scheduler.reset()
@@ -188,7 +188,7 @@ def test_a_trace_shows_each_step(calls):
         assert all({"schedule", "batch", "forward", "sample", "update"} <= ms.keys() for ms in ends)
 
 
-@has_panels
+@has_tiles
 def test_a_feature_that_sees_each_token_gets_single_steps(calls):
     prompt = ids(9, 2)
     with build(NAME, num_blocks=60) as llm:
@@ -212,7 +212,7 @@ def test_a_feature_that_sees_each_token_gets_single_steps(calls):
     assert not calls
 
 
-@has_panels
+@has_tiles
 def test_streams_aborts_and_new_requests_wait_for_one_call(calls, monkeypatch):
     with build(NAME, num_blocks=200) as llm:
         want = plain(one_by_one(llm, WORK[:2]))
@@ -237,7 +237,7 @@ def test_streams_aborts_and_new_requests_wait_for_one_call(calls, monkeypatch):
         assert_idle(llm)
 
 
-@has_panels
+@has_tiles
 def test_new_weights_are_used_at_once(calls):
     with build(NAME, num_blocks=60) as llm:
         weights = FIXTURES[NAME]
@@ -249,7 +249,7 @@ def test_new_weights_are_used_at_once(calls):
         assert old != new == plain(one_by_one(llm, WORK[:2])) and calls
 
 
-@has_panels
+@has_tiles
 def test_an_exception_at_any_line_changes_no_token(calls):
     """Of a turn of several steps, or, with a fork and a text that ends first, of several turns."""
     with build(NAME, num_blocks=14, block_size=4) as llm:
@@ -283,7 +283,7 @@ def test_an_exception_at_any_line_changes_no_token(calls):
             assert run(struck) == want and struck.struck, number
 
 
-@has_panels
+@has_tiles
 def test_more_samples_than_tokens_of_a_prompt():
     """Several rows of the head are one row of the step."""
     with build(NAME, num_blocks=60) as llm:

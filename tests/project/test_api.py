@@ -17,9 +17,10 @@ ARGUMENTS = (
     "trust_tokenizer overrides"
 ).split()
 METHODS = (
-    "generate stream chat score judge stats reset_stats timing add_request step abort is_finished "
-    "reset_prefix_cache tracing update_weights sleep wake agenerate astream achat serve_async warm "
-    "partial_outputs generate_batch generate_columns agenerate_columns from_nanochat close"
+    "generate stream chat score judge embed stats reset_stats timing add_request step abort "
+    "is_finished reset_prefix_cache tracing update_weights sleep wake agenerate astream achat "
+    "serve_async warm partial_outputs generate_batch generate_columns agenerate_columns "
+    "from_nanochat close"
 ).split()
 PARAMETERS = (
     "temperature max_tokens seed n top_k top_p min_p ignore_eos stop_token_ids sample_index stop "

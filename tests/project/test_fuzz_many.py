@@ -32,8 +32,9 @@ from microvllm.cli.bench import alpaca_prompts, check_choices
 from microvllm.features.calculator import calculate
 from microvllm.jobs import job, rows
 from microvllm.loading import build_model
+from microvllm.lowbit import folder as lowbit_folder
 from microvllm.model import RECIPES, GPTConfig
-from microvllm.sources import exports, huggingface, quantised, strict
+from microvllm.sources import exports, huggingface, strict
 from microvllm.trace import read, write_chrome, write_page
 
 codecs.lookup("raw_unicode_escape")  # in which a pickle may be written: imported here
@@ -267,15 +268,15 @@ class Quantised(Folders):
         told = {"format": 1, "seed": 0, "tokens": 1, "base": False} | dict.fromkeys(
             "version command source calibration".split(), ""
         )
-        for bits in quantised.BITS:
+        for bits in lowbit_folder.BITS:
             tensors = {}
             for name, weight in state(config, RECIPES["1"]).items():
                 part = name.removesuffix(".weight")
-                if not quantised.is_matrix(part):
+                if not lowbit_folder.is_matrix(part):
                     tensors[name] = weight
                     continue
-                own = quantised.bits_of(part, bits)
-                planes = quantised.pack((7 * weight).clamp(-7, 7).to(torch.int8), own)
+                own = lowbit_folder.bits_of(part, bits)
+                planes = lowbit_folder.pack((7 * weight).clamp(-7, 7).to(torch.int8), own)
                 planes["scale"] = torch.ones(len(weight), 1)
                 if own == 4:
                     planes["factors"] = torch.ones(len(weight), weight.shape[1] // 32).to(
@@ -283,7 +284,7 @@ class Quantised(Folders):
                     )
                 tensors |= {f"{part}.{plane}": tensor for plane, tensor in planes.items()}
             constants = {
-                name: getattr(RECIPES["1"], name) for name in ("era", *quantised._CONSTANTS)
+                name: getattr(RECIPES["1"], name) for name in ("era", *lowbit_folder._CONSTANTS)
             }
             given = {"architectures": ["NanochatForCausalLM"], "model_type": "nanochat"}
             given |= vars(config) | {"recipe": constants, "quantization": told | {"bits": bits}}
@@ -302,11 +303,11 @@ class Quantised(Folders):
             case 3:  # the tensors of other bits
                 tensors = rng.choice(self.kinds)[0]
         self.write(config, tensors)
-        if quantised.facts(self.folder) is None:
+        if lowbit_folder.facts(self.folder) is None:
             raise ValueError("no such folder")
-        for weight in quantised.read_folder(self.folder)[2].values():
-            if isinstance(weight, quantised.Stored):
-                see(quantised.unpack(weight.planes, weight.bits), weight.planes["scale"])
+        for weight in lowbit_folder.read_folder(self.folder)[2].values():
+            if isinstance(weight, lowbit_folder.Stored):
+                see(lowbit_folder.unpack(weight.planes, weight.bits), weight.planes["scale"])
             else:
                 see(weight)
 

@@ -31,7 +31,7 @@ CORE = (
 # the files beside the core that put the full engine together
 TOP = "full parts params loading resources __main__".split()
 SUBPACKAGES = (
-    "features loops fused cpu gpu sources quantize trace jobs evals nanochat cli"
+    "features loops fused cpu gpu sources lowbit trace jobs evals nanochat rl cli"
 ).split()
 FEATURES = sorted(
     f"features/{path.name}"
@@ -298,13 +298,14 @@ ALLOWED = {
     ("cli", "jobs"): "batch; score and bench read rows",
     ("cli", "sources"): "places of checkpoints; convert",
     ("cli", "evals"): "the command eval",
-    ("cli", "quantize"): "the command of that name",
+    ("cli", "lowbit"): "the command quantize",
     ("cli", "trace"): "--watch, and the command of that name",
     # nanochat's tasks
     ("nanochat", "jobs"): "rows of tasks are read like rows of prompts",
-    # quantised folders
-    ("quantize", "cpu"): "what is rounded is what low-bit products multiply by",
-    ("sources", "cpu"): "a quantised folder becomes what low-bit products multiply by",
+    # low-bit weights
+    ("cpu", "lowbit"): "kernels multiply weights in the layout of lowbit/packing.py",
+    ("sources", "lowbit"): "a folder of low-bit weights is a checkpoint",
+    ("lowbit", "sources"): "such a folder is read as strictly as a Hugging Face folder",
 }
 
 
@@ -411,12 +412,12 @@ def test_imports_point_one_way():
     # full.py is asked for the engine by the package's own name
     users = {a.source for a in arrows() if a.target == "full.py" and a.kind != "typing"}
     assert users == {"__init__.py"}
-    # no arrow is hidden in a string. gpu/flash.py looks for other packages; cpu/helper.py is a
-    # process, which imports its own subpackage
+    # no arrow is hidden in a string. gpu/flash.py looks for other packages;
+    # cpu/helper_process.py is a process, which imports its own subpackage
     for path in PACKAGE.rglob("*.py"):
         if "import_module" in path.read_text(encoding="utf-8"):
             file = path.relative_to(PACKAGE).as_posix()
-            assert file in ("gpu/flash.py", "cpu/helper.py"), file
+            assert file in ("gpu/flash.py", "cpu/helper_process.py"), file
 
 
 def test_no_circle():

@@ -128,9 +128,9 @@ def starting(args: argparse.Namespace, patient: bool = True) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(terminal.at_once())  # before what imports numba
         if has_numba():
-            from ..cpu import first
+            from ..cpu import compilation
 
-            stack.enter_context(first.told(terminal.note, patient))
+            stack.enter_context(compilation.told(terminal.note, patient))
         yield
     if note:
         terminal.note(note)
@@ -427,9 +427,9 @@ def warmup(args: argparse.Namespace) -> None:
     from ..resources import naming_package
 
     with naming_package("warmup"):
-        from ..cpu import backend, first
-    if why := first.not_kept():
-        raise ValueError(f"kernels cannot be kept, because {why}: {first.REMEDY}")
+        from ..cpu import backend, compilation
+    if why := compilation.not_kept():
+        raise ValueError(f"kernels cannot be kept, because {why}: {compilation.REMEDY}")
     model_path = find_checkpoint(model_name(args), args.step)
     seconds: dict[str, float] = {}  # of each kind that was not on disk
 
@@ -443,17 +443,20 @@ def warmup(args: argparse.Namespace) -> None:
 
     options = {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
     began = time.perf_counter()
-    with first.told(lambda line: None, waits=True, shows=show):
+    with compilation.told(lambda line: None, waits=True, shows=show):
         model = load_model(*model_path, "cpu", args.dtype, **options, **overrides(args))
         kinds = backend.kinds_for(model.backend.kind)
         for kind in kinds:
-            first.begin(backend.CpuBackend, kind, waits=True)
+            compilation.begin(backend.CpuBackend, kind, waits=True)
             if kind in seconds:
                 show(kind, {}, time.perf_counter() - began, last=True)
             began = time.perf_counter()
-    if why := first.not_kept(*kinds):
-        raise ValueError(f"kernels were compiled but not kept, because {why}: {first.REMEDY}")
-    found = {"folder": str(first.folder()), "seconds": {k: round(v, 1) for k, v in seconds.items()}}
+    if why := compilation.not_kept(*kinds):
+        raise ValueError(f"kernels were compiled but not kept, because {why}: {compilation.REMEDY}")
+    found = {
+        "folder": str(compilation.folder()),
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+    }
     found["kinds"] = kinds
     line = f"kernels of {len(kinds)} kinds ({', '.join(kinds)}) are in {found['folder']}"
     terminal.say(json.dumps(found) if args.json else line)
@@ -513,8 +516,10 @@ def convert(args: argparse.Namespace) -> None:
 def quantize(args: argparse.Namespace) -> None:
     """Write a checkpoint in 8, 6, 5 or 4 bits, rounded on text of its own or on a given one."""
     from .. import LLM, __version__
-    from ..quantize import quantize, split_text, write_texts
-    from ..sources import exports, huggingface, places, quantised, strict
+    from ..lowbit import folder as lowbit_folder
+    from ..lowbit.calibration import split_text, write_texts
+    from ..lowbit.quantize import quantize
+    from ..sources import exports, huggingface, places, strict
     from ..sources.places import find_checkpoint, read_checkpoint
 
     start, bits = time.perf_counter(), int(args.bits)
@@ -525,7 +530,7 @@ def quantize(args: argparse.Namespace) -> None:
     config, recipe, weights = read_checkpoint(directory, step)
     recipe, base = strict.replace(recipe, **overrides(args)), places.is_base(directory, step)
     checkpoint = config, recipe, weights
-    quantised.check_source(checkpoint, directory, bits)
+    lowbit_folder.check_source(checkpoint, directory, bits)
     tokenizer = places.open_tokenizer(directory, args.tokenizer_dir, args.trust_tokenizer)
     with exports.new_folder(args.output) as folder:
         huggingface.import_safetensors(folder)
@@ -543,7 +548,7 @@ def quantize(args: argparse.Namespace) -> None:
             options["trust_tokenizer"] = args.trust_tokenizer
             with LLM(directory, step, args.tokenizer_dir, **options) as llm:
                 texts = write_texts(llm, args.tokens, args.seed, tokenizer.has_chat and not base)
-        made = quantize(*checkpoint, texts, lambda name: quantised.bits_of(name, bits))
+        made = quantize(*checkpoint, texts, lambda name: lowbit_folder.bits_of(name, bits))
         told = {"bits": bits, "seed": args.seed, "tokens": sum(map(len, texts)), "base": base}
         told |= {"calibration": args.calibration or "sampled by the model", "source": args.model}
         words = [args.model, "-o", args.output, "--bits", args.bits, "--seed", str(args.seed)]
@@ -551,9 +556,9 @@ def quantize(args: argparse.Namespace) -> None:
         words += ["--calibration", args.calibration] if args.calibration else []
         words += [word for item in args.recipe for word in ("--recipe", item)]
         told |= {"version": __version__, "command": shlex.join(["microvllm", "quantize", *words])}
-        quantised.write_folder(checkpoint, made, tokenizer, told, folder)
+        lowbit_folder.write_folder(checkpoint, made, tokenizer, told, folder)
         _, _, written = read_checkpoint(folder, None)  # as strictly as everyone reads it
-    matrices = [w for name, w in written.items() if quantised.is_matrix(name[:-7])]
+    matrices = [w for name, w in written.items() if lowbit_folder.is_matrix(name[:-7])]
     each = 8 * sum(w.nbytes for w in matrices) / sum(w.numel() for w in matrices)
     size = sum(w.nbytes for w in written.values())
     told |= {"output": args.output, "bits_per_weight": round(each, 2), "file_bytes": size}

@@ -1,10 +1,10 @@
 """Matrix products by the matrix unit (AMX) of Intel's processors since 2023, of bfloat16 or int8.
 
 Its registers are tiles: up to 16 rows of 16 words, 32 bits each. A word is two bfloat16 or four
-bytes, and so it is in the panels (products.py). One instruction adds to a tile of sums, 16 rows and
-outputs, what 16 words of each row make with those of each output:
+bytes, and so it is in the weight tiles (gemm.py). One instruction adds to a tile of sums, 16 rows
+and outputs, what 16 words of each row make with those of each output:
 
-    w, a panel:    6      7       16 words of 16 outputs each; one behind the other they are read
+    w, a tile:     6      7       16 words of 16 outputs each; one behind the other they are read
     x:  16 rows 4  0      1       the sums of 32 rows and outputs: of four tiles that are read,
         16 rows 5  2      3       four products, where one sum alone needs two tiles for one
 
@@ -18,7 +18,7 @@ import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from .vectors import AMX, LANES, VIEWS, vectorised
+from .simd import AMX, LANES, VIEWS, vectorised
 
 WORDS = 16  # of a row that a tile holds
 ROWS = 32  # of x at a time, in two tiles
@@ -61,7 +61,7 @@ def configure(b, n):
 
 @vectorised()
 def release(b):
-    """The system need not save tiles that nobody uses."""
+    """The system need not save tiles that no thread uses."""
     if AMX:
         b.ask("llvm.x86.tilerelease", ir.VoidType())
 
@@ -71,13 +71,13 @@ def multiply_tiles(
     b, n, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, near, add, square, offset, w_scale,
     x_scale,
 ):  # fmt: skip
-    """products._multiply of the n rows that the tiles have: K is of words, a multiple of 16; near:
+    """gemm._multiply of the n rows that the tiles have: K is of words, a multiple of 16; near:
     words of `ahead` to start loading at each 16; add: for bfloat16 only."""
     if not AMX or x.data.type.pointee != b.i32:
         return
     integers = w.data.type.pointee == b.i32
     x_stride, y_stride = (b.extract_value(a.shape, 1) for a in (x, y))
-    panel = 2 * LANES
+    outputs = 2 * LANES
     xs, ws = b.at(x.data, x_at), b.at(b.words(w.data), w_at)
     ys, aheads = b.at(y.data, (row, y_stride), column), b.at(b.words(ahead.data), ahead_at)
     nothing, pointer = ir.VoidType(), b.i8.as_pointer()
@@ -97,16 +97,16 @@ def multiply_tiles(
                     b.ask("llvm.x86.tilezero", nothing, b.i8(tile))
         with cgutils.for_range_slice(b, b.i64(0), K, b.i64(WORDS), b.i64) as (k, _):
             for j in (0, 1):
-                move(6 + j, b.at(ws, (k, panel), 16 * j), b.i64(panel))
+                move(6 + j, b.at(ws, (k, outputs), 16 * j), b.i64(outputs))
             for i in blocks:
                 move(4 + i, b.at(xs, (x_stride, 16 * i), k), x_stride)
                 for j in (0, 1):
                     tiles = (b.i8(tile) for tile in (2 * i + j, 4 + i, 6 + j))
                     b.ask(f"llvm.x86.tdp{'busd' if integers else 'bf16ps'}", nothing, *tiles)
-            start = b.at(aheads, (b.mul(b.udiv(k, b.i64(WORDS)), near), panel))
+            start = b.at(aheads, (b.mul(b.udiv(k, b.i64(WORDS)), near), outputs))
             with cgutils.for_range(b, near, intp=b.i64) as loop:
-                for line in range(0, panel, 16):
-                    b.start_loading(b.at(start, (loop.index, panel), line))
+                for line in range(0, outputs, 16):
+                    b.start_loading(b.at(start, (loop.index, outputs), line))
         for tile, place in sums:
             move(tile, place, y_stride, "tilestored64")
 
@@ -130,10 +130,12 @@ def multiply_tiles(
 
 
 @numba.njit(**VIEWS)
-def multiply_panel(x, w, at, scaling, square, t0, t1, column, source, start, near, configured, y):
-    """The rows from t0 to t1 of one panel, which begins at w's flat index `at`, in y from a column
-    on. near: see multiply_tiles; configured: how many rows the tiles have, which is returned as it
-    is after it: who calls this last releases them."""
+def multiply_weight_tile(
+    x, w, at, scaling, square, t0, t1, column, source, start, near, configured, y
+):
+    """The rows from t0 to t1 of one weight tile, which begins at w's flat index `at`, in y from a
+    column on. near: see multiply_tiles; configured: how many rows the tiles have, which is returned
+    as it is after it: the last caller releases them."""
     K, (offset, w_scale, x_scale) = x.shape[1], scaling
     for r0 in range(t0, t1, ROWS):
         n = min(ROWS, t1 - r0)
@@ -149,9 +151,9 @@ def multiply_panel(x, w, at, scaling, square, t0, t1, column, source, start, nea
 
 
 @numba.njit(**VIEWS)
-def multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
-    """products._multiply_panels, for whole tiles of words."""
-    T, K, panel = len(y), w.shape[1], 2 * LANES
+def multiply_weight_tiles(x, w, scaling, square, first, end, following, ahead, y):
+    """gemm._multiply_tiles, for whole tiles of words."""
+    T, K, outputs = len(y), w.shape[1], 2 * LANES
     blocks, configured = -(-T // MANY), 0
     for block in range(blocks):
         t0, t1 = T * block // blocks, T * (block + 1) // blocks
@@ -160,15 +162,15 @@ def multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
         for p in range(first, end):
             source = w
             if tiles == 1:  # all of it comes from memory now: load what is needed soon
-                start = (p * K + _SOON) * panel
+                start = (p * K + _SOON) * outputs
             elif p + 1 < end:
-                start = (p + 1) * K * panel
+                start = (p + 1) * K * outputs
             elif block + 1 < blocks:
-                start = first * K * panel
+                start = first * K * outputs
             else:
                 source, start = following, ahead
-            configured = multiply_panel(
-                x, w, p * K * panel, scaling, square, t0, t1, p * panel, source, start, near,
+            configured = multiply_weight_tile(
+                x, w, p * K * outputs, scaling, square, t0, t1, p * outputs, source, start, near,
                 configured, y,
             )  # fmt: skip
     if configured:

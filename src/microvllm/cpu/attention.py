@@ -20,15 +20,16 @@ from numba.core import cgutils, types
 from torch import Tensor
 
 from .attention_tiles import TILE, find_keys, fits, halve, tile_scores, tile_values, whole
-from .steps import array_of, exp2, exp2_of, largest
+from .elementwise import array_of, exp2, exp2_of, largest
+from .simd import EXACT, LANES, VIEWS, fetch, kept, share, sum_of, vectorised
 from .team import MAX_PARTS, SIZE, job, one_at_a_time, team_of
-from .vectors import EXACT, LANES, VIEWS, fetch, kept, share, sum_of, vectorised
 
 _f32 = np.float32
-_KEYS = 512  # of which scores are kept at a time
+_KEYS = 512  # whose scores are kept at a time
 _WIDTH = _KEYS + 16  # an odd number of cache lines, else a column of all rows falls into one set
-_PANEL = 64  # keys that are multiplied at a time: they stay in the first-level cache
+_KEYS_AT_ONCE = 64  # keys that are multiplied at a time: they stay in the first-level cache
 _QUERIES = 192  # that read a block of keys together: their scores fit in the second-level cache
+_SHARED = 64  # positions, at least, that several sequences read together
 _LEAST = 12  # queries that are not cut further: packing a key takes as long as some of them
 _READ = 16  # products of a query and a key, for which the key could be read from memory
 _SOON = 4096  # bytes that are multiplied while a later block begins to be loaded
@@ -153,8 +154,8 @@ def _unpack(b, x, start, count, y, y_at):
 
 @vectorised()
 def _rescale(b, s, s_at, x, start, first, count):
-    """If x is a cache of int8: s, from its flat index s_at on, times so many of a head's scales,
-    which begin at x's flat index `start`, the first of them left out."""
+    """If x is a cache of int8: s, from its flat index s_at on, times `count` of a head's
+    scales, which begin at x's flat index `start`; the first `first` of them are left out."""
     if x.data.type.pointee != b.i8:
         return
     scales = b.bitcast(b.at(x.data, start), b.i16.as_pointer())
@@ -189,6 +190,40 @@ def _softmax(scores, before):
 
 
 @numba.njit(**VIEWS)
+def _begin(q, count, h, group, qs, ys, sums):
+    """qs = the scaled queries of kv head h, padded with the last row's; no keys are added yet."""
+    scale = _f32(1 / (math.sqrt(q.shape[2]) * math.log(2)))  # powers of 2, not of e
+    for i in range(len(qs)):
+        qi, qs_i, yi = q[min(i, count - 1) // group, h * group + i % group], qs[i], ys[i]
+        for d in range(qi.size):
+            qs_i[d] = qi[d] * scale
+            yi[d] = 0
+        sums[i, 0], sums[i, 1] = -np.inf, 0
+
+
+@numba.njit(**VIEWS)
+def _add_keys(scores, sums, y):
+    """Scores of a query and some keys become weights. sums: the largest score so far, and the sum
+    of all weights; they and y, the weighted sum of values, are scaled for a new largest score."""
+    before = sums[0]
+    sums[0], added = _softmax(scores, before)
+    factor = exp2(before - sums[0])
+    sums[1] = sums[1] * factor + added
+    for d in range(y.size):
+        y[d] *= factor
+
+
+@numba.njit(**VIEWS)
+def _write_means(ys, sums, count, h, group, out):
+    """out = the first `count` weighted sums of values over their sums of weights."""
+    for i in range(count):
+        out_i, yi = out[i // group, h * group + i % group], ys[i]
+        factor = 1 / sums[i, 1]
+        for d in range(yi.size):
+            out_i[d] = yi[d] * factor
+
+
+@numba.njit(**VIEWS)
 def _gather(x, table, h, start, stop, D, spare):
     """spare (stop - start, D) = what x, K or V, has of kv head h at these positions."""
     n_kv_head, block_size, numbers = x.shape[1:]
@@ -215,23 +250,25 @@ def _fetch_some(x, table, h, start, stop):
 
 
 @numba.njit(**VIEWS)
-def _rescale_rows(scores, n, x, table, h, start, stop, D):
-    """The first n of these rows, of positions from `start` on, times the scales of x."""
+def _rescale_rows(scores, zero, n, x, table, h, start, stop, D):
+    """The first n of these rows, whose first number is of position `zero`, times the scales of x,
+    from position `start` to `stop`."""
     n_kv_head, block_size, numbers = x.shape[1:]
     for b in range(start // block_size, (stop - 1) // block_size + 1):
         at = b * block_size
         x0, x1 = max(start - at, 0), min(stop - at, block_size)
         scales = ((table[b] * n_kv_head + h) * numbers + D) * block_size
         for i in range(n):
-            s = i * scores.shape[1] + at + x0 - start
+            s = i * scores.shape[1] + at + x0 - zero
             _rescale(scores, s, x, scales, x0, x1 - x0)
 
 
 @numba.njit(**VIEWS)
-def _read_few(mixes, ys, scores, x, other, table, h, start, stop, last):
+def _read_few(mixes, ys, scores, zero, x, other, table, h, start, stop, last):
     """scores = ys @ x.T, or if `mixes` ys += scores @ x, of x's positions from `start` to `stop`,
-    where they lie. Meanwhile what comes next is being loaded: more of x, and then of `other`: after
-    K the same positions of V, after V the next ones of K."""
+    where they lie; the first number of a row of scores is of position `zero`. Meanwhile what comes
+    next is being loaded: more of x, and then of `other`: after K the same positions of V, after V
+    the next ones of K."""
     n, D = ys.shape
     n_kv_head, block_size, numbers = x.shape[1:]
     size, first, blocks = block_size * numbers, start // block_size, (stop - 1) // block_size + 1
@@ -246,7 +283,7 @@ def _read_few(mixes, ys, scores, x, other, table, h, start, stop, last):
         else:
             fetch(other, soon, few)
         j, row = max(start - at, 0), scores.shape[1]
-        m, s, base = min(stop - at, block_size) - j, at + j - start, base + j * D
+        m, s, base = min(stop - at, block_size) - j, at + j - zero, base + j * D
         for i in range(0, n - _TWO + 1, _TWO):
             if mixes:
                 _mix_two(scores, i * row + s, row, m, x, base, D, ys, i * D)
@@ -260,16 +297,16 @@ def _read_few(mixes, ys, scores, x, other, table, h, start, stop, last):
 
 
 @numba.njit(**VIEWS)
-def _read_panels(mixes, ys, scores, x, table, h, start, stop, position, group, spare):
-    """The same for more rows, by panels in `spare`."""
+def _read_many(mixes, ys, scores, zero, x, table, h, start, stop, position, group, spare):
+    """The same for more rows, by parts in `spare`."""
     (n, D), row = ys.shape, scores.shape[1]
-    for at in range(start, stop, _PANEL):
-        end, soon = min(at + _PANEL, stop), min(at + 2 * _PANEL, stop)
+    for at in range(start, stop, _KEYS_AT_ONCE):
+        end, soon = min(at + _KEYS_AT_ONCE, stop), min(at + 2 * _KEYS_AT_ONCE, stop)
         _gather(x, table, h, at, end, D, spare)
         for i in range(0, n, _ROWS):
             _fetch_some(x, table, h, *_share(end, soon, i, n))
             # up to the last key that the last of them sees
-            m, s = min(end, position + (i + _ROWS - 1) // group + 1) - at, i * row + at - start
+            m, s = min(end, position + (i + _ROWS - 1) // group + 1) - at, i * row + at - zero
             if m > 0 and mixes:
                 _mix_rows(scores, s, row, m, spare, 0, D, ys, i * D)
             elif m > 0:
@@ -281,26 +318,24 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
     """Some rows of one sequence, the first at `position`, against kv head h: q, out (count, n_head,
     D), table (M,); scratch: of scratch_size(count * the query heads of h, D).
 
-    A few rows read K and V where they are; more of them panels in float32, that stay in the
+    A few rows read K and V where they are; more of them copies in float32, that stay in the
     first-level cache. The bits of a row are the same either way. With the matrix unit all rows go
     one way, see attention_tiles.py.
     """
     D, group, row = q.shape[2], q.shape[1] // k.shape[1], _WIDTH
     count = q.shape[0] * group
-    n, (spare, scratch) = padded(count), (scratch[: _PANEL * D], scratch[_PANEL * D :])
+    n, (spare, scratch) = (
+        padded(count),
+        (scratch[: _KEYS_AT_ONCE * D], scratch[_KEYS_AT_ONCE * D :]),
+    )
     places, scratch = scratch[: 4 * _KEYS].view(np.int64), scratch[4 * _KEYS :]
     qs, ys = scratch[: n * D].reshape(n, D), scratch[n * D : 2 * n * D].reshape(n, D)
     scores = scratch[2 * n * D : n * (2 * D + row)].reshape(n, row)
     sums = scratch[n * (2 * D + row) : n * (2 * D + row + 2)].reshape(n, 2)
-    scale = _f32(1 / (math.sqrt(D) * math.log(2)))  # powers of 2, not of e
     tiled = fits(k, D)
-    for i in range(n):
-        qi, qs_i, yi = q[min(i, count - 1) // group, h * group + i % group], qs[i], ys[i]
-        for d in range(D):
-            qs_i[d] = qi[d] * scale
-            yi[d] = 0
-        sums[i, 0], sums[i, 1] = -np.inf, 0
-        if tiled:
+    _begin(q, count, h, group, qs, ys, sums)
+    if tiled:
+        for i in range(n):
             halve(qs, i * D, D)
     last = position + q.shape[0]  # some row sees the keys before it, from `start` on
     first = max(0, position - window) if window >= 0 else 0
@@ -312,73 +347,168 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
             find_keys(k, table, h, start, stop, first, last, places)
             tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores, spare)
         elif n < _FEW:
-            _read_few(False, qs, scores, k, v, table, h, start, stop, last)
+            _read_few(False, qs, scores, start, k, v, table, h, start, stop, last)
         else:
-            _read_panels(False, qs, scores, k, table, h, start, stop, position, group, spare)
-        _rescale_rows(scores, n, k, table, h, start, stop, D)
+            _read_many(
+                False, qs, scores, start, k, table, h, start, stop, position, group, spare
+            )  # fmt: skip
+        _rescale_rows(scores, start, n, k, table, h, start, stop, D)
         for i in range(n):
             right = max(0, min(position + i // group + 1, stop) - start)
             left = max(0, position + i // group - window - start) if window >= 0 else 0
             scores[i, : min(left, right)] = 0
             scores[i, right:width] = 0
             if left < right:
-                before = sums[i, 0]
-                sums[i, 0], added = _softmax(scores[i, left:right], before)
-                factor = exp2(before - sums[i, 0])
-                sums[i, 1], yi = sums[i, 1] * factor + added, ys[i]
-                for d in range(D):
-                    yi[d] *= factor
+                _add_keys(scores[i, left:right], sums[i], ys[i])
             if tiled:
                 halve(scores, i * row, width)
-        _rescale_rows(scores, n, v, table, h, start, stop, D)
+        _rescale_rows(scores, start, n, v, table, h, start, stop, D)
         if tiled:
             tile_values(scores, k, v, places, start, stop, position, group, ys, spare)
         elif n < _FEW:
-            _read_few(True, ys, scores, v, k, table, h, start, stop, last)
+            _read_few(True, ys, scores, start, v, k, table, h, start, stop, last)
         else:
-            _read_panels(True, ys, scores, v, table, h, start, stop, position, group, spare)
+            _read_many(
+                True, ys, scores, start, v, table, h, start, stop, position, group, spare
+            )  # fmt: skip
         start = stop
-    for i in range(count):
-        out_i, yi = out[i // group, h * group + i % group], ys[i]
-        factor = 1 / sums[i, 1]
-        for d in range(D):
-            out_i[d] = yi[d] * factor
+    _write_means(ys, sums, count, h, group, out)
+
+
+@numba.njit(**VIEWS)
+def _read_shared(
+    mixes, ys, scores, zero, x, other, tables, h, stop, shared, seq_lens, group, spare
+):  # fmt: skip
+    """The same for a row of each of several sequences, from position `zero` to `stop`: the blocks
+    before position `shared` are those of all of them and are read once, the others row by row."""
+    D, both = ys.shape[1], min(stop, shared)
+    if zero < both:
+        if mixes:
+            _rescale_rows(scores, zero, len(ys), x, tables[0], h, zero, both, D)
+        if len(ys) < _FEW:
+            _read_few(mixes, ys, scores, zero, x, other, tables[0], h, zero, both, shared)
+        else:
+            _read_many(
+                mixes, ys, scores, zero, x, tables[0], h, zero, both, both, group, spare
+            )  # fmt: skip
+        if not mixes:
+            _rescale_rows(scores, zero, len(ys), x, tables[0], h, zero, both, D)
+    for r in range(len(seq_lens)):
+        start, end, last = max(zero, shared), min(stop, seq_lens[r]), seq_lens[r]
+        own_ys, own_scores = ys[r * group : (r + 1) * group], scores[r * group : (r + 1) * group]
+        if start >= end:
+            continue
+        if mixes:
+            _rescale_rows(own_scores, zero, group, x, tables[r], h, start, end, D)
+        if group < _FEW:
+            _read_few(
+                mixes, own_ys, own_scores, zero, x, other, tables[r], h, start, end, last
+            )  # fmt: skip
+        else:
+            _read_many(
+                mixes, own_ys, own_scores, zero, x, tables[r], h, start, end, end, group, spare
+            )  # fmt: skip
+        if not mixes:
+            _rescale_rows(own_scores, zero, group, x, tables[r], h, start, end, D)
+
+
+@numba.njit(**VIEWS)
+def attend_shared(q, k, v, h, tables, seq_lens, shared, window, scratch, out):
+    """The last row of each of several sequences whose blocks before position `shared` are the same,
+    against kv head h: q, out (B, n_head, D), tables (B, M), seq_lens (B,); scratch as above. The
+    bits of a row are those of attend_tile."""
+    D, group, row = q.shape[2], q.shape[1] // k.shape[1], _WIDTH
+    count = q.shape[0] * group
+    n, (spare, scratch) = (
+        padded(count),
+        (scratch[: _KEYS_AT_ONCE * D], scratch[_KEYS_AT_ONCE * D :]),
+    )
+    scratch = scratch[4 * _KEYS :]
+    qs, ys = scratch[: n * D].reshape(n, D), scratch[n * D : 2 * n * D].reshape(n, D)
+    scores = scratch[2 * n * D : n * (2 * D + row)].reshape(n, row)
+    sums = scratch[n * (2 * D + row) : n * (2 * D + row + 2)].reshape(n, 2)
+    _begin(q, count, h, group, qs, ys, sums)
+    shortest, longest = seq_lens[0], seq_lens[0]
+    for length in seq_lens:
+        shortest, longest = min(shortest, length), max(longest, length)
+    start = max(0, shortest - 1 - window) if window >= 0 else 0
+    while start < longest:
+        stop = min(longest, (start // _KEYS + 1) * _KEYS)
+        _read_shared(
+            False, qs, scores, start, k, v, tables, h, stop, shared, seq_lens, group, spare
+        )  # fmt: skip
+        for i in range(n):
+            length = seq_lens[min(i, count - 1) // group]
+            right = max(0, min(length, stop) - start)
+            left = max(0, length - 1 - window - start) if window >= 0 else 0
+            scores[i, : min(left, right)] = 0
+            scores[i, right : stop - start] = 0
+            if left < right:
+                _add_keys(scores[i, left:right], sums[i], ys[i])
+        _read_shared(
+            True, ys, scores, start, v, k, tables, h, stop, shared, seq_lens, group, spare
+        )  # fmt: skip
+        start = stop
+    _write_means(ys, sums, count, h, group, out)
 
 
 @numba.njit(**VIEWS)
 def padded(n):
-    """The rows of scratch that so many queries take."""
+    """The rows of scratch that n queries take."""
     return n if n < _FEW else -(-n // _ROWS) * _ROWS
 
 
 def scratch_size(queries: int, D: int) -> int:
     """How many float32 a tile needs: spare, places, and of each query qs, ys, scores, sums."""
-    size = _PANEL * D + 4 * _KEYS + padded(queries) * (2 * D + _WIDTH + 2)
+    size = _KEYS_AT_ONCE * D + 4 * _KEYS + padded(queries) * (2 * D + _WIDTH + 2)
     return -(-size // 16) * 16  # no two threads write to one cache line
 
 
 @numba.njit(**VIEWS)
 def _work(count, position, window, group):
-    """Of so many rows, the first at `position`: products of a query and a key, and a key's way from
+    """Of `count` rows, the first at `position`: products of a query and a key, and a key's way from
     memory, which takes as long as _READ of them."""
     seen = min(position, window) if window >= 0 else position
     return group * (count * seen + count * (count + 1) // 2) + _READ * (seen + count)
 
 
 @numba.njit(**EXACT)
-def cut_tiles(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
-    """Cut the sequences into tiles of up to `rows` rows: (tiles, 3), the sequence, the first row,
-    the one behind the last.
+def _cut_decodes(seq_lens, tables, block_size, n_kv_head, group, threads, tiled):
+    """The tiles of sequences with a row each. Neighbours with the same first blocks, samples of one
+    prompt as a rule, are a tile, unless that leaves less than two parts for each thread."""
+    tiles, n, b, count = np.empty((seq_lens.size, 4), np.int64), 0, 0, seq_lens.size
+    most = min(_QUERIES // group, -(-count * n_kv_head // (2 * threads)))
+    while b < count:
+        end, blocks = b + 1, (seq_lens[b] - 1) // block_size
+        while end < min(b + most, count) and not tiled:
+            same, limit = 0, min(blocks, (seq_lens[end] - 1) // block_size)
+            while same < limit and tables[b, same] == tables[end, same]:
+                same += 1
+            # one that shares less begins a tile of its own, maybe with others like it
+            least = 3 * blocks // 4 if end > b + 1 else 0
+            if same * block_size < _SHARED or same < least:
+                break
+            end, blocks = end + 1, same
+        tiles[n, 0], tiles[n, 1], tiles[n, 2] = b, b, end
+        tiles[n, 3] = blocks * block_size if end > b + 1 else 0
+        n, b = n + 1, end
+    return tiles[:n]
+
+
+@numba.njit(**EXACT)
+def cut_tiles(
+    cu_seqlens, seq_lens, tables, block_size, window, n_kv_head, group, rows, threads, tiled
+):  # fmt: skip
+    """Cut the sequences into tiles of up to `rows` rows: (tiles, 4), the sequence, the first row,
+    the one behind the last; and where a tile is rows of several sequences, one each, how many
+    positions have the same blocks in all of them.
 
     A row sees more keys the later it comes, and a batch may begin with decodes and end with long
     chunks. So no tile is more than half of a thread's mean share, where it has _LEAST queries
     without that; and the largest come first, since threads take them as they come.
     """
     if cu_seqlens[seq_lens.size] == seq_lens.size:  # decodes, whose tiles have a row each
-        single = np.empty((seq_lens.size, 3), np.int64)
-        for b in range(seq_lens.size):
-            single[b, 0], single[b, 1], single[b, 2] = b, b, b + 1
-        return single
+        return _cut_decodes(seq_lens, tables, block_size, n_kv_head, group, threads, tiled)
     total, count = 0, 0
     for b in range(seq_lens.size):
         first, end = cu_seqlens[b], cu_seqlens[b + 1]
@@ -393,7 +523,7 @@ def cut_tiles(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
             size = (size + 1) // 2
         sizes[b] = size
         count += -(-length // max(size, 1))
-    found, works = np.empty((count, 3), np.int64), np.empty(count, np.int64)
+    found, works = np.zeros((count, 4), np.int64), np.empty(count, np.int64)
     i, level = 0, 0
     for b in range(seq_lens.size):
         end = cu_seqlens[b + 1]
@@ -403,7 +533,7 @@ def cut_tiles(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads):
             works[i] = _work(stop - r, seq_lens[b] - end + r, window, group)
             level = max(level, works[i])
             i += 1
-    tiles, n = np.empty((count, 3), np.int64), 0
+    tiles, n = np.empty((count, 4), np.int64), 0
     while level > 0:  # those of more than half of the largest one's work, then of half of that
         for i in range(count - 1, -1, -1):
             if level // 2 < works[i] <= level:
@@ -423,9 +553,14 @@ def _attend_part(
     for each in range(first, end):
         i, h = each // n_kv_head, each % n_kv_head
         b, r, stop = tiles[i, 0], tiles[i, 1], tiles[i, 2]
-        position = seq_lens[b] - cu_seqlens[b + 1] + r
-        table, rows = block_tables[b], slice(r, stop)
-        attend_tile(q[rows], k, v, h, table, position, window, scratch[worker], out[rows])
+        rows, space, shared = slice(r, stop), scratch[worker], tiles[i, 3]
+        if shared:
+            tables, lengths = block_tables[rows], seq_lens[rows]
+            attend_shared(q[rows], k, v, h, tables, lengths, shared, window, space, out[rows])
+        else:
+            position = seq_lens[b] - cu_seqlens[b + 1] + r
+            table = block_tables[b]
+            attend_tile(q[rows], k, v, h, table, position, window, space, out[rows])
 
 
 @numba.njit(**EXACT)
@@ -438,9 +573,11 @@ def num_parts(tiles, n_kv_head, threads):
 def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, team, scratch, out):
     """Attention in tiles of up to `rows` rows and one kv head, which threads take as they come.
     scratch (threads, scratch_size)."""
-    n_kv_head, threads = k.shape[1], team[SIZE]
-    group = q.shape[1] // n_kv_head
-    tiles = cut_tiles(cu_seqlens, seq_lens, window, n_kv_head, group, rows, threads)
+    n_kv_head, group, tiled = k.shape[1], q.shape[1] // k.shape[1], fits(k, q.shape[2])
+    tiles = cut_tiles(
+        cu_seqlens, seq_lens, block_tables, k.shape[2], window, n_kv_head, group, rows,
+        team[SIZE], tiled,
+    )  # fmt: skip
     attend_tiles(
         tiles, q, k, v, cu_seqlens, seq_lens, block_tables, window, team, scratch, out
     )  # fmt: skip
@@ -459,8 +596,11 @@ def attend_tiles(
 def tile(batch, group: int, D: int) -> tuple[int, int]:
     """Rows of one sequence that are done together, and the size of a thread's scratch for them."""
     # many queries read a block of keys together: their scores still fit in the second-level cache
-    rows = max(1, min(batch.max_query_len, _QUERIES // group))
-    return rows, scratch_size(rows * group, D)
+    most = max(1, _QUERIES // group)
+    rows = max(1, min(batch.max_query_len, most))
+    is_decode = len(batch.seq_lens) == len(batch.positions)
+    queries = min(most, len(batch.seq_lens)) if is_decode else rows
+    return rows, scratch_size(queries * group, D)
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention's products by the matrix unit (amx.py), where K and V are in bfloat16.
 
-Both are copied into its panels, K's for 32 keys at a time, V's for 128. A word of a panel is two
-numbers of one key of K, or of two keys of V:
+Both are packed into weight tiles of its kind, K's for 32 keys at a time, V's for 128. A word of a
+tile is two numbers of one key of K, or of two keys of V:
 
     K  a0 a1 a2 a3 ...  (D numbers)    (a0 a1) (b0 b1) ...  32 keys
        b0 b1 b2 b3 ...                 (a2 a3) (b2 b3) ...
@@ -22,10 +22,10 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from .amx import ROWS, WORDS, configure, multiply_tiles, release
-from .vectors import AMX, VIEWS, BFloat, fetch, vectorised
+from .simd import AMX, VIEWS, BFloat, fetch, vectorised
 
-TILE = 2 * WORDS  # in a panel of K; numbers in one of V
-_PANEL = 4 * TILE  # keys in one of V
+TILE = 2 * WORDS  # in a tile of K; numbers in one of V
+_V_KEYS = 4 * TILE  # keys in one of V
 _FEW = 4  # fewer rows read K and V where they are
 _SOON = 64  # keys ahead that are being loaded
 _NEAR = 32  # the same for a few rows: they may see no more keys than these
@@ -60,9 +60,9 @@ def halve(b, x, start, count):
 
 
 @vectorised()
-def _turn(b, k, places, first, D, panel, column):
-    """panel (D / 2, TILE) from `column` on = the words of the 16 keys that begin at places[first:],
-    rows as columns."""
+def _turn(b, k, places, first, D, packed, column):
+    """packed (D / 2, TILE) from `column` on = the words of the 16 keys that begin at
+    places[first:], rows as columns."""
     if not AMX or k.data.type.pointee != b.i16:
         return
     starts = [b.words(b.at(k.data, b.load(b.at(places.data, first, i)))) for i in range(WORDS)]
@@ -80,12 +80,12 @@ def _turn(b, k, places, first, D, panel, column):
                     turned = [b.shuffle_vector(*pair, ir.Constant(kind, mask)) for mask in masks]
                     rows[i], rows[i + size] = turned
         for i, row in enumerate(rows):
-            b.write(row, b.at(b.words(panel.data), (b.add(w, b.i64(i)), TILE), column))
+            b.write(row, b.at(b.words(packed.data), (b.add(w, b.i64(i)), TILE), column))
 
 
 @vectorised()
-def _pair(b, v, places, first, D, panel, word):
-    """That word of the panels (D / TILE, _PANEL / 2, TILE) = the numbers of the two keys that begin
+def _pair(b, v, places, first, D, packed, word):
+    """That word of the tiles (D / TILE, _V_KEYS / 2, TILE) = the numbers of the two keys that begin
     at places[first:]."""
     if not AMX or v.data.type.pointee != b.i16:
         return
@@ -94,7 +94,7 @@ def _pair(b, v, places, first, D, panel, word):
     with cgutils.for_range_slice(b, b.i64(0), D, size, b.i64) as (d, _):
         for part in (0, WORDS):
             low, high = (b.bitcast(b.read(b.at(x, d, part)), b.kind(b.i32)) for x in starts)
-            place = b.at(b.words(panel.data), (d, _PANEL // 2), (word, TILE), part)
+            place = b.at(b.words(packed.data), (d, _V_KEYS // 2), (word, TILE), part)
             b.write(b.or_(b.lshr(low, b.splat(b.i32(16))), high), place)
 
 
@@ -208,7 +208,7 @@ def _fetch_soon(x, other, places, at, count, keys, back, D):
 @numba.njit(**VIEWS)
 def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores, spare):
     """attention._attend_tile's scores = qs @ K.T, of the keys from position `start` to `stop`."""
-    (n, D), words, panel, configured = qs.shape, qs.view(np.int32), spare.view(np.uint16), 0
+    (n, D), words, packed, configured = qs.shape, qs.view(np.int32), spare.view(np.uint16), 0
     n_kv_head, size = k.shape[1:3]
     few = n < _FEW and size % WORDS == 0
     if few:
@@ -226,7 +226,7 @@ def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores
             continue
         _fetch_soon(k, v, places, at, TILE, stop - start, stop - start, D)
         for i in (0, WORDS):
-            _turn(k, places, at + i, D, panel, i)
+            _turn(k, places, at + i, D, packed, i)
         for i in range(0, n, ROWS):
             count = min(ROWS, n - i)
             if start + at <= position + (i + count - 1) // group:  # the last of them sees one
@@ -234,7 +234,7 @@ def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores
                     configure(count)
                     configured = count
                 multiply_tiles(
-                    count, D // 2, words, i * D, panel, 0, scores, i, at, panel, 0, 0, False,
+                    count, D // 2, words, i * D, packed, 0, scores, i, at, packed, 0, 0, False,
                     False, qs, qs, qs,
                 )  # fmt: skip
     release()
@@ -243,7 +243,7 @@ def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores
 @numba.njit(**VIEWS)
 def tile_values(scores, k, v, places, start, stop, position, group, ys, spare):
     """ys += scores @ V of the same keys."""
-    (n, D), words, panel, configured = ys.shape, scores.view(np.int32), spare.view(np.uint16), 0
+    (n, D), words, packed, configured = ys.shape, scores.view(np.int32), spare.view(np.uint16), 0
     width, keys = scores.shape[1], whole(stop - start)
     if n < _FEW:
         for at in range(0, keys, TILE):
@@ -251,11 +251,11 @@ def tile_values(scores, k, v, places, start, stop, position, group, ys, spare):
                 weights = scores.view(np.uint16)
                 _mix_column(weights, 2 * i * width + at, v, k, places, at, keys, D, ys, i * D)
         return
-    for at in range(0, keys, _PANEL):
-        size = min(_PANEL, keys - at)
+    for at in range(0, keys, _V_KEYS):
+        size = min(_V_KEYS, keys - at)
         for i in range(at, at + size, 2):
             _fetch_soon(v, k, places, i, 2, keys, 0, D)
-            _pair(v, places, i, D, panel, (i - at) // 2)
+            _pair(v, places, i, D, packed, (i - at) // 2)
         for i in range(0, n, ROWS):
             count = min(ROWS, n - i)
             seen = min(size, position + (i + count - 1) // group + 1 - start - at)
@@ -265,7 +265,7 @@ def tile_values(scores, k, v, places, start, stop, position, group, ys, spare):
                     configured = count
                 for d in range(0, D, TILE):
                     multiply_tiles(
-                        count, whole(seen) // 2, words, i * width + at // 2, panel,
-                        d * _PANEL // 2, ys, i, d, panel, 0, 0, True, False, ys, ys, ys,
+                        count, whole(seen) // 2, words, i * width + at // 2, packed,
+                        d * _V_KEYS // 2, ys, i, d, packed, 0, 0, True, False, ys, ys, ys,
                     )  # fmt: skip
     release()

@@ -16,12 +16,11 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.backend import Backend
-from . import first, products, steps
+from ..lowbit.packing import BITS
+from . import compilation, elementwise, gemm
 from .attention import attend_tiles, cut_tiles, paged_attention, tile
-from .fewbits import class_of
-from .packed import BITS
-from .products import HalfPanels, Int8, Int8Panels, Panels, product, scratch_bytes, workspace
-from .steps import (
+from .attention_tiles import fits
+from .elementwise import (
     add_norm_rows,
     add_rows,
     advance_rows,
@@ -33,6 +32,9 @@ from .steps import (
     sample_rows,
     take_rows,
 )
+from .gemm import Int8, PackedBfloat16, PackedInt8, PackedLinear, product, scratch_bytes, workspace
+from .low_bit_gemm import class_of
+from .simd import EXACT, kept
 from .team import (
     MAX_JOBS,
     MAX_THREADS,
@@ -44,7 +46,6 @@ from .team import (
     pointer,
     team_of,
 )
-from .vectors import EXACT, kept
 
 _f32 = np.float32
 PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plain torch as well
@@ -52,7 +53,7 @@ PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plai
 
 def kinds_for(kind: str) -> list[str]:
     """All kinds of kernels that the engines of one checkpoint call in one precision, `kind` first,
-    then that of a live module, whose weights are shared and so in no panels."""
+    then that of a live module, whose weights are shared and so not packed."""
     kinds = [kind]
     store, *parts = kind.split("-")
     if "layers" in parts and store in ("float32", "bfloat16"):
@@ -64,13 +65,15 @@ class CpuBackend(Backend):
     """Kernels in numba, float32 in and out; matrices, tables, K and V may be in bfloat16."""
 
     name = "numba"
-    kind: str | None = None  # of kernels, as first.py has them
+    kind: str | None = None  # of kernels, as compilation.py has them
     waits = False  # have no steps in plain torch the same result? then kernels are waited for
-    awaited: str | None = None  # the kind of kernels, while they are being compiled: see first.py
+    awaited: str | None = (
+        None  # the kind of kernels, while they are being compiled: see compilation.py
+    )
     attend = staticmethod(paged_attention)
-    add_norm = staticmethod(steps.add_norm)
-    rope_store = staticmethod(steps.rope_store)
-    sample = staticmethod(steps.sample)
+    add_norm = staticmethod(elementwise.add_norm)
+    rope_store = staticmethod(elementwise.rope_store)
+    sample = staticmethod(elementwise.sample)
 
     def check(self) -> None:
         check_process()
@@ -88,8 +91,8 @@ class CpuBackend(Backend):
 
     @staticmethod
     def has_int8(width: int) -> bool:
-        panels = products.PANEL8 and width % 4 == 0
-        return bool(panels or hasattr(torch.ops.onednn, "qlinear_pointwise"))
+        has_kernel = gemm.INT8_TILE and width % 4 == 0
+        return bool(has_kernel or hasattr(torch.ops.onednn, "qlinear_pointwise"))
 
     def takes(self, quantization: str) -> bool:
         return self.dtype == torch.float32 and (quantization != "int8" or self.has_int8(1))
@@ -99,20 +102,20 @@ class CpuBackend(Backend):
     ) -> type:
         self.waits = self.waits or bool(quantization)
         if quantization == "int8":
-            return Int8Panels if products.PANEL8 and width % 4 == 0 else Int8
+            return PackedInt8 if gemm.INT8_TILE and width % 4 == 0 else Int8
         if quantization:
             return class_of(BITS[quantization][head])
-        if not shared and products.PANEL_FLOAT and dtype == torch.float32:
-            return Panels
-        if not shared and products.PANEL_FLOAT and dtype == torch.bfloat16 and width % 2 == 0:
-            return HalfPanels
+        if not shared and gemm.FLOAT_TILE and dtype == torch.float32:
+            return PackedLinear
+        if not shared and gemm.FLOAT_TILE and dtype == torch.bfloat16 and width % 2 == 0:
+            return PackedBfloat16
         return super().linear_class(quantization, shared, width, dtype, head)
 
     def compile(self, model) -> Callable | None:
-        """One call, if all weights are in panels, whole ones where outputs lie side by side."""
+        """One call, if all weights are packed, in whole tiles where outputs lie side by side."""
         layers = [w for x in model.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
-        fit = all(isinstance(w, Panels) for w in (*layers, model.lm_head))
-        fit = fit and all(sum(w.sizes) % products.PANEL == 0 for w in layers)
+        fit = all(isinstance(w, PackedLinear) for w in (*layers, model.lm_head))
+        fit = fit and all(sum(w.sizes) % gemm.TILE == 0 for w in layers)
         return Layers(model) if fit else None
 
     def prepare(self, model) -> None:
@@ -123,7 +126,7 @@ class CpuBackend(Backend):
         self.kind = kind
         # ranks draw the same tokens, so all of them have to compute in the same way
         waits = self.waits or self.deterministic or model.ranks is not None
-        if not first.begin(CpuBackend, kind, waits):
+        if not compilation.begin(CpuBackend, kind, waits):
             self.awaited = kind
             # the helper needs a core: threads that share one with it wait for each other at the end
             # of each operation, and a step takes 30 times as long
@@ -133,7 +136,7 @@ class CpuBackend(Backend):
                 setattr(self, name, getattr(super(), name))
 
     def is_ready(self) -> bool:
-        if self.awaited and first.poll(CpuBackend, self.awaited):
+        if self.awaited and compilation.poll(CpuBackend, self.awaited):
             self.awaited = None
             torch.set_num_threads(self.num_threads)
             for name in PLAIN:
@@ -150,7 +153,7 @@ def _tensor(weights, i, kind, like):
 
 @numba.njit(**EXACT)
 def _parts(weights, i, kind, like):
-    """The panels, offset and scale of layer i's qkv, proj, fc or mlp_proj."""
+    """The weight tiles, offset and scale of layer i's qkv, proj, fc or mlp_proj."""
     w = _tensor(weights, i, 3 * kind, like[0])
     offset = _tensor(weights, i, 3 * kind + 1, like[1])
     return w, offset[0, 0], _tensor(weights, i, 3 * kind + 2, like[2])[0, 0]
@@ -164,11 +167,11 @@ def _weight(weights, i, kind, like):
 def _weight_of(weights, i, kind, like):
     made = getattr(like, "instance_class", None)
 
-    def few_bits(weights, i, kind, like):
+    def low_bit(weights, i, kind, like):
         w, offset, scale = _parts(weights, i, kind, like)
         return made(w, offset, scale)
 
-    return few_bits if made else lambda weights, i, kind, like: _parts(weights, i, kind, like)
+    return low_bit if made else lambda weights, i, kind, like: _parts(weights, i, kind, like)
 
 
 _VE = 12  # after those four weights: the value embeddings, and their gate
@@ -177,7 +180,7 @@ _VE = 12  # after those four weights: the value embeddings, and their gate
 @kept(**EXACT)
 def _run(
     team, ids, prev_ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables,
-    cache, depths, groups, windows, window_kinds, weights, like, head, wte, smear_gate,
+    cache, depths, groups, windows, tilings, weights, like, head, wte, smear_gate,
     smear_lambda, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
     rows, tiles, x0, unused, other, y, h, half, taken, free, q, seen, qkv, wide, scratch, hidden,
     logits, V, uniform, scale, softcap, filters, stops, w, sums, step, tokens,
@@ -204,11 +207,14 @@ def _run(
     yes, no = n_layer > 0, n_layer < 0
     n_kv_head = cache.shape[3]
     counts = np.zeros(len(tiles), np.int64)
-    for i in range(n_layer):  # the same tiles for all layers of a window
-        kind = window_kinds[i]
+    for i in range(n_layer):  # the same tiles for all layers of a window and a block table
+        kind = tilings[i]
         if counts[kind] == 0:
             group = q.shape[1] // n_kv_head
-            cut = cut_tiles(cu_seqlens, seq_lens, windows[i], n_kv_head, group, rows, team[SIZE])
+            cut = cut_tiles(
+                cu_seqlens, seq_lens, tables[groups[i]], size, windows[i], n_kv_head, group, rows,
+                team[SIZE], fits(cache[0, 0], q.shape[2]),
+            )  # fmt: skip
             counts[kind] = len(cut)
             tiles[kind, : len(cut)] = cut
     begin(team)
@@ -236,7 +242,7 @@ def _run(
         )  # fmt: skip
         if is_last and R == 0:
             break
-        kind = window_kinds[i]
+        kind = tilings[i]
         attend_tiles(
             tiles[kind, : counts[kind]], queries, k, v, cu_seqlens, seq_lens, tables[group],
             windows[i], team, scratch, attended,
@@ -280,7 +286,7 @@ def _run(
 
 
 class Layers:
-    """All layers of a FusedGPT whose weights are in panels, on a batch: see FusedGPT.forward."""
+    """All layers of a FusedGPT whose weights are packed, on a batch: see FusedGPT.forward."""
 
     def __init__(self, model):
         config, recipe, places, none = model.config, model.recipe, [], torch.empty(0)
@@ -291,7 +297,6 @@ class Layers:
             # addresses, and three dimensions
             places.append([(x.data_ptr(), *(1,) * (3 - x.ndim), *x.shape) for x in tensors])
         self.weights, self.windows = np.array(places, np.int64), np.array(model.windows)
-        self.window_kinds = np.unique(self.windows, return_inverse=True)[1].astype(np.int64)
         assert 20 * len(places) + 20 < MAX_JOBS, f"{len(places)} layers"
         self.like = model.layers[0].qkv.arrays
         self.head, self.wte = model.lm_head.arrays, array_of(model.wte)
@@ -322,9 +327,9 @@ class Layers:
     def several(self, batch, cache, uniform, scale, filters, stops, count: int) -> np.ndarray:
         """The tokens (steps, T) of a batch of one row for each sequence, and of the steps after it:
         at most `count`, up to the first that ends a sequence. uniform (count, T): random numbers of
-        [0, 1); scale, filters: of steps.draw_values; stops (T, n): tokens, -1 for none."""
-        rows, num_panels = len(batch.logit_rows), len(self.head[0])
-        logits = np.empty((rows, num_panels * products.PANEL), np.float32)
+        [0, 1); scale, filters: of elementwise.draw_values; stops (T, n): tokens, -1 for none."""
+        rows, num_tiles = len(batch.logit_rows), len(self.head[0])
+        logits = np.empty((rows, num_tiles * gemm.TILE), np.float32)
         tokens = np.empty((count, rows), np.int64)
         hidden = np.empty((0, self.wte.shape[1]), np.float32)
         done = self.run(batch, cache, hidden, logits, uniform, scale, filters, stops, tokens)
@@ -336,8 +341,9 @@ class Layers:
         arrays = [np.asarray(getattr(batch, name)) for name in names]
         slots, tables = np.asarray(batch.slots), np.asarray(batch.block_tables)
         if cache is not self.cache:
-            places = getattr(cache, "places", [(0, i) for i in range(len(self.windows))])
-            self.groups, self.depths = np.array(places).T.copy()
+            self.groups, self.depths = np.array(cache.places).T.copy()
+            pairs = np.stack([self.windows, self.groups])
+            self.tilings = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()
             self.cache = cache
         T, R = len(arrays[0]), len(arrays[5])
         slots = slots.reshape(-1, T)
@@ -350,10 +356,10 @@ class Layers:
                 self.draw_space = draw_space(self.vocab_size, threads)
             rows, size = tile(batch, self.group, self.shapes[8][1])
             shapes = *[(max(T, R), *shape) for shape in self.shapes], (threads, size)
-            tiles = np.empty((int(self.window_kinds.max()) + 1, T, 3), np.int64)
+            tiles = np.empty((int(self.tilings.max()) + 1, T, 4), np.int64)
             _run(
                 team, *arrays, slots, tables, array_of(cache.data), self.depths, self.groups,
-                self.windows, self.window_kinds, self.weights, self.like, self.head, self.wte,
+                self.windows, self.tilings, self.weights, self.like, self.head, self.wte,
                 *self.smear, *self.numbers, *self.scales, rows, tiles, *workspace(*shapes), hidden,
                 logits, self.vocab_size, uniform, scale, self.softcap, filters, stops,
                 *self.draw_space, step, tokens,

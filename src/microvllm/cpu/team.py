@@ -40,7 +40,7 @@ from numba.core import cgutils, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
-from .vectors import EXACT, VIEWS, kept, vectorised
+from .simd import EXACT, VIEWS, kept, vectorised
 
 MAX_THREADS, MAX_PARTS, MAX_JOBS = 256, 2**15, 2**12
 SPIN_NS, WAIT_NS, TURN_NS = 200_000, 50_000, 2_800_000

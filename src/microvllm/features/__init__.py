@@ -1,8 +1,65 @@
 """Features of the full engine, one file for each. full.py lists them; params.py has the parameters
-of a request that they honour. This file checks values of users."""
+of a request that they honour. This file has what several of them share: checks of users' values,
+and sequences that are computed without a draw."""
 
-from collections.abc import Callable, Iterable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral, Real
+
+from ..sampler import SamplingParams
+from ..scheduler import DrawList, Plan, Sequence, Span
+
+
+class ReadSequence(Sequence):
+    """A text that is computed for its hidden states: nothing is drawn behind it.
+
+    token_ids: what is computed; first_row: the first position whose hidden state is wanted.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        token_ids: list[int],
+        first_row: int,
+    ):
+        super().__init__(request_id, prompt, params, max_length=len(token_ids) + 1)
+        self.token_ids.extend(token_ids[len(prompt) :])
+        self.first_row = first_row
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Blocks of the prefix cache hold K and V, and no hidden states."""
+        return self.first_row
+
+
+def request_rows(plan: Plan, sequence_class: type[ReadSequence]) -> bool:
+    """Remove the draws of sequences of a class, and request their rows instead. Returns whether the
+    plan has any of them."""
+    is_read = [isinstance(chunk.seq, sequence_class) for chunk in plan.chunks]
+    if not any(is_read):
+        return False
+    plan.draws = DrawList(draw for draw in plan.draws if not is_read[draw.chunk_index])
+    for index, chunk in enumerate(plan.chunks):
+        if is_read[index]:
+            start = max(chunk.start, chunk.seq.first_row)
+            if start < chunk.stop:
+                plan.extra_rows.append(Span(index, start, chunk.stop))
+    return True
+
+
+def read_spans(
+    plan: Plan, sequence_class: type[ReadSequence]
+) -> Iterator[tuple[ReadSequence, Span, slice]]:
+    """The sequences of a class whose rows a plan has, with the positions of these rows and their
+    place in what on_hidden and on_layer receive."""
+    for span, rows in zip(plan.extra_rows, plan.extra_slices, strict=True):
+        seq = plan.chunks[span.chunk_index].seq
+        if isinstance(seq, sequence_class):
+            yield seq, span, rows
 
 
 def check_number(

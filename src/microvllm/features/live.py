@@ -128,6 +128,7 @@ class LiveWeights:
         self.build = build
         self.snapshot: Snapshot | None = None  # the module's weights, as the engine has them
         self.is_asleep = False
+        self.next_version: int | None = None  # of weights that came while the engine slept
 
     def attach(self, engine: LLM) -> None:
         """Called by the engine's loop (loops/live.py), when it is made."""
@@ -150,25 +151,32 @@ class LiveWeights:
             if self.snapshot.differs(closely=not self.engine.scheduler.running):
                 self.follow()
 
-    def follow(self) -> None:
+    def follow(self, version: int | None = None) -> None:
         """Take over the module's weights; K and V of all requests are computed again."""
         engine = self.engine
         engine.loop.drain()
         if self.snapshot.is_moved():  # what shares its tensors, or has recorded their addresses
             self.sleep_now()
+            self.next_version = version
             self.wake_now()
             return
         snapshot = Snapshot(self.module)
+        self.announce(version)
         with torch.inference_mode():  # the model's tensors may have been made in this mode
             engine.model.load_state_dict(weights_of(self.module))
         engine.reset()
         self.snapshot = snapshot
 
-    def update_weights(self, weights) -> None:
+    def announce(self, version: int | None) -> None:
+        """Tell the extensions of new weights. A step that was launched must be finished before."""
+        for on_weights in self.engine.hooks.on_weights:
+            on_weights(version)
+
+    def update_weights(self, weights, version: int | None = None) -> None:
         """Swap the weights in place: a state dict of the same shapes, or a module that has one. The
         prefix cache is emptied and running requests recompute what they have. The weights of a live
-        module are its own: they are written there. Raises ValueError, and changes nothing, if a
-        tensor is missing or misshapen."""
+        module are its own: they are written there. version: of the weights, for extensions. Raises
+        ValueError, and changes nothing, if a tensor is missing or misshapen."""
         engine = self.engine
         engine.guard.check_open()
         state = weights.state_dict() if hasattr(weights, "state_dict") else weights
@@ -176,13 +184,14 @@ class LiveWeights:
             raise TypeError(f"weights must be a state dict, or a module, got {weights!r:.80}")
         state = {name.removeprefix("_orig_mod."): weight for name, weight in state.items()}
         strict.check_weights(state, engine.model.config, engine.model.recipe)
-        engine.guard.perform(lambda: self.write_weights(state))
+        engine.guard.perform(lambda: self.write_weights(state, version))
 
-    def write_weights(self, state: dict[str, Tensor]) -> None:
+    def write_weights(self, state: dict[str, Tensor], version: int | None) -> None:
         """`update_weights` with a state dict that was checked."""
         engine = self.engine
         engine.loop.drain()
         if self.module is None:
+            self.announce(version)
             with torch.inference_mode():
                 engine.model.load_state_dict(state)
             engine.reset()
@@ -191,8 +200,10 @@ class LiveWeights:
             for name, weight in weights_of(self.module).items():
                 if weight.data_ptr() != state[name].data_ptr():
                     weight.copy_(state[name])
-        if not self.is_asleep:
-            self.follow()
+        if self.is_asleep:
+            self.next_version = version
+        else:
+            self.follow(version)
 
     def sleep(self) -> None:
         """Give back the memory of the KV cache, and that of weights which a live module has as
@@ -225,11 +236,15 @@ class LiveWeights:
                 engine.model = self.take()
             engine.allocate()
             engine.runner.bind(engine.model, engine.cache)
+            if self.module is not None:  # it may have been trained meanwhile
+                self.announce(self.next_version)
+                engine.reset()
         except BaseException as error:
             self.drop_memory()
             if isinstance(error, ValueError):
                 raise ValueError(f"the engine is asleep and cannot wake: {error}") from None
             raise
+        self.next_version = None
         self.is_asleep = False
 
     def drop_memory(self) -> None:

@@ -38,11 +38,12 @@ class PromptRequests(NamedTuple):
 
 
 class SampleRow(NamedTuple):
-    """A sample as generate_batch returns it, without its end token: three lists of one length."""
+    """A sample as generate_batch returns it, without its end token: four lists of one length."""
 
     token_ids: list[int]  # prompt and output
     mask: list[int]  # 0: of the prompt, or forced
     logprobs: list[float]
+    versions: list[int]  # of the weights; -1: of the prompt
 
 
 def generate_columns(
@@ -73,7 +74,14 @@ async def agenerate_columns(
 
 
 def generate_batch(
-    engine: LLM, tokens, num_samples=1, max_tokens=None, seed=42, logprobs=False, **params
+    engine: LLM,
+    tokens,
+    num_samples=1,
+    max_tokens=None,
+    seed=42,
+    logprobs=False,
+    versions=False,
+    **params,
 ):
     """What nanochat's Engine.generate_batch does: (sequences, masks) of a prompt's token ids.
 
@@ -81,7 +89,9 @@ def generate_batch(
     tokens the calculator forced. A list of prompts gives (list of sequences, list of masks) with
     one list of num_samples each; prompt i is drawn with seed + i. logprobs: return a third list,
     like the masks, with the log-probability of each token in the distribution that it was drawn
-    from, after temperature and filters: 0.0 at temperature 0, and where the mask is 0.
+    from, after temperature and filters: 0.0 at temperature 0, and where the mask is 0. versions:
+    return one more list, the last, with the version of the weights that drew each token, and -1 in
+    the prompt.
     """
     if isinstance(tokens, (int, np.integer)):  # in a list it would be a prompt
         raise TypeError(f"tokens must be a list of token ids, got {type(tokens).__name__}")
@@ -97,7 +107,8 @@ def generate_batch(
     check_endings(engine, requests)
     rows_of_prompts = [make_rows(group, num_samples) for group in groups]
     results = []
-    for column in range(3 if logprobs else 2):
+    is_wanted = SampleRow(token_ids=True, mask=True, logprobs=logprobs, versions=versions)
+    for column in [index for index, wanted in enumerate(is_wanted) if wanted]:
         lists = [[row[column] for row in rows] for rows in rows_of_prompts]
         results.append(lists if has_several else lists[0])
     return tuple(results)
@@ -241,13 +252,16 @@ def make_row(prompt_ids: list[int], sample: dict) -> SampleRow:
     mask = sample["mask"]
     entries = sample.get("logprobs", ())
     logprobs = [0.0 if entry is None else entry["sampler_logprob"] for entry in entries]
+    versions = sample.get("versions", [])
     # a stop string ends a text, too, and is no token
     if sample["finish_reason"] == "stop" and not isinstance(sample["stop_reason"], str):
         token_ids = token_ids[:-1]
         mask = mask[:-1]
         logprobs = logprobs[:-1]
+        versions = versions[:-1]
     return SampleRow(
         token_ids=prompt_ids + token_ids,
         mask=[0] * len(prompt_ids) + mask,
         logprobs=[0.0] * len(prompt_ids) + logprobs,
+        versions=[-1] * len(prompt_ids) + versions,
     )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import Batch, PagedKVCache, make_batch
+from ..attention import Batch, HostBatch, PagedKVCache, make_batch
 from ..checkpoint import require_memory
 from ..environment import free_memory
 from ..features.windows import GroupedKVCache
@@ -259,13 +259,13 @@ class DecodeGraphs:
 
     def replay(
         self,
-        batch: Batch,
+        batch: HostBatch,
         params: list[SamplingParams],
         last_token_ids: Tensor | None,
     ) -> tuple[Batch, Tensor, Tensor]:
         """Run a step.
 
-        batch: numpy arrays; params: of its rows; last_token_ids: tokens of the step before, for
+        params: of the batch's rows; last_token_ids: tokens of the step before, for
         token ids that are ~row. Returns the batch with the temperature and the uniform numbers on
         the device, the logits (R, V), and the token ids (R,). The next replay writes there: copies
         are to be queued on its stream before it.
@@ -282,11 +282,13 @@ class DecodeGraphs:
         self.graphs[size].replay()
         fields, _ = self.split(self.inputs, size)
         floats = fields[:, :num_rows].view(torch.float32)
-        on_device = batch._replace(temperature=floats[TEMPERATURE], uniform=floats[UNIFORM])
+        # the other fields stay numpy arrays: no extension reads them (Extension.on_sampled)
+        on_device = Batch._make(batch)
+        on_device = on_device._replace(temperature=floats[TEMPERATURE], uniform=floats[UNIFORM])
         return on_device, self.logits[:num_rows], self.token_ids[:num_rows]
 
     def write_inputs(
-        self, flat: np.ndarray, size: int, batch: Batch, params: list[SamplingParams]
+        self, flat: np.ndarray, size: int, batch: HostBatch, params: list[SamplingParams]
     ) -> None:
         """Write a batch into the inputs of so many rows. A padding row is a sequence of one token
         in the null block."""
@@ -382,7 +384,7 @@ def can_replay(plan: Plan) -> bool:
     """Is it a step that was recorded: one row per sequence, and one draw from each?"""
     longest = plan.chunks[-1]  # longer chunks come last
     has_decodes_alone = longest.num_tokens == 1 and not plan.extra_rows
-    return has_decodes_alone and plan.draw_columns.chunks == tuple(range(len(plan.chunks)))
+    return has_decodes_alone and plan.draws.chunk_indices == list(range(len(plan.chunks)))
 
 
 class GraphRunner(AheadRunner):

@@ -13,7 +13,7 @@ from ..environment import free_memory
 from ..resources import fits
 from ..runner import Runner
 from ..sampler import SamplingParams
-from ..scheduler import Chunk, Draw, Plan, Sequence
+from ..scheduler import Chunk, Draw, DrawList, Plan, Sequence
 
 # what takes the most memory in a draw, as far as the parameters have it
 ALL_FILTERS = {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}
@@ -77,6 +77,7 @@ def compute(runner: Runner, lengths: list[int], params: SamplingParams, num_draw
         seq = Sequence(request_id, [0] * num_tokens, params)
         seq.block_table = array("i", [0] * runner.blocks.blocks_for(num_tokens))
         chunks.append(Chunk(seq, 0, num_tokens))
-    plan = Plan(chunks=chunks, draws=[Draw(0, chunks[0].seq, lengths[0])] * num_draws)
+    draw = Draw(0, chunks[0].seq, lengths[0])
+    plan = Plan(chunks=chunks, draws=DrawList([draw] * num_draws))
     batch = runner.prepare(plan)
     runner.draw(plan, batch, runner.forward(batch))

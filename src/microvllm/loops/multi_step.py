@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..attention import PagedKVCache, make_batch
 from ..blocks import BlockManager
-from ..cpu import steps, team
+from ..cpu import elementwise, team
 from ..engine import Loop, Request
 from ..fused.model import FusedGPT
 from ..runner import Runner
@@ -46,7 +46,7 @@ class MultiStepLoop(Loop):
         runner.computed.clear()  # of a turn that an exception has left
         super().advance()
         for _ in range(len(runner.computed)):
-            if runner.computed:  # none, once a plan was another one
+            if runner.computed:  # they are dropped when a plan is not the expected one
                 super().advance()
         runner.free_blocks()
 
@@ -84,8 +84,8 @@ class ComputedStep(NamedTuple):
 
 
 class MultiStepRunner(Runner):
-    """Computes steps before they are planned, where it may and can know them. model: a FusedGPT
-    whose backend has compiled it."""
+    """Computes steps before they are planned, where it may, and knows what they will be. model: a
+    FusedGPT whose backend has compiled it."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -97,10 +97,11 @@ class MultiStepRunner(Runner):
         self.measured_seconds = 0.0
 
     def launch(self, plan: Plan) -> None:
+        """As in Runner. A step that was computed before has its tokens already."""
         starts = [(seq, start) for seq, start, _, _ in plan.chunks]
         is_decode = len(starts) == len(plan.draws) == plan.num_tokens
         if self.seconds and is_decode and not self.computed:
-            self.compute_steps(plan, starts)
+            self.compute_ahead(plan, starts)
         if self.computed:
             step = self.computed.popleft()
             if is_decode and starts == step.starts and not plan.copies:
@@ -114,7 +115,7 @@ class MultiStepRunner(Runner):
         if is_decode:
             self.measure(num_rows=len(starts), seconds=time.perf_counter() - began)
 
-    def compute_steps(self, plan: Plan, starts: list[tuple[Sequence, int]]) -> None:
+    def compute_ahead(self, plan: Plan, starts: list[tuple[Sequence, int]]) -> None:
         """Compute a step and those after it, unless there are too few of them to be worth it."""
         seqs = [seq for seq, _ in starts]
         num_steps = self.choose_num_steps(seqs)
@@ -147,12 +148,12 @@ class MultiStepRunner(Runner):
         return num_steps
 
     def num_new_blocks(self, seqs: list[Sequence], num_steps: int) -> int:
-        """Blocks that sequences need for so many steps."""
-        num_new = 0
+        """Blocks that sequences need for num_steps steps, beside those that they have."""
+        num_new_blocks = 0
         for seq in seqs:
             num_needed = self.blocks.blocks_for(len(seq.token_ids) + num_steps - 1)
-            num_new += max(0, num_needed - len(seq.block_table))
-        return num_new
+            num_new_blocks += max(0, num_needed - len(seq.block_table))
+        return num_new_blocks
 
     def measure(self, num_rows: int, seconds: float) -> None:
         """Note how long a step has taken."""
@@ -182,7 +183,7 @@ def compute_steps(
     Returns the token ids (steps, sequences): of at most num_steps steps, fewer if a sequence ends.
     """
     batch = make_batch(plan, blocks)
-    seqs = plan.draw_columns.seqs
+    seqs = plan.draws.seqs
     # all that is random, as in make_batch
     positions = batch.seq_lens + np.arange(num_steps)[:, None]  # (steps, sequences)
     uniform = uniform_numbers(
@@ -190,7 +191,7 @@ def compute_steps(
         sample_indices=np.tile([seq.params.sample_index + seq.index for seq in seqs], num_steps),
         positions=positions.ravel(),
     )
-    scale, filters = steps.draw_values(plan.params, batch.temperature)
+    scale, filters = elementwise.draw_values(plan.params, batch.temperature)
     return model.compiled.several(
         batch,
         cache,

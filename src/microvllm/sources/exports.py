@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..lowbit.folder import Stored
 from ..model import RECIPES, Recipe
 from ..tokenizer import Tokenizer
 from . import strict
 from .huggingface import SIZES, import_safetensors, read_safetensors
-from .quantised import Stored
 
 # parts of a tensor's name in transformers -> nanochat's
 NAMES = {

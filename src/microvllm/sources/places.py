@@ -6,8 +6,9 @@ from itertools import islice
 from pathlib import Path
 
 from .. import checkpoint
+from ..lowbit import folder as lowbit_folder
 from ..tokenizer import Tokenizer
-from . import hub, huggingface, quantised, strict
+from . import hub, huggingface, strict
 
 # of a folder of folders with models: how far it is searched, and how much an error lists
 _MAX_DEPTH, _MAX_ENTRIES, _MAX_LISTED = 3, 5000, 20
@@ -157,7 +158,7 @@ def is_base(directory: Path, step: int | None) -> bool:
     nanochat keeps those in base_checkpoints, and of its programs only base_train writes a
     device_batch_size beside the model_config. Hugging Face's format does not tell; a quantised
     folder does. Raises ValueError for a file that cannot be read."""
-    if step is None and (told := quantised.facts(directory)):
+    if step is None and (told := lowbit_folder.facts(directory)):
         return told["base"]
     if step is None or directory.parent.name == "base_checkpoints":
         return step is not None
@@ -168,8 +169,8 @@ def read_checkpoint(directory: Path, step: int | None) -> strict.Checkpoint:
     """What find_checkpoint found, of any format. Raises ValueError naming the file and what is
     wrong with it."""
     if step is None:
-        if quantised.facts(directory):
-            return quantised.read_folder(directory)
+        if lowbit_folder.facts(directory):
+            return lowbit_folder.read_folder(directory)
         return huggingface.read_folder(directory)
     return strict.read_checkpoint(directory, step)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..attention import Batch
+from ..attention import Batch, HostBatch
 from ..engine import LLM, Request
 from ..runner import Extension
 from ..scheduler import Plan, Scheduler
@@ -131,7 +131,7 @@ class Trace(Extension):
             self.under_way.append((step, {"outside": self.outside_ms, "schedule": schedule_ms}))
         self.recorder.begin_step(plan, step)
 
-    def on_batch(self, plan: Plan, batch: Batch) -> None:
+    def on_batch(self, plan: Plan, batch: Batch | HostBatch) -> None:
         self.note_phase("batch")
 
     def on_hidden(self, plan: Plan, hidden: Tensor) -> None:

@@ -212,7 +212,7 @@ class Recorder:
         numbers = []
         drawn = []
         forced: list[tuple[int, list[int]]] = []
-        for seq in dict.fromkeys(plan.draw_columns.seqs):
+        for seq in dict.fromkeys(plan.draws.seqs):
             record = self.running.get(seq) or self.waiting.get(seq)
             if record is None:  # it had ended before
                 continue
@@ -362,7 +362,7 @@ class Recorder:
         starts = {seq: start for seq, start, _, _ in plan.chunks}
         parents = {}
         if plan.forks:
-            parents = {draw.seq: plan.chunks[draw.chunk].seq for draw in plan.draws}
+            parents = {draw.seq: plan.chunks[draw.chunk_index].seq for draw in plan.draws}
         forks = set(plan.forks)
         for seq in self.scheduler.running:
             if seq in forks:

@@ -11,7 +11,7 @@ NAME.weight, is kept as NAME.scale and
 An integer i of b < 8 bits is the code i + 2^(b - 1). low has its four lower bits, those of the even
 inputs in the lower half of a byte; high has the other bits, those of the first input lowest. In 4
 bits 32 inputs that lie together have a factor. Scales are (rows, 1) float32. Inputs and weights are
-rotated, see cpu/packed.py.
+rotated, see lowbit/packing.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..checkpoint import empty_model
 from ..model import RECIPES
-from . import huggingface, strict
+from ..sources import huggingface, strict
 
 FORMAT = 1  # of what is described above
 BITS = 8, 6, 5, 4
@@ -92,15 +92,15 @@ class Stored:
         return self.shape.numel()
 
     def quantised(self):
-        """What low-bit products take, see cpu/packed.py."""
-        from ..cpu.packed import Quantised
+        """What low-bit products take, see lowbit/packing.py."""
+        from .packing import Quantised
 
         integers, planes = unpack(self.planes, self.bits), self.planes
         return Quantised(integers, planes["scale"], self.bits, planes.get("factors"))
 
     def dense(self) -> Tensor:
         """The weight, (rows, in) float32, for what multiplies by nothing else."""
-        from ..cpu.packed import dequantised, rotate
+        from .packing import dequantised, rotate
 
         return rotate(dequantised(self.quantised()))
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..attention import Batch, LayerKV
 from ..checkpoint import empty_model
-from ..cpu.packed import Quantised, dequantised, rotate
 from ..model import Rotation, norm, rotary
 from .gptq import DAMPING
+from .packing import Quantised, dequantised, rotate
 
 # parts of a layer with the same inputs, in the order in which they are computed
 STAGES = ("attn.c_q", "attn.c_k", "attn.c_v"), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)

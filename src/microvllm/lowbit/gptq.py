@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cpu.packed import STEP, Quantised, dequantised, grouped, rotate
-from ..cpu.packed import factor as as_factors
+from .packing import STEP, Quantised, dequantised, grouped, rotate
+from .packing import factor as as_factors
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs nearly dependent on others
 _INPUTS = 128  # that are done before all others learn of it, which is then one product

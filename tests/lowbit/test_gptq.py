@@ -7,10 +7,10 @@ from helpers.goldens import FIXTURES
 
 from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import empty_model
-from microvllm.cpu import packed
 from microvllm.loading import find_checkpoint, read_checkpoint
-from microvllm.quantize import calibration, gptq, quantize
-from microvllm.quantize.calibration import natural
+from microvllm.lowbit import calibration, gptq, packing
+from microvllm.lowbit.calibration import natural
+from microvllm.lowbit.quantize import quantize
 
 BITS = 8, 6, 5, 4
 
@@ -31,10 +31,10 @@ def test_the_products_change_less_than_by_rounding_plainly(bits):
     assert found.integers.dtype == torch.int8 and found.integers.shape == weight.shape
     assert found.scale.dtype == torch.float32
     assert found.scale.shape == (40, 1) and found.bits == bits
-    packed.check(found, bits)  # factors are there in 4 bits, and what they may be
+    packing.check(found, bits)  # factors are there in 4 bits, and what they may be
     low, high = gptq.limits(bits)
     assert low <= found.integers.min() and found.integers.max() <= high
-    plain = gptq.error_of(packed.round_plainly(weight, bits), weight, moments)
+    plain = gptq.error_of(packing.round_plainly(weight, bits), weight, moments)
     assert 0 < gptq.error_of(found, weight, moments) < 0.5 * plain
     # the error is that of the products in the basis of the model, too
     change = natural(found) - weight

@@ -11,21 +11,40 @@ import numpy as np
 import pytest
 import torch
 from helpers.batches import hand_made_batch
+from helpers.cpu_kernels import (
+    BACKEND,
+    CPU,
+    check_int8_tiles,
+    check_rows_of_bfloat16,
+    check_rows_of_int8,
+    halves,
+    has_int8,
+    has_tiles,
+    int8,
+    packed_linear,
+    random,
+    run,
+    unpacked_weight,
+    weights_of,
+)
 from helpers.goldens import MODEL
 
 from microvllm.attention import PagedKVCache
-from microvllm.checkpoint import find_step, read_checkpoint
-from microvllm.cpu import amx, attention, products, team, vectors
-from microvllm.cpu.backend import CpuBackend, _run
-from microvllm.cpu.products import PANEL, PANEL8, HalfPanels, Int8, Int8Panels, Panels, rotate
+from microvllm.cpu import amx, attention, gemm, simd, team
+from microvllm.cpu.backend import _run
+from microvllm.cpu.gemm import (
+    INT8_TILE,
+    TILE,
+    PackedBfloat16,
+    PackedInt8,
+    PackedLinear,
+)
 from microvllm.fused.model import FusedGPT
 from microvllm.loading import load_model
+from microvllm.lowbit import packing
 from microvllm.model import GPTConfig
 
-CPU = torch.device("cpu")
-BACKEND = CpuBackend(CPU, torch.float32)
 pytestmark = pytest.mark.usefixtures("one_thread")
-has_panels = pytest.mark.skipif(not PANEL, reason="this processor has neither AVX2 nor AVX-512")
 
 
 @pytest.fixture
@@ -40,22 +59,14 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison)
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def panels(weight: torch.Tensor, **options) -> Panels:
-    return Panels([weight], BACKEND, torch.float32, **options)
-
-
-@has_panels
+@has_tiles
 @pytest.mark.parametrize("inputs", [1, 3, 100, 1024, 1025, 2300])
 @pytest.mark.parametrize("outputs", [1, 32, 130])
 def test_a_product_is_that_of_float64(inputs, outputs, poisoned):
-    """Rows for every tile, for two panels at once, for several blocks of rows; whole panels, and
+    """Rows for every tile, for two tiles at once, for several blocks of rows; whole tiles, and
     some that are not."""
     weight = random(outputs, inputs, seed=1)
-    packed, squared = panels(weight), panels(weight, relu2=True)
+    packed, squared = packed_linear(weight), packed_linear(weight, relu2=True)
     for rows in (*range(1, 26), 64, 127, 128, 133, 241, 490):
         x = random(rows, inputs, seed=100 + rows)
         want = x.double() @ weight.double().T
@@ -65,15 +76,15 @@ def test_a_product_is_that_of_float64(inputs, outputs, poisoned):
         assert torch.equal(squared(x), BACKEND.relu2(got.clone()))
 
 
-@has_panels
+@has_tiles
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_bits_of_a_row_follow_from_that_row(threads):
-    """Alone, in a tile of any size, in two panels at once: always the same sums in the same order,
+    """Alone, in a tile of any size, in two tiles at once: always the same sums in the same order,
     whatever the other rows are, and by however many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        packed, x = panels(random(200, 1500)), random(250, 1500, seed=2)
+        packed, x = packed_linear(random(200, 1500)), random(250, 1500, seed=2)
         alone = torch.cat([packed(x[i : i + 1]) for i in range(250)])
         for rows in (2, 7, 12, 13, 64, 127, 128, 250):
             assert torch.equal(packed(x[:rows]), alone[:rows]), rows
@@ -83,11 +94,7 @@ def test_the_bits_of_a_row_follow_from_that_row(threads):
         torch.set_num_threads(before)
 
 
-def halves(weight: torch.Tensor, **options) -> HalfPanels:
-    return HalfPanels([weight], BACKEND, torch.bfloat16, **options)
-
-
-@has_panels
+@has_tiles
 @pytest.mark.parametrize("inputs", [2, 64, 100, 1600, 2304])
 @pytest.mark.parametrize("outputs", [1, 33, 130])
 def test_a_bfloat16_product_is_that_of_float64(inputs, outputs, poisoned):
@@ -97,7 +104,7 @@ def test_a_bfloat16_product_is_that_of_float64(inputs, outputs, poisoned):
     packed, squared = halves(weight), halves(weight, relu2=True)
     for rows in (1, 2, 6, 12, 15, 16, 17, 31, 32, 33, 48, 64, 130, 300, 1100):
         x = random(rows, inputs, seed=100 + rows)
-        rounded = x.bfloat16() if products.TWO_HALVES else x
+        rounded = x.bfloat16() if gemm.TWO_HALVES else x
         want = rounded.double() @ weight.bfloat16().double().T
         got = packed(x)
         assert got.shape == (rows, outputs) and got.is_contiguous()
@@ -109,67 +116,61 @@ def test_a_bfloat16_product_is_that_of_float64(inputs, outputs, poisoned):
     assert torch.equal(packed.plain(torch.eye(inputs))[:, :outputs], (weight + 1).bfloat16().T)
 
 
-@has_panels
+@has_tiles
 @pytest.mark.parametrize("inputs", [1500, 1536])
 def test_the_bits_of_a_bfloat16_row_follow_from_that_row(inputs):
-    """What infinity and NaN make of a row stays in it, too."""
-    packed, x = halves(random(200, inputs)), random(250, inputs, seed=2)
-    alone = torch.cat([packed(x[i : i + 1]) for i in range(250)])
-    for rows in (2, 7, 13, 16, 17, 32, 33, 64, 128, 250):
-        assert torch.equal(packed(x[:rows]), alone[:rows]), rows
-    x[1::2], x[3, 0] = torch.nan, torch.inf
-    assert torch.equal(packed(x)[::2], alone[::2]) and packed(x)[1::2].isnan().all()
+    check_rows_of_bfloat16(inputs)
 
 
-def pieces(panels: int, rows: int, threads: int, least: int) -> list[int]:
-    """How much of a product each run of parts has, in rows of a panel, as `multiply` cuts it."""
-    cuts = vectors.row_cuts(panels, rows, least, threads)
-    runs, parts = vectors.piece_parts(panels * cuts, threads)
+def pieces(tiles: int, rows: int, threads: int, least: int) -> list[int]:
+    """How much of a product each run of parts has, in rows of a tile, as `multiply` cuts it."""
+    cuts = simd.row_cuts(tiles, rows, least, threads)
+    runs, parts = simd.piece_parts(tiles * cuts, threads)
     each, dealt = parts // runs, [0] * runs
     assert parts == runs * each and runs <= threads and each <= 4
     for part in range(parts):
-        first, end = vectors.share(panels * cuts, part, parts)
+        first, end = simd.share(tiles * cuts, part, parts)
         assert end > first  # a thread that has nothing is not woken
-        own = [vectors.share(rows, piece // panels, cuts) for piece in range(first, end)]
+        own = [simd.share(rows, piece // tiles, cuts) for piece in range(first, end)]
         dealt[part // each] += sum(t1 - t0 for t0, t1 in own)
-    assert sum(dealt) == panels * rows
+    assert sum(dealt) == tiles * rows
     return dealt
 
 
-# panels of the four matrices of a d12's layer and of its head, in 16 or 32 outputs
+# tiles of the four matrices of a d12's layer and of its head, in 16 or 32 outputs
 D12 = {width: [outputs // width for outputs in (2304, 768, 3072, 768, 32768)] for width in (16, 32)}
-# where whole panels are too few: of few rows, (outputs of a panel, threads) -> panels
+# where whole tiles are too few: of few rows, (outputs of a tile, threads) -> tiles
 TOO_FEW = {(16, 32): {48}, (32, 16): {24}, (32, 32): {24, 72}}
 
 
 @pytest.mark.parametrize("width", [16, 32])
 @pytest.mark.parametrize("threads", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("least", [products._ROWS, amx.ROWS // 2])
+@pytest.mark.parametrize("least", [gemm._ROWS, amx.ROWS // 2])
 def test_no_thread_has_much_more_than_its_share_of_a_d12s_products(width, threads, least):
-    for panels in D12[width]:
+    for tiles in D12[width]:
         for rows in (1, 8, 64):
-            dealt = pieces(panels, rows, threads, least)
+            dealt = pieces(tiles, rows, threads, least)
             assert max(dealt) <= 1.2 * sum(dealt) / len(dealt)  # of those that are woken
             most = max(dealt) * threads / sum(dealt)  # of all that there are
-            if rows < 64 and panels in TOO_FEW.get((width, threads), ()):
+            if rows < 64 and tiles in TOO_FEW.get((width, threads), ()):
                 assert most == pytest.approx(4 / 3)
             else:
-                assert most <= 1.2, (panels, rows, threads)
+                assert most <= 1.2, (tiles, rows, threads)
 
 
-def test_two_cores_cut_no_rows_of_whole_panels():
+def test_two_cores_cut_no_rows_of_whole_weight_tiles():
     """What was dealt evenly is dealt as before."""
-    for panels in (1, 2, 8, 24, 1024):
-        assert [vectors.row_cuts(panels, rows, 6, 1) for rows in (0, 1, 64)] == [1, 1, 1]
-    assert [vectors.row_cuts(p, 64, 6, 2) for p in (2, 8, 24, 48)] == [1] * 4
+    for tiles in (1, 2, 8, 24, 1024):
+        assert [simd.row_cuts(tiles, rows, 6, 1) for rows in (0, 1, 64)] == [1, 1, 1]
+    assert [simd.row_cuts(p, 64, 6, 2) for p in (2, 8, 24, 48)] == [1] * 4
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4, 8, 16, 32])
 def test_rows_that_are_normed_rotated_or_rounded_are_shared_evenly(threads):
     for rows in (0, 1, 7, 8, 17, 64, 65, 512):
-        runs, parts = vectors.row_parts(rows, threads)
+        runs, parts = simd.row_parts(rows, threads)
         assert parts % runs == 0 and (parts == 1 or rows // parts >= 4)
-        dealt = [vectors.share(rows, run, runs) for run in range(runs)]
+        dealt = [simd.share(rows, run, runs) for run in range(runs)]
         assert [0, *(end for _, end in dealt)] == [*(first for first, _ in dealt), rows]
         sizes = [end - first for first, end in dealt]
         # none has more than the busiest of as many as are worth to wake; the mean is of the woken
@@ -220,34 +221,37 @@ def test_no_thread_has_much_more_than_its_share_of_a_d12s_attention(threads, win
     for chunks in (*LONG, STEP):
         counts, lengths = map(list, zip(*chunks, strict=True))
         starts = np.cumsum([0, *counts])
-        given = starts, np.array(lengths), window, 6, 1, min(192, max(counts)), threads
-        tiles = attention.cut_tiles(*given).tolist()
+        tables = np.arange(len(lengths) * 256, dtype=np.int32).reshape(len(lengths), 256)
+        rows = min(192, max(counts))
+        tiles = attention.cut_tiles(
+            starts, np.array(lengths), tables, 16, window, 6, 1, rows, threads, False
+        ).tolist()
         done, work, jobs = np.zeros((starts[-1], 6)), np.zeros(threads), []
-        for b, first, end in tiles:
+        for b, first, end, _ in tiles:
             position = lengths[b] - starts[b + 1] + first
             done[first:end] += 1
             jobs += [attention._work(end - first, position, window, 1)] * 6
         parts = attention.num_parts(len(tiles), 6, threads)
         for part in range(parts):
-            first, end = vectors.share(len(jobs), part, parts)
+            first, end = simd.share(len(jobs), part, parts)
             work[work.argmin()] += sum(jobs[first:end])
         assert (done == 1).all() and work.max() <= 1.2 * work.mean(), chunks
 
 
-@has_panels
-@pytest.mark.parametrize("kind", [Panels, HalfPanels, Int8Panels])
+@has_tiles
+@pytest.mark.parametrize("kind", [PackedLinear, PackedBfloat16, PackedInt8])
 def test_any_number_of_threads_gives_the_same_bits(kind):
-    """Panels that no number of threads divides, rows that are cut, and more threads than work."""
-    if kind is Int8Panels and not PANEL8:
+    """Tiles that no number of threads divides, rows that are cut, and more threads than work."""
+    if kind is PackedInt8 and not INT8_TILE:
         pytest.skip("this processor has no such instructions")
-    made = kind([random(3 * PANEL, 128)], BACKEND, torch.float32)
+    made = kind([random(3 * TILE, 128)], BACKEND, torch.float32)
     for rows in (0, 1, 8, 64, 131):
         x = random(rows, 128, seed=rows).numpy()
         found = []
         for threads in (1, 2, 3, 4, 5, 16, 32):
-            y = torch.full((rows, 3 * PANEL), torch.nan)
+            y = torch.full((rows, 3 * TILE), torch.nan)
             with team.one_at_a_time:
-                products._linear(x, made.arrays, False, team.team_of(threads), y.numpy())
+                gemm._linear(x, made.arrays, False, team.team_of(threads), y.numpy())
             found.append(y)
         assert all(torch.equal(y, found[0]) for y in found) and not found[0].isnan().any()
 
@@ -267,7 +271,7 @@ print(json.dumps([max(team._teams, default=1), [output["token_ids"] for output i
 
 
 @pytest.mark.slow
-@has_panels
+@has_tiles
 def test_sixteen_threads_on_fewer_cores():
     """Real threads, more than there are cores: the tokens of one."""
     found = []
@@ -278,18 +282,6 @@ def test_sixteen_threads_on_fewer_cores():
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
     assert [each[0] for each in found] == [16, 1] and found[0][1] == found[1][1]
-
-
-has_int8 = pytest.mark.skipif(not PANEL8, reason="this processor has no such instructions")
-
-
-def int8(parts, kind=Int8Panels, **options) -> Int8Panels | Int8:
-    return kind(parts, BACKEND, torch.float32, **options)
-
-
-def dense(panels: torch.Tensor, rows: int) -> torch.Tensor:
-    """The first rows of the matrix (out, in) that panels (n, in, PANEL) hold."""
-    return panels.transpose(1, 2).flatten(0, 1)[:rows]
 
 
 @has_int8
@@ -303,7 +295,7 @@ def test_an_int8_product_is_that_of_its_integers(inputs, outputs, poisoned):
     integers = whole.transpose(1, 2).flatten(0, 1).contiguous().view(torch.int8)[:outputs]
     for rows in (1, 2, 11, 12, 13, 64, 127, 128, 301):
         x = random(rows, inputs, seed=100 + rows)
-        q, x_scale = products.quantize_rows(x, 127)
+        q, x_scale = gemm.quantize_rows(x, 127)
         exact = (q.double() - 128) @ integers.double().T * scale[:outputs] * x_scale
         y = made(x)
         assert y.shape == (rows, outputs)
@@ -313,92 +305,54 @@ def test_an_int8_product_is_that_of_its_integers(inputs, outputs, poisoned):
 
 @has_int8
 def test_the_bits_of_an_int8_row_follow_from_that_row():
-    made, x = int8([random(200, 1504)]), random(300, 1504, seed=2)
-    alone = torch.cat([made(x[i : i + 1]) for i in range(300)])
-    for rows in (2, 7, 12, 13, 64, 127, 128, 300):
-        assert torch.equal(made(x[:rows]), alone[:rows]), rows
+    check_rows_of_int8()
 
 
 @has_int8
-def test_int8_panels_hold_what_onednns_layout_holds():
-    parts = [random(40, 64), random(24, 64, seed=1)]
-    ours, theirs = int8(parts, rows=50), int8(parts, Int8, rows=50)
-    x = random(9, 64, seed=2)
-    if theirs.levels == 127:
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-    else:  # oneDNN has steps of twice the size on this processor
-        assert (ours(x) - theirs(x)).norm() < 0.03 * ours(x).norm()
-    whole, _, scale = ours.weight
-    integers = dense(whole, 64).contiguous().view(torch.int8)
-    kept = rotate(integers * scale[:64, None])
-    torch.testing.assert_close(kept, torch.cat(parts), rtol=0, atol=0.1)
-    ours.load([part + 1 for part in parts])
-    exact = x @ (torch.cat(parts) + 1).T[:, :50]
-    assert (ours(x) - exact).norm() / exact.norm() < 0.02
+def test_int8_weight_tiles_hold_what_onednns_layout_holds():
+    check_int8_tiles()
 
 
-@has_panels
+@has_tiles
 def test_a_nan_comes_out_as_one_and_what_is_negative_as_nothing():
     x = torch.tensor([[torch.nan, 1.0], [-2.0, 1.0], [3.0, -1.0], [torch.inf, 0.0]])
-    y = panels(torch.eye(2), relu2=True)(x)
+    y = packed_linear(torch.eye(2), relu2=True)(x)
     assert torch.isnan(y[0]).tolist() == [True, True]  # 0 times NaN is one, too
     assert y[1:3].tolist() == [[0, 1], [9, 0]]
 
 
-@has_panels
-def test_weights_in_panels_are_replaced_where_they_are():
+@has_tiles
+def test_weights_in_weight_tiles_are_replaced_where_they_are():
     """Other kernels know their address."""
     parts = [random(40, 64), random(24, 64, seed=1)]
-    made = Panels(parts, BACKEND, torch.float32, rows=50)
+    made = PackedLinear(parts, BACKEND, torch.float32, rows=50)
     assert made(random(3, 64)).shape == (3, 50)
-    assert torch.equal(dense(made.weight[0], 64), torch.cat(parts))
+    assert torch.equal(unpacked_weight(made.weight[0], 64), torch.cat(parts))
     where = made.weight[0].data_ptr()
     assert where % 64 == 0  # else each vector of weights is in two lines of the cache
     parts = [part + 1 for part in parts]
     made.load(parts)
     assert made.weight[0].data_ptr() == where
-    assert torch.equal(dense(made.weight[0], 64), torch.cat(parts))
+    assert torch.equal(unpacked_weight(made.weight[0], 64), torch.cat(parts))
 
 
 KINDS = [  # the latter two compile kernels that no test of the fast ones needs
-    pytest.param(None, marks=has_panels),
-    pytest.param("bfloat16", marks=[has_panels, pytest.mark.slow]),
+    pytest.param(None, marks=has_tiles),
+    pytest.param("bfloat16", marks=[has_tiles, pytest.mark.slow]),
     pytest.param("int8", marks=[has_int8, pytest.mark.slow]),
 ]
 
 
 def compiled(folder, store=None) -> FusedGPT:
-    """The model, or none of it where no panels fit its matrices."""
+    """The model, or none of it where no tiles fit its matrices."""
     kind = {"attention": "numba", "quantization": store if store == "int8" else None}
     dtype = "bfloat16" if store == "bfloat16" else "auto"
     model = load_model(folder, None, CPU, dtype, **kind)
     sizes = [sum(w.sizes) for x in model.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
-    assert bool(model.compiled) == all(size % PANEL == 0 for size in sizes)
+    assert bool(model.compiled) == all(size % TILE == 0 for size in sizes)
     if not model.compiled:
-        pytest.skip(f"outputs of {sizes} are no multiples of {PANEL}")
+        pytest.skip(f"outputs of {sizes} are no multiples of {TILE}")
     return model
-
-
-def weights_of(era) -> dict[str, torch.Tensor]:
-    return read_checkpoint(era.directory, find_step(era.directory, None))[2]
-
-
-def run(model, chunks, block_size: int = 16, logit_rows=None):
-    """(R, C) rows of the head, and the cache they leave."""
-    cache = PagedKVCache(model.config, 12, block_size, model.cache_dtype, CPU)
-    batch = hand_made_batch(chunks, block_size)
-    if logit_rows is not None:
-        batch.logit_rows = torch.tensor(logit_rows, dtype=torch.int32)
-    return model.forward(batch, cache), cache.data
-
-
-@pytest.fixture
-def two_threads():
-    """Who share the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -428,7 +382,7 @@ def test_new_weights_are_seen_in_the_one_call(era, store):
     torch.testing.assert_close(got, run(model, [(ids, 0, 19, [1, 2])])[0], atol=2e-5, rtol=2e-5)
 
 
-@has_panels
+@has_tiles
 def test_weights_that_lie_column_by_column_are_read_right(era):
     model = compiled(era.directory)
     weights = weights_of(era)
@@ -444,10 +398,10 @@ def test_the_bundled_model_is_compiled(store):
     assert compiled(MODEL, store)
 
 
-def test_a_processor_without_panels_takes_the_loop(monkeypatch):
-    monkeypatch.setattr(products, "PANEL_FLOAT", 0)
+def test_a_processor_without_weight_tiles_takes_the_loop(monkeypatch):
+    monkeypatch.setattr(gemm, "FLOAT_TILE", 0)
     model = load_model(MODEL, None, CPU, "auto", attention="numba")
-    assert not model.compiled and not isinstance(model.layers[0].fc, Panels)
+    assert not model.compiled and not isinstance(model.layers[0].fc, PackedLinear)
 
 
 HEAVY = pytest.mark.skipif(not os.environ.get("FUZZ"), reason="compiles for long: set FUZZ")
@@ -459,35 +413,33 @@ found = binding.get_host_cpu_features()
 for name in sys.argv[1].split():
     found[name] = False
 binding.get_host_cpu_features = lambda: found
-sys.path += ["tests", "tests/cpu"]
+sys.path.append("tests")
 
 import torch
-import test_kernels_cpu
-import test_fewbits_cpu
-import test_products_cpu
-from microvllm.cpu import products
+from helpers import cpu_kernels
+from microvllm.cpu import gemm
 
-print(products.LANES, products.PANEL)
-test_kernels_cpu.check(test_kernels_cpu.MIXED, -1, head_dim=44)
-test_kernels_cpu.check(test_kernels_cpu.MIXED, 9, torch.bfloat16, n_head=6, n_kv_head=2)
-if products.PANEL:
-    weight = test_products_cpu.random(70, 1100)
+print(gemm.LANES, gemm.TILE)
+cpu_kernels.check_attention(cpu_kernels.MIXED, -1, head_dim=44)
+cpu_kernels.check_attention(cpu_kernels.MIXED, 9, torch.bfloat16, n_head=6, n_kv_head=2)
+if gemm.TILE:
+    weight = cpu_kernels.random(70, 1100)
     for rows in (*range(1, 14), 128, 300):
-        x = test_products_cpu.random(rows, 1100, seed=rows)
-        got = test_products_cpu.panels(weight)(x).double()
+        x = cpu_kernels.random(rows, 1100, seed=rows)
+        got = cpu_kernels.packed_linear(weight)(x).double()
         torch.testing.assert_close(got, x.double() @ weight.double().T, rtol=0, atol=2e-4)
     for inputs in 1100, 1536:
-        test_products_cpu.test_the_bits_of_a_bfloat16_row_follow_from_that_row(inputs)
-        weight, x = (test_products_cpu.random(n, inputs, seed=n) for n in (70, 33))
+        cpu_kernels.check_rows_of_bfloat16(inputs)
+        weight, x = (cpu_kernels.random(n, inputs, seed=n) for n in (70, 33))
         x = x.bfloat16().float()  # as some processors round it
         want = x.double() @ weight.bfloat16().double().T
-        got = test_products_cpu.halves(weight)(x).double()
+        got = cpu_kernels.halves(weight)(x).double()
         torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
-if products.PANEL8:
-    test_products_cpu.test_the_bits_of_an_int8_row_follow_from_that_row()
-    test_products_cpu.test_int8_panels_hold_what_onednns_layout_holds()
+if gemm.INT8_TILE:
+    cpu_kernels.check_rows_of_int8()
+    cpu_kernels.check_int8_tiles()
 if os.environ.get("FUZZ"):  # minutes of compiling
-    test_fewbits_cpu.check_on_this_processor()
+    cpu_kernels.check_low_bit()
 """
 
 
@@ -504,7 +456,7 @@ if os.environ.get("FUZZ"):  # minutes of compiling
 def test_processors_with_smaller_registers(without, said, tmp_path):
     """Their vectors run here as well, as halves and quarters of this one's; and 16 bits become 32
     where no instruction multiplies them."""
-    if int(said.split()[1]) > PANEL:
+    if int(said.split()[1]) > TILE:
         pytest.skip("this processor has no such registers")
     root = Path(__file__).resolve().parents[2]
     # what numba keeps on disk is for a processor, and that is what we lie about
@@ -529,7 +481,8 @@ def test_no_instructions_are_used_that_numba_was_told_to_leave(tmp_path):
 def test_what_is_kept_on_disk_is_of_these_very_sources():
     """A kernel is compiled again when any of the files changes that it is made of, not its own
     alone."""
-    stamp, room = vectors.STAMP, Path(products.__file__).parent
-    assert [size for _, size in stamp] == [f.stat().st_size for f in sorted(room.glob("*.py"))]
-    for kernel in (_run, attention.attend_rows, products.multiply):
-        assert kernel._cache._cache_file._source_stamp == (stamp, vectors.AMX)
+    stamp = simd.STAMP
+    files = [*sorted(Path(gemm.__file__).parent.glob("*.py")), Path(packing.__file__)]
+    assert [size for _, size in stamp] == [file.stat().st_size for file in files]
+    for kernel in (_run, attention.attend_rows, gemm.multiply):
+        assert kernel._cache._cache_file._source_stamp == (stamp, simd.AMX)

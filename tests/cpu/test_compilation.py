@@ -12,7 +12,7 @@ import torch
 from helpers.goldens import MODEL, ROOT, SRC
 
 from microvllm import LLM, SamplingParams
-from microvllm.cpu import first
+from microvllm.cpu import compilation
 from microvllm.cpu.backend import PLAIN, CpuBackend
 
 PROMPTS = ["Who wrote Moby Dick?", "It was a dark and stormy night, and", "The island"]
@@ -27,27 +27,34 @@ class Helpers:
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.does, self.lines, self.tiny = folder, WAITS, [], []
-        monkeypatch.setattr(first, "place", lambda kind: self.folder and self.folder / kind)
-        monkeypatch.setattr(first, "start", self.start)
-        monkeypatch.setattr(first, "run_tiny", lambda _, kind: self.tiny.append(kind))
-        monkeypatch.setattr(first, "tell", self.lines.append)
-        monkeypatch.setattr(first, "patient", False)
-        monkeypatch.setattr(first.kernel_cache, "used", set())
-        monkeypatch.setattr(first.kernel_cache, "unkept", None)
+        monkeypatch.setattr(compilation, "place", lambda kind: self.folder and self.folder / kind)
+        monkeypatch.setattr(compilation, "start", self.start)
+        monkeypatch.setattr(compilation, "run_tiny", lambda _, kind: self.tiny.append(kind))
+        monkeypatch.setattr(compilation, "tell", self.lines.append)
+        monkeypatch.setattr(compilation, "patient", False)
+        monkeypatch.setattr(compilation.kernel_cache, "used", set())
+        monkeypatch.setattr(compilation.kernel_cache, "unkept", None)
         self.started, self.roles = {}, []
         names = {"_ready": set(), "_told": set(), "_due": {}, "_helpers": self.started}
         names["_listeners"] = {}
         for name, empty in names.items():
-            monkeypatch.setattr(first, name, empty)
+            monkeypatch.setattr(compilation, name, empty)
 
     def start(self, kind, role):
-        command = [sys.executable, "-S", "-c", self.does, self.folder / kind, first.contents({})]
+        command = [
+            sys.executable,
+            "-S",
+            "-c",
+            self.does,
+            self.folder / kind,
+            compilation.contents({}),
+        ]
         self.roles.append(role)
         return subprocess.Popen(command, stdin=subprocess.PIPE)
 
     def finish(self, kind):
         """The helper has compiled all, and ends."""
-        (self.folder / kind).write_text(first.contents({}))
+        (self.folder / kind).write_text(compilation.contents({}))
         self.end(kind)
 
     def end(self, kind):
@@ -158,15 +165,15 @@ def test_what_has_no_plain_form_waits(options, helpers, monkeypatch):
     """And a library's engines do, whose tokens then depend on no clock."""
     helpers.does = WRITES
     if options.pop("patient", None):
-        monkeypatch.setattr(first, "patient", True)
+        monkeypatch.setattr(compilation, "patient", True)
     with LLM(MODEL, device="cpu", num_blocks=20, **options) as llm:
         ((kind, (helper,)),) = helpers.started.items()
         assert helper.wait() == 0 and llm.model.backend.awaited is None
-        assert helpers.roles == [first.FOREGROUND]
+        assert helpers.roles == [compilation.FOREGROUND]
         assert not helpers.tiny, "they are loaded where they are called"
     (line,) = helpers.lines
     assert "more slowly" not in line and str(helpers.folder) in line
-    assert first.warmup(kind) in line and "half a minute" in line
+    assert compilation.warmup(kind) in line and "half a minute" in line
 
 
 def test_ranks_wait(helpers):
@@ -182,19 +189,19 @@ def test_where_nothing_can_be_kept_the_engine_compiles_by_itself(helpers, monkey
     """No helper could hand anything over; and where none can start it is no other. A line says what
     that costs, and what would help."""
     folder, helpers.folder = helpers.folder, None
-    monkeypatch.setattr(first.kernel_cache, "unkept", "/here cannot be written")
+    monkeypatch.setattr(compilation.kernel_cache, "unkept", "/here cannot be written")
     with LLM(MODEL, device="cpu", num_blocks=20) as llm:
         assert llm.model.backend.awaited is None and not helpers.started.get("float32-layers")
         assert len(helpers.tiny) == len(helpers.lines) == 1
     assert "in each later one, because /here cannot be written: set NUMBA_" in helpers.lines.pop()
     helpers.folder = folder
-    monkeypatch.setattr(first.kernel_cache, "unkept", None)
+    monkeypatch.setattr(compilation.kernel_cache, "unkept", None)
 
     def refuse(kind, role):
         raise OSError("no processes")
 
-    monkeypatch.setattr(first, "start", refuse)
-    first._ready.clear()
+    monkeypatch.setattr(compilation, "start", refuse)
+    compilation._ready.clear()
     with LLM(MODEL, device="cpu", num_blocks=20) as llm:
         assert llm.model.backend.awaited is None and len(helpers.tiny) == 2
     assert "no helper" in helpers.lines[0] and str(folder) in helpers.lines[0]
@@ -208,64 +215,64 @@ def test_an_engine_whose_helpers_die_goes_on(helpers):
         whole = answers(llm)
         helpers.started[kind][0].send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
         helpers.started[kind][0].wait()
-        assert answers(llm) == whole and len(helpers.started[kind]) == first.TRIES == 2
+        assert answers(llm) == whole and len(helpers.started[kind]) == compilation.TRIES == 2
         helpers.end(kind)
         assert answers(llm) == whole and answers(llm) == whole
         assert len(helpers.started[kind]) == 2 and llm.model.backend.awaited
         assert len(helpers.lines) == 2 and "goes on without them" in helpers.lines[1]
         # another process may have compiled them
-        (helpers.folder / kind).write_text(first.contents({}))
+        (helpers.folder / kind).write_text(compilation.contents({}))
         assert answers(llm) == whole and llm.model.backend.awaited is None
-    first._ready.clear()
+    compilation._ready.clear()
     (helpers.folder / kind).unlink()
     helpers.tiny.clear()
     helpers.does = ENDS
     with LLM(MODEL, device="cpu", num_blocks=20, deterministic=True) as llm:
         assert helpers.tiny == [kind] and helpers.started[kind][-1].returncode == 1
-    assert (helpers.folder / kind).read_text() == first.contents({})
+    assert (helpers.folder / kind).read_text() == compilation.contents({})
 
 
 def test_the_file_is_of_these_sources_and_this_processor(helpers, monkeypatch):
     marker = helpers.folder / "float32"
-    assert not first.compiled("float32")
-    marker.write_text(first.contents({}))
-    assert first.compiled("float32") and not first.compiled("bfloat16")
-    monkeypatch.setattr(first, "CPU", [*first.CPU, "+another"])
-    assert not first.compiled("float32")
+    assert not compilation.compiled("float32")
+    marker.write_text(compilation.contents({}))
+    assert compilation.compiled("float32") and not compilation.compiled("bfloat16")
+    monkeypatch.setattr(compilation, "CPU", [*compilation.CPU, "+another"])
+    assert not compilation.compiled("float32")
     for content in b"", b"\xff\xfe", b"[]", b"5", b"[1, 2]", b"[1, {}]", b'{"a": 1, "b": 2}':
         marker.write_bytes(content)
-        assert not first.compiled("float32")
+        assert not compilation.compiled("float32")
 
 
 def test_a_file_that_is_cut_empty_or_gone_is_not_compiled(helpers):
     """The engine then has a helper compile, as in a first run."""
     kernel = helpers.folder / "kernel.nbc"
     kernel.write_bytes(b"12345")
-    first.kernel_cache.used.update([kernel, helpers.folder.parent / "of another folder"])
-    first.compile_here(CpuBackend, "float32")
-    assert first.compiled("float32")
+    compilation.kernel_cache.used.update([kernel, helpers.folder.parent / "of another folder"])
+    compilation.compile_here(CpuBackend, "float32")
+    assert compilation.compiled("float32")
     for content in b"1234", b"":
         kernel.write_bytes(content)
-        assert not first.compiled("float32")
+        assert not compilation.compiled("float32")
     kernel.unlink()
-    assert not first.compiled("float32")
+    assert not compilation.compiled("float32")
     kernel.write_bytes(b"54321")  # of this size: KernelFiles reads it, and looks
-    assert first.compiled("float32")
-    first.kernel_cache.unkept = "a full disk"
+    assert compilation.compiled("float32")
+    compilation.kernel_cache.unkept = "a full disk"
     (helpers.folder / "float32").unlink()
-    first.compile_here(CpuBackend, "float32")
-    assert not first.compiled("float32")
+    compilation.compile_here(CpuBackend, "float32")
+    assert not compilation.compiled("float32")
 
 
 def test_a_program_that_is_no_python_starts_no_helper(monkeypatch):
     """It would start itself again."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(OSError, match="no Python"):
-        first.start("float32", first.BACKGROUND)
+        compilation.start("float32", compilation.BACKGROUND)
     monkeypatch.delattr(sys, "frozen")
     monkeypatch.setenv("MICROVLLM_HELPER", "none")
     with pytest.raises(OSError, match="MICROVLLM_HELPER=none"):
-        first.start("float32", first.BACKGROUND)
+        compilation.start("float32", compilation.BACKGROUND)
 
 
 @posix
@@ -273,24 +280,24 @@ def test_a_helper_imports_the_same_package(tmp_path, monkeypatch):
     """Also one that is linked to, or in the current folder; numba keeps kernels by its path."""
     link = tmp_path / "link"
     link.symlink_to(ROOT, target_is_directory=True)
-    monkeypatch.setattr(first, "__file__", f"{link}/microvllm/cpu/first.py")
+    monkeypatch.setattr(compilation, "__file__", f"{link}/microvllm/cpu/compilation.py")
     monkeypatch.setattr(sys, "path", ["/lib", "", "lib"])
     monkeypatch.chdir(tmp_path)
-    assert first.sources() == ["/lib", f"{tmp_path}/lib", str(link)]
+    assert compilation.sources() == ["/lib", f"{tmp_path}/lib", str(link)]
     monkeypatch.chdir(ROOT)
-    assert first.sources() == ["/lib", str(link), f"{ROOT}/lib"]
+    assert compilation.sources() == ["/lib", str(link), f"{ROOT}/lib"]
 
 
-def test_panels_multiply_without_kernels_too():
+def test_weight_tiles_multiply_without_kernels_too():
     """In plain torch, on the same memory: odd sizes, no rows, and relu2."""
-    from microvllm.cpu import products
+    from microvllm.cpu import gemm
 
-    if not products.PANEL:
-        pytest.skip("this processor has no panels")
+    if not gemm.TILE:
+        pytest.skip("this processor has no kernel of packed weights")
     backend = CpuBackend(torch.device("cpu"), torch.float32)
-    for rows, width, relu2 in ((products.PANEL, 8, False), (70, 20, True), (3, 5, False)):
+    for rows, width, relu2 in ((gemm.TILE, 8, False), (70, 20, True), (3, 5, False)):
         weight = torch.randn(rows, width)
-        linear = products.Panels([weight], backend, torch.float32, rows=rows, relu2=relu2)
+        linear = gemm.PackedLinear([weight], backend, torch.float32, rows=rows, relu2=relu2)
         for T in (0, 1, 7, 40):
             x = torch.randn(T, width)
             backend.awaited = None
@@ -302,54 +309,58 @@ def test_panels_multiply_without_kernels_too():
 def test_an_engine_waits_a_minute_for_a_helper_that_may_get_no_time(helpers, monkeypatch):
     """Then it has its own, beside that one. For one that another engine waits for it waits on."""
     helpers.does = WRITES
-    other = {"pid": 77, "kind": "float32", "role": first.BACKGROUND, "since": 0.0}
+    other = {"pid": 77, "kind": "float32", "role": compilation.BACKGROUND, "since": 0.0}
     working, looks = [other], []
 
     def at_work():
         looks.append(len(helpers.roles))
         return working[: 1 if len(looks) < 7 else None]
 
-    monkeypatch.setattr(first, "at_work", at_work)
-    monkeypatch.setattr(first, "PATIENCE", 0.25)
-    assert first.begin(CpuBackend, "float32", waits=True)
-    assert helpers.roles == [first.FOREGROUND] and looks[:3] == [0, 0, 0]
+    monkeypatch.setattr(compilation, "at_work", at_work)
+    monkeypatch.setattr(compilation, "PATIENCE", 0.25)
+    assert compilation.begin(CpuBackend, "float32", waits=True)
+    assert helpers.roles == [compilation.FOREGROUND] and looks[:3] == [0, 0, 0]
     (line,) = helpers.lines
     assert "by process 77, once" in line
     # the other one is of a kind of its own: nothing is gained by waiting
-    assert first.begin(CpuBackend, "bfloat16", waits=True) and len(helpers.roles) == 2
+    assert compilation.begin(CpuBackend, "bfloat16", waits=True) and len(helpers.roles) == 2
     looks.clear()
-    other["role"] = first.FOREGROUND
+    other["role"] = compilation.FOREGROUND
     working[:] = [other]
-    monkeypatch.setattr(first.time, "sleep", lambda _: working.clear() if len(looks) == 6 else None)
-    assert first.begin(CpuBackend, "int8", waits=True)
+    monkeypatch.setattr(
+        compilation.time, "sleep", lambda _: working.clear() if len(looks) == 6 else None
+    )
+    assert compilation.begin(CpuBackend, "int8", waits=True)
     assert looks[5] == 2 and len(helpers.roles) == 3, "it waits until the other one is done"
 
 
 def test_an_engine_that_goes_on_starts_no_second_helper(helpers, monkeypatch):
     """Beside that of another process, whichever kind it compiles; later it may."""
-    other = {"pid": 77, "kind": "float32", "role": first.BACKGROUND, "since": 0.0}
+    other = {"pid": 77, "kind": "float32", "role": compilation.BACKGROUND, "since": 0.0}
     working = [other]
-    monkeypatch.setattr(first, "at_work", lambda: working)
+    monkeypatch.setattr(compilation, "at_work", lambda: working)
     for kind in "float32", "bfloat16":
-        assert not first.begin(CpuBackend, kind, waits=False)
-        assert not first.poll(CpuBackend, kind)
+        assert not compilation.begin(CpuBackend, kind, waits=False)
+        assert not compilation.poll(CpuBackend, kind)
     assert "being compiled by process 77" in helpers.lines[0]
     assert "after those that process 77 compiles now" in helpers.lines[1]
     assert "dtype bfloat16` does it beforehand" in helpers.lines[1] and not helpers.roles
     working.clear()
-    first._due.clear()
-    assert not first.poll(CpuBackend, "bfloat16") and helpers.roles == [first.BACKGROUND]
-    (helpers.folder / "float32").write_text(first.contents({}))
-    assert first.poll(CpuBackend, "float32")
+    compilation._due.clear()
+    assert not compilation.poll(CpuBackend, "bfloat16") and helpers.roles == [
+        compilation.BACKGROUND
+    ]
+    (helpers.folder / "float32").write_text(compilation.contents({}))
+    assert compilation.poll(CpuBackend, "float32")
 
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_helper_that_can_write_nothing(waits, helpers):
-    helpers.does = f"import sys; sys.exit({first.UNKEPT})"
-    begun = first.begin(CpuBackend, "float32", waits)
+    helpers.does = f"import sys; sys.exit({compilation.UNKEPT})"
+    begun = compilation.begin(CpuBackend, "float32", waits)
     (helper,) = helpers.started["float32"]
     helper.wait()
-    assert begun == waits == first.poll(CpuBackend, "float32")
+    assert begun == waits == compilation.poll(CpuBackend, "float32")
     assert len(helpers.roles) == 1, "another one could not either"
     assert f"{helpers.folder} cannot be written" in helpers.lines[1]
     assert "set NUMBA_CACHE_DIR to a folder of your own" in helpers.lines[1]
@@ -359,24 +370,24 @@ def test_what_ends_the_waiting_leaves_a_helper_that_nobody_waits_for(helpers, mo
     def interrupt(_):
         raise TimeoutError
 
-    monkeypatch.setattr(first.time, "sleep", interrupt)
+    monkeypatch.setattr(compilation.time, "sleep", interrupt)
     with pytest.raises(TimeoutError):
-        first.begin(CpuBackend, "float32", waits=True)
+        compilation.begin(CpuBackend, "float32", waits=True)
     (helper,) = helpers.started["float32"]
     assert helper.stdin.closed, "so it hears of it"
-    assert not first._ready and not helpers.tiny
+    assert not compilation._ready and not helpers.tiny
 
 
 def test_a_library_hears_one_line_on_stderr(helpers, monkeypatch, capsys):
     helpers.does = WRITES
-    monkeypatch.setattr(first, "tell", first.to_stderr)
+    monkeypatch.setattr(compilation, "tell", compilation.to_stderr)
     for kind in "int4-int8_cache-layers", "int4-int8_cache-layers":
-        assert first.begin(CpuBackend, kind, waits=True)
+        assert compilation.begin(CpuBackend, kind, waits=True)
     out, err = capsys.readouterr()
     assert err.startswith("microvllm: ") and err.count("\n") == 1 and not out
     assert "`microvllm warmup --quantization int4 --kv-cache-dtype int8`" in err
     monkeypatch.setattr(sys, "stderr", None)
-    first.to_stderr("nobody hears this")
+    compilation.to_stderr("a line without a reader")
 
 
 # real helpers -------------------------------------------------------------------------------------
@@ -449,10 +460,10 @@ def test_the_second_run_finds_the_kernels(tmp_path):
 ENGINES = """
 import os, sys
 from microvllm import LLM, SamplingParams
-from microvllm.cpu import attention, backend, first, products, steps
+from microvllm.cpu import attention, backend, compilation, gemm, elementwise
 from microvllm.loops import multi_step
 kernels = [
-    x for module in (attention, backend, products, steps) for x in vars(module).values()
+    x for module in (attention, backend, gemm, elementwise) for x in vars(module).values()
     if hasattr(x, "nopython_signatures")
 ]
 def known():
@@ -464,12 +475,12 @@ for kind, options in (
     ("float32-layers", {}), ("float32", {}), ("bfloat16-layers", {"dtype": "bfloat16"}),
     ("bfloat16", {"dtype": "bfloat16"}),
 ):
-    # a model of which panels are not whole has no function of all layers
+    # a model whose weight tiles are not whole has no function of all layers
     backend.CpuBackend.compile = compile if "-" in kind else lambda *_: None
-    first._ready.add(kind)
+    compilation._ready.add(kind)
     with LLM(sys.argv[1], device="cpu", num_blocks=60, **options) as llm:
         kind = kind if llm.model.compiled else kind.partition("-")[0]
-        first.run_tiny(backend.CpuBackend, kind)
+        compilation.run_tiny(backend.CpuBackend, kind)
         before = known()
         calls.clear()
         params = SamplingParams(max_tokens=4, n=2, top_k=5, seed=1, ignore_eos=True)

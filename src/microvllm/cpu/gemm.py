@@ -1,7 +1,7 @@
 """Matrix products on a CPU, of float32, bfloat16 or int8, and the layouts of their weights.
 
 The weights of few rows come from memory, are used once, and a library that reads them as it gets to
-them waits. Here, while one panel of them is multiplied, the next one is on its way to the
+them waits. Here, while one tile of them is multiplied, the next one is on its way to the
 second-level cache: for up to 64 rows 1.2 times as fast as oneDNN, for more the same. And a row's
 sums are always added up in one order, whatever rows there are beside it.
 """
@@ -21,20 +21,11 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.linear import Linear, stack
+from ..lowbit.packing import quantised
+from ..lowbit.packing import rotate as rotate
 from . import amx
-from .packed import quantised
-from .packed import rotate as rotate
-from .steps import array_of, store
-from .team import (
-    MAX_THREADS,
-    SIZE,
-    behind,
-    job,
-    one_at_a_time,
-    scratch_array,
-    team_of,
-)
-from .vectors import (
+from .elementwise import array_of, store
+from .simd import (
     EXACT,
     EXCESS,
     INTEGERS,
@@ -50,19 +41,28 @@ from .vectors import (
     share,
     vectorised,
 )
+from .team import (
+    MAX_THREADS,
+    SIZE,
+    behind,
+    job,
+    one_at_a_time,
+    scratch_array,
+    team_of,
+)
 
 _f32 = np.float32
 
 # outputs whose weights lie together: two registers of them, so many rows, and the registers that
 # are left hold the sums. 0: a processor without the instructions that this is made for
-PANEL = 2 * LANES if LANES > 4 or NEON else 0
+TILE = 2 * LANES if LANES > 4 or NEON else 0
 # the same, for floats: not on Apple's, whose library has a unit of its own for them
-PANEL_FLOAT = 0 if sys.platform == "darwin" else PANEL
+FLOAT_TILE = 0 if sys.platform == "darwin" else TILE
 # the same, for int8: an instruction that adds up products of integers
-PANEL8 = PANEL if INTEGERS else 0
+INT8_TILE = TILE if INTEGERS else 0
 _ROWS = 12 if LANES == 16 or NEON else 6
-_SOON = 768 // PANEL if PANEL else 0  # inputs whose weights are 3 KB
-_DEPTH = 1024  # inputs at a time: the weights of a panel for them stay in the cache
+_SOON = 768 // TILE if TILE else 0  # inputs whose weights are 3 KB
+_DEPTH = 1024  # inputs at a time: the weights of a tile for them stay in the cache
 _MANY = 240  # rows at a time: they stay there, too
 
 
@@ -71,19 +71,19 @@ def _multiply(
     b, n, wide, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, every, add, square, offset,
     w_scale, x_scale,
 ):  # fmt: skip
-    """y (n, PANEL) = x (n, K) @ w (K, PANEL), n being 1 to _ROWS; if `add`, more by that.
+    """y (n, TILE) = x (n, K) @ w (K, TILE), n being 1 to _ROWS; if `add`, more by that.
 
     These parts of the arrays, all contiguous, begin at the flat indices x_at and w_at, and at the
-    row and column of y: a slice takes as long as a few rows do. wide: of two panels, for up to half
+    row and column of y: a slice takes as long as a few rows do. wide: of two tiles, for up to half
     as many rows, which loads less often; square: then relu(y)^2; ahead: weights to start loading,
-    PANEL of them at each `every`-th input. If x and w are int32, each is four int8, of x plus 128:
+    TILE of them at each `every`-th input. If x and w are int32, each is four int8, of x plus 128:
     y = (x @ w - offset (N,)) * w_scale (N,) * x_scale (T,). If w is bfloat16 (uint16), two of them
     count as one, and two of x: of bfloat16, which are then one int32, or of float32.
     """
     integers, halves = (w.data.type.pointee == kind for kind in (b.i32, b.i16))
     pairs = halves and x.data.type.pointee == b.f32
     x_stride, w_stride, y_stride = (b.extract_value(a.shape, 1) for a in (x, w, y))
-    w_stride = b.mul(w_stride, b.i64(PANEL))
+    w_stride = b.mul(w_stride, b.i64(TILE))
     xs = b.at(x.data, (x_at, 2 if pairs else 1))
     ws, aheads = b.at(b.words(w.data), w_at), b.at(b.words(ahead.data), ahead_at)
     ys = b.at(y.data, (row, y_stride), column)
@@ -92,14 +92,14 @@ def _multiply(
     multiply_add = b.multiply_add8 if integers else b.multiply_add
     multiply_add = b.multiply_add_bf16 if halves else multiply_add
 
-    def multiply(n, panels):
-        rows, columns = [b.at(xs, (x_stride, i)) for i in range(n)], range(2 * panels)
+    def multiply(n, tiles):
+        rows, columns = [b.at(xs, (x_stride, i)) for i in range(n)], range(2 * tiles)
         sums = [cgutils.alloca_once(b, vector, zfill=True) for _ in rows for _ in columns]
         b.store(b.i64(0), due), b.store(aheads, fetched)
         with cgutils.for_range(b, K, intp=b.i64) as loop:
             k, weights = loop.index, []
-            for panel in range(panels):
-                start = b.at(ws, (w_stride, panel), (k, PANEL))
+            for tile in range(tiles):
+                start = b.at(ws, (w_stride, tile), (k, TILE))
                 weights += [b.read(start), b.read(b.at(start, LANES))]
             for i, place in enumerate(rows):
                 if pairs:
@@ -111,10 +111,10 @@ def _multiply(
             with b.if_then(b.icmp_unsigned("==", k, b.load(due))):
                 b.store(b.add(k, every), due)
                 start = b.load(fetched)
-                b.store(b.at(start, PANEL), fetched)
-                for panel in range(panels):
-                    for line in range(0, PANEL, 16):
-                        b.start_loading(b.at(start, (w_stride, panel), line))
+                b.store(b.at(start, TILE), fetched)
+                for tile in range(tiles):
+                    for line in range(0, TILE, 16):
+                        b.start_loading(b.at(start, (w_stride, tile), line))
         if integers:
             integer_sums, sums = sums, []
             offsets, w_scales = (
@@ -139,19 +139,19 @@ def _multiply(
 
     done = b.append_basic_block("done")
     switch = b.switch(b.add(n, b.select(wide, b.i64(_ROWS), b.i64(0))), done)
-    for panels, most in ((1, _ROWS), (2, _ROWS // 2)):
+    for tiles, most in ((1, _ROWS), (2, _ROWS // 2)):
         for i in range(1, most + 1):
-            block = b.append_basic_block(f"{i}_rows_{panels}_panels")
-            switch.add_case(b.i64(i + (panels - 1) * _ROWS), block)
+            block = b.append_basic_block(f"{i}_rows_{tiles}_panels")
+            switch.add_case(b.i64(i + (tiles - 1) * _ROWS), block)
             b.position_at_end(block)
-            multiply(i, panels)
+            multiply(i, tiles)
             b.branch(done)
     b.position_at_end(done)
 
 
 @numba.njit(**VIEWS)
-def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
-    """y (T, N) of the panels from `first` to `end`; following, ahead: which weights come after, and
+def _multiply_tiles(x, w, scaling, square, first, end, following, ahead, y):
+    """y (T, N) of the tiles from `first` to `end`; following, ahead: which weights come after, and
     where they begin."""
     T, K = len(y), w.shape[1]
     offset, w_scale, x_scale = scaling
@@ -162,24 +162,24 @@ def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
         block, part, after = turn // parts, turn % parts, (turn + 1) % parts
         t0, t1 = T * block // blocks, T * (block + 1) // blocks
         k0, k1 = K * part // parts, K * (part + 1) // parts
-        tiles = -(-(t1 - t0) // rows)
-        share = -(-(k1 - k0) // tiles) * PANEL  # of what comes next, that each of them asks for
+        row_tiles = -(-(t1 - t0) // rows)
+        share = -(-(k1 - k0) // row_tiles) * TILE  # of what comes next, that each of them asks for
         for p in range(first, end, step):
             source = w
-            if tiles == 1:  # all of it comes from memory now: load what is needed soon
-                near = (p * K + k0 + _SOON) * PANEL
+            if row_tiles == 1:  # all of it comes from memory now: load what is needed soon
+                near = (p * K + k0 + _SOON) * TILE
             elif p + step < end:
-                near = ((p + step) * K + k0) * PANEL
+                near = ((p + step) * K + k0) * TILE
             elif turn + 1 < blocks * parts:
-                near = (first * K + K * after // parts) * PANEL
+                near = (first * K + K * after // parts) * TILE
             else:
                 source, near = following, ahead
-            for i in range(tiles):
-                r0, r1 = t0 + (t1 - t0) * i // tiles, t0 + (t1 - t0) * (i + 1) // tiles
+            for i in range(row_tiles):
+                r0, r1 = t0 + (t1 - t0) * i // row_tiles, t0 + (t1 - t0) * (i + 1) // row_tiles
                 _multiply(
                     r1 - r0, wide and p + step <= end, k1 - k0, x, r0 * K + k0,
-                    w, (p * K + k0) * PANEL, y, r0, p * PANEL, source, near + i * share,
-                    tiles, part > 0, square and part == parts - 1, offset, w_scale, x_scale,
+                    w, (p * K + k0) * TILE, y, r0, p * TILE, source, near + i * share,
+                    row_tiles, part > 0, square and part == parts - 1, offset, w_scale, x_scale,
                 )  # fmt: skip
 
 
@@ -188,29 +188,30 @@ def _multiply_panels(x, w, scaling, square, first, end, following, ahead, y):
 def _multiply_part(
     worker, part, parts, x, w, offset, w_scale, x_scale, square, following, cuts, runs, y
 ):  # fmt: skip
-    panels, rows, each = len(w), len(y), parts // runs
-    first, end = share(panels * cuts, part, parts)
+    tiles, rows, each = len(w), len(y), parts // runs
+    first, end = share(tiles * cuts, part, parts)
     # what to load after it: the next part of this run, or the weights of the next product
-    later, ahead = w, end % panels * w.shape[1] * PANEL
+    later, ahead = w, end % tiles * w.shape[1] * TILE
     if (part + 1) % each == 0:
         later = following
-        ahead = share(len(following), part // each, runs)[0] * following.shape[1] * PANEL
-    # the panels of the first rows, then those of the next: a thread's weights lie together
-    for cut in range(first // panels, -(-end // panels)):
+        ahead = share(len(following), part // each, runs)[0] * following.shape[1] * TILE
+    # the tiles of the first rows, then those of the next: a thread's weights lie together
+    for cut in range(first // tiles, -(-end // tiles)):
         t0, t1 = share(rows, cut, cuts)
-        p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
+        p0, p1 = max(first - cut * tiles, 0), min(end - cut * tiles, tiles)
         scales = offset, w_scale, x_scale[t0:t1]
         xs, ys = x[t0:t1], y[t0:t1]
         if amx.fits(x, w):
-            amx.multiply_panels(xs, w, scales, square, p0, p1, later, ahead, ys)
+            amx.multiply_weight_tiles(xs, w, scales, square, p0, p1, later, ahead, ys)
         else:
-            _multiply_panels(xs, w, scales, square, p0, p1, later, ahead, ys)
+            _multiply_tiles(xs, w, scales, square, p0, p1, later, ahead, ys)
 
 
 @kept(**EXACT)
 def multiply(x, w, scaling, square, following, team, y):
-    """y (T, N) = x (T, K) @ w.T, of panels; square: then relu(y)^2; following: the weights of the
-    product that comes next, whose beginning is to be loaded; scaling: of int8, see _multiply."""
+    """y (T, N) = x (T, K) @ w.T, packed in tiles; square: then relu(y)^2; following: the weights
+    of the product that comes next, whose beginning is to be loaded; scaling: of int8, see
+    _multiply."""
     offset, w_scale, x_scale = scaling
     least = amx.ROWS // 2 if amx.fits(x, w) else _ROWS
     cuts = row_cuts(len(w), len(y), least, team[SIZE])
@@ -292,11 +293,11 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 def scratch_bytes(rows: int, width: int, threads: int) -> int:
     """Of scratch memory, at most, that a product of so many rows of `width` inputs takes: these
     inputs as integers, their scales and sums, and unpacked weights of each thread."""
-    return rows * (3 * width + 256) + threads * 8 * (width + 64) * max(PANEL, 1) + 4096
+    return rows * (3 * width + 256) + threads * 8 * (width + 64) * max(TILE, 1) + 4096
 
 
 def product(x, weight, square, following, team, y):
-    """y = x times a weight: (panels, offset, scale), the latter two empty unless it is int8."""
+    """y = x times a weight: (tiles, offset, scale), the latter two empty unless it is int8."""
 
 
 @overload(product, jit_options=EXACT)
@@ -321,7 +322,7 @@ def _product_of(x, weight, square, following, team, y):
         scaling = offset, w_scale, w_scale
         multiply(q.view(np.int32), w, scaling, square, following, team, y)
 
-    if isinstance(weight, types.BaseNamedTuple):  # fewbits.py has those
+    if isinstance(weight, types.BaseNamedTuple):  # low_bit_gemm.py has those
         return None
     if weight[0].dtype == types.int32:
         return integers
@@ -358,11 +359,11 @@ def workspace(*shapes: tuple[int, ...]) -> list[np.ndarray]:
     return [space[at : at + size].reshape(shape) for at, size, shape in places]
 
 
-class Panels(Linear):
-    """In panels of PANEL outputs, for our own product.
+class PackedLinear(Linear):
+    """Packed in tiles of TILE outputs, for our own product.
 
-    weight: (panels, in, PANEL), the last one filled up with zeros; and of int8, four of which are
-    one number there, 128 times the sums of the rows, and what one step is worth in each.
+    weight: (tiles, in, TILE), the last tile padded with zeros. In int8 four weights are one
+    number there, and two arrays follow: 128 times the sums of the rows, and each row's step.
     """
 
     row_exact = fuses_relu2 = True
@@ -373,25 +374,25 @@ class Panels(Linear):
 
     def fill(self, matrix: Tensor, *scaling: Tensor) -> None:
         """Over the old ones, where the compiled layers read them."""
-        (rows, width), whole = matrix.shape, len(matrix) // PANEL
+        (rows, width), whole = matrix.shape, len(matrix) // TILE
         if self.weight is None:
-            shape = -(-rows // PANEL), width, PANEL
+            shape = -(-rows // TILE), width, TILE
             self.weight = aligned(shape, matrix.dtype), *map(torch.empty_like, scaling)
             self.arrays = tuple(part.numpy() for part in self.weight)
-        panels, *others = self.weight
-        panels = panels.view(matrix.dtype)
-        panels[:whole] = matrix[: whole * PANEL].view(whole, PANEL, width).transpose(1, 2)
-        panels[whole:] = 0
-        panels[whole:, :, : rows % PANEL] = matrix[whole * PANEL :].T
+        tiles, *others = self.weight
+        tiles = tiles.view(matrix.dtype)
+        tiles[:whole] = matrix[: whole * TILE].view(whole, TILE, width).transpose(1, 2)
+        tiles[whole:] = 0
+        tiles[whole:, :, : rows % TILE] = matrix[whole * TILE :].T
         for old, new in zip(others, scaling, strict=True):
             old.copy_(new)
 
     def multiply(self, x: Tensor) -> Tensor:
-        panels = self.arrays[0]
+        tiles = self.arrays[0]
         if self.backend.awaited:
             y = self.plain(x)[:, : self.rows]
             return y.relu().square_() if self.relu2 else y
-        y = torch.empty(len(x), len(panels) * PANEL)
+        y = torch.empty(len(x), len(tiles) * TILE)
         with one_at_a_time:
             scratch = scratch_bytes(*x.shape, MAX_THREADS)
             self.compute(x.contiguous().numpy(), team_of(scratch=scratch), y.numpy())
@@ -402,13 +403,13 @@ class Panels(Linear):
         _linear(x, self.arrays, self.relu2, team, y)
 
     def plain(self, x: Tensor) -> Tensor:
-        """The product in plain torch, on the same panels: there is no second copy of them."""
-        y = torch.bmm(x.expand(len(self.weight[0]), -1, -1), self.weight[0])  # (panels, T, PANEL)
+        """The product in plain torch, on the same packed weights: there is no second copy."""
+        y = torch.bmm(x.expand(len(self.weight[0]), -1, -1), self.weight[0])  # (tiles, T, TILE)
         return y.transpose(0, 1).flatten(1)
 
 
-class HalfPanels(Panels):
-    """The same in bfloat16: (panels, in / 2, 2 * PANEL), two inputs of each output side by side.
+class PackedBfloat16(PackedLinear):
+    """The same in bfloat16: (tiles, in / 2, 2 * TILE), two inputs of each output side by side.
 
     The inputs of a product are rounded to bfloat16 where the processor multiplies that.
     """
@@ -420,17 +421,17 @@ class HalfPanels(Panels):
         self.arrays = tuple(map(array_of, self.weight))
 
     def plain(self, x: Tensor) -> Tensor:
-        pairs = self.weight[0].unflatten(2, (PANEL, 2)).transpose(1, 2)  # (panels, PANEL, in/2, 2)
+        pairs = self.weight[0].unflatten(2, (TILE, 2)).transpose(1, 2)  # (tiles, TILE, in/2, 2)
         return F.linear(x.to(torch.bfloat16), pairs.reshape(-1, self.width)).to(x.dtype)
 
 
-class Int8Panels(Panels):
+class PackedInt8(PackedLinear):
     """The same in int8, the inputs of each product as well, one scale for each row of either."""
 
     def load(self, parts: list[Tensor]) -> None:
         whole, scale = quantised(parts, 8)[:2]
         scale = scale[:, 0]
-        whole = F.pad(whole, (0, 0, 0, -len(whole) % PANEL8))
+        whole = F.pad(whole, (0, 0, 0, -len(whole) % INT8_TILE))
         offset = EXCESS * whole.sum(1, dtype=torch.int32)  # of inputs that are stored plus 128
         self.fill(whole.view(torch.int32), offset, F.pad(scale, (0, len(whole) - len(scale))))
 

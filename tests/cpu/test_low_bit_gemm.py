@@ -5,20 +5,28 @@ import os
 
 import pytest
 import torch
+from helpers.cpu_kernels import (
+    BACKEND,
+    CPU,
+    has_int8,
+    low_bit_linear,
+    perplexity,
+    plain_low_bit,
+    random,
+    run,
+    weights_of,
+)
 from helpers.goldens import MODEL, Fixture, era_fixtures
-from test_products_cpu import CPU, has_int8, random, run, weights_of
-from test_quantization import perplexity
 
 from microvllm import LLM, SamplingParams, loading
 from microvllm.cli import roofline
-from microvllm.cpu import fewbits, first, packed, products
-from microvllm.cpu.backend import CpuBackend
-from microvllm.cpu.packed import BITS, LAYOUT, STEP, Quantised, round_plainly
-from microvllm.cpu.products import Int8, Int8Panels
+from microvllm.cpu import compilation, gemm, low_bit_gemm
+from microvllm.cpu.gemm import Int8, PackedInt8
 from microvllm.fused.model import FusedGPT
-from microvllm.sources import quantised as stored
+from microvllm.lowbit import folder as stored
+from microvllm.lowbit import packing
+from microvllm.lowbit.packing import BITS, LAYOUT, STEP, Quantised, round_plainly
 
-BACKEND = CpuBackend(CPU, torch.float32)
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [6, 5, 4]
 # kernels are compiled for each
@@ -34,28 +42,24 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(77))
 
 
-def made(bits: int, parts: list, kind=None, **options):
-    return (kind or fewbits.class_of(bits))(parts, BACKEND, torch.float32, **options)
-
-
 def rounded(bits: int, *shape: int, seed: int = 1) -> Quantised:
     return round_plainly(random(*shape, seed=seed), bits)
 
 
-def unpacked(panels: torch.Tensor, bits: int, rows: int, width: int, panel: int) -> torch.Tensor:
-    """The integers that panels hold, taken out bit by bit."""
-    operands = torch.zeros(STEP // 4, *panels.shape[:2], panel, dtype=torch.int32)
+def unpacked(tiles: torch.Tensor, bits: int, rows: int, width: int, tile_rows: int) -> torch.Tensor:
+    """The integers that tiles hold, taken out bit by bit."""
+    operands = torch.zeros(STEP // 4, *tiles.shape[:2], tile_rows, dtype=torch.int32)
     for i, parts in enumerate(LAYOUT[bits]):
         for operand, shift, mask in parts:
             mask *= 0x01010101
-            operands[operand] |= (panels[:, :, i * panel : (i + 1) * panel] >> shift) & mask
+            operands[operand] |= (tiles[:, :, i * tile_rows : (i + 1) * tile_rows] >> shift) & mask
     levels = operands.permute(1, 3, 2, 0).contiguous().view(torch.int8)
     return levels.flatten(0, 1).flatten(1)[:rows, :width] - 2 ** (bits - 1)
 
 
-@pytest.mark.parametrize("panel", [16, 32])
+@pytest.mark.parametrize("tile_rows", [16, 32])
 @pytest.mark.parametrize("bits", SMALL)
-def test_what_is_packed_is_all_there(bits, panel):
+def test_what_is_packed_is_all_there(bits, tile_rows):
     """Every bit of a byte has one use, and all integers come out again, the lowest as well."""
     for i in range(STEP // 4):
         masks = [mask for parts in LAYOUT[bits] for operand, _, mask in parts if operand == i]
@@ -67,12 +71,12 @@ def test_what_is_packed_is_all_there(bits, panel):
         integers = (torch.arange(rows * width) % (2 * top) - top).to(torch.int8).view(rows, width)
         factors = (torch.arange(rows * groups) % 31 - 15).to(torch.int8).view(rows, groups)
         whole = Quantised(integers, torch.ones(rows, 1), bits, factors if bits == 4 else None)
-        panels = packed.pack(whole, panel)
-        assert panels.shape[:2] == (-(-rows // panel), -(-width // STEP))
-        assert panels.shape[2] == panel * bits + (panel // 4 if bits == 4 else 0)
-        assert torch.equal(unpacked(panels, bits, rows, width, panel), integers)
+        tiles = packing.pack(whole, tile_rows)
+        assert tiles.shape[:2] == (-(-rows // tile_rows), -(-width // STEP))
+        assert tiles.shape[2] == tile_rows * bits + (tile_rows // 4 if bits == 4 else 0)
+        assert torch.equal(unpacked(tiles, bits, rows, width, tile_rows), integers)
         if bits == 4:
-            found = panels[:, :, 4 * panel :].contiguous().view(torch.int8)
+            found = tiles[:, :, 4 * tile_rows :].contiguous().view(torch.int8)
             assert torch.equal(found.transpose(1, 2).flatten(0, 1)[:rows], factors)
 
 
@@ -81,9 +85,9 @@ def test_rounding_is_to_the_nearest_step(bits):
     weight = random(40, 96)
     weight[3], weight[4, :32] = 0, 0
     found = round_plainly(weight, bits)
-    exact, ones = packed.rotate(weight) / 32, torch.ones_like(found.integers)
-    step = packed.dequantised(found._replace(integers=ones)).abs()
-    error = (packed.dequantised(found) - exact).abs()
+    exact, ones = packing.rotate(weight) / 32, torch.ones_like(found.integers)
+    step = packing.dequantised(found._replace(integers=ones)).abs()
+    error = (packing.dequantised(found) - exact).abs()
     # the one end of the range is a step nearer than the other, in fewer bits than 8; and a factor
     # that is rounded down cuts off the largest numbers
     assert (error <= step * {8: 0.51, 4: 1.6}.get(bits, 1.04)).all()
@@ -95,17 +99,17 @@ def test_rounding_is_to_the_nearest_step(bits):
     top = 2 ** (bits - 1)
     low, high = map(int, found.integers.aminmax())
     assert low == (-127 if bits == 8 else -top) and high == top - 1
-    assert not packed.dequantised(found)[3].any()
+    assert not packing.dequantised(found)[3].any()
 
 
 @has_int8
 def test_no_two_kernels_have_one_name():
     """Compiled apart and read from disk they are linked by name: those of one number of bits once
     ran in place of another's."""
-    cells = [cell for kernel in fewbits._PRODUCTS.values() for cell in kernel.__closure__]
+    cells = [cell for kernel in low_bit_gemm._PRODUCTS.values() for cell in kernel.__closure__]
     inside = [cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "py_func")]
     names = [kernel.py_func.__qualname__ for kernel in inside]
-    assert len(names) == len({*names}) == 2 * len(fewbits._PRODUCTS)
+    assert len(names) == len({*names}) == 2 * len(low_bit_gemm._PRODUCTS)
 
 
 @has_int8
@@ -114,13 +118,13 @@ def test_a_product_is_that_of_its_integers(bits, poisoned):
     """Sums of integers are exact; what is left is the rounding of three factors."""
     for outputs, inputs in ((1, 64), (33, 100), (130, 1504), (70, 1536), (16, 1)):
         weight = rounded(bits, outputs, inputs)
-        linear, squared = made(bits, [weight]), made(bits, [weight], relu2=True)
-        same = Quantised(packed.as_bytes(weight), weight.scale, 8)
-        whole = made(8, [same], Int8Panels) if inputs % 4 == 0 else None
+        linear, squared = low_bit_linear(bits, [weight]), low_bit_linear(bits, [weight], relu2=True)
+        same = Quantised(packing.as_bytes(weight), weight.scale, 8)
+        whole = low_bit_linear(8, [same], PackedInt8) if inputs % 4 == 0 else None
         for rows in (0, 1, 2, 3, 4, 6, 7, 13, 64, 241):
             x = random(rows, inputs, seed=100 + rows)
-            q, scale = products.quantize_rows(x, 127)
-            exact = (q.double() - 128) @ packed.dequantised(weight).double().T * scale
+            q, scale = gemm.quantize_rows(x, 127)
+            exact = (q.double() - 128) @ packing.dequantised(weight).double().T * scale
             y = linear(x)
             assert y.shape == (rows, outputs) and y.is_contiguous()
             most = exact.abs().max().item() if rows else 0
@@ -134,7 +138,7 @@ def test_a_product_is_that_of_its_integers(bits, poisoned):
 @pytest.mark.parametrize("inputs", [1504, 1536])  # tiles (amx.py) are whole in the latter
 @pytest.mark.parametrize("bits", COMPILED)
 def test_the_bits_of_a_row_follow_from_that_row(bits, inputs):
-    linear, x = made(bits, [random(200, inputs)]), random(260, inputs, seed=2)
+    linear, x = low_bit_linear(bits, [random(200, inputs)]), random(260, inputs, seed=2)
     x[7] = torch.nan
     alone = torch.cat([linear(x[i : i + 1]) for i in range(260)])
     assert alone[7].isnan().all() and alone.isnan().sum() == 200
@@ -149,42 +153,28 @@ def test_the_bits_of_a_row_follow_from_that_row(bits, inputs):
         torch.set_num_threads(before)
 
 
-def plain(bits: int) -> type:
-    """The class for processors without the instructions."""
-    return type("Plain", (fewbits.PlainFewBits,), {"bits": bits})
-
-
-def check_on_this_processor() -> None:
-    """With other registers, or none: the rest of the module is not run there."""
-    parts, x = [random(40, 100)], random(9, 100, seed=2)
-    linear = made(4, parts)
-    assert isinstance(linear, fewbits.FewBits if products.PANEL8 else fewbits.PlainFewBits)
-    for rows in (1, 3, 9):
-        torch.testing.assert_close(linear(x[:rows]), made(4, parts, plain(4))(x[:rows]))
-
-
 @has_int8
 @pytest.mark.parametrize("bits", [8, *COMPILED])
 def test_the_slow_form_computes_the_same(bits):
     """On processors without the instructions."""
-    kind = plain(bits)
+    kind = plain_low_bit(bits)
     parts = [random(40, 100), random(24, 100, seed=3)]
-    slow = made(bits, parts, kind, rows=50)
-    fast = made(bits, parts, Int8Panels if bits == 8 else None, rows=50)
+    slow = low_bit_linear(bits, parts, kind, rows=50)
+    fast = low_bit_linear(bits, parts, PackedInt8 if bits == 8 else None, rows=50)
     x = random(9, 100, seed=2)
     torch.testing.assert_close(slow(x), fast(x), rtol=1e-5, atol=1e-5)
     slow.load([part + 1 for part in parts])
     assert not torch.allclose(slow(x), fast(x), atol=1)
 
 
-@pytest.mark.parametrize("kind", [Int8, Int8Panels])
+@pytest.mark.parametrize("kind", [Int8, PackedInt8])
 def test_int8_takes_given_integers_as_well(kind):
-    if kind is Int8Panels and not products.PANEL8:
+    if kind is PackedInt8 and not gemm.INT8_TILE:
         pytest.skip("this processor has no such instructions")
     parts = [random(40, 64), random(24, 64, seed=1)]
     given = [round_plainly(part, 8) for part in parts]
     x = random(5, 64, seed=2)
-    assert torch.equal(made(8, parts, kind)(x), made(8, given, kind)(x))
+    assert torch.equal(low_bit_linear(8, parts, kind)(x), low_bit_linear(8, given, kind)(x))
 
 
 @has_int8
@@ -196,8 +186,8 @@ def test_given_integers_are_what_is_multiplied_by(bits):
     given = [rounded(bits, 40, 64, seed=0), parts[1]]
     assert given[0].shape == (40, 64)
     x = random(5, 64, seed=2)
-    linear = made(bits, given)
-    assert torch.equal(linear(x), made(bits, parts)(x))
+    linear = low_bit_linear(bits, given)
+    assert torch.equal(linear(x), low_bit_linear(bits, parts)(x))
     where = linear.weight[0].data_ptr()
     assert where % 64 == 0
     linear.load([part + 1 for part in parts])
@@ -209,25 +199,25 @@ def test_given_integers_are_what_is_multiplied_by(bits):
 def test_what_no_layer_can_have_is_refused():
     weight = rounded(6, 8, 64)
     with pytest.raises(ValueError, match="weights of 6 bits are given where the layer has 5"):
-        packed.quantised([weight], 5)
+        packing.quantised([weight], 5)
     with pytest.raises(ValueError, match="integers of 6 bits are -32 to 31, not .* to 40"):
         weight.integers[0, 0] = 40
-        packed.quantised([weight], 6)
+        packing.quantised([weight], 6)
     with pytest.raises(ValueError, match="8 x 64, .* and 2 factors, not .* and None factors"):
-        packed.quantised([weight._replace(bits=4)], 4)
+        packing.quantised([weight._replace(bits=4)], 4)
     weight = rounded(4, 8, 64)
     with pytest.raises(ValueError, match="factors of 4 bits are -15 to 15, not .* to 16"):
         weight.factors[0, 0] = 16
-        packed.quantised([weight], 4)
+        packing.quantised([weight], 4)
 
 
 @has_int8
 @pytest.mark.parametrize("word", ["int6", "int5", "int4"])
 def test_weights_take_as_many_bits_as_the_word_says(word, caplog, monkeypatch):
-    """Counted in the memory of the bundled model, whose matrices are whole panels of whole steps:
+    """Counted in the memory of the bundled model, whose matrices are whole tiles of whole steps:
     what rows and groups have of their own comes on top. It says what would cost less, once."""
     loading.advise.cache_clear()
-    monkeypatch.setattr(first, "begin", lambda *args: True)  # no kernel is called
+    monkeypatch.setattr(compilation, "begin", lambda *args: True)  # no kernel is called
     bits, head = BITS[word]
     with caplog.at_level(logging.WARNING, "microvllm"):
         model = loading.load_model(MODEL, None, CPU, "auto", quantization=word)
@@ -251,7 +241,7 @@ def test_all_layers_in_one_call_are_the_loop_over_them():
     given = {"attention": "numba", "quantization": "int4"}
     model = loading.load_model(era.directory, None, CPU, "auto", **given)
     if not model.compiled:
-        pytest.skip("its layers are no whole panels")
+        pytest.skip("its layers are no whole tiles")
     ids = list(range(1, 40))
     chunks = [(ids, 0, 1, [1]), (ids, 0, 38, [3, 4, 5])]
     found = [run(model, chunks, logit_rows=rows) for rows in (None, [0], [])]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from helpers.goldens import MODEL, SRC
 
-from microvllm.cpu import kernel_cache, team, vectors
+from microvllm.cpu import kernel_cache, simd, team
 
 SOURCE = """
-from microvllm.cpu.vectors import EXACT, kept
+from microvllm.cpu.simd import EXACT, kept
 
 @kept(**EXACT)
 def double(x):
@@ -26,7 +26,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="no such permissions, no f
 
 def kernel(folder: Path):
     """A kernel whose source lies there, as in a process of its own."""
-    vectors.trusted.cache_clear()
+    simd.trusted.cache_clear()
     (folder / "source.py").write_text(SOURCE)
     spec = importlib.util.spec_from_file_location("source", folder / "source.py")
     module = importlib.util.module_from_spec(spec)
@@ -133,7 +133,7 @@ def test_a_kernel_of_other_sources_is_no_kernel(keeps, monkeypatch):
     lost its power between the two."""
     again, index, data = keeps
     old = data.read_bytes()
-    monkeypatch.setattr(vectors, "STAMP", "of another version")
+    monkeypatch.setattr(simd, "STAMP", "of another version")
     assert hits(again()) == 0 and hits(again()) == 1
     assert [*index.parent.glob("*.nbc")] == [data]
     data.write_bytes(old)
@@ -199,7 +199,7 @@ def test_a_folder_that_is_removed_does_not_come_back(keeps, tmp_path):
 
 @posix
 def test_who_may_write_kernels(tmp_path, monkeypatch):
-    trusted = vectors.trusted.__wrapped__
+    trusted = simd.trusted.__wrapped__
     real, (uid, gid) = os.stat, (os.getuid(), os.getgid())
 
     def about(mode: int, owner: int = uid, group: int = gid):

@@ -1,7 +1,7 @@
-"""The first run: which process compiles the kernels, and what an engine does meanwhile?
+"""Compilation of the kernels: which process does it, and what does an engine do meanwhile?
 
 numba compiles for tens of seconds, and keeps what it made on disk. A process that compiles hears no
-Ctrl-C. So a helper process (helper.py) does it, once for each kind of engine:
+Ctrl-C. So a helper process (helper_process.py) does it, once for each kind of engine:
 
     engine       plain torch ... ... ... ... loads the kernels, calls them     (or it waits)
     helper       compiles, writes to numba's folder, then a file that says so, and ends
@@ -11,9 +11,9 @@ the loading. Each kernel is on disk as soon as it is compiled. The files hold no
 
 A helper that no engine waits for has the lowest priority and outlives the engine, so that a run of
 four seconds leaves compiled kernels to the next one. There is one at a time in a folder, and its
-lock file says what it does (locks.py). An engine that waits has a helper of its own, at its own
-priority; once that engine is gone it is like the others. Where nothing can be written, or no helper
-can be started, an engine that waits compiles by itself.
+lock file says what it does (process_lock.py). An engine that waits has a helper of its own, at its
+own priority; once that engine is gone it is like the others. Where nothing can be written, or no
+helper can be started, an engine that waits compiles by itself.
 
 MICROVLLM_HELPER=attached: helpers end with their engine; =none: there are none.
 """
@@ -42,10 +42,10 @@ from ..model import RECIPES, GPTConfig
 from ..runner import Hooks, Runner
 from ..sampler import SamplingParams
 from ..scheduler import Scheduler, Sequence
-from . import helper, kernel_cache, locks
+from . import helper_process, kernel_cache, process_lock
 from .attention import attend_rows
-from .helper import ATTACHED, BACKGROUND, FOREGROUND, UNKEPT, describe, description
-from .vectors import AMX, CPU, STAMP
+from .helper_process import ATTACHED, BACKGROUND, FOREGROUND, UNKEPT, describe, description
+from .simd import AMX, CPU, STAMP
 
 TRIES = 2  # helpers that may die before an engine goes on without
 PATIENCE = 60.0  # seconds that an engine waits for a helper of the lowest priority
@@ -78,7 +78,7 @@ def run_tiny(backend_class: type, kind: str) -> None:
     """Two steps of a tiny model of this kind, a prompt and a token: each kernel that an engine of
     this kind calls is loaded from disk, or compiled."""
     store, *parts = kind.split("-")
-    width = 64 if "layers" in parts else 24  # its panels are whole, or not
+    width = 64 if "layers" in parts else 24  # its weight tiles are whole, or not
     config, recipe = GPTConfig(16, 64, 2, 2, 1, width), RECIPES["5"]
     names = empty_model(config, recipe, config.vocab_size).state_dict()
     weights = {name: torch.zeros(weight.shape) for name, weight in names.items()}
@@ -150,7 +150,7 @@ def compile_here(backend_class: type, kind: str) -> None:
 
 
 def serve(backend_class: type, kind: str, said: dict) -> None:
-    """What a helper does once it has imported all. said: what it says of itself, see helper.py."""
+    """What a helper does once it has imported all. said: its description (helper_process.py)."""
 
     def report(name: str) -> None:
         said.update(now=name, done=len(kernel_cache.used))
@@ -191,14 +191,14 @@ def start(kind: str, role: str) -> subprocess.Popen | None:
     env = dict(os.environ)
     if numba.config.CACHE_DIR:
         env["NUMBA_CACHE_DIR"] = os.path.abspath(numba.config.CACHE_DIR)
-    lock = locks.take(place(kind).with_name(LOCKS[role]))
+    lock = process_lock.take(place(kind).with_name(LOCKS[role]))
     if lock is None:
         return None
     try:
         passes = os.name == "posix"  # elsewhere no descriptor is passed on
         arguments["lock"] = lock if passes else None
         # isolated: what `sources` names, and nothing else
-        command = [sys.executable or "python", "-I", helper.__file__, json.dumps(arguments)]
+        command = [sys.executable or "python", "-I", helper_process.__file__, json.dumps(arguments)]
         process = subprocess.Popen(
             command, env=env, pass_fds=(lock,) if passes else (),
             stdin=subprocess.DEVNULL if arguments["role"] == BACKGROUND else subprocess.PIPE,
@@ -219,7 +219,7 @@ def at_work() -> list[dict]:
     """What the helpers of this folder say of themselves, whichever process started them."""
     file = place("any")
     paths = [file.with_name(name) for name in LOCKS.values()] if file else []
-    found = [locks.holder(path) for path in paths]
+    found = [process_lock.holder(path) for path in paths]
     return [said for said in found if said is not None]
 
 

@@ -4,18 +4,19 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.goldens import FIXTURES, MODEL, ROOT
+from helpers.cpu_kernels import perplexity
+from helpers.goldens import FIXTURES, MODEL
 from safetensors.torch import load_file, save_file
 
 from microvllm import LLM, SamplingParams
-from microvllm.cpu.packed import Quantised, round_plainly
 from microvllm.loading import build_model, find_checkpoint, read_checkpoint
-from microvllm.sources import places, quantised
+from microvllm.lowbit import folder as lowbit_folder
+from microvllm.lowbit.packing import Quantised, round_plainly
+from microvllm.sources import places
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -31,13 +32,13 @@ def folder_of(directory: Path, folder: Path, bits: int, tokenizer=None, **told) 
     config, recipe, weights = checkpoint = read_checkpoint(*find_checkpoint(directory))
     parts = [name.removesuffix(".weight") for name in weights]
     made = {
-        part: round_plainly(weights[f"{part}.weight"], quantised.bits_of(part, bits))
-        for part in filter(quantised.is_matrix, parts)
+        part: round_plainly(weights[f"{part}.weight"], lowbit_folder.bits_of(part, bits))
+        for part in filter(lowbit_folder.is_matrix, parts)
     }
     folder.mkdir()
     told = {**TOLD, "bits": bits, **told}
     tokenizer = places.open_tokenizer(directory, tokenizer)
-    quantised.write_folder(checkpoint, made, tokenizer, told, folder)
+    lowbit_folder.write_folder(checkpoint, made, tokenizer, told, folder)
     return folder
 
 
@@ -45,25 +46,25 @@ def folder_of(directory: Path, folder: Path, bits: int, tokenizer=None, **told) 
 def folders(tmp_path_factory) -> dict[int, Path]:
     """The bundled model in each number of bits."""
     base = tmp_path_factory.mktemp("folders")
-    return {bits: folder_of(MODEL, base / str(bits), bits) for bits in quantised.BITS}
+    return {bits: folder_of(MODEL, base / str(bits), bits) for bits in lowbit_folder.BITS}
 
 
 # the folder ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", quantised.BITS)
+@pytest.mark.parametrize("bits", lowbit_folder.BITS)
 def test_what_is_packed_is_unpacked(bits):
     low, high = (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     torch.manual_seed(0)
     integers = torch.randint(low, high + 1, (3, 64), dtype=torch.int8)
     integers[0, :2] = torch.tensor([low, high])
-    planes = quantised.pack(integers, bits)
+    planes = lowbit_folder.pack(integers, bits)
     assert sum(plane.nbytes for plane in planes.values()) == 3 * 64 * bits // 8
-    assert torch.equal(quantised.unpack(planes, bits), integers)
-    assert quantised.unpack(quantised.pack(integers[:0], bits), bits).shape == (0, 64)
+    assert torch.equal(lowbit_folder.unpack(planes, bits), integers)
+    assert lowbit_folder.unpack(lowbit_folder.pack(integers[:0], bits), bits).shape == (0, 64)
 
 
-@pytest.mark.parametrize("bits", quantised.BITS)
+@pytest.mark.parametrize("bits", lowbit_folder.BITS)
 def test_a_folder_gives_what_was_written_and_nothing_else_changes(bits, folders):
     config, recipe, weights = read_checkpoint(*find_checkpoint(MODEL))
     found = read_checkpoint(*find_checkpoint(folders[bits]))
@@ -71,17 +72,17 @@ def test_a_folder_gives_what_was_written_and_nothing_else_changes(bits, folders)
     for name, weight in found[2].items():
         part, exact = name.removesuffix(".weight"), weights[name]
         assert weight.shape == exact.shape
-        if not quantised.is_matrix(part):
+        if not lowbit_folder.is_matrix(part):
             assert weight.dtype == exact.dtype and torch.equal(weight, exact)
             continue
-        made, expected = weight.quantised(), round_plainly(exact, quantised.bits_of(part, bits))
+        made, expected = weight.quantised(), round_plainly(exact, lowbit_folder.bits_of(part, bits))
         assert isinstance(made, Quantised) and made.bits == expected.bits
         assert torch.equal(made.integers, expected.integers)
         assert torch.equal(made.scale, expected.scale)
         assert made.factors is expected.factors or torch.equal(made.factors, expected.factors)
         error = (weight.dense() - exact.float()).norm() / exact.float().norm()
         assert error < {8: 0.02, 6: 0.06, 5: 0.11, 4: 0.13}[bits]
-    stored = [w for w in found[2].values() if isinstance(w, quantised.Stored)]
+    stored = [w for w in found[2].values() if isinstance(w, lowbit_folder.Stored)]
     each = 8 * sum(w.nbytes for w in stored) / sum(w.numel() for w in stored)
     assert each < {8: 8.15, 6: 6.15, 5: 5.15, 4: 5}[bits]
 
@@ -126,7 +127,7 @@ def test_int8_runs_on_the_integers_of_the_folder(folders):
 
 
 def test_another_word_is_refused_and_the_own_one_is_not(folders, monkeypatch):
-    monkeypatch.setattr("microvllm.cpu.first.begin", lambda *_: True)  # no kernel is called
+    monkeypatch.setattr("microvllm.cpu.compilation.begin", lambda *_: True)  # no kernel is called
     with pytest.raises(ValueError, match="quantization='fp8', and the folder has int8"):
         LLM(folders[8], quantization="fp8", num_blocks=20)
     with pytest.raises(ValueError, match="quantization='int8', and the folder has int4"):
@@ -296,25 +297,13 @@ def test_a_given_text_and_the_same_folder_twice(command, mistake, tmp_path):
 
 
 def test_a_model_with_broken_weights_is_refused(tmp_path):
-    from microvllm.quantize import quantize
+    from microvllm.lowbit.quantize import quantize
 
     config, recipe, weights = read_checkpoint(*find_checkpoint(FIXTURES["era2"].directory))
     name = "transformer.h.1.mlp.c_fc"
     broken = {**weights, f"{name}.weight": weights[f"{name}.weight"] * torch.nan}
     with pytest.raises(ValueError, match=f"{name} or its inputs are NaN or infinite"):
         quantize(config, recipe, broken, [[0, 1, 2, 3]], lambda name: 8)
-
-
-@cache
-def perplexity(model: str, **options) -> float:
-    """Of the bundled answers, on which nothing was calibrated."""
-    rows = json.loads((ROOT / "models" / "prompts" / "oldbooks_instructions.json").read_text())
-    rows = [row for row in rows if row["output"]][:40]
-    with LLM(model, num_blocks=400, device="cpu", **options) as llm:
-        render = llm.tokenizer.render_for_completion
-        prompts = [render([{"role": "user", "content": row["instruction"]}]) for row in rows]
-        found = sum(llm.score(prompts, [row["output"] for row in rows]), [])
-    return float(torch.tensor(found).mean().neg().exp())
 
 
 @HEAVY

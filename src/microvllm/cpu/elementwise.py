@@ -17,8 +17,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.backend import NO_FILTERS, filter_values
-from .team import SIZE, end_list, job, one_at_a_time, team_of
-from .vectors import (
+from .simd import (
     EXACT,
     VIEWS,
     above,
@@ -29,6 +28,7 @@ from .vectors import (
     total,
     vectorised,
 )
+from .team import SIZE, end_list, job, one_at_a_time, team_of
 
 _f32 = np.float32
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9

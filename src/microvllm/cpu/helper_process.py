@@ -1,7 +1,7 @@
-"""What a helper process runs, `python -I helper.py ARGUMENTS`: it compiles kernels, and ends.
+"""A helper process, `python -I helper_process.py ARGUMENTS`: it compiles kernels, and ends.
 
 It imports nothing of the package before it has taken the lowest priority, since the imports alone
-take seconds. ARGUMENTS, in JSON, are those of first.start:
+take seconds. ARGUMENTS, in JSON, are those of compilation.start:
 
     path, package   where the starting process found its modules, and the package of this file
     kind, lock      what to compile, and the descriptor that holds the lock (or null)
@@ -28,7 +28,7 @@ UNKEPT = 3  # exit status: compiled, but what was made could not be written
 
 def lower_priority() -> None:
     """Take only time that no other process wants, on the processor and on the disk."""
-    if not hasattr(os, "setpriority"):  # Windows: first.start has asked for it
+    if not hasattr(os, "setpriority"):  # Windows: compilation.start has asked for it
         return
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 19)
@@ -68,7 +68,7 @@ def description(kind: str, role: str, pid: int) -> dict:
 
 
 def describe(lock: int, said: dict) -> None:
-    """Write that to the lock's file, and so touch it. See locks.holder."""
+    """Write that to the lock's file, and so touch it. See process_lock.holder."""
     text = json.dumps(said).encode()
     with suppress(OSError):  # a full disk
         os.pwrite(lock, text, 0)
@@ -96,10 +96,10 @@ def main(path: list[str], package: str, kind: str, lock: int | None, role: str) 
     limit_memory()
     sys.path[:] = path
     backend = importlib.import_module(f"{package}.backend")
-    first = importlib.import_module(f"{package}.first")
+    compilation = importlib.import_module(f"{package}.compilation")
     with suppress(OSError):
         os.chdir("/")  # the current folder may be removed, or unmounted
-    first.serve(backend.CpuBackend, kind, said)
+    compilation.serve(backend.CpuBackend, kind, said)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""How are weights rounded to a few bits so that a model loses least?
+"""Low-bit weights: how are they rounded so that a model loses least?
 
 Rounding takes minutes and runs once, by `microvllm quantize`, and what it makes runs without it.
-Low-bit products are in cpu/packed.py, the folder that is written in sources/quantised.py.
+Their layout is in packing.py, products of them in cpu/low_bit_gemm.py.
 
     checkpoint -> texts that the model writes itself      calibration.py
                -> layer by layer: second moments of the inputs of each matrix
                -> integers and scales                     gptq.py
-               -> a folder                                sources/quantised.py
+               -> a folder                                folder.py
 """
 
 from __future__ import annotations
 
-from ..cpu.packed import Quantised
 from .calibration import LayerByLayer
-from .calibration import split_text as split_text
-from .calibration import write_texts as write_texts
 from .gptq import round_by_gptq
+from .packing import Quantised
 
 
 def quantize(

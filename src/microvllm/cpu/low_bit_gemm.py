@@ -1,7 +1,7 @@
-"""Products of weights of 6, 5 and 4 bits with inputs of int8, of panels as packed.py has them.
+"""Products of weights of 6, 5 and 4 bits with inputs of int8, packed as lowbit/packing.py has them.
 
 For few rows the weights are unpacked in registers as they come from memory. For more of them each
-panel is unpacked once, as int8, into a scratch that stays in the cache, and multiplied as such. All
+tile is unpacked once, as int8, into a scratch that stays in the cache, and multiplied as such. All
 sums are of integers, and exact: either way a row has the same bits, whatever rows are beside it.
 
     sum of (w - top) * x = sum of w * x - top * (sum of x),   w from 0 to 2^bits - 1, top half of it
@@ -24,8 +24,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from ..fused.linear import Linear
-from . import amx, products
-from .packed import (
+from ..lowbit.packing import (
     LAYOUT,
     STEP,
     Quantised,
@@ -36,9 +35,9 @@ from .packed import (
     quantised,
     step_size,
 )
-from .products import PANEL, PANEL8, Panels, aligned, product, quantize_row, quantize_rows_into
-from .team import SIZE, behind, job, scratch_array
-from .vectors import (
+from . import amx, gemm
+from .gemm import INT8_TILE, TILE, PackedLinear, aligned, product, quantize_row, quantize_rows_into
+from .simd import (
     EXACT,
     FOUR_BYTES,
     LANES,
@@ -49,6 +48,7 @@ from .vectors import (
     share,
     vectorised,
 )
+from .team import SIZE, behind, job, scratch_array
 
 _f32 = np.float32
 OPERANDS = STEP // 4  # of a step
@@ -61,7 +61,7 @@ _SOON = 768  # numbers of 32 bits that are loaded ahead of their use by a single
 class Weight4(NamedTuple):
     """What kernels take of a layer in 4 bits: its type tells them how it is packed."""
 
-    panels: object  # (panels, steps, step_size) int32
+    tiles: object  # (tiles, steps, step_size) int32
     offset: object  # (N,) int32: 128 times the sum of each row
     scale: object  # (N,) float32
 
@@ -69,7 +69,7 @@ class Weight4(NamedTuple):
 class Weight5(NamedTuple):
     """The same in 5 bits."""
 
-    panels: object
+    tiles: object
     offset: object
     scale: object
 
@@ -77,7 +77,7 @@ class Weight5(NamedTuple):
 class Weight6(NamedTuple):
     """The same in 6 bits."""
 
-    panels: object
+    tiles: object
     offset: object
     scale: object
 
@@ -86,12 +86,12 @@ WEIGHTS = {4: Weight4, 5: Weight5, 6: Weight6}
 
 
 def _operands(b, layout, start):
-    """Of a step at `start` one (operand, its vectors for PANEL rows) after the other, in the order
+    """Of a step at `start` one (operand, its vectors for TILE rows) after the other, in the order
     in which they are complete."""
     last = {operand: i for i, parts in enumerate(layout) for operand, *_ in parts}
     found: dict[int, list] = {}
     for i, parts in enumerate(layout):
-        words = [b.read(b.at(start, i * PANEL + column * LANES)) for column in range(2)]
+        words = [b.read(b.at(start, i * TILE + column * LANES)) for column in range(2)]
         for operand, shift, mask in parts:
             pieces = words
             if shift:
@@ -108,8 +108,8 @@ def _operands(b, layout, start):
 
 
 def _factors(b, layout, start):
-    """Of a step at `start` the factors of PANEL rows, each in 32 bits."""
-    first = b.bitcast(b.at(start, len(layout) * PANEL), b.i8.as_pointer())
+    """Of a step at `start` the factors of TILE rows, each in 32 bits."""
+    first = b.bitcast(b.at(start, len(layout) * TILE), b.i8.as_pointer())
     found = []
     for column in range(2):
         value = b.load(b.bitcast(b.at(first, column * LANES), b.kind(b.i8).as_pointer()))
@@ -119,8 +119,8 @@ def _factors(b, layout, start):
 
 
 def _unpacker(bits: int):
-    """A function that writes steps of a panel as int8: integers, times factors where these are."""
-    layout, size = LAYOUT[bits], step_size(bits, PANEL)
+    """A function that writes steps of a tile as int8: integers, times factors where these are."""
+    layout, size = LAYOUT[bits], step_size(bits, TILE)
 
     @vectorised()
     def unpack(b, steps, w, w_at, out):
@@ -129,7 +129,7 @@ def _unpacker(bits: int):
         top = b.splat(b.i8(2 ** (bits - 1)), 4 * LANES)
         with cgutils.for_range(b, steps, intp=b.i64) as loop:
             source = b.at(ws, (loop.index, size))
-            target = b.at(outs, (loop.index, OPERANDS * PANEL))
+            target = b.at(outs, (loop.index, OPERANDS * TILE))
             scaled = []  # for each column: the factor's size, its sign, and top times both
             if grouped(bits):
                 for value in _factors(b, layout, source):
@@ -149,21 +149,21 @@ def _unpacker(bits: int):
                         vector = b.sub(b.bitcast(b.xor(vector, sign), numbers), less)
                     else:
                         vector = b.sub(b.bitcast(vector, numbers), top)
-                    b.write(vector, b.at(target, operand * PANEL + column * LANES))
+                    b.write(vector, b.at(target, operand * TILE + column * LANES))
 
     return unpack
 
 
 def _multiplier(bits: int):
-    """The product of up to FEW rows with a panel, whose weights are unpacked in registers."""
-    layout, factors, size = LAYOUT[bits], grouped(bits), step_size(bits, PANEL)
+    """The product of up to FEW rows with a tile, whose weights are unpacked in registers."""
+    layout, factors, size = LAYOUT[bits], grouped(bits), step_size(bits, TILE)
 
     @vectorised()
     def multiply(b, x, start, w, p, square, w_scale, x_scale, y):
-        """Columns of y (T, N) = x (T, 8 * steps int32 of four int8) @ panel p of w (panels, steps,
+        """Columns of y (T, N) = x (T, 8 * steps int32 of four int8) @ tile p of w (tiles, steps,
         size); start (T, groups): what the integer sums begin with."""
         steps, x_stride, y_stride, groups = (b.extract_value(a.shape, 1) for a in (w, x, y, start))
-        column = b.mul(p, b.i64(PANEL))
+        column = b.mul(p, b.i64(TILE))
         xs, ws, ys = x.data, b.at(w.data, (b.mul(p, steps), size)), b.at(y.data, column)
         floats, integers = b.kind(b.f32), b.kind(b.i32)
         shorts = ir.VectorType(b.i16, 2 * LANES)
@@ -249,29 +249,29 @@ def round_rows(worker, part, parts, x, top, q, scale, start):
 
 
 @kept(**EXACT)  # once for all numbers of bits
-def _multiply_unpacked(q, panels, count, scaling, square, p, ahead, ahead_at, size, y):
-    """y (T, N) of panel p, and if `count` is 2 of the next one, which are int8 in `panels` (2, K,
-    PANEL); ahead: `size` numbers to load."""
+def _multiply_unpacked(q, tiles, count, scaling, square, p, ahead, ahead_at, size, y):
+    """y (T, N) of tile p, and if `count` is 2 of the next one, which are int8 in `tiles` (2, K,
+    TILE); ahead: `size` numbers to load."""
     T, K = q.shape
     offset, w_scale, x_scale = scaling
-    if amx.fits(q, panels):
+    if amx.fits(q, tiles):
         configured, parts = 0, count * -(-T // amx.ROWS) * (K // amx.WORDS)
-        near = -(-size // (parts * PANEL))  # that each part asks for
+        near = -(-size // (parts * TILE))  # that each part asks for
         for i in range(count):
-            configured = amx.multiply_panel(
-                q, panels, i * K * PANEL, scaling, square, 0, T, (p + i) * PANEL, ahead,
-                ahead_at + i * parts // count * near * PANEL, near, configured, y,
+            configured = amx.multiply_weight_tile(
+                q, tiles, i * K * TILE, scaling, square, 0, T, (p + i) * TILE, ahead,
+                ahead_at + i * parts // count * near * TILE, near, configured, y,
             )  # fmt: skip
         amx.release()
         return
     wide = count == 2
-    tiles = -(-T // (_ROWS // 2 if wide else _ROWS))
-    every = max(1, tiles * K * PANEL // size)  # of the inputs of all tiles
-    each = -(-K // every) * PANEL
-    for i in range(tiles):
-        r0, r1 = T * i // tiles, T * (i + 1) // tiles
-        products._multiply(
-            r1 - r0, wide, K, q, r0 * K, panels, 0, y, r0, p * PANEL, ahead, ahead_at + i * each,
+    row_tiles = -(-T // (_ROWS // 2 if wide else _ROWS))
+    every = max(1, row_tiles * K * TILE // size)  # of the inputs of all row_tiles
+    each = -(-K // every) * TILE
+    for i in range(row_tiles):
+        r0, r1 = T * i // row_tiles, T * (i + 1) // row_tiles
+        gemm._multiply(
+            r1 - r0, wide, K, q, r0 * K, tiles, 0, y, r0, p * TILE, ahead, ahead_at + i * each,
             every, False, square, offset, w_scale, x_scale,
         )  # fmt: skip
 
@@ -306,19 +306,19 @@ def _product(bits: int):
     def many_part(
         worker, part, parts, q, offset, w_scale, x_scale, w, square, following, cuts, runs, space, y
     ):  # fmt: skip
-        panels, rows, K, each = len(w), len(y), q.shape[1], parts // runs
+        tiles, rows, K, each = len(w), len(y), q.shape[1], parts // runs
         size, step = w.shape[1] * w.shape[2], following.shape[1] * following.shape[2]
-        first, end = share(panels * cuts, part, parts)
-        later, ahead, soon = w, end % panels * size, size
+        first, end = share(tiles * cuts, part, parts)
+        later, ahead, soon = w, end % tiles * size, size
         if (part + 1) % each == 0:
             later, soon = following, step
             ahead = share(len(following), part // each, runs)[0] * step
         tiled, own = amx.fits(q, w), space[worker]
         skip = -own.ctypes.data % 64 // 4  # to a cache line
-        scratch = own[skip : skip + 2 * K * PANEL].reshape(2, K, PANEL)
-        for cut in range(first // panels, -(-end // panels)):
+        scratch = own[skip : skip + 2 * K * TILE].reshape(2, K, TILE)
+        for cut in range(first // tiles, -(-end // tiles)):
             c0, c1 = share(rows, cut, cuts)
-            p0, p1 = max(first - cut * panels, 0), min(end - cut * panels, panels)
+            p0, p1 = max(first - cut * tiles, 0), min(end - cut * tiles, tiles)
             blocks = -(-(c1 - c0) // (amx.MANY if tiled else _MANY))
             wide = int(tiled or c1 - c0 >= 128)
             for block in range(blocks):
@@ -341,11 +341,11 @@ def _product(bits: int):
 
     @named
     def multiply_many(q, scaling, w, square, following, team, start, y):
-        """The work is dealt out as in products.multiply; start: of free scratch memory."""
+        """The work is dealt out as in gemm.multiply; start: of free scratch memory."""
         least = amx.ROWS // 2 if amx.fits(q, w) else _ROWS
         cuts = row_cuts(len(w), len(y), least, team[SIZE])
         runs, parts = piece_parts(len(w) * cuts, team[SIZE])
-        space = scratch_array(team, start, (team[SIZE], 2 * q.shape[1] * PANEL + 16), np.int32)
+        space = scratch_array(team, start, (team[SIZE], 2 * q.shape[1] * TILE + 16), np.int32)
         offset, w_scale, x_scale = scaling
         arguments = q, offset, w_scale, x_scale, w, square, following, cuts, runs, space, y
         many_part(team, runs, parts, arguments)
@@ -368,7 +368,7 @@ def _product(bits: int):
     return kernel
 
 
-_HAS_PRODUCTS = PANEL8 and not SIGNED  # numbers without a sign are multiplied as they are packed
+_HAS_PRODUCTS = INT8_TILE and not SIGNED  # numbers without a sign are multiplied as they are packed
 _PRODUCTS = {WEIGHTS[bits]: _product(bits) for bits in WEIGHTS} if _HAS_PRODUCTS else {}
 
 
@@ -380,13 +380,13 @@ def _product_of(x, weight, square, following, team, y):
 
 @kept(**EXACT)
 def _linear(x, weight, square, team, y):
-    product(x, weight, square, weight.panels, team, y)
+    product(x, weight, square, weight.tiles, team, y)
 
 
-class FewBits(Panels):
-    """Weights of `bits` bits in panels of PANEL outputs, for our own product with inputs of int8.
+class PackedLowBit(PackedLinear):
+    """Weights of `bits` bits in tiles of TILE outputs, for our own product with inputs of int8.
 
-    weight: (panels, steps, step_size) int32, see packed.pack; 128 times the sums of the rows, and
+    weight: (tiles, steps, step_size) int32, see packing.pack; 128 times the sums of the rows, and
     what 1 is worth in each.
     """
 
@@ -394,9 +394,9 @@ class FewBits(Panels):
 
     def load(self, parts: list) -> None:
         whole = quantised(parts, self.bits)
-        fill = 0, -len(whole.scale) % PANEL
+        fill = 0, -len(whole.scale) % TILE
         offset = 128 * as_bytes(whole).sum(1, dtype=torch.int32)  # of inputs stored plus 128
-        new = pack(whole, PANEL), F.pad(offset, fill), F.pad(whole.scale[:, 0], fill)
+        new = pack(whole, TILE), F.pad(offset, fill), F.pad(whole.scale[:, 0], fill)
         if self.weight is None:
             self.weight = aligned(new[0].shape, torch.int32), *map(torch.empty_like, new[1:])
             self.arrays = WEIGHTS[self.bits](*(part.numpy() for part in self.weight))
@@ -407,7 +407,7 @@ class FewBits(Panels):
         _linear(x, self.arrays, self.relu2, team, y)
 
 
-class PlainFewBits(Linear):
+class PlainLowBit(Linear):
     """The same, in a byte each, on processors without the instructions: slow, in torch."""
 
     bits: int
@@ -416,7 +416,7 @@ class PlainFewBits(Linear):
         self.weight = quantised(parts, self.bits)
 
     def multiply(self, x: Tensor) -> Tensor:
-        q, scale = products.quantize_rows(x.contiguous(), 127)
+        q, scale = gemm.quantize_rows(x.contiguous(), 127)
         x, (integers, scales, bits, factors) = q.float() - 128, self.weight
         own = factors.split(1024) if grouped(bits) else [None] * -(-len(integers) // 1024)
         parts = zip(integers.split(1024), scales.split(1024), own, strict=True)
@@ -429,5 +429,5 @@ def class_of(bits: int) -> type[Linear]:
     return _CLASSES[bits]
 
 
-_KIND = FewBits if _HAS_PRODUCTS else PlainFewBits
+_KIND = PackedLowBit if _HAS_PRODUCTS else PlainLowBit
 _CLASSES = {bits: type(f"{_KIND.__name__}{bits}", (_KIND,), {"bits": bits}) for bits in WEIGHTS}

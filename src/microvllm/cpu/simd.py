@@ -33,9 +33,13 @@ EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
 # for each other there. A function that makes no arrays, and returns none, can do without
 VIEWS = EXACT | {"_nrt": False}
 
-# what tells these sources from others: when each of the room's files was written, and its size
-_files = [file.stat() for file in sorted(Path(__file__).parent.glob("*.py"))]
-STAMP = tuple((file.st_mtime, file.st_size) for file in _files)
+# the files that kernels are made of: of this subpackage, and the layout of low-bit weights
+SOURCES = [
+    *sorted(Path(__file__).parent.glob("*.py")),
+    Path(__file__).parent.parent / "lowbit" / "packing.py",
+]
+# what tells these sources from others: when each file was written, and its size
+STAMP = tuple((file.stat().st_mtime, file.stat().st_size) for file in SOURCES)
 
 
 @cache
@@ -110,18 +114,18 @@ def piece_parts(pieces, threads):
 
 
 @numba.njit(**EXACT)
-def row_cuts(panels, rows, least, threads):
-    """Into how many runs of rows, each of `least` or more, a product of so many panels is cut, too.
+def row_cuts(tiles, rows, least, threads):
+    """Into how many runs of rows, each of `least` or more, a product of weight tiles is cut, too.
 
-    1 where whole panels make no thread's share more than 1.2 times the mean; or if no cut does. Few
-    rows wait for weights: cut, they would be read once more. So 24 panels are too few for 32
+    1 where whole tiles make no thread's share more than 1.2 times the mean; or if no cut does. Few
+    rows wait for weights: cut, they would be read once more. So 24 tiles are too few for 32
     threads; their halves would be 48, no more even. A smaller part is a part of a cache line, or
     half a register; and if threads shared the inputs, their sums would have to be added in an order
     that does not depend on how many threads there are: each product would write its parts to memory
     and wait for a second pass.
     """
     for cuts in range(1, max(1, rows // least) + 1):
-        pieces = panels * cuts
+        pieces = tiles * cuts
         if 5 * threads * -(-pieces // threads) <= 6 * pieces:
             return cuts
     return 1

@@ -9,7 +9,7 @@ int8, and a product of any of these has sums of integers alone. What rounds bett
     operands             0    |    1    | ... |      7      |         4 bytes in 32 bits each
     step              <---- packed into 4, 5 or 6 words ---->         of 32 bits
 
-A step of PANEL rows is stored together, word by word: one load of a word of several rows gives,
+A step of TILE rows is stored together, word by word: one load of a word of several rows gives,
 after masks and shifts, the operands of the instruction that multiplies bytes.
 """
 
@@ -160,31 +160,31 @@ def dequantised(part: Quantised) -> Tensor:
     return as_bytes(part) * part.scale
 
 
-def step_size(bits: int, panel: int) -> int:
-    """Numbers of 32 bits that one step of `panel` rows takes, with its factors, a byte each."""
-    return len(LAYOUT[bits]) * panel + (panel // 4 if grouped(bits) else 0)
+def step_size(bits: int, tile_rows: int) -> int:
+    """Numbers of 32 bits that one step of `tile_rows` rows takes, with its factors, a byte each."""
+    return len(LAYOUT[bits]) * tile_rows + (tile_rows // 4 if grouped(bits) else 0)
 
 
-def pack(weight: Quantised, panel: int) -> Tensor:
-    """(panels, steps, step_size) int32: steps of `panel` rows, the last ones filled up with zeros.
+def pack(weight: Quantised, tile_rows: int) -> Tensor:
+    """(tiles, steps, step_size) int32: steps of `tile_rows` rows, the last tile padded with zeros.
 
     In each step the words of all rows and then, in 4 bits, the rows' factors of this step. Integers
     are stored plus 2^(bits - 1): without a sign they are cheaper to take out.
     """
     rows, width = weight.shape
     levels = weight.integers.to(torch.uint8) + 2 ** (weight.bits - 1)  # modulo 256
-    fill = -width % STEP, -rows % panel
+    fill = -width % STEP, -rows % tile_rows
     levels = F.pad(levels, (0, fill[0], 0, fill[1]), value=2 ** (weight.bits - 1))
     steps = levels.shape[1] // STEP
-    operands = levels.view(torch.int32).view(-1, panel, steps, STEP // 4).permute(3, 0, 2, 1)
-    shape = len(levels) // panel, steps, step_size(weight.bits, panel)
+    operands = levels.view(torch.int32).view(-1, tile_rows, steps, STEP // 4).permute(3, 0, 2, 1)
+    shape = len(levels) // tile_rows, steps, step_size(weight.bits, tile_rows)
     packed = torch.zeros(shape, dtype=torch.int32)
     for i, parts in enumerate(LAYOUT[weight.bits]):
-        word = packed[:, :, i * panel : (i + 1) * panel]
+        word = packed[:, :, i * tile_rows : (i + 1) * tile_rows]
         for operand, shift, mask in parts:
             word |= (operands[operand] & mask * 0x01010101) << shift
     if grouped(weight.bits):
-        own = F.pad(weight.factors, (0, 0, 0, fill[1])).view(-1, panel, steps).transpose(1, 2)
+        own = F.pad(weight.factors, (0, 0, 0, fill[1])).view(-1, tile_rows, steps).transpose(1, 2)
         factors = torch.empty(own.shape, dtype=torch.int8).copy_(own)
-        packed[:, :, -(panel // 4) :] = factors.view(torch.int32)
+        packed[:, :, -(tile_rows // 4) :] = factors.view(torch.int32)
     return packed

@@ -1,0 +1,224 @@
+"""How far are the log-probabilities with which tokens were drawn from those of the training?
+
+The loss of a policy gradient assumes that tokens were drawn from the distribution that the trained
+module computes. Rounding, other kernels, low-bit weights, old weights and filters such as top_k
+make the two differ:
+
+    rollout     q  the sampler's log-probability of each token that it drew
+    training    p  the module's, in the forward pass of the loss
+    delta       p - q                                  0 where both agree
+    ratio       exp(delta)                             outside [0.8, 1.2] a PPO loss clips it
+    KL          mean of exp(delta) - 1 - delta         Schulman's estimator k3, of KL(q || p)
+
+Where every token that p allows can be drawn, the ratio is 1 on average, however different p and q
+are. Below that, some could not be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..environment import how_to_install
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LEAST_RATIO = 0.8
+MOST_RATIO = 1.2
+# a mean ratio is below 1 by more than chance and rounding if it is by this number of standard
+# errors, and by this share
+SURE_ERRORS = 5
+SURE_SHARE = 1e-3
+
+
+@dataclass(frozen=True, repr=False)
+class Mismatch:
+    """What `mismatch` found. `print(report)` shows it in one line."""
+
+    num_tokens: int  # compared
+    num_not_finite: int  # tokens with a NaN or an infinity, which nothing else here counts
+    mean: float  # of |delta|
+    largest: float  # |delta|
+    share_outside: float  # of ratios outside [0.8, 1.2]
+    kl: float  # k3
+    mean_ratio: float
+    ratio_error: float  # the standard error of mean_ratio
+    sampling: str  # the parameters that change the distribution, such as "top_k=50"
+    # by position: 0 is the first drawn token of its row
+    counts: np.ndarray  # (P,) tokens
+    mean_at: np.ndarray  # (P,) mean |delta|, NaN where there is none
+    largest_at: np.ndarray  # (P,)
+
+    @property
+    def is_cut(self) -> bool:
+        """Were tokens excluded that the training allows? Seen in the numbers alone."""
+        missing = 1 - self.mean_ratio
+        return missing > max(SURE_SHARE, SURE_ERRORS * self.ratio_error)
+
+    def __str__(self) -> str:
+        if self.num_tokens == 0:
+            return f"mismatch: no tokens to compare{self.about_not_finite()}"
+        position = int(np.nanargmax(self.largest_at))
+        return (
+            f"mismatch of {self.num_tokens:,} tokens: |delta logp| mean {self.mean:.2g}, "
+            f"largest {self.largest:.2g} (position {position}); "
+            f"{self.share_outside:.2%} of ratios outside [{LEAST_RATIO}, {MOST_RATIO}]; "
+            f"KL (k3) {self.kl:.2g}{self.about_not_finite()}{self.about_sampling()}"
+        )
+
+    __repr__ = __str__  # a notebook shows the line, not the arrays
+
+    def about_not_finite(self) -> str:
+        return f"; {self.num_not_finite:,} more are NaN or infinite" if self.num_not_finite else ""
+
+    def about_sampling(self) -> str:
+        """What there is to say of the distribution from which the tokens were drawn."""
+        ratio = f"mean ratio {self.mean_ratio:.4f}"
+        if self.sampling:
+            return (
+                f"; {self.sampling} draws from another distribution than the loss assumes ({ratio})"
+            )
+        if self.is_cut:
+            return f"; {ratio}: tokens were excluded that the loss assumes possible (top_k?)"
+        return ""
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers that are no arrays, for a logger such as wandb."""
+        return {
+            name: value for name, value in vars(self).items() if isinstance(value, (int, float))
+        }
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw |delta| by position, into a file if there is a path. Raises ImportError without
+        matplotlib."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError(f"a plot needs matplotlib: {how_to_install('lab')}") from None
+
+        figure = Figure(figsize=(7, 3.2))
+        axes = figure.subplots()
+        positions = np.arange(len(self.counts))
+        axes.plot(positions, self.largest_at, ".", color="#BBBBBB", label="largest")
+        axes.plot(positions, self.mean_at, color="#0072B2", label="mean")
+        if self.largest > 0:
+            axes.set_yscale("log")
+        axes.set(xlabel="token of the answer", ylabel="|delta logp|")
+        axes.set_title(f"{self.num_tokens:,} tokens {self.sampling}".rstrip(), fontsize=9)
+        axes.legend(frameon=False)
+        if path is not None:
+            figure.savefig(path, dpi=120, bbox_inches="tight")
+        return figure
+
+
+def mismatch(
+    training_logprobs: Sequence,
+    logprobs: Sequence,
+    masks: Sequence,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Mismatch:
+    """Compare a rollout with the forward pass of the loss.
+
+    training_logprobs: a tensor (B, T), or B rows, in which column t is the log-probability of token
+    t + 1, as the loss of nanochat's chat_rl has them (padding and masked columns may be anything).
+    logprobs, masks: of the rollout, B rows of prompt and answer, as `generate_batch(...,
+    logprobs=True)` returns them, or padded; tokens with mask 0 are left out. temperature, top_k,
+    top_p, min_p: of the sampling, for the report to name; None and 0 are off. Raises ValueError for
+    rows that do not belong together.
+    """
+    num_rows = len(training_logprobs)
+    if not num_rows == len(logprobs) == len(masks):
+        sizes = f"{num_rows} training_logprobs, {len(logprobs)} logprobs and {len(masks)} masks"
+        raise ValueError(f"{sizes}: give a row of each for every sample")
+    deltas = []
+    positions = []
+    for row in range(num_rows):
+        delta, position = compare_row(
+            to_numpy(training_logprobs[row]), to_numpy(logprobs[row]), to_numpy(masks[row]), row
+        )
+        deltas.append(delta)
+        positions.append(position)
+    sampling = {
+        f"temperature={temperature}": temperature != 1,
+        f"top_k={top_k}": bool(top_k),
+        f"top_p={top_p}": top_p not in (None, 0, 1),
+        f"min_p={min_p}": bool(min_p),
+    }
+    return summarise(
+        np.concatenate([np.empty(0), *deltas]),
+        np.concatenate([np.empty(0, np.int64), *positions]),
+        sampling=" ".join([text for text, is_on in sampling.items() if is_on]),
+    )
+
+
+def to_numpy(row: Sequence) -> np.ndarray:
+    """A row of numbers, or a tensor of any device, as float64."""
+    if hasattr(row, "detach"):
+        row = row.detach().double().cpu().numpy()
+    return np.asarray(row, np.float64)
+
+
+def compare_row(
+    training: np.ndarray, rollout: np.ndarray, mask: np.ndarray, row: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The deltas of one row, and the positions of their tokens. row: its number, for errors."""
+    if rollout.ndim != 1 or mask.shape != rollout.shape or training.ndim != 1:
+        shapes = f"{training.shape}, {rollout.shape} and {mask.shape}"
+        raise ValueError(f"row {row} of training_logprobs, logprobs and masks has shapes {shapes}")
+    columns = np.flatnonzero(mask)
+    if len(columns) and not 1 <= columns[0] <= columns[-1] <= len(training):
+        raise ValueError(
+            f"row {row}: training_logprobs has {len(training)} columns, and the drawn tokens are "
+            f"{columns[0]} to {columns[-1]}; column t is of token t + 1"
+        )
+    delta = training[columns - 1] - rollout[columns]
+    return delta, columns - columns[:1]
+
+
+def summarise(delta: np.ndarray, positions: np.ndarray, sampling: str) -> Mismatch:
+    """The report of deltas (N,) at positions (N,)."""
+    is_finite = np.isfinite(delta)
+    num_not_finite = len(delta) - int(is_finite.sum())
+    delta = delta[is_finite]
+    positions = positions[is_finite]
+    size = np.abs(delta)
+    num_tokens = len(delta)
+    num_positions = int(positions.max()) + 1 if num_tokens else 0
+    counts = np.bincount(positions, minlength=num_positions)
+    sums = np.bincount(positions, weights=size, minlength=num_positions)
+    mean_at = np.full(num_positions, np.nan)
+    np.divide(sums, counts, out=mean_at, where=counts > 0)
+    largest_at = np.full(num_positions, np.nan)
+    np.fmax.at(largest_at, positions, size)  # of a number and NaN it takes the number
+    with np.errstate(over="ignore"):  # a delta of 710 is an infinite ratio, and the report says so
+        ratio = np.exp(delta)
+        k3 = np.expm1(delta) - delta
+    is_outside = (ratio < LEAST_RATIO) | (ratio > MOST_RATIO)
+    return Mismatch(
+        num_tokens=num_tokens,
+        num_not_finite=num_not_finite,
+        mean=mean_of(size),
+        largest=float(size.max(initial=0.0)),
+        share_outside=mean_of(is_outside),
+        kl=mean_of(k3),
+        mean_ratio=mean_of(ratio) if num_tokens else 1.0,
+        ratio_error=float(ratio.std(ddof=1) / num_tokens**0.5) if num_tokens > 1 else np.inf,
+        sampling=sampling,
+        counts=counts,
+        mean_at=mean_at,
+        largest_at=largest_at,
+    )
+
+
+def mean_of(values: np.ndarray) -> float:
+    """0 for no values."""
+    return float(values.mean()) if len(values) else 0.0

@@ -1,0 +1,57 @@
+"""Did the weights arrive as they were sent?
+
+    the trainer's process     weights, checksums(weights)  ---->   weights, checksums
+    the engine's process      check_transfer(weights, checksums), then llm.update_weights(weights)
+
+A checksum is of dtype, shape and bytes, so a tensor that was cast or transposed on the way differs
+as well.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import xxhash
+from torch import Tensor
+
+SHOWN = 5  # names in an error
+
+
+def checksums(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """A checksum of 128 bits (XXH3) of each tensor of a state dict, as a hexadecimal number."""
+    return {name: checksum(weight) for name, weight in weights.items()}
+
+
+def checksum(tensor: Tensor) -> str:
+    """The checksum of one tensor, on any device."""
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    # a tensor without dimensions cannot be viewed as bytes
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_transfer(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -> None:
+    """Compare weights that were received with the sender's checksums. Raises ValueError that names
+    the tensors which are missing, unknown or different."""
+    problems = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unknown": sorted(weights.keys() - expected.keys()),
+        "different": [
+            name
+            for name, weight in weights.items()
+            if name in expected and checksum(weight) != expected[name]
+        ],
+    }
+    found = [describe(problem, names) for problem, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"the weights are not those that were sent: {'; '.join(found)}. Send them again; the "
+            "trainer must not change them before they have arrived"
+        )
+
+
+def describe(problem: str, names: list[str]) -> str:
+    """A problem and the tensors that have it."""
+    shown = ", ".join(names[:SHOWN])
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{problem}: {shown}{rest}"
