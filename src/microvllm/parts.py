@@ -122,14 +122,16 @@ def choose_proposer(tokenizer, prompt_lookup: int) -> engine.DraftProposer | Non
 
 # features/answers.py
 def make_answer_lookup(answer_lookup: int, tokenizer) -> AnswerLookup:
-    """What proposes the tokens of earlier answers."""
+    """The proposer of the tokens of earlier answers."""
     return AnswerLookup(answer_lookup, EarlierAnswers(), never=never_drafted(tokenizer))
 
 
 # features/draft.py
-def make_draft_model(llm_class: type[engine.LLM], tokenizer, arguments) -> DraftModel:
-    """What proposes the tokens of a draft model, with its engine."""
-    draft = open_draft(arguments.draft, llm_class, tokenizer, arguments)
+def make_draft_model(
+    llm_class: type[engine.LLM], model, tokenizer, arguments: SimpleNamespace
+) -> DraftModel:
+    """The proposer of a draft model's tokens, with its engine."""
+    draft = open_draft(llm_class, model, tokenizer, arguments)
     return DraftModel(draft, never=never_drafted(tokenizer))
 
 

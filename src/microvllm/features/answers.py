@@ -24,6 +24,9 @@ from .lookup import NgramTable, PromptLookup
 ANSWERS_OF_PROMPT = 8  # the latest ones
 MAX_TOKENS = 2**22  # of all prompts and answers, 16 MB; the prompts longest unused are dropped
 
+MAX_HISTORY = 2048  # tokens of earlier answers in which a text's last tokens are looked for
+BORDER = -1  # between two texts; no token
+
 
 class EarlierAnswers(Extension):
     """Keeps the answers to each prompt."""
@@ -41,8 +44,8 @@ class EarlierAnswers(Extension):
     def add(self, prompt: list[int], answer: list[int]) -> None:
         """Keep an answer, and drop what is too much. One that is kept already moves to the end."""
         key = key_of(prompt)
-        answers = self.by_prompt.pop(key, deque())
-        self.num_tokens -= count_tokens(key, answers)
+        answers = deque(self.by_prompt.get(key, ()))
+        self.drop(key)
         new = array("i", answer)
         if new in answers:
             answers.remove(new)
@@ -52,8 +55,13 @@ class EarlierAnswers(Extension):
         self.by_prompt[key] = answers
         self.num_tokens += count_tokens(key, answers)
         while self.num_tokens > self.max_tokens:
-            oldest, answers = self.by_prompt.popitem(last=False)
-            self.num_tokens -= count_tokens(oldest, answers)
+            self.drop(next(iter(self.by_prompt)))
+
+    def drop(self, key: bytes) -> None:
+        """Drop the answers to a prompt, if there are any."""
+        if key in self.by_prompt:
+            self.num_tokens -= count_tokens(key, self.by_prompt[key])
+            del self.by_prompt[key]
 
     def get(self, prompt: list[int]) -> list[list[int]]:
         """The answers to a prompt, the latest last."""
@@ -87,27 +95,32 @@ class AnswerTable(NgramTable):
     def __init__(
         self, limit: int, never: Set[int], num_prompt: int, answers: Iterable[list[int]] = ()
     ):
-        super().__init__(limit, never)
+        super().__init__(limit, never | {BORDER})
         self.num_prompt = num_prompt
-        self.alike = list(answers)  # those that begin as the text does
+        self.answers = list(answers)
+        self.alike = self.answers  # those that begin as the text does
         self.num_compared = 0  # tokens of the text that were compared with them
-        self.history = [token_id for answer in self.alike for token_id in answer]
+        history = [token_id for answer in self.answers for token_id in [*answer, BORDER]]
+        self.history = history[-MAX_HISTORY:]
 
     def propose(self, token_ids: list[int], max_tokens: int) -> list[int]:
         """Up to max_tokens tokens that may follow these."""
-        num_output = len(token_ids) - self.num_prompt
         answer = self.longest_alike(token_ids[self.num_prompt :])
-        num_tokens = min(self.num_next, max_tokens)
-        if answer is not None:
-            following = answer[num_output : num_output + num_tokens]
-            return self.copy(following, len(following))
-        return super().propose(self.history + token_ids, max_tokens)
+        if answer is None:
+            return super().propose(self.history + token_ids, max_tokens)
+        start = len(token_ids) - self.num_prompt
+        following = answer[start : start + min(self.num_next, max_tokens)]
+        return self.copy(following, len(following))
 
     def longest_alike(self, output: list[int]) -> list[int] | None:
         """The latest of the answers that begin with this output and continue."""
-        new = output[self.num_compared :]
+        start = self.num_compared
         stop = len(output)
-        self.alike = [answer for answer in self.alike if answer[self.num_compared : stop] == new]
+        if stop < start:  # the text was cut
+            self.alike = self.answers
+            start = 0
+        new = output[start:]
+        self.alike = [answer for answer in self.alike if answer[start:stop] == new]
         self.num_compared = stop
         longer = [answer for answer in self.alike if len(answer) > stop]
         return longer[-1] if longer else None

@@ -1,44 +1,53 @@
 """A smaller model drafts tokens, and the engine's model verifies several in one step.
 
 Speculative decoding (Leviathan et al. 2023; Chen et al. 2023) with a model of the same tokenizer:
-`LLM("sft:d20", draft="base:d6")`. The draft model is an engine of its own, with a small KV cache.
-It draws with the parameters, the seed and so the uniform random numbers of the request: where both
-models have nearly the same distribution, one number chooses the same token in both. A draft token
-counts only if it is what the engine draws itself, so the tokens are those without a draft model.
+`LLM("sft:d20", draft="base:d6")`. The draft model is an engine of its own, whose prefix cache has
+the texts so far. It draws with the temperature, the filters, the seed and so the uniform random
+numbers of the request: where both models have nearly the same distribution, one number chooses the
+same token in both. A draft token counts only if it is what the engine draws itself, so the tokens
+are those without a draft model.
 
 Drafting has to pay. `DraftLength` measures how many draft tokens are right and how long drafts and
 steps take, and chooses how many tokens to draft next, perhaps none:
 
-    tokens of a step with k draft tokens, of which a share a is right    1 + a + ... + a^k
-    its time                                                             k d + s(k)
+    tokens of a step with k draft tokens, if a share a of them is right    1 + a + ... + a^k
+    its time                                                               k d + s(k)
 
-    d: of drafting a token; s(k): of a step that verifies k tokens
+    d: to draft a token; s(k): of a step that verifies k tokens
+
+While drafts do not pay, 2 % of the time is for trials: the text may have become easier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Set
 from collections.abc import Sequence as List
+from math import ceil
 from os import PathLike
 from time import perf_counter
 from types import SimpleNamespace
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from ..engine import LLM
 from ..runner import Extension
+from ..sampler import SamplingParams
 from ..scheduler import DraftProposer, Sequence
+from ..tokenizer import Tokenizer
 
-MAX_ROWS = 8  # a step of so many rows takes little longer than one of a single row
+MAX_ROWS = 8  # a step of this many rows takes little longer than one of a single row
 ACCEPTANCE = 0.7  # is expected before it was measured
 NUM_MEASURED = 64  # tokens of the prompt that is computed to measure the draft model
 # a text is expected to continue for this many tokens, or as many as it has, if max_tokens allows
 NUM_EXPECTED = 64
-# what the latest measurement weighs in an average, and what an earlier trial in the acceptance
+# what the latest measurement weighs in an average, and what an earlier draft in the acceptance
 WEIGHT = 0.1
 DECAY = 0.95
-PLAIN_EVERY = 64  # steps, one of which has no drafts, so that its time stays known
-LOSS_SHARE = 0.02  # of the time may be lost by trials of drafts that do not pay
+NUM_PLAIN = 2  # steps without drafts, by which their time is measured
+PLAIN_EVERY = 64  # choices, one of which measures that time again
+TRIAL_SHARE = 0.02  # of the time may be lost by trials of drafts that do not pay
+MAX_TRIALS = 4  # in a row
+MAX_IDLE = 256  # steps without drafts before the next choice
 
 
 class Average:
@@ -59,7 +68,7 @@ class Average:
 
 
 class Averages:
-    """An average for each key, of which some may have no value yet."""
+    """An average for each key, some of which may have no value yet."""
 
     def __init__(self):
         self.by_key: dict[tuple[int, ...], Average] = {}
@@ -72,9 +81,12 @@ class Averages:
         """The seconds of a key, or the default if there are none."""
         return self.by_key[key].seconds if key in self.by_key else default
 
-    def count(self, key: tuple[int, ...]) -> int:
-        """The number of measurements."""
-        return self.by_key[key].num_values if key in self.by_key else 0
+
+class Choice(NamedTuple):
+    """So many draft tokens for each sequence, in so many steps."""
+
+    length: int
+    num_steps: int = 1
 
 
 class DraftLength:
@@ -87,43 +99,50 @@ class DraftLength:
         self.step_seconds = Averages()  # by (n, draft tokens of each)
         self.draft_seconds = Averages()  # to draft a token for each, by (n,)
         self.catch_up_seconds = Averages()  # to compute an earlier token, by ()
-        self.num_steps = 0
-        self.seconds = 0.0  # of all steps that were measured
-        self.lost_seconds = 0.0  # by drafts that did not pay
+        self.num_choices = 0
+        self.trial_seconds = 0.0  # that trials may take
 
     @property
     def acceptance(self) -> float:
         """The share of draft tokens that are right, given that those before them are."""
         return self.num_right / self.num_tried
 
-    def choose(self, num_seqs: int, most: int, num_behind: int, num_left: int) -> int:
+    def choose(self, num_seqs: int, most: int, num_behind: int, num_left: int) -> Choice:
         """How many tokens to draft for each of num_seqs sequences, at most `most`. num_behind:
         tokens of theirs that the draft model has not computed; num_left: tokens that each of them
         is expected to grow by."""
-        self.num_steps += 1
-        if self.step_seconds.count((num_seqs, 0)) < 2 or self.num_steps % PLAIN_EVERY == 0:
-            return 0
+        self.num_choices += 1
         plain = self.step_seconds.get((num_seqs, 0), 0.0)
+        if plain == 0 or self.num_choices % PLAIN_EVERY == 0:
+            return Choice(0, NUM_PLAIN)
         catch_up = num_behind * self.catch_up_seconds.get((), 0.0)
         lengths = range(1, min(self.limit, most) + 1)
         times = {length: self.seconds_per_token(num_seqs, length) for length in lengths}
         best = min(times, key=times.__getitem__, default=0)
-        if best == 0 or (plain - times[best]) * num_left > catch_up:
-            return best
-        cost = catch_up + self.seconds_per_token(num_seqs, 1)
-        if self.lost_seconds + cost < LOSS_SHARE * self.seconds:
-            return 1  # a trial: the text may have become easier
-        return 0
+        if best == 0:
+            return Choice(0)
+        if (plain - times[best]) * num_left > catch_up:
+            return Choice(best)
+        loss = catch_up + max(0.0, self.seconds(num_seqs, 1) - plain)  # of a trial, at most
+        self.trial_seconds = min(self.trial_seconds, MAX_TRIALS * loss)
+        missing = loss - self.trial_seconds
+        if missing <= 0:
+            return Choice(1)
+        return Choice(0, min(MAX_IDLE, ceil(missing / (TRIAL_SHARE * plain))))
+
+    def seconds(self, num_seqs: int, length: int) -> float:
+        """The time of a step with `length` draft tokens for each sequence, and of these. A step
+        that was not measured is expected to take as long as one with fewer draft tokens."""
+        step = self.step_seconds.get((num_seqs, 0), 0.0)
+        for shorter in range(1, length + 1):
+            step = self.step_seconds.get((num_seqs, shorter), step)
+        draft = self.draft_seconds.get((num_seqs,), self.draft_seconds.get((1,), 0.0))
+        return length * draft + step
 
     def seconds_per_token(self, num_seqs: int, length: int) -> float:
         """The time in which each sequence grows by a token if `length` tokens are drafted."""
-        plain = self.step_seconds.get((num_seqs, 0), 0.0)
-        step = plain
-        for shorter in range(1, length + 1):  # what was not measured takes as long as less work
-            step = self.step_seconds.get((num_seqs, shorter), step)
-        draft = self.draft_seconds.get((num_seqs,), self.draft_seconds.get((1,), 0.0))
         num_tokens = sum([self.acceptance**i for i in range(length + 1)])
-        return (length * draft + step) / num_tokens
+        return self.seconds(num_seqs, length) / num_tokens
 
     def add_draft(self, num_seqs: int, length: int, num_behind: int, seconds: float) -> None:
         """Drafting `length` tokens for each of some sequences took this long."""
@@ -133,17 +152,16 @@ class DraftLength:
         draft = self.draft_seconds.get((num_seqs,), self.draft_seconds.get((1,), 0.0))
         self.catch_up_seconds.add((), max(0.0, seconds - length * draft) / num_behind)
 
-    def add_step(
-        self, num_seqs: int, length: int, seconds: float, draft_seconds: float, num_tokens: float
-    ) -> None:
-        """A step with `length` draft tokens of each sequence took this long, after drafting them
-        had taken draft_seconds, and each sequence grew by num_tokens on average."""
-        self.step_seconds.add((num_seqs, length), seconds)
-        self.seconds += seconds + draft_seconds
-        if length > 0:
-            plain = self.step_seconds.get((num_seqs, 0), 0.0)
-            lost = seconds + draft_seconds - num_tokens * plain
-            self.lost_seconds = max(0.0, self.lost_seconds + lost)
+    def add_steps(self, num_seqs: int, choice: Choice, seconds: float) -> None:
+        """The steps of a choice took this long, without their drafts."""
+        self.step_seconds.add((num_seqs, choice.length), seconds / choice.num_steps)
+        self.trial_seconds += TRIAL_SHARE * seconds
+
+    def add_loss(self, num_seqs: int, seconds: float, num_tokens: float) -> None:
+        """A step and its drafts took this long, and each sequence grew by num_tokens on average.
+        What this took longer than single steps is taken from the time for trials."""
+        lost = seconds - num_tokens * self.step_seconds.get((num_seqs, 0), 0.0)
+        self.trial_seconds -= max(0.0, lost)
 
     def add_verified(self, num_proposed: int, num_accepted: int) -> None:
         """Of a draft, the first num_accepted tokens were right."""
@@ -151,21 +169,21 @@ class DraftLength:
         self.num_right = DECAY * self.num_right + num_accepted
 
 
-class Step(NamedTuple):
-    """A step that is being computed: when it began, after the drafts were made, and with what."""
+class Steps(NamedTuple):
+    """Steps that are being computed: when they began, after the drafts were made, and with what."""
 
     began: float
-    seqs: list[Sequence]
+    seqs: tuple[ref[Sequence], ...]
     num_tokens: int  # of all of them
-    length: int  # draft tokens of each
+    choice: Choice
     draft_seconds: float
 
 
 class DraftModel(DraftProposer):
     """A DraftProposer: the tokens that a draft model's engine generates.
 
-    llm: that engine; never: ids that are not proposed, since what
-    comes after them is not drawn (the answer of a tool); clock: seconds.
+    llm: that engine; never: ids that are not proposed, since what comes after them is not drawn
+    (the answer of a tool); clock: seconds.
     """
 
     max_rows = MAX_ROWS
@@ -181,45 +199,55 @@ class DraftModel(DraftProposer):
         self.clock = clock
         self.drafts: dict[Sequence, list[int]] = {}  # of the step that is being planned
         self.num_known: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()  # computed tokens
-        self.step: Step | None = None
-        self.num_accepted = 0  # draft tokens that were right in this step
+        self.steps: Steps | None = None
+        self.num_planned = 0  # steps of self.steps
+        self.num_accepted = 0  # draft tokens that were right in them
         self.longest = min(llm.max_model_len, llm.max_positions) - 1  # text that can be drafted for
+        self.length = DraftLength(MAX_ROWS - 1)
         self.measure()
 
     def measure(self) -> None:
-        """Measure what the draft model takes for a token, and for one of a prompt, so that a draft
-        model that is too slow never begins."""
+        """Measure how long the draft model takes for a token, and for one of a prompt, so that a
+        draft model that is too slow is not used at all."""
         num_prompt = max(1, min(NUM_MEASURED, self.longest - MAX_ROWS))
         for token_id in (0, 1):  # the first time loads kernels
-            before = DraftLength(MAX_ROWS - 1)
+            measured = DraftLength(MAX_ROWS - 1)
             for length, num_behind in ((MAX_ROWS - 1, 1), (1, num_prompt)):
                 prompt = [token_id] * num_behind
-                params = self.llm.params_class(temperature=0, max_tokens=length, ignore_eos=True)
+                params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
                 began = self.clock()
                 self.llm.generate([prompt], params, use_tqdm=False)
-                before.add_draft(1, length, num_behind, self.clock() - began)
-        self.length = before
+                measured.add_draft(1, length, num_behind, self.clock() - began)
+        self.length = measured
 
     def prepare(self, seqs: list[Sequence], num_rows: int) -> None:
         """Draft tokens for all sequences at once, if it pays."""
-        self.finish_step(seqs)
         self.drafts = {}
+        refs = tuple(map(ref, seqs))
+        steps = self.steps
+        if steps is not None and steps.seqs == refs:
+            if self.num_planned < steps.choice.num_steps:
+                self.num_planned += 1
+                return
+            self.measure_steps(steps, seqs)
+        self.steps = None  # if an exception comes
         chosen = [seq for seq in seqs if self.can_draft(seq)]
-        length = 0
+        choice = Choice(0)
         draft_seconds = 0.0
         if chosen:
             num_behind = sum([len(seq.token_ids) - self.num_known.get(seq, 0) for seq in chosen])
             num_left = min([num_expected(seq) for seq in chosen])
-            length = self.length.choose(len(seqs), num_rows // len(seqs), num_behind, num_left)
-        if length > 0:
+            choice = self.length.choose(len(seqs), num_rows // len(seqs), num_behind, num_left)
+        if choice.length > 0:
             began = self.clock()
-            self.drafts = dict(zip(chosen, self.draft(chosen, length), strict=True))
+            drafts = self.draft(chosen, choice.length)
             draft_seconds = self.clock() - began
-            self.length.add_draft(len(seqs), length, num_behind, draft_seconds)
+            self.length.add_draft(len(chosen), choice.length, num_behind, draft_seconds)
             self.num_known.update({seq: len(seq.token_ids) for seq in chosen})
+            self.drafts = dict(zip(chosen, drafts, strict=True))
+        self.num_planned = 1
         self.num_accepted = 0
-        num_tokens = count_tokens(seqs)
-        self.step = Step(self.clock(), seqs, num_tokens, length, draft_seconds)
+        self.steps = Steps(self.clock(), refs, count_tokens(seqs), choice, draft_seconds)
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
         return self.drafts.pop(seq, [])[:max_tokens]
@@ -228,29 +256,26 @@ class DraftModel(DraftProposer):
         self.num_accepted += num_accepted
         self.length.add_verified(len(draft), num_accepted)
 
-    def finish_step(self, seqs: list[Sequence]) -> None:
-        """Note how long the last step took, unless other sequences came in, or some have ended, or
-        it was not a single step."""
-        step = self.step
-        if step is None or step.seqs != seqs:
+    def measure_steps(self, steps: Steps, seqs: list[Sequence]) -> None:
+        """Note how long steps took, unless others came between them."""
+        num_new = count_tokens(seqs) - steps.num_tokens
+        if num_new != len(seqs) * steps.choice.num_steps + self.num_accepted:
             return
-        num_new = count_tokens(seqs) - step.num_tokens
-        if num_new == len(seqs) + self.num_accepted:
-            seconds = self.clock() - step.began
-            num_tokens = num_new / len(seqs)
-            self.length.add_step(
-                len(seqs), step.length, seconds, step.draft_seconds, num_tokens=num_tokens
-            )
+        seconds = self.clock() - steps.began
+        self.length.add_steps(len(seqs), steps.choice, seconds)
+        if steps.choice.length > 0:
+            seconds += steps.draft_seconds
+            self.length.add_loss(len(seqs), seconds, num_tokens=num_new / len(seqs))
 
     def can_draft(self, seq: Sequence) -> bool:
-        """May a sequence have draft tokens, and has the draft model room for it?"""
-        is_short = len(seq.token_ids) + MAX_ROWS <= self.longest
-        return is_short and seq.params.allows_drafts and num_expected(seq) > 0
+        """May a sequence have draft tokens, and has the draft model space for its text?"""
+        has_space = len(seq.token_ids) + MAX_ROWS <= self.longest and not self.llm.guard.is_closed
+        return has_space and seq.params.allows_drafts and num_expected(seq) > 0
 
     def draft(self, seqs: list[Sequence], length: int) -> list[list[int]]:
         """At most `length` tokens for each sequence, drawn as the engine draws its own."""
         params = [
-            self.llm.params_class(
+            SamplingParams(
                 temperature=seq.params.temperature,
                 top_k=seq.params.top_k,
                 top_p=seq.params.top_p,
@@ -280,7 +305,7 @@ class DraftEngine(Extension):
 def num_expected(seq: Sequence) -> int:
     """Draft tokens that a text may still have use for: the last token is never computed."""
     most = seq.max_length - 1 - len(seq.token_ids)
-    return max(0, min(most, NUM_EXPECTED + len(seq.output)))
+    return max(0, min(most, NUM_EXPECTED + len(seq.token_ids) - seq.num_prompt))
 
 
 def count_tokens(seqs: list[Sequence]) -> int:
@@ -295,27 +320,54 @@ def drop_end(output: dict) -> list[int]:
 
 
 def open_draft(
-    draft: str | PathLike | LLM, llm_class: type[LLM], tokenizer, arguments: SimpleNamespace
+    llm_class: type[LLM], model, tokenizer: Tokenizer, arguments: SimpleNamespace
 ) -> LLM:
-    """The engine of a draft model. draft: a model as LLM takes it, which is then computed as the
-    target is (its quantization left out), or an engine; tokenizer, arguments: of the target. Raises
-    ValueError if the models have different tokens, and what LLM raises."""
+    """The engine of the draft model arguments.draft: a model as LLM takes it, which is then
+    computed as the target is, without quantization, or an engine.
+
+    llm_class: of the new engine; model, tokenizer, arguments: of the target. Raises ValueError if
+    the draft model has other tokens or a shorter context, and what LLM raises.
+    """
+    draft = arguments.draft
     if not isinstance(draft, LLM):
-        return llm_class(
+        draft = llm_class(
             draft,
+            tokenizer_path=arguments.tokenizer_path,
+            tokenizer=None if arguments.tokenizer is None else tokenizer,
+            trust_tokenizer=arguments.trust_tokenizer,
             device=arguments.device,
-            tokenizer=tokenizer,
             block_size=arguments.block_size,
             max_batch_size=MAX_ROWS,
-            max_model_len=arguments.max_model_len,
             dtype=arguments.dtype,
             attention=arguments.attention,
             num_threads=arguments.num_threads,
             plain=arguments.plain,
         )
-    if draft.tokenizer.vocab_size != tokenizer.vocab_size:
+    check_tokens(arguments.draft, draft.tokenizer, tokenizer)
+    max_model_len = arguments.max_model_len or model.config.sequence_len
+    if draft.max_model_len < max_model_len:
         raise ValueError(
-            f"draft={draft!r} has {draft.tokenizer.vocab_size} tokens and the model "
-            f"{tokenizer.vocab_size}: give a model of the same tokenizer"
+            f"draft={arguments.draft!r} has a context of {draft.max_model_len} tokens, which is "
+            f"shorter than the model's, {max_model_len}: give max_model_len={draft.max_model_len} "
+            f"for both, or draft=LLM(..., max_model_len={max_model_len})"
         )
     return draft
+
+
+def check_tokens(draft: str | PathLike | LLM, tokenizer: Tokenizer, expected: Tokenizer) -> None:
+    """Raises ValueError if a draft model's tokenizer is not the expected one, the target's."""
+    remedy = "give a draft model of the same tokenizer"
+    if tokenizer.vocab_size != expected.vocab_size:
+        raise ValueError(
+            f"draft={draft!r} has {tokenizer.vocab_size} tokens and the model "
+            f"{expected.vocab_size}: {remedy}"
+        )
+    if tokenizer is expected:
+        return
+    for token_id in range(expected.vocab_size):
+        token = tokenizer.token_bytes(token_id)
+        if token != expected.token_bytes(token_id):
+            raise ValueError(
+                f"draft={draft!r} has another tokenizer: token {token_id} is {token!r} there and "
+                f"{expected.token_bytes(token_id)!r} for the model; {remedy}"
+            )
