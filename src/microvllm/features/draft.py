@@ -15,7 +15,7 @@ steps take, and chooses how many tokens to draft next, perhaps none:
 
     d: to draft a token; s(k): of a step that verifies k tokens
 
-While drafts do not pay, 2 % of the time is for trials: the text may have become easier.
+While drafts do not pay, 1 % of the time is for trials: the text may have become easier.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..sampler import SamplingParams
 from ..scheduler import DraftProposer, Sequence
 from ..tokenizer import Tokenizer
 
-MAX_ROWS = 8  # a step of this many rows takes little longer than one of a single row
+MAX_ROWS = 12  # a step of this many rows reads the weights once, too (cpu/gemm.py)
 ACCEPTANCE = 0.7  # is expected before it was measured
 NUM_MEASURED = 64  # tokens of the prompt that is computed to measure the draft model
 # a text is expected to continue for this many tokens, or as many as it has, if max_tokens allows
@@ -45,7 +45,7 @@ WEIGHT = 0.1
 DECAY = 0.95
 NUM_PLAIN = 2  # steps without drafts, by which their time is measured
 PLAIN_EVERY = 64  # choices, one of which measures that time again
-TRIAL_SHARE = 0.02  # of the time may be lost by trials of drafts that do not pay
+TRIAL_SHARE = 0.01  # of the time may be lost by trials of drafts that do not pay
 MAX_TRIALS = 4  # in a row
 MAX_IDLE = 256  # steps without drafts before the next choice
 
