@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 from . import engine, sampler
 from .engine import EngineConfig, Loop
 from .environment import free_memory
+from .features.answers import AnswerLookup, EarlierAnswers
+from .features.draft import DraftModel, open_draft
 from .features.live import LiveWeights
 from .features.logits import LogitsExtension
 from .features.lookup import PromptLookup
@@ -42,13 +45,13 @@ class Steps(NamedTuple):
     is_recorded: bool = False  # does the runner record steps once, and then replay them?
 
 
-def choose_loop(model, ranks: Ranks | None, prompt_lookup: int, cuda_graphs: bool) -> Steps:
+def choose_loop(model, ranks: Ranks | None, has_drafts: bool, cuda_graphs: bool) -> Steps:
     """The loop and the runner for a model:
 
     device    model                                   loop             runner
     cuda      whose steps are recorded                AheadLoop        GraphRunner
     cuda      others                                  AheadLoop        AheadRunner
-    cpu       compiled, no ranks, no prompt_lookup    MultiStepLoop    MultiStepRunner
+    cpu       compiled, no ranks, no draft tokens     MultiStepLoop    MultiStepRunner
     others    others                                  Loop             Runner
     """
     is_fused = isinstance(model, FusedGPT)
@@ -59,7 +62,7 @@ def choose_loop(model, ranks: Ranks | None, prompt_lookup: int, cuda_graphs: boo
 
             return Steps(AheadLoop, GraphRunner, may_admit=in_groups, is_recorded=True)
         return Steps(AheadLoop, AheadRunner)
-    if is_fused and model.compiled is not None and ranks is None and not prompt_lookup:
+    if is_fused and model.compiled is not None and ranks is None and not has_drafts:
         from .loops.multi_step import MultiStepLoop, MultiStepRunner
 
         return Steps(MultiStepLoop, MultiStepRunner)
@@ -119,13 +122,44 @@ def choose_proposer(
     return proposer
 
 
-def check_prompt_lookup(prompt_lookup: int, device: torch.device) -> None:
-    """Raises ValueError where no draft tokens can be proposed."""
-    if prompt_lookup and device.type == "cuda":
+# features/answers.py
+def make_answer_lookup(answer_lookup: int, never: Set[int]) -> AnswerLookup:
+    """The proposer of the tokens of earlier answers."""
+    return AnswerLookup(answer_lookup, EarlierAnswers(), never=never)
+
+
+# features/draft.py
+def make_draft_model(
+    llm_class: type[engine.LLM], model, tokenizer, arguments: SimpleNamespace, never: Set[int]
+) -> DraftModel:
+    """The proposer of a draft model's tokens, with its engine."""
+    draft = open_draft(llm_class, model, tokenizer, arguments)
+    return DraftModel(draft, never=never)
+
+
+def check_drafts(arguments: SimpleNamespace, device: torch.device) -> None:
+    """Raises ValueError where no draft tokens can be proposed, or by several proposers, TypeError
+    for a draft model that is none."""
+    if not isinstance(arguments.draft, (str, PathLike, engine.LLM, type(None))):
+        raise TypeError(f"draft must be a path or an LLM, got {arguments.draft!r:.80}")
+    names = ("prompt_lookup", "answer_lookup", "draft")
+    sources = {name: value for name in names if (value := vars(arguments)[name]) not in (0, None)}
+    if len(sources) > 1:
         raise ValueError(
-            f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {device} a step "
-            "is planned before the last one's tokens are known, so there is no text to propose "
-            "draft tokens from; leave it 0, or give device='cpu'"
+            f"{' and '.join(sources)} are several sources of draft tokens: give one of them "
+            "(answer_lookup looks in the prompt, too)"
+        )
+    for name, value in sources.items():
+        if device.type == "cuda":
+            raise ValueError(
+                f"{name}={value!r} is for the loop of a CPU: on {device} a step is planned before "
+                "the last one's tokens are known, and there is no text to "
+                "propose draft tokens from; leave it out, or give device='cpu'"
+            )
+    if arguments.draft is not None and arguments.tensor_parallel > 1:
+        raise ValueError(
+            f"draft={arguments.draft!r} is chosen by measured times, and tensor_parallel="
+            f"{arguments.tensor_parallel} processes need the same steps: give prompt_lookup instead"
         )
 
 

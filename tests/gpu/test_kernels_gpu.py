@@ -259,8 +259,8 @@ def test_what_the_splits_count_with_is_there_for_the_next_launch():
     "options", [{"num_splits": 1}, {"num_splits": 3}, {"fixed": True}], ids=str
 )
 def test_padding_rows_of_a_graph_are_harmless(options):
-    """Rows of length 1 in the null block, and of length 0, between real ones. A row without keys would
-    give a NaN, which a later layer writes to the null block, and tiles read it."""
+    """Rows of length 1 in the null block, and of length 0, between real ones. A row without keys
+    would give a NaN, which a later layer writes to the null block, and tiles read it."""
     q, _, (k, v), batch = attention_case([(1, 30), (1, 30)], 2, 2, 16, 4, torch.float32)
     alone = paged_attention(q, k, v, batch, -1, num_splits=3)
     k[0] = v[0] = 0.0  # the engine zeroes the cache

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from microvllm.blocks import BlockManager, BlockPool
-from microvllm.scheduler import Plan, Scheduler, Sequence, first_come
+from microvllm.scheduler import DraftProposer, Plan, Scheduler, Sequence, first_come
 
 VOCAB = 8
 TOOL = 6  # where tools are on, this token calls one ...
@@ -59,7 +59,7 @@ def make_blocks(num_usable: int, block_size: int = 4, caching: bool = True) -> B
     return BlockManager(BlockPool(num_usable + 1), block_size, caching)
 
 
-class Proposer:
+class Proposer(DraftProposer):
     """A draft proposer whose guesses are mostly right, so that long drafts are accepted, too."""
 
     max_rows = 1000

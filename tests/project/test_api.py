@@ -13,7 +13,8 @@ ARGUMENTS = (
     "model_path step tokenizer_path device num_blocks block_size max_batch_size dtype "
     "max_batched_tokens max_model_len enable_prefix_caching attention seed model tokenizer copy "
     "gpu_memory_utilization cuda_graphs quantization kv_cache_dtype deterministic prompt_lookup "
-    "tensor_parallel trace victim admission eviction plain num_threads trust_tokenizer overrides"
+    "answer_lookup draft tensor_parallel trace victim admission eviction plain num_threads "
+    "trust_tokenizer overrides"
 ).split()
 METHODS = (
     "generate stream chat score judge embed stats reset_stats timing add_request step abort "

@@ -28,6 +28,7 @@ LEAST = {
     "block_size": 1,
     "seed": 0,
     "prompt_lookup": 0,
+    "answer_lookup": 0,
     "num_blocks": 2,
     "max_model_len": 2,
     "max_batch_size": 1,
