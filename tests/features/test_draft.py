@@ -284,7 +284,7 @@ def test_pools_so_small_that_sequences_are_preempted(block_size, num_blocks):
 
 
 def test_a_draft_model_with_a_small_pool_drafts_for_short_texts_only():
-    work = [(ids(7, 1), greedy(24))]
+    work = [(ids(3, 1), greedy(24))]
     with build(plain=True, num_blocks=2, block_size=16, max_model_len=64) as other:
         assert other.max_positions < 20
         with build(draft=other, max_model_len=64) as llm:
@@ -367,7 +367,7 @@ def test_new_weights_are_drafted_for_by_the_same_draft_model():
 
 
 def test_it_is_refused_where_the_loop_is_a_step_ahead(monkeypatch):
-    monkeypatch.setattr(full, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(full, "find_device", lambda _: torch.device("cuda"))
     with pytest.raises(ValueError, match="draft='base:d6' .* on cuda .* leave it"):
         LLM(MODEL, draft="base:d6")
 
