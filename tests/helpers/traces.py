@@ -36,14 +36,17 @@ def compare(replay: Replay, scheduler: Scheduler) -> None:
     assert blank == set(pool.blank)
     assert replay.num_used == pool.num_usable - pool.num_free
     lives = sorted(replay.seqs.values(), key=lambda life: (life.request, life.sample))
+    paused = list(scheduler.paused)
+    with_blocks = [*scheduler.running, *[seq for seq in paused if seq.block_table]]
+    without_blocks = [*scheduler.waiting, *[seq for seq in paused if not seq.block_table]]
     for states, sequences in (
-        (("running",), scheduler.running),
-        (("waiting", "preempted"), scheduler.waiting),
+        (("running",), with_blocks),
+        (("waiting", "preempted"), without_blocks),
     ):
         replayed = [facts_of_life(life) for life in lives if life.state in states]
         assert replayed == sorted(map(facts, sequences), key=lambda values: values[:2])
     held = set()
-    for seq in scheduler.running:
+    for seq in with_blocks:
         for index, block in enumerate(seq.block_table):
             start = index // replay.num_groups * blocks.block_size
             for position in range(start, min(seq.num_computed, start + blocks.block_size)):

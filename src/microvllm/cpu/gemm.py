@@ -54,7 +54,7 @@ from .team import (
 
 _f32 = np.float32
 
-# outputs whose weights lie together: two registers of them, so many rows, and the registers that
+# outputs whose weights lie together: two registers of them. With _ROWS rows the registers that
 # are left hold the sums. 0: a processor without the instructions that this is made for
 TILE = 2 * LANES if LANES > 4 or NEON else 0
 # the same, for floats: not on Apple's, whose library has a unit of its own for them
@@ -346,7 +346,7 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def scratch_bytes(rows: int, width: int, threads: int) -> int:
-    """Of scratch memory, at most, that a product of so many rows of `width` inputs takes: these
+    """The scratch memory that a product of `rows` rows of `width` inputs takes at most: these
     inputs as integers, their scales and sums, and unpacked weights of each thread."""
     return rows * (3 * width + 256) + threads * 8 * (width + 64) * max(TILE, 1) + 4096
 

@@ -219,7 +219,7 @@ def begin(team):
 
 @kept(**EXACT)
 def compute(team, times):
-    """Compute the recorded jobs in their order, so many times, or until one of them calls
+    """Compute the recorded jobs in their order, `times` times, or until one of them calls
     `end_list`. What their arguments point to must exist until this returns."""
     team[IS_RECORDING] = 0
     job = _peek(team, JOB)
@@ -402,7 +402,7 @@ def job(body):
     # kernels that were compiled in different processes are linked by their names
     fork.__name__ = body.__name__
     fork.__qualname__ = f"fork_{body.__qualname__}"
-    return numba.njit(**EXACT)(fork)
+    return numba.njit(inline="always", **EXACT)(fork)
 
 
 @vectorised(types.voidptr)
