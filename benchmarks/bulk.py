@@ -4,8 +4,8 @@
     python benchmarks/bulk.py routing --groups 48 --rows 16 --replicas 2
 
 memory: an engine that writes at once, so that nothing but the job is seen: the memory of a process
-that reads, answers, writes and at last sorts so many rows. routing: a shuffled file in which groups
-of prompts begin alike, through Ray, with pools too small for all beginnings: the share of prompt
+that reads, answers, writes and at last sorts them. routing: a shuffled file in which groups of
+prompts begin alike, through Ray, with pools too small for all beginnings: the share of prompt
 tokens that the replicas' prefix caches had, the rows sorted by their prompts or as they come.
 """
 
@@ -70,7 +70,7 @@ def resident() -> float:
 
 
 def memory_curve(rows: int, output: Path, points: int = 20) -> list[tuple[int, float]]:
-    """(rows done, MB) while a job of so many rows runs, then once more when it was sorted."""
+    """(rows done, MB) while a job of `count` rows runs, then once more when it was sorted."""
     source = output.with_suffix(".in.jsonl")
     with open(source, "w") as file:
         for i in range(rows):

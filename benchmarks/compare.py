@@ -22,7 +22,11 @@ each turn, so that no turn finds its prompts in a prefix cache:
     W2  64 requests, 20 to 512 tokens in (mean 100), 16 to 256 out, 8,710 in all
     W3  one prompt of 128 tokens, 128 new
     W4  32 prompts that share 256 tokens and own 16, 32 new each
-    W5  one prompt of 3,072 tokens, one new: where asked for, since not every engine takes it
+    W5  one prompt of 3,072 tokens, one new
+    W6  16 prompts that share 1,024 tokens and own 1, 64 new each, like samples of one prompt
+    W7  64 prompts that share 1,024 tokens and own 16, 32 new each, like a few-shot evaluation
+
+W5, W6 and W7 run where they are asked for, since not every engine takes such long sequences.
 
 Engines that would take minutes run a part of the requests (SOME, below); tokens per second count
 the tokens that were asked for (W5: those of the prompt), nothing else. "agree" compares the tokens
@@ -100,11 +104,12 @@ ENGINES = {
 INSTALL = {"openvino": "openvino-genai", "llamacpp": "llama-cpp-python gguf"}
 # those that run a Llama of equal matrices -> its format, see llama.py
 LLAMAS = {"openvino": "openvino", "llamacpp": "gguf"}
-# every so many-th request is enough: one at a time, the speed does not depend on how many; and
+# every n-th request is enough: one at a time, the speed does not depend on how many; and
 # transformers copies its whole cache, padded to the longest request, at each step
-SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8}, "transformers": {"W2": 8}}
+SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8, "W6": 8, "W7": 8}, "transformers": {"W2": 8}}
 WORKLOADS = ("W1", "W2", "W3", "W4")
-LONG = ("W5",)
+LONG = ("W5", "W6", "W7")
+SHARED = {"W4": (32, 256, 16, 32), "W6": (16, 1024, 1, 64), "W7": (64, 1024, 16, 32)}
 FIRST = 8  # tokens of a request that have to agree
 SPECIAL = 9  # the last ids of a vocabulary
 MAX_LEN, LONG_LEN = 1024, 4096
@@ -162,7 +167,7 @@ def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0, load:
     def less(number: int) -> int:
         return max(1, number // shrink)
 
-    count, shared = {"W1": less(64), "W2": less(64), "W4": less(32)}.get(name, 1), 0
+    count, shared = {"W1": less(64), "W2": less(64)}.get(name, 1), 0
     if name == "W1":
         sizes = lengths(rng, count, count * less(23), 0.55, less(6), less(77))
         new = [less(64)] * count
@@ -174,8 +179,8 @@ def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0, load:
     elif name == "W5":
         sizes, new = [less(3072)], [1]
     else:
-        shared = less(256)
-        sizes, new = [shared + less(16)] * count, [less(32)] * count
+        count, shared, own, answer = map(less, SHARED[name])
+        sizes, new = [shared + own] * count, [answer] * count
     beside = f", load {load}" if load else ""
     rng = random.Random(f"ids of {name}, turn {turn}, seed {seed}{beside}")
     ids = [[rng.randrange(vocab - SPECIAL) for _ in range(size)] for size in sizes]
@@ -184,13 +189,13 @@ def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0, load:
 
 
 def part(job: dict, every: int) -> dict:
-    """Every so many-th request of a job."""
+    """Every n-th request of a job, n being `every`."""
     return job | {"prompts": job["prompts"][::every], "new": job["new"][::every]}
 
 
 def counted(name: str, job: dict) -> int:
     """The tokens of a job that its speed counts."""
-    return sum(map(len, job["prompts"])) if name in LONG else sum(job["new"])
+    return sum(map(len, job["prompts"])) if name == "W5" else sum(job["new"])
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> tuple[float, float]:

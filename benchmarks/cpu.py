@@ -146,7 +146,7 @@ def decode(llm: LLM, vocab: int, sequences: int) -> tuple[int, dict]:
 
 
 def perplexity(count: int, options: dict) -> dict:
-    """Of the answers of the first so many bundled prompts that have one."""
+    """Of the answers of the first `prompts` bundled prompts that have one."""
     rows = [row for row in json.loads(PROMPTS.read_text()) if row["output"]][:count]
     with LLM(str(BUNDLED), **{"device": "cpu"} | options) as llm:
         prompts = []
@@ -160,7 +160,7 @@ def perplexity(count: int, options: dict) -> dict:
 
 
 def host(sequences: int, top_k: int, new: int = 64) -> float:
-    """Milliseconds of a step of so many decodes, all prompts' steps among them."""
+    """Milliseconds of a step of `sequences` decodes, the prompts' steps among them."""
     from microvllm.gpu.graphs import DecodeGraphs, GraphRunner
     from microvllm.loops.ahead import AheadLoop
 

@@ -1,8 +1,10 @@
 """The parts of first_card.sh, which says what they are for.
 
-    python benchmarks/first_card.py PART OUT [--tiny]
+    python benchmarks/first_card.py OUT WORK [--tiny] [PART ...]
 
-writes OUT/PART.json, again whenever something is known, and OUT/report.md of all that is in OUT.
+runs the parts, each in a process group of its own that is killed at its limit, in SECONDS all in
+all. OUT/PART.json and OUT/report.md are written again whenever something is known. WORK has random
+models and Triton's kernels: another run finds them there.
 """
 
 from __future__ import annotations
@@ -11,13 +13,18 @@ import argparse
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +33,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs fro
 import torch
 import torch.nn.functional as F
 from checkpoint import make_checkpoint
-from gpu import describe, lengths, median_seconds, recorded_ways, say
+from gpu import Bench, describe, lengths, median_seconds, parse, recorded_ways, say
 
 from microvllm import LLM, SamplingParams
+from microvllm.model import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 600  # of all parts
 TINY = "--device cpu --depth 2 --width 64 --head-dim 32 --vocab 512 --shrink 32 --num-blocks 512"
-AIMS = {"headline": 54_000, "single": 600, "mixed": 19_500}  # tokens/s on one H100, docs/NUMBERS.md
+AIMS = {
+    "headline": 54_000,
+    "single": 600,
+    "mixed": 19_500,
+}  # tokens/s on one H100, docs/PERFORMANCE.md
 FEATURES = {  # what a request may ask of the sampler
     "greedy": {"temperature": 0.0}, "temperature": {}, "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.8}, "min_p": {"min_p": 0.1}, "logprobs": {"logprobs": 3},
@@ -47,8 +60,8 @@ FEATURES = {  # what a request may ask of the sampler
 class Part:
     """What a part is given, and where its findings go."""
 
-    def __init__(self, name: str, out: Path, tiny: bool):
-        self.name, self.out, self.tiny = name, out, tiny
+    def __init__(self, name: str, out: Path, work: Path, tiny: bool):
+        self.name, self.out, self.work, self.tiny = name, out, work, tiny
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.found: dict = {"error": "it did not come to its end"}
         out.mkdir(parents=True, exist_ok=True)
@@ -58,6 +71,7 @@ class Part:
         say(f"{self.name}: " + ", ".join(f"{k} {v}"[:300] for k, v in found.items()))
         self.found |= found
         (self.out / f"{self.name}.json").write_text(json.dumps(self.found, indent=1))
+        (self.out / "report.md").write_text(report(self.out))
 
     def run(self, function: Callable) -> None:
         """The whole part: its findings, warnings, seconds and, if it fails, the error."""
@@ -79,7 +93,7 @@ class Part:
         sizes = {"depth": depth, "aspect": 64, "width": None, "head_dim": 128, "vocab": 65536}
         if self.tiny:
             sizes = {"depth": 2, "aspect": 64, "width": 64, "head_dim": 32, "vocab": 512}
-        path = self.out / f"d{depth}_era{era}"
+        path = self.work / f"d{depth}_era{era}{'_tiny' * self.tiny}"
         if not (path / "meta_000000.json").exists():
             rest = {"kv_heads": None, "sequence_len": 2048, "storage": "float32", "seed": 0}
             args = argparse.Namespace(**sizes, **rest, era=era)
@@ -94,19 +108,31 @@ class Part:
         return LLM(str(self.checkpoint(depth, era)), **options)
 
     def command(self, *words: str, limit: float) -> tuple[int, str]:
-        """Run a python program, whose output is kept in the folder. Its exit code and output; -1
-        where it was stopped."""
+        """Run a program, whose output is kept in the folder. Its exit code and output; -1 where it
+        was stopped."""
         path = self.out / f"{self.name}.txt"
-        with open(path, "w") as file:
-            try:
-                done = subprocess.run(
-                    [sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                    timeout=limit, env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-                )  # fmt: skip
-                code = done.returncode
-            except subprocess.TimeoutExpired:
-                code = -1
-        return code, path.read_text()
+        env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        with open(path, "a") as file:
+            first = file.tell()
+            code = run_limited(list(words), limit, cwd=ROOT, stdout=file, stderr=file, env=env)
+        return code, path.read_text()[first:]
+
+
+def run_limited(words: list[str], limit: float, **options) -> int:
+    """Run a program in a process group of its own. Its exit code, -1 where it was stopped; what it
+    started has ended, too."""
+    process = subprocess.Popen(words, start_new_session=True, **options)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # a part ends what it started in other groups
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(3)
+        return -1
+    finally:
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -117,24 +143,67 @@ def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
 # the parts ----------------------------------------------------------------------------------------
 
 
+def output_of(*words: str) -> str:
+    """What a program prints, "" if there is none."""
+    if shutil.which(words[0]) is None:
+        return ""
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
+
 def facts(part: Part) -> None:
     part.note(**describe(part.device), python=sys.version.split()[0], cuda=torch.version.cuda)
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    compiler = output_of("cc", "--version").partition("\n")[0] or "none"
+    part.note(compiler=compiler, python_header=header.exists())
     query = "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.mem"
     if part.device.type == "cuda":
-        command = ["nvidia-smi", query, "--format=csv,noheader"]
-        part.note(smi=subprocess.run(command, capture_output=True, text=True).stdout.strip())
+        free, total = torch.cuda.mem_get_info(part.device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(part.device)))
+        part.note(capability=capability, free_gb=round(free / 1e9, 2), total_gb=total / 1e9)
+        part.note(smi=output_of("nvidia-smi", query, "--format=csv,noheader"))
+        apps = "--query-compute-apps=pid,used_memory"
+        part.note(other_processes=output_of("nvidia-smi", apps, "--format=csv,noheader"))
 
 
 def tests(part: Part) -> None:
+    """The kernels' tests, those of decodes first, and those of the graphs."""
     files = ["tests/gpu/test_kernels_gpu.py", "tests/gpu/test_graphs.py"]
     if part.tiny:
         files = ["tests/gpu/test_kernels_gpu.py::test_relu2"]
-    words = "-m pytest -q -n 0 -p no:cacheprovider --maxfail 30 --tb short".split()
-    code, told = part.command(*words, "-m", "slow or not slow", *files, limit=145)
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", told, re.M)
-    part.note(exit=code, last=told.strip().splitlines()[-1:], failed=failed)
+    words = "-m pytest -v -p no:cacheprovider --maxfail 30 --tb short -n".split()
+    words += ["0" if part.tiny else str(min(4, os.cpu_count() or 1)), "-m", "slow or not slow"]
+    decodes = "split or padding or group"
+    codes = []
+    for chosen, limit in ((decodes, 60), (f"not ({decodes})", 90)):
+        if part.tiny and chosen == decodes:
+            continue
+        code, text = part.command(sys.executable, *words, "-k", chosen, *files, limit=limit)
+        codes.append(code)
+        failed = sorted(set(re.findall(r"(?:FAILED|ERROR) (\S+::\S+)", text)))
+        old = part.found.get("failed", [])
+        part.note(exit=codes, last=text.strip().splitlines()[-1:], failed=old + failed)
+    if any(codes):
+        raise RuntimeError(
+            f"{len(part.found['failed'])} tests failed, or they were stopped: tests.txt"
+        )
+
+
+def memcheck(part: Part) -> None:
+    """A few attention tests, every access to memory of which is checked."""
+    checker = shutil.which("compute-sanitizer")
+    if checker is None:
+        part.note(skipped="compute-sanitizer, of the CUDA toolkit, is not installed")
+        return
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor has borders
+    words = "-m pytest -q -n 0 -p no:cacheprovider tests/gpu/test_kernels_gpu.py -k".split()
+    code, text = part.command(
+        checker, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, *words,
+        "padding or (mixed_batch and 16)", limit=80,
+    )  # fmt: skip
+    errors = [line for line in text.splitlines() if line.startswith("=========")]
+    part.note(exit=code, errors=errors[:40])
     if code:
-        raise RuntimeError(f"{len(failed)} tests failed, or it was stopped: see tests.txt")
+        raise RuntimeError(f"exit {code}: see memcheck.txt")
 
 
 def graphs(part: Part) -> None:
@@ -184,29 +253,41 @@ def sync(part: Part) -> None:
     part.note(waits=waits, asked=[*FEATURES, "score"])
 
 
-def bench(part: Part, parts: str, limit: float) -> None:
-    """benchmarks/gpu.py, whose last line is all it found."""
-    model = part.out / "d34_era1"
-    words = TINY.split() if part.tiny else ["--checkpoint", str(model), "--repeats", "2"]
-    code, told = part.command("benchmarks/gpu.py", "--only", parts, *words, limit=limit)
-    last = told.strip().splitlines()[-1] if told.strip() else ""
-    for line in told.splitlines():
-        if line.startswith(tuple(parts.split(","))) or "ceilings: copy" in line:
-            say(line)
-    if last.startswith("{"):
-        found = json.loads(last)
-        part.note(**{k: v for k, v in found.items() if isinstance(v, dict)})
-    else:
-        part.note(lines=told.splitlines()[-40:])
-    if code:
-        raise RuntimeError(f"exit {code}: see {part.name}.txt")
+def make_bench(part: Part, scratch: Path) -> Bench:
+    """benchmarks/gpu.py on the large model, without an engine."""
+    path = part.checkpoint(34, "1")
+    args = parse(TINY.split() if part.tiny else ["--repeats", "2"])
+    shape = json.loads((path / "meta_000000.json").read_text())["model_config"]
+    return Bench(args, GPTConfig(**shape), path, scratch)
 
 
-headline = partial(bench, parts="startup,single,headline", limit=195)
-mixed = partial(bench, parts="mixed", limit=85)
+def work(part: Part) -> None:
+    """One engine for all: the figures, who waits for whom, and where the time goes."""
+    bench = make_bench(part, part.work)
+    part.note(ceilings=bench.ceilings.measure())
+    bench.start_engine()
+    part.note(**bench.results)
+    for name in "single", "headline", "mixed":
+        bench.attempt(name)
+        part.note(**{name: bench.results[name]})
+    for name, run in ("waits", waits), ("profile", profile):
+        try:
+            run(part, bench.llm)
+        except Exception as error:
+            traceback.print_exc()
+            part.note(**{name: {"error": f"{type(error).__name__}: {error}"[:500]}})
+    bench.stop_engine()
 
 
-def waits(part: Part) -> None:
+def startup(part: Part) -> None:
+    """Processes of their own, with folders of kernels of their own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = make_bench(part, Path(scratch))
+        bench.attempt("startup")
+        part.note(**bench.results)
+
+
+def waits(part: Part, llm: LLM) -> None:
     """A step whose tokens the host does not wait for was ready before: the device stood still."""
     count = 8 if part.tiny else 300
     mean_in, mean_out, most = (10, 12, 30) if part.tiny else (135, 306, 1024)
@@ -214,11 +295,9 @@ def waits(part: Part) -> None:
     told = lengths(count, mean_out, 0.55, 1, most, seed=3)
     given = [row[:n] for row, n in zip(prompts(count, most, 1), asked, strict=True)]
     params = [SamplingParams(temperature=0.7, max_tokens=n, ignore_eos=True) for n in told]
-    with part.engine(34, "1") as llm:
-        llm.generate(given[:8], params[:8], False)
-        with llm.tracing() as trace:
-            llm.generate(given, params, False)
-        events = trace.events
+    with llm.tracing() as trace:
+        llm.generate(given, params, False)
+    events = trace.events
     kinds = {e["step"]: bool(e["prefills"]) for e in events if e["e"] == "begin"}
     spent, bound, steps = {}, Counter(), Counter()
     for event in events:
@@ -230,7 +309,7 @@ def waits(part: Part) -> None:
                 where = spent.setdefault(prefill, Counter())
                 where[phase] += ms
     mean = {k: {p: round(ms / steps[k], 3) for p, ms in v.items()} for k, v in spent.items()}
-    part.note(steps=steps, host_bound_steps=bound, mean_ms=mean)
+    part.note(waits={"steps": steps, "host_bound_steps": bound, "mean_ms": mean})
 
 
 def products(part: Part) -> None:
@@ -266,46 +345,46 @@ def products(part: Part) -> None:
 
 def kernels(part: Part) -> None:
     code, told = part.command(
-        "benchmarks/gpu_kernels.py", "--only", "fused,few-rows,decode", limit=55
+        sys.executable, "benchmarks/gpu_kernels.py", "--only", "decode,few-rows", limit=55
     )
     part.note(lines=[line for line in told.splitlines() if " us " in line] or told.splitlines())
     if code not in (0, -1) and part.device.type == "cuda":
         raise RuntimeError(f"exit {code}: see kernels.txt")
 
 
-def profile(part: Part) -> None:
+def profile(part: Part, llm: LLM) -> None:
     from torch.profiler import ProfilerActivity
 
     activities = [ProfilerActivity.CPU]
     if part.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     params = SamplingParams(max_tokens=64, ignore_eos=True)
-    with part.engine(34, "1") as llm:
-        for count in (1, 4) if part.tiny else (1, 512):
-            for prompt in prompts(count, 16, count):
-                llm.add_request(prompt, params)
-            for _ in range(4):
+    for count in (1, 4) if part.tiny else (1, 512):
+        for prompt in prompts(count, 16, count):
+            llm.add_request(prompt, params)
+        for _ in range(4):
+            llm.step()
+        with torch.profiler.profile(activities=activities) as seen:
+            for _ in range(5):
                 llm.step()
-            with torch.profiler.profile(activities=activities) as seen:
-                for _ in range(5):
-                    llm.step()
-                if part.device.type == "cuda":
-                    torch.cuda.synchronize(part.device)
-            while not llm.is_finished():
-                llm.step()
-            spent = Counter()
-            for event in seen.key_averages():
-                name = "self_device_time_total" if len(activities) > 1 else "self_cpu_time_total"
-                spent[event.key] += getattr(event, name) / 5
-            top = {name[:90]: round(us, 1) for name, us in spent.most_common(25)}
-            part.note(**{f"us a step, {count} sequences": top})
+            if part.device.type == "cuda":
+                torch.cuda.synchronize(part.device)
+        while not llm.is_finished():
+            llm.step()
+        spent = Counter()
+        for event in seen.key_averages():
+            name = "self_device_time_total" if len(activities) > 1 else "self_cpu_time_total"
+            spent[event.key] += getattr(event, name) / 5
+        top = {name[:90]: round(us, 1) for name, us in spent.most_common(25)}
+        part.note(**{f"us a step, {count} sequences": top})
 
 
-PARTS = {
-    name: globals()[name]
-    for name in ("facts", "tests", "graphs", "sync", "headline", "mixed", "waits", "products",
-                 "kernels", "profile")
+# seconds that a part may take; what teaches most comes first, and what is left of SECONDS is shared
+LIMITS = {
+    "facts": 30, "work": 240, "tests": 155, "graphs": 90, "startup": 80, "memcheck": 85, "sync": 45,
+    "kernels": 60, "products": 40,
 }  # fmt: skip
+PARTS = {name: globals()[name] for name in LIMITS}
 
 
 # the report ---------------------------------------------------------------------------------------
@@ -328,13 +407,13 @@ def report(out: Path) -> str:
     wrong += [f"- graphs: {part['suspicious']}" for part in found.values() if "suspicious" in part]
     wrong += [
         f"- {name}, {key}: {value['error']}"
-        for name in ("headline", "mixed") for key, value in found.get(name, {}).items()
+        for name in ("work", "startup") for key, value in found.get(name, {}).items()
         if isinstance(value, dict) and "error" in value
     ]  # fmt: skip
     lines += wrong or ["none"]
     lines += ["", "## Figures", "", "| | tokens/s | aim on one H100 | share of the limit |"]
     lines += ["|---|---|---|---|"]
-    runs = found.get("headline", {}) | {"mixed": found.get("mixed", {}).get("mixed")}
+    runs = found.get("work", {})
     for name, aim in AIMS.items():
         rate, share = "not measured", ""
         if isinstance(run := runs.get(name), dict) and "tokens_per_s" in run:
@@ -354,26 +433,47 @@ def report(out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def run_all(names: list[str], out: Path, work: Path, tiny: bool) -> None:
+    """Each part in a process, as far as the time goes."""
+    ends = time.monotonic() + SECONDS
+    os.environ["TRITON_CACHE_DIR"] = str(work / "triton")  # of all parts
+    for name in names:
+        limit = min(LIMITS[name], ends - time.monotonic())
+        if limit < 10:
+            say(f"== {name}: no time is left")
+            continue
+        say(f"\n== {name}, {limit:.0f} s at most")
+        words = [sys.executable, __file__, str(out), str(work), *["--tiny"] * tiny, "--part", name]
+        code = run_limited(words, limit)
+        if code:
+            say(f"== {name}: " + ("stopped at its limit" if code == -1 else f"ended with {code}"))
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=[*PARTS, "report"])
     parser.add_argument("out", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; by default all")
+    parser.add_argument("--part", choices=PARTS, help="this one, in this process")
     parser.add_argument("--tiny", action="store_true", help="does it run? with small models")
-    args = parser.parse_args(words)
-    out, failed = args.out.absolute(), False
-    if args.part != "report":
-        if not torch.cuda.is_available() and not args.tiny:
-            parser.error("torch sees no CUDA card here; --tiny tries it out")
-        part = Part(args.part, out, args.tiny)
+    args = parser.parse_intermixed_args(words)
+    if not torch.cuda.is_available() and not args.tiny:
+        parser.error("torch sees no CUDA card here; --tiny tries it out")
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"the parts are {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
+    out, work = args.out.absolute(), args.work.absolute()
+    if args.part:
+        part = Part(args.part, out, work, args.tiny)
         part.run(PARTS[args.part])
-        failed = "error" in part.found
+        sys.exit("error" in part.found)
+    out.mkdir(parents=True, exist_ok=True)
+    run_all(args.parts or list(PARTS), out, work, args.tiny)
     (out / "report.md").write_text(report(out))
-    if args.part == "report":
-        say(f"wrote {out / 'report.md'}")
-    sys.exit(failed)
+    say(f"wrote {out / 'report.md'}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped at its limit"))
     main()

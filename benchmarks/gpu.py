@@ -630,7 +630,7 @@ def describe(device: torch.device) -> dict:
     return facts
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -652,7 +652,7 @@ def parse() -> argparse.Namespace:
     engine.add_argument("--block-size", type=int, default=16)
     backends = ("auto", "triton", "flash", "sdpa", "numba")
     engine.add_argument("--attention", choices=backends, default="auto")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA card here; --device cpu tries the benchmark out")
     parts = args.only.split(",") if args.only else list(PARTS)

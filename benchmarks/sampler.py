@@ -32,7 +32,7 @@ from microvllm import LLM, SamplingParams
 from microvllm.features.logits import LogitsExtension
 from microvllm.loading import pick_backend
 from microvllm.sampler import uniform_numbers
-from microvllm.scheduler import Chunk, Draw, Plan, Sequence
+from microvllm.scheduler import Chunk, Plan, Sequence
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},
@@ -103,7 +103,7 @@ def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[s
             seq = Sequence(i, ids[i][:256], p, seed=i, max_length=1024)
             seq.token_ids = ids[i]
             plan.chunks.append(Chunk(seq, 511, 512, ()))
-            plan.draws.append(Draw(i, seq, 512))
+            plan.draws.append(i, seq, 512)
         runs[name] = partial(pick, plan, temperature)
     times = {name: [] for name in runs}
     for _ in range(1 + args.turns):

@@ -53,7 +53,8 @@ from helpers.traces import compare
 from lab import policies
 from microvllm import SamplingParams, blocks, scheduler
 from microvllm.cli.terminal import Parser, positive
-from microvllm.features.calculator import ToolCalls, ToolDecoder
+from microvllm.features.calculator import Calculator, ToolCalls
+from microvllm.features.tools import ToolDecoder, find_marks
 from microvllm.loops.ahead import AheadLoop
 from microvllm.sampler import uniform_numbers
 from microvllm.trace import Replay, attach, make_trace
@@ -282,7 +283,9 @@ class Reader:
             if first <= len(given):
                 self.reference.follow(prompt + given, weights)
         tool = ToolCalls(self.tokenizer) if asked["tools"] else None
-        push = ToolDecoder(self.tokenizer) if tool else self.tokenizer.decoder()
+        push = self.tokenizer.decoder()
+        if tool:
+            push = ToolDecoder(self.tokenizer, [find_marks(Calculator(), self.tokenizer)])
         text, tokens, forced = "", list(prompt), []
         ended, reason, held = None, None, 0
         ends = found["finish_reason"]

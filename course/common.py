@@ -21,6 +21,7 @@ figures.py (counts, seconds, and the table that a step prints).
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ from prompts import ask, long_prompt, questions, samples, shared_beginning  # no
 from transformer import HEAD_DIM, KV_HEADS, LAYERS, MODEL_DIR, Model  # noqa: F401
 
 MEMORY = 512  # tokens whose K and V fit into memory, from step 4 on
+# the reader's functions of exercises 8 and 9, which `microvllm learn N --mine` puts here
+mine = SimpleNamespace(victim=None, shares=None)
 
 
 def attention(q, k, v, start):
@@ -56,12 +59,12 @@ def pick(logits, request, sample, position):
 BLOCK = 16  # tokens in a block
 
 
-class Text:
+class Sequence:
     """One sample of a request: its tokens, and the blocks in which their K and V lie."""
 
     def __init__(self, request, sample=0):
         self.request, self.sample, self.tokens = request, sample, list(request.prompt)
-        self.table, self.computed = [], 0
+        self.table, self.num_computed = [], 0
         self.num_forks = request.n - 1  # samples still to be made, once the prompt is computed
 
     def slots(self, stop):
@@ -85,8 +88,8 @@ class Memory:
     def attend(self, chunks, layer, q, k, v):
         """`attend_chunks` of step 5."""
         out, row = torch.empty_like(q), 0
-        for text, start, stop in chunks:
-            rows, slots = slice(row, row := row + stop - start), text.slots(stop)
+        for seq, start, stop in chunks:
+            rows, slots = slice(row, row := row + stop - start), seq.slots(stop)
             self.k[layer, slots[start:]], self.v[layer, slots[start:]] = k[rows], v[rows]
             out[rows] = attention(q[rows], self.k[layer, slots], self.v[layer, slots], start)
         return out
@@ -94,15 +97,46 @@ class Memory:
 
 def call(model, memory, chunks, running, meter):
     """Compute the rows [start, stop) of each text: gives the logits of each text's last row."""
-    rows = [(text.tokens, start, stop) for text, start, stop in chunks]
+    rows = [(seq.tokens, start, stop) for seq, start, stop in chunks]
     logits = model(rows, partial(memory.attend, chunks))
-    for text, _, stop in chunks:
-        text.computed = stop
+    for seq, _, stop in chunks:
+        seq.num_computed = stop
     filled = {}  # a block that several texts have counts once
-    for text in running:
-        for i, block in enumerate(text.table):
-            filled[block] = max(filled.get(block, 0), min(BLOCK, text.computed - i * BLOCK))
-    count = sum(1 + text.num_forks for text in running)
+    for seq in running:
+        for i, block in enumerate(seq.table):
+            filled[block] = max(filled.get(block, 0), min(BLOCK, seq.num_computed - i * BLOCK))
+    count = sum(1 + seq.num_forks for seq in running)
     num_rows = sum(stop - start for _, start, stop in chunks)
     meter.step(num_rows, 0, count, len(filled) * BLOCK, sum(filled.values()))
     return logits
+
+
+# decisions that exercises 8 and 9 may replace ----------------------------------------------------
+
+
+def choose_victim(pool, running):
+    """The place in `running` of the sequence to preempt: of the youngest, or of the reader's."""
+    if mine.victim is None:
+        return len(running) - 1
+    needs = []
+    for seq in running:
+        num_found = 0  # leading blocks that are found again by their hashes
+        while num_found < len(seq.table) and seq.table[num_found] in pool.hash_of:
+            num_found += 1
+        num_freed = sum(pool.ref_count[block] == 1 for block in seq.table)
+        findable = min(seq.num_computed, num_found * BLOCK)
+        needs.append((seq.num_computed, findable, num_freed))
+    return mine.victim(needs)
+
+
+def divide(running, budget):
+    """[(sequence, its rows of this call), ...]: first all that the oldest needs, or as the reader's
+    function shares the budget."""
+    needs = [len(seq.tokens) - seq.num_computed for seq in running]
+    if mine.shares is not None:
+        given = mine.shares(list(needs), budget)
+    else:
+        given = []
+        for need in needs:
+            given.append(min(need, budget - sum(given)))
+    return list(zip(running, given, strict=True))

@@ -3,13 +3,12 @@ and `microvllm learn N --check` judges it."""
 
 
 def rows_recomputed(prompt, new):
-    """Step 1. How many rows does the naive loop compute for a prompt of so many tokens and so many
-    new ones?"""
+    """Step 1. How many rows does the naive loop compute for `prompt` tokens and `new` new ones?"""
     raise NotImplementedError
 
 
 def kv_bytes(layers, kv_heads, head_dim, tokens, number_bytes):
-    """Step 2. How many bytes do K and V of so many tokens take, with number_bytes for a number?"""
+    """Step 2. How many bytes do K and V of `tokens` tokens take, with number_bytes for a number?"""
     raise NotImplementedError
 
 

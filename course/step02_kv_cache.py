@@ -15,11 +15,11 @@ class Cache:
     def __init__(self, length):
         shape = common.LAYERS, length, common.KV_HEADS, common.HEAD_DIM
         self.k, self.v = torch.zeros(shape), torch.zeros(shape)
-        self.length, self.computed = length, 0  # tokens that fit; tokens whose K and V are here
+        self.length, self.num_computed = length, 0  # tokens that fit; tokens whose K and V are here
 
     def attend(self, layer, q, k, v):
         """The rows are the next tokens: keep their K and V, then look at all that are kept."""
-        start, stop = self.computed, self.computed + len(q)
+        start, stop = self.num_computed, self.num_computed + len(q)
         self.k[layer, start:stop], self.v[layer, start:stop] = k, v
         return common.attention(q, self.k[layer, :stop], self.v[layer, :stop], start)
 
@@ -31,10 +31,10 @@ def serve(model, requests, meter):
             tokens = list(request.prompt)
             cache = Cache(request.max_length)
             while not request.is_done(tokens):
-                logits = model([(tokens, cache.computed, len(tokens))], cache.attend)
-                rows = len(tokens) - cache.computed  # the prompt, and then one at a time
-                cache.computed = len(tokens)
-                meter.step(rows, reserved=cache.length, used=cache.computed)
+                logits = model([(tokens, cache.num_computed, len(tokens))], cache.attend)
+                rows = len(tokens) - cache.num_computed  # the prompt, and then one at a time
+                cache.num_computed = len(tokens)
+                meter.step(rows, reserved=cache.length, used=cache.num_computed)
                 tokens.append(common.pick(logits[0], request, sample, len(tokens)))
                 meter.token(request, sample, tokens)
 

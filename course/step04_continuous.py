@@ -13,12 +13,12 @@ import common
 from common import PoolFull
 
 
-class Text:
+class Sequence:
     """One sample of a request: its tokens, and a cache as long as it may become."""
 
     def __init__(self, request, sample):
         self.request, self.sample, self.tokens = request, sample, list(request.prompt)
-        self.length, self.computed = request.max_length, 0
+        self.length, self.num_computed = request.max_length, 0
 
     def reserve(self):
         shape = common.LAYERS, self.length, common.KV_HEADS, common.HEAD_DIM
@@ -28,10 +28,10 @@ class Text:
 def attend_chunks(chunks, layer, q, k, v):
     """The rows [start, stop) of each text: keep their K and V, then look at all of that text."""
     out, row = torch.empty_like(q), 0
-    for text, start, stop in chunks:
+    for seq, start, stop in chunks:
         rows = slice(row, row := row + stop - start)
-        text.k[layer, start:stop], text.v[layer, start:stop] = k[rows], v[rows]
-        keys, values = text.k[layer, :stop], text.v[layer, :stop]
+        seq.k[layer, start:stop], seq.v[layer, start:stop] = k[rows], v[rows]
+        keys, values = seq.k[layer, :stop], seq.v[layer, :stop]
         out[rows] = common.attention(q[rows], keys, values, start)
     return out
 
@@ -39,34 +39,34 @@ def attend_chunks(chunks, layer, q, k, v):
 def serve(model, requests, meter, memory=common.MEMORY):
     """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
     waiting, running, reserved = deque(), [], 0
-    waiting += [Text(request, i) for request in requests for i in range(request.n)]
+    waiting += [Sequence(request, i) for request in requests for i in range(request.n)]
     while waiting or running:
         # the new ones: all whose longest possible text fits into what is left of the memory
         new = []
         while waiting and reserved + waiting[0].length <= memory:
-            text = waiting.popleft()
-            text.reserve()
-            reserved += text.length
-            new.append(text)
-            running.append(text)
+            seq = waiting.popleft()
+            seq.reserve()
+            reserved += seq.length
+            new.append(seq)
+            running.append(seq)
         # a call for the prompts of the new ones, else one for the next token of all
-        chunks = [(text, text.computed, len(text.tokens)) for text in new or running]
+        chunks = [(seq, seq.num_computed, len(seq.tokens)) for seq in new or running]
         if not chunks:
             raise PoolFull(f"request {waiting[0].request.id} needs more than the whole memory")
         logits = model(
-            [(text.tokens, start, stop) for text, start, stop in chunks],
+            [(seq.tokens, start, stop) for seq, start, stop in chunks],
             partial(attend_chunks, chunks),
         )
-        for text, _, stop in chunks:
-            text.computed = stop
+        for seq, _, stop in chunks:
+            seq.num_computed = stop
         rows = sum(stop - start for _, start, stop in chunks)
-        meter.step(rows, 0, len(running), reserved, sum(text.computed for text in running))
-        for (text, _, stop), row in zip(chunks, logits, strict=True):
-            text.tokens.append(common.pick(row, text.request, text.sample, stop))
-            meter.token(text.request, text.sample, text.tokens)
-        for text in [text for text in running if text.request.is_done(text.tokens)]:
-            running.remove(text)
-            reserved -= text.length
+        meter.step(rows, 0, len(running), reserved, sum(seq.num_computed for seq in running))
+        for (seq, _, stop), row in zip(chunks, logits, strict=True):
+            seq.tokens.append(common.pick(row, seq.request, seq.sample, stop))
+            meter.token(seq.request, seq.sample, seq.tokens)
+        for seq in [seq for seq in running if seq.request.is_done(seq.tokens)]:
+            running.remove(seq)
+            reserved -= seq.length
 
 
 def main(**options):

@@ -13,12 +13,12 @@ import common
 from common import BLOCK, PoolFull
 
 
-class Text:
+class Sequence:
     """One sample of a request: its tokens, and the blocks in which their K and V lie."""
 
     def __init__(self, request, sample):
         self.request, self.sample, self.tokens = request, sample, list(request.prompt)
-        self.table, self.computed = [], 0
+        self.table, self.num_computed = [], 0
 
     def slots(self, stop):
         """Where the tokens before `stop` lie in the pool."""
@@ -38,21 +38,21 @@ class Pool:
             raise PoolFull(f"all of {self.num_blocks} blocks are in use")
         return self.free.pop()
 
-    def grow(self, text):
+    def grow(self, seq):
         """Give a text the blocks that it needs for all of its tokens."""
-        while len(text.table) * BLOCK < len(text.tokens):
-            text.table.append(self.allocate())
+        while len(seq.table) * BLOCK < len(seq.tokens):
+            seq.table.append(self.allocate())
 
-    def release(self, text):
-        self.free += text.table
-        text.table = []
+    def release(self, seq):
+        self.free += seq.table
+        seq.table = []
 
 
 def attend_chunks(chunks, pool, layer, q, k, v):
     """The rows [start, stop) of each text: keep their K and V, then look at all of that text."""
     out, row = torch.empty_like(q), 0
-    for text, start, stop in chunks:
-        rows, slots = slice(row, row := row + stop - start), text.slots(stop)
+    for seq, start, stop in chunks:
+        rows, slots = slice(row, row := row + stop - start), seq.slots(stop)
         pool.k[layer, slots[start:]], pool.v[layer, slots[start:]] = k[rows], v[rows]
         keys, values = pool.k[layer, slots], pool.v[layer, slots]
         out[rows] = common.attention(q[rows], keys, values, start)
@@ -62,40 +62,40 @@ def attend_chunks(chunks, pool, layer, q, k, v):
 def serve(model, requests, meter, memory=common.MEMORY):
     """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
     waiting, running = deque(), []
-    waiting += [Text(request, i) for request in requests for i in range(request.n)]
+    waiting += [Sequence(request, i) for request in requests for i in range(request.n)]
     pool = Pool(memory // BLOCK)
     while waiting or running:
         # the new ones: all whose prompt fits, with a block more for each text that runs
         new = []
         while waiting:
-            text = waiting[0]
-            fresh = -(-len(text.tokens) // BLOCK)
+            seq = waiting[0]
+            fresh = -(-len(seq.tokens) // BLOCK)
             if fresh + (len(running) + 1 if running else 0) > len(pool.free):
                 break
             new.append(waiting.popleft())
-            running.append(text)
-            pool.grow(text)
+            running.append(seq)
+            pool.grow(seq)
         # a call for the prompts of the new ones, else one for the next token of all
-        chunks = [(text, text.computed, len(text.tokens)) for text in new or running]
-        for text in [] if new else running:  # the new ones have their blocks
-            pool.grow(text)
+        chunks = [(seq, seq.num_computed, len(seq.tokens)) for seq in new or running]
+        for seq in [] if new else running:  # the new ones have their blocks
+            pool.grow(seq)
         if not chunks:
             raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
         logits = model(
-            [(text.tokens, start, stop) for text, start, stop in chunks],
+            [(seq.tokens, start, stop) for seq, start, stop in chunks],
             partial(attend_chunks, chunks, pool),
         )
-        for text, _, stop in chunks:
-            text.computed = stop
+        for seq, _, stop in chunks:
+            seq.num_computed = stop
         rows = sum(stop - start for _, start, stop in chunks)
         reserved = (pool.num_blocks - len(pool.free)) * BLOCK
-        meter.step(rows, 0, len(running), reserved, sum(text.computed for text in running))
-        for (text, _, stop), row in zip(chunks, logits, strict=True):
-            text.tokens.append(common.pick(row, text.request, text.sample, stop))
-            meter.token(text.request, text.sample, text.tokens)
-        for text in [text for text in running if text.request.is_done(text.tokens)]:
-            running.remove(text)
-            pool.release(text)
+        meter.step(rows, 0, len(running), reserved, sum(seq.num_computed for seq in running))
+        for (seq, _, stop), row in zip(chunks, logits, strict=True):
+            seq.tokens.append(common.pick(row, seq.request, seq.sample, stop))
+            meter.token(seq.request, seq.sample, seq.tokens)
+        for seq in [seq for seq in running if seq.request.is_done(seq.tokens)]:
+            running.remove(seq)
+            pool.release(seq)
 
 
 def main(**options):

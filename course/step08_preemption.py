@@ -8,7 +8,7 @@ a longer prompt now, of which the prefix cache may still have most.
 from collections import OrderedDict, deque
 
 import common
-from common import BLOCK, Memory, PoolFull, Text
+from common import BLOCK, Memory, PoolFull, Sequence
 
 
 class Pool:
@@ -39,36 +39,36 @@ class Pool:
             if block not in self.hash_of:  # nothing worth keeping: it goes first
                 self.free.move_to_end(block, last=False)
 
-    def grow(self, text):
+    def grow(self, seq):
         """Give a text the blocks for all its tokens, and make the one that it writes to next its
         own. False, and nothing done, if too few blocks are free."""
-        table, first = text.table, text.computed // BLOCK
+        table, first = seq.table, seq.num_computed // BLOCK
         copies = first < len(table) and self.ref_count[table[first]] > 1
-        if copies + max(0, -(-len(text.tokens) // BLOCK) - len(table)) > len(self.free):
+        if copies + max(0, -(-len(seq.tokens) // BLOCK) - len(table)) > len(self.free):
             return False
         if copies:
             shared, table[first] = table[first], self.allocate()
             self.memory.copy(shared, table[first])
             self.drop(shared)
             self.meter.counts["blocks copied"] += 1
-        while len(table) * BLOCK < len(text.tokens):
+        while len(table) * BLOCK < len(seq.tokens):
             table.append(self.allocate())
         return True
 
-    def fork(self, text):
+    def fork(self, seq):
         """The other samples of a text, with the same tokens on the same blocks."""
-        forks = [Text(text.request, 1 + i) for i in range(text.num_forks)]
+        forks = [Sequence(seq.request, 1 + i) for i in range(seq.num_forks)]
         for fork in forks:
-            fork.num_forks, fork.computed, fork.table = 0, text.computed, list(text.table)
+            fork.num_forks, fork.num_computed, fork.table = 0, seq.num_computed, list(seq.table)
             for block in fork.table:
                 self.share(block)
-        text.num_forks = 0
+        seq.num_forks = 0
         return forks
 
-    def release(self, text):
-        for block in reversed(text.table):  # so the end of a text is evicted before its beginning
+    def release(self, seq):
+        for block in reversed(seq.table):  # so the end of a text is evicted before its beginning
             self.drop(block)
-        text.table, text.computed = [], 0
+        seq.table, seq.num_computed = [], 0
 
     def hashes(self, tokens):
         """A hash of each full block of a text, and of all that is before the block."""
@@ -77,62 +77,62 @@ class Pool:
             found.append(hash((found[-1], *tokens[i * BLOCK : (i + 1) * BLOCK])))
         return found[1:]
 
-    def find(self, text):
+    def find(self, seq):
         """Share the blocks of the longest beginning of the text that can be found."""
-        for h in self.hashes(text.tokens[:-1]):  # the last token's row is needed: it gives logits
+        for h in self.hashes(seq.tokens[:-1]):  # the last token's row is needed: it gives logits
             if h not in self.block_of:
                 break
-            text.table.append(self.block_of[h])
-            self.share(text.table[-1])
-        text.computed = len(text.table) * BLOCK
+            seq.table.append(self.block_of[h])
+            self.share(seq.table[-1])
+        seq.num_computed = len(seq.table) * BLOCK
 
-    def publish(self, text, stop):
+    def publish(self, seq, stop):
         """Let the full blocks before `stop` be found."""
-        for block, h in zip(text.table, self.hashes(text.tokens[:stop]), strict=False):
+        for block, h in zip(seq.table, self.hashes(seq.tokens[:stop]), strict=False):
             if h not in self.block_of and block not in self.hash_of:
                 self.block_of[h], self.hash_of[block] = block, h
 
 
 def serve(model, requests, meter, memory=common.MEMORY):
     """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
-    waiting, running = deque(map(Text, requests)), []
+    waiting, running = deque(map(Sequence, requests)), []
     pool = Pool(memory // BLOCK, meter)
     while waiting or running:
         # the new ones: all whose prompt fits, with a block more for each sample
-        new, samples = [], sum(1 + text.num_forks for text in running)
+        new, samples = [], sum(1 + seq.num_forks for seq in running)
         while waiting:
-            text = waiting[0]
-            pool.find(text)
-            fresh = -(-len(text.tokens) // BLOCK) - len(text.table)
-            if fresh + (samples + text.request.n if running else 0) > len(pool.free):
-                pool.release(text)
+            seq = waiting[0]
+            pool.find(seq)
+            fresh = -(-len(seq.tokens) // BLOCK) - len(seq.table)
+            if fresh + (samples + seq.request.n if running else 0) > len(pool.free):
+                pool.release(seq)
                 break
             new.append(waiting.popleft())
-            running.append(text)
-            samples += 1 + text.num_forks
-            pool.grow(text)
-            pool.publish(text, len(text.tokens))  # the next one may find it: it is written first
-            meter.counts["rows found in the cache"] += text.computed
+            running.append(seq)
+            samples += 1 + seq.num_forks
+            pool.grow(seq)
+            pool.publish(seq, len(seq.tokens))  # the next one may find it: it is written first
+            meter.counts["rows found in the cache"] += seq.num_computed
         # a call for the prompts of the new ones, else one for the next token of all
-        for text in [] if new else list(running):  # the new ones have their blocks
-            while text in running and not pool.grow(text):
-                victim = running.pop()  # the youngest, maybe the text itself
+        for seq in [] if new else list(running):  # the new ones have their blocks
+            while seq in running and not pool.grow(seq):
+                victim = running.pop(common.choose_victim(pool, running))  # maybe the text itself
                 pool.release(victim)
                 waiting.appendleft(victim)
                 meter.counts["preemptions"] += 1
-        chunks = [(text, text.computed, len(text.tokens)) for text in new or running]
+        chunks = [(seq, seq.num_computed, len(seq.tokens)) for seq in new or running]
         if not chunks:
             raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
         logits = common.call(model, pool.memory, chunks, running, meter)
-        for (text, _, stop), row in zip(chunks, logits, strict=True):
-            pool.publish(text, stop)
-            running += (forks := pool.fork(text))
-            for each in [text, *forks]:
+        for (seq, _, stop), row in zip(chunks, logits, strict=True):
+            pool.publish(seq, stop)
+            running += (forks := pool.fork(seq))
+            for each in [seq, *forks]:
                 each.tokens.append(common.pick(row, each.request, each.sample, stop))
                 meter.token(each.request, each.sample, each.tokens)
-        for text in [text for text in running if text.request.is_done(text.tokens)]:
-            running.remove(text)
-            pool.release(text)
+        for seq in [seq for seq in running if seq.request.is_done(seq.tokens)]:
+            running.remove(seq)
+            pool.release(seq)
 
 
 def main(**options):

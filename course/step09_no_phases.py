@@ -7,7 +7,7 @@ first, then of new ones, until a budget of rows is spent. No text waits for a lo
 from collections import OrderedDict, deque
 
 import common
-from common import BLOCK, Memory, PoolFull, Text
+from common import BLOCK, Memory, PoolFull, Sequence
 
 BUDGET = 32  # rows of a call, at most
 
@@ -40,9 +40,9 @@ class Pool:
             if block not in self.hash_of:  # nothing worth keeping: it goes first
                 self.free.move_to_end(block, last=False)
 
-    def grow(self, text, stop):
+    def grow(self, seq, stop):
         """Blocks for the tokens before `stop`, the next one written its own. False: too few."""
-        table, first = text.table, text.computed // BLOCK
+        table, first = seq.table, seq.num_computed // BLOCK
         copies = first < len(table) and self.ref_count[table[first]] > 1
         if copies + max(0, -(-stop // BLOCK) - len(table)) > len(self.free):
             return False
@@ -55,20 +55,20 @@ class Pool:
             table.append(self.allocate())
         return True
 
-    def fork(self, text):
+    def fork(self, seq):
         """The other samples of a text, with the same tokens on the same blocks."""
-        forks = [Text(text.request, 1 + i) for i in range(text.num_forks)]
+        forks = [Sequence(seq.request, 1 + i) for i in range(seq.num_forks)]
         for fork in forks:
-            fork.num_forks, fork.computed, fork.table = 0, text.computed, list(text.table)
+            fork.num_forks, fork.num_computed, fork.table = 0, seq.num_computed, list(seq.table)
             for block in fork.table:
                 self.share(block)
-        text.num_forks = 0
+        seq.num_forks = 0
         return forks
 
-    def release(self, text):
-        for block in reversed(text.table):  # so the end of a text is evicted before its beginning
+    def release(self, seq):
+        for block in reversed(seq.table):  # so the end of a text is evicted before its beginning
             self.drop(block)
-        text.table, text.computed = [], 0
+        seq.table, seq.num_computed = [], 0
 
     def hashes(self, tokens):
         """A hash of each full block of a text, and of all that is before the block."""
@@ -77,67 +77,67 @@ class Pool:
             found.append(hash((found[-1], *tokens[i * BLOCK : (i + 1) * BLOCK])))
         return found[1:]
 
-    def find(self, text):
+    def find(self, seq):
         """Share the blocks of the longest beginning of the text that can be found."""
-        for h in self.hashes(text.tokens[:-1]):  # the last token's row is needed: it gives logits
+        for h in self.hashes(seq.tokens[:-1]):  # the last token's row is needed: it gives logits
             if h not in self.block_of:
                 break
-            text.table.append(self.block_of[h])
-            self.share(text.table[-1])
-        text.computed = len(text.table) * BLOCK
+            seq.table.append(self.block_of[h])
+            self.share(seq.table[-1])
+        seq.num_computed = len(seq.table) * BLOCK
 
-    def publish(self, text, stop):
+    def publish(self, seq, stop):
         """Let the full blocks before `stop` be found."""
-        for block, h in zip(text.table, self.hashes(text.tokens[:stop]), strict=False):
+        for block, h in zip(seq.table, self.hashes(seq.tokens[:stop]), strict=False):
             if h not in self.block_of and block not in self.hash_of:
                 self.block_of[h], self.hash_of[block] = block, h
 
 
 def serve(model, requests, meter, memory=common.MEMORY):
     """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
-    waiting, running = deque(map(Text, requests)), []
+    waiting, running = deque(map(Sequence, requests)), []
     pool = Pool(memory // BLOCK, meter)
     while waiting or running:
         chunks, budget, is_full = [], BUDGET, False
-        for text in list(running):  # first what the running texts need
-            stop = min(len(text.tokens), text.computed + budget)
-            while stop > text.computed and text in running and not pool.grow(text, stop):
+        for seq, rows in common.divide(running, budget):
+            stop = seq.num_computed + rows  # first what the running texts need
+            while stop > seq.num_computed and seq in running and not pool.grow(seq, stop):
                 victim, is_full = running.pop(), True  # the youngest, maybe the text itself
                 pool.release(victim)
                 waiting.appendleft(victim)
                 meter.counts["preemptions"] += 1
-            if stop > text.computed and text in running:
-                chunks.append((text, text.computed, stop))
-                budget -= stop - text.computed
+            if stop > seq.num_computed and seq in running:
+                chunks.append((seq, seq.num_computed, stop))
+                budget -= stop - seq.num_computed
         while waiting and budget and not is_full:  # then new ones, as many as fit
-            text, samples = waiting[0], sum(1 + text.num_forks for text in running)
-            pool.find(text)
-            stop = min(len(text.tokens), text.computed + budget)
+            seq, samples = waiting[0], sum(1 + seq.num_forks for seq in running)
+            pool.find(seq)
+            stop = min(len(seq.tokens), seq.num_computed + budget)
             # with a block more for each sample, or one of them would be preempted at once
-            fresh = -(-stop // BLOCK) - len(text.table)
-            if fresh + (samples + text.request.n if running else 0) > len(pool.free):
-                pool.release(text)
+            fresh = -(-stop // BLOCK) - len(seq.table)
+            if fresh + (samples + seq.request.n if running else 0) > len(pool.free):
+                pool.release(seq)
                 break
             running.append(waiting.popleft())
-            pool.grow(text, stop)
-            pool.publish(text, stop)  # the next one may find it: the call writes it first
-            meter.counts["rows found in the cache"] += text.computed
-            chunks.append((text, text.computed, stop))
-            budget -= stop - text.computed
+            pool.grow(seq, stop)
+            pool.publish(seq, stop)  # the next one may find it: the call writes it first
+            meter.counts["rows found in the cache"] += seq.num_computed
+            chunks.append((seq, seq.num_computed, stop))
+            budget -= stop - seq.num_computed
         if not chunks:
             raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
         logits = common.call(model, pool.memory, chunks, running, meter)
-        for (text, _, stop), row in zip(chunks, logits, strict=True):
-            pool.publish(text, stop)
-            if stop < len(text.tokens):
+        for (seq, _, stop), row in zip(chunks, logits, strict=True):
+            pool.publish(seq, stop)
+            if stop < len(seq.tokens):
                 continue  # a part of its prompt is still to come
-            running += (forks := pool.fork(text))
-            for each in [text, *forks]:
+            running += (forks := pool.fork(seq))
+            for each in [seq, *forks]:
                 each.tokens.append(common.pick(row, each.request, each.sample, stop))
                 meter.token(each.request, each.sample, each.tokens)
-        for text in [text for text in running if text.request.is_done(text.tokens)]:
-            running.remove(text)
-            pool.release(text)
+        for seq in [seq for seq in running if seq.request.is_done(seq.tokens)]:
+            running.remove(seq)
+            pool.release(seq)
 
 
 def main(**options):

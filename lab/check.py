@@ -25,7 +25,7 @@ from . import scenes, solutions, world
 
 
 def serve(blocks: BlockManager, requests: list[world.Request], most: int = 32, **policies) -> dict:
-    """Run requests to their end, at most so many at once.
+    """Run requests to their end, at most that many at once.
 
     Returns done (what ended, and when), again (tokens computed more than once), and hits (tokens of
     prompts that were found).

@@ -20,7 +20,7 @@ from .checkpoint import make_model, pick_dtype, require_memory
 from .environment import free_memory
 from .fused.model import FusedGPT
 from .model import GPT, GPTConfig, Recipe, rotary_bytes
-from .resources import fits, naming_package
+from .resources import FilePages, fits, naming_package
 from .sources import strict
 from .sources.places import find_checkpoint, read_checkpoint
 
@@ -41,7 +41,7 @@ class ModelOptions:
     """How a FusedGPT computes. attention, quantization, kv_cache_dtype, deterministic: as LLM takes
     them; share: use given tensors where device and dtype allow it, instead of copies; max_len:
     positions of the rotary tables, by default the checkpoint's context; ranks: the processes that
-    share the model."""
+    share the model; block_size: of the KV cache, for which kernels are compiled."""
 
     attention: str = "auto"
     quantization: str | None = None
@@ -50,6 +50,7 @@ class ModelOptions:
     share: bool = False
     max_len: int | None = None
     ranks: Ranks | None = None
+    block_size: int = 16
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def build_fused(
     backend = pick_backend(
         options.attention, device, dtype, options.deterministic, options.kv_cache_dtype
     )
+    backend.block_size = options.block_size
     quantization = choose_quantization(options, weights, backend, config, dtype)
     if options.ranks is not None:
         weights = dense(weights)
@@ -175,7 +177,11 @@ def pick_backend(
     if name == "auto":
         name = fastest_backend(device, dtype)
     backend_class = choose_backend(name, device)
-    if kv_cache_dtype == "int8":
+    if kv_cache_dtype == "int8" and backend_class.name == "triton":
+        from .gpu.backend import Int8TritonBackend
+
+        backend_class = Int8TritonBackend
+    elif kv_cache_dtype == "int8":
         from .fused.int8_cache import with_int8_cache
 
         backend_class = with_int8_cache(backend_class, device)
@@ -224,6 +230,28 @@ def choose_backend(name: str, device: torch.device) -> type[Backend]:
     from .fused.backend import Backend
 
     return Backend
+
+
+def compare_kernels(
+    config: GPTConfig, recipe: Recipe, device: torch.device, dtype: str, kv_cache_dtype: str
+) -> dict[str, Any]:
+    """Compare the kernels that an engine of a checkpoint has on a GPU with plain torch, now.
+    Returns the card and the versions, and for each kernel what is wrong, "" if nothing is. Raises
+    ValueError where there are none."""
+    from .gpu import has_triton
+
+    if device.type != "cuda":
+        raise ValueError(f"--check compares the kernels of a GPU, and the device is {device}")
+    if not has_triton(device):
+        raise ValueError(f"no kernels run on {device}: plain torch computes there")
+    from .gpu import self_check
+
+    dtype = pick_dtype(dtype, device)
+    backend = pick_backend("auto", device, dtype, kv_cache_dtype=kv_cache_dtype)
+    shapes = self_check.Shapes(config, config, recipe, backend.kv_layout(config, dtype), 16)
+    setting = self_check.describe_setting(backend, shapes)
+    results = self_check.check_kernels(backend, shapes, fresh=True)
+    return {"card": setting["card"], "versions": setting["versions"], "kernels": results}
 
 
 # quantization -------------------------------------------------------------------------------------
@@ -335,8 +363,12 @@ def warn_of_float16(dtype: torch.dtype) -> None:
 
 def warn_of_nan(weights: dict) -> None:
     """Say which weights are no finite numbers."""
-    tensors = {n: w for n, w in weights.items() if isinstance(w, torch.Tensor)}
-    sums = {name: weight.sum(dtype=torch.float32) for name, weight in tensors.items()}
-    broken = [name for name, total in sums.items() if not total.isfinite()]
+    pages = FilePages()
+    broken = []
+    for name, weight in weights.items():
+        if isinstance(weight, torch.Tensor):
+            if not weight.sum(dtype=torch.float32).isfinite():
+                broken.append(name)
+            pages.read(weight)
     if broken:
         log.warning("NaN or infinite weights, %s: the model can draw no token", ", ".join(broken))

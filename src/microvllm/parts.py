@@ -5,8 +5,10 @@ The comments that are paths of features' files are explained in full.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from dataclasses import replace
 from functools import partial
+from os import PathLike
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +17,8 @@ import torch
 from . import engine, sampler
 from .engine import EngineConfig, Loop
 from .environment import free_memory
-from .features.calculator import python_end_id
+from .features.answers import AnswerLookup, EarlierAnswers
+from .features.draft import DraftModel, open_draft
 from .features.live import LiveWeights
 from .features.logits import LogitsExtension
 from .features.lookup import PromptLookup
@@ -42,24 +45,24 @@ class Steps(NamedTuple):
     is_recorded: bool = False  # does the runner record steps once, and then replay them?
 
 
-def choose_loop(model, ranks: Ranks | None, prompt_lookup: int, cuda_graphs: bool) -> Steps:
+def choose_loop(model, ranks: Ranks | None, has_drafts: bool, cuda_graphs: bool) -> Steps:
     """The loop and the runner for a model:
 
     device    model                                   loop             runner
     cuda      whose steps are recorded                AheadLoop        GraphRunner
     cuda      others                                  AheadLoop        AheadRunner
-    cpu       compiled, no ranks, no prompt_lookup    MultiStepLoop    MultiStepRunner
+    cpu       compiled, no ranks, no draft tokens     MultiStepLoop    MultiStepRunner
     others    others                                  Loop             Runner
     """
     is_fused = isinstance(model, FusedGPT)
     if model.device.type == "cuda":
-        if cuda_graphs and ranks is None and is_fused and model.backend.name == "triton":
+        if cuda_graphs and ranks is None and is_fused and model.backend.can_record:
             from .gpu.admission import in_groups
             from .gpu.graphs import GraphRunner
 
             return Steps(AheadLoop, GraphRunner, may_admit=in_groups, is_recorded=True)
         return Steps(AheadLoop, AheadRunner)
-    if is_fused and model.compiled is not None and ranks is None and not prompt_lookup:
+    if is_fused and model.compiled is not None and ranks is None and not has_drafts:
         from .loops.multi_step import MultiStepLoop, MultiStepRunner
 
         return Steps(MultiStepLoop, MultiStepRunner)
@@ -107,14 +110,11 @@ def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine
     return guard_class
 
 
-def choose_proposer(tokenizer, prompt_lookup: int) -> engine.DraftProposer | None:
-    """The proposer of draft tokens, if there is one."""
+def choose_proposer(
+    prompt_lookup: int, never: Set[int] = frozenset()
+) -> engine.DraftProposer | None:
+    """The proposer of draft tokens, if there is one. never: ids that are no draft tokens."""
     proposer = None
-    never: set[int] = set()
-    # features/calculator.py
-    end_of_call = python_end_id(tokenizer)
-    never = set() if end_of_call is None else {end_of_call}  # what follows it is the tool's
-
     # features/lookup.py
     if prompt_lookup:
         proposer = PromptLookup(prompt_lookup, never=never)
@@ -122,13 +122,44 @@ def choose_proposer(tokenizer, prompt_lookup: int) -> engine.DraftProposer | Non
     return proposer
 
 
-def check_prompt_lookup(prompt_lookup: int, device: torch.device) -> None:
-    """Raises ValueError where no draft tokens can be proposed."""
-    if prompt_lookup and device.type == "cuda":
+# features/answers.py
+def make_answer_lookup(answer_lookup: int, never: Set[int]) -> AnswerLookup:
+    """The proposer of the tokens of earlier answers."""
+    return AnswerLookup(answer_lookup, EarlierAnswers(), never=never)
+
+
+# features/draft.py
+def make_draft_model(
+    llm_class: type[engine.LLM], model, tokenizer, arguments: SimpleNamespace, never: Set[int]
+) -> DraftModel:
+    """The proposer of a draft model's tokens, with its engine."""
+    draft = open_draft(llm_class, model, tokenizer, arguments)
+    return DraftModel(draft, never=never)
+
+
+def check_drafts(arguments: SimpleNamespace, device: torch.device) -> None:
+    """Raises ValueError where no draft tokens can be proposed, or by several proposers, TypeError
+    for a draft model that is none."""
+    if not isinstance(arguments.draft, (str, PathLike, engine.LLM, type(None))):
+        raise TypeError(f"draft must be a path or an LLM, got {arguments.draft!r:.80}")
+    names = ("prompt_lookup", "answer_lookup", "draft")
+    sources = {name: value for name in names if (value := vars(arguments)[name]) not in (0, None)}
+    if len(sources) > 1:
         raise ValueError(
-            f"prompt_lookup={prompt_lookup} is for the loop of a CPU: on {device} a step "
-            "is planned before the last one's tokens are known, so there is no text to propose "
-            "draft tokens from; leave it 0, or give device='cpu'"
+            f"{' and '.join(sources)} are several sources of draft tokens: give one of them "
+            "(answer_lookup looks in the prompt, too)"
+        )
+    for name, value in sources.items():
+        if device.type == "cuda":
+            raise ValueError(
+                f"{name}={value!r} is for the loop of a CPU: on {device} a step is planned before "
+                "the last one's tokens are known, and there is no text to "
+                "propose draft tokens from; leave it out, or give device='cpu'"
+            )
+    if arguments.draft is not None and arguments.tensor_parallel > 1:
+        raise ValueError(
+            f"draft={arguments.draft!r} is chosen by measured times, and tensor_parallel="
+            f"{arguments.tensor_parallel} processes need the same steps: give prompt_lookup instead"
         )
 
 
@@ -160,6 +191,19 @@ def make_memory(model, config: EngineConfig) -> tuple:
         return make(model, config)
 
 
+def choose_batch_size(model, config: EngineConfig, ranks: Ranks | None) -> EngineConfig:
+    """A copy of config with max_batch_size for the memory of a GPU, where none is given."""
+    if config.max_batch_size or model.device.type != "cuda":
+        return config
+    from .gpu import memory
+
+    shape, dtype = model.kv_layout
+    num_tokens = config.with_defaults(model).max_batched_tokens
+    free = free_memory(model.device)
+    size = memory.choose_batch_size(shape, dtype.itemsize, num_tokens, free)
+    return replace(config, max_batch_size=size if ranks is None else ranks.least(size))
+
+
 def choose_cache_bytes(
     model,
     config: EngineConfig,
@@ -179,15 +223,16 @@ def choose_cache_bytes(
     if config.num_blocks is not None:
         return None
     if model.device.type == "cuda":
-        from .gpu.memory import gpu_cache_bytes
+        from .gpu.memory import UTILIZATION, gpu_cache_bytes
 
         num_bytes = gpu_cache_bytes(
             model,
             config.with_defaults(model),
-            utilization or 0.9,
+            utilization or UTILIZATION,
             make_memory=make_memory,
             make_runner=partial(make_runner, model, steps.runner_class),
             params_class=SamplingParams,
+            is_recorded=steps.is_recorded,
         )
     elif is_live or ranks is not None:
         num_bytes = min(free_memory(model.device) // 2, 2**32)  # as in the core

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 
 from .environment import free_memory
 
 # of messages of torch that are about memory; other errors keep their own words
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
+
+RELEASED_BYTES = 2**26  # see FilePages
 
 
 @contextmanager
@@ -26,7 +31,7 @@ def fits(what: str, device: torch.device) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:
         raise ValueError(
             f"no memory for {what}: {free_memory(device):,} bytes are free on {device}; lower "
-            "max_batched_tokens or num_blocks, or use a smaller model"
+            "max_batch_size, max_batched_tokens or num_blocks, or use a smaller model"
         ) from None
     except (MemoryError, RuntimeError) as error:  # numpy's and C++'s; torch's
         is_of_torch = isinstance(error, RuntimeError)
@@ -75,6 +80,53 @@ def set_torch_threads(count: int) -> None:
     """Let torch use `count` threads, unless it does: to set its number empties its caches."""
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
+
+
+class FilePages:
+    """The memory of files that tensors are mapped from, which is released while they are read: all
+    of a checkpoint's pages beside the model's own weights would be twice the memory."""
+
+    def __init__(self):
+        self.tensors: list[torch.Tensor] = []  # read since memory was last released
+        self.num_bytes = 0
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """Count a tensor that is not needed for the moment. Now and then the system gets the memory
+        of such tensors: what is read again comes from the file. Nothing happens to tensors that are
+        not mapped, nor to a mapping that was written to, whose content is in no file. For Linux."""
+        if sys.platform != "linux" or tensor.device.type != "cpu":
+            return
+        self.tensors.append(tensor)
+        self.num_bytes += tensor.nbytes
+        if self.num_bytes < RELEASED_BYTES:
+            return
+        stop = 0
+        for address in sorted(tensor.data_ptr() for tensor in self.tensors):
+            if address >= stop:
+                start, stop = clean_file_mapping(address)
+                if start > 0:
+                    size = ctypes.c_size_t(stop - start)
+                    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)
+        self.tensors = []
+        self.num_bytes = 0
+
+
+def clean_file_mapping(address: int) -> tuple[int, int]:
+    """The first address of the mapping of a file around an address, and the one behind its last.
+    (0, 0) if there is none, or if any of its pages was written to."""
+    start = stop = 0
+    with suppress(OSError, ValueError), open("/proc/self/smaps", "rb") as lines:
+        for line in lines:
+            name, *fields = line.split()
+            if b"-" in name:  # addresses, rights, offset, device, inode, path
+                if stop > 0:
+                    return start, stop  # the next mapping begins
+                first, last = (int(part, 16) for part in name.split(b"-"))
+                if first <= address < last and fields[3] != b"0":
+                    start, stop = first, last
+            elif stop > 0 and name == b"Anonymous:" and fields[0] != b"0":
+                return 0, 0  # a page was written to: it is this process's, and not the file's
+    return start, stop
 
 
 _computing_process: int | None = None  # the one in which an engine with several threads was made

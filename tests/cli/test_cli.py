@@ -663,6 +663,16 @@ def test_info_counts_k_and_v_in_int8(command):
         assert found["kv_bytes_per_token"] // layers * depth * slots == llm.stats()["cache_bytes"]
 
 
+def test_info_shows_how_the_kernels_of_a_gpu_compare(command, monkeypatch):
+    results = {"card": "a card, 9.0", "versions": ["2.13"], "kernels": {"draw": "", "norm": "off"}}
+    monkeypatch.setattr("microvllm.loading.compare_kernels", lambda *_: results)
+    monkeypatch.setattr(roofline, "bandwidth", lambda device: 1e9)
+    assert json.loads(command("info", "--check", "--json")[0])["check"] == results
+    out, _ = command("info", "--check")
+    assert "kernels   on a card, 9.0 (2.13)" in out
+    assert "draw: as plain torch" in out and "norm: off" in out
+
+
 def test_info_agrees_with_the_engine(era, command):
     flags = [f"--recipe={name}={value}" for name, value in era.overrides.items()]
     found = json.loads(command("info", era.directory, "--json", *flags)[0])

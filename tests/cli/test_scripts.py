@@ -69,7 +69,7 @@ def write(path: Path, rows: list) -> Path:
 
 def test_ci_runs_the_commands_of_the_readme():
     block = re.search(r"^```\w*\n(.+?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
-    commands = [line for line in block.splitlines() if line.strip()]
+    commands = [line for line in block.splitlines() if line.startswith("pip ")]
     steps = re.findall(r'^step "(.*)"$', (ROOT / ".ci" / "run").read_text(), re.M)
     assert len(commands) == 2
     assert steps[:2] == commands

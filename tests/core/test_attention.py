@@ -1,7 +1,10 @@
 """Attention over the block table against a dense loop that reads K and V through SequenceKVView."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.attention_cases import (
     DECODES,
     HEADS,
@@ -15,6 +18,7 @@ from helpers.attention_cases import (
 )
 from helpers.batches import slots_of
 
+from microvllm import attention
 from microvllm.attention import PagedKVCache, sdpa_attention
 from microvllm.model import GPTConfig
 
@@ -77,3 +81,28 @@ def test_a_cache_that_was_released_has_no_memory():
     assert cache.data.shape == (2, 2, 5, 1, 4, 16) and not cache.data.any()
     cache.release()
     assert cache.data.nbytes == 0 and not list(cache.layers(None))
+
+
+def test_attention_on_macs_gets_what_torch_does_right(monkeypatch):
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, 4, 16).transpose(1, 2)  # (2, 4, 3, 16)
+    keys, values = torch.randn(2, 2, 5, 2, 16).transpose(2, 3)
+    real, seen = F.scaled_dot_product_attention, []
+
+    def watched(q, keys, values, attn_mask=None, **options):
+        seen.append((q, keys, values, attn_mask))
+        assert not options and q.shape[1] == keys.shape[1] == values.shape[1]
+        assert attn_mask.dtype == q.dtype and attn_mask.shape == (2, 4, 3, 5)
+        assert all(x.is_contiguous() for x in seen[-1])
+        return real(q, keys, values, attn_mask=attn_mask)
+
+    for mask in (torch.ones(3, 5).tril(2).bool(), torch.ones(2, 1, 1, 5).bool()):
+        expected = attention.attend_masked(q, keys, values, mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", watched)
+            out = attention.attend_on_mps(q, keys, values, mask)
+        torch.testing.assert_close(out, expected)
+    assert len(seen) == 2
+    monkeypatch.setattr(attention, "attend_on_mps", lambda *tensors: "there")
+    on_mac = SimpleNamespace(device=SimpleNamespace(type="mps"))
+    assert attention.attend_masked(on_mac, None, None, None) == "there"

@@ -76,7 +76,7 @@ def test_one_step_ahead_the_token_after_the_end_is_dropped():
     assert other.finish_reason == "length"
 
 
-def test_one_step_ahead_nobody_is_planned_beyond_max_tokens():
+def test_one_step_ahead_no_sequence_is_planned_beyond_max_tokens():
     sim = Simulation()
     sim.add(text(5), max_tokens=3)
     rows = []

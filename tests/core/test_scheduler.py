@@ -1,5 +1,7 @@
 """The scheduler, driven without a model: which sequences run, and which are preempted."""
 
+import random
+
 import pytest
 from helpers.simulation import Simulation, crowded, text
 
@@ -25,7 +27,7 @@ def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_room():
     assert sim.started == [0, 1, 2]
 
 
-def test_a_steady_stream_of_requests_starves_nobody():
+def test_a_steady_stream_of_requests_starves_no_sequence():
     sim = Simulation(usable=10, max_batch_size=3, max_batched_tokens=6)
     first = sim.add(text(30, 0), max_tokens=9)
     for i in range(1, 40):
@@ -144,7 +146,7 @@ def test_several_victims_come_back_oldest_first():
     sim.drain()
 
 
-def test_nobody_is_admitted_in_a_step_in_which_someone_was_sent_away():
+def test_no_sequence_is_admitted_in_a_step_with_a_preemption():
     # with 8 tokens a step the first part of the victim would fit at once, and be sent away again
     sim = Simulation(usable=14, max_batched_tokens=8, caching=False)
     old, young = sim.add(text(8, 1), max_tokens=40), sim.add(text(36, 2))
@@ -224,3 +226,68 @@ def test_tokens_that_are_cut_off_are_not_counted():
     assert sim.scheduler.num_output_tokens == 4
     sim.scheduler.cut(seq, 6 + 2)
     assert sim.scheduler.num_output_tokens == 2 == len(seq.output)
+
+
+# pausing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("usable", [9, 40])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_sequences_that_pause_now_and_then_have_the_same_tokens(ahead, usable, caching):
+    rng = random.Random(usable)
+    sim = Simulation(usable=usable, caching=caching)
+    scheduler = sim.scheduler
+    for i in range(8):
+        sim.add(text(4 + i, i), max_tokens=12, n=1 + i % 2, tools=i % 3 == 0)
+    num_pauses = 0
+    while sim.is_busy() or scheduler.paused or sim.in_flight:
+        (sim.step_ahead if ahead else sim.step)()
+        for seq in list(scheduler.paused):
+            if rng.random() < 0.3:
+                scheduler.resume(seq)
+        for seq in [*scheduler.running, *scheduler.waiting]:
+            if rng.random() < 0.2 and seq.output:
+                scheduler.pause(seq)
+                num_pauses += 1
+        sim.check()
+    assert num_pauses > 15 and len(sim.finished) == 12
+    for seq in sim.finished:
+        assert seq.output == sim.wanted(seq)
+    assert sim.pool.num_free == sim.pool.num_usable
+
+
+def test_a_paused_sequence_keeps_its_blocks_until_others_need_them():
+    sim = Simulation(usable=6)
+    paused = sim.add(text(9, 1), max_tokens=8)
+    sim.step()
+    sim.scheduler.pause(paused)
+    table = list(paused.block_table)
+    other = sim.add(text(5, 2), max_tokens=3)
+    sim.step()
+    assert list(paused.block_table) == table == [1, 2, 3]
+    sim.scheduler.resume(paused)
+    assert list(paused.block_table) == table and paused in sim.scheduler.running
+    sim.scheduler.pause(paused)
+    large = sim.add(text(10, 3), max_tokens=8)
+    while large.finish_reason is None:
+        sim.step()
+    assert not paused.block_table and other.finish_reason == "length"
+    sim.scheduler.resume(paused)
+    sim.drain()
+    assert paused.output == sim.wanted(paused)
+
+
+def test_a_paused_sequence_can_be_aborted_and_reset():
+    sim = Simulation()
+    one = sim.add(text(9, 1))
+    two = sim.add(text(9, 2))
+    sim.step()
+    sim.scheduler.pause(one)
+    sim.scheduler.pause(two)
+    assert sim.abort(one) == [one] and list(sim.scheduler.paused) == [two]
+    sim.scheduler.reset()
+    assert list(sim.scheduler.waiting) == [two] and not sim.scheduler.paused
+    sim.slots.clear()
+    sim.drain()
+    assert two.output == sim.wanted(two)

@@ -3,6 +3,7 @@ exercise can be solved."""
 
 import difflib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -20,6 +21,7 @@ COURSE = ROOT / "course"
 SCRIPTS = sorted(COURSE.glob("step*.py"))
 NAMES = [script.stem for script in SCRIPTS]
 PAGES = [COURSE / f"{name[4:].replace('_', '-')}.md" for name in NAMES]
+CORE = "blocks", "scheduler", "attention", "engine"
 EARLY = NAMES[:9]  # the tenth is the engine, whose samples are drawn with other random numbers
 
 
@@ -115,6 +117,38 @@ def test_the_names_of_the_engine_exist():
             )  # fmt: skip
 
 
+def test_the_words_of_the_engine_exist():
+    """The table of step 1: names of the course in its steps, names of the engine in the core."""
+    page = PAGES[0].read_text(encoding="utf-8")
+    part = page[page.index("**The words of the engine.**") : page.index("**A question")]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|", part, re.M)[1:]
+    assert len(rows) == 7
+    core = [importlib.import_module(f"microvllm.{name}") for name in CORE]
+    steps = "".join(
+        script.read_text(encoding="utf-8") for script in [*SCRIPTS, COURSE / "common.py"]
+    )
+    for ours, theirs in rows:
+        for name in re.findall(r"`(\w+)`", ours):
+            assert re.search(rf"(def|class|self\.) ?{name}\b", steps), name
+        for name in re.findall(r"`([\w.]+)`", theirs):
+            owner, _, member = name.partition(".")
+            holders = [getattr(module, owner) for module in core if hasattr(module, owner)]
+            known = [*dir(holders[0]), *vars(holders[0]).get("__slots__", ())]
+            source = inspect.getsource(holders[0])
+            assert not member or member in known or f"self.{member}" in source, name
+
+
+def test_the_figure_of_a_d20_is_right():
+    page = PAGES[1].read_text(encoding="utf-8")
+    size = solutions.kv_bytes(20, 10, 128, 1, 2)
+    weights = 2 * (
+        2 * 65_536 * 1_280 + 20 * 12 * 1_280**2
+    )  # two embeddings, twelve squares a layer
+    for number in size, 2_048 * size, weights, 16 * 2_048 * size:
+        (line,) = [x for x in page.splitlines() if f" {number:,}" in x]
+        assert line.count("#") == round(number / 100e6)
+
+
 def test_the_pages_have_all_parts():
     for number, page in enumerate(PAGES, 1):
         text = page.read_text(encoding="utf-8")
@@ -164,6 +198,52 @@ def test_exercises(monkeypatch):
             assert check.verdict(number, solutions), name
 
 
+def test_every_exercise_has_three_hints():
+    hints = learn.load(COURSE / "hints.py").HINTS
+    assert [*hints] == [*range(1, 11)]
+    assert all(len(texts) == len({*texts}) == 3 for texts in hints.values())
+
+
+@pytest.fixture
+def mine(common):
+    """course/mine.py, which runs a step with the reader's function in it."""
+    return importlib.import_module("mine")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [6, 8, 9])
+def test_a_step_runs_with_the_readers_function(number, mine, common, model, monkeypatch, capsys):
+    """It is called, makes the same tokens, and is gone again after the run."""
+    name, calls = mine.STEPS[number][1], []
+    inner = getattr(solutions, name)
+
+    def counted(*words):
+        calls.append(words)
+        return inner(*words)
+
+    monkeypatch.setattr(solutions, name, counted)
+    old, new = mine.run(number, solutions, model=model)
+    assert calls and old.outputs == new.outputs
+    assert "The same tokens as the step before" in capsys.readouterr().out
+    assert not any(vars(common.mine).values())
+
+
+@pytest.mark.slow
+def test_a_wrong_function_of_the_reader_is_one_line(mine, common, model, monkeypatch):
+    empty = learn.load(COURSE / "exercises.py")
+    with pytest.raises(ValueError, match="`write` is not written yet"):
+        mine.run(6, empty, model=model)
+    monkeypatch.setattr(empty, "write", lambda *_: 1 / 0)
+    before = importlib.import_module(NAMES[5]).Pool.grow
+    with pytest.raises(ValueError, match="your `write` raised ZeroDivisionError"):
+        mine.run(6, empty, model=model)
+    assert importlib.import_module(NAMES[5]).Pool.grow is before
+    monkeypatch.setattr(empty, "victim", lambda running: len(running))
+    with pytest.raises(ValueError, match="your `victim` raised IndexError"):
+        mine.run(8, empty, model=model)
+    assert not any(vars(common.mine).values())
+
+
 DAMAGED = ("", "[]", "[" * 100_000, '{"ran": 1}', '{"ran": [[]], "solved": [], "folder": null}',
            '{"ran": [1e999], "solved": [], "folder": null}', '"ran"', "\xff")  # fmt: skip
 
@@ -196,12 +276,19 @@ def test_learn(tmp_path, monkeypatch, capsys):
 
     assert told().count("Step ") == 10
     assert "learn --start DIR" in told("1", "--check", status=2)
-    assert "wants the number" in told("--check", status=2)
+    for flag in "--check", "--hint", "--mine":
+        assert "needs the number" in told(flag, status=2)
     assert "1 to 10" in told("11", status=2)
     told("--start", str(work))
     assert "not written yet" in told("1", "--check", status=1)
     (work / "exercises.py").write_text(Path(solutions.__file__).read_text())
     assert "stays as it is" in told("--start", str(work))
+    assert "steps 6, 8 and 9, not 7" in told("7", "--mine", status=2)
+    hints = learn.load(COURSE / "hints.py").HINTS
+    for place, text in enumerate(hints[3], 1):
+        assert told("3", "--hint") == f"{place} of 3: {text}\n"
+    assert told("3", "--hint").count(" of 3: ") == 3  # all of them, once more
+    assert told("4", "--hint").startswith("1 of 3")
     assert "exercise 1: solved" in told("1", "--check", status=0)
     (work / "exercises.py").write_text("def (")
     assert "cannot be loaded" in told("1", "--check", status=2)
@@ -217,6 +304,13 @@ def test_learn(tmp_path, monkeypatch, capsys):
     assert ran == [str(SCRIPTS[1])]
     listed = told().splitlines()
     assert "solved" in listed[0] and " run" in listed[1] and listed[-1].endswith("learn 1")
+    told("1")
+    assert told().splitlines()[-1].startswith("next: exercise 2, microvllm learn 2 --check")
+    learn.write_state(solved=[1, 2])
+    assert told().splitlines()[-1] == "next: microvllm learn 3"
+    learn.write_state(ran=[*range(1, 11)], solved=[*range(1, 11)])
+    assert told().splitlines()[-1] == "you have run all steps and solved all exercises"
+    learn.write_state(ran=[2], solved=[1])
     learn.state_file().write_text("{")  # damaged: as if it were not there
     assert "solved" not in told()
     for damaged in '{"ran": 5, "folder": 7}', '{"ran": ["x"]}', '{"hints": [3]}', "[1]":

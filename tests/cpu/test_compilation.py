@@ -366,7 +366,7 @@ def test_a_helper_that_can_write_nothing(waits, helpers):
     assert "set NUMBA_CACHE_DIR to a folder of your own" in helpers.lines[1]
 
 
-def test_what_ends_the_waiting_leaves_a_helper_that_nobody_waits_for(helpers, monkeypatch):
+def test_an_end_of_the_waiting_leaves_a_helper_without_an_engine(helpers, monkeypatch):
     def interrupt(_):
         raise TimeoutError
 

@@ -38,6 +38,7 @@ from microvllm.cpu.gemm import (
     PackedBfloat16,
     PackedInt8,
     PackedLinear,
+    SharedFloat32,
 )
 from microvllm.fused.model import FusedGPT
 from microvllm.loading import load_model
@@ -486,3 +487,58 @@ def test_what_is_kept_on_disk_is_of_these_very_sources():
     assert [size for _, size in stamp] == [file.stat().st_size for file in files]
     for kernel in (_run, attention.attend_rows, gemm.multiply):
         assert kernel._cache._cache_file._source_stamp == (stamp, simd.AMX)
+
+
+# weights that are not packed: a live module's
+
+
+def shared_linear(parts: list[torch.Tensor], **options) -> SharedFloat32:
+    return SharedFloat32(parts, BACKEND, torch.float32, **options)
+
+
+@has_tiles
+@pytest.mark.parametrize("relu2", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 17, gemm.FEW_ROWS, gemm.FEW_ROWS + 1])
+def test_shared_weights_multiply_as_float64(two_threads, poisoned, rows, relu2):
+    for sizes, K in [((96, 32, 32), 64), ((4,), 16), ((20,), 192)]:
+        parts = [random(size, K, seed=i) for i, size in enumerate(sizes)]
+        x = random(rows, K, seed=9)
+        exact = x.double() @ torch.cat(parts).double().T
+        exact = exact.relu().square() if relu2 else exact
+        assert torch.allclose(shared_linear(parts, relu2=relu2)(x).double(), exact, atol=1e-4)
+
+
+@has_tiles
+def test_a_row_of_few_has_the_same_bits_beside_others():
+    linear = shared_linear([random(20, 64), random(8, 64, seed=1)])
+    x = random(23, 64, seed=2)
+    together = linear(x)
+    for first in range(len(x)):
+        assert torch.equal(linear(x[first : first + 3]), together[first : first + 3])
+
+
+@has_tiles
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([random(20, 65)], id="inputs"),
+        pytest.param([random(20, 64), random(5, 64)], id="outputs"),
+        pytest.param([random(64, 20).T], id="transposed"),
+    ],
+)
+def test_shared_weights_of_other_forms_are_multiplied_by_torch(parts):
+    linear = shared_linear(parts)
+    x = random(3, parts[0].shape[1], seed=3)
+    assert not linear.takes(x)
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, torch.cat(parts)))
+
+
+@has_tiles
+def test_shared_weights_are_read_at_each_product():
+    weight = torch.nn.Parameter(random(8, 64))
+    linear = shared_linear([weight])
+    x = random(2, 64, seed=4)
+    before = linear(x)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(linear(x), 2 * before)

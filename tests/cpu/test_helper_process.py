@@ -208,7 +208,7 @@ def test_a_lock_is_held_until_all_copies_are_closed(path):
     os.close(again)
 
 
-def test_a_lock_of_others_holds_nobody_up(path):
+def test_a_lock_of_another_process_delays_no_engine(path):
     """A file that they can read is one that they can lock."""
     theirs = hold(path, mode=0o644)
     assert process_lock.holder(path) is None

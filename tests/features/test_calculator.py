@@ -5,7 +5,8 @@ import pytest
 from helpers.full_engines import TOOL_GOLDENS, chain, everything_is_free, set_overlap
 
 from microvllm import SamplingParams
-from microvllm.features.calculator import ToolCalls, ToolDecoder
+from microvllm.features.calculator import Calculator, ToolCalls
+from microvllm.features.tools import ToolDecoder, find_marks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +91,7 @@ def test_streams_and_texts_agree_and_each_token_of_an_event_has_a_mask(stop, max
 def test_a_character_that_a_call_cuts_off_is_shown_before_the_call():
     with chain() as llm:
         mark = llm.tokenizer.special_tokens["<|python_start|>"]
-        decoder = ToolDecoder(llm.tokenizer)
+        decoder = ToolDecoder(llm.tokenizer, [find_marks(Calculator(), llm.tokenizer)])
         ids = [0xF0, 0x9F, mark, ord("1")]  # a toy vocabulary: the first ids are bytes
         assert "".join(map(decoder.push, ids)) == "\ufffd`1"
 

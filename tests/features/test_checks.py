@@ -623,3 +623,11 @@ def test_tokens_are_the_same_with_one_thread_and_with_torchs(llm):
     with LLM(MODEL, device="cpu", attention="sdpa", num_blocks=40, num_threads=1) as one:
         (output,) = one.generate([GOOD], GREEDY, use_tqdm=False)
     assert output.token_ids == expected.token_ids
+
+
+def test_a_card_whose_driver_is_too_old_is_explained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for problem, words in ((None, "device='auto' takes what"), ("the driver is old", "is old")):
+        monkeypatch.setattr("microvllm.features.checks.cuda_problem", lambda it=problem: it)
+        with pytest.raises(ValueError, match=f"device 'cuda' is not available here; .*{words}"):
+            checks.check_device("cuda")

@@ -9,8 +9,9 @@ from helpers.nanochat_engines import BOOKS, CHAIN, TOOLS, Methods
 
 from microvllm import LLM, SamplingParams
 from microvllm.checkpoint import load_model
-from microvllm.features.calculator import ToolDecoder
+from microvllm.features.calculator import Calculator
 from microvllm.features.foreign import wrap_tokenizer
+from microvllm.features.tools import ToolDecoder, find_marks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,7 +99,7 @@ def test_a_text_that_cannot_be_decoded_harms_no_other_request(options):
 def test_a_call_shows_whole_characters_with_any_tokenizer():
     tokenizer = wrap_tokenizer(Methods(BOOKS), BOOKS.vocab_size)
     ids = BOOKS.encode("né – 中文")
-    decoder = ToolDecoder(tokenizer)
+    decoder = ToolDecoder(tokenizer, [find_marks(Calculator(), tokenizer)])
     start, end = (BOOKS.encode_special(f"<|python_{edge}|>") for edge in ("start", "end"))
     pieces = [decoder.push(token_id) for token_id in [*ids, start, *ids, end]]
     assert "".join(pieces) + decoder.flush() == "né – 中文`né – 中文`"

@@ -44,7 +44,7 @@ from microvllm.features import logits as feature
 from microvllm.features.logits import LogitsExtension, unpack_logprobs
 from microvllm.loading import pick_backend
 from microvllm.sampler import to_device, uniform_numbers
-from microvllm.scheduler import Chunk, Draw, Plan, Sequence
+from microvllm.scheduler import Chunk, Plan, Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,7 +84,7 @@ def planned(params, history=None) -> Plan:
     for p, h in zip(params, history or history_of(len(params)), strict=True):
         seq = Sequence(len(plan.draws), h.tokens[: h.num_prompt], p, stop_token_ids=h.stop_ids)
         seq.token_ids = h.tokens
-        plan.draws.append(Draw(len(plan.chunks), seq, h.position))
+        plan.draws.append(len(plan.chunks), seq, h.position)
         plan.chunks.append(Chunk(seq, h.position - 1, h.position, ()))
     return plan
 

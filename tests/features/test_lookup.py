@@ -14,8 +14,8 @@ from helpers.full_engines import assert_idle, build, greedy, sampled
 from helpers.goldens import ERAS, MODEL
 from helpers.naive import assert_naive
 from helpers.records import Record
-from helpers.sampling import ban_even
 from helpers.simulation import Simulation, make_blocks, text
+from helpers.speculation import AGAIN, TEXTS, WAYS, shorn
 from helpers.traces import compare
 from helpers.windows import WINDOWED, beyond
 
@@ -27,12 +27,7 @@ from microvllm.trace import Replay
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-TEXTS = [
-    "It was a dark night, and the rain fell. It was a dark night, and the rain",
-    "one, two, three, four, one, two, three, four, one, two,",
-]
 MAX_ROWS = PromptLookup.max_rows
-AGAIN = [(ids(7, 1) * 4, greedy(24)), (ids(3, 2) * 9, sampled(24, seed=5, temperature=0.5))]
 
 
 # the draft tokens themselves ----------------------------------------------------------------------
@@ -136,7 +131,7 @@ def test_no_guess_goes_beyond_the_token_budget_or_the_length():
         scheduler, (seq,) = decoding(90, [1] * 5, max_tokens=max_tokens)
         plan = scheduler.schedule()
         assert lengths(plan) == [min(max_tokens - 1, MAX_ROWS)]
-        assert plan.draws[-1].position == min(5 + max_tokens - 1, 6 + MAX_ROWS - 1)
+        assert plan.draws.positions[-1] == min(5 + max_tokens - 1, 6 + MAX_ROWS - 1)
         scheduler.update(plan, [1] * len(plan.draws))
         assert seq.token_ids == [1] * min(5 + max_tokens, 6 + MAX_ROWS)
         assert (seq.finish_reason == "length") == (len(seq.token_ids) == 5 + max_tokens)
@@ -206,34 +201,6 @@ def pair():
     options = {"device": "cpu", "num_blocks": 100, "deterministic": True, "max_model_len": 400}
     with LLM(MODEL, **options) as plain, LLM(MODEL, **options, prompt_lookup=6) as guessing:
         yield plain, guessing
-
-
-def shorn(outputs: list[dict]) -> list[dict]:
-    """Outputs without what depends on the cache."""
-    return [
-        {k: v for k, v in o.items() if k not in ("request_id", "num_cached_tokens")}
-        for o in outputs
-    ]
-
-
-WAYS = {
-    "greedy": {"temperature": 0},
-    "sampled": {"temperature": 0.8},
-    "top_p": {"temperature": 0.7, "top_p": 0.8},
-    "top_k and min_p": {"temperature": 0.7, "top_k": 9, "min_p": 0.05},
-    "penalties": {"temperature": 0.3, "repetition_penalty": 1.1, "presence_penalty": 0.1},
-    "frequency": {"temperature": 0, "frequency_penalty": 0.02},
-    "three samples": {"temperature": 0.4, "n": 3},
-    "stop string": {"temperature": 0, "stop": ["ell", "hree"]},
-    "stop string of several tokens": {"temperature": 0, "stop": ["night, and", "two, three, four"]},
-    "stop tokens": {"temperature": 0, "stop_token_ids": [257, 300, 11]},
-    "an end in time": {"temperature": 0, "ignore_eos": False},
-    "min_tokens": {"temperature": 0.3, "min_tokens": 12, "ignore_eos": False},
-    "bad words": {"temperature": 0, "bad_words": ["rain", "two"]},
-    "bias": {"temperature": 0.4, "logit_bias": {300: 2, 301: -5}},
-    "only these": {"temperature": 0.5, "allowed_token_ids": [40, 41, 42, 43]},
-    "processor": {"temperature": 0, "logits_processor": ban_even},
-} | {f"max_tokens {n}": {"temperature": 0, "max_tokens": n} for n in (1, 2, 3, 4, 5)}
 
 
 def test_the_blocks_of_guesses_are_in_the_cache_when_a_text_ends_with_them():
@@ -456,8 +423,8 @@ def test_it_is_a_number_of_tokens(value, error, words):
 
 
 def test_it_is_refused_where_the_loop_is_a_step_ahead(monkeypatch):
-    monkeypatch.setattr(full, "pick_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ValueError, match="prompt_lookup=3 .* on cuda .* leave it 0"):
+    monkeypatch.setattr(full, "find_device", lambda _: torch.device("cuda"))
+    with pytest.raises(ValueError, match="prompt_lookup=3 .* on cuda .* leave it out"):
         LLM(MODEL, prompt_lookup=3)
 
 

@@ -499,7 +499,7 @@ def test_a_fork_says_that_the_engine_is_not_its_own():
 
 
 def press_ctrl_c_at(count: int):
-    """A logits_processor that presses Ctrl-C when a sample has so many tokens, once."""
+    """A logits_processor that presses Ctrl-C once, when a sample has this number of tokens."""
     pressed = []
 
     def judge(tokens, logits):

@@ -27,7 +27,7 @@ from microvllm.features.windows import (
     most_blocks,
 )
 from microvllm.model import GPTConfig
-from microvllm.scheduler import Chunk, Draw, Plan, Sequence
+from microvllm.scheduler import Chunk, Draw, DrawList, Plan, Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 both_loops = pytest.mark.parametrize("overlap", [False, True])
@@ -84,7 +84,7 @@ def test_a_layer_finds_its_own_blocks():
     seq = Sequence(0, [0] * 8, Params())
     seq.block_table.extend([1, 2, 3, 4, 0, 6])  # the first block of the second group left
     blocks = grouped(9, windows=(-1, 8, 8))
-    plan = Plan(chunks=[Chunk(seq, 0, 8)], draws=[Draw(0, seq, 8)])
+    plan = Plan(chunks=[Chunk(seq, 0, 8)], draws=DrawList([Draw(0, seq, 8)]))
     batch = make_batch(plan, blocks)
     tables = [[2, 0], [2, 0], [3, 6], [1, 4], [1, 4]]
     for layer, (k, v, seen) in enumerate(cache.layers(batch)):

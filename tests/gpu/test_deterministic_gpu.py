@@ -11,9 +11,9 @@ from triton.runtime import interpreter
 
 from microvllm import LLM, SamplingParams
 from microvllm.engine import Loop
-from microvllm.gpu import steps
+from microvllm.gpu import elementwise
 from microvllm.gpu.attention import fixed_attention
-from microvllm.gpu.steps import linear
+from microvllm.gpu.elementwise import linear
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def matrix_unit(monkeypatch):
 
 
 def test_the_tiled_product_is_a_product_and_its_rows_do_not_know_each_other(monkeypatch):
-    monkeypatch.setattr(steps, "NARROW", 100)  # so that there are both sizes of tiles
+    monkeypatch.setattr(elementwise, "NARROW", 100)  # so that there are both sizes of tiles
     rows = 300 if CUDA else 70
     device = torch.device("cuda" if CUDA else "cpu")
     for dtype, error in ((torch.float32, 2e-6), (torch.float16, 1e-3)):

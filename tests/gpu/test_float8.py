@@ -9,7 +9,6 @@ import torch
 from helpers.goldens import MODEL, ROOT
 
 from microvllm import LLM
-from microvllm.fused.backend import Backend
 from microvllm.gpu.backend import Float8, GpuBackend, fp8_rows
 from microvllm.model import GPTConfig
 
@@ -26,7 +25,7 @@ def test_a_float8_product_is_what_its_numbers_say(rows):
     torch.manual_seed(0)
     parts = [torch.randn(n, 64) * 3 for n in (48, 16, 20)]  # 84 outputs: no multiple of 16
     parts[0][5] *= 100
-    linear = Float8(parts, Backend(CPU, torch.float32), torch.float32, rows=70)
+    linear = Float8(parts, GpuBackend(CPU, torch.float32), torch.float32, rows=70)
     x = torch.randn(rows, 64)
     (x8, worth), weight = fp8_rows(x), dense(linear)
     assert weight.shape == (84, 64) and linear.weight.dtype == x8.dtype == torch.float8_e4m3fn

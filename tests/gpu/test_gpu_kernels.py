@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.gpu_kernels import CUDA
 
-from microvllm.gpu.steps import _few_rows
+from microvllm.gpu.elementwise import _few_rows
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, which import one another

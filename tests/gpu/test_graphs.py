@@ -9,7 +9,6 @@ import gc
 import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import product
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -27,12 +26,12 @@ from triton.runtime.interpreter import GridExecutor
 from microvllm import LLM, SamplingParams, model
 from microvllm.attention import PagedKVCache, make_batch
 from microvllm.checkpoint import find_step, read_checkpoint
-from microvllm.gpu import graphs, launch, steps
+from microvllm.gpu import elementwise, graphs, launch
 from microvllm.gpu.backend import Float8, TritonBackend
 from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step
 from microvllm.loops.ahead import AheadLoop, AheadRunner
 from microvllm.runner import Hooks
-from microvllm.scheduler import Chunk, Draw, Plan, Sequence
+from microvllm.scheduler import Chunk, Draw, DrawList, Plan, Sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,8 +70,8 @@ class FakeGraph:
 
     clock = 0.0  # of all of them
 
-    def __init__(self, graphs, size: int, outputs: tuple = ()):
-        self.step, self.calls = partial(graphs.decode, size, outputs), []
+    def __init__(self, graphs, size: int, few_rows: bool = False):
+        self.step, self.calls = partial(graphs.decode, size, few_rows), []
 
     def replay(self):
         if not self.calls:
@@ -99,6 +98,10 @@ class FakeEvent:
         return other.at - self.at
 
 
+def with_many_outputs(product, *args, **options):
+    return product(*args, **options | {"outputs": 128})
+
+
 @contextmanager
 def no_card():
     """torch.cuda's graphs, and its pinned memory, on the CPU."""
@@ -117,13 +120,15 @@ def no_card():
         # weights as they are on a GPU, and not in an order that a CPU likes better
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         patch.setattr("microvllm.gpu.backend.has_triton", lambda device: True)
-        patch.setattr(graphs, "OUTPUTS", ((256, 128),))  # an interpreter likes few programs
+        for name in "norm_linear", "linear_add":  # an interpreter likes few programs
+            product = getattr(elementwise, name)
+            patch.setattr(graphs, name, partial(with_many_outputs, product))
         patch.setattr(torch.cuda, "Event", FakeEvent)
         patch.setattr(torch.cuda, "Stream", lambda device: "theirs")
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
         # an interpreter is slow: a step is captured when it is first wanted, and nothing is timed
-        patch.setattr(DecodeGraphs, "record", lambda *args: FakeGraph(*args))
+        patch.setattr(DecodeGraphs, "record", lambda *args, **kw: FakeGraph(*args, **kw))
         yield
 
 
@@ -205,9 +210,9 @@ def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list:
     return [[sample["token_ids"] for sample in output["samples"]] for output in outputs]
 
 
-WAYS = ["library", *(f"few_rows, {n}" for n in (graphs.OUTPUTS if CUDA else [(256, 128)]))]
+WAYS = ["library", graphs.FEW_ROWS]
 if CUDA and launch.can_start_early(torch.device("cuda", 0)):
-    WAYS += [f"{way}, early" for way in WAYS[1:]]
+    WAYS.append(graphs.EARLY)
 
 
 # the interpreter is slow: without a card the one with all of our kernels, with FUZZ the others too
@@ -217,6 +222,7 @@ def pair(request) -> tuple[LLM, LLM]:
     run a step of a few rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "fastest", lambda times: request.param)
+        patch.setattr(launch, "TRIES_EARLY_START", request.param == graphs.EARLY)
         if not CUDA:
             patch.setattr(DecodeGraphs, "choose", lambda self, size, graphs: self.graphs.update(
                 {size: graphs[request.param]}))  # fmt: skip
@@ -335,8 +341,20 @@ def test_in_a_graph_too_layers_of_a_window_have_blocks_of_their_own(monkeypatch)
 @pytest.mark.parametrize(
     "name", [pytest.param(e, marks=[pytest.mark.slow] * (e != "era5")) for e in ERAS]
 )
-def test_few_rows_are_what_the_model_makes_of_them(name):
-    """The logits, and what is written to the cache; contexts within the windows and beyond."""
+def test_few_rows_are_what_the_model_makes_of_them(name, monkeypatch):
+    """The logits, and what is written to the cache; contexts within the windows and beyond. Each
+    kernel more is compiled at every first start: two products with a norm, two with an addition."""
+    kernel, variants = elementwise._few_rows, set()
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                variants.add((*(x is None for x in args[:8]), *args[11:]))
+                kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(elementwise, "_few_rows", Spy())
     llm = build(name, False, device="cuda" if CUDA else "cpu", max_model_len=150)
     kv = PagedKVCache(llm.model.config, 60, 4, torch.float32, llm.device)
     vocab, tables = llm.model.config.vocab_size, ([1, 2], [3], list(range(4, 40)))
@@ -353,19 +371,21 @@ def test_few_rows_are_what_the_model_makes_of_them(name):
         after = kv.data.clone()
         llm.model.backend = TritonBackend(llm.device, torch.float32)
         can = launch.can_start_early(llm.device)
-        for outputs, early in product(graphs.OUTPUTS, (False, True)[: 1 + can]):
+        for early in (False, True)[: 1 + can]:
             kv.data.copy_(before)
             with launch.early_start(early):
-                logits = few_rows_step(llm.model, batch, kv, outputs)
+                logits = few_rows_step(llm.model, batch, kv)
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(kv.data, after, rtol=1e-4, atol=1e-4)
     assert not torch.equal(before, after)
+    recipe = llm.model.recipe  # its head has lambdas as a layer has, or neither has any
+    assert len(variants) == (4 if recipe.smear or not recipe.lambdas else 5)
 
 
 class Recorder(DecodeGraphs):
     """Chooses for one row among graphs that only say what they would do; numbers are tokens.
     waits: do those that start early wait for the others? If not, they read what is left in the
-    buffer of the run before."""
+    buffer of the run before, in a context of more than a block."""
 
     is_broken, buffer = False, 0.0
 
@@ -375,67 +395,74 @@ class Recorder(DecodeGraphs):
         self.num_groups, self.num_columns, self.row_len = 1, 1, 11
         self.inputs, self.logits = torch.zeros(11, dtype=torch.int32), torch.zeros(1, 50)
         self.seconds, self.ways, self.added, self.waits = seconds, {}, logits, waits
-        self.recorded, self.graphs = [], {}
+        self.recorded, self.graphs, self.max_positions, self.contexts = [], {}, 300, set()
         self.graphs[1] = self.record(1)
         self.choose(1, self.record_few_rows([1])[1])
 
-    def record(self, size, outputs=()):
+    def record(self, size, few_rows=False):
         early = launch.starts_early.get()
-        way = f"few_rows, {outputs}" + ", early" * early if outputs else "library"
+        way = graphs.EARLY if early else graphs.FEW_ROWS if few_rows else "library"
         self.recorded.append(way)
 
         def replay():
             FakeGraph.clock += self.seconds[way]
-            token = float(self.inputs[0])
-            self.logits[:] = self.added + (token if self.waits or not early else self.buffer)
+            token, position, length = (int(self.inputs[i]) for i in (0, 2, 3))
+            assert length == position + 1
+            self.contexts.add(length)
+            is_late = early and not self.waits and length > 16
+            self.logits[:] = self.added + (self.buffer if is_late else token)
             self.buffer = token
 
         return SimpleNamespace(way=way, replay=replay)
 
 
-A, B = "few_rows, (2, 1)", "few_rows, (4, 4)"
-NAMES = "library", A, B, f"{A}, early", f"{B}, early"
+NAMES = ["library", graphs.FEW_ROWS, graphs.EARLY]
 
 
 @pytest.fixture
 def early(monkeypatch):
     monkeypatch.setattr(launch, "can_start_early", lambda device: True)
-    monkeypatch.setattr(graphs, "OUTPUTS", ((2, 1), (4, 4)))
+    monkeypatch.setattr(launch, "TRIES_EARLY_START", True)
 
 
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
-@pytest.mark.parametrize("wins", ["library", A, f"{B}, early"])
+@pytest.mark.parametrize("wins", NAMES)
 def test_the_fastest_way_is_kept(wins, early):
     chosen = Recorder(dict.fromkeys(NAMES, 3.0) | {wins: 2.0})
     assert chosen.ways[1] == chosen.graphs[1].way == wins
-    assert chosen.recorded == list(NAMES)  # what is likelier to fail comes later
+    assert chosen.recorded == NAMES  # what is likelier to fail comes later
+    assert chosen.contexts == {1 + i * 299 // 7 for i in range(8)}
     assert not chosen.inputs.any()
 
 
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
 def test_kernels_that_start_early_and_err_are_not_kept(early):
-    seconds = dict.fromkeys(NAMES, 3.0) | {A: 2.0, f"{A}, early": 1.0}
+    seconds = dict.fromkeys(NAMES, 3.0) | {graphs.FEW_ROWS: 2.0, graphs.EARLY: 1.0}
     for logits in 0.0, torch.nan:  # the same, also where they are no numbers
-        assert Recorder(seconds, logits=logits).ways == {1: f"{A}, early"}
+        assert Recorder(seconds, logits=logits).ways == {1: graphs.EARLY}
     # the run before had another token: its numbers are not taken for the right ones
     with pytest.warns(UserWarning, match="start early"):
-        assert Recorder(seconds, waits=False).ways == {1: A}
+        assert Recorder(seconds, waits=False).ways == {1: graphs.FEW_ROWS}
 
 
 @pytest.mark.skipif(CUDA, reason="a card has its own opinion")
-@pytest.mark.parametrize("broken, kept", [([A], B), ([A, B], "library")])
-def test_a_way_that_cannot_be_recorded_is_not_kept(broken, kept, early, monkeypatch):
+def test_a_way_that_cannot_be_recorded_is_not_kept(early, monkeypatch):
     record = Recorder.record
 
-    def failing(self, size, outputs=()):
-        if f"few_rows, {outputs}" in broken or launch.starts_early.get():
+    def failing(self, size, few_rows=False):
+        if few_rows:
             raise RuntimeError("out of registers")
-        return record(self, size, outputs)
+        return record(self, size)
 
     monkeypatch.setattr(Recorder, "record", failing)
-    seconds = {"library": 3.0, A: 1.0, B: 2.0}
-    with pytest.warns(UserWarning, match=r"'few_rows, \(2, 1\)' here: .*out of registers"):
-        assert Recorder(seconds).ways == {1: kept}
+    with pytest.warns(UserWarning, match="'few_rows(, early)?' here: .*out of registers"):
+        assert Recorder({"library": 3.0}).ways == {1: "library"}
+
+
+@pytest.mark.skipif(CUDA, reason="a card has its own opinion")
+def test_nothing_starts_early_unless_the_environment_says_so(monkeypatch):
+    monkeypatch.setattr(launch, "can_start_early", lambda device: True)
+    assert Recorder(dict.fromkeys(NAMES, 3.0)).recorded == NAMES[:2]
 
 
 class Captures:
@@ -456,7 +483,7 @@ class Captures:
         patch.setattr(DecodeGraphs, "choose", lambda self, size, ways: self.ways.update(
             {size: list(ways)}))  # fmt: skip
         self.ran: list[tuple] = []
-        ran = lambda made, size, outputs: self.ran.append((size, outputs))  # noqa: E731
+        ran = lambda made, size, few_rows: self.ran.append((size, few_rows))  # noqa: E731
         patch.setattr(DecodeGraphs, "decode", ran)
 
     @contextmanager
@@ -481,28 +508,28 @@ RECORD, DECODE = DecodeGraphs.record, DecodeGraphs.decode
 
 @pytest.mark.skipif(CUDA, reason="a card has its own captures")
 def test_a_capture_that_fails_is_the_last_one(early, monkeypatch):
-    captures = Captures(5, monkeypatch)
-    with pytest.warns(UserWarning, match=r"1 rows by 'few_rows, \(2, 1\)' here: .*not permitted"):
+    captures = Captures(4, monkeypatch)
+    with pytest.warns(UserWarning, match=r"1 rows by 'few_rows' here: .*not permitted"):
         made = captures.make(2)
-    assert len(captures.seen) == 5 and graphs.FAILED == captures.seen[-1:]
+    assert len(captures.seen) == 4 and graphs.FAILED == captures.seen[-1:]
     assert captures.current == "ours" and captures.ended == [(None, "pool")]
-    assert made.ways == {2: ["library", A, B], 1: ["library"]}
+    assert made.ways == {2: ["library", graphs.FEW_ROWS], 1: ["library"]}
     captures = Captures(2, monkeypatch)
     with pytest.raises(RuntimeError, match="not permitted"):  # without it there are no graphs
         captures.make(2)
     assert captures.current == "ours" and len(graphs.FAILED) == 1
 
 
-@pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout"])
+@pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout", "wrong"])
 def test_few_rows_want_plain_matrices(kind):
     llm = build("era5", False, device="cuda" if CUDA else "cpu")
     linears = llm.model.linears
+    llm.model.backend.few_rows = kind != "wrong"  # as the self-check says
     if kind == "deterministic":  # as it is on a GPU
-        llm.model.backend.product = steps.linear
+        llm.model.backend.product = elementwise.linear
     if kind == "of another layout":
         linears[next(iter(linears))] = object.__new__(Float8)
-    plain = kind == "plain" and launch.TRITON_34 and torch.version.hip is None
-    assert graphs.takes_few_rows(llm.model) == plain
+    assert graphs.takes_few_rows(llm.model) == (kind == "plain")
 
 
 @pytest.mark.skipif(CUDA, reason="with a stand-in for the device")
@@ -516,7 +543,7 @@ def test_a_token_that_could_not_be_drawn_is_an_id_like_any_other(monkeypatch):
     monkeypatch.setattr(graphs, "sample", lambda *args: drawn)
     for ids in [3, 4], [~1, ~0]:
         made.split(made.inputs, 2)[0][0] = torch.tensor(ids)
-        DECODE(made, 2, ())
+        DECODE(made, 2, False)
     assert seen == [[3, 4], [0, 7]] and made.token_ids.tolist() == [7, -1]
 
 
@@ -532,7 +559,7 @@ def planned(chunks: list[tuple[int, int]], draws: list[int], **kwargs) -> Plan:
         seq.block_table.extend(range(1, 2 + len(seq.token_ids) // 4))
     return Plan(
         chunks=[Chunk(seq, *chunk) for seq, chunk in zip(seqs, chunks, strict=True)],
-        draws=[Draw(i, seqs[i], chunks[i][1]) for i in draws],
+        draws=DrawList(Draw(i, seqs[i], chunks[i][1]) for i in draws),
     )
 
 
@@ -584,13 +611,14 @@ def test_a_step_that_is_no_graph_is_one_upload_from_pinned_memory(monkeypatch):
 )
 def test_sizes_go_up_to_the_largest_batch_and_not_beyond(max_batch_size, sizes, monkeypatch):
     with no_card():
-        monkeypatch.setattr(graphs, "OUTPUTS", ((2, 1),))
         captures = Captures(0, monkeypatch)
         made = captures.make(max_batch_size)
     assert made.sizes == sizes == sorted(made.graphs)
-    few = [size for size in reversed(sizes) if size <= 8]
-    assert made.ways == {size: ["library", A] for size in few}
+    few = [size for size in reversed(sizes) if size <= 2]
+    assert made.ways == {size: ["library", graphs.FEW_ROWS] for size in few}
     # the library's first; each is run, then recorded
-    recorded = [(size, ()) for size in reversed(sizes)] + [(size, (2, 1)) for size in few]
+    recorded = [(size, False) for size in reversed(sizes)] + [(size, True) for size in few]
     assert captures.ran == [one for one in recorded for _ in range(2)]
     assert made.num_columns == 3 and gc.get_freeze_count() == 0
+    if max_batch_size == 512:
+        assert len(captures.seen) == 38

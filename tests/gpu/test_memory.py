@@ -4,16 +4,18 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from helpers.goldens import MODEL
+from helpers.goldens import FIXTURES, MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, engine, loading, resources
 from microvllm.checkpoint import find_step, read_checkpoint
+from microvllm.features import logits
 from microvllm.features.windows import make_memory
 from microvllm.gpu import memory
-from microvllm.model import rotary_bytes
-from microvllm.parts import make_runner
+from microvllm.model import GPTConfig, rotary_bytes
+from microvllm.parts import choose_batch_size, make_runner
 from microvllm.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,8 +87,8 @@ def test_the_largest_step_is_tried_and_no_larger_one(
 
 
 def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
-    """Of a card with so much free, 0.9 is for us; 3 MB is what activations took, and the recorded
-    steps have as much again."""
+    """Of a card with so much free, 0.9 is for us; 3 MB is what activations took. Recorded steps
+    have memory of their own: some of a full batch's activations, and its logits."""
     with LLM(MODEL, device="cpu", max_batch_size=8) as llm:
         # a block of all layers is three of two layers each. 1,024 tokens are in 64 blocks, of the
         # layers with a window of 256 in 17 twice: no more than all sequences can fill
@@ -100,8 +102,9 @@ def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
         card = torch.device("cuda", 0)
         model = SimpleNamespace(
-            device=card, config=llm.model.config, init_rotary=lambda max_len: None
-        )
+            device=card, config=llm.model.config, init_rotary=lambda max_len: None,
+            dtype=torch.float32,
+        )  # fmt: skip
         monkeypatch.setattr(memory, "warm_up", lambda *_: None)
         measure = partial(
             memory.gpu_cache_bytes,
@@ -110,17 +113,20 @@ def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
             make_memory=lambda *_: (None, None),
             make_runner=lambda *_: None,
             params_class=SamplingParams,
+            is_recorded=False,
         )
-        assert measure(0.9) == 180_000_000 - 6_000_000
+        assert measure(0.9) == 180_000_000 - 3_000_000
+        recorded = 8 * 4 * (llm.model.config.vocab_size + 12 * llm.model.config.n_embd)
+        assert measure(0.9, is_recorded=True) == 177_000_000 - recorded
 
         def num_blocks(utilization: float, num_wanted: int = 2000) -> int:
             config = replace(llm.config, num_blocks=None, cache_bytes=measure(utilization))
             return choose_num_blocks(model, config, num_wanted, block_bytes)
 
         tables = rotary_bytes(llm.model.config, 1024)
-        assert num_blocks(0.9) == (174_000_000 - tables) // (block_bytes + 48) < 2000
+        assert num_blocks(0.9) == (177_000_000 - tables) // (block_bytes + 48) < 2000
         with pytest.raises(
-            ValueError, match="no memory for .* num_blocks=2 .*and -4,000,000 are free"
+            ValueError, match="no memory for .* num_blocks=2 .*and -1,000,000 are free"
         ):
             num_blocks(0.01)
         assert num_blocks(0.9, num_wanted=20) == 20
@@ -129,7 +135,7 @@ def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
         monkeypatch.setattr(memory, "warm_up", no_room)
-        with pytest.raises(ValueError, match="no memory for steps of max_batched_tokens=1024: .*"):
+        with pytest.raises(ValueError, match="of max_batched_tokens=1024 and max_batch_size=8: .*"):
             measure(0.9)
 
 
@@ -173,3 +179,70 @@ def test_weights_that_do_not_fit_are_refused_in_bytes(monkeypatch):
         match=r"no memory for weights of [\d,]{9,} bytes in torch.float32: 1,234,567 bytes are",
     ):
         loading.build_model(*found, torch.device("cuda", 0), "float32")
+
+
+def peak_bytes(runner: Runner, num_rows: int, num_draws: int, **params) -> int:
+    """Bytes that a step allocates, as far as they exist at the same time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        memory.compute(runner, [num_rows], SamplingParams(seed=0, **params), num_draws)
+    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(np.cumsum(sizes))
+
+
+def test_the_formulas_are_what_a_step_takes(monkeypatch):
+    """In plain torch, whose steps take more than Triton's; attention on a GPU gathers nothing."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(logits, "CACHED_LOGITS", logits.EDITED_LOGITS)  # as on a GPU
+    assert memory.EDITED_LOGITS == logits.EDITED_LOGITS
+    fixture = FIXTURES["era5"]  # which keeps the middle layer's, too
+    options = {"tokenizer_path": fixture.tokenizer, "attention": "sdpa", "device": "cpu"}
+    with LLM(fixture.directory, num_blocks=300, max_batched_tokens=256, **options) as llm:
+        monkeypatch.setattr(llm.model.backend, "attend", lambda q, *_: torch.empty_like(q))
+        cache, blocks = make_memory(llm.model, replace(llm.config, num_blocks=1))
+        runner = make_runner(llm.model, Runner, cache, blocks)
+        compute = partial(peak_bytes, runner)
+        shape = llm.model.config
+        compute(2, 1)  # what only the first one makes
+        assert 0.6 < compute(250, 1) / memory.forward_bytes(shape, 250, 4) <= 1
+        # a kernel draws on a GPU, and makes no copies
+        runner.sample = lambda logits, *_: torch.zeros(len(logits), dtype=torch.int32)
+        assert 0.6 < compute(2, 64, **memory.ALL_FILTERS) / memory.draw_bytes(shape, 64, 4) <= 1
+        # of more draws than are edited at a time only the logits grow
+        monkeypatch.setattr(logits, "CACHED_LOGITS", 20 * shape.vocab_size)
+        monkeypatch.setattr(memory, "EDITED_LOGITS", 20 * shape.vocab_size)
+        assert 0.6 < compute(2, 90, **memory.ALL_FILTERS) / memory.draw_bytes(shape, 90, 4) <= 1
+
+
+def test_the_batch_is_as_large_as_there_is_memory_for(monkeypatch):
+    model = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    model.config = GPTConfig(2048, 65536, 20, 10, 10, 1280)
+    model.kv_layout = model.config, torch.bfloat16
+    config = engine.EngineConfig()
+    for free, expected in ((2**30, 16), (6 * 2**30, 176), (2**36, 512)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert choose_batch_size(model, config, None).max_batch_size == expected
+        ranks = SimpleNamespace(least=lambda size: size // 2)
+        assert choose_batch_size(model, config, ranks).max_batch_size == expected // 2
+    given = replace(config, max_batch_size=700)
+    assert choose_batch_size(model, given, None) is given
+    model.device = torch.device("cpu")
+    assert choose_batch_size(model, config, None) is config
+
+
+def test_the_table_of_cards_is_what_the_formulas_say():
+    """Era 1 in bfloat16, 2,048 tokens in a sequence at most; half a GiB is for CUDA itself."""
+    rows = []
+    for depth, width in ((12, 768), (20, 1280), (26, 1664), (34, 2176)):
+        shape = GPTConfig(2048, 65536, depth, width // 128, width // 128, width)
+        weights = 2 * (2 * 65536 * width + 12 * depth * width**2)
+        cells = []
+        for gibibytes in (8, 12, 16, 24, 80):
+            free = gibibytes * 2**30 - 2**29 - weights
+            size = memory.choose_batch_size(shape, 2, 8192, free)
+            tokens = memory.expected_tokens(shape, 2, 8192, size, free)
+            tokens = min(tokens, size * 2048)  # more cannot be filled
+            cells.append(f"{tokens // 1000:,},000; {size}")
+        rows.append(f"| d{depth} | {weights / 1e9:.1f} GB | {' | '.join(cells)} |")
+    numbers = (ROOT / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
+    assert all(row in numbers for row in rows)

@@ -14,6 +14,11 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="the GPU kernels need triton (pip install triton)")
 
+# an interpreter has everything
+CAPABILITY = torch.cuda.get_device_capability() if CUDA else (9, 0)
+if CAPABILITY < (8, 0):
+    pytest.skip("the kernels are for compute capability 8.0 and newer", allow_module_level=True)
+
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 
 

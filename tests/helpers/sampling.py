@@ -76,7 +76,7 @@ def assert_naive_frequencies(draw, logits, expected) -> None:
 
 
 def assert_fair(draw, logits, expected, count: int = 30_000) -> None:
-    """The same with the engine's numbers: Pearson's statistic of so many draws, within 4 standard
+    """The same with the engine's numbers: Pearson's statistic of these draws, within 4 standard
     deviations of its mean."""
     uniform = torch.from_numpy(uniform_numbers([77] * count, [0] * count, range(count)))
     tokens, expected = draw(logits.expand(count, -1), uniform), count * expected

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from microvllm.blocks import BlockManager, BlockPool
-from microvllm.scheduler import Plan, Scheduler, Sequence, first_come
+from microvllm.scheduler import DraftProposer, Plan, Scheduler, Sequence, first_come
 
 VOCAB = 8
 TOOL = 6  # where tools are on, this token calls one ...
@@ -59,7 +59,7 @@ def make_blocks(num_usable: int, block_size: int = 4, caching: bool = True) -> B
     return BlockManager(BlockPool(num_usable + 1), block_size, caching)
 
 
-class Proposer:
+class Proposer(DraftProposer):
     """A draft proposer whose guesses are mostly right, so that long drafts are accepted, too."""
 
     max_rows = 1000
@@ -164,7 +164,7 @@ class Simulation:
         return seq.token_ids[:-1] if seq.token_ids[-1] < 0 else list(seq.token_ids)
 
     def need(self, num_tokens: int) -> int:
-        """Blocks of a request of so many tokens; it is refused if the pool has fewer."""
+        """Blocks of a request of this number of tokens; it is refused if the pool has fewer."""
         return self.blocks.max_blocks(num_tokens, self.scheduler.max_batched_tokens)
 
     @property
@@ -359,7 +359,7 @@ class Simulation:
     def check(self, plan: Plan | None = None) -> None:
         """plan: if one was planned and not read yet, whose draft tokens may have blocks."""
         scheduler = self.scheduler
-        self.blocks.check(scheduler.running)
+        self.blocks.check([*scheduler.running, *scheduler.paused])
         assert len(scheduler.running) <= scheduler.max_batch_size
         assert all(seq.block_table for seq in scheduler.running)
         assert not any(seq.block_table or seq.num_computed for seq in scheduler.waiting)

@@ -6,7 +6,7 @@ from collections import Counter
 from microvllm.blocks import BlockManager, BlockPool
 from microvllm.features.scoring import ScoredSequence
 from microvllm.features.windows import GroupedBlockManager
-from microvllm.scheduler import Plan, Scheduler, Sequence
+from microvllm.scheduler import DrawList, Plan, Scheduler, Sequence
 from microvllm.trace import Replay, Trace
 
 from .simulation import Params, Simulation
@@ -36,14 +36,17 @@ def compare(replay: Replay, scheduler: Scheduler) -> None:
     assert blank == set(pool.blank)
     assert replay.num_used == pool.num_usable - pool.num_free
     lives = sorted(replay.seqs.values(), key=lambda life: (life.request, life.sample))
+    paused = list(scheduler.paused)
+    with_blocks = [*scheduler.running, *[seq for seq in paused if seq.block_table]]
+    without_blocks = [*scheduler.waiting, *[seq for seq in paused if not seq.block_table]]
     for states, sequences in (
-        (("running",), scheduler.running),
-        (("waiting", "preempted"), scheduler.waiting),
+        (("running",), with_blocks),
+        (("waiting", "preempted"), without_blocks),
     ):
         replayed = [facts_of_life(life) for life in lives if life.state in states]
         assert replayed == sorted(map(facts, sequences), key=lambda values: values[:2])
     held = set()
-    for seq in scheduler.running:
+    for seq in with_blocks:
         for index, block in enumerate(seq.block_table):
             start = index // replay.num_groups * blocks.block_size
             for position in range(start, min(seq.num_computed, start + blocks.block_size)):
@@ -100,7 +103,7 @@ class FeatureSimulation(Simulation):
         return super().wanted(seq)
 
     def on_plan(self, plan: Plan) -> None:
-        plan.draws = [draw for draw in plan.draws if not isinstance(draw.seq, ScoredSequence)]
+        plan.draws = DrawList(d for d in plan.draws if not isinstance(d.seq, ScoredSequence))
 
     def on_read(self, plan: Plan) -> None:
         for seq, _, stop, _ in plan.chunks:

@@ -22,6 +22,7 @@ from helpers.full_engines import chain
 from helpers.goldens import MODEL, ROOT
 
 from microvllm import LLM, SamplingParams, cli
+from microvllm.features.tools import Tool
 from microvllm.jobs import Ask, Job, answer, carry_out
 from microvllm.jobs.rows import MAX_LINE
 
@@ -66,7 +67,7 @@ def texts(count: int, **more) -> list[dict]:
 
 
 def killed(source: Path, output: Path, ordered: bool, delay: float) -> int:
-    """Run the job in a child and kill it so many seconds after its first new answer. Returns how
+    """Run the job in a child and kill it `delay` seconds after its first new answer. Returns how
     many bytes of answers there are then."""
     journal = output if output.suffix == ".jsonl" else Path(f"{output}.journal")
     before = journal.stat().st_size if journal.exists() else 0
@@ -568,3 +569,14 @@ def test_a_row_lists_what_the_calculator_was_asked(name, tmp_path):
     one, two = read(output)
     assert one["tool_calls"] == called
     assert [sample["tool_calls"] for sample in two["samples"]] == [called] * 2
+
+
+def test_a_job_may_have_tools_of_its_own(tmp_path):
+    messages = next(r["messages"] for r in GOLDENS["runs"] if 0 in r["masks"])
+    source = write(tmp_path / "in.jsonl", [{"prompt": messages}])
+    job = Job(source, tmp_path / "out.jsonl", Ask(params={"temperature": 0}), {})
+    with chain() as llm:
+        tools = [Tool(name="echo", function=str.upper)]
+        carry_out(job, answer(llm, job.pending(), job.ask, tools=tools))
+    (row,) = read(job.output)
+    assert row["tool_calls"] == [{"call": "7*6", "result": "7*6", "tool": "echo"}]

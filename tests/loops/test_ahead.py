@@ -19,7 +19,7 @@ from microvllm.checkpoint import find_step, read_checkpoint
 from microvllm.loops.ahead import AheadRunner, placeholders, upload
 from microvllm.model import GPTConfig
 from microvllm.runner import Hooks
-from microvllm.scheduler import Chunk, Draw, Plan, Sequence
+from microvllm.scheduler import Chunk, Draw, DrawList, Plan, Sequence
 
 
 def sequence(num_tokens: int, max_tokens: int = 9) -> Sequence:
@@ -34,7 +34,7 @@ def step_of(*seqs: Sequence) -> Plan:
     pairs = list(zip(seqs, lengths, strict=True))
     return Plan(
         chunks=[Chunk(seq, length - 1, length) for seq, length in pairs],
-        draws=[Draw(i, seq, length) for i, (seq, length) in enumerate(pairs)],
+        draws=DrawList(Draw(i, seq, length) for i, (seq, length) in enumerate(pairs)),
     )
 
 

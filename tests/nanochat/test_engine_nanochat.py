@@ -46,7 +46,7 @@ def books():
 
 
 def test_the_signatures_are_nanochats():
-    asked = "(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42)"
+    asked = "(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42"
     assert str(inspect.signature(Engine.generate)).startswith(asked)
     assert (
         str(inspect.signature(Engine.generate_batch)) == "(self, tokens, num_samples=1, **kwargs)"
@@ -326,7 +326,7 @@ def test_the_engine_underneath_is_made_once_and_when_it_is_needed(monkeypatch):
     assert chain(max_model_len=50).llm.max_model_len == 50 and made[1]["dtype"] == "auto"
 
 
-def test_an_engine_that_nobody_has_any_more_gives_its_memory_back_at_once():
+def test_an_engine_without_references_gives_its_memory_back_at_once():
     gc.collect()
     gc.disable()  # scripts make one after the other, and each has a pool
     try:

@@ -13,13 +13,14 @@ ARGUMENTS = (
     "model_path step tokenizer_path device num_blocks block_size max_batch_size dtype "
     "max_batched_tokens max_model_len enable_prefix_caching attention seed model tokenizer copy "
     "gpu_memory_utilization cuda_graphs quantization kv_cache_dtype deterministic prompt_lookup "
-    "tensor_parallel trace victim admission eviction plain num_threads trust_tokenizer overrides"
+    "answer_lookup draft tensor_parallel trace victim admission eviction plain num_threads "
+    "trust_tokenizer overrides"
 ).split()
 METHODS = (
     "generate stream chat score judge embed stats reset_stats timing add_request step abort "
     "is_finished reset_prefix_cache tracing update_weights sleep wake agenerate astream achat "
-    "serve_async warm partial_outputs generate_batch generate_columns agenerate_columns "
-    "from_nanochat close"
+    "serve_async warm branching partial_outputs generate_batch generate_columns "
+    "agenerate_columns from_nanochat close"
 ).split()
 PARAMETERS = (
     "temperature max_tokens seed n top_k top_p min_p ignore_eos stop_token_ids sample_index stop "

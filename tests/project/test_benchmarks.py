@@ -27,6 +27,7 @@ import compare  # noqa: E402
 import gpu  # noqa: E402
 import llama  # noqa: E402
 import peers  # noqa: E402
+import speculation  # noqa: E402
 
 TINY = SimpleNamespace(
     depth=3, aspect=64, width=96, head_dim=32, kv_heads=1, vocab=500, sequence_len=256, seed=0
@@ -689,6 +690,39 @@ def test_rollouts_are_compared_and_a_look_at_the_weights_is_beside_a_decode():
     for times in found["seconds"].values():
         assert [*times] == ["look in a step", "look closely", "decode of 1", "decode of 2"]
         assert min(times.values()) > 0
+
+
+@pytest.mark.slow
+def test_speculation_is_compared_with_plain_steps():
+    flags = (
+        "--shape tiny --layers 1 --ways forced,cut,answers --acceptance 0,1 --tokens 40 --turns 1"
+    )
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "speculation.py", *flags.split()],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    found = json.loads(last)["results"]
+    kinds = [f"forced {acceptance} {kind}" for acceptance in (0, 1) for kind in ("free", "paid")]
+    assert [*found] == [*kinds, "cut to 1 layers", "answers"] and len(lines) == 1 + len(found)
+    assert all(way["speed"] > 0 and way["same_texts"] == 1 for way in found.values())
+    assert found["forced 0 free"]["right"] == 0 and found["forced 0 free"]["steps"] == 1
+    assert found["answers"]["right"] == 1 and found["answers"]["steps"] < 0.3
+
+
+@pytest.mark.slow
+def test_a_model_that_is_cut_has_some_of_the_layers(tmp_path):
+    folder = speculation.cut_layers(compare.BUNDLED, [0, 3, 4, 5], tmp_path / "cut")
+    tokenizer = compare.BUNDLED.parent / "tokenizer"
+    options = {"tokenizer_path": tokenizer, "device": "cpu", "num_blocks": 10, "plain": True}
+    with LLM(compare.BUNDLED, **options) as model, LLM(folder, **options) as cut:
+        assert cut.model.config.n_layer == 4
+        pairs = zip(cut.model.transformer.h, [0, 3, 4, 5], strict=True)
+        for layer, index in pairs:
+            other = model.model.transformer.h[index].mlp.c_fc.weight
+            assert torch.equal(layer.mlp.c_fc.weight, other)
 
 
 @pytest.mark.slow

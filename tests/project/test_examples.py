@@ -9,7 +9,7 @@ import torch
 from helpers.goldens import ERAS, FIXTURES, MODEL, ROOT
 from torch import nn
 
-from examples import gpt, grpo
+from examples import gpt, grpo, speculation
 from microvllm import LLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,3 +182,13 @@ def test_plain_sampling_draws_from_the_same_distribution(llm, module):
     ids = grpo.sample_plainly(module, asked, 12, end)
     assert llm.tokenizer.decode(ids[len(asked) :]) == "2+3 is 5."
     assert grpo.sample_plainly(module, asked, 2, end) == ids[: len(asked) + 2]
+
+
+@pytest.mark.slow
+def test_speculation_takes_fewer_steps_for_the_same_texts(capsys):
+    speculation.main()
+    printed = capsys.readouterr().out
+    steps = [int(number) for number in re.findall(r"tokens in (\d+) steps", printed)]
+    tokens = [int(number) for number in re.findall(r"(\d+) tokens in", printed)]
+    assert len({*tokens}) == 1 and len(steps) == 5 and 3 * steps[-1] < steps[0]
+    assert "9 of 9 texts are those that the model writes alone" in printed

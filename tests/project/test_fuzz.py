@@ -1,7 +1,7 @@
 """Files, parameters and command lines that mean harm, or nothing: each is answered rightly or
 refused in one clear line. No traceback, nothing of the file is run, no hang, and no crash.
 
-FUZZ=20000 pytest tests/project/test_fuzz.py tries so many of each; by default there are few, since
+FUZZ=20000 pytest tests/project/test_fuzz.py tries more of each. By default there are few, since
 test_fuzz_many.py tries the readers alone, a hundred times as fast. Here a case that fails shrinks.
 """
 

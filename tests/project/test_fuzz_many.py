@@ -1,6 +1,6 @@
 """The readers of what others made, in this process, on small files: a hundred thousand cases each.
 
-FUZZ=100000 pytest -s tests/project/test_fuzz_many.py tries so many of each kind, and prints how
+FUZZ=100000 pytest -s tests/project/test_fuzz_many.py tries this number of each kind, and prints how
 many were refused and what the worst took; by default there are few. A case follows from its number.
 No case may raise what is no refusal, run code, or take more than its files explain.
 """
@@ -491,7 +491,8 @@ class States:
 
 
 def learn_command(number: int | None) -> None:
-    learn.learn(Namespace(start=None, number=number, check=number is not None))
+    checks = number is not None
+    learn.learn(Namespace(start=None, number=number, check=checks, hint=False, mine=False))
 
 
 class Policies:

@@ -18,7 +18,7 @@ both_loops = pytest.mark.parametrize("overlap", [False, True])
 
 
 class FullDisk:
-    """A file that takes so many characters, and of the write that is too long only a part."""
+    """A file that takes `room` characters, and of the write that is too long only a part."""
 
     def __init__(self, file, room: int):
         self.file, self.room = file, room

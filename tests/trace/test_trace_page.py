@@ -496,8 +496,47 @@ def test_two_traces_stand_side_by_side(browser, events, tmp_path):
     page.keyboard.press("Home")
     page.keyboard.press("d")
     assert page.evaluate("frame") > 0
+    last = page.evaluate("LAST")
+    for name, at in ("first", 0), ("forward", 1), ("forward", 2), ("back", 1), ("last", last):
+        page.click(f"#{name}")
+        assert page.evaluate("frame") == at, name
+    assert page.is_disabled("#forward") and not page.is_disabled("#back")
     assert not troubles
     page.context.close()
+
+
+def test_two_traces_on_a_narrow_screen_and_in_both_themes(browser, events, tmp_path):
+    path = tmp_path / "diff.html"
+    write_comparison([events, events], ["small", "a/folder/with_a_long_name.jsonl"], path)
+    page = browser.new_page(viewport={"width": 420, "height": 800}, color_scheme="light")
+    page.goto(path.as_uri())
+    width = "document.documentElement.scrollWidth"
+    assert page.evaluate(width) <= 420  # nothing is beside the screen
+    for name in "first", "back", "play", "forward", "last", "differs", "theme", "slider":
+        box = page.locator(f"#{name}").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 420, name
+    assert page.locator("#slider").bounding_box()["width"] > 300
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light, drawn = page.evaluate(colour), page.evaluate("runs[0].canvas.toDataURL()")
+    page.click("#theme")
+    assert page.evaluate(colour) != light
+    assert page.evaluate("runs[0].canvas.toDataURL()") != drawn
+    page.click("#theme")
+    assert page.evaluate(colour) == light
+    page.emulate_media(color_scheme="dark")  # the event comes later
+    while page.evaluate(colour) == light:
+        page.wait_for_timeout(20)
+    page.context.close()
+
+
+def test_the_next_preemption_selects_its_victim(show, events):
+    page = show(events)
+    page.keyboard.press("Escape")
+    assert page.evaluate("selected") is None
+    for _ in range(2):
+        page.keyboard.press("p")
+        here = page.evaluate("events.slice(frame ? position[frame - 1] : 0, position[frame])")
+        assert page.evaluate("selected") in [e["seq"] for e in here if e["e"] == "preempt"]
 
 
 def test_a_run_that_did_nothing_and_one_that_was_killed(show, events):

@@ -404,18 +404,22 @@ def eval(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     """What a checkpoint is and takes, without loading it: its files are mapped."""
     engine()
-    from ..checkpoint import pick_device
+    from ..devices import find_device
     from ..features.checks import check_device
     from ..sources import strict
     from ..sources.places import find_checkpoint, read_checkpoint
 
     check_device(args.device)
-    device = pick_device(args.device)
+    device = find_device(args.device)
     directory, step = find_checkpoint(model_name(args), args.step)
     config, recipe, weights = read_checkpoint(directory, step)
     recipe = strict.replace(recipe, **overrides(args))
     found = {"checkpoint": str(directory), "step": step}
     given = args.dtype, args.kv_cache_dtype
+    if args.check:
+        from ..loading import compare_kernels
+
+        found["check"] = compare_kernels(config, recipe, device, *given)
     found |= roofline.describe(config, recipe, weights, device, *given)
     terminal.say(json.dumps(found) if args.json else roofline.description(found))
 

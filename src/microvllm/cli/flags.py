@@ -120,6 +120,7 @@ $ base:d20
 $ owner/name --json
 model? CHECKPOINT  {CHECKPOINT} (default: the bundled model)
 --kv-cache-dtype auto|int8  data type of cached keys and values; auto: as the model computes (=auto)
+--check             compare each kernel of a GPU with plain torch, and show the result
 """
 WARMUP = f"""compile the CPU kernels that a checkpoint needs
 $
@@ -172,8 +173,11 @@ $
 $ 1
 $ --start my-course   # copies the exercises
 $ 1 --check
+$ 8 --mine                # run the step with your function
 number? positive N  step to run (default: list the steps and your progress)
 --check             check your solution of the step's exercise; do not run the step
+--hint              show the next of three hints for the step's exercise
+--mine              run step 6, 8 or 9 with your solution of its exercise in it
 --start DIR         copy the exercises to the folder DIR
 """
 TRACE = """turn a trace into a web page that shows every block at every step
@@ -189,8 +193,8 @@ other? FILE       second trace, to compare with the first
 # what commands share
 MODEL = """model:
 --step int N         training step of the checkpoint (default: the last one)
---device DEVICE      device to compute on: cpu, cuda, cuda:1, mps, or auto for the first that is \
-                     available of cuda, mps and cpu (=auto)
+--device DEVICE      device to compute on: cpu, cuda, cuda:1, mps, or auto for cuda where it is \
+                     available, else cpu (=auto)
 --dtype auto|float32|bfloat16|float16  data type of the weights; auto: bfloat16 on CUDA, else \
                      float32 (=auto)
 --recipe+ NAME=VALUE  constant of the model that the checkpoint does not contain, such as \

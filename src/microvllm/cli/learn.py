@@ -17,6 +17,7 @@ from .bench import ROOT
 
 COURSE = ROOT / "course"
 START = {"learn": "microvllm learn --start DIR", "lab": "microvllm lab start DIR"}
+WITH_MINE = 6, 8, 9  # steps that can run a function of the reader's: course/mine.py
 # what reading a state raises: no file, no JSON, values of other types, infinite or nested too deep
 DAMAGE = OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError
 
@@ -117,6 +118,43 @@ def check(number: int) -> None:
     sys.exit(wrong is not None)
 
 
+def hint(number: int) -> None:
+    """Show the next hint for an exercise."""
+    texts = load(COURSE / "hints.py").HINTS[number]
+    state, key = read_state(), str(number)
+    seen = min(state["hints"].get(key, 0), len(texts))
+    if seen == len(texts):
+        terminal.note("these are all hints")
+        first = 0
+    else:
+        first, seen = seen, seen + 1
+        write_state(hints=state["hints"] | {key: seen})
+    for place in range(first, seen):
+        terminal.say(f"{place + 1} of {len(texts)}: {texts[place]}")
+
+
+def next_thing(number_of_steps: int, state: dict) -> str:
+    """What the reader does next: the exercise of the last step that was run, or another step."""
+    for number in range(1, number_of_steps + 1):
+        if number not in state["ran"]:
+            return f"next: microvllm learn {number}"
+        if number not in state["solved"]:
+            start = "" if state["folder"] else f", after `{START['learn']}`"
+            return f"next: exercise {number}, microvllm learn {number} --check (or --hint){start}"
+    return "you have run all steps and solved all exercises"
+
+
+def command_of(number: int, script: Path, is_mine: bool) -> list[str]:
+    """The command that runs a step, or runs it with the reader's function in it."""
+    if not is_mine:
+        return [sys.executable, str(script)]
+    if number not in WITH_MINE:
+        raise ValueError(f"--mine is for steps 6, 8 and 9, not {number}")
+    load_exercises("learn")  # or say what is wrong with them
+    exercises = Path(read_state()["folder"], "exercises.py")
+    return [sys.executable, str(COURSE / "mine.py"), str(number), str(exercises)]
+
+
 def learn(args: argparse.Namespace) -> None:
     """List the steps, run one, or check its exercise."""
     state, found = read_state(), steps()
@@ -124,21 +162,26 @@ def learn(args: argparse.Namespace) -> None:
         file, first = copy_exercises("learn", COURSE, args.start), "`microvllm learn 1 --check`"
         return terminal.say(f"write your solutions into {file}; {first} judges the first")
     if args.number is None:
-        if args.check:
-            raise ValueError("--check wants the number of a step: `microvllm learn 1 --check`")
+        for flag in "check", "hint", "mine":
+            if getattr(args, flag):
+                raise ValueError(
+                    f"--{flag} needs the number of a step: `microvllm learn 6 --{flag}`"
+                )
         for number, (_, page, title) in enumerate(found, 1):
             marks = ["run"] * (number in state["ran"]) + ["solved"] * (number in state["solved"])
             terminal.say(f"{title:58}{', '.join(marks):12}{page}")
-        ahead = [n for n in range(1, len(found) + 1) if n not in state["ran"]]
-        terminal.say(f"\nnext: microvllm learn {ahead[0]}" if ahead else "\nyou have run them all")
+        terminal.say(f"\n{next_thing(len(found), state)}")
         return None
     if args.number > len(found):
         raise ValueError(f"there is no step {args.number}: the steps are 1 to {len(found)}")
     if args.check:
         return check(args.number)
+    if args.hint:
+        return hint(args.number)
     script, page, title = found[args.number - 1]
+    command = command_of(args.number, script, args.mine)
     terminal.say(f"{title}. The page: {page}\n")
-    done = subprocess.run([sys.executable, str(script)])
+    done = subprocess.run(command)
     if done.returncode:
         sys.exit(done.returncode)
     mark("learn", "ran", args.number)

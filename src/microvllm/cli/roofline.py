@@ -193,6 +193,11 @@ memory to {", ".join(limits)} tokens/s, half way through the context"""
         most = [f"{n:,.0f}" for n in each["decode_limits"].values()]
         text += f"\n{name:9} weights {size(each['weight_bytes'])}, K and V "
         text += f"{each['kv_bytes_per_token']:,} bytes a token; at most {' / '.join(most)} tokens/s"
+    if "check" in found:
+        check = found["check"]
+        text += f"\nkernels   on {check['card']} ({', '.join(check['versions'])})"
+        for title, wrong in check["kernels"].items():
+            text += f"\n          {title}: {wrong or 'as plain torch'}"
     wrapper = textwrap.TextWrapper(96, subsequent_indent=" " * 12, break_on_hyphens=False)
     return "\n".join([title, *(wrapper.fill(f"  {line}") for line in text.splitlines())])
 

@@ -68,7 +68,7 @@ def _turn(b, k, places, first, D, packed, column):
     starts = [b.words(b.at(k.data, b.load(b.at(places.data, first, i)))) for i in range(WORDS)]
     with cgutils.for_range_slice(b, b.i64(0), b.udiv(D, b.i64(2)), b.i64(WORDS), b.i64) as (w, _):
         rows = [b.read(b.at(start, w)) for start in starts]
-        for size in (1, 2, 4, 8):  # squares of so many words change places with their neighbours
+        for size in (1, 2, 4, 8):  # squares of `size` words change places with their neighbours
             for i in range(WORDS):
                 if not i & size:
                     pair, lanes = (rows[i], rows[i + size]), range(WORDS)
@@ -196,7 +196,7 @@ def find_keys(k, table, h, start, stop, first, last, places):
 
 @numba.njit(**VIEWS)
 def _fetch_soon(x, other, places, at, count, keys, back, D):
-    """Start loading so many keys of x, _SOON ahead; behind the last one of `other`, those at places
+    """Start loading `count` keys of x, _SOON ahead; behind the last one of `other`, those at places
     less `back`: after K the same keys of V, after V the next ones of K."""
     for i in range(at + _SOON, at + _SOON + count):
         if i < keys:

@@ -32,7 +32,16 @@ from .elementwise import (
     sample_rows,
     take_rows,
 )
-from .gemm import Int8, PackedBfloat16, PackedInt8, PackedLinear, product, scratch_bytes, workspace
+from .gemm import (
+    Int8,
+    PackedBfloat16,
+    PackedInt8,
+    PackedLinear,
+    SharedFloat32,
+    product,
+    scratch_bytes,
+    workspace,
+)
 from .low_bit_gemm import class_of
 from .simd import EXACT, kept
 from .team import (
@@ -105,6 +114,8 @@ class CpuBackend(Backend):
             return PackedInt8 if gemm.INT8_TILE and width % 4 == 0 else Int8
         if quantization:
             return class_of(BITS[quantization][head])
+        if shared and gemm.FLOAT_TILE and dtype == torch.float32:
+            return SharedFloat32
         if not shared and gemm.FLOAT_TILE and dtype == torch.float32:
             return PackedLinear
         if not shared and gemm.FLOAT_TILE and dtype == torch.bfloat16 and width % 2 == 0:

@@ -98,6 +98,11 @@ def run_tiny(backend_class: type, kind: str) -> None:
     for _ in range(2):
         plan = scheduler.schedule()
         scheduler.update(plan, runner.run(plan))
+    if "layers" not in parts:  # a live module's product, too
+        weight = backend.linear_class(None, True, 64, torch.float32)(
+            [torch.zeros(4, 64)], backend, torch.float32
+        )
+        weight.multiply(torch.zeros(1, 64))
 
 
 # what is on disk ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from numba.core import cgutils, types
 from numba.extending import overload
 from torch import Tensor
 
-from ..fused.linear import Linear, stack
+from ..fused.linear import Linear, Shared, stack
 from ..lowbit.packing import quantised
 from ..lowbit.packing import rotate as rotate
 from . import amx
@@ -34,6 +34,7 @@ from .simd import (
     TWO_HALVES,
     VIEWS,
     kept,
+    lane_sums,
     multiply_add,
     piece_parts,
     row_cuts,
@@ -53,7 +54,7 @@ from .team import (
 
 _f32 = np.float32
 
-# outputs whose weights lie together: two registers of them, so many rows, and the registers that
+# outputs whose weights lie together: two registers of them. With _ROWS rows the registers that
 # are left hold the sums. 0: a processor without the instructions that this is made for
 TILE = 2 * LANES if LANES > 4 or NEON else 0
 # the same, for floats: not on Apple's, whose library has a unit of its own for them
@@ -64,6 +65,11 @@ _ROWS = 12 if LANES == 16 or NEON else 6
 _SOON = 768 // TILE if TILE else 0  # inputs whose weights are 3 KB
 _DEPTH = 1024  # inputs at a time: the weights of a tile for them stay in the cache
 _MANY = 240  # rows at a time: they stay there, too
+# of weights that are not packed: as many sums as there are registers, and up to how many rows that
+# is faster than torch, whose threads have to be woken
+_DENSE_COLUMNS = 4
+_DENSE_ROWS = 4 if LANES == 16 or NEON else 2
+FEW_ROWS = 128
 
 
 @vectorised()
@@ -220,6 +226,55 @@ def multiply(x, w, scaling, square, following, team, y):
     _multiply_part(team, runs, parts, arguments)
 
 
+@vectorised()
+def _multiply_dense(b, n, K, x, x_at, w, w_at, y, y_at, square):
+    """y (n, _DENSE_COLUMNS) = x (n, K) @ w.T, n being 1 to _DENSE_ROWS; square: then relu(y)^2.
+
+    The parts of the arrays begin at the flat indices x_at, w_at and y_at."""
+    y_stride = b.extract_value(y.shape, 1)
+    xs, ws, ys = b.at(x.data, x_at), b.at(w.data, w_at), b.at(y.data, y_at)
+    done = b.append_basic_block("done")
+    switch = b.switch(n, done)
+    for num_rows in range(1, _DENSE_ROWS + 1):
+        block = b.append_basic_block(f"{num_rows}_rows")
+        switch.add_case(b.i64(num_rows), block)
+        b.position_at_end(block)
+        places = [(i, j) for i in range(num_rows) for j in range(_DENSE_COLUMNS)]
+        sums = {place: cgutils.alloca_once(b, b.kind(b.f32), zfill=True) for place in places}
+        with cgutils.for_range_slice(b, b.i64(0), K, b.i64(LANES), b.i64) as (k, _):
+            weights = [b.read(b.at(ws, (K, j), k)) for j in range(_DENSE_COLUMNS)]
+            values = [b.read(b.at(xs, (K, i), k)) for i in range(num_rows)]
+            for (i, j), each in sums.items():
+                b.store(b.multiply_add(values[i], weights[j], b.load(each)), each)
+        for i in range(num_rows):
+            value = lane_sums(b, [b.load(sums[i, j]) for j in range(_DENSE_COLUMNS)])
+            b.write(b.select(square, b.relu2(value), value), b.at(ys, (y_stride, i)))
+        b.branch(done)
+    b.position_at_end(done)
+
+
+@job
+@numba.njit(**VIEWS)
+def _multiply_dense_part(worker, part, parts, x, w, column, square, y):
+    T, K = x.shape
+    first, end = share(len(w) // _DENSE_COLUMNS, part, parts)
+    for piece in range(first, end):  # its weights are read once, and then are in the cache
+        for t in range(0, T, _DENSE_ROWS):
+            n = min(T - t, _DENSE_ROWS)
+            y_at = t * y.shape[1] + column + _DENSE_COLUMNS * piece
+            _multiply_dense(n, K, x, t * K, w, _DENSE_COLUMNS * piece * K, y, y_at, square)
+
+
+@kept(**EXACT)
+def multiply_dense(x, w, column, square, team, y):
+    """y[:, column:] (T, N) = x (T, K) @ w (N, K).T; square: then relu(y)^2.
+
+    The weights are as torch has them, N a multiple of _DENSE_COLUMNS and K of LANES.
+    """
+    runs, parts = piece_parts(len(w) // _DENSE_COLUMNS, team[SIZE])
+    _multiply_dense_part(team, runs, parts, (x, w, column, square, y))
+
+
 @numba.njit(**VIEWS)
 def quantize_row(x, levels, q, xt):
     """x (C,), rotated, as integers from -levels to levels, stored plus levels + 1 in the first C of
@@ -291,7 +346,7 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def scratch_bytes(rows: int, width: int, threads: int) -> int:
-    """Of scratch memory, at most, that a product of so many rows of `width` inputs takes: these
+    """The scratch memory that a product of `rows` rows of `width` inputs takes at most: these
     inputs as integers, their scales and sums, and unpacked weights of each thread."""
     return rows * (3 * width + 256) + threads * 8 * (width + 64) * max(TILE, 1) + 4096
 
@@ -406,6 +461,39 @@ class PackedLinear(Linear):
         """The product in plain torch, on the same packed weights: there is no second copy."""
         y = torch.bmm(x.expand(len(self.weight[0]), -1, -1), self.weight[0])  # (tiles, T, TILE)
         return y.transpose(0, 1).flatten(1)
+
+
+class SharedFloat32(Shared):
+    """A live module's weights in float32.
+
+    torch's product of few rows is as fast, but runs in threads of its own: two sets of threads that
+    work in turn wait for each other.
+    """
+
+    fuses_relu2 = True
+
+    def takes(self, x: Tensor) -> bool:
+        """Can our own product be called?"""
+        is_whole = self.width % LANES == 0 and all(
+            len(part) % _DENSE_COLUMNS == 0 and part.is_contiguous() and part.dtype == torch.float32
+            for part in self.weight
+        )
+        return is_whole and len(x) <= FEW_ROWS and not self.backend.awaited
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if not self.takes(x):
+            y = super().multiply(x)
+            return self.backend.relu2(y) if self.relu2 else y
+        y = torch.empty(len(x), sum(self.sizes))
+        column = 0
+        with one_at_a_time:
+            team = team_of()
+            inputs = x.contiguous().numpy()
+            for part in self.weight:
+                matrix = part.detach().numpy()
+                multiply_dense(inputs, matrix, column, self.relu2, team, y.numpy())
+                column += len(part)
+        return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
 
 
 class PackedBfloat16(PackedLinear):

@@ -53,7 +53,7 @@ from .team import SIZE, behind, job, scratch_array
 _f32 = np.float32
 OPERANDS = STEP // 4  # of a step
 _ROWS = 12 if LANES == 16 else 6  # that are multiplied together, of what was unpacked
-FEW = _ROWS // 2  # so many rows are multiplied by what is unpacked in registers
+FEW = _ROWS // 2  # rows that are multiplied by what is unpacked in registers
 _MANY = 240  # rows at a time: they stay in the cache
 _SOON = 768  # numbers of 32 bits that are loaded ahead of their use by a single tile
 
@@ -277,14 +277,14 @@ def _multiply_unpacked(q, tiles, count, scaling, square, p, ahead, ahead_at, siz
 
 
 def _compiled(bits: int, function):
-    """A function for so many bits. Kernels that were compiled in two processes, and are read from
+    """A function for these bits. Kernels that were compiled in two processes, and are read from
     disk by a third, must not have the same name, by which they are linked."""
     function.__qualname__ += str(bits)
     return numba.njit(**EXACT)(function)
 
 
 def _product(bits: int):
-    """A kernel: y (T, N) = x (T, K) @ w.T of a weight in so many bits."""
+    """A kernel: y (T, N) = x (T, K) @ w.T of a weight in this number of bits."""
     direct, unpack = _multiplier(bits), _unpacker(bits)
     top, factors = 2 ** (bits - 1), grouped(bits)
     named = partial(_compiled, bits)
@@ -425,7 +425,7 @@ class PlainLowBit(Linear):
 
 
 def class_of(bits: int) -> type[Linear]:
-    """The class for weights of so many bits on this processor."""
+    """The class for weights of this number of bits on this processor."""
     return _CLASSES[bits]
 
 

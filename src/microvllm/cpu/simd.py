@@ -44,7 +44,7 @@ STAMP = tuple((file.stat().st_mtime, file.stat().st_size) for file in SOURCES)
 
 @cache
 def trusted(folder: str) -> bool:
-    """May nobody write the kernels there who could not write these sources? They are pickles, and a
+    """Can only those write the kernels there who can write these sources? They are pickles, and a
     pickle runs code when it is read. In a folder that is not trusted, nothing is read or written.
     """
     if os.name != "posix":
@@ -86,13 +86,13 @@ def kept(**options):
 
 @numba.njit(**EXACT)
 def share(count, thread, threads):
-    """The first of a thread's part of so many equal pieces of work, and the one behind its last."""
+    """The first of a thread's part of `count` equal pieces of work, and the one behind its last."""
     return count * thread // threads, count * (thread + 1) // threads
 
 
 @numba.njit(**EXACT)
 def fewest(count, threads):
-    """How many threads to wake for so many equal pieces: with fewer, one would have more of them
+    """How many threads to wake for `count` equal pieces: with fewer, one would have more of them
     than the busiest of `threads` has; the others would not end sooner."""
     return -(-count // -(-count // threads)) if count > 0 else 1
 
@@ -282,7 +282,7 @@ class Builder:
 
     def multiply_add7(self, a, b, c):
         """The same of bytes of `a` below 128, of which two products fit in 16 bits; c may be sums
-        of so many bits, as long as all of them fit: see `widen`."""
+        of as many bits, as long as all of them fit: see `widen`."""
         if FOUR_BYTES:
             return self.multiply_add8(a, b, c)
         name = "llvm.x86.avx512.pmaddubs.w.512" if LANES == 16 else "llvm.x86.avx2.pmadd.ub.sw"
@@ -332,7 +332,7 @@ def vectorised(result=types.void):
 
 @vectorised()
 def fetch(b, x, start, count):
-    """Start loading so many numbers from x's flat index `start` on: the next block of a sequence
+    """Start loading `count` numbers from x's flat index `start` on: the next block of a sequence
     may lie anywhere, the hardware cannot guess where."""
     line = b.i64({b.i8: 64, b.i16: 32}.get(x.data.type.pointee, 16))
     start = b.at(x.data, start)
@@ -366,6 +366,26 @@ def sum_of(b, n, add, width: int = LANES):
         ends = [ir.Constant(kind, list(range(at, at + size))) for at in (0, size)]
         vector = b.fadd(*[b.shuffle_vector(vector, vector, end) for end in ends])
     return b.fadd(b.extract_element(vector, b.i32(0)), last)
+
+
+def lane_sums(b, vectors: list):
+    """A vector with the sum of each vector's numbers. The number of vectors is a power of two, at
+    most that of lanes: two of them become one, with half as many numbers of each."""
+    width = vectors[0].type.count  # numbers of each sum
+
+    def halved(pair):
+        """The first halves of all sums in a pair of vectors, plus the second halves."""
+        starts = range(0, sum(vector.type.count for vector in pair), width)
+        lanes = [[start + i for start in starts for i in range(width // 2)]]
+        lanes.append([lane + width // 2 for lane in lanes[0]])
+        kind = ir.VectorType(b.i32, len(lanes[0]))
+        return b.fadd(*[b.shuffle_vector(pair[0], pair[-1], ir.Constant(kind, x)) for x in lanes])
+
+    while width > 1:
+        pairs = [vectors[i : i + 2] for i in range(0, len(vectors), 2)]
+        vectors = [halved(pair) for pair in pairs]
+        width //= 2
+    return vectors[0]
 
 
 @vectorised(types.float32)

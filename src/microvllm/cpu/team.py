@@ -219,7 +219,7 @@ def begin(team):
 
 @kept(**EXACT)
 def compute(team, times):
-    """Compute the recorded jobs in their order, so many times, or until one of them calls
+    """Compute the recorded jobs in their order, `times` times, or until one of them calls
     `end_list`. What their arguments point to must exist until this returns."""
     team[IS_RECORDING] = 0
     job = _peek(team, JOB)
@@ -402,7 +402,7 @@ def job(body):
     # kernels that were compiled in different processes are linked by their names
     fork.__name__ = body.__name__
     fork.__qualname__ = f"fork_{body.__qualname__}"
-    return numba.njit(**EXACT)(fork)
+    return numba.njit(inline="always", **EXACT)(fork)
 
 
 @vectorised(types.voidptr)
@@ -452,6 +452,7 @@ def _new_team(size: int) -> _Team:
 
 _teams: dict[int, _Team] = {}  # by size
 _scratch = _lined_up(0)
+_scratch_address = _scratch.ctypes.data  # which takes numpy microseconds to find
 _process = os.getpid()
 
 
@@ -459,7 +460,7 @@ def team_of(size: int | None = None, scratch: int = 0) -> np.ndarray:
     """The array of the team whose threads compute the next kernels: as many as torch has, or `size`
     of them; scratch: bytes that the kernels take, see scratch_array. Call it with one_at_a_time
     held. Raises RuntimeError in a fork, which has no threads."""
-    global _scratch
+    global _scratch, _scratch_address
     check_process()
     size = min(size or torch.get_num_threads(), MAX_THREADS)
     team = _teams.get(size)
@@ -478,7 +479,8 @@ def team_of(size: int | None = None, scratch: int = 0) -> np.ndarray:
             team.threads.append(thread)
     if scratch > len(_scratch):
         _scratch = _lined_up(scratch)
-    team.array[SCRATCH] = _scratch.ctypes.data
+        _scratch_address = _scratch.ctypes.data
+    team.array[SCRATCH] = _scratch_address
     team.array[IS_RECORDING] = 0  # also after a kernel that has failed
     return team.array
 

@@ -88,7 +88,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return "nanochat"  # the chat template, of which the harness caches what it makes
+        return "nanochat"  # the chat template: the harness caches by this name
 
     def get_model_info(self) -> dict:
         """What the results say of the model."""

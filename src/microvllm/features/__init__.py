@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral, Real
 
 from ..sampler import SamplingParams
-from ..scheduler import Plan, Sequence, Span
+from ..scheduler import DrawList, Plan, Sequence, Span
 
 
 class ReadSequence(Sequence):
@@ -42,7 +42,7 @@ def request_rows(plan: Plan, sequence_class: type[ReadSequence]) -> bool:
     is_read = [isinstance(chunk.seq, sequence_class) for chunk in plan.chunks]
     if not any(is_read):
         return False
-    plan.draws = [draw for draw in plan.draws if not is_read[draw.chunk_index]]
+    plan.draws = DrawList(draw for draw in plan.draws if not is_read[draw.chunk_index])
     for index, chunk in enumerate(plan.chunks):
         if is_read[index]:
             start = max(chunk.start, chunk.seq.first_row)

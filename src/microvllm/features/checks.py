@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..blocks import least_recently_used
+from ..devices import cuda_problem
 from ..sampler import RANGES, SamplingParams
 from ..scheduler import first_come, youngest
 from . import check_number
@@ -27,6 +28,7 @@ LEAST = {
     "block_size": 1,
     "seed": 0,
     "prompt_lookup": 0,
+    "answer_lookup": 0,
     "num_blocks": 2,
     "max_model_len": 2,
     "max_batch_size": 1,
@@ -208,7 +210,8 @@ def check_device(name: str | torch.device) -> None:
         names = "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
         raise ValueError(f"device must be {names}, got {name!r}") from None
     if not is_here.get(device.type, False):
-        hint = "device='auto' takes what there is"
+        problem = cuda_problem() if device.type == "cuda" else None
+        hint = problem or "device='auto' takes what there is"
         raise ValueError(f"device {name!r} is not available here; {hint}")
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise ValueError(f"device {name!r}: there are {num_gpus} GPUs")

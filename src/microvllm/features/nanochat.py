@@ -3,10 +3,10 @@
 The functions are methods of LLM, which passes itself as `engine`. What their arguments may be:
 
 num_samples: beyond max_batch_size they are served in turns; max_tokens: 0 too; None: until the
-model ends the text, or the context of its training (sequence_len) is full; seed: any integer, the
-last 64 bits of which count; params: fields of SamplingParams, with top_k: None, 0 and less are off.
-The calculator is on. They raise TypeError or ValueError for what makes no sense, and RuntimeError
-if a sample fails.
+model ends the text, or the context of its training (sequence_len) is full; seed: any integer,
+whose last 64 bits count; params: fields of SamplingParams, with top_k: None, 0 and less are off,
+and tools: by default the calculator. They raise TypeError or ValueError for what makes no sense,
+and RuntimeError if a sample fails.
 """
 
 import asyncio
@@ -122,6 +122,8 @@ def make_requests(
 ) -> list[PromptRequests]:
     """Check all arguments, then make the requests of each prompt."""
     num_samples = check_number("num_samples", num_samples)
+    params = dict(params)
+    options = {"tools": params.pop("tools", True)}  # by default the calculator
     if not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer, got {seed!r:.80}")
     common_params = make_params(engine, max_tokens, params)
@@ -134,7 +136,9 @@ def make_requests(
             checked.append(engine.check(prompt, prompt_params))
     num_wanted = 0 if max_tokens == 0 else num_samples
     return [
-        PromptRequests(prompt_ids, make_turns(engine, prompt_ids, prompt_params, num_wanted))
+        PromptRequests(
+            prompt_ids, make_turns(engine, prompt_ids, prompt_params, num_wanted, options)
+        )
         for prompt_ids, prompt_params in checked
     ]
 
@@ -160,9 +164,9 @@ def fill_context(engine: LLM, prompt, params: SamplingParams) -> SamplingParams:
 
 
 def make_turns(
-    engine: LLM, prompt_ids: list[int], params: SamplingParams, num_samples: int
+    engine: LLM, prompt_ids: list[int], params: SamplingParams, num_samples: int, options: dict
 ) -> list[Request]:
-    """Requests for the samples of a prompt, of max_batch_size at most each."""
+    """Requests for the samples of a prompt, of max_batch_size at most each. options: of all."""
     requests = []
     for first in range(0, num_samples, engine.max_batch_size):
         turn_params = replace(
@@ -170,7 +174,6 @@ def make_turns(
             n=min(engine.max_batch_size, num_samples - first),
             sample_index=params.sample_index + first,
         )
-        options = {"tools": True}  # the calculator
         requests.append(
             engine.make_request(prompt_ids, turn_params, is_owned=True, options=options)
         )

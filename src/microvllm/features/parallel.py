@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor
 
-from ..checkpoint import pick_device
+from ..devices import find_device
 from ..engine import LLM
 from ..model import GPTConfig
 from ..runner import Extension
@@ -78,7 +78,7 @@ def first_failure(failure: str) -> str:
 class Ranks:
     """This rank and the others of one model, `size` in all. device: of this rank, "auto" and "cuda"
     are the GPU of its number on its machine. Raises ValueError as `join_processes` and
-    `pick_device` do."""
+    `find_device` do."""
 
     def __init__(self, size: int, device="auto"):
         join_processes(size)
@@ -86,7 +86,7 @@ class Ranks:
         self.rank = dist.get_rank()
         if str(device) in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
-        self.device = pick_device(device)
+        self.device = find_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a process has one card, and NCCL reads its number
         if self.device.type not in ("cpu", "cuda"):

@@ -1,5 +1,6 @@
 """Attention over the block table, with the signature that microvllm/attention.py describes."""
 
+import functools
 import math
 from functools import partial
 
@@ -11,9 +12,6 @@ from . import launch
 from .launch import VARIES, begin
 
 SEARCHED = tl.constexpr(512)  # sequences that a program of `_chunk` looks at in one go
-# programs of `_decode` that a multiprocessor runs at once, of one warp and of four: as registers of
-# Hopper allow, compiled in bfloat16. contexts are split until there are about so many
-AT_ONCE = {1: 8, 4: 5}
 MAX_SPLITS = tl.constexpr(64)
 
 
@@ -40,7 +38,24 @@ def _keys(
 
 
 @triton.jit
-def _add_tile(score, value, m, total, acc):
+def _scales(
+    k, v, table, tile, stop, block_stride,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # what 1 is worth in the keys and values of those positions, (TILE,) each, of fused/int8_cache:
+    # bfloat16, the upper half of a float32, behind the block's values of a head
+    position = tile + tl.arange(0, TILE)
+    live = position < stop
+    block = tl.load(table + position // BLOCK_SIZE, live, 0)
+    at = (block.to(tl.int64) * block_stride + BLOCK_SIZE * D) // 2 + position % BLOCK_SIZE
+    key_bits = tl.load(k.to(tl.pointer_type(tl.int16)) + at, live, 0).to(tl.int32)
+    value_bits = tl.load(v.to(tl.pointer_type(tl.int16)) + at, live, 0).to(tl.int32)
+    key_scale = (key_bits << 16).to(tl.float32, bitcast=True)
+    return key_scale, (value_bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add_tile(score, value, value_scale, m, total, acc):
     # the online softmax: m is the largest score of each row so far, total and acc are the sums of
     # weights and of weighted values in units of 2^m. masked scores are a finite -1e30: a row that
     # sees no key of its first tiles collects nonsense there, until a real key shrinks it to 0
@@ -49,6 +64,8 @@ def _add_tile(score, value, m, total, acc):
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(weight, 1)
     acc = acc * shrink[:, None]
+    if value_scale is not None:  # value is in units of it
+        weight = weight * value_scale[None, :]
     if score.shape[0] == 1:  # nothing to share: plain multiply and add, memory is the limit
         column = tl.reshape(weight, (value.shape[0], 1))
         acc += tl.sum(column * value.to(tl.float32), 0)[None, :]
@@ -100,28 +117,43 @@ def _decode(
     live = (g < GROUP)[:, None] & (d < D)[None, :]
     query = tl.load(q + rows[:, None] * D + d[None, :], live, 0.0)
     table = tables + sequence.to(tl.int64) * table_stride
-    k += head * (BLOCK_SIZE * D)
-    v += head * (BLOCK_SIZE * D)
+    INT8: tl.constexpr = k.dtype.element_ty == tl.int8  # a scale of 2 bytes for each position
+    WIDTH: tl.constexpr = D + 2 if INT8 else D
+    k += head * (BLOCK_SIZE * WIDTH)
+    v += head * (BLOCK_SIZE * WIDTH)
     m, total = tl.full((BLOCK_G,), -1e30, tl.float32), tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     if BLOCK_G == 1:
         # ask for a tile before the one in hand is worked on. left to itself, the compiler waits for
         # memory several times in every tile
         key2, value2 = _keys(k, v, table, lo, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
+        if INT8:
+            ks2, vs2 = _scales(k, v, table, lo, hi, block_stride, D, BLOCK_SIZE, TILE)
     for tile in range(lo, hi, TILE):
         position = tile + tl.arange(0, TILE)
         if BLOCK_G == 1:
             key, value, ahead = key2, value2, tile + TILE
             key2, value2 = _keys(k, v, table, ahead, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
+            if INT8:
+                ks, vs = ks2, vs2
+                ks2, vs2 = _scales(k, v, table, ahead, hi, block_stride, D, BLOCK_SIZE, TILE)
         else:  # a loop around matrix products is pipelined by the compiler
             key, value = _keys(k, v, table, tile, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
+            if INT8:
+                ks, vs = _scales(k, v, table, tile, hi, block_stride, D, BLOCK_SIZE, TILE)
+        if INT8:
+            key, value = key.to(query.dtype), value.to(query.dtype)
         seen = (position >= start) & (position < hi)
         if BLOCK_G == 1:
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :] * scale
         else:
             score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        score = tl.where(seen[None, :], score, -1e30)
-        m, total, acc = _add_tile(score, value, m, total, acc)
+        if INT8:
+            score = tl.where(seen[None, :], score * ks[None, :], -1e30)
+            m, total, acc = _add_tile(score, value, vs, m, total, acc)
+        else:
+            score = tl.where(seen[None, :], score, -1e30)
+            m, total, acc = _add_tile(score, value, None, m, total, acc)
     # a split without keys (or a sequence of length 0) has total 0: it writes 0, and no NaN
     divisor = tl.where(total > 0, total, 1.0)
     acc = acc / divisor[:, None]
@@ -188,16 +220,24 @@ def _chunk(
     lo = tl.where(window < 0, 0, tl.maximum(first - window, 0)) // TILE * TILE
     left = tl.where(window < 0, 0, query - window)
     table = tables + sequence * table_stride
-    k += head * (BLOCK_SIZE * D)
-    v += head * (BLOCK_SIZE * D)
+    INT8: tl.constexpr = k.dtype.element_ty == tl.int8
+    WIDTH: tl.constexpr = D + 2 if INT8 else D
+    k += head * (BLOCK_SIZE * WIDTH)
+    v += head * (BLOCK_SIZE * WIDTH)
     m, total = tl.full((BLOCK_M,), -1e30, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for tile in range(lo, stop, TILE):
         position = tile + tl.arange(0, TILE)
         key, value = _keys(k, v, table, tile, stop, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
-        score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
         seen = (position[None, :] <= query[:, None]) & (position[None, :] >= left[:, None])
-        m, total, acc = _add_tile(tl.where(seen, score, -1e30), value, m, total, acc)
+        if INT8:
+            ks, vs = _scales(k, v, table, tile, stop, block_stride, D, BLOCK_SIZE, TILE)
+            score = tl.dot(x, tl.trans(key.to(x.dtype)), input_precision="ieee") * scale
+            score = tl.where(seen, score * ks[None, :], -1e30)
+            m, total, acc = _add_tile(score, value.to(x.dtype), vs, m, total, acc)
+        else:
+            score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
+            m, total, acc = _add_tile(tl.where(seen, score, -1e30), value, None, m, total, acc)
     # a row of a sequence of length 0 has seen no key: it writes 0, and no NaN, which a later layer
     # would write into the null block, where tiles that begin before a window read it
     tl.store(out + at, acc / tl.where(total > 0, total, 1.0)[:, None], live)
@@ -205,8 +245,31 @@ def _chunk(
 
 def make_counts(device: torch.device) -> torch.Tensor:
     """What `paged_attention` counts with: for one stream, and 0 between two launches."""
-    size = max(AT_ONCE.values()) * launch.card(device)[0]
+    size = launch.MAX_AT_ONCE * launch.card(device)[0]
     return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache
+def decodes_at_once(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    constants: tuple[int, ...],
+    options: tuple[int, int],
+) -> int:
+    """Programs of `_decode` that a multiprocessor runs at once, as the compiler and the card have
+    it: contexts are split until there are about that many. dtypes: of the queries, and of K and V;
+    constants: the kernel's; options: warps and stages."""
+    if device.type != "cuda":  # the interpreter
+        return 8
+    num_warps, num_stages = options
+    x, kv = (torch.empty(16, dtype=dtype, device=device) for dtype in dtypes)
+    integers = torch.empty(16, dtype=torch.int32, device=device)
+    parts = torch.empty(16, dtype=torch.float32, device=device)
+    kernel = _decode.warmup(
+        x, kv, kv, integers, integers, x, parts, parts, integers, 16, 16, 1.0, -1, *constants,
+        num_warps=num_warps, num_stages=num_stages, grid=(1,), **launch.options(device),
+    )  # fmt: skip
+    return launch.programs_at_once(device, kernel, num_warps)
 
 
 def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts=None):
@@ -220,7 +283,9 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
     T, n_head, D = q.shape
     n_kv, block_size = k.shape[1:3]
     tables, seq_lens = batch.block_tables, batch.seq_lens
-    assert k.stride()[1:] == (block_size * D, D, 1), k.stride()
+    width = k.shape[3]  # in int8 two bytes for a scale, see fused/int8_cache.py
+    assert width == (D + 2 if k.dtype == torch.int8 else D), k.shape
+    assert k.stride()[1:] == (block_size * width, width, 1), k.stride()
     assert tables.stride(1) == 1, tables.stride()
     group, size = n_head // n_kv, q.element_size()
     block_d = max(16, triton.next_power_of_2(D))
@@ -232,11 +297,14 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
     out = torch.empty_like(q)
     if decodes:
         if group == 1:  # one warp with 4 KB of keys at a time: many small programs fill the card
-            block_g, warps, tile = 1, 1, max(4096 // (block_d * size), 1)
+            block_g, warps, stages = 1, 1, 3
+            tile = max(4096 // (block_d * k.element_size()), 1)
         else:
-            block_g, warps = max(16, triton.next_power_of_2(group)), 4
+            block_g, warps, stages = max(16, triton.next_power_of_2(group)), 4, 5
             tile = 16 if size == 4 else min(8192 // block_d, 64)
-        wanted = round(AT_ONCE[warps] * processors / (decodes * n_kv))
+        constants = (n_kv, group, D, block_size, block_d, block_g, tile)
+        at_once = decodes_at_once(q.device, (q.dtype, k.dtype), constants, (warps, stages))
+        wanted = round(at_once * processors / (decodes * n_kv))
         most = MAX_SPLITS.value
         splits = num_splits or max(1, min(wanted, triton.cdiv(batch.max_seq_len, 64), most))
         parts = lse = None
@@ -248,7 +316,7 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
             assert splits <= most and decodes * n_kv <= len(counts), (splits, decodes, n_kv)
         _decode[(n_kv, decodes, splits)](
             q, k, v, tables, seq_lens, out, parts, lse, counts, *where, block_g, tile,
-            num_warps=warps, **options,
+            num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
     if chunks:
         block_g = triton.next_power_of_2(group)
@@ -259,6 +327,8 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
         block_m, tile, warps = (32, 32, 4) if size == 4 or short else (128, 64, 8)
         if fixed and size < 4:
             block_m, tile, warps = 64, 64, 4
+        if block_d == 128 and (size == 4 or (fixed and memory <= 200_000)):
+            warps = 8  # with 4 their registers do not suffice
         if block_d > 128:
             block_m, tile, warps = min(block_m, 64), tile // 2, 8
         block_m = max(block_m, block_g)

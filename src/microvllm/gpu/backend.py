@@ -1,5 +1,6 @@
 """What a GPU provides for the fused model, and weights in float8."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -8,27 +9,72 @@ import torch
 from torch import Tensor
 
 from ..fused.backend import Backend, filter_values
+from ..fused.int8_cache import Int8CacheBackend
 from ..fused.linear import Linear
 from ..sampler import to_device
-from . import has_triton
+from . import compiler_problem, has_triton, takes_triton
 from .upload import Uploader
 
 
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
+    each row, (T, 1) float32."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
 class GpuBackend(Backend):
-    """Triton's steps and draw, where it runs, and float8; attention in torch."""
+    """Triton's elementwise kernels and draw, where it runs, and float8; attention in torch."""
 
     draw: Callable[..., Tensor] | None = None  # the kernels of `sample`
+    fp8_rows = staticmethod(fp8_rows)  # of the inputs of a product
+    few_rows = False  # may steps of a few rows have products of their own (graphs.py)?
     uploader: Uploader | None = None
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
         if has_triton(device):
-            from . import sampler, steps
+            from . import elementwise, sampler
 
-            self.add_norm = steps.add_norm
-            self.relu2 = steps.relu2
-            self.rope_store = steps.rope_store
+            self.add_norm = elementwise.add_norm
+            self.relu2 = elementwise.relu2
+            self.rope_store = elementwise.rope_store
             self.draw = sampler.sample
+            self.fp8_rows = elementwise.fp8_rows
+
+    def prepare(self, model) -> None:
+        """Compare the kernels with plain torch, and use none that differs."""
+        has_blocks = self.block_size % self.block_step == 0  # else it is refused later
+        if self.device.type == "cuda" and has_triton(self.device) and has_blocks:
+            from .self_check import check_kernels
+
+            self.use_plain(check_kernels(self, shapes_of(model)))
+
+    def use_plain(self, results: dict[str, str]) -> None:
+        """Compute in plain torch where a kernel is wrong, and say so. results: of `check_kernels`.
+        Raises ValueError where no plain function does the same."""
+        from .self_check import FORMS
+
+        wrong = {title: error for title, error in results.items() if error}
+        if not wrong:
+            return
+        errors = "; ".join(f"{title} ({error})" for title, error in wrong.items())
+        report = "please report what `microvllm info --check` prints"
+        if self.deterministic:
+            raise ValueError(
+                f"deterministic=True has no kernels that are right on {self.device}: {errors}; "
+                f"leave it out, and {report}"
+            )
+        attributes = {FORMS[title].attribute for title in wrong}
+        for attribute in attributes:
+            vars(self).pop(attribute, None)  # then it is the class's own
+        if not attributes <= {"few_rows", "fp8_rows"}:
+            self.can_record = False  # a plain function may wait for the device
+        warnings.warn(
+            f"kernels differ from plain torch on {self.device}, which computes in their place, "
+            f"slower: {errors}; {report}",
+            stacklevel=2,
+        )
 
     def fill(self, target: Tensor, source: Tensor) -> None:
         is_upload = target.device.type == "cuda" and source.device.type == "cpu"
@@ -70,18 +116,24 @@ class TritonBackend(GpuBackend):
     on their batch."""
 
     name = "triton"
+    can_record = True
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
-        from . import attention, steps
+        from . import attention, elementwise, launch
 
         counts = attention.make_counts(device)
         self.attend = partial(attention.paged_attention, counts=counts)
+        if launch.TRITON_34 and torch.version.hip is None and not deterministic:
+            self.few_rows = True
         if deterministic:
             self.attend = attention.fixed_attention
-            self.product = steps.linear
+            self.product = elementwise.linear
 
     def check(self) -> None:
+        problem = compiler_problem(self.device) if takes_triton(self.device) else None
+        if problem is not None:
+            raise ValueError(f"attention='triton': {problem}, or use 'auto'")
         if not has_triton(self.device):
             raise ValueError(
                 "attention='triton' needs a GPU (of NVIDIA's, Ampere or newer) and triton, and the "
@@ -89,15 +141,22 @@ class TritonBackend(GpuBackend):
             )
 
 
-def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
-    each row, (T, 1) float32."""
-    if has_triton(x.device):
-        from . import steps
+class Int8TritonBackend(TritonBackend, Int8CacheBackend):
+    """The same with K and V in 8 bits: the kernels see it from their dtype."""
 
-        return steps.fp8_rows(x)
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
-    return (x / scale).to(torch.float8_e4m3fn), scale
+
+def shapes_of(model):
+    """What the kernels of a model are compiled for."""
+    from .self_check import Shapes
+
+    return Shapes(
+        config=model.config,
+        local=model.local,
+        recipe=model.recipe,
+        cache=model.kv_layout,
+        block_size=model.backend.block_size,
+        is_fp8=model.store == "fp8",
+    )
 
 
 class Float8(Linear):
@@ -116,7 +175,7 @@ class Float8(Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         # both scales are applied to the float32 sums, which are then rounded to bfloat16
-        rows, row_scale = fp8_rows(x)
+        rows, row_scale = self.backend.fp8_rows(x)
         y = torch._scaled_mm(
             rows,
             self.weight.t(),

@@ -5,8 +5,8 @@ in its batch differ. So it is recorded once per batch size, and replayed after t
 copied to where the recorded kernels read them. Rows that pad a batch to a recorded size are
 sequences of one token in the null block.
 
-For a step of a few rows there are products with norm, residual add and relu^2 fused into them. They
-are timed beside the library's when the engine starts, and the fastest are kept.
+For a step of one or two rows there are products with norm, residual add and relu^2 fused into them.
+They are timed beside the library's when the engine starts, and the faster ones are kept.
 """
 
 import gc
@@ -27,68 +27,67 @@ from ..fused.backend import NO_FILTERS, filter_values
 from ..fused.linear import Linear
 from ..fused.model import FusedGPT
 from ..loops.ahead import AheadRunner
+from ..resources import fits
 from ..sampler import SamplingParams
 from ..scheduler import Plan
-from . import launch
+from . import launch, say
+from .elementwise import linear_add, norm_linear
 from .sampler import sample
-from .steps import linear_add, norm_linear
 
 # Fields of a row beside its slots and block tables; cu_seqlens never changes: token_ids,
 # prev_token_ids, positions, seq_lens, temperature, uniform, top_k, top_p, min_p
 NUM_FIELDS = 9
+POSITIONS = 2
 SEQ_LENS = 3
 TEMPERATURE = 4
 UNIFORM = 5
 FILTERS = slice(6, 9)
-MAX_FEW_ROWS = 8  # the largest batch for which `few_rows_step` is tried
-OUTPUTS = ((2, 1), (4, 1), (4, 4))  # of a program in `few_rows_step`, all are tried
+MAX_FEW_ROWS = 2  # the largest batch for which `few_rows_step` is tried
+FEW_ROWS = "few_rows"  # ways to run a step, beside "library"
+EARLY = "few_rows, early"
 FAILED: list[torch.cuda.CUDAGraph] = []  # kept: to destroy one whose capture failed can fail, too
-TRIALS = 8  # timed replays of each way, each with another token; more than there are ways
+TRIALS = 8  # timed replays of each way, each with another token and another context
+LONGEST_TRIAL = 512  # tokens of the longest context among them
 
 
 def few_rows_step(
-    model: FusedGPT,
-    batch: Batch,
-    cache: PagedKVCache,
-    outputs: tuple[int, int],
-    out: Tensor | None = None,
+    model: FusedGPT, batch: Batch, cache: PagedKVCache, out: Tensor | None = None
 ) -> Tensor:
     """The logits (R, V) of a few rows that decode: model.forward and model.logits in two thirds of
-    the kernels, with norms that are not rounded. outputs: that a program of a product computes, and
-    one of the MLP's second, whose rows are four times as long; out: where the logits go."""
+    the kernels, with norms that are not rounded. out: where the logits go."""
     recipe = model.recipe
     backend = model.backend
     eps = recipe.eps
-    num_outputs, num_mlp_outputs = outputs
     x = model.embed(batch)  # (1)
     x0 = x
     backout = ()
     for i, (layer, kv) in enumerate(zip(model.layers, cache.layers(batch), strict=True)):
         # (2), the norm and (3) project; (4) rotate and norm, (5) write K and V, then attend
-        mix = (x0, layer.resid_lambda, layer.x0_lambda)
-        qkv, h = norm_linear(x, layer.qkv.weight, eps, *mix, outputs=num_outputs)
+        # without lambdas no x0: there would be a second variant of each kernel
+        mix = (x0, layer.resid_lambda, layer.x0_lambda) if recipe.lambdas else ()
+        qkv, h = norm_linear(x, layer.qkv.weight, eps, *mix)
         q = backend.rope_store(
             qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, kv.batch, kv.k, kv.v,
             model.config.n_head, recipe.qk_scale, recipe.gate_scale, eps,
         )  # fmt: skip
         y = backend.attend(q, kv.k, kv.v, kv.batch, layer.window)
-        x = linear_add(y.flatten(1), layer.proj.weight, x, *mix, outputs=num_outputs)
-        y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True, outputs=num_outputs)  # (6)
-        x = linear_add(y, layer.mlp_proj.weight, x, outputs=num_mlp_outputs)
+        x = linear_add(y.flatten(1), layer.proj.weight, x, *mix)
+        y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True)  # (6)
+        # rows four times as long: a program reads as many weights
+        x = linear_add(y, layer.mlp_proj.weight, x, outputs=1)
         if recipe.smear and i == model.config.n_layer // 2:  # (7)
             minus = -model.backout_lambda.float()
             backout = (x, torch.ones_like(minus), minus)
     head = model.lm_head.weight[: model.config.vocab_size]
-    logits, _ = norm_linear(x, head, eps, *backout, outputs=num_outputs, out=out)
+    logits, _ = norm_linear(x, head, eps, *backout, out=out)
     return logits
 
 
 def takes_few_rows(model: FusedGPT) -> bool:
-    """Does `few_rows_step` fit a model? On NVIDIA cards, from triton 3.4 on, and if each matrix is
-    one tensor with torch's product: not a live module's parts, float8, or deterministic=True."""
+    """Does `few_rows_step` fit a model? If the backend has it, and each matrix is one tensor with
+    torch's product: not a live module's parts, float8, or deterministic=True."""
     has_dense_weights = all(type(linear) is Linear for linear in model.linears.values())
-    is_able = launch.TRITON_34 and torch.version.hip is None
-    return has_dense_weights and has_torchs_product(model) and is_able
+    return model.backend.few_rows and has_dense_weights and has_torchs_product(model)
 
 
 def has_torchs_product(model: FusedGPT) -> bool:
@@ -164,17 +163,18 @@ class DecodeGraphs:
         descending = self.sizes[::-1]  # the largest first: the others reuse its memory
         for size in descending:
             self.graphs[size] = self.record(size)
-        few = [n for n in descending if n <= MAX_FEW_ROWS and takes_few_rows(self.model)]
-        for size, graphs in self.record_few_rows(few).items():
-            self.choose(size, graphs)
+        if takes_few_rows(self.model):
+            few = [size for size in descending if size <= MAX_FEW_ROWS]
+            for size, graphs in self.record_few_rows(few).items():
+                self.choose(size, graphs)
 
-    def record(self, size: int, outputs: tuple = ()) -> torch.cuda.CUDAGraph:
+    def record(self, size: int, few_rows: bool = False) -> torch.cuda.CUDAGraph:
         """Run the step once, so that all kernels are compiled and loaded, then capture it.
-        outputs: of `few_rows_step`, () for the library's products."""
+        few_rows: by `few_rows_step`, not with the library's products."""
         self.clear_inputs(size)
-        self.decode(size, outputs)
+        self.decode(size, few_rows)
         torch.cuda.synchronize(self.model.device)
-        return self.capture(size, outputs)
+        return self.capture(size, few_rows)
 
     def clear_inputs(self, size: int) -> Tensor:
         """Let the inputs be those of sequences of one token in the null block. Returns the fields
@@ -184,7 +184,7 @@ class DecodeGraphs:
         fields[SEQ_LENS] = 1
         return fields
 
-    def capture(self, size: int, outputs: tuple) -> torch.cuda.CUDAGraph:
+    def capture(self, size: int, few_rows: bool) -> torch.cuda.CUDAGraph:
         """Capture a step. Where that fails, torch leaves the thread on the stream of the capture,
         and older ones the allocator in the pool: both are put back."""
         device = self.model.device
@@ -198,7 +198,7 @@ class DecodeGraphs:
                 stream=self.stream,
                 capture_error_mode="thread_local",
             ):
-                self.decode(size, outputs)
+                self.decode(size, few_rows)
         except BaseException:
             self.is_broken = True
             FAILED.append(graph)
@@ -212,12 +212,13 @@ class DecodeGraphs:
         """All ways to run steps of these sizes. What is likelier to fail comes later, and after a
         failed capture there is no other."""
         graphs = {size: {"library": self.graphs[size]} for size in sizes}
-        starts = [False, True] if launch.can_start_early(self.model.device) else [False]
-        for is_early, size, outputs in product(starts, sizes, OUTPUTS):
-            way = f"few_rows, {outputs}" + (", early" if is_early else "")
+        ways = {FEW_ROWS: False}
+        if launch.TRIES_EARLY_START and launch.can_start_early(self.model.device):
+            ways[EARLY] = True
+        for way, size in product(ways, sizes):
             try:
-                with launch.early_start(is_early):
-                    graphs[size][way] = self.record(size, outputs)
+                with launch.early_start(ways[way]):
+                    graphs[size][way] = self.record(size, few_rows=True)
             except Exception as error:  # the compiler's, or no memory: the library's is there
                 warnings.warn(
                     f"no decode steps of {size} rows by {way!r} here: {error!r:.300}",
@@ -228,8 +229,10 @@ class DecodeGraphs:
         return graphs
 
     def choose(self, size: int, graphs: dict[str, torch.cuda.CUDAGraph]) -> None:
-        """Keep the fastest way to run a step of so many rows: all are timed, in turns."""
+        """Keep the fastest way to run a step of `size` rows: all are timed, in turns, at contexts
+        of several lengths in the null block."""
         fields = self.clear_inputs(size)
+        longest = min(self.max_positions, LONGEST_TRIAL)
         events = {way: [] for way in graphs}
         logits = {way: {} for way in graphs}  # as bytes, by token: NaN is equal to NaN
         num_trials = min(TRIALS, self.model.config.vocab_size)
@@ -239,6 +242,8 @@ class DecodeGraphs:
                 # never the token of the run before: what that one left in the buffers is wrong here
                 token = (trial - turn) % num_trials
                 fields[0] = token
+                fields[POSITIONS] = token * (longest - 1) // max(num_trials - 1, 1)
+                fields[SEQ_LENS] = fields[POSITIONS] + 1
                 start = torch.cuda.Event(enable_timing=True)
                 end = torch.cuda.Event(enable_timing=True)
                 start.record()
@@ -251,9 +256,9 @@ class DecodeGraphs:
         for way, pairs in events.items():
             times[way] = [start.elapsed_time(end) for start, end in pairs]
         self.inputs.zero_()
-        for way in find_wrong(logits):
+        if EARLY in logits and not are_equal(logits[EARLY], logits.get(FEW_ROWS)):
             warnings.warn("kernels that start early err on this card: unused", stacklevel=2)
-            del times[way]
+            del times[EARLY]
         self.ways[size] = fastest(times)
         self.graphs[size] = graphs[self.ways[size]]
 
@@ -290,7 +295,7 @@ class DecodeGraphs:
     def write_inputs(
         self, flat: np.ndarray, size: int, batch: HostBatch, params: list[SamplingParams]
     ) -> None:
-        """Write a batch into the inputs of so many rows. A padding row is a sequence of one token
+        """Write a batch into the inputs of `size` rows. A padding row is a sequence of one token
         in the null block."""
         num_rows = len(batch.token_ids)
         num_columns = batch.block_tables.shape[-1]
@@ -310,7 +315,7 @@ class DecodeGraphs:
         tables[:, num_rows:] = 0
 
     def split(self, flat, size: int):
-        """The inputs of so many rows: fields (NUM_FIELDS + groups, size), the slots of each group
+        """The inputs of `size` rows: fields (NUM_FIELDS + groups, size), the slots of each group
         last, and block tables (groups, size, columns)."""
         num_fields = NUM_FIELDS + self.num_groups
         fields = flat[: num_fields * size]
@@ -318,15 +323,15 @@ class DecodeGraphs:
         shape = (self.num_groups, size, self.num_columns)
         return fields.reshape(num_fields, size), tables.reshape(shape)
 
-    def decode(self, size: int, outputs: tuple) -> None:
+    def decode(self, size: int, few_rows: bool) -> None:
         """The step that is recorded: read the inputs, forward, sample, leave the tokens in
         `token_ids` and what they were drawn from in `logits`."""
         model = self.model
         batch, filters = self.input_batch(size)
         logits = self.logits[:size]
         head = model.lm_head
-        if outputs:
-            few_rows_step(model, batch, self.cache, outputs, logits)
+        if few_rows:
+            few_rows_step(model, batch, self.cache, logits)
         elif type(head) is Linear and has_torchs_product(model):  # without a copy of the logits
             hidden = model.forward(batch, self.cache)
             torch.mm(hidden.to(head.dtype), head.weight[: head.rows].t(), out=logits)
@@ -337,7 +342,7 @@ class DecodeGraphs:
         self.token_ids[:size].copy_(drawn)
 
     def input_batch(self, size: int) -> tuple[Batch, list[Tensor]]:
-        """The inputs of so many rows as a batch, and top_k, top_p and min_p, each (size,)."""
+        """The inputs of `size` rows as a batch, and top_k, top_p and min_p, each (size,)."""
         fields, tables = self.split(self.inputs, size)
         token_ids, prev_token_ids, positions, seq_lens = fields[:TEMPERATURE]
         temperature, uniform, *filters = fields[TEMPERATURE:NUM_FIELDS].view(torch.float32)
@@ -365,27 +370,19 @@ class DecodeGraphs:
         return batch, filters
 
 
-def find_wrong(logits: dict[str, dict[int, Tensor]]) -> list[str]:
-    """The ways with an early start whose logits, by token, are not those of the same kernels
-    without: early or not, the sums are the same, so a kernel did not wait."""
-    wrong = []
-    for way in logits:
-        if not way.endswith(", early"):
-            continue
-        expected = logits.get(way.removesuffix(", early"))
-        if expected is None or not all(
-            torch.equal(x, expected[token]) for token, x in logits[way].items()
-        ):
-            wrong.append(way)
-    return wrong
+def are_equal(logits: dict[int, Tensor], expected: dict[int, Tensor] | None) -> bool:
+    """Are the logits of each token those of the same kernels without an early start? The sums are
+    the same: else a kernel did not wait."""
+    if expected is None:
+        return False
+    return all(torch.equal(logits[token], expected[token]) for token in logits)
 
 
 def can_replay(plan: Plan) -> bool:
     """Is it a step that was recorded: one row per sequence, and one draw from each?"""
     longest = plan.chunks[-1]  # longer chunks come last
     has_decodes_alone = longest.num_tokens == 1 and not plan.extra_rows
-    chunk_indices = plan.draw_columns.chunk_indices
-    return has_decodes_alone and chunk_indices == tuple(range(len(plan.chunks)))
+    return has_decodes_alone and plan.draws.chunk_indices == list(range(len(plan.chunks)))
 
 
 class GraphRunner(AheadRunner):
@@ -397,7 +394,9 @@ class GraphRunner(AheadRunner):
     def record(self, max_batch_size: int, max_positions: int) -> None:
         """Record the steps of up to max_batch_size sequences of up to max_positions tokens."""
         self.limits = (max_batch_size, max_positions)
-        self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_positions)
+        say("recording decode steps, with kernels that are compiled where they are not on disk")
+        with fits("recorded steps (cuda_graphs=False records none)", self.model.device):
+            self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_positions)
 
     def bind(self, model, cache: PagedKVCache | None) -> None:
         """As in Runner. The recorded steps read the former addresses: they are recorded again."""

@@ -11,6 +11,7 @@ Under `TRITON_INTERPRET=1` they run on the CPU, slowly: that is how the tests ru
 """
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,7 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..resources import on_device
+
 TRITON_34 = hasattr(tl.extra.cuda, "gdc_wait")  # or newer
+
+MAX_AT_ONCE = 32  # programs that any multiprocessor runs at once
 
 # Arguments that change from step to step or from layer to layer. They are views into something
 # larger, so their addresses divide by 16 or do not: no second variant of a kernel for that.
@@ -27,6 +32,9 @@ VARIES = (
     "ids positions slots tables seq_lens cu_seqlens temperatures us sums lows top_ks top_ps min_ps "
     "a b table_stride h_stride window first_sequence num_sequences splits rows"
 ).split()
+
+# Are decode steps tried with `early_start`, too? No card has shown yet that it pays.
+TRIES_EARLY_START = os.environ.get("MICROVLLM_EARLY_START") == "1"
 
 starts_early = ContextVar("starts_early", default=False)  # was `early_start` asked for?
 
@@ -70,9 +78,40 @@ def _card(device: torch.device, early: bool) -> tuple[int, int, dict]:
     return found.multi_processor_count, memory, options
 
 
+def programs_at_once(device: torch.device, kernel, num_warps: int) -> int:
+    """Programs of a compiled kernel that a multiprocessor of the card runs at once: as many as its
+    registers, shared memory and threads are enough for. As Triton's tutorial of the softmax has it.
+    """
+    if torch.version.hip is not None:
+        return 8
+    kernel._init_handles()  # loads it, and reads what it takes
+    found = torch.cuda.get_device_properties(device)
+    # a warp gets registers by 256, and a quarter of a multiprocessor has a quarter of them
+    warp_registers = -(-kernel.n_regs // 8) * 256
+    warps = found.regs_per_multiprocessor // 4 // warp_registers * 4
+    threads = found.max_threads_per_multi_processor
+    by_memory = found.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
+    limits = (warps // num_warps, threads // (32 * num_warps), by_memory, MAX_AT_ONCE)
+    return max(1, min(limits))
+
+
 def options(device: torch.device) -> dict:
     """What every launch on the device is given."""
     return card(device)[2]
+
+
+@triton.jit
+def _write_seven(x):
+    tl.store(x, 7)
+
+
+def try_compiler(device: torch.device) -> None:
+    """Compile a kernel and run it. Raises whatever is raised where that cannot be."""
+    x = torch.zeros(1, dtype=torch.int32, device=device)
+    with on_device(device):
+        _write_seven[(1,)](x)
+    if x.item() != 7:
+        raise RuntimeError(f"a kernel that writes 7 has written {x.item()}")
 
 
 @triton.jit

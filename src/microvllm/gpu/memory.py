@@ -10,13 +10,63 @@ import torch
 
 from ..engine import EngineConfig
 from ..environment import free_memory
+from ..model import GPTConfig
 from ..resources import fits
 from ..runner import Runner
 from ..sampler import SamplingParams
-from ..scheduler import Chunk, Draw, Plan, Sequence
+from ..scheduler import Chunk, Draw, DrawList, Plan, Sequence
 
 # what takes the most memory in a draw, as far as the parameters have it
 ALL_FILTERS = {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}
+
+
+UTILIZATION = 0.9  # of free memory, that an engine takes
+MAX_BATCH_SIZE = 512
+MIN_BATCH_SIZE = 16
+EDITED_LOGITS = 2**23  # as in features/logits.py: this subpackage goes without that file
+SEQUENCE_TOKENS = 256  # there are K and V of so many tokens for each sequence of a full batch
+
+
+def token_bytes(shape: GPTConfig, itemsize: int) -> int:
+    """Bytes of K and V of one token in all layers."""
+    return 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * itemsize
+
+
+def forward_bytes(shape: GPTConfig, num_rows: int, itemsize: int) -> int:
+    """Bytes of the activations of so many rows, as far as they exist at the same time: embeddings,
+    residual stream, the middle layer's (era 5), norms, and the MLP's 4 C channels."""
+    return 12 * num_rows * shape.n_embd * itemsize
+
+
+def draw_bytes(shape: GPTConfig, num_draws: int, itemsize: int) -> int:
+    """Bytes that so many draws take: their logits, and of those that are edited at a time, copies
+    in float32 and the indices of a sort."""
+    num_edited = min(num_draws, max(1, EDITED_LOGITS // shape.vocab_size))
+    return shape.vocab_size * (num_draws * itemsize + num_edited * 52)
+
+
+def recorded_bytes(shape: GPTConfig, max_batch_size: int, itemsize: int) -> int:
+    """Bytes that the recorded steps keep: the activations of the largest, and its logits."""
+    logits = max_batch_size * shape.vocab_size * itemsize
+    return forward_bytes(shape, max_batch_size, itemsize) + logits
+
+
+def choose_batch_size(shape: GPTConfig, itemsize: int, max_batched_tokens: int, free: int) -> int:
+    """How many sequences run at once where no one says it: MAX_BATCH_SIZE, or as many as have room
+    for SEQUENCE_TOKENS each in `free` bytes, which weights and other programs leave."""
+    num_tokens = expected_tokens(shape, itemsize, max_batched_tokens, MAX_BATCH_SIZE, free)
+    num_sequences = num_tokens // SEQUENCE_TOKENS
+    return min(max(num_sequences // 16 * 16, MIN_BATCH_SIZE), MAX_BATCH_SIZE)
+
+
+def expected_tokens(
+    shape: GPTConfig, itemsize: int, max_batched_tokens: int, max_batch_size: int, free: int
+) -> int:
+    """Tokens whose K and V fit into what a step and the recorded steps leave of `free` bytes."""
+    left = int(free * UTILIZATION) - forward_bytes(shape, max_batched_tokens, itemsize)
+    left -= draw_bytes(shape, max_batch_size, itemsize)
+    left -= recorded_bytes(shape, max_batch_size, itemsize)
+    return max(left // token_bytes(shape, itemsize), 0)
 
 
 def gpu_cache_bytes(
@@ -27,26 +77,32 @@ def gpu_cache_bytes(
     make_memory: Callable,
     make_runner: Callable[..., Runner],
     params_class: type[SamplingParams],
+    is_recorded: bool,
 ) -> int:
-    """Bytes for the KV cache: the largest step is run once, to see what activations take, and the
-    cache gets a share of the rest.
+    """Bytes for the KV cache: the largest step is run once, to see what it takes, and the cache
+    gets a share of the rest.
 
     utilization: this share; make_memory(model, config): the cache and its block manager;
-    make_runner(cache, blocks): a runner; params_class: of requests. Raises ValueError where there
-    is no memory for that step.
+    make_runner(cache, blocks): a runner; params_class: of requests; is_recorded: will there be
+    recorded steps? Raises ValueError where there is no memory for that step.
     """
     config = config.with_defaults(model)
     device = model.device
     model.init_rotary(min(config.max_model_len, config.max_batched_tokens + 1))
     num_allocated = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    with fits(f"steps of max_batched_tokens={config.max_batched_tokens}", device):
+    limits = (
+        f"max_batched_tokens={config.max_batched_tokens} and max_batch_size={config.max_batch_size}"
+    )
+    with fits(f"steps of {limits}", device):
         cache, blocks = make_memory(model, replace(config, num_blocks=1))  # the null block alone
         warm_up(make_runner(cache, blocks), config, params_class)
-    activations = torch.cuda.max_memory_allocated(device) - num_allocated
+    num_reserved = torch.cuda.max_memory_allocated(device) - num_allocated
     torch.cuda.empty_cache()
-    # twice: the memory of the recorded steps is their own
-    return int(free_memory(device) * utilization) - 2 * activations
+    if is_recorded:  # the memory of these is their own
+        itemsize = model.dtype.itemsize
+        num_reserved += recorded_bytes(model.config, config.max_batch_size, itemsize)
+    return int(free_memory(device) * utilization) - num_reserved
 
 
 @torch.inference_mode()
@@ -77,6 +133,7 @@ def compute(runner: Runner, lengths: list[int], params: SamplingParams, num_draw
         seq = Sequence(request_id, [0] * num_tokens, params)
         seq.block_table = array("i", [0] * runner.blocks.blocks_for(num_tokens))
         chunks.append(Chunk(seq, 0, num_tokens))
-    plan = Plan(chunks=chunks, draws=[Draw(0, chunks[0].seq, lengths[0])] * num_draws)
+    draw = Draw(0, chunks[0].seq, lengths[0])
+    plan = Plan(chunks=chunks, draws=DrawList([draw] * num_draws))
     batch = runner.prepare(plan)
     runner.draw(plan, batch, runner.forward(batch))

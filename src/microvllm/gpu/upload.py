@@ -1,19 +1,14 @@
-"""Weights on their way to a GPU. A file's float32 becomes bfloat16 on the CPU, in several threads,
-in pinned memory, from which the card reads by itself: while it does, the next piece is converted.
+"""Weights on their way to a GPU. A file's float32 becomes bfloat16 on the CPU, in pinned memory,
+from which the card reads by itself: while it does, the next piece is converted.
 
     CPU     piece 1 -> buffer 0 | piece 2 -> buffer 1 | piece 3 -> buffer 0 |
     card                        | buffer 0            | buffer 1            | buffer 0
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
 
-from ..environment import available_cpus
-
 BUFFER_BYTES = 2**24
-MAX_THREADS = 8  # a few cores read memory as fast as all
 
 
 class Uploader:
@@ -26,24 +21,20 @@ class Uploader:
         ]
         # recorded when the card has read a buffer
         self.events: list[torch.cuda.Event | None] = [None, None]
-        self.num_threads = min(MAX_THREADS, available_cpus())
-        self.threads = ThreadPoolExecutor(self.num_threads)
 
     def fill(self, target: Tensor, source: Tensor) -> None:
         """target (contiguous, on the device) = source, in the target's dtype. The host does not
         wait for the end."""
         piece_len = BUFFER_BYTES // target.itemsize
         targets = target.view(-1).split(piece_len)
-        sources = source.detach().reshape(-1).split(piece_len)  # detached: threads have grad
+        sources = source.detach().reshape(-1).split(piece_len)
         for target_piece, source_piece in zip(targets, sources, strict=True):
             buffer = self.buffers.pop(0)
             event = self.events.pop(0)
             if event is not None:
                 event.synchronize()
             pinned = buffer.view(target.dtype)[: len(source_piece)]
-            pinned_parts = pinned.chunk(self.num_threads)
-            source_parts = source_piece.chunk(self.num_threads)
-            list(self.threads.map(Tensor.copy_, pinned_parts, source_parts))
+            pinned.copy_(source_piece)  # in torch's threads
             target_piece.copy_(pinned, non_blocking=True)
             self.buffers.append(buffer)
             self.events.append(torch.cuda.current_stream(self.device).record_event())

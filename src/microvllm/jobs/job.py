@@ -96,11 +96,14 @@ class _Work:
     outputs: dict[int, dict | None] = field(default_factory=dict)  # by request, None: not yet
 
 
-def answer(llm: LLM, rows: Iterable[tuple[int, object]], ask: Ask) -> Iterator[Outcome]:
+def answer(
+    llm: LLM, rows: Iterable[tuple[int, object]], ask: Ask, tools: bool | list = True
+) -> Iterator[Outcome]:
     """Answer rows, as rows.read gives them, in the order in which they are done.
 
-    No more are taken than keep the engine full. Leaving the loop aborts what is unfinished. Raises
-    ValueError if the model cannot do the task.
+    tools: of conversations, see `LLM.generate`; no part of the job's settings, which a later start
+    compares. No more rows are taken than keep the engine full. Leaving the loop aborts what is
+    unfinished. Raises ValueError if the model cannot do the task.
     """
     chat = llm.tokenizer.has_chat and not ask.raw and ask.task != "completion"
     if ask.task == "chat" and not chat:
@@ -111,7 +114,7 @@ def answer(llm: LLM, rows: Iterable[tuple[int, object]], ask: Ask) -> Iterator[O
             for number, raw in islice(rows, max(0, 2 * llm.max_batch_size - len(waiting))):
                 work = _Work(number)
                 try:
-                    _submit(llm, work, parse(raw), ask, chat)
+                    _submit(llm, work, parse(raw), ask, tools if chat else None)
                 except (ValueError, TypeError) as error:
                     llm.abort(*work.outputs)
                     yield failed(number, error, work.id)
@@ -128,8 +131,10 @@ def answer(llm: LLM, rows: Iterable[tuple[int, object]], ask: Ask) -> Iterator[O
         llm.abort(*waiting)
 
 
-def _submit(llm: LLM, work: _Work, row: dict, ask: Ask, chat: bool) -> None:
-    """Queue what the row asks for; chat: its prompt is a conversation, or a user's turn."""
+def _submit(llm: LLM, work: _Work, row: dict, ask: Ask, tools: bool | list | None) -> None:
+    """Queue what the row asks for; tools: None unless its prompt is a conversation, or a user's
+    turn."""
+    chat = tools is not None
     work.id = ask.row_id(row, work.number)
     prompt = row.get(ask.prompt_column)
     if prompt is None:
@@ -142,7 +147,7 @@ def _submit(llm: LLM, work: _Work, row: dict, ask: Ask, chat: bool) -> None:
         prompt = llm.tokenizer.render_for_completion(prompt)
     if ask.task != "score":
         params = _params(row.get(ask.params_column), ask, work.id)
-        work.outputs[llm.add_request(prompt, params, tools=chat)] = None
+        work.outputs[llm.add_request(prompt, params, tools=tools or False)] = None
         return
     tails, column = row.get(ask.continuation_column), ask.continuation_column
     tails = [tails] if isinstance(tails, str) else tails

@@ -183,7 +183,7 @@ def compute_steps(
     Returns the token ids (steps, sequences): of at most num_steps steps, fewer if a sequence ends.
     """
     batch = make_batch(plan, blocks)
-    seqs = plan.draw_columns.seqs
+    seqs = plan.draws.seqs
     # all that is random, as in make_batch
     positions = batch.seq_lens + np.arange(num_steps)[:, None]  # (steps, sequences)
     uniform = uniform_numbers(

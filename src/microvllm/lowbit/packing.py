@@ -128,7 +128,7 @@ def quantised(parts: list, bits: int) -> Quantised:
 
 
 def check(part: Quantised, bits: int) -> None:
-    """Raises ValueError for numbers that a layer of so many bits cannot have."""
+    """Raises ValueError for numbers that a layer of this number of bits cannot have."""
     rows, width = part.shape
     if part.bits != bits:
         raise ValueError(f"weights of {part.bits} bits are given where the layer has {bits}")

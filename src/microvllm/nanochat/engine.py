@@ -58,9 +58,17 @@ class Engine:
         }
 
     def generate(
-        self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42
+        self,
+        tokens,
+        num_samples=1,
+        max_tokens=None,
+        temperature=1.0,
+        top_k=None,
+        seed=42,
+        tools=True,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield (tokens, masks) of all samples, a token each, see `LLM.generate_columns`."""
+        """Yield (tokens, masks) of all samples, a token each, see `LLM.generate_columns`. tools:
+        True, the calculator, False, or a list of tools (features/tools.py)."""
         return self.llm.generate_columns(
             tokens,
             num_samples=num_samples,
@@ -68,10 +76,18 @@ class Engine:
             temperature=temperature,
             top_k=top_k,
             seed=seed,
+            tools=tools,
         )
 
     async def agenerate(
-        self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42
+        self,
+        tokens,
+        num_samples=1,
+        max_tokens=None,
+        temperature=1.0,
+        top_k=None,
+        seed=42,
+        tools=True,
     ) -> AsyncIterator[tuple[list[int], list[int]]]:
         """`generate` for event loops: `async for column, masks in engine.agenerate(...)`. All tasks
         that iterate share the engine's steps. Leaving the loop early, or cancelling the task,
@@ -84,6 +100,7 @@ class Engine:
             temperature=temperature,
             top_k=top_k,
             seed=seed,
+            tools=tools,
         )
         async with aclosing(all_columns) as columns:
             async for column in columns:

@@ -12,7 +12,7 @@ them alone every block's state can be rebuilt at any time.
     extension.py  Trace, an extension of an engine; `make_trace`, `attach` and `tracing`
     recorder.py   Recorder, which compares states and finds the events
     log.py        EventLog, the lines in memory or in a file
-    schema.py     which fields an event has, and of which types they are
+    schema.py     which fields an event has, and what types they have
     replay.py     the format, and Replay, which rebuilds the pool and all sequences from the events
     formats.py    one HTML file that shows a trace, and a file for Chrome and Perfetto
     compare.py    one HTML file that shows two traces of the same traffic side by side

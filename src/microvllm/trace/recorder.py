@@ -101,17 +101,10 @@ class Recorder:
             cached=list(blocks.pool.cached),
             **facts,
         )
-        for seq in self.scheduler.running:
+        for seq in [*self.scheduler.running, *self.scheduler.paused, *self.scheduler.waiting]:
             self.arrive(seq)
-            record = self.waiting.pop(seq)
-            record.table = seq.block_table[:]
-            record.num_computed = seq.num_computed
-            record.num_published = seq.num_published
-            self.running[seq] = record
-            table = record.table.tolist()
-            self.log.add("resume", seq=record.number, table=table, computed=seq.num_computed)
-        for seq in self.scheduler.waiting:
-            self.arrive(seq)
+            if seq.block_table:
+                self.write_table(seq)
 
     # moments
 
@@ -178,7 +171,7 @@ class Recorder:
             if seq.num_published > record.num_published:
                 self.write_published(seq, record)
                 record.num_published = seq.num_published
-        if len(self.scheduler.running) > len(self.running):
+        if len(self.scheduler.running) > len(self.running) or self.scheduler.paused:
             self.write_new_tables(plan)
         if self.evicted:
             self.write_evictions(list(self.evicted))  # for sequences that were preempted since
@@ -212,7 +205,7 @@ class Recorder:
         numbers = []
         drawn = []
         forced: list[tuple[int, list[int]]] = []
-        for seq in dict.fromkeys(plan.draw_columns.seqs):
+        for seq in dict.fromkeys(plan.draws.seqs):
             record = self.running.get(seq) or self.waiting.get(seq)
             if record is None:  # it had ended before
                 continue
@@ -367,8 +360,25 @@ class Recorder:
         for seq in self.scheduler.running:
             if seq in forks:
                 self.write_fork(seq, self.running[parents[seq]])
-            elif seq not in self.running:
+            elif seq in self.running:
+                continue
+            elif seq in starts:
                 self.write_admission(seq, starts[seq])
+            else:
+                self.write_table(seq)
+        for seq in self.scheduler.paused:
+            if seq.block_table and seq not in self.running:
+                self.write_table(seq)
+
+    def write_table(self, seq: Sequence) -> None:
+        """A sequence had its table before the trace began, or shares that of another one."""
+        record = self.waiting.pop(seq)
+        record.table = seq.block_table[:]
+        record.num_computed = seq.num_computed
+        record.num_published = seq.num_published
+        self.running[seq] = record
+        table = record.table.tolist()
+        self.log.add("resume", seq=record.number, table=table, computed=seq.num_computed)
 
     def write_admission(self, seq: Sequence, num_cached: int) -> None:
         """num_cached: tokens that the prefix cache had."""

@@ -1,6 +1,6 @@
 """The format of a trace, and Replay: the pool and all sequences rebuilt from the events alone.
 
-Events may come from a file that a stranger made: schema.py says of which types they are, and Replay
+Events may come from a file that a stranger made: schema.py says what types they have, and Replay
 checks what can happen.
 """
 
@@ -15,7 +15,7 @@ from .schema import check_event
 
 VERSION = 2
 
-# a fork copies its parent's table. so many blocks may be copied in all, and more of them for each
+# a fork copies its parent's table. this number of blocks may be copied in all, and more for each
 # block that an event names
 MAX_COPIES = 2**23
 COPIES_EACH = 64
@@ -89,7 +89,7 @@ class Life:
     sample: int
     prompt: int  # how many of the tokens are the prompt
     new: list[int]  # its tokens, without those that it began with
-    parent: "Life | None" = None  # of a fork, which began with so many of its tokens
+    parent: "Life | None" = None  # of a fork, which began with its first tokens
     num_old: int = 0
     state: str = ""  # "waiting", "running", "preempted", "done"
     table: list[int] = field(default_factory=list)

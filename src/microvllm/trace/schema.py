@@ -1,4 +1,4 @@
-"""Which fields an event of a trace has, and of which types they are.
+"""Which fields an event of a trace has, and what types they have.
 
 A trace may come from a file that a stranger made: each event is compared with this table before
 anything of it is used, so other code meets no other types. docs/TRACE.md says what the fields mean.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SECONDS_BETWEEN_PICTURES = 0.125
-NUM_MOMENTS = 16  # rates are means over so many pictures
+NUM_MOMENTS = 16  # pictures over which a rate is a mean
 
 
 @contextmanager
@@ -113,9 +113,8 @@ def draw_pool(scheduler: Scheduler, peak: int, max_cells: int) -> "tuple[Text, i
 
     pool = scheduler.blocks.pool
     cells = Text()
-    request_of = {
-        block: seq.request_id for seq in scheduler.running for block in seq.block_table if block
-    }
+    sequences = [*scheduler.running, *scheduler.paused]
+    request_of = {block: seq.request_id for seq in sequences for block in seq.block_table if block}
     last = max(chain(request_of, pool.hash_of, [peak]))
     blocks_per_cell = -(-(last + 1) // max_cells)
     for start in range(0, last + 1, blocks_per_cell):

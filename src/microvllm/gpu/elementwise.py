@@ -1,5 +1,5 @@
-"""The steps between the matrix products, fused: `add_norm`, `rope_store` and `relu2` are those of
-fused.backend.Backend. A product whose rows do not depend on their batch. And products of a few
+"""The operations between the matrix products, fused: `add_norm`, `rope_store` and `relu2` are those
+of fused.backend.Backend. A product whose rows do not depend on their batch. And products of a few
 rows, with the norm before them or the addition and relu^2 after them."""
 
 import torch
@@ -53,6 +53,28 @@ def relu2(x):
     return x
 
 
+@triton.jit
+def _store_int8(x, slot, lo, hi, is_here, D: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    # both halves of heads (HEADS, HALF), each with a scale, as fused/int8_cache.py has them. x: the
+    # head in the slot's block; is_here (HEADS, 1): which of them are stored
+    half = tl.arange(0, lo.shape[1])[None, :]
+    live = is_here & (half < D // 2)
+    largest = tl.max(tl.maximum(tl.abs(lo), tl.abs(hi)), 1)[:, None]
+    largest += 0.0 * tl.sum(lo + hi, 1)[:, None]  # NaN, of which tl.max may know nothing
+    bits = (tl.maximum(largest, 1e-30) / 127.0).to(tl.int32, bitcast=True)
+    bits = tl.where(largest == largest, bits, 0x7FC00000)
+    bits = (bits + 0xFFFF) >> 16  # the bfloat16 that is equal or next above
+    scale = (bits << 16).to(tl.float32, bitcast=True)
+    # to the nearest, and of two to the even one: a float32 of this size has no fraction
+    MAGIC: tl.constexpr = 12582912.0
+    offset = slot % BLOCK_SIZE
+    at = x + offset * D + half
+    tl.store(at, ((lo / scale + MAGIC) - MAGIC).to(tl.int8), live)
+    tl.store(at + D // 2, ((hi / scale + MAGIC) - MAGIC).to(tl.int8), live)
+    at = (x + BLOCK_SIZE * D).to(tl.pointer_type(tl.int16)) + offset
+    tl.store(at, bits.to(tl.int16), is_here)
+
+
 @triton.jit(do_not_specialize=VARIES)
 def _rope_store(
     qkv, h, ve, ve_gate, cos, sin, ids, positions, slots, k, v, q,
@@ -93,19 +115,26 @@ def _rope_store(
     to_q = q + (row * N_HEAD + head) * D + half
     tl.store(to_q, lo, live & is_q)
     tl.store(to_q + D // 2, hi, live & is_q)
-    to_kv = (slot // BLOCK_SIZE).to(tl.int64) * block_stride
-    to_kv += (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * D + half
     is_k = live & ~(is_q | is_v)
-    tl.store(k + to_kv, lo, is_k)
-    tl.store(k + to_kv + D // 2, hi, is_k)
-    tl.store(v + to_kv, lo, live & is_v)
-    tl.store(v + to_kv + D // 2, hi, live & is_v)
+    to_kv = (slot // BLOCK_SIZE).to(tl.int64) * block_stride
+    if k.dtype.element_ty == tl.int8:
+        to_kv += kv_head * (BLOCK_SIZE * (D + 2))
+        in_kv = kv_head < N_KV
+        _store_int8(k + to_kv, slot, lo, hi, in_kv & ~(is_q | is_v), D, BLOCK_SIZE)
+        _store_int8(v + to_kv, slot, lo, hi, in_kv & is_v, D, BLOCK_SIZE)
+    else:
+        to_kv += (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * D + half
+        tl.store(k + to_kv, lo, is_k)
+        tl.store(k + to_kv + D // 2, hi, is_k)
+        tl.store(v + to_kv, lo, live & is_v)
+        tl.store(v + to_kv + D // 2, hi, live & is_v)
 
 
 def rope_store(qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps):
     """Backend.rope_store: from the QKV product to attention's input in one kernel."""
-    n_kv, block_size, D = k.shape[1:]
+    n_kv, block_size = k.shape[1:3]
     T = qkv.shape[0]
+    D = qkv.shape[1] // (n_head + 2 * n_kv)  # in int8 k has two bytes more for a scale
     q = torch.empty((T, n_head, D), dtype=qkv.dtype, device=qkv.device)
     heads, c = 4, 1 if ve is None else ve_gate.shape[1]
     _rope_store[(T, triton.cdiv(n_head + 2 * n_kv, heads))](
@@ -194,7 +223,10 @@ def _few_rows(
     for t in tl.static_range(TILES):
         live = (n < N)[:, None] & (t * BLOCK_K + c < K)
         tiles = tiles + (tl.load(at + t * BLOCK_K, live, 0.0, eviction_policy="evict_first"),)
-    wait(PDL)
+    if PDL:
+        wait(PDL)
+    else:  # or the compiler would move loads down, between the products
+        tl.debug_barrier()
     for row in range(1 if ONE else rows):
         xs = ()
         for t in tl.static_range(TILES):
