@@ -12,8 +12,10 @@ from helpers.engines import (
     Counters,
     assert_idle,
     build,
+    finish,
     greedy,
     ids,
+    sampled,
     serve,
 )
 from helpers.goldens import FIXTURES, MODEL
@@ -226,3 +228,58 @@ def test_counters_count_what_is_computed():
         counters = Counters.of(llm)
         serve(llm, [(ids(9), greedy(4)), (ids(9), greedy(4))])
         assert (counters.num_steps, counters.num_prefill_tokens) == (4, 18)
+
+
+def test_sample_index_selects_one_of_the_samples_of_a_seed():
+    with build() as llm:
+        prompt = ids(20, 3)
+        together = serve(llm, [(prompt, sampled(8, seed=4, n=3))])[0]["samples"]
+        texts = [sample["token_ids"] for sample in together]
+        assert len({tuple(token_ids) for token_ids in texts}) == 3
+        for index, token_ids in enumerate(texts):
+            params = sampled(8, seed=4, sample_index=index)
+            assert serve(llm, [(prompt, params)])[0]["token_ids"] == token_ids
+
+
+def test_after_an_error_a_request_waits_for_all_its_samples():
+    prompt = ids(20, 3)
+    with build() as llm:
+        whole = serve(llm, [(prompt, sampled(8, seed=4, n=2))])[0]["samples"]
+        first, second = [sample["token_ids"] for sample in whole]
+        stop = next(token_id for token_id in first[1:4] if token_id not in second)
+        params = sampled(8, seed=4, n=2, stop_token_ids=[stop])
+        request_id = llm.add_request(prompt, params)
+        sequences = llm.requests[request_id].sequences
+        while sequences[0].finish_reason is None:
+            assert not llm.step()
+        with pytest.raises(ZeroDivisionError):
+            llm.guard.perform(lambda: 1 / 0)
+        output = finish(llm)[request_id]
+    expected = [first[: first.index(stop) + 1], second]
+    assert [sample["token_ids"] for sample in output["samples"]] == expected
+    reasons = [sample["finish_reason"] for sample in output["samples"]]
+    assert reasons == ["stop", "length"]
+
+
+class Reader(Extension):
+    """Notes the tokens that its watchers see."""
+
+    def __init__(self):
+        self.token_ids = []
+
+    def on_request(self, request):
+        request.needs_text = True
+
+    def watch(self, request, seq, text):
+        watcher = Watcher()
+        watcher.on_token = lambda seq, token_id, new_text: self.token_ids.append(token_id)
+        return watcher
+
+
+def test_every_watcher_of_a_sample_sees_each_token():
+    with build() as llm:
+        readers = [Reader(), Reader()]
+        for reader in readers:
+            llm.add_extension(reader)
+        output = serve(llm, [(ids(9), greedy(5))])[0]
+    assert [reader.token_ids for reader in readers] == [output["token_ids"]] * 2

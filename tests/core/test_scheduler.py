@@ -193,6 +193,41 @@ def test_the_last_one_standing_always_fits():
     assert len(sim.finished) == 4 and sim.scheduler.num_preemptions
 
 
+# forced tokens ------------------------------------------------------------------------------------
+
+
+def test_a_sample_has_forced_positions_of_its_own():
+    sim = Simulation()
+    sim.add(text(6), max_tokens=9, n=2)
+    sim.step()
+    first, fork = sim.scheduler.running
+    sim.scheduler.force(first, [7, 8])
+    assert first.mask(6, 9) == [1, 0, 0]
+    assert fork.mask(6, 9) == [1, 1, 1] and not fork.forced
+
+
+def test_a_forced_stop_token_does_not_end_a_sequence_and_the_limit_does():
+    sim = Simulation()
+    seq = sim.add(text(6), max_tokens=4)
+    sim.step()
+    seq.stop_token_ids = frozenset({7})
+    sim.scheduler.force(seq, [7])
+    assert seq.finish_reason is None
+    sim.scheduler.force(seq, [5, 7, 5])
+    assert (seq.finish_reason, seq.stop_reason) == ("length", "max_tokens")
+    assert len(seq.token_ids) == 6 + 4
+
+
+def test_tokens_that_are_cut_off_are_not_counted():
+    sim = Simulation()
+    seq = sim.add(text(6), max_tokens=9)
+    sim.step()
+    sim.scheduler.force(seq, [1, 2, 3])
+    assert sim.scheduler.num_output_tokens == 4
+    sim.scheduler.cut(seq, 6 + 2)
+    assert sim.scheduler.num_output_tokens == 2 == len(seq.output)
+
+
 # pausing ------------------------------------------------------------------------------------------
 
 
