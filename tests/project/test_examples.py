@@ -188,7 +188,7 @@ def test_plain_sampling_draws_from_the_same_distribution(llm, module):
 def test_speculation_takes_fewer_steps_for_the_same_texts(capsys):
     speculation.main()
     printed = capsys.readouterr().out
-    steps = [int(number) for number in re.findall(r"tokens in (\d+) steps", printed)]
-    tokens = [int(number) for number in re.findall(r"(\d+) tokens in", printed)]
+    steps = [int(number) for number in re.findall(r"tokens, (\d+) steps", printed)]
+    tokens = [int(number) for number in re.findall(r"(\d+) tokens, ", printed)]
     assert len({*tokens}) == 1 and len(steps) == 5 and 3 * steps[-1] < steps[0]
     assert "9 of 9 texts are those that the model writes alone" in printed
