@@ -189,7 +189,7 @@ def tests(part: Part) -> None:
 
 
 def memcheck(part: Part) -> None:
-    """A few attention tests, every access to memory of which is checked."""
+    """A few attention tests, in which every access to memory is checked."""
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         part.note(skipped="compute-sanitizer, of the CUDA toolkit, is not installed")

@@ -61,7 +61,7 @@ class Way(NamedTuple):
 
 
 class ForcedDrafts:
-    """Drafts of texts that are known, each token of which is right with a probability.
+    """Drafts of texts that are known. Each of their tokens is right with a probability.
 
     proposer: of the engine, which drafts as well if this has to be paid for.
     """

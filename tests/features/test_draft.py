@@ -13,7 +13,7 @@ from helpers.failures import PLACES
 from helpers.full_engines import TOOL_GOLDENS, assert_idle, build, chain, greedy, sampled
 from helpers.goldens import MODEL
 from helpers.naive import assert_naive
-from helpers.speculation import AGAIN, TEXTS, WAYS, shorn
+from helpers.speculation import AGAIN, TEXTS, WAYS, shorn, streamed
 from helpers.windows import WINDOWED, beyond
 
 from microvllm import LLM, SamplingParams, full
@@ -214,12 +214,7 @@ def test_a_stream_has_all_pieces(pair):
     params = SamplingParams(temperature=0.3, max_tokens=60, seed=1, stop=["zzz", "four, one"], n=2)
     found = []
     for llm in pair:
-        pieces = {}
-        for event in llm.stream(TEXTS, params):
-            piece = pieces.setdefault((event.index, event.sample), ["", [], 0])
-            piece[0] += event.text
-            piece[1] += event.token_ids
-            piece[2] = event.finish_reason, event.stop_reason
+        pieces = streamed(llm, params)
         found.append(pieces)
     assert found[0] == found[1]
 

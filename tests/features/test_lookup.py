@@ -15,7 +15,7 @@ from helpers.goldens import ERAS, MODEL
 from helpers.naive import assert_naive
 from helpers.records import Record
 from helpers.simulation import Simulation, make_blocks, text
-from helpers.speculation import AGAIN, TEXTS, WAYS, shorn
+from helpers.speculation import AGAIN, TEXTS, WAYS, shorn, streamed
 from helpers.traces import compare
 from helpers.windows import WINDOWED, beyond
 
@@ -258,12 +258,7 @@ def test_a_stream_has_all_pieces(pair):
     params = SamplingParams(temperature=0.3, max_tokens=60, seed=1, stop=["zzz", "four, one"], n=2)
     found = []
     for llm in pair:
-        pieces = {}
-        for event in llm.stream(TEXTS, params):
-            piece = pieces.setdefault((event.index, event.sample), ["", [], 0])
-            piece[0] += event.text
-            piece[1] += event.token_ids
-            piece[2] = event.finish_reason, event.stop_reason
+        pieces = streamed(llm, params)
         outputs = llm.generate(TEXTS, params, use_tqdm=False)
         for (i, k), piece in pieces.items():
             sample = outputs[i]["samples"][k]

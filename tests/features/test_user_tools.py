@@ -224,9 +224,8 @@ def test_special_tokens_in_a_result_are_plain_text():
         assert output["text"] == f"So:`7*6` = {text}  yes!"
 
 
-def test_a_call_that_takes_too_long_has_an_error_as_its_result():
-    cancelled = threading.Event()
-    may_end = threading.Event()
+def endless(cancelled: threading.Event):
+    """A coroutine function that ends when it is cancelled, and then sets the event."""
 
     async def sleep(call: str) -> str:
         try:
@@ -235,12 +234,19 @@ def test_a_call_that_takes_too_long_has_an_error_as_its_result():
             cancelled.set()
             raise
 
+    return sleep
+
+
+def test_a_call_that_takes_too_long_has_an_error_as_its_result():
+    cancelled = threading.Event()
+    may_end = threading.Event()
+
     def wait(call: str) -> str:
         assert may_end.wait(60)
         return "too late"
 
     with chain(plain=True) as llm:
-        for function in (sleep, wait):
+        for function in (endless(cancelled), wait):
             output = answer(llm, [tool(function, timeout=0.05)])
             assert output["text"].startswith("So:`7*6` = error: no result within 0.05 s ")
         assert cancelled.wait(60)
@@ -424,15 +430,8 @@ def test_a_request_may_be_aborted_while_it_waits(overlap):
 def test_closing_the_engine_ends_coroutines_and_sessions():
     cancelled = threading.Event()
 
-    async def sleep(call: str) -> str:
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-
     llm = chain(plain=True)
-    llm.add_request(RUN["prompt"], PARAMS, tools=[tool(sleep)])
+    llm.add_request(RUN["prompt"], PARAMS, tools=[tool(endless(cancelled))])
     while not (llm.scheduler.paused and llm.tool_calling.background.loop):
         llm.step()
     (thread,) = [t for t in threading.enumerate() if t.name == "microvllm tools"]

@@ -1,5 +1,7 @@
 """Texts, requests and parameters with which engines that propose draft tokens are tested."""
 
+from microvllm import LLM, SamplingParams
+
 from .engines import ids
 from .full_engines import greedy, sampled
 from .sampling import ban_even
@@ -17,6 +19,17 @@ def shorn(outputs: list[dict]) -> list[dict]:
         {k: v for k, v in o.items() if k not in ("request_id", "num_cached_tokens")}
         for o in outputs
     ]
+
+
+def streamed(llm: LLM, params: SamplingParams) -> dict[tuple[int, int], list]:
+    """What a stream of TEXTS has for each (prompt, sample): text, token ids, and both reasons."""
+    pieces: dict[tuple[int, int], list] = {}
+    for event in llm.stream(TEXTS, params):
+        piece = pieces.setdefault((event.index, event.sample), ["", [], 0])
+        piece[0] += event.text
+        piece[1] += event.token_ids
+        piece[2] = event.finish_reason, event.stop_reason
+    return pieces
 
 
 WAYS = {

@@ -41,13 +41,13 @@ def fits(b, k, D):
 
 @numba.njit(**VIEWS)
 def whole(keys):
-    """So many keys and those that fill up a tile."""
+    """The number of keys, rounded up to whole tiles."""
     return -(-keys // TILE) * TILE
 
 
 @vectorised()
 def halve(b, x, start, count):
-    """So many numbers of x, from its flat index `start` on, as bfloat16 in half of the place."""
+    """`count` numbers of x, from its flat index `start` on, as bfloat16 in half of the place."""
     if not AMX:
         return
     x, lanes = b.at(x.data, start), b.i64(WORDS)

@@ -205,7 +205,7 @@ def find_tasks(names: list[str], include_path: str | Path | None = None):
 
 def evaluate(llm, tasks: list[str], task_manager=None, **options) -> dict | None:
     """What lm_eval.simple_evaluate returns for these tasks (None on all ranks of a model but the
-    first), and under "engine" what it cost: prompt_tokens, of which cached_tokens came from the
+    first), and under "engine" what it cost: prompt_tokens; cached_tokens, those that came from the
     prefix cache, a share of hit_rate; output_tokens; seconds in the engine, and prompt and output
     tokens per second. options: of simple_evaluate, such as num_fewshot and limit."""
     from lm_eval import simple_evaluate

@@ -44,7 +44,7 @@ NUM_EXPECTED = 64
 WEIGHT = 0.1
 DECAY = 0.95
 NUM_PLAIN = 2  # steps without drafts, by which their time is measured
-PLAIN_EVERY = 64  # choices, one of which measures that time again
+PLAIN_EVERY = 64  # one choice in this number measures that time again
 TRIAL_SHARE = 0.01  # of the time may be lost by trials of drafts that do not pay
 MAX_TRIALS = 4  # in a row
 MAX_IDLE = 256  # steps without drafts before the next choice
@@ -68,7 +68,7 @@ class Average:
 
 
 class Averages:
-    """An average for each key, some of which may have no value yet."""
+    """An average for each key. A key may have no value yet."""
 
     def __init__(self):
         self.by_key: dict[tuple[int, ...], Average] = {}
@@ -83,7 +83,7 @@ class Averages:
 
 
 class Choice(NamedTuple):
-    """So many draft tokens for each sequence, in so many steps."""
+    """`length` draft tokens for each sequence, in each of `num_steps` steps."""
 
     length: int
     num_steps: int = 1

@@ -51,7 +51,7 @@ MARKS = {
     "<|output_end|>": " ",
 }
 MAX_ERROR = 200  # characters of an exception in the text
-CHARACTERS_PER_TOKEN = 64  # of a long result only so many are encoded
+CHARACTERS_PER_TOKEN = 64  # a result longer than this allows is cut before it is encoded
 CANCEL_SECONDS = 1.0  # that coroutines have to end when the engine is closed
 WAIT_SECONDS = 0.02  # that a step waits at most if all sequences wait for tools
 

@@ -28,7 +28,6 @@ class GpuBackend(Backend):
 
     draw: Callable[..., Tensor] | None = None  # the kernels of `sample`
     fp8_rows = staticmethod(fp8_rows)  # of the inputs of a product
-    few_rows = False  # may steps of a few rows have products of their own (graphs.py)?
     uploader: Uploader | None = None
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):

@@ -24,7 +24,7 @@ UTILIZATION = 0.9  # of free memory, that an engine takes
 MAX_BATCH_SIZE = 512
 MIN_BATCH_SIZE = 16
 EDITED_LOGITS = 2**23  # as in features/logits.py: this subpackage goes without that file
-SEQUENCE_TOKENS = 256  # there are K and V of so many tokens for each sequence of a full batch
+SEQUENCE_TOKENS = 256  # of K and V, for which each sequence of a full batch has memory
 
 
 def token_bytes(shape: GPTConfig, itemsize: int) -> int:
@@ -33,14 +33,14 @@ def token_bytes(shape: GPTConfig, itemsize: int) -> int:
 
 
 def forward_bytes(shape: GPTConfig, num_rows: int, itemsize: int) -> int:
-    """Bytes of the activations of so many rows, as far as they exist at the same time: embeddings,
+    """Bytes of the activations of num_rows rows, as far as they exist at the same time: embeddings,
     residual stream, the middle layer's (era 5), norms, and the MLP's 4 C channels."""
     return 12 * num_rows * shape.n_embd * itemsize
 
 
 def draw_bytes(shape: GPTConfig, num_draws: int, itemsize: int) -> int:
-    """Bytes that so many draws take: their logits, and of those that are edited at a time, copies
-    in float32 and the indices of a sort."""
+    """Bytes that num_draws draws take: their logits, and for the rows that are edited at a time
+    copies in float32 and the indices of a sort."""
     num_edited = min(num_draws, max(1, EDITED_LOGITS // shape.vocab_size))
     return shape.vocab_size * (num_draws * itemsize + num_edited * 52)
 
