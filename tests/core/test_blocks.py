@@ -205,3 +205,16 @@ def test_the_free_lists_are_a_stack_and_an_ordered_dict():
 def test_the_scheduler_needs_no_torch():
     code = "import sys; sys.modules.update(torch=None); import microvllm.scheduler"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_after_a_reset_no_copies_are_due():
+    blocks = make_blocks(9)
+    seq = Sequence(0, text(6), Params(n=2))
+    assert blocks.admit(seq, 6)
+    seq.num_computed = 6
+    fork = seq.fork(1)
+    blocks.share_table(seq, fork)
+    fork.token_ids.append(1)
+    assert blocks.grow(fork, 6, 7) and blocks.copies
+    blocks.clear()
+    assert blocks.take_copies() == []

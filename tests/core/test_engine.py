@@ -283,3 +283,29 @@ def test_every_watcher_of_a_sample_sees_each_token():
             llm.add_extension(reader)
         output = serve(llm, [(ids(9), greedy(5))])[0]
     assert [reader.token_ids for reader in readers] == [output["token_ids"]] * 2
+
+
+def test_a_stop_token_of_the_request_is_no_part_of_the_text():
+    with build() as llm:
+        prompt = ids(9)
+        token_ids = serve(llm, [(prompt, greedy(8))])[0]["token_ids"]
+        stop = next(t for i, t in enumerate(token_ids[1:], 1) if t not in token_ids[:i])
+        params = greedy(8, stop_token_ids=[stop])
+        assert llm.tokenizer.decode([stop])
+        kept = token_ids[: token_ids.index(stop)]
+        (output,) = serve(llm, [(prompt, params)])
+        events = list(llm.stream([prompt], params))
+        assert output["token_ids"] == [*kept, stop] == sum([e.token_ids for e in events], [])
+        text = llm.tokenizer.decode(kept)
+        assert output["text"] == text == "".join([event.text for event in events])
+
+
+def test_the_text_of_an_aborted_request_has_all_its_tokens():
+    with build() as llm:
+        request_id = llm.add_request(ids(9), greedy(20))
+        for _ in range(6):
+            assert not llm.step()
+        llm.abort(request_id)
+        output = finish(llm)[request_id]
+        assert output["finish_reason"] == "abort" and len(output["token_ids"]) == 6
+        assert output["text"] == llm.tokenizer.decode(output["token_ids"])

@@ -17,6 +17,7 @@ from helpers.full_engines import (
     assert_idle,
     build,
     everything_is_free,
+    greedy,
     ids,
     sampled,
     set_overlap,
@@ -827,3 +828,11 @@ def test_an_error_about_a_rejected_draft_token_ends_nothing():
         events = list(llm.stream([prompt], params))
     assert wrong and sum([event["token_ids"] for event in events], []) == plain["token_ids"]
     assert {event["stop_reason"] for event in events[:-1]} == {None}
+
+
+def test_each_request_of_an_engine_gets_as_many_alternatives_as_it_asks_for():
+    with build(plain=True) as llm:
+        params = [greedy(3, logprobs=number) for number in (1, 4, 0)]
+        outputs = llm.generate([ids(5, n) for n in range(3)], params, use_tqdm=False)
+        found = [[len(entry["top"]) for entry in output["logprobs"]] for output in outputs]
+        assert found == [[1] * 3, [4] * 3, [0] * 3]

@@ -86,6 +86,9 @@ def test_a_live_module_counts_its_changes_by_itself():
         assert llm.version == 30
         llm.wake()
         assert llm.generate([PROMPTS[0]], PARAMS, use_tqdm=False)[0].version == 30
+        llm.sleep()
+        train(gpt, optimizers(gpt))
+        assert llm.generate([PROMPTS[0]], PARAMS, use_tqdm=False)[0].version == 31
 
 
 # which version drew a token -----------------------------------------------------------------------
