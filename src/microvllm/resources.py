@@ -129,6 +129,16 @@ def clean_file_mapping(address: int) -> tuple[int, int]:
     return start, stop
 
 
+def release_freed_memory(device: torch.device) -> None:
+    """Give the system the memory that tensors no longer have: torch's allocator of a GPU keeps it,
+    and so may the C library's, which Linux's glibc can be told to release."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
 _computing_process: int | None = None  # the one in which an engine with several threads was made
 
 

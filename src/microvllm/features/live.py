@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..checkpoint import empty_model
 from ..engine import LLM
 from ..model import GPTConfig, Recipe
+from ..resources import release_freed_memory
 from ..sources import strict
 
 
@@ -257,8 +258,7 @@ class LiveWeights:
             engine.model = empty_model(config, engine.model.recipe, config.vocab_size)
         engine.cache.release()
         engine.runner.bind(engine.model, None)
-        if engine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_freed_memory(engine.device)
 
     def close(self) -> None:
         """Let go of the module, after the engine was closed."""
