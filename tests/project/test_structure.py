@@ -287,6 +287,7 @@ ALLOWED = {
     ("loops", "cpu"): "several steps in one compiled call",
     ("loops", "fused"): "it is the compiled model that computes several steps at once",
     ("cpu", "fused"): "its kernels and layouts fill in the fused model's Backend and Linear",
+    ("features", "resources"): "an engine that sleeps gives the system the memory",
     ("fused", "resources"): "the memory of a checkpoint's file",
     ("gpu", "fused"): "its kernels and layouts fill in the fused model's Backend and Linear",
     ("gpu", "loops"): "recorded steps are launched by the runner that is one step ahead",
