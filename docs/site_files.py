@@ -1,6 +1,6 @@
-"""A hook of mkdocs that adds pages and linked files from the whole repository to the site.
+"""A hook of mkdocs: the site has the pages and files of the whole repository that readers need.
 
-Each file keeps its path, so links between pages work in the repository and on the site.
+Each keeps its path, so a link between two pages is the same in the repository and on the site.
 """
 
 import re
@@ -16,14 +16,14 @@ LINK = re.compile(r'(?:\]\(|src="|srcset=")([\w./-]+)')
 
 
 def linked_files(page: Path) -> set[Path]:
-    """Returns the files of the repository that a page links to."""
+    """The files of the repository that a page links to."""
     text = page.read_text(encoding="utf-8")
     targets = {(page.parent / link).resolve() for link in LINK.findall(text)}
     return {path for path in targets if path.is_file() and ROOT in path.parents}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages and every file that they link to; keeps the files of the theme."""
+    """The pages, and every file to which one of them links. The theme's files stay."""
     pages = {path for pattern in PAGES for path in ROOT.glob(pattern)}
     linked = set().union(*map(linked_files, pages))
     own = [
