@@ -481,7 +481,8 @@ for kind, options in (
     # a model whose weight tiles are not whole has no function of all layers
     backend.CpuBackend.compile = compile if "-" in kind else lambda *_: None
     compilation._ready.add(kind)
-    options = {"model": sys.argv[1], "tokenizer_path": sys.argv[2]} | options
+    options |= {} if "model" in options else {"model_path": sys.argv[1]}
+    options |= {"tokenizer_path": sys.argv[2]}
     with LLM(device="cpu", num_blocks=60, **options) as llm:
         kind = kind if llm.model.compiled else kind.partition("-")[0]
         compilation.run_tiny(backend.CpuBackend, kind)
