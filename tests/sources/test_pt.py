@@ -122,7 +122,7 @@ def test_no_record_reaches_into_the_next(checkpoint):
     size = struct.unpack("<L", data[start + 24 : start + 28])[0] + 5000
     data[start + 20 : start + 28] = struct.pack("<2L", size, size)
     checkpoint.file.write_bytes(data)
-    refuse(checkpoint, "reaches into the next")
+    refuse(checkpoint, "overlaps the next one")
 
 
 @pytest.mark.parametrize("name", ["data.pkl", "data/0", "version"])
@@ -175,7 +175,7 @@ FLOATS, A = b"ctorch\nFloatStorage\n", b"X\1\0\0\0a"
         (pickle.dumps({"a": Call(print, "run")}, 2), "print"),
         (pickle.dumps({"a": b"bytes"}, 2), "_codecs.encode"),
         (pickle.dumps({}, 4), "FRAME|pickle instruction"),
-        (b"\x80\2}" + NEST + b"Ns.", "a name that is no text"),
+        (b"\x80\2}" + NEST + b"Ns.", "a name that is not a string"),
         (b"\x80\2}" + A + b"(N" + NEST + A + b"NK\1tQs.", "storages of another kind"),
         (b"\x80\2}" + A + b"(N" + FLOATS + NEST + b"NK\1tQs.", "storages of another kind"),
         (b"\x80\2}" + A + b"(N" + FLOATS + A + b"N" + NEST + b"tQs.", "storages of another kind"),
