@@ -1,4 +1,5 @@
-"""What nanochat's scripts import from nanochat, on this engine: see docs/NANOCHAT.md."""
+"""Replacements for the modules that nanochat's scripts import from nanochat: see
+docs/NANOCHAT.md."""
 
 from .chat_eval import evaluate_chat, run_chat_eval
 from .core_metric import evaluate_core, evaluate_task, read_bundle
