@@ -407,7 +407,7 @@ def test_a_context_of_up_to_ten_times_the_training_and_no_more():
     # not given, it is the checkpoint's own
     with LLM(OTHER, device="cpu", num_blocks=20) as llm:
         assert llm.max_model_len == 208
-        with pytest.raises(ValueError, match="208 tokens and max_model_len is 208: 1 too many"):
+        with pytest.raises(ValueError, match="208 tokens, but max_model_len is 208: 1 too many"):
             llm.generate([ids[:208]])
 
 
@@ -476,7 +476,7 @@ def test_devices_that_are_none_or_not_here():
 @pytest.mark.parametrize(
     "given, told",
     [
-        ({"model": "sft"}, "model='sft' is a path, and model takes a live nanochat GPT module"),
+        ({"model": "sft"}, "model='sft' is a path, but model takes a live nanochat GPT module"),
         ({"model": Path("a/b")}, f"write model_path={str(Path('a/b'))!r}"),
         ({"model_path": "sft", "tokenizer": "a"}, "tokenizer='a' is a path.*tokenizer_path='a'"),
         (
@@ -627,7 +627,7 @@ def test_tokens_are_the_same_with_one_thread_and_with_torchs(llm):
 
 def test_a_card_whose_driver_is_too_old_is_explained(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for problem, words in ((None, "device='auto' takes what"), ("the driver is old", "is old")):
+    for problem, words in ((None, "device='auto' takes an available one"), ("the driver is old", "is old")):
         monkeypatch.setattr("microvllm.features.checks.cuda_problem", lambda it=problem: it)
         with pytest.raises(ValueError, match=f"device 'cuda' is not available here; .*{words}"):
             checks.check_device("cuda")

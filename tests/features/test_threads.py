@@ -312,7 +312,7 @@ def test_a_step_inside_a_step_ends_the_request_that_asks_for_it(call):
         bad, good = llm.generate([ids(8), ids(8, 2)], params, use_tqdm=False)
         assert good["token_ids"] == alone and good["finish_reason"] == "length"
         assert bad["finish_reason"] == "error" and bad["token_ids"] == []
-        assert "a step cannot be asked for inside a step" in bad["stop_reason"]
+        assert "a step cannot be requested inside a step" in bad["stop_reason"]
         assert_idle(llm)
 
 
