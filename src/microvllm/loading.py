@@ -309,9 +309,11 @@ def advise(quantization: str) -> None:
 def dense(weights: dict) -> dict[str, torch.Tensor]:
     """Return the weights with all matrices as floats. Raises ValueError if they are too large."""
     low_bit = [w for w in weights.values() if not isinstance(w, torch.Tensor)]
-    wanted = sum(4 * weight.numel() for weight in low_bit)
-    free = free_memory(torch.device("cpu"))
-    require_memory("low-bit matrices in float32", wanted, free, "keep them low-bit: use a CPU")
+    num_bytes = sum(4 * weight.numel() for weight in low_bit)
+    num_free = free_memory(torch.device("cpu"))
+    require_memory(
+        "low-bit matrices in float32", num_bytes, num_free, "keep them low-bit: use a CPU"
+    )
     return {
         name: weight if isinstance(weight, torch.Tensor) else weight.dense()
         for name, weight in weights.items()

@@ -198,8 +198,8 @@ def find_tasks(names: list[str], include_path: str | Path | None = None):
     manager = TaskManager(include_path=include_path)
     for name in names:
         if not manager.match_tasks([name]):
-            known = f"the harness knows {len(manager.all_tasks)}: `lm_eval ls tasks` lists its own"
-            raise ValueError(f"there is no task {name!r}; {known}, include_path adds others")
+            remark = f"the harness knows {len(manager.all_tasks)}: `lm_eval ls tasks` lists its own"
+            raise ValueError(f"there is no task {name!r}; {remark}, include_path adds others")
     return manager, manager.match_tasks(names)
 
 

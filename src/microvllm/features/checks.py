@@ -78,29 +78,33 @@ def parameter_names(params_class: type[SamplingParams]) -> tuple[str, ...]:
 
 def check_names(
     names: Iterable[str],
-    known: Collection[str],
+    known_names: Collection[str],
     params_class: type[SamplingParams] | None = None,
 ) -> None:
     """Raise TypeError for an unknown keyword, with the nearest known name and all known names.
     params_class: sampling parameters, whose keywords the call itself does not accept."""
     of_params = () if params_class is None else parameter_names(params_class)
-    for name in sorted(set(names) - set(known)):
+    for name in sorted(set(names) - set(known_names)):
         hint = ""
-        for near in get_close_matches(name, [*known, *of_params], 1):
-            suggestion = near if near in known else f"SamplingParams({near}=...)"
+        for close_name in get_close_matches(name, [*known_names, *of_params], 1):
+            suggestion = (
+                close_name if close_name in known_names else f"SamplingParams({close_name}=...)"
+            )
             hint = f" (did you mean {suggestion}?)"
-        raise TypeError(f"unknown argument {name!r}{hint}: there are {', '.join(sorted(known))}")
+        raise TypeError(
+            f"unknown argument {name!r}{hint}: there are {', '.join(sorted(known_names))}"
+        )
 
 
 def suggest_names(params_class: type[Params]) -> type[Params]:
     """Make a dataclass check its keywords with `check_names`."""
     init = params_class.__init__
-    known = set(parameter_names(params_class))
+    known_names = set(parameter_names(params_class))
 
     @wraps(init)  # keeps the signature
     def checked_init(self, *args, **keywords):
-        if not keywords.keys() <= known:
-            check_names(keywords, known)
+        if not keywords.keys() <= known_names:
+            check_names(keywords, known_names)
         init(self, *args, **keywords)
 
     params_class.__init__ = checked_init
@@ -116,8 +120,8 @@ def check_arguments(
     """Raise TypeError or ValueError for an invalid argument of LLM. arguments: all of them by name,
     unknown ones in "overrides". Returns the policies. Each one that is not the default checks its
     results."""
-    known = (arguments.keys() | set(CONSTANTS)) - {"overrides"}
-    check_names(arguments["overrides"], known, params_class)
+    known_names = (arguments.keys() | set(CONSTANTS)) - {"overrides"}
+    check_names(arguments["overrides"], known_names, params_class)
     for name, least in LEAST.items():
         if arguments[name] is not None or name not in OPTIONAL:
             check_number(name, arguments[name], least)

@@ -39,8 +39,8 @@ def wrap_tokenizer(tokenizer: object, vocab_size: int) -> Tokenizer:
     missing = [name for name in METHODS if not callable(getattr(tokenizer, name, None))]
     if missing:
         kinds = "microvllm's, nanochat's, a tiktoken.Encoding, or an object with nanochat's methods"
-        got = f"{type(tokenizer).__name__}, which has no {', '.join(missing)}"
-        raise TypeError(f"tokenizer must be {kinds}; got {got}")
+        description = f"{type(tokenizer).__name__}, which has no {', '.join(missing)}"
+        raise TypeError(f"tokenizer must be {kinds}; got {description}")
     return ForeignTokenizer(tokenizer, vocab_size)
 
 

@@ -313,11 +313,11 @@ class Helper:
             try:
                 error, *result = self._exchange(message, parts, encode)
             except (EOFError, OSError) as problem:
-                why = self._why_it_ended(problem)
-                if not why:
+                limit_name = self._why_it_ended(problem)
+                if not limit_name:
                     raise
-                if is_new or why == "time":
-                    raise ValueError(too_complex(why)) from None
+                if is_new or limit_name == "time":
+                    raise ValueError(too_complex(limit_name)) from None
                 # other guides may have filled its memory
                 return self.ask(message, parts, encode)
         if error is not None:
@@ -382,13 +382,13 @@ class Helper:
         return "time" if code == TIMED_OUT else "memory"
 
 
-def too_complex(why: str) -> str:
+def too_complex(limit_name: str) -> str:
     """Return the error message for a guide that ended its helper."""
     causes = {
         "time": f"it takes more than {PREPARE:g} s, or {EACH:g} s a token",
         "memory": f"it takes more than {MEMORY >> 20:,} MiB, or ends its process",
     }
-    return f"the guide is too complex: {causes[why]}; {REMEDY}"
+    return f"the guide is too complex: {causes[limit_name]}; {REMEDY}"
 
 
 class RemoteReader:

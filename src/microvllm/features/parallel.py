@@ -174,10 +174,10 @@ class Ranks:
         digest = xxhash.xxh3_64()
         for item in data:
             digest.update(item)
-        mine = torch.tensor([digest.intdigest() >> 1])
-        digests = [torch.empty_like(mine) for _ in range(self.size)]
-        self.run_together(dist.all_gather, digests, mine)
-        others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
+        own_digest = torch.tensor([digest.intdigest() >> 1])
+        digests = [torch.empty_like(own_digest) for _ in range(self.size)]
+        self.run_together(dist.all_gather, digests, own_digest)
+        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
         if others:
             raise RuntimeError(
                 f"tensor parallel: rank 0 and rank {others[0]} differ in {subject}. All ranks must "

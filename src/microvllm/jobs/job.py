@@ -158,16 +158,16 @@ def _submit(llm: LLM, work: _Work, row: dict, ask: Ask, tools: bool | list | Non
         work.outputs[llm.add_request(prompt, continuation=tail)] = None
 
 
-def _params(own: object, ask: Ask, row_id: str | int) -> SamplingParams:
+def _params(row_params: object, ask: Ask, row_id: str | int) -> SamplingParams:
     """Return the SamplingParams of a row: the job's, updated with the row's own."""
     from .. import SamplingParams
 
-    if not isinstance(own, (dict, type(None))):
-        raise TypeError(f"its {ask.params_column!r} must be an object, got {own!r:.80}")
-    values = ask.params | {k: v for k, v in (own or {}).items() if v is not None}
-    known = {f.name for f in fields(SamplingParams) if f.init} - {"logits_processor"}
-    if unknown := values.keys() - known:
-        names = ", ".join(sorted(known))
+    if not isinstance(row_params, (dict, type(None))):
+        raise TypeError(f"its {ask.params_column!r} must be an object, got {row_params!r:.80}")
+    values = ask.params | {k: v for k, v in (row_params or {}).items() if v is not None}
+    known_names = {f.name for f in fields(SamplingParams) if f.init} - {"logits_processor"}
+    if unknown := values.keys() - known_names:
+        names = ", ".join(sorted(known_names))
         raise ValueError(f"unknown sampling parameter {min(unknown)!r}: there are {names}")
     if "seed" not in values:
         values["seed"] = xxhash.xxh3_64_intdigest(json.dumps([ask.seed, row_id]).encode())
@@ -177,8 +177,8 @@ def _params(own: object, ask: Ask, row_id: str | int) -> SamplingParams:
 
 
 def failed(number: int, error: object, row_id: str | int | None = None) -> Outcome:
-    known = {} if row_id is None else {"id": row_id}
-    return Outcome(number, {"line": number, **known, "error": str(error)}, bad=True)
+    id_part = {} if row_id is None else {"id": row_id}
+    return Outcome(number, {"line": number, **id_part, "error": str(error)}, bad=True)
 
 
 def _outcome(work: _Work, ask: Ask) -> Outcome:
@@ -366,10 +366,10 @@ class Job:
         """Raise FileExistsError if the output is a Parquet file that this job did not write. Its
         own file exists if the job was finished, or killed just before the end."""
         if self.parquet and self.output.exists():
-            pq, own = import_pyarrow().parquet, None
+            pq, mark = import_pyarrow().parquet, None
             with suppress(ValueError, OSError):  # not a Parquet file
-                own = (pq.read_metadata(self.output).metadata or {}).get(b"microvllm job")
-            if own != self.mark.encode():
+                mark = (pq.read_metadata(self.output).metadata or {}).get(b"microvllm job")
+            if mark != self.mark.encode():
                 raise FileExistsError(f"{self.output} is not this job's: move it away")
 
     def _recall(self, path: Path) -> None:

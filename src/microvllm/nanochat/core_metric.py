@@ -129,16 +129,16 @@ def make_items(llm, task: dict, indices: Iterable[int] | None = None) -> list[li
         row = rows[i]
         others = [*range(i), *range(i + 1, len(rows))]
         chosen = random.Random(EXAMPLES_SEED + i).sample(others, task["num_fewshot"])
-        where = f"task {task['label']}, row {i}"
+        place = f"task {task['label']}, row {i}"
         try:
             texts = render_options(task, row, [rows[j] for j in chosen])
             token_ids = [llm.tokenizer.encode(text, bos=True) for text in texts]
             options = split_options(task["task_type"], token_ids)
             check_lengths(options, llm.max_model_len)
         except KeyError as error:
-            raise ValueError(f"{where}: it has no {error}") from None
+            raise ValueError(f"{place}: it has no {error}") from None
         except (ValueError, TypeError, IndexError) as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{place}: {error}") from None
         items.append(options)
     return items
 

@@ -53,8 +53,8 @@ def converted(
     if isinstance(recipe, strict.Questionable):
         raise ValueError(f"{directory} is in doubt (`microvllm info` says why): use it as it is")
     # rounding of tables and eps depend on the format; all other constants must be the era's
-    own = {"round_rotary": recipe.round_rotary, "eps": min(recipe.eps, 1e-5)}
-    expected = vars(replace(RECIPES[recipe.era], **own))
+    format_constants = {"round_rotary": recipe.round_rotary, "eps": min(recipe.eps, 1e-5)}
+    expected = vars(replace(RECIPES[recipe.era], **format_constants))
     if odd := [f"{key}={x}" for key, x in vars(recipe).items() if x != expected[key]]:
         problem = f"has {', '.join(odd)}, which the other format cannot express"
         raise ValueError(f"{directory} {problem}: use it as it is")
@@ -79,8 +79,8 @@ def differences(before: Recipe, after: Recipe) -> str:
     if before.eps != after.eps:
         changes.append(f"the norms' eps is {after.eps:.3g} (it was {before.eps:.3g})")
     if before.round_rotary != after.round_rotary:
-        now, then = ("", " not") if after.round_rotary else (" not", "")
-        changes.append(f"cos and sin are{now} rounded to bfloat16 (they were{then})")
+        new_word, old_word = ("", " not") if after.round_rotary else (" not", "")
+        changes.append(f"cos and sin are{new_word} rounded to bfloat16 (they were{old_word})")
     return " and ".join(changes)
 
 
@@ -117,9 +117,10 @@ def _to_huggingface(config, recipe, weights, step, tokenizer, folder) -> None:
         if rows > config.vocab_size:
             save({name: weights[name][config.vocab_size :] for name in _TABLES}, _PADDING)
         weights |= {name: weights[name][: config.vocab_size] for name in _TABLES}
-        for theirs, ours in NAMES.items():
-            weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
-        config_json |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()} | {
+        for hf_name, name_part in NAMES.items():
+            weights = {name.replace(name_part, hf_name): tensor for name, tensor in weights.items()}
+        sizes = {hf_name: getattr(config, name) for name, hf_name in SIZES.items()}
+        config_json |= sizes | {
             "architectures": ["NanoChatForCausalLM"], "intermediate_size": 4 * config.n_embd,
             "hidden_act": "relu2", "attention_bias": False, "tie_word_embeddings": False,
             "rms_norm_eps": recipe.eps, "final_logit_softcapping": recipe.softcap,

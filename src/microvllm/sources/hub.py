@@ -77,8 +77,8 @@ def fetch(name: str, step: int | None) -> Path:
 def _choose(repo: str, folder: str, names: list[str], step: int | None) -> list[str]:
     """Return the files of a repository for the checkpoint in `folder` and its tokenizer."""
     prefix = f"{folder}/" if folder else ""
-    here = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-    steps = sorted(int(m[1]) for name in here if (m := re.fullmatch(r"model_(\d+)\.pt", name)))
+    paths = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    steps = sorted(int(m[1]) for name in paths if (m := re.fullmatch(r"model_(\d+)\.pt", name)))
     if step is not None and step not in steps:
         only = ", ".join(map(str, steps)) or "a model without steps"
         raise FileNotFoundError(f"{repo} has no step {step} in {folder or 'its root'}, only {only}")
@@ -87,7 +87,7 @@ def _choose(repo: str, folder: str, names: list[str], step: int | None) -> list[
         pattern = rf"(model|meta)_{step:06d}\.(pt|json)"
     else:
         pattern = r"(config|tokenizer)\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-    file_names = [here[name] for name in here if re.fullmatch(pattern, name)]
+    file_names = [paths[name] for name in paths if re.fullmatch(pattern, name)]
     if not any(name.endswith((".pt", ".safetensors")) for name in file_names):
         folders = {m[1] for n in names if (m := re.match(r"(.+)/model.*\.(pt|safetensors)$", n))}
         raise FileNotFoundError(

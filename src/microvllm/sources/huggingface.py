@@ -97,9 +97,9 @@ def _sizes(raw_config: dict, file: Path, rope_type: object) -> dict:
         raise ValueError(f"{file}: rope_type is {rope_type!r:.80}, but nanochat's is 'default'")
     if raw_config.get("tie_word_embeddings"):
         raise ValueError(f"{file}: tie_word_embeddings is True, but nanochat's is False")
-    sizes = {ours: raw_config.get(theirs) for ours, theirs in SIZES.items()}
+    sizes = {size: raw_config.get(hf_name) for size, hf_name in SIZES.items()}
     sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
-    if missing := [SIZES[ours] for ours, value in sizes.items() if value is None]:
+    if missing := [SIZES[size] for size, value in sizes.items() if value is None]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     return sizes | {"window_pattern": raw_config.get("window_pattern")}
 
@@ -111,8 +111,8 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         files = _shards(index)
     weights = {}
     for file in files:
-        for theirs, tensor in read_safetensors(file).items():
-            name = variants.plain_name(theirs)
+        for hf_name, tensor in read_safetensors(file).items():
+            name = variants.plain_name(hf_name)
             if name in weights:
                 raise ValueError(f"{file} has a second tensor for {name:.80}: keep one of them")
             if not variants.is_unit_norm(name, tensor):

@@ -156,8 +156,8 @@ def _follow(program: io.BytesIO, row: Callable[[str, torch.dtype, int], Tensor])
                 if types != [str, str, int] or any(view):
                     raise ValueError("it has storages of another kind, or parts of them")
                 if kind not in _DTYPES:
-                    known = ", ".join(str(dtype)[6:] for dtype in _DTYPES.values())
-                    raise ValueError(f"it has a {kind:.80}, and the dtypes known are {known}")
+                    dtype_names = ", ".join(str(dtype)[6:] for dtype in _DTYPES.values())
+                    raise ValueError(f"it has a {kind:.80}, and the dtypes known are {dtype_names}")
                 stack.append(row(key, _DTYPES[kind], numel))
             case "REDUCE":
                 stack.append(_call(*take(-2)))

@@ -116,10 +116,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         weights = read_pt(file)
     except Exception as error:  # damaged files raise many types
-        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{file} is not a readable checkpoint (truncated, or no state dict of tensors): "
-            f"{why.splitlines()[0]:.200}"
+            f"{reason.splitlines()[0]:.200}"
         ) from None
     if not isinstance(weights, dict) or not all(
         isinstance(k, str) and isinstance(w, Tensor) for k, w in weights.items()
@@ -211,10 +211,10 @@ def question(
 def replace(recipe: Recipe, **changes: float) -> Recipe:
     """Return a recipe with some constants changed. Raises TypeError for an unknown name, ValueError
     for an invalid value, or for a Questionable recipe without values for all telling constants."""
-    known = "eps", "gate_scale", *_TELLING, "round_rotary", "softcap"
+    known_names = "eps", "gate_scale", *_TELLING, "round_rotary", "softcap"
     for name, value in changes.items():
-        if name not in known:
-            names = ", ".join(known)
+        if name not in known_names:
+            names = ", ".join(known_names)
             raise TypeError(f"unknown argument {name!r}; recipe overrides are {names}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         is_valid, expected = number and 0 < value < 1e38, "a positive number"
@@ -225,8 +225,8 @@ def replace(recipe: Recipe, **changes: float) -> Recipe:
         if not is_valid:
             raise ValueError(f"{name} must be {expected}, got {value!r}")
     constants = vars(recipe) | changes
-    if (why := constants.pop("why", None)) and not set(_TELLING) <= changes.keys():
-        raise ValueError(why)
+    if (doubt := constants.pop("why", None)) and not set(_TELLING) <= changes.keys():
+        raise ValueError(doubt)
     return Recipe(**constants)
 
 

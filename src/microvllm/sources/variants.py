@@ -89,8 +89,8 @@ KNOWN = {*CONSTANTS, *PART_OF, *FIXED, *_DERIVED, *_NOTES, "hf_compatible"}
 
 def plain_name(name: str) -> str:
     """Return nanochat's name of a tensor. Unknown names are returned unchanged."""
-    for pattern, ours in _NAMES.items():
-        name = re.sub(pattern, ours, name)
+    for pattern, replacement in _NAMES.items():
+        name = re.sub(pattern, replacement, name)
     return name
 
 
@@ -164,9 +164,10 @@ def doubts(raw_config: dict, recipe: Recipe) -> list[str]:
     if keys := [key for key in absent if raw_config.get(key) is not None]:
         reasons.append(f"its config has {', '.join(keys)}, which era {era} does not have")
     for name, (key, value) in stated(raw_config).items():
-        own, others = getattr(recipe, name), {getattr(other, name) for other in RECIPES.values()}
-        if value != own and value in others:
-            reasons.append(f"its config states {key} {value:g}, but era {era} has {own:g}")
+        era_value = getattr(recipe, name)
+        all_values = {getattr(other, name) for other in RECIPES.values()}
+        if value != era_value and value in all_values:
+            reasons.append(f"its config states {key} {value:g}, but era {era} has {era_value:g}")
     return reasons
 
 
