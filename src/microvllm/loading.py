@@ -71,7 +71,7 @@ class ModelBuilder:
         for name in ("attention", "quantization", "deterministic", "kv_cache_dtype", "ranks"):
             if getattr(self.options, name) not in (None, False, "auto"):
                 raise ValueError(
-                    f"plain=True runs the core alone, which has no {name}: leave it out"
+                    f"plain=True runs the core's model, which has no {name}: leave it out"
                 )
 
     def build(self, config: GPTConfig, recipe: Recipe, weights: dict) -> GPT | FusedGPT:
@@ -128,7 +128,7 @@ def build_fused(
     dtype: torch.dtype,
     options: ModelOptions,
 ) -> FusedGPT:
-    """`build_model` with options that are resolved already."""
+    """`build_model` with a ModelOptions object."""
     warn_of_float16(dtype)
     check_length(options.max_len, config)
     check_quantization(options.quantization)

@@ -1,6 +1,6 @@
 """Chooses the loop, runner, guard, memory and proposer of an engine. full.py assembles them.
 
-full.py explains the comments that are paths of features.
+See full.py for the comments that are paths of features.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def follow_weights(
 
 
 def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine.Guard]:
-    """Return the guard of an engine. Each feature here replaces the guard of the one above.
-    context: a context manager around everything that the engine computes."""
+    """Return the guard class of an engine. Later features replace the class of earlier ones.
+    context: makes a context manager for everything that the engine computes."""
     guard_class: Callable[..., engine.Guard] = engine.Guard
     # features/threads.py
     guard_class = partial(ThreadGuard, context=context)

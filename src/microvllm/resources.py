@@ -21,26 +21,27 @@ RELEASED_BYTES = 2**26  # see FilePages
 
 @contextmanager
 def fits(purpose: str, device: torch.device) -> Iterator[None]:
-    """Convert errors in the block that mean too little memory to a ValueError with the numbers.
+    """Convert out-of-memory errors in the block to a ValueError with the numbers.
 
-    Requests beyond the free memory are rejected before. But a limit of the address space (ulimit
-    -v), or memory that other processes take on a GPU in the meantime, shows only here.
+    Sizes beyond the free memory are rejected earlier. But a limit of the address space (ulimit -v),
+    or memory that other processes take on a GPU in the meantime, shows only here.
     """
     try:
         yield
     except torch.cuda.OutOfMemoryError:
         raise ValueError(
-            f"no memory for {purpose}: {free_memory(device):,} bytes are free on {device}; lower "
-            "max_batch_size, max_batched_tokens or num_blocks, or use a smaller model"
+            f"not enough memory for {purpose}: {free_memory(device):,} bytes are free on {device}; "
+            "lower max_batch_size, max_batched_tokens or num_blocks, or use a smaller model"
         ) from None
     except (MemoryError, RuntimeError) as error:  # from numpy and C++; from torch
         is_of_torch = isinstance(error, RuntimeError)
         if is_of_torch and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise ValueError(
-            f"no memory for {purpose}: {free_memory(device):,} bytes are free on {device}, but "
-            f"this process gets no more ({error or 'out of memory'!s:.80}); use a smaller model, "
-            "lower num_blocks or max_batched_tokens, or raise the process's limit (ulimit -v)"
+            f"not enough memory for {purpose}: {free_memory(device):,} bytes are free on {device}, "
+            f"but the system refused more ({error or 'out of memory'!s:.80}); use a smaller "
+            "model, lower num_blocks or max_batched_tokens, or raise the process's limit (ulimit "
+            "-v)"
         ) from None
 
 

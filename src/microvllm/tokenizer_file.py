@@ -89,7 +89,7 @@ class StackMachine:
         module = self.stack.pop()
         path = ".".join((module, name))  # a TypeError unless both are strings
         if path != "tiktoken.core.Encoding":
-            raise ValueError(f"it asks for {path:.80}, nothing of it was run")
+            raise ValueError(f"it imports {path:.80}; nothing in it was executed")
         self.stack.append(tiktoken.Encoding)
 
 
@@ -98,5 +98,5 @@ def refuse(name: str, argument: Any, position: int | None) -> None:
     shown = name if argument is None else f"{name} {argument!r:.80}"
     raise ValueError(
         f"it has the pickle instruction {shown} at byte {position}, which no tokenizer needs; "
-        "nothing of it was run"
+        "nothing in it was executed"
     )

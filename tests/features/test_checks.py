@@ -455,7 +455,7 @@ def test_a_context_without_memory_for_its_positions_is_refused_before_any_is_tak
     monkeypatch.setattr(checkpoint, "free_memory", lambda device: 1000)
     monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
     for load in (checkpoint.load_model, loading.load_model):
-        with pytest.raises(ValueError, match="no memory for weights.* positions: [0-9,]+ bytes"):
+        with pytest.raises(ValueError, match="not enough memory for weights.* positions: [0-9,]+ bytes"):
             load(OTHER)
 
 

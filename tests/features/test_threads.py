@@ -465,7 +465,7 @@ def test_a_closed_engine_says_so():
         lambda: llm.update_weights({}),
         llm.step,
     ):
-        with pytest.raises(RuntimeError, match="this LLM was closed: make a new one"):
+        with pytest.raises(RuntimeError, match="this LLM was closed: create a new one"):
             call()
     llm.abort(1)
     assert llm.stats()["running"] == llm.stats()["waiting"] == 0

@@ -113,7 +113,7 @@ def test_an_archive_ends_with_its_one_end_record(checkpoint, change):
 @pytest.mark.parametrize("name", [b"data.pkl", b"data/999"], ids=["name", "place"])
 def test_no_record_is_there_twice(checkpoint, name):
     checkpoint.file.write_bytes(twice(checkpoint.file.read_bytes(), name))
-    refuse(checkpoint, "one name or one place")
+    refuse(checkpoint, "the same name or the same place")
 
 
 def test_no_record_reaches_into_the_next(checkpoint):
@@ -176,9 +176,9 @@ FLOATS, A = b"ctorch\nFloatStorage\n", b"X\1\0\0\0a"
         (pickle.dumps({"a": b"bytes"}, 2), "_codecs.encode"),
         (pickle.dumps({}, 4), "FRAME|pickle instruction"),
         (b"\x80\2}" + NEST + b"Ns.", "a name that is not a string"),
-        (b"\x80\2}" + A + b"(N" + NEST + A + b"NK\1tQs.", "storages of another kind"),
-        (b"\x80\2}" + A + b"(N" + FLOATS + NEST + b"NK\1tQs.", "storages of another kind"),
-        (b"\x80\2}" + A + b"(N" + FLOATS + A + b"N" + NEST + b"tQs.", "storages of another kind"),
+        (b"\x80\2}" + A + b"(N" + NEST + A + b"NK\1tQs.", "unsupported storages"),
+        (b"\x80\2}" + A + b"(N" + FLOATS + NEST + b"NK\1tQs.", "unsupported storages"),
+        (b"\x80\2}" + A + b"(N" + FLOATS + A + b"N" + NEST + b"tQs.", "unsupported storages"),
         (b"\x80\2" + b"}" * 300_000 + b".", "too large|exhausted"),
         (b"\x80\2" + NEST + b".", "no state dict"),
     ],

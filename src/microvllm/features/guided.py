@@ -278,7 +278,7 @@ class GuidedSample:
 
     def __call__(self, token_ids: list[int], logits: Tensor) -> Tensor:
         """Return logits (V,), with -inf for tokens that may not follow. Raises ValueError if the
-        grammar's complexity exceeds the limits at this place."""
+        grammar exceeds the limits at this point of the text."""
         output = token_ids[self.num_prompt :]
         num_read, mask = self.reader.allowed(output)
         if num_read < len(output):  # a draft token does not match: later draws do not count

@@ -56,8 +56,8 @@ def weights_of(module) -> dict[str, Tensor]:
 
 
 class Snapshot:
-    """The state of a module's weights at one moment; `differs` checks for changes. It keeps no
-    copy. It holds the tensors' memory, since another tensor could get a freed address."""
+    """The state of a module's weights at one moment; `differs` checks for changes. It has no
+    copies, but holds the tensors' memory, since another tensor could get a freed address."""
 
     def __init__(self, module):
         # all tables of the module and its parts, with their parts and parameters

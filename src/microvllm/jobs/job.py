@@ -1,4 +1,4 @@
-"""Bulk jobs: answer a file of prompts into a file of answers, and resume after any interruption.
+"""Bulk jobs: turn a file of prompts into a file of answers, and resume after any interruption.
 
     rows.read -> answer (keeps one engine full) -> Job.write
 
@@ -108,7 +108,7 @@ def answer(
     """
     chat = llm.tokenizer.has_chat and not ask.raw and ask.task != "completion"
     if ask.task == "chat" and not chat:
-        raise ValueError("task chat needs chat tokens in the model, and no raw: use completion")
+        raise ValueError("task chat needs a model with chat tokens, and raw=False: use completion")
     rows, waiting = iter(rows), {}
     try:
         while True:
@@ -270,7 +270,7 @@ class Job:
         self.remedy = f"give another output, or start over: rm -f {' '.join(map(str, files))}"
         for path in files:
             if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise ValueError(f"{path} is a link, or no file: give the file itself")
+                raise ValueError(f"{path} is a link, or not a file: give the file itself")
             if path.exists() and not settings_path.exists():
                 raise ValueError(f"{path} exists and is not this job's: give another output")
         self.state = bytearray()  # of each line: open, open with a duplicate id, or done
@@ -299,7 +299,7 @@ class Job:
             numbers.append(number)
         if not prompts:
             column = ask.prompt_column
-            raise ValueError(f"{self.source}: no row has {column!r}, name another prompt column")
+            raise ValueError(f"{self.source}: no row has {column!r}: give another prompt column")
         self.num_rows, self.state = len(numbers), bytearray(numbers[-1] + 1)
         order = np.argsort(np.frombuffer(hashes, np.uint64), kind="stable")
         ordered = np.frombuffer(hashes, np.uint64)[order]

@@ -31,8 +31,8 @@ from ..runner import Runner
 from ..sampler import uniform_numbers
 from ..scheduler import Plan, Sequence
 
-# Time limits of a call, since aborts and new requests wait for its end. The second one applies if
-# text is streamed.
+# Time limits of a call in seconds, because aborts and new requests wait for its end. The second one
+# applies if text is streamed.
 SECONDS = 0.04
 STREAM_SECONDS = 0.014
 
@@ -65,7 +65,7 @@ class MultiStepLoop(Loop):
         return STREAM_SECONDS if is_streamed else SECONDS
 
     def forget(self) -> None:
-        """Drop the computed steps, and the lock of the thread team, which an exception may have
+        """Drop the computed steps, and release the thread team's lock, which an exception may have
         left locked."""
         self.engine.runner.forget()
         team.give_back()

@@ -93,7 +93,7 @@ def new_folder(output) -> Iterator[Path]:
         raise FileNotFoundError(f"{output.parent} is not a directory: create it first")
     if os.path.lexists(output):
         if output.is_symlink() or not output.is_dir() or any(output.iterdir()):
-            raise FileExistsError(f"{output} exists and is not an empty directory: name a new one")
+            raise FileExistsError(f"{output} exists and is not an empty directory: give a new one")
     folder = output.with_name(f".{output.name}.{os.getpid()}")
     folder.mkdir()
     try:

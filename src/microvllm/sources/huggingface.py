@@ -85,7 +85,7 @@ def read_folder(directory: Path) -> Checkpoint:
         if raw_config.get("rms_norm_eps") is None:
             recipe = dataclasses.replace(recipe, eps=1e-6)
     elif unknown:
-        remedy = "delete those that change nothing in what the model computes"
+        remedy = "delete those that do not change what the model computes"
         raise ValueError(f"{file} has keys this engine does not know: {unknown!s:.400}; {remedy}")
     return config, dataclasses.replace(recipe, round_rotary=False), weights
 
@@ -190,6 +190,6 @@ def read_tokenizer(file: Path, trust: bool = False) -> Tokenizer:
         return StrictTokenizer(file.name, pattern, ranks, special, trust=trust)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{file} is no byte-level BPE of nanochat's kind ({type(error).__name__}: {error}): "
+            f"{file} is not a byte-level BPE like nanochat's ({type(error).__name__}: {error}): "
             "give tokenizer_path, a directory with nanochat's tokenizer.pkl"
         ) from None

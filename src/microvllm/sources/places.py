@@ -67,7 +67,7 @@ def _has_model(directory: Path) -> bool:
     try:
         return any(map(_is_model, os.listdir(directory)))
     except OSError:  # no directory, or one that may not be read
-        return False  # not a directory, or not readable
+        return False
 
 
 def model_folders(directory: Path) -> list[Path]:

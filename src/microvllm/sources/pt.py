@@ -50,8 +50,7 @@ def read_pt(file: Path) -> object:
 
 def _records(opened, memory: mmap.mmap) -> dict[str, tuple[int, int]]:
     """Return the start and the size of each record of an archive."""
-    # requires one end record at the very end, directly after the directory, so the reading is
-    # unique
+    # one end record at the very end, right after the directory: so there is only one reading
     end = len(memory) - 22
     size, start = struct.unpack("<2L", memory[end + 12 : end + 20])
     if memory[end - 76 : end - 72] == b"PK\6\6" and memory[end - 20 : end - 16] == b"PK\6\7":
@@ -66,7 +65,7 @@ def _records(opened, memory: mmap.mmap) -> dict[str, tuple[int, int]]:
     records = {}
     after = dict(pairwise(sorted([*(record.header_offset for record in infos), start])))
     if not len(infos) == len(after) == len({record.filename for record in infos}):
-        raise ValueError("two of its records have one name or one place")
+        raise ValueError("two of its records have the same name or the same place")
     for record in infos:
         lengths = struct.unpack_from("<2H", memory, record.header_offset + 26)
         begin = record.header_offset + 30 + sum(lengths)
@@ -148,13 +147,13 @@ def _follow(program: io.BytesIO, row: Callable[[str, torch.dtype, int], Tensor])
             case "GLOBAL":
                 path = arg.replace(" ", ".")
                 if path != "collections.OrderedDict" and not path.startswith("torch."):
-                    raise ValueError(f"it asks for {path:.80}, nothing of it was run")
+                    raise ValueError(f"it imports {path:.80}; nothing in it was executed")
                 stack.append(path)
             case "BINPERSID":
                 _, kind, key, _, numel, *view = stack.pop()
                 types = [type(part) for part in (kind, key, numel)]
                 if types != [str, str, int] or any(view):
-                    raise ValueError("it has storages of another kind, or parts of them")
+                    raise ValueError("it has unsupported storages, or views of storages")
                 if kind not in _DTYPES:
                     dtype_names = ", ".join(str(dtype)[6:] for dtype in _DTYPES.values())
                     raise ValueError(f"it has a {kind:.80}, and the dtypes known are {dtype_names}")
@@ -165,7 +164,9 @@ def _follow(program: io.BytesIO, row: Callable[[str, torch.dtype, int], Tensor])
                 stack.pop()
             case _:
                 problem = f"it has the pickle instruction {op.name} at byte {position}"
-                raise ValueError(f"{problem}, which no checkpoint needs; nothing of it was run")
+                raise ValueError(
+                    f"{problem}, which no checkpoint needs; nothing in it was executed"
+                )
     return stack.pop()
 
 

@@ -65,7 +65,7 @@ def read_checkpoint(directory: Path, step: int) -> Checkpoint:
 def read_json(file: Path) -> dict:
     """Return the JSON object in a file. Raises ValueError that names the file."""
     if (size := file.stat().st_size) > _MAX_JSON_BYTES:
-        raise ValueError(f"{file} is not valid JSON for us: {size:,} bytes are too many")
+        raise ValueError(f"{file} is not a valid JSON file here: {size:,} bytes are too many")
     try:
         value = json.loads(file.read_text(encoding="utf-8"), parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
@@ -91,7 +91,7 @@ def make_config(model_config: object, source: str = "model_config") -> GPTConfig
     # `question` compares these keys with the tensors; they are not part of a GPTConfig
     values = {key: value for key, value in values.items() if key not in variants.KNOWN}
     if unknown := sorted(set(values) - set(names)):
-        remedy = "delete those that change nothing in what the model computes"
+        remedy = "delete those that do not change what the model computes"
         problem = f"model_config has keys this engine does not know: {unknown!s:.400}; {remedy}"
         raise ValueError(f"{source}: {problem}")
     if missing := [name for name in sizes if name not in values]:
@@ -107,7 +107,7 @@ def make_config(model_config: object, source: str = "model_config") -> GPTConfig
     if width % (2 * heads):
         raise ValueError(f"{source}: n_embd {width} does not split into {heads} even heads")
     if heads % kv_heads:
-        raise ValueError(f"{source}: {heads} query heads do not divide by {kv_heads} kv heads")
+        raise ValueError(f"{source}: {heads} query heads cannot share {kv_heads} kv heads")
     return GPTConfig.from_meta(values)
 
 
@@ -129,7 +129,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     total = sum(min(w.nbytes, w.untyped_storage().nbytes()) for w in weights.values())
     if total > (size := file.stat().st_size):
         raise ValueError(
-            f"{file}: its tensors take {total:,} bytes, and the file has {size:,}: save clones of "
+            f"{file}: its tensors take {total:,} bytes, but the file has {size:,}: save clones of "
             "tensors that share memory"
         )
     return without_prefix(weights, file)
@@ -295,7 +295,7 @@ class StrictTokenizer(Tokenizer):
         if missing := [byte for byte in range(256) if bytes([byte]) not in mergeable_ranks]:
             raise ValueError(f"mergeable_ranks has no token for the single byte {missing[0]}")
         if "<|bos|>" not in special_tokens:
-            raise ValueError("it has no <|bos|> token, with which every nanochat sequence starts")
+            raise ValueError("it has no <|bos|> token, which starts every nanochat sequence")
         if not (isinstance(name, str) and isinstance(pat_str, str)):
             raise ValueError("name and pat_str must be strings")
         if (length := sum(map(len, special_tokens))) > _MAX_NAMES:

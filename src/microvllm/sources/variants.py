@@ -159,7 +159,7 @@ def doubts(raw_config: dict, recipe: Recipe) -> list[str]:
     """Return the reasons why a config and the tensors of a recipe may be of different eras."""
     era, reasons = recipe.era, []
     if raw_config.get("hf_compatible"):
-        reasons.append("hf_compatible says that a later model left out what era 1 does not know")
+        reasons.append("hf_compatible means that parts unknown to era 1 were left out")
     absent = [key for key, part in PART_OF.items() if not _has(recipe, part)]
     if keys := [key for key in absent if raw_config.get(key) is not None]:
         reasons.append(f"its config has {', '.join(keys)}, which era {era} does not have")
