@@ -329,7 +329,7 @@ def check_length(max_len: int | None, config: GPTConfig) -> None:
     longest = 10 * config.sequence_len
     if length > longest:
         limit = f"at most {longest}, ten times the sequence_len of {config.sequence_len}"
-        raise ValueError(f"max_model_len={max_len} is too large: {limit}")
+        raise ValueError(f"max_model_len={max_len} exceeds the rotary tables: {limit}")
 
 
 def check_memory(

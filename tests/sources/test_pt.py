@@ -232,7 +232,7 @@ def test_an_attribute_of_a_dict_is_not_set(checkpoint):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_another_layout_is_refused_by_name(checkpoint):
-    layouts = {torch.strided: "not stored in full (lm_head.weight)", torch.jagged: "nothing of it"}
+    layouts = {torch.strided: "not stored in full (lm_head.weight)", torch.jagged: "nothing in it"}
     for layout, words in layouts.items():
         rows = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=layout)
         torch.save(checkpoint.weights | {"lm_head.weight": rows}, checkpoint.file)
