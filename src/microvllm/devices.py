@@ -39,8 +39,7 @@ def find_device(name: str | torch.device) -> torch.device:
 
 
 def check_support(device: torch.device) -> None:
-    """Raise ValueError if this torch cannot compute on a device, or computes wrong results
-    there."""
+    """Raise ValueError if this torch fails on a device, or computes wrong results."""
     if device.type == "cuda":
         _check_card(device)
     if device.type == "mps":

@@ -79,9 +79,8 @@ def _cached_bytes(group: Path, prefix: str) -> int:
 
 
 def available_cpus() -> int:
-    """Return how many processors this process may use at once, at least 1. A quota of processor
-    time in a control group may reduce the number of allowed processors. A quota of 1.5 counts as
-    2."""
+    """Return how many processors this process may use at once, at least 1. A control group's quota
+    of processor time may reduce it; a quota of 1.5 processors counts as 2."""
     return min([_allowed_cpus(), *_cpu_quotas()])
 
 

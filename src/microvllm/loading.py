@@ -41,7 +41,7 @@ class ModelOptions:
     """How a FusedGPT computes. attention, quantization, kv_cache_dtype, deterministic: see LLM;
     share: use the given tensors instead of copies where device and dtype allow it; max_len:
     positions of the rotary tables (default: the checkpoint's context); ranks: the processes that
-    share the model; block_size: of the KV cache, since kernels are compiled for it."""
+    share the model; block_size: the KV cache's, since kernels are compiled for it."""
 
     attention: str = "auto"
     quantization: str | None = None
@@ -75,8 +75,7 @@ class ModelBuilder:
                 )
 
     def build(self, config: GPTConfig, recipe: Recipe, weights: dict) -> GPT | FusedGPT:
-        """Make a model from checked weights. engine.make_rotary_tables creates its rotary tables
-        later."""
+        """Make a model from checked weights. Its rotary tables come later (engine.py)."""
         check_length(self.max_model_len, config)
         if self.is_plain:
             recipe = strict.replace(recipe, **self.overrides)

@@ -192,8 +192,7 @@ def make_memory(model, config: EngineConfig) -> tuple:
 
 
 def choose_batch_size(model, config: EngineConfig, ranks: Ranks | None) -> EngineConfig:
-    """Return a copy of config. On a GPU, a max_batch_size of None is set according to its
-    memory."""
+    """Return a copy of config. A max_batch_size of None is set to fit the memory of a GPU."""
     if config.max_batch_size or model.device.type != "cuda":
         return config
     from .gpu import memory

@@ -84,8 +84,8 @@ def set_torch_threads(count: int) -> None:
 
 
 class FilePages:
-    """Releases the memory of mapped files while their tensors are read. With all pages of a
-    checkpoint in memory beside the model's own weights, loading would need twice the memory."""
+    """Releases the memory of mapped files while their tensors are read. Otherwise all pages
+    of a checkpoint would be in memory in addition to the model's weights: twice the memory."""
 
     def __init__(self):
         self.tensors: list[torch.Tensor] = []  # read since the last release
@@ -147,7 +147,7 @@ _computing_process: int | None = None  # the process that made an engine with se
 
 def check_process(num_threads: int | None = None) -> None:
     """Raise RuntimeError in a fork of a process that has an engine with several threads. The fork
-    has none of these threads, and torch would wait for them forever. num_threads: of the new engine
+    has none of these threads, and torch would wait for them forever. num_threads: the new engine's
     (default: torch's number)."""
     global _computing_process
     if (num_threads or torch.get_num_threads()) <= 1:

@@ -207,8 +207,8 @@ def evaluate(llm, tasks: list[str], task_manager=None, **options) -> dict | None
     """Return the result of lm_eval.simple_evaluate for these tasks (None on all ranks but the
     first). Its key "engine" has the costs: prompt_tokens; cached_tokens (prompt tokens from the
     prefix cache) and hit_rate (their share); output_tokens; seconds in the engine;
-    tokens_per_second of prompt and output. options: of simple_evaluate, such as num_fewshot and
-    limit."""
+    tokens_per_second of prompt and output. options: arguments of simple_evaluate, such as
+    num_fewshot and limit."""
     from lm_eval import simple_evaluate
 
     before = llm.stats()

@@ -30,7 +30,7 @@ from ..engine import LLM, Request, RequestOutput
 MAX_ITEMS = 16  # waiting events of a call, before further ones are merged
 EXIT_SECONDS = 10  # at exit, the interpreter waits this long for a step in progress
 
-stepping_threads: set[threading.Thread] = set()  # of this process
+stepping_threads: set[threading.Thread] = set()  # all that run in this process
 is_ending = threading.Event()  # set when the interpreter exits
 
 # returns the news about a call's requests since its last call
@@ -169,8 +169,8 @@ class Stepper:
         stepping_threads.discard(threading.current_thread())
 
     def take_new(self, calls: list[Call]) -> bool:
-        """Add new calls to the thread's list. Returns False, and ends the thread, if it is
-        empty."""
+        """Add new calls to the thread's list. If it stays empty, return False and end the
+        thread."""
         with self.lock:
             calls.extend(self.new_calls)
             self.new_calls.clear()
@@ -303,8 +303,7 @@ class AsyncApi:
 
 
 def read_events(engine: LLM, unfinished: dict[int, Request]) -> list[RequestOutput]:
-    """Return the events of a stream since the last call, also if the engine was closed
-    meanwhile."""
+    """Return the events of a stream since the last call, even from a closed engine."""
     events: list[RequestOutput] = []
     try:
         engine.guard.perform(partial(engine.read_events, unfinished, events))

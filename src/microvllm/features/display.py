@@ -15,7 +15,7 @@ from ..engine import LLM, RequestOutput
 from ..tokenizer import Tokenizer
 
 MAX_ROWS = 20  # outputs in the HTML of a list, and samples of each
-CHARACTERS = 2000  # of one text in HTML
+CHARACTERS = 2000  # the most characters of one text in HTML
 MAX_SHOWN = 3  # outputs in the repr of a list
 
 short = reprlib.Repr()
@@ -79,8 +79,7 @@ class OutputList(list):
 
 
 def keep_tokenizer(output: RequestOutput, tokenizer: Tokenizer) -> None:
-    """Let an output decode its prompt for display. It is an attribute, so the dict does not
-    change."""
+    """Let an output decode its prompt for display. The dict does not change."""
     vars(output)["_tokenizer"] = tokenizer
 
 

@@ -79,8 +79,7 @@ class ForeignTokenizer(Tokenizer):
         return [self.bos_id, *ids] if bos else ids
 
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
-        """Return the bytes of one token's text. A token that ends inside a character gives
-        U+FFFD."""
+        """Return the bytes of one token's text: U+FFFD if it ends inside a character."""
         return self.decode([token_id], skip_special).encode()
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:

@@ -214,8 +214,7 @@ def keyword_weight(name: str, value: object, has_bounds: bool) -> float:
 
 
 def is_small(guide: Mapping, grammar: str) -> bool:
-    """Return whether all work of llguidance for a guide is known to be cheap. If in doubt,
-    False."""
+    """Return whether all work of llguidance for a guide is known to be cheap."""
     pattern = guide.get("regex")
     if pattern:
         return regex_weight(pattern) <= SMALL
@@ -310,8 +309,7 @@ class Guides:
         return llguidance().LLTokenizer(wrapper, eos_token=self.eos_ids)
 
     def make(self, grammar: str, is_small: bool) -> Guide:
-        """Make a Guide. Raises ValueError for a grammar that no text matches, or that is too
-        complex."""
+        """Make a Guide. Raises ValueError if no text matches the grammar or it is too complex."""
         if is_small:
             start = open_grammar(self.tokenizer, grammar).start
             return Guide(lambda: Reader(start), self.num_ordinary)

@@ -130,7 +130,7 @@ class LiveWeights:
         self.build = build
         self.snapshot: Snapshot | None = None  # the module's weights that the engine has
         self.is_asleep = False
-        self.next_version: int | None = None  # of weights that were set while the engine slept
+        self.next_version: int | None = None  # version of weights set during sleep
 
     def attach(self, engine: LLM) -> None:
         """Called by the engine's loop (loops/live.py) when it is created."""
@@ -170,15 +170,15 @@ class LiveWeights:
         self.snapshot = snapshot
 
     def announce(self, version: int | None) -> None:
-        """Notify the extensions of new weights. Launched steps must be finished before."""
+        """Notify the extensions of new weights. Launched steps must have finished."""
         for on_weights in self.engine.hooks.on_weights:
             on_weights(version)
 
     def update_weights(self, weights, version: int | None = None) -> None:
         """Replace the weights in place. weights: a state dict of the same shapes, or a module. The
         prefix cache is emptied, and running requests recompute their K and V. For a live module the
-        weights are written to the module. version: of the weights, for extensions. Raises
-        ValueError, and changes nothing, if a tensor is missing or has the wrong shape."""
+        weights are written to the module. version: the version of the weights, for extensions.
+        Raises ValueError, and changes nothing, if a tensor is missing or has the wrong shape."""
         engine = self.engine
         engine.guard.check_open()
         state = weights.state_dict() if hasattr(weights, "state_dict") else weights

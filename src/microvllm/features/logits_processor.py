@@ -2,7 +2,7 @@
 
 An Exception in a function ends its own sample with finish_reason "error". Exceptions from outside
 are raised in the step's caller: those of signal handlers that run in the meantime (a time limit,
-Ctrl-C), and those that are no Exception, such as SystemExit.
+Ctrl-C), and those that do not inherit from Exception, such as SystemExit.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Place(NamedTuple):
     """A token of a sample. It stays the same after an error."""
 
     request_id: int
-    index: int  # of the sample
-    position: int  # of the token
+    index: int  # number of the sample
+    position: int  # position of the token
 
 
 class Interruption(NamedTuple):

@@ -1,7 +1,7 @@
 """The tokens that may follow in a grammar: llguidance, in this process or in a helper process.
 
 llguidance limits the size of its data, but not its time: `(a?){5000}a{5000}` needs seconds for one
-token, and no signal is handled meanwhile. So grammars that may be expensive run in a helper
+token, and no signal is handled during this time. So grammars that may be expensive run in a helper
 process. The system ends this process if it takes too much processor time or memory.
 
     Reader           the position of one text in a grammar: `allowed` reads tokens, returns a mask
@@ -66,7 +66,7 @@ def limits():
 
 @contextmanager
 def panics_named() -> Iterator[None]:
-    """Convert a panic of Rust, which is no Exception, to a ValueError."""
+    """Convert a Rust panic, which is not an Exception, to a ValueError."""
     try:
         yield
     except BaseException as error:
@@ -306,8 +306,8 @@ class Helper:
 
     def ask(self, message: tuple, parts: tuple = (), encode: Callable | None = None):
         """Return the answer to a message. parts: messages that the helper must have received
-        before; encode: of a tokenizer. Raises ValueError with the helper's error, or if a limit
-        ends it."""
+        before; encode: a tokenizer's method. Raises ValueError with the helper's error, or if a
+        limit ends it."""
         with self.lock:
             is_new = not self.is_ready
             try:

@@ -43,7 +43,7 @@ class SampleRow(NamedTuple):
     token_ids: list[int]  # prompt and output
     mask: list[int]  # 0 for the prompt and for forced tokens
     logprobs: list[float]
-    versions: list[int]  # of the weights; -1 for the prompt
+    versions: list[int]  # versions of the weights; -1 for the prompt
 
 
 def generate_columns(
@@ -166,7 +166,7 @@ def fill_context(engine: LLM, prompt, params: SamplingParams) -> SamplingParams:
 def make_turns(
     engine: LLM, prompt_ids: list[int], params: SamplingParams, num_samples: int, options: dict
 ) -> list[Request]:
-    """Make requests for a prompt's samples, at most max_batch_size each. options: of all
+    """Make requests for a prompt's samples, at most max_batch_size each. options: for all
     requests."""
     requests = []
     for first in range(0, num_samples, engine.max_batch_size):

@@ -77,7 +77,7 @@ def first_failure(failure: str) -> str:
 
 
 class Ranks:
-    """The ranks of one model, including this one. size: their number; device: of this rank; "auto"
+    """The ranks of one model, including this one. size: their number; device: this rank's; "auto"
     and "cuda" mean the GPU with the rank's local number. Raises ValueError like `join_processes`
     and `find_device`."""
 
@@ -211,8 +211,8 @@ class Ranks:
 
 class RankCheck(Extension):
     """Checks that all ranks have the same engine and run the same steps. It is the last extension,
-    since others may change a plan. arguments: of the engine, those that its config does not
-    contain."""
+    since others may change a plan. arguments: arguments of the engine that its config does
+    not contain."""
 
     def __init__(self, ranks: Ranks, *arguments):
         self.ranks = ranks

@@ -106,7 +106,7 @@ def count_reached(seq: Sequence) -> int:
 
 
 def count_possible(request: Request) -> int:
-    """Return the most tokens of a request: of its prompt once, and of all samples."""
+    """Return the most tokens of a request: its prompt once, and all samples."""
     first = request.sequences[0]
     return first.num_prompt + request.params.n * (first.max_length - first.num_prompt)
 

@@ -47,8 +47,8 @@ class Ask:
     task: "chat" (the prompt is the user's text, or a list of messages), "completion" (a text) or
     "score" (either, with a continuation or a list of them); all accept token ids. None: chat if the
     model supports it, else completion. raw: treat prompts as plain text even if the model can chat;
-    params: SamplingParams for rows without their own; seed: of the job. The other fields are column
-    names. Without id_column, a row's id is its "id", or else its line number.
+    params: SamplingParams for rows without their own; seed: the job's seed. The other fields are
+    column names. Without id_column, a row's id is its "id", or else its line number.
     """
 
     task: str | None = None
@@ -65,8 +65,7 @@ class Ask:
             raise ValueError(f"task must be chat, completion or score, got {self.task!r:.80}")
 
     def row_id(self, row: dict, number: int) -> str | int:
-        """Return the id of the row on line `number`. Raises ValueError if it is not a text or an
-        integer."""
+        """Return the id of the row on line `number`. Raises ValueError unless it is str or int."""
         column = self.id_column or "id"
         value = row.get(column)
         if value is None and self.id_column is None:
@@ -133,8 +132,7 @@ def answer(
 
 
 def _submit(llm: LLM, work: _Work, row: dict, ask: Ask, tools: bool | list | None) -> None:
-    """Queue the requests of a row. tools: None unless its prompt is a conversation or a user's
-    turn."""
+    """Queue the requests of a row. tools: None if its prompt is plain text."""
     chat = tools is not None
     work.id = ask.row_id(row, work.number)
     prompt = row.get(ask.prompt_column)
@@ -183,7 +181,7 @@ def failed(number: int, error: object, row_id: str | int | None = None) -> Outco
 
 def _outcome(work: _Work, ask: Ask) -> Outcome:
     """Return the outcome of a row whose requests are complete."""
-    outputs = [*work.outputs.values()]  # of several continuations, or of one prompt
+    outputs = [*work.outputs.values()]  # one per continuation, or one for the prompt
     prompt_tokens = sum(len(output["prompt_token_ids"]) for output in outputs)
     cached_tokens = sum(output["num_cached_tokens"] for output in outputs)
     row = {"line": work.number, "id": work.id}
@@ -273,7 +271,7 @@ class Job:
                 raise ValueError(f"{path} is a link, or not a file: give the file itself")
             if path.exists() and not settings_path.exists():
                 raise ValueError(f"{path} exists and is not this job's: give another output")
-        self.state = bytearray()  # of each line: open, open with a duplicate id, or done
+        self.state = bytearray()  # state of each line: open, open with a duplicate id, or done
         self.num_rows = self.num_done = self.num_bad = 0
         self.integer_ids = True
         settings = json.dumps({**_VERSION, **settings, "input": self._survey()})

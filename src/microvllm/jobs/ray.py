@@ -97,7 +97,7 @@ def answer_on_ray(
 ) -> Iterator[Outcome]:  # fmt: skip
     """Answer the open rows of a job with `replicas` engines, each an actor in Ray Data's pool.
 
-    options: LLM's arguments; address: of the cluster (default: the running one, or else a new local
+    options: LLM's arguments; address: the cluster's (default: the running one, or else a new local
     one; "local": always a new one). If this process imports Ray for it, a local cluster has ports
     only for this machine. gpus: GPUs per engine; 0: each engine has one CPU; grouped: see
     make_batches. If a node dies, another engine computes its batch again, and `Job.write` stores

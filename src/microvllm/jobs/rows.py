@@ -15,7 +15,7 @@ from ..environment import how_to_install
 
 MAX_LINE = 2**24  # bytes of a row; longer ones are not prompts
 MAX_UNFOLDED = 2**28  # bytes of an expanded row group, or 64 times its compressed size
-MAX_ROWS = 2**22  # of a Parquet file, and 64 more for each byte: null columns take no memory
+MAX_ROWS = 2**22  # per Parquet file, plus 64 per byte, since null columns take no memory
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -27,8 +27,9 @@ def read(path: str | Path, columns: Iterable[str] | None = None) -> Iterator[tup
     """Yield (number, row) of a .jsonl, .parquet or .json file (a list), numbered from 1.
 
     A row has the form that `decode` accepts. For .jsonl it is the bytes of a line, or the error of
-    a row that is too long; blank lines are counted and skipped. columns: of a .parquet file
-    (default: all). Raises ValueError or OSError that names the file, ImportError without pyarrow.
+    a row that is too long; blank lines are counted and skipped. columns: columns to read of a
+    .parquet file (default: all). Raises ValueError or OSError that names the file, ImportError
+    without pyarrow.
     """
     path = Path(path)
     match path.suffix.lower():
@@ -140,7 +141,7 @@ def _check_group(
     source: BinaryIO, columns: list[dict], leaves: list, names: list[str], path: Path
 ) -> None:
     """Raise ValueError for pages that expand far beyond their size, or for values of unlimited
-    length. The sizes come from the pages, which are what is read; the footer may lie."""
+    length. The sizes come from the pages, since the footer may lie."""
     if len(columns) != len(leaves):
         raise OSError(f"its footer is damaged: {len(columns)} columns of {len(leaves)}")
     small = size = 0

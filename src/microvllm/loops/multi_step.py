@@ -7,7 +7,7 @@ the Python code before and after it.
 This requires that each sequence has one token to compute, and that only its draw decides the next
 token. Then one call (cpu/backend.py) computes steps that are not planned yet, until a row ends or
 the time limit of the call is reached. Afterwards the plain loop runs the same steps one by one, and
-the tokens of each plan are there already. So scheduler, texts and traces see single steps. If a
+the tokens of each plan exist already. So scheduler, texts and traces see single steps. If a
 plan differs from the expected one, it is computed as usual, and the other computed steps are
 dropped.
 """

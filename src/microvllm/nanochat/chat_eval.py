@@ -107,11 +107,11 @@ def run_chat_eval(
 ) -> float:
     """Like nanochat's scripts.chat_eval.run_chat_eval: return the accuracy of a live module.
 
-    task_name: of TASKS, or a task object of nanochat; model, tokenizer: nanochat's; engine: this
-    package's Engine of the two, or any other object; batch_size: no effect, since all problems are
-    one batch; sampling: fields of Sampling. As in nanochat, HumanEval runs what the model writes.
-    Under torch.distributed each process solves its share, and all return the accuracy over all
-    problems.
+    task_name: a name in TASKS, or a task object of nanochat; model, tokenizer: nanochat's; engine:
+    this package's Engine of the two, or any other object; batch_size: no effect, since all problems
+    are one batch; sampling: fields of Sampling. As in nanochat, HumanEval runs what the model
+    writes. Under torch.distributed each process solves its share, and all return the accuracy over
+    all problems.
     """
     task = load_task(task_name) if isinstance(task_name, str) else task_name
     chosen = Sampling(**sampling)

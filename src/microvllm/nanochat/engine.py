@@ -20,8 +20,8 @@ class Engine:
 
     model: a GPT module of any nanochat era, compiled or not; its weights are shared if device and
     dtype allow it; tokenizer: nanochat's, or any object with its methods encode, decode,
-    encode_special and get_bos_token_id; options: of `LLM`. Their defaults: the module's device, the
-    dtype in $NANOCHAT_DTYPE if set, and ten times the context (as long as nanochat's rotary
+    encode_special and get_bos_token_id; options: arguments of `LLM`. Defaults: the module's device,
+    the dtype in $NANOCHAT_DTYPE if set, and ten times the context (as long as nanochat's rotary
     tables). A seed gives other tokens than in nanochat.
 
     As in nanochat, this constructor allocates no memory: scripts build an Engine before an

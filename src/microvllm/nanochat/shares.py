@@ -34,7 +34,8 @@ def own_share(llm: LLM, num_problems: int) -> range:
 
 
 def share_solved(llm: LLM, is_solved: list[bool]) -> float:
-    """Return the share of solved problems over all processes. is_solved: of this process's."""
+    """Return the share of solved problems over all processes. is_solved: for this process's
+    problems."""
     counts = torch.tensor([sum(is_solved), len(is_solved)], device=llm.device)
     if is_shared(llm):
         dist.all_reduce(counts)

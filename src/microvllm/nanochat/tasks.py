@@ -30,8 +30,9 @@ CODE_BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 class ChatTask:
     """A task over the rows of a data set.
 
-    name: in nanochat's chat_eval; repo: the data set on the Hugging Face hub; subset: of the data
-    set; data: a folder, see `find_rows`. Raises FileNotFoundError, ConnectionError or ValueError.
+    name: its name in chat_eval; repo: the data set on the Hugging Face hub; subset: a subset of the
+    data set; data: a folder, see `find_rows`. Raises FileNotFoundError, ConnectionError or
+    ValueError.
     """
 
     eval_type = "generative"
@@ -167,8 +168,8 @@ TASKS: dict[str, tuple[Callable[..., ChatTask], str, str, float]] = {
 
 
 def load_task(name: str, data: str | Path | None = None) -> ChatTask:
-    """Return a task of nanochat's chat_eval. name: of TASKS; data: a folder, see `find_rows`.
-    Raises ValueError for an unknown name, and the errors of `find_rows`."""
+    """Return a task of nanochat's chat_eval. name: a name in TASKS; data: a folder, see
+    `find_rows`. Raises ValueError for an unknown name, and the errors of `find_rows`."""
     if name not in TASKS:
         raise ValueError(f"task_name must be one of {', '.join(TASKS)}, got {name!r:.80}")
     task_class, repo, subset, _ = TASKS[name]
@@ -191,8 +192,7 @@ def find_code(text: str) -> str:
 
 
 def find_imports(prompt: str) -> str:
-    """Return the import lines at the start of a program. They may be mixed with comments and blank
-    lines."""
+    """Return the import lines at the start of a program, without comments and blank lines."""
     imports = []
     for line in prompt.split("\n"):
         line = line.strip()

@@ -86,7 +86,7 @@ def differences(before: Recipe, after: Recipe) -> str:
 
 @contextmanager
 def new_folder(output) -> Iterator[Path]:
-    """Yield a new folder beside `output`. It becomes `output` at the end, and is deleted after an
+    """Yield a new folder next to `output`. It becomes `output` at the end, and is deleted after an
     exception. Raises OSError if `output` exists or cannot be created."""
     output = Path(os.path.abspath(os.path.expanduser(output)))
     if not output.parent.is_dir():

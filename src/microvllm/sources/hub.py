@@ -94,5 +94,5 @@ def _choose(repo: str, folder: str, names: list[str], step: int | None) -> list[
             f"{repo} has neither model_<step>.pt nor model.safetensors in {folder or 'its root'}; "
             f"folders that have: {', '.join(sorted(folders)) or 'none'} (give owner/name/folder)"
         )
-    # the tokenizer is beside the weights, or in a folder above, as in nanochat's directories
+    # the tokenizer is next to the weights, or in a folder above, as in nanochat's directories
     return file_names + [name for name in names if name.split("/")[-1] == "tokenizer.pkl"]

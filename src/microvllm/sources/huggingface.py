@@ -131,7 +131,7 @@ def _shards(index: Path) -> list[Path]:
     names = sorted({PurePosixPath(shard).name for shard in shards.values()})
     if missing := [name for name in names if name not in files_by_name]:
         shown = f"{missing[0]!r:.120}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
-        raise FileNotFoundError(f"{index} names the file {shown}, which is not beside it")
+        raise FileNotFoundError(f"{index} names the file {shown}, which is not next to it")
     return [files_by_name[name] for name in names]
 
 
@@ -139,7 +139,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     """Return the memory-mapped tensors of a file. Raises FileNotFoundError or ValueError."""
     package = import_safetensors(file.parent)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing (of the weights, only safetensors are read)")
+        raise FileNotFoundError(f"{file} is missing (weights are read only from safetensors)")
     try:
         with package.safe_open(file, "pt") as opened:
             kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}

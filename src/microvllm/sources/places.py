@@ -106,8 +106,7 @@ def _experiment(base: Path, source_folder: Path) -> tuple[Path, str] | None:
 
 
 def _refuse_base(directory: Path) -> None:
-    """Raise FileNotFoundError with the names of the checkpoints if this is nanochat's base
-    directory."""
+    """Raise FileNotFoundError with the checkpoints' names for nanochat's base directory."""
     tags_of = {
         source: [path.name for path in model_folders(directory / f"{folder}_checkpoints")]
         for source, folder in FOLDERS.items()

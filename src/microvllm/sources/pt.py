@@ -29,8 +29,7 @@ _DTYPES = {
 
 def read_pt(file: Path) -> object:
     """Return the content of a .pt file, with memory-mapped tensors. Anything but a plain CPU tensor
-    becomes an empty tensor on the device "meta". Raises ValueError, or other errors for damaged
-    files."""
+    becomes an empty tensor on "meta". Raises ValueError, or other errors for damaged files."""
     with open(file, "rb") as opened:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # private: never written
         if memory[:4] != b"PK\3\4":  # torch's own criterion

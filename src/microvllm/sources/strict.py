@@ -21,7 +21,7 @@ from . import variants
 from .pt import read_pt
 
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16  # dtypes of weights
-_MAX_JSON_BYTES = 16 << 20  # nanochat's largest tokenizer.json has 5 MB; in memory 20 times more
+_MAX_JSON_BYTES = 16 << 20  # nanochat's largest tokenizer.json: 5 MB, and 20 times that in memory
 _MAX_TOKENIZER_BYTES = 8 << 20  # nanochat's vocabularies (up to 65,536 tokens) take about 1 MB
 _MAX_NAMES = 1 << 16  # total length of special tokens' names: tiktoken takes 400 bytes a character
 # nanochat's pattern, whose time is linear in the text. Numbers are split into groups of one to nine
@@ -151,8 +151,8 @@ def recognise_strictly(
     live=False,
 ) -> Recipe:
     """Return the recipe of a state dict that is complete and has no other tensors. raw_config: the
-    source's config, see `question`; live: a module, whose lambdas training may not have changed
-    yet. Raises ValueError that names the source and the problem."""
+    source's config, see `question`; live: True for a module, whose lambdas training may not have
+    changed yet. Raises ValueError that names the source and the problem."""
     try:
         for key in weights:
             for mark, layout in _UNSUPPORTED.items():
@@ -210,7 +210,7 @@ def question(
 
 def replace(recipe: Recipe, **changes: float) -> Recipe:
     """Return a recipe with some constants changed. Raises TypeError for an unknown name, ValueError
-    for an invalid value, or for a Questionable recipe without values for all telling constants."""
+    for an invalid value, or for a Questionable recipe if a constant of _TELLING is missing."""
     known_names = "eps", "gate_scale", *_TELLING, "round_rotary", "softcap"
     for name, value in changes.items():
         if name not in known_names:
