@@ -418,7 +418,7 @@ def test_no_link_is_followed(name, there, tmp_path):
             run(source, tmp_path / name)
         assert (other.read_bytes() if there else other.exists()) in (b"", False)
         link.unlink()
-    with pytest.raises(ValueError, match="is a link, or no file"):
+    with pytest.raises(ValueError, match="is a link, or not a file"):
         (tmp_path / f"{name}.errors").mkdir()
         run(source, tmp_path / name)
 

@@ -1,7 +1,7 @@
 """Live nanochat modules: an engine follows the weights of a GPT during training. Also new weights
 for any running engine, and an engine that sleeps while its memory is needed elsewhere.
 
-How a change is detected at the start of a step:
+How a change is detected at the start of a step, or of a call of several steps:
 
     change                                    detected by                        checked
     p.add_(x), load_state_dict, foreach       Tensor._version                    in every step

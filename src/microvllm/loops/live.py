@@ -1,6 +1,6 @@
 """A loop for an engine whose weights may change between two steps, or that may sleep.
 
-Before each step it checks whether the weights have changed:
+Before each step, or each call of several steps, it checks whether the weights have changed:
 
     step 1 | check: unchanged | step 2 | check: changed, apply | step 3 computes K and V again
 """
