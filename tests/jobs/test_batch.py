@@ -140,7 +140,7 @@ def test_the_command_killed_with_its_real_engine_gives_the_same_tokens(tmp_path,
         with pytest.raises(SystemExit) as stop:
             cli.main([*flags, str(output), flag])
         assert stop.value.code == 2
-        assert f"begun with {flag}=False, not True" in capsys.readouterr().err
+        assert f"started with {flag}=False, not True" in capsys.readouterr().err
 
 
 def test_wherever_the_last_write_was_torn_the_job_goes_on(tmp_path):
