@@ -90,7 +90,7 @@ def test_what_is_forgotten_is_saved_all_the_same_and_plain_answers_are_texts(com
     lines = [f"Tell me story {n}." for n in range(6)] + [f"/save {file}"]
     flags = ["--max-model-len", "81", "--max-tokens", "12", "--ignore-eos"]
     _, err = command("chat", *flags, stdin="\n".join(lines))
-    assert "are forgotten" in err
+    assert "are dropped" in err
     messages = json.loads(file.read_text())
     assert [message["content"] for message in messages[::2]] == lines[:-1]
     assert all(isinstance(message["content"], str) for message in messages)
@@ -102,7 +102,7 @@ def test_save_overwrites_nothing_and_says_what_is_wrong(command, tmp_path, monke
     lines = [f"/save {file}", "/save", f"/save {tmp_path}/no/such/place.json", "/save a\0b"]
     out, err = command("chat", *SMALL, stdin="\n".join(lines))
     assert file.read_text() == "mine" and out == ""
-    assert f"(not saved: {file} is there already, give another name)" in err
+    assert f"(not saved: {file} exists already, give another name)" in err
     assert "(name a file: /save FILE)" in err
     assert err.count("not saved: ") == 3 and f"the folder {tmp_path}/no/such does not exist" in err
 
@@ -142,7 +142,7 @@ def test_one_conversation_has_all_of_the_models_context(monkeypatch):
     cli.main(["chat"])
     loading, banner, *_ = shown.getvalue().splitlines()
     assert loading == "loading oldbooks-d6 ..."
-    assert banner.startswith("oldbooks-d6, step 11414: a context of 1,024 tokens. /help")
+    assert banner.startswith("oldbooks-d6, step 11414: context of 1,024 tokens. /help")
 
 
 def test_lines_that_wait_on_a_terminal_are_one_turn(monkeypatch):

@@ -22,7 +22,7 @@ from microvllm.sources import places
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = ["-m", str(ERAS / "era3" / "base_checkpoints" / "d4")]
 BASE += ["--tokenizer-dir", str(ERAS / "tokenizer")]
-NOTE = "is a base model: it completes plain text, as with --raw; --chat asks it)\n"
+NOTE = "is a base model: it completes plain text, as with --raw; --chat sends chat messages)\n"
 
 
 # flags --------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_chat_says_that_a_base_model_was_not_trained_for_it(monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal(""))
     monkeypatch.setattr(sys, "stderr", shown)
     cli.main(["chat", *BASE])
-    assert "d4, step 2205, a base model that was not trained to chat: a con" in shown.getvalue()
+    assert "d4, step 2205, a base model that was not trained to chat: con" in shown.getvalue()
 
 
 # a job's last line --------------------------------------------------------------------------------

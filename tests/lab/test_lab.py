@@ -401,11 +401,11 @@ def test_work_lies_in_a_folder_of_the_readers(tmp_path, capsys, monkeypatch):
     assert ["solved" in line for line in lines[:13]] == [number == 2 for number in NUMBERS]
     assert lines[0].split() == ["1", "Count", "blocks_needed"] and str(folder) in lines[-2]
     cli.main(["lab", "start", str(folder)])  # a second time nothing is lost
-    assert file.read_text().startswith(solved) and "stays as it is" in capsys.readouterr().err
+    assert file.read_text().startswith(solved) and "was not changed" in capsys.readouterr().err
     file.write_text("def (")
     assert judge("2") == 2 and "SyntaxError" in capsys.readouterr().err
     file.unlink()
-    assert judge("2") == 2 and "is gone" in capsys.readouterr().err
+    assert judge("2") == 2 and "is missing" in capsys.readouterr().err
 
 
 def test_without_a_model_the_other_exercises_are_copied(tmp_path, capsys, monkeypatch):
