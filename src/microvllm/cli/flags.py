@@ -133,7 +133,7 @@ $ -m sft --quantization int8
 --recipe+ NAME=VALUE  constant of the model that the checkpoint does not contain, such as \
                      softcap=20; may be repeated
 """
-CONVERT = f"""convert a checkpoint between the Hugging Face and nanochat formats
+CONVERT = f"""convert a checkpoint to the Hugging Face format or back
 $ sft -o my-model-hf
 $ owner/name -o my-model
 model CHECKPOINT     {CHECKPOINT}
