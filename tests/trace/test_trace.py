@@ -505,4 +505,4 @@ def test_a_notebook_shows_a_trace_in_a_sandbox_and_a_large_one_not_at_all(
     monkeypatch.setattr(type(trace), "events", property(lambda self: pytest.fail("it was read")))
     hint = trace._repr_html_()
     assert len(hint) < 500 and "iframe" not in hint
-    assert ".page(&quot;run.html&quot;)" in hint and "more than the 1,000" in hint
+    assert ".page(&quot;run.html&quot;)" in hint and "at most 1,000" in hint
