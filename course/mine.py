@@ -49,7 +49,8 @@ def run(number, exercises, **options):
     try:
         return step.main(**options)
     except NotImplementedError:
-        raise ValueError(f"you haven't implemented `{name}` yet: write it, then retry") from None
+        missing = f"you haven't implemented `{name}` yet"
+        raise ValueError(f"{missing}: write it, then run this again") from None
     except AssertionError as error:
         raise ValueError(f"with your `{name}` {error}") from None
     except Exception as error:  # the reader's own code may raise anything

@@ -1,4 +1,4 @@
-"""Demo: a web page of a small pool with prefix hits, copies, an eviction and a preemption.
+"""Demo: a web page of a small pool with prefix hits, copies, evictions and a preemption.
 
 The bundled model serves five requests in a pool of 21 blocks. It runs in the core's own engine:
 plain torch, one block table for each sequence, no compilation.

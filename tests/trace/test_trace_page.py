@@ -386,7 +386,7 @@ def test_a_selected_request_shows_its_block_table_and_its_life(show, events):
         "#rname"
     )
     words = page.inner_text("#life")
-    for what in ("leaves the queue", "is preempted", "is done", "40 tokens written"):
+    for what in ("leaves the queue", "is preempted", "is done", "40 tokens generated"):
         assert what in words
     page.click("#life button:has-text('is preempted')")
     assert f"request {life.request}, sample {life.sample}" in page.inner_text("#story")

@@ -10,9 +10,9 @@ TEMPLATE = Path(__file__).with_name("compare.html")
 # names of the numbers in a frame. numbers of blocks count squares, the parts of groups of layers
 NAMES = (
     "seconds since the start", "running", "waiting", "blocks in use", "blocks cached",
-    "blocks blank", "tokens written so far", "tokens computed so far",
+    "blocks blank", "tokens generated so far", "tokens computed so far",
     "blocks found by hash so far", "blocks copied so far", "preemptions so far",
-    "blocks evicted so far", "samples done so far",
+    "blocks evicted so far", "samples finished so far",
 )  # fmt: skip
 
 
