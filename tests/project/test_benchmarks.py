@@ -432,7 +432,7 @@ def test_the_table_says_which_engines_have_other_weights(tmp_path, monkeypatch):
     }  # fmt: skip
     table = run.table({0: run.results()})
     assert "\nopenvino*  " in table and "openvino_genai 9, int8" in table
-    assert "342,912 numbers of them in a step\n  where ours has 342,912" in table
+    assert "a step uses 342,912 weights,\n  and 342,912 in this engine" in table
 
 
 def fake_peers(monkeypatch, seconds) -> list:
@@ -496,7 +496,7 @@ def test_the_table_needs_no_folder_of_the_model_any_more(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare.py", *words, "--engines", "openvino"])
     compare.main()
     table, result = printed(capsys)
-    assert "4,321 numbers of them in a step\n  where ours has 342,912" in table
+    assert "a step uses 4,321 weights,\n  and 342,912 in this engine" in table
     assert result["engines"]["openvino"]["step_weights"] == 4321
 
 
@@ -514,7 +514,7 @@ def test_each_turn_is_run_beside_each_load_and_compared_with_the_idle_one(monkey
     # the first tokens and the warm-up, then two turns, in which the loads follow each other
     assert [loops for engine, loops in jobs if engine == "microvllm"] == [0, 0, 0, 1, 2, 0, 1, 2]
     table, result = printed(capsys)
-    assert "beside 0, 1, 2 busy loops" in table.splitlines()[0]
+    assert "with 0, 1, 2 busy loops" in table.splitlines()[0]
     assert "\nW3 with 2 busy loops: 1 requests" in table
     assert result["foreign_load"] == [0, 1, 2]
     assert "of_idle" not in result["workloads"]["W3"]["engines"]["microvllm"]
