@@ -14,10 +14,10 @@ def kv_bytes(layers, kv_heads, head_dim, tokens, number_bytes):
 
 def batches(lengths, size):
     """Step 3. lengths: (prompt tokens, new tokens) of each request; assume that they are known in
-    advance. Return lists of indices into it, each of at most `size` indices, so that at most half
-    as many rows are idle as in the order of arrival. If the longest prompt of a batch has p tokens
-    and the longest answer n, the batch computes len(batch) * (p + n - 1) rows. A request needs
-    prompt + new - 1 of them."""
+    advance. Return batches: lists of at most `size` indices into `lengths`. They must have at most
+    half as many idle rows as batches in the order of arrival. If the longest prompt of a batch has
+    p tokens and the longest answer n, the batch computes len(batch) * (p + n - 1) rows. A request
+    needs prompt + new - 1 of them."""
     raise NotImplementedError
 
 

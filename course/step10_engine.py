@@ -98,8 +98,8 @@ def main(model=None):
     (plain, slow), (fast, quick) = (kernels(requests, e, num_blocks=200) for e in (LLM, FullLLM))
     assert plain == fast == found[1].outputs, "the engine's tokens differ"
     count = sum(map(len, plain.values()))
-    print(f"\nThe core: {count / slow:.0f} tokens per second; with kernels {count / quick:.0f}:")
-    print(f"{slow / quick:.1f} times as many, and the same tokens.")
+    print(f"\nThe core: {count / slow:.0f} tokens per second. With kernels: {count / quick:.0f},")
+    print(f"{slow / quick:.1f} times as many. The tokens are the same.")
     PAGE.parent.mkdir(exist_ok=True)
     found[1].trace.page(PAGE)
     print(f"\nThe core's run as a page, with every block: {PAGE.absolute()}")

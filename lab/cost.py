@@ -3,7 +3,8 @@
 The program measures schedule() and update() in microseconds per scheduled token, while all running
 sequences decode. It varies the number of running sequences, of waiting sequences, and of blocks in
 the pool. All free blocks are cached, so each new block needs an eviction. Values are medians over
-the steps. Only the curve over running sequences may change, and it may only fall.
+the steps. The time per token should not depend on the queue and the pool, and should fall with the
+number of running sequences.
 """
 
 from __future__ import annotations

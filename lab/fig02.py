@@ -38,7 +38,7 @@ def shares(scheduler: Scheduler) -> dict[str, float]:
     running = scheduler.running
     tokens = sum(seq.num_computed for seq in running)
     if isinstance(blocks, Contiguous):
-        final = sum(seq.max_length - 1 for seq in running)  # the last token is never fed back
+        final = sum(seq.max_length - 1 for seq in running)  # the last token is never an input
         wanted = sum(size for _, size in blocks.held.values())
         taken = sum(power(size) for _, size in blocks.held.values())
         cut = [tokens, final, wanted, taken, world.SLOTS]

@@ -61,9 +61,9 @@ class Params(NamedTuple):
 # (mean, spread) of prompts and of outputs. the distribution is log-normal, and the spread is the
 # standard deviation of the logarithm. a pair that exceeds the context is drawn again; after that,
 # the means are those of the paper (figure 11): 161.31 and 337.99, 19.31 and 58.45. the spread of
-# ShareGPT's outputs is chosen so that Orca Max keeps 457 tokens per request, as in the paper (20.4
-# % of 15,728 slots, 7 requests): a request holds its prompt and on average half its output, and
-# long requests are counted for longer. the other three spreads are our choice
+# ShareGPT's outputs is chosen so that Orca Max keeps 457 tokens per request, as in the paper (7
+# requests in 20.4 % of 15,728 slots): a request holds its prompt and on average half its output,
+# and long requests are counted for longer. the other three spreads are our choice
 FITS = {
     "sharegpt": ((172.4, 1.1), (363.5, 0.879)),
     "alpaca": ((19.31, 0.6), (58.45, 0.9)),

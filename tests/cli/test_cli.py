@@ -239,7 +239,7 @@ def test_nanochats_base_directory_is_refused_with_the_names_in_it(mistake, monke
     below = home / "chatsft_checkpoints"
     line = mistake("info", below)
     assert f"{below} has no checkpoint of its own" in line and f"{below / chat[-1]}" in line
-    # what has neither is told as before
+    # an error with neither keeps its message
     assert f"{tmp_path}" in mistake("info", tmp_path)
 
 
@@ -527,7 +527,7 @@ def test_bench_measures_a_random_workload(command):
     out, err = command("bench", *flags)
     assert out.startswith("5 prompts of 20 random tokens after a prefix of 32\n") and err == ""
     assert "Prefix-cache hits: 128 of 260 prompt tokens" in out and "GB/s of " in out
-    assert "{" not in out  # JSON is printed where it is asked for
+    assert "{" not in out  # JSON is printed only with --json
     found = json.loads(command("bench", *flags, "--json")[0])
     assert (found["prompt_tokens"], found["total_output_tokens"]) == (260, 30)
     assert found["cached_tokens"] == 4 * 32 and found["peak_blocks"] > 0
@@ -815,7 +815,7 @@ def test_info_tells_what_each_precision_takes(command, monkeypatch):
             kept = [linear.weight for linear in llm.model.linears.values()]
             if quantization and all(isinstance(weight, tuple) for weight in kept):
                 assert sum(part.nbytes for weight in kept for part in weight) == sum(sizes)
-        # one sequence: half of 1,024 tokens, of which four layers see 257
+        # one sequence: half of 1,024 tokens; four layers attend to 257 of them
         seen = each["kv_bytes_per_token"] / 6 * (4 * 257 + 2 * 512)
         limit = 1e9 / (sum(sizes) + seen)
         assert each["decode_limits"]["1"] == pytest.approx(limit, rel=1e-3)

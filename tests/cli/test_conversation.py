@@ -25,7 +25,7 @@ TURN = ["Who wrote Emma?"]
 @pytest.mark.parametrize("word", ["exit", "quit", "EXIT", "Quit", " exit ", "/exit", "/quit"])
 def test_these_words_leave(word, command):
     out, _ = command("chat", *SMALL, "--json", stdin=f"{word}\nWho wrote Emma?\n")
-    assert (out == "") is (word != "/quit")  # /quit is told that it is /exit
+    assert (out == "") is (word != "/quit")  # the message for /quit names /exit
 
 
 @pytest.mark.parametrize("word", ["clear", "Clear", "/clear"])

@@ -199,9 +199,9 @@ def test_the_last_line_of_a_job_counts_what_is_in_which_file(capsys, monkeypatch
     bad = f"; 2 bad, see {output}.errors"
     assert last_line().startswith(f"{told}{bad}; ")
     assert len(output.read_text().splitlines()) == 3
-    assert last_line() == f"{told}, 3 of them before{bad}"  # no tokens, no rate
+    assert last_line() == f"{told}, 3 of them in earlier runs{bad}"  # no tokens, no rate
     output.write_text("".join(output.read_text().splitlines(True)[:1]))
-    assert last_line().startswith(f"{told}, 1 of them before{bad}; ")
+    assert last_line().startswith(f"{told}, 1 of them in earlier runs{bad}; ")
 
 
 # Ctrl-C -------------------------------------------------------------------------------------------

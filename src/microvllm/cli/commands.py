@@ -297,7 +297,8 @@ def batch(args: argparse.Namespace) -> None:
     elif found["bad"] or sys.stderr.isatty():
         rate = speed.rate(found["new_tokens"], found["seconds"])
         line = f"{found['rows'] - found['bad']} of {found['rows']} rows answered in {job.output}"
-        line += f", {found['answered_before']} of them before" if found["answered_before"] else ""
+        before = found["answered_before"]
+        line += f", {before} of them in earlier runs" if before else ""
         line += f"; {found['bad']} bad, see {job.errors}" if found["bad"] else ""
         terminal.note(line + (f"; {rate:.0f} tokens/s" if rate else ""))
     sys.exit(1 if found["bad"] else 0)
@@ -484,8 +485,8 @@ def convert(args: argparse.Namespace) -> None:
     options = {"device": "cpu", "plain": True, "max_batch_size": 1, "num_threads": args.threads}
     options["trust_tokenizer"] = args.trust_tokenizer
     options["max_model_len"] = min(32, 10 * config.sequence_len)
-    # constants that differ between the formats. where two tokens are almost equally likely, they
-    # may decide
+    # constants that differ between the formats. if two tokens are almost equally likely, these
+    # constants may decide which one is taken
     constants = {"eps": recipe.eps, "round_rotary": recipe.round_rotary}
 
     def run(place: tuple, tokens: list[int] | None = None, **more) -> tuple[list[int], list[float]]:

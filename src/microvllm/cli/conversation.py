@@ -107,9 +107,9 @@ class Conversation:
         return ids
 
     def prompt(self, line: str) -> list[int]:
-        """The prompt of a line. If not all turns fit, the older half of them is dropped: half,
-        because after each drop the remaining turns miss the prefix cache. Raises ValueError, and
-        drops nothing, for a line that does not fit or cannot be encoded."""
+        """The prompt of a line. If not all turns fit, the older half of them is dropped. It is not
+        one turn at a time, because after each drop the remaining turns are computed again. Raises
+        ValueError, and drops nothing, for a line that does not fit or cannot be encoded."""
         least = len(self.render(line, len(self.turns)))
         if least > self.max_prompt:
             raise ValueError(f"{least} tokens, but the context has room for {self.max_prompt}")

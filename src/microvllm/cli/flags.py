@@ -220,8 +220,8 @@ engine:
                               CUDA 8192)
 --max-model-len int N         maximum number of tokens of a prompt and its answer together \
                               (default: the context length of the model)
---deterministic               compute logits that do not depend on the batch or the cache, bit for \
-                              bit; slower
+--deterministic               make the logits of a request independent of the batch and the cache, \
+                              bit for bit; slower
 --tensor-parallel positive N  number of processes that share the model; torchrun starts them (=1)
 --trace FILE         write every event of the KV cache to FILE; `microvllm trace FILE` shows them
 """

@@ -194,7 +194,7 @@ def leave(error: Exception, tell: Callable[[Exception], object]) -> NoReturn:
 @contextmanager
 def at_once() -> Iterator[None]:
     """Let Ctrl-C end the process at once, with exit status 130. KeyboardInterrupt during an import
-    may get lost, or be shown with a traceback. Another program's handler is kept."""
+    may get lost, or be shown with a traceback. A handler set by other code is kept."""
     main = threading.current_thread() is threading.main_thread()
     ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:

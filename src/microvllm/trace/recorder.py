@@ -307,7 +307,7 @@ class Recorder:
         else:
             self.log.add("finish", seq=record.number, reason=seq.finish_reason)
 
-    # blocks that were handed out
+    # blocks that were allocated
 
     def write_published(self, seq: Sequence, record: Record) -> None:
         """Write the blocks of the recorded table that have become findable by the hash of this
