@@ -35,7 +35,7 @@ only the requested new tokens (for W5, the prompt tokens). "agree" compares the 
 this engine: the share of requests whose first 8 tokens are the same, and the share of all tokens
 before the first difference. All engines compute the same model in float32, so only ties within
 rounding may differ. If less than nine of ten requests agree, the run fails. With another dtype, the
-agreement is only reported.
+agreement is only reported. "speedup" is the speed of this engine divided by that of the other.
 
 With --foreign-load N, N other processes compute while an engine works (`while True: pass`, at the
 same priority), but not while engines are loaded. With several numbers, such as 0,1,2, each turn
@@ -433,7 +433,7 @@ class Comparison:
             lines.append(
                 f"\n{name}{beside(load)}: {work['requests']} requests, "
                 f"{work['prompt_tokens']:,} tokens in, {work['new_tokens']:,} out\n"
-                f"{'':20}{'tokens/s':>36}{'of idle':>9}{'of limit':>10}{'ours/it':>9}"
+                f"{'':20}{'tokens/s':>36}{'of idle':>9}{'of limit':>10}{'speedup':>9}"
                 f"{'agree: first':>14}{'all':>7}"
             )
             for engine, n in work["engines"].items():

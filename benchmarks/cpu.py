@@ -225,7 +225,7 @@ def main() -> None:
                 folder, vocab = find_model(wanted, Path(scratch))
                 found = result["profile"][name] = profile(str(folder), vocab, args.sequences)
             print(f"\n{name}: a step of {found['sequences']} decodes, medians of {found['steps']}\n"
-                  f"{'all of it':20}{found['step_ms']:9.3f} ms")  # fmt: skip
+                  f"{'whole step':20}{found['step_ms']:9.3f} ms")  # fmt: skip
             for part, ms in found["parts_ms"].items():
                 print(f"{part:20}{ms:9.3f} ms{ms / found['step_ms']:7.1%}")
             print(f"{'python':20}{'':12}{found['python_share']:7.1%}  ({', '.join(PYTHON)})")

@@ -498,7 +498,7 @@ def test_no_feature_looks_for_another_one():
     """Where the engine's parts meet, no code tests which attributes an object has."""
     wrong, seen = [], set()
     for file, tree in sources():
-        if place(file) not in MEET or place(file) == "gpu":  # gpu/ tests attributes of torch and triton
+        if place(file) not in MEET or place(file) == "gpu":  # gpu/ tests torch, triton
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
