@@ -136,7 +136,8 @@ def spread(values: list[float], digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Many prompts at once against one at a time.")
     parser.add_argument("--num-prompts", type=int, default=512, help="%(default)s")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of each prompt (%(default)s)")
+    what = "new tokens for each prompt (default: %(default)s)"
+    parser.add_argument("--max-tokens", type=int, default=64, help=what)
     parser.add_argument("--turns", type=int, default=5, help="%(default)s")
     args = parser.parse_args()
 

@@ -66,7 +66,7 @@ def resident() -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1e3
-    raise OSError("no /proc/self/status: this is for Linux")
+    raise OSError("this benchmark needs Linux: /proc/self/status is missing")
 
 
 def memory_curve(rows: int, output: Path, points: int = 20) -> list[tuple[int, float]]:

@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory to write into")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hf", action="store_true", help="as a Hugging Face folder")
+    parser.add_argument("--hf", action="store_true", help="write a Hugging Face folder")
     add_shape_arguments(parser)
     args = parser.parse_args()
     start = time.perf_counter()

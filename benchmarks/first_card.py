@@ -194,7 +194,7 @@ def memcheck(part: Part) -> None:
     if checker is None:
         part.note(skipped="compute-sanitizer, of the CUDA toolkit, is not installed")
         return
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor has borders
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor has its own allocation
     words = "-m pytest -q -n 0 -p no:cacheprovider tests/gpu/test_kernels_gpu.py -k".split()
     code, text = part.command(
         checker, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, *words,
@@ -462,7 +462,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="only a test, with small models")
     args = parser.parse_intermixed_args(words)
     if not torch.cuda.is_available() and not args.tiny:
-        parser.error("torch sees no CUDA card here; --tiny tries it out")
+        parser.error("torch finds no CUDA device; use --tiny for a test")
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"the parts are {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
     out, work = args.out.absolute(), args.work.absolute()

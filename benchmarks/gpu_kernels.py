@@ -300,7 +300,7 @@ def step_cases() -> Iterator[Case]:
     weights = [[random(*shape, scale=0.02) for shape in shapes] for _ in range(LAYERS)]
     head, x_in = random(VOCAB, WIDTH, scale=0.02), random(1, WIDTH)
     paged = Paged([(1, 192)], LAYERS)
-    paged.batch.max_seq_len = 2048  # as in a graph
+    paged.batch.max_seq_len = 2048  # as in a graph, for which the length is not known
     cos, sin = torch.rand(2, 192, DIM // 2, device=device())
     temperature, u = torch.full((1,), 0.7, device=device()), torch.rand(1).to(device())
 

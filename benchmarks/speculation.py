@@ -237,10 +237,10 @@ def main() -> None:
     parser.add_argument("--draft", help="a draft model, for the variant `draft`")
     parser.add_argument("--quantization", help="format of the target and of cut draft models")
     parser.add_argument("--batch", type=int, default=1, help="texts at once")
-    parser.add_argument("--tokens", type=int, default=128, help="of each text")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens for each text")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of all engines")
+    parser.add_argument("--threads", type=int, help="number of threads of all engines")
     args = parser.parse_args()
     if args.draft and "draft" not in args.ways.split(","):
         args.ways += ",draft"

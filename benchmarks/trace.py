@@ -46,7 +46,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num-prompts", type=int, default=512, help="%(default)s")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of each prompt (%(default)s)")
+    what = "new tokens for each prompt (default: %(default)s)"
+    parser.add_argument("--max-tokens", type=int, default=64, help=what)
     parser.add_argument("--turns", type=int, default=5, help="%(default)s")
     parser.add_argument("--baseline", type=Path, help="another checkout of the project")
     args = parser.parse_args()
