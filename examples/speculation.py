@@ -2,7 +2,7 @@
 
     python examples/speculation.py
 
-The bundled model generates a few texts in three ways: without draft tokens; with itself in 4 bits
+The bundled model generates a few texts in three ways: without draft tokens; with itself in int8
 as the draft model; and with draft tokens from earlier answers to the same prompts, as in the epochs
 of reinforcement learning. A draft model helps only if it is much faster than the model. No draft
 model of this small model is: the engine measures this, and drafts little or nothing. Draft tokens
@@ -42,9 +42,9 @@ def main() -> None:
         expected = write("no draft tokens", llm)
         expected = write("no draft tokens, again", llm)
     texts = []
-    with LLM(MODEL, quantization="int4", **OPTIONS) as small:
+    with LLM(MODEL, quantization="int8", **OPTIONS) as small:
         with LLM(MODEL, draft=small, **OPTIONS) as llm:
-            texts += write("draft model of 4 bits", llm)
+            texts += write("draft model in int8", llm)
     with LLM(MODEL, answer_lookup=8, **OPTIONS) as llm:
         texts += write("earlier answers, epoch 1", llm)
         texts += write("earlier answers, epoch 2", llm)
