@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the scripts are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of the scripts
 sys.path.insert(0, f"{sys.path[0]}/src")
 
 import torch

@@ -438,13 +438,13 @@ def report(out: Path) -> str:
 def run_all(names: list[str], out: Path, work: Path, tiny: bool) -> None:
     """Run each part in a process, until the time is over."""
     ends = time.monotonic() + SECONDS
-    os.environ["TRITON_CACHE_DIR"] = str(work / "triton")  # of all parts
+    os.environ["TRITON_CACHE_DIR"] = str(work / "triton")  # for all parts
     for name in names:
         limit = min(LIMITS[name], ends - time.monotonic())
         if limit < 10:
             say(f"== {name}: no time is left")
             continue
-        say(f"\n== {name}, {limit:.0f} s at most")
+        say(f"\n== {name}, at most {limit:.0f} s")
         words = [sys.executable, __file__, str(out), str(work), *["--tiny"] * tiny, "--part", name]
         code = run_limited(words, limit)
         if code:

@@ -568,7 +568,7 @@ def recorded_ways(llm: LLM) -> dict[int, str]:
     """The kernels of the recorded steps of a few rows, by their number of rows."""
     if llm.device.type != "cuda":
         return {}
-    from microvllm.gpu.graphs import GraphRunner  # which needs triton
+    from microvllm.gpu.graphs import GraphRunner  # needs triton
 
     if not isinstance(llm.runner, GraphRunner):
         return {}

@@ -320,7 +320,7 @@ def step_cases() -> Iterator[Case]:
             y = F.linear(elementwise.relu2(F.linear(h, fc)), mlp)
         return F.linear(elementwise.add_norm(x, y, None, None, None, EPS)[1], head)
 
-    def with_few_rows(outputs):  # of a program, and of one of the MLP's second product
+    def with_few_rows(outputs):  # per program; the second: of the MLP's second product
         x, tiles, long = x_in, *({"outputs": n} for n in outputs)
         for i, (qkv, proj, fc, mlp) in enumerate(weights):
             x = linear_add(attend(*norm_linear(x, qkv, EPS, **tiles), i), proj, x, **tiles)

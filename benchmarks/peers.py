@@ -298,7 +298,7 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
     batch, kinds = api.llama_batch(), dict(api.llama_batch._fields_)
     for field, array in fields.items():
         setattr(batch, field, ctypes.cast(array.ctypes.data, kinds[field]))
-    columns = fields["token"], fields["pos"], owners, fields["logits"]  # of a row, in `step`
+    columns = fields["token"], fields["pos"], owners, fields["logits"]  # for a row in `step`
 
     def context(job: dict):
         """A context that is large enough for the job."""

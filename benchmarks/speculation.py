@@ -72,7 +72,7 @@ class ForcedDrafts:
         self.draft_really = proposer.draft
         self.acceptance = acceptance
         self.is_paid = is_paid
-        self.texts: dict[tuple[int, ...], list[int]] = {}  # by prompt
+        self.texts: dict[tuple[int, ...], list[int]] = {}  # prompt -> its text
         self.vocab_size = proposer.llm.tokenizer.num_ordinary
         self.rng = random.Random(0)
 

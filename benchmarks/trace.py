@@ -61,7 +61,7 @@ def main() -> None:
             temperature=0.7, max_tokens=args.max_tokens, ignore_eos=True, seed=1
         )
         engines[side] = root, llm, params
-    bench = importlib.import_module("microvllm.cli.bench")  # of this checkout, the last one loaded
+    bench = importlib.import_module("microvllm.cli.bench")  # of the checkout loaded last: this
     prompts = [
         llm.tokenizer.render_for_completion([{"role": "user", "content": prompt}])
         for prompt in bench.read_prompts(bench.BUNDLED)[: args.num_prompts]

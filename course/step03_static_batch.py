@@ -19,7 +19,7 @@ class Cache:
         shape = common.LAYERS, batch, length, common.KV_HEADS, common.HEAD_DIM
         self.k, self.v = torch.zeros(shape), torch.zeros(shape)
         self.reserved = batch * length
-        self.starts, self.width = [0] * batch, 0  # of this call: first position, rows of each text
+        self.starts, self.width = [0] * batch, 0  # in this call: first positions, rows per text
 
     def attend(self, layer, q, k, v):
         """Store K and V of `width` rows of each text, then attend to all rows of the text."""

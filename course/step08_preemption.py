@@ -18,7 +18,7 @@ class Pool:
         self.memory, self.meter = Memory(num_blocks), meter
         self.free = OrderedDict.fromkeys(range(num_blocks))  # the least recently used first
         self.ref_count = [0] * num_blocks  # the number of tables that contain the block
-        self.hash_of, self.block_of = {}, {}  # of findable blocks, free or in use
+        self.hash_of, self.block_of = {}, {}  # for findable blocks, free or in use
 
     def allocate(self):
         block, _ = self.free.popitem(last=False)

@@ -15,7 +15,7 @@ from microvllm.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)  # the calls are small: a second thread would mostly wait
 
-LAYERS, KV_HEADS, HEAD_DIM = 6, 2, 64  # of the bundled model, which has 8 million parameters
+LAYERS, KV_HEADS, HEAD_DIM = 6, 2, 64  # the bundled model, with 8 million parameters
 TOKEN_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4  # K and V of one token, in float32
 CONTEXT = 256  # tokens: the window of some layers, and the limit of the course's texts
 

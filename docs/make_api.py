@@ -102,7 +102,7 @@ def bases_of(home: Home) -> list[Home]:
         elif re.search(rf"import .*\b{path}\b|class {path}\b", home.file.read_text("utf-8")):
             try:
                 homes += bases_of(find(home.file, path))
-            except ValueError:  # of another package
+            except ValueError:  # a class of another package
                 continue
     return homes
 

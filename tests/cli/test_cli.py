@@ -472,7 +472,7 @@ def test_a_line_that_can_never_fit_is_not_sent(command):
     lines = "Who wrote Emma?\n" + "word " * 100 + "\nWho wrote Emma?\n"
     out, err = command("chat", "--json", "--max-model-len", "100", stdin=lines)
     assert len(out.splitlines()) == 2
-    assert re.search(r"^\(not sent: \d+ tokens, but the context has room for 75\)$", err, re.M)
+    assert re.search(r"^\(not sent: \d+ tokens, but a prompt may have at most 75\)$", err, re.M)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch, capsys):

@@ -128,7 +128,7 @@ def test_a_line_that_does_not_fit_forgets_nothing():
         talk = Conversation(llm.tokenizer, 60)
         for _ in range(3):
             talk.add("Who wrote Emma?", [5, 6, 7])
-        with pytest.raises(ValueError, match="the context has room for 60"):
+        with pytest.raises(ValueError, match="a prompt may have at most 60"):
             talk.prompt("word " * 100)
         assert talk.num_forgotten == 0
         assert len(talk.prompt("word " * 20)) <= 60 and talk.num_forgotten == 2

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parents[1]
 MODELS = ROOT / "models"
 BUNDLED = MODELS / "prompts" / "oldbooks_instructions.json"
-# of the warm-up: the largest number of prompts, tokens of each, and new tokens of each
+# warm-up: the largest number of prompts, prompt tokens of each, and new tokens of each
 WARM_UP_BATCH, WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 24, 8
 
 

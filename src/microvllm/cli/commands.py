@@ -573,7 +573,7 @@ def quantize(args: argparse.Namespace) -> None:
     size = sum(w.nbytes for w in written.values())
     told |= {"output": args.output, "bits_per_weight": round(each, 2), "file_bytes": size}
     told["seconds"] = round(time.perf_counter() - start, 1)
-    line = f"{args.output}: {each:.2f} bits per weight of a matrix, {size / 1e6:.1f} MB in all, "
+    line = f"{args.output}: {each:.2f} bits per weight of a matrix, {size / 1e6:.1f} MB in total, "
     line += f"calibrated on {told['tokens']} tokens in {told['seconds']} s"
     terminal.say(json.dumps(told) if args.json else line)
 

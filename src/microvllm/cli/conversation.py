@@ -112,7 +112,7 @@ class Conversation:
         ValueError, and drops nothing, for a line that does not fit or cannot be encoded."""
         least = len(self.render(line, len(self.turns)))
         if least > self.max_prompt:
-            raise ValueError(f"{least} tokens, but the context has room for {self.max_prompt}")
+            raise ValueError(f"{least} tokens, but a prompt may have at most {self.max_prompt}")
         while len(ids := self.render(line, self.num_forgotten)) > self.max_prompt:
             self.num_forgotten += (len(self.turns) - self.num_forgotten + 1) // 2
         return ids

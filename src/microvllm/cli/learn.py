@@ -45,7 +45,7 @@ def read_state(of: str = "learn") -> dict:
 
 
 def write_state(of: str = "learn", **changes) -> None:
-    """Save the changed entries. If the file cannot be written, print a note and go on."""
+    """Save the changed entries. If the file cannot be written, print a note and continue."""
     file = state_file(of)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

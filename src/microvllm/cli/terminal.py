@@ -63,7 +63,7 @@ def path_problem(error: OSError) -> str:
     if error.errno is None:
         return str(error)
     told = _REMEDIES.get(error.errno, error.strerror)
-    if not isinstance(error.filename, (str, bytes, os.PathLike)):  # of an open file
+    if not isinstance(error.filename, (str, bytes, os.PathLike)):  # the error is about an open file
         return told
     path = os.fsdecode(error.filename)
     folder = Path(path).absolute().parent
@@ -209,7 +209,7 @@ def at_once() -> Iterator[None]:
 def open_streams() -> None:
     """Open standard streams that are closed on the null device. Otherwise the next file that is
     opened gets the stream's number, and warnings of libraries would be written into it."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # as they are numbered
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1 and 2
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, errors="replace"))
 

@@ -19,7 +19,7 @@ from .formats import make_frame, write_chrome, write_page
 from .log import EventLog
 from .recorder import Recorder
 
-MAX_NOTEBOOK_BYTES = 2**22  # of events to show in a notebook, which stores them in its file
+MAX_NOTEBOOK_BYTES = 2**22  # largest trace to show in a notebook, which stores it in its file
 # the phases of a step that are timed
 PHASES = ("outside", "schedule", "batch", "forward", "sample", "wait", "update")
 

@@ -89,7 +89,7 @@ class Life:
     sample: int
     prompt: int  # number of prompt tokens
     new: list[int]  # its tokens, without those of its parent
-    parent: "Life | None" = None  # of a fork, which began with the first tokens of its parent
+    parent: "Life | None" = None  # for a fork: it began with the first tokens of its parent
     num_old: int = 0
     state: str = ""  # "waiting", "running", "preempted", "done"
     table: list[int] = field(default_factory=list)
@@ -120,7 +120,7 @@ class Replay:
         self.num_blocks = 0
         self.block_size = 0
         self.num_groups = 1  # groups of layers, each with its own block table
-        self.ref_count: Counter[int] = Counter()  # of the blocks that were ever in use
+        self.ref_count: Counter[int] = Counter()  # for blocks that were ever in use
         self.cached: dict[int, None] = {}  # free and findable, the next to be evicted first
         self.hash_of: dict[int, str] = {}
         self.num_used = 0  # blocks in a table

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 MAX_COUNT = 2**53  # smaller numbers are exact in a browser, too
 MAX_POOL = 2**24  # blocks
-MAX_GROUPS = 256  # of layers
+MAX_GROUPS = 256  # groups of layers
 MAX_SECONDS = 1e12
 
 
