@@ -1,13 +1,14 @@
-"""What does an evaluation gain from one batch with shared prefixes?
+"""The speed of an evaluation in one batch with shared prefixes.
 
     python benchmarks/evals.py                      # the bundled model
     python benchmarks/evals.py --model base:d12 --questions 200 --shots 600
-    python benchmarks/evals.py --questions 3 --shots 20 --turns 1  # does it run?
+    python benchmarks/evals.py --questions 3 --shots 20 --turns 1  # only a test
 
-Multiple choice with made-up tokens: all questions come behind the same solved examples, and each
-has four choices. They are scored one by one without a prefix cache, one by one with it, and all at
-once, each way in its turn; a number is the median of --turns. Tokens per second count the tokens of
-all contexts and choices, computed or not. The last line is all of it as JSON.
+Multiple choice with random tokens: all questions follow the same solved examples, and each has four
+choices. The choices are scored one by one without a prefix cache, one by one with it, and all at
+once, in turns. A number is the median of --turns. Tokens per second count the tokens of all
+contexts and choices, even if they are found in the cache. The last line of the output has all
+results as JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WAYS = {"one by one": (False, False), "with the cache": (True, False), "at once"
 
 
 def measure(args: argparse.Namespace, prompts: list, tails: list, caching: bool, at_once: bool):
-    """(tokens per second, share of the prompts' tokens that came from the cache)"""
+    """(tokens per second, share of the prompt tokens found in the cache)"""
     with LLM(args.model, device=args.device, enable_prefix_caching=caching) as llm:
         llm.score(prompts[-1:], tails[-1:])  # kernels are compiled
         llm.reset_prefix_cache()

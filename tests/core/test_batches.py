@@ -14,7 +14,7 @@ from microvllm.scheduler import Span
 
 
 class Compared(Simulation):
-    """A simulation that compares every batch, in some of which hidden states are requested."""
+    """A simulation that compares every batch; some batches request hidden states."""
 
     def on_plan(self, plan):
         for index, chunk in enumerate(plan.chunks):
