@@ -2,7 +2,7 @@
 
     python examples/speculation.py
 
-The bundled model writes a few texts in three ways: alone; with itself in 4 bits as the draft model;
+The bundled model writes a few texts in three ways: alone; with itself in int8 as the draft model;
 and with earlier answers to the same prompt, as the epochs of a reinforcement learning have them.
 A draft model pays if it takes a small part of the model's time, which no draft model of this small
 model does: the engine measures that, and drafts little or nothing. Earlier answers cost nothing.
@@ -41,9 +41,9 @@ def main() -> None:
         expected = write("alone", llm)
         expected = write("alone, once more", llm)
     texts = []
-    with LLM(MODEL, quantization="int4", **OPTIONS) as small:
+    with LLM(MODEL, quantization="int8", **OPTIONS) as small:
         with LLM(MODEL, draft=small, **OPTIONS) as llm:
-            texts += write("4 bits draft", llm)
+            texts += write("int8 draft", llm)
     with LLM(MODEL, answer_lookup=8, **OPTIONS) as llm:
         texts += write("earlier answers, epoch 1", llm)
         texts += write("earlier answers, epoch 2", llm)

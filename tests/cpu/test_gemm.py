@@ -35,6 +35,7 @@ from microvllm.cpu.backend import _run
 from microvllm.cpu.gemm import (
     INT8_TILE,
     TILE,
+    UNPACKED_ROWS,
     PackedBfloat16,
     PackedInt8,
     PackedLinear,
@@ -498,10 +499,11 @@ def shared_linear(parts: list[torch.Tensor], **options) -> SharedFloat32:
 
 @has_tiles
 @pytest.mark.parametrize("relu2", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 17, gemm.FEW_ROWS, gemm.FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 17, UNPACKED_ROWS, UNPACKED_ROWS + 1, 130])
 def test_shared_weights_multiply_as_float64(two_threads, poisoned, rows, relu2):
-    for sizes, K in [((96, 32, 32), 64), ((4,), 16), ((20,), 192)]:
-        parts = [random(size, K, seed=i) for i, size in enumerate(sizes)]
+    # tiles alone, none, tiles and other outputs, and more inputs than are packed at once
+    for sizes, K in [((96, 32, 32), 64), ((4,), 16), ((20,), 192), ((100, 36), 1040)]:
+        parts = [random(size, K, seed=i) * 8 / K**0.5 for i, size in enumerate(sizes)]
         x = random(rows, K, seed=9)
         exact = x.double() @ torch.cat(parts).double().T
         exact = exact.relu().square() if relu2 else exact
@@ -529,7 +531,7 @@ def test_a_row_of_few_has_the_same_bits_beside_others():
 def test_shared_weights_of_other_forms_are_multiplied_by_torch(parts):
     linear = shared_linear(parts)
     x = random(3, parts[0].shape[1], seed=3)
-    assert not linear.takes(x)
+    assert not linear.is_whole
     assert torch.equal(linear(x), torch.nn.functional.linear(x, torch.cat(parts)))
 
 

@@ -1,7 +1,7 @@
 """Live nanochat modules: an engine that follows the weights of a GPT while it is trained. Also new
 weights for any engine that runs, and an engine that sleeps while others need its memory.
 
-How a change is seen at the beginning of a step:
+How a change is seen at the beginning of a step, or of a call of several steps:
 
     what is done                              what shows it                      looked at
     p.add_(x), load_state_dict, foreach       Tensor._version                    in every step

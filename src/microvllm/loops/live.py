@@ -1,6 +1,6 @@
 """The loop of an engine whose weights may change between two steps, or that may sleep.
 
-Before each step it looks whether the weights have changed:
+Before each step, or each call of several steps, it looks whether the weights have changed:
 
     step 1 | look: as before | step 2 | look: changed, take over | step 3 computes K and V again
 """

@@ -135,8 +135,9 @@ class MultiStepRunner(Runner):
 
     def choose_num_steps(self, seqs: list[Sequence]) -> int:
         """Steps that fit in the time, in all texts, and in the pool. 0 or 1: it is no use."""
-        is_able = self.measured_rows > 0 and self.model.backend.is_ready()
-        if not is_able or not all(seq.params.is_plain for seq in seqs):
+        # a live module's weights may have changed to what is not compiled
+        is_able = self.model.compiled is not None and self.model.backend.is_ready()
+        if self.measured_rows == 0 or not is_able or not all(seq.params.is_plain for seq in seqs):
             return 0
         seconds = self.measured_seconds * max(1, len(seqs) / self.measured_rows)
         num_steps = int(self.seconds / seconds)
