@@ -9,5 +9,5 @@ try:
     from .cli import main
 
     main()
-except KeyboardInterrupt:  # before a command runs
+except KeyboardInterrupt:  # before a command has started
     raise SystemExit(130) from None

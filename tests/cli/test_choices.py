@@ -40,7 +40,7 @@ PROMPTS = ["It was a dark and stormy night", "Once upon a time", "Call me Ishmae
 
 
 def test_what_a_policy_must_not_return_is_told(mine, command):
-    with pytest.raises(ValueError, match="eviction gave None"):
+    with pytest.raises(ValueError, match="eviction returned None"):
         command("run", *WORDS, "--eviction", f"{mine}:none", "--ignore-eos", "-n", "3", *PROMPTS)
 
 

@@ -232,7 +232,7 @@ def test_nanochats_base_directory_is_refused_with_the_names_in_it(mistake, monke
     chat = sorted(path.name for path in (home / "chatsft_checkpoints").iterdir())
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
     line = mistake("run", "-m", home, "hi")
-    assert f"{home} is nanochat's base directory and no checkpoint: give one of " in line
+    assert f"{home} is nanochat's base directory and not a checkpoint: give one of " in line
     assert all(f"sft:{tag}" in line for tag in chat) and "set NANOCHAT_BASE_DIR" not in line
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     assert f"and set NANOCHAT_BASE_DIR={home}" in mistake("run", "-m", home, "hi")

@@ -193,7 +193,7 @@ def test_a_queue_keeps_its_order_and_finds_its_items_as_a_deque_does():
         for i in range(len(plain)):
             assert queue[i] is plain[i] and queue[-i - 1] is plain[-i - 1]
     for index in (len(plain), -len(plain) - 1):
-        with pytest.raises(IndexError, match=f"waiting.{index}., and {len(plain)} sequences wait"):
+        with pytest.raises(IndexError, match=f"waiting.{index}. is out of range: {len(plain)} "):
             queue[index]
     with pytest.raises(KeyError):
         WaitingQueue().remove(seqs[0])

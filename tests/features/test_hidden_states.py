@@ -226,6 +226,30 @@ def test_a_file_holds_the_same_and_is_mapped(tmp_path):
         load_hidden_states(path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "model"])
+def test_score_writes_a_file_that_holds_what_it_returns_without_one(tmp_path, dtype):
+    path = tmp_path / "states.bin"
+    endings = [[1, 2, 3], [4], [5, 6]]
+    wanted = {"layers": (3, 1), "dtype": dtype}
+    # the core's model is float32, the fused one can be bfloat16
+    with serve(model=GPT(), dtype="bfloat16", plain=False, attention="sdpa") as llm:
+        plain, expected = llm.score(PROMPTS, endings, hidden_states=wanted)
+        scores, all_rows = llm.score(PROMPTS, endings, hidden_states=wanted | {"path": path})
+        assert scores == plain
+        for reader in (llm.score, llm.judge):
+            with pytest.raises(ValueError, match="is a folder"):
+                reader(PROMPTS, endings, hidden_states=wanted | {"path": tmp_path})
+    states, about = load_hidden_states(path)
+    assert about["dtype"] == ("float32" if dtype == "float32" else "bfloat16")
+    assert about["layers"] == [3, 1] and about["shape"] == list(states.shape)
+    assert [text["rows"] for text in about["texts"]] == [list(rows) for rows in all_rows]
+    for prompt, ending, (start, stop), same in zip(
+        PROMPTS, endings, all_rows, expected, strict=True
+    ):
+        assert stop - start == len(prompt) + len(ending)
+        torch.testing.assert_close(states[start:stop], same)
+
+
 def test_an_exception_leaves_no_file_and_the_texts(tmp_path, monkeypatch):
     path = tmp_path / "states.bin"
     wanted = {"layers": 1, "path": path}

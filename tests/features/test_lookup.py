@@ -419,7 +419,7 @@ def test_it_is_a_number_of_tokens(value, error, words):
 
 def test_it_is_refused_where_the_loop_is_a_step_ahead(monkeypatch):
     monkeypatch.setattr(full, "find_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ValueError, match="prompt_lookup=3 .* on cuda .* leave it out"):
+    with pytest.raises(ValueError, match="prompt_lookup=3 .* on cuda, .* leave it out"):
         LLM(MODEL, prompt_lookup=3)
 
 

@@ -119,7 +119,7 @@ def test_ids_of_the_last_step_are_taken_from_the_device():
             assert np.array_equal(getattr(uploaded, name).numpy(), array), name
             assert name == "token_ids" or np.array_equal(getattr(there, name).numpy(), array), name
     seqs[0].token_ids += [~0, 5]
-    with pytest.raises(AssertionError, match="behind an unknown token"):
+    with pytest.raises(AssertionError, match="after an unknown token"):
         runner.prepare(step_of(seqs[0]))
 
 

@@ -693,6 +693,19 @@ def test_rollouts_are_compared_and_a_look_at_the_weights_is_beside_a_decode():
 
 
 @pytest.mark.slow
+def test_evaluations_of_all_problems_are_compared_with_one_by_one():
+    flags = "--problems 6 --shots 1 --tokens 4 --turns 1"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "evals.py", *flags.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
+    assert [*seconds] == ["categorical", "generative", "CORE"]
+    for times in seconds.values():
+        assert [*times] == ["one by one", "live", "copy"] and min(times.values()) > 0
+
+
+@pytest.mark.slow
 def test_speculation_is_compared_with_plain_steps():
     flags = (
         "--shape tiny --layers 1 --ways forced,cut,answers --acceptance 0,1 --tokens 40 --turns 1"

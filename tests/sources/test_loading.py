@@ -91,7 +91,7 @@ def test_weights_that_are_no_numbers_are_named_and_end_requests_with_an_error(
         caplog.clear()
         llm = LLM(checkpoint.directory, num_blocks=20, device="cpu", **options)
         if "plain" not in options:
-            assert f"NaN or infinite weights, {name}" in caplog.text
+            assert f"NaN or infinite weights: {name}" in caplog.text
         (output,) = llm.generate([[5, 6, 7]], use_tqdm=False)
         assert output["finish_reason"] == "error" and output["token_ids"] == []
         assert output["stop_reason"] == "no token is left to draw"

@@ -89,6 +89,8 @@ class HiddenStates(Extension):
         path = settings.get("path")
         if path is not None and not Path(path).parent.is_dir():
             raise FileNotFoundError(f"path of hidden_states: {Path(path).parent} is no folder")
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"path of hidden_states: {path} is a folder, give a file in it")
         return Wanted(
             layers=self.check_layers(settings["layers"]),
             dtype=torch.float32 if dtype == "float32" else self.engine.model.dtype,
