@@ -61,16 +61,16 @@ def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) ->
 
 # 7
 def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """The sequence to preempt, so that at most a third as many tokens are computed again as with
-    the default. Some requests have six samples that share the blocks of their prompt. The prefix
-    cache is off."""
+    """The sequence to preempt. The number of tokens computed again must be at most a third of that
+    with the default. Some requests have six samples that share the blocks of their prompt. The
+    prefix cache is off."""
     return youngest(scheduler, seq)
 
 
 # 8
 def admission(scheduler: Scheduler) -> Sequence:
-    """The next sequence, so that the mean time of a request is at most 0.9 times that of the
-    default, and the time of the slowest request at most 1.5 times."""
+    """The next sequence. The mean time of a request must be at most 0.9 times that of the default,
+    and the time of the slowest request at most 1.5 times."""
     return first_come(scheduler)
 
 

@@ -114,12 +114,12 @@ $ --tasks mine --include-path my_tasks/
                          as plain text)
 -o --output FILE         write the results to FILE as JSON, with the time and tokens they took
 """
-INFO = f"""show the shape, memory and speed limits of a checkpoint
+INFO = f"""show the architecture, memory needs and speed limits of a checkpoint
 $
 $ base:d20
 $ owner/name --json
 model? CHECKPOINT  {CHECKPOINT} (default: the bundled model)
---kv-cache-dtype auto|int8  data type of cached keys and values; auto: that of the model (=auto)
+--kv-cache-dtype auto|int8  data type of cached keys and values; auto: the compute type (=auto)
 --check             compare each GPU kernel with plain PyTorch, and show the result
 """
 WARMUP = f"""compile the CPU kernels that a checkpoint needs
@@ -129,7 +129,7 @@ $ -m sft --quantization int8
 --step int N         training step of the checkpoint (default: the last one)
 --dtype auto|float32|bfloat16  data type of the weights; auto: float32 (=auto)
 --quantization int8|int6|int5|int4  format of the weights (default: as in the checkpoint)
---kv-cache-dtype auto|int8  data type of cached keys and values; auto: that of the model (=auto)
+--kv-cache-dtype auto|int8  data type of cached keys and values; auto: the compute type (=auto)
 --recipe+ NAME=VALUE  constant of the model that the checkpoint does not contain, such as \
                      softcap=20; may be repeated
 """
@@ -208,7 +208,7 @@ ENGINE = f"""{MODEL}-m --model --model-dir CHECKPOINT  {CHECKPOINT} (default: th
 --quantization int8|int6|int5|int4|fp8  round the weight matrices to fewer bits: fp8 on a GPU, the \
                               others on a CPU (default: no rounding)
 engine:
---kv-cache-dtype auto|int8    data type of cached keys and values; auto: that of the model; \
+--kv-cache-dtype auto|int8    data type of cached keys and values; auto: the compute type; \
                               int8: CPU only (=auto)
 --threads positive N          number of CPU threads, at most the number of CPUs (default: \
                               PyTorch's number, usually one for each core)
