@@ -81,6 +81,7 @@ class ModelBuilder:
             recipe = strict.replace(recipe, **self.overrides)
             with fits("weights", self.device):
                 weights = dense(weights)
+                # no rotary tables yet: the engine makes them, as long as its pool allows
                 return make_model(config, recipe, weights, self.device, self.dtype, max_len=1)
         options = replace(self.options, max_len=1)
         return build_fused(
