@@ -4,7 +4,7 @@ try:
     if not find_spec("microvllm.cli"):
         from .environment import REINSTALL
 
-        raise SystemExit(f"the command line is in microvllm/cli, which is not there: {REINSTALL}")
+        raise SystemExit(f"the command line needs microvllm/cli, which is missing: {REINSTALL}")
 
     from .cli import main
 

@@ -49,7 +49,7 @@ def test_a_stop_token_ends_a_sequence_at_its_first_token_too_but_not_in_the_prom
 
 
 def test_a_sequence_takes_no_block_for_its_last_token():
-    # 6 + 3 tokens, the last of which is never fed back: two blocks of four
+    # 6 + 3 tokens; the last one is never an input: two blocks of four
     for ahead in (False, True):
         sim = Simulation(usable=2)
         sim.add(text(6), max_tokens=3)

@@ -446,7 +446,7 @@ def limit_memory(monkeypatch, num_bytes: int) -> None:
 
 
 def test_a_live_engine_leaves_the_memory_to_the_training(monkeypatch):
-    """A quarter of what another engine takes, unless it is told how much."""
+    """By default, the pool has a quarter of the size in another engine."""
     limit_memory(monkeypatch, 1 << 22)
     sizes = {}
     era5 = FIXTURES["era5"].directory

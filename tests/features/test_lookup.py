@@ -270,7 +270,7 @@ def test_a_stream_has_all_pieces(pair):
 def test_a_calculator_gets_its_word_in():
     folder, found = ERAS / "tool_chain", []
     runs = json.loads((folder / "goldens.json").read_text())["runs"]
-    # what is asked was asked before, and answered
+    # the question was asked and answered before
     prompts = [run["prompt"] + run["tokens"] + run["prompt"] for run in runs]
     params = SamplingParams(temperature=0, max_tokens=60)
     for limit in (0, 8):

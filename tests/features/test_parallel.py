@@ -253,7 +253,7 @@ def trace(rank: int, directory: str) -> tuple:
 def test_the_smallest_memory_decides_the_pool_and_one_rank_writes_the_trace(ranks, tmp_path):
     (blocks, written), (others, more) = ranks(trace, str(tmp_path))
     assert blocks == others
-    # 5 MB, of which half are for caches, of two ranks; 4 layers of 1 head of 16, K and V, float32
+    # 5 MB, half of them for caches, of two ranks; 4 layers of 1 head of 16, K and V, float32
     tables = 10 * 16 * 400  # bytes of the context's positions
     assert blocks + 1 == (5_000_000 // 2 // 2 - tables) // (4 * 2 * 16 * 16 * 4 + 48)  # and lists
     assert (written, more) == (True, False)

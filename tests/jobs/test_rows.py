@@ -145,7 +145,7 @@ def test_sizes_in_a_footer_of_parquet_are_not_believed(tmp_path, monkeypatch):
     lie(file, varint(12345), varint(2**20 - 1), "pages")
     with pytest.raises(ValueError, match=f"^{file}: .*smaller row groups"):
         rows.read_rows(file)
-    # rows without end of which no column is read
+    # endless rows, without reading a column
     write(pa.array(range(12345)))
     assert len([*rows.read(file, ["absent"])]) == 12345
     lie(file, varint(12345), varint(10**12))

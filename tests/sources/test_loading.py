@@ -66,7 +66,7 @@ def test_the_padding_of_the_vocabulary_has_no_logits(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False, None], ids=["torch", "torch old", "pickle"])
 def test_nothing_in_a_file_is_run(checkpoint, tmp_path, zipped):
-    """That such a file does run something if it is trusted is shown in test_checkpoint.py."""
+    """test_checkpoint.py shows that such files run code if they are trusted."""
     marker = tmp_path / "executed"
     if zipped is None:
         checkpoint.file.write_bytes(pickle.dumps({"lm_head.weight": Hostile(marker)}, protocol=2))

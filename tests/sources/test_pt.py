@@ -162,7 +162,7 @@ def with_program(checkpoint: Checkpoint, program: bytes, zipped: bool) -> None:
             archive.writestr(part, program if part.endswith("data.pkl") else data)
 
 
-NEST = b")" + b"q\0h\0\x86" * 60  # 2**60 empty tuples, to whoever hashes or shows them
+NEST = b")" + b"q\0h\0\x86" * 60  # 2**60 empty tuples, if they are hashed or shown
 FLOATS, A = b"ctorch\nFloatStorage\n", b"X\1\0\0\0a"
 
 
