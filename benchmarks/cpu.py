@@ -189,7 +189,7 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
         llm.runner = GraphRunner(llm.model, llm.cache, llm.scheduler.blocks, llm.hooks, drawn)
         limits = llm.max_batch_size, llm.max_model_len
         llm.runner.graphs = Idle(llm.model, llm.cache, *limits)
-        llm.model.forward = lambda batch, cache: torch.zeros(len(batch.logit_rows), 1)
+        llm.model.forward = lambda batch, cache: torch.zeros(len(batch.hidden_rows), 1)
         llm.model.logits = lambda h: h
         for turn in range(5):
             ids = torch.randint(10, 4000, (sequences, 23), generator=torch.manual_seed(turn))

@@ -81,6 +81,7 @@ class ModelBuilder:
             recipe = strict.replace(recipe, **self.overrides)
             with fits("weights", self.device):
                 weights = dense(weights)
+                # no rotary tables yet: the engine makes them, as long as its pool allows
                 return make_model(config, recipe, weights, self.device, self.dtype, max_len=1)
         options = replace(self.options, max_len=1)
         return build_fused(
@@ -144,9 +145,11 @@ def build_fused(
         dtype = torch.float32  # on a CPU, bfloat16 saves memory traffic; arithmetic is float32
         store = "bfloat16"
     warn_of_nan(weights)
-    num_values = sum(weight.numel() for weight in weights.values())
-    purpose = f"weights of {num_values * dtype.itemsize:,} bytes in {dtype}"
-    check_memory(purpose, config, num_values, store or dtype, device, options)
+    stored = store or dtype  # the number format of matrices; tables may have more bits
+    bits = BITS[stored] if isinstance(stored, str) else 8 * stored.itemsize
+    num_bytes = sum(weight.numel() for weight in weights.values()) * bits // 8
+    purpose = f"weights of {num_bytes:,} bytes in {stored}"
+    check_memory(purpose, config, num_bytes, device, options)
     with fits(purpose, device):
         return FusedGPT(
             config,
@@ -334,20 +337,17 @@ def check_length(max_len: int | None, config: GPTConfig) -> None:
 def check_memory(
     purpose: str,
     config: GPTConfig,
-    num_values: int,
-    stored: str | torch.dtype,
+    num_bytes: int,
     device: torch.device,
     options: ModelOptions,
 ) -> None:
-    """Raise ValueError with the numbers if the weights do not fit. num_values: numbers in all
-    weights; stored: the number format of matrices (tables and cache may have more bits)."""
+    """Raise ValueError with the numbers if weights of num_bytes do not fit."""
     length = options.max_len or config.sequence_len
     num_ranks = 1 if options.ranks is None else options.ranks.size
-    bits = BITS[stored] if isinstance(stored, str) else 8 * stored.itemsize
-    num_bytes = 0 if options.share else num_values * bits // 8 // num_ranks
+    num_new_bytes = 0 if options.share else num_bytes // num_ranks
     require_memory(
         f"{purpose}, and rotary tables of {length} positions",
-        num_bytes + rotary_bytes(config, length),
+        num_new_bytes + rotary_bytes(config, length),
         free_memory(device),
         "use a smaller model, fewer bits (quantization) or a smaller max_model_len",
     )

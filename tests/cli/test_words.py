@@ -36,7 +36,7 @@ NOTE = "is a base model: it completes plain text, as with --raw; --chat sends ch
         (["--seed", "-1"], "--seed must be"),
         (["--stop", ""], "--stop must not be empty"),
         (["--device", "abacus"], "--device must be 'auto'"),
-        (["--max-model-len", "99999"], "--max-model-len=99999 is beyond"),
+        (["--max-model-len", "99999"], "--max-model-len=99999 exceeds"),
         (["--num-blocks", "2"], "--max-tokens=128 need"),
         (["--num-blocks", "2"], "lower --max-tokens, or --max-batched-tokens"),
         (["-n", "300"], "-n=300 samples do not fit --max-batch-size=256"),

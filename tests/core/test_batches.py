@@ -55,7 +55,7 @@ class Compared(Simulation):
         for index, start, stop in plan.extra_rows:
             first = spelled.cu_seqlens[index] - plan.chunks[index].start
             rows += [first + position for position in range(start, stop)]
-        spelled.logit_rows = torch.tensor([int(row) for row in rows], dtype=torch.int32)
+        spelled.hidden_rows = torch.tensor([int(row) for row in rows], dtype=torch.int32)
         return spelled
 
 

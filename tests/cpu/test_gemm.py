@@ -365,10 +365,10 @@ def test_all_layers_in_one_call_are_the_loop_over_them(era, store):
     ids = random(3, 40).mul(1000).long().abs().remainder(model.config.vocab_size).tolist()
     chunks = [(ids[0], 0, 1, [1]), (ids[1], 0, 1, [2]), (ids[2], 0, 38, [3, 4, 5])]
     wanted = None, [0], [5, 5, 5, 0], [7] * 40, []
-    found = [run(model, chunks, logit_rows=rows) for rows in wanted]
+    found = [run(model, chunks, hidden_rows=rows) for rows in wanted]
     model.compiled = None
     for got, rows in zip(found, wanted, strict=True):
-        for ours, loop in zip(got, run(model, chunks, logit_rows=rows), strict=True):
+        for ours, loop in zip(got, run(model, chunks, hidden_rows=rows), strict=True):
             torch.testing.assert_close(ours, loop, atol=2e-5, rtol=2e-5)
 
 

@@ -189,7 +189,10 @@ def test_embeddings_are_pooled_states():
         for wrong, error, message in (
             ({"pooling": "max"}, ValueError, "'mean' or 'last'"),
             ({"layer": 4}, ValueError, "between -4 and 3"),
-            ({"layer": "x"}, TypeError, "hidden_states"),
+            ({"layer": "x"}, TypeError, "^layer must be an integer, got 'x'"),
+            ({"layer": (1, 2)}, TypeError, "^layer must be an integer"),
+            ({"pooling": lambda states: states}, ValueError, r"pooling returned .*\(40, 64\) and"),
+            ({"pooling": lambda states: "x"}, TypeError, "pooling must return a tensor, got 'x'"),
         ):
             with pytest.raises(error, match=message):
                 llm.embed(texts, **wrong)
@@ -197,6 +200,9 @@ def test_embeddings_are_pooled_states():
             llm.embed(["a", []])
         with pytest.raises(TypeError, match="texts must be a list"):
             llm.embed(5)
+        assert everything_is_free(llm)
+    with pytest.raises(RuntimeError, match="this LLM was closed"):
+        llm.embed(texts)
 
 
 # files --------------------------------------------------------------------------------------------

@@ -728,7 +728,7 @@ def live(work, overlap: bool, place: str, at: int | None = None) -> tuple[list, 
 
 
 @both_loops
-@pytest.mark.parametrize("place", [name for name in PLACES if name != "make_batch"])  # of prepare
+@pytest.mark.parametrize("place", [name for name in PLACES if name != "make_batch"])  # see upload
 def test_a_state_is_begun_anew_after_a_step_that_failed(wanted, place, overlap):
     _, count = live(stateful(), overlap, place)
     work = stateful()

@@ -83,7 +83,7 @@ def test_the_largest_step_is_tried_and_no_larger_one(
         warm_up(llm)
         short, batch = seen
         assert len(short.token_ids) == 2
-        assert len(batch.token_ids) == rows and len(batch.logit_rows) == max_batch_size
+        assert len(batch.token_ids) == rows and len(batch.hidden_rows) == max_batch_size
         lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
         assert max(lengths) < max_model_len and 1 not in lengths[batch.num_decodes :]
 

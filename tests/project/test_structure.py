@@ -120,7 +120,7 @@ def draw(llm: LLM, text: list[int], params: SamplingParams, sample_id: int) -> R
     """The token that follows a text, drawn once more by the plain model, all of it in one go."""
     table = range(1, 2 + len(text) // 16)
     batch = hand_made_batch([(text, 0, len(text), table)], 16)
-    batch = batch._replace(logit_rows=batch.logit_rows[-1:])
+    batch = batch._replace(hidden_rows=batch.hidden_rows[-1:])
     cache = engine.PagedKVCache(llm.model.config, 1 + len(table), 16, torch.float32, "cpu")
     with torch.inference_mode():
         logits = llm.model.logits(llm.model.forward(batch, cache))

@@ -100,7 +100,7 @@ def warm_up(llm, params, num_prompts: int) -> float:
     number of prompts of the benchmark. Does nothing if the pool is too small for a prompt.
     """
     start = time.perf_counter()
-    longest = min(llm.max_positions - 1, llm.max_model_len)
+    longest = llm.max_positions - 1
     new = min(WARM_UP_TOKENS, params.max_tokens, longest - 1)
     length = min(WARM_UP_PROMPT, longest - new)
     if new < 1 or length < 1:

@@ -268,7 +268,7 @@ class AsyncApi:
             engine.make_requests, prompts, sampling_params, needs_text=True, **options
         )
         requests = await asyncio.to_thread(prepare)
-        read = partial(read_events, engine, dict(enumerate(requests)))
+        read = partial(new_events_now, engine, dict(enumerate(requests)))
         with self.serve_async(requests, read) as call:
             async for event in call:
                 yield event
@@ -302,14 +302,14 @@ class AsyncApi:
         self.stepper.join()
 
 
-def read_events(engine: LLM, unfinished: dict[int, Request]) -> list[RequestOutput]:
+def new_events_now(engine: LLM, unfinished: dict[int, Request]) -> list[RequestOutput]:
     """Return the events of a stream since the last call, even from a closed engine."""
     events: list[RequestOutput] = []
     try:
-        engine.guard.perform(partial(engine.read_events, unfinished, events))
+        engine.guard.perform(partial(engine.new_events_now, unfinished, events))
     except RuntimeError:
         if not engine.guard.is_closed:
             raise
     if engine.guard.is_closed:  # no other thread changes the state any more
-        engine.read_events(unfinished, events)
+        engine.new_events_now(unfinished, events)
     return events

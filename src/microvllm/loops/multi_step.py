@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence as List
 from typing import NamedTuple
 
 import numpy as np
@@ -99,22 +100,27 @@ class MultiStepRunner(Runner):
 
     def launch(self, plan: Plan) -> None:
         """See Runner. A step that is computed already only returns its tokens."""
-        starts = [(seq, start) for seq, start, _, _ in plan.chunks]
-        is_decode = len(starts) == len(plan.draws) == plan.num_tokens
-        if self.seconds and is_decode and not self.computed:
+        starts = starts_of(plan)
+        if starts and self.seconds and not self.computed:
             self.compute_ahead(plan, starts)
-        if self.computed:
-            step = self.computed.popleft()
-            if is_decode and starts == step.starts and not plan.copies:
-                plan.results["token_ids"] = step.token_ids
-                if not self.computed:  # free now, so that a trace shows it in the last step
-                    self.free_blocks()
-                return
-            self.computed.clear()
+        if self.computed and self.take_computed(plan, starts):
+            return
         start_time = time.perf_counter()
         super().launch(plan)
-        if is_decode:
-            self.measure(num_rows=len(starts), seconds=time.perf_counter() - start_time)
+        if starts:
+            self.note_time(num_rows=len(starts), seconds=time.perf_counter() - start_time)
+
+    def take_computed(self, plan: Plan, starts: list[tuple[Sequence, int]]) -> bool:
+        """Give a plan the tokens of the next computed step. Returns False, and drops all computed
+        steps, if that step is of another plan."""
+        step = self.computed.popleft()
+        if starts != step.starts or plan.copies:
+            self.computed.clear()
+            return False
+        plan.results["token_ids"] = step.token_ids
+        if not self.computed:  # free now, so that a trace shows it in the last step
+            self.free_blocks()
+        return True
 
     def compute_ahead(self, plan: Plan, starts: list[tuple[Sequence, int]]) -> None:
         """Compute a step and the steps after it, unless they are too few to save time."""
@@ -129,7 +135,7 @@ class MultiStepRunner(Runner):
         self.grown = seqs
         start_time = time.perf_counter()
         token_ids = compute_steps(self.model, plan, self.cache, self.blocks, num_steps)
-        self.measure(len(seqs), (time.perf_counter() - start_time) / len(token_ids))
+        self.note_time(len(seqs), (time.perf_counter() - start_time) / len(token_ids))
         for offset, row in enumerate(torch.from_numpy(token_ids)):
             expected = [(seq, start + offset) for seq, start in starts]
             self.computed.append(ComputedStep(expected, row))
@@ -158,7 +164,7 @@ class MultiStepRunner(Runner):
             num_new_blocks += max(0, num_needed - len(seq.block_table))
         return num_new_blocks
 
-    def measure(self, num_rows: int, seconds: float) -> None:
+    def note_time(self, num_rows: int, seconds: float) -> None:
         """Record the duration of a step."""
         self.measured_rows = num_rows
         self.measured_seconds = max(seconds, 1e-6)
@@ -206,7 +212,14 @@ def compute_steps(
     )
 
 
-def stop_table(seqs: tuple[Sequence, ...], vocab_size: int) -> np.ndarray:
+def starts_of(plan: Plan) -> list[tuple[Sequence, int]]:
+    """Return the sequence and the first position of each chunk; an empty list unless each chunk has
+    one token and one draw."""
+    starts = [(seq, start) for seq, start, _, _ in plan.chunks]
+    return starts if len(starts) == len(plan.draws) == plan.num_tokens else []
+
+
+def stop_table(seqs: List[Sequence], vocab_size: int) -> np.ndarray:
     """Return (sequences, n) int32: the stop tokens of each sequence, padded with -1."""
     rows = [[i for i in seq.stop_token_ids if i < vocab_size] for seq in seqs]
     table = np.full((len(rows), max(map(len, rows))), -1, np.int32)
