@@ -6,10 +6,10 @@
 
     simple_evaluate(HarnessLM(LLM("sft")), tasks=["arc_easy"])
 
-The harness hands over all requests of a kind at once, as texts. They become token ids as in its
-Hugging Face model, and one call of the engine, which batches them and computes shared prefixes
-once. The harness finds no models in other packages; once this module is imported it knows
-"microvllm", also on its own command line:
+The harness passes all requests of a kind at once, as texts. They are encoded as in its Hugging Face
+model, and computed in one call of the engine, which batches them and computes shared prefixes once.
+The harness does not search other packages for models. An import of this module registers
+"microvllm", also on the harness's own command line:
 
     python -c "import microvllm.evals, lm_eval.__main__ as m; m.cli_evaluate()" \\
         --model microvllm --model_args model_path=sft --tasks arc_easy
@@ -47,11 +47,11 @@ COUNTERS = (
 class HarnessLM(TemplateLM):
     """An LLM as the harness sees it.
 
-    llm: the engine, which is not closed here; max_gen_toks: new tokens at most, where a task does
-    not say. A context begins with BOS, and alone it stands for an empty one. What is too long is
-    cut from the left to `max_length` tokens of input. The engine counts the last token too, which
-    is only predicted: for a model's whole context, as the harness's Hugging Face model takes it,
-    give LLM(..., max_model_len=) one more than that.
+    llm: the engine, which is not closed here; max_gen_toks: new tokens at most, unless a task sets
+    it. A context begins with BOS, and an empty context is BOS alone. A longer input than
+    `max_length` tokens is cut from the left. max_model_len of the engine includes the last token,
+    which is only predicted: for a model's whole context, as the harness's Hugging Face model has
+    it, give LLM(..., max_model_len=) one more than that.
     """
 
     def __init__(self, llm, max_gen_toks: int = 256):
@@ -64,9 +64,9 @@ class HarnessLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None):
-        """The harness's --model_args are the arguments of LLM, such as model_path. Of what it adds,
-        the batch size is not used (the scheduler has its own limits), and cuda:0 also stands for
-        the best device."""
+        """The harness's --model_args are the arguments of LLM, such as model_path. The harness adds
+        a batch size, which is not used (the scheduler has its own limits), and the device cuda:0,
+        which means "auto" here."""
         from .. import LLM
 
         additional_config = additional_config or {}
@@ -91,7 +91,7 @@ class HarnessLM(TemplateLM):
         return "nanochat"  # the chat template: the harness caches by this name
 
     def get_model_info(self) -> dict:
-        """What the results say of the model."""
+        """Facts about the model for the results."""
         model = self.llm.model
         return {"model": self.llm.name, "model_dtype": str(model.dtype), "era": model.recipe.era}
 
@@ -112,7 +112,7 @@ class HarnessLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
         """The text of a conversation for `tok_encode`. Without add_generation_prompt the last
-        message is the beginning of an answer, that the model goes on with."""
+        message is the beginning of an answer, which the model continues."""
         tokenizer = self.llm.tokenizer
         text = tokenizer.decode(tokenizer.render_for_completion(chat_history))
         return text if add_generation_prompt else text + chat_history[-1]["content"]
@@ -120,8 +120,8 @@ class HarnessLM(TemplateLM):
     # requests
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
-        """Of each (texts, context's ids, continuation's ids) the log-probability of the
-        continuation, and whether it is what greedy decoding writes."""
+        """For each (texts, context's ids, continuation's ids): the log-probability of the
+        continuation, and whether greedy decoding would write it."""
         prompts = []
         continuations = []
         for texts, context, continuation in requests:
@@ -137,8 +137,8 @@ class HarnessLM(TemplateLM):
         return [(sum(output["logprobs"]), all(output["greedy"])) for output in outputs]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each text after BOS: of its first max_length tokens, then of each
-        further stretch given all that fits before it."""
+        """The log-probability of each text after BOS, in windows: its first max_length tokens, then
+        each further window after the tokens before it that fit into max_length."""
         windows = []  # (index of the text, context's ids, predicted ids)
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -205,9 +205,10 @@ def find_tasks(names: list[str], include_path: str | Path | None = None):
 
 def evaluate(llm, tasks: list[str], task_manager=None, **options) -> dict | None:
     """What lm_eval.simple_evaluate returns for these tasks (None on all ranks of a model but the
-    first), and under "engine" what it cost: prompt_tokens; cached_tokens, those that came from the
-    prefix cache, a share of hit_rate; output_tokens; seconds in the engine, and prompt and output
-    tokens per second. options: of simple_evaluate, such as num_fewshot and limit."""
+    first), with the work of the engine under "engine": prompt_tokens; cached_tokens, those that
+    came from the prefix cache, and their share hit_rate; output_tokens; seconds in the engine;
+    tokens_per_second, prompt and output together. options: of simple_evaluate, such as num_fewshot
+    and limit."""
     from lm_eval import simple_evaluate
 
     before = llm.stats()
@@ -219,7 +220,7 @@ def evaluate(llm, tasks: list[str], task_manager=None, **options) -> dict | None
 
 
 def summarise(counters: dict[str, float]) -> dict[str, float]:
-    """What `evaluate` says of the engine, from the differences of its COUNTERS."""
+    """The work of the engine for `evaluate`, from the differences of its COUNTERS."""
     seconds = counters["prefill_seconds"] + counters["decode_seconds"]
     num_tokens = counters["prompt_tokens"] + counters["output_tokens"]
     hit_rate = counters["cached_tokens"] / max(1, counters["prompt_tokens"])
