@@ -165,7 +165,7 @@ def test_a_context_leaves_room_for_its_answer():
         requests = asks("generate_until", (STORY, {"max_gen_toks": 20, "until": []}))
         assert lm.generate_until(requests, disable_tqdm=True) == [wanted["text"]]
         requests = asks("generate_until", (STORY, {"until": []}))
-        with pytest.raises(ValueError, match="max_gen_toks=256 leaves no room"):
+        with pytest.raises(ValueError, match="max_gen_toks=256 leaves no space"):
             lm.generate_until(requests, disable_tqdm=True)
 
 

@@ -78,7 +78,7 @@ def test_blocks_are_shared_until_they_are_written():
     with build("era1_padded", plain=True, block_size=4) as llm:
         with llm.branching() as branches:
             root = branches.start(PROMPT, PARAMS)
-            branches.grow([root], 6)  # 9 + 6 tokens, of which 14 are computed
+            branches.grow([root], 6)  # 9 + 6 tokens; 14 are computed
             assert branches.num_blocks == 4
             forks = branches.fork(root, 3)
             assert branches.num_blocks == 4

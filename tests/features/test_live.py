@@ -446,7 +446,7 @@ def limit_memory(monkeypatch, num_bytes: int) -> None:
 
 
 def test_a_live_engine_leaves_the_memory_to_the_training(monkeypatch):
-    """A quarter of what another engine takes, unless it is told how much."""
+    """By default, the pool has a quarter of the size in another engine."""
     limit_memory(monkeypatch, 1 << 22)
     sizes = {}
     era5 = FIXTURES["era5"].directory
@@ -617,7 +617,7 @@ def test_an_engine_that_cannot_wake_sleeps_on_and_loses_nothing(monkeypatch):
         limit_memory(monkeypatch, 1000)
         for call in llm.wake, llm.step:
             with pytest.raises(
-                ValueError, match="cannot wake.*no memory for a KV cache.*1,000 are free"
+                ValueError, match="cannot wake.*not enough memory for a KV cache.*1,000 are free"
             ):
                 call()
         assert llm.cache.data.nbytes == 0 and not hasattr(llm.model, "tensors")

@@ -292,7 +292,7 @@ def test_an_exception_at_any_line_changes_no_token(calls):
             llm.submit_requests(requests)
             while not all(request.output for request in requests):
                 request = next(r for r in requests if not r.output)
-                step = partial(llm.guard.perform, partial(llm.advance_for, request))
+                step = partial(llm.guard.perform, partial(llm.serve_now, request))
                 strike(step) if strike else step()
                 check(llm)
             assert_idle(llm)

@@ -177,7 +177,7 @@ def test_an_answer_that_takes_too_long_is_cut_and_aborted(llm, monkeypatch):
         (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400, "262144 bytes"),
         (b"POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n", 400, "262144 bytes"),
         (b"GET / HTTP/1.1\r\nx: " + b"y" * 200_000 + b"\r\n\r\n", 400, "limit"),
-        (post(body("many words " * 5000)), 200, "10006 tokens and max_model_len is 1024"),
+        (post(body("many words " * 5000)), 200, "10006 tokens, but max_model_len is 1024"),
     ],
 )  # fmt: skip
 def test_a_request_that_makes_no_sense_is_refused(llm, request_bytes, status, told):

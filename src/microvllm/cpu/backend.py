@@ -207,7 +207,7 @@ _VE = 12  # after those four weights: the value embeddings, and their gate
 
 @kept(**EXACT)
 def _run(
-    team, ids, prev_ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables,
+    team, ids, prev_ids, positions, cu_seqlens, seq_lens, hidden_rows, slots, tables,
     cache, depths, groups, windows, tilings, weights, like, head, wte, smear_gate,
     smear_lambda, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
     rows, tiles, x0, unused, other, y, h, half, taken, free, q, seen, qkv, wide, scratch, hidden,
@@ -227,10 +227,10 @@ def _run(
     n_layer, size = len(windows), cache.shape[4]
     mixes, smears = resid.size > 0, backout.size > 0
     one, none = _f32(1), _f32(0)
-    T, R = len(ids), len(logit_rows)
+    T, R = len(ids), len(hidden_rows)
     whole = R == T  # are all rows the head's, in their order?
     for t in range(R if whole else 0):
-        whole &= logit_rows[t] == t
+        whole &= hidden_rows[t] == t
     # no constants, or numba would compile each kernel for them once more
     yes, no = n_layer > 0, n_layer < 0
     n_kv_head = cache.shape[3]
@@ -276,12 +276,12 @@ def _run(
             windows[i], team, scratch, attended,
         )  # fmt: skip
         if is_last and not whole:  # all K and V are written: only the head's rows go on
-            take_rows(x, logit_rows, team, taken[:R])
+            take_rows(x, hidden_rows, team, taken[:R])
             x, spare, z, normed, inner = taken[:R], free[:R], y[:R], h[:R], wide[:R]
-            take_rows(attended.reshape(T, -1), logit_rows, team, q[:R].reshape(R, -1))
+            take_rows(attended.reshape(T, -1), hidden_rows, team, q[:R].reshape(R, -1))
             attended = q[:R]
             if smears and i > n_layer // 2:
-                take_rows(middle, logit_rows, team, seen[:R].reshape(R, -1))
+                take_rows(middle, hidden_rows, team, seen[:R].reshape(R, -1))
                 middle = seen[:R].reshape(R, -1)
             elif smears:
                 middle = half[:R]
@@ -345,7 +345,7 @@ class Layers:
 
     def __call__(self, batch, cache) -> Tensor:
         """(R, C), the normed rows of the head."""
-        rows = len(batch.logit_rows)
+        rows = len(batch.hidden_rows)
         hidden, nothing = np.empty((rows, self.wte.shape[1]), np.float32), np.empty(0, np.float32)
         draws = (
             nothing.reshape(1, 0), nothing.reshape(1, 0), nothing, np.empty((0, 3)),
@@ -358,7 +358,7 @@ class Layers:
         """The tokens (steps, T) of a batch of one row for each sequence, and of the steps after it:
         at most `count`, up to the first that ends a sequence. uniform (count, T): random numbers of
         [0, 1); scale, filters: of elementwise.draw_values; stops (T, n): tokens, -1 for none."""
-        rows = len(batch.logit_rows)
+        rows = len(batch.hidden_rows)
         logits = np.empty((rows, self.num_columns), np.float32)
         tokens = np.empty((count, rows), np.int64)
         hidden = np.empty((0, self.wte.shape[1]), np.float32)
@@ -367,7 +367,7 @@ class Layers:
 
     def run(self, batch, cache, hidden, logits, uniform, scale, filters, stops, tokens) -> int:
         """Call the kernel."""
-        names = "token_ids", "prev_token_ids", "positions", "cu_seqlens", "seq_lens", "logit_rows"
+        names = "token_ids", "prev_token_ids", "positions", "cu_seqlens", "seq_lens", "hidden_rows"
         arrays = [np.asarray(getattr(batch, name)) for name in names]
         slots, tables = np.asarray(batch.slots), np.asarray(batch.block_tables)
         if cache is not self.cache:

@@ -466,11 +466,6 @@ def _linear(x, weight, square, team, y):
     product(x, weight, square, weight[0], team, y)
 
 
-@kept(**EXACT)
-def _linear_dense(x, weight, square, team, y):
-    product(x, weight, square, weight.first, team, y)
-
-
 def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new tensor of numbers of 32 bits that begins at a cache line. numpy asks the system for
     large pages, torch does not: a few rows are a tenth faster with them."""
@@ -496,18 +491,39 @@ def workspace(*shapes: tuple[int, ...]) -> list[np.ndarray]:
     return [space[at : at + size].reshape(shape) for at, size, shape in places]
 
 
-class PackedLinear(Linear):
-    """Packed in tiles of TILE outputs, for our own product.
+class KernelLinear(Linear):
+    """A weight for our own product. Until that is compiled, `plain` computes it with torch."""
+
+    fuses_relu2 = True
+    arrays: tuple  # what `product` takes
+    num_columns: int  # of a product, with those of padding
+
+    @property
+    def is_compiled(self) -> bool:
+        return not self.backend.awaited
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if not self.is_compiled:
+            y = self.plain(x)[:, : self.rows]
+            return y.relu().square_() if self.relu2 else y
+        y = torch.empty(len(x), self.num_columns)
+        with one_at_a_time:
+            team = team_of(scratch=scratch_bytes(*x.shape, MAX_THREADS))
+            _linear(x.contiguous().numpy(), self.arrays, self.relu2, team, y.numpy())
+        return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
+
+
+class PackedLinear(KernelLinear):
+    """Packed in tiles of TILE outputs.
 
     weight: (tiles, in, TILE), the last tile padded with zeros. In int8 four weights are one
     number there, and two arrays follow: 128 times the sums of the rows, and each row's step.
     """
 
-    row_exact = fuses_relu2 = True
+    row_exact = True
 
     @property
     def num_columns(self) -> int:
-        """Columns of a product, with those of padding."""
         return len(self.arrays[0]) * TILE
 
     def load(self, parts: list[Tensor]) -> None:
@@ -529,34 +545,18 @@ class PackedLinear(Linear):
         for old, new in zip(others, scaling, strict=True):
             old.copy_(new)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        if self.backend.awaited:
-            y = self.plain(x)[:, : self.rows]
-            return y.relu().square_() if self.relu2 else y
-        y = torch.empty(len(x), self.num_columns)
-        with one_at_a_time:
-            scratch = scratch_bytes(*x.shape, MAX_THREADS)
-            self.compute(x.contiguous().numpy(), team_of(scratch=scratch), y.numpy())
-        return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
-
-    def compute(self, x, team, y) -> None:
-        """y = the product, of numpy's arrays."""
-        _linear(x, self.arrays, self.relu2, team, y)
-
     def plain(self, x: Tensor) -> Tensor:
-        """The product in plain torch, on the same packed weights: there is no second copy."""
+        """On the same packed weights: there is no second copy."""
         y = torch.bmm(x.expand(len(self.weight[0]), -1, -1), self.weight[0])  # (tiles, T, TILE)
         return y.transpose(0, 1).flatten(1)
 
 
-class SharedFloat32(Shared):
+class SharedFloat32(KernelLinear, Shared):
     """A live module's weights in float32.
 
     torch's product is as fast, but runs in threads of its own: two sets of threads that work in
     turn wait for each other.
     """
-
-    fuses_relu2 = True
 
     def load(self, parts: list[Tensor]) -> None:
         super().load(parts)
@@ -569,15 +569,12 @@ class SharedFloat32(Shared):
         missing = [np.empty((0, self.width), np.float32)] * (3 - len(matrices))
         self.arrays = Dense(*matrices, *missing)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        if self.backend.awaited or not self.is_whole:
-            y = super().multiply(x)
-            return self.backend.relu2(y) if self.relu2 else y
-        y = torch.empty(len(x), self.num_columns)
-        with one_at_a_time:
-            team = team_of(scratch=scratch_bytes(*x.shape, MAX_THREADS))
-            _linear_dense(x.contiguous().numpy(), self.arrays, self.relu2, team, y.numpy())
-        return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
+    @property
+    def is_compiled(self) -> bool:
+        return self.is_whole and super().is_compiled
+
+    def plain(self, x: Tensor) -> Tensor:
+        return Shared.multiply(self, x)
 
 
 class PackedBfloat16(PackedLinear):

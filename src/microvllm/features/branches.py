@@ -209,7 +209,7 @@ class Branches:
         scheduler = self.engine.scheduler
         seq = branch.seq
         branch.is_queued = True
-        self.engine.queue_requests([branch.request])
+        self.engine.submit_requests_now([branch.request])
         scheduler.pause(seq)
         if source is not None and 0 < source.num_computed < len(seq.token_ids):
             scheduler.blocks.share_table(source, seq)
@@ -249,7 +249,7 @@ class Branches:
                 branch.target_length = len(branch.seq.token_ids) + num_tokens
                 if not branch.is_queued:
                     branch.is_queued = True
-                    engine.queue_requests([branch.request])
+                    engine.submit_requests_now([branch.request])
                 elif branch.seq in engine.scheduler.paused:
                     engine.scheduler.resume(branch.seq)
 
