@@ -294,7 +294,7 @@ def main() -> None:
         for name in others:
             if all_answers[name] != all_answers[first]:
                 sys.exit(f"{evaluation}: {name} and {first} have other answers: {all_answers}")
-        results[evaluation] = {name: statistics.median(found) for name, found in seconds.items()}
+        results[evaluation] = {name: statistics.median(turns) for name, turns in seconds.items()}
         for name, duration in results[evaluation].items():
             times = results[evaluation][first] / duration
             print(f"{evaluation:12s} {name:10s} {duration:8.2f} s ({times:5.1f} times {first})")
