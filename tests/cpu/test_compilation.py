@@ -106,7 +106,7 @@ def test_steps_are_in_plain_torch_until_the_kernels_are_there(options, helpers):
     if "dtype" not in options:  # bfloat16 has ties, see docs/DETERMINISM.md
         assert before == after
     assert before[0][0] == after[0][0]
-    assert len(helpers.lines) == 1 and "answers come more slowly" in helpers.lines[0]
+    assert len(helpers.lines) == 1 and "answers are slower" in helpers.lines[0]
     # another engine of this process has them at once, and says nothing
     with LLM(MODEL, device="cpu", num_blocks=100, **options) as llm:
         assert llm.model.backend.awaited is None
@@ -173,7 +173,7 @@ def test_what_has_no_plain_form_waits(options, helpers, monkeypatch):
         assert helpers.roles == [compilation.FOREGROUND]
         assert not helpers.tiny, "they are loaded where they are called"
     (line,) = helpers.lines
-    assert "more slowly" not in line and str(helpers.folder) in line
+    assert "slower" not in line and str(helpers.folder) in line
     assert compilation.warmup(kind) in line and "half a minute" in line
 
 
@@ -194,7 +194,7 @@ def test_where_nothing_can_be_kept_the_engine_compiles_by_itself(helpers, monkey
     with LLM(MODEL, device="cpu", num_blocks=20) as llm:
         assert llm.model.backend.awaited is None and not helpers.started.get("float32-layers")
         assert len(helpers.tiny) == len(helpers.lines) == 1
-    assert "in each later one, because /here cannot be written: set NUMBA_" in helpers.lines.pop()
+    assert "do so again, because /here cannot be written: set NUMBA_" in helpers.lines.pop()
     helpers.folder = folder
     monkeypatch.setattr(compilation.kernel_cache, "unkept", None)
 
@@ -205,7 +205,7 @@ def test_where_nothing_can_be_kept_the_engine_compiles_by_itself(helpers, monkey
     compilation._ready.clear()
     with LLM(MODEL, device="cpu", num_blocks=20) as llm:
         assert llm.model.backend.awaited is None and len(helpers.tiny) == 2
-    assert "no helper" in helpers.lines[0] and str(folder) in helpers.lines[0]
+    assert "No helper" in helpers.lines[0] and str(folder) in helpers.lines[0]
 
 
 def test_an_engine_whose_helpers_die_goes_on(helpers):
@@ -220,7 +220,7 @@ def test_an_engine_whose_helpers_die_goes_on(helpers):
         helpers.end(kind)
         assert answers(llm) == whole and answers(llm) == whole
         assert len(helpers.started[kind]) == 2 and llm.model.backend.awaited
-        assert len(helpers.lines) == 2 and "goes on without them" in helpers.lines[1]
+        assert len(helpers.lines) == 2 and "continues without them" in helpers.lines[1]
         # another process may have compiled them
         (helpers.folder / kind).write_text(compilation.contents({}))
         assert answers(llm) == whole and llm.model.backend.awaited is None
@@ -268,7 +268,7 @@ def test_a_file_that_is_cut_empty_or_gone_is_not_compiled(helpers):
 def test_a_program_that_is_no_python_starts_no_helper(monkeypatch):
     """It would start itself again."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    with pytest.raises(OSError, match="no Python"):
+    with pytest.raises(OSError, match="not Python"):
         compilation.start("float32", compilation.BACKGROUND)
     monkeypatch.delattr(sys, "frozen")
     monkeypatch.setenv("MICROVLLM_HELPER", "none")
@@ -322,7 +322,7 @@ def test_an_engine_waits_a_minute_for_a_helper_that_may_get_no_time(helpers, mon
     assert compilation.begin(CpuBackend, "float32", waits=True)
     assert helpers.roles == [compilation.FOREGROUND] and looks[:3] == [0, 0, 0]
     (line,) = helpers.lines
-    assert "by process 77, once" in line
+    assert "by process 77. This happens once" in line
     # the other one is of a kind of its own: nothing is gained by waiting
     assert compilation.begin(CpuBackend, "bfloat16", waits=True) and len(helpers.roles) == 2
     looks.clear()
@@ -344,8 +344,11 @@ def test_an_engine_that_goes_on_starts_no_second_helper(helpers, monkeypatch):
         assert not compilation.begin(CpuBackend, kind, waits=False)
         assert not compilation.poll(CpuBackend, kind)
     assert "being compiled by process 77" in helpers.lines[0]
-    assert "after those that process 77 compiles now" in helpers.lines[1]
-    assert "dtype bfloat16` does it beforehand" in helpers.lines[1] and not helpers.roles
+    assert "when process 77 has compiled its own" in helpers.lines[1]
+    assert (
+        "in advance, run `microvllm warmup --dtype bfloat16`" in helpers.lines[1]
+        and not helpers.roles
+    )
     working.clear()
     compilation._due.clear()
     assert not compilation.poll(CpuBackend, "bfloat16") and helpers.roles == [
@@ -453,7 +456,7 @@ def test_the_second_run_finds_the_kernels(tmp_path):
         if len(told) == 2:
             while helpers_in(tmp_path):  # each ends after a quarter of an hour at most
                 time.sleep(0.2)
-    assert "are being compiled, once" in told[0]
+    assert "are being compiled. This happens once" in told[0]
     assert f"are being compiled by process {helpers[0] if helpers else ''}" in told[1]
     assert told[2] == "" and len([*tmp_path.rglob("kernels-float32*.txt")]) == 1
 

@@ -1,7 +1,7 @@
-"""What a CPU with numba offers to the fused model, and that model's loop over the layers, compiled.
+"""The CPU backend of the fused model, in numba, and its compiled loop over the layers.
 
-A call from Python takes 30 to 100 microseconds between two products, since the weights that have
-just gone through the caches have swept out what Python needs; the loop has ten of them in a layer.
+A call from Python takes 30 to 100 microseconds between two matrix products, because the weights
+that have just passed through the caches evict what Python needs. Each layer has ten of these calls.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ from .team import (
 )
 
 _f32 = np.float32
-PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plain torch as well
+PLAIN = "attend", "add_norm", "rope_store", "sample"  # also in plain torch, in Backend
 
 
 def kinds_for(kind: str) -> list[str]:
-    """All kinds of kernels that the engines of one checkpoint call in one precision, `kind` first,
-    then those of live modules, whose weights are shared and so not packed, and those that compute
-    layer by layer."""
+    """Return all kinds of kernels that engines of one checkpoint call in one precision.
+
+    `kind` comes first. Then come the kinds for live modules, whose weights are shared and therefore
+    not packed, and for engines that compute layer by layer."""
     start = kind.removesuffix("-layers")
     store = start.partition("-")[0]
     if start == kind or store not in ("float32", "bfloat16"):
@@ -74,14 +75,12 @@ def kinds_for(kind: str) -> list[str]:
 
 
 class CpuBackend(Backend):
-    """Kernels in numba, float32 in and out; matrices, tables, K and V may be in bfloat16."""
+    """Kernels in numba, float32 in and out. Matrices, tables, K and V may be in bfloat16."""
 
     name = "numba"
-    kind: str | None = None  # of kernels, as compilation.py has them
-    waits = False  # have no steps in plain torch the same result? then kernels are waited for
-    awaited: str | None = (
-        None  # the kind of kernels, while they are being compiled: see compilation.py
-    )
+    kind: str | None = None  # kind of kernels, as in compilation.py
+    waits = False  # wait for the kernels, because steps in plain torch give different results?
+    awaited: str | None = None  # kind of kernels that are being compiled, see compilation.py
     attend = staticmethod(paged_attention)
     add_norm = staticmethod(elementwise.add_norm)
     rope_store = staticmethod(elementwise.rope_store)
@@ -126,8 +125,8 @@ class CpuBackend(Backend):
         return super().linear_class(quantization, shared, width, dtype, head)
 
     def compile(self, model) -> Callable | None:
-        """One call, if all weights are packed, in whole tiles where outputs lie side by side; or if
-        all are shared."""
+        """Return `Layers` if all weights are shared, or all packed in whole tiles (adjacent outputs
+        must not have padding between them); else None."""
         layers = [w for x in model.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
         linears = *layers, model.lm_head
         is_packed = all(isinstance(w, PackedLinear) for w in linears)
@@ -136,18 +135,18 @@ class CpuBackend(Backend):
         return Layers(model) if is_packed or is_shared else None
 
     def prepare(self, model) -> None:
-        """Have the kernels of such a model on disk, or compute in plain torch until they are."""
+        """Have the model's kernels on disk, or compute in plain torch until they are ready."""
         kind = model.store or "float32"
         kind += "-int8_cache" if model.kv_layout[1] == torch.int8 else ""
         if model.compiled:
             is_shared = isinstance(model.lm_head, SharedFloat32)
             kind += "-shared-layers" if is_shared else "-layers"
         self.kind = kind
-        # ranks draw the same tokens, so all of them have to compute in the same way
+        # all ranks must draw the same tokens, so they must compute in the same way
         waits = self.waits or self.deterministic or model.ranks is not None
         if not compilation.begin(CpuBackend, kind, waits):
             self.awaited = kind
-            # the helper needs a core: threads that share one with it wait for each other at the end
+            # the helper needs a core: threads that share a core with it delay all others at the end
             # of each operation, and a step takes 30 times as long
             self.num_threads = torch.get_num_threads()
             torch.set_num_threads(max(1, self.num_threads - 1))
@@ -165,21 +164,22 @@ class CpuBackend(Backend):
 
 @numba.njit(**EXACT)
 def _tensor(weights, i, kind, like):
-    """The tensor at a place of layer i, of numbers such as `like` has."""
+    """Return the tensor at a place of layer i, with the dtype of `like`."""
     place = weights[i, kind]
     return numba.carray(pointer(place[0]), (place[1], place[2], place[3]), like.dtype)
 
 
 @numba.njit(**EXACT)
 def _parts(weights, i, kind, like):
-    """The weight tiles, offset and scale of layer i's qkv, proj, fc or mlp_proj."""
+    """Return the weight tiles, offset and scale of layer i's qkv, proj, fc or mlp_proj."""
     w = _tensor(weights, i, 3 * kind, like[0])
     offset = _tensor(weights, i, 3 * kind + 1, like[1])
     return w, offset[0, 0], _tensor(weights, i, 3 * kind + 2, like[2])[0, 0]
 
 
 def _weight(weights, i, kind, like):
-    """The same, of the type that `like` has, which tells `product` how they are packed."""
+    """Return the same as an object of the type of `like`, which tells `product` how the weights
+    are packed."""
 
 
 @overload(_weight, jit_options=EXACT)
@@ -202,7 +202,7 @@ def _weight_of(weights, i, kind, like):
     return low_bit if made else lambda weights, i, kind, like: _parts(weights, i, kind, like)
 
 
-_VE = 12  # after those four weights: the value embeddings, and their gate
+_VE = 12  # index after these four weights: the value embeddings, then their gate
 
 
 @kept(**EXACT)
@@ -213,29 +213,30 @@ def _run(
     rows, tiles, x0, unused, other, y, h, half, taken, free, q, seen, qkv, wide, scratch, hidden,
     logits, V, uniform, scale, softcap, filters, stops, w, sums, step, tokens,
 ):  # fmt: skip
-    """FusedGPT.forward with the same numbers: `hidden` (R, C) becomes the normed rows of the head.
+    """Compute FusedGPT.forward, with the same numbers. `hidden` (R, C) receives the normed rows of
+    the head.
 
-    With tokens (steps, R) also what follows, step after step, where each sequence has one row: the
-    head, the draw, and the next step with the drawn token, until a sequence has drawn one of its
-    `stops`. step[0] becomes the number of steps done. The batch's arrays are those of the next step
-    then.
+    With tokens (steps, R), where each sequence has one row, this also computes the following steps:
+    the head, the draw, and the next step with the drawn token, until a sequence draws one of its
+    `stops`. step[0] receives the number of steps done, and the batch's arrays become those of the
+    next step.
 
-    All of it is recorded first, then computed (team.py): so no array that is made in here is an
-    argument of a job. The lines of arguments: a batch (attention.py), the model, workspace, and
-    what a draw takes.
+    All jobs are recorded first and then computed (team.py), so no array that is created in here may
+    be an argument of a job. The argument lines are: a batch (attention.py), the model, workspace,
+    and the arguments of a draw.
     """
     n_layer, size = len(windows), cache.shape[4]
     mixes, smears = resid.size > 0, backout.size > 0
     one, none = _f32(1), _f32(0)
     T, R = len(ids), len(hidden_rows)
-    whole = R == T  # are all rows the head's, in their order?
+    whole = R == T  # are all rows inputs of the head, in order?
     for t in range(R if whole else 0):
         whole &= hidden_rows[t] == t
-    # no constants, or numba would compile each kernel for them once more
+    # not constants: numba would compile each kernel again for them
     yes, no = n_layer > 0, n_layer < 0
     n_kv_head = cache.shape[3]
     counts = np.zeros(len(tiles), np.int64)
-    for i in range(n_layer):  # the same tiles for all layers of a window and a block table
+    for i in range(n_layer):  # layers with the same window and block table have the same tiles
         kind = tilings[i]
         if counts[kind] == 0:
             group = q.shape[1] // n_kv_head
@@ -246,7 +247,7 @@ def _run(
             counts[kind] = len(cut)
             tiles[kind, : len(cut)] = cut
     begin(team)
-    # several rows may be drawn from one: the workspace has as many rows as either is
+    # several rows may be drawn from one, so the workspace has max(T, R) rows
     x0, unused, other, qkv = x0[:T], unused[:T], other[:T], qkv[:T]
     embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, team, x0)  # (1)
     x, spare, z, normed, inner, middle = x0, unused, y[:T], h[:T], wide[:T], half[:T]
@@ -275,7 +276,7 @@ def _run(
             tiles[kind, : counts[kind]], queries, k, v, cu_seqlens, seq_lens, tables[group],
             windows[i], team, scratch, attended,
         )  # fmt: skip
-        if is_last and not whole:  # all K and V are written: only the head's rows go on
+        if is_last and not whole:  # all K and V are written: continue only with the head's rows
             take_rows(x, hidden_rows, team, taken[:R])
             x, spare, z, normed, inner = taken[:R], free[:R], y[:R], h[:R], wide[:R]
             take_rows(attended.reshape(T, -1), hidden_rows, team, q[:R].reshape(R, -1))
@@ -290,7 +291,7 @@ def _run(
         x, spare = spare, x
         mlp_proj = _weight(weights, i, 3, like)  # (6)
         product(normed, fc, yes, mlp_proj[0], team, inner)
-        # the head comes after the last
+        # the head follows the last layer
         following = head[0] if is_last else _weight(weights, i + 1, 0, like)[0]
         product(inner, mlp_proj, no, following, team, z)
         if smears and i == n_layer // 2:
@@ -314,8 +315,8 @@ def _run(
 
 
 class Layers:
-    """All layers of a FusedGPT whose weights are packed, or all shared with a live module, on a
-    batch: see FusedGPT.forward."""
+    """All layers of a FusedGPT whose weights are packed, or all shared with a live module, computed
+    on a batch. See FusedGPT.forward."""
 
     def __init__(self, model):
         config, recipe, places, none = model.config, model.recipe, [], torch.empty(0)
@@ -323,7 +324,7 @@ class Layers:
             linears = layer.qkv, layer.proj, layer.fc, layer.mlp_proj
             embeddings = (none, none) if layer.ve is None else (layer.ve, layer.ve_gate)
             tensors = *map(torch.from_numpy, chain(*(x.arrays for x in linears))), *embeddings
-            # addresses, and three dimensions
+            # the address and three dimensions
             places.append([(x.data_ptr(), *(1,) * (3 - x.ndim), *x.shape) for x in tensors])
         self.weights, self.windows = np.array(places, np.int64), np.array(model.windows)
         assert 20 * len(places) + 20 < MAX_JOBS, f"{len(places)} layers"
@@ -337,14 +338,14 @@ class Layers:
         self.smear = [smear.numpy(), model.tensors.get("smear_lambda", none).numpy()]
         self.scales = [_f32(x) for x in (recipe.qk_scale, recipe.gate_scale, recipe.eps)]
         self.vocab_size, self.softcap = config.vocab_size, _f32(recipe.softcap)
-        self.cache = None  # the one that groups and depths are of
+        self.cache = None  # the cache that `groups` and `depths` belong to
         C, D, self.group = config.n_embd, config.head_dim, config.n_head // config.n_kv_head
-        # of a row's x0, unused, other, y, h, half, taken, free, q, seen, qkv and wide
+        # row shapes of x0, unused, other, y, h, half, taken, free, q, seen, qkv and wide
         self.shapes = *[(C,)] * 8, *[(C // D, D)] * 2, (C + 2 * C // self.group,), (4 * C,)
         self.draw_space = draw_space(config.vocab_size, 1)
 
     def __call__(self, batch, cache) -> Tensor:
-        """(R, C), the normed rows of the head."""
+        """Return the normed rows of the head, (R, C)."""
         rows = len(batch.hidden_rows)
         hidden, nothing = np.empty((rows, self.wte.shape[1]), np.float32), np.empty(0, np.float32)
         draws = (
@@ -355,9 +356,12 @@ class Layers:
         return torch.from_numpy(hidden)
 
     def several(self, batch, cache, uniform, scale, filters, stops, count: int) -> np.ndarray:
-        """The tokens (steps, T) of a batch of one row for each sequence, and of the steps after it:
-        at most `count`, up to the first that ends a sequence. uniform (count, T): random numbers of
-        [0, 1); scale, filters: of elementwise.draw_values; stops (T, n): tokens, -1 for none."""
+        """Compute several steps of a batch with one row for each sequence. Return the tokens
+        (steps, T).
+
+        count: maximum number of steps; fewer are done if a sequence ends. uniform (count, T):
+        random numbers in [0, 1); scale, filters: see elementwise.draw_values; stops (T, n): stop
+        tokens, padded with -1."""
         rows = len(batch.hidden_rows)
         logits = np.empty((rows, self.num_columns), np.float32)
         tokens = np.empty((count, rows), np.int64)
@@ -366,7 +370,7 @@ class Layers:
         return tokens[:done]
 
     def run(self, batch, cache, hidden, logits, uniform, scale, filters, stops, tokens) -> int:
-        """Call the kernel."""
+        """Call the kernel. Return the number of steps done."""
         names = "token_ids", "prev_token_ids", "positions", "cu_seqlens", "seq_lens", "hidden_rows"
         arrays = [np.asarray(getattr(batch, name)) for name in names]
         slots, tables = np.asarray(batch.slots), np.asarray(batch.block_tables)
@@ -378,7 +382,7 @@ class Layers:
         T, R = len(arrays[0]), len(arrays[5])
         slots = slots.reshape(-1, T)
         tables = tables.reshape(len(slots), len(arrays[4]), -1)
-        step = np.zeros(1, np.int64)  # steps done
+        step = np.zeros(1, np.int64)  # number of steps done
         with one_at_a_time:
             team = team_of(scratch=scratch_bytes(max(T, R), self.shapes[-1][0], MAX_THREADS))
             threads = int(team[SIZE])

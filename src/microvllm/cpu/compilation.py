@@ -1,21 +1,22 @@
-"""Compilation of the kernels: which process does it, and what does an engine do meanwhile?
+"""Compilation of the kernels in a helper process, and what an engine does in the meantime.
 
-numba compiles for tens of seconds, and keeps what it made on disk. A process that compiles hears no
-Ctrl-C. So a helper process (helper_process.py) does it, once for each kind of engine:
+numba compiles for tens of seconds and stores the result on disk. A process does not react to Ctrl-C
+while it compiles. So a helper process (helper_process.py) compiles, once for each kind of engine:
 
-    engine       plain torch ... ... ... ... loads the kernels, calls them     (or it waits)
-    helper       compiles, writes to numba's folder, then a file that says so, and ends
+    engine       computes in plain torch (or waits) ...   loads the kernels and calls them
+    helper       compiles into numba's folder, writes the file that marks the kind, and ends
 
-The helper is a run of a tiny model of the same kind, whose arrays have the same types, and so is
-the loading. Each kernel is on disk as soon as it is compiled. The files hold no code.
+The helper runs a tiny model of the same kind, whose arrays have the same types. Loading runs the
+same tiny model. Each kernel is on disk as soon as it is compiled. The marker files hold no code.
 
-A helper that no engine waits for has the lowest priority and outlives the engine, so that a run of
-four seconds leaves compiled kernels to the next one. There is one at a time in a folder, and its
-lock file says what it does (process_lock.py). An engine that waits has a helper of its own, at its
-own priority; once that engine is gone it is like the others. Where nothing can be written, or no
-helper can be started, an engine that waits compiles by itself.
+A background helper, which no engine waits for, has the lowest priority and outlives the engine.
+So a run of four seconds leaves compiled kernels to the next run. A folder has one background helper
+at a time. Its lock file describes its work (process_lock.py). An engine that waits starts a helper
+of its own, at the engine's priority. When that engine ends, its helper becomes a background helper.
+If the folder is not writable, or no helper can be started, an engine that waits compiles in its own
+process.
 
-MICROVLLM_HELPER=attached: helpers end with their engine; =none: there are none.
+MICROVLLM_HELPER=attached ends helpers with their engine; MICROVLLM_HELPER=none starts no helper.
 """
 
 from __future__ import annotations
@@ -47,27 +48,27 @@ from .attention import attend_rows
 from .helper_process import ATTACHED, BACKGROUND, FOREGROUND, UNKEPT, describe, description
 from .simd import AMX, CPU, STAMP
 
-TRIES = 2  # helpers that may die before an engine goes on without
-PATIENCE = 60.0  # seconds that an engine waits for a helper of the lowest priority
+TRIES = 2  # helpers that may fail before the engine continues without one
+PATIENCE = 60.0  # seconds that an engine waits for a background helper
 REMEDY = "set NUMBA_CACHE_DIR to a folder of your own"
 LOCKS = {FOREGROUND: "kernels.lock", BACKGROUND: "kernels-background.lock"}
 
-_ready: set[str] = set()  # kinds whose kernels this process has, or finds on disk
-_told: set[str] = set()  # lines
-_helpers: dict[str, list[subprocess.Popen]] = {}  # of each kind, the last one may run
-_due: dict[str, float] = {}  # when a kind is looked for again
+_ready: set[str] = set()  # kinds whose kernels are loaded in this process, or are on disk
+_told: set[str] = set()  # lines that were already printed
+_helpers: dict[str, list[subprocess.Popen]] = {}  # for each kind; only the last may still run
+_due: dict[str, float] = {}  # time of the next search for a helper, for each kind
 _lock = threading.RLock()
 
 
 def to_stderr(line: str) -> None:
-    """Tell a person who uses the library."""
+    """Print a line for the user on stderr."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):  # closed
             print(f"microvllm: {line}", file=sys.stderr, flush=True)
 
 
-# where lines for a person go, whether engines wait for their kernels, and what is called meanwhile
-# with the kind, what its helper says of itself, and seconds; see `told`
+# receives the lines for the user; whether engines wait for their kernels; and a function called
+# while they wait, with the kind, the helper's description, and seconds. See `told`
 tell: Callable[[str], object] = to_stderr
 patient = True
 progress: Callable[[str, dict, float], object] | None = None
@@ -75,17 +76,17 @@ _listeners: dict[str, Callable[[str], object]] = {}  # `tell` of the engines tha
 
 
 def run_tiny(backend_class: type, kind: str) -> None:
-    """Two steps of a tiny model of this kind, a prompt and a token: each kernel that an engine of
-    this kind calls is loaded from disk, or compiled."""
+    """Run two steps of a tiny model of this kind, with a prompt and with one token. This loads from
+    disk, or compiles, every kernel that an engine of this kind calls."""
     store, *parts = kind.split("-")
-    width = 64 if "layers" in parts else 24  # its weight tiles are whole, or not
+    width = 64 if "layers" in parts else 24  # with whole weight tiles, or with a partial one
     config, recipe = GPTConfig(16, 64, 2, 2, 1, width), RECIPES["5"]
     names = empty_model(config, recipe, config.vocab_size).state_dict()
     weights = {name: torch.zeros(weight.shape) for name, weight in names.items()}
     if "int8_cache" in parts:
         backend_class = with_int8_cache(backend_class, torch.device("cpu"))
     backend = backend_class(torch.device("cpu"), torch.float32)
-    backend.prepare = lambda model: None  # it does not wait for itself
+    backend.prepare = lambda model: None  # the helper must not wait for itself
     store = None if store == "float32" else store
     share = "shared" in parts
     model = FusedGPT(config, recipe, weights, backend, share=share, store=store)
@@ -99,18 +100,18 @@ def run_tiny(backend_class: type, kind: str) -> None:
     for _ in range(2):
         plan = scheduler.schedule()
         scheduler.update(plan, runner.run(plan))
-    if "layers" not in parts:  # a live module's product, too
+    if "layers" not in parts:  # also the product of a live module
         weight = backend.linear_class(None, True, 64, torch.float32)(
             [torch.zeros(4, 64)], backend, torch.float32
         )
         weight.multiply(torch.zeros(1, 64))
 
 
-# what is on disk ----------------------------------------------------------------------------------
+# kernels on disk ----------------------------------------------------------------------------------
 
 
 def place(kind: str) -> Path | None:
-    """The file that says that the kernels of a kind are compiled; None if numba keeps none."""
+    """Return the file that marks a kind as compiled, or None if numba stores no kernels."""
     cache = attend_rows._cache
     if not getattr(cache, "_enabled", False):
         return None
@@ -118,18 +119,18 @@ def place(kind: str) -> Path | None:
 
 
 def folder() -> Path:
-    """Where kernels are kept, if they are."""
+    """Return the folder of the kernels. Only valid if kernels are stored."""
     return Path(os.path.abspath(place("any").parent))
 
 
 def contents(files: dict[str, int]) -> str:
-    """What the file says: the sources, compiler and processor of the kernels, and the size of each
-    of their files in bytes."""
+    """Return the text of the marker file: the sources, compiler and processor of the kernels, and
+    the size in bytes of each kernel's file."""
     return json.dumps([repr((STAMP, AMX, numba.__version__, *CPU)), files])
 
 
 def compiled(kind: str) -> bool:
-    """Are the kernels on disk, all of them whole?"""
+    """Return whether all kernels of a kind are on disk and complete."""
     file = place(kind)
     if file is None:
         return False
@@ -142,7 +143,7 @@ def compiled(kind: str) -> bool:
 
 
 def compile_here(backend_class: type, kind: str) -> None:
-    """Compile or load the kernels in this process, and say so in the file."""
+    """Compile or load the kernels in this process, and write the marker file."""
     run_tiny(backend_class, kind)
     file = place(kind)
     if file is None or kernel_cache.unkept:
@@ -156,22 +157,25 @@ def compile_here(backend_class: type, kind: str) -> None:
 
 
 def serve(backend_class: type, kind: str, said: dict) -> None:
-    """What a helper does once it has imported all. said: its description (helper_process.py)."""
+    """Compile the kernels of a kind in a helper, after its imports. said: the helper's description,
+    see helper_process.py."""
 
     def report(name: str) -> None:
         said.update(now=name, done=len(kernel_cache.used))
 
     torch.set_num_threads(1)
     kernel_cache.compiling = report
-    if not compiled(kind):  # by another process meanwhile
+    if not compiled(kind):  # another process may have compiled the kind in the meantime
         compile_here(backend_class, kind)
-    os._exit(0 if compiled(kind) else UNKEPT)  # threads that wait cannot be waited for
+    os._exit(0 if compiled(kind) else UNKEPT)  # waiting threads cannot be joined
 
 
 def sources() -> list[str]:
-    """The places where this process found its modules, and this package for sure: numba keeps
-    kernels by the path of their source, so a helper must find the same one. The current folder is
-    none of them, unless the package is there: it may have a module of any name."""
+    """Return the folders of this process's modules, always including this package's.
+
+    numba identifies kernels by the path of their source, so a helper must import the same files.
+    The current folder is left out unless it holds the package: it may contain a module of any name.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     places = []
     for place in sys.path:
@@ -183,11 +187,11 @@ def sources() -> list[str]:
 
 
 def start(kind: str, role: str) -> subprocess.Popen | None:
-    """Start a helper, FOREGROUND or BACKGROUND. Returns None where another process has one of that
-    role. Raises OSError if there can be none."""
+    """Start a FOREGROUND or BACKGROUND helper. Return None if another process already has a helper
+    of that role. Raises OSError if no helper can be started."""
     setting = os.environ.get("MICROVLLM_HELPER")
     if getattr(sys, "frozen", False):
-        raise OSError("sys.executable is this program, and no Python")
+        raise OSError("sys.executable is this program and not Python")
     if setting == "none":
         raise OSError("MICROVLLM_HELPER=none")
     arguments = {
@@ -201,28 +205,28 @@ def start(kind: str, role: str) -> subprocess.Popen | None:
     if lock is None:
         return None
     try:
-        passes = os.name == "posix"  # elsewhere no descriptor is passed on
+        passes = os.name == "posix"  # other systems cannot pass a descriptor
         arguments["lock"] = lock if passes else None
-        # isolated: what `sources` names, and nothing else
+        # isolated: import only from the folders of `sources`
         command = [sys.executable or "python", "-I", helper_process.__file__, json.dumps(arguments)]
         process = subprocess.Popen(
             command, env=env, pass_fds=(lock,) if passes else (),
             stdin=subprocess.DEVNULL if arguments["role"] == BACKGROUND else subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C on the terminal is for the engine
+            start_new_session=True,  # Ctrl-C on the terminal reaches only the engine
             creationflags=getattr(subprocess, "IDLE_PRIORITY_CLASS", 0) * (role == BACKGROUND),
         )  # fmt: skip
         if passes:
             describe(lock, description(kind, arguments["role"], process.pid))
     finally:
-        os.close(lock)  # the helper has it
-    # no zombie is left, whether or not an engine looks for its helper again
+        os.close(lock)  # the helper holds its own copy
+    # leaves no zombie process, even if no engine polls its helper again
     threading.Thread(target=process.wait, daemon=True).start()
     return process
 
 
 def at_work() -> list[dict]:
-    """What the helpers of this folder say of themselves, whichever process started them."""
+    """Return the descriptions of the helpers of this folder, started by any process."""
     file = place("any")
     paths = [file.with_name(name) for name in LOCKS.values()] if file else []
     found = [process_lock.holder(path) for path in paths]
@@ -230,21 +234,23 @@ def at_work() -> list[dict]:
 
 
 def lives(kind: str) -> bool:
-    """Does a helper run that this process has started?"""
+    """Return whether a helper runs that this process started."""
     started = _helpers.setdefault(kind, [])
     return bool(started) and started[-1].poll() is None
 
 
-# what a person hears ------------------------------------------------------------------------------
+# messages to the user -----------------------------------------------------------------------------
 
 
 @contextmanager
 def told(
     how: Callable[[str], object], waits: bool, shows: Callable | None = None
 ) -> Iterator[None]:
-    """Engines made inside tell by how(line) that kernels are compiled, and while they wait call
-    shows(kind, what the helper says, seconds) about ten times a second. Unless waits, they compute
-    in plain torch until the kernels are there, where that gives the same but for rounding."""
+    """Set how engines created in this context report that kernels are compiled.
+
+    how(line) receives the messages. While an engine waits, it calls shows(kind, the helper's
+    description, seconds) about ten times a second. Unless `waits` is set, engines compute in plain
+    torch until the kernels are ready, where the results differ only by rounding."""
     global tell, patient, progress
     before = tell, patient, progress
     try:
@@ -255,21 +261,21 @@ def told(
 
 
 def say(tell: Callable[[str], object], line: str) -> None:
-    """Tell a line, once."""
+    """Send a line to the user, once."""
     if line not in _told:
         _told.add(line)
         tell(line)
 
 
 def precision(kind: str) -> str:
-    """A kind in words."""
+    """Return a kind in words."""
     store, *parts = kind.split("-")
-    store += ", of a live module" if "shared" in parts else ""
-    return store + (", K and V in int8" if "int8_cache" in parts else "")
+    store += ", weights of a live module" if "shared" in parts else ""
+    return store + (", int8 K and V" if "int8_cache" in parts else "")
 
 
 def warmup(kind: str) -> str:
-    """The command that compiles a kind."""
+    """Return the command that compiles a kind."""
     store, *parts = kind.split("-")
     flags = {"float32": "", "bfloat16": " --dtype bfloat16"}.get(store, f" --quantization {store}")
     if "int8_cache" in parts:
@@ -278,33 +284,34 @@ def warmup(kind: str) -> str:
 
 
 def being_compiled(kind: str, said: dict, waits: bool) -> str:
-    """The line for kernels that a helper compiles. said: what a helper says that another process
-    started, {} for one of this process."""
-    by = ""
+    """Return the message for kernels that a helper compiles. said: the description of a helper that
+    another process started, {} for a helper of this process."""
+    state = "are being compiled"
     if said.get("kind") == kind:
-        by = f" by process {said.get('pid')}"
+        state += f" by process {said.get('pid')}"
     elif said:
-        by = f" after those that process {said.get('pid')} compiles now"
-    line = f"the kernels for this processor ({precision(kind)}) are being compiled{by}, once, for "
-    line += f"about half a minute, and are kept in {folder()}"
+        state = f"will be compiled when process {said.get('pid')} has compiled its own"
+    line = f"the kernels for this processor ({precision(kind)}) {state}. This happens once and "
+    line += f"takes about half a minute. The kernels are stored in {folder()}."
     if not waits:
-        line += "; until they are there answers come more slowly"
-    return f"{line}; {warmup(kind)} does it beforehand"
+        line += " Until they are ready, answers are slower."
+    return f"{line} To compile them in advance, run {warmup(kind)}."
 
 
 def compiled_here(kind: str) -> str:
-    """The line for kernels that this process compiles."""
-    line = f"the kernels for this processor ({precision(kind)}) are compiled in this process, for "
+    """Return the message for kernels that this process compiles."""
+    line = f"this process compiles the kernels for this processor ({precision(kind)}), which takes "
     line += "about half a minute"
     if (why := not_kept(kind)) is None:
-        return f"{line}, since no helper process could do it, and are kept in {folder()}"
-    return f"{line}, and again in each later one, because {why}: {REMEDY}"
+        return f"{line}. No helper process could be used. The kernels are stored in {folder()}."
+    return f"{line}. Every later process will do so again, because {why}: {REMEDY}"
 
 
 def not_kept(*kinds: str) -> str | None:
-    """Why kernels are not kept on disk, None if they are. kinds: what helpers have compiled."""
+    """Return why kernels are not stored on disk, or None if they are. kinds: those that helpers
+    have compiled."""
     if place("any") is None:
-        return kernel_cache.unkept or "numba keeps none"
+        return kernel_cache.unkept or "numba stores no kernels"
     ended = [process.returncode for kind in kinds for process in _helpers.get(kind, [])]
     if UNKEPT in ended:
         return f"{folder()} cannot be written"
@@ -315,8 +322,10 @@ def not_kept(*kinds: str) -> str | None:
 
 
 def begin(backend_class: type, kind: str, waits: bool) -> bool:
-    """Can kernels of this kind be called? If not a helper compiles them, and `poll` knows more; an
-    engine that waits comes back when they are there. Ctrl-C ends the waiting."""
+    """Prepare the kernels of a kind. Return True if they can be called.
+
+    Otherwise a helper compiles them. Without `waits` this returns False, and `poll` reports when
+    they are ready. With `waits` it blocks until they are. Ctrl-C ends the wait."""
     waits = waits or patient
     with _lock:
         if kind in _ready or compiled(kind):
@@ -341,9 +350,10 @@ def begin(backend_class: type, kind: str, waits: bool) -> bool:
 
 
 def find_helper(kind: str) -> dict:
-    """See that a helper compiles a kind, which no engine waits for. Returns what it says of itself
-    if another process started it, or if it has another kind to compile before this one; else {}.
-    Raises OSError if there can be none."""
+    """Make sure that a background helper compiles a kind.
+
+    Return its description if another process started it, or if it compiles another kind first;
+    else {}. Raises OSError if no helper can be started."""
     if lives(kind):
         return {}
     others = at_work()
@@ -357,11 +367,11 @@ def find_helper(kind: str) -> dict:
 
 
 def wait(kind: str) -> None:
-    """Come back when a kind is compiled, or when no helper can do that.
+    """Wait until a kind is compiled, or until no helper can compile it.
 
-    A helper that another engine waits for is waited for here, too. One of the lowest priority gets
-    no time at all where other programs are busy: after a minute this engine's own helper compiles
-    what is left, beside it.
+    This also waits for a helper of another engine that waits. A background helper gets no processor
+    time while other programs are busy. So after a minute this engine starts its own helper, which
+    compiles the remaining kernels beside it.
     """
     began, own, tries, is_told = time.monotonic(), None, 0, False
     try:
@@ -371,7 +381,7 @@ def wait(kind: str) -> None:
             waited_for = any(said.get("role") != BACKGROUND for said in others)
             if not (lives_on(own) or waited_for or (same and seconds < PATIENCE)):
                 if tries == TRIES or (own and own.returncode == UNKEPT) or compiled(kind):
-                    return  # the last one: a helper may have ended just now
+                    return  # `compiled` is checked last: a helper may have ended just now
                 try:
                     own = start(kind, FOREGROUND)
                 except OSError:
@@ -387,7 +397,7 @@ def wait(kind: str) -> None:
             time.sleep(0.1)
     finally:
         if own and own.stdin:
-            own.stdin.close()  # after Ctrl-C it goes on, at the lowest priority
+            own.stdin.close()  # after Ctrl-C the helper continues as a background helper
 
 
 def lives_on(process: subprocess.Popen | None) -> bool:
@@ -395,9 +405,10 @@ def lives_on(process: subprocess.Popen | None) -> bool:
 
 
 def poll(backend_class: type, kind: str) -> bool:
-    """Can the kernels be called now? If they just were compiled they are loaded. Where helpers die,
-    as of too little memory, the engine goes on in plain torch: to compile in the midst of its
-    answers would hold up both them and Ctrl-C."""
+    """Return whether the kernels can be called now. Kernels that were just compiled are loaded.
+
+    If helpers fail, for example for lack of memory, the engine continues in plain torch. Compiling
+    during generation would block both the answers and Ctrl-C."""
     if kind in _ready:
         return True
     with _lock:
@@ -416,6 +427,6 @@ def poll(backend_class: type, kind: str) -> bool:
                     find_helper(kind)
             return False
     why = f"exit status {ended[-1]}" if UNKEPT not in ended else f"{not_kept(kind)}: {REMEDY}"
-    line = f"the kernels could not be compiled ({why}); this run goes on without them"
+    line = f"the kernels could not be compiled ({why}); this run continues without them"
     say(_listeners.get(kind, tell), line)
     return False

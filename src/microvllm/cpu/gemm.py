@@ -1,9 +1,10 @@
-"""Matrix products on a CPU, of float32, bfloat16 or int8, and the layouts of their weights.
+"""Matrix products on a CPU in float32, bfloat16 or int8, and the layouts of their weights.
 
-The weights of few rows come from memory, are used once, and a library that reads them as it gets to
-them waits. Here, while one tile of them is multiplied, the next one is on its way to the
-second-level cache: for up to 64 rows 1.2 times as fast as oneDNN, for more the same. And a row's
-sums are always added up in one order, whatever rows there are beside it.
+With few rows, the weights come from memory and are used once. A library that reads weights only
+when it needs them has to wait. Here, while one tile of weights is multiplied, the next tile is
+already being loaded into the second-level cache. This is 1.2 times as fast as oneDNN for up to 64
+rows, and equally fast for more. A row's sums are always added in the same order, whatever other
+rows are in the batch.
 """
 
 from __future__ import annotations
@@ -56,19 +57,19 @@ from .team import (
 
 _f32 = np.float32
 
-# outputs whose weights lie together: two registers of them. With _ROWS rows the registers that
-# are left hold the sums. 0: a processor without the instructions that this is made for
+# outputs whose weights are stored together: two registers of them. With _ROWS rows, the remaining
+# registers hold the sums. 0: the processor lacks the instructions that this layout is made for
 TILE = 2 * LANES if LANES > 4 or NEON else 0
-# the same, for floats: not on Apple's, whose library has a unit of its own for them
+# the same for floats; 0 on Apple's processors, whose library has a special unit for floats
 FLOAT_TILE = 0 if sys.platform == "darwin" else TILE
-# the same, for int8: an instruction that adds up products of integers
+# the same for int8; needs an instruction that adds up products of integers
 INT8_TILE = TILE if INTEGERS else 0
 _ROWS = 12 if LANES == 16 or NEON else 6
-_SOON = 768 // TILE if TILE else 0  # inputs whose weights are 3 KB
-_DEPTH = 1024  # inputs at a time: the weights of a tile for them stay in the cache
-_MANY = 240  # rows at a time: they stay there, too
-# of weights that are not packed: as many sums as there are registers, and up to how many rows that
-# is faster than to pack tiles of them first
+_SOON = 768 // TILE if TILE else 0  # inputs whose weights take 3 KB
+_DEPTH = 1024  # inputs at a time: a tile's weights for them stay in the cache
+_MANY = 240  # rows at a time: they also stay in the cache
+# for weights that are not packed: columns and rows at a time, with as many sums as there are
+# registers; and the number of rows up to which this is faster than packing tiles first
 _DENSE_COLUMNS = 4
 _DENSE_ROWS = 4 if LANES == 16 or NEON else 2
 UNPACKED_ROWS = 48
@@ -79,14 +80,16 @@ def _multiply(
     b, n, wide, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, every, add, square, offset,
     w_scale, x_scale,
 ):  # fmt: skip
-    """y (n, TILE) = x (n, K) @ w (K, TILE), n being 1 to _ROWS; if `add`, more by that.
+    """Compute y (n, TILE) = x (n, K) @ w (K, TILE), for n from 1 to _ROWS; if `add`, add that to y.
 
-    These parts of the arrays, all contiguous, begin at the flat indices x_at and w_at, and at the
-    row and column of y: a slice takes as long as a few rows do. wide: of two tiles, for up to half
-    as many rows, which loads less often; square: then relu(y)^2; ahead: weights to start loading,
-    TILE of them at each `every`-th input. If x and w are int32, each is four int8, of x plus 128:
-    y = (x @ w - offset (N,)) * w_scale (N,) * x_scale (T,). If w is bfloat16 (uint16), two of them
-    count as one, and two of x: of bfloat16, which are then one int32, or of float32.
+    All arrays are contiguous. Their parts begin at the flat indices x_at and w_at, and at a row and
+    column of y, because making a slice takes as long as computing a few rows.
+
+    wide: compute two tiles for up to half as many rows, which loads less often; square: then apply
+    relu(y)^2; ahead: weights to prefetch, TILE of them at each `every`-th input. If x and w are
+    int32, each number holds four int8, those of x plus 128, and
+    y = (x @ w - offset (N,)) * w_scale (N,) * x_scale (T,). If w is bfloat16 (uint16), two weights
+    count as one. So do two inputs, which are either two bfloat16 in one int32, or two float32.
     """
     integers, halves = (w.data.type.pointee == kind for kind in (b.i32, b.i16))
     pairs = halves and x.data.type.pointee == b.f32
@@ -159,8 +162,8 @@ def _multiply(
 
 @numba.njit(**VIEWS)
 def _multiply_tiles(x, w, scaling, square, first, end, following, ahead, y):
-    """y (T, N) of the tiles from `first` to `end`; following, ahead: which weights come after, and
-    where they begin."""
+    """Compute y (T, N) of the tiles from `first` to `end`. following, ahead: weights to prefetch
+    at the end, and their first index."""
     T, K = len(y), w.shape[1]
     offset, w_scale, x_scale = scaling
     blocks, parts = -(-T // _MANY), 1 if offset.size else -(-K // _DEPTH)
@@ -171,10 +174,10 @@ def _multiply_tiles(x, w, scaling, square, first, end, following, ahead, y):
         t0, t1 = T * block // blocks, T * (block + 1) // blocks
         k0, k1 = K * part // parts, K * (part + 1) // parts
         row_tiles = -(-(t1 - t0) // rows)
-        share = -(-(k1 - k0) // row_tiles) * TILE  # of what comes next, that each of them asks for
+        share = -(-(k1 - k0) // row_tiles) * TILE  # of the next weights, prefetched in each call
         for p in range(first, end, step):
             source = w
-            if row_tiles == 1:  # all of it comes from memory now: load what is needed soon
+            if row_tiles == 1:  # the weights themselves come from memory: prefetch a bit ahead
                 near = (p * K + k0 + _SOON) * TILE
             elif p + step < end:
                 near = ((p + step) * K + k0) * TILE
@@ -198,12 +201,12 @@ def _multiply_part(
 ):  # fmt: skip
     tiles, rows, each = len(w), len(y), parts // runs
     first, end = share(tiles * cuts, part, parts)
-    # what to load after it: the next part of this run, or the weights of the next product
+    # weights to prefetch at the end: the next part of this run, or the next product
     later, ahead = w, end % tiles * w.shape[1] * TILE
     if (part + 1) % each == 0:
         later = following
         ahead = share(len(following), part // each, runs)[0] * following.shape[1] * TILE
-    # the tiles of the first rows, then those of the next: a thread's weights lie together
+    # all tiles of the first rows, then of the next rows: a thread's weights are adjacent
     for cut in range(first // tiles, -(-end // tiles)):
         t0, t1 = share(rows, cut, cuts)
         p0, p1 = max(first - cut * tiles, 0), min(end - cut * tiles, tiles)
@@ -217,9 +220,10 @@ def _multiply_part(
 
 @kept(**EXACT)
 def multiply(x, w, scaling, square, following, team, y):
-    """y (T, N) = x (T, K) @ w.T, packed in tiles; square: then relu(y)^2; following: the weights
-    of the product that comes next, whose beginning is to be loaded; scaling: of int8, see
-    _multiply."""
+    """Compute y (T, N) = x (T, K) @ w.T, with w packed in tiles.
+
+    square: then apply relu(y)^2; following: weights of the next product, whose beginning is
+    prefetched; scaling: offset, w_scale and x_scale of int8, see _multiply."""
     offset, w_scale, x_scale = scaling
     least = amx.ROWS // 2 if amx.fits(x, w) else _ROWS
     cuts = row_cuts(len(w), len(y), least, team[SIZE])
@@ -230,7 +234,8 @@ def multiply(x, w, scaling, square, following, team, y):
 
 @vectorised()
 def _multiply_dense(b, n, K, x, x_at, w, w_at, y, y_at, square):
-    """y (n, _DENSE_COLUMNS) = x (n, K) @ w.T, n being 1 to _DENSE_ROWS; square: then relu(y)^2.
+    """Compute y (n, _DENSE_COLUMNS) = x (n, K) @ w.T, for n from 1 to _DENSE_ROWS; square: then
+    apply relu(y)^2.
 
     The parts of the arrays begin at the flat indices x_at, w_at and y_at."""
     y_stride = b.extract_value(y.shape, 1)
@@ -260,7 +265,7 @@ def _multiply_dense(b, n, K, x, x_at, w, w_at, y, y_at, square):
 def _multiply_dense_part(worker, part, parts, x, w, column, square, y):
     T, K = x.shape
     first, end = share(len(w) // _DENSE_COLUMNS, part, parts)
-    for piece in range(first, end):  # its weights are read once, and then are in the cache
+    for piece in range(first, end):  # its weights are read from memory once, then from the cache
         for t in range(0, T, _DENSE_ROWS):
             n = min(T - t, _DENSE_ROWS)
             y_at = t * y.shape[1] + column + _DENSE_COLUMNS * piece
@@ -269,8 +274,8 @@ def _multiply_dense_part(worker, part, parts, x, w, column, square, y):
 
 @vectorised()
 def _pack_tile(b, w, w_at, w_stride, K, tile, tile_at):
-    """tile (K, TILE) = TILE rows of w, w_stride apart, transposed. K: a multiple of LANES. Both
-    parts of the arrays begin at flat indices."""
+    """Transpose TILE rows of w, w_stride apart, into tile (K, TILE). K must be a multiple of LANES.
+    Both parts begin at flat indices."""
     source, target = b.at(w.data, w_at), b.at(tile.data, tile_at)
     halves = range(0, LANES, LANES // 2)
     places = [[half + i // 2 + LANES * (i % 2) for i in range(LANES)] for half in halves]
@@ -278,7 +283,7 @@ def _pack_tile(b, w, w_at, w_stride, K, tile, tile_at):
     with cgutils.for_range_slice(b, b.i64(0), K, b.i64(LANES), b.i64) as (k, _):
         for column in range(0, TILE, LANES):
             rows = [b.read(b.at(source, (w_stride, column + i), k)) for i in range(LANES)]
-            for _ in range(LANES.bit_length() - 1):  # each time, pairs of rows are interleaved
+            for _ in range(LANES.bit_length() - 1):  # each pass interleaves pairs of rows
                 pairs = list(zip(rows[: LANES // 2], rows[LANES // 2 :], strict=True))
                 rows = [b.shuffle_vector(*pair, half) for pair in pairs for half in (low, high)]
             for i, row in enumerate(rows):
@@ -303,7 +308,7 @@ def _multiply_packing_part(worker, part, parts, x, w, column, square, space, y):
             for i in range(tiles):
                 w_at = (p + i) * TILE * K + k0
                 _pack_tile(w, w_at, K, k1 - k0, packed, i * (k1 - k0) * TILE)
-            # the rows of w behind these lie together: a part of them is loaded by each call
+            # the rows of w behind these are adjacent: each call prefetches a part of them
             near = ((p + tiles) * K + tiles * k0) * TILE
             step = -(-(k1 - k0) // turns) * TILE
             for turn in range(turns):
@@ -317,10 +322,10 @@ def _multiply_packing_part(worker, part, parts, x, w, column, square, space, y):
 
 @kept(**EXACT)
 def multiply_dense(x, w, column, square, team, y):
-    """y[:, column:] (T, N) = x (T, K) @ w (N, K).T; square: then relu(y)^2.
+    """Compute y[:, column:] (T, N) = x (T, K) @ w (N, K).T; square: then apply relu(y)^2.
 
-    The weights are as torch has them, N a multiple of _DENSE_COLUMNS and K of LANES. For many rows
-    each thread packs two tiles at a time, in scratch memory.
+    The weights have torch's layout. N must be a multiple of _DENSE_COLUMNS and K of LANES. For many
+    rows each thread packs two tiles at a time, in scratch memory.
     """
     num_tiles = len(w) // TILE if len(x) > UNPACKED_ROWS else 0
     if num_tiles:
@@ -337,8 +342,8 @@ def multiply_dense(x, w, column, square, team, y):
 
 @numba.njit(**VIEWS)
 def quantize_row(x, levels, q, xt):
-    """x (C,), rotated, as integers from -levels to levels, stored plus levels + 1 in the first C of
-    q, uint8; returns what one of them is worth. xt (C,) is scratch."""
+    """Rotate x (C,) and quantize it to integers from -levels to levels. They are stored plus
+    levels + 1 in the first C bytes of q, uint8. Return the value of one step. xt (C,): scratch."""
     C = x.size
     for c in range(C):
         xt[c] = x[c]
@@ -350,7 +355,7 @@ def quantize_row(x, levels, q, xt):
                 a[c], b[c] = a[c] + b[c], a[c] - b[c]
         half //= 2
     bits, greatest = xt.view(np.int32), np.int32(0)
-    for c in range(C):  # without the sign they are in the order of the floats
+    for c in range(C):  # without their sign, float bits are ordered like the floats
         greatest = max(greatest, bits[c] & np.int32(0x7FFFFFFF))
     most = max(np.int32(greatest).view(np.float32), _f32(1e-30))
     steps, zero = levels / most, levels + _f32(1.5)
@@ -371,7 +376,7 @@ def _round_part(worker, part, parts, x, q):
 
 @numba.njit(**EXACT)
 def round_rows_into(x, team, q):
-    """q = x as bfloat16, in uint16."""
+    """Store x in q as bfloat16, with dtype uint16."""
     runs, parts = row_parts(len(x), team[SIZE])
     _round_part(team, runs, parts, (x, q))
 
@@ -391,14 +396,14 @@ def _quantize_part(worker, part, parts, x, levels, q, scale):
 
 @kept(**EXACT)
 def quantize_rows_into(x, levels, team, q, scale):
-    """See quantize_rows."""
+    """Quantize the rows of x, see quantize_rows."""
     runs, parts = row_parts(len(x), team[SIZE])
     _quantize_part(team, runs, parts, (x, levels, q, scale))
 
 
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """x (T, C), rotated, as integers from -levels to levels, stored plus levels + 1: (T, C) uint8,
-    and what one of them is worth in each row, (T, 1) float32."""
+    """Rotate x (T, C) and quantize it to integers from -levels to levels. Return them plus
+    levels + 1, (T, C) uint8, and the value of one step for each row, (T, 1) float32."""
     q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
     with one_at_a_time:
         quantize_rows_into(x.numpy(), _f32(levels), team_of(), q.numpy(), scale.numpy())
@@ -406,14 +411,14 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def scratch_bytes(rows: int, width: int, threads: int) -> int:
-    """The scratch memory that a product of `rows` rows of `width` inputs takes at most: these
+    """Return the scratch bytes that a product of `rows` rows of `width` inputs needs at most: the
     inputs as integers, their scales and sums, and unpacked or packed weights of each thread."""
     return rows * (3 * width + 256) + threads * 8 * (width + 64) * max(TILE, 1) + 4096
 
 
 class Dense(NamedTuple):
-    """A weight whose parts are as torch has them, one on top of the other: float32 (N, K) each,
-    those that are missing (0, K)."""
+    """A weight in torch's layout, of up to three matrices on top of each other. Each is float32
+    (N, K); a missing one is (0, K)."""
 
     first: np.ndarray
     second: np.ndarray
@@ -421,8 +426,8 @@ class Dense(NamedTuple):
 
 
 def product(x, weight, square, following, team, y):
-    """y = x times a weight: Dense, of low_bit_gemm.py, or (tiles, offset, scale), the latter two
-    empty unless it is int8."""
+    """Compute y = x @ weight.T. The weight is a Dense, one of low_bit_gemm.py, or (tiles, offset,
+    scale), where offset and scale are empty unless the weight is int8."""
 
 
 @overload(product, jit_options=EXACT)
@@ -454,7 +459,7 @@ def _product_of(x, weight, square, following, team, y):
                 multiply_dense(x, part, column, square, team, y)
             column += len(part)
 
-    if isinstance(weight, types.BaseNamedTuple):  # low_bit_gemm.py has others
+    if isinstance(weight, types.BaseNamedTuple):  # low_bit_gemm.py handles the other types
         return dense if weight.instance_class is Dense else None
     if weight[0].dtype == types.int32:
         return integers
@@ -467,8 +472,8 @@ def _linear(x, weight, square, team, y):
 
 
 def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new tensor of numbers of 32 bits that begins at a cache line. numpy asks the system for
-    large pages, torch does not: a few rows are a tenth faster with them."""
+    """Return a new tensor with numbers of 32 bits that begins at a cache line. numpy requests large
+    pages from the system and torch does not; a few rows are a tenth faster with them."""
     count = math.prod(shape)
     flat = np.empty(count + 16, np.int32)
     start = -flat.ctypes.data % 64 // flat.itemsize
@@ -479,8 +484,8 @@ _space = np.empty(0, np.float32)
 
 
 def workspace(*shapes: tuple[int, ...]) -> list[np.ndarray]:
-    """Arrays of float32 that a kernel needs until it returns, always in the same memory: to clear
-    new pages would take the system as long as it takes a kernel to fill them."""
+    """Return float32 arrays that a kernel needs until it returns, always in the same memory. For
+    new pages, the system would need as long to clear them as a kernel needs to fill them."""
     global _space
     sizes = [math.prod(shape) for shape in shapes]
     *starts, end = accumulate([-(-size // 16) * 16 for size in sizes], initial=0)  # cache lines
@@ -492,11 +497,11 @@ def workspace(*shapes: tuple[int, ...]) -> list[np.ndarray]:
 
 
 class KernelLinear(Linear):
-    """A weight for our own product. Until that is compiled, `plain` computes it with torch."""
+    """A weight for our own matrix product. `plain` uses torch until the kernel is compiled."""
 
     fuses_relu2 = True
-    arrays: tuple  # what `product` takes
-    num_columns: int  # of a product, with those of padding
+    arrays: tuple  # the weight that `product` takes
+    num_columns: int  # output columns of a product, including padding
 
     @property
     def is_compiled(self) -> bool:
@@ -514,10 +519,11 @@ class KernelLinear(Linear):
 
 
 class PackedLinear(KernelLinear):
-    """Packed in tiles of TILE outputs.
+    """A weight packed in tiles of TILE outputs.
 
-    weight: (tiles, in, TILE), the last tile padded with zeros. In int8 four weights are one
-    number there, and two arrays follow: 128 times the sums of the rows, and each row's step.
+    weight: (tiles, in, TILE), the last tile padded with zeros. For int8, four weights are packed
+    into one number, and two more arrays follow: 128 times the sums of the rows, and the step of
+    each row.
     """
 
     row_exact = True
@@ -531,7 +537,7 @@ class PackedLinear(KernelLinear):
         self.fill(stack(parts, self.dtype), *none)
 
     def fill(self, matrix: Tensor, *scaling: Tensor) -> None:
-        """Over the old ones, where the compiled layers read them."""
+        """Write the matrix over the old weights, at the addresses that the compiled layers read."""
         (rows, width), whole = matrix.shape, len(matrix) // TILE
         if self.weight is None:
             shape = -(-rows // TILE), width, TILE
@@ -546,7 +552,7 @@ class PackedLinear(KernelLinear):
             old.copy_(new)
 
     def plain(self, x: Tensor) -> Tensor:
-        """On the same packed weights: there is no second copy."""
+        """Compute the product with torch from the packed weights, without a second copy."""
         y = torch.bmm(x.expand(len(self.weight[0]), -1, -1), self.weight[0])  # (tiles, T, TILE)
         return y.transpose(0, 1).flatten(1)
 
@@ -554,14 +560,14 @@ class PackedLinear(KernelLinear):
 class SharedFloat32(KernelLinear, Shared):
     """A live module's weights in float32.
 
-    torch's product is as fast, but runs in threads of its own: two sets of threads that work in
-    turn wait for each other.
+    torch's own product is as fast, but it runs in torch's threads. Two sets of threads that
+    alternate have to wait for each other.
     """
 
     def load(self, parts: list[Tensor]) -> None:
         super().load(parts)
         self.num_columns = sum(self.sizes)
-        # can our own product be called?
+        # whether our own product supports these shapes
         self.is_whole = self.width % LANES == 0 and all(
             len(part) % _DENSE_COLUMNS == 0 and part.is_contiguous() for part in parts
         )
@@ -578,9 +584,9 @@ class SharedFloat32(KernelLinear, Shared):
 
 
 class PackedBfloat16(PackedLinear):
-    """The same in bfloat16: (tiles, in / 2, 2 * TILE), two inputs of each output side by side.
+    """PackedLinear in bfloat16: (tiles, in / 2, 2 * TILE), with two inputs of each output adjacent.
 
-    The inputs of a product are rounded to bfloat16 where the processor multiplies that.
+    The inputs of a product are rounded to bfloat16 if the processor can multiply bfloat16.
     """
 
     def load(self, parts: list[Tensor]) -> None:
@@ -595,18 +601,18 @@ class PackedBfloat16(PackedLinear):
 
 
 class PackedInt8(PackedLinear):
-    """The same in int8, the inputs of each product as well, one scale for each row of either."""
+    """PackedLinear in int8, with int8 inputs. Each row of weights and of inputs has one scale."""
 
     def load(self, parts: list[Tensor]) -> None:
         whole, scale = quantised(parts, 8)[:2]
         scale = scale[:, 0]
         whole = F.pad(whole, (0, 0, 0, -len(whole) % INT8_TILE))
-        offset = EXCESS * whole.sum(1, dtype=torch.int32)  # of inputs that are stored plus 128
+        offset = EXCESS * whole.sum(1, dtype=torch.int32)  # because inputs are stored plus 128
         self.fill(whole.view(torch.int32), offset, F.pad(scale, (0, len(whole) - len(scale))))
 
 
 class Int8(Linear):
-    """int8, the inputs of each product as well, one scale for each row of either: oneDNN's."""
+    """int8 weights and inputs in oneDNN. Each row of weights and of inputs has one scale."""
 
     fuses_relu2 = True
 
@@ -615,13 +621,13 @@ class Int8(Linear):
         self.scale = scale[:, 0].contiguous()
         self.zeros = torch.zeros(len(whole), dtype=torch.int64)
         self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
-        # without the instructions for them, sums of two products of bytes are held in 16 bits: of
-        # seven bits and eight they fit
+        # without VNNI, the sum of two byte products is held in 16 bits, where only products of
+        # seven and eight bits fit
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
 
     def multiply(self, x: Tensor) -> Tensor:
         x, scale = quantize_rows(x, self.levels)
-        alone = len(x) == 1  # a row's scale can go along, those of several cannot
+        alone = len(x) == 1  # oneDNN takes one input scale: that of a single row
         y = torch.ops.onednn.qlinear_pointwise(
             x, scale.item() if alone else 1.0, self.levels + 1, self.weight, self.scale, self.zeros,
             None, 1.0, 0, torch.float32, "relu" if self.relu2 else "none", [], "",

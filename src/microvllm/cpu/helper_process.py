@@ -1,11 +1,11 @@
-"""A helper process, `python -I helper_process.py ARGUMENTS`: it compiles kernels, and ends.
+"""A helper process, `python -I helper_process.py ARGUMENTS`, that compiles kernels and then ends.
 
-It imports nothing of the package before it has taken the lowest priority, since the imports alone
-take seconds. ARGUMENTS, in JSON, are those of compilation.start:
+It lowers its priority before it imports anything from the package, since the imports alone take
+seconds. ARGUMENTS are those of compilation.start, in JSON:
 
-    path, package   where the starting process found its modules, and the package of this file
-    kind, lock      what to compile, and the descriptor that holds the lock (or null)
-    role            BACKGROUND, or what a closed stdin means: FOREGROUND, ATTACHED
+    path, package   the module folders of the starting process, and the package of this file
+    kind, lock      the kind to compile, and the descriptor that holds the lock (or null)
+    role            BACKGROUND, FOREGROUND or ATTACHED; what a closed stdin means, for the last two
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import threading
 import time
 from contextlib import suppress
 
-BACKGROUND = "background"  # of the lowest priority; outlives the process that started it
-FOREGROUND = "foreground"  # an engine waits for it; without that engine it is a background one
+BACKGROUND = "background"  # lowest priority; outlives the process that started it
+FOREGROUND = "foreground"  # an engine waits for it; becomes a background helper without that engine
 ATTACHED = "attached"  # ends with the process that started it
-SECONDS = 15 * 60  # a helper ends after so long, done or not
-BYTES = 3 << 30  # of memory that a helper may have; 0.7 GB are usual
-UNKEPT = 3  # exit status: compiled, but what was made could not be written
+SECONDS = 15 * 60  # time limit of a helper
+BYTES = 3 << 30  # memory limit of a helper; 0.7 GB are usual
+UNKEPT = 3  # exit status: the kernels were compiled, but could not be written
 
 
 def lower_priority() -> None:
-    """Take only time that no other process wants, on the processor and on the disk."""
-    if not hasattr(os, "setpriority"):  # Windows: compilation.start has asked for it
+    """Use only processor time and disk time that no other process needs."""
+    if not hasattr(os, "setpriority"):  # Windows: compilation.start has set the priority
         return
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 19)
-    with suppress(OSError):  # Linux has priorities for threads, and these may have begun
+    with suppress(OSError):  # Linux has one priority per thread, and threads may already run
         for thread in map(int, os.listdir("/proc/self/task")):
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, thread, 19)
@@ -40,7 +40,8 @@ def lower_priority() -> None:
 
 
 def limit_memory() -> None:
-    """Let allocations fail beyond BYTES; where memory runs out, let this process be ended first."""
+    """Let allocations beyond BYTES fail. If memory runs out, let the system kill this process
+    first."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -52,23 +53,25 @@ def limit_memory() -> None:
 
 
 def follow(said: dict) -> None:
-    """Wait until no process holds the other end of stdin: the one that started this has ended."""
+    """Wait until stdin is closed, which means that the starting process has ended."""
     with suppress(OSError):
         os.read(0, 1)
     if said["role"] == ATTACHED:
-        os._exit(1)  # also in the midst of a kernel
+        os._exit(1)  # also while a kernel is being compiled
     said["role"] = BACKGROUND
     lower_priority()
 
 
 def description(kind: str, role: str, pid: int) -> dict:
-    """What a helper says of itself. done: kernels that it has compiled or found, before `now`."""
+    """Return a helper's description. done: number of kernels compiled or found so far; now: the
+    kernel that is being compiled."""
     said = {"pid": pid, "kind": kind, "role": role, "since": time.time()}
     return said | {"done": 0, "now": ""}
 
 
 def describe(lock: int, said: dict) -> None:
-    """Write that to the lock's file, and so touch it. See process_lock.holder."""
+    """Write the description to the lock file, which also updates the file's time. See
+    process_lock.holder."""
     text = json.dumps(said).encode()
     with suppress(OSError):  # a full disk
         os.pwrite(lock, text, 0)
@@ -76,7 +79,7 @@ def describe(lock: int, said: dict) -> None:
 
 
 def watch(lock: int | None, said: dict) -> None:
-    """Describe this process each second, and end it after SECONDS."""
+    """Write the description each second. End the process after SECONDS."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         if lock is not None:
@@ -86,7 +89,7 @@ def watch(lock: int | None, said: dict) -> None:
 
 
 def main(path: list[str], package: str, kind: str, lock: int | None, role: str) -> None:
-    """Compile the kernels of a kind."""
+    """Compile the kernels of a kind. The arguments are explained at the top of this file."""
     said = description(kind, role, os.getpid())
     if role == BACKGROUND:
         lower_priority()
@@ -98,7 +101,7 @@ def main(path: list[str], package: str, kind: str, lock: int | None, role: str) 
     backend = importlib.import_module(f"{package}.backend")
     compilation = importlib.import_module(f"{package}.compilation")
     with suppress(OSError):
-        os.chdir("/")  # the current folder may be removed, or unmounted
+        os.chdir("/")  # the current folder may later be removed or unmounted
     compilation.serve(backend.CpuBackend, kind, said)
 
 

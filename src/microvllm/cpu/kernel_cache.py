@@ -1,11 +1,12 @@
-"""Compiled kernels on disk: numba's files, where a damaged one costs a compilation and no error.
+"""Compiled kernels on disk: numba's cache, in which a damaged file only causes a recompilation.
 
-numba keeps an index for each function (.nbi, from types to a file) and a file for each kernel
-(.nbc). When a loss of power, a full disk or another process leaves a bad file there, numba raises
-in every later process. Here it is a miss: the bad files are removed, and numba compiles again.
+numba stores an index for each function (.nbi, maps types to a file) and a file for each kernel
+(.nbc). A power failure, a full disk or another process may damage a file, and numba then raises in
+every later process. This cache treats a damaged file as a miss: it removes the damaged files, and
+numba compiles again.
 
     load    index -> file -> checksum of sources, types and contents -> the kernel
-    save    the file, then the index, which therefore names no file that is not there yet
+    save    the file first, then the index, so that the index never names a missing file
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from pathlib import Path
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 log = logging.getLogger("microvllm")
-DIGEST = 32  # bytes in front of a kernel
+DIGEST = 32  # bytes of the checksum in front of a kernel
 
 used: set[Path] = set()  # files of kernels that this process has loaded or written
-unkept: str | None = None  # why the last kernel that was compiled could not be written
+unkept: str | None = None  # why the last compiled kernel could not be written
 compiling: Callable[[str], object] | None = None  # called before a function is compiled
 
 
 class KernelCache(FunctionCache):
-    """numba's cache of one function. stamp: what its kernels depend on beyond the function."""
+    """numba's cache of one function. stamp: what its kernels depend on besides the function."""
 
     def __init__(self, function, stamp: object):
         super().__init__(function)
@@ -41,9 +42,9 @@ class KernelCache(FunctionCache):
         try:
             kernel = super()._load_overload(sig, target_context)
         except Exception as error:
-            # a bad file fails each time; what a signal's handler has raised comes once
+            # a damaged file fails every time; an exception of a signal handler occurs once
             if self._fails_again(sig, target_context):
-                log.info("%s: kernels cannot be read: %r", self._cache_path, error)
+                log.info("%s: the kernels cannot be read: %r", self._cache_path, error)
                 self._cache_file.remove()
             else:
                 raise
@@ -61,21 +62,21 @@ class KernelCache(FunctionCache):
     def _save_overload(self, sig, data):
         global unkept
         if not os.path.isdir(self._cache_path):
-            unkept = f"{self._cache_path} is gone"  # the package was removed: nothing is left there
+            unkept = f"{self._cache_path} is gone"  # the package was removed: do not recreate it
             return
         try:
             super()._save_overload(sig, data)
         except OSError as error:
-            if error.errno is None:  # a signal's handler has raised it
+            if error.errno is None:  # raised by a signal handler
                 raise
             unkept = f"{self._cache_path} cannot be written: {os.strerror(error.errno)}"
 
 
 class KernelFiles(IndexDataCacheFile):
-    """numba's index and files of one function, each file with a checksum and a name of its own."""
+    """numba's index and files of one function. Each file has a checksum and its own name."""
 
     def load(self, key):
-        """The kernel's data, None if there is none. Raises an error of any kind for a bad index."""
+        """Return the kernel's data, or None if there is none. Raises any error for a bad index."""
         name = self._load_index().get(key)
         if name is None:
             return None
@@ -86,18 +87,18 @@ class KernelFiles(IndexDataCacheFile):
             return None
         digest, data = content[:DIGEST], content[DIGEST:]
         if digest != self._digest(key, data):
-            log.info("%s is damaged: it is compiled again", path)
+            log.info("%s is damaged and will be compiled again", path)
             self._unlink(path)
             return None
         used.add(path)
         return pickle.loads(data)
 
     def save(self, key, data):
-        """Write a kernel. Two processes that do this at once both leave whole files."""
+        """Write a kernel. Two processes that write at the same time both leave complete files."""
         overloads = self._load_index()
         if not overloads:
-            self.remove()  # kernels of other sources
-        # the name follows from the types: no other kernel is ever written to this file
+            self.remove()  # kernels of older sources
+        # the name depends only on the types, so no other kernel is ever written to this file
         number = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
         name, data = self._data_name(number), self._dump(data)
         self._write(self._data_path(name), self._digest(key, data) + data)
@@ -109,8 +110,8 @@ class KernelFiles(IndexDataCacheFile):
             file.write(content)
 
     def _digest(self, key, data: bytes) -> bytes:
-        """Of a kernel, and of what it was made for: an old kernel in the place of a new one has
-        another one."""
+        """Return the checksum of a kernel and of its sources and types. An old kernel in the place
+        of a new one therefore has a different checksum."""
         what = repr((self._version, self._source_stamp, key)).encode()
         return hashlib.blake2b(what + data, digest_size=DIGEST).digest()
 

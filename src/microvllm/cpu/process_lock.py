@@ -1,10 +1,10 @@
-"""A lock for one process of a folder: a file that its holder keeps open, and describes itself in.
+"""A lock for one process per folder: a file that its holder keeps open and describes itself in.
 
-The system frees the lock when its holder ends, in whatever way. The holder also writes to the file
-each second. One that has not done so for a minute hangs, and its lock counts no more: the next
-process makes a new file in its place. Only the user can open the file, since another user
-could hold any file that he can read. Where there are no such locks (Windows, some network file
-systems), each process gets the lock at once and sees no other holder.
+The system frees the lock when its holder ends, even by a crash. The holder also writes to the file
+each second. If it has not written for a minute, it is regarded as hung and its lock is ignored:
+the next process replaces the file. The file's mode admits only its user, since another user could
+lock any file that is readable. On systems without such locks (Windows, some network file systems),
+each process gets the lock at once and sees no other holder.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-HANGS = 60.0  # seconds after the holder last wrote
-_TRIES = 5  # each one fails only if other processes replace the file meanwhile
+HANGS = 60.0  # seconds without a write after which a holder is regarded as hung
+_TRIES = 5  # a try only fails if another process replaces the file at the same time
 
 
 def take(path: Path) -> int | None:
-    """Take the lock, without waiting. Returns the file's descriptor, which holds it until all of
-    its copies are closed; None where another process has the lock. Raises OSError where the file
-    cannot be made."""
+    """Take the lock without waiting. Return the file's descriptor, which holds the lock until all
+    copies of the descriptor are closed, or None if another process has the lock. Raises OSError if
+    the file cannot be created."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     for left in reversed(range(_TRIES)):
         descriptor = os.open(path, flags, 0o600)
-        # on the last try: a file system that gives all files one mode
+        # the last try accepts any mode: some file systems give all files the same mode
         if _is_private(descriptor) or not left:
             if _lock(descriptor):
                 if _is_at(descriptor, path):
@@ -48,8 +48,8 @@ def take(path: Path) -> int | None:
 
 
 def holder(path: Path) -> dict | None:
-    """What the holder of a lock says of itself, {} if nothing yet; None if no process has the lock,
-    or one that hangs."""
+    """Return the description written by a lock's holder, or {} if none is written yet. Return None
+    if no process has the lock, or if its holder hangs."""
     if fcntl is None:
         return None
     try:
@@ -73,7 +73,8 @@ def _is_private(descriptor: int) -> bool:
 
 
 def _hangs(descriptor: int) -> bool:
-    """Was the file last touched long ago? A process that has just got the lock may be about to."""
+    """Return whether the file was last written long ago. The second look allows for a process that
+    has just taken the lock and is about to write."""
     for wait in 0.0, 0.05:
         time.sleep(wait)
         if time.time() - os.fstat(descriptor).st_mtime <= HANGS:
@@ -82,7 +83,7 @@ def _hangs(descriptor: int) -> bool:
 
 
 def _lock(descriptor: int, shared: bool = False) -> bool:
-    """Lock the file, unless another process has it."""
+    """Lock the file and return True, or return False if another process has it."""
     if fcntl is None:
         return True
     try:
@@ -95,7 +96,7 @@ def _lock(descriptor: int, shared: bool = False) -> bool:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Is the file still the one of that name?"""
+    """Return whether `path` still names the open file."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     return False

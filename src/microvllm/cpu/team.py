@@ -1,26 +1,26 @@
 """The thread team of the CPU kernels: threads that compute a list of jobs together.
 
-    leader   records jobs 0 to 99, with their arguments; then computes parts of them, like a worker
+    leader   records jobs 0 to 99 with their arguments, then computes parts of them like a worker
     worker   spins ... job 0, part 4 | job 1, part 6 | ...
 
-One thread leads: it records a list of jobs. From then on all threads are equal: each takes parts of
-the current job, and the thread that does a job's last part makes the next job the current one. So
-the leader may lose its core to another program in the middle of a list, and the others go on.
+One thread is the leader, which records a list of jobs. Afterwards all threads are equal: each takes
+parts of the current job, and the thread that finishes a job's last part makes the next job current.
+So if another program takes the leader's core in the middle of a list, the other threads continue.
 
-A part belongs to the first thread that claims it, and a job is done when all of its parts are done,
-not when all threads have arrived. So a thread that the system runs late, because other programs use
-the same cores, takes fewer parts, and the others take more.
+A part belongs to the first thread that claims it. A job is done when all of its parts are done, not
+when all threads have arrived. So if other programs use the same cores and the system runs a thread
+late, this thread takes fewer parts and the others take more.
 
-A thread that the system stops in the middle of a part would hold up all others. Linux does that at
-a timer tick, often 4 ms apart, when another program waits for the core. So a thread offers its core
-between two parts (sched_yield) before that: after TURN_NS.
+If the system stops a thread in the middle of a part, all others have to wait. Linux does that at a
+timer tick, often 4 ms apart, when another program waits for the core. So a thread offers its core
+between two parts (sched_yield) before that, after TURN_NS.
 
-No thread spins for long: one that finds no part to take sleeps, after WAIT_NS if a job is being
-computed (then its core is idle, and the system moves a thread there that waits for one), after
-SPIN_NS if the list is done.
+No thread spins for long. A thread that finds no part to take goes to sleep: after WAIT_NS if a job
+is still being computed, since the system can move a waiting thread of the team to the idle core;
+after SPIN_NS if the list is done.
 
-The parts of a job are in runs, one for each thread. A thread takes the parts of its own run first,
-so that it reads weights which lie side by side in memory; then it takes those of the other runs.
+The parts of a job are divided into runs, one for each thread. A thread takes the parts of its own
+run first, so that it reads weights that are adjacent in memory; then it takes parts of other runs.
 """
 
 from __future__ import annotations
@@ -45,40 +45,41 @@ from .simd import EXACT, VIEWS, kept, vectorised
 MAX_THREADS, MAX_PARTS, MAX_JOBS = 256, 2**15, 2**12
 SPIN_NS, WAIT_NS, TURN_NS = 200_000, 50_000, 2_800_000
 
-# Places in a team's array of int64. Those that several threads write have a cache line each.
-SIZE = 0  # threads, with the leader
-IS_RECORDING = 1  # is the leader recording a list? else each job is a list of its own
-COUNT, NEXT = 2, 3  # jobs recorded so far; the address of the next job's arguments
-SCRATCH, ARGUMENTS = 4, 5  # the addresses of scratch memory, and of the first job's arguments
-BASE, LENGTH = 8, 9  # the number of the list's first job, and how many jobs it has
-END = 10  # the number behind the last job: the list may be computed several times
-IS_STOPPED = 11  # do the workers end?
-JOB = 16  # the number of the current job; no number comes twice
-DONE = 24  # parts of the current job that are done
+# Indices of a team's int64 array. Those that several threads write have a cache line each.
+SIZE = 0  # number of threads, including the leader
+IS_RECORDING = 1  # whether the leader is recording a list; otherwise each job is a list of its own
+COUNT, NEXT = 2, 3  # number of jobs recorded so far; address of the next job's arguments
+SCRATCH, ARGUMENTS = 4, 5  # addresses of the scratch memory and of the first job's arguments
+BASE, LENGTH = 8, 9  # number of the list's first job, and number of jobs in the list
+END = 10  # number behind the last job to compute; a list may be computed several times
+IS_STOPPED = 11  # whether the workers have to end
+JOB = 16  # number of the current job; numbers are never reused
+DONE = 24  # number of finished parts of the current job
 SLEEPERS = 32  # workers that went to sleep since the others were last woken
 EPOCH = 40  # changes when workers are woken
 LEADER = 48  # 1 while the leader sleeps
-RUNS = 56  # for each run a line: the number of a job, and in the low 16 bits its next part
+RUNS = 56  # one line per run: the number of a job, and in the low 16 bits its next part
 _LINE, _BITS, _MASK = 8, 16, 0xFFFF
 _ENTRIES = RUNS + _LINE * MAX_THREADS  # for each recorded job: function, arguments, runs, parts
-_ARGUMENTS_SIZE = 2**10  # bytes that a job's arguments take at most
+_ARGUMENTS_SIZE = 2**10  # maximum size of a job's arguments in bytes
 
 _LINUX = sys.platform == "linux"
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if _LINUX else None
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # FUTEX_PRIVATE_FLAG is in both
 _CLOCK_MONOTONIC = 6 if sys.platform == "darwin" else 1
 
-# A kernel runs for one Python thread at a time. Like all locks that a step takes this is one of C,
-# taken by `with`: the interpreter lets no exception strike between the lock and the block.
+# Only one Python thread runs kernels at a time. Like all locks that a step takes, this one is
+# implemented in C and taken by `with`: the interpreter raises no exception of a signal between the
+# lock and the block.
 one_at_a_time = threading.RLock()
 
 
-# what the threads have in common ------------------------------------------------------------------
+# atomic operations and system calls ---------------------------------------------------------------
 
 
 @vectorised(types.int64)
 def _add(b, team, place, value):
-    """Add to team[place] atomically; returns what was there before."""
+    """Add to team[place] atomically. Return the previous value."""
     return b.atomic_rmw("add", b.at(team.data, place), value, "seq_cst")
 
 
@@ -89,7 +90,7 @@ def _swap(b, team, place, value):
 
 @vectorised(types.int64)
 def _replace(b, team, place, old, new):
-    """team[place] = new if it is `old`; returns what was there before."""
+    """Set team[place] = new atomically if it equals `old`. Return the previous value."""
     pair = b.cmpxchg(b.at(team.data, place), old, new, "seq_cst", "seq_cst")
     return b.extract_value(pair, 0)
 
@@ -101,13 +102,13 @@ def _peek(b, team, place):
 
 @vectorised()
 def _put(b, team, place, value):
-    """Write after all that was written before; a later read may come first."""
+    """Write after all earlier writes. A later read may be executed first."""
     b.store_atomic(value, b.at(team.data, place), "release", 8)
 
 
 @vectorised()
 def _pause(b):
-    """Tell the processor that this thread spins."""
+    """Hint to the processor that this thread spins."""
     machine = platform.machine()
     if machine in ("x86_64", "AMD64"):
         b.ask("llvm.x86.sse2.pause", ir.VoidType())
@@ -121,7 +122,7 @@ def _c_function(b, name: str, result, *kinds):
 
 @vectorised(types.int64)
 def _now(b):
-    """Nanoseconds of a clock that never goes back."""
+    """Return nanoseconds of a monotonic clock."""
     if os.name != "posix":
         return b.mul(b.call(_c_function(b, "GetTickCount64", b.i64), []), b.i64(1_000_000))
     time = cgutils.alloca_once(b, ir.ArrayType(b.i64, 2))
@@ -148,7 +149,7 @@ def _futex(b, place, operation: int, value) -> None:
 
 @vectorised()
 def _sleep(b, team, place, value):
-    """Sleep until _wake is called for team[place], unless its value has changed already. Systems
+    """Sleep until _wake is called for team[place], unless its value is no longer `value`. Systems
     without futexes sleep for a tenth of a millisecond instead."""
     if _FUTEX:
         low = b.and_(value, b.i64(0xFFFFFFFF))
@@ -168,7 +169,7 @@ def _wake(b, team, place, count):
 
 @vectorised()
 def _call(b, function, data, worker, part, parts):
-    """Compute a part of the job whose code and arguments are at these addresses."""
+    """Compute a part of the job with its code and its arguments at these addresses."""
     pointer = b.i8.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, b.i64, b.i64, b.i64])
     function = b.inttoptr(function, kind.as_pointer())
@@ -177,8 +178,8 @@ def _call(b, function, data, worker, part, parts):
 
 @numba.njit(**EXACT)
 def _claim(team, job, run, first, end):
-    """The next part of a run of the current job, whose parts are those from `first` to `end`; -1 if
-    all of them are claimed, or if the job is not the current one any more."""
+    """Claim the next part of a run of the current job; the run has the parts from `first` to `end`.
+    Return the part, or -1 if all are claimed or if the job is no longer the current one."""
     place = RUNS + _LINE * run
     claim = _peek(team, place)
     while True:
@@ -194,11 +195,11 @@ def _claim(team, job, run, first, end):
 
 @numba.njit(**EXACT)
 def _spin(spins, began, limit):
-    """Wait for a moment. Returns the count of such moments, when the first ones were (0: not known
-    yet), and whether that is longer ago than `limit` nanoseconds."""
+    """Wait for a moment. Return the number of spins, the time of the first ones (0: not known yet),
+    and whether more than `limit` nanoseconds have passed since then."""
     _pause()
     spins += 1
-    if spins % 64:  # to read the clock takes as long as some of them
+    if spins % 64:  # reading the clock takes as long as several spins
         return spins, began, False
     now = _now()
     if began == 0:
@@ -219,8 +220,8 @@ def begin(team):
 
 @kept(**EXACT)
 def compute(team, times):
-    """Compute the recorded jobs in their order, `times` times, or until one of them calls
-    `end_list`. What their arguments point to must exist until this returns."""
+    """Compute the recorded jobs in order, `times` times, or until one of them calls `end_list`. The
+    arrays of their arguments must exist until this returns."""
     team[IS_RECORDING] = 0
     job = _peek(team, JOB)
     _put(team, BASE, job)
@@ -232,13 +233,13 @@ def compute(team, times):
 
 @numba.njit(**VIEWS)
 def end_list(team):
-    """Called in a part of a job that has one part only: the list ends with this job."""
+    """End the list with the current job. Called in a job that has only one part."""
     _put(team, END, _peek(team, JOB) + 1)
 
 
 @numba.njit(**EXACT)
 def _take_jobs(team, worker):
-    """Take parts of jobs: the leader until the list is done, a worker until the team is stopped."""
+    """Take parts of jobs: the leader until the list is done, a worker until the team stops."""
     resumed = _now()
     while True:
         job = _peek(team, JOB)
@@ -253,13 +254,14 @@ def _take_jobs(team, worker):
 
 @numba.njit(**EXACT)
 def _take_parts(team, worker, job, resumed):
-    """Take parts of the current job; the time since when this thread has run without a pause."""
+    """Take parts of the current job. Return the time since which this thread runs without a
+    pause."""
     entry = _ENTRIES + 4 * ((job - _peek(team, BASE)) % _peek(team, LENGTH))
     function = _peek(team, entry)
     arguments = _peek(team, entry + 1)
     runs = _peek(team, entry + 2)
     parts = _peek(team, entry + 3)
-    if _peek(team, JOB) != job:  # then this may be an entry of another list
+    if _peek(team, JOB) != job:  # the entry may already belong to another list
         return resumed
     for i in range(runs):
         run = (worker + i) % runs
@@ -291,7 +293,7 @@ def _finish_job(team, job):
 
 @numba.njit(**EXACT)
 def _wake_workers(team, job):
-    """Wake workers that sleep, no more than will find a part of this job."""
+    """Wake sleeping workers, at most as many as can find a part of this job."""
     if _peek(team, SLEEPERS) == 0:
         return
     parts = _peek(team, _ENTRIES + 4 * ((job - _peek(team, BASE)) % _peek(team, LENGTH)) + 3)
@@ -305,8 +307,8 @@ def _wake_workers(team, job):
 
 @numba.njit(**EXACT)
 def _await_job(team, worker, job, is_done, resumed):
-    """Return when another job is the current one or, if the list is done, when there is another
-    list; the time since when this thread has run without a pause."""
+    """Wait until another job is current or, if the list is done, until there is another list.
+    Return the time since which this thread runs without a pause."""
     spins, began, limit = 0, 0, SPIN_NS if is_done else WAIT_NS
     while _is_same(team, job, is_done):
         spins, began, is_over = _spin(spins, began, limit)
@@ -328,8 +330,8 @@ def _await_job(team, worker, job, is_done, resumed):
 
 @numba.njit(**EXACT)
 def _is_same(team, job, is_done):
-    """Is there nothing new since a thread saw that this is the current job, or the next one if the
-    list is done?"""
+    """Return whether `job` is still the current job or, if the list is done, whether there is still
+    no new list."""
     if _peek(team, JOB) != job or _peek(team, IS_STOPPED):
         return False
     return not is_done or job >= _peek(team, END)
@@ -337,26 +339,28 @@ def _is_same(team, job, is_done):
 
 @kept(**EXACT)
 def _work(team, worker):
-    """What a worker does until the team is stopped."""
+    """Run a worker until the team stops."""
     _take_jobs(team, worker)
 
 
-# what kernels call --------------------------------------------------------------------------------
+# interface for kernels ----------------------------------------------------------------------------
 
 
 def job(body):
-    """A decorator of a compiled function body(worker, part, parts, *arguments), which returns and
-    raises nothing. It becomes one of (team, runs, parts, arguments), for kernels, that computes
-    body for each part from 0 on, in the team's threads; or, between `begin` and `compute`, records
-    this: then the arguments' arrays are used after the function that made them has returned.
+    """Turn a compiled function body(worker, part, parts, *arguments) into a job for kernels. `body`
+    must not return a value or raise.
 
-    team: the array of `team_of`; runs: threads for which parts lie side by side; parts: a multiple
-    of runs, at most MAX_PARTS; worker: which thread it is, less than team[SIZE].
+    The result is a function of (team, runs, parts, arguments) that computes `body` for each part
+    from 0 on, in the team's threads. Between `begin` and `compute` it only records the job. Then
+    the arrays of the arguments are used after the function that created them has returned.
+
+    team: the array of `team_of`; runs: number of threads that have adjacent parts; parts: a
+    multiple of runs, at most MAX_PARTS; worker: index of the thread, less than team[SIZE].
     """
 
     @intrinsic
     def stored(context, place, arguments):
-        """Write the arguments to an address. Returns the address of code that computes a part with
+        """Write the arguments to an address. Return the address of code that computes a part with
         them, and their size in bytes."""
         kinds = types.int64, types.int64, types.int64, *map(types.unliteral, arguments.types)
         context.resolve_function_type(types.Dispatcher(body), kinds, {})
@@ -399,7 +403,7 @@ def job(body):
         if is_alone:
             compute(team, 1)
 
-    # kernels that were compiled in different processes are linked by their names
+    # kernels compiled in different processes are linked by name
     fork.__name__ = body.__name__
     fork.__qualname__ = f"fork_{body.__qualname__}"
     return numba.njit(inline="always", **EXACT)(fork)
@@ -412,14 +416,15 @@ def pointer(b, number):
 
 @numba.njit(**EXACT)
 def scratch_array(team, start, shape, dtype):
-    """An array in the team's scratch memory, from byte `start` on. Each job may use this memory
-    for what the next ones read; it is as large as `team_of` was asked for."""
+    """Return an array in the team's scratch memory, starting at byte `start`.
+
+    A job may pass data to later jobs in this memory. `team_of` sets its size."""
     return numba.carray(pointer(team[SCRATCH] + start), shape, dtype)
 
 
 @numba.njit(**EXACT)
 def behind(start, array):
-    """The byte of scratch memory, at a cache line, behind an array that begins at `start`."""
+    """Return the first byte, at a cache line, behind a scratch array that begins at `start`."""
     return (start + array.nbytes + 63) // 64 * 64
 
 
@@ -427,44 +432,45 @@ def behind(start, array):
 
 
 def _lined_up(size: int) -> np.ndarray:
-    """New memory of `size` bytes, cleared, that begins at a cache line."""
+    """Return `size` bytes of new, zeroed memory that begins at a cache line."""
     whole = np.zeros(size + 64, np.uint8)
     start = -whole.ctypes.data % 64
     return whole[start : start + size]
 
 
 class _Team(NamedTuple):
-    array: np.ndarray  # int64: the places above
-    arguments: np.ndarray  # bytes, of recorded jobs
+    array: np.ndarray  # int64, with the indices above
+    arguments: np.ndarray  # bytes for the arguments of recorded jobs
     threads: list[threading.Thread]
 
 
 def _new_team(size: int) -> _Team:
-    """A team without threads."""
+    """Return a team without threads."""
     array = _lined_up(8 * (_ENTRIES + 4 * MAX_JOBS)).view(np.int64)
     arguments = _lined_up(_ARGUMENTS_SIZE * MAX_JOBS)
     array[SIZE] = size
     array[LENGTH] = 1
-    array[JOB] = array[END] = 1  # above the number that the runs have
+    array[JOB] = array[END] = 1  # above the job number in the runs
     array[ARGUMENTS] = arguments.ctypes.data
     return _Team(array, arguments, [])
 
 
 _teams: dict[int, _Team] = {}  # by size
 _scratch = _lined_up(0)
-_scratch_address = _scratch.ctypes.data  # which takes numpy microseconds to find
+_scratch_address = _scratch.ctypes.data  # stored, since numpy takes microseconds to find it
 _process = os.getpid()
 
 
 def team_of(size: int | None = None, scratch: int = 0) -> np.ndarray:
-    """The array of the team whose threads compute the next kernels: as many as torch has, or `size`
-    of them; scratch: bytes that the kernels take, see scratch_array. Call it with one_at_a_time
-    held. Raises RuntimeError in a fork, which has no threads."""
+    """Return the array of the team that computes the next kernels. The caller holds one_at_a_time.
+
+    size: number of threads (default: as many as torch uses); scratch: bytes of scratch memory that
+    the kernels need, see scratch_array. Raises RuntimeError in a fork, which has no threads."""
     global _scratch, _scratch_address
     check_process()
     size = min(size or torch.get_num_threads(), MAX_THREADS)
     team = _teams.get(size)
-    if team is None or len(team.threads) != size - 1:  # an exception may have struck in here
+    if team is None or len(team.threads) != size - 1:  # an exception may have interrupted the start
         _stop(size)
         _work.compile((types.int64[::1], types.int64))
         team = _teams[size] = _new_team(size)
@@ -481,7 +487,7 @@ def team_of(size: int | None = None, scratch: int = 0) -> np.ndarray:
         _scratch = _lined_up(scratch)
         _scratch_address = _scratch.ctypes.data
     team.array[SCRATCH] = _scratch_address
-    team.array[IS_RECORDING] = 0  # also after a kernel that has failed
+    team.array[IS_RECORDING] = 0  # in case a kernel has failed
     return team.array
 
 
@@ -497,7 +503,7 @@ def _stop(size: int) -> None:
 
 @atexit.register
 def _stop_all() -> None:
-    """End all workers, before the interpreter unloads their code."""
+    """End all workers before the interpreter unloads their code."""
     for size in [*_teams]:
         _stop(size)
 
@@ -510,7 +516,7 @@ def _stop_workers(team):
 
 
 def check_process() -> None:
-    """Raises RuntimeError in a fork of a process that has a team."""
+    """Raise RuntimeError in a fork of a process that has a team."""
     if os.getpid() != _process:
         raise RuntimeError(
             f"attention='numba' began in process {_process}, whose threads a fork does not have: "
@@ -519,8 +525,9 @@ def check_process() -> None:
 
 
 def give_back() -> None:
-    """Release what an exception has left taken by this thread: numba's lock, which has an __enter__
-    of Python and is taken as a kernel is loaded; and ours, where a trace has struck."""
+    """Release the locks that this thread still holds after an exception: numba's lock, whose
+    __enter__ is Python code and which is taken when a kernel is loaded, and one_at_a_time, which a
+    trace function can interrupt."""
     for lock in one_at_a_time, global_compiler_lock._lock:
         while lock._is_owned():
             lock.release()
