@@ -1,15 +1,15 @@
-"""Matrix products by the matrix unit (AMX) of Intel's processors since 2023, of bfloat16 or int8.
+"""Matrix products of bfloat16 or int8 on the matrix unit (AMX) of Intel's processors since 2023.
 
-Its registers are tiles: up to 16 rows of 16 words, 32 bits each. A word is two bfloat16 or four
-bytes, and so it is in the weight tiles (gemm.py). One instruction adds to a tile of sums, 16 rows
-and outputs, what 16 words of each row make with those of each output:
+Its registers are tiles of up to 16 rows of 16 words with 32 bits each. A word holds two bfloat16 or
+four bytes, in the same way as the weight tiles (gemm.py). One instruction multiplies 16 words of 16
+rows with 16 words of 16 outputs, and adds the products to a tile of sums, 16 rows by 16 outputs:
 
-    w, a tile:     6      7       16 words of 16 outputs each; one behind the other they are read
-    x:  16 rows 4  0      1       the sums of 32 rows and outputs: of four tiles that are read,
-        16 rows 5  2      3       four products, where one sum alone needs two tiles for one
+    w, a tile:     6      7       16 words of 16 outputs each, read one after the other
+    x:  16 rows 4  0      1       sums of 32 rows and 32 outputs: four products use four loaded
+        16 rows 5  2      3       tiles, while a single tile of sums would load two per product
 
-A row's sums are always added up in one order here, too, and a single row takes no longer than its
-weights do to come from memory. So there is no other way for few rows, whose bits would differ.
+A row's sums are always added in the same order here, too. A single row takes no longer than loading
+its weights from memory. So few rows need no separate path, which would give different bits.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from numba.core import cgutils, types
 
 from .simd import AMX, LANES, VIEWS, vectorised
 
-WORDS = 16  # of a row that a tile holds
-ROWS = 32  # of x at a time, in two tiles
+WORDS = 16  # words of a row in a tile
+ROWS = 32  # rows of x at a time, in two tiles
 MANY = 512  # rows at a time: they stay in the second-level cache
-_SOON = 64  # words ahead, whose weights are 8 KB
+_SOON = 64  # prefetch distance in words, whose weights take 8 KB
 
 
 @vectorised(types.boolean)
 def fits(b, x, w):
-    """Is x @ w made of tiles? They have to be whole. A few rows of int8 are exact in either way,
-    and the other one is a little faster."""
+    """Return whether x @ w uses tiles, which must be whole. Few rows of int8 do not: both ways are
+    exact, and the other is a little faster."""
     if not AMX or x.data.type.pointee != b.i32:
         return b.i1(0)
     rows, words = (b.extract_value(x.shape, i) for i in (0, 1))
@@ -40,15 +40,15 @@ def fits(b, x, w):
 
 @vectorised()
 def configure(b, n):
-    """Give the tiles n (1 to ROWS) rows of x; all sums are lost."""
+    """Configure the tiles for n rows of x, from 1 to ROWS. All sums are lost."""
     if not AMX:
         return
     two = b.icmp_signed(">", n, b.i64(16))
     first = b.trunc(b.select(two, b.i64(16), n), b.i8)
-    # a tile that is not used has a row as well, there is none without
+    # an unused tile gets one row, since a tile cannot have none
     second = b.trunc(b.select(two, b.sub(n, b.i64(16)), b.i64(1)), b.i8)
     byte = [0] * 64
-    byte[0] = 1  # the form of what follows: 16 bit for a row's size in bytes, 8 for how many rows
+    byte[0] = 1  # palette 1: 16 bits for the bytes of a row, 8 bits for the number of rows
     byte[16:32:2], byte[54:56] = [4 * WORDS] * 8, [16, 16]
     config = ir.Constant(ir.VectorType(b.i8, 64), byte)
     for tile in range(6):
@@ -61,7 +61,7 @@ def configure(b, n):
 
 @vectorised()
 def release(b):
-    """The system need not save tiles that no thread uses."""
+    """Release the tiles, so that the system does not have to save them."""
     if AMX:
         b.ask("llvm.x86.tilerelease", ir.VoidType())
 
@@ -71,8 +71,8 @@ def multiply_tiles(
     b, n, K, x, x_at, w, w_at, y, row, column, ahead, ahead_at, near, add, square, offset, w_scale,
     x_scale,
 ):  # fmt: skip
-    """gemm._multiply of the n rows that the tiles have: K is of words, a multiple of 16; near:
-    words of `ahead` to start loading at each 16; add: for bfloat16 only."""
+    """Compute gemm._multiply for the n rows that the tiles are configured for. K: words, a
+    multiple of 16; near: words of `ahead` to prefetch at each 16; add: only for bfloat16."""
     if not AMX or x.data.type.pointee != b.i32:
         return
     integers = w.data.type.pointee == b.i32
@@ -133,9 +133,9 @@ def multiply_tiles(
 def multiply_weight_tile(
     x, w, at, scaling, square, t0, t1, column, source, start, near, configured, y
 ):
-    """The rows from t0 to t1 of one weight tile, which begins at w's flat index `at`, in y from a
-    column on. near: see multiply_tiles; configured: how many rows the tiles have, which is returned
-    as it is after it: the last caller releases them."""
+    """Compute rows t0 to t1 of one weight tile, into y from `column` on. The weight tile begins at
+    w's flat index `at`. near: see multiply_tiles; configured: number of rows that the tiles are
+    configured for. Return the new number; the last caller releases the tiles."""
     K, (offset, w_scale, x_scale) = x.shape[1], scaling
     for r0 in range(t0, t1, ROWS):
         n = min(ROWS, t1 - r0)
@@ -152,16 +152,16 @@ def multiply_weight_tile(
 
 @numba.njit(**VIEWS)
 def multiply_weight_tiles(x, w, scaling, square, first, end, following, ahead, y):
-    """gemm._multiply_tiles, for whole tiles of words."""
+    """Compute gemm._multiply_tiles with whole tiles of words."""
     T, K, outputs = len(y), w.shape[1], 2 * LANES
     blocks, configured = -(-T // MANY), 0
     for block in range(blocks):
         t0, t1 = T * block // blocks, T * (block + 1) // blocks
         tiles = -(-(t1 - t0) // ROWS)
-        near = -(-WORDS // tiles)  # of what comes next, that each 16 words ask for
+        near = -(-WORDS // tiles)  # words of the next weights, prefetched for each 16 words
         for p in range(first, end):
             source = w
-            if tiles == 1:  # all of it comes from memory now: load what is needed soon
+            if tiles == 1:  # the weights themselves come from memory: prefetch a bit ahead
                 start = (p * K + _SOON) * outputs
             elif p + 1 < end:
                 start = (p + 1) * K * outputs

@@ -1,11 +1,11 @@
 """Paged attention in numba, over the block table.
 
-Gathering a paged cache before torch's attention costs more than all matrix products of a step. Here
-every block is read where it lies, once for all the query heads that share it, at about the speed of
-the memory. Block tables are PagedAttention's (Kwon et al. 2023), the softmax is that of
-FlashAttention (Dao et al. 2022): scores of some hundred keys are kept at a time, and what was
-summed before is scaled down when a larger score comes. Where these keys begin and end, and in which
-order a row's numbers are added up, does not depend on the rows beside it.
+Gathering a paged cache before torch's attention costs more than all matrix products of a step.
+These kernels read every block in place, once for all query heads that share it, at about memory
+speed. Block tables are those of PagedAttention (Kwon et al. 2023), the softmax is that of
+FlashAttention (Dao et al. 2022): it keeps the scores of a few hundred keys at a time, and rescales
+the earlier sums when a larger score occurs. Neither the limits of these groups of keys nor the
+order of a row's sums depends on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from .simd import EXACT, LANES, VIEWS, fetch, kept, share, sum_of, vectorised
 from .team import MAX_PARTS, SIZE, job, one_at_a_time, team_of
 
 _f32 = np.float32
-_KEYS = 512  # whose scores are kept at a time
-_WIDTH = _KEYS + 16  # an odd number of cache lines, else a column of all rows falls into one set
+_KEYS = 512  # keys whose scores are kept at a time
+_WIDTH = _KEYS + 16  # an odd number of cache lines, else a column of all rows maps to one cache set
 _KEYS_AT_ONCE = 64  # keys that are multiplied at a time: they stay in the first-level cache
-_QUERIES = 192  # that read a block of keys together: their scores fit in the second-level cache
-_SHARED = 64  # positions, at least, that several sequences read together
-_LEAST = 12  # queries that are not cut further: packing a key takes as long as some of them
-_READ = 16  # products of a query and a key, for which the key could be read from memory
-_SOON = 4096  # bytes that are multiplied while a later block begins to be loaded
-_BEGIN = 1024  # bytes of it that are asked for: the rest the processor foresees
+_QUERIES = 192  # queries that read a block together: their scores fit in the second-level cache
+_SHARED = 64  # minimum number of positions that several sequences read together
+_LEAST = 12  # do not cut below this number of queries: packing a key costs as much as some of them
+_READ = 16  # cost of reading a key from memory, in products of a query and a key
+_SOON = 4096  # bytes that are multiplied while the first bytes of a later block are prefetched
+_BEGIN = 1024  # bytes prefetched by instruction: the hardware prefetches the rest
 
 
 def _totals(b, vectors):
-    """The sum of each vector's lanes, in the lanes of one vector. Halves are added to halves, of
-    two vectors at once: the order is the same for each, however many there are."""
+    """Sum each vector's lanes. Return the sums in the lanes of one vector. Halves of two vectors
+    are added at once. The order of a sum does not depend on the number of vectors."""
     found = [(vector, [i] * LANES) for i, vector in enumerate(vectors)]
     size, indices = LANES, b.kind(b.i32)
     while size > 1:
-        # there are instructions for shuffles within each four lanes, and for those of whole fours
+        # the instructions shuffle either within groups of four lanes, or whole groups of four
         chunk, pairs = max(size, 4), []
         starts = [(at, source) for at in range(0, LANES, chunk) for source in (0, LANES)]
         low = [
@@ -63,9 +63,9 @@ def _totals(b, vectors):
 
 
 def _dots(rows: int):
-    """A function that makes s (rows, m) = q (rows, D) @ k (m, D).T, all at flat indices, the rows
-    of s `stride` apart: four keys at a time. Where they end the last one comes again, so that s is
-    written up to a multiple of four."""
+    """Return a function that computes s (rows, m) = q (rows, D) @ k (m, D).T for four keys at a
+    time. All parts begin at flat indices, and the rows of s are `stride` apart. At the end the last
+    key is repeated, so s is written up to a multiple of four."""
 
     @vectorised()
     def function(b, q, q_at, k, k_at, m, D, s, s_at, stride):
@@ -90,7 +90,7 @@ def _dots(rows: int):
                         b.store(b.multiply_add(value, other, b.load(each)), each)
             totals = _totals(b, [b.load(each) for each in sums])
             for i in range(rows):
-                # the sums are in the order of keys
+                # sums are ordered by key, then by row
                 mine = ir.Constant(b.kind(b.i32, 4), [j * rows + i for j in range(4)])
                 part = cgutils.alloca_once_value(b, b.shuffle_vector(totals, totals, mine))
                 with cgutils.for_range_slice(b, whole, D, b.i64(1), b.i64) as (d, _):
@@ -105,8 +105,8 @@ def _dots(rows: int):
 
 
 def _mixes(rows: int):
-    """A function that makes y (rows, D) += p (rows, m) @ v (m, D), all at flat indices, the rows of
-    p `stride` apart; a part of y stays in registers."""
+    """Return a function that computes y (rows, D) += p (rows, m) @ v (m, D). All parts begin at
+    flat indices, and the rows of p are `stride` apart. A part of y stays in registers."""
 
     @vectorised()
     def function(b, p, p_at, stride, m, v, v_at, D, y, y_at):
@@ -134,16 +134,16 @@ def _mixes(rows: int):
     return function
 
 
-_ROWS = LANES // 4  # queries that are multiplied together: with four keys, a sum in each register
-_FEW = 4  # fewer queries read K and V where they are
+_ROWS = LANES // 4  # queries multiplied together: with four keys, one sum in each register
+_FEW = 4  # fewer queries than this read K and V in place
 _dot, _mix, _dot_rows, _mix_rows = _dots(1), _mixes(1), _dots(_ROWS), _mixes(_ROWS)
-_TWO = min(2, _ROWS)  # of those few that are read together
+_TWO = min(2, _ROWS)  # queries multiplied together if there are few
 _dot_two, _mix_two = _dots(_TWO), _mixes(_TWO)
 
 
 @vectorised()
 def _unpack(b, x, start, count, y, y_at):
-    """y = as many numbers of x from its flat index `start` on, as float32."""
+    """Copy `count` numbers of x, from its flat index `start` on, to y as float32."""
     x, y, start = b.at(x.data, start), b.at(y.data, y_at), b.i64(0)
     for lanes in (LANES, 1):
         stop = b.mul(b.udiv(count, b.i64(lanes)), b.i64(lanes))
@@ -154,8 +154,8 @@ def _unpack(b, x, start, count, y, y_at):
 
 @vectorised()
 def _rescale(b, s, s_at, x, start, first, count):
-    """If x is a cache of int8: s, from its flat index s_at on, times `count` of a head's
-    scales, which begin at x's flat index `start`; the first `first` of them are left out."""
+    """If x is an int8 cache, multiply s, from its flat index s_at on, by `count` scales of a head.
+    The head's scales begin at x's flat index `start`, and the first `first` scales are skipped."""
     if x.data.type.pointee != b.i8:
         return
     scales = b.bitcast(b.at(x.data, start), b.i16.as_pointer())
@@ -169,7 +169,7 @@ def _rescale(b, s, s_at, x, start, first, count):
 
 @vectorised(types.float32)
 def _powers(b, x, n, top):
-    """The first n of x become 2**(x - top). Their sum."""
+    """Replace the first n of x by 2**(x - top). Return their sum."""
 
     def add(sums, i, lanes):
         place = b.at(x.data, i)
@@ -182,17 +182,17 @@ def _powers(b, x, n, top):
 
 @numba.njit(**VIEWS)
 def _softmax(scores, before):
-    """In place, but for the division by the sum. Returns the largest score or, if that is larger,
-    `before`, and the sum."""
+    """Compute the softmax in place, without the division by the sum. Return the largest score, at
+    least `before`, and the sum."""
     top = largest(scores)
-    top = before if before > top else top  # a NaN stays
+    top = before if before > top else top  # keeps a NaN
     return top, _powers(scores, scores.size, top)
 
 
 @numba.njit(**VIEWS)
 def _begin(q, count, h, group, qs, ys, sums):
-    """qs = the scaled queries of kv head h, padded with the last row's; no keys are added yet."""
-    scale = _f32(1 / (math.sqrt(q.shape[2]) * math.log(2)))  # powers of 2, not of e
+    """Scale the queries of kv head h into qs, padded with the last row's, and reset ys and sums."""
+    scale = _f32(1 / (math.sqrt(q.shape[2]) * math.log(2)))  # for powers of 2 instead of e
     for i in range(len(qs)):
         qi, qs_i, yi = q[min(i, count - 1) // group, h * group + i % group], qs[i], ys[i]
         for d in range(qi.size):
@@ -203,8 +203,9 @@ def _begin(q, count, h, group, qs, ys, sums):
 
 @numba.njit(**VIEWS)
 def _add_keys(scores, sums, y):
-    """Scores of a query and some keys become weights. sums: the largest score so far, and the sum
-    of all weights; they and y, the weighted sum of values, are scaled for a new largest score."""
+    """Turn the scores of a query and some keys into weights, in place. sums: the largest score so
+    far, and the sum of all weights. For a new largest score, this rescales the sum and y (D,), the
+    weighted sum of values."""
     before = sums[0]
     sums[0], added = _softmax(scores, before)
     factor = exp2(before - sums[0])
@@ -215,7 +216,7 @@ def _add_keys(scores, sums, y):
 
 @numba.njit(**VIEWS)
 def _write_means(ys, sums, count, h, group, out):
-    """out = the first `count` weighted sums of values over their sums of weights."""
+    """Divide the first `count` weighted sums of values by their sums of weights, into out."""
     for i in range(count):
         out_i, yi = out[i // group, h * group + i % group], ys[i]
         factor = 1 / sums[i, 1]
@@ -225,7 +226,7 @@ def _write_means(ys, sums, count, h, group, out):
 
 @numba.njit(**VIEWS)
 def _gather(x, table, h, start, stop, D, spare):
-    """spare (stop - start, D) = what x, K or V, has of kv head h at these positions."""
+    """Copy kv head h of x (K or V) at positions start to stop to spare (stop - start, D)."""
     n_kv_head, block_size, numbers = x.shape[1:]
     for b in range(start // block_size, (stop - 1) // block_size + 1):
         at = b * block_size
@@ -236,13 +237,13 @@ def _gather(x, table, h, start, stop, D, spare):
 
 @numba.njit(**VIEWS)
 def _share(start, stop, i, n):
-    """The part of these positions that is due with _ROWS rows of n from i on."""
+    """Return the share of positions start to stop that _ROWS of n rows, from row i on, prefetch."""
     return start + (stop - start) * i // n, start + (stop - start) * min(i + _ROWS, n) // n
 
 
 @numba.njit(**VIEWS)
 def _fetch_some(x, table, h, start, stop):
-    """Start loading what x has of kv head h at these positions."""
+    """Start loading kv head h of x at positions start to stop."""
     n_kv_head, block_size, numbers = x.shape[1:]
     for at in range(start, stop):
         row = (table[at // block_size] * n_kv_head + h) * block_size + at % block_size
@@ -251,8 +252,8 @@ def _fetch_some(x, table, h, start, stop):
 
 @numba.njit(**VIEWS)
 def _rescale_rows(scores, zero, n, x, table, h, start, stop, D):
-    """The first n of these rows, whose first number is of position `zero`, times the scales of x,
-    from position `start` to `stop`."""
+    """Multiply the first n rows of scores by the int8 scales of x, from position `start` to `stop`.
+    The first number of each row belongs to position `zero`."""
     n_kv_head, block_size, numbers = x.shape[1:]
     for b in range(start // block_size, (stop - 1) // block_size + 1):
         at = b * block_size
@@ -265,10 +266,11 @@ def _rescale_rows(scores, zero, n, x, table, h, start, stop, D):
 
 @numba.njit(**VIEWS)
 def _read_few(mixes, ys, scores, zero, x, other, table, h, start, stop, last):
-    """scores = ys @ x.T, or if `mixes` ys += scores @ x, of x's positions from `start` to `stop`,
-    where they lie; the first number of a row of scores is of position `zero`. Meanwhile what comes
-    next is being loaded: more of x, and then of `other`: after K the same positions of V, after V
-    the next ones of K."""
+    """Compute scores = ys @ x.T, or if `mixes` ys += scores @ x, for positions start to stop of x,
+    read in place. The first number of a row of scores belongs to position `zero`.
+
+    Meanwhile the next data are prefetched: more of x, then of `other`. After K these are the same
+    positions of V, after V the next positions of K."""
     n, D = ys.shape
     n_kv_head, block_size, numbers = x.shape[1:]
     size, first, blocks = block_size * numbers, start // block_size, (stop - 1) // block_size + 1
@@ -298,14 +300,14 @@ def _read_few(mixes, ys, scores, zero, x, other, table, h, start, stop, last):
 
 @numba.njit(**VIEWS)
 def _read_many(mixes, ys, scores, zero, x, table, h, start, stop, position, group, spare):
-    """The same for more rows, by parts in `spare`."""
+    """Compute the same for more rows, with x copied to `spare` in parts."""
     (n, D), row = ys.shape, scores.shape[1]
     for at in range(start, stop, _KEYS_AT_ONCE):
         end, soon = min(at + _KEYS_AT_ONCE, stop), min(at + 2 * _KEYS_AT_ONCE, stop)
         _gather(x, table, h, at, end, D, spare)
         for i in range(0, n, _ROWS):
             _fetch_some(x, table, h, *_share(end, soon, i, n))
-            # up to the last key that the last of them sees
+            # up to the last key that the last of these rows attends to
             m, s = min(end, position + (i + _ROWS - 1) // group + 1) - at, i * row + at - zero
             if m > 0 and mixes:
                 _mix_rows(scores, s, row, m, spare, 0, D, ys, i * D)
@@ -315,12 +317,12 @@ def _read_many(mixes, ys, scores, zero, x, table, h, start, stop, position, grou
 
 @numba.njit(**VIEWS)
 def attend_tile(q, k, v, h, table, position, window, scratch, out):
-    """Some rows of one sequence, the first at `position`, against kv head h: q, out (count, n_head,
-    D), table (M,); scratch: of scratch_size(count * the query heads of h, D).
+    """Compute attention of some rows of one sequence, the first at `position`, to kv head h.
 
-    A few rows read K and V where they are; more of them copies in float32, that stay in the
-    first-level cache. The bits of a row are the same either way. With the matrix unit all rows go
-    one way, see attention_tiles.py.
+    q, out: (count, n_head, D); table: (M,); scratch: scratch_size(count * query heads of h, D)
+    numbers. A few rows read K and V in place. More rows read float32 copies, which stay in the
+    first-level cache. The bits of a row are the same either way. With the matrix unit, all rows are
+    computed in the same way, see attention_tiles.py.
     """
     D, group, row = q.shape[2], q.shape[1] // k.shape[1], _WIDTH
     count = q.shape[0] * group
@@ -337,7 +339,7 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
     if tiled:
         for i in range(n):
             halve(qs, i * D, D)
-    last = position + q.shape[0]  # some row sees the keys before it, from `start` on
+    last = position + q.shape[0]  # the rows attend to keys before `last`, from `first` on
     first = max(0, position - window) if window >= 0 else 0
     start = first // TILE * TILE if tiled else first  # tiles hold the same keys for all rows
     while start < last:
@@ -379,8 +381,9 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
 def _read_shared(
     mixes, ys, scores, zero, x, other, tables, h, stop, shared, seq_lens, group, spare
 ):  # fmt: skip
-    """The same for a row of each of several sequences, from position `zero` to `stop`: the blocks
-    before position `shared` are those of all of them and are read once, the others row by row."""
+    """Compute the same for one row of each of several sequences, from position `zero` to `stop`.
+    All sequences share the blocks before position `shared`, which are read once. The other blocks
+    are read row by row."""
     D, both = ys.shape[1], min(stop, shared)
     if zero < both:
         if mixes:
@@ -414,9 +417,11 @@ def _read_shared(
 
 @numba.njit(**VIEWS)
 def attend_shared(q, k, v, h, tables, seq_lens, shared, window, scratch, out):
-    """The last row of each of several sequences whose blocks before position `shared` are the same,
-    against kv head h: q, out (B, n_head, D), tables (B, M), seq_lens (B,); scratch as above. The
-    bits of a row are those of attend_tile."""
+    """Compute attention of the last row of each of several sequences to kv head h. The sequences
+    share their blocks before position `shared`.
+
+    q, out: (B, n_head, D); tables: (B, M); seq_lens: (B,); scratch: as in attend_tile. The bits of
+    a row are those of attend_tile."""
     D, group, row = q.shape[2], q.shape[1] // k.shape[1], _WIDTH
     count = q.shape[0] * group
     n, (spare, scratch) = (
@@ -454,28 +459,30 @@ def attend_shared(q, k, v, h, tables, seq_lens, shared, window, scratch, out):
 
 @numba.njit(**VIEWS)
 def padded(n):
-    """The rows of scratch that n queries take."""
+    """Return the number of scratch rows for n queries."""
     return n if n < _FEW else -(-n // _ROWS) * _ROWS
 
 
 def scratch_size(queries: int, D: int) -> int:
-    """How many float32 a tile needs: spare, places, and of each query qs, ys, scores, sums."""
+    """Return the number of float32 a tile needs: spare, places, and qs, ys, scores and sums of each
+    query."""
     size = _KEYS_AT_ONCE * D + 4 * _KEYS + padded(queries) * (2 * D + _WIDTH + 2)
-    return -(-size // 16) * 16  # no two threads write to one cache line
+    return -(-size // 16) * 16  # so that no two threads write to one cache line
 
 
 @numba.njit(**VIEWS)
 def _work(count, position, window, group):
-    """Of `count` rows, the first at `position`: products of a query and a key, and a key's way from
-    memory, which takes as long as _READ of them."""
+    """Return the cost of `count` rows, the first at `position`, in products of a query and a key.
+    Reading a key from memory counts as _READ of them."""
     seen = min(position, window) if window >= 0 else position
     return group * (count * seen + count * (count + 1) // 2) + _READ * (seen + count)
 
 
 @numba.njit(**EXACT)
 def _cut_decodes(seq_lens, tables, block_size, n_kv_head, group, threads, tiled):
-    """The tiles of sequences with a row each. Neighbours with the same first blocks, samples of one
-    prompt as a rule, are a tile, unless that leaves less than two parts for each thread."""
+    """Return the tiles of sequences with one row each. Neighbours with the same first blocks
+    (usually samples of one prompt) form one tile, unless each thread then had fewer than two
+    parts."""
     tiles, n, b, count = np.empty((seq_lens.size, 4), np.int64), 0, 0, seq_lens.size
     most = min(_QUERIES // group, -(-count * n_kv_head // (2 * threads)))
     while b < count:
@@ -484,7 +491,7 @@ def _cut_decodes(seq_lens, tables, block_size, n_kv_head, group, threads, tiled)
             same, limit = 0, min(blocks, (seq_lens[end] - 1) // block_size)
             while same < limit and tables[b, same] == tables[end, same]:
                 same += 1
-            # one that shares less begins a tile of its own, maybe with others like it
+            # a sequence that shares less starts a new tile, possibly with others like it
             least = 3 * blocks // 4 if end > b + 1 else 0
             if same * block_size < _SHARED or same < least:
                 break
@@ -499,15 +506,15 @@ def _cut_decodes(seq_lens, tables, block_size, n_kv_head, group, threads, tiled)
 def cut_tiles(
     cu_seqlens, seq_lens, tables, block_size, window, n_kv_head, group, rows, threads, tiled
 ):  # fmt: skip
-    """Cut the sequences into tiles of up to `rows` rows: (tiles, 4), the sequence, the first row,
-    the one behind the last; and where a tile is rows of several sequences, one each, how many
-    positions have the same blocks in all of them.
+    """Cut the sequences into tiles of up to `rows` rows. Return (tiles, 4): the sequence, the first
+    row, the end row, and the number of positions with shared blocks. The last is 0 unless the tile
+    has one row of each of several sequences.
 
-    A row sees more keys the later it comes, and a batch may begin with decodes and end with long
-    chunks. So no tile is more than half of a thread's mean share, where it has _LEAST queries
-    without that; and the largest come first, since threads take them as they come.
+    Later rows attend to more keys, and a batch may begin with decodes and end with long chunks. So
+    no tile has more than half of a thread's mean share, unless it would fall below _LEAST queries.
+    The largest tiles come first, because threads take them in order.
     """
-    if cu_seqlens[seq_lens.size] == seq_lens.size:  # decodes, whose tiles have a row each
+    if cu_seqlens[seq_lens.size] == seq_lens.size:  # decodes: one row per tile
         return _cut_decodes(seq_lens, tables, block_size, n_kv_head, group, threads, tiled)
     total, count = 0, 0
     for b in range(seq_lens.size):
@@ -534,7 +541,7 @@ def cut_tiles(
             level = max(level, works[i])
             i += 1
     tiles, n = np.empty((count, 4), np.int64), 0
-    while level > 0:  # those of more than half of the largest one's work, then of half of that
+    while level > 0:  # tiles above half of the largest one's work first, then above half of that
         for i in range(count - 1, -1, -1):
             if level // 2 < works[i] <= level:
                 tiles[n] = found[i]
@@ -565,14 +572,14 @@ def _attend_part(
 
 @numba.njit(**EXACT)
 def num_parts(tiles, n_kv_head, threads):
-    """Of a job: no more for each thread than make up for tiles of different sizes."""
+    """Return the number of parts of a job. A few per thread balance tiles of different sizes."""
     return min(tiles * n_kv_head, 16 * threads if threads > 1 else 1, MAX_PARTS)
 
 
 @kept(**EXACT)
 def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, team, scratch, out):
-    """Attention in tiles of up to `rows` rows and one kv head, which threads take as they come.
-    scratch (threads, scratch_size)."""
+    """Compute attention in tiles of up to `rows` rows and one kv head. Threads take the tiles in
+    order. scratch: (threads, scratch_size)."""
     n_kv_head, group, tiled = k.shape[1], q.shape[1] // k.shape[1], fits(k, q.shape[2])
     tiles = cut_tiles(
         cu_seqlens, seq_lens, block_tables, k.shape[2], window, n_kv_head, group, rows,
@@ -587,15 +594,15 @@ def attend_rows(q, k, v, cu_seqlens, seq_lens, block_tables, window, rows, team,
 def attend_tiles(
     tiles, q, k, v, cu_seqlens, seq_lens, block_tables, window, team, scratch, out
 ):  # fmt: skip
-    """The same in tiles that are cut already."""
+    """Compute attention in tiles that are already cut."""
     parts = num_parts(len(tiles), k.shape[1], team[SIZE])
     arguments = tiles, q, k, v, cu_seqlens, seq_lens, block_tables, window, scratch, out
     _attend_part(team, 1, parts, arguments)
 
 
 def tile(batch, group: int, D: int) -> tuple[int, int]:
-    """Rows of one sequence that are done together, and the size of a thread's scratch for them."""
-    # many queries read a block of keys together: their scores still fit in the second-level cache
+    """Return how many rows of a sequence are computed together, and a thread's scratch size."""
+    # many queries read a block of keys together, as long as their scores fit the second-level cache
     most = max(1, _QUERIES // group)
     rows = max(1, min(batch.max_query_len, most))
     is_decode = len(batch.seq_lens) == len(batch.positions)
@@ -604,8 +611,8 @@ def tile(batch, group: int, D: int) -> tuple[int, int]:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
-    """Attention as ../attention.py describes it: q in float32, k and v in that or bfloat16, or
-    in int8 as ../fused/int8_cache.py has them. Chunks come here too, of any length."""
+    """Compute attention as described in ../attention.py. q is float32; k and v are float32,
+    bfloat16, or int8 as in ../fused/int8_cache.py. Sequences may have chunks of any length."""
     group, D = q.shape[1] // k.shape[1], q.shape[2]
     rows, size = tile(batch, group, D)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -1,17 +1,17 @@
-"""Attention's products by the matrix unit (amx.py), where K and V are in bfloat16.
+"""Attention's products on the matrix unit (amx.py), for K and V in bfloat16.
 
-Both are packed into weight tiles of its kind, K's for 32 keys at a time, V's for 128. A word of a
-tile is two numbers of one key of K, or of two keys of V:
+K and V are packed into weight tiles of the unit: K in tiles of 32 keys, V in tiles of 128 keys. A
+word of a tile holds two numbers of one key of K, or one number each of two keys of V:
 
     K  a0 a1 a2 a3 ...  (D numbers)    (a0 a1) (b0 b1) ...  32 keys
        b0 b1 b2 b3 ...                 (a2 a3) (b2 b3) ...
     V  a0 a1 a2 ...                    (a0 b0) (a1 b1) ...  32 of D
        b0 b1 b2 ...                    (c0 d0) (c1 d1) ...
 
-Queries, and the weights of keys, are rounded to bfloat16 in place: in the first half of a row of
-float32. All rows come here, a single one as well, and keys are in pairs from position 0 on: so the
-bits of a row do not depend on those beside it. (Unless V has a NaN: 0 times that is NaN, for all
-rows of a tile.)
+Queries and attention weights are rounded to bfloat16 in place, in the first half of a row of
+float32. All rows are computed here, even a single one, and keys are paired from position 0 on. So
+the bits of a row do not depend on the other rows. (Except if V contains a NaN: 0 times NaN is NaN,
+for all rows of a tile.)
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from numba.core import cgutils, types
 from .amx import ROWS, WORDS, configure, multiply_tiles, release
 from .simd import AMX, VIEWS, BFloat, fetch, vectorised
 
-TILE = 2 * WORDS  # in a tile of K; numbers in one of V
-_V_KEYS = 4 * TILE  # keys in one of V
-_FEW = 4  # fewer rows read K and V where they are
-_SOON = 64  # keys ahead that are being loaded
-_NEAR = 32  # the same for a few rows: they may see no more keys than these
+TILE = 2 * WORDS  # keys in a tile of K; numbers in a tile of V
+_V_KEYS = 4 * TILE  # keys in a tile of V
+_FEW = 4  # fewer rows than this read K and V in place
+_SOON = 64  # prefetch distance in keys
+_NEAR = 32  # the same for a few rows, which may attend to no more keys than these
 
 
 @vectorised(types.boolean)
 def fits(b, k, D):
-    """Are products with k, K or V, made of tiles? They have to be whole."""
+    """Return whether products with k (K or V) use tiles, which must be whole."""
     if not AMX or k.data.type.pointee != b.i16:
         return b.i1(0)
     return b.icmp_signed("==", b.urem(D, b.i64(TILE)), b.i64(0))
@@ -41,13 +41,14 @@ def fits(b, k, D):
 
 @numba.njit(**VIEWS)
 def whole(keys):
-    """The number of keys, rounded up to whole tiles."""
+    """Return the number of keys, rounded up to whole tiles."""
     return -(-keys // TILE) * TILE
 
 
 @vectorised()
 def halve(b, x, start, count):
-    """`count` numbers of x, from its flat index `start` on, as bfloat16 in half of the place."""
+    """Convert `count` numbers of x, from its flat index `start` on, to bfloat16 in place. They then
+    take half of the space."""
     if not AMX:
         return
     x, lanes = b.at(x.data, start), b.i64(WORDS)
@@ -61,14 +62,14 @@ def halve(b, x, start, count):
 
 @vectorised()
 def _turn(b, k, places, first, D, packed, column):
-    """packed (D / 2, TILE) from `column` on = the words of the 16 keys that begin at
-    places[first:], rows as columns."""
+    """Transpose the words of the 16 keys that begin at places[first:] into packed (D / 2, TILE),
+    from `column` on."""
     if not AMX or k.data.type.pointee != b.i16:
         return
     starts = [b.words(b.at(k.data, b.load(b.at(places.data, first, i)))) for i in range(WORDS)]
     with cgutils.for_range_slice(b, b.i64(0), b.udiv(D, b.i64(2)), b.i64(WORDS), b.i64) as (w, _):
         rows = [b.read(b.at(start, w)) for start in starts]
-        for size in (1, 2, 4, 8):  # squares of `size` words change places with their neighbours
+        for size in (1, 2, 4, 8):  # swap squares of `size` words with their neighbours
             for i in range(WORDS):
                 if not i & size:
                     pair, lanes = (rows[i], rows[i + size]), range(WORDS)
@@ -85,8 +86,8 @@ def _turn(b, k, places, first, D, packed, column):
 
 @vectorised()
 def _pair(b, v, places, first, D, packed, word):
-    """That word of the tiles (D / TILE, _V_KEYS / 2, TILE) = the numbers of the two keys that begin
-    at places[first:]."""
+    """Store the numbers of the two keys that begin at places[first:] as word `word` of the tiles
+    packed (D / TILE, _V_KEYS / 2, TILE)."""
     if not AMX or v.data.type.pointee != b.i16:
         return
     starts = [b.at(v.data, b.load(b.at(places.data, first, i))) for i in (0, 1)]
@@ -100,7 +101,7 @@ def _pair(b, v, places, first, D, packed, word):
 
 @vectorised()
 def _configure_column(b):
-    """Tiles for one row as a column: of sums (0, 1), of 16 keys (2, 3), and of the row (4)."""
+    """Configure tiles for one row as a column: sums (0, 1), 16 keys each (2, 3), the row (4)."""
     if not AMX:
         return
     byte = [0] * 64
@@ -112,7 +113,7 @@ def _configure_column(b):
 
 
 def _start_loading(b, x, other, places, key, keys, back, d):
-    """As _fetch_soon, of one key a cache line, its numbers from d on: little at a time."""
+    """Prefetch as in _fetch_soon, but only one cache line of a key, from its number d on."""
     inside = b.icmp_signed("<", key, keys)
     place = b.load(b.at(places.data, b.select(inside, key, b.sub(key, back))))
     b.start_loading(b.at(b.select(inside, x.data, other.data), place, d))
@@ -120,9 +121,11 @@ def _start_loading(b, x, other, places, key, keys, back, d):
 
 @vectorised()
 def _score_column(b, q, q_at, k, v, low, high, D, scores, s_at, places, at, keys):
-    """TILE scores, from the flat index s_at on, = as many keys, half of which begin at k's flat
-    index `low`, and half at `high`, times a row of words of q: where they lie. Meanwhile keys
-    behind those from places[at] on are being loaded, line by line, see _fetch_soon."""
+    """Compute TILE scores, from the flat index s_at on: keys times a row of words of q.
+
+    The keys are read in place. Half of them begin at k's flat index `low`, the other half at
+    `high`. Meanwhile the keys _NEAR behind places[at] are prefetched line by line, see
+    _fetch_soon."""
     if not AMX or k.data.type.pointee != b.i16:
         return
     nothing, pointer = ir.VoidType(), b.i8.as_pointer()
@@ -146,9 +149,10 @@ def _score_column(b, q, q_at, k, v, low, high, D, scores, s_at, places, at, keys
 
 @vectorised()
 def _mix_column(b, weights, at, v, k, places, first, keys, D, y, y_at):
-    """y, from its flat index on, += TILE weights (bfloat16) of keys times their numbers in V, added
-    up as a product of tiles is: those of even keys, those of odd ones, both, and that to y. Later
-    keys are being loaded meanwhile, as above."""
+    """Add to y, from its flat index y_at on, the weighted numbers of TILE keys in V.
+
+    weights: bfloat16. The order of the sums is that of a product of tiles: even keys, odd keys,
+    both, and then y. Meanwhile later keys are prefetched, as above."""
     if not AMX or v.data.type.pointee != b.i16:
         return
     weights, start = b.at(weights.data, at), b.i64(0)
@@ -178,8 +182,8 @@ def _mix_column(b, weights, at, v, k, places, first, keys, D, y, y_at):
 
 @numba.njit(**VIEWS)
 def find_keys(k, table, h, start, stop, first, last, places):
-    """places = where in k, flat, each key from position `start` on begins, some more than up to
-    `stop`; where there is no such key, or no row sees it, that of one which is seen."""
+    """Store in `places` the flat index in k of each key from position `start` on, to somewhat
+    beyond `stop`. For keys that do not exist or that no row attends to, store another's."""
     n_kv_head, block_size, D = k.shape[1:]
     end = start + whole(stop - start) + _SOON + TILE
     low, high = max(start, first), min(end, last)
@@ -196,8 +200,8 @@ def find_keys(k, table, h, start, stop, first, last, places):
 
 @numba.njit(**VIEWS)
 def _fetch_soon(x, other, places, at, count, keys, back, D):
-    """Start loading `count` keys of x, _SOON ahead; behind the last one of `other`, those at places
-    less `back`: after K the same keys of V, after V the next ones of K."""
+    """Start loading `count` keys of x, _SOON keys ahead. Behind the last key, load keys of `other`
+    at places shifted by `back`: after K the same keys of V, after V the next keys of K."""
     for i in range(at + _SOON, at + _SOON + count):
         if i < keys:
             fetch(x, places[i], D)
@@ -207,7 +211,7 @@ def _fetch_soon(x, other, places, at, count, keys, back, D):
 
 @numba.njit(**VIEWS)
 def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores, spare):
-    """attention._attend_tile's scores = qs @ K.T, of the keys from position `start` to `stop`."""
+    """Compute the scores of attend_tile, qs @ K.T, for the keys from position start to stop."""
     (n, D), words, packed, configured = qs.shape, qs.view(np.int32), spare.view(np.uint16), 0
     n_kv_head, size = k.shape[1:3]
     few = n < _FEW and size % WORDS == 0
@@ -229,7 +233,7 @@ def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores
             _turn(k, places, at + i, D, packed, i)
         for i in range(0, n, ROWS):
             count = min(ROWS, n - i)
-            if start + at <= position + (i + count - 1) // group:  # the last of them sees one
+            if start + at <= position + (i + count - 1) // group:  # the last row attends to a key
                 if count != configured:
                     configure(count)
                     configured = count
@@ -242,7 +246,7 @@ def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores
 
 @numba.njit(**VIEWS)
 def tile_values(scores, k, v, places, start, stop, position, group, ys, spare):
-    """ys += scores @ V of the same keys."""
+    """Compute ys += scores @ V for the same keys."""
     (n, D), words, packed, configured = ys.shape, scores.view(np.int32), spare.view(np.uint16), 0
     width, keys = scores.shape[1], whole(stop - start)
     if n < _FEW:

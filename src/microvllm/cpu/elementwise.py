@@ -1,8 +1,8 @@
-"""The steps between the products and the draw in numba, as fused/backend.py has them in torch.
+"""The steps between the matrix products, and the draw, in numba; fused/backend.py is the torch form.
 
-torch goes through memory for each addition and norm; and for the draw's cap, softmax, sort, running
-sum and search, more than half of a decode step. Here rows stay in the cache. And nothing is sorted:
-a pass takes so little that the smallest logit to stay is found by bisection.
+torch passes through memory for each addition and norm, and again for the cap, softmax, sort,
+running sum and search of a draw, which take more than half of a decode step. Here rows stay in the cache.
+Nothing is sorted: one pass is so cheap that bisection finds the smallest logit to keep.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from .team import SIZE, end_list, job, one_at_a_time, team_of
 _f32 = np.float32
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9
 _LOG2E = _f32(1 / math.log(2))
-_LEAST = _f32(1e-30).view(np.int32)  # a smaller row is written as zeros
-_BLOCK = 256  # weights that are summed before one of them is looked for
+_LEAST = _f32(1e-30).view(np.int32)  # a row whose largest number is smaller is written as zeros
+_BLOCK = 256  # weights that are summed before the draw searches among them
 
 
 def array_of(x: Tensor) -> np.ndarray:
-    """bfloat16, which numpy does not know, is uint16 here; all arithmetic is in float32."""
+    """Return x as an array. numpy lacks bfloat16, which becomes uint16; arithmetic is in float32."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 @vectorised(types.float32)
 def load(b, x, i):
-    """x[i] as a float32."""
+    """Return x[i] as float32."""
     return b.read(b.at(x.data, i), 1)
 
 
 @vectorised()
 def store(b, x, i, value):
-    """x[i] = value, a float32, rounded to the nearest, of two equally near to the even one."""
+    """Store a float32 in x[i], rounded to nearest, ties to even."""
     place = b.at(x.data, i)
     if place.type.pointee == b.i16:
         bits = b.bitcast(value, b.i32)
@@ -62,13 +62,14 @@ def store(b, x, i, value):
 
 @numba.njit(**VIEWS)
 def flipped(bits):
-    """A float's bits as an integer in the order of the floats, or back; a NaN is at either end."""
+    """Map a float's bits to an integer in the order of the floats, or back; NaNs are at either end."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
 @numba.njit(**VIEWS)
 def largest(x):
-    """Integers, since the compiler makes no vectors of the maximum of floats: 12 times faster."""
+    """Return the largest of x (n,). It compares integers, which is 12 times faster, because the
+    compiler does not vectorize a maximum of floats."""
     bits, most = x.view(np.int32), np.int32(-(2**31))
     for i in range(bits.size):
         most = max(most, flipped(bits[i]))
@@ -76,12 +77,12 @@ def largest(x):
 
 
 def exp2_of(b, x, lanes: int):
-    """2**x for x <= 0, to 1e-7 of it. LLVM has no vector exp of its own."""
+    """Return 2**x for x <= 0, with a relative error of 1e-7. LLVM has no vector exp of its own."""
 
     def number(value):
         return b.splat(b.f32(value), lanes)
 
-    least = number(-126)  # the smallest power that has an exponent's bits
+    least = number(-126)  # the exponent of the smallest normal number
     x = b.select(b.fcmp_ordered("<", x, least), least, x)
     whole = b.floor(b.fadd(x, number(0.5)))
     r, y = b.fsub(x, whole), number(_EXP2[7])
@@ -126,7 +127,7 @@ def add_norm_rows(x, y, x0, a, b, eps, adds, mixes, team, x_new, h):
 
 
 def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
-    """What Backend.add_norm does."""
+    """Compute Backend.add_norm."""
     h, adds, mixes = torch.empty_like(x), y is not None, a is not None
     x_new = torch.empty_like(x) if adds or mixes else x
     arrays = [z.numpy() for z in (x, y if adds else x, x0 if mixes else x)]
@@ -138,8 +139,8 @@ def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
 
 @numba.njit(**VIEWS)
 def _quantize(x, scale, head, slot):
-    """x (D,) times scale to a slot of head (block_size, D + 2) as fused/int8_cache.py has it, whose
-    rounding this is, to the bit."""
+    """Quantize x (D,) times scale into a slot of head (block_size, D + 2). The layout and the
+    rounding are those of fused/int8_cache.py, to the bit."""
     bits, most = x.view(np.int32), np.int32(_LEAST)
     for j in range(bits.size):
         most = max(most, bits[j] & np.int32(0x7FFFFFFF))
@@ -150,12 +151,12 @@ def _quantize(x, scale, head, slot):
     step = np.int32(up << 16).view(np.float32)
     row = flat[slot * D : slot * D + D]
     for j in range(D):
-        # the last bits of the sum are those of the nearest integer, of two equally near the even
+        # the last bits of the sum are those of the nearest integer, ties to even
         row[j] = np.float32(x[j] * scale / step + _f32(1.5 * 2**23)).view(np.int32)
 
 
 def write_row(x, scale, rows, i):
-    """rows[i] = x (D,) times scale, in the numbers that rows has."""
+    """Store x (D,) times scale in rows[i], in the dtype of rows."""
 
 
 @overload(write_row, jit_options=VIEWS)
@@ -175,10 +176,11 @@ def _write_row_of(x, scale, rows, i):
 def _embed_some(
     ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, first, end, previous, x
 ):  # fmt: skip
-    """The rows from `first` to `end`; previous (C,): scratch, the embedding of the token before."""
+    """Compute the rows from `first` to `end`. previous (C,): scratch for the previous token's
+    embedding."""
     for t in range(first, end):
         _embed(wte[ids[t]], eps, x[t])
-        if smear_gate.size and positions[t] > 0:  # position 0 has no neighbour
+        if smear_gate.size and positions[t] > 0:  # position 0 has no previous token
             _embed(wte[prev_ids[t]], eps, previous)
             gate = smear_lambda[0] / (_f32(1) + np.exp(-dot(x[t], smear_gate, smear_gate.size)))
             for c in range(previous.size):
@@ -199,7 +201,7 @@ def _embed_part(
 
 @numba.njit(**EXACT)
 def embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, team, x):
-    """FusedGPT.embed; without smear, its gate is empty."""
+    """Compute FusedGPT.embed. smear_gate is empty for a model without smear."""
     runs, parts = row_parts(len(x), team[SIZE])
     arguments = ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, x
     _embed_part(team, runs, parts, arguments)
@@ -207,7 +209,7 @@ def embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, tea
 
 @numba.njit(**VIEWS)
 def _embed(row, eps, x):
-    """x (C,) = the normed row of a table."""
+    """Store the normed row of a table in x (C,)."""
     for c in range(x.size):
         x[c] = load(row, c)
     scale = _rms_scale(x, eps)
@@ -217,7 +219,7 @@ def _embed(row, eps, x):
 
 @numba.njit(**VIEWS)
 def _rotate(x, cos, sin, qk_scale, eps, z, rows, i):
-    """rows[i] (D,) = qk_scale * the norm of x (D,) rotated; z (D,) is scratch."""
+    """Rotate x (D,), norm it and store qk_scale times that in rows[i] (D,). z (D,): scratch."""
     half = cos.size
     for j in range(half):
         z[j] = x[j] * cos[j] + x[half + j] * sin[j]
@@ -230,7 +232,7 @@ def _rope_store_some(
     qkv, h, ids, ve, ve_gate, gated, cos, sin, positions, slots, k, v,
     qk_scale, gate_scale, eps, first, end, z, q,
 ):  # fmt: skip
-    """The rows from `first` to `end`; z (D,): scratch."""
+    """Compute the rows from `first` to `end`. z (D,): scratch."""
     (_, n_head, D), (n_kv_head, block_size) = q.shape, k.shape[1:3]
     for t in range(first, end):
         c, s = cos[positions[t]], sin[positions[t]]
@@ -279,10 +281,10 @@ def rope_store_rows(
 def rope_store(
     qkv, h, ve, ve_gate, cos, sin, batch, k, v, n_head, qk_scale, gate_scale, eps
 ) -> Tensor:
-    """What Backend.rope_store does."""
+    """Compute Backend.rope_store."""
     D, gated = 2 * cos.shape[1], ve is not None
     q = torch.empty(len(qkv), n_head, D)
-    if not gated:  # a kernel takes arrays, never None: any of their kind will do
+    if not gated:  # a kernel needs arrays instead of None: any array of the right type will do
         ve, ve_gate = cos if k.dtype == torch.int8 else k[0, 0], h
     ids = batch.token_ids if gated else batch.slots
     tensors = ids, ve, ve_gate, cos, sin, batch.positions, batch.slots, k, v
@@ -306,7 +308,7 @@ def _back_out_part(worker, part, parts, x, factor, middle):
 
 @numba.njit(**EXACT)
 def back_out(x, factor, middle, team):
-    """x (T, C) -= factor * middle."""
+    """Compute x (T, C) -= factor * middle."""
     runs, parts = row_parts(len(x), team[SIZE])
     _back_out_part(team, runs, parts, (x, factor, middle))
 
@@ -322,7 +324,7 @@ def _add_part(worker, part, parts, x, y, z):
 
 @numba.njit(**EXACT)
 def add_rows(x, y, team, z):
-    """z (T, C) = x + y."""
+    """Compute z (T, C) = x + y."""
     runs, parts = row_parts(len(x), team[SIZE])
     _add_part(team, runs, parts, (x, y, z))
 
@@ -338,15 +340,15 @@ def _take_part(worker, part, parts, x, rows, y):
 
 @numba.njit(**EXACT)
 def take_rows(x, rows, team, y):
-    """y (R, C) = x[rows]."""
+    """Compute y (R, C) = x[rows]."""
     runs, parts = row_parts(len(rows), team[SIZE])
     _take_part(team, runs, parts, (x, rows, y))
 
 
 @numba.njit(**VIEWS)
 def _least(values, counting, limit, low, high):
-    """The least of the values that stay: those for which all larger ones together hold less than
-    `limit`, each holding what it is or, if counting, 1. It lies between low and high."""
+    """Return the smallest value to keep, which lies between low and high. A value is kept if all
+    larger values together count less than `limit`. Each counts its value or, if counting, 1."""
     first = np.int64(flipped(_f32(low).view(np.int32)))
     last = np.int64(flipped(_f32(high).view(np.int32)))
     while first < last:
@@ -361,29 +363,29 @@ def _least(values, counting, limit, low, high):
 
 @numba.njit(**VIEWS)
 def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
-    """w (V,) = 2**(scale * (x - the largest)), x being capped, and 0 for what the filters drop."""
+    """Compute w (V,) = 2**(scale * (x - max(x))) of the capped x, and 0 for filtered tokens."""
     top = largest(x)
     kth = _f32(-np.inf)
     if 0 < top_k < x.size:
         kth = _least(x, True, top_k, kth, top)
     if softcap > 0:
-        # tanh(z) = (1 - t) / (1 + t), where t = e**-2z. a loop of its own, else registers run out
+        # tanh(z) = (1 - t) / (1 + t), where t = e**-2z. A separate loop, else registers run out
         slope = _f32(-2) * _LOG2E / softcap
         for i in range(x.size):
             t = exp2(abs(x[i]) * slope)
             capped = softcap * ((_f32(1) - t) / (_f32(1) + t))
             w[i] = capped if x[i] > 0 else -capped
     else:
-        for i in range(x.size):  # w[:] = x compiles an error message, for as long as all else here
+        for i in range(x.size):  # w[:] = x would compile an error message and double compile time
             w[i] = x[i]
     top = largest(w)
     for i in range(x.size):
         exponent = (w[i] - top) * scale
-        # 0 where float32 has no smaller number
+        # 0 below the smallest normal float32
         w[i] = exp2(exponent) if exponent >= -126 and x[i] >= kth else _f32(0)
     if top_p < 1:
         whole = total(w, w.size)
-        # tokens that weigh no more than this weigh 1 - p of it together at most: none can stay
+        # tokens that weigh at most this much weigh at most 1 - p together: none of them can stay
         low = (1 - top_p) * whole / x.size
         min_p = max(min_p, _least(w, False, top_p * whole, low, _f32(1)))
     if min_p > 0:
@@ -393,17 +395,17 @@ def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
 
 @numba.njit(**VIEWS)
 def _draw(w, sums, u):
-    """The first index at which the running sum of w exceeds u of the whole."""
+    """Return the first index at which the running sum of w exceeds the share u of the total."""
     whole = 0.0
     for b in range(sums.size):
         sums[b] = total(w[b * _BLOCK : (b + 1) * _BLOCK], _BLOCK)
         whole += sums[b]
-    # u is below 1, so one block passes the target, and that one has a weight above 0
+    # u is below 1, so some block exceeds the target, and this block has a weight above 0
     target, running, b = u * whole, 0.0, 0
     while b < sums.size - 1 and running + sums[b] <= target:
         running += sums[b]
         b += 1
-    token = -1  # if no weight is above 0, as those of NaN
+    token = -1  # if no weight is above 0, for example if all are NaN
     for i in range(b * _BLOCK, (b + 1) * _BLOCK):
         if w[i] > 0:
             running += w[i]
@@ -416,7 +418,7 @@ def _draw(w, sums, u):
 @numba.njit(**VIEWS)
 def _argmax(x):
     top = largest(x)
-    if top > -np.inf:  # and no NaN
+    if top > -np.inf:  # also excludes NaN
         for i in range(x.size):
             if x[i] == top:
                 return i
@@ -428,8 +430,8 @@ def _argmax(x):
 def _sample_part(
     worker, part, parts, logits, V, stride, u, scale, softcap, filters, w, sums, step, tokens
 ):  # fmt: skip
-    """The row of number r begins at logits[r * stride]. w (threads, V and more), sums (threads, the
-    blocks of a row): scratch."""
+    """Draw a token for a part of the rows. Row r begins at logits[r * stride]. Scratch: w (threads,
+    at least V), sums (threads, blocks of a row)."""
     own, own_sums, drawn, uniform = w[worker], sums[worker], tokens[step[0]], u[step[0]]
     first, end = share(drawn.size, part, parts)
     for r in range(first, end):
@@ -443,8 +445,8 @@ def _sample_part(
 
 @kept(**EXACT)
 def sample_rows(logits, V, stride, u, scale, softcap, filters, w, sums, step, team, tokens):
-    """tokens[step[0]] = a token for each row; the row of number r begins at logits[r * stride].
-    w, sums: of draw_space."""
+    """Draw a token for each row, into tokens[step[0]]. Row r begins at logits[r * stride]. w, sums:
+    from draw_space."""
     rows = tokens.shape[1]
     runs = min(team[SIZE], rows)
     parts = runs * max(1, min(8, rows // runs)) if runs > 1 else 1
@@ -453,8 +455,8 @@ def sample_rows(logits, V, stride, u, scale, softcap, filters, w, sums, step, te
 
 
 def draw_space(V: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the threads need to draw one of V tokens: weights and their sums by blocks."""
-    blocks = -(-V // _BLOCK)  # the last one may be longer than the row: there are zeros
+    """Return the threads' scratch for a draw among V tokens: weights, and their sums by blocks."""
+    blocks = -(-V // _BLOCK)  # the last block may extend beyond the row, where w is zero
     w = np.zeros((threads, blocks * _BLOCK), np.float32)
     return w, np.empty((threads, blocks), np.float32)
 
@@ -486,8 +488,8 @@ def _advance_part(
 def advance_rows(
     ids, prev_ids, positions, seq_lens, slots, tables, size, stops, step, team, tokens
 ):  # fmt: skip
-    """Make a batch of one row for each sequence that of the next step, with the tokens drawn in
-    tokens[step[0]]; a stop token ends the list of jobs."""
+    """Advance a batch of one row per sequence to the next step, with the tokens in tokens[step[0]].
+    A stop token ends the list of jobs."""
     arguments = (
         team, ids, prev_ids, positions, seq_lens, slots, tables, size, stops, step, tokens
     )  # fmt: skip
@@ -495,18 +497,19 @@ def advance_rows(
 
 
 def draw_values(params, T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(R,) float32 the factor of a row's logits for powers of 2, 0 if it is greedy, and (R, 3) its
-    filters; T (R,): temperatures."""
+    """Return the factors of the logits for powers of 2, (R,) float32, 0 for greedy rows, and the
+    filters (R, 3). T (R,): temperatures."""
     filters = filter_values(params)
     filters = np.tile(np.array(NO_FILTERS), (len(T), 1)) if filters is None else filters
     return np.divide(_LOG2E, T, out=np.zeros_like(T), where=T > 0), filters
 
 
 def sample(logits: Tensor, params, temperature: Tensor, uniform: Tensor, softcap: float) -> Tensor:
-    """A token for each row of logits (R, V): what ../sampler.py says, with its arguments. (R,)."""
+    """Draw a token for each row of logits (R, V). Return (R,). The arguments are those of
+    ../sampler.py."""
     (R, V), logits = logits.shape, logits.float()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    stride = logits.stride(0)  # rows may be longer than V, or all the same
+    stride = logits.stride(0)  # rows may be further apart than V, or all be the same row
     flat = logits.as_strided(((R - 1) * stride + V,), (1,))
     tokens, values = torch.empty(1, R, dtype=torch.int64), draw_values(params, temperature.numpy())
     with one_at_a_time:

@@ -1,7 +1,7 @@
-"""What the CPU's kernels are made of; numba compiles them.
+"""Building blocks of the CPU kernels, which numba compiles.
 
-Where the compiler makes less of a loop than the processor can do, the loop is written in vectors,
-in the compiler's own language (llvmlite.ir).
+If the compiler makes poor use of the processor for a loop, the loop is written with vectors in the
+compiler's own language (llvmlite.ir).
 """
 
 from __future__ import annotations
@@ -26,26 +26,28 @@ _libc = ctypes.CDLL(None) if os.name == "posix" else None
 log = logging.getLogger("microvllm")
 
 
-# nothing is rounded or added up in another order than is written, since that would depend on which
-# kernel a function is made part of; long sums are written in vectors (see `sum_of`)
+# operations are rounded and added exactly as written, because other orders would depend on which
+# kernel a function is inlined into; long sums are written with vectors (see `sum_of`)
 EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
-# numba counts the references to an array in one place: threads that make views of it in a loop wait
-# for each other there. A function that makes no arrays, and returns none, can do without
+# numba keeps the reference count of an array in one place, and threads that create views of it in a
+# loop wait for each other there. A function that neither creates nor returns arrays needs no counts
 VIEWS = EXACT | {"_nrt": False}
 
-# the files that kernels are made of: of this subpackage, and the layout of low-bit weights
+# the source files of the kernels: this subpackage, and the layout of low-bit weights
 SOURCES = [
     *sorted(Path(__file__).parent.glob("*.py")),
     Path(__file__).parent.parent / "lowbit" / "packing.py",
 ]
-# what tells these sources from others: when each file was written, and its size
+# identifies these sources: modification time and size of each file
 STAMP = tuple((file.stat().st_mtime, file.stat().st_size) for file in SOURCES)
 
 
 @cache
 def trusted(folder: str) -> bool:
-    """Can only those write the kernels there who can write these sources? They are pickles, and a
-    pickle runs code when it is read. In a folder that is not trusted, nothing is read or written.
+    """Return whether only users who can write these sources can write the kernels in the folder.
+
+    Kernels are pickles, and reading a pickle runs code. In a folder that is not trusted, nothing is
+    read or written.
     """
     if os.name != "posix":
         return True
@@ -56,22 +58,22 @@ def trusted(folder: str) -> bool:
         except FileNotFoundError:
             if place == Path(folder):
                 raise
-            continue  # another process has just replaced it
-        private = about.st_gid == about.st_uid  # the user's own group, of which umask 002 comes
+            continue  # another process has just replaced the file
+        private = about.st_gid == about.st_uid  # the user's own group, which umask 002 lets write
         if about.st_uid not in owners or about.st_mode & (0o002 if private else 0o022):
             kernel_cache.unkept = f"{place} may be written by others (chmod -R go-w {folder})"
-            log.info("kernels are not kept: %s", kernel_cache.unkept)
+            log.info("kernels are not stored: %s", kernel_cache.unkept)
             return False
     return True
 
 
 def kept(**options):
-    """numba.njit, with compiled kernels written to disk, for later processes."""
+    """Return numba.njit with kernels that are stored on disk for later processes."""
 
     def compiled(function):
         kernel = numba.njit(**options)(function)
         try:
-            # numba looks whether a kernel's own file has changed; it is made of several of ours
+            # numba only checks the kernel's own file for changes; ours are made of several files
             cached = kernel_cache.KernelCache(function, stamp=(STAMP, AMX))
             if not trusted(cached.cache_path):
                 cached.disable()
@@ -86,43 +88,44 @@ def kept(**options):
 
 @numba.njit(**EXACT)
 def share(count, thread, threads):
-    """The first of a thread's part of `count` equal pieces of work, and the one behind its last."""
+    """Return the start and the end of a thread's part of `count` equal pieces of work."""
     return count * thread // threads, count * (thread + 1) // threads
 
 
 @numba.njit(**EXACT)
 def fewest(count, threads):
-    """How many threads to wake for `count` equal pieces: with fewer, one would have more of them
-    than the busiest of `threads` has; the others would not end sooner."""
+    """Return how many threads to wake for `count` equal pieces: as few as possible such that no
+    thread gets more pieces than the busiest of `threads` would."""
     return -(-count // -(-count // threads)) if count > 0 else 1
 
 
 @numba.njit(**EXACT)
 def row_parts(rows, threads):
-    """Runs and parts of a job (team.py) on rows that are normed, rotated or rounded. To hand a part
-    over takes as long as a few rows do."""
+    """Return the runs and parts of a job (team.py) on rows that are normed, rotated or rounded.
+    Handing a part to another thread takes as long as a few rows."""
     runs = fewest(rows, min(threads, 1 + rows // 8))
     return runs, runs * (max(1, min(4, rows // (16 * runs))) if runs > 1 else 1)
 
 
 @numba.njit(**EXACT)
 def piece_parts(pieces, threads):
-    """Runs and parts of a job on `pieces` of a matrix. A thread's share has at most four parts, of
-    four pieces or more: others can take them if the thread comes late."""
+    """Return the runs and parts of a job on `pieces` of a matrix. A thread's share has at most four
+    parts, of at least four pieces each. Other threads can take them if the thread is late."""
     runs = fewest(pieces, threads)
     return runs, runs * (max(1, min(4, pieces // (4 * runs))) if runs > 1 else 1)
 
 
 @numba.njit(**EXACT)
 def row_cuts(tiles, rows, least, threads):
-    """Into how many runs of rows, each of `least` or more, a product of weight tiles is cut, too.
+    """Return the number of row groups, each of at least `least` rows, that a product of weight
+    tiles is cut into.
 
-    1 where whole tiles make no thread's share more than 1.2 times the mean; or if no cut does. Few
-    rows wait for weights: cut, they would be read once more. So 24 tiles are too few for 32
-    threads; their halves would be 48, no more even. A smaller part is a part of a cache line, or
-    half a register; and if threads shared the inputs, their sums would have to be added in an order
-    that does not depend on how many threads there are: each product would write its parts to memory
-    and wait for a second pass.
+    This is 1 if whole tiles make no thread's share larger than 1.2 times the mean, or if no cut
+    does. Few rows wait for their weights, and a cut would read the weights again. So 24 tiles are
+    too few for 32 threads; their halves would be 48, no more even. A smaller piece of a tile would
+    be a part of a cache line, or half a register. If threads shared the inputs, their sums would
+    have to be added in an order that does not depend on the number of threads: each product would
+    write its parts to memory and wait for a second pass.
     """
     for cuts in range(1, max(1, rows // least) + 1):
         pieces = tiles * cuts
@@ -131,33 +134,33 @@ def row_cuts(tiles, rows, least, threads):
     return 1
 
 
-# what numba compiles for: this processor, or less where it was told so (NUMBA_CPU_NAME=generic)
+# the target of the compilation: this processor, or a smaller set (NUMBA_CPU_NAME=generic)
 _, _name, CPU = cpu_target.target_context.codegen().magic_tuple()
 CPU = CPU.split(",")
 # numbers in a register
 LANES = 16 if "+avx512f" in CPU else 8 if "+avx2" in CPU and "+fma" in CPU else 4
-NEON = "+neon" in CPU  # ARM's: as few numbers in one, but 32 of them
-# the instruction that multiplies four bytes in each lane; ARM's (which LLVM does not look for, and
-# each of Apple's has) takes signed ones
+NEON = "+neon" in CPU  # ARM: also 4 numbers in a register, but 32 registers
+# an instruction multiplies four bytes in each lane. ARM's takes signed bytes; LLVM does not detect
+# it, and all of Apple's processors have it
 SIGNED = NEON and bool(not hasattr(_libc, "getauxval") or _libc.getauxval(16) >> 20 & 1)
 FOUR_BYTES = SIGNED or ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU
-# that, or one for two numbers of 16 bits
+# this instruction, or one for two numbers of 16 bits
 INTEGERS = FOUR_BYTES or ("+avx512bw" if LANES == 16 else "+avx2") in CPU
-EXCESS = 0 if SIGNED else 128  # what multiply_add8 leaves on bytes that are stored plus 128
+EXCESS = 0 if SIGNED else 128  # excess of the input bytes, stored plus 128, after multiply_add8
 if SIGNED:
     initialize_native_asmparser()
 _bfloat16 = LANES == 16 and "+avx512bf16" in CPU
-# the unit that multiplies tiles of matrices, see amx.py: its registers are so large that a process
-# has to ask Linux for them (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)
+# the matrix unit, see amx.py: its registers are so large that a process has to request them from
+# Linux (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)
 AMX = _bfloat16 and {"+amx-tile", "+amx-bf16", "+amx-int8"} <= {*CPU} and sys.platform == "linux"
 AMX = AMX and _libc.syscall(158, 0x1023, 18) == 0
-# the instruction that multiplies two bfloat16 in each lane: on Intel's processors, which have the
-# tiles, it takes longer than two of float32
+# an instruction multiplies two bfloat16 in each lane. On Intel's processors, which have the matrix
+# unit, it takes longer than two float32 multiplications
 TWO_HALVES = _bfloat16 and (AMX or _name.startswith("znver"))
 
 
 class BFloat(ir.Type):
-    """bfloat16, which llvmlite does not know."""
+    """bfloat16, which llvmlite lacks."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -170,7 +173,7 @@ class BFloat(ir.Type):
 
 
 class Builder:
-    """numba's builder of instructions, with methods that make several at once."""
+    """numba's instruction builder, with methods that emit several instructions at once."""
 
     i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
     f32 = ir.FloatType()
@@ -185,12 +188,12 @@ class Builder:
         return ir.VectorType(item, lanes) if lanes > 1 else item
 
     def ask(self, name: str, result, *values, **options):
-        """A call of LLVM's own function of that name."""
+        """Call LLVM's intrinsic function `name`."""
         kind = ir.FunctionType(result, [value.type for value in values])
         return self.call(self.module.declare_intrinsic(name, (), kind), values, **options)
 
     def at(self, start, *counts):
-        """The address of start[the sum of these counts; a pair (a, b) is a * b]."""
+        """Return the address of start[sum of counts]. A pair (a, b) counts as a * b."""
         for count in counts:
             a, b = count if isinstance(count, tuple) else (count, 1)
             a, b = (self.i64(z) if isinstance(z, int) else z for z in (a, b))
@@ -198,12 +201,12 @@ class Builder:
         return start
 
     def words(self, start):
-        """The address of pairs of bfloat16 as that of words of 32 bits; any other as it is."""
+        """Return the address of pairs of bfloat16 as one of 32-bit words; others are unchanged."""
         pairs = start.type.pointee == self.i16
         return self.bitcast(start, self.i32.as_pointer()) if pairs else start
 
     def read(self, start, lanes: int = LANES):
-        """Numbers from a pointer on, as float32; those of 16 bits are bfloat16, of 8 integers."""
+        """Read numbers from an address as float32. 16-bit numbers are bfloat16, 8-bit integers."""
         item = start.type.pointee
         value = self.load(self.bitcast(start, self.kind(item, lanes).as_pointer()))
         value.align = {self.i8: 1, self.i16: 2}.get(item, 4)
@@ -220,7 +223,7 @@ class Builder:
         self.store(value, self.bitcast(start, value.type.as_pointer())).align = 4
 
     def splat(self, value, lanes: int = LANES):
-        """A vector of equal numbers."""
+        """Return a vector of equal numbers."""
         if lanes == 1:
             return value
         firsts = ir.Constant(self.kind(self.i32, lanes), [0] * lanes)
@@ -229,23 +232,23 @@ class Builder:
         return self.shuffle_vector(vector, vector, firsts)
 
     def _of(self, name: str, *values):
-        """LLVM's function of that name of floats, or vectors of them."""
+        """Call LLVM's function `name` for floats or vectors of floats."""
         kind = values[0].type
         end = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
         return self.ask(f"llvm.{name}.{end}", kind, *values)
 
     def multiply_add(self, a, b, c):
-        """a * b + c, rounded once where the processor can."""
+        """Return a * b + c, rounded only once if the processor supports it."""
         return self._of("fmuladd", a, b, c)
 
     def floor(self, value):
         return self._of("floor", value)
 
     def multiply_add8(self, a, b, c):
-        """The same in each lane of four unsigned bytes of a and four signed ones of b, exactly;
-        if SIGNED, of each byte of a less 128."""
+        """Return a * b + c exactly, in each lane for four unsigned bytes of a and four signed bytes
+        of b. If SIGNED, 128 is subtracted from each byte of a."""
         if SIGNED:
-            a = self.xor(a, self.splat(self.i32(-0x7F7F7F80)))  # the highest bit of each
+            a = self.xor(a, self.splat(self.i32(-0x7F7F7F80)))  # the highest bit of each byte
             kind = ir.FunctionType(c.type, [c.type, a.type, b.type])
             text = ".arch_extension dotprod\nsdot $0.4s, $2.16b, $3.16b"
             return self.call(ir.InlineAsm(kind, text, "=w,0,w,w"), [c, a, b])
@@ -262,8 +265,8 @@ class Builder:
         return c
 
     def multiply_add_bf16(self, a, b, c):
-        """The same in each lane of two bfloat16 of a and two of b, the first ones first: exact
-        products. a: those two, or a pair of vectors of float32."""
+        """Return a * b + c in each lane for two bfloat16 of a and two of b, the first ones first,
+        with exact products. a: those two, or a pair of vectors of float32."""
         if not isinstance(a, tuple):
             pairs = ir.VectorType(BFloat(), 2 * LANES)
             a, b = self.bitcast(a, pairs), self.bitcast(b, pairs)
@@ -275,14 +278,14 @@ class Builder:
         return c
 
     def relu2(self, value):
-        """relu(value)^2; NaN is not below 0."""
+        """Return relu(value)^2. NaN does not count as below 0."""
         zero = value.type(None)
         value = self.select(self.fcmp_ordered("<", value, zero), zero, value)
         return self.fmul(value, value)
 
     def multiply_add7(self, a, b, c):
-        """The same of bytes of `a` below 128, of which two products fit in 16 bits; c may be sums
-        of as many bits, as long as all of them fit: see `widen`."""
+        """Return a * b + c for bytes of `a` below 128, of which two products fit in 16 bits. c may
+        be sums of 16 bits, as long as all sums fit: see `widen`."""
         if FOUR_BYTES:
             return self.multiply_add8(a, b, c)
         name = "llvm.x86.avx512.pmaddubs.w.512" if LANES == 16 else "llvm.x86.avx2.pmadd.ub.sw"
@@ -292,26 +295,27 @@ class Builder:
         return self.add(c, pairs) if c.type == pairs.type else self.widen(pairs, c)
 
     def widen(self, pairs, c):
-        """The two numbers of 16 bits in each lane and c, added up."""
+        """Return c plus both 16-bit numbers in each lane."""
         return self.multiply_add16(pairs, self.splat(self.i16(1), 2 * LANES), c)
 
     def multiply_add16(self, a, b, c):
-        """The same in each lane of two numbers of 16 bits of a and of b, exactly."""
+        """Return a * b + c exactly, in each lane for two 16-bit numbers of a and of b."""
         name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
         return self.add(c, self.ask(name, c.type, a, b))
 
     def start_loading(self, start) -> None:
-        byte, hints = self.i8.as_pointer(), (0, 2, 1)  # read; to the second-level cache; data
+        byte, hints = self.i8.as_pointer(), (0, 2, 1)  # read; into the second-level cache; data
         values = self.bitcast(start, byte), *map(self.i32, hints)
         self.ask(f"llvm.prefetch.{byte.intrinsic_name}", ir.VoidType(), *values)
 
 
 def vectorised(result=types.void):
-    """A decorator: a function for kernels that body(a Builder, *its arguments) makes, of values of
-    LLVM, and of arrays their data and shape. result: numba's type of what it returns."""
+    """Make a decorator that turns body(builder, *arguments) into a function for kernels. `body`
+    receives a Builder and LLVM values, and for arrays their data and shape. result: numba's type of
+    the return value."""
 
     def decorated(body):
-        @wraps(body)  # numba looks at the signature
+        @wraps(body)  # numba inspects the signature
         def function(context, *kinds):
             def codegen(context, builder, signature, values):
                 arguments = [
@@ -332,8 +336,8 @@ def vectorised(result=types.void):
 
 @vectorised()
 def fetch(b, x, start, count):
-    """Start loading `count` numbers from x's flat index `start` on: the next block of a sequence
-    may lie anywhere, the hardware cannot guess where."""
+    """Start loading `count` numbers from x's flat index `start` on. The hardware cannot predict the
+    next block of a sequence, since it may be anywhere."""
     line = b.i64({b.i8: 64, b.i16: 32}.get(x.data.type.pointee, 16))
     start = b.at(x.data, start)
     with cgutils.for_range_slice(b, b.i64(0), count, line, b.i64) as (d, _):
@@ -342,13 +346,13 @@ def fetch(b, x, start, count):
 
 @vectorised(types.float32)
 def multiply_add(b, x, y, z):
-    """x * y + z, rounded once where the processor can."""
+    """Return x * y + z, rounded only once if the processor supports it."""
     return b.multiply_add(x, y, z)
 
 
 def sum_of(b, n, add, width: int = LANES):
-    """The sum of n numbers, whose order the compiler leaves as it is; add(sums, i, lanes) is `sums`
-    and, in each lane, one from i on."""
+    """Return the sum of n numbers in an order that the compiler keeps. add(sums, i, lanes) adds to
+    each lane of `sums` one number, from i on."""
     found, start = [], b.i64(0)
     for count, lanes in ((4, width), (1, width), (1, 1)):
         sums = [cgutils.alloca_once(b, b.kind(b.f32, lanes), zfill=True) for _ in range(count)]
@@ -360,7 +364,7 @@ def sum_of(b, n, add, width: int = LANES):
         start, found = stop, found + [b.load(each) for each in sums]
     *vectors, last = found
     vector, size = reduce(b.fadd, vectors), width
-    while size > 1:  # halves
+    while size > 1:  # add both halves
         size //= 2
         kind = ir.VectorType(b.i32, size)
         ends = [ir.Constant(kind, list(range(at, at + size))) for at in (0, size)]
@@ -369,12 +373,13 @@ def sum_of(b, n, add, width: int = LANES):
 
 
 def lane_sums(b, vectors: list):
-    """A vector with the sum of each vector's numbers. The number of vectors is a power of two, at
-    most that of lanes: two of them become one, with half as many numbers of each."""
+    """Return a vector with the sum of each vector's numbers. The number of vectors must be a power
+    of two, at most the number of lanes. Each pass merges two vectors into one, with half as many
+    numbers for each sum."""
     width = vectors[0].type.count  # numbers of each sum
 
     def halved(pair):
-        """The first halves of all sums in a pair of vectors, plus the second halves."""
+        """Add the second halves of all sums in a pair of vectors to the first halves."""
         starts = range(0, sum(vector.type.count for vector in pair), width)
         lanes = [[start + i for start in starts for i in range(width // 2)]]
         lanes.append([lane + width // 2 for lane in lanes[0]])
@@ -390,24 +395,24 @@ def lane_sums(b, vectors: list):
 
 @vectorised(types.float32)
 def dot(b, x, y, n):
-    """The sum of the first n of x * y."""
+    """Return the sum of the first n of x * y."""
 
     def add(sums, i, lanes):
         return b.multiply_add(b.read(b.at(x.data, i), lanes), b.read(b.at(y.data, i), lanes), sums)
 
-    # x was just written in the compiler's vectors: wider ones would wait until it is in the cache
+    # x was just written in the compiler's vectors: wider loads would wait for it to reach the cache
     return sum_of(b, n, add, min(LANES, 8))
 
 
 @vectorised(types.float32)
 def total(b, x, n):
-    """The sum of the first n of x."""
+    """Return the sum of the first n of x."""
     return sum_of(b, n, lambda sums, i, lanes: b.fadd(sums, b.read(b.at(x.data, i), lanes)))
 
 
 @vectorised(types.float32)
 def above(b, x, n, bound, counting):
-    """The sum of those of the first n of x that are above a bound or, if counting, their number."""
+    """Return the sum, or if counting the number, of those of the first n of x above the bound."""
 
     def add(sums, i, lanes):
         value = b.read(b.at(x.data, i), lanes)
