@@ -1,8 +1,9 @@
-"""The steps between the matrix products, and the draw, in numba; fused/backend.py is the torch form.
+"""The steps between the matrix products, and the draw, in numba. Their torch form: fused/backend.py.
 
 torch passes through memory for each addition and norm, and again for the cap, softmax, sort,
-running sum and search of a draw, which take more than half of a decode step. Here rows stay in the cache.
-Nothing is sorted: one pass is so cheap that bisection finds the smallest logit to keep.
+running sum and search of a draw, which take more than half of a decode step. Here rows stay in the
+cache. Nothing is sorted: one pass is so cheap that bisection can find the smallest logit to
+keep.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _BLOCK = 256  # weights that are summed before the draw searches among them
 
 
 def array_of(x: Tensor) -> np.ndarray:
-    """Return x as an array. numpy lacks bfloat16, which becomes uint16; arithmetic is in float32."""
+    """Return x as an array. numpy lacks bfloat16, which becomes uint16. Arithmetic is in
+    float32."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
@@ -62,7 +64,8 @@ def store(b, x, i, value):
 
 @numba.njit(**VIEWS)
 def flipped(bits):
-    """Map a float's bits to an integer in the order of the floats, or back; NaNs are at either end."""
+    """Map a float's bits to an integer in the order of the floats, or back. A NaN is at either
+    end."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 

@@ -1,12 +1,12 @@
-"""Products of weights of 6, 5 and 4 bits with inputs of int8, packed as lowbit/packing.py has them.
+"""Products of weights of 6, 5 and 4 bits, packed by lowbit/packing.py, with int8 inputs.
 
-For few rows the weights are unpacked in registers as they come from memory. For more of them each
-tile is unpacked once, as int8, into a scratch that stays in the cache, and multiplied as such. All
-sums are of integers, and exact: either way a row has the same bits, whatever rows are beside it.
+For few rows the weights are unpacked in registers as they arrive from memory. For more rows each
+tile is unpacked once, as int8, into scratch memory that stays in the cache, and multiplied from
+there. All sums are exact integers, so a row has the same bits either way, whatever the other rows.
 
-    sum of (w - top) * x = sum of w * x - top * (sum of x),   w from 0 to 2^bits - 1, top half of it
+    sum of (w - top) * x = sum of w * x - top * (sum of x),   0 <= w < 2^bits, top = 2^(bits - 1)
 
-so that for few rows a sum begins with -top times the sum of the row's inputs, and w needs no sign.
+For few rows a sum therefore starts with -top times the sum of the row's inputs, and w is unsigned.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ from .simd import (
 from .team import SIZE, behind, job, scratch_array
 
 _f32 = np.float32
-OPERANDS = STEP // 4  # of a step
-_ROWS = 12 if LANES == 16 else 6  # that are multiplied together, of what was unpacked
-FEW = _ROWS // 2  # rows that are multiplied by what is unpacked in registers
+OPERANDS = STEP // 4  # operands of a step
+_ROWS = 12 if LANES == 16 else 6  # rows that are multiplied together by unpacked weights
+FEW = _ROWS // 2  # maximum number of rows for weights that are unpacked in registers
 _MANY = 240  # rows at a time: they stay in the cache
-_SOON = 768  # numbers of 32 bits that are loaded ahead of their use by a single tile
+_SOON = 768  # prefetch distance of a single tile, in numbers of 32 bits
 
 
 class Weight4(NamedTuple):
-    """What kernels take of a layer in 4 bits: its type tells them how it is packed."""
+    """A layer's weights in 4 bits, for kernels. The type tells kernels how they are packed."""
 
     tiles: object  # (tiles, steps, step_size) int32
     offset: object  # (N,) int32: 128 times the sum of each row
@@ -67,7 +67,7 @@ class Weight4(NamedTuple):
 
 
 class Weight5(NamedTuple):
-    """The same in 5 bits."""
+    """A layer's weights in 5 bits, see Weight4."""
 
     tiles: object
     offset: object
@@ -75,7 +75,7 @@ class Weight5(NamedTuple):
 
 
 class Weight6(NamedTuple):
-    """The same in 6 bits."""
+    """A layer's weights in 6 bits, see Weight4."""
 
     tiles: object
     offset: object
@@ -86,8 +86,8 @@ WEIGHTS = {4: Weight4, 5: Weight5, 6: Weight6}
 
 
 def _operands(b, layout, start):
-    """Of a step at `start` one (operand, its vectors for TILE rows) after the other, in the order
-    in which they are complete."""
+    """Yield each operand of the step at `start`, with its vectors for TILE rows, as soon as it is
+    complete."""
     last = {operand: i for i, parts in enumerate(layout) for operand, *_ in parts}
     found: dict[int, list] = {}
     for i, parts in enumerate(layout):
@@ -108,7 +108,7 @@ def _operands(b, layout, start):
 
 
 def _factors(b, layout, start):
-    """Of a step at `start` the factors of TILE rows, each in 32 bits."""
+    """Return the factors of TILE rows for the step at `start`, in 32 bits each."""
     first = b.bitcast(b.at(start, len(layout) * TILE), b.i8.as_pointer())
     found = []
     for column in range(2):
@@ -119,7 +119,7 @@ def _factors(b, layout, start):
 
 
 def _unpacker(bits: int):
-    """A function that writes steps of a tile as int8: integers, times factors where these are."""
+    """Return a function that unpacks steps of a tile to int8: integers times any factors."""
     layout, size = LAYOUT[bits], step_size(bits, TILE)
 
     @vectorised()
@@ -130,7 +130,7 @@ def _unpacker(bits: int):
         with cgutils.for_range(b, steps, intp=b.i64) as loop:
             source = b.at(ws, (loop.index, size))
             target = b.at(outs, (loop.index, OPERANDS * TILE))
-            scaled = []  # for each column: the factor's size, its sign, and top times both
+            scaled = []  # for each column: the factor's magnitude, its sign, and top times both
             if grouped(bits):
                 for value in _factors(b, layout, source):
                     sign = b.ashr(value, b.splat(b.i32(31)))
@@ -143,7 +143,7 @@ def _unpacker(bits: int):
             for operand, vectors in _operands(b, layout, source):
                 for column, vector in enumerate(vectors):
                     if scaled:
-                        # two products of 4 bits each; a - b, or b - a of a factor below 0
+                        # two 4-bit products each; a - b, or b - a for a negative factor
                         most, sign, less = scaled[column]
                         vector = b.bitcast(b.mul(b.bitcast(vector, shorts), most), b.kind(b.i32))
                         vector = b.sub(b.bitcast(b.xor(vector, sign), numbers), less)
@@ -155,19 +155,19 @@ def _unpacker(bits: int):
 
 
 def _multiplier(bits: int):
-    """The product of up to FEW rows with a tile, whose weights are unpacked in registers."""
+    """Return a function that multiplies up to FEW rows by a tile, which it unpacks in registers."""
     layout, factors, size = LAYOUT[bits], grouped(bits), step_size(bits, TILE)
 
     @vectorised()
     def multiply(b, x, start, w, p, square, w_scale, x_scale, y):
-        """Columns of y (T, N) = x (T, 8 * steps int32 of four int8) @ tile p of w (tiles, steps,
-        size); start (T, groups): what the integer sums begin with."""
+        """Compute columns of y (T, N) = x @ tile p of w (tiles, steps, size). x: (T, 8 * steps)
+        int32, each four int8; start (T, groups): initial values of the integer sums."""
         steps, x_stride, y_stride, groups = (b.extract_value(a.shape, 1) for a in (w, x, y, start))
         column = b.mul(p, b.i64(TILE))
         xs, ws, ys = x.data, b.at(w.data, (b.mul(p, steps), size)), b.at(y.data, column)
         floats, integers = b.kind(b.f32), b.kind(b.i32)
         shorts = ir.VectorType(b.i16, 2 * LANES)
-        # sums of 4 bits of a step fit 16 bits: 8 operands of at most 2 * 15 * 127 in each
+        # 4-bit sums of a step fit in 16 bits: 8 operands of at most 2 * 15 * 127 in each lane
         narrow = factors and not FOUR_BYTES
 
         def rows_of(n):
@@ -194,7 +194,7 @@ def _multiplier(bits: int):
                         for j in columns:
                             found[i][j] = b.multiply_add7(vectors[j], value, found[i][j])
                 own = _factors(b, layout, begin) if factors else ()
-                # a sum fits 16 bits, from -8 * 127 * 32 on, and is multiplied as such
+                # a sum fits in 16 bits, from -8 * 127 * 32 on, and is multiplied in 16 bits
                 own = [b.bitcast(b.and_(value, b.splat(b.i32(0xFFFF))), shorts) for value in own]
                 for i in rows:
                     for j in columns:
@@ -233,8 +233,8 @@ def _multiplier(bits: int):
 @job
 @numba.njit(**EXACT)
 def round_rows(worker, part, parts, x, top, q, scale, start):
-    """Few rows x (T, C), rotated, as int8 in q (T, whole steps), the rest zeros, and what 1 is
-    worth in each; start (T, groups): see above."""
+    """Rotate few rows x (T, C) and quantize them to int8 in q (T, whole steps), padded with zeros.
+    scale: the value of one step in each row; start (T, groups): initial sums, see above."""
     C, each, xt = x.shape[1], q.shape[1] // start.shape[1], np.empty(x.shape[1], np.float32)
     for t in range(len(x)):
         qt = q[t]
@@ -244,19 +244,19 @@ def round_rows(worker, part, parts, x, top, q, scale, start):
             total = np.int32(0)
             for c in range(group * each, (group + 1) * each):
                 total += np.int32(qt[c]) - np.int32(128)
-                qt[c] ^= np.uint8(128)  # stored plus 128: now with its sign
+                qt[c] ^= np.uint8(128)  # from excess 128 to two's complement
             start[t, group] = -top * total
 
 
-@kept(**EXACT)  # once for all numbers of bits
+@kept(**EXACT)  # compiled once for all bit widths
 def _multiply_unpacked(q, tiles, count, scaling, square, p, ahead, ahead_at, size, y):
-    """y (T, N) of tile p, and if `count` is 2 of the next one, which are int8 in `tiles` (2, K,
-    TILE); ahead: `size` numbers to load."""
+    """Compute y (T, N) of tile p, and if `count` is 2 also of the next tile. Both are unpacked to
+    int8 in `tiles` (2, K, TILE). ahead: array with `size` numbers to prefetch."""
     T, K = q.shape
     offset, w_scale, x_scale = scaling
     if amx.fits(q, tiles):
         configured, parts = 0, count * -(-T // amx.ROWS) * (K // amx.WORDS)
-        near = -(-size // (parts * TILE))  # that each part asks for
+        near = -(-size // (parts * TILE))  # words that each part prefetches
         for i in range(count):
             configured = amx.multiply_weight_tile(
                 q, tiles, i * K * TILE, scaling, square, 0, T, (p + i) * TILE, ahead,
@@ -266,7 +266,7 @@ def _multiply_unpacked(q, tiles, count, scaling, square, p, ahead, ahead_at, siz
         return
     wide = count == 2
     row_tiles = -(-T // (_ROWS // 2 if wide else _ROWS))
-    every = max(1, row_tiles * K * TILE // size)  # of the inputs of all row_tiles
+    every = max(1, row_tiles * K * TILE // size)  # of all inputs in all row tiles
     each = -(-K // every) * TILE
     for i in range(row_tiles):
         r0, r1 = T * i // row_tiles, T * (i + 1) // row_tiles
@@ -277,14 +277,14 @@ def _multiply_unpacked(q, tiles, count, scaling, square, p, ahead, ahead_at, siz
 
 
 def _compiled(bits: int, function):
-    """A function for these bits. Kernels that were compiled in two processes, and are read from
-    disk by a third, must not have the same name, by which they are linked."""
+    """Compile a function for a bit width. Kernels are linked by name, so kernels that two processes
+    compiled and a third reads from disk must have different names."""
     function.__qualname__ += str(bits)
     return numba.njit(**EXACT)(function)
 
 
 def _product(bits: int):
-    """A kernel: y (T, N) = x (T, K) @ w.T of a weight in this number of bits."""
+    """Return a kernel for y (T, N) = x (T, K) @ w.T with weights of this bit width."""
     direct, unpack = _multiplier(bits), _unpacker(bits)
     top, factors = 2 ** (bits - 1), grouped(bits)
     named = partial(_compiled, bits)
@@ -314,7 +314,7 @@ def _product(bits: int):
             later, soon = following, step
             ahead = share(len(following), part // each, runs)[0] * step
         tiled, own = amx.fits(q, w), space[worker]
-        skip = -own.ctypes.data % 64 // 4  # to a cache line
+        skip = -own.ctypes.data % 64 // 4  # to the next cache line
         scratch = own[skip : skip + 2 * K * TILE].reshape(2, K, TILE)
         for cut in range(first // tiles, -(-end // tiles)):
             c0, c1 = share(rows, cut, cuts)
@@ -341,7 +341,7 @@ def _product(bits: int):
 
     @named
     def multiply_many(q, scaling, w, square, following, team, start, y):
-        """The work is dealt out as in gemm.multiply; start: of free scratch memory."""
+        """Divide the work as gemm.multiply does. start: first byte of free scratch memory."""
         least = amx.ROWS // 2 if amx.fits(q, w) else _ROWS
         cuts = row_cuts(len(w), len(y), least, team[SIZE])
         runs, parts = piece_parts(len(w) * cuts, team[SIZE])
@@ -368,7 +368,7 @@ def _product(bits: int):
     return kernel
 
 
-_HAS_PRODUCTS = INT8_TILE and not SIGNED  # numbers without a sign are multiplied as they are packed
+_HAS_PRODUCTS = INT8_TILE and not SIGNED  # the products need unsigned numbers, as they are packed
 _PRODUCTS = {WEIGHTS[bits]: _product(bits) for bits in WEIGHTS} if _HAS_PRODUCTS else {}
 
 
@@ -379,10 +379,10 @@ def _product_of(x, weight, square, following, team, y):
 
 
 class PackedLowBit(PackedLinear):
-    """Weights of `bits` bits in tiles of TILE outputs, for our own product with inputs of int8.
+    """Weights of `bits` bits in tiles of TILE outputs, for our own product with int8 inputs.
 
-    weight: (tiles, steps, step_size) int32, see packing.pack; 128 times the sums of the rows, and
-    what 1 is worth in each.
+    weight: (tiles, steps, step_size) int32, see packing.pack; 128 times the sums of the rows; and
+    the value of one step in each row.
     """
 
     bits: int
@@ -390,7 +390,7 @@ class PackedLowBit(PackedLinear):
     def load(self, parts: list) -> None:
         whole = quantised(parts, self.bits)
         fill = 0, -len(whole.scale) % TILE
-        offset = 128 * as_bytes(whole).sum(1, dtype=torch.int32)  # of inputs stored plus 128
+        offset = 128 * as_bytes(whole).sum(1, dtype=torch.int32)  # inputs are stored plus 128
         new = pack(whole, TILE), F.pad(offset, fill), F.pad(whole.scale[:, 0], fill)
         if self.weight is None:
             self.weight = aligned(new[0].shape, torch.int32), *map(torch.empty_like, new[1:])
@@ -400,7 +400,7 @@ class PackedLowBit(PackedLinear):
 
 
 class PlainLowBit(Linear):
-    """The same, in a byte each, on processors without the instructions: slow, in torch."""
+    """PackedLowBit for processors without the instructions: one byte per weight, slow, in torch."""
 
     bits: int
 
@@ -417,7 +417,7 @@ class PlainLowBit(Linear):
 
 
 def class_of(bits: int) -> type[Linear]:
-    """The class for weights of this number of bits on this processor."""
+    """Return the class for weights of this bit width on this processor."""
     return _CLASSES[bits]
 
 
