@@ -167,7 +167,7 @@ DAMAGE = {
     f"{HEAD}.low is missing": lambda t: without(t, f"{HEAD}.low"),
     "value_embeds.1.weight is missing": lambda t: without(t, "value_embeds.1.weight"),
     f"{PROJ}.scale is missing": lambda t: without(t, f"{PROJ}.scale"),
-    "the tensor spare is not of this model": lambda t: t.update(spare=torch.zeros(1)),
+    "the tensor spare does not belong to this model": lambda t: t.update(spare=torch.zeros(1)),
     "lm_head.weight is not of": lambda t: t.update({"lm_head.weight": torch.zeros(4096, 256)}),
     f"{PROJ}.low is .256, 127., not .256, 128.": lambda t: t.update(
         {f"{PROJ}.low": t[f"{PROJ}.low"][:, 1:].contiguous()}
@@ -225,7 +225,7 @@ def test_minus_128_and_a_file_cut_short_are_refused(folders, tmp_path):
 @pytest.mark.parametrize(
     "part, change, words",
     [
-        ("quantization", {"format": 2}, "format 2, and this version reads 1"),
+        ("quantization", {"format": 2}, "format 2, but this version reads 1"),
         ("quantization", {"bits": 3}, "bits=3"),
         ("quantization", {"bits": True}, "bits=True"),
         ("quantization", {"seed": "x"}, "seed='x'"),

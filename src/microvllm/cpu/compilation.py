@@ -11,7 +11,7 @@ same tiny model. Each kernel is on disk as soon as it is compiled. The marker fi
 
 A background helper, which no engine waits for, has the lowest priority and outlives the engine.
 So a run of four seconds leaves compiled kernels to the next run. A folder has one background helper
-at a time. Its lock file describes its work (process_lock.py). An engine that waits starts a helper
+at a time. The lock file says what it does (process_lock.py). An engine that waits starts a helper
 of its own, at the engine's priority. When that engine ends, its helper becomes a background helper.
 If the folder is not writable, or no helper can be started, an engine that waits compiles in its own
 process.

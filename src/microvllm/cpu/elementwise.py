@@ -1,4 +1,4 @@
-"""The steps between the matrix products, and the draw, in numba. Their torch form: fused/backend.py.
+"""The steps between the matrix products, and the draw, in numba. In torch: see fused/backend.py.
 
 torch passes through memory for each addition and norm, and again for the cap, softmax, sort,
 running sum and search of a draw, which take more than half of a decode step. Here rows stay in the

@@ -61,7 +61,7 @@ def trusted(folder: str) -> bool:
             continue  # another process has just replaced the file
         private = about.st_gid == about.st_uid  # the user's own group, which umask 002 lets write
         if about.st_uid not in owners or about.st_mode & (0o002 if private else 0o022):
-            kernel_cache.unkept = f"{place} may be written by others (chmod -R go-w {folder})"
+            kernel_cache.unkept = f"{place} can be written by other users (chmod -R go-w {folder})"
             log.info("kernels are not stored: %s", kernel_cache.unkept)
             return False
     return True

@@ -69,8 +69,8 @@ _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # FUTEX_PRIVATE_FLAG is in both
 _CLOCK_MONOTONIC = 6 if sys.platform == "darwin" else 1
 
 # Only one Python thread runs kernels at a time. Like all locks that a step takes, this one is
-# implemented in C and taken by `with`: the interpreter raises no exception of a signal between the
-# lock and the block.
+# implemented in C and taken by `with`: the interpreter cannot raise a signal handler's exception
+# between the lock and the block.
 one_at_a_time = threading.RLock()
 
 

@@ -1,4 +1,4 @@
-"""Text that the model writes itself, and what the inputs of its matrices are like on it."""
+"""Calibration: texts that the model itself writes, and the statistics of its matrices' inputs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..model import Rotation, norm, rotary
 from .gptq import DAMPING
 from .packing import Quantised, dequantised, rotate
 
-# parts of a layer with the same inputs, in the order in which they are computed
+# parts of a layer that have the same inputs, in the order of computation
 STAGES = ("attn.c_q", "attn.c_k", "attn.c_v"), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)
-_TOKENS = 4096  # in a batch, about
-_LENGTH = 512  # tokens of a text, at most
-_SHARE = 0.5  # of what was lost before a matrix, that it makes up for: some is chance of the texts
-# what a user may ask; the other half of the conversations the model begins itself
+_TOKENS = 4096  # approximate number of tokens in a batch
+_LENGTH = 512  # maximum number of tokens in a text
+_SHARE = 0.5  # compensated share of the earlier loss, which is partly due to chance of the texts
+# prompts of users; the model begins the other half of the conversations itself
 PROMPTS = (
     "What is the capital of France?", "Tell me a story about a dog.", "Why is the sky blue?",
     "Write a short poem about the sea.", "Who wrote Hamlet?", "What is 12 + 30?",
@@ -38,9 +38,10 @@ PROMPTS = (
 
 
 def write_texts(llm, count: int, seed: int, chats: bool) -> list[list[int]]:
-    """About `count` tokens of texts that the model of an LLM samples at temperature 1: of one that
-    chats conversations, to half of which it makes up the user's turn as well (Xu et al. 2024,
-    Magpie), of others plain text. The same seed gives the same texts."""
+    """Return about `count` tokens of texts that the model samples at temperature 1.
+
+    chats: the model writes conversations, and in half of them also the user's turn (Xu et al. 2024,
+    Magpie); otherwise it writes plain text. The same seed gives the same texts."""
     from tqdm import tqdm
 
     bos, prompts = llm.tokenizer.bos_id, []
@@ -68,13 +69,13 @@ def write_texts(llm, count: int, seed: int, chats: bool) -> list[list[int]]:
 
 
 def split_text(ids: list[int], bos: int, count: int, longest: int) -> list[list[int]]:
-    """The first `count` tokens of a given text in parts that begin with a BOS, as in training."""
+    """Return the first `count` tokens of a text in parts that begin with a BOS, as in training."""
     ids, size = ids[:count], max(1, min(_LENGTH, longest) - 1)
     return [[bos, *ids[start : start + size]] for start in range(0, len(ids), size)]
 
 
 def make_batches(texts: list[list[int]]) -> list[Batch]:
-    """Batches of whole texts; a text is one block of the cache."""
+    """Return batches of whole texts. A text is one block of the cache."""
     batches, texts = [], sorted(texts, key=len)
     while texts:
         count = max(1, _TOKENS // len(texts[-1]))
@@ -85,7 +86,7 @@ def make_batches(texts: list[list[int]]) -> list[Batch]:
 
 def _make_batch(texts: list[list[int]]) -> Batch:
     lengths = [len(text) for text in texts]
-    size = max(lengths)  # of a block: each text has one
+    size = max(lengths)  # block size: each text has one block
     positions = [position for length in lengths for position in range(length)]
     slots = [b * size + position for b, length in enumerate(lengths) for position in range(length)]
     return Batch(
@@ -110,11 +111,12 @@ def _ints(values: Iterable[int]) -> Tensor:
 
 
 class LayerByLayer:
-    """The model's natural form (model.py), with one layer's weights at a time in memory, on texts.
+    """Compute texts with the model's natural form (model.py), with one layer's weights in memory.
 
-    They compute with rounded matrices, and beside them once more with the exact ones: what was lost
-    in the layers before, the present one sees, and makes up for a part of it (cf. Li et al. 2025,
-    GPTAQ). weights: a checked state dict.
+    The texts are computed twice, with the rounded matrices and with the exact ones. So a layer sees
+    what earlier layers have lost, and compensates a part of it (compare Li et al. 2025, GPTAQ).
+
+    weights: a checked state dict; texts: token ids.
     """
 
     def __init__(self, config, recipe, weights: dict[str, Tensor], texts: list[list[int]]):
@@ -132,15 +134,17 @@ class LayerByLayer:
 
     @torch.no_grad()
     def round(self, matrix: Callable[[str, Tensor, Tensor], Quantised]) -> Iterator[tuple]:
-        """Of each matrix its name and what matrix(name, weight, moments) makes of it. weight: what
-        it should be, with its present inputs; moments: their second moments, (in, in), over all
-        tokens."""
+        """Round all matrices in order. Yield the name and the result of
+        matrix(name, weight, moments) for each.
+
+        weight: the target for the matrix, with its present inputs; moments (in, in): second moments
+        of the inputs over all tokens."""
         model, recipe, config = self.model, self.recipe, self.config
         own = [name for name in self.weights if not name.startswith(("transformer.h.", "lm_head."))]
         small = {name: self._weight(name) for name in own if not name.startswith("value_embeds.")}
         model.load_state_dict(small, strict=False, assign=True)
         first = [model.embed(batch) for batch in self.batches]  # (1)
-        states, middle = (list(first), list(first)), None  # after rounded layers, and exact ones
+        states, middle = (list(first), list(first)), None  # of the rounded and the exact layers
         small.pop("transformer.wte.weight")
         model.transformer.wte.to("meta")
         for i, block in enumerate(model.transformer.h):
@@ -194,8 +198,11 @@ class LayerByLayer:
         return block(x, embedding, rotation, LayerKV(k, v, batch))
 
     def _moments(self, blocks, name: str, states, ve) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of the inputs x of this part of a layer, and x + d of the exact layer: the sums of x^T x
-        and of d^T x. And of what is added to the residual stream, where that lacks r: of r^T x."""
+        """Sum the moments of part `name` of a layer over all tokens.
+
+        Return the sums of x^T x, of d^T x, and, for a part that adds to the residual stream, of
+        r^T x (else None). x: inputs of the part; x + d: its inputs in the exact layer; r: what the
+        residual stream lacks there."""
         parts, inputs = [own.get_submodule(name) for own in blocks], {}
         hooks = [
             part.register_forward_pre_hook(lambda part, given: inputs.update({part: given[0]}))
@@ -210,7 +217,7 @@ class LayerByLayer:
             moved.addmm_((exact - x).T, x)
             if name == "attn.c_proj":
                 lost.addmm_((pair[1] - pair[0]).T, x)
-            elif name == "mlp.c_proj":  # what is there after it, without its own part
+            elif name == "mlp.c_proj":  # the residual stream after the part, without its own share
                 lost.addmm_((after[1] - after[0] - (exact - x) @ parts[1].weight.T).T, x)
         for hook in hooks:
             hook.remove()
@@ -218,8 +225,8 @@ class LayerByLayer:
 
 
 def made_up(weight: Tensor, found: Tensor, moved: Tensor, lost: Tensor | None) -> Tensor:
-    """A weight (rows, in) that makes up, in its products, for _SHARE of what its inputs have lost,
-    and the residual stream with them; the rest as LayerByLayer._moments has it."""
+    """Return a weight (rows, in) whose products compensate _SHARE of the loss in its inputs and in
+    the residual stream. The other arguments are those that LayerByLayer._moments returns."""
     goal = weight @ moved if lost is None else weight @ moved + lost
     damped = found.to(torch.float64)
     damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-30)
@@ -228,5 +235,5 @@ def made_up(weight: Tensor, found: Tensor, moved: Tensor, lost: Tensor | None) -
 
 
 def natural(found: Quantised) -> Tensor:
-    """The matrix (rows, in) float32 of inputs that are not rotated."""
+    """Return the matrix (rows, in) in float32, for inputs that are not rotated."""
     return rotate(dequantised(found))

@@ -1,17 +1,17 @@
 """A folder of matrices in 8, 6, 5 or 4 bits: config.json, model.safetensors, tokenizer.pkl.
 
-It is what `microvllm quantize` writes. Tensors have nanochat's names. A matrix of a linear layer,
-NAME.weight, is kept as NAME.scale and
+`microvllm quantize` writes such folders. Tensors have nanochat's names. A matrix NAME.weight of a
+linear layer is stored as NAME.scale and
 
     8 bits  NAME.integers (rows, in) int8, from -127 to 127
     6 bits  NAME.low (rows, in / 2) uint8 and NAME.high (rows, in / 4) uint8
     5 bits  NAME.low, and NAME.high (rows, in / 8) uint8
     4 bits  NAME.low, and NAME.factors (rows, in / 32) int8, from -15 to 15
 
-An integer i of b < 8 bits is the code i + 2^(b - 1). low has its four lower bits, those of the even
-inputs in the lower half of a byte; high has the other bits, those of the first input lowest. In 4
-bits 32 inputs that lie together have a factor. Scales are (rows, 1) float32. Inputs and weights are
-rotated, see lowbit/packing.py.
+An integer i of b < 8 bits is stored as the code i + 2^(b - 1). `low` holds the four lower bits of
+each code, with even inputs in the lower half of a byte. `high` holds the other bits, with the first
+input in the lowest bits. In 4 bits, 32 adjacent inputs share a factor. Scales are (rows, 1)
+float32. Inputs and weights are rotated, see lowbit/packing.py.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..checkpoint import empty_model
 from ..model import RECIPES
 from ..sources import huggingface, strict
 
-FORMAT = 1  # of what is described above
+FORMAT = 1  # version of the format described above
 BITS = 8, 6, 5, 4
-GROUP = 32  # inputs that share a factor of 4 bits
+GROUP = 32  # inputs that share a factor in 4 bits
 _MATRICES = r"lm_head|transformer\.h\.\d+\.(attn\.c_(q|k|v|proj)|mlp\.c_(fc|proj))"
 _DTYPES = {"integers": torch.int8, "factors": torch.int8, "scale": torch.float32}  # others: uint8
 _CONSTANTS = "eps gate_scale qk_scale rope_base short_window round_rotary softcap".split()
@@ -41,31 +41,32 @@ _FACTS = {"format": int, "bits": int, "seed": int, "tokens": int, "base": bool} 
 
 
 def is_matrix(name: str) -> bool:
-    """Is NAME.weight a matrix of a linear layer, and so low-bit?"""
+    """Return whether NAME.weight is a matrix of a linear layer, and therefore low-bit."""
     return bool(re.fullmatch(_MATRICES, name))
 
 
 def bits_of(name: str, bits: int) -> int:
-    """The bits of a matrix in a folder of `bits`; of 4 the head has 6, since it loses most."""
+    """Return the bits of a matrix in a folder of `bits`. In 4 bits the head, which loses most, has
+    6."""
     return 6 if bits == 4 and name == "lm_head" else bits
 
 
 def pack(integers: Tensor, bits: int) -> dict[str, Tensor]:
-    """int8 (rows, in) as planes of a file, by the last parts of their names."""
+    """Return int8 integers (rows, in) as the planes of a file, by the last part of their names."""
     if bits == 8:
         return {"integers": integers.contiguous()}
     codes = (integers + 2 ** (bits - 1)).to(torch.uint8)
     low = codes & 15
     planes = {"low": low[:, ::2] | low[:, 1::2] << 4}
     if bits > 4:
-        size = bits - 4  # of each input, in the other plane
+        size = bits - 4  # bits of each input in the other plane
         parts = (codes >> 4).unflatten(1, (-1, 8 // size)).unbind(2)
         planes["high"] = sum(part << (size * i) for i, part in enumerate(parts))
     return planes
 
 
 def unpack(planes: dict[str, Tensor], bits: int) -> Tensor:
-    """The other way round."""
+    """Return the integers (rows, in) int8 of these planes, the inverse of `pack`."""
     if bits == 8:
         return planes["integers"]
     low = planes["low"]
@@ -78,7 +79,7 @@ def unpack(planes: dict[str, Tensor], bits: int) -> Tensor:
 
 
 class Stored:
-    """A matrix as a file has it, mapped into memory, with a tensor's methods about size."""
+    """A matrix as stored in a file, mapped into memory, with a tensor's methods for its size."""
 
     ndim = 2
 
@@ -92,22 +93,22 @@ class Stored:
         return self.shape.numel()
 
     def quantised(self):
-        """What low-bit products take, see lowbit/packing.py."""
+        """Return the matrix for low-bit products, see lowbit/packing.py."""
         from .packing import Quantised
 
         integers, planes = unpack(self.planes, self.bits), self.planes
         return Quantised(integers, planes["scale"], self.bits, planes.get("factors"))
 
     def dense(self) -> Tensor:
-        """The weight, (rows, in) float32, for what multiplies by nothing else."""
+        """Return the weight (rows, in) in float32, for layers without low-bit products."""
         from .packing import dequantised, rotate
 
         return rotate(dequantised(self.quantised()))
 
 
 def facts(directory: Path) -> dict | None:
-    """What the folder says of how it was made; None if it is no such folder. Raises ValueError for
-    one of another version."""
+    """Return the folder's record of its quantization, or None if it is not a quantised folder.
+    Raises ValueError for a folder of another version."""
     file = directory / "config.json"
     found = strict.read_json(file).get("quantization") if file.is_file() else None
     if found is None:
@@ -115,7 +116,7 @@ def facts(directory: Path) -> dict | None:
     given = found if isinstance(found, dict) else {}
     remedy = "write the folder again with `microvllm quantize`"
     if given.get("format") != FORMAT:
-        what = f"format {given.get('format')!r:.40}, and this version reads {FORMAT}"
+        what = f"format {given.get('format')!r:.40}, but this version reads {FORMAT}"
         raise ValueError(f"{file}: quantization has {what}: {remedy}")
     wrong = [name for name, kind in _FACTS.items() if type(given.get(name)) is not kind]
     if wrong or given["bits"] not in BITS:
@@ -125,7 +126,7 @@ def facts(directory: Path) -> dict | None:
 
 
 def read_folder(directory: Path) -> strict.Checkpoint:
-    """A folder that `write_folder` wrote; its matrices are Stored. Raises ValueError naming the
+    """Read a folder that `write_folder` wrote. Its matrices are Stored. Raises ValueError with the
     file and the tensor."""
     file, bits = directory / "config.json", facts(directory)["bits"]
     given = strict.read_json(file)
@@ -137,7 +138,7 @@ def read_folder(directory: Path) -> strict.Checkpoint:
         raise ValueError(f"{file}: recipe must have era, {', '.join(_CONSTANTS)}")
     constants = dict(constants)
     if not isinstance(era := constants.pop("era"), str) or era not in RECIPES:
-        raise ValueError(f"{file}: recipe has era={era!r:.40}, and there are {', '.join(RECIPES)}")
+        raise ValueError(f"{file}: recipe has era={era!r:.40}: choose {', '.join(RECIPES)}")
     source = directory / "model.safetensors"
     tensors = huggingface.read_safetensors(source)
     try:
@@ -149,8 +150,9 @@ def read_folder(directory: Path) -> strict.Checkpoint:
 
 
 def _checked(tensors: dict[str, Tensor], config, recipe, bits: int) -> dict:
-    """Weights of these tensors: each that the model has, none else, and each as it must be."""
-    if config.n_layer > len(tensors):  # before a model of a million layers is made
+    """Return the weights of these tensors. Raises ValueError unless they are exactly the tensors
+    of the model, with the right shapes, dtypes and values."""
+    if config.n_layer > len(tensors):  # before allocating a model of a million layers
         raise ValueError(f"n_layer is {config.n_layer}, but there are {len(tensors)} tensors")
     wte = tensors.get("transformer.wte.weight")
     rows = len(wte) if wte is not None and wte.ndim == 2 else config.vocab_size
@@ -194,21 +196,21 @@ def _checked(tensors: dict[str, Tensor], config, recipe, bits: int) -> dict:
         weights[name] = Stored(found, own)
     if rest:
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
-        raise ValueError(f"the tensor {min(rest):.80}{more} is not of this model")
+        raise ValueError(f"the tensor {min(rest):.80}{more} does not belong to this model")
     return weights
 
 
 def check_width(width: int, bits: int) -> None:
-    """Raises ValueError for matrices that cannot be kept in these bits."""
+    """Raise ValueError for matrices that cannot be stored in these bits."""
     if bits < 8 and width % GROUP:
-        raise ValueError(f"{bits} bits need widths in steps of {GROUP}, not {width}: take 8 bits")
+        raise ValueError(f"{bits} bits need a width divisible by {GROUP}, not {width}: use 8 bits")
 
 
 def check_source(checkpoint: strict.Checkpoint, directory: Path, bits: int) -> None:
-    """Raises ValueError for a checkpoint that cannot be written in these bits."""
+    """Raise ValueError for a checkpoint that cannot be written in these bits."""
     config, recipe, weights = checkpoint
     if any(isinstance(weight, Stored) for weight in weights.values()):
-        raise ValueError(f"{directory} is quantised: give the checkpoint that it was made from")
+        raise ValueError(f"{directory} is quantised: use the checkpoint that it was made from")
     if isinstance(recipe, strict.Questionable):
         raise ValueError(recipe.why)
     try:
@@ -218,8 +220,8 @@ def check_source(checkpoint: strict.Checkpoint, directory: Path, bits: int) -> N
 
 
 def write_folder(checkpoint: strict.Checkpoint, made: dict, tokenizer, told: dict, folder: Path):
-    """Write a checkpoint into a folder that is there. made: Quantised of each matrix, by its name
-    without .weight; told: what `facts` gives, but for the format."""
+    """Write a checkpoint into an existing folder. made: Quantised of each matrix, by its name
+    without .weight; told: the record that `facts` returns, without the format."""
     config, recipe, weights = checkpoint
     tensors = {}
     for name, weight in weights.items():
@@ -238,5 +240,5 @@ def write_folder(checkpoint: strict.Checkpoint, made: dict, tokenizer, told: dic
     found |= {"recipe": constants, "quantization": {"format": FORMAT} | told}
     (folder / "config.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer._encoding, 4))
-    # which the package makes for its owner alone
+    # the package creates the file with permissions for its owner only
     shutil.copymode(folder / "config.json", folder / "model.safetensors")

@@ -1,10 +1,10 @@
-"""Rounding a matrix so that its products change least, not its numbers.
+"""Round a matrix such that its products change least, rather than its numbers.
 
-Numbers are rounded one input at a time, and what that changes in the products is made good by the
-inputs that are still to come (Frantar et al. 2022, GPTQ). For a row w the error is e H e^T, e being
-the change of w, and H the second moments of the inputs: the sum of x^T x over many tokens. Then the
-row's scale is fitted to the integers, and integers to it and to each other, in turns (Behdin et al.
-2023, QuantEase), which makes the error smaller still.
+Numbers are rounded one input at a time, and the remaining inputs compensate for the change in the
+products (Frantar et al. 2022, GPTQ). For a row w, the error is e H e^T. Here e is the change of w,
+and H holds the second moments of the inputs: the sum of x^T x over many tokens. Afterwards the
+row's scale is fitted to the integers, and the integers to the scale and to each other, in turns
+(Behdin et al. 2023, QuantEase). This reduces the error further.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from torch import Tensor
 from .packing import STEP, Quantised, dequantised, grouped, rotate
 from .packing import factor as as_factors
 
-DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs nearly dependent on others
-_INPUTS = 128  # that are done before all others learn of it, which is then one product
-_NUMBERS = 2**23  # of a matrix at a time
-_TURNS = 2  # of fitting scales and integers
+DAMPING = 0.01  # share of the mean of H's diagonal, added to it: inputs may be nearly dependent
+_INPUTS = 128  # inputs that are rounded before the others are updated, which then takes one product
+_NUMBERS = 2**23  # numbers of a matrix that are rounded at a time
+_TURNS = 2  # rounds of fitting scales and integers
 
 
 def limits(bits: int) -> tuple[int, int]:
-    """The least and the greatest integer of this many bits."""
+    """Return the smallest and the largest integer of this number of bits."""
     return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def in_rotated_basis(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (rows, in) and its inputs' second moments (in, in), as of rotated inputs."""
+    """Return a weight (rows, in) and second moments (in, in) for rotated inputs."""
     width = weight.shape[1]
     whole = rotate(weight.to(torch.float32)) / min(32, width & -width)
     return whole, rotate(rotate(moments).T.contiguous())
 
 
 def error_of(found: Quantised, weight: Tensor, moments: Tensor) -> float:
-    """Squared change of the products, summed over what the moments are of."""
+    """Return the squared change of the products, summed over the tokens of the moments."""
     whole, moments = in_rotated_basis(weight, moments)
     change = whole - dequantised(found)
     return float(((change @ moments) * change).sum(dtype=torch.float64))
 
 
 def round_by_gptq(weight: Tensor, moments: Tensor, bits: int) -> Quantised:
-    """Quantised of a weight (rows, in) whose inputs have second moments (in, in), both as the model
-    has them."""
+    """Round a weight (rows, in) whose inputs have the second moments (in, in). Both are those of
+    the model, without rotation."""
     whole, moments = in_rotated_basis(weight, moments)
     diagonal = moments.diagonal().clone()
     mean = float(diagonal.mean())
-    if not mean > 0:  # no input ever: any number is as good, and the nearest one is sane
+    if not mean > 0:  # all inputs are zero: any numbers do, and the nearest ones are sane
         moments, mean = torch.eye(len(moments)), 1.0
     moments.diagonal().add_(DAMPING * mean)
-    # the inputs that matter most come first, while all others can make up for them
+    # the most important inputs come first, while all others can still compensate for them
     order = diagonal.argsort(descending=True, stable=True)
     inverse = torch.linalg.inv(moments[order][:, order].to(torch.float64))
     factor = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
@@ -75,14 +75,14 @@ def round_by_gptq(weight: Tensor, moments: Tensor, bits: int) -> Quantised:
 
 
 def find_scale(whole: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """(rows, groups): the scales with the least sum of importance (in,) times squared error, when
-    each number is rounded to the nearest. With low bits it pays to cut the largest numbers off."""
+    """Return the scales (rows, groups) with the smallest sum of importance (in,) times squared
+    error, if each number is rounded to the nearest. In low bits, clipping large numbers pays."""
     low, high = limits(bits)
     parts = whole.view(len(whole), -1, STEP if grouped(bits) else whole.shape[1])
     weights = importance.view(1, parts.shape[1], -1) + 1e-12
     size = parts.abs().amax(-1).clamp_(min=1e-30)
     least, best = torch.full_like(size, torch.inf), size
-    # there is one more integer below 0 than above it: the scale's sign says which side has it
+    # there is one more integer below 0 than above it, and the scale's sign chooses its side
     for sign in (1.0,) if bits == 8 else (1.0, -1.0):
         for share in torch.linspace(1.0, 0.4, 25).tolist():
             scale = size * (sign * share / -low)
@@ -94,7 +94,8 @@ def find_scale(whole: Tensor, importance: Tensor, bits: int) -> Tensor:
 
 
 def _round(whole: Tensor, scale: Tensor, factor: Tensor, order: Tensor, bits: int) -> Tensor:
-    """(rows, in) integers. factor: the upper Cholesky factor of the moments' inverse, in order."""
+    """Return the integers (rows, in). factor: upper Cholesky factor of the moments' inverse, with
+    the inputs in `order`."""
     low, high = limits(bits)
     rest, size = whole[:, order].T.contiguous(), whole.shape[1] // scale.shape[1]
     integers = torch.empty_like(rest)
@@ -114,25 +115,25 @@ def _round(whole: Tensor, scale: Tensor, factor: Tensor, order: Tensor, bits: in
 
 
 def _times(integers: Tensor, scale: Tensor) -> Tensor:
-    """(rows, in): integers times the scales (rows, groups) of their groups."""
+    """Return the integers times the scales (rows, groups) of their groups, (rows, in)."""
     return (integers.view(*scale.shape, -1) * scale[..., None]).view_as(integers)
 
 
 def _fit_scale(whole: Tensor, integers: Tensor, scale: Tensor, moments: Tensor) -> Tensor:
-    """The scales of a row, all times the number with which these integers have the least error."""
+    """Return the scales of each row, times the number that gives these integers the least error."""
     found = _times(integers, scale)
     target = ((whole @ moments) * found).sum(1, keepdim=True)
     share = target / ((found @ moments) * found).sum(1, keepdim=True)
-    # no integer but 0: any scale is as good
+    # all integers are 0: any scale is as good
     return torch.where(share.isfinite() & (share > 0), scale * share, scale)
 
 
 def _fit_integers(whole, integers, scale, moments, order, bits: int) -> Tensor:
-    """Each integer in turn as it is best beside the present others."""
+    """Set each integer in turn to the best value beside the other current integers."""
     low, high = limits(bits)
     size, change = whole.shape[1] // scale.shape[1], whole - _times(integers, scale)
     integers = integers.T.contiguous()
-    slope = (change @ moments).T.contiguous()  # how much each number should go up, times H's
+    slope = (change @ moments).T.contiguous()  # how much each number should increase, times H
     for columns in order.split(_INPUTS):
         part, own = slope[columns], moments[columns][:, columns]
         steps = torch.empty_like(part)

@@ -1,15 +1,15 @@
-"""Weights as integers of 8, 6, 5 or 4 bits, and how those of less than 8 are packed.
+"""Weights as integers of 8, 6, 5 or 4 bits, and the packing of those below 8 bits.
 
 A weight is rounded in the rotated basis (see `rotate`), with one scale for each row. In 4 bits each
-32 inputs of a row have a factor as well, an integer from -15 to 15: so integers times factors are
-int8, and a product of any of these has sums of integers alone. What rounds better than
-`round_plainly` gives its `Quantised` to a layer in place of the float weights.
+32 inputs of a row also have a factor, an integer from -15 to 15. Integers times factors are int8,
+so the sums of all products are sums of integers. A better rounding than `round_plainly` passes its
+`Quantised` to a layer in place of the float weights.
 
     inputs of a row   0 1 2 3 | 4 5 6 7 | ... | 28 29 30 31 | 32 ...
     operands             0    |    1    | ... |      7      |         4 bytes in 32 bits each
     step              <---- packed into 4, 5 or 6 words ---->         of 32 bits
 
-A step of TILE rows is stored together, word by word: one load of a word of several rows gives,
+A step of TILE rows is stored together, word by word. One load of a word of several rows gives,
 after masks and shifts, the operands of the instruction that multiplies bytes.
 """
 
@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEP = 32  # inputs that are packed together; in 4 bits also those of one factor
-MOST = 15  # the largest factor: 15 * -8 is a byte
-# quantization: bits of the layers' weights, and of the head's, which four bits cost the most
+STEP = 32  # inputs that are packed together; in 4 bits also the inputs that share a factor
+MOST = 15  # the largest factor: 15 * -8 fits in a byte
+# quantization: bits of the layers' weights, and of the head's, which loses the most in four bits
 BITS = {"int8": (8, 8), "int6": (6, 6), "int5": (5, 5), "int4": (4, 6)}
-# of each word of a step the parts: (operand, how far its bits are moved up, which bits these are).
-# 5 and 6 bits leave 3 and 2 at the top of each byte, where the other operands are in pieces
+# the parts of each word of a step: (operand, left shift of its bits, mask of these bits). 5 and 6
+# bits leave 3 and 2 bits at the top of each byte, which hold the other operands in pieces
 LAYOUT = {
     4: [[(2 * i, 0, 0x0F), (2 * i + 1, 4, 0x0F)] for i in range(4)],
     5: [
@@ -50,7 +50,7 @@ class Quantised(NamedTuple):
     integers: Tensor  # (rows, in) int8, from -2^(bits - 1) to 2^(bits - 1) - 1
     scale: Tensor  # (rows, 1) float32
     bits: int
-    factors: Tensor | None = None  # (rows, groups) int8 of each 32 inputs, in 4 bits alone
+    factors: Tensor | None = None  # (rows, groups) int8 for each 32 inputs, only in 4 bits
 
     @property
     def shape(self) -> torch.Size:
@@ -58,11 +58,12 @@ class Quantised(NamedTuple):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """x (T, C) times a Hadamard matrix of +-1 over 32 channels each, that lie C / 32 apart.
+    """Return x (T, C) times a Hadamard matrix of +-1 over 32 channels each, C / 32 apart.
 
     A few channels of the residual stream are far larger than all others, and a scale that fits them
-    leaves little of the rest: so each number is spread over 32 (Ashkboos et al. 2024, QuaRot).
-    Inputs and weights turned alike have the same product, but for a factor min(32, C & -C).
+    leaves little precision for the rest. So each number is spread over 32 (Ashkboos et al. 2024,
+    QuaRot). Inputs and weights that are both rotated have the same product, except for a factor of
+    min(32, C & -C).
     """
     size = min(32, x.shape[1] & -x.shape[1])
     half, y = x.shape[1] // 2, x
@@ -73,27 +74,28 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def grouped(bits: int) -> bool:
-    """Have each 32 inputs of a row a factor?"""
+    """Return whether each 32 inputs of a row have a factor."""
     return bits == 4
 
 
 def factor(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales of groups (rows, groups), none of them 0, as a row's scale (rows, 1) and integers."""
+    """Split the scales of groups (rows, groups), none of them 0, into a row's scale (rows, 1) and
+    integer factors (rows, groups)."""
     whole = scale.abs().amax(1, keepdim=True) / MOST
     least = scale.sign()
     return whole, torch.where(scale.abs() < whole, least, (scale / whole).round_())
 
 
 def round_plainly(weight: Tensor, bits: int) -> Quantised:
-    """The nearest integers to a float matrix (rows, in), which is rotated here.
+    """Rotate a float matrix (rows, in) and round it to the nearest integers.
 
-    The largest number of those with one scale is the lowest integer, of which there is one more
-    than above zero (as in llama.cpp's Q4_0), so that a scale may be negative; in 8 bits it is
-    +-127.
+    In each group with one scale, the number with the largest magnitude becomes the lowest integer,
+    since there is one more integer below zero than above (as in llama.cpp's Q4_0). So a scale may
+    be negative. In 8 bits the number becomes +-127.
     """
     rows, width = weight.shape
     whole = rotate(weight.to(torch.float32))
-    whole /= min(32, width & -width)  # what rotating both has multiplied by
+    whole /= min(32, width & -width)  # the factor that rotating both introduces
     size = STEP if grouped(bits) else width
     parts, factors = F.pad(whole, (0, -width % size)).view(rows, -1, size), None
     top = 2 ** (bits - 1)
@@ -113,8 +115,8 @@ def round_plainly(weight: Tensor, bits: int) -> Quantised:
 
 
 def quantised(parts: list, bits: int) -> Quantised:
-    """The parts of a layer, float matrices or `Quantised` ones, as one matrix of that many bits.
-    Raises ValueError for a `Quantised` that is none, or of other bits."""
+    """Return the parts of a layer, float matrices or `Quantised`, as one matrix of `bits` bits.
+    Raises ValueError for a `Quantised` that is invalid or has other bits."""
     made = []
     for part in parts:
         if isinstance(part, Quantised):
@@ -128,15 +130,15 @@ def quantised(parts: list, bits: int) -> Quantised:
 
 
 def check(part: Quantised, bits: int) -> None:
-    """Raises ValueError for numbers that a layer of this number of bits cannot have."""
+    """Raise ValueError for numbers that a layer of this number of bits cannot have."""
     rows, width = part.shape
     if part.bits != bits:
-        raise ValueError(f"weights of {part.bits} bits are given where the layer has {bits}")
+        raise ValueError(f"the weights have {part.bits} bits, but the layer has {bits}")
     groups = -(-width // STEP) if grouped(bits) else None
     given = None if part.factors is None else part.factors.shape[1]
     if part.integers.dtype != torch.int8 or part.scale.shape != (rows, 1) or given != groups:
         raise ValueError(
-            f"weights of {bits} bits, {rows} x {width}, are int8 with a scale for each row and "
+            f"weights of {bits} bits, {rows} x {width}, must be int8 with one scale per row and "
             f"{groups} factors, not {part.integers.dtype} with {tuple(part.scale.shape)} scales "
             f"and {given} factors"
         )
@@ -145,31 +147,33 @@ def check(part: Quantised, bits: int) -> None:
     for what, numbers, least, most in given:
         low, high = map(int, numbers.aminmax()) if numbers is not None and len(numbers) else (0, 0)
         if low < least or high > most:
-            raise ValueError(f"{what} of {bits} bits are {least} to {most}, not {low} to {high}")
+            raise ValueError(
+                f"{what} in {bits} bits must be {least} to {most}, not {low} to {high}"
+            )
 
 
 def as_bytes(part: Quantised) -> Tensor:
-    """(rows, in) int8: integers times factors."""
+    """Return the integers times their factors, (rows, in) int8."""
     if part.factors is None:
         return part.integers
     return part.integers * part.factors.repeat_interleave(STEP, 1)[:, : part.shape[1]]
 
 
 def dequantised(part: Quantised) -> Tensor:
-    """(rows, in) float32, in the rotated basis: what its products multiply by."""
+    """Return the (rows, in) float32 matrix of the products, in the rotated basis."""
     return as_bytes(part) * part.scale
 
 
 def step_size(bits: int, tile_rows: int) -> int:
-    """Numbers of 32 bits that one step of `tile_rows` rows takes, with its factors, a byte each."""
+    """Return the size of a step of `tile_rows` rows in numbers of 32 bits. A factor is one byte."""
     return len(LAYOUT[bits]) * tile_rows + (tile_rows // 4 if grouped(bits) else 0)
 
 
 def pack(weight: Quantised, tile_rows: int) -> Tensor:
-    """(tiles, steps, step_size) int32: steps of `tile_rows` rows, the last tile padded with zeros.
+    """Pack a weight as (tiles, steps, step_size) int32, the last tile padded with zeros.
 
-    In each step the words of all rows and then, in 4 bits, the rows' factors of this step. Integers
-    are stored plus 2^(bits - 1): without a sign they are cheaper to take out.
+    Each step holds the words of its `tile_rows` rows and then, in 4 bits, the rows' factors.
+    Integers are stored plus 2^(bits - 1), because unsigned numbers are cheaper to unpack.
     """
     rows, width = weight.shape
     levels = weight.integers.to(torch.uint8) + 2 ** (weight.bits - 1)  # modulo 256

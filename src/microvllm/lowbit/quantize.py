@@ -1,7 +1,7 @@
-"""Low-bit weights: how are they rounded so that a model loses least?
+"""Low-bit weights, rounded such that the model loses as little as possible.
 
-Rounding takes minutes and runs once, by `microvllm quantize`, and what it makes runs without it.
-Their layout is in packing.py, products of them in cpu/low_bit_gemm.py.
+Rounding takes minutes and runs once, in `microvllm quantize`. The resulting folder runs without it.
+The layout of the weights is in packing.py, their products are in cpu/low_bit_gemm.py.
 
     checkpoint -> texts that the model writes itself      calibration.py
                -> layer by layer: second moments of the inputs of each matrix
@@ -19,9 +19,10 @@ from .packing import Quantised
 def quantize(
     config, recipe, weights: dict, texts: list[list[int]], bits_of
 ) -> dict[str, Quantised]:
-    """Each matrix of a linear layer, by its name without .weight, rounded with the texts (token
-    ids) as its input. weights: a checked state dict; bits_of(name): the bits of a matrix. Raises
-    ValueError for a model whose numbers are not finite.
+    """Round each matrix of a linear layer. Return them by name, without .weight.
+
+    weights: a checked state dict; texts: token ids of the calibration texts; bits_of(name): the
+    bits of a matrix. Raises ValueError for a model with numbers that are not finite.
     """
     from tqdm import tqdm
 
