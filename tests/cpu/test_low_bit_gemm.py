@@ -200,13 +200,13 @@ def test_what_no_layer_can_have_is_refused():
     weight = rounded(6, 8, 64)
     with pytest.raises(ValueError, match="weights have 6 bits, but the layer has 5"):
         packing.quantised([weight], 5)
-    with pytest.raises(ValueError, match="integers of 6 bits: -32 to 31, not .* to 40"):
+    with pytest.raises(ValueError, match="integers in 6 bits must be -32 to 31, not .* to 40"):
         weight.integers[0, 0] = 40
         packing.quantised([weight], 6)
     with pytest.raises(ValueError, match="8 x 64, .* and 2 factors, not .* and None factors"):
         packing.quantised([weight._replace(bits=4)], 4)
     weight = rounded(4, 8, 64)
-    with pytest.raises(ValueError, match="factors of 4 bits: -15 to 15, not .* to 16"):
+    with pytest.raises(ValueError, match="factors in 4 bits must be -15 to 15, not .* to 16"):
         weight.factors[0, 0] = 16
         packing.quantised([weight], 4)
 

@@ -140,22 +140,22 @@ CPU = CPU.split(",")
 # numbers in a register
 LANES = 16 if "+avx512f" in CPU else 8 if "+avx2" in CPU and "+fma" in CPU else 4
 NEON = "+neon" in CPU  # ARM: also 4 numbers in a register, but 32 registers
-# an instruction multiplies four bytes in each lane. ARM's takes signed bytes; LLVM does not detect
-# it, and all of Apple's processors have it
+# whether an instruction multiplies four bytes in each lane. ARM's takes signed bytes; LLVM does not
+# detect it, and all of Apple's processors have it
 SIGNED = NEON and bool(not hasattr(_libc, "getauxval") or _libc.getauxval(16) >> 20 & 1)
 FOUR_BYTES = SIGNED or ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU
-# this instruction, or one for two numbers of 16 bits
+# whether there is this instruction, or one for two numbers of 16 bits
 INTEGERS = FOUR_BYTES or ("+avx512bw" if LANES == 16 else "+avx2") in CPU
 EXCESS = 0 if SIGNED else 128  # excess of the input bytes, stored plus 128, after multiply_add8
 if SIGNED:
     initialize_native_asmparser()
 _bfloat16 = LANES == 16 and "+avx512bf16" in CPU
-# the matrix unit, see amx.py: its registers are so large that a process has to request them from
-# Linux (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)
+# whether to use the matrix unit, see amx.py: its registers are so large that a process has to
+# request them from Linux (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)
 AMX = _bfloat16 and {"+amx-tile", "+amx-bf16", "+amx-int8"} <= {*CPU} and sys.platform == "linux"
 AMX = AMX and _libc.syscall(158, 0x1023, 18) == 0
-# an instruction multiplies two bfloat16 in each lane. On Intel's processors, which have the matrix
-# unit, it takes longer than two float32 multiplications
+# whether to use an instruction that multiplies two bfloat16 in each lane. On Intel's processors,
+# which have the matrix unit, it takes longer than two float32 multiplications
 TWO_HALVES = _bfloat16 and (AMX or _name.startswith("znver"))
 
 

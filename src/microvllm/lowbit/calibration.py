@@ -114,7 +114,7 @@ class LayerByLayer:
     """Compute texts with the model's natural form (model.py), with one layer's weights in memory.
 
     The texts are computed twice, with the rounded matrices and with the exact ones. So a layer sees
-    what earlier layers have lost, and compensates a part of it (compare Li et al. 2025, GPTAQ).
+    what earlier layers have lost, and compensates for part of it (compare Li et al. 2025, GPTAQ).
 
     weights: a checked state dict; texts: token ids.
     """
@@ -225,8 +225,8 @@ class LayerByLayer:
 
 
 def made_up(weight: Tensor, found: Tensor, moved: Tensor, lost: Tensor | None) -> Tensor:
-    """Return a weight (rows, in) whose products compensate _SHARE of the loss in its inputs and in
-    the residual stream. The other arguments are those that LayerByLayer._moments returns."""
+    """Return a weight (rows, in) whose products compensate for _SHARE of the loss in its inputs and
+    in the residual stream. The other arguments are those that LayerByLayer._moments returns."""
     goal = weight @ moved if lost is None else weight @ moved + lost
     damped = found.to(torch.float64)
     damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-30)
