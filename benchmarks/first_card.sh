@@ -7,6 +7,7 @@
 #     work      a d34 in one process: one stream, 512 prompts, requests of many lengths, shares of the
 #               limit; steps for which the device waited for the host; five steps in a profile
 #     tests     the kernels' tests, decodes first, and those of the graphs
+#     prefixes  256 sequences that share 1,024 tokens: MICROVLLM_SHARED_PREFIXES=1, and without it
 #     graphs    a d12 of the newest era: graphs on and off, greedy, contexts beyond the window
 #     startup   the first token of a new process, kernels compiled before and not
 #     memcheck  a few attention tests under compute-sanitizer

@@ -26,7 +26,7 @@ from triton.runtime.interpreter import GridExecutor
 from microvllm import LLM, SamplingParams, model
 from microvllm.attention import PagedKVCache, make_batch
 from microvllm.checkpoint import find_step, read_checkpoint
-from microvllm.gpu import elementwise, graphs, launch
+from microvllm.gpu import elementwise, graphs, launch, prefixes
 from microvllm.gpu.backend import Float8, TritonBackend
 from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step
 from microvllm.loops.ahead import AheadLoop, AheadRunner
@@ -280,6 +280,28 @@ def test_samples_of_one_prompt_fork_in_an_eager_step_and_go_on_in_graphs(pair):
     assert serve(llm, work) == serve(plain, work)
     assert [step.graph for step in llm.seen].count(False) == 1
     assert {step.rows for step in llm.seen if step.graph} == {4, 1}
+
+
+@pytest.mark.slow
+def test_samples_in_a_graph_read_their_shared_blocks_together(monkeypatch):
+    """Alone, and in a step with other sequences."""
+    monkeypatch.setenv("MICROVLLM_SHARED_PREFIXES", "1")
+    monkeypatch.setattr(prefixes, "LEAST", 8)
+    llm, plain = build("era5", True), build("era5", False)
+    tiles = []
+    find = prefixes.find_shared
+
+    def watched(tables, *more):
+        shared = find(tables, *more)
+        tiles.append(shared[1])  # written again by each replay
+        return shared
+
+    monkeypatch.setattr(prefixes, "find_shared", watched)
+    work = [([*range(5, 19)], sampling(6, 1.0, seed=5, n=3)), ([30], sampling(3, 1.0))]
+    for requests in (work[:1], work):
+        assert serve(llm, requests) == serve(plain, requests)
+        assert tiles and max(int(num_rows) for tile in tiles for num_rows in tile) in (2, 3)
+    assert {step.rows for step in llm.seen if step.graph} == {3, 4}
 
 
 @pytest.mark.slow

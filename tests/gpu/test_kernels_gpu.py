@@ -492,6 +492,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from microvllm.gpu import launch
 from microvllm.gpu.attention import fixed_attention, paged_attention
+from microvllm.gpu.prefixes import SharedPrefixes
 from microvllm.gpu.sampler import sample
 from microvllm.gpu.elementwise import (
     add_norm, fp8_rows, linear, linear_add, norm_linear, relu2, rope_store
@@ -580,6 +581,7 @@ for at in (0, 1, 8):  # where in one upload the batch's arrays lie
         if at == 0:
             for num_splits in (1, 2, 16):
                 paged_attention(q, k, v, batch, -1, num_splits=num_splits)
+            paged_attention(q, k, v, batch, -1, prefixes=SharedPrefixes())
             fixed_attention(q, k, v, batch, -1)
             long = SimpleNamespace(**{**vars(batch), "num_decodes": 0, "seq_lens": flat[28:29]})
             paged_attention(bf16(80, n_head, 128), k, v, long, -1)
@@ -598,7 +600,7 @@ def test_the_kernels_compile_for_hopper_and_wait_for_the_kernel_before_them(pdl)
     neither where a batch lies in memory nor by how much a context is split makes a new variant."""
     kernels = compile_for_hopper(CALLS, pdl)
     assert {name: int(variants) for name, variants, *_ in kernels} == {
-        "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 4, "_chunk": 6,
+        "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 8, "_chunk": 6,
         "_sample_chunks": 1, "_sample_pick": 2, "_truncate": 1, "_linear": 1, "_fp8_rows": 1,
         "_few_rows": 4,
     }  # fmt: skip

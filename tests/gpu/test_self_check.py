@@ -17,7 +17,7 @@ from triton import language as tl
 from microvllm.attention import sdpa_attention
 from microvllm.fused.backend import Backend
 from microvllm.fused.int8_cache import Int8Heads
-from microvllm.gpu import attention, backend, elementwise, sampler, self_check
+from microvllm.gpu import attention, backend, elementwise, prefixes, sampler, self_check
 from microvllm.gpu.backend import TritonBackend
 from microvllm.gpu.self_check import check_here, forms_of
 from microvllm.model import RECIPES, GPTConfig
@@ -201,6 +201,30 @@ def test_a_wrong_draw_is_found(monkeypatch):
 
     monkeypatch.setattr(sampler, "_first", _first)
     assert "number" in check(TritonBackend(DEVICE, torch.float32), "draw")["draw"]
+
+
+def test_shared_prefixes_are_checked_and_left_out_where_they_are_wrong(monkeypatch):
+    monkeypatch.setenv("MICROVLLM_SHARED_PREFIXES", "1")
+    title = "attention of shared prefixes"
+    assert TritonBackend(DEVICE, torch.float32, deterministic=True).prefixes is None
+    made = TritonBackend(DEVICE, torch.float32)
+    shapes = shapes_for(made)
+    assert title in forms_of(made, shapes)
+    assert check(made, title) == {title: ""}
+    find = prefixes.find_shared
+
+    def find_more(tables, seq_lens, block_size, max_rows):
+        num_shared, counts = find(tables, seq_lens, block_size, max_rows)
+        assert counts.tolist() == [3, 0, 0, 0, 2, 0]
+        return torch.stack([num_shared + block_size * (num_shared > 0), counts])
+
+    monkeypatch.setattr(prefixes, "find_shared", find_more)
+    results = check(made, title, ATTENTION[0])
+    assert "relative error" in results[title] and results[ATTENTION[0]] == ""
+    with pytest.warns(UserWarning, match=title):
+        made.use_plain(results)
+    assert made.attend.keywords["prefixes"] is None and made.can_record
+    assert made.attend.func is attention.paged_attention
 
 
 def attend_with(change, q, k, v, batch, window):

@@ -3,6 +3,7 @@
 import functools
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -95,26 +96,49 @@ def _combine(parts, lse, out, splits, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARIES)
 def _decode(
-    q, k, v, tables, seq_lens, out, parts, lse, counts, table_stride, block_stride, scale, window,
+    q, k, v, tables, seq_lens, out, parts, lse, counts, shared, other_splits,
+    table_stride, block_stride, scale, window,
     N_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    # one program: the query of one sequence, all query heads of one kv head, one split of the keys
+    # one program: the query of one sequence, all query heads of one kv head, one split of the keys.
+    # shared: None, or of prefixes.find_shared. then there are two launches: TOGETHER, a program has
+    # the queries of a tile of sequences and a split of their shared keys; else those of a sequence
+    # and a split of its other keys. other_splits: of the other launch, whose parts come first here
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)  # not a constexpr: there would be a kernel for each count
     d = tl.arange(0, BLOCK_D)
+    g = tl.arange(0, BLOCK_G)  # BLOCK_G is 1, or a multiple of 16 that the matrix units take
     begin(PDL)
-    seq_len = tl.load(seq_lens + sequence)
-    # the keys seen are start .. seq_len - 1; tiles lie on a fixed grid, splits are whole tiles
-    start = tl.where(window < 0, 0, tl.maximum(seq_len - 1 - window, 0))
+    # the keys seen are start .. seq_len - 1, of a row from left on
+    if TOGETHER:
+        num_rows = tl.load(shared + tl.num_programs(1) + sequence)
+        if num_rows == 0:  # the tile is another program's, or there is none
+            return
+        seq_len = tl.load(shared + sequence)
+        row = sequence + g // GROUP
+        is_row = g < num_rows * GROUP
+        lengths = tl.load(seq_lens + row, is_row, 1 << 30)
+        left = tl.where(window < 0, 0, tl.maximum(lengths - 1 - window, 0))
+        start = tl.minimum(tl.min(left, 0), seq_len)
+        left = left[:, None]
+        rows = (row * N_KV + head) * GROUP + g % GROUP
+    else:
+        seq_len = tl.load(seq_lens + sequence)
+        start = tl.where(window < 0, 0, tl.maximum(seq_len - 1 - window, 0))
+        if shared is not None:
+            num_shared = tl.load(shared + sequence)
+            start = tl.maximum(start, num_shared)
+        left = start
+        rows = (sequence * N_KV + head) * GROUP + g
+        is_row = g < GROUP
+    # tiles lie on a fixed grid, splits are whole tiles
     first = start // TILE * TILE
     tiles = tl.cdiv(seq_len - first, TILE)
     lo = first + tl.cdiv(tiles, splits) * TILE * split
     hi = tl.minimum(lo + tl.cdiv(tiles, splits) * TILE, seq_len)
-    query_head = (sequence * N_KV + head) * GROUP
-    g = tl.arange(0, BLOCK_G)  # BLOCK_G is 1, or a multiple of 16 that the matrix units take
-    rows = query_head + g
-    live = (g < GROUP)[:, None] & (d < D)[None, :]
+    live = is_row[:, None] & (d < D)[None, :]
     query = tl.load(q + rows[:, None] * D + d[None, :], live, 0.0)
     table = tables + sequence.to(tl.int64) * table_stride
     INT8: tl.constexpr = k.dtype.element_ty == tl.int8  # a scale of 2 bytes for each position
@@ -143,16 +167,16 @@ def _decode(
                 ks, vs = _scales(k, v, table, tile, hi, block_stride, D, BLOCK_SIZE, TILE)
         if INT8:
             key, value = key.to(query.dtype), value.to(query.dtype)
-        seen = (position >= start) & (position < hi)
+        seen = (position[None, :] >= left) & (position < hi)[None, :]
         if BLOCK_G == 1:
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :] * scale
         else:
             score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if INT8:
-            score = tl.where(seen[None, :], score * ks[None, :], -1e30)
+            score = tl.where(seen, score * ks[None, :], -1e30)
             m, total, acc = _add_tile(score, value, vs, m, total, acc)
         else:
-            score = tl.where(seen[None, :], score, -1e30)
+            score = tl.where(seen, score, -1e30)
             m, total, acc = _add_tile(score, value, None, m, total, acc)
     # a split without keys (or a sequence of length 0) has total 0: it writes 0, and no NaN
     divisor = tl.where(total > 0, total, 1.0)
@@ -160,19 +184,31 @@ def _decode(
     if lse is None:
         tl.store(out + rows[:, None] * D + d[None, :], acc, live)
     else:
-        part = rows.to(tl.int64) * splits + split
+        all_splits = splits + other_splits
+        part = rows.to(tl.int64) * all_splits + split
+        if not TOGETHER:
+            part += other_splits
         tl.store(parts + part[:, None] * D + d[None, :], acc, live)
-        tl.store(lse + part, tl.where(total > 0, m, -1e30) + tl.log2(divisor), g < GROUP)
-        # the last one to come here combines what all have written: a launch less. the barrier is
-        # for the threads of this program, acquire and release for the other programs
-        tl.debug_barrier()
-        count = counts + sequence * N_KV + head
-        if tl.atomic_add(count, 1, sem="acq_rel") == splits - 1:
-            tl.store(count, 0)  # as the next launch wants to find it
-            for i in range(GROUP):
-                row = (query_head + i).to(tl.int64)
-                part0 = row * splits
-                _combine(parts + part0 * D, lse + part0, out + row * D, splits, D, BLOCK_D)
+        tl.store(lse + part, tl.where(total > 0, m, -1e30) + tl.log2(divisor), is_row)
+        if not TOGETHER:
+            # the last one to come here combines what all have written: a launch less. the barrier
+            # is for the threads of this program, acquire and release for the other programs
+            tl.debug_barrier()
+            count = counts + sequence * N_KV + head
+            before = 0
+            if splits > 1:
+                before = tl.atomic_add(count, 1, sem="acq_rel")
+            if before == splits - 1:
+                if splits > 1:
+                    tl.store(count, 0)  # as the next launch wants to find it
+                skip = 0  # parts that no program has written
+                if shared is not None:
+                    skip = tl.where(num_shared > 0, 0, other_splits)
+                for i in range(GROUP):
+                    row = ((sequence * N_KV + head) * GROUP + i).to(tl.int64)
+                    part0 = row * all_splits + skip
+                    to = out + row * D
+                    _combine(parts + part0 * D, lse + part0, to, all_splits - skip, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -265,18 +301,93 @@ def decodes_at_once(
     x, kv = (torch.empty(16, dtype=dtype, device=device) for dtype in dtypes)
     integers = torch.empty(16, dtype=torch.int32, device=device)
     parts = torch.empty(16, dtype=torch.float32, device=device)
+    shared = integers if constants[-1] else None
     kernel = _decode.warmup(
-        x, kv, kv, integers, integers, x, parts, parts, integers, 16, 16, 1.0, -1, *constants,
-        num_warps=num_warps, num_stages=num_stages, grid=(1,), **launch.options(device),
+        x, kv, kv, integers, integers, x, parts, parts, integers, shared, 0, 16, 16, 1.0, -1,
+        *constants, num_warps=num_warps, num_stages=num_stages, grid=(1,), **launch.options(device),
     )  # fmt: skip
     return launch.programs_at_once(device, kernel, num_warps)
 
 
-def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts=None):
+class DecodeLaunch(NamedTuple):
+    """How `_decode` is launched: its last constants, warps and stages."""
+
+    block_g: int  # rows of a program, query heads of one kv head
+    tile: int  # keys at a time
+    together: bool  # the shared keys of several sequences
+    warps: int
+    stages: int
+
+    @classmethod
+    def choose(cls, q, k, block_d: int, together: bool) -> "DecodeLaunch":
+        """For queries and keys; block_d: D, a power of two."""
+        group, is_wide = q.shape[1] // k.shape[1], q.element_size() == 4
+        if group == 1 and not together:
+            # one warp with 4 KB of keys at a time: many small programs fill the card
+            return cls(1, max(4096 // (block_d * k.element_size()), 1), False, 1, 3)
+        block_g = max(16, triton.next_power_of_2(group))
+        if together:
+            # float32 has no matrix units, and more rows would spill
+            most = 16 if is_wide else 32 if block_d > 128 else 64
+            block_g = max(2 * triton.next_power_of_2(group), most)
+        return cls(block_g, 16 if is_wide else min(8192 // block_d, 64), together, 4, 5)
+
+    def num_splits(self, q, k, shape: tuple[int, ...], num_programs: int, longest: int) -> int:
+        """Parts of a context of up to `longest` keys, so that programs fill the card."""
+        constants = (*shape, self.block_g, self.tile, self.together)
+        options = (self.warps, self.stages)
+        at_once = decodes_at_once(q.device, (q.dtype, k.dtype), constants, options)
+        wanted = round(at_once * launch.card(q.device)[0] / num_programs)
+        return max(1, min(wanted, triton.cdiv(longest, 64)))
+
+
+def attend_decodes(q, k, v, batch, out, where, num_splits, counts, prefixes) -> None:
+    """Write the attention of the batch's decodes to `out`. where: what comes after `other_splits`
+    up to BLOCK_D; the rest is that of `paged_attention`."""
+    decodes, n_head, D = batch.num_decodes, *q.shape[1:]
+    n_kv, block_size = k.shape[1:3]
+    shape = where[4:]
+    own = DecodeLaunch.choose(q, k, shape[-1], together=False)
+    most = MAX_SPLITS.value
+    shared = None
+    num_shared = 0  # splits of shared keys
+    if prefixes is not None and decodes > 1:
+        both = DecodeLaunch.choose(q, k, shape[-1], together=True)
+        max_rows = both.block_g // (n_head // n_kv)  # of a tile
+        shared = prefixes.find(batch, block_size, max_rows)
+        most //= 2
+        num_programs = triton.cdiv(decodes, max_rows) * n_kv
+        num_shared = both.num_splits(q, k, shape, num_programs, batch.max_seq_len)
+        num_shared = min(num_splits or num_shared, most)
+    splits = own.num_splits(q, k, shape, decodes * n_kv, batch.max_seq_len)
+    splits = num_splits or min(splits, most)
+    parts = lse = None
+    if splits + num_shared > 1:
+        shape = (decodes, n_head, splits + num_shared)
+        parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        counts = make_counts(q.device) if counts is None else counts
+    assert splits + num_shared <= MAX_SPLITS.value, (splits, num_shared)
+    assert splits == 1 or decodes * n_kv <= len(counts), (decodes, n_kv)
+    launches = [(own, splits, num_shared)]
+    if shared is not None:
+        launches.insert(0, (both, num_shared, splits))
+    for kind, here, elsewhere in launches:
+        _decode[(n_kv, decodes, here)](
+            q, k, v, batch.block_tables, batch.seq_lens, out, parts, lse, counts, shared, elsewhere,
+            *where, *kind[:3],
+            num_warps=kind.warps, num_stages=kind.stages, **launch.options(q.device),
+        )  # fmt: skip
+
+
+def paged_attention(
+    q, k, v, batch, window, num_splits=None, fixed=False, counts=None, prefixes=None
+):
     """Decodes go to one kernel, longer chunks to another.
 
     num_splits: programs that share the context of one decoding sequence, 64 at most; None: as many
-    as fill the card. fixed: see fixed_attention. counts: see make_counts; None: new ones.
+    as fill the card. fixed: see fixed_attention. counts: see make_counts; None: new ones. prefixes:
+    a SharedPrefixes, if decodes with the same first blocks read them together.
     The online softmax and the split of the context are FlashAttention's (Dao et al., 2022) and
     Flash-Decoding's (Dao et al., 2023), the block table PagedAttention's (Kwon et al., 2023).
     """
@@ -291,33 +402,12 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
     block_d = max(16, triton.next_power_of_2(D))
     decodes = 0 if fixed else batch.num_decodes
     chunks = seq_lens.shape[0] - decodes
-    processors, memory, options = launch.card(q.device)
+    _, memory, options = launch.card(q.device)
     scale = math.log2(math.e) / math.sqrt(D)  # exp2 is what the hardware has
     where = tables.stride(0), k.stride(0), scale, window, n_kv, group, D, block_size, block_d
     out = torch.empty_like(q)
     if decodes:
-        if group == 1:  # one warp with 4 KB of keys at a time: many small programs fill the card
-            block_g, warps, stages = 1, 1, 3
-            tile = max(4096 // (block_d * k.element_size()), 1)
-        else:
-            block_g, warps, stages = max(16, triton.next_power_of_2(group)), 4, 5
-            tile = 16 if size == 4 else min(8192 // block_d, 64)
-        constants = (n_kv, group, D, block_size, block_d, block_g, tile)
-        at_once = decodes_at_once(q.device, (q.dtype, k.dtype), constants, (warps, stages))
-        wanted = round(at_once * processors / (decodes * n_kv))
-        most = MAX_SPLITS.value
-        splits = num_splits or max(1, min(wanted, triton.cdiv(batch.max_seq_len, 64), most))
-        parts = lse = None
-        if splits > 1:
-            shape = (decodes, n_head, splits)
-            parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
-            lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-            counts = make_counts(q.device) if counts is None else counts
-            assert splits <= most and decodes * n_kv <= len(counts), (splits, decodes, n_kv)
-        _decode[(n_kv, decodes, splits)](
-            q, k, v, tables, seq_lens, out, parts, lse, counts, *where, block_g, tile,
-            num_warps=warps, num_stages=stages, **options,
-        )  # fmt: skip
+        attend_decodes(q, k, v, batch, out, where, num_splits, counts, prefixes)
     if chunks:
         block_g = triton.next_power_of_2(group)
         # small blocks for float32, which has no matrix units and spills, and for short prompts: if

@@ -13,6 +13,7 @@ from ..fused.int8_cache import Int8CacheBackend
 from ..fused.linear import Linear
 from ..sampler import to_device
 from . import compiler_problem, has_triton, takes_triton
+from .prefixes import SharedPrefixes, shares_prefixes
 from .upload import Uploader
 
 
@@ -67,7 +68,9 @@ class GpuBackend(Backend):
         attributes = {FORMS[title].attribute for title in wrong}
         for attribute in attributes:
             vars(self).pop(attribute, None)  # then it is the class's own
-        if not attributes <= {"few_rows", "fp8_rows"}:
+        if "prefixes" in attributes and "attend" in vars(self):
+            self.attend = partial(self.attend, prefixes=None)
+        if not attributes <= {"few_rows", "fp8_rows", "prefixes"}:
             self.can_record = False  # a plain function may wait for the device
         warnings.warn(
             f"kernels differ from plain torch on {self.device}, which computes in their place, "
@@ -116,13 +119,16 @@ class TritonBackend(GpuBackend):
 
     name = "triton"
     can_record = True
+    prefixes: SharedPrefixes | None = None  # of decodes that read their shared blocks together
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
         from . import attention, elementwise, launch
 
+        if shares_prefixes() and not deterministic:
+            self.prefixes = SharedPrefixes()
         counts = attention.make_counts(device)
-        self.attend = partial(attention.paged_attention, counts=counts)
+        self.attend = partial(attention.paged_attention, counts=counts, prefixes=self.prefixes)
         if launch.TRITON_34 and torch.version.hip is None and not deterministic:
             self.few_rows = True
         if deterministic:

@@ -20,6 +20,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,9 +84,9 @@ class Inputs:
         return x.to(self.backend.device, self.backend.dtype)
 
     def batch(self, sequences: list[tuple[int, int]]) -> Batch:
-        """A step on the CPU. sequences: (rows, tokens in the cache after them), decodes first. Each
-        second one is a fork: it shares the blocks before its rows with the one before it. (1, 0)
-        is a padding row of a recorded step: one token in the null block."""
+        """A step on the CPU. sequences: (rows, tokens in the cache after them), decodes first. Two
+        of three are forks: they share the blocks before their rows with the one before. (1, 0) is a
+        padding row of a recorded step: one token in the null block."""
         block_size = self.shapes.block_size
         seqs: list[Sequence] = []
         chunks = []
@@ -93,7 +94,7 @@ class Inputs:
         free = torch.randperm(num_blocks, generator=self.generator).add(1).tolist()
         for i, (num_rows, num_tokens) in enumerate(sequences):
             table = [free.pop() for _ in range(-(-num_tokens // block_size))] or [0]
-            if i % 2:
+            if i % 3:
                 before = seqs[-1].block_table
                 num_shared = min((num_tokens - num_rows) // block_size, len(before))
                 table[: max(num_shared, 0)] = before[: max(num_shared, 0)]
@@ -161,6 +162,7 @@ PROMPTS = [
     [(1, 33), (2, 2), (5, 33), (17, 80), (7, 8), (3, 60)],
     [(1, 40), (150, 150), (70, 200), (2, 40)],
 ]
+SHARED = [[(1, 200), (1, 150), (1, 203), (1, 0), (1, 80), (1, 130)]]
 WINDOWS = (-1, 0, 20)
 
 
@@ -210,15 +212,18 @@ def check_rope_store(inputs: Inputs) -> Iterator[Pair]:
                 yield Pair(name, written.flatten(0, 2), wanted.flatten(0, 2))
 
 
-def check_attention(inputs: Inputs, steps: list) -> Iterator[Pair]:
+def check_attention(inputs: Inputs, steps: list, shared: bool = False) -> Iterator[Pair]:
     local = inputs.shapes.local
+    attend = inputs.backend.attend
+    if not shared and "prefixes" in vars(inputs.backend):  # a form of its own
+        attend = partial(attend, prefixes=None)
     for sequences in steps:
         batch = inputs.batch(sequences)
         cache = inputs.cache(batch)
         on_card = [x.to(inputs.backend.device) for x in cache]
         q = inputs.normal(len(batch.token_ids), local.n_head, local.head_dim)
         for window in WINDOWS:
-            out = inputs.backend.attend(q, *on_card, inputs.on_device(batch), window)
+            out = attend(q, *on_card, inputs.on_device(batch), window)
             expected = inputs.plain.attend(floats(q), *cache, batch, window)
             yield Pair(f"window {window}", out, expected)
 
@@ -307,6 +312,7 @@ FORMS = {
     "rotary, and writing K and V": Form("rope_store", check_rope_store),
     "attention of decodes": Form("attend", check_attention, (DECODES,)),
     "attention of prompts": Form("attend", check_attention, (PROMPTS,)),
+    "attention of shared prefixes": Form("prefixes", check_attention, (SHARED, True)),
     "draw": Form("draw", check_sample),
     "products of a few rows": Form("few_rows", check_few_rows),
     "product with fixed tiles": Form("product", check_product),
