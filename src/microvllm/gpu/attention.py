@@ -323,8 +323,9 @@ class DecodeLaunch(NamedTuple):
         """For queries and keys; block_d: D, a power of two."""
         group, is_wide = q.shape[1] // k.shape[1], q.element_size() == 4
         if group == 1 and not together:
-            # one warp with 4 KB of keys at a time: many small programs fill the card
-            return cls(1, max(4096 // (block_d * k.element_size()), 1), False, 1, 3)
+            # one warp with 4 KB of keys at a time: many small programs fill the card. of int8 half
+            # of that: each number becomes a float32, and more would spill
+            return cls(1, max(4096 // (block_d * max(k.element_size(), 2)), 1), False, 1, 3)
         block_g = max(16, triton.next_power_of_2(group))
         if together:
             # float32 has no matrix units, and more rows would spill

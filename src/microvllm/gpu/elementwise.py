@@ -207,7 +207,7 @@ def linear(x, w):
 
 @triton.jit(do_not_specialize=VARIES)
 def _few_rows(
-    x, w, y, h, stream, x0, a, b, eps, rows, N, K: tl.constexpr, RELU2: tl.constexpr,
+    x, w, scales, y, h, stream, x0, a, b, eps, rows, N, K: tl.constexpr, RELU2: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, ONE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -244,6 +244,8 @@ def _few_rows(
             squares += z * z
             acc += tiles[t].to(tl.float32) * z
         out = tl.sum(acc, 1)
+        if scales is not None:
+            out *= tl.load(scales + n, n < N, 0.0)
         if h is not None:
             # rms has no weight, it is one factor: it can wait until the sums are there
             factor = tl.rsqrt(tl.sum(squares) / K + eps)
@@ -263,39 +265,44 @@ def _few_rows(
         tl.store(y + row * N + n, out, n < N)
 
 
-def _launch_few_rows(x, w, h, stream, x0, a, b, eps, relu2, outputs, warps, y=None):
+def _launch_few_rows(x, w, scales, h, stream, x0, a, b, eps, relu2, outputs, warps, y=None):
     (rows, k), n = x.shape, w.shape[0]
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if y is None else y
     # up to 80 registers of a thread are for weights, 16 bytes a load: then all programs of a
     # multiprocessor have about 70 KB on their way, of one row, whose kernel is one without a loop
     # and with half the registers, 140. fewer cannot fill the memory's pipe, more spill
-    warps = warps or triton.next_power_of_2(triton.cdiv(k * outputs, 20 * 256))
+    # weights in float8 take half the warps, unless their loop over rows has them as float32
+    threads_share = 512 if w.element_size() == 1 and rows == 1 else 256
+    warps = warps or triton.next_power_of_2(triton.cdiv(k * outputs, 20 * threads_share))
     warps = min(warps, triton.next_power_of_2(triton.cdiv(k, 256)), 32)
     block_k = 256 * warps
     _few_rows[(triton.cdiv(n, outputs),)](
-        x, w, y, h, stream, x0, a, b, eps, rows, n, k, relu2,
+        x, w, scales, y, h, stream, x0, a, b, eps, rows, n, k, relu2,
         outputs, block_k, triton.cdiv(k, block_k), rows == 1,
         num_warps=warps, **launch.options(x.device),
     )  # fmt: skip
     return y
 
 
-def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, outputs=4, warps=None, out=None):
+def norm_linear(
+    x, w, eps, x0=None, a=None, b=None, relu2=False, outputs=4, warps=None, out=None, scales=None
+):
     """rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
 
     x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
-    y = relu(.)^2. h: the first 32 channels of the normed x, all that `rope_store` wants to see.
-    outputs: how many a program computes, a power of two; warps: of a program, None: as they fit;
-    out: y, where it is there already.
+    y = relu(.)^2. h: the first 32 channels of the normed x, which `rope_store` reads. outputs: how
+    many a program computes, a power of two; warps: of a program, None: as they fit; out: the
+    tensor for y; scales (N, 1): float32, of w in float8.
     """
     h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
-    return _launch_few_rows(x, w, h, None, x0, a, b, eps, relu2, outputs, warps, out), h
+    y = _launch_few_rows(x, w, scales, h, None, x0, a, b, eps, relu2, outputs, warps, out)
+    return y, h
 
 
-def linear_add(x, w, stream, x0=None, a=None, b=None, outputs=4, warps=None):
+def linear_add(x, w, stream, x0=None, a=None, b=None, outputs=4, warps=None, scales=None):
     """stream + x @ w.T in one launch, for a few rows. x (T, K), w (N, K), stream and result (T, N).
 
-    With a, b and x0 (T, N), the stream is a * stream + b * x0 first, as it was for `norm_linear`:
-    no one has to write the scaled stream down. outputs, warps: as there.
+    With a, b and x0 (T, N), the stream is a * stream + b * x0 first, as it was for `norm_linear`,
+    which does not write the scaled stream. outputs, warps, scales: as there.
     """
-    return _launch_few_rows(x, w, None, stream, x0, a, b, 0.0, False, outputs, warps)
+    return _launch_few_rows(x, w, scales, None, stream, x0, a, b, 0.0, False, outputs, warps)

@@ -31,6 +31,7 @@ from ..resources import fits
 from ..sampler import SamplingParams
 from ..scheduler import Plan
 from . import launch, say
+from .backend import Float8
 from .elementwise import linear_add, norm_linear
 from .sampler import sample
 
@@ -60,34 +61,43 @@ def few_rows_step(
     eps = recipe.eps
     x = model.embed(batch)  # (1)
     x0 = x
-    backout = ()
+    backout = {}
     for i, (layer, kv) in enumerate(zip(model.layers, cache.layers(batch), strict=True)):
         # (2), the norm and (3) project; (4) rotate and norm, (5) write K and V, then attend
         # without lambdas no x0: there would be a second variant of each kernel
-        mix = (x0, layer.resid_lambda, layer.x0_lambda) if recipe.lambdas else ()
-        qkv, h = norm_linear(x, layer.qkv.weight, eps, *mix)
+        mix = {}
+        if recipe.lambdas:
+            mix = {"x0": x0, "a": layer.resid_lambda, "b": layer.x0_lambda}
+        qkv, h = norm_linear(x, eps=eps, **weights_of(layer.qkv), **mix)
         q = backend.rope_store(
             qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, kv.batch, kv.k, kv.v,
             model.config.n_head, recipe.qk_scale, recipe.gate_scale, eps,
         )  # fmt: skip
         y = backend.attend(q, kv.k, kv.v, kv.batch, layer.window)
-        x = linear_add(y.flatten(1), layer.proj.weight, x, *mix)
-        y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True)  # (6)
+        x = linear_add(y.flatten(1), stream=x, **weights_of(layer.proj), **mix)
+        y, _ = norm_linear(x, eps=eps, relu2=True, **weights_of(layer.fc))  # (6)
         # rows four times as long: a program reads as many weights
-        x = linear_add(y, layer.mlp_proj.weight, x, outputs=1)
+        x = linear_add(y, stream=x, outputs=1, **weights_of(layer.mlp_proj))
         if recipe.smear and i == model.config.n_layer // 2:  # (7)
             minus = -model.backout_lambda.float()
-            backout = (x, torch.ones_like(minus), minus)
-    head = model.lm_head.weight[: model.config.vocab_size]
-    logits, _ = norm_linear(x, head, eps, *backout, out=out)
+            backout = {"x0": x, "a": torch.ones_like(minus), "b": minus}
+    logits, _ = norm_linear(x, eps=eps, out=out, **weights_of(model.lm_head), **backout)
     return logits
+
+
+def weights_of(linear: Linear) -> dict[str, Tensor]:
+    """Arguments of `norm_linear` and `linear_add`: weights without padding, and their scales."""
+    weights = {"w": linear.weight[: linear.rows]}
+    if type(linear) is Float8:
+        weights["scales"] = linear.scale[: linear.rows]
+    return weights
 
 
 def takes_few_rows(model: FusedGPT) -> bool:
     """Does `few_rows_step` fit a model? If the backend has it, and each matrix is one tensor with
-    torch's product: not a live module's parts, float8, or deterministic=True."""
-    has_dense_weights = all(type(linear) is Linear for linear in model.linears.values())
-    return model.backend.few_rows and has_dense_weights and has_torchs_product(model)
+    torch's product: not a live module's parts, and not with deterministic=True."""
+    has_whole_weights = all(type(linear) in (Linear, Float8) for linear in model.linears.values())
+    return model.backend.few_rows and has_whole_weights and has_torchs_product(model)
 
 
 def has_torchs_product(model: FusedGPT) -> bool:

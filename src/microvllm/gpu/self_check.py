@@ -39,6 +39,7 @@ from ..resources import on_device
 from ..sampler import SamplingParams, cap_logits, drop_tokens
 from ..scheduler import Chunk, Plan, Sequence
 from . import say
+from .backend import fp8_rows
 
 CPU = torch.device("cpu")
 TIMEOUT = 300  # seconds for all forms; to compile them takes about half a minute
@@ -261,24 +262,34 @@ def check_few_rows(inputs: Inputs) -> Iterator[Pair]:
     width, eps = inputs.shapes.config.n_embd, inputs.shapes.recipe.eps
     lambdas = torch.tensor([0.7, -0.4], device=inputs.backend.device)
     mixes = [False, True][: 1 + inputs.shapes.recipe.lambdas]
+
+    def weights(*shape: int) -> tuple[dict[str, Tensor], Tensor]:
+        w = inputs.normal(*shape)
+        if not inputs.shapes.is_fp8:
+            return {"w": w}, floats(w)
+        w, scales = fp8_rows(w.float())
+        return {"w": w, "scales": scales}, floats(w) * floats(scales)
+
     for num_rows, is_mixed in product((1, 2), mixes):
         x, x0 = inputs.normal(2, num_rows, width)
-        mix = (x0, *lambdas) if is_mixed else ()
+        mix = dict(zip(("x0", "a", "b"), (x0, *lambdas), strict=True)) if is_mixed else {}
         mixed = 0.7 * floats(x) - 0.4 * floats(x0) if is_mixed else floats(x)
         normed = F.rms_norm(mixed, (width,), eps=eps)
-        w = inputs.normal(64, width)
-        expected = normed @ floats(w).T
-        y, h = norm_linear(x, w, eps, *mix)
+        w, exact = weights(64, width)
+        expected = normed @ exact.T
+        y, h = norm_linear(x, eps=eps, **w, **mix)
         yield Pair("norm and product", y, expected)
         yield Pair("norm", h, normed[:, : h.shape[1]])
-        y, _ = norm_linear(x, w, eps, *mix, relu2=True)
+        y, _ = norm_linear(x, eps=eps, relu2=True, **w, **mix)
         yield Pair("norm, product and relu^2", y, inputs.plain.relu2(expected))
-        y, w = inputs.normal(num_rows, width), inputs.normal(width, width)
-        out = linear_add(y, w, x, *mix)
-        yield Pair("product and sum", out, mixed + floats(y) @ floats(w).T)
-        y, w = inputs.normal(num_rows, 4 * width), inputs.normal(width, 4 * width)
-        out = linear_add(y, w, x, outputs=1)  # as graphs.py has it
-        yield Pair("long product and sum", out, floats(x) + floats(y) @ floats(w).T)
+        y = inputs.normal(num_rows, width)
+        w, exact = weights(width, width)
+        out = linear_add(y, stream=x, **w, **mix)
+        yield Pair("product and sum", out, mixed + floats(y) @ exact.T)
+        y = inputs.normal(num_rows, 4 * width)
+        w, exact = weights(width, 4 * width)
+        out = linear_add(y, stream=x, outputs=1, **w)  # as graphs.py has it
+        yield Pair("long product and sum", out, floats(x) + floats(y) @ exact.T)
 
 
 def check_product(inputs: Inputs) -> Iterator[Pair]:
@@ -322,8 +333,7 @@ FORMS = {
 
 def forms_of(backend: Backend, shapes: Shapes) -> list[str]:
     """The forms that an engine uses: what the backend has in place of its class's functions."""
-    unused = {"few_rows"} if shapes.is_fp8 else {"fp8_rows"}
-    used = vars(backend).keys() - unused
+    used = vars(backend).keys() - (set() if shapes.is_fp8 else {"fp8_rows"})
     return [title for title, form in FORMS.items() if form.attribute in used]
 
 
