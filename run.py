@@ -1,6 +1,6 @@
-"""A few prompts through the engine: python run.py --prompt "Who wrote Moby Dick?"
+"""Answer a few prompts: python run.py --prompt "Who wrote Moby Dick?"
 
-This is a program to change: `run` is all that an application needs.
+Change this program as you like: `run` has everything that an application needs.
 """
 
 import argparse
@@ -24,9 +24,9 @@ BEGINNINGS = (
 
 def run(args: argparse.Namespace) -> None:
     with commands.starting(args, patient=False):
-        from microvllm import LLM, SamplingParams  # here, because torch takes seconds to import
+        from microvllm import LLM, SamplingParams  # here, because importing torch takes seconds
 
-        # such as LLM("models/oldbooks-d6", num_blocks=200), SamplingParams(temperature=0.8)
+        # for example LLM("models/oldbooks-d6", num_blocks=200), SamplingParams(temperature=0.8)
         llm = LLM(**commands.engine_options(args))
         params = SamplingParams(**commands.sampling_options(args))
     commands.started(args, llm)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
 
     for prompt, output in zip(prompts, outputs, strict=True):
-        text = terminal.plain(output.text)  # without characters that could steer the terminal
+        text = terminal.plain(output.text)  # without control characters of the terminal
         shown = f"> {prompt}\n{text.strip()}" if is_chat else f"{prompt}{text}"
         is_cut = output.finish_reason == "length"
         print(shown + (f"  [cut at {len(output.token_ids)} tokens]" if is_cut else "") + "\n")
@@ -52,8 +52,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = terminal.Parser(description="A few prompts through the engine.")
-    parser.add_argument("--prompt", action="append", help="may be repeated (a few samples)")
+    parser = terminal.Parser(description="Answer a few prompts.")
+    parser.add_argument(
+        "--prompt", action="append", help="text of a prompt; may be repeated (default: examples)"
+    )
     flags.add_flags(parser, flags.ENGINE + flags.RAW + flags.sampling(128, 0.8, 50))
     parser.set_defaults(command=run)
     terminal.execute(parser.parse_args())

@@ -1,8 +1,8 @@
-"""Throughput on Alpaca's instructions: python test_alpaca.py --num-prompts 512 --max-tokens 64
+"""Measure the throughput: python test_alpaca.py --num-prompts 512 --max-tokens 64
 
-The instructions come from --prompts-file, else from the tatsu-lab/alpaca data set where the
-`datasets` package can reach it, else from the bundled file. The name is the original's: this is
-a script, and pytest does not collect it.
+The prompts are Alpaca instructions. They come from --prompts-file, else from the data set
+tatsu-lab/alpaca if the `datasets` package can download it, else from the bundled file. This is a
+script, not a test: pytest does not collect it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.json:
         print(f"{len(texts)} prompts from {source}")
 
-    commands.engine()  # the time of imports is not the model's
+    commands.engine()  # import before the clock starts
     start = time.perf_counter()
     with commands.starting(args):
         from microvllm import LLM, SamplingParams
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
     with llm:
         prompts = commands.encode(llm, texts, args.raw)
-        warmup_seconds = 0.0  # a trace has no warm-up in it
+        warmup_seconds = 0.0  # a trace contains no warm-up
         if not args.trace:
             warmup_seconds = bench.warm_up(llm, params, len(prompts))
         with llm.timing() as times, commands.watched(args, llm):
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = terminal.Parser(description="Throughput on Alpaca's instructions.")
+    parser = terminal.Parser(description="Measure throughput on Alpaca instructions.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
     flags.add_flags(parser, flags.ALPACA)
     parser.set_defaults(command=run)

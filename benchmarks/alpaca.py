@@ -1,16 +1,16 @@
-"""The README's numbers: many prompts at once against one after the other, on a CPU.
+"""Throughput and start-up on a CPU: many prompts in one batch, compared with one at a time.
 
     python benchmarks/alpaca.py
 
-Throughput: 512 instructions x 64 new tokens through the engine as test_alpaca.py runs it, against a
-loop that sends one prompt at a time through the same model (no prefix cache, every eighth prompt:
-its speed does not depend on how many there are). Start-up: from the start of the process
-`python run.py` to its first token, against the same of that loop. The two sides take turns, so that
-a machine whose speed drifts treats them alike; each number is the median over the turns, each ratio
-the median of the turns' ratios.
+Throughput: the engine generates 64 tokens for each of 512 instructions, as test_alpaca.py does. A
+loop runs one prompt at a time through the same model, without a prefix cache. It runs every eighth
+prompt, because its speed does not depend on their number. Start-up: the time from the start of
+`python run.py` to its first token, compared with that of the loop. The engine and the loop take
+turns, so that changes of the machine's speed affect both. Each number is the median over the turns,
+and each ratio is the median of the ratios of the turns.
 
-The physical limit of the first is the time of its matrix products alone (measured here, at the mean
-number of rows of its steps), plus the time to read the K and V that its decodes look at.
+The physical limit of the throughput is the time of the matrix products alone (measured here, for
+the mean number of rows in a step), plus the time to read the K and V of the decodes.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the scripts are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of the scripts
 sys.path.insert(0, f"{sys.path[0]}/src")
 
 import torch
@@ -46,7 +46,7 @@ for question in {QUESTIONS!r}:
 
 
 def best_seconds(work: Callable[[], object], repeats: int = 7) -> float:
-    """The fastest of a few runs: a limit is what the machine does undisturbed."""
+    """The fastest of a few runs, as a limit without disturbance."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -56,9 +56,10 @@ def best_seconds(work: Callable[[], object], repeats: int = 7) -> float:
 
 
 def limit_seconds(llm: LLM, outputs: list[dict]) -> float:
-    """The least time for the outputs: all steps' matrix products, and the decodes' K and V once."""
+    """The smallest possible time for the outputs: the matrix products of all steps, and one read of
+    the K and V of the decodes."""
     model, stats = llm.model, llm.stats()
-    # the last token of a request is never fed back
+    # the last token of a request is never an input
     rows = stats["prefill_tokens"] + stats["output_tokens"] - len(outputs)
     count, width = rows // stats["steps"], model.config.n_embd
     narrow, wide = torch.zeros(count, width), torch.zeros(count, 4 * width)
@@ -72,19 +73,19 @@ def limit_seconds(llm: LLM, outputs: list[dict]) -> float:
     with torch.inference_mode():
         seconds = stats["steps"] * best_seconds(products)
 
-    visible = 0  # keys that the decodes see, over all layers
+    visible = 0  # keys that decodes attend to, over all layers
     for output in outputs:
         first = len(output["prompt_token_ids"])
         for position in range(first, first + len(output["token_ids"]) - 1):
             visible += sum(min(position, w) + 1 if w >= 0 else position + 1 for w in model.windows)
     kv_bytes = visible * 2 * model.config.n_kv_head * model.config.head_dim * 4
-    data = torch.zeros(2**26) + 1  # 256 MB, really there
+    data = torch.zeros(2**26) + 1  # 256 MB; ones, so that the memory is allocated
     bandwidth = data.nbytes / best_seconds(data.sum)
     return seconds + kv_bytes / bandwidth
 
 
 def many_at_once(prompts: list[str], params: SamplingParams) -> dict:
-    """The engine as test_alpaca.py runs it: tokens/s, the limit's, and the KV pool."""
+    """Run the engine as test_alpaca.py does. Returns tokens/s, the limit, and facts of the pool."""
     with LLM(MODEL_DIR, device="cpu") as llm:
         prompts = encode(llm, prompts, raw=False)
         start = time.perf_counter()
@@ -102,7 +103,7 @@ def many_at_once(prompts: list[str], params: SamplingParams) -> dict:
 
 
 def one_at_a_time(prompts: list[str], params: SamplingParams) -> float:
-    """The loop's tokens/s through the same model."""
+    """Tokens/s of the loop with the same model."""
     with LLM(MODEL_DIR, device="cpu", enable_prefix_caching=False) as llm:
         prompts = encode(llm, prompts, raw=False)
         start = time.perf_counter()
@@ -114,7 +115,7 @@ def one_at_a_time(prompts: list[str], params: SamplingParams) -> float:
 
 
 def seconds_to_first_line(*arguments: str) -> float:
-    """From the start of a Python process to its first line, printed with its first token."""
+    """Seconds from the start of a Python process to its first printed line, the first token."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-u", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -135,7 +136,8 @@ def spread(values: list[float], digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Many prompts at once against one at a time.")
     parser.add_argument("--num-prompts", type=int, default=512, help="%(default)s")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of each prompt (%(default)s)")
+    what = "new tokens for each prompt (default: %(default)s)"
+    parser.add_argument("--max-tokens", type=int, default=64, help=what)
     parser.add_argument("--turns", type=int, default=5, help="%(default)s")
     args = parser.parse_args()
 

@@ -1,12 +1,12 @@
-"""What a bulk job costs beside the engine, and what it gains from sorted prompts.
+"""The overhead of a batch job, and the gain from sorted prompts.
 
     python benchmarks/bulk.py memory --rows 1000000
     python benchmarks/bulk.py routing --groups 48 --rows 16 --replicas 2
 
-memory: an engine that writes at once, so that nothing but the job is seen: the memory of a process
-that reads, answers, writes and at last sorts them. routing: a shuffled file in which groups of
-prompts begin alike, through Ray, with pools too small for all beginnings: the share of prompt
-tokens that the replicas' prefix caches had, the rows sorted by their prompts or as they come.
+memory: a fake engine answers at once, so that only the job is measured: the memory of a process
+that reads rows, answers and writes them, and finally sorts them. routing: a shuffled file in which
+groups of prompts share prefixes, with Ray, in pools too small for all prefixes: the share of prompt
+tokens found in the prefix caches of the replicas, for rows sorted by prompt and in file order.
 """
 
 import argparse
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class FakeLLM:
-    """An engine whose tokens are a function of prompt and seed, and whose requests end in any
-    order, a few in each step. seconds: of a step."""
+    """A fake engine. Its tokens are a function of prompt and seed, and a few requests end in each
+    step, in any order. seconds: duration of a step."""
 
     tokenizer = SimpleNamespace(has_chat=False)
 
@@ -66,18 +66,18 @@ def resident() -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1e3
-    raise OSError("no /proc/self/status: this is for Linux")
+    raise OSError("this benchmark needs Linux: /proc/self/status is missing")
 
 
 def memory_curve(rows: int, output: Path, points: int = 20) -> list[tuple[int, float]]:
-    """(rows done, MB) while a job of `count` rows runs, then once more when it was sorted."""
+    """(finished rows, MB) during a job of `count` rows, and once more after the sorting."""
     source = output.with_suffix(".in.jsonl")
     with open(source, "w") as file:
         for i in range(rows):
             file.write(
                 json.dumps({"id": f"row {i}", "prompt": f"the prompt of row {i} " * 4}) + "\n"
             )
-    import torch  # noqa: F401, what SamplingParams needs is not the job's
+    import torch  # noqa: F401, so that its memory is not counted
 
     curve = [(0, resident())]
     job = Job(source, output, Ask(params={"max_tokens": 16}), {})
@@ -94,7 +94,7 @@ def memory_curve(rows: int, output: Path, points: int = 20) -> list[tuple[int, f
 
 
 def beginnings(groups: int, rows: int) -> list[str]:
-    """Prompts in random order, of which so many begin with the same sixty words, in each group."""
+    """Prompts in random order. The prompts of a group begin with the same sixty words."""
     words = (ROOT / "models" / "README.md").read_text().split()
     draw, prompts = random.Random(0), []
     for _ in range(groups):
@@ -105,7 +105,8 @@ def beginnings(groups: int, rows: int) -> list[str]:
 
 
 def routing(groups: int, rows: int, replicas: int, folder: Path) -> dict[str, dict]:
-    """What the replicas' caches had of the prompts, sorted and as they come."""
+    """The share of prompt tokens in the caches of the replicas, for sorted rows and in file
+    order."""
     from microvllm.jobs.ray import answer_on_ray
 
     prompts, found = beginnings(groups, rows), {}
@@ -114,7 +115,7 @@ def routing(groups: int, rows: int, replicas: int, folder: Path) -> dict[str, di
     ask = Ask("completion", params={"max_tokens": 8, "temperature": 0.8, "ignore_eos": True})
     options = {"model_path": str(ROOT / "models" / "oldbooks-d6"), "device": "cpu"}
     options |= {"num_blocks": 400, "max_batch_size": 16}
-    for name, grouped in (("sorted", True), ("as they come", False)):
+    for name, grouped in (("sorted", True), ("in file order", False)):
         job = Job(source, folder / f"{name}.jsonl", ask, options)
         outcomes = answer_on_ray(job, options, "local", replicas, grouped=grouped)
         found[name] = carry_out(job, outcomes, ordered=True)
@@ -122,14 +123,15 @@ def routing(groups: int, rows: int, replicas: int, folder: Path) -> dict[str, di
     tokens = [
         [json.loads(line)["token_ids"] for line in open(folder / f"{name}.jsonl")] for name in found
     ]
-    assert tokens[0] == tokens[1], "the order decides what is written"
+    assert tokens[0] == tokens[1], "the order changes the output"
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["memory", "routing"])
-    parser.add_argument("--rows", type=int, help="rows (1,000,000), or rows of a group (16)")
+    what = "number of rows (default: 1,000,000), or of rows per group (default: 16)"
+    parser.add_argument("--rows", type=int, help=what)
     parser.add_argument("--groups", type=int, default=48)
     parser.add_argument("--replicas", type=int, default=2)
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Make a random nanochat checkpoint of any depth and era, so that a benchmark needs no download.
+"""Make a random nanochat checkpoint of any depth and era, so that benchmarks need no download.
 
     python benchmarks/checkpoint.py OUT --depth 34 --era 1 --vocab 65536
 
-writes one flat directory, as published checkpoints are: OUT/model_000000.pt, OUT/meta_000000.json
-and OUT/tokenizer.pkl; with --hf (era 1 only) the model is OUT/config.json and OUT/model.safetensors
-instead, as transformers has it. The weights are noise, of a size that keeps activations sane
-through any depth. The tokenizer has the single bytes, made-up words and nanochat's nine special
-tokens: its text means nothing, and takes the time that real text takes.
+writes a flat directory, like published checkpoints: OUT/model_000000.pt, OUT/meta_000000.json and
+OUT/tokenizer.pkl. With --hf (era 1 only) the model is OUT/config.json and OUT/model.safetensors, in
+the format of transformers. The weights are random, scaled so that activations stay in range at any
+depth. The tokenizer has the single bytes, random words and nanochat's nine special tokens. Its text
+has no meaning, but takes the same time as real text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SPECIAL = (
     "python_start", "python_end", "output_start", "output_end",
 )  # fmt: skip
 
-# tensor -> (mean, standard deviation); see random_weights for all the others
+# tensor -> (mean, standard deviation); random_weights has the others
 SIZES = {
     "resid_lambdas": (1.0, 0.05),
     "x0_lambdas": (0.1, 0.02),
@@ -46,7 +46,7 @@ SIZES = {
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model; `shape` reads them. The default is nanochat's d34."""
+    """Add the options of the model, which `shape` reads. The default is nanochat's d34."""
     group = parser.add_argument_group("shape of the model")
     group.add_argument("--depth", type=int, default=34, help="layers")
     group.add_argument("--aspect", type=int, default=64, help="width per layer of depth")
@@ -67,10 +67,10 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def shape(args: argparse.Namespace) -> dict:
-    """nanochat's `model_config` for the options. Raises ValueError when they fit no model."""
+    """nanochat's `model_config` for the options. Raises ValueError if they are inconsistent."""
     if args.vocab < (least := 256 + len(SPECIAL)):
         raise ValueError(f"--vocab must be {least} or more (bytes and specials), got {args.vocab}")
-    # as nanochat does it: the width is rounded up until whole heads fit
+    # as in nanochat, the width is rounded up to whole heads
     heads = math.ceil((args.width or args.depth * args.aspect) / args.head_dim)
     config = {
         "sequence_len": args.sequence_len,
@@ -87,13 +87,14 @@ def shape(args: argparse.Namespace) -> dict:
 
 
 def random_weights(config: dict, era: str, device: str, storage: torch.dtype, seed: int) -> dict:
-    """A state dict on the CPU, drawn on `device` (a GPU draws two billion numbers in a second)."""
+    """A random state dict on the CPU. It is drawn on `device`, because a GPU draws two billion
+    numbers per second."""
     generator = torch.Generator(device).manual_seed(seed)
     rows = math.ceil(config["vocab_size"] / 64) * 64  # nanochat pads the vocabulary to 64s
     weights = {}
     for name, empty in empty_model(GPTConfig(**config), RECIPES[era], rows).state_dict().items():
         size = empty.shape
-        mean, std = SIZES.get(name, (0.0, size[-1] ** -0.5))  # a product keeps its input's size
+        mean, std = SIZES.get(name, (0.0, size[-1] ** -0.5))  # products keep the scale of inputs
         dtype = storage if len(size) == 2 else torch.float32
         if name.endswith("c_proj.weight"):  # 2 * n_layer of them add up in the residual
             std *= (2 * config["n_layer"]) ** -0.5
@@ -107,7 +108,8 @@ def random_weights(config: dict, era: str, device: str, storage: torch.dtype, se
 
 
 def random_tokenizer(vocab: int) -> tiktoken.Encoding:
-    """Single bytes, made-up words of two to five letters, special tokens: `vocab` in all."""
+    """A tokenizer of `vocab` tokens: single bytes, random words of two to five letters, and special
+    tokens."""
     num_words = vocab - 256 - len(SPECIAL)
     letters = b"etaoinshrdlucmfwypvbgkjqxz"
     words = chain.from_iterable(product(letters, repeat=length) for length in (2, 3, 4, 5))
@@ -127,7 +129,7 @@ def make_checkpoint(out: Path, args: argparse.Namespace, device: str) -> Path:
     tokenizer = random_tokenizer(args.vocab)
     out.mkdir(parents=True, exist_ok=True)
     checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # two thirds of the time, and never read
+    torch.serialization.set_crc32_options(False)  # two thirds of the time, and not needed
     torch.save(weights, out / "model_000000.pt")
     torch.serialization.set_crc32_options(checksums)
     (out / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer, protocol=4))
@@ -142,9 +144,9 @@ def make_checkpoint(out: Path, args: argparse.Namespace, device: str) -> Path:
 
 
 def make_hf_folder(out: Path, args: argparse.Namespace, device: str) -> Path:
-    """Write a NanoChat folder of Hugging Face's, and a tokenizer.pkl, into `out`; returns it.
+    """Write a Hugging Face folder of NanoChat, and a tokenizer.pkl, into `out`; returns it.
 
-    Raises ValueError for any era but the first, the only one that transformers has.
+    Raises ValueError for any era except the first, the only one that transformers supports.
     """
     if args.era != "1":
         raise ValueError(f"transformers has only nanochat's era 1, not --era {args.era}")
@@ -156,7 +158,7 @@ def make_hf_folder(out: Path, args: argparse.Namespace, device: str) -> Path:
     for name, tensor in random_weights(config, args.era, device, storage, args.seed).items():
         for theirs, ours in exports.NAMES.items():
             name = name.replace(ours, theirs)
-        # padding rows of the vocabulary would be tokens there
+        # in this format, padding rows of the vocabulary would be tokens
         padded = name.startswith(("lm_head", "model.embed_tokens"))
         tensor = tensor[: args.vocab] if padded else tensor
         weights[name] = tensor.to(storage).contiguous()
@@ -190,7 +192,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory to write into")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hf", action="store_true", help="as a Hugging Face folder")
+    parser.add_argument("--hf", action="store_true", help="write a Hugging Face folder")
     add_shape_arguments(parser)
     args = parser.parse_args()
     start = time.perf_counter()

@@ -1,66 +1,69 @@
-"""This engine beside others a user could install, on a CPU, at the same work.
+"""Compare this engine with other engines on a CPU, on the same workloads.
 
-    python benchmarks/compare.py                                # the d12 shape, what is importable
+    python benchmarks/compare.py                             # shape d12, all importable engines
     python benchmarks/compare.py --model small --workloads W1,W3 --turns 5
-    python benchmarks/compare.py --peer-python vllm=/opt/vllm/bin/python    # it has its own torch
+    python benchmarks/compare.py --peer-python vllm=/opt/vllm/bin/python    # with its own torch
     python benchmarks/compare.py --quantization int8 --engines microvllm,vllm
     python benchmarks/compare.py --quantization int8 --engines microvllm,openvino,llamacpp \
         --peer-python openvino=/opt/peers/bin/python --peer-python llamacpp=/opt/peers/bin/python \
         --peer-dtype int8 --peer-dtype llamacpp=int4
-    python benchmarks/compare.py --foreign-load 0,1,2       # beside other programs that compute
-    python benchmarks/compare.py --model tiny --shrink 16 --turns 1         # does it run?
+    python benchmarks/compare.py --foreign-load 0,1,2       # with other programs that compute
+    python benchmarks/compare.py --model tiny --shrink 16 --turns 1         # only a test
 
-Nothing is installed. Each engine that can be imported, by this interpreter or by the one that
---peer-python names, is loaded once in a process of its own (peers.py) and then asked to run each
-workload in turns, A B C A B C; while one works the others are blocked in a read. So a machine whose
-speed drifts treats them alike: ratios are the medians of the turns' ratios.
+This program installs nothing. It uses each engine that can be imported by this interpreter, or by
+the interpreter of --peer-python. Each engine is loaded once in its own process (peers.py). Then the
+engines run each workload in turns, A B C A B C, and while one works, the others are blocked in a
+read. So changes of the machine's speed affect all engines. Ratios are medians of the ratios of the
+turns.
 
-The workloads are greedy and ignore the end tokens; their lengths are drawn once, their ids anew for
-each turn, so that no turn finds its prompts in a prefix cache:
+The workloads use greedy decoding and ignore end tokens. Lengths are drawn once. Token ids are drawn
+again for each turn, so that no turn finds its prompts in a prefix cache:
 
     W1  64 prompts of 6 to 77 tokens (mean 23), 64 new tokens each
     W2  64 requests, 20 to 512 tokens in (mean 100), 16 to 256 out, 8,710 in all
     W3  one prompt of 128 tokens, 128 new
     W4  32 prompts that share 256 tokens and own 16, 32 new each
-    W5  one prompt of 3,072 tokens, one new
+    W5  one prompt of 3,072 tokens, one new token
     W6  16 prompts that share 1,024 tokens and own 1, 64 new each, like samples of one prompt
     W7  64 prompts that share 1,024 tokens and own 16, 32 new each, like a few-shot evaluation
 
-W5, W6 and W7 run where they are asked for, since not every engine takes such long sequences.
+W5, W6 and W7 run only if --workloads names them, since not every engine accepts such long
+sequences.
 
-Engines that would take minutes run a part of the requests (SOME, below); tokens per second count
-the tokens that were asked for (W5: those of the prompt), nothing else. "agree" compares the tokens
-with this engine's: the share of requests whose first 8 tokens are the same, and of all tokens those
-before the first difference. All compute the same model in float32, so that only a tie within
-rounding may differ; if less than nine requests of ten agree, the run fails. With another dtype it
-is only reported.
+Engines that would take minutes run a part of the requests (SOME, below). Tokens per second count
+only the requested new tokens (for W5, the prompt tokens). "agree" compares the tokens with those of
+this engine: the share of requests whose first 8 tokens are the same, and the share of all tokens
+before the first difference. All engines compute the same model in float32, so only ties within
+rounding may differ. If less than nine of ten requests agree, the run fails. With another dtype, the
+agreement is only reported. "speedup" is the speed of this engine divided by that of the other.
 
-With --foreign-load N, N other processes compute while each engine works (`while True: pass`, at the
-same priority), and none while engines are loaded. With several numbers, 0,1,2, each turn is run
-once beside each of them, and "of idle" is the median of the turns' ratios of an engine's speed to
-its own speed beside none.
+With --foreign-load N, N other processes compute while an engine works (`while True: pass`, at the
+same priority), but not while engines are loaded. With several numbers, such as 0,1,2, each turn
+runs once with each of them. "of idle" is the median over the turns of an engine's speed divided by
+its speed without load.
 
-The limit is measured in the same turns: see `limit` in peers.py. It is that of an engine on a
-library's matrix products; the shares are of it. "with ours" counts this engine's own products, too,
-which are faster for a few rows, so that it can pass the first one. Of what a workload repeats, K
-and V that several sequences share are counted once for each, since every engine here reads them so.
+The limit is measured in the same turns: see `limit` in peers.py. It is the limit of an engine that
+uses the matrix products of a library; "of limit" refers to it. "with ours" in the JSON also
+considers this engine's own products, which are faster for a few rows, so this engine can exceed the
+first limit. K and V that several sequences share are counted once for each sequence, because every
+engine here reads them so.
 
-Peak memory is that of an engine's processes together, weights and pool and all; the pool is
---kv-gib for engines that have one, and written to before any clock starts. "first token" is from
-the start of the process to the first token of its first request, with the compilation caches as
-this user's earlier runs left them.
+Peak memory is that of all processes of an engine, including weights and pool. The pool has --kv-gib
+in engines with a pool, and is written to before measurements start. "first token" is the time from
+the start of the process to the first token of its first request, with the compilation caches that
+earlier runs of this user have left.
 
-openvino and llamacpp know no nanochat. They run a Llama of equal matrices that llama.py makes, with
-random weights of its own: as many numbers are read and multiplied ("step_weights" in the JSON), the
-tokens are others, and "agree" compares these engines with one another. They are marked with a star.
-Their --peer-dtype may be int8, too, and llamacpp's int4; see `openvino` and `llamacpp` in peers.py
-for what is K and V then, and what the clock sees.
+openvino and llamacpp do not support nanochat. They run a Llama with matrices of equal size that
+llama.py makes, with random weights. The same number of weights is read and multiplied
+("step_weights" in the JSON), but the tokens differ, so "agree" compares these engines with each
+other. They are marked with a star. Their --peer-dtype may also be int8, and for llamacpp int4. See
+`openvino` and `llamacpp` in peers.py for the type of K and V, and for what is timed.
 
-vLLM's own defaults keep one core from the model and run it in three processes. With two cores it is
-faster when told otherwise, for instance by a script given as its interpreter, which sets
+By default, vLLM does not use one core for the model, and runs three processes. On two cores it is
+faster with other settings. For example, give a script as its interpreter that sets
 VLLM_ENABLE_V1_MULTIPROCESSING=0, VLLM_CPU_OMP_THREADS_BIND=0-1 and LD_PRELOAD to tcmalloc and
-libiomp5.so before it starts python. A name may be given twice with different ends, to measure both:
---peer-python vllm=... --peer-python vllm-tuned=...
+libiomp5.so, and then starts python. An engine may be given twice with different suffixes, to
+measure both: --peer-python vllm=... --peer-python vllm-tuned=...
 """
 
 from __future__ import annotations
@@ -85,14 +88,14 @@ import llama
 
 HERE = Path(__file__).resolve().parent
 
-# shapes of random checkpoints of the first era, the only one that the others know
+# shapes of random checkpoints of the first era, the only one that other engines support
 SHAPES = {
     "d12": "--depth 12 --vocab 32768",
     "small": "--depth 4 --width 256 --head-dim 64 --kv-heads 2 --vocab 4096",
     "tiny": "--depth 2 --width 64 --head-dim 32 --vocab 512",
 }
 BUNDLED = HERE.parent / "models" / "oldbooks-d6"
-# engine -> the module it needs; and what to install where its name is another
+# engine -> the module it needs; engine -> the packages to install, if their names differ
 ENGINES = {
     "microvllm": "torch",
     "nanochat": "torch",
@@ -102,10 +105,10 @@ ENGINES = {
     "llamacpp": "llama_cpp",
 }
 INSTALL = {"openvino": "openvino-genai", "llamacpp": "llama-cpp-python gguf"}
-# those that run a Llama of equal matrices -> its format, see llama.py
+# engines that run a Llama with equal matrices -> its format, see llama.py
 LLAMAS = {"openvino": "openvino", "llamacpp": "gguf"}
-# every n-th request is enough: one at a time, the speed does not depend on how many; and
-# transformers copies its whole cache, padded to the longest request, at each step
+# every n-th request is enough: with one request at a time, the speed does not depend on their
+# number; transformers copies its whole cache, padded to the longest request, at each step
 SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8, "W6": 8, "W7": 8}, "transformers": {"W2": 8}}
 WORKLOADS = ("W1", "W2", "W3", "W4")
 LONG = ("W5", "W6", "W7")
@@ -114,8 +117,8 @@ FIRST = 8  # tokens of a request that have to agree
 SPECIAL = 9  # the last ids of a vocabulary
 MAX_LEN, LONG_LEN = 1024, 4096
 
-# another program that computes; it ends with the pipe on its stdin, so that it is
-# never left behind, even where this process is killed
+# another program that computes; it ends when the pipe on its stdin closes, so that it never
+# remains, even if this process is killed
 BUSY_LOOP = """
 import os, sys, threading
 
@@ -127,7 +130,7 @@ threading.Thread(target=end_with_the_parent, daemon=True).start()
 while True: pass
 """
 
-# what is asked for, and its version, in whichever interpreter
+# print the version of a module; runs in the interpreter of an engine
 VERSION = """
 import sys, importlib.metadata as found, importlib.util
 if importlib.util.find_spec(sys.argv[1]) is None: sys.exit(3)
@@ -139,7 +142,7 @@ print(found.version(found.packages_distributions()[sys.argv[1]][0]))
 
 
 def lengths(rng: random.Random, count: int, total: int, sigma: float, low: int, high: int):
-    """`count` log-normal whole numbers from low to high, `total` in all."""
+    """`count` log-normal whole numbers from low to high, whose sum is `total`."""
     draws = [rng.lognormvariate(0.0, sigma) for _ in range(count)]
 
     def scaled(scale: float) -> list[int]:
@@ -147,7 +150,7 @@ def lengths(rng: random.Random, count: int, total: int, sigma: float, low: int, 
 
     assert count * low <= total <= count * high, (count, total, low, high)
     few, many = 0.0, 1e6
-    for _ in range(60):  # the largest scale that does not pass the total
+    for _ in range(60):  # the largest scale whose sum does not exceed the total
         middle = (few + many) / 2
         few, many = (middle, many) if sum(scaled(middle)) <= total else (few, middle)
     sizes = scaled(few)
@@ -158,9 +161,10 @@ def lengths(rng: random.Random, count: int, total: int, sigma: float, low: int, 
 
 
 def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0, load: int = 0) -> dict:
-    """prompts (token ids), new (tokens of each), shared (that all begin with): a job of peers.py.
+    """A job for peers.py: prompts (token ids), new (tokens of each), shared (length of the common
+    prefix).
 
-    shrink: divides counts and lengths; turn, seed, load: with others the ids are others.
+    shrink: divides counts and lengths; turn, seed, load: the ids depend on them.
     """
     rng = random.Random(f"lengths of {name}")
 
@@ -189,20 +193,20 @@ def workload(name: str, turn: int, vocab: int, shrink: int, seed: int = 0, load:
 
 
 def part(job: dict, every: int) -> dict:
-    """Every n-th request of a job, n being `every`."""
+    """A job with every n-th request, where n is `every`."""
     return job | {"prompts": job["prompts"][::every], "new": job["new"][::every]}
 
 
 def counted(name: str, job: dict) -> int:
-    """The tokens of a job that its speed counts."""
+    """The number of tokens that count for the speed of a job."""
     return sum(map(len, job["prompts"])) if name == "W5" else sum(job["new"])
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> tuple[float, float]:
-    """Share of requests whose first tokens are the same; of tokens, those before a difference."""
+    """(share of requests whose first tokens are equal, share of tokens before a difference)."""
     same = []
     for a, b in zip(ours, theirs, strict=True):
-        assert len(a) == len(b), "an engine made another number of tokens than it was asked for"
+        assert len(a) == len(b), "an engine generated a wrong number of tokens"
         same.append(
             next((i for i, pair in enumerate(zip(a, b, strict=True)) if len({*pair}) > 1), len(a))
         )
@@ -214,7 +218,7 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> tuple[float, fl
 
 
 class Peer:
-    """An engine in its own process: loaded once, then asked."""
+    """An engine in its own process, which is loaded once and then runs jobs."""
 
     def __init__(self, name: str, python: str, options: dict):
         self.name, self.engine = name, name.split("-")[0]
@@ -230,7 +234,7 @@ class Peer:
         )
 
     def ask(self, job: dict) -> dict:
-        """Raises RuntimeError, with what it said last, if it died."""
+        """Raises RuntimeError with its last output if the engine has died."""
         try:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
@@ -243,10 +247,10 @@ class Peer:
         return json.loads(line)
 
     def peak_bytes(self) -> int:
-        """The most memory that it and the processes it started had, each at its own worst time.
+        """The sum of the peak memory of the engine's processes.
 
-        0 where there is no /proc. getrusage's maxrss would begin with what the parent had when it
-        forked.
+        0 on systems without /proc. The maxrss of getrusage would include the memory of the parent
+        at the fork.
         """
         peak, children = 0, defaultdict(list)
         for process in Path("/proc").glob("[0-9]*"):
@@ -275,7 +279,7 @@ class Peer:
 
 @contextmanager
 def foreign_load(count: int) -> Iterator[list[subprocess.Popen]]:
-    """Other processes that compute, until the block is left."""
+    """Run other processes that compute during the body."""
     loops: list[subprocess.Popen] = []
     try:
         for _ in range(count):
@@ -291,13 +295,13 @@ def foreign_load(count: int) -> Iterator[list[subprocess.Popen]]:
 
 
 def version(python: str, package: str) -> str | None:
-    """None if that interpreter cannot import the package."""
+    """The version of a package in an interpreter; None if it cannot be imported."""
     done = subprocess.run([python, "-c", VERSION, package], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 class Comparison:
-    """Engines, turns, and what was measured."""
+    """Engines, turns, and measurements."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, vocab: int):
         self.args, self.vocab = args, vocab
@@ -313,12 +317,12 @@ class Comparison:
         self.speeds = defaultdict(lambda: defaultdict(list))
         self.agreed = defaultdict(lambda: defaultdict(list))
         self.limits = defaultdict(list)  # (workload, foreign load) -> answers of the limit
-        # what the table says of the model, whose folder may be gone by then; others have no Llama
+        # facts for the table: the folder of the model may be deleted by then
         hugging_face = (folder / "config.json").exists()
         self.step_weights = step_weights(folder) if hugging_face else 0
 
     def load(self, name: str, python: str) -> None:
-        """Start an engine, alone, and time its first token."""
+        """Start an engine while no other one works, and time its first token."""
         options = self.options | {"dtype": self.args.dtypes.get(name, "float32")}
         if kind := LLAMAS.get(name.split("-")[0]):
             try:
@@ -343,8 +347,8 @@ class Comparison:
                 f"{self.facts[name]['first_token_s']} s")  # fmt: skip
 
     def ask(self, peer: Peer, job: dict) -> dict | None:
-        """If it fails we say so and go on without it."""
-        time.sleep(self.args.pause)  # threads that were at work before may spin for a while
+        """Run a job. If the engine fails, report it and continue without this engine."""
+        time.sleep(self.args.pause)  # threads of the engine before may spin for a while
         try:
             return peer.ask(job)
         except RuntimeError as error:
@@ -354,7 +358,7 @@ class Comparison:
             return None
 
     def turn(self, turn: int, load: int = 0) -> None:
-        """All workloads by all engines, beside `load` busy loops; turn 0 is short and not
+        """Run all workloads on all engines, with `load` busy loops. Turn 0 is short and not
         counted."""
         args = self.args
         for name in args.workloads:
@@ -375,7 +379,7 @@ class Comparison:
                     own = counted(name, job) / answer["own_seconds"]
                     self.speeds[key]["limit, with ours"].append(own)
                     continue
-                llamas = peer.engine in LLAMAS  # whose tokens are compared among themselves
+                llamas = peer.engine in LLAMAS  # their tokens are compared with each other
                 if llamas or peer.name == "microvllm":
                     answers.setdefault(llamas, answer["tokens"])
                 if first := answers.get(llamas):
@@ -385,7 +389,7 @@ class Comparison:
             say(f"turn {turn}, {name}{beside(load)}: {done}" if turn else f"warmed up for {name}")
 
     def results(self, load: int = 0) -> dict:
-        """By workload and engine: tokens/s beside this load, and how they compare."""
+        """For each workload and engine: tokens/s with this load, and comparisons."""
         found = {}
         for name in self.args.workloads:
             key = name, load
@@ -421,7 +425,7 @@ class Comparison:
         return found
 
     def table(self, by_load: dict[int, dict]) -> str:
-        """The same for people: `results` of each load."""
+        """`results` of each load, as text."""
         lines = []
         rows = [(name, load) for name in self.args.workloads for load in by_load]
         for name, load in rows:
@@ -429,7 +433,7 @@ class Comparison:
             lines.append(
                 f"\n{name}{beside(load)}: {work['requests']} requests, "
                 f"{work['prompt_tokens']:,} tokens in, {work['new_tokens']:,} out\n"
-                f"{'':20}{'tokens/s':>36}{'of idle':>9}{'of limit':>10}{'ours/it':>9}"
+                f"{'':20}{'tokens/s':>36}{'of idle':>9}{'of limit':>10}{'speedup':>9}"
                 f"{'agree: first':>14}{'all':>7}"
             )
             for engine, n in work["engines"].items():
@@ -451,21 +455,21 @@ class Comparison:
                 lines.append(f"{engine:20}{start:>12}{peak:>13}  {told}")
         if numbers := [fact["step_weights"] for fact in self.facts.values() if "model" in fact]:
             lines.append(
-                f"\n* a Llama of equal matrices, with random weights of its own: {numbers[0]:,} "
-                f"numbers of them in a step\n  where ours has {self.step_weights:,}; its tokens "
-                "are compared with those of the first engine with a star"
+                f"\n* a Llama with equal matrices and random weights: a step uses {numbers[0]:,} "
+                f"weights,\n  and {self.step_weights:,} in this engine; its tokens are compared "
+                "with those of the first engine with a star"
             )
         return "\n".join(lines)
 
 
 def median_ratio(speeds: list[float], others: list[float]) -> float:
-    """The median over the turns of the ratio of one to the other."""
+    """The median over the turns of the ratio of two measurements."""
     return statistics.median(a / b for a, b in zip(speeds, others, strict=True))
 
 
 def beside(load: int) -> str:
-    """How a text says that busy loops ran."""
-    return f" beside {load} busy loop{'s' * (load > 1)}" if load else ""
+    """A phrase for the load, "" without load."""
+    return f" with {load} busy loop{'s' * (load > 1)}" if load else ""
 
 
 def say(text: str) -> None:
@@ -491,19 +495,19 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=[*SHAPES, "bundled"], default="d12")
-    parser.add_argument("--models", type=Path, help="where random models are kept for next time")
+    parser.add_argument("--models", type=Path, help="folder to keep random models for later runs")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--engines", help=f"of {','.join(ENGINES)} (default: what is importable)")
     parser.add_argument(
         "--peer-python", action="append", default=[], metavar="NAME=PATH",
-        help="the interpreter of an engine; NAME is the engine's, or that, a dash and any label",
+        help="the interpreter of an engine; NAME is the engine, or the engine, a dash and a label",
     )  # fmt: skip
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--kv-gib", type=int, default=2, help="for K and V (default: %(default)s)")
     parser.add_argument(
         "--foreign-load", default="0", metavar="N[,N...]",
-        help="busy loops beside the engines; several numbers: each turn beside each (0)",
+        help="number of busy loops during a run; several numbers: one run with each (default: 0)",
     )  # fmt: skip
     parser.add_argument("--pause", type=float, default=0.5, help="seconds before each run")
     parser.add_argument("--shrink", type=int, default=1, help="divide counts and lengths")
@@ -512,7 +516,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantization", help="an argument of LLM")
     parser.add_argument(
         "--peer-dtype", action="append", default=[], metavar="[NAME=]DTYPE",
-        help="the others', or that of one of them (float32)",
+        help="dtype of the other engines, or of one of them (default: float32)",
     )  # fmt: skip
     args = parser.parse_args()
     args.workloads = args.workloads.split(",")
@@ -524,7 +528,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--foreign-load {args.foreign_load}: expected different numbers, as in 0,1,2")
     args.foreign_load = [int(load) for load in loads]
     if max(args.foreign_load) > 64:
-        parser.error(f"--foreign-load {max(args.foreign_load)}: 64 busy loops at most")
+        parser.error(f"--foreign-load {max(args.foreign_load)}: at most 64 busy loops")
     args.pythons = {}
     for given in args.peer_python:
         name, _, python = given.partition("=")
@@ -538,7 +542,7 @@ def parse() -> argparse.Namespace:
         parser.error(
             f"--engines: {', '.join(sorted(unknown))} is none of {', '.join(args.pythons)}"
         )
-    # ours is what the others are compared with: always there, and first
+    # this engine is always included and first, as the reference
     args.engines = sorted({"microvllm", *wanted}, key=["microvllm", *wanted].index)
     dtypes = dict(given.rpartition("=")[::2] for given in args.peer_dtype)
     if unknown := set(dtypes) - {"", *args.pythons}:
@@ -560,7 +564,7 @@ def parse() -> argparse.Namespace:
 
 
 def find_model(args: argparse.Namespace, scratch: Path) -> tuple[Path, int]:
-    """The model's folder, made if need be, and how many tokens it knows."""
+    """(folder of the model, which is made if it is missing; size of its vocabulary)."""
     if args.model == "bundled":
         (meta,) = BUNDLED.glob("meta_*.json")
         return BUNDLED, json.loads(meta.read_text())["model_config"]["vocab_size"]
@@ -572,8 +576,9 @@ def find_model(args: argparse.Namespace, scratch: Path) -> tuple[Path, int]:
 
 
 def find_llama(folder: Path, to: str, precision: str, python: str) -> tuple[Path, int]:
-    """The Llama beside the model in `folder`, in a format and precision that an interpreter with
-    the packages for it makes unless it is there, and how many of its weights a step reads."""
+    """(folder of the Llama that corresponds to the model in `folder`, number of weights that a step
+    reads). If the Llama is missing in this format and precision, an interpreter with the necessary
+    packages makes it."""
     config, out = llama.like(json.loads((folder / "config.json").read_text())), folder / "llama"
     if not (out / "config.json").exists():
         llama.make_folder(out, config)
@@ -583,7 +588,8 @@ def find_llama(folder: Path, to: str, precision: str, python: str) -> tuple[Path
 
 
 def step_weights(folder: Path) -> int:
-    """Numbers in the matrices of a nanochat in Hugging Face's folder, but for the embedding."""
+    """The number of weights in the matrices of a nanochat in Hugging Face's format, without the
+    embedding."""
     config = json.loads((folder / "config.json").read_text())
     c, heads = config["hidden_size"], config["num_attention_heads"]
     kv = c // heads * config["num_key_value_heads"]
@@ -611,7 +617,7 @@ def main() -> None:
                     package = INSTALL.get(engine, ENGINES[engine])
                     say(f"{name} cannot be imported by {python}: {python} -m pip install {package}")
             if "microvllm" in run.failed:
-                sys.exit("there is nothing to compare with")
+                sys.exit("there is no other engine to compare with")
             run.turn(0)
             for turn in range(1, args.turns + 1):
                 for load in args.foreign_load:
@@ -628,7 +634,7 @@ def main() -> None:
     others = ", ".join(sorted({*args.dtypes.values()})) or "nothing"
     print(
         f"{processor()}, {args.threads} of {cores()} cores; {args.model}; microvllm in {ours}, the "
-        f"others in {others}; {args.kv_gib} GiB for K and V; median of {args.turns} turns; beside "
+        f"others in {others}; {args.kv_gib} GiB for K and V; median of {args.turns} turns; with "
         f"{', '.join(map(str, args.foreign_load))} busy loops\n{run.table(by_load)}\n"
     )
     exact = {name for name, dtype in args.dtypes.items() if dtype == "float32" and not args.llm}

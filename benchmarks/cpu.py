@@ -1,23 +1,24 @@
-"""Where the time of a step goes on a CPU, and what smaller weights cost.
+"""The time of the parts of a step on a CPU, the perplexity of smaller weights, and the host time.
 
-    python benchmarks/cpu.py                 # both, of a small random model and of the bundled one
+    python benchmarks/cpu.py             # all parts, with a small random model and the bundled one
     python benchmarks/cpu.py --parts profile --models bundled --sequences 1
 
-The profile: as many sequences as asked for decode together, greedily, and each part of a step is
-timed by a clock around its call; a part inside another one is taken off the other. The numbers are
-medians over the steps in which all of them decode, and the step is their sum: what else the machine
-does in some of the steps does not count. "python" is all of a step that is neither in the model nor
-in the sampler: planning, tensors for the plan, reading the tokens, books. The clocks' own time is
-in there too. All layers are one compiled call, into which no clock can look, so the same work is
-done once more with fused/model.py's loop over them: it takes longer, but shows where.
+profile: a number of sequences (--sequences) decode greedily, and each part of a step is timed. The
+time of a part excludes the parts inside it. The numbers are medians over the steps in which all
+sequences decode, and the time of the step is their sum, so disturbances in some steps do not count.
+"python" is the part of a step outside the model and the sampler: planning, tensors for the plan,
+reading the tokens, engine state, and the time of the measurement itself. All layers are one
+compiled call, whose parts cannot be timed. So the same work runs once more with the loop over
+layers of fused/model.py: it takes longer, but shows the parts.
 
-The perplexity: of the answers of the bundled prompts, given their instructions, by the bundled
-model in float32, bfloat16 and int8.
+perplexity: of the answers to the bundled prompts, by the bundled model in float32, bfloat16 and
+int8.
 
-The host: what a step of the loop that runs ahead of a GPU takes of the CPU, with a stand-in for the
-GPU that takes no time: planning, filling the array to upload, reading tokens, bookkeeping, the
-prompts' steps among them; not the calls to CUDA (launches, copies, pinned memory). Plain and with
-top_k=50. It is hidden as long as the GPU takes longer. The last line is all of it as JSON.
+host: the CPU time of a step in the loop that runs ahead of a GPU, with a fake GPU that takes no
+time: planning, filling the array to upload, reading tokens and updating the engine state, including
+steps with prompts. Calls to CUDA (launches, copies, pinned memory) are not included. Without
+filters and with top_k=50. As long as the GPU takes longer, this time is hidden. The last line of
+the output has all results as JSON.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ PYTHON = ("schedule", "batch", "update", "other python")
 
 
 class Clocks:
-    """Seconds of each part of the present step."""
+    """Seconds of each part of the current step."""
 
     def __init__(self):
         self.steps: list[tuple[int, Counter]] = []  # (rows, seconds by part)
         self.now, self.inside = Counter(), [0.0]
 
     def around(self, owner: object, name: str, part: str) -> None:
-        """Time every call of owner.name, without what is timed inside it."""
+        """Time every call of owner.name, excluding timed calls inside it."""
         call = getattr(owner, name)
 
         def timed(*args, **kwargs):
@@ -73,7 +74,7 @@ class Clocks:
         setattr(owner, name, timed)
 
     def watch(self, llm: LLM) -> Callable[[], None]:
-        """Put a clock around each part of this engine; returns what takes them off again."""
+        """Time each part of this engine; returns a function that undoes this."""
         kernels, runner, kept = llm.model.backend, llm.runner, []
         places = [
             (llm.loop, "advance", "other python"), (llm.scheduler, "schedule", "schedule"),
@@ -104,7 +105,7 @@ class Clocks:
 def profile(folder: str, vocab: int, sequences: int) -> dict:
     """Milliseconds of each part of a step, and the share of Python outside model and sampler."""
     with LLM(folder, device="cpu", max_batch_size=max(64, sequences)) as llm:
-        llm.cache.data.zero_()  # the pages exist once they are written
+        llm.cache.data.zero_()  # memory is allocated when it is first written
         (steps, parts), loop = decode(llm, vocab, sequences), None
         if llm.model.compiled:
             llm.model.compiled = None
@@ -123,10 +124,10 @@ def profile(folder: str, vocab: int, sequences: int) -> dict:
 
 
 def decode(llm: LLM, vocab: int, sequences: int) -> tuple[int, dict]:
-    """How many steps were measured, and the milliseconds of each part."""
+    """(number of measured steps, milliseconds of each part)."""
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     clocks = Clocks()
-    for turn in range(3):  # the first one loads what numba has compiled
+    for turn in range(3):  # the first one loads the compiled kernels
         job = workload("W1", turn, vocab, 1)
         for prompt in job["prompts"][:sequences]:
             llm.add_request(prompt, params)
@@ -146,7 +147,7 @@ def decode(llm: LLM, vocab: int, sequences: int) -> tuple[int, dict]:
 
 
 def perplexity(count: int, options: dict) -> dict:
-    """Of the answers of the first `prompts` bundled prompts that have one."""
+    """The perplexity of the answers to the first `prompts` bundled prompts that have one."""
     rows = [row for row in json.loads(PROMPTS.read_text()) if row["output"]][:count]
     with LLM(str(BUNDLED), **{"device": "cpu"} | options) as llm:
         prompts = []
@@ -160,7 +161,7 @@ def perplexity(count: int, options: dict) -> dict:
 
 
 def host(sequences: int, top_k: int, new: int = 64) -> float:
-    """Milliseconds of a step of `sequences` decodes, the prompts' steps among them."""
+    """Milliseconds of a step of `sequences` decodes, averaged with the steps of the prompts."""
     from microvllm.gpu.graphs import DecodeGraphs, GraphRunner
     from microvllm.loops.ahead import AheadLoop
 
@@ -188,7 +189,7 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
         llm.runner = GraphRunner(llm.model, llm.cache, llm.scheduler.blocks, llm.hooks, drawn)
         limits = llm.max_batch_size, llm.max_model_len
         llm.runner.graphs = Idle(llm.model, llm.cache, *limits)
-        llm.model.forward = lambda batch, cache: torch.zeros(len(batch.logit_rows), 1)
+        llm.model.forward = lambda batch, cache: torch.zeros(len(batch.hidden_rows), 1)
         llm.model.logits = lambda h: h
         for turn in range(5):
             ids = torch.randint(10, 4000, (sequences, 23), generator=torch.manual_seed(turn))
@@ -204,9 +205,12 @@ def main() -> None:
     )
     parser.add_argument("--parts", default="profile,perplexity,host")
     parser.add_argument("--models", default="small,bundled", help=f"of {','.join(SHAPES)},bundled")
-    parser.add_argument("--sequences", type=int, default=64, help="of the profile (%(default)s)")
-    parser.add_argument("--prompts", type=int, default=512, help="of the perplexity (%(default)s)")
-    kinds = "of the perplexity: those that do without more compiling, or of " + ",".join(KINDS)
+    what = "number of sequences in the profile (default: %(default)s)"
+    parser.add_argument("--sequences", type=int, default=64, help=what)
+    what = "number of prompts for the perplexity (default: %(default)s)"
+    parser.add_argument("--prompts", type=int, default=512, help=what)
+    kinds = "formats for the perplexity (default: those without more compilation), from "
+    kinds += ",".join(KINDS)
     parser.add_argument("--kinds", default="float32,bfloat16,int8", help=kinds)
     args = parser.parse_args()
     result = {"benchmark": "cpu", "cpu": processor(), "cores": cores(),
@@ -221,7 +225,7 @@ def main() -> None:
                 folder, vocab = find_model(wanted, Path(scratch))
                 found = result["profile"][name] = profile(str(folder), vocab, args.sequences)
             print(f"\n{name}: a step of {found['sequences']} decodes, medians of {found['steps']}\n"
-                  f"{'all of it':20}{found['step_ms']:9.3f} ms")  # fmt: skip
+                  f"{'whole step':20}{found['step_ms']:9.3f} ms")  # fmt: skip
             for part, ms in found["parts_ms"].items():
                 print(f"{part:20}{ms:9.3f} ms{ms / found['step_ms']:7.1%}")
             print(f"{'python':20}{'':12}{found['python_share']:7.1%}  ({', '.join(PYTHON)})")

@@ -1,82 +1,304 @@
-"""What does an evaluation gain from one batch with shared prefixes?
+"""How many times faster are nanochat's evaluations on this engine than in nanochat's own loops?
 
-    python benchmarks/evals.py                      # the bundled model
-    python benchmarks/evals.py --model base:d12 --questions 200 --shots 600
-    python benchmarks/evals.py --questions 3 --shots 20 --turns 1  # does it run?
+    python benchmarks/evals.py                            # the bundled model, without nanochat
+    python benchmarks/evals.py --nanochat ~/nanochat      # beside nanochat's code and module
+    python benchmarks/evals.py --problems 6 --shots 1 --tokens 4 --turns 1  # does it run?
 
-Multiple choice with made-up tokens: all questions come behind the same solved examples, and each
-has four choices. They are scored one by one without a prefix cache, one by one with it, and all at
-once, each way in its turn; a number is the median of --turns. Tokens per second count the tokens of
-all contexts and choices, computed or not. The last line is all of it as JSON.
+Three evaluations of made-up texts in nanochat's formats: "categorical" (ARC, four choices), and
+"generative" (GSM8K, greedy answers of --tokens tokens), both with --problems problems; "CORE", one
+task of each of its three kinds, each with a third as many items behind --shots solved ones. Ways:
+
+    nanochat     its run_categorical_eval (batches of 8, as in its script), run_generative_eval with
+                 its Engine, and core_eval.evaluate_task, on its own module with the same weights;
+                 only with --nanochat, a checkout, for which its packages must be installed
+    one by one   this engine on the live module, one problem in each call
+    live         the same, all problems in one call of run_chat_eval or evaluate_core
+    copy         the same, of an engine with copy=True: weights of its own, as LLM(path) has them
+
+All compute in float32, and the benchmark fails unless all answers are equal: the letter of each
+question, the text of each solution, the number of right items of each task. Each way takes its
+turn; a number is the median of --turns, in seconds, after one turn that compiles kernels. The
+prefix cache is empty when a way begins. The last line is all of it as JSON. The model must be of
+era 5.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a clone
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the examples are
+sys.path.insert(0, f"{sys.path[0]}/src")
 
 import torch
 
-from microvllm import LLM
+from examples.gpt import load
+from microvllm.nanochat import Engine, evaluate_core, load_task, run_chat_eval
+from microvllm.nanochat.core_metric import KINDS, find_right, make_items
+from microvllm.tokenizer import load_tokenizer
 
-WAYS = {"one by one": (False, False), "with the cache": (True, False), "at once": (True, True)}
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "the old king went to a small town and saw his ship on cold water with two men".split()
+BATCH_SIZE = 8  # of nanochat's chat_eval
 
 
-def measure(args: argparse.Namespace, prompts: list, tails: list, caching: bool, at_once: bool):
-    """(tokens per second, share of the prompts' tokens that came from the cache)"""
-    with LLM(args.model, device=args.device, enable_prefix_caching=caching) as llm:
-        llm.score(prompts[-1:], tails[-1:])  # kernels are compiled
-        llm.reset_prefix_cache()
-        before, began = llm.stats(), time.perf_counter()
-        if at_once:
-            llm.score(prompts, tails)
+class Recorder:
+    """A task of chat_eval that keeps the answers which it judges. indices: of its problems; None is
+    all."""
+
+    def __init__(self, task, answers: dict[int, object], indices: range | None = None):
+        self.task = task
+        self.answers = answers
+        self.indices = range(len(task)) if indices is None else indices
+        self.eval_type = task.eval_type
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict:
+        index = self.indices[i]
+        return {**self.task[index], "index": index}
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        self.answers[conversation["index"]] = answer
+        return self.task.evaluate(conversation, answer)
+
+
+# problems
+
+
+def make_chat_tasks(num_problems: int, draw: random.Random) -> dict:
+    """A categorical and a generative task, from files as nanochat's data sets have them."""
+    arc = [
+        {
+            "question": sentence(draw, 40),
+            "choices": {"text": [sentence(draw, 8) for _ in "ABCD"], "label": list("ABCD")},
+            "answerKey": draw.choice("ABCD"),
+        }
+        for _ in range(num_problems)
+    ]
+    gsm8k = [
+        {"question": sentence(draw, 60), "answer": f"<<{i}+{i}={2 * i}>>.\n#### {2 * i}"}
+        for i in range(num_problems)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in (("ai2_arc/ARC-Easy", arc), ("gsm8k/main", gsm8k)):
+            path = Path(folder, name, "test.jsonl")
+            path.parent.mkdir(parents=True)
+            path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        return {
+            "categorical": load_task("ARC-Easy", folder),
+            "generative": load_task("GSM8K", folder),
+        }
+
+
+def make_core_tasks(num_problems: int, num_shots: int, draw: random.Random) -> list[dict]:
+    """A task of each kind of CORE."""
+    num_rows = max(num_problems, num_shots + 1)
+    rows = {
+        "multiple_choice": [
+            {
+                "query": sentence(draw, 30),
+                "choices": [sentence(draw, 6) for _ in range(4)],
+                "gold": draw.randrange(4),
+            }
+            for _ in range(num_rows)
+        ],
+        "schema": [
+            {
+                "context_options": [sentence(draw, 20) for _ in range(2)],
+                "continuation": sentence(draw, 8),
+                "gold": draw.randrange(2),
+            }
+            for _ in range(num_rows)
+        ],
+        "language_modeling": [
+            {"context": sentence(draw, 40), "continuation": sentence(draw, 1)}
+            for _ in range(num_rows)
+        ],
+    }
+    return [
+        {
+            "label": kind,
+            "task_type": kind,
+            "num_fewshot": num_shots,
+            "random_baseline": 0.0,
+            "continuation_delimiter": " ",
+            "rows": rows[kind],
+        }
+        for kind in KINDS
+    ]
+
+
+def sentence(draw: random.Random, num_words: int) -> str:
+    return " ".join(draw.choices(WORDS, k=num_words))
+
+
+# ways: functions of the tasks of an evaluation, which return its answers
+
+
+def at_once(engine: Engine, options: dict, tasks) -> dict:
+    """All problems in one call."""
+    if isinstance(tasks, list):
+        accuracies = evaluate_core(engine.llm, tasks)["results"]
+        return {task["label"]: count_right(task, accuracies[task["label"]]) for task in tasks}
+    answers: dict = {}
+    task = Recorder(tasks, answers)
+    run_chat_eval(task, engine.model, engine.tokenizer, engine, **options)
+    return answers
+
+
+def count_right(task: dict, accuracy: float) -> int:
+    """The number of right items: nanochat's accuracies are rounded to float32."""
+    return round(accuracy * len(task["rows"]))
+
+
+def one_by_one(engine: Engine, options: dict, tasks) -> dict:
+    """One problem in each call."""
+    answers: dict = {}
+    if isinstance(tasks, list):
+        for task in tasks:
+            num_right = 0
+            for i, row in enumerate(task["rows"]):
+                items = make_items(engine.llm, task, [i])
+                num_right += sum(find_right(engine.llm, task | {"rows": [row]}, items))
+            answers[task["label"]] = num_right
+        return answers
+    for i in range(len(tasks)):
+        task = Recorder(tasks, answers, range(i, i + 1))
+        run_chat_eval(task, engine.model, engine.tokenizer, engine, **options)
+    return answers
+
+
+def nanochats(code: SimpleNamespace, module, tokenizer, options: dict, tasks) -> dict:
+    """nanochat's own loops. code: what `import_nanochat` returns."""
+    answers: dict = {}
+    if isinstance(tasks, list):
+        for task in tasks:
+            accuracy = code.evaluate_task(module, tokenizer, task["rows"], "cpu", task)
+            answers[task["label"]] = count_right(task, accuracy)
+        return answers
+    task = Recorder(tasks, answers)
+    with redirect_stdout(StringIO()):
+        if task.eval_type == "categorical":
+            code.run_categorical_eval(task, tokenizer, module, BATCH_SIZE)
         else:
-            for pair in zip(prompts, tails, strict=True):
-                llm.score(*([ids] for ids in pair))
-        seconds, stats = time.perf_counter() - began, llm.stats()
-    hits, asked = (stats[name] - before[name] for name in ("cached_tokens", "prompt_tokens"))
-    return (asked + sum(map(len, tails))) / seconds, hits / asked
+            engine = code.Engine(module, tokenizer)
+            code.run_generative_eval(
+                task, tokenizer, module, engine, num_samples=1, temperature=0.0, top_k=50, **options
+            )
+    return answers
+
+
+def import_nanochat(checkout: Path) -> SimpleNamespace:
+    """The parts of nanochat that evaluate."""
+    sys.path.insert(0, str(checkout.expanduser()))
+    from nanochat.core_eval import evaluate_task
+    from nanochat.engine import Engine as NanochatEngine
+    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.tokenizer import RustBPETokenizer
+    from scripts.chat_eval import run_categorical_eval, run_generative_eval
+
+    return SimpleNamespace(
+        evaluate_task=evaluate_task,
+        Engine=NanochatEngine,
+        GPT=GPT,
+        GPTConfig=GPTConfig,
+        Tokenizer=RustBPETokenizer,
+        run_categorical_eval=run_categorical_eval,
+        run_generative_eval=run_generative_eval,
+    )
+
+
+def make_ways(args: argparse.Namespace) -> dict[str, Callable]:
+    """The ways by name."""
+    path = Path(args.model)
+    tokenizer_path = path if (path / "tokenizer.pkl").exists() else path.parent / "tokenizer"
+    module = load(path).eval()
+    tokenizer = load_tokenizer(tokenizer_path)
+    options = {"max_new_tokens": args.tokens}
+    ways: dict[str, Callable] = {}
+    if args.nanochat:
+        code = import_nanochat(args.nanochat)
+        weights = module.state_dict()
+        with torch.device("meta"):
+            module = code.GPT(code.GPTConfig(**vars(module.config)))
+        module.to_empty(device="cpu")
+        module.init_weights()
+        module.load_state_dict(weights)
+        module = module.float().eval()
+        tokenizer = code.Tokenizer.from_directory(str(tokenizer_path))
+        ways["nanochat"] = partial(nanochats, code, module, tokenizer, options)
+    live = Engine(module, tokenizer)
+    copied = Engine(module, tokenizer, copy=True)
+    ways["one by one"] = partial(one_by_one, live, options)
+    ways["live"] = partial(at_once, live, options)
+    ways["copy"] = partial(at_once, copied, options)
+    for engine in (live, copied):
+        engine.warm()
+    reset = [live.llm.reset_prefix_cache, copied.llm.reset_prefix_cache]
+    return {name: partial(run_from_cold, reset, way) for name, way in ways.items()}
+
+
+def run_from_cold(resets: list[Callable], way: Callable, tasks) -> tuple[dict, float]:
+    """(answers, seconds) of a way, when no prefix is cached."""
+    for reset in resets:
+        reset()
+    start = time.perf_counter()
+    answers = way(tasks)
+    return answers, time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    root = Path(__file__).resolve().parents[1]
-    parser.add_argument("--model", default=str(root / "models" / "oldbooks-d6"))
-    parser.add_argument("--questions", type=int, default=50)
-    parser.add_argument("--shots", type=int, default=400, help="tokens of the solved examples")
+    parser.add_argument("--model", default=str(ROOT / "models" / "oldbooks-d6"))
+    parser.add_argument("--nanochat", type=Path, help="a checkout of nanochat")
+    parser.add_argument("--problems", type=int, default=30)
+    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    os.environ["NANOCHAT_DTYPE"] = "float32"  # for nanochat's module and for the Engine
     draw = random.Random(0)
-    shots, prompts, tails = draw.choices(range(250), k=args.shots), [], []
-    for _ in range(args.questions):
-        prompts += [shots + draw.choices(range(250), k=40)] * 4
-        tails += [draw.choices(range(250), k=5) for _ in range(4)]
-    card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
-    facts = {"hardware": card, "threads": torch.get_num_threads(), **vars(args)}
+    evaluations = make_chat_tasks(args.problems, draw)
+    evaluations["CORE"] = make_core_tasks(args.problems // 3, args.shots, draw)
+    facts = {"hardware": platform.machine(), "threads": torch.get_num_threads(), **vars(args)}
+    facts["nanochat"] = str(args.nanochat or "")
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    found = {name: [] for name in WAYS}
-    for _ in range(args.turns):
-        for name, way in WAYS.items():
-            found[name].append(measure(args, prompts, tails, *way))
-    results = {
-        name: [statistics.median(column) for column in zip(*turns, strict=True)]
-        for name, turns in found.items()
-    }
-    for name, (speed, hits) in results.items():
-        times = speed / results["one by one"][0]
-        print(f"{name:14s} {speed:10,.0f} tokens/s ({times:.1f} times), {hits:.0%} cached")
-    print(json.dumps({**facts, "results": results}))
+    ways = make_ways(args)
+    results: dict[str, dict[str, float]] = {}
+    for evaluation, tasks in evaluations.items():
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        all_answers = {}
+        for turn in range(-1, args.turns):  # in the first one kernels are compiled
+            for name, way in ways.items():
+                all_answers[name], duration = way(tasks)
+                if turn >= 0:
+                    seconds[name].append(duration)
+        first, *others = ways
+        for name in others:
+            if all_answers[name] != all_answers[first]:
+                sys.exit(f"{evaluation}: {name} and {first} have other answers: {all_answers}")
+        results[evaluation] = {name: statistics.median(found) for name, found in seconds.items()}
+        for name, duration in results[evaluation].items():
+            times = results[evaluation][first] / duration
+            print(f"{evaluation:12s} {name:10s} {duration:8.2f} s ({times:5.1f} times {first})")
+    print(json.dumps({**facts, "seconds": results}))
 
 
 if __name__ == "__main__":

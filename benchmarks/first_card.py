@@ -1,10 +1,10 @@
-"""The parts of first_card.sh, which says what they are for.
+"""The parts of first_card.sh, which describes them.
 
     python benchmarks/first_card.py OUT WORK [--tiny] [PART ...]
 
-runs the parts, each in a process group of its own that is killed at its limit, in SECONDS all in
-all. OUT/PART.json and OUT/report.md are written again whenever something is known. WORK has random
-models and Triton's kernels: another run finds them there.
+runs the parts, in at most SECONDS in total. Each part runs in its own process group, which is
+killed at its time limit. OUT/PART.json and OUT/report.md are updated after each result. WORK keeps
+random models and Triton's kernels for later runs.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from microvllm import LLM, SamplingParams
 from microvllm.model import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 600  # of all parts
+SECONDS = 600  # for all parts
 TINY = "--device cpu --depth 2 --width 64 --head-dim 32 --vocab 512 --shrink 32 --num-blocks 512"
 AIMS = {
     "headline": 54_000,
     "single": 600,
     "mixed": 19_500,
 }  # tokens/s on one H100, docs/PERFORMANCE.md
-FEATURES = {  # what a request may ask of the sampler
+FEATURES = {  # features of the sampler
     "greedy": {"temperature": 0.0}, "temperature": {}, "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.8}, "min_p": {"min_p": 0.1}, "logprobs": {"logprobs": 3},
     "logit_bias": {"logit_bias": {3: 1.5}}, "allowed_token_ids": {"allowed_token_ids": [3, 4, 5]},
@@ -58,23 +58,23 @@ FEATURES = {  # what a request may ask of the sampler
 
 
 class Part:
-    """What a part is given, and where its findings go."""
+    """The inputs of a part, and its results."""
 
     def __init__(self, name: str, out: Path, work: Path, tiny: bool):
         self.name, self.out, self.work, self.tiny = name, out, work, tiny
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.found: dict = {"error": "it did not come to its end"}
+        self.found: dict = {"error": "it did not finish"}
         out.mkdir(parents=True, exist_ok=True)
 
     def note(self, **found: object) -> None:
-        """Something is known: print it, and write down all that is."""
+        """Add results: print them, and write all results to the files."""
         say(f"{self.name}: " + ", ".join(f"{k} {v}"[:300] for k, v in found.items()))
         self.found |= found
         (self.out / f"{self.name}.json").write_text(json.dumps(self.found, indent=1))
         (self.out / "report.md").write_text(report(self.out))
 
     def run(self, function: Callable) -> None:
-        """The whole part: its findings, warnings, seconds and, if it fails, the error."""
+        """Run the part, and note its results, warnings, seconds and, if it fails, the error."""
         began = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -89,7 +89,7 @@ class Part:
         self.note(warnings=told, seconds=round(time.perf_counter() - began, 1))
 
     def checkpoint(self, depth: int, era: str) -> Path:
-        """A random model; in the folder if it was made there before."""
+        """The folder of a random model, which is made if it is missing."""
         sizes = {"depth": depth, "aspect": 64, "width": None, "head_dim": 128, "vocab": 65536}
         if self.tiny:
             sizes = {"depth": 2, "aspect": 64, "width": 64, "head_dim": 32, "vocab": 512}
@@ -108,8 +108,8 @@ class Part:
         return LLM(str(self.checkpoint(depth, era)), **options)
 
     def command(self, *words: str, limit: float) -> tuple[int, str]:
-        """Run a program, whose output is kept in the folder. Its exit code and output; -1 where it
-        was stopped."""
+        """Run a program, and keep its output in the folder. Returns its exit code, or -1 if it was
+        stopped, and its output."""
         path = self.out / f"{self.name}.txt"
         env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
         with open(path, "a") as file:
@@ -119,13 +119,13 @@ class Part:
 
 
 def run_limited(words: list[str], limit: float, **options) -> int:
-    """Run a program in a process group of its own. Its exit code, -1 where it was stopped; what it
-    started has ended, too."""
+    """Run a program in its own process group. Returns its exit code, or -1 if it was stopped.
+    Afterwards, all its processes have ended."""
     process = subprocess.Popen(words, start_new_session=True, **options)
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
-        process.terminate()  # a part ends what it started in other groups
+        process.terminate()  # a part ends its processes in other groups
         with suppress(subprocess.TimeoutExpired):
             process.wait(3)
         return -1
@@ -144,7 +144,7 @@ def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
 
 
 def output_of(*words: str) -> str:
-    """What a program prints, "" if there is none."""
+    """The output of a program, "" if it is not installed."""
     if shutil.which(words[0]) is None:
         return ""
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
@@ -166,7 +166,7 @@ def facts(part: Part) -> None:
 
 
 def tests(part: Part) -> None:
-    """The kernels' tests, those of decodes first, and those of the graphs."""
+    """The tests of the kernels, decodes first, and of the graphs."""
     files = ["tests/gpu/test_kernels_gpu.py", "tests/gpu/test_graphs.py"]
     if part.tiny:
         files = ["tests/gpu/test_kernels_gpu.py::test_relu2"]
@@ -189,12 +189,12 @@ def tests(part: Part) -> None:
 
 
 def memcheck(part: Part) -> None:
-    """A few attention tests, in which every access to memory is checked."""
+    """A few attention tests, with a check of every memory access."""
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         part.note(skipped="compute-sanitizer, of the CUDA toolkit, is not installed")
         return
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor has borders
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor has its own allocation
     words = "-m pytest -q -n 0 -p no:cacheprovider tests/gpu/test_kernels_gpu.py -k".split()
     code, text = part.command(
         checker, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, *words,
@@ -207,9 +207,10 @@ def memcheck(part: Part) -> None:
 
 
 def graphs(part: Part) -> None:
-    """Tokens may differ where two logits are nearly equal: norms are not rounded for few rows. A
-    row that differs from its first tokens on, or rows of one size that all do, are mistakes."""
-    length, new = (40, 6) if part.tiny else (600, 24)  # the newest era's windows are of 512
+    """Compare tokens with and without graphs. Tokens may differ where two logits are nearly equal,
+    because norms are not rounded for few rows. A row that differs from its first tokens on is a
+    mistake, and so are differences in all rows of one size."""
+    length, new = (40, 6) if part.tiny else (600, 24)  # in the newest era, windows have 512 tokens
     counts = (1, 3) if part.tiny else (1, 7, 8, 9, 40)
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
     found: dict[bool, list] = {}
@@ -288,7 +289,7 @@ def make_bench(part: Part, scratch: Path) -> Bench:
 
 
 def work(part: Part) -> None:
-    """One engine for all: the figures, who waits for whom, and where the time goes."""
+    """The throughput, the waits of the device and the profile, all with one engine."""
     bench = make_bench(part, part.work)
     part.note(ceilings=bench.ceilings.measure())
     bench.start_engine()
@@ -306,7 +307,7 @@ def work(part: Part) -> None:
 
 
 def startup(part: Part) -> None:
-    """Processes of their own, with folders of kernels of their own."""
+    """The start of new processes, with their own folders for kernels."""
     with tempfile.TemporaryDirectory() as scratch:
         bench = make_bench(part, Path(scratch))
         bench.attempt("startup")
@@ -314,7 +315,8 @@ def startup(part: Part) -> None:
 
 
 def waits(part: Part, llm: LLM) -> None:
-    """A step whose tokens the host does not wait for was ready before: the device stood still."""
+    """Count steps that had finished before the host asked for their tokens: in these, the device
+    was idle."""
     count = 8 if part.tiny else 300
     mean_in, mean_out, most = (10, 12, 30) if part.tiny else (135, 306, 1024)
     asked = lengths(count, mean_in, 0.9, 1, most, seed=2)
@@ -405,7 +407,7 @@ def profile(part: Part, llm: LLM) -> None:
         part.note(**{f"us a step, {count} sequences": top})
 
 
-# seconds that a part may take; what teaches most comes first, and what is left of SECONDS is shared
+# time limit of each part in seconds. the most informative parts come first
 LIMITS = {
     "facts": 30, "work": 240, "tests": 155, "prefixes": 60, "graphs": 90, "startup": 80,
     "memcheck": 85, "sync": 45, "kernels": 60, "products": 40,
@@ -417,7 +419,7 @@ PARTS = {name: globals()[name] for name in LIMITS}
 
 
 def report(out: Path) -> str:
-    """What is in the folder, for people: the card, failures, figures, and all the rest."""
+    """The results in the folder as text: the card, failures, figures, and all other results."""
     found = {
         name: json.loads((out / f"{name}.json").read_text())
         for name in PARTS if (out / f"{name}.json").exists()
@@ -460,15 +462,15 @@ def report(out: Path) -> str:
 
 
 def run_all(names: list[str], out: Path, work: Path, tiny: bool) -> None:
-    """Each part in a process, as far as the time goes."""
+    """Run each part in a process, until the time is over."""
     ends = time.monotonic() + SECONDS
-    os.environ["TRITON_CACHE_DIR"] = str(work / "triton")  # of all parts
+    os.environ["TRITON_CACHE_DIR"] = str(work / "triton")  # for all parts
     for name in names:
         limit = min(LIMITS[name], ends - time.monotonic())
         if limit < 10:
             say(f"== {name}: no time is left")
             continue
-        say(f"\n== {name}, {limit:.0f} s at most")
+        say(f"\n== {name}, at most {limit:.0f} s")
         words = [sys.executable, __file__, str(out), str(work), *["--tiny"] * tiny, "--part", name]
         code = run_limited(words, limit)
         if code:
@@ -482,11 +484,11 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; by default all")
-    parser.add_argument("--part", choices=PARTS, help="this one, in this process")
-    parser.add_argument("--tiny", action="store_true", help="does it run? with small models")
+    parser.add_argument("--part", choices=PARTS, help="run only this part, in this process")
+    parser.add_argument("--tiny", action="store_true", help="only a test, with small models")
     args = parser.parse_intermixed_args(words)
     if not torch.cuda.is_available() and not args.tiny:
-        parser.error("torch sees no CUDA card here; --tiny tries it out")
+        parser.error("torch finds no CUDA device; use --tiny for a test")
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"the parts are {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
     out, work = args.out.absolute(), args.work.absolute()

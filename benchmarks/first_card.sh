@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# What does a card say that no one has seen? Ten minutes on one, what teaches most first:
+# The first tests and measurements on a GPU, in ten minutes, the most informative first:
 #
 #     pip install -e '.[test]' && benchmarks/first_card.sh [--tiny] [PART ...]
 #
-#     facts     which card, how much of it is free, driver, compiler, versions
+#     facts     the card, its free memory, driver, compiler, versions
 #     work      a d34 in one process: one stream, 512 prompts, requests of many lengths, shares of the
-#               limit; steps for which the device waited for the host; five steps in a profile
-#     tests     the kernels' tests, decodes first, and those of the graphs
-#     prefixes  256 sequences that share 1,024 tokens: MICROVLLM_SHARED_PREFIXES=1, and without it
-#     graphs    a d12 of the newest era: graphs on and off, greedy, contexts beyond the window
-#     startup   the first token of a new process, kernels compiled before and not
+#               limit; steps in which the device waited for the host; a profile of five steps
+#     tests     the tests of the kernels, decodes first, and of the graphs
+#     prefixes  256 sequences that share 1,024 tokens, with MICROVLLM_SHARED_PREFIXES=1 and without
+#     graphs    a d12 of the newest era: graphs on and off, greedy, contexts longer than the window
+#     startup   the first token of a new process, with and without compiled kernels
 #     memcheck  a few attention tests under compute-sanitizer
-#     sync      who makes the host wait? one request for each sampling feature
+#     sync      which sampling features make the host wait? one request for each
 #     kernels   the kernels' shares of bandwidth and peak
 #     products  float8 products of 1 to 8,192 rows, with and without fast accumulation
 #
-# Each part has a limit of time, and all have ten minutes. The figures are in first_card/PART.json
-# and first_card/report.md as soon as they are there. Please send us that report.
-# --tiny: does it run? with small models, on a CPU too. FIRST_CARD_OUT: another folder for the
-# report; FIRST_CARD_WORK: for models and kernels, kept for the next run; PYTHON: another python.
+# Each part has a time limit, and all parts together take at most ten minutes. The results are
+# written to first_card/PART.json and first_card/report.md as soon as they are known. Please send us
+# the report. --tiny only tests that the parts run, with small models, also on a CPU. Environment
+# variables: FIRST_CARD_OUT, another folder for the report; FIRST_CARD_WORK, a folder for models and
+# kernels, which are kept for the next run; PYTHON, another Python.
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=${FIRST_CARD_WORK:-${TMPDIR:-/tmp}/microvllm-first-card}

@@ -1,45 +1,46 @@
-"""How close to what the card allows does `LLM.generate` come?
+"""The throughput of `LLM.generate` on a GPU, compared with the limit of the card.
 
     python benchmarks/gpu.py                          # all parts, nanochat's d34
-    python benchmarks/gpu.py --only headline,single --checkpoint /tmp/d34    # kept for next time
+    python benchmarks/gpu.py --only headline,single --checkpoint /tmp/d34    # keep the model
     python benchmarks/gpu.py --device cpu --depth 2 --width 64 --head-dim 32 --vocab 512 \\
-        --shrink 32 --num-blocks 512                  # does it run?
+        --shrink 32 --num-blocks 512                  # only test that it runs
 
-Every number is printed as soon as it is there; the last line is all of them as one line of JSON.
-The model is a random checkpoint made on the spot (checkpoint.py). Prompts are random ids, drawn
-anew for each repeat, so that no repeat finds its prompts in the prefix cache. Everything is sampled
-at temperature 0.7 and ignores the end tokens. A number is the median of --repeats, by the clock;
-card_seconds in the JSON are those between two CUDA events around the last repeat.
+Every number is printed as soon as it is known. The last line of the output has all of them as JSON.
+The model is a random checkpoint made by checkpoint.py. Prompts are random ids, drawn again for each
+repeat, so that no repeat finds its prompts in the prefix cache. All tokens are sampled at
+temperature 0.7, and end tokens are ignored. A number is the median of --repeats, by wall time.
+card_seconds in the JSON is the time between two CUDA events around the last repeat.
 
 The limit. A step in which r rows are computed and s of them sampled takes at least
 
     body(r) + head(s) + kv / copy bandwidth
 
-body and head: the matrix products of all layers and of the output head, timed here under a CUDA
-graph for some numbers of rows, a straight line between them. kv: the bytes of K and V that the
-sequences of the step see, read once; of n tokens each layer sees min(n, window + 1). A schedule
-costs the sum of its steps, and the limit's schedule is first come first served, --max-batch-size at
-a time, a freed seat filled at once, a prompt computed whole in the step it enters, the pool without
-end. Norms, softmax, sampling, launches and Python are free in it, so 100 % is out of reach. For one
-stream the products are replaced by the bytes of the weights over the copy bandwidth, which is
-stricter.
+body and head: the matrix products of all layers and of the output head, timed here in a CUDA graph
+for some numbers of rows, with linear interpolation. kv: the bytes of K and V that the sequences of
+the step attend to, read once; of n tokens, each layer attends to min(n, window + 1). The limit of a
+workload is the sum over the steps of an ideal schedule: first come first served, at most
+--max-batch-size sequences at once, a finished sequence is replaced at once, a prompt is computed
+completely in one step, and the pool is unlimited. Norms, softmax, sampling, launches and Python
+cost nothing in it, so 100 % cannot be reached. For one stream, the products are replaced by the
+bytes of the weights divided by the copy bandwidth, which is stricter.
 
 The parts:
-    startup   from the start of a process to its first token: kernels not compiled yet, then cached
+    startup   from the start of a process to its first token, without and with compiled kernels
     headline  512 prompts of 6 to 77 tokens (mean 23), 64 new tokens each
     single    one prompt of 128, 128 new
     filtered  headline and single with top_k=50, as the command line samples by default
-    mixed     1,000 requests of log-normal lengths, mean 135 in and 306 out, neither over 1,024; as
-              in recorded chats, prompts spread more (sigma 0.9) than answers (0.55)
-    prefill   one prompt of 2,048 tokens, one new
-    prefix    128 prompts that share 256 tokens and own 16, 32 new: without the prefix cache, then
-              with it, the prefix never seen before, and with it, the prefix seen
+    mixed     1,000 requests of log-normal lengths, with means of 135 in and 306 out, at most 1,024;
+              as in recorded chats, the spread of prompts (sigma 0.9) is larger than that of answers
+              (0.55)
+    prefill   one prompt of 2,048 tokens, one new token
+    prefix    128 prompts that share 256 tokens and own 16, 32 new: without the prefix cache; with
+              it and a new prefix; and with it and a cached prefix
     deterministic  headline and single with deterministic=True
-    quantized headline and single in float8 (on a CPU int8), as shares of the same limit, that of
+    quantized headline and single in float8 (int8 on a CPU), relative to the same limit, that of
               plain products; and the perplexity of the bundled answers by the bundled model
-    peers     other programs: transformers' generate and generate_batch, if it is installed (and
-              psutil), and an eager loop like nanochat's Engine, which serves one prompt at a time,
-              or ("samples") 512 samples of one
+    peers     other programs: generate and generate_batch of transformers, if it and psutil are
+              installed, and an eager loop like nanochat's Engine, which serves one prompt at a
+              time, or ("samples") 512 samples of one prompt
 """
 
 from __future__ import annotations
@@ -78,21 +79,21 @@ PARTS = (
     "startup", "headline", "single", "filtered", "mixed", "prefill", "prefix", "deterministic",
     "quantized", "peers",
 )  # fmt: skip
-ROWS = (1, 32, 128, 256, 512, 1024, 2048, 4096)  # rows of a step whose matrix products are timed
+ROWS = (1, 32, 128, 256, 512, 1024, 2048, 4096)  # numbers of rows whose matrix products are timed
 STATS = (
     "steps", "preemptions", "cached_tokens", "prefill_tokens", "prefill_seconds", "decode_seconds",
 )  # fmt: skip
 
 Request = tuple[int, int]  # tokens of the prompt, new tokens
 
-say = partial(print, flush=True)  # rented time may end at any moment
+say = partial(print, flush=True)  # so that results are known if rented time ends early
 
 
-# what the card can do -----------------------------------------------------------------------------
+# limits of the card -------------------------------------------------------------------------------
 
 
 def median_seconds(run: Callable, device: torch.device, graph: bool = True) -> float:
-    """Seconds of one run(): events around 20 replays of its CUDA graph; on a CPU, a clock."""
+    """Seconds of one run(), from events around 20 replays of its CUDA graph; by clock on a CPU."""
     for _ in range(3):
         run()
     if device.type != "cuda":
@@ -109,11 +110,11 @@ def median_seconds(run: Callable, device: torch.device, graph: bool = True) -> f
             run()
         run = captured.replay
         run()
-    # all of them queued before the first ends, so that no launch is waited for
+    # all are queued before the first ends, so that no launch delays them
     events = []
     for _ in range(20):
         start = mark(device)
-        run()  # nothing of it is kept: the next run is given the same memory
+        run()  # free the memory for the next run
         events.append((start, mark(device)))
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(stop) / 1000 for start, stop in events)
@@ -129,13 +130,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def product_peak(n: int, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of an n x n x n product. Random numbers: zeros draw less power and go faster."""
+    """FLOP/s of an n x n x n product of random numbers. With zeros it would draw less power and be
+    faster."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / median_seconds(lambda: a @ b, device, graph=False)
 
 
 class Ceilings:
-    """Copy bandwidth, peak of a matrix product, and the matrix products of this model's steps."""
+    """Copy bandwidth, peak FLOP/s, and the times of the matrix products in a step of the model."""
 
     def __init__(self, config: GPTConfig, era: str, device: torch.device, dtype: torch.dtype):
         c, kv = config.n_embd, config.n_kv_head * config.head_dim
@@ -153,9 +155,9 @@ class Ceilings:
         self.head_times: dict[int, float] = {}
 
     def measure(self) -> dict:
-        """Fills in bandwidth (bytes/s), peak (FLOP/s), body_times and head_times (s, by rows).
+        """Measure bandwidth (bytes/s), peak (FLOP/s), body_times and head_times (s, by rows).
 
-        Returns the same for people: TB/s, TFLOP/s, milliseconds of all products by rows.
+        Returns the same in other units: TB/s, TFLOP/s, milliseconds of all products by rows.
         """
         device, dtype = self.device, self.dtype
         if device.type != "cuda":
@@ -169,7 +171,7 @@ class Ceilings:
         def weight(out: int, into: int) -> torch.Tensor:
             return (torch.randn(out, into, device=device) * into**-0.5).to(dtype)
 
-        # each layer has its own weights, or the card's cache would serve them
+        # each layer has its own weights; the cache of the card would have shared ones
         layers = [[weight(*size) for size in self.matrices] for _ in range(self.layers)]
         head = weight(*self.head_matrix)
         size, width = self.body_size + self.head_size, self.head_matrix[1]
@@ -204,12 +206,12 @@ class Ceilings:
         return between(self.head_times, rows)
 
     def kv_bytes(self, context: int) -> int:
-        """Bytes of K and V that a sequence of `context` tokens sees, over all layers."""
+        """Bytes of K and V that a sequence of `context` tokens attends to, over all layers."""
         seen = sum(n * (context if w < 0 else min(context, w + 1)) for w, n in self.windows.items())
         return seen * self.token_bytes
 
     def batch_seconds(self, requests: list[Request], max_batch: int) -> float:
-        """The limit of a batch of requests: see the top of this file."""
+        """The limit of a batch of requests: see the docstring of this file."""
         longest = max(sum(request) for request in requests)
         kv = [self.kv_bytes(context) for context in range(longest + 1)]
         waiting, running, seconds = deque(requests), [], 0.0  # running: [context, tokens to come]
@@ -229,13 +231,13 @@ class Ceilings:
         return seconds
 
     def stream_seconds(self, prompt: int, new: int) -> float:
-        """The limit of one sequence alone: all weights and its K and V read once for a token."""
+        """The limit of a single sequence: each token reads all weights and its K and V once."""
         weights = (self.body_size + self.head_size) * self.bytes_each
         seen = sum(self.kv_bytes(prompt + i) for i in range(new))
         return (weights * new + seen) / self.bandwidth
 
     def prefill_flops(self, prompt: int) -> tuple[float, float]:
-        """FLOPs of one prompt: of its products (the head for one row), and of causal attention."""
+        """FLOPs of one prompt: of its products (the head for one row) and of causal attention."""
         products = 2 * (prompt * self.body_size + self.head_size)
         attention = 0
         for w, n in self.windows.items():
@@ -246,18 +248,18 @@ class Ceilings:
 
 
 def between(times: dict[int, float], rows: int) -> float:
-    """Seconds for any rows: a straight line between those measured, in proportion beyond."""
+    """Seconds for any number of rows: linear interpolation, and in proportion beyond."""
     last = max(times)
     if rows > last:
         return times[last] * rows / last
     return float(np.interp(rows, list(times), list(times.values())))
 
 
-# the engine at work -------------------------------------------------------------------------------
+# the engine ---------------------------------------------------------------------------------------
 
 
 class Bench:
-    """What the parts share: options, shape, ceilings, the engine, and the results so far."""
+    """State that the parts share: options, shape, limits, the engine, and the results so far."""
 
     def __init__(self, args: argparse.Namespace, config: GPTConfig, path: Path, scratch: Path):
         self.args, self.config, self.path, self.scratch = args, config, path, scratch
@@ -275,12 +277,12 @@ class Bench:
         }  # fmt: skip
 
     def run(self) -> None:
-        """The parts asked for. Start-up is first: its processes want the card for themselves."""
+        """Run the selected parts. Start-up is first, because its processes need the whole card."""
         parts = [part for part in PARTS if part in self.args.parts]
         if "startup" in parts:
             self.attempt("startup")
         if inside := [part for part in parts if part not in ("startup", "peers")]:
-            # nothing can be said without these two, so they may fail
+            # all parts need these two, so their errors are not caught
             self.results["ceilings"] = self.ceilings.measure()
             free_memory()
             self.start_engine()
@@ -291,7 +293,7 @@ class Bench:
             self.attempt("peers")
 
     def attempt(self, part: str) -> None:
-        """One part. If it fails we say so and go on: the rest is worth the rented time."""
+        """Run one part. If it fails, report it and continue with the next part."""
         try:
             getattr(self, part)()
         except Exception as error:
@@ -302,7 +304,7 @@ class Bench:
         return max(1, size // self.args.shrink)
 
     def report(self, part: str, text: str, **numbers: object) -> None:
-        """Print what was seen now; keep the numbers for the line of JSON."""
+        """Print a result, and keep the numbers for the line of JSON."""
         say(f"{part}: {text}")
         rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in numbers.items()}
         self.results.setdefault(part, {}).update(rounded)
@@ -312,14 +314,14 @@ class Bench:
         return self.rng.integers(0, self.config.vocab_size - len(SPECIAL), length).tolist()
 
     def start_engine(self, name: str = "engine", **options) -> None:
-        """A fresh engine, its kernels compiled and its graphs captured before anything is timed."""
+        """A new engine, with compiled kernels and captured graphs."""
         self.stop_engine()
         start = time.perf_counter()
         self.llm = LLM(**self.options | options)
         built = time.perf_counter() - start
         if (era := self.llm.model.recipe.era) != self.args.era:
-            raise SystemExit(f"{self.path} is of era {era}, asked for {self.args.era}")
-        # a batch that falls apart one by one, so that smaller ones are seen too; a batch of long
+            raise SystemExit(f"{self.path} is of era {era}, but --era is {self.args.era}")
+        # a batch whose sequences end one by one, to warm up all batch sizes; a batch of long
         # contexts; the longest prompt alone
         size, long = self.shrunk(512), self.shrunk(1024)
         falling = [1 + i // 8 + max(0, i - (size - 8)) for i in range(size)]
@@ -344,8 +346,8 @@ class Bench:
         free_memory()
 
     def generate(self, prompts: list[list[int]], new: list[int], **sampling) -> tuple[float, dict]:
-        """Seconds of one `LLM.generate` by the clock, and how much each of its statistics grew; on
-        a card also card_seconds, between two events around it."""
+        """Seconds of one `LLM.generate` by wall time, and the growth of its statistics; on a card
+        also card_seconds, between two events around it."""
         sampling |= {"temperature": TEMPERATURE, "ignore_eos": True}
         params = [SamplingParams(max_tokens=n, **sampling) for n in new]
         before = self.llm.stats()
@@ -358,7 +360,7 @@ class Bench:
         made = [len(output["token_ids"]) for output in outputs]
         if made != new:
             raise RuntimeError(
-                f"asked for {sum(new)} tokens, got {sum(made)}: not the work to time"
+                f"expected {sum(new)} tokens, got {sum(made)}: the time would be wrong"
             )
         after = self.llm.stats()
         stats = {name: after[name] - before[name] for name in STATS}
@@ -367,7 +369,7 @@ class Bench:
         return seconds, stats
 
     def batch(self, part: str, requests: list[Request], limit: float, **sampling) -> None:
-        """Time the requests with fresh prompts, `repeats` times; `limit` in seconds."""
+        """Time the requests with new prompts, `repeats` times; limit: in seconds."""
         news = [new for _, new in requests]
         runs = [
             self.generate([self.prompt(length) for length, _ in requests], news, **sampling)
@@ -389,14 +391,14 @@ class Bench:
         count, new = self.shrunk(512), self.shrunk(64)
         return [(n, new) for n in lengths(count, mean=23, sigma=0.55, low=6, high=77, seed=1)]
 
-    # the parts, in the order they run
+    # the parts, in the order of execution
 
     def startup(self) -> None:
         with open(self.path / "model_000000.pt", "rb") as file:
             while file.read(1 << 26):  # into the page cache
                 pass
         for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"):
-            # empty for the first process; our own engine is started after them and finds theirs
+            # empty for the first process; the main engine starts later and finds these kernels
             os.environ[name] = str(self.scratch / name.lower())
         for kind in ("uncached", "cached"):
             argv = [repr(time.time()), json.dumps(self.options)]
@@ -408,7 +410,7 @@ class Bench:
                 timeout=300,
             )
             if done.returncode:
-                raise RuntimeError(f"the process to be timed failed:\n{done.stderr[-3000:]}")
+                raise RuntimeError(f"the timed process failed:\n{done.stderr[-3000:]}")
             at = json.loads(done.stdout.splitlines()[-1])
             self.report(
                 "startup",
@@ -459,7 +461,7 @@ class Bench:
         )  # fmt: skip
 
     def prefix(self) -> None:
-        """It needs a second engine, one without the prefix cache."""
+        """This part needs a second engine without the prefix cache."""
         count, shared, own, new = (self.shrunk(n) for n in (128, 256, 16, 32))
         rows = count * (shared + own)
 
@@ -491,13 +493,13 @@ class Bench:
             )  # fmt: skip
 
     def deterministic(self) -> None:
-        """It needs another engine, and not every backend can."""
+        """This part needs another engine, and not every backend supports it."""
         self.start_engine("deterministic", deterministic=True, attention="auto")
         self.headline("deterministic headline")
         self.single("deterministic single")
 
     def quantized(self) -> None:
-        """Last of the engine's parts: it needs another engine."""
+        """The last part of the engine, because it needs another engine."""
         kind = "fp8" if self.device.type == "cuda" else "int8"
         try:
             self.start_engine(f"engine in {kind}", quantization=kind)
@@ -521,7 +523,8 @@ class Bench:
     # peers ----------------------------------------------------------------------------------------
 
     def peers(self) -> None:
-        """Other programs on the same work, random weights of the same shape, our engine closed."""
+        """Other programs with the same workloads and random weights of the same shape, after this
+        engine is closed."""
         if self.args.era != "1":
             say("peers: skipped, transformers and the eager loop have only the first era")
             return
@@ -545,7 +548,7 @@ class Bench:
     def eager_peer(self) -> None:
         loop = EagerLoop(self.config, self.device, self.dtype)
         stream, new = self.shrunk(128), self.shrunk(64)
-        few = [length for length, _ in self.headline_requests()[:4]]  # one by one: four will do
+        few = [length for length, _ in self.headline_requests()[:4]]  # one by one: four are enough
         for part, prompt_lengths, samples, count in (
             ("single", [stream], 1, stream),
             ("headline", few, 1, new),
@@ -562,17 +565,17 @@ class Bench:
 
 
 def recorded_ways(llm: LLM) -> dict[int, str]:
-    """How the recorded steps of a few rows are run, by their number of rows."""
+    """The kernels of the recorded steps of a few rows, by their number of rows."""
     if llm.device.type != "cuda":
         return {}
-    from microvllm.gpu.graphs import GraphRunner  # which needs triton
+    from microvllm.gpu.graphs import GraphRunner  # needs triton
 
     if not isinstance(llm.runner, GraphRunner):
         return {}
     return dict(sorted(llm.runner.graphs.ways.items()))
 
 
-# what a user's first program does, with a clock; argv: when it was started, arguments of LLM
+# a user's first program, timed; argv: time of its start, arguments of LLM
 FIRST_TOKEN = """
 import json, sys, time
 at, began = {}, float(sys.argv[1])
@@ -590,17 +593,17 @@ print(json.dumps(at))
 
 
 def lengths(count: int, mean: float, sigma: float, low: int, high: int, seed: int) -> list[int]:
-    """Log-normal whole numbers from low to high, of this mean or close; one seed, one list."""
+    """Log-normal whole numbers from low to high, with about this mean."""
     draws = np.random.default_rng(seed).lognormal(0.0, sigma, count)
     scale = mean / draws.mean()
-    for _ in range(20):  # what the borders cut off is made up for by the rest
+    for _ in range(20):  # correct the mean for numbers cut at the borders
         cut = np.clip(np.rint(draws * scale), low, high)
         scale *= mean / cut.mean()
     return cut.astype(int).tolist()
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
-    """An event where the card's work stands now; None on a CPU."""
+    """A CUDA event at the current point of the stream; None on a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -636,17 +639,19 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only", help=f"the parts to run, with commas: {','.join(PARTS)}")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--checkpoint", type=Path, help="made there if it is not there, and kept")
-    parser.add_argument("--device", default="cuda", help="cpu: does it run? with a small model")
+    what = "folder of the model, which is made if it is missing, and kept"
+    parser.add_argument("--checkpoint", type=Path, help=what)
+    what = "cpu: only to test that it runs, with a small model"
+    parser.add_argument("--device", default="cuda", help=what)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--shrink", type=int, default=1, help="divide all counts and lengths, to try it out"
+        "--shrink", type=int, default=1, help="divide all counts and lengths, for a test"
     )
     add_shape_arguments(parser)
     engine = parser.add_argument_group("engine")
     engine.add_argument("--max-batch-size", type=int, default=512)
     engine.add_argument("--max-batched-tokens", type=int)
-    # a token more than the longest prompt, in whole blocks
+    # one token more than the longest prompt, in whole blocks
     engine.add_argument("--max-model-len", type=int, default=2064)
     engine.add_argument("--num-blocks", type=int)
     engine.add_argument("--block-size", type=int, default=16)
@@ -654,7 +659,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     engine.add_argument("--attention", choices=backends, default="auto")
     args = parser.parse_args(words)
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA card here; --device cpu tries the benchmark out")
+        parser.error("torch finds no CUDA device; use --device cpu to test the benchmark")
     parts = args.only.split(",") if args.only else list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only knows {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
@@ -679,7 +684,7 @@ def main() -> None:
             free_memory()
         found = json.loads((path / "meta_000000.json").read_text())["model_config"]
         if found != args.config:
-            raise SystemExit(f"{path} holds another model: {found}, asked for {args.config}")
+            raise SystemExit(f"{path} has another model: {found}, expected {args.config}")
         config = GPTConfig(**found)
         size, seconds = (path / "model_000000.pt").stat().st_size, time.perf_counter() - start
         say(

@@ -1,25 +1,26 @@
-"""How close does each kernel come to what the card can do?
+"""The speed of each GPU kernel, compared with the limits of the card.
 
     python benchmarks/gpu_kernels.py                          # all parts
     python benchmarks/gpu_kernels.py --only decode,few-rows   # some of them
-    python benchmarks/gpu_kernels.py --compile                # compile on all cores before anything
+    python benchmarks/gpu_kernels.py --compile                # first compile on all cores
 
-The shapes are those of nanochat's d34 (34 layers, 2,176 wide, 17 heads of 128, vocabulary 65,536),
-in bfloat16. A launch is timed in a CUDA graph of many, each on other memory than the one before, so
-that no cache helps. The bytes are those that have to move, the FLOPs those of the products; both
-are compared with a copy and a matrix product timed in the same run. "default" is what the package
-launches, the lines after it are other tiles, warps and splits. The last line is all of it as JSON.
+The shapes are those of nanochat's d34 (34 layers, 2,176 channels, 17 heads of 128, vocabulary
+65,536), in bfloat16. Launches are timed in a CUDA graph of many, each with different memory, so
+that no cache helps. Bytes are the bytes that must be moved, and FLOPs are those of the products.
+Both are compared with a copy and a matrix product timed in the same run. "default" is the package's
+own launch; the lines after it have other tiles, warps and splits. The last line of the output has
+all results as JSON.
 
 The parts:
     decode    paged attention of sequences with one row each
     chunk     paged attention of prompts
     fused     the steps between the matrix products
     sample    from logits to tokens
-    few-rows  products of a few rows that norm, add and relu2 on the way, beside cuBLAS's, and a
-              whole decode step of one row with each, with kernels that start early and without
-              (as graphs.py does at an engine's start, to choose)
+    few-rows  products of a few rows fused with norm, add and relu2, compared with cuBLAS; and a
+              whole decode step of one row with each, with and without early start of kernels
+              (graphs.py makes the same choice when an engine starts)
 
-It needs a CUDA card: without one it says so and exits with 2.
+It needs a CUDA device: without one it prints a message and exits with 2.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs fro
 
 import torch
 
-if __name__ == "__main__" and not torch.cuda.is_available():  # and so there may be no triton
-    print("benchmarks/gpu_kernels.py needs a CUDA card, and torch sees none here", file=sys.stderr)
+if __name__ == "__main__" and not torch.cuda.is_available():  # so triton may be missing
+    print("benchmarks/gpu_kernels.py needs a CUDA device, and torch finds none", file=sys.stderr)
     sys.exit(2)
 
 import torch.nn.functional as F
@@ -55,17 +56,17 @@ from microvllm.gpu.prefixes import SharedPrefixes
 
 LAYERS, WIDTH, HEADS, DIM, VOCAB, BLOCK_SIZE = 34, 2176, 17, 128, 65536, 16
 EPS, SCALE = 2.0**-23, math.log2(math.e) / math.sqrt(DIM)
-BEYOND_CACHE = 300_000_000  # bytes to go through before memory is used again
+BEYOND_CACHE = 300_000_000  # bytes between two uses of the same memory
 
 
 class Case(NamedTuple):
-    """Something to time."""
+    """A kernel launch to time."""
 
     name: str
-    launch: Callable[[int], object]  # the i-th launch, on the i-th memory
+    launch: Callable[[int], object]  # the i-th launch, with the i-th memory
     amount: float  # bytes or FLOPs of one launch
     unit: str = "TB/s"  # or "TFLOP/s"
-    launches: int = 20  # in the graph that is timed
+    launches: int = 20  # launches in the timed graph
 
 
 # inputs -------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def device() -> torch.device:
 
 
 def options() -> dict:
-    """What every launch of the package's kernels is given."""
+    """Arguments of every launch of the package's kernels."""
     return launch.options(device())
 
 
@@ -89,8 +90,8 @@ def ints(values) -> torch.Tensor:
 
 
 class Paged:
-    """A batch of (rows, tokens in the cache) each, decodes first, and caches for the layers.
-    shared: tokens at the beginning, whose blocks are those of all sequences."""
+    """A batch of sequences with (rows, tokens in the cache), decodes first, and caches for the
+    layers. shared: tokens at the beginning whose blocks all sequences share."""
 
     def __init__(
         self, sequences: list[tuple[int, int]], layers: int | None = None, shared: int = 0
@@ -100,7 +101,7 @@ class Paged:
         self.layers = layers or max(1, min(LAYERS, BEYOND_CACHE // self.kv_bytes))
         blocks = [-(-n // BLOCK_SIZE) for n in lengths]
         self.cache = random(self.layers, 2, sum(blocks) + 1, HEADS, BLOCK_SIZE, DIM)
-        # block 0 is the null block; no two blocks of a sequence are neighbours
+        # block 0 is the null block; the blocks of a sequence are not adjacent
         order = torch.randperm(sum(blocks)) + 1
         tables = torch.zeros(len(rows), max(blocks), dtype=torch.int32)
         for b, part in enumerate(order.split(blocks)):
@@ -167,7 +168,7 @@ def decode_cases() -> Iterator[Case]:
         name = f"{count} x {longest}"
         yield Case(f"{name} default", paged.attend, paged.kv_bytes)
         for tile, warps, splits in sizes:
-            for units in (False, True):  # one query leaves 15 of 16 rows of a matrix unit empty
+            for units in (False, True):  # with one query, 15 of 16 rows of a matrix unit are empty
                 yield Case(
                     f"{name} tile {tile} warps {warps} splits {splits}{' units' * units}",
                     partial(paged.decode, tile, warps, splits, units),
@@ -251,7 +252,7 @@ def fused_cases() -> Iterator[Case]:
             )
 
         yield Case(f"rope_store {rows}", partial(rope_store, None, None), rows * WIDTH * 12)
-        name = f"rope_store {rows} value embeddings"  # of one id: they are in the cache
+        name = f"rope_store {rows} value embeddings"  # one id, so they are in the cache
         yield Case(name, partial(rope_store, ve, gate), rows * WIDTH * 12)
 
 
@@ -313,7 +314,7 @@ def step_cases() -> Iterator[Case]:
     weights = [[random(*shape, scale=0.02) for shape in shapes] for _ in range(LAYERS)]
     head, x_in = random(VOCAB, WIDTH, scale=0.02), random(1, WIDTH)
     paged = Paged([(1, 192)], LAYERS)
-    paged.batch.max_seq_len = 2048  # a graph knows no better
+    paged.batch.max_seq_len = 2048  # as in a graph, for which the length is not known
     cos, sin = torch.rand(2, 192, DIM // 2, device=device())
     temperature, u = torch.full((1,), 0.7, device=device()), torch.rand(1).to(device())
 
@@ -333,7 +334,7 @@ def step_cases() -> Iterator[Case]:
             y = F.linear(elementwise.relu2(F.linear(h, fc)), mlp)
         return F.linear(elementwise.add_norm(x, y, None, None, None, EPS)[1], head)
 
-    def with_few_rows(outputs):  # of a program, and of one of the MLP's second product
+    def with_few_rows(outputs):  # per program; the second: of the MLP's second product
         x, tiles, long = x_in, *({"outputs": n} for n in outputs)
         for i, (qkv, proj, fc, mlp) in enumerate(weights):
             x = linear_add(attend(*norm_linear(x, qkv, EPS, **tiles), i), proj, x, **tiles)
@@ -359,11 +360,11 @@ PARTS = {
 }  # fmt: skip
 
 
-# running them -------------------------------------------------------------------------------------
+# execution ----------------------------------------------------------------------------------------
 
 
 def compile_share(parts: list[str], share: int, shares: int) -> None:
-    """Launch every shares-th case once, so that its kernels are on disk."""
+    """Launch every shares-th case once, so that its kernels are compiled and kept on disk."""
     for part in parts:
         for i, case in enumerate(PARTS[part]()):
             if i % shares == share:
@@ -372,7 +373,7 @@ def compile_share(parts: list[str], share: int, shares: int) -> None:
 
 
 def compile_all(parts: list[str]) -> None:
-    shares = min(8, os.cpu_count() or 1)  # each has inputs of its own, some 5 GB
+    shares = min(8, os.cpu_count() or 1)  # each has its own inputs of about 5 GB
     with ProcessPoolExecutor(shares, get_context("spawn")) as pool:
         for done in [pool.submit(compile_share, parts, i, shares) for i in range(shares)]:
             done.result()

@@ -1,4 +1,4 @@
-"""Other programs that gpu.py times on its work, with random weights of the same shape."""
+"""Other programs that gpu.py times on its workloads, with random weights of the same shape."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def synchronize(device: torch.device) -> None:
 
 
 class Transformers:
-    """The model in transformers, and its two ways to serve a batch: each returns the tokens made,
-    and seconds."""
+    """The model in transformers, and its two ways to serve a batch. Each returns (number of new
+    tokens, seconds)."""
 
     def __init__(
         self, transformers: ModuleType, c: GPTConfig, device: torch.device, dtype: torch.dtype
@@ -31,7 +31,7 @@ class Transformers:
             num_key_value_heads=c.n_kv_head, max_position_embeddings=c.sequence_len,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        # no end token and no top-k: the same work as ours
+        # no end token and no top-k, as in this engine's runs
         self.sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0,
                          "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
         with torch.device(device):
@@ -41,7 +41,7 @@ class Transformers:
         self.transformers, self.device = transformers, device
 
     def padded(self, prompts: list[list[int]], new: int) -> tuple[int, float]:
-        """`generate` over the prompts padded on the left."""
+        """`generate` with prompts padded on the left."""
         longest = max(map(len, prompts))
         pads = [longest - len(prompt) for prompt in prompts]
         ids = [[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]
@@ -58,7 +58,7 @@ class Transformers:
         return (out.shape[1] - longest) * len(prompts), time.perf_counter() - start
 
     def paged(self, prompts: list[list[int]], new: int) -> tuple[int, float]:
-        """`generate_batch`. Its manager is kept: a second call pays no set-up."""
+        """`generate_batch`. Its manager is kept, so a second call has no set-up."""
         settings = self.transformers.GenerationConfig(max_new_tokens=new, **self.sampling)
         start = time.perf_counter()
         outputs = self.model.generate_batch(
@@ -72,19 +72,19 @@ class Transformers:
 
 
 def transformers_peer(bench, transformers: ModuleType) -> None:
-    """Time it on the work of a gpu.Bench, and report there."""
+    """Time transformers with the workloads of a gpu.Bench, and report the results there."""
     model = Transformers(transformers, bench.config, bench.device, bench.dtype)
     requests, stream = bench.headline_requests(), bench.shrunk(128)
     many, new = [length for length, _ in requests], requests[0][1]
     for run, name, part, prompt_lengths, count, warm_up in (
         (model.padded, "transformers_generate", "single", [stream], stream, 2),
         (model.padded, "transformers_generate", "headline", many, new, 2),
-        # a whole run, from which its manager sees how large to make everything
+        # a whole run, from which its manager chooses its sizes
         (model.paged, "transformers_generate_batch", "headline", many, new, new),
     ):
         run([bench.prompt(length) for length in prompt_lengths], warm_up)
         tokens, seconds = run([bench.prompt(length) for length in prompt_lengths], count)
-        # generate_batch gives nothing, and no error, when its thread dies
+        # generate_batch returns nothing, and raises no error, when its thread dies
         if tokens == count * len(prompt_lengths):
             bench.peer(name, part, tokens, seconds)
         else:
@@ -95,7 +95,7 @@ def transformers_peer(bench, transformers: ModuleType) -> None:
 class EagerLoop:
     """A stand-in for nanochat's Engine: plain torch, contiguous K and V, SDPA, kernel by kernel.
 
-    Kinder than the original, which casts its float32 weights to bfloat16 at each use.
+    It is faster than the original, which casts its float32 weights to bfloat16 at each use.
     """
 
     def __init__(self, config: GPTConfig, device: torch.device, dtype: torch.dtype):
@@ -138,7 +138,7 @@ class EagerLoop:
         return 15 * torch.tanh(logits / 15)
 
     def generate(self, prompt: list[int], samples: int, new: int) -> list[list[int]]:
-        """`new` tokens for each of `samples` rows; a column comes to the host at every step."""
+        """`new` tokens for each of `samples` rows; each step copies one column to the host."""
         c = self.config
         size = (c.n_layer, 2, samples, c.n_kv_head, len(prompt) + new, c.head_dim)
         cache = torch.empty(size, device=self.device, dtype=self.dtype)

@@ -1,17 +1,18 @@
-"""A Llama of matrices equal to a nanochat's, for engines that know no nanochat.
+"""Make a Llama with matrices of the same sizes as a nanochat, for engines without nanochat.
 
     python benchmarks/llama.py OUT --depth 12 --vocab 32768             # a Hugging Face folder
     python benchmarks/llama.py OUT --to openvino --precision int8       # OUT/openvino-int8
     python benchmarks/llama.py OUT --to gguf --precision int4           # OUT/gguf-int4
 
-The folder has config.json and model.safetensors, random float32 weights. Its matrices are those of
-nanochat's first era, but for the feed-forward: three matrices of 8/3 of the width, where nanochat
-has two of 4 times it (2,048 for 3,072 at a width of 768; rounded down to 32s, which
-low-bit formats need: 672 at 256). So a step multiplies by as many numbers, and reads as many.
+The folder has config.json and model.safetensors, with random float32 weights. The matrices have the
+sizes of nanochat's first era, except the feed-forward: three matrices of 8/3 of the width, where
+nanochat has two of 4 times the width (2,048 instead of 3,072 at a width of 768; rounded down to
+multiples of 32, which low-bit formats need: 672 at 256). So a step reads and multiplies the same
+number of weights.
 
---to converts what is in OUT, with packages of the interpreter that runs this: `openvino`, whose
-graph is built here as its GenAI pipelines expect it; or `gguf`, and `llama_cpp`, which has the code
-that rounds to 8 and 4 bits. Only numpy is needed beside them: no torch.
+--to converts the model in OUT with packages of this interpreter: `openvino`, with a graph in the
+form that its GenAI pipelines expect; or `gguf` and `llama_cpp`, which has the code that rounds to 8
+and 4 bits. They need only numpy, not torch.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ HEAD = "lm_head.weight"
 
 
 def feed_forward(width: int) -> int:
-    """Outputs of each of a Llama's two first matrices: three of this size have about as many
-    numbers as nanochat's two of 4 * width."""
+    """The hidden size of a Llama's feed-forward: its three matrices have about as many weights as
+    nanochat's two of 4 * width."""
     return max(32, 8 * width // 3 // 32 * 32)
 
 
 def shape(depth: int, width: int, head_dim: int, kv_heads: int | None, vocab: int) -> dict:
-    """A Llama's config.json. Raises ValueError where heads and width do not fit."""
+    """A Llama's config.json. Raises ValueError if heads and width do not match."""
     heads = width // head_dim
     if heads * head_dim != width or heads % (kv_heads or heads):
         raise ValueError(
@@ -62,7 +63,7 @@ def shape(depth: int, width: int, head_dim: int, kv_heads: int | None, vocab: in
 
 
 def like(nanochat: dict) -> dict:
-    """The Llama beside a nanochat, both as Hugging Face's config.json."""
+    """The Llama that corresponds to a nanochat, both as Hugging Face's config.json."""
     return shape(
         nanochat["num_hidden_layers"], nanochat["hidden_size"],
         nanochat["hidden_size"] // nanochat["num_attention_heads"],
@@ -71,7 +72,7 @@ def like(nanochat: dict) -> dict:
 
 
 def tensors(config: dict) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, as Hugging Face has it."""
+    """Name -> shape, in Hugging Face's format."""
     c, d = config["hidden_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
     wide, vocab = config["intermediate_size"], config["vocab_size"]
@@ -87,7 +88,7 @@ def tensors(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def read_numbers(config: dict) -> int:
-    """Weights that a step multiplies by: all matrices but the embedding, which is looked up."""
+    """The number of weights that a step multiplies by: all matrices except the embedding."""
     sizes = tensors(config)
     del sizes["model.embed_tokens.weight"]
     return sum(math.prod(size) for size in sizes.values() if len(size) == 2)
@@ -109,7 +110,7 @@ def make_folder(out: Path, config: dict, seed: int = 0) -> Path:
         for size in tensors(config).values():
             if len(size) == 1:
                 weight = np.ones(size, np.float32)
-            else:  # a product keeps the size of its input
+            else:  # a product keeps the scale of its input
                 weight = draw.standard_normal(size, np.float32) * np.float32(size[-1] ** -0.5)
             weight.tofile(file)
     (out / "config.json").write_text(json.dumps(config, indent=2))
@@ -117,7 +118,7 @@ def make_folder(out: Path, config: dict, seed: int = 0) -> Path:
 
 
 def read_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """(config, tensors mapped from the file) of what `make_folder` wrote."""
+    """(config, tensors mapped from the file) of a folder from `make_folder`."""
     config, path = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -133,8 +134,9 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 class Graph:
-    """A Llama as nodes of OpenVINO, of the forms that its plugins recognise: norms, rotary
-    embeddings and weights to be decompressed are fused, attention over a state becomes paged."""
+    """A Llama as nodes of OpenVINO, in forms that its plugins recognise: they fuse norms, rotary
+    embeddings and the decompression of weights, and turn attention over a state into paged
+    attention."""
 
     def __init__(self, config: dict, weights: dict, precision: str):
         import openvino
@@ -147,13 +149,13 @@ class Graph:
         return self.op.constant(np.array(values, kind))
 
     def weight(self, name: str):
-        """A matrix in the precision of the file, and what makes float32 of it."""
+        """A matrix in the precision of the file, and its conversion to float32."""
         whole, op = np.asarray(self.weights[name]), self.op
         if self.precision == "float32":
             return op.constant(whole)
         if self.precision == "bfloat16":
             return op.convert(op.constant(whole, dtype=self.ov.Type.bf16), "f32")
-        # unsigned bytes, a scale and a zero point for each row: what OpenVINO's own tools make
+        # unsigned bytes, with a scale and a zero point for each row, as in OpenVINO's own tools
         low, high = np.minimum(whole.min(1), 0), np.maximum(whole.max(1), 0)
         scale = np.maximum(high - low, 1e-30)[:, None] / 255
         zero = np.round(-low[:, None] / scale).astype(np.uint8)
@@ -193,7 +195,7 @@ class Graph:
         return op.add(op.multiply(x, cos), op.multiply(turned, sin))
 
     def remembered(self, x, name: str, rows, beams, sinks: list):
-        """x (B, heads, T, D) behind what the state has of it; both are the state from now on."""
+        """Append x (B, heads, T, D) to its state; both become the new state."""
         op, heads, d = self.op, self.config["num_key_value_heads"], self.config["head_dim"]
         size = op.concat([rows, *(self.numbers([n]) for n in (heads, 0, d))], 0)
         empty = op.broadcast(self.numbers(0, np.float32), size)
@@ -205,7 +207,7 @@ class Graph:
         return whole
 
     def repeated(self, x):
-        """Each of the key or value heads as often as query heads share it."""
+        """Repeat each key or value head for the query heads that share it."""
         op, heads, d = self.op, self.config["num_key_value_heads"], self.config["head_dim"]
         times = self.config["num_attention_heads"] // heads
         if times == 1:
@@ -215,7 +217,7 @@ class Graph:
         return op.reshape(x, self.numbers([0, heads * times, -1, d]), special_zero=True)
 
     def mask(self, mask, ids):
-        """(B, 1, T, past + T): 0 where a token sees another, else the least number."""
+        """(B, 1, T, past + T): 0 where a token attends to another, else the smallest number."""
         op, one = self.op, self.numbers(1)
         end, new = (op.gather(op.shape_of(each), one, self.numbers(0)) for each in (mask, ids))
         keys = op.range(self.numbers(0), end, one, "i64")
@@ -274,7 +276,7 @@ class Graph:
 
 
 def to_openvino(folder: Path, precision: str, out: Path) -> None:
-    """The folder as OpenVINO's intermediate representation."""
+    """Convert the folder to OpenVINO's intermediate representation."""
     import openvino
 
     config, weights = read_folder(folder)
@@ -296,7 +298,7 @@ GGUF_NAMES = {
 
 
 def write_gguf(folder: Path, out: Path) -> None:
-    """The folder as one GGUF file, in float32 and without a vocabulary's texts."""
+    """Convert the folder to one GGUF file, in float32 and without texts of the vocabulary."""
     import gguf
 
     config, weights = read_folder(folder)
@@ -315,7 +317,7 @@ def write_gguf(folder: Path, out: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
     for name, weight in weights.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # its Llama turns neighbours, (0, 1), (2, 3), where Hugging Face's turns the halves
+            # its Llama rotates neighbours, (0, 1), (2, 3); Hugging Face's rotates halves
             parts = weight.reshape(-1, 2, config["head_dim"] // 2, weight.shape[1])
             weight = np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(weight.shape)
         for theirs, its in GGUF_NAMES.items():
@@ -328,8 +330,8 @@ def write_gguf(folder: Path, out: Path) -> None:
 
 
 def to_gguf(folder: Path, precision: str, out: Path) -> None:
-    """The folder as GGUF: F32, BF16, Q8_0, or Q4_0 with a head of Q6_K. The latter three are what
-    llama.cpp itself makes of the first."""
+    """Convert the folder to GGUF: F32, BF16, Q8_0, or Q4_0 with a head of Q6_K. llama.cpp itself
+    makes the latter three from the first."""
     write_gguf(folder, out / "float32.gguf")
     if precision == "float32":
         (out / "float32.gguf").rename(out / "model.gguf")
@@ -349,12 +351,12 @@ def to_gguf(folder: Path, precision: str, out: Path) -> None:
 
 
 def convert(folder: Path, to: str, precision: str) -> Path:
-    """Where the folder lies in the other format; it is made unless it is there. Raises ValueError
-    for a precision that the format has not."""
+    """The folder of the model in another format, which is made if it is missing. Raises ValueError
+    for a precision that the format does not support."""
     if precision not in PRECISIONS[to]:
         raise ValueError(f"--to {to} knows {', '.join(PRECISIONS[to])}; not {precision}")
     out = folder / f"{to}-{precision}"
-    if not out.exists():  # by another name until it is whole
+    if not out.exists():  # under another name until it is complete
         unfinished = folder / f"{out.name}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -367,9 +369,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="the folder, which is made if it is not there")
+    parser.add_argument("out", type=Path, help="the folder, which is made if it is missing")
     parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--width", type=int, help="default: 64 for each layer")
+    parser.add_argument("--width", type=int, help="channels (default: 64 per layer)")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--vocab", type=int, default=32768)

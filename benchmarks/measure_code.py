@@ -1,15 +1,16 @@
-"""How dense is the code? python benchmarks/measure_code.py PATH...
+"""Measure the density of the code: python benchmarks/measure_code.py PATH...
 
-A line of code that names many things takes long to read. For each file or folder this prints lines,
-lines of code (without blank lines, comments and docstrings), and identifiers for each line of code:
-names, attributes, parameters and keywords in calls. Then what makes single functions hard to read:
-the longest one, calls with more than 6 positional arguments, functions with more than 8 parameters.
+A line of code with many names takes long to read. For each file or folder, this program prints
+lines, lines of code (without blank lines, comments and docstrings), and identifiers per line of
+code: names, attributes, parameters and keywords in calls. It also prints properties that make
+functions hard to read: the length of the longest function, the number of calls with more than 6
+positional arguments, and the number of functions with more than 8 parameters.
 
-These numbers are for a reviewer to look at. No test has a limit for them.
+These numbers are for reviewers. No test has a limit for them.
 
     python benchmarks/measure_code.py                     the core, file by file
     python benchmarks/measure_code.py src/microvllm/cpu   another folder
-    python benchmarks/measure_code.py --update            write the table of docs/DESIGN.md anew
+    python benchmarks/measure_code.py --update            update the table in docs/DESIGN.md
 """
 
 import argparse
@@ -24,13 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "microvllm"
 DESIGN = ROOT / "docs" / "DESIGN.md"
-# in the order in which one reads them
+# in the order of reading
 CORE = (
     "blocks scheduler attention runner engine model sampler tokenizer checkpoint __init__ "
     "environment tokenizer_file"
 ).split()
-# identifiers for each line of code of other projects, counted earlier: this script has no copy of
-# them to count again
+# identifiers per line of code in other projects, counted earlier: this program has no copy of them
 OTHERS = {"nano-vllm": 3.1, "nanochat": 3.9}
 MAX_POSITIONAL = 6
 MAX_PARAMETERS = 8
@@ -50,7 +50,7 @@ NOT_CODE = {
 
 @dataclass
 class Measure:
-    """What was counted in one file, or in several."""
+    """The counts of one file or of several."""
 
     num_lines: int = 0
     num_code_lines: int = 0
@@ -62,11 +62,11 @@ class Measure:
 
     @property
     def density(self) -> float:
-        """Identifiers for each line of code."""
+        """Identifiers per line of code."""
         return self.num_identifiers / max(1, self.num_code_lines)
 
     def add(self, other: "Measure") -> None:
-        """Count another measure in."""
+        """Add another measure."""
         for name, value in vars(other).items():
             if name == "longest_function":
                 self.longest_function = max(self.longest_function, value)
@@ -101,7 +101,7 @@ def measure_files(files: Iterable[Path]) -> Measure:
 
 
 def find_code_lines(source: str) -> set[int]:
-    """The numbers of the lines that have more than a comment, docstrings among them."""
+    """The numbers of the lines with more than a comment, including docstrings."""
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in NOT_CODE:
@@ -120,14 +120,14 @@ def find_docstring_lines(tree: ast.Module) -> set[int]:
 
 
 def is_identifier(node: ast.AST) -> bool:
-    """A name, an attribute, a parameter, or the keyword of an argument."""
+    """Is the node a name, an attribute, a parameter, or the keyword of an argument?"""
     if isinstance(node, ast.keyword):
         return node.arg is not None  # None: **options
     return isinstance(node, (ast.Name, ast.Attribute, ast.arg))
 
 
 def count_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Parameters without *args and **kwargs."""
+    """The number of parameters, without *args and **kwargs."""
     args = function.args
     return len(args.posonlyargs) + len(args.args) + len(args.kwonlyargs)
 
@@ -166,7 +166,7 @@ def make_table(groups: dict[str, list[Path]]) -> str:
 
 
 def make_core_table() -> str:
-    """The core file by file, all of it, and what others have."""
+    """The core file by file, the whole core, and other projects."""
     groups = {f"`{file.name}`": [file] for file in core_files()}
     groups["**the core**"] = core_files()
     others = [f"| {name} | | | {density} | | | |" for name, density in OTHERS.items()]
@@ -174,7 +174,7 @@ def make_core_table() -> str:
 
 
 def update_design() -> None:
-    """Write the core's table into docs/DESIGN.md, in place of the one that is there."""
+    """Replace the table of the core in docs/DESIGN.md."""
     text = DESIGN.read_text(encoding="utf-8")
     table = re.compile(r"^\| files \|.*\n(?:\|.*\n)*", re.M)
     new_table = make_core_table() + "\n"
@@ -182,9 +182,9 @@ def update_design() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure how dense Python code is.")
+    parser = argparse.ArgumentParser(description="Measure the density of Python code.")
     parser.add_argument("paths", nargs="*", type=Path, help="files or folders (default: the core)")
-    parser.add_argument("--update", action="store_true", help="write the table of docs/DESIGN.md")
+    parser.add_argument("--update", action="store_true", help="update the table in docs/DESIGN.md")
     args = parser.parse_args()
     if args.update:
         update_design()

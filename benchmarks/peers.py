@@ -1,16 +1,17 @@
-"""One engine in a process of its own, for compare.py.
+"""One engine in its own process, for compare.py.
 
     python benchmarks/peers.py ENGINE OPTIONS
 
-ENGINE is a function of this file, OPTIONS its argument as JSON. It loads its model and then answers
-each line of JSON on stdin, a job, with one on stdout. Between two jobs it is blocked in a read and
-takes no time from the others. What the engine itself prints goes to stderr.
+ENGINE is a function of this file, and OPTIONS are its arguments as JSON. It loads its model. Then
+it reads jobs from stdin, one JSON object per line, and answers each with a line of JSON on stdout.
+Between two jobs it is blocked in a read and does not disturb the others. Output of the engine
+itself goes to stderr.
 
-Only the standard library is imported up here: the interpreter may be any that has the engine.
+The top of this file imports only the standard library, because it may run in any interpreter.
 
-job     prompts: lists of token ids; new: how many tokens to make of each, greedily, whatever they
-        are; shared: tokens that all prompts begin with (only the limit needs to know)
-answer  seconds; tokens: the new ones of each prompt (the limit has none)
+job     prompts: lists of token ids; new: number of tokens to generate for each, greedily, without
+        end tokens; shared: length of the common prefix (only the limit uses it)
+answer  seconds; tokens: the new ones of each prompt (none from the limit)
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # where microvllm is
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for microvllm
 
-BATCH = 2048  # tokens that openvino and llamacpp may compute at once
+BATCH = 2048  # largest number of tokens in a batch of openvino and llamacpp
 Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
 
 
 def timed(generate: Generate) -> Callable[[dict], dict]:
-    """Answers jobs with what `generate(prompts, new)` returns, and its seconds."""
+    """Answer jobs with the result of `generate(prompts, new)` and its seconds."""
 
     def answer(job: dict) -> dict:
         start = time.perf_counter()
@@ -43,9 +44,9 @@ def timed(generate: Generate) -> Callable[[dict], dict]:
 
 # engines ------------------------------------------------------------------------------------------
 #
-# options: folder: of the model; threads; dtype: "float32" or "bfloat16"; max_len: of prompt and
-# answer together; kv_gib: for K and V, where the engine has a pool; and for microvllm `llm`, more
-# arguments of LLM.
+# options. folder: of the model; threads; dtype: "float32" or "bfloat16"; max_len: length of prompt
+# and answer together; kv_gib: size of the pool for K and V, if the engine has one; llm: more
+# arguments of LLM, only for microvllm
 
 
 def microvllm(options: dict) -> Callable[[dict], dict]:
@@ -64,7 +65,7 @@ def microvllm(options: dict) -> Callable[[dict], dict]:
         options["folder"], device="cpu", num_blocks=blocks, block_size=block_size,
         max_model_len=options["max_len"], trust_tokenizer=True, **settings,
     )  # fmt: skip
-    llm.cache.data.zero_()  # the pool's pages exist once they are written; vLLM's do from its start
+    llm.cache.data.zero_()  # allocate the pool by writing to it, as vLLM does at its start
 
     def generate(prompts: list[list[int]], new: list[int]) -> list[list[int]]:
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in new]
@@ -76,7 +77,7 @@ def microvllm(options: dict) -> Callable[[dict], dict]:
 def nanochat(options: dict) -> Callable[[dict], dict]:
     """A stand-in for nanochat's Engine: plain torch, one prompt at a time, contiguous K and V.
 
-    Every era's model, written straight down. A prompt is one forward pass, each new token another.
+    It supports the models of all eras. A prompt is one forward pass, and each new token another.
     """
     import torch
     import torch.nn.functional as F
@@ -107,7 +108,7 @@ def nanochat(options: dict) -> Callable[[dict], dict]:
         return rms(torch.cat((left * c + right * s, right * c - left * s), dim=-1))
 
     def forward(tokens: list[int], start: int, cache) -> torch.Tensor:
-        """Logits (V,) after the tokens; those before `start` have their K and V in the cache."""
+        """Logits (V,) after the tokens; K and V of those before `start` are in the cache."""
         ids = torch.tensor(tokens[start:])
         T, end = len(ids), len(tokens)
         x = rms(F.embedding(ids, wte))
@@ -216,14 +217,14 @@ def vllm(options: dict) -> Callable[[dict], dict]:
     return timed(generate)
 
 
-# engines that run a Llama of equal matrices in their own format, see llama.py. `folder` is that
-# format's, and dtype may be "int8" and "int4", too
+# engines that run a Llama with equal matrices in their own format, see llama.py. `folder` has this
+# format, and dtype may also be "int8" or "int4"
 
 
 def openvino(options: dict) -> Callable[[dict], dict]:
     """OpenVINO GenAI's pipeline with continuous batching and prefix cache.
 
-    K and V are of the dtype; with int8 weights, activations and K and V are what it chooses.
+    K and V have the dtype; with int8 weights, OpenVINO chooses the types of activations, K and V.
     """
     import numpy as np
     import openvino
@@ -250,8 +251,8 @@ def openvino(options: dict) -> Callable[[dict], dict]:
 
     def answer(job: dict) -> dict:
         start = time.perf_counter()
-        # it looks for a prefix when a request arrives, so it has to be there; whole blocks of it:
-        # requests that find the same part-filled one at once (2026.4) write over one another's
+        # it looks for a prefix when a request arrives, so the prefix must be computed before; only
+        # whole blocks: requests that find the same part-filled block overwrite it (2026.4)
         if whole := job["shared"] // 32 * 32:
             generate([job["prompts"][0][:whole]], [1])
         tokens = generate(job["prompts"], job["new"])
@@ -263,10 +264,10 @@ def openvino(options: dict) -> Callable[[dict], dict]:
 def llamacpp(options: dict) -> Callable[[dict], dict]:
     """llama.cpp through the functions of llama-cpp-python, with a loop around them.
 
-    All requests of a job are sequences from its start; what prompts share is computed once and
-    copied; the argmax is numpy's. K and V are f16, flash attention is as it chooses. K and V lie in
-    streams, one a sequence, or together where sequences share them or kv_gib is less than that. A
-    job's context is made, and written to, before the clock starts.
+    All requests of a job run from its start. A shared prefix is computed once and copied. numpy
+    computes the argmax. K and V are f16, and llama.cpp chooses whether to use flash attention. Each
+    sequence has its own stream for K and V; one stream is used if sequences share a prefix or
+    kv_gib is too small. The context of a job is made and written to before its time starts.
     """
     import ctypes
 
@@ -282,10 +283,10 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
     query_heads, kv_heads = api.llama_model_n_head(model), api.llama_model_n_head_kv(model)
     token_bytes = 2 * 2 * api.llama_model_n_layer(model) * api.llama_model_n_embd(model)
     token_bytes = token_bytes * kv_heads // query_heads
-    made = {}  # the latest context: what it was made for -> it
+    made = {}  # the latest context: its properties -> the context
 
-    # a batch: for each row the token, its position, of how many sequences it is (one) and where
-    # their numbers are, and whether its logits are wanted
+    # a batch: for each row the token, its position, the number of its sequences (one), a pointer to
+    # their numbers, and whether to compute its logits
     owners = np.zeros(BATCH, np.int32)
     fields = {
         "token": np.zeros(BATCH, np.int32),
@@ -297,10 +298,10 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
     batch, kinds = api.llama_batch(), dict(api.llama_batch._fields_)
     for field, array in fields.items():
         setattr(batch, field, ctypes.cast(array.ctypes.data, kinds[field]))
-    columns = fields["token"], fields["pos"], owners, fields["logits"]  # of a row, in `step`
+    columns = fields["token"], fields["pos"], owners, fields["logits"]  # for a row in `step`
 
     def context(job: dict):
-        """One that has room for the job."""
+        """A context that is large enough for the job."""
         sizes = [len(prompt) + n for prompt, n in zip(job["prompts"], job["new"], strict=True)]
         stream = -(-max(sizes) // 256) * 256
         streams = stream * len(sizes)
@@ -318,14 +319,15 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
             params.no_perf = True
             new = api.llama_init_from_model(model, params)
             if not new:
-                raise RuntimeError(f"llama.cpp makes no context of {cells} tokens")
+                raise RuntimeError(f"llama.cpp cannot make a context of {cells} tokens")
             made[key] = new
         memory = api.llama_get_memory(made[key])
         api.llama_memory_clear(memory, True)
         return made[key], memory
 
     def step(ctx, rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """The next token of each of the rows (token, position, sequence, wanted) that is wanted."""
+        """Compute rows (token, position, sequence, wanted); returns the next tokens of those
+        wanted."""
         found = []
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
@@ -370,20 +372,21 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
 
 # the limit ----------------------------------------------------------------------------------------
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of a step, whose products are timed; as needed
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of rows whose products may be timed
 
 
 def limit(options: dict) -> Callable[[dict], dict]:
-    """No engine: the least time that this processor needs for a job.
+    """Not an engine: the smallest possible time of a job on this processor.
 
-    A step of r rows, s of them sampled, takes its matrix products, body(r) + head(s), and the bytes
-    of K and V that its sequences see over the bandwidth of reading. The first step computes all
-    prompts, what they share once; then all sequences advance until their last token, and K and V
-    that they share are counted for each: a cache that holds them between two sequences can beat
-    that. Products are timed plain, with the weights in oneDNN's layout, and in int8 as torch
-    quantizes a module; the fastest counts, which may depend on the number of rows; between and
-    beyond the measured rows: a straight line. That is `seconds`: what an engine can reach with a
-    library's products. For `own_seconds` this engine's count as well, where it has any.
+    A step of r rows, s of them sampled, takes the time of its matrix products, body(r) + head(s),
+    plus the bytes of K and V that its sequences attend to divided by the read bandwidth. The first
+    step computes all prompts, with their shared prefix once. Then all sequences advance until their
+    last token. Shared K and V count for each sequence, so an engine that keeps them in the
+    processor's cache can exceed this limit. Products are timed in plain form, with weights in
+    oneDNN's layout, and in int8 with torch's quantization; the fastest for each number of rows
+    counts. Other numbers of rows are interpolated linearly. The sum is `seconds`: the limit of an
+    engine that uses a library's products. `own_seconds` also considers this engine's own products,
+    if it has any.
     """
     import numpy as np
     import torch
@@ -408,7 +411,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
     windows = layer_windows(config, recipe)
 
     def layouts(out: int, into: int) -> list[Callable]:
-        """The product with a weight matrix of its own, in each layout there is."""
+        """The product with one weight matrix, in each available layout."""
         weight = (torch.randn(out, into) * into**-0.5).to(dtype)
         products = [lambda x: F.linear(x, weight)]
         if int8:
@@ -426,7 +429,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
             products.append(lambda x: made(x.float()))
         return products
 
-    # each layer has weights of its own, or the cache would serve them
+    # each layer has its own weights; shared ones would be in the cache
     sizes = [(c + 2 * kv, c), (c, c), (4 * c, c), (c, 4 * c)]
     layers = [[layouts(*size) for size in sizes] for _ in range(config.n_layer)]
     head = layouts(config.vocab_size, c)
@@ -441,7 +444,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
         return min(times)
 
     def least(times: list[float]) -> tuple[float, float]:
-        """Of a library's layouts; of all of them."""
+        """(the time of the fastest layout of a library, of the fastest of all)."""
         return min(times[: len(times) - owns]), min(times)
 
     def body_seconds(rows: int) -> tuple[float, float]:
@@ -460,7 +463,7 @@ def limit(options: dict) -> Callable[[dict], dict]:
         return least([fastest(partial(product, x)) for product in head])
 
     def line(seconds: Callable[[int], tuple], wanted: list[int]) -> np.ndarray:
-        """(2, n) seconds, a library's and the least, for as many rows as is wanted each time."""
+        """(2, n) seconds for n numbers of rows: with a library's products, and the smallest."""
         near = set()
         for rows in set(wanted):
             at = min(bisect.bisect_left(ROWS, rows), len(ROWS) - 1)
@@ -507,7 +510,7 @@ def read_model(folder: str) -> tuple:
 def main() -> None:
     engine, options = sys.argv[1], json.loads(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # engines print to stdout, processes that they start do too
+    os.dup2(2, 1)  # engines and their child processes print to stdout
     answer = globals()[engine](options)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), file=replies)

@@ -1,23 +1,24 @@
-"""What do rollouts of a module in training cost, and what does following its weights cost?
+"""The speed of rollouts from a module in training, and the cost of following its weights.
 
     python benchmarks/rollouts.py                             # the bundled model
     python benchmarks/rollouts.py --model /tmp/models/d12     # a directory, era 1 or 5
     python benchmarks/rollouts.py --nanochat ~/nanochat       # its Engine, random weights
-    python benchmarks/rollouts.py --groups 1 --samples 2 --tokens 4 --turns 1  # does it run?
+    python benchmarks/rollouts.py --groups 1 --samples 2 --tokens 4 --turns 1  # only a test
 
-Each of --groups prompts has --samples answers of --tokens tokens, drawn at temperature 1. Ways:
+Each of --groups prompts has --samples answers of --tokens tokens, drawn at temperature 1. Variants:
 
-    nanochat     its Engine, one prompt after the other (with --nanochat only)
-    one by one   the Engine on the live module, one prompt and one sample in each call; four
-                 of them
-    groups       the same, all samples of a prompt in one call
-    live         the same, all prompts in one list
-    copy         the same, of an engine with copy=True
+    nanochat     nanochat's Engine, one prompt after the other (only with --nanochat)
+    one by one   this engine on the live module, one prompt and one sample per call; only four
+                 samples
+    groups       the same, with all samples of a prompt in one call
+    live         the same, with all prompts in one list
+    copy         the same, in an engine with copy=True
 
-Each way in its turn; a number is the median of --turns, in answered tokens per second. Before each
-turn a weight changes, as an optimiser would do it, so that nothing comes from a turn before. Then
-the time to look whether the weights have changed, with sequences running and with none, beside the
-time of a decode of 1 and of --samples sequences. The last line is all of it as JSON.
+The variants run in turns. A number is the median of --turns, in answered tokens per second. Before
+each turn a weight changes, as by an optimiser, so that no turn uses results of earlier ones. The
+program also measures the time of the check for changed weights, with and without running sequences,
+and the time of a decode of 1 and of --samples sequences. The last line of the output has all
+results as JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the examples are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of examples/
 sys.path.insert(0, f"{sys.path[0]}/src")
 
 import torch
@@ -44,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def theirs(checkout: Path, config, tokenizer: Path):
-    """nanochat's own module of that size with random weights, tokenizer, and Engine class."""
+    """nanochat's own module of this size with random weights, a tokenizer, and its Engine class."""
     sys.path.insert(0, str(checkout.expanduser()))
     from nanochat.engine import Engine as TheirEngine
     from nanochat.gpt import GPT, GPTConfig
@@ -68,8 +69,8 @@ def median_seconds(run, times: int) -> float:
 
 
 def watching(llm, samples: int) -> dict[str, float]:
-    """Seconds: of the two looks at the weights, and of a decode of 1 and of `samples` sequences."""
-    llm.generate(["Once"], SamplingParams(max_tokens=1))  # the weights are as they were seen
+    """Seconds of the two checks of the weights, and of a decode of 1 and of `samples` sequences."""
+    llm.generate(["Once"], SamplingParams(max_tokens=1))  # the weights have not changed
     found = {f"look {'closely' if closely else 'in a step'}": (
         median_seconds(lambda closely=closely: llm.live.snapshot.differs(closely), 50)
     ) for closely in (False, True)}  # fmt: skip
@@ -109,10 +110,10 @@ def main() -> None:
     options = {"max_tokens": args.tokens, "temperature": 1.0}
 
     def roll_out(name: str, seed: int) -> int:
-        """Answered tokens."""
+        """Run a variant; returns the number of answered tokens."""
         engine, n, asked = engines[name], args.samples, prompts
         if name == "one by one":
-            asked, n = [prompts[0]] * min(n, 4), 1  # enough for a rate
+            asked, n = [prompts[0]] * min(n, 4), 1  # enough to measure a rate
         if name in ("live", "copy"):
             groups = engine.generate_batch(prompts, num_samples=n, seed=seed, **options)[0]
         else:
@@ -127,7 +128,7 @@ def main() -> None:
     facts["nanochat"] = str(args.nanochat or "")
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     speeds = {name: [] for name in engines}
-    for turn in range(-1, args.turns):  # in the first one kernels are compiled
+    for turn in range(-1, args.turns):  # the first turn compiles kernels
         for name in engines:
             with torch.no_grad():
                 next(module.parameters()).mul_(1.0)

@@ -1,15 +1,15 @@
-"""What does sampling cost, beside the decode step that it ends?
+"""The time of sampling, compared with the matrix products of a decode step.
 
     python benchmarks/sampler.py                        # nanochat's d12: 12 layers, 768 wide
     python benchmarks/sampler.py --rows 256 --vocab 4096 --layers 6 --width 256
-    python benchmarks/sampler.py --rows 5 --vocab 99 --layers 1 --width 16 --turns 1  # does it run?
+    python benchmarks/sampler.py --rows 5 --vocab 99 --layers 1 --width 16 --turns 1  # only a test
 
-A step is its matrix products alone, in the layout that the model uses: without attention and norms,
-so that the shares are a little too high. Each is a median of --turns, in which everything has its
-turn. The logits are normal, with --spread as standard deviation: with a small one top_p keeps tens
-of thousands of tokens, with a large one a few. Then, with the bundled model's tokenizer, what a
-guide costs the host: to compile it, and for each token of a text to find which may follow and to
-mask the others. The last line is all of it as JSON.
+A step consists only of its matrix products, in the layout that the model uses. It has no attention
+and norms, so the percentages are a little too high. Each number is a median of --turns. The logits
+are normally distributed with standard deviation --spread: with a small one, top_p keeps tens of
+thousands of tokens, with a large one a few. The program also measures the time of a guide on the
+host, with the tokenizer of the bundled model: its compilation, and for each token of a text, the
+computation and application of the mask. The last line of the output has all results as JSON.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MODEL = Path(__file__).resolve().parents[1] / "models" / "oldbooks-d6"
 
 
 def products(rows: int, args: argparse.Namespace, backend):
-    """A function that does the matrix products of a step, and returns what reaches the head."""
+    """A function that computes the matrix products of a step, and returns the input of the head."""
     C, V, device, dtype = args.width, args.vocab, backend.device, backend.dtype
     layer = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))
     shapes = [*layer * args.layers, (V, C)]
@@ -77,7 +77,7 @@ def seconds(run, device: torch.device) -> float:
 
 
 def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Milliseconds of the products and of sampling with each of SETTINGS."""
+    """Milliseconds of the products, and of sampling with each of SETTINGS."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     backend = pick_backend("auto", device, dtype)
     runs = {"products": products(rows, args, backend)}
@@ -89,7 +89,7 @@ def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[s
     extension.attach(SimpleNamespace(model=model, runner=SimpleNamespace(sample=backend.sample)))
 
     def pick(plan: Plan, temperature: torch.Tensor) -> torch.Tensor:
-        """What the runner and the extension do with logits."""
+        """Process logits as the runner and the extension do."""
         batch = SimpleNamespace(temperature=temperature, uniform=uniform)
         tokens = backend.sample(logits, plan.params, temperature, uniform, model.recipe.softcap)
         extension.on_sampled(plan, batch, logits, tokens)
@@ -113,10 +113,10 @@ def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[s
 
 
 def guide_costs(num_texts: int) -> dict[str, dict[str, float]]:
-    """Of each of GUIDES: milliseconds to compile it, microseconds a token of random texts."""
+    """For each of GUIDES: milliseconds to compile it, microseconds per token of random texts."""
     found = {}
     with LLM(MODEL, num_blocks=40, device="cpu") as llm:
-        llm.check("a", SamplingParams(guide={"choices": ["a"]}))  # the vocabulary's tree
+        llm.check("a", SamplingParams(guide={"choices": ["a"]}))  # the tree of the vocabulary
         for name, guide in GUIDES.items():
             began, times = time.perf_counter(), []
             _, params = llm.check("a", SamplingParams(guide=guide))
@@ -138,7 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="64,512", help="rows to sample, with commas")
+    what = "numbers of rows to sample, separated by commas"
+    parser.add_argument("--rows", default="64,512", help=what)
     parser.add_argument("--vocab", type=int, default=65536)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
@@ -159,7 +160,7 @@ def main() -> None:
                 print(f"{rows:5d} rows  {name:10s} {ms:9.2f} ms {share}")
         guides = guide_costs(args.turns)
     for name, cost in guides.items():
-        told = f"{cost['token_us']:9.1f} us a token, {cost['compile_ms']:.1f} ms to compile"
+        told = f"{cost['token_us']:9.1f} us per token, {cost['compile_ms']:.1f} ms to compile"
         print(f"guide      {name:10s} {told}")
     print(json.dumps({**facts, "milliseconds": results, "guides": guides}))
 

@@ -1,19 +1,20 @@
-"""The engine under fire: random stories of requests, each token compared with a naive loop.
+"""A soak test of the engine: random stories of requests, each token compared with a naive loop.
 
     python benchmarks/soak.py                           # an hour
     python benchmarks/soak.py --seconds 30 --seed 7
-    python benchmarks/soak.py --seed 7 --case 123       # one story again
+    python benchmarks/soak.py --seed 7 --case 123       # repeat one story
 
-A story is a small engine (any era of nanochat, a pool as small as its longest request allows, any
-block size, token budget and policy, with and without a prefix cache and prompt lookup, in the plain
-loop and in the one that runs a step ahead) and what happens to it: requests of all kinds and
-parameters arrive, are aborted, streamed, scored, left half-way; weights change; steps fail.
-`check()` is called after each step. At its end every output is read again by the naive loop of the
-tests: each token must be what its request's parameters pick from the logits of a plain forward.
+A story has a small engine and a list of events. The engine has any era of nanochat, a pool as small
+as its longest request allows, any block size, token budget and policy, with or without prefix cache
+and prompt lookup, in the plain loop or in the loop that runs one step ahead. The events: requests
+of all kinds and parameters arrive, are aborted, streamed, scored, or abandoned; weights change;
+steps fail. `check()` is called after each step. At the end, the naive loop of the tests checks
+every output: each token must be the choice of the request's parameters from the logits of a plain
+forward pass.
 
-A token that differs where the choice hangs on a rounding of the logits is counted and not a
-failure. After a failure the story is cut down to the shortest that still fails, and printed; the
-exit status is 1. The last line is all of it as JSON.
+If a token differs because the choice depends on the rounding of logits, it is counted, and is not a
+failure. After a failure, the program finds the shortest story that still fails, prints it, and
+exits with status 1. The last line of the output has all results as JSON.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from contextlib import closing
 from copy import copy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the lab is
-sys.path.append(f"{sys.path[0]}/tests")  # where its helpers are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of lab/
+sys.path.append(f"{sys.path[0]}/tests")  # the folder of helpers/
 sys.path.insert(0, f"{sys.path[0]}/src")
 
 import numpy as np
@@ -59,18 +60,18 @@ from microvllm.loops.ahead import AheadLoop
 from microvllm.sampler import uniform_numbers
 from microvllm.trace import Replay, attach, make_trace
 
-ROUNDING = 1e-3  # by how much a logit may differ between two ways to compute it
+ROUNDING = 1e-3  # largest difference of a logit between two ways to compute it
 
 
 def fail_at_times(tokens, logits):
-    """A logits_processor that raises at places that the text decides."""
+    """A logits_processor that raises at positions that depend on the text."""
     if sum(tokens) % 11 == 0:
         raise KeyError("no rule for this")
     return logits
 
 
 def nothing_left_at_times(tokens, logits):
-    """A logits_processor that leaves no token at places that the text decides."""
+    """A logits_processor that allows no token at positions that depend on the text."""
     return logits - torch.inf if sum(tokens) % 9 == 0 else logits
 
 
@@ -85,7 +86,7 @@ EVICTIONS = blocks.least_recently_used, policies.most_recently_used, policies.fi
 
 
 def some_params(rng: random.Random, max_tokens: int, tools: bool) -> dict:
-    """Keywords of SamplingParams: most of them rarely, all of them together at times."""
+    """Keywords of SamplingParams: most of them rarely, sometimes all of them together."""
     share = rng.choice([0, 0.1, 0.3, 0.8])
 
     def rarely() -> bool:
@@ -112,14 +113,14 @@ def some_params(rng: random.Random, max_tokens: int, tools: bool) -> dict:
         "logits_processor": lambda: rng.choice(list(PROCESSORS)),
     }
     given |= {name: choice() for name, choice in choices.items() if rarely()}
-    if tools and rng.random() < 0.7:  # let it call the calculator again and again
+    if tools and rng.random() < 0.7:  # make it call the calculator repeatedly
         given["allowed_token_ids"] = [*b"12+*/", 307, 308]
         given["temperature"] = 3.0
     return given
 
 
 def make_story(seed: str) -> dict:
-    """An engine's arguments and the events of its life."""
+    """The arguments of an engine, and the events of a story."""
     rng = random.Random(seed)
     longest = rng.choice([6, 20, 60, 60, 200])  # tokens of a request, prompt and output
     batch = rng.choice([1, 2, 3, 5, 8])
@@ -140,10 +141,10 @@ def make_story(seed: str) -> dict:
         },
         "policies": [rng.choice([0, 0, 0, 1, 2, 3]) for _ in range(2)] + [rng.choice([0, 0, 1, 2])],
     }
-    if not story["overlap"]:  # drafts are for the plain loop; the rest of the story stays as it is
+    if not story["overlap"]:  # drafts need the plain loop; nothing else changes
         story["options"]["prompt_lookup"] = random.Random(f"{seed}:guess").choice([0, 1, 3, 8])
     texts = [ids(longest, rng.randrange(10_000)) for _ in range(rng.choice([1, 2, 5]))]
-    crowded = rng.choice([0.25, 0.4, 0.6])  # how many events are arrivals
+    crowded = rng.choice([0.25, 0.4, 0.6])  # the share of arrivals among the events
 
     def prompt(length: int) -> list[int]:
         length = max(1, length)
@@ -189,11 +190,11 @@ def make_story(seed: str) -> dict:
     return story
 
 
-# what a request must give -------------------------------------------------------------------------
+# the expected output of a request -----------------------------------------------------------------
 
 
 class Reference:
-    """The naive loop of the tests over an era's model, with either of two sets of weights."""
+    """The naive loop of the tests with the model of an era, and two sets of weights."""
 
     def __init__(self, era: str):
         fixture, draw = FIXTURES[era], torch.Generator().manual_seed(0)
@@ -205,11 +206,11 @@ class Reference:
         model.load_state_dict(self.weights[1])
 
     def logits(self, tokens: list[int], weights: int) -> np.ndarray:
-        """(V,) float64: what follows these tokens."""
+        """The logits (V,) float64 after these tokens."""
         return self.loops[weights].logits(tokens)
 
     def follow(self, tokens: list[int], weights: int) -> None:
-        """Let the loop know what follows every beginning of these tokens, in one forward."""
+        """Compute the logits after every prefix of these tokens in one forward pass."""
         self.loops[weights].follow(tokens)
 
     def forget(self) -> None:
@@ -218,14 +219,14 @@ class Reference:
 
 
 class Reader:
-    """Reads an output as the naive loop would have written it."""
+    """Compares an output with the naive loop."""
 
     def __init__(self, llm, reference: Reference, met: Counter):
         self.tokenizer, self.max_model_len = llm.tokenizer, llm.max_model_len
         self.reference, self.met = reference, met
 
     def params(self, given: dict) -> SamplingParams:
-        """SamplingParams as a sampler that knows no text has them."""
+        """SamplingParams for a sampler that knows no text."""
         given = dict(given)
         if name := given.get("logits_processor"):
             given["logits_processor"] = PROCESSORS[name]
@@ -238,7 +239,8 @@ class Reader:
         return SamplingParams(**given)
 
     def agree(self, token: int | None, logits, params, sample: int, history) -> dict:
-        """Assert that `token` (None: none) is the one to draw. Returns its log-probabilities."""
+        """Assert that `token` (None: no token) is the right choice. Returns its
+        log-probabilities."""
         index = params.sample_index + sample
         uniform = float(uniform_numbers([params.seed], [index], [history.position])[0])
         try:
@@ -246,10 +248,10 @@ class Reader:
         except KeyError:  # a logits_processor that fails
             edited = np.full(len(logits), np.nan)
         if not (edited > -np.inf).any():
-            assert token is None, f"{token} was drawn where nothing was left"
+            assert token is None, f"{token} was drawn although no token was allowed"
             return {}
-        assert token is not None, "nothing was drawn where something was left"
-        for turn in range(6):  # the logits as they are, then as other roundings may have them
+        assert token is not None, "no token was drawn although one was allowed"
+        for turn in range(6):  # the logits, then logits that other roundings may give
             moved = logits
             if turn:
                 draw = np.random.default_rng(turn)
@@ -270,10 +272,10 @@ class Reader:
         )
 
     def sample(self, asked: dict, params, number: int, found: dict, swaps: list) -> None:
-        """Assert that a sample is what it must be, as far as it goes.
+        """Assert that a sample is right, as far as it was generated.
 
-        asked: the request; found: the sample, or what its stream added up to; swaps: (index of the
-        first output token, weights) from which on other weights were in place.
+        asked: the request; found: the sample, or the sum of its stream; swaps: (index of an output
+        token, weights): from this token on, the engine had these weights.
         """
         prompt, given = asked["prompt"], found["token_ids"]
         stops = set(params.stop_token_ids)
@@ -293,7 +295,7 @@ class Reader:
             assert ended is None, f"{len(given) - i} tokens after its end by {ended}: {reason!r}"
             is_forced = bool(forced) and token is not None
             if is_forced:
-                assert token == forced.pop(0), "not what the calculator says"
+                assert token == forced.pop(0), "differs from the calculator"
                 self.met["forced tokens"] += 1
             else:
                 weights = [w for first, w in swaps if first <= i][-1]
@@ -321,7 +323,7 @@ class Reader:
                 forced = answer[: limit - len(tokens)]
                 self.met["tool calls"] += 1
             if i < params.min_tokens:
-                held = len(text)  # a stop string ends behind it
+                held = len(text)  # the stop string ends after it
                 continue
             places = [(text.find(s, max(0, held - len(s) + 1)), s) for s in params.stop]
             if hits := [(at, stop) for at, stop in places if at >= 0]:
@@ -330,7 +332,7 @@ class Reader:
                 self.met["stop strings"] += 1
         self.met[f"ended: {ends}"] += 1
         if ends == "abort":
-            assert ended is None, f"ended by {reason!r}, and said to be aborted"
+            assert ended is None, f"ended by {reason!r}, but reported as aborted"
             return
         assert (ends, found["stop_reason"]) == (ended, reason), (ended, reason)
         if not (ended == "stop" and isinstance(reason, str)):
@@ -353,11 +355,11 @@ class Reader:
         self.met["log-probabilities"] += 1 + len(entry["top"])
 
 
-# living it ----------------------------------------------------------------------------------------
+# running a story ----------------------------------------------------------------------------------
 
 
 class Life:
-    """A story as it happens to an engine."""
+    """A story that runs in an engine."""
 
     def __init__(self, story: dict, reference: Reference, met: Counter):
         victim, admission, eviction = story["policies"]
@@ -367,11 +369,11 @@ class Life:
             admission=ADMISSIONS[admission], eviction=EVICTIONS[eviction],
         )  # fmt: skip
         self.reader = Reader(self.llm, reference, met)
-        self.requests: dict[int, dict] = {}  # by id: what was asked
+        self.requests: dict[int, dict] = {}  # request id -> the request
         self.outputs: list[dict] = []
-        self.weights = 0  # which are in place
-        self.armed = None  # the failure that waits for its place
-        self.drawn = random.Random(story["options"]["seed"])  # seeds of those that bring none
+        self.weights = 0  # the current weights
+        self.armed = None  # the pending failure
+        self.drawn = random.Random(story["options"]["seed"])  # seeds of requests without one
         self.trace = make_trace(self.llm, None) if story["trace"] else None
         if self.trace:
             attach(self.llm, self.trace)
@@ -417,7 +419,7 @@ class Life:
         return SamplingParams(**given)
 
     def fits(self, asked: dict) -> bool:
-        """Whether the engine takes it: what is refused must be for its length."""
+        """Does the engine accept the request? It may reject one only for its length."""
         try:
             self.llm.check(asked["prompt"], self.made(asked))
         except ValueError as error:
@@ -437,7 +439,7 @@ class Life:
             self.reader.sample(asked, params, number, sample, swaps)
 
     def step(self) -> bool:
-        """Whether it went well."""
+        """Run one step; returns whether it succeeded."""
         try:
             self.outputs += self.llm.step()
         except Fault:
@@ -467,12 +469,12 @@ class Life:
         elif what == "weights":
             try:
                 llm.update_weights(self.reference.weights[args[0]])
-            except Fault:  # the step under way was lost, and nothing changed
+            except Fault:  # the step in flight was lost, and nothing changed
                 self.met["failed steps"] += 1
                 return check(llm)
             self.weights = args[0]
             check(llm)
-            for number in self.requests.keys() & llm.requests.keys():  # the unfinished
+            for number in self.requests.keys() & llm.requests.keys():  # unfinished requests
                 sequences = llm.requests[number].sequences
                 counts = {seq.index: 2**31 for seq in sequences if seq.finish_reason}
                 for seq in [*llm.scheduler.running, *llm.scheduler.waiting]:
@@ -553,10 +555,10 @@ class Life:
             self.met["scored tokens"] += len(tail)
 
     def live(self, events: list[tuple]) -> None:
-        """All of it, to the last output."""
+        """Run the whole story, to the last output."""
         llm = self.llm
         for i, event in enumerate(events):
-            if event[0] == "fail":  # from here on, until it has happened
+            if event[0] == "fail":  # from here on, until it has occurred
                 with failing(llm, event[1], event[2]) as calls:
                     self.tail(events[i + 1 :])
                 self.met["faults"] += calls[0] > event[2]
@@ -577,7 +579,7 @@ class Life:
         while not self.llm.is_finished():
             self.step()
             steps += 1
-            assert steps < 20_000, "it does not end"
+            assert steps < 20_000, "the story does not end"
         assert_idle(self.llm)
         for output in self.outputs:
             self.verify(output["request_id"], output["samples"])
@@ -586,7 +588,7 @@ class Life:
 
 
 def live(story: dict, references: dict, met: Counter) -> None:
-    """Let a story happen. Raises what it finds."""
+    """Run a story. Raises the errors that it finds."""
     era = story["era"]
     if era not in references:
         references[era] = Reference(era)
@@ -622,7 +624,7 @@ def requests_of(event: tuple) -> list[dict]:
 
 
 def smallest(story: dict, references: dict, seconds: float) -> dict:
-    """The shortest story that still fails, as far as it is found in so many seconds."""
+    """The shortest story that still fails, as far as it can be found in `seconds`."""
     until = time.perf_counter() + seconds
 
     def fails(shorter: dict) -> bool:
@@ -644,7 +646,7 @@ def smallest(story: dict, references: dict, seconds: float) -> dict:
         if size == 1 and before == len(story["events"]):
             break
         size = max(1, size // 2)
-    for i, event in enumerate(story["events"]):  # then what is in them
+    for i, event in enumerate(story["events"]):  # then the content of the events
         for way in simpler(event):
             events = [*story["events"][:i], way(story["events"][i]), *story["events"][i + 1 :]]
             if time.perf_counter() < until and fails({**story, "events": events}):
@@ -666,8 +668,8 @@ def soak(
     shrink: float = 60,
     say=print,
 ) -> dict:
-    """Stories from number `first` on, until time is over or there were so many. Returns what they
-    met; `failure` is there if one failed: seed, case, error, and the story cut down in at most
+    """Run stories from number `first` on, until the time or their number is reached. Returns
+    counts, and `failure` if one failed: seed, case, error, and the shortest failing story found in
     `shrink` seconds."""
     began, met, references = time.perf_counter(), Counter(), {}
     torch.set_num_threads(1)
@@ -703,9 +705,11 @@ def report(met: Counter, began: float, seed: int) -> dict:
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seconds", type=positive, default=3600, help="how long (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the stories (%(default)s)")
-    parser.add_argument("--case", type=int, help="one story again")
+    what = "duration (default: %(default)s)"
+    parser.add_argument("--seconds", type=positive, default=3600, help=what)
+    what = "random seed of the stories (default: %(default)s)"
+    parser.add_argument("--seed", type=int, default=0, help=what)
+    parser.add_argument("--case", type=int, help="number of a story to repeat")
     args: argparse.Namespace = parser.parse_args()
     which = {} if args.case is None else {"first": args.case, "cases": 1}
     found = soak(args.seed, args.seconds, **which, say=lambda text: print(text, flush=True))

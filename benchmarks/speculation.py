@@ -1,23 +1,25 @@
-"""What do draft models, and earlier answers to the same prompt, gain on a CPU?
+"""The gain from draft models, and from earlier answers to the same prompts, on a CPU.
 
     python benchmarks/speculation.py                                    # the bundled model
     python benchmarks/speculation.py --shape d12 --ways forced          # random weights
     python benchmarks/speculation.py --model /tmp/models/d12 --draft /tmp/models/d6
-    python benchmarks/speculation.py --shape tiny --tokens 16 --turns 1     # does it run?
+    python benchmarks/speculation.py --shape tiny --tokens 16 --turns 1     # only a test
 
-Nothing is trained. An engine with draft tokens and one without write the same texts, in turns, in
-this process; a number is the median of the turns' ratios of their tokens per second. Ways:
+Nothing is trained. An engine with draft tokens and one without generate the same texts, in turns,
+in this process. A number is the median over the turns of the ratio of their tokens per second.
+Variants:
 
-    forced      Draft tokens are the next tokens of the text, which is known, each with the
-                probability --acceptance: "free" takes no time to draft them, "paid" runs the draft
-                model --layers as well, and replaces its tokens. 0: no draft token is right.
-    cut         The draft model is the first of the model's layers (--layers).
+    forced      The texts are known. Each draft token is the right one with the probability
+                --acceptance. "free" takes no time to draft them. "paid" also runs a draft model of
+                --layers, and replaces its tokens. 0: no draft token is right.
+    cut         The draft model consists of the first layers of the model (--layers).
     quantized   The draft model is the model itself in 4 bits.
-    draft       --draft, another model of the same tokenizer.
+    draft       --draft, another model with the same tokenizer.
     answers     answer_lookup: the texts are those of the turn before.
 
-With --batch n, n texts are written at once. "right" is the share of draft tokens that were right,
-"steps" that of the steps without draft tokens. The last line is all of it as JSON.
+With --batch n, n texts are generated at once. "right" is the share of accepted draft tokens, and
+"steps" the number of steps relative to the engine without draft tokens. The last line of the output
+has all results as JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the other benchmarks are
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the folder of the benchmarks
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a clone
 
 import checkpoint
@@ -56,26 +58,26 @@ class Way(NamedTuple):
 
     name: str
     llm: LLM
-    forced: ForcedDrafts | None = None  # what has to know the texts
+    forced: ForcedDrafts | None = None  # needs to know the texts
     repeats: bool = False  # are the texts the same in each turn?
 
 
 class ForcedDrafts:
-    """Drafts of texts that are known. Each of their tokens is right with a probability.
+    """Drafts of known texts, in which each token is right with a given probability.
 
-    proposer: of the engine, which drafts as well if this has to be paid for.
+    proposer: of the engine; it also drafts, if its time is to be measured.
     """
 
     def __init__(self, proposer: DraftModel, acceptance: float, is_paid: bool):
         self.draft_really = proposer.draft
         self.acceptance = acceptance
         self.is_paid = is_paid
-        self.texts: dict[tuple[int, ...], list[int]] = {}  # by prompt
+        self.texts: dict[tuple[int, ...], list[int]] = {}  # prompt -> its text
         self.vocab_size = proposer.llm.tokenizer.num_ordinary
         self.rng = random.Random(0)
 
     def draft(self, seqs: list, length: int) -> list[list[int]]:
-        """In place of DraftModel.draft."""
+        """A replacement for DraftModel.draft."""
         if self.is_paid:
             self.draft_really(seqs, length)
         return [self.draft_text(seq, length) for seq in seqs]
@@ -94,8 +96,8 @@ class ForcedDrafts:
 
 
 def cut_layers(source: Path, layers: list[int], folder: Path) -> Path:
-    """A checkpoint with some of a model's layers, in the folder. Layers with value embeddings must
-    stay at odd places where there are such (even numbers of layers, the last one among them)."""
+    """Write a checkpoint with some layers of a model into the folder. If there are layers with
+    value embeddings, they must stay at odd places (so an even number of layers, with the last)."""
     config, recipe, weights = read_checkpoint(*find_checkpoint(source))
     kept = {}
     for name, weight in weights.items():
@@ -115,7 +117,8 @@ def cut_layers(source: Path, layers: list[int], folder: Path) -> Path:
 
 
 def open_ways(args: argparse.Namespace, model: Path, folder: Path) -> Iterator[Way]:
-    """The engines with draft tokens. model: the target's folder; folder: for checkpoints."""
+    """The engines with draft tokens. model: folder of the target model; folder: for
+    checkpoints."""
     options = engine_options(args, model)
     ways = args.ways.split(",")
     if {"forced", "cut"} & {*ways}:
@@ -152,7 +155,7 @@ def make_model(shape: str, folder: Path) -> Path:
 
 
 def engine_options(args: argparse.Namespace, model: Path) -> dict:
-    """What all engines have in common."""
+    """Arguments of all engines."""
     near = model if (model / "tokenizer.pkl").exists() else model.parent / "tokenizer"
     return {
         "tokenizer_path": near,
@@ -165,7 +168,7 @@ def engine_options(args: argparse.Namespace, model: Path) -> dict:
 
 
 def write(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> tuple[float, list]:
-    """Seconds to write the texts, and their tokens."""
+    """(seconds to generate the texts, their tokens)."""
     params = SamplingParams(
         temperature=args.temperature, seed=1, max_tokens=args.tokens, ignore_eos=True
     )
@@ -176,11 +179,11 @@ def write(llm: LLM, prompts: list[list[int]], args: argparse.Namespace) -> tuple
 
 
 def compare(plain: LLM, way: Way, args: argparse.Namespace) -> dict[str, float]:
-    """What a way gains, in turns with the plain engine."""
+    """The gain of a variant, in turns with the plain engine."""
     rng = random.Random(1)
     ratios = []
     right = guessed = steps = plain_steps = same = 0
-    for turn in range(-1, args.turns):  # in the first one kernels are loaded, and times measured
+    for turn in range(-1, args.turns):  # in the first turn, kernels are loaded and times measured
         if turn < 0 or not way.repeats:
             prompts = [
                 [rng.randrange(plain.tokenizer.num_ordinary) for _ in range(NUM_PROMPT)]
@@ -227,15 +230,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
     parser.add_argument("--ways", default="forced,cut,quantized,answers")
-    parser.add_argument("--acceptance", default="0,0.5,0.7,0.9", help="of forced drafts")
-    parser.add_argument("--layers", type=int, default=2, help="of the draft model that is cut")
-    parser.add_argument("--draft", help="a model, for the way draft")
-    parser.add_argument("--quantization", help="of the target, and of drafts that are cut")
+    what = "acceptance probabilities of forced drafts"
+    parser.add_argument("--acceptance", default="0,0.5,0.7,0.9", help=what)
+    what = "number of layers of the cut draft model"
+    parser.add_argument("--layers", type=int, default=2, help=what)
+    parser.add_argument("--draft", help="a draft model, for the variant `draft`")
+    parser.add_argument("--quantization", help="format of the target and of cut draft models")
     parser.add_argument("--batch", type=int, default=1, help="texts at once")
-    parser.add_argument("--tokens", type=int, default=128, help="of each text")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens for each text")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of all engines")
+    parser.add_argument("--threads", type=int, help="number of threads of all engines")
     args = parser.parse_args()
     if args.draft and "draft" not in args.ways.split(","):
         args.ways += ",draft"

@@ -1,13 +1,13 @@
-"""What does a trace cost?
+"""The cost of a trace.
 
     python benchmarks/trace.py                      # 512 instructions x 64 tokens, on and off
-    python benchmarks/trace.py --baseline ../other  # off, against another checkout of the project
+    python benchmarks/trace.py --baseline ../other  # also compare with another checkout, no trace
 
-Each turn runs the same prompts with a trace to a file, without one, and, where there is a baseline,
-through that checkout's engine, in another order every turn. One process has it all (the baseline is
-loaded beside the engine), so that a machine whose speed drifts treats all alike. The ratios are
-medians over the turns of a turn's ratio: of the time on the clock, and of the processor's, which
-does not count what other programs take. The last line is all of it as JSON.
+Each turn runs the same prompts with a trace to a file, without a trace, and, with --baseline, in
+the engine of that checkout, in an order that changes every turn. Everything runs in one process, so
+that changes of the machine's speed affect all. A ratio is the median of the ratios of the turns. It
+is printed for wall time and for processor time, which excludes the time of other programs. The last
+line of the output has all results as JSON.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-LOADED: dict[Path, dict] = {}  # by the folder that has it, the modules of a checkout's package
+LOADED: dict[Path, dict] = {}  # folder of a checkout -> the modules of its package
 
 
 def use(root: Path):
-    """Make a checkout's package the one that `import` finds, whatever it imports late included (a
-    numba cache is loaded by the names of its modules); another one's modules are put aside."""
+    """Make `import` find the package of a checkout, also for late imports (a numba cache is loaded
+    by the names of its modules). The modules of another checkout are put aside."""
     names = [name for name in sys.modules if name.split(".")[0] == "microvllm"]
     if aside := {name: sys.modules.pop(name) for name in names}:
         LOADED[Path(aside["microvllm"].__file__).parents[1]] = aside
@@ -46,7 +46,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num-prompts", type=int, default=512, help="%(default)s")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of each prompt (%(default)s)")
+    what = "new tokens for each prompt (default: %(default)s)"
+    parser.add_argument("--max-tokens", type=int, default=64, help=what)
     parser.add_argument("--turns", type=int, default=5, help="%(default)s")
     parser.add_argument("--baseline", type=Path, help="another checkout of the project")
     args = parser.parse_args()
@@ -60,7 +61,7 @@ def main() -> None:
             temperature=0.7, max_tokens=args.max_tokens, ignore_eos=True, seed=1
         )
         engines[side] = root, llm, params
-    bench = importlib.import_module("microvllm.cli.bench")  # of this checkout, the last one loaded
+    bench = importlib.import_module("microvllm.cli.bench")  # of the checkout loaded last: this
     prompts = [
         llm.tokenizer.render_for_completion([{"role": "user", "content": prompt}])
         for prompt in bench.read_prompts(bench.BUNDLED)[: args.num_prompts]

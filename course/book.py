@@ -1,8 +1,8 @@
-"""`python course/book.py`: make course/book.html, one static page of all steps, to read or print.
+"""Make course/book.html, one static page of all steps to read or print: `python course/book.py`.
 
-It takes the pages of this folder, NN-name.md, in their order. It needs no package and no network,
-and neither does the book. Of Markdown it knows what the pages use: headings, paragraphs, lists,
-tables, fenced code, quotations, links, emphasis and code. A raw HTML tag is shown as it is written.
+The input is the pages of this folder, NN-name.md, in order. Neither this program nor the book needs
+packages or the network. It supports the Markdown that the pages use: headings, paragraphs, lists,
+tables, fenced code, quotations, links, emphasis and code. Raw HTML tags are shown as text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def chapter(name: str) -> str:
 
 
 def inline(text: str) -> str:
-    """Code, links and emphasis in a line of text; all else as it is."""
+    """Convert code, links and emphasis in a line of text; escape the rest."""
     kept: list[str] = []
 
     def keep(made: str) -> str:
@@ -77,7 +77,7 @@ def inline(text: str) -> str:
 
 
 def render(lines: list[str]) -> list[str]:
-    """Lines of Markdown as lines of HTML."""
+    """Convert lines of Markdown to lines of HTML."""
     out: list[str] = []
     i = 0
     while i < len(lines):
@@ -127,7 +127,7 @@ def render(lines: list[str]) -> list[str]:
 
 
 def table(rows: list[str]) -> list[str]:
-    """A table whose second row, as far as there is one, parts its head from its body."""
+    """Convert a table. If its second row is a rule, the first row is the head."""
     cells = [re.split(r"(?<!\\)\|", row.strip().strip("|")) for row in rows]
     rule = len(rows) > 1 and re.fullmatch(r"[\s|:-]+", rows[1])
     out = ["<table>"]
@@ -142,7 +142,7 @@ def table(rows: list[str]) -> list[str]:
 
 
 def items(lines: list[str]) -> list[str]:
-    """A list; what is indented belongs to the item before it."""
+    """Convert a list. Indented lines belong to the item before them."""
     first = LIST.match(lines[0])
     tag, depth = ("ol" if first[2] else "ul"), len(first[1])
     out, found = [f"<{tag}>"], []
@@ -161,8 +161,8 @@ def items(lines: list[str]) -> list[str]:
 
 
 def make(folder: Path = HERE) -> str:
-    """The book of a folder's pages. Raises ValueError, with the page's name, for one without a
-    title or with a link that leads nowhere, and where there is no page."""
+    """The book of a folder's pages. Raises ValueError, with the name of the page, for a page
+    without a title or with a broken link, and if there is no page."""
     names, chapters = [], []
     for path in sorted(folder.glob("[0-9][0-9]-*.md")):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -175,7 +175,7 @@ def make(folder: Path = HERE) -> str:
         names.append((chapter(path.name), inline(lines[0][2:])))
         chapters += [f'<section id="{names[-1][0]}">', *body, "</section>"]
     if not names:
-        raise ValueError(f"{folder} has no page: their names are such as 01-naive.md")
+        raise ValueError(f"{folder} has no pages: name them like 01-naive.md")
     title = "From a naive loop to an engine"
     return "\n".join(
         [

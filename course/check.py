@@ -1,7 +1,7 @@
-"""What is wrong with an exercise? Each check gets the reader's functions. It returns None if the
-exercise is solved.
+"""Checks of the exercises. Each check receives the module with the reader's functions. It returns
+None if the exercise is solved, else a message about the mistake.
 
-`verdict(number, work)` is what `microvllm learn N --check` calls.
+`microvllm learn N --check` calls `verdict(number, work)`.
 """
 
 import random
@@ -17,7 +17,7 @@ def rows_recomputed(work):
             rows, length = rows + length, length + 1
         answer = work.rows_recomputed(prompt, new)
         if answer != rows:
-            return f"{prompt} tokens and {new} more take {rows} rows, not {answer}"
+            return f"{prompt} prompt tokens, {new} new: expected {rows} rows, got {answer}"
     return None
 
 
@@ -27,12 +27,12 @@ def kv_bytes(work):
         wanted = 2 * torch.empty((layers, tokens, heads, dim), device="meta").numel() * size
         answer = work.kv_bytes(*shape)
         if answer != wanted:
-            return f"kv_bytes{shape} is {wanted}, not {answer}"
+            return f"kv_bytes{shape}: expected {wanted}, got {answer}"
     return None
 
 
 def idle(lengths, groups):
-    """Rows that are computed without use."""
+    """The number of idle rows."""
     total = 0
     for group in groups:
         prompts, news = zip(*[lengths[i] for i in group], strict=True)
@@ -46,14 +46,16 @@ def batches(work):
     lengths = [(rng.randint(5, 20), rng.choice((4, 8, 60, 64))) for _ in range(24)]
     groups = [list(group) for group in work.batches(list(lengths), 4)]
     if sorted(i for group in groups for i in group) != list(range(24)):
-        return "each request must be in one batch"
+        return "each request must be in exactly one batch"
     if not all(1 <= len(group) <= 4 for group in groups):
-        return "a batch has 1 to 4 requests"
+        return "a batch must have 1 to 4 requests"
     if len(groups) > 6:
-        return f"six batches are enough, not {len(groups)}: a batch of one makes no use of a call"
+        return f"expected at most 6 batches, got {len(groups)}: fill the batches"
     before = idle(lengths, [range(i, i + 4) for i in range(0, 24, 4)])
     after = idle(lengths, groups)
-    return f"{after} rows are idle, and {before // 2} would do" if after > before // 2 else None
+    if after > before // 2:
+        return f"expected at most {before // 2} idle rows, got {after}"
+    return None
 
 
 def calls_needed(work):
@@ -66,7 +68,7 @@ def calls_needed(work):
             calls += 1
         answer = work.calls_needed(list(answers), slots)
         if answer != calls:
-            return f"{answers} in {slots} slots take {calls} calls, not {answer}"
+            return f"{answers} in {slots} slots: expected {calls} calls, got {answer}"
     return None
 
 
@@ -76,9 +78,9 @@ def gather(work):
         wanted = torch.stack([memory[table[i // 4], i % 4] for i in range(length)])
         answer = work.gather(memory, list(table), length)
         if not isinstance(answer, torch.Tensor) or answer.shape != wanted.shape:
-            return f"table {table}, {length} tokens: a tensor of shape {tuple(wanted.shape)} wanted"
+            return f"table {table}, {length} tokens: expected a tensor {tuple(wanted.shape)}"
         if not answer.equal(wanted):
-            return f"table {table}, {length} tokens: these are not the text's rows"
+            return f"table {table}, {length} tokens: these are not the rows of the text"
     return None
 
 
@@ -87,27 +89,28 @@ def write(work):
         ref_count, free, table = [0, count, 1, 1, 0], [0, 4], [2, 1]
         answer = work.write(ref_count, free, table, 1)
         if (tuple(answer) if answer else None) != wanted:
-            return f"a block in {count} tables: the copy is {wanted}, not {answer}"
+            return f"a block in {count} tables: expected {wanted}, got {answer}"
         right = (
             ([2, 4], [0, count - 1, 1, 1, 1], [0]) if wanted else ([2, 1], [0, 1, 1, 1, 0], [0, 4])
         )
         if (table, ref_count, free) != right:
-            return f"a block in {count} tables: then table, ref_count, free are {right}"
+            got = table, ref_count, free
+            return f"a block in {count} tables: expected table, ref_count, free {right}, got {got}"
     return None
 
 
 def hashes(work):
     a, b = list(range(12)), [9, *range(1, 12)]
     if [len(work.hashes(a[:n], 4)) for n in (0, 3, 4, 11, 12)] != [0, 0, 1, 2, 3]:
-        return "each full block has a hash, and no other"
+        return "each full block must have a hash, and no other block"
     if list(work.hashes(a, 4)) != list(work.hashes(list(a), 4)):
-        return "equal texts have equal hashes"
+        return "equal texts must have equal hashes"
     if list(work.hashes(a + [1], 4)) != list(work.hashes(a, 4)):
-        return "what follows a block does not change its hash"
+        return "tokens after a block must not change its hash"
     if set(work.hashes(a, 4)) & set(work.hashes(b, 4)):
-        return "two texts that differ in their first token share a hash: their K and V differ"
+        return "two texts that differ in their first token share a hash, but their K and V differ"
     if len(set(work.hashes([1] * 12, 4))) != 3:
-        return "equal blocks at other places of a text have other K and V"
+        return "equal blocks at different positions share a hash, but their K and V differ"
     return None
 
 
@@ -120,7 +123,7 @@ def victim(work):
     ]:
         answer = work.victim(list(running))
         if answer != wanted:
-            return f"of {running}, number {wanted} is the one to preempt, not {answer}"
+            return f"{running}: expected index {wanted}, got {answer}"
     return None
 
 
@@ -134,7 +137,7 @@ def shares(work):
     ]:
         answer = list(work.shares(list(needs), budget))
         if answer != wanted:
-            return f"needs {needs}, budget {budget}: {wanted}, not {answer}"
+            return f"needs {needs}, budget {budget}: expected {wanted}, got {answer}"
     return None
 
 
@@ -154,8 +157,8 @@ def blocks_at_end(work):
             scheduler.update(plan, [turn := turn + 1 for _ in plan.draws])
         answer = work.blocks_at_end(prompt, new, n, size)
         if answer != num_held:
-            case = f"{n} samples of {prompt} and {new} tokens, blocks of {size}"
-            return f"{case}: the engine holds {num_held}, not {answer}"
+            case = f"{n} samples, prompt {prompt}, new {new}, block size {size}"
+            return f"{case}: expected {num_held}, got {answer}"
     return None
 
 
@@ -164,10 +167,10 @@ CHECKS = [rows_recomputed, kv_bytes, batches, calls_needed, gather, write, hashe
 
 
 def verdict(number, work):
-    """What is wrong with exercise `number` in the module `work`, None if it is solved."""
+    """The mistake in exercise `number` of the module `work`; None if it is solved."""
     try:
         return CHECKS[number - 1](work)
     except NotImplementedError:
-        return "it is not written yet"
+        return "you haven't implemented this yet"
     except Exception as error:  # the reader's own code may raise anything
         return f"it raised {type(error).__name__}: {error}"

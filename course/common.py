@@ -1,22 +1,22 @@
-"""What all ten steps share and a reader should know: how the model is called, and attention.
+"""Code that all ten steps share: how to call the model, and attention.
 
-A step has a function `serve(model, requests, meter)` that answers requests. It calls the model, as
+A step has a function `serve(model, requests, meter)` that answers requests. It calls the model:
 
     logits = model(chunks, attend)      chunks: [(tokens, start, stop), ...]
 
-which computes the tokens [start, stop) of each text, all of them as rows of one matrix. T rows,
-C channels, D = head_dim, H query heads, Hkv key and value heads, B chunks, V words. Attention is
-the one part in which a row needs other rows. So the model asks the step for it:
+This computes the tokens [start, stop) of each text, all as rows of one matrix. T rows, C channels,
+D = head_dim, H query heads, Hkv key and value heads, B chunks, V tokens in the vocabulary.
+Attention is the only part where a row needs other rows. The model calls the step's function for it:
 
     attend(layer, q, k, v) -> (T, H, D)         q (T, H, D); k, v (T, Hkv, D), of these rows
 
-Where the K and V of earlier tokens are kept is the step's business. It is what the course is about.
+The step decides where to keep the K and V of earlier tokens. The course is about this decision.
 
-A request has a `prompt` of token ids, and wants `n` samples of at most `max_tokens` new tokens.
-`request.is_done(tokens)` says whether a text has ended. `meter` only counts: `meter.step` each call
-of the model, `meter.token` each new token.
+A request has a `prompt` of token ids, and needs `n` samples of at most `max_tokens` new tokens.
+`request.is_done(tokens)` tells whether a text has ended. `meter` only counts: `meter.step` each
+call of the model, `meter.token` each new token.
 
-Three files need no reading: transformer.py (the model), prompts.py (the requests), and
+You need not read three files: transformer.py (the model), prompts.py (the requests), and
 figures.py (counts, seconds, and the table that a step prints).
 """
 
@@ -26,26 +26,26 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from figures import Meter, PoolFull, compare, counts, run  # noqa: F401, the steps find them here
+from figures import Meter, PoolFull, compare, counts, run  # noqa: F401, for the steps
 from prompts import ask, long_prompt, questions, samples, shared_beginning  # noqa: F401
 from transformer import HEAD_DIM, KV_HEADS, LAYERS, MODEL_DIR, Model  # noqa: F401
 
-MEMORY = 512  # tokens whose K and V fit into memory, from step 4 on
-# the reader's functions of exercises 8 and 9, which `microvllm learn N --mine` puts here
+MEMORY = 512  # from step 4 on, the number of tokens whose K and V fit into memory
+# the reader's functions for exercises 8 and 9; `microvllm learn N --mine` sets them
 mine = SimpleNamespace(victim=None, shares=None)
 
 
 def attention(q, k, v, start):
     """Rows of one text: q (T, H, D) are the positions from `start` on, and k, v (L, Hkv, D) are
-    positions 0 to L - 1. A row sees the keys at and before its own position."""
+    positions 0 to L - 1. A row attends to the keys at and before its own position."""
     mask = torch.arange(len(k)) <= torch.arange(start, start + len(q))[:, None]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
 
 
 def pick(logits, request, sample, position):
-    """The next token of a sample. Sample 0 takes the likeliest; others draw one with random numbers
-    that follow from request, sample and position alone. So all steps of the course draw alike."""
+    """The next token of a sample. Sample 0 takes the most likely one; others draw one. The random
+    numbers depend only on request, sample and position, so all steps draw the same tokens."""
     if sample == 0:
         return int(logits.argmax())
     generator = torch.Generator().manual_seed(1000 * (1000 * request.id + sample) + position)
@@ -54,21 +54,21 @@ def pick(logits, request, sample, position):
     return int((logits - exponential.log()).argmax())
 
 
-# what step 5 spells out, for the steps after it ---------------------------------------------------
+# code of step 5, for the steps after it -----------------------------------------------------------
 
 BLOCK = 16  # tokens in a block
 
 
 class Sequence:
-    """One sample of a request: its tokens, and the blocks in which their K and V lie."""
+    """One sample of a request: its tokens, and the blocks with their K and V."""
 
     def __init__(self, request, sample=0):
         self.request, self.sample, self.tokens = request, sample, list(request.prompt)
         self.table, self.num_computed = [], 0
-        self.num_forks = request.n - 1  # samples still to be made, once the prompt is computed
+        self.num_forks = request.n - 1  # samples to fork once the prompt is computed
 
     def slots(self, stop):
-        """Where the tokens before `stop` lie in the memory."""
+        """The slots in the memory of the tokens before `stop`."""
         return torch.tensor([self.table[i // BLOCK] * BLOCK + i % BLOCK for i in range(stop)])
 
 
@@ -96,12 +96,12 @@ class Memory:
 
 
 def call(model, memory, chunks, running, meter):
-    """Compute the rows [start, stop) of each text: gives the logits of each text's last row."""
+    """Compute the rows [start, stop) of each text. Returns the logits of each text's last row."""
     rows = [(seq.tokens, start, stop) for seq, start, stop in chunks]
     logits = model(rows, partial(memory.attend, chunks))
     for seq, _, stop in chunks:
         seq.num_computed = stop
-    filled = {}  # a block that several texts have counts once
+    filled = {}  # a shared block counts once
     for seq in running:
         for i, block in enumerate(seq.table):
             filled[block] = max(filled.get(block, 0), min(BLOCK, seq.num_computed - i * BLOCK))
@@ -115,12 +115,12 @@ def call(model, memory, chunks, running, meter):
 
 
 def choose_victim(pool, running):
-    """The place in `running` of the sequence to preempt: of the youngest, or of the reader's."""
+    """The index in `running` of the sequence to preempt: the youngest, or the reader's choice."""
     if mine.victim is None:
         return len(running) - 1
     needs = []
     for seq in running:
-        num_found = 0  # leading blocks that are found again by their hashes
+        num_found = 0  # leading blocks that can be found again by their hashes
         while num_found < len(seq.table) and seq.table[num_found] in pool.hash_of:
             num_found += 1
         num_freed = sum(pool.ref_count[block] == 1 for block in seq.table)
@@ -130,8 +130,8 @@ def choose_victim(pool, running):
 
 
 def divide(running, budget):
-    """[(sequence, its rows of this call), ...]: first all that the oldest needs, or as the reader's
-    function shares the budget."""
+    """[(sequence, its rows in this call), ...]. The oldest gets all rows it needs first, unless
+    the reader's function divides the budget."""
     needs = [len(seq.tokens) - seq.num_computed for seq in running]
     if mine.shares is not None:
         given = mine.shares(list(needs), budget)

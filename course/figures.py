@@ -1,4 +1,4 @@
-"""How a run is measured, compared with the run of the step before, and printed."""
+"""Measure a run, compare it with the run of the step before, and print a table."""
 
 import importlib
 import time
@@ -6,7 +6,7 @@ from collections import Counter
 
 from transformer import TOKEN_BYTES, Model
 
-TIMES = ("first token after, mean, ms", "longest wait for a next token, ms", "tokens per second")
+TIMES = ("mean time to first token, ms", "longest time between tokens, ms", "tokens per second")
 
 
 class PoolFull(Exception):
@@ -14,7 +14,7 @@ class PoolFull(Exception):
 
 
 class Meter:
-    """What a run did and took: counts, which are the same on every machine, and seconds."""
+    """The results of a run: counts, which are the same on every machine, and seconds."""
 
     def __init__(self):
         self.counts, self.waste, self.times, self.rows = Counter(), [], {}, {}
@@ -22,62 +22,62 @@ class Meter:
         self.start = time.perf_counter()
 
     def step(self, rows, idle=0, running=1, reserved=0, used=0):
-        """A call of the model: of so many rows, `idle` of them without use, for `running` texts,
-        with memory reserved for the K and V of so many tokens, and used for so many."""
+        """Count a call of the model. rows: its rows; idle: rows of them without use; running: texts
+        in progress; reserved: tokens with reserved memory; used: tokens with K and V."""
         counts = self.counts
         counts["calls of the model"] += 1
         counts["rows computed"] += rows
         counts["idle rows"] += idle
         for name, value in (
             ("rows of the largest call", rows),
-            ("texts at once, at most", running),
-            ("KV bytes reserved, at most", reserved * TOKEN_BYTES),
+            ("peak texts at once", running),
+            ("peak KV bytes reserved", reserved * TOKEN_BYTES),
         ):
             counts[name] = max(counts[name], value)
         self.waste += [1 - used / reserved] if reserved else []
 
     def token(self, request, sample, tokens):
-        """The text of a sample has one token more."""
+        """Count a new token of a sample; tokens: its whole text."""
         key = request.id, sample
         self.times.setdefault(key, []).append(time.perf_counter() - self.start)
         self.outputs[key] = tokens[len(request.prompt) :]
-        self.counts["tokens made"] += 1
-        # how much was computed since its token before: the work for others should not delay it
-        name, rows = "rows between two tokens, at most", self.counts["rows computed"]
+        self.counts["tokens generated"] += 1
+        # rows computed since its last token: work for other texts should not delay a text
+        name, rows = "most rows between two tokens", self.counts["rows computed"]
         waited = rows - self.rows.get(key, rows)
         self.counts[name], self.rows[key] = max(self.counts[name], waited), rows
 
     def table(self):
-        """name -> number, in the order in which they are printed."""
+        """name -> number, in the order of printing."""
         seconds = max(max(times) for times in self.times.values())
         firsts = [times[0] for times in self.times.values()]
         gaps = [b - a for t in self.times.values() for a, b in zip(t, t[1:], strict=False)]
         found = dict(self.counts)
         if self.waste:
-            found["KV wasted, mean of all calls, %"] = 100 * sum(self.waste) / len(self.waste)
+            found["mean KV waste, %"] = 100 * sum(self.waste) / len(self.waste)
         mean, wait = sum(firsts) / len(firsts), max(gaps, default=0)
-        times = 1000 * mean, 1000 * wait, self.counts["tokens made"] / seconds
+        times = 1000 * mean, 1000 * wait, self.counts["tokens generated"] / seconds
         return found | dict(zip(TIMES, times, strict=True))
 
 
 def run(serve, model, requests, **limits):
-    """Serve the requests and give the meter."""
+    """Serve the requests and return the meter."""
     meter = Meter()
     serve(model, requests, meter, **limits)
     return meter
 
 
 def compare(serve, before, requests, problem, model=None, memory=None):
-    """Run the step before and this one on the same requests, see that the tokens are equal, and
-    print the problem and the table.
+    """Run the step before and this step on the same requests, check that the tokens are equal, and
+    print the problem and a table.
 
-    before: the file of the step before, None for the first; requests: a function that makes them
-    for a model; problem: a sentence with figures of the step before in it; memory: tokens, in
-    which the step before may stop. Then it is run once more, in four times as many.
+    before: file name of the step before, None for the first step; requests: a function that makes
+    the requests for a model; problem: a sentence with placeholders for counts of the step before;
+    memory: size in tokens. If the step before stops in it, it runs again in four times as much.
     """
     model = model or Model()
     requests = requests(model)
-    model([(requests[0].prompt, 0, 1)], lambda layer, q, k, v: q)  # torch prepares itself
+    model([(requests[0].prompt, 0, 1)], lambda layer, q, k, v: q)  # warm up torch
     limits = {"memory": memory} if memory else {}
     old, stopped = None, ""
     if before:
@@ -92,7 +92,7 @@ def compare(serve, before, requests, problem, model=None, memory=None):
     numbers = {name: f"{value:,.0f}" for name, value in (old or new).table().items()}
     print("The problem:", problem.format_map(numbers | {"stopped": stopped}), end="\n\n")
     if stopped:
-        print(f"So the step before is shown in a memory of {4 * memory:,} tokens.\n")
+        print(f"The table shows the step before in a memory of {4 * memory:,} tokens.\n")
     print(f"{'':36}{'step before' if old else '':>14}{'this step':>14}{'ratio' if old else '':>9}")
     for name, a, b in rows(old, new):
         ratio = f"{b / a:9.2f}" if a else ""
@@ -104,7 +104,7 @@ def compare(serve, before, requests, problem, model=None, memory=None):
 
 
 def rows(old, new):
-    """(name, of the step before, of this one) for each line of the table."""
+    """(name, value of the step before, value of this step) for each line of the table."""
     before, after = old.table() if old else {}, new.table()
     names = sorted(before | after, key=lambda name: (name in TIMES, [*after, *before].index(name)))
     table = [(name, before.get(name, 0), after.get(name, 0)) for name in names]
@@ -112,7 +112,7 @@ def rows(old, new):
 
 
 def counts(old, new):
-    """The lines of the table that are the same on every machine, as a page has them."""
+    """The lines of the table that are the same on every machine, in the format of a page."""
     found = [(name, a, b) for name, a, b in rows(old, new) if name not in TIMES]
     if old:
         return [f"| {name} | {a:,.0f} | {b:,.0f} |" for name, a, b in found]

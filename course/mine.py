@@ -1,9 +1,9 @@
-"""A step with the reader's own function in it: `microvllm learn N --mine` runs this file.
+"""Run a step with the reader's function: `microvllm learn N --mine` runs this file.
 
     python course/mine.py 8 my-course/exercises.py
 
-The function of the exercise takes the place of the step's own. The step then says whether the
-tokens are still those of the step before, and what changed in its counts.
+The reader's function of the exercise replaces the step's own. The step checks that the tokens are
+still those of the step before, and prints its counts.
 """
 
 import importlib
@@ -21,7 +21,7 @@ STEPS = {  # number of the step: its file, the function of its exercise
 
 
 def grow_with(write):
-    """`Pool.grow` of step 6 with the reader's copy-on-write in it."""
+    """`Pool.grow` of step 6 with the reader's copy-on-write."""
 
     def grow(pool, seq):
         table, first = seq.table, seq.num_computed // common.BLOCK
@@ -36,8 +36,8 @@ def grow_with(write):
 
 
 def run(number, exercises, **options):
-    """Run a step with a function of the reader's exercises, a module. Gives what the step gives.
-    Raises ValueError, with the remedy, if the function is not written or does not work."""
+    """Run a step with a function of `exercises`, the reader's module. Returns the step's result.
+    Raises ValueError, with the remedy, if the function is missing or does not work."""
     file, name = STEPS[number]
     step, function = importlib.import_module(file), getattr(exercises, name)
     if name == "write":
@@ -49,7 +49,8 @@ def run(number, exercises, **options):
     try:
         return step.main(**options)
     except NotImplementedError:
-        raise ValueError(f"`{name}` is not written yet: write it, then run this again") from None
+        missing = f"you haven't implemented `{name}` yet"
+        raise ValueError(f"{missing}: write it, then run this again") from None
     except AssertionError as error:
         raise ValueError(f"with your `{name}` {error}") from None
     except Exception as error:  # the reader's own code may raise anything
@@ -60,7 +61,7 @@ def run(number, exercises, **options):
 
 def main(number, path):
     name = STEPS[number][1]
-    print(f"Step {number} with your `{name}` of {path} in it.\n", flush=True)
+    print(f"Step {number} with your `{name}` from {path}.\n", flush=True)
     run(number, load(Path(path)))
 
 

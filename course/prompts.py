@@ -7,7 +7,7 @@ from transformer import CONTEXT
 
 @dataclass
 class Request:
-    """A prompt, the most new tokens it may get, and how many samples of it are wanted."""
+    """A prompt, the largest number of new tokens, and the number of samples."""
 
     id: int
     prompt: list[int]
@@ -20,14 +20,14 @@ class Request:
         return len(self.prompt) + self.max_tokens
 
     def is_done(self, tokens):
-        """Has the text ended, by itself or at its limit?"""
+        """Has the text ended, by a stop token or at its limit?"""
         return len(tokens) >= self.max_length or (
             len(tokens) > len(self.prompt) and tokens[-1] in self.stop
         )
 
 
 def ask(model, questions, n=1, before=""):
-    """Requests of (question, max_tokens) pairs, in the form in which the model knows a chat."""
+    """Requests from (question, max_tokens) pairs, rendered as chat prompts."""
     requests = []
     for i, (question, max_tokens) in enumerate(questions):
         turn = {"role": "user", "content": before + question}
@@ -64,17 +64,17 @@ def questions(model):
 
 
 def samples(model):
-    """Four questions behind one text, and four answers to each."""
+    """Four questions after a common text, and four answers to each."""
     return ask(model, QUESTIONS[3:5] + QUESTIONS[7:9], n=4, before=TASK)
 
 
 def shared_beginning(model):
-    """Twelve questions behind one text."""
+    """Twelve questions after a common text."""
     return ask(model, QUESTIONS, before=TASK)
 
 
 def long_prompt(model):
-    """Four questions, and one that comes with a long text."""
+    """Four questions, and one with a long text."""
     requests = ask(model, QUESTIONS[:4])
     (late,) = ask(model, [("What is 7+8?", 8)], before=4 * TASK)
     late.id = len(requests)

@@ -1,7 +1,7 @@
-"""Step 1: a token at a time, and all of it computed again. The page: 01-naive.md.
+"""Step 1: one token at a time, everything recomputed. The page: 01-naive.md.
 
-A language model gives, for a text, one number for each word that may come next: the logits. To
-write a text is to call it, to take a word, to put the word at the end, and to call it again.
+For a text, a language model returns the logits: one number for each token that may come next. To
+generate text, call the model, choose a token, append it, and call the model again.
 """
 
 import common
@@ -20,12 +20,12 @@ def serve(model, requests, meter):
 
 
 def attend(layer, q, k, v):
-    """All tokens of the text are rows, so all keys are here."""
+    """All tokens of the text are rows, so k and v are complete."""
     return common.attention(q, k, v, start=0)
 
 
 def main(**options):
-    problem = "to write {tokens made} tokens, this loop computes {rows computed} rows."
+    problem = "to generate {tokens generated} tokens, this loop computes {rows computed} rows."
     return common.compare(serve, None, common.questions, problem, **options)
 
 

@@ -1,7 +1,7 @@
 """Step 4: continuous batching: the batch changes at every call. The page: 04-continuous.md.
 
-A text leaves the batch in the call after which it has ended, and a waiting one takes its place.
-The rows need no rectangle: only attention asks which text a row is of.
+A text leaves the batch as soon as it has ended, and a waiting text takes its place. The rows need
+no rectangle: only attention needs to know which text a row belongs to.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from common import PoolFull
 
 
 class Sequence:
-    """One sample of a request: its tokens, and a cache as long as it may become."""
+    """One sample of a request: its tokens, and a cache for its largest possible length."""
 
     def __init__(self, request, sample):
         self.request, self.sample, self.tokens = request, sample, list(request.prompt)
@@ -26,7 +26,7 @@ class Sequence:
 
 
 def attend_chunks(chunks, layer, q, k, v):
-    """The rows [start, stop) of each text: keep their K and V, then look at all of that text."""
+    """Store K and V of the rows [start, stop) of each text, then attend to all rows of the text."""
     out, row = torch.empty_like(q), 0
     for seq, start, stop in chunks:
         rows = slice(row, row := row + stop - start)
@@ -37,11 +37,11 @@ def attend_chunks(chunks, layer, q, k, v):
 
 
 def serve(model, requests, meter, memory=common.MEMORY):
-    """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
+    """Answer all requests in one loop; memory: number of tokens whose K and V fit."""
     waiting, running, reserved = deque(), [], 0
     waiting += [Sequence(request, i) for request in requests for i in range(request.n)]
     while waiting or running:
-        # the new ones: all whose longest possible text fits into what is left of the memory
+        # new texts: start them while their largest possible length fits into the free memory
         new = []
         while waiting and reserved + waiting[0].length <= memory:
             seq = waiting.popleft()
@@ -49,7 +49,7 @@ def serve(model, requests, meter, memory=common.MEMORY):
             reserved += seq.length
             new.append(seq)
             running.append(seq)
-        # a call for the prompts of the new ones, else one for the next token of all
+        # one call for the prompts of the new texts; if there are none, for the next token of all
         chunks = [(seq, seq.num_computed, len(seq.tokens)) for seq in new or running]
         if not chunks:
             raise PoolFull(f"request {waiting[0].request.id} needs more than the whole memory")

@@ -1,7 +1,7 @@
 """Step 5: blocks of memory, and a block table for each text. The page: 05-blocks.md.
 
-A text needs no memory for what it has not written yet. So cut the memory into blocks of 16 tokens,
-and give a text a further block when its last one is full. Its table says where its tokens lie.
+A text needs no memory for future tokens. So divide the memory into blocks of 16 tokens, and give a
+text one more block when its last block is full. The block table says where its tokens are.
 """
 
 from collections import deque
@@ -14,19 +14,19 @@ from common import BLOCK, PoolFull
 
 
 class Sequence:
-    """One sample of a request: its tokens, and the blocks in which their K and V lie."""
+    """One sample of a request: its tokens, and the blocks with their K and V."""
 
     def __init__(self, request, sample):
         self.request, self.sample, self.tokens = request, sample, list(request.prompt)
         self.table, self.num_computed = [], 0
 
     def slots(self, stop):
-        """Where the tokens before `stop` lie in the pool."""
+        """The slots in the pool of the tokens before `stop`."""
         return torch.tensor([self.table[i // BLOCK] * BLOCK + i % BLOCK for i in range(stop)])
 
 
 class Pool:
-    """The memory of all texts, cut into blocks."""
+    """The memory of all texts, divided into blocks."""
 
     def __init__(self, num_blocks):
         shape = common.LAYERS, num_blocks * BLOCK, common.KV_HEADS, common.HEAD_DIM
@@ -39,7 +39,7 @@ class Pool:
         return self.free.pop()
 
     def grow(self, seq):
-        """Give a text the blocks that it needs for all of its tokens."""
+        """Give a text the blocks for all of its tokens."""
         while len(seq.table) * BLOCK < len(seq.tokens):
             seq.table.append(self.allocate())
 
@@ -49,7 +49,7 @@ class Pool:
 
 
 def attend_chunks(chunks, pool, layer, q, k, v):
-    """The rows [start, stop) of each text: keep their K and V, then look at all of that text."""
+    """Store K and V of the rows [start, stop) of each text, then attend to all rows of the text."""
     out, row = torch.empty_like(q), 0
     for seq, start, stop in chunks:
         rows, slots = slice(row, row := row + stop - start), seq.slots(stop)
@@ -60,12 +60,12 @@ def attend_chunks(chunks, pool, layer, q, k, v):
 
 
 def serve(model, requests, meter, memory=common.MEMORY):
-    """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
+    """Answer all requests in one loop; memory: number of tokens whose K and V fit."""
     waiting, running = deque(), []
     waiting += [Sequence(request, i) for request in requests for i in range(request.n)]
     pool = Pool(memory // BLOCK)
     while waiting or running:
-        # the new ones: all whose prompt fits, with a block more for each text that runs
+        # new texts: start them while their prompt fits, with one more block for each running text
         new = []
         while waiting:
             seq = waiting[0]
@@ -75,9 +75,9 @@ def serve(model, requests, meter, memory=common.MEMORY):
             new.append(waiting.popleft())
             running.append(seq)
             pool.grow(seq)
-        # a call for the prompts of the new ones, else one for the next token of all
+        # one call for the prompts of the new texts; if there are none, for the next token of all
         chunks = [(seq, seq.num_computed, len(seq.tokens)) for seq in new or running]
-        for seq in [] if new else running:  # the new ones have their blocks
+        for seq in [] if new else running:  # new texts have their blocks already
             pool.grow(seq)
         if not chunks:
             raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
@@ -100,8 +100,8 @@ def serve(model, requests, meter, memory=common.MEMORY):
 
 def main(**options):
     problem = (
-        "step 4 runs {texts at once, at most} texts at once in a memory of 512 tokens, and wastes "
-        "{KV wasted, mean of all calls, %} % of what it has reserved."
+        "step 4 runs {peak texts at once} texts at once in a memory of 512 tokens, and wastes "
+        "{mean KV waste, %} % of the memory that it reserves."
     )
     return common.compare(serve, "step04_continuous", common.questions, problem, **options)
 

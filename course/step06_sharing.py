@@ -1,7 +1,7 @@
 """Step 6: several samples share the blocks of their prompt. The page: 06-sharing.md.
 
-A block may be in several tables, so the pool counts in how many each block is. A sample that
-writes into a block which others have, too, gets a copy of it first (copy-on-write).
+A block may be in several tables, so the pool counts the references to each block. A sample that
+writes into a shared block first gets a copy of it (copy-on-write).
 """
 
 from collections import deque
@@ -11,12 +11,12 @@ from common import BLOCK, Memory, PoolFull, Sequence
 
 
 class Pool:
-    """Which blocks are free, and in how many tables the others are."""
+    """The free blocks, and the reference counts of the others."""
 
     def __init__(self, num_blocks, meter):
         self.memory, self.meter = Memory(num_blocks), meter
         self.free = list(range(num_blocks))
-        self.ref_count = [0] * num_blocks  # in how many tables a block is
+        self.ref_count = [0] * num_blocks  # the number of tables that contain the block
 
     def allocate(self):
         if not self.free:
@@ -31,8 +31,8 @@ class Pool:
             self.free.append(block)
 
     def grow(self, seq):
-        """Give a text the blocks that it needs for all of its tokens, and make the one that it
-        writes to next its own."""
+        """Give a text the blocks for all of its tokens, and copy the block that it writes to next
+        if it is shared."""
         table, first = seq.table, seq.num_computed // BLOCK
         if first < len(table) and self.ref_count[table[first]] > 1:
             shared, table[first] = table[first], self.allocate()
@@ -43,7 +43,7 @@ class Pool:
             table.append(self.allocate())
 
     def fork(self, seq):
-        """The other samples of a text, with the same tokens on the same blocks."""
+        """Make the other samples of a text, with the same tokens and the same blocks."""
         forks = [Sequence(seq.request, 1 + i) for i in range(seq.num_forks)]
         for fork in forks:
             fork.num_forks, fork.num_computed, fork.table = 0, seq.num_computed, list(seq.table)
@@ -59,11 +59,11 @@ class Pool:
 
 
 def serve(model, requests, meter, memory=common.MEMORY):
-    """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
+    """Answer all requests in one loop; memory: number of tokens whose K and V fit."""
     waiting, running = deque(map(Sequence, requests)), []
     pool = Pool(memory // BLOCK, meter)
     while waiting or running:
-        # the new ones: all whose prompt fits, with a block more for each sample
+        # new texts: start them while their prompt fits, with one more block for each sample
         new, samples = [], sum(1 + seq.num_forks for seq in running)
         while waiting:
             seq = waiting[0]
@@ -74,9 +74,9 @@ def serve(model, requests, meter, memory=common.MEMORY):
             running.append(seq)
             samples += 1 + seq.num_forks
             pool.grow(seq)
-        # a call for the prompts of the new ones, else one for the next token of all
+        # one call for the prompts of the new texts; if there are none, for the next token of all
         chunks = [(seq, seq.num_computed, len(seq.tokens)) for seq in new or running]
-        for seq in [] if new else running:  # the new ones have their blocks
+        for seq in [] if new else running:  # new texts have their blocks already
             pool.grow(seq)
         if not chunks:
             raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
@@ -93,8 +93,8 @@ def serve(model, requests, meter, memory=common.MEMORY):
 
 def main(**options):
     problem = (
-        "for 4 samples of each prompt, step 5 computes and keeps each prompt 4 times: "
-        "{rows computed} rows, {KV bytes reserved, at most} bytes of K and V."
+        "for 4 samples of each prompt, step 5 computes and stores each prompt 4 times: "
+        "{rows computed} rows, {peak KV bytes reserved} bytes of K and V."
     )
     return common.compare(serve, "step05_blocks", common.samples, problem, memory=2048, **options)
 

@@ -1,9 +1,9 @@
 """Step 7: the prefix cache: a prompt finds blocks that another text has computed. The page:
 07-prefix-cache.md.
 
-K and V of a block follow from its tokens and those before it. So a hash of all these names the
-block's content, and a table of hashes finds it, also when no text has it any more: a free block
-keeps its content until it is handed out again, the least recently used one first.
+K and V of a block depend only on its tokens and the tokens before it. A hash of these identifies
+the block, and a dictionary of hashes finds it, even if no text uses it any more: a free block keeps
+its content until it is allocated again. The least recently used block is allocated first.
 """
 
 from collections import OrderedDict, deque
@@ -13,19 +13,19 @@ from common import BLOCK, Memory, PoolFull, Sequence
 
 
 class Pool:
-    """Which blocks are free, which are in use, and which can be found by their content."""
+    """The blocks: free or in use, and the hashes by which they can be found."""
 
     def __init__(self, num_blocks, meter):
         self.memory, self.meter = Memory(num_blocks), meter
         self.free = OrderedDict.fromkeys(range(num_blocks))  # the least recently used first
-        self.ref_count = [0] * num_blocks  # in how many tables a block is
-        self.hash_of, self.block_of = {}, {}  # of blocks that can be found, free or in use
+        self.ref_count = [0] * num_blocks  # the number of tables that contain the block
+        self.hash_of, self.block_of = {}, {}  # for findable blocks, free or in use
 
     def allocate(self):
         if not self.free:
             raise PoolFull(f"all of {len(self.ref_count)} blocks are in use")
         block, _ = self.free.popitem(last=False)
-        if block in self.hash_of:  # what was in it can no longer be found
+        if block in self.hash_of:  # its content can no longer be found
             del self.block_of[self.hash_of.pop(block)]
             self.meter.counts["blocks evicted"] += 1
         self.ref_count[block] = 1
@@ -39,12 +39,12 @@ class Pool:
         self.ref_count[block] -= 1
         if self.ref_count[block] == 0:
             self.free[block] = None
-            if block not in self.hash_of:  # nothing worth keeping: it goes first
+            if block not in self.hash_of:  # its content is useless: allocate it first
                 self.free.move_to_end(block, last=False)
 
     def grow(self, seq):
-        """Give a text the blocks that it needs for all of its tokens, and make the one that it
-        writes to next its own."""
+        """Give a text the blocks for all of its tokens, and copy the block that it writes to next
+        if it is shared."""
         table, first = seq.table, seq.num_computed // BLOCK
         if first < len(table) and self.ref_count[table[first]] > 1:
             shared, table[first] = table[first], self.allocate()
@@ -55,7 +55,7 @@ class Pool:
             table.append(self.allocate())
 
     def fork(self, seq):
-        """The other samples of a text, with the same tokens on the same blocks."""
+        """Make the other samples of a text, with the same tokens and the same blocks."""
         forks = [Sequence(seq.request, 1 + i) for i in range(seq.num_forks)]
         for fork in forks:
             fork.num_forks, fork.num_computed, fork.table = 0, seq.num_computed, list(seq.table)
@@ -65,20 +65,20 @@ class Pool:
         return forks
 
     def release(self, seq):
-        for block in reversed(seq.table):  # so the end of a text is evicted before its beginning
+        for block in reversed(seq.table):  # so that the end of a text is evicted first
             self.drop(block)
         seq.table, seq.num_computed = [], 0
 
     def hashes(self, tokens):
-        """A hash of each full block of a text, and of all that is before the block."""
+        """One hash for each full block of a text: of its tokens and all tokens before it."""
         found = [None]
         for i in range(len(tokens) // BLOCK):
             found.append(hash((found[-1], *tokens[i * BLOCK : (i + 1) * BLOCK])))
         return found[1:]
 
     def find(self, seq):
-        """Share the blocks of the longest beginning of the text that can be found."""
-        for h in self.hashes(seq.tokens[:-1]):  # the last token's row is needed: it gives logits
+        """Share the blocks of the longest prefix of the text that can be found."""
+        for h in self.hashes(seq.tokens[:-1]):  # not the last token: its row gives the logits
             if h not in self.block_of:
                 break
             seq.table.append(self.block_of[h])
@@ -86,18 +86,18 @@ class Pool:
         seq.num_computed = len(seq.table) * BLOCK
 
     def publish(self, seq, stop):
-        """Let the full blocks before `stop` be found."""
+        """Make the full blocks before `stop` findable."""
         for block, h in zip(seq.table, self.hashes(seq.tokens[:stop]), strict=False):
             if h not in self.block_of and block not in self.hash_of:
                 self.block_of[h], self.hash_of[block] = block, h
 
 
 def serve(model, requests, meter, memory=common.MEMORY):
-    """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
+    """Answer all requests in one loop; memory: number of tokens whose K and V fit."""
     waiting, running = deque(map(Sequence, requests)), []
     pool = Pool(memory // BLOCK, meter)
     while waiting or running:
-        # the new ones: all whose prompt fits, with a block more for each sample
+        # new texts: start them while their prompt fits, with one more block for each sample
         new, samples = [], sum(1 + seq.num_forks for seq in running)
         while waiting:
             seq = waiting[0]
@@ -110,11 +110,11 @@ def serve(model, requests, meter, memory=common.MEMORY):
             running.append(seq)
             samples += 1 + seq.num_forks
             pool.grow(seq)
-            pool.publish(seq, len(seq.tokens))  # the next one may find it: it is written first
+            pool.publish(seq, len(seq.tokens))  # the next text may find them
             meter.counts["rows found in the cache"] += seq.num_computed
-        # a call for the prompts of the new ones, else one for the next token of all
+        # one call for the prompts of the new texts; if there are none, for the next token of all
         chunks = [(seq, seq.num_computed, len(seq.tokens)) for seq in new or running]
-        for seq in [] if new else running:  # the new ones have their blocks
+        for seq in [] if new else running:  # new texts have their blocks already
             pool.grow(seq)
         if not chunks:
             raise PoolFull(f"request {waiting[0].request.id} needs more than the whole pool")
@@ -133,7 +133,7 @@ def serve(model, requests, meter, memory=common.MEMORY):
 def main(**options):
     problem = (
         "twelve prompts begin with the same text, and step 6 computes it twelve times: "
-        "{rows computed} rows for {tokens made} tokens."
+        "{rows computed} rows for {tokens generated} tokens."
     )
     return common.compare(
         serve, "step06_sharing", common.shared_beginning, problem, memory=2048, **options

@@ -1,7 +1,7 @@
 """Step 9: no phases: a call mixes parts of prompts with next tokens. The page: 09-no-phases.md.
 
-A text has tokens, and some of them are computed. Each call computes more: of the running texts
-first, then of new ones, until a budget of rows is spent. No text waits for a long prompt.
+A text has tokens, and some of them are computed. Each call computes more: first for running texts,
+then for new ones, until a budget of rows is used up. No text waits for a whole long prompt.
 """
 
 from collections import OrderedDict, deque
@@ -9,21 +9,21 @@ from collections import OrderedDict, deque
 import common
 from common import BLOCK, Memory, PoolFull, Sequence
 
-BUDGET = 32  # rows of a call, at most
+BUDGET = 32  # the largest number of rows in a call
 
 
 class Pool:
-    """Which blocks are free, which are in use, and which can be found by their content."""
+    """The blocks: free or in use, and the hashes by which they can be found."""
 
     def __init__(self, num_blocks, meter):
         self.memory, self.meter = Memory(num_blocks), meter
         self.free = OrderedDict.fromkeys(range(num_blocks))  # the least recently used first
-        self.ref_count = [0] * num_blocks  # in how many tables a block is
-        self.hash_of, self.block_of = {}, {}  # of blocks that can be found, free or in use
+        self.ref_count = [0] * num_blocks  # the number of tables that contain the block
+        self.hash_of, self.block_of = {}, {}  # for findable blocks, free or in use
 
     def allocate(self):
         block, _ = self.free.popitem(last=False)
-        if block in self.hash_of:  # what was in it can no longer be found
+        if block in self.hash_of:  # its content can no longer be found
             del self.block_of[self.hash_of.pop(block)]
             self.meter.counts["blocks evicted"] += 1
         self.ref_count[block] = 1
@@ -37,11 +37,11 @@ class Pool:
         self.ref_count[block] -= 1
         if self.ref_count[block] == 0:
             self.free[block] = None
-            if block not in self.hash_of:  # nothing worth keeping: it goes first
+            if block not in self.hash_of:  # its content is useless: allocate it first
                 self.free.move_to_end(block, last=False)
 
     def grow(self, seq, stop):
-        """Blocks for the tokens before `stop`, the next one written its own. False: too few."""
+        """Blocks for the tokens before `stop`, see step 8. Returns False if too few are free."""
         table, first = seq.table, seq.num_computed // BLOCK
         copies = first < len(table) and self.ref_count[table[first]] > 1
         if copies + max(0, -(-stop // BLOCK) - len(table)) > len(self.free):
@@ -56,7 +56,7 @@ class Pool:
         return True
 
     def fork(self, seq):
-        """The other samples of a text, with the same tokens on the same blocks."""
+        """Make the other samples of a text, with the same tokens and the same blocks."""
         forks = [Sequence(seq.request, 1 + i) for i in range(seq.num_forks)]
         for fork in forks:
             fork.num_forks, fork.num_computed, fork.table = 0, seq.num_computed, list(seq.table)
@@ -66,20 +66,20 @@ class Pool:
         return forks
 
     def release(self, seq):
-        for block in reversed(seq.table):  # so the end of a text is evicted before its beginning
+        for block in reversed(seq.table):  # so that the end of a text is evicted first
             self.drop(block)
         seq.table, seq.num_computed = [], 0
 
     def hashes(self, tokens):
-        """A hash of each full block of a text, and of all that is before the block."""
+        """One hash for each full block of a text: of its tokens and all tokens before it."""
         found = [None]
         for i in range(len(tokens) // BLOCK):
             found.append(hash((found[-1], *tokens[i * BLOCK : (i + 1) * BLOCK])))
         return found[1:]
 
     def find(self, seq):
-        """Share the blocks of the longest beginning of the text that can be found."""
-        for h in self.hashes(seq.tokens[:-1]):  # the last token's row is needed: it gives logits
+        """Share the blocks of the longest prefix of the text that can be found."""
+        for h in self.hashes(seq.tokens[:-1]):  # not the last token: its row gives the logits
             if h not in self.block_of:
                 break
             seq.table.append(self.block_of[h])
@@ -87,40 +87,40 @@ class Pool:
         seq.num_computed = len(seq.table) * BLOCK
 
     def publish(self, seq, stop):
-        """Let the full blocks before `stop` be found."""
+        """Make the full blocks before `stop` findable."""
         for block, h in zip(seq.table, self.hashes(seq.tokens[:stop]), strict=False):
             if h not in self.block_of and block not in self.hash_of:
                 self.block_of[h], self.hash_of[block] = block, h
 
 
 def serve(model, requests, meter, memory=common.MEMORY):
-    """Answer all requests in one loop; memory: tokens whose K and V there is room for."""
+    """Answer all requests in one loop; memory: number of tokens whose K and V fit."""
     waiting, running = deque(map(Sequence, requests)), []
     pool = Pool(memory // BLOCK, meter)
     while waiting or running:
         chunks, budget, is_full = [], BUDGET, False
         for seq, rows in common.divide(running, budget):
-            stop = seq.num_computed + rows  # first what the running texts need
+            stop = seq.num_computed + rows  # first the rows of the running texts
             while stop > seq.num_computed and seq in running and not pool.grow(seq, stop):
-                victim, is_full = running.pop(), True  # the youngest, maybe the text itself
+                victim, is_full = running.pop(), True  # the youngest; may be `seq` itself
                 pool.release(victim)
                 waiting.appendleft(victim)
                 meter.counts["preemptions"] += 1
             if stop > seq.num_computed and seq in running:
                 chunks.append((seq, seq.num_computed, stop))
                 budget -= stop - seq.num_computed
-        while waiting and budget and not is_full:  # then new ones, as many as fit
+        while waiting and budget and not is_full:  # then new texts, as many as fit
             seq, samples = waiting[0], sum(1 + seq.num_forks for seq in running)
             pool.find(seq)
             stop = min(len(seq.tokens), seq.num_computed + budget)
-            # with a block more for each sample, or one of them would be preempted at once
+            # with one more block for each sample: otherwise one would be preempted at once
             fresh = -(-stop // BLOCK) - len(seq.table)
             if fresh + (samples + seq.request.n if running else 0) > len(pool.free):
                 pool.release(seq)
                 break
             running.append(waiting.popleft())
             pool.grow(seq, stop)
-            pool.publish(seq, stop)  # the next one may find it: the call writes it first
+            pool.publish(seq, stop)  # the next text may find them
             meter.counts["rows found in the cache"] += seq.num_computed
             chunks.append((seq, seq.num_computed, stop))
             budget -= stop - seq.num_computed
@@ -130,7 +130,7 @@ def serve(model, requests, meter, memory=common.MEMORY):
         for (seq, _, stop), row in zip(chunks, logits, strict=True):
             pool.publish(seq, stop)
             if stop < len(seq.tokens):
-                continue  # a part of its prompt is still to come
+                continue  # the prompt is not complete yet
             running += (forks := pool.fork(seq))
             for each in [seq, *forks]:
                 each.tokens.append(common.pick(row, each.request, each.sample, stop))
@@ -141,7 +141,7 @@ def serve(model, requests, meter, memory=common.MEMORY):
 
 
 def main(**options):
-    problem = "a text waits for {rows between two tokens, at most} rows before its next token."
+    problem = "a text waits for {most rows between two tokens} rows before its next token."
     requests = common.long_prompt
     return common.compare(serve, "step08_preemption", requests, problem, memory=272, **options)
 

@@ -1,8 +1,8 @@
 """Step 10: the engine: the same ten ideas in the core's files. The page: 10-engine.md.
 
-The core does what step 9 does, and what a toy may leave out. Its scheduler makes a plan, which is
-plain data; the plan becomes one batch of arrays; the model runs it. `microvllm.LLM` is the same
-core with kernels: functions that compute many small steps of the model in a few large ones.
+The core does what step 9 does, and handles the special cases that a toy leaves out. Its scheduler
+makes a plan, which is plain data. The plan becomes one batch of arrays, and the model computes it.
+`microvllm.LLM` is the same core with kernels: functions that combine many small operations.
 """
 
 import time
@@ -16,18 +16,18 @@ from microvllm.engine import LLM
 from microvllm.runner import Extension
 from microvllm.trace import Trace, attach
 
-BUDGET = 32  # rows of a step, at most, as in step 9
-PAGE = Path("lab-results/step10.html")  # what happened to each block, to be opened in a browser
+BUDGET = 32  # the largest number of rows in a step, as in step 9
+PAGE = Path("lab-results/step10.html")  # a page with every block, to open in a browser
 
 
 class Count(Extension):
-    """An extension of the engine: it counts what a step plans, and the tokens that it gives."""
+    """An extension of the engine: it counts the rows and tokens of each step."""
 
     def __init__(self, meter, requests):
         self.meter, self.requests = meter, requests
 
     def on_plan(self, plan):
-        filled = {}  # a block that several sequences have counts once
+        filled = {}  # a shared block counts once
         running = self.engine.scheduler.running
         for seq in running:
             for i, block in enumerate(seq.block_table):
@@ -42,7 +42,7 @@ class Count(Extension):
 
 
 def count_blocks(events, counts):
-    """What happened to blocks is in the trace, which is an extension, too."""
+    """Count events of blocks in the trace, which is an extension, too."""
     counts["rows found in the cache"] = sum(
         len(event["blocks"]) * BLOCK for event in events if event["e"] == "hit"
     )
@@ -51,9 +51,9 @@ def count_blocks(events, counts):
 
 
 def ask_engine(llm, requests, meter):
-    """Give an engine the requests, and step until all have ended. Their tokens are greedy ones."""
+    """Pass the requests to an engine, and step until all have ended. Decoding is greedy."""
     ids = {}  # the engine's number of a request -> the request
-    meter.start = time.perf_counter()  # not counting how long the engine took to load
+    meter.start = time.perf_counter()  # after the engine was loaded
     if meter.trace:
         llm.add_extension(Count(meter, ids))
         attach(llm, meter.trace)
@@ -67,19 +67,19 @@ def ask_engine(llm, requests, meter):
 
 
 def serve(model, requests, meter, memory=common.MEMORY):
-    """Answer all requests with the core's engine; memory: tokens; the null block is one more."""
+    """Answer all requests with the core's engine; memory: tokens, without the null block."""
     limits = {"num_blocks": 1 + memory // BLOCK, "block_size": BLOCK, "max_batched_tokens": BUDGET}
     meter.ended = {}
     with LLM(MODEL_DIR, device="cpu", **limits) as llm:
         meter.trace = Trace(decode=lambda id: llm.tokenizer.decode([id]), model=MODEL_DIR.name)
         ask_engine(llm, requests, meter)
     count_blocks(meter.trace.events, meter.counts)
-    assert meter.ended == meter.outputs, "the extension saw other tokens than the outputs have"
+    assert meter.ended == meter.outputs, "the tokens of the extension and the outputs differ"
 
 
 def kernels(requests, engine, **options):
-    """(tokens by request and sample, seconds) of an engine without limits, after a first run in
-    which kernels are compiled and caches are filled with nothing."""
+    """(tokens by request and sample, seconds) of an engine without limits. The second of two runs
+    counts, so that the time excludes the compilation of kernels."""
     with engine(MODEL_DIR, device="cpu", enable_prefix_caching=False, **options) as llm:
         for _ in range(2):
             meter = common.Meter()
@@ -90,7 +90,7 @@ def kernels(requests, engine, **options):
 
 def main(model=None):
     model = model or common.Model()
-    problem = "step 9 makes {tokens per second} tokens per second, with one model, and is a toy."
+    problem = "step 9 is a toy for one model: it generates {tokens per second} tokens per second."
     found = common.compare(
         serve, "step09_no_phases", common.shared_beginning, problem, model, memory=512
     )
@@ -98,8 +98,8 @@ def main(model=None):
     (plain, slow), (fast, quick) = (kernels(requests, e, num_blocks=200) for e in (LLM, FullLLM))
     assert plain == fast == found[1].outputs, "the engine's tokens differ"
     count = sum(map(len, plain.values()))
-    print(f"\nThe core: {count / slow:.0f} tokens per second; with kernels {count / quick:.0f}:")
-    print(f"{slow / quick:.1f} times as many, and the same tokens.")
+    print(f"\nThe core: {count / slow:.0f} tokens per second. With kernels: {count / quick:.0f},")
+    print(f"{slow / quick:.1f} times as many. The tokens are the same.")
     PAGE.parent.mkdir(exist_ok=True)
     found[1].trace.page(PAGE)
     print(f"\nThe core's run as a page, with every block: {PAGE.absolute()}")

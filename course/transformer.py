@@ -1,4 +1,4 @@
-"""The bundled model as plain functions. One need not read it: `common.py` says how it is called."""
+"""The bundled model as plain functions. You need not read this: see `common.py` for its use."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-if (SOURCE := Path(__file__).parents[1] / "src").is_dir():  # a clone in which nothing was installed
+if (SOURCE := Path(__file__).parents[1] / "src").is_dir():  # a clone, perhaps not installed
     sys.path.insert(0, str(SOURCE))
 
 from microvllm.checkpoint import find_tokenizer, load_model
@@ -15,9 +15,9 @@ from microvllm.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)  # the calls are small: a second thread would mostly wait
 
-LAYERS, KV_HEADS, HEAD_DIM = 6, 2, 64  # of the bundled model: 8 million numbers
+LAYERS, KV_HEADS, HEAD_DIM = 6, 2, 64  # the bundled model, with 8 million parameters
 TOKEN_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4  # K and V of one token, in float32
-CONTEXT = 256  # tokens: half of the layers see no further back, so the course's texts are shorter
+CONTEXT = 256  # tokens: the window of some layers, and the limit of the course's texts
 
 
 def norm(x):
@@ -25,7 +25,7 @@ def norm(x):
 
 
 class Model:
-    """nanochat's GPT as plain functions, with the weights of the bundled model, and no cache."""
+    """nanochat's GPT as plain functions, with the weights of the bundled model and no cache."""
 
     def __init__(self):
         gpt = load_model(MODEL_DIR)
@@ -41,7 +41,7 @@ class Model:
         ids = torch.tensor([text[i] for text, i in places])
         previous = torch.tensor([text[i - 1] if i else 0 for text, i in places])
         positions = torch.tensor([i for _, i in places])
-        # a row begins as its token's embedding, and a part of the token's before it (smear)
+        # the embedding of the token, plus a gated part of the embedding before it (smear)
         x = norm(w["transformer.wte.weight"][ids])
         gate = w["smear_lambda"] * torch.sigmoid(F.linear(x[:, :24], w["smear_gate.weight"]))
         before = norm(w["transformer.wte.weight"][previous])
@@ -59,7 +59,7 @@ class Model:
         return F.linear(norm(x[last]), w["lm_head.weight"])[:, : self.config.vocab_size]
 
     def attention(self, i, x, ids, positions, attend):
-        """Layer i: make queries, keys and values of the rows, and let the step attend."""
+        """Layer i: compute queries, keys and values of the rows, and call the step's attention."""
         w, name, recipe = self.w, f"transformer.h.{i}.attn.", self.recipe
         q, k, v = (F.linear(x, w[f"{name}c_{c}.weight"]).view(len(x), -1, HEAD_DIM) for c in "qkv")
         if f"value_embeds.{i}.weight" in w:  # a second embedding, added to the values
@@ -70,7 +70,7 @@ class Model:
         return F.linear(attend(i, q, k, v).flatten(1), w[f"{name}c_proj.weight"])
 
     def rotate(self, x, positions):
-        """Rotary embedding: the angle of a pair of channels says where in the text a row is."""
+        """Rotary embedding: rotate each pair of channels by an angle that depends on position."""
         cos, sin = self.cos[positions, None], self.sin[positions, None]
         left, right = x.chunk(2, dim=-1)
         return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)

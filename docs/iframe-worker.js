@@ -1,5 +1,6 @@
-// A Worker for pages that are opened from disk, where browsers start none: the script runs in a
-// hidden frame. The search of the site needs it (mkdocs.yml), and would load another one from a host.
+// A replacement for Worker on pages opened from disk, where browsers do not start workers: the script
+// runs in a hidden frame. The search of the site needs it (mkdocs.yml). Without this file, the theme
+// would load such a script from the network.
 window.IFrameWorker = class extends EventTarget {
   constructor(url) {
     super();

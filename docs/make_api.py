@@ -2,8 +2,8 @@
 
     python docs/make_api.py
 
-Public is what a package lists in `__all__`. The sources are parsed and not imported, so that the
-page needs no optional package and is the same on every version of Python.
+A name is public if a package lists it in `__all__`. The sources are parsed and not imported, so
+that the page needs no optional package and is the same on every version of Python.
 tests/project/test_api_page.py compares the page with the sources.
 """
 
@@ -23,7 +23,7 @@ Every public class and function, with its signature and docstring. `python docs/
 writes this page. For an introduction read [FEATURES.md](FEATURES.md) first; for the hooks of an
 extension, [DESIGN.md](DESIGN.md#hooks).
 """
-# (what is imported, the file of its __all__ or definition, names that are not in an __all__)
+# (module to import, file with its __all__ or its definitions, names that are not in an __all__)
 SECTIONS = [
     ("microvllm", "__init__.py", []),
     ("microvllm.nanochat", "nanochat/__init__.py", []),
@@ -36,20 +36,24 @@ SECTIONS = [
     ("microvllm.scheduler", "scheduler.py", ["DraftProposer", "youngest", "first_come"]),
     ("microvllm.blocks", "blocks.py", ["least_recently_used"]),
 ]
-# methods of LLM by which its own parts work; a caller uses none of them
+# internal methods of LLM, not for callers
 INTERNAL = set(
-    "open open_model open_tokenizer choose_parts make_extensions make_rotary_tables "
-    "log_what_was_made drain_and_reset check_options check make_requests finish_request serve "
-    "run_requests assemble allocate release plan_step apply_results find_or_open_text open_text "
-    "collect_finished make_request render_conversations submit_requests queue_requests "
-    "advance_for advance_and_take end_requests new_events read_events make_output "
+    "open open_model open_tokenizer assemble_parts make_extensions make_rotary_tables "
+    "log_what_was_made check_options check make_requests finish_request serve run_requests "
+    "assemble allocate plan_step apply_results find_or_open_text open_text collect_finished "
+    "make_request render_conversations submit_requests new_events make_output "
     "make_sample_output recover reset read_text_again set".split()
 )
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+def is_internal(name: str) -> bool:
+    """Is a method not for callers? One whose name ends in _now is called by a guard alone."""
+    return name in INTERNAL or name.endswith("_now")
+
+
 class Home(NamedTuple):
-    """A definition, and the file in which it is."""
+    """A definition and its file."""
 
     file: Path
     node: ast.ClassDef | Function | ast.Assign
@@ -75,7 +79,7 @@ def module_file(file: Path, level: int, module: str | None) -> Path:
 
 
 def find(file: Path, name: str) -> Home:
-    """Where a name that a file defines or imports is defined."""
+    """The definition of a name that a file defines or imports."""
     tree = parse(file)
     for node in tree.body:
         is_definition = isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
@@ -92,7 +96,7 @@ def find(file: Path, name: str) -> Home:
 
 
 def bases_of(home: Home) -> list[Home]:
-    """The class and those of the package from which it inherits, the nearest first."""
+    """The class and its base classes in the package, the nearest first."""
     homes = [home]
     for base in home.node.bases:
         path = ast.unparse(base)
@@ -102,7 +106,7 @@ def bases_of(home: Home) -> list[Home]:
         elif re.search(rf"import .*\b{path}\b|class {path}\b", home.file.read_text("utf-8")):
             try:
                 homes += bases_of(find(home.file, path))
-            except ValueError:  # of another package
+            except ValueError:  # a class of another package
                 continue
     return homes
 
@@ -112,7 +116,7 @@ def is_decorated(node: Function | ast.ClassDef, name: str) -> bool:
 
 
 def signature(name: str, node: Function, is_method: bool) -> str:
-    """The call of a function with its types, an argument on a line if it is long."""
+    """The signature of a function with types; if it is long, with one argument per line."""
     parts = [with_spaces(part) for part in split_arguments(ast.unparse(node.args))]
     if is_method and not is_decorated(node, "staticmethod"):
         parts = parts[1:]  # self or cls
@@ -126,7 +130,7 @@ def signature(name: str, node: Function, is_method: bool) -> str:
 
 
 def with_spaces(argument: str) -> str:
-    """An argument with spaces around the = of its default, if it has a type."""
+    """An argument; if it has a type, with spaces around the = of its default."""
     name, colon, rest = argument.partition(": ")
     return f"{name}: {re.sub('(?<![=!<>])=', ' = ', rest, count=1)}" if colon else argument
 
@@ -158,7 +162,7 @@ def fields_signature(name: str, homes: list[Home]) -> str:
 
 
 def class_signature(home: Home, homes: list[Home]) -> str:
-    """How an object of a class is made; empty for a class that is only inherited from."""
+    """The constructor of a class, or the class line if it is only for inheritance."""
     has_fields = is_decorated(home.node, "dataclass")
     has_fields = has_fields or any(ast.unparse(base) == "NamedTuple" for base in home.node.bases)
     if has_fields:
@@ -171,21 +175,21 @@ def class_signature(home: Home, homes: list[Home]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text for Markdown: signs outside of quoted code lose their meaning."""
+    """Escape text for Markdown, except quoted code."""
     quoted = re.split(r"(`[^`]*`)", text)
     quoted[::2] = [re.sub(r"([*<|])|(?<!\w)_(?=\w)", r"\\\g<0>", part) for part in quoted[::2]]
     return "".join(quoted)
 
 
 def is_list(lines: list[str]) -> bool:
-    """Are these indented lines `name: text`, with deeper lines that go on?"""
+    """Are these indented lines `name: text`, with continuation lines indented further?"""
     first = [line for line in lines if line and not line.startswith(" " * 8)]
     return all(re.match(r"    [\w`*, .\"]+: ", line) for line in first)
 
 
 def markdown(docstring: str) -> str:
-    """A docstring as Markdown: an indented list of arguments is a list, other indented lines are
-    shown as they are."""
+    """Convert a docstring to Markdown: an indented list of arguments becomes a list, other indented
+    lines become a code block."""
     blocks: list[list[str]] = [[]]
     for line in docstring.split("\n"):
         begins = blocks[-1] and line.startswith("    ") != blocks[-1][0].startswith("    ")
@@ -199,7 +203,7 @@ def markdown(docstring: str) -> str:
 
 
 def render(block: list[str], is_indented: bool) -> str:
-    """A paragraph, a list, or lines as they are."""
+    """Convert a paragraph, a list, or a code block."""
     if not is_indented:
         return escape(" ".join(block)).strip()
     while block and not block[-1]:
@@ -224,9 +228,9 @@ def methods_of(homes: list[Home]) -> dict[str, Function]:
             is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
             if not is_function or node.name.startswith("_") or is_decorated(node, "overload"):
                 continue
-            if home.node.name == "LLM" and node.name in INTERNAL:
+            if home.node.name == "LLM" and is_internal(node.name):
                 continue
-            if home.node.name == "SamplingParams" and node.name in INTERNAL:
+            if home.node.name == "SamplingParams" and is_internal(node.name):
                 continue
             found.setdefault(node.name, node)
     return found
@@ -255,7 +259,7 @@ def describe_class(home: Home) -> list[str]:
 
 
 def describe(name: str, home: Home) -> str:
-    """A name's heading, signature, docstring and methods."""
+    """The heading, signature, docstring and methods of a name."""
     node = home.node
     if isinstance(node, ast.ClassDef):
         parts = describe_class(home)

@@ -1,6 +1,6 @@
-"""A hook of mkdocs: the site has the pages and files of the whole repository that readers need.
+"""A hook of mkdocs that adds pages and files from the whole repository to the site.
 
-Each keeps its path, so a link between two pages is the same in the repository and on the site.
+Each file keeps its path, so links between pages work in the repository and on the site.
 """
 
 import re
@@ -23,7 +23,7 @@ def linked_files(page: Path) -> set[Path]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The pages, and every file to which one of them links. The theme's files stay."""
+    """The pages, every file to which a page links, and the files of the theme."""
     pages = {path for pattern in PAGES for path in ROOT.glob(pattern)}
     linked = set().union(*map(linked_files, pages))
     own = [

@@ -1,1 +1,1 @@
-"""Programs that use the engine, each a lesson to read from top to bottom: see README.md."""
+"""Programs that use the engine. Each can be read from top to bottom: see README.md."""

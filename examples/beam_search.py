@@ -1,9 +1,9 @@
-"""Beam search: of all continuations so far, keep the few that are most likely together.
+"""Beam search: in each step, keep the few texts with the highest total probability.
 
     python examples/beam_search.py "Once upon a time" --width 4 --max-tokens 16
 
-Each step continues each text by its most likely next tokens, all in one batch. Texts that begin
-alike share the blocks of their beginnings in the KV cache: a new text costs at most one more block.
+Each step extends each text by its most likely next tokens, all in one batch. Texts share the blocks
+of their common prefix in the KV cache, so a new text costs at most one more block.
 """
 
 import argparse
@@ -19,8 +19,8 @@ MODEL = Path(__file__).resolve().parents[1] / "models" / "oldbooks-d6"
 
 
 def beam_search(llm: LLM, prompt, width: int, max_tokens: int) -> list[Branch]:
-    """The `width` most likely continuations that a beam of this width finds, the best first. They
-    end with an end token, or have max_tokens tokens."""
+    """The `width` best continuations that a beam of this width finds, the most likely first. Each
+    ends with an end token or has max_tokens tokens."""
     num_next = min(width, llm.tokenizer.vocab_size)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=num_next)
     with llm.branching() as branches:

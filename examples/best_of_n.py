@@ -1,10 +1,10 @@
-"""Best of n: sample several answers, and let a judge choose.
+"""Best of n: sample several answers, and let a judge rank them.
 
     python examples/best_of_n.py "What is a good name for a ship?" --n 8
 
-A judge is a function from an answer to a number. The one below asks the model itself how likely the
-question is behind the answer: an answer that has nothing to do with the question makes it unlikely.
-All samples share the blocks of the question, and all are judged in one batch.
+A judge is a function that returns a number for each answer. The judge below uses the model itself:
+how likely is the question after the answer? An unrelated answer makes the question unlikely. All
+samples share the blocks of the question, and all answers are scored in one batch.
 """
 
 import argparse
@@ -21,7 +21,7 @@ Judge = Callable[[list[str]], list[float]]
 
 
 def best_of_n(llm: LLM, prompt, params: SamplingParams, judge: Judge) -> list[tuple[float, str]]:
-    """The different answers among params.n samples with their values, the best first."""
+    """The distinct answers among params.n samples with their values, the best first."""
     (output,) = llm.generate([prompt], params, use_tqdm=False)
     texts = list(dict.fromkeys(sample["text"] for sample in output["samples"]))
     values = judge(texts)
@@ -29,7 +29,7 @@ def best_of_n(llm: LLM, prompt, params: SamplingParams, judge: Judge) -> list[tu
 
 
 def backwards(llm: LLM, question: str) -> Judge:
-    """The judge that compares how likely the question is behind each answer, a token's mean."""
+    """A judge whose value is the mean log-probability of the question's tokens after an answer."""
 
     def judge(texts: list[str]) -> list[float]:
         scores = llm.score([f"{text} " for text in texts], [question] * len(texts))

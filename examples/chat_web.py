@@ -1,17 +1,19 @@
 """A chat page for a nanochat model: a server in plain asyncio, with all clients in one batch.
 
     python examples/chat_web.py                      the bundled model, on http://127.0.0.1:8000
-    python examples/chat_web.py -m sft --port 8080   your own
+    python examples/chat_web.py -m sft --port 8080   your own model
 
     GET  /                  the page, chat_web.html
-    GET  /health            how many requests run and wait
+    GET  /health            the numbers of running and waiting requests
     POST /chat/completions  {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.8,
-                            "top_k": 50, "max_tokens": 512}, all but the messages optional. Answered
-                            by server-sent events as nanochat's chat_web had them: {"token": "Hi"},
-                            ..., {"done": true}, or {"error": "what is wrong"} as the last one
+                            "top_k": 50, "max_tokens": 512}; only the messages are required. The
+                            answer is server-sent events, as in nanochat's chat_web:
+                            {"token": "Hi"}, ..., and at the end {"done": true} or
+                            {"error": "message"}
 
-This is a recipe to copy from, and no product. It has no encryption, no accounts and no limit on the
-number of clients, so it listens on this machine alone. Put a server that has them in front of it.
+This is code to copy from, not a product. It has no encryption, no accounts and no limit on the
+number of clients, so by default it listens only on this machine. To serve others, put a server with
+these features in front of it.
 """
 
 import argparse
@@ -26,9 +28,9 @@ MODEL = Path(__file__).parent.parent / "models" / "oldbooks-d6"
 PAGE = Path(__file__).with_suffix(".html")
 DEFAULTS = {"temperature": 0.8, "top_k": 50, "max_tokens": 512}
 
-MOST_BYTES = 2**18  # of a request's body
-REQUEST_SECONDS = 10  # that a client has to send its request
-ANSWER_SECONDS = 600  # that it has to read the answer
+MOST_BYTES = 2**18  # the largest body of a request
+REQUEST_SECONDS = 10  # time limit for a client to send its request
+ANSWER_SECONDS = 600  # time limit for a client to read the answer
 
 HEAD = (
     "HTTP/1.1 {status}\r\ncontent-type: {kind}; charset=utf-8\r\ncache-control: no-store\r\n"
@@ -37,7 +39,7 @@ HEAD = (
 
 
 async def send_answer(llm, prompt, params, send):
-    """Generate, and send each piece of text as it comes."""
+    """Generate an answer, and send each piece of text when it is ready."""
     async for event in llm.astream([prompt], params, tools=True):
         if event["text"]:
             await send({"token": event["text"]})
@@ -47,7 +49,8 @@ async def send_answer(llm, prompt, params, send):
 
 
 def read_question(llm, body: bytes) -> tuple[list[int], SamplingParams]:
-    """The prompt and the parameters of a request's body. Raises ValueError or TypeError."""
+    """The prompt and the sampling parameters from a request's body. Raises ValueError or
+    TypeError."""
     try:
         question = json.loads(body)
     except RecursionError:
@@ -55,36 +58,36 @@ def read_question(llm, body: bytes) -> tuple[list[int], SamplingParams]:
     if not isinstance(question, dict) or not isinstance(question.get("messages"), list):
         raise ValueError('give an object with a list of "messages"')
     params = {name: question.get(name, value) for name, value in DEFAULTS.items()}
-    if params["top_k"] == 0:  # nanochat's word for off
+    if params["top_k"] == 0:  # nanochat's value for "off"
         params["top_k"] = None
     prompt = llm.tokenizer.render_for_completion(question["messages"])
     return prompt, SamplingParams(**params)
 
 
 async def read_request(reader) -> tuple[str, str, bytes]:
-    """Method, path and body. Raises ValueError for anything but a request."""
+    """Method, path and body of a request. Raises ValueError if the input is not a request."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     first, *lines = head.split("\r\n")
     method, path, _ = first.split(" ")
     fields = [line.lower().partition(":") for line in lines]
     lengths = [int(value) for name, _, value in fields if name == "content-length"]
     if not 0 <= sum(lengths) <= MOST_BYTES:
-        raise ValueError(f"a body may have {MOST_BYTES} bytes")
+        raise ValueError(f"a body may have at most {MOST_BYTES} bytes")
     return method, path.partition("?")[0], await reader.readexactly(sum(lengths))
 
 
 async def read_to_end(reader) -> None:
-    """Wait until the client closes the connection; it sends nothing more."""
+    """Wait until the client closes the connection."""
     while await reader.read(2**12):
         pass
 
 
 async def answer(llm, body: bytes, reader, writer) -> None:
-    """Stream the answer to a question, until its end or until the client is gone."""
+    """Stream the answer to a question, until its end or until the client disconnects."""
 
     async def send(event: dict) -> None:
         writer.write(f"data: {json.dumps(event)}\n\n".encode())
-        await writer.drain()  # a client that reads slowly holds up its own stream only
+        await writer.drain()  # a slow client delays only its own stream
 
     async def send_all() -> None:
         try:
@@ -92,7 +95,7 @@ async def answer(llm, body: bytes, reader, writer) -> None:
         except (ValueError, TypeError) as error:  # a prompt that is too long, for example
             await send({"error": str(error)})
 
-    # in another thread: a long text takes a while to become token ids
+    # in another thread, because encoding a long text takes a while
     question = await asyncio.to_thread(read_question, llm, body)
     writer.write(HEAD.format(status="200 OK", kind="text/event-stream").encode())
     tasks = [asyncio.ensure_future(work) for work in (send_all(), read_to_end(reader))]
@@ -100,7 +103,7 @@ async def answer(llm, body: bytes, reader, writer) -> None:
         await asyncio.wait(tasks, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
-            task.cancel()  # which aborts the request, if it is not done
+            task.cancel()  # this aborts the request if it is not done
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -128,16 +131,16 @@ async def serve_client(llm, reader, writer) -> None:
             respond("400 Bad Request", "application/json", json.dumps({"error": str(error)}))
         await writer.drain()
     except (ConnectionError, asyncio.IncompleteReadError, asyncio.TimeoutError):
-        pass  # the client is gone
+        pass  # the client has disconnected
     finally:
         writer.close()
 
 
 async def serve(llm, host: str, port: int) -> None:
     """Serve until the task is cancelled."""
-    await asyncio.to_thread(llm.warm)  # else the first answer would take seconds
+    await asyncio.to_thread(llm.warm)  # without this, the first answer would take seconds
     server = await asyncio.start_server(partial(serve_client, llm), host, port)
-    port = server.sockets[0].getsockname()[1]  # that of --port 0 was chosen now
+    port = server.sockets[0].getsockname()[1]  # with --port 0, the system has chosen one
     print(f"http://{host}:{port}", flush=True)
     async with server:
         await server.serve_forever()
@@ -145,9 +148,9 @@ async def serve(llm, host: str, port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("-m", "--model", default=str(MODEL), help="as LLM takes it")
+    parser.add_argument("-m", "--model", default=str(MODEL), help="a path or name, as for LLM")
     parser.add_argument("--host", default="127.0.0.1", help="an address of this machine")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     args = parser.parse_args()
     with LLM(args.model) as llm:
         try:

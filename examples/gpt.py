@@ -1,8 +1,8 @@
-"""A nanochat GPT that one can train: nanochat's config, names and mathematics in plain torch.
+"""A trainable nanochat GPT: nanochat's config, names and mathematics in plain torch.
 
-It computes whole sequences at once, without a KV cache, in the two eras at the ends of nanochat's
-history: era 1, and era 5, which the bundled model has. src/microvllm/model.py has the same layers
-for inference, in all eras.
+It computes whole sequences at once, without a KV cache. It supports the first and the last of
+nanochat's eras: era 1, and era 5, which is that of the bundled model. src/microvllm/model.py has
+the same layers for inference, in all eras.
 """
 
 from copy import copy
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from microvllm.checkpoint import find_step, read_checkpoint
 
-SMEAR_CHANNELS = 24  # that the gate of the smear reads
-VE_CHANNELS = 12  # that the gate of a value embedding reads
+SMEAR_CHANNELS = 24  # input channels of the smear gate
+VE_CHANNELS = 12  # input channels of the gate of a value embedding
 SOFTCAP = 15
-CONTEXTS = 10  # the rotary tables are that many contexts long
+CONTEXTS = 10  # length of the rotary tables in contexts
 
 
 @dataclass
 class Config:
-    """nanochat's `GPTConfig` of the newest era; the first one's has no window_pattern."""
+    """nanochat's `GPTConfig` of era 5. In era 1 there is no window_pattern."""
 
     sequence_len: int = 256
     vocab_size: int = 311
@@ -101,8 +101,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A trainable GPT. newest: of era 5, else of era 1; seed: of its random weights, all of which
-    matter; pad_vocab_size_to: the vocabulary's rows are a multiple of it."""
+    """A trainable GPT. newest: era 5, else era 1; seed: for its random weights, none of them zero;
+    pad_vocab_size_to: the number of rows of the vocabulary is a multiple of it."""
 
     def __init__(
         self, config=None, newest: bool = True, seed: int = 0, pad_vocab_size_to: int = 64
@@ -114,7 +114,7 @@ class GPT(nn.Module):
             del config.window_pattern
         num_rows = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         num_layers = config.n_layer
-        # of every other layer, the last one among them
+        # every other layer, including the last one
         gated = [i for i in range(num_layers) if newest and i % 2 == (num_layers - 1) % 2]
         blocks = nn.ModuleList(Block(config, newest, i in gated) for i in range(num_layers))
         embedding = nn.Embedding(num_rows, config.n_embd)
@@ -130,7 +130,7 @@ class GPT(nn.Module):
         self.add_rotary_tables()
 
     def add_newest(self, num_rows: int, gated: list[int]) -> None:
-        """What era 5 has and era 1 has not."""
+        """Add the parameters of era 5 that era 1 does not have."""
         config = self.config
         num_layers = config.n_layer
         kv_width = config.n_kv_head * config.n_embd // config.n_head
@@ -188,13 +188,13 @@ class GPT(nn.Module):
 
 
 def load(directory) -> GPT:
-    """The last checkpoint in a directory, with float32 weights. Raises FileNotFoundError or
-    ValueError, naming the file or the directory."""
+    """Load the last checkpoint of a directory, with float32 weights. Raises FileNotFoundError or
+    ValueError, which names the file or the directory."""
     directory = Path(directory)
     config, recipe, weights = read_checkpoint(directory, find_step(directory, None))
     if recipe.era not in ("1", "5"):
         raise ValueError(f"{directory} is of era {recipe.era}: give a checkpoint of era 1 or 5")
     num_rows = len(weights["transformer.wte.weight"])
     gpt = GPT(Config(**vars(config)), newest=recipe.era == "5", pad_vocab_size_to=num_rows)
-    gpt.load_state_dict(weights)  # which copies them into its own dtype
+    gpt.load_state_dict(weights)  # copies the weights and converts their dtype
     return gpt

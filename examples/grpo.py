@@ -1,22 +1,22 @@
-"""Reinforcement learning beside an engine: a model teaches itself to add.
+"""Reinforcement learning with an engine: a model learns to add.
 
-    python examples/grpo.py             # some four minutes on two cores
+    python examples/grpo.py             # about four minutes on two cores
 
-The bundled model knows the sums of single digits, and few of larger numbers. A step of the training
-has three parts:
+The bundled model knows sums of single digits, and few sums of larger numbers. A training step has
+three parts:
 
     (1) roll out   the engine answers some questions, each of them several times (a group)
-    (2) reward     an answer is right, 1, or wrong, 0: nothing tells the model how to get there
-    (3) learn      tokens of answers that are better than the mean of their group become more
-                   probable, those of worse ones less: the policy gradient of GRPO (Shao et al.,
-                   "DeepSeekMath", 2024), less the mean alone, as nanochat has it
+    (2) reward     a right answer gets 1, a wrong answer 0; there are no worked examples
+    (3) learn      tokens of answers above the mean reward of their group become more probable,
+                   tokens of answers below it less probable: the policy gradient of GRPO (Shao et
+                   al., "DeepSeekMath", 2024); as in nanochat, only the mean is subtracted
 
-Then the engine samples again, with the new weights, which it sees by itself. Before and after the
-training the model answers sums that are not in it: does it learn them by heart, or to add?
+Then the engine samples again. It notices the new weights by itself. Before and after the training,
+the model answers sums that are not part of it: does it memorise sums, or learn to add?
 
-To try: another reward. It must be one that some answers of a group get already, since what is never
-tried is never reinforced. This model opens nanochat's calculator with a probability of exp(-24), so
-it will not find out in this way that it has one.
+Try another reward. Some answers of a group must get it from the start, because training reinforces
+only answers that occur. For example, this model opens nanochat's calculator with a probability of
+exp(-24), so it will not learn in this way to use it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the examples are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of examples/
 sys.path.insert(0, f"{sys.path[0]}/src")
 
 import torch
@@ -44,7 +44,7 @@ SUMS = [(a, b) for a in range(1, 16) for b in range(1, 16)]
 
 
 def prompt(llm: LLM, pair: tuple[int, int]) -> list[int]:
-    """The token ids of the question, up to where the answer begins."""
+    """The token ids of the question, up to the start of the answer."""
     question = {"role": "user", "content": "What is {}+{}?".format(*pair)}
     return llm.tokenizer.render_for_completion([question])
 
@@ -68,16 +68,16 @@ class Rollouts(NamedTuple):
     """P questions with G answers each. A row is a question and one of its answers, padded."""
 
     ids: Tensor  # (P G, T) token ids
-    mask: Tensor  # (P G, T) 1 where a token was sampled; 0 in questions, padding, a tool's output
+    mask: Tensor  # (P G, T) 1 for sampled tokens; 0 for questions, padding and tool output
     logprobs: Tensor  # (P G, T) in the distribution from which the engine drew the token
     rewards: Tensor  # (P, G)
 
 
 def roll_out(llm: LLM, pairs: list, group: int, max_tokens: int, seed: int) -> Rollouts:
-    """(1) and (2). All answers run in one batch, and those of a group share the blocks of their
-    question in the KV cache. Question i is drawn with seed + i."""
+    """Parts (1) and (2). All answers run in one batch, and the answers of a group share the blocks
+    of their question in the KV cache. Question i has the seed `seed + i`."""
     prompts = [prompt(llm, pair) for pair in pairs]
-    # at temperature 1 and without filters the engine draws from what the module computes
+    # at temperature 1 and without filters, the engine draws from the distribution of the module
     sequences, masks, logprobs = llm.generate_batch(
         prompts, num_samples=group, max_tokens=max_tokens, temperature=1.0, seed=seed, logprobs=True
     )
@@ -89,24 +89,25 @@ def roll_out(llm: LLM, pairs: list, group: int, max_tokens: int, seed: int) -> R
 
 
 def pad(groups: list[list[list]]) -> Tensor:
-    """All rows of all groups, as long as the longest."""
+    """All rows of all groups as one tensor, padded to the longest row."""
     rows = [torch.tensor(row) for group in groups for row in group]
     return pad_sequence(rows, batch_first=True)
 
 
 def policy_loss(gpt: GPT, rollouts: Rollouts) -> tuple[Tensor, float]:
-    """(3). The loss, and how far the module's log-probabilities are from the engine's at most."""
+    """Part (3). The loss, and the largest difference between the log-probabilities of the module
+    and of the engine."""
     targets = rollouts.ids[:, 1:]
     mask = rollouts.mask[:, 1:]
     logprobs = gpt(rollouts.ids[:, :-1]).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    # the mask also leaves out what a tool forced, because the model did not choose it
+    # the mask also excludes tokens that a tool forced, because the model did not choose them
     difference = (logprobs - rollouts.logprobs[:, 1:]) * mask
-    # an answer is compared with its group, so an easy question earns nothing; a group in which all
-    # are right, or all wrong, teaches nothing
+    # an answer is compared with its group. if all answers of a group are right, or all are wrong,
+    # the group has no effect
     advantages = rollouts.rewards - rollouts.rewards.mean(1, keepdim=True)
-    # the importance ratio says how much more probable a token is now than when it was drawn. a
-    # batch is used once here, so it is 1 up to rounding, and its gradient is that of logprobs;
-    # with several steps on a batch it has to be bounded, as in PPO
+    # the importance ratio is the probability of a token now divided by that at its draw. a batch is
+    # used once here, so the ratio is 1 up to rounding, and its gradient is that of logprobs. with
+    # several steps on a batch it must be clipped, as in PPO
     ratio = difference.exp()
     loss = -(ratio * advantages.view(-1, 1) * mask).sum() / mask.sum().clamp(min=1)
     return loss, difference.abs().max().item()
@@ -114,7 +115,7 @@ def policy_loss(gpt: GPT, rollouts: Rollouts) -> tuple[Tensor, float]:
 
 def train(gpt: GPT, llm: LLM, pairs: list, settings: Settings) -> tuple[list[float], float, float]:
     """Train the module that the engine serves. Returns the mean reward of each step, the seconds of
-    all rollouts, and the seconds of all the rest."""
+    all rollouts, and the seconds of the learning."""
     optimizer = torch.optim.AdamW(gpt.parameters(), settings.lr, betas=(0.9, 0.95), weight_decay=0)
     rng = random.Random(settings.seed)
     curve = []
@@ -128,7 +129,7 @@ def train(gpt: GPT, llm: LLM, pairs: list, settings: Settings) -> tuple[list[flo
         middle = time.perf_counter()
         loss, difference = policy_loss(gpt, rollouts)
         loss.backward()
-        optimizer.step()  # the engine takes the new weights when it samples next
+        optimizer.step()  # the engine uses the new weights when it samples next
         optimizer.zero_grad()
         end = time.perf_counter()
         sampling += middle - start
@@ -136,7 +137,7 @@ def train(gpt: GPT, llm: LLM, pairs: list, settings: Settings) -> tuple[list[flo
         curve.append(rollouts.rewards.mean().item())
         print(
             f"{step + 1:4}  reward {curve[-1]:.2f} {'#' * round(30 * curve[-1]):30}  "
-            f"log-probabilities differ by {difference:.0e} at most  "
+            f"log-probabilities differ by at most {difference:.0e}  "
             f"rollouts {middle - start:.2f} s, learning {end - middle:.2f} s",
             flush=True,
         )
@@ -145,7 +146,7 @@ def train(gpt: GPT, llm: LLM, pairs: list, settings: Settings) -> tuple[list[flo
 
 @torch.no_grad()
 def sample_plainly(gpt: GPT, ids: list[int], max_tokens: int, end: int) -> list[int]:
-    """One answer of the module alone, without an engine: all of the text is computed again for each
+    """One answer of the module without an engine. It computes the whole text again for each
     token."""
     for _ in range(max_tokens):
         token = torch.multinomial(gpt(torch.tensor([ids]))[0, -1].softmax(-1), 1).item()
@@ -164,7 +165,7 @@ def draw(curve: list[float], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.2))
     steps = range(1, len(curve) + 1)
     last = [curve[max(0, i - 10) : i] for i in steps]
-    axes.plot(steps, curve, ".", color="#AAAAAA", label="a step")
+    axes.plot(steps, curve, ".", color="#AAAAAA", label="one step")
     axes.plot(steps, [sum(x) / len(x) for x in last], color="#0072B2", label="mean of ten")
     axes.set(xlabel="step", ylabel="reward", ylim=(0, 1.02))
     axes.legend(frameon=False)
@@ -174,7 +175,7 @@ def draw(curve: list[float], path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.group < 2:
-        raise ValueError("--group 1: an answer needs others to be compared with, give 2 or more")
+        raise ValueError("--group 1: answers of a group are compared, so give 2 or more")
     if not 0 < args.lr < 1:
         raise ValueError(f"--lr {args.lr}: give a number between 0 and 1")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
     pairs = pairs[45:]
     gpt = load(MODELS / "oldbooks-d6")
     tokenizer = load_tokenizer(MODELS / "tokenizer")
-    # the copy of the weights has the layout that is fastest for the engine
+    # a copy of the weights can have the layout that is fastest for the engine
     with LLM(model=gpt, tokenizer=tokenizer, copy=True, device="cpu") as llm:
         exam = {"group": 8, "max_tokens": args.max_tokens, "seed": args.seed}
         first = roll_out(llm, held_out, **exam).rewards.mean()
@@ -197,27 +198,30 @@ def run(args: argparse.Namespace) -> None:
         seconds_each = (time.perf_counter() - start) / 16
         plain = seconds_each * args.steps * args.prompts * args.group
     print(f"\nreward of sums never trained on: {first:.2f} at the beginning, {last:.2f} at the end")
-    ways = (("by the engine", sampling), ("one at a time (from 16 answers)", plain))
+    ways = (
+        ("by the engine", sampling),
+        ("one at a time without it (estimated from 16 answers)", plain),
+    )
     for name, seconds in ways:
         print(f"rollouts {name}: {seconds:.1f} s, {seconds / (seconds + learning):.0%} of the time")
     try:
         draw(curve, args.out / "grpo.png")
     except ImportError:
-        print(f"a picture needs matplotlib: {how_to_install('lab')}")
+        print(f"a plot needs matplotlib: {how_to_install('lab')}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = terminal.Parser(prog="grpo.py", description=__doc__)
     for name, kind, default, meaning in (
-        ("steps", terminal.positive, 50, "of the training"),
+        ("steps", terminal.positive, 50, "training steps"),
         ("group", terminal.positive, 8, "answers to each question"),
-        ("prompts", terminal.positive, 16, "questions a step"),
-        ("max-tokens", terminal.positive, 16, "of an answer"),
+        ("prompts", terminal.positive, 16, "questions per step"),
+        ("max-tokens", terminal.positive, 16, "maximum number of tokens of an answer"),
         ("lr", float, 1e-4, "learning rate"),
-        ("seed", int, 0, "of the questions and of the answers"),
+        ("seed", int, 0, "random seed of questions and answers"),
         ("out", Path, "lab-results", "folder for grpo.png"),
     ):
-        help_text = f"{meaning} (%(default)s)"
+        help_text = f"{meaning} (default: %(default)s)"
         parser.add_argument(f"--{name}", type=kind, default=default, help=help_text)
     parser.set_defaults(command=run)
     terminal.execute(parser.parse_args(argv))

@@ -1,14 +1,15 @@
-"""What does the model know where its answer begins? A linear probe on hidden states.
+"""Linear probes on hidden states: what does the model know before its answer begins?
 
-    python examples/probe.py            # within a minute on two cores
+    python examples/probe.py            # less than a minute on two cores
 
-The questions are "What is a+b?". A probe is a linear function of the state at the last token of the
-question, one for each layer, fitted by ridge regression on two thirds of the questions. It is
-judged on the others, which it has not seen, beside the share that always naming the commoner answer
-gets right. One property of the sum can be read from every layer; its parity from none, although the
-model answers some of these questions: what a linear probe does not find may still be there.
+The questions are "What is a+b?". A probe is a linear function of the hidden state at the last token
+of the question. One probe for each layer is fitted by ridge regression on two thirds of the
+questions, and tested on the other third. The column "majority" is the accuracy of always giving the
+more frequent answer. One property of the sum can be read from every layer. Its parity can be read
+from no layer, although the model answers some of these questions: a linear probe does not find all
+information in the states.
 
-To try: the tokens of the answer (the states have them, too), another property, the states of all
+Try the tokens of the answer (the states include them), another property, or the states of all
 tokens in a file for a sparse autoencoder (hidden_states={"layers": (3,), "path": "states.bin"}).
 """
 
@@ -25,7 +26,7 @@ from microvllm import LLM, SamplingParams
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 LARGEST = 30
-RIDGE = 10.0  # times the squared weights; the features have variance 1
+RIDGE = 10.0  # factor of the squared weights; the features have variance 1
 PROPERTIES = {
     "a+b > 30": lambda a, b: a + b > LARGEST,
     "a+b is odd": lambda a, b: (a + b) % 2 == 1,
@@ -33,7 +34,7 @@ PROPERTIES = {
 
 
 def read_states(llm: LLM, pairs: list[tuple[int, int]]) -> Tensor:
-    """(N, layers, C) of the last token of each question."""
+    """The hidden states (N, layers, C) of the last token of each question."""
     prompts = []
     for a, b in pairs:
         question = {"role": "user", "content": f"What is {a}+{b}?"}
@@ -41,19 +42,19 @@ def read_states(llm: LLM, pairs: list[tuple[int, int]]) -> Tensor:
     layers = range(llm.model.config.n_layer)
     params = SamplingParams(temperature=0, max_tokens=1)
     outputs = llm.generate(prompts, params, use_tqdm=False, hidden_states=layers)
-    # prompt and answer are there
+    # hidden_states has prompt and answer
     states = [output.hidden_states[len(output.prompt_token_ids) - 1] for output in outputs]
     return torch.stack(states)
 
 
 def fit(x: Tensor, y: Tensor) -> Tensor:
-    """(C + 1,) weights of a ridge regression of y (N,), which is 1 or -1, on x (N, C + 1)."""
+    """The weights (C + 1,) of a ridge regression of y (N,), which is 1 or -1, on x (N, C + 1)."""
     penalty = RIDGE * torch.eye(x.shape[1])
     return torch.linalg.solve(x.T @ x + penalty, x.T @ y)
 
 
 def held_out_accuracy(states: Tensor, has_property: Tensor) -> float:
-    """Of a probe that is fitted on the first two thirds of the rows (N, C), on the last third."""
+    """The accuracy on the last third of the rows (N, C) of a probe fitted on the others."""
     num_train = 2 * len(states) // 3
     scaled = (states - states[:num_train].mean(0)) / (states[:num_train].std(0) + 1e-6)
     x = torch.cat([scaled, torch.ones(len(scaled), 1)], 1)
@@ -64,7 +65,7 @@ def held_out_accuracy(states: Tensor, has_property: Tensor) -> float:
 
 
 def majority_accuracy(has_property: Tensor) -> float:
-    """On the last third, of the answer that is commoner in the first two."""
+    """The accuracy on the last third of the answer that is more frequent in the first two."""
     num_train = 2 * len(has_property) // 3
     commoner = has_property[:num_train].float().mean() > 0.5
     return (has_property[num_train:] == commoner).float().mean().item()
@@ -75,7 +76,7 @@ def main() -> None:
     random.Random(0).shuffle(pairs)
     with LLM(MODELS / "oldbooks-d6", device="cpu") as llm:
         states = read_states(llm, pairs)
-    print(f"{len(pairs)} questions; accuracy on a third of them, which the probe has not seen")
+    print(f"{len(pairs)} questions; accuracy on a third of them that was not used for fitting")
     layers = range(states.shape[1])
     print("layer".ljust(12), *(f"{layer:6}" for layer in layers), "  majority")
     for name, function in PROPERTIES.items():

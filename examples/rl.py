@@ -1,18 +1,18 @@
-"""Reinforcement learning that does not wait: the model is trained while it writes other samples.
+"""Asynchronous reinforcement learning: train the model while it generates other samples.
 
-    python examples/rl.py                              # within a minute on two cores
+    python examples/rl.py                              # less than a minute on two cores
     python examples/rl.py --lag 0 --plot mismatch.png
 
-examples/grpo.py waits for the answers to all questions of a step. Here some questions are always
-under way. As soon as enough of them are answered the module is trained, and the engine, which
-serves this module, goes on with the others under the new weights. So there are three things to
-watch, and a line a step shows them:
+examples/grpo.py waits for the answers to all questions of a step. Here some questions are always in
+flight. As soon as enough of them are answered, the module is trained. The engine, which serves this
+module, continues the other questions with the new weights. Each step prints a line with:
 
-    versions          each token carries the version of the weights that drew it
-    max_version_lag   a sample ends when the weights are too many versions ahead (--lag); one that
-                      has ended before may wait for others of its group and be older
-    mismatch          how far the engine's log-probabilities are from those of the loss: rounding in
-                      the first step, then also what the weights have changed since the draw
+    versions          each token has the version of the weights that drew it
+    max_version_lag   a sample ends when the weights are too many versions ahead (--lag); a finished
+                      sample may wait for others of its group and be older
+    mismatch          the difference between the log-probabilities of the engine and of the loss: in
+                      the first step only rounding, later also the change of the weights since the
+                      draw
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the examples are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of examples/
 sys.path.insert(0, f"{sys.path[0]}/src")
 
 import torch
@@ -34,25 +34,25 @@ from microvllm import LLM, SamplingParams
 from microvllm.engine import RequestOutput
 from microvllm.rl import Mismatch, mismatch
 
-GROUP = 8  # samples of a question
-QUESTIONS = 8  # a step
-UNDER_WAY = 12  # questions at any time
-MOST_RATIO = 2.0  # of the importance weights: truncated importance sampling
+GROUP = 8  # samples per question
+QUESTIONS = 8  # answered questions per step
+UNDER_WAY = 12  # questions in flight
+MOST_RATIO = 2.0  # largest importance weight: truncated importance sampling
 
 
 class Row(NamedTuple):
-    """A sample: its question and what was drawn."""
+    """A sample: its question and the drawn tokens."""
 
     ids: list[int]
-    mask: list[int]  # 1 where a token was drawn
-    logprobs: list[float]  # of the draw
+    mask: list[int]  # 1 for drawn tokens
+    logprobs: list[float]  # at the draw
     reward: float
-    advantage: float  # over the mean of its group
-    versions: list[int]  # of the weights that drew each of its tokens
+    advantage: float  # reward minus the mean of the group
+    versions: list[int]  # for each drawn token, the version of the weights
 
 
 def read_group(output: RequestOutput, pair: tuple[int, int]) -> list[Row]:
-    """The samples of a question, without those that max_version_lag has ended."""
+    """The samples of a question, except those that max_version_lag has ended."""
     samples = [sample for sample in output.samples if sample["finish_reason"] != "abort"]
     rewards = [reward(pair, sample["text"]) for sample in samples]
     question = output.prompt_token_ids
@@ -74,7 +74,7 @@ def read_group(output: RequestOutput, pair: tuple[int, int]) -> list[Row]:
 
 
 def collect(llm: LLM, rng: random.Random, pairs: dict, lag: int) -> list[Row]:
-    """Samples of the next questions that are answered; pairs: the sum of each one under way."""
+    """The samples of the next answered questions. pairs: the sum of each question in flight."""
     rows = []
     num_answered = 0
     while num_answered < QUESTIONS or not rows:
@@ -89,17 +89,17 @@ def collect(llm: LLM, rng: random.Random, pairs: dict, lag: int) -> list[Row]:
 
 
 def learn(gpt: GPT, optimizer: torch.optim.Optimizer, rows: list[Row]) -> Mismatch:
-    """One step of the policy gradient. Returns how far the loss was from the rollouts."""
+    """One step of the policy gradient. Returns the mismatch between loss and rollouts."""
     ids = pad([row.ids for row in rows])
     mask = pad([row.mask for row in rows])
     drawn = pad([row.logprobs for row in rows])
     advantages = torch.tensor([row.advantage for row in rows])[:, None]
     logp = gpt(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    # what is less probable than when it was drawn counts less, and the other way round
+    # a token that has become less probable since its draw counts less, and vice versa
     ratio = (logp.detach() - drawn[:, 1:]).exp().clamp(max=MOST_RATIO)
     loss = -(ratio * advantages * logp * mask[:, 1:]).sum() / mask.sum()
     loss.backward()
-    optimizer.step()  # the engine follows in its next step, and counts a version
+    optimizer.step()  # the engine uses the new weights in its next step, as a new version
     optimizer.zero_grad()
     return mismatch(logp, drawn, mask)
 
@@ -129,8 +129,8 @@ def train(gpt: GPT, llm: LLM, num_steps: int, lag: int) -> list[Mismatch]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="rl.py")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--lag", type=int, default=1, help="max_version_lag (%(default)s)")
-    parser.add_argument("--plot", type=Path, help="a file for the last step's |delta logp|")
+    parser.add_argument("--lag", type=int, default=1, help="max_version_lag (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="file for a plot of the last |delta logp|")
     args = parser.parse_args(argv)
     gpt = load(MODELS / "oldbooks-d6")
     with LLM(model=gpt, tokenizer_path=MODELS / "tokenizer", copy=True, device="cpu") as llm:

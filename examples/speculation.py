@@ -1,11 +1,12 @@
-"""Speculation: several draft tokens are verified in one step, and the text stays the same.
+"""Speculative decoding: verify several draft tokens in one step, with the same text as without.
 
     python examples/speculation.py
 
-The bundled model writes a few texts in three ways: alone; with itself in 4 bits as the draft model;
-and with earlier answers to the same prompt, as the epochs of a reinforcement learning have them.
-A draft model pays if it takes a small part of the model's time, which no draft model of this small
-model does: the engine measures that, and drafts little or nothing. Earlier answers cost nothing.
+The bundled model generates a few texts in three ways: without draft tokens; with itself in int8
+as the draft model; and with draft tokens from earlier answers to the same prompts, as in the epochs
+of reinforcement learning. A draft model helps only if it is much faster than the model. No draft
+model of this small model is: the engine measures this, and drafts little or nothing. Draft tokens
+from earlier answers cost nothing.
 """
 
 import sys
@@ -23,7 +24,7 @@ OPTIONS = {"device": "cpu", "num_blocks": 100}
 
 
 def write(name: str, llm: LLM) -> list[list[int]]:
-    """Write the texts one after the other, and print what it took."""
+    """Generate the texts one after the other, and print steps, time and draft tokens."""
     llm.reset_stats()
     began = time.perf_counter()
     outputs = [llm.generate(prompt, PARAMS, use_tqdm=False)[0] for prompt in PROMPTS]
@@ -38,17 +39,17 @@ def write(name: str, llm: LLM) -> list[list[int]]:
 
 def main() -> None:
     with LLM(MODEL, **OPTIONS) as llm:
-        expected = write("alone", llm)
-        expected = write("alone, once more", llm)
+        expected = write("no draft tokens", llm)
+        expected = write("no draft tokens, again", llm)
     texts = []
-    with LLM(MODEL, quantization="int4", **OPTIONS) as small:
+    with LLM(MODEL, quantization="int8", **OPTIONS) as small:
         with LLM(MODEL, draft=small, **OPTIONS) as llm:
-            texts += write("4 bits draft", llm)
+            texts += write("draft model in int8", llm)
     with LLM(MODEL, answer_lookup=8, **OPTIONS) as llm:
         texts += write("earlier answers, epoch 1", llm)
         texts += write("earlier answers, epoch 2", llm)
     same = sum(text == again for text, again in zip(expected * 3, texts, strict=True))
-    print(f"{same} of {len(texts)} texts are those that the model writes alone")
+    print(f"{same} of {len(texts)} texts are equal to those without draft tokens")
 
 
 if __name__ == "__main__":

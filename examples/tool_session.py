@@ -1,14 +1,14 @@
-"""A tool with a session for each sample: the model guesses a number, the tool knows it.
+"""A tool with a session for each sample: a game in which the model guesses a number.
 
     python examples/tool_session.py --samples 4
 
-Each sample has a session with a number of its own. The model writes a guess as the call of a tool,
-the session answers "higher", "lower" or "right", and the model guesses again. Answers are forced
-tokens with mask 0: a policy gradient leaves them out, as examples/grpo.py does. The sessions are
-slow, as a sandbox or a search engine is; while one is busy the other samples go on.
+Each sample has a session with its own secret number. The model calls the tool with a number, the
+session answers "higher", "lower" or "right", and the model calls again. The answers are forced
+tokens with mask 0, so that a policy gradient can exclude them, as in examples/grpo.py. The sessions
+are slow, like a sandbox or a search engine. While one is busy, the other samples continue.
 
-The bundled model was never trained to call a tool, so a logits_processor lets it write nothing but
-guesses. Which ones is its own choice: the reward of a sample could be how few it needs.
+The bundled model was not trained to call tools, so a logits_processor allows only calls with
+numbers. The model chooses the numbers. A reward could be higher for fewer calls.
 """
 
 import argparse
@@ -30,20 +30,20 @@ QUESTION = "Guess my number. It is between 1 and 9."
 
 
 class GuessTool(Tool):
-    """Begins a session for each sample."""
+    """The tool: it begins a session for each sample."""
 
     def begin(self, request: ToolRequest) -> ToolSession:
         return GuessSession(random.Random(f"{request.seed}/{request.sample}").choice(NUMBERS))
 
 
 class GuessSession(ToolSession):
-    """Knows the number of one sample."""
+    """The session of one sample, with its secret number."""
 
     def __init__(self, number: int):
         self.number = number
 
     async def __call__(self, call: str) -> str:
-        await asyncio.sleep(0.01)  # a real tool waits for something here
+        await asyncio.sleep(0.01)  # a real tool would do its work here
         guess = int(call)
         if guess == self.number:
             return "right"
@@ -51,7 +51,7 @@ class GuessSession(ToolSession):
 
 
 class GuessesOnly:
-    """A logits_processor: a call after the other until one is right, no number twice."""
+    """A logits_processor that allows only calls until one is right, and no number twice."""
 
     def __init__(self, llm: LLM):
         encode_special = llm.tokenizer.encode_special
@@ -79,7 +79,7 @@ class GuessesOnly:
 
 
 def play(llm: LLM, num_samples: int, seed: int) -> dict:
-    """The output of a request with a game in each of its samples."""
+    """The output of a request whose samples each play a game."""
     tool = GuessTool(name="guess", timeout=5.0)
     params = SamplingParams(
         max_tokens=100, n=num_samples, seed=seed, logits_processor=GuessesOnly(llm)

@@ -1,11 +1,11 @@
-"""Tree search: find the most likely text of all, and know that it is.
+"""Tree search: find the most likely text, with a guarantee.
 
     python examples/tree_search.py "Once upon a time" --max-tokens 6
 
-A text never becomes more likely by another token. So the search always continues the most likely
-text that it has (best first, as Dijkstra's shortest path), and the first complete text that comes
-to the front is the most likely one: each other text is less likely already. Greedy decoding and a
-narrow beam may miss it. With fewer than all next tokens (k) it is the best of those.
+A text cannot become more likely by another token. So the search always extends the most likely text
+so far (best first, as in Dijkstra's shortest path). When the most likely text is complete, it is
+the result: every other text is less likely already. Greedy decoding and a narrow beam may miss it.
+The guarantee is for texts whose tokens are each among the k most likely ones.
 """
 
 import argparse
@@ -26,9 +26,9 @@ def tree_search(
     llm: LLM, prompt, max_tokens: int, k: int, max_open: int = 200
 ) -> tuple[Branch, int]:
     """The most likely continuation whose tokens are each among the k most likely ones, and the
-    number of texts that were continued. It ends with an end token, or has max_tokens tokens.
-    max_open: texts that are kept; beyond it the least likely are dropped, and the result may be
-    another."""
+    number of texts that were extended. It ends with an end token or has max_tokens tokens.
+    max_open: the largest number of texts to keep. Beyond it, the least likely are dropped, and the
+    guarantee is lost."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=k)
     order = count()  # of two equally likely texts, the older one first
     with llm.branching() as branches:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         logprob = sum(entry["logprob"] for entry in greedy["logprobs"])
         print(f"greedy  {logprob:8.3f}  {greedy['text']!r}")
         best, num_continued = tree_search(llm, args.prompt, args.max_tokens, args.k)
-        print(f"best    {best.logprob:8.3f}  {best.text!r}, {num_continued} texts were continued")
+        print(f"best    {best.logprob:8.3f}  {best.text!r}, {num_continued} texts were extended")
 
 
 if __name__ == "__main__":

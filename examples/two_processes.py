@@ -1,16 +1,16 @@
-"""A trainer in a process of its own sends its weights to the engine, which checks them.
+"""A trainer in its own process sends weights to the engine, which verifies them.
 
     python examples/two_processes.py                   # some seconds
 
     the trainer's process                      the engine's process
-    trains, takes checksums       ---------->  receives names, shapes, checksums
+    trains, computes checksums    ---------->  receives names, shapes, checksums
     sends the tensors, one by one ---------->  receives them (torch.distributed, gloo)
-                                  <----------  check_transfer: right, or refused by name
-    next version, or once more                 update_weights(version=)
+                                  <----------  check_transfer: accepts, or names wrong tensors
+    next version, or same again                update_weights(version=)
 
-In the second round the trainer makes a common mistake: its optimizer goes on before the weights
-have left. The audit finds the tensors, the engine keeps the version that it has, and the trainer
-sends again. With NCCL the tensors would go from GPU to GPU; all else stays as it is.
+In the second round, the trainer makes a common mistake: its optimizer changes the weights before
+they are sent. The checksums find the changed tensors, the engine keeps its version, and the trainer
+sends again. With NCCL the tensors would go from GPU to GPU; the rest would be the same.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the examples are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of examples/
 sys.path.insert(0, f"{sys.path[0]}/src")
 
 import torch
@@ -41,13 +41,13 @@ PATIENCE = timedelta(minutes=5)
 
 
 def connect(rank: int, store: str) -> None:
-    """Raises an error after PATIENCE if the other process has ended."""
+    """Connect the two processes. Calls raise an error after PATIENCE if the other one has ended."""
     place = {"init_method": f"file://{store}", "rank": rank, "world_size": 2}
     dist.init_process_group("gloo", timeout=PATIENCE, **place)
 
 
 def send(value: object, receiver: int) -> None:
-    """Any Python object, pickled: between processes of one's own only."""
+    """Send any Python object as a pickle; use this only between your own processes."""
     dist.send_object_list([value], dst=receiver)
 
 
@@ -58,7 +58,7 @@ def receive(sender: int) -> object:
 
 
 def run_trainer(store: str, token_ids: list[int], num_prompt: int) -> None:
-    """The trainer's process: learns the answer by heart, and sends each version."""
+    """The trainer's process: memorises the answer, and sends each version."""
     connect(TRAINER, store)
     gpt = load(MODELS / "oldbooks-d6")
     optimizer = torch.optim.SGD(gpt.parameters(), 0.02)
@@ -75,7 +75,7 @@ def run_trainer(store: str, token_ids: list[int], num_prompt: int) -> None:
             shapes = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
             send((version, shapes, checksums(weights)), ENGINE)
             if makes_mistake:
-                optimizer.step()  # the checksums are of the weights before
+                optimizer.step()  # the checksums belong to the weights before this
                 makes_mistake = False
             for weight in weights.values():
                 dist.send(weight, dst=ENGINE)
@@ -86,7 +86,7 @@ def run_trainer(store: str, token_ids: list[int], num_prompt: int) -> None:
 
 
 def receive_weights(shapes: dict) -> dict[str, Tensor]:
-    """The tensors of a state dict, in the order in which they are sent."""
+    """Receive the tensors of a state dict, in the order of sending."""
     weights = {}
     for name, (shape, dtype) in shapes.items():
         weights[name] = torch.empty(shape, dtype=dtype)
@@ -95,14 +95,14 @@ def receive_weights(shapes: dict) -> dict[str, Tensor]:
 
 
 def serve(llm: LLM, prompt: list[int], answer: list[int]) -> None:
-    """The engine's side, until the trainer has finished."""
+    """The engine's process, until the trainer has finished."""
     while (message := receive(TRAINER)) is not None:
         version, shapes, sums = message
         weights = receive_weights(shapes)
         try:
             check_transfer(weights, sums)
         except ValueError as error:
-            print(f"version {version} is refused, version {llm.version} stays: {error}")
+            print(f"version {version} is rejected, version {llm.version} stays: {error}")
             send(False, TRAINER)
             continue
         llm.update_weights(weights, version=version)
@@ -111,7 +111,7 @@ def serve(llm: LLM, prompt: list[int], answer: list[int]) -> None:
         params = SamplingParams(temperature=0, max_tokens=16)
         (output,) = llm.generate([prompt], params, use_tqdm=False)
         logprob = sum(scores) / len(scores)
-        print(f"version {output.version}: log-probability {logprob:.2f} a token, {output.text!r}")
+        print(f"version {output.version}: log-probability {logprob:.2f} per token, {output.text!r}")
 
 
 def main() -> None:

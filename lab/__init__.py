@@ -1,11 +1,11 @@
-"""The lab: small programs that show what a paged KV cache does, to be read and changed.
+"""The lab: small programs that show how a paged KV cache works. Read and change them.
 
-Each is about a screen long, drives the real BlockManager and Scheduler with a fake model, and needs
-no GPU. None imports torch but `windows`, since the blocks of layer groups are a feature of the
-engine, and `demo` and the last exercises, which run it. `microvllm lab` lists them, `microvllm lab
-fig02` runs one; from the root of a checkout `python -m lab` does the same. A plot goes into
-lab-results/NAME.png, its numbers into lab-results/NAME.json. EXERCISES.md has thirteen exercises.
+Most programs drive the real BlockManager and Scheduler with a fake model. They need neither a GPU
+nor torch. Only `windows`, `demo` and the last exercises import torch: `windows` uses a feature of
+the engine, and the others run the engine. `microvllm lab` lists the programs, and `microvllm lab
+fig02` runs one. `python -m lab` does the same in the root of a checkout. Plots are written to
+lab-results/NAME.png, their numbers to lab-results/NAME.json. EXERCISES.md has thirteen exercises.
 
-The paper is Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-PagedAttention", 2023. Its numbers stand beside ours, and why they differ.
+"The paper" is Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention", 2023. The programs print its numbers beside ours, and explain differences.
 """

@@ -1,11 +1,11 @@
-"""`python -m lab`: list the labs, or run one."""
+"""`python -m lab`: list the programs of the lab, or run one."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-# of each program the module, and the function in it
+# name of a program -> its module, and the function in it
 NAMES = {name: (name, "main") for name in "demo fig02 fig12 fig15 fig16 fig18 policies".split()}
 NAMES |= {name: (name, "main") for name in ("windows", "cost")}
 NAMES |= {name: ("mine", name) for name in ("exercises", "start", "hint")}
@@ -13,7 +13,7 @@ NAMES["check"] = "check", "main"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the lab that the first argument names, with the others; without any, list them all."""
+    """Run the program named by the first argument with the other arguments, or list all."""
     from microvllm.cli import terminal
 
     argv = sys.argv[1:] if argv is None else argv
@@ -22,10 +22,11 @@ def main(argv: list[str] | None = None) -> None:
         for name, (place, function) in NAMES.items():
             module = importlib.import_module(f"lab.{place}")
             documented = module if function == "main" else getattr(module, function)
-            print(f"  {name:10}{documented.__doc__.splitlines()[0]}")
+            print(f"  {name:11}{documented.__doc__.splitlines()[0]}")
+        print("\nThe figures are those of the PagedAttention paper (Kwon et al., 2023).")
     elif argv[0] not in NAMES:
         parser = terminal.Parser(prog="microvllm lab")
-        parser.error(f"no lab {argv[0]!r}: choose from {', '.join(NAMES)}")
+        parser.error(f"no program {argv[0]!r}: choose from {', '.join(NAMES)}")
     else:
         with terminal.at_once():
             place, function = NAMES[argv[0]]

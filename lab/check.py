@@ -1,10 +1,10 @@
-"""The exercises of EXERCISES.md: which of them are solved?
+"""Check: which exercises of EXERCISES.md are solved?
 
-microvllm lab start DIR   copies them to a folder of yours
-microvllm lab check       judges all
-microvllm lab check 3 4   judges these
+microvllm lab start DIR   copies the exercises to a folder
+microvllm lab check       checks all of them
+microvllm lab check 3 4   checks exercises 3 and 4
 
-The file to change is DIR/exercises.py. The exit status is 0 if all that are judged are solved.
+The file to change is DIR/exercises.py. The exit status is 0 if all checked exercises are solved.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from . import scenes, solutions, world
 
 
 def serve(blocks: BlockManager, requests: list[world.Request], most: int = 32, **policies) -> dict:
-    """Run requests to their end, at most that many at once.
+    """Run requests to their end, at most `most` at once.
 
-    Returns done (what ended, and when), again (tokens computed more than once), and hits (tokens of
-    prompts that were found).
+    Returns done (a world.Done for each sequence), again (tokens computed more than once), and hits
+    (prompt tokens found in the cache).
     """
     scheduler = Scheduler(blocks, most, 512, **policies)
     reached: dict[Sequence, int] = {}
@@ -48,11 +48,11 @@ def serve(blocks: BlockManager, requests: list[world.Request], most: int = 32, *
 
 
 def single(prompt: list[int]) -> list[world.Request]:
-    """One request for one token."""
+    """A list with one request for one token."""
     return [world.Request(0.0, Sequence(0, list(prompt), world.Params(1)))]
 
 
-# each returns what is wrong, or None --------------------------------------------------------------
+# each check returns a message about the mistake, or None ------------------------------------------
 
 
 def blocks_needed(work: ModuleType) -> str | None:
@@ -67,7 +67,8 @@ def blocks_needed(work: ModuleType) -> str | None:
             scheduler.update(plan, [0] * len(plan.draws))
         answer = work.blocks_needed(prompt, new, size)
         if answer != num_held:
-            return f"{prompt} tokens and {new} more, in blocks of {size}: {num_held}, not {answer}"
+            case = f"prompt {prompt}, new {new}, block size {size}"
+            return f"{case}: expected {num_held}, got {answer}"
     return None
 
 
@@ -76,7 +77,7 @@ def slot_of(work: ModuleType) -> str | None:
     for position, slot in [(0, 28), (3, 31), (4, 12), (6, 14), (11, 51)]:
         answer = work.slot_of(table, position, 4)
         if answer != slot:
-            return f"table {table}, blocks of 4: position {position} does not lie in slot {answer}"
+            return f"table {table}, blocks of 4: position {position} is not in slot {answer}"
     return None
 
 
@@ -92,7 +93,7 @@ def forgetful(work: ModuleType) -> str | None:
         try:
             blocks.check(scheduler.running)
         except AssertionError as error:
-            return None if "two texts" in str(error) else f"check() found another fault: {error}"
+            return None if "two texts" in str(error) else f"check() found another mistake: {error}"
     return "check() found nothing"
 
 
@@ -102,7 +103,7 @@ def two_prompts(work: ModuleType) -> str | None:
     serve(blocks, single(first))
     num_hits = serve(blocks, single(second))["hits"]
     if num_hits != 64:
-        return f"the second prompt finds {num_hits} tokens"
+        return f"the second prompt finds {num_hits} tokens, not 64"
     return None
 
 
@@ -117,12 +118,12 @@ def misled(work: ModuleType) -> str | None:
         scheduler.add(seq)
         scheduler.update(scheduler.schedule(), [0])
     if seq.num_cached <= common:
-        return f"they have {common} tokens in common, and the second gets {seq.num_cached}"
+        return f"their common prefix has {common} tokens, and the second gets {seq.num_cached}"
     return None
 
 
 def preempts(sizes: list[tuple[int, int]], num_blocks: int) -> bool:
-    """Do these sequences, all admitted at once, need more blocks than there are?"""
+    """Is a sequence preempted if all of these are admitted at once in num_blocks blocks?"""
     blocks = world.make_blocks(num_blocks, 8, enable_prefix_caching=False)
     scheduler = Scheduler(blocks, 8, 10_000)
     for i, (prompt, new) in enumerate(sizes):
@@ -144,12 +145,12 @@ def pool_without_preemption(work: ModuleType) -> str | None:
         if num_blocks < 2 or preempts(sizes, num_blocks):
             return f"{num_blocks} blocks of 8 are too few for {sizes}"
         if not preempts(sizes, num_blocks - 1):
-            return f"{num_blocks} blocks of 8 are more than it takes for {sizes}"
+            return f"{num_blocks} blocks of 8 are more than necessary for {sizes}"
     return None
 
 
 def families() -> list[world.Request]:
-    """Prompts of all lengths that share nothing, a third of them for six samples."""
+    """Prompts of various lengths that share nothing; a third of them have six samples."""
     rng = random.Random(0)
     requests = []
     for i in range(60):
@@ -161,7 +162,7 @@ def families() -> list[world.Request]:
 
 
 def again(**policies) -> int:
-    """Tokens that `families` compute again in a pool that is too small for them."""
+    """The number of tokens that `families` compute again in a pool that is too small."""
     blocks = world.make_blocks(150, enable_prefix_caching=False)
     return serve(blocks, families(), **policies)["again"]
 
@@ -169,12 +170,12 @@ def again(**policies) -> int:
 def victim(work: ModuleType) -> str | None:
     after, before = again(victim=work.victim), again()
     if 3 * after > before:
-        return f"{after} tokens are computed again; with the default it is {before}"
+        return f"{after} tokens are computed again; with the default {before}"
     return None
 
 
 def stream() -> list[world.Request]:
-    """Requests of all lengths that come somewhat faster than they can be served."""
+    """Requests of various lengths that arrive a little faster than they can be served."""
     rng = random.Random(0)
     clock = 0.0
     requests = []
@@ -186,7 +187,7 @@ def stream() -> list[world.Request]:
 
 
 def times(**policies) -> tuple[float, float]:
-    """Seconds that the mean request of `stream`, and the slowest, take."""
+    """(mean time, longest time) of the requests of `stream`, in seconds."""
     done = serve(world.make_blocks(800), stream(), 16, **policies)["done"]
     latencies = [d.latency for d in done]
     return sum(latencies) / len(latencies), max(latencies)
@@ -195,8 +196,8 @@ def times(**policies) -> tuple[float, float]:
 def admission(work: ModuleType) -> str | None:
     (mean, worst), (before, slowest) = times(admission=work.admission), times()
     if mean > 0.9 * before or worst > 1.5 * slowest:
-        seconds = f"the mean request takes {mean:.2f} s and the slowest {worst:.1f}"
-        return f"{seconds}; with the default it is {before:.2f} and {slowest:.1f}"
+        seconds = f"a request takes {mean:.2f} s on average, and the slowest {worst:.1f} s"
+        return f"{seconds}; with the default {before:.2f} s and {slowest:.1f} s"
     return None
 
 
@@ -217,7 +218,7 @@ def eviction(work: ModuleType) -> str | None:
     num_hits = hits(work.eviction)
     best = hits(solutions.eviction)
     if num_hits < 0.99 * best:
-        return f"{num_hits} of {160 * len(texts)} tokens are found again; {best} can be"
+        return f"{num_hits} of {160 * len(texts)} tokens are found; {best} are possible"
     return None
 
 
@@ -229,12 +230,12 @@ def freed_by_window(work: ModuleType) -> str | None:
         answer = work.freed_by_window(table, computed, window, size)
         if answer != wanted:
             case = f"table {table}, {computed} tokens, window {window}, blocks of {size}"
-            return f"{case}: not {answer}"
+            return f"{case}: {answer} is wrong"
     return None
 
 
 def compared(number: int) -> Callable[[ModuleType], str | None]:
-    """The check of a prediction: the engine does it, and its trace is compared."""
+    """The check of a prediction: run the engine, and compare its trace."""
     name = scenes.ANSWERS[number].__name__
 
     def check(work: ModuleType) -> str | None:
@@ -247,14 +248,14 @@ def compared(number: int) -> Callable[[ModuleType], str | None]:
         wrong = [key for key, value in happened.items() if tidy(answer.get(key)) != tidy(value)]
         if not wrong:
             return None
-        return f"not so: {', '.join(wrong)}. Look at {page}" + (", step 3" * (number == 11))
+        return f"wrong: {', '.join(wrong)}. Look at {page}" + (", step 3" * (number == 11))
 
     check.__name__ = name
     return check
 
 
 def tidy(value):
-    """Lists and tuples of lists and tuples, in one form."""
+    """Convert nested tuples to lists, to compare them."""
     return [tidy(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -263,7 +264,7 @@ CHECKS = [blocks_needed, slot_of, forgetful, two_prompts, misled, pool_without_p
 
 
 def verdict(number: int, work: ModuleType) -> str | None:
-    """What is wrong with an exercise, None if it is solved."""
+    """The mistake in an exercise; None if it is solved."""
     try:
         return CHECKS[number - 1](work)
     except Exception as error:  # the reader's own code may raise anything

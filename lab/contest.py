@@ -14,15 +14,15 @@ from . import policies, world
 
 
 class Workload(NamedTuple):
-    """Requests that come, and what the fake model answers."""
+    """Requests, and the answers of the fake model."""
 
     requests: list[world.Request]
-    texts: list[list[int]]  # of each request by its number: the prompt, and the answer
-    blocks: int  # of 16 tokens, in the pool
+    texts: list[list[int]]  # prompt and answer of each request, by its number
+    blocks: int  # blocks of 16 tokens in the pool
 
 
 def made(turns: list[tuple[float, list[int], list[int]]], blocks: int) -> Workload:
-    """A workload of (arrival, prompt, prompt and answer)s."""
+    """A workload from a list of (arrival, prompt, prompt + answer)."""
     turns.sort(key=lambda turn: turn[0])
     requests = [
         world.Request(at, Sequence(i, prompt, world.Params(len(text) - len(prompt))))
@@ -32,8 +32,8 @@ def made(turns: list[tuple[float, list[int], list[int]]], blocks: int) -> Worklo
 
 
 def talk(rng: random.Random, at: float, text: list[int], token: int, turns: int, think: float):
-    """The turns of one conversation that begins with `text`: each carries all that was said, and
-    comes about `think` seconds after the last answer. token: what its questions are made of."""
+    """The turns of one conversation that begins with `text`. Each turn contains the conversation so
+    far, and arrives about `think` seconds after the last answer. token: the questions repeat it."""
     for _ in range(turns):
         num_question, num_answer = next(world.lengths("sharegpt", rng))
         if len(text) + num_question + num_answer > world.CONTEXT:
@@ -45,15 +45,16 @@ def talk(rng: random.Random, at: float, text: list[int], token: int, turns: int,
 
 
 def prompts_of(rng: random.Random, number: int) -> tuple[list[list[int]], list[float]]:
-    """System prompts of 100 to 800 tokens, and how often each is used: the first twice as often as
-    the second, three times as often as the third."""
+    """(system prompts of 100 to 800 tokens, their weights). The first prompt is used twice as often
+    as the second, and three times as often as the third."""
     texts = [[100 + k] * rng.randint(100, 800) for k in range(number)]
     return texts, [1 / rank for rank in range(1, 1 + number)]
 
 
 def bursts(seed: int, scale: float) -> Workload:
-    """Every 40 s thirty conversations begin at once, behind one of 16 system prompts; half of them
-    end with the first turn. The queue is long, then short, and the pool too small for either."""
+    """Every 40 s, thirty conversations begin at once, each with one of 16 system prompts. Half of
+    them end after the first turn. The queue is long, then short, and the pool is always too
+    small."""
     rng, turns = random.Random(seed), []
     texts, weights = prompts_of(rng, 16)
     for number in range(round(240 * scale)):
@@ -63,8 +64,8 @@ def bursts(seed: int, scale: float) -> Workload:
 
 
 def conversations(seed: int, scale: float) -> Workload:
-    """Conversations that begin one by one, over one of four short system prompts. Every other one
-    ends with the first turn, the others come back after seconds."""
+    """Conversations that begin one by one, each with one of four short system prompts. Every other
+    one ends after the first turn; the others continue some seconds later."""
     rng, at, turns = random.Random(seed), 0.0, []
     for number in range(round(300 * scale)):
         at += rng.expovariate(0.65)
@@ -74,7 +75,7 @@ def conversations(seed: int, scale: float) -> Workload:
 
 
 def shared(seed: int, scale: float) -> Workload:
-    """Single questions that come only once, each behind one of 24 system prompts."""
+    """Single questions without repetition, each after one of 24 system prompts."""
     rng, at, turns = random.Random(seed), 0.0, []
     texts, weights = prompts_of(rng, 24)
     for number in range(round(600 * scale)):
@@ -86,8 +87,8 @@ def shared(seed: int, scale: float) -> Workload:
 
 
 def circle(seed: int, scale: float) -> Workload:
-    """A circular scan: forty texts of ten blocks, one after the other, over and over, while the
-    pool holds thirty."""
+    """A circular scan: forty texts of ten blocks, one after the other, again and again, in a pool
+    for thirty texts."""
     numbers = [i % 40 for i in range(round(400 * scale))]
     return made([(5.0 * i, [n] * 161, [n] * 162) for i, n in enumerate(numbers)], 301)
 
@@ -98,12 +99,12 @@ WORKLOADS: dict[str, Callable[[int, float], Workload]] = {
 DEFAULT = {kind: find_policy(kind, name) for kind, name in KINDS.items()}
 COLORS = {"": "#767676", "victim": "#0072B2", "admission": "#C77C02", "eviction": "#009E73"}
 WHY = """
-Computed are the tokens of prompts that were not found in the cache, and what was computed again
-after a preemption. The traffic is the same in every row, and so is what is said."""
+"computed" counts prompt tokens that were not found in the cache, and tokens computed again after a
+preemption. The requests and answers are the same in every row."""
 
 
 def measure(workload: Workload, policies: dict[str, Callable]) -> dict[str, float]:
-    """The workload under these policies: what the report's columns say."""
+    """Run the workload with these policies. Returns the columns of the report."""
     blocks = world.make_blocks(workload.blocks)
     blocks.pool.eviction = policies["eviction"]
     scheduler = Scheduler(
@@ -141,8 +142,8 @@ def measure(workload: Workload, policies: dict[str, Callable]) -> dict[str, floa
 
 
 def chosen(words: list[str]) -> list[tuple[str, str, Callable]]:
-    """(kind, name, policy) of each word of --only: a kind for all of it, or KIND=POLICY. Raises
-    ValueError for what there is not."""
+    """(kind, name, policy) for the words of --only: a kind for all its policies, or KIND=POLICY.
+    Raises ValueError for an unknown kind or policy."""
     found = []
     for word in words:
         kind, _, name = word.partition("=")
@@ -157,11 +158,12 @@ def chosen(words: list[str]) -> list[tuple[str, str, Callable]]:
 def main(argv: list[str] | None = None) -> None:
     parser = world.Parser(policies.__doc__, "policies")
     add = parser.add_argument
-    what = f"of {', '.join(WORKLOADS)} (bursts, where each kind of policy matters)"
+    what = f"traffic: {', '.join(WORKLOADS)} (default: bursts, where each kind of policy matters)"
     add("--workload", nargs="+", default=["bursts"], choices=WORKLOADS, metavar="NAME", help=what)
-    what = "rows besides the defaults: a kind, or KIND=NAME or KIND=FILE:FUNCTION (all)"
+    what = "rows beside the defaults: KIND, KIND=NAME or KIND=FILE:FUNCTION (default: all)"
     add("--only", nargs="+", default=[*KINDS], metavar="KIND[=POLICY]", help=what)
-    add("--scale", type=float, default=1.0, metavar="X", help="times as long (%(default)s)")
+    what = "factor of the traffic's length (default: %(default)s)"
+    add("--scale", type=float, default=1.0, metavar="X", help=what)
     args = parser.parse_args(argv)
     with terminal.user_errors(args):
         rows = [("", "the defaults", None), *chosen(args.only)]

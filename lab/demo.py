@@ -1,12 +1,12 @@
-"""Demo: a small pool in which a hit, a copy, a preemption and an eviction happen, as a web page.
+"""Demo: a web page of a small pool with prefix hits, copies, evictions and a preemption.
 
-The bundled model serves five requests in a pool of 21 blocks, with the core's own engine: plain
-torch, one block table a sequence, nothing to compile.
+The bundled model serves five requests in a pool of 21 blocks. It runs in the core's own engine:
+plain torch, one block table for each sequence, no compilation.
 
-    each prompt is continued several times          copies on write
+    most prompts have several samples               copies on write
     three prompts begin with the same sentences     prefix hits
-    two tales want more blocks than are blank       evictions
-    all go on writing until the pool is full        a preemption
+    two tales need more blocks than are blank       evictions
+    all requests grow until the pool is full        a preemption
 
 Lengths are fixed and no text ends early, so these events are the same on every machine.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from microvllm.blocks import BlockManager, BlockPool
 from microvllm.cli import terminal
 
-BLOCKS = 22  # the null block is one of them
+BLOCKS = 22  # including the null block
 BOOK = "The white whale swam before him as the wild thing that all men of the sea feared. He had "
 BOOK += "followed it through three oceans, and he would follow it until one of them was dead. "
 # (the step in which it arrives, prompt, samples, new tokens)
@@ -41,16 +41,16 @@ SCENE = [
     (40, BOOK + "The captain's wife said:", 1, 12),
 ]
 KINDS = {
-    "hit": "a prefix hit: a prompt begins with text that is in the pool already",
+    "hit": "a prefix hit: a prompt begins with text that is already in the pool",
     "copy": "a copy on write: samples share a block, and one of them writes into it",
-    "evict": "an eviction: no block is blank, so a cached one is given to another text",
-    "preempt": "a preemption: no block is free at all, so a request is sent back to the queue",
+    "evict": "an eviction: no block is blank, so a cached one is used for another text",
+    "preempt": "a preemption: no block is free, so a request goes back to the queue",
 }
 
 
 def play(llm, scene: list[tuple] = SCENE) -> None:
-    """Serve a scene with the core's LLM, to its end. A prompt is a text, or (text, how many tokens
-    of it)."""
+    """Serve a scene with the core's LLM to its end. A prompt is a text, or (text, number of its
+    tokens to use)."""
     from microvllm.sampler import SamplingParams
 
     coming = sorted(scene)
@@ -73,14 +73,15 @@ def record(
     budget: int = 64,
     pool_class: type[BlockPool] = BlockPool,
 ) -> list[dict]:
-    """Run a scene with a trace that is written to `path`; returns its events. blocks: in the pool,
-    the null block included; budget: tokens of a step; pool_class: of the pool."""
+    """Run a scene and write its trace to `path`; returns the events. blocks: size of the pool,
+    including the null block; budget: largest number of tokens in a step; pool_class: class of the
+    pool."""
     from microvllm.cli.commands import MODEL_DIR
     from microvllm.engine import LLM
     from microvllm.trace import Trace, attach, detach, read
 
     if not MODEL_DIR.is_dir():
-        raise ValueError(f"the demo runs the bundled model, which is not here: {MODEL_DIR}")
+        raise ValueError(f"the demo needs the bundled model, which is missing: {MODEL_DIR}")
     with LLM(MODEL_DIR, device="cpu", num_blocks=blocks, max_batched_tokens=budget) as llm:
         if pool_class is not BlockPool:
             manager: BlockManager = llm.scheduler.blocks
@@ -100,8 +101,8 @@ def record(
 
 
 def numbered(events: list[dict]) -> Iterator[tuple[int, dict]]:
-    """Each event with the number of its step, as the page counts them: what happens while a step is
-    planned is of that step."""
+    """(step, event) for each event, with the step numbers of the page: events during the planning
+    of a step belong to that step."""
     step = 1
     for event in events:
         yield step, event
@@ -109,7 +110,7 @@ def numbered(events: list[dict]) -> Iterator[tuple[int, dict]]:
 
 
 def first_steps(events: list[dict]) -> dict[str, int]:
-    """The number of the step in which each of KINDS happens first."""
+    """For each of KINDS, the number of the first step with such an event."""
     found: dict[str, int] = {}
     for step, event in numbered(events):
         if event["e"] in KINDS:
@@ -118,12 +119,12 @@ def first_steps(events: list[dict]) -> dict[str, int]:
 
 
 def take_picture(page: Path, picture: Path, step: int, theme: str) -> None:
-    """Write a PNG of the page at a step, by a chromium of the system's. Raises ValueError if there
-    is none, or if it fails."""
+    """Write a PNG of the page at a step with the system's Chromium. Raises ValueError if there is
+    none or if it fails."""
     names = "chromium", "chromium-browser", "google-chrome", "chrome"
     chromium = next(filter(None, map(shutil.which, names)), None)
     if chromium is None:
-        raise ValueError("--picture needs a chromium: install one (Debian: apt install chromium)")
+        raise ValueError("--picture needs Chromium: install it (Debian: apt install chromium)")
     flags = "headless no-sandbox disable-gpu hide-scrollbars force-device-scale-factor=1"
     done = subprocess.run(
         [chromium, *(f"--{flag}" for flag in flags.split()), "--window-size=1400,830",
@@ -131,11 +132,11 @@ def take_picture(page: Path, picture: Path, step: int, theme: str) -> None:
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     if done.returncode or not picture.is_file():
-        raise ValueError(f"{chromium} drew no picture: {done.stderr.strip()[-200:]}")
+        raise ValueError(f"{chromium} wrote no picture: {done.stderr.strip()[-200:]}")
 
 
 def has_screen() -> bool:
-    """Would a person see a browser's window?"""
+    """Can a browser window be shown to a person?"""
     shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     return sys.stdout.isatty() and bool(shown or sys.platform in ("darwin", "win32"))
 
@@ -143,10 +144,11 @@ def has_screen() -> bool:
 def main(argv: list[str] | None = None) -> None:
     parser = terminal.Parser(prog="microvllm lab demo", description=__doc__)
     add = parser.add_argument
-    where = "where demo.jsonl and demo.html go (%(default)s)"
+    where = "folder for demo.jsonl and demo.html (default: %(default)s)"
     add("--out", type=Path, default=Path("lab-results"), metavar="DIR", help=where)
-    add("--no-open", action="store_true", help="name the page, do not open it in a browser")
-    what = "also draw the page at the first preemption as X.png, light, and X-dark.png (chromium)"
+    add("--no-open", action="store_true", help="print the address of the page, do not open it")
+    what = "also write pictures of the page at the first preemption, X.png and X-dark.png, with "
+    what += "Chromium"
     add("--picture", type=Path, metavar="X.png", help=what)
     args = parser.parse_args(argv)
     trace, page = args.out / "demo.jsonl", args.out / "demo.html"
@@ -162,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             for picture, theme in ((args.picture, "light"), (dark, "dark")):
                 take_picture(page, picture, steps["preempt"], theme)
     count = sum(event["e"] == "begin" for event in events)
-    print(f"{count} steps in a pool of {BLOCKS - 1} blocks. What happens first in step ...")
+    print(f"{count} steps in a pool of {BLOCKS - 1} blocks. The first step with each event:")
     for kind, step in sorted(steps.items(), key=lambda item: item[1]):
         print(f"  {step:4}  {KINDS[kind]}")
     print(f"\nwritten: {trace}, {page}")

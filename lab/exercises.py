@@ -1,7 +1,7 @@
-"""Thirteen exercises: replace what each function returns. EXERCISES.md explains them.
+"""Thirteen exercises: replace the return value of each function. EXERCISES.md explains them.
 
-Write into a copy: `microvllm lab start DIR` makes it. `microvllm lab check 3` says whether the
-third is solved, `microvllm lab hint 3` gives a hint, and another one each time.
+Write into a copy: `microvllm lab start DIR` makes it. `microvllm lab check 3` checks exercise 3,
+and `microvllm lab hint 3` shows its next hint.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def blocks_needed(num_prompt: int, max_tokens: int, block_size: int) -> int:
 
 # 2
 def slot_of(table: list[int], position: int, block_size: int) -> int:
-    """Where in the pool are K and V of the token at this position? Slots are counted from 0, all
-    of block 0 first."""
+    """The slot in the pool with K and V of the token at this position. Slots are numbered from 0,
+    beginning with block 0."""
     return -1
 
 
@@ -32,13 +32,13 @@ class Forgetful(BlockManager):
 
 # 4
 def two_prompts() -> tuple[list[int], list[int]]:
-    """Prompts: the second finds 64 tokens in the cache that the first has left there."""
+    """Two prompts. The second must find 64 tokens of the first in the cache."""
     return list(range(64)), list(range(64))
 
 
 # 5
 class Unchained(BlockManager):
-    """Hashes each block on its own. What can go wrong? Leave this class as it is."""
+    """Hashes each block separately. What can go wrong? Do not change this class."""
 
     def hashes(self, seq: Sequence, num_full: int) -> list[bytes]:
         size = self.block_size
@@ -48,69 +48,72 @@ class Unchained(BlockManager):
 
 
 def misled() -> tuple[list[int], list[int]]:
-    """Prompts: the second gets blocks of the first that are not its own beginning."""
+    """Two prompts. The second must get blocks of the first that are not its own prefix."""
     return [1, 2, 3], [4, 5, 6]
 
 
 # 6
 def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) -> int:
-    """The fewest blocks, the null block included, in which these requests (prompt, new tokens), all
-    admitted in the first step, run to their end without a preemption."""
+    """The smallest number of blocks, including the null block, in which these requests (prompt, new
+    tokens) run to their end without a preemption. All are admitted in the first step."""
     return 1000
 
 
 # 7
 def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """The sequence to preempt: so that a third of what the default costs is computed again. Some
-    requests have six samples, which share the blocks of their prompt; nothing is found by hash."""
+    """The sequence to preempt. The number of tokens computed again must be at most a third of that
+    with the default. Some requests have six samples that share the blocks of their prompt. The
+    prefix cache is off."""
     return youngest(scheduler, seq)
 
 
 # 8
 def admission(scheduler: Scheduler) -> Sequence:
-    """The next sequence: so that the mean request takes a tenth less time than with the default,
-    and the slowest of all at most half as long again as the default's slowest."""
+    """The next sequence. The mean time of a request must be at most 0.9 times that of the default,
+    and the time of the slowest request at most 1.5 times."""
     return first_come(scheduler)
 
 
 # 9
 def eviction(pool: BlockPool, coming: list[set[bytes]]) -> int:
-    """The block to evict, if the future is known. coming: for each of the next 40 prompts, the next
-    one first, the hashes of its full blocks. No policy finds more than the best one that knows
-    this; find as much as that."""
+    """The block to evict if the future is known. coming: the hashes of the full blocks of each of
+    the next 40 prompts, the next prompt first. Find as many tokens as the best possible policy with
+    this knowledge."""
     return least_recently_used(pool)
 
 
 # 10
 def freed_by_window(table: Iterable[int], num_computed: int, window: int, size: int) -> list[int]:
-    """The blocks of a table that no layer will read again, if each token sees itself and the
+    """The blocks of a table that no layer will read again, if each token attends to itself and the
     `window` tokens before it."""
     return []
 
 
-# 11. the engine: 29 blocks of 16 tokens, at most 32 tokens a step. before step 1 comes a prompt of
-# 40 tokens for two samples of 8 new ones each; before step 3 another prompt, of 50 tokens. the
-# numbers of sequences begin with 0, and a second sample has one of its own
+# 11. the engine has 29 blocks of 16 tokens, and computes at most 32 tokens in a step. before step
+# 1, a prompt of 40 tokens arrives for two samples of 8 new tokens each. before step 3, another
+# prompt of 50 tokens arrives. sequences are numbered from 0, and the second sample has its own
+# number
 def third_step() -> dict:
-    """What does step 3 do? decodes: the sequences that get a token of theirs computed, one each;
-    prefills: (sequence, start, stop) of what is computed of prompts; copies: blocks copied before
-    a write; fresh: further blocks that are taken."""
+    """What does step 3 do? decodes: the sequences that compute one token each; prefills: (sequence,
+    start, stop) of the prompt tokens that are computed; copies: the number of blocks that are
+    copied before a write; fresh: the number of other blocks that are allocated."""
     return {"decodes": [], "prefills": [], "copies": -1, "fresh": -1}
 
 
-# 12. the engine: 9 blocks of 16 tokens, 256 tokens a step. before step 1 come two prompts of 60
-# tokens that share nothing, each for 40 new ones
+# 12. the engine has 9 blocks of 16 tokens, and computes at most 256 tokens in a step. before step
+# 1, two prompts of 60 tokens arrive. they share nothing, and each gets 40 new tokens
 def preemption() -> dict:
-    """What happens when the pool is full? seq: the sequence that is preempted; step: when; back:
-    the step in which it is admitted again; found: how many of its tokens it then finds cached."""
+    """What happens when the pool is full? seq: the sequence that is preempted; step: the step of
+    its preemption; back: the step in which it is admitted again; found: the number of its tokens
+    that it then finds in the cache."""
     return {"seq": -1, "step": -1, "back": -1, "found": -1}
 
 
-# 13. `microvllm lab start` has written exercise-13.html beside this file: an engine with a mistake
-# in its BlockPool. look at the page alone
+# 13. `microvllm lab start` has written exercise-13.html beside this file: the run of an engine with
+# a bug in its BlockPool. use only the page
 def wrong_hit() -> dict:
-    """In which step does a request get blocks that hold another text, and which blocks? What is the
-    mistake? "copy": a sample writes into a block that another one holds, too; "free": a block of a
-    request that has ended is not given back; "hash": an evicted block is still found by its old
-    text; "count": a block is evicted while it is in use; "full": a part-filled block is found."""
+    """In which step does a request get blocks with another text, and which blocks? What is the
+    mistake? "copy": a sample writes into a shared block; "free": a block of a finished request is
+    not freed; "hash": an evicted block is still found by its old text; "count": a block is evicted
+    while it is in use; "full": a part-filled block is found."""
     return {"step": -1, "blocks": [], "mistake": ""}

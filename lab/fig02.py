@@ -1,9 +1,13 @@
 """Figure 2: how much of the KV memory holds tokens, with contiguous memory and with paging.
 
-Every request is there from the start, so the pool is as full as each system can make it. A slot
-holds a token, or it is reserved for a token that will come (reserved), or for one that never comes
-(internal), or it was added to make the size a power of two (rounded), or it is free, since the next
-request does not fit (free).
+All requests arrive at the start, so each system fills the pool as far as it can. There are five
+kinds of slots:
+
+    tokens     it holds a token
+    reserved   it is reserved for a token that comes later
+    internal   it is reserved for a token that never comes
+    rounded    it was added to round the size up to a power of two
+    free       the next request does not fit into the free slots
 """
 
 from __future__ import annotations
@@ -20,21 +24,21 @@ PAPER = {"Orca Max": 20.4, "Orca Pow2": 26.8, "Orca Oracle": 38.2, "paged": 96.3
 KINDS = {"tokens": "#0072B2", "reserved": "#56B4E9", "internal": "#D55E00", "rounded": "#E69F00",
          "free": "#BBBBBB"}  # fmt: skip
 WHY = """
-Without --sharegpt the spread of the output lengths is one at which Orca Max agrees; the others
-follow from it. How the paper rounds what Pow2 reserves is not said; here the buddy allocator takes
-the next power of two of prompt and output together. Paged: free is the room that our scheduler
-leaves to running sequences (16 tokens each), so that they are not preempted soon; the rest is half
-a block a sequence.
+Without --sharegpt, the spread of the output lengths is chosen so that Orca Max agrees with the
+paper; the other systems follow from it. The paper does not say how the size that Pow2 reserves is
+rounded. Here the buddy allocator takes the next power of two of prompt and output together. Paged:
+"free" is the reserve that our scheduler keeps for running sequences (16 tokens each), so that they
+are not preempted soon. The rest is about half a block per sequence.
 """
 
 
 def shares(scheduler: Scheduler) -> dict[str, float]:
-    """What the pool's slots are used for now, in percent."""
+    """The current percentage of each kind of slot."""
     blocks = scheduler.blocks
     running = scheduler.running
     tokens = sum(seq.num_computed for seq in running)
     if isinstance(blocks, Contiguous):
-        final = sum(seq.max_length - 1 for seq in running)  # the last token is never fed back
+        final = sum(seq.max_length - 1 for seq in running)  # the last token is never an input
         wanted = sum(size for _, size in blocks.held.values())
         taken = sum(power(size) for _, size in blocks.held.values())
         cut = [tokens, final, wanted, taken, world.SLOTS]
@@ -46,7 +50,7 @@ def shares(scheduler: Scheduler) -> dict[str, float]:
 
 
 def measure(name: str, args) -> dict[str, float]:
-    """The shares of one system, as an average over time while others wait."""
+    """The percentages for one system, averaged over the time while requests wait."""
     if name in RESERVE:
         blocks = Contiguous(world.SLOTS, RESERVE[name])
     else:
@@ -65,7 +69,7 @@ def measure(name: str, args) -> dict[str, float]:
     requests = world.traffic("sharegpt", args.requests, math.inf, args.seed, args.sharegpt)
     world.replay(scheduler, requests, watch)
     if not total:
-        args.error(f"--requests {args.requests} are too few to fill the pool")
+        args.error(f"--requests {args.requests} does not fill the pool: give more")
     return {kind: share / total for kind, share in sums.items()}
 
 
@@ -88,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             axes.plot([PAPER[name]] * 2, [row - 0.4, row + 0.4], "k--", lw=1.5,
                       label="tokens, paper" if row == 0 else None)  # fmt: skip
         axes.invert_yaxis()
-        axes.set(xlim=(0, 100), xlabel="% of the KV slots", title="What the KV memory holds")
+        axes.set(xlim=(0, 100), xlabel="% of the KV slots", title="Use of the KV memory")
         axes.legend(ncol=6, loc="upper center", bbox_to_anchor=(0.45, -0.2), frameon=False)
         return figure
 

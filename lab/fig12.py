@@ -1,9 +1,10 @@
-"""Figures 12 and 13: how many requests a second a server bears, and how many it has in a batch.
+"""Figures 12 and 13: the request rate that a server sustains, and the size of its batches.
 
-Requests come in a Poisson process, with lengths like ShareGPT's or Alpaca's. As their rate rises,
-the time that a request takes, divided by the length of its output (the paper's normalized latency,
-a mean over all requests), first rises slowly; past what the memory can batch the queue grows
-without end. A system bears the rate at which that is half a second, between two that were tried.
+Requests arrive in a Poisson process, with lengths like ShareGPT's or Alpaca's. The paper's
+normalized latency is the time of a request divided by the length of its output, as a mean over all
+requests. It grows slowly with the rate. When the memory limits the batch, the queue grows without
+end. The sustained rate is the rate at which the normalized latency is half a second, interpolated
+between two measured rates.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ RATES = {
     "alpaca": [1, 2, 4, 7, 10, 15, 20, 30, 40, 50],
 }
 MINUTES = {"sharegpt": 10, "alpaca": 2}
-LIMIT = 0.5  # seconds a token
-# figure 13: requests in a batch, at this rate
+LIMIT = 0.5  # seconds per token
+# figure 13: the rate, and the requests in a batch at this rate
 BATCHED = {
     "sharegpt": (2, {"Orca Max": 7.00, "Orca Pow2": 9.81, "Orca Oracle": 13.62, "paged": 30.42}),
     "alpaca": (30, {"Orca Max": 7.00, "Orca Pow2": 43.24, "Orca Oracle": 72.75, "paged": 132.44}),
 }
-# figure 12: how many times the rate paging bears, over three sizes of OPT
+# figure 12: the sustained rate of paging divided by that of the system, over three sizes of OPT
 TIMES = {("sharegpt", "Orca Oracle"): "1.7 to 2.7 x", ("sharegpt", "Orca Max"): "2.7 to 8 x"}
 WHY = """
-The paper's ranges go over three sizes of OPT, of which this is the smallest; for Alpaca it
-gives none. The time of a step was fitted to the paged bars of figure 13; all else follows from it
-and from the lengths, whose spread is ours. Traffic is minutes where the paper has an hour, and a
-queue that cannot grow as long looks shorter: with --minutes 60 every system bears a little less.
-The Scheduler is ours for all four systems, so prompts are computed in chunks, beside the decodes.
+The paper's ranges are over three sizes of OPT; ours is the smallest. For Alpaca it gives no ranges.
+The time of a step was fitted to the paged bars of figure 13. Everything else follows from it and
+from the lengths, with a spread of our choice. Our traffic lasts minutes, the paper's an hour. In a
+shorter run the queue has less time to grow: with --minutes 60 every system sustains a little less.
+All four systems use our Scheduler, which computes prompts in chunks, together with decodes.
 """
 
 
 def measure(system: str, kind: str, rate: float, args) -> dict[str, float]:
-    """Mean normalized latency, and sequences in a step (an average over time)."""
+    """Mean normalized latency, sequences in a step (averaged over time), and hours of traffic."""
     if system in RESERVE:
         blocks = Contiguous(world.SLOTS, RESERVE[system])
     else:
@@ -52,7 +53,7 @@ def measure(system: str, kind: str, rate: float, args) -> dict[str, float]:
 
     def watch(step, took):
         nonlocal busy, total
-        if total < 60 * minutes:  # then the last ones are left alone
+        if total < 60 * minutes:  # later, no new requests arrive
             busy += len(step.chunks) * took
             total += took
 
@@ -66,7 +67,7 @@ def measure(system: str, kind: str, rate: float, args) -> dict[str, float]:
 
 
 def borne(rates: list[float], points: list[dict]) -> float:
-    """The rate at which the latency reaches LIMIT, between two that were tried."""
+    """The rate at which the latency reaches LIMIT, interpolated between measured rates."""
     pairs = list(zip(rates, [p["latency"] for p in points], strict=True))
     for (r0, a), (r1, b) in zip(pairs, pairs[1:], strict=False):
         if a <= LIMIT < b:
@@ -76,10 +77,11 @@ def borne(rates: list[float], points: list[dict]) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = world.Parser(__doc__, "fig12", lengths=True)
-    what = "of traffic at each rate (10 of ShareGPT's, 2 of Alpaca's; a day is 1440)"
+    what = "minutes of traffic at each rate (default: 10 for sharegpt, 2 for alpaca)"
     parser.add_argument("--minutes", type=positive, metavar="N", help=what)
-    parser.add_argument("--traffic", choices=RATES, help="one of the two alone")
-    parser.add_argument("--rates", type=float, nargs="+", metavar="R", help="a second, rising")
+    parser.add_argument("--traffic", choices=RATES, help="run only this traffic (default: both)")
+    what = "requests per second, in rising order"
+    parser.add_argument("--rates", type=float, nargs="+", metavar="R", help=what)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, metavar="NAME")
     args = parser.parse_args(argv)
     kinds = [args.traffic] if args.traffic else list(RATES)
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         curves, rows = {}, []
         for system in args.systems:
             points = []
-            for rate in rates:  # past the limit it only gets worse
+            for rate in rates:  # stop past the limit: the latency only grows
                 points.append(measure(system, kind, rate, args))
                 if points[-1]["latency"] > 2 * LIMIT:
                     break
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             ratio = best / curve["borne"]
             times = [TIMES.get((kind, system), "-"), f"{ratio:.2g} x"]
             rows.append([system, curve["borne"], *times, paper[system], curve["batched"]])
-        columns = [kind, "requests/s", "paging bears: paper", "ours"]
+        columns = [kind, "requests/s", "paging sustains: paper", "ours"]
         head = [*columns, f"batched at {at}/s: paper", "ours"]
         print(world.table(head, rows), end="\n\n")
         found[kind] = curves
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
                 got = found[kind][system]
                 latency = [p["latency"] for p in got["points"]]
                 curve.plot(got["rates"], latency, "o-", ms=4, color=COLORS[system], label=system)
-            curve.set(ylim=(0, 1), xlabel="requests a second", ylabel="seconds a token",
+            curve.set(ylim=(0, 1), xlabel="requests per second", ylabel="seconds per token",
                       title=f"Figure 12, lengths like {kind}")  # fmt: skip
             curve.axhline(LIMIT, color="#999999", lw=0.8, ls="--")
             curve.set_xlim(0, 1.15 * max(max(found[kind][s]["rates"]) for s in args.systems))
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             bars.bar([p - 0.2 for p in places], [paper[s] for s in args.systems], 0.4,
                      color="#CCCCCC")  # fmt: skip
             bars.bar([p + 0.2 for p in places], ours, 0.4, color=colors)
-            bars.set(title=f"Figure 13, in a batch at {at}/s (grey: paper)", ylabel="requests")
+            bars.set(title=f"Figure 13, batch size at {at}/s (grey: paper)", ylabel="requests")
             bars.set_xticks(places, args.systems)
         figure.tight_layout()
         return figure

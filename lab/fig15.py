@@ -1,9 +1,9 @@
-"""Figure 15: the memory that is saved when the n samples of a request share its prompt.
+"""Figure 15: the memory saved when the n samples of a request share its prompt.
 
-At every tenth step the blocks in all tables are counted, and the different ones among them. The
-rest is what sharing saves: full blocks of the prompt for the whole life of the samples, its last,
-part-filled block until all but one have copied it. (The paper's other half, beam search, is not in
-this engine.)
+At every tenth step, the program counts the blocks in all tables, and the distinct blocks among
+them. The difference is the saving. Samples share the full blocks of the prompt until they end, and
+its part-filled last block until all samples except one have copied it. The figure's other half,
+beam search, is not part of this program.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from . import world
 PAPER = {"alpaca": {2: 6.09, 4: 8.53, 6: 9.79}, "sharegpt": {2: 16.2, 6: 30.5}}
 COUNTS = [2, 4, 6]
 WHY = """
-What is saved is the share that whole blocks of prompts have in all that is kept, so it hangs on how
-many prompts have 16 tokens at all, and on how long outputs are beside them: on two histograms whose
-means we know. For ShareGPT the paper gives the two ends of a range, which we take to be n = 2 and
-n = 6. Here all samples of a request are equally long; of those that are not, the last one shares
-nothing. Each writes a text of its own: where they were equal, a preempted one would find the blocks
-of the others by hash, and with ShareGPT's lengths half as much again would be saved."""
+The saving is the share of full prompt blocks in the whole memory. So it depends on how many prompts
+have at least 16 tokens, and on the length of outputs relative to prompts. We know only the means of
+these two distributions. For ShareGPT the paper gives the ends of a range, which we take as n = 2
+and n = 6. Here all samples of a request are equally long. If they are not, the last one shares
+nothing at the end. Each sample writes its own text. If the texts were equal, a preempted sample
+would find the blocks of the others by hash, and with ShareGPT's lengths the saving would be half as
+large again."""
 
 
 def measure(kind: str, n: int, args) -> float:
-    """Percent of the blocks that sharing saves, over all steps."""
+    """The percentage of blocks that sharing saves, over all steps."""
     blocks = world.make_blocks(world.SLOTS // 16 + 1)
     scheduler = Scheduler(blocks, 256, 2560)
     held = used = turn = 0
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
                      color="#CCCCCC", label="paper")  # fmt: skip
             axes.bar([n + 0.35 for n in COUNTS], found[kind].values(), 0.7,
                      color="#0072B2", label="ours")  # fmt: skip
-            axes.set(title=f"lengths like {kind}", xlabel="samples of a prompt", xticks=COUNTS)
+            axes.set(title=f"lengths like {kind}", xlabel="samples per prompt", xticks=COUNTS)
             axes.set_ylabel("% of the blocks saved")
             axes.legend(frameon=False)
         figure.tight_layout()

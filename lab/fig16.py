@@ -1,9 +1,9 @@
-"""Figure 16: requests that all begin with the same examples, computed and kept once.
+"""Figure 16: the throughput with a prefix that all requests share.
 
-Translation, as in the paper: each prompt is 80 tokens of one example, or 341 tokens of five, which
-all requests share, and a sentence of its own. All are there from the start; what is compared is how
-many a second come out: of Orca Oracle, of paging that does not look for shared beginnings, and of
-paging that does.
+The task is translation, as in the paper. Each prompt is a prefix of one example (80 tokens) or five
+examples (341 tokens), which all requests share, and a sentence of its own. All requests arrive at
+the start. The program compares requests per second of Orca Oracle, of paging without a prefix
+cache, and of paging with it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from . import world
 from .orca import RESERVE, Contiguous
 
 PREFIX = {"one example": 80, "five examples": 341}
-PAPER = {"one example": 1.67, "five examples": 3.58}  # times the throughput of Orca Oracle
+PAPER = {"one example": 1.67, "five examples": 3.58}  # throughput relative to Orca Oracle
 SYSTEMS = {"Orca Oracle": "#009E73", "paged": "#56B4E9", "paged, shared": "#0072B2"}
-SENTENCE = (32, 0.5)  # mean tokens of a sentence, and of its translation; spread. ours
+SENTENCE = (32, 0.5)  # mean tokens of a sentence and of its translation, and spread; our choice
 WHY = """
-The paper's lengths of a sentence and of its translation are not given, nor the time that its host
-took: ours are 32 tokens each (log-normal), and the host of figure 13. Most of a sentence's prefill
-is the examples, so what sharing saves is computing as much as memory: the column between shows how
-little of it is due to paging alone."""
+The paper gives neither the lengths of a sentence and its translation nor the time of its host. We
+use 32 tokens each (log-normal), and the host of figure 13. Most of a prompt is the examples, so
+sharing saves computation as much as memory. The rows "paged" show the part of the gain that comes
+from paging alone."""
 
 
 def measure(system: str, length: int, args) -> dict[str, float]:
-    """Requests a second, and how many were in a step (an average over time)."""
+    """Requests per second, and requests in a step (averaged over time)."""
     if system in RESERVE:
         blocks = Contiguous(world.SLOTS, RESERVE[system])
     else:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         name: {system: measure(system, length, args) for system in SYSTEMS}
         for name, length in PREFIX.items()
     }
-    rows, head = [], ["", "requests/s", "in a batch", "times Oracle: paper", "ours"]
+    rows, head = [], ["", "requests/s", "in a batch", "relative to Oracle: paper", "ours"]
     for name, systems in found.items():
         base = systems["Orca Oracle"]["rate"]
         for system, got in systems.items():
@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
             axes.plot([i + 0.14, i + 0.4], [PAPER[name]] * 2, "k--", lw=1.5,
                       label=None if i else "paper: vLLM")  # fmt: skip
         axes.set_xticks(range(len(found)), [f"{k}, {v} tokens" for k, v in PREFIX.items()])
-        axes.set_ylabel("requests a second, times Orca Oracle's")
-        axes.set_title("Prompts that begin alike")
+        axes.set_ylabel("requests per second, relative to Orca Oracle")
+        axes.set_title("Prompts with a shared prefix")
         axes.legend(frameon=False)
         return figure
 

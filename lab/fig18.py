@@ -1,9 +1,9 @@
-"""Figure 18b: the size of a block, against what it wastes.
+"""Figure 18b: the size of a block, and the memory that it wastes.
 
-A large block leaves more of itself empty at the end of a sequence, a small one makes tables long.
-For each size: the share of the slots in use that hold no token, how many sequences are in a batch
-when all requests are there from the start, and the seconds a request takes at a rate that the
-paged server of figure 12 bears.
+Large blocks leave more empty slots at the end of a sequence. Small blocks make long tables. The
+table shows, for each size: the percentage of empty slots among the slots in use; the number of
+sequences in a batch when all requests arrive at the start; and the time of a request at a rate that
+the paged server of figure 12 sustains.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from . import world
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 RATES = {"sharegpt": 1.5, "alpaca": 30.0}
-BEST = {"sharegpt": (16, 128), "alpaca": (16, 32)}  # the paper's, of the last column
+BEST = {"sharegpt": (16, 128), "alpaca": (16, 32)}  # the paper's best sizes, for the last column
 COLORS = {"sharegpt": "#0072B2", "alpaca": "#E69F00"}
 WHY = """
-Paper: with ShareGPT's lengths 16 to 128 do best, with Alpaca's 16 and 32; beyond, sequences are
-shorter than a block. Ours sees memory alone: blocks of one token waste nothing, and nothing speaks
-against them. On a GPU a small block makes the attention kernel read in small pieces, which is why
-the paper's curve rises to the left as well, and so would a real engine's."""
+Paper: with ShareGPT's lengths, sizes 16 to 128 are best; with Alpaca's, 16 and 32. In larger
+blocks, sequences are shorter than a block. This simulation models only memory: blocks of one token
+waste nothing and have no disadvantage. On a GPU, small blocks make the attention kernel read small
+pieces of memory. So the paper's curve also rises to the left, and a real engine's would, too."""
 
 
 def measure(kind: str, size: int, args, rate: float) -> dict[str, float]:
-    """Averages over time: percent of the slots in use without a token; sequences in a step; and the
-    mean seconds of a request."""
+    """Averages over time of the percentage of empty slots among those in use and of the sequences
+    in a step, and the mean time of a request in seconds."""
     blocks = world.make_blocks(world.SLOTS // size + 1, size, enable_prefix_caching=False)
     scheduler = Scheduler(blocks, 256, 2560)
     slots = tokens = batched = total = 0.0
@@ -46,7 +46,7 @@ def measure(kind: str, size: int, args, rate: float) -> dict[str, float]:
     requests = world.traffic(kind, args.requests, rate, args.seed, args.sharegpt)
     done = world.replay(scheduler, requests, watch)
     if not total:
-        args.error(f"--requests {args.requests} are too few to fill the pool")
+        args.error(f"--requests {args.requests} does not fill the pool: give more")
     return {
         "empty": 100 * (1 - tokens / slots),
         "batched": batched / total,
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     def draw(plt):
         figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
         labels = {"empty": "% of the used slots are empty", "batched": "requests in a batch",
-                  "latency": "seconds a request"}  # fmt: skip
+                  "latency": "seconds per request"}  # fmt: skip
         for axes, (key, label) in zip(panels, labels.items(), strict=True):
             for kind, got in found.items():
                 axes.plot(SIZES, got[key], "o-", ms=4, color=COLORS[kind], label=kind)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         for kind, (low, high) in BEST.items():
             panels[2].plot([low, high], [min(found[kind]["latency"]) - 1] * 2, "|-", ms=9,
                            color=COLORS[kind], alpha=0.6)  # fmt: skip
-        panels[2].set_title("barred: where the paper's curve is lowest", fontsize=10)
+        panels[2].set_title("horizontal bars: the paper's best sizes", fontsize=10)
         figure.tight_layout()
         return figure
 

@@ -1,72 +1,72 @@
-"""Three hints for each exercise; `microvllm lab hint N` gives one at a time."""
+"""Three hints for each exercise; `microvllm lab hint N` shows one at a time."""
 
 HINTS = {
     1: (
-        "A block of 16 holds the K and V of 16 tokens, and part of a block takes all of it.",
-        "Which token's K and V are never computed? The last one is not fed back.",
+        "A block of 16 holds the K and V of 16 tokens. A part-filled block counts as a whole one.",
+        "Which token's K and V are never computed? The last token is never an input.",
         "Count prompt + new - 1 tokens, and round up to whole blocks: -(-a // b) rounds up.",
     ),
     2: (
-        "The table is in the order of the text: its first entry holds the first tokens.",
-        "position // block_size is the place in the table, position % block_size the one inside.",
-        "A block begins at slot number * block_size, since block 0 has the first slots.",
+        "The table is in the order of the text: its first entry is the block of the first tokens.",
+        "position // block_size is the index in the table, position % block_size the offset.",
+        "Block b begins at slot b * block_size.",
     ),
     3: (
-        "Read `BlockManager.grow`: it does two things. Which lines note a copy?",
-        "Override `grow`. It still has to allocate blocks, or return False if too few are free.",
+        "Read `BlockManager.grow`: it does two things. Which lines record a copy?",
+        "Override `grow`. It must still allocate blocks, or return False if too few are free.",
         "Extend seq.block_table with self.pool.allocate() until it has blocks_for(stop) entries.",
     ),
     4: (
-        "After a prompt comes a token that is drawn from logits. Of which token are the logits?",
-        "`Sequence.max_cached_tokens` says how many tokens may come from the cache.",
-        "64 tokens are four blocks. How long must a prompt be, that four blocks may come from it?",
+        "The first new token is drawn from logits. The logits of which token?",
+        "`Sequence.max_cached_tokens` is the number of tokens that may come from the cache.",
+        "64 tokens are four blocks. How long must a prompt be so that four blocks may be found?",
     ),
     5: (
-        "K and V of a token depend on all tokens before it, and this hash does not.",
-        "You need a block of equal tokens behind two different beginnings. One may be empty.",
-        "First: 16 tokens, then 16 others X, and one more. Second: X, and one more.",
+        "K and V of a token depend on all tokens before it, but this hash does not.",
+        "You need an equal block after two different prefixes. One prefix may be empty.",
+        "First: 16 tokens, then 16 other tokens X, and one more. Second: X, and one more.",
     ),
     6: (
-        "Which step needs the most blocks? Look at each step, and add over all that still run.",
-        "In step s a request has prompt + s - 1 tokens computed, if it has at least s new ones.",
-        "Round each one up to blocks, sum, take the largest sum, and add one for the null block.",
+        "Which step needs the most blocks? For each step, sum over the requests that still run.",
+        "In step s, a request has prompt + s - 1 computed tokens, if it has at least s new ones.",
+        "Round each number up to blocks, sum, take the largest sum, and add 1: the null block.",
     ),
     7: (
-        "`cheapest` of lab/policies.py is not enough. What does the pool gain by each victim?",
-        "A block in two tables does not become free. pool.ref_count says in how many it is.",
-        "Divide what is lost (num_computed) by the blocks of the table that become free.",
+        "`cheapest` of lab/policies.py is not enough. How many blocks does each victim free?",
+        "A block in two tables does not become free. pool.ref_count counts the tables.",
+        "Divide the lost tokens (num_computed) by the number of blocks that become free.",
     ),
     8: (
-        "The shortest first is good for the mean. A long one then waits for ever: count that in.",
-        "A policy has no clock, but scheduler.num_output_tokens only grows. Note what came when.",
-        "Take the least of length - waited / k, and try some k between 5 and 30.",
+        "Shortest first is good for the mean, but a long request may wait forever. Prevent that.",
+        "A policy has no clock, but scheduler.num_output_tokens only grows. Note it on arrival.",
+        "Take the smallest length - waited / k, and try some k between 5 and 30.",
     ),
     9: (
-        "Belady, 1966: evict what is needed last. A block's text is pool.hash_of[block].",
-        "For each block of pool.cached find the first set in `coming` that has its hash.",
-        "A block that is in none of them comes first. Equal ones: the first in pool.cached.",
+        "Belady, 1966: evict the block that is needed last. Its hash is pool.hash_of[block].",
+        "For each block of pool.cached, find the first set in `coming` that contains its hash.",
+        "Evict a block that is in no set first. Among equal blocks, take the first of pool.cached.",
     ),
     10: (
-        "The next token is at position num_computed. Which is the first that it sees?",
-        "It sees from num_computed - window on, and those behind it see less.",
-        "Only whole blocks before that: max(0, num_computed - window) // size of them.",
+        "The next token is at position num_computed. What is the first position it attends to?",
+        "It is num_computed - window. Later tokens attend to later positions.",
+        "Only whole blocks before that position: max(0, num_computed - window) // size of them.",
     ),
     11: (
-        "Write down steps 1 and 2 first. A step computes 32 tokens at most; 40 take two steps.",
+        "Write down steps 1 and 2 first. A step computes at most 32 tokens, so 40 take two steps.",
         "When its prompt is computed, a sequence forks: two tables, one part-filled block.",
-        "Decodes come first and take one token each of the 32. The first one that writes copies.",
+        "Decodes come first and take one of the 32 tokens each. The first one to write copies.",
     ),
     12: (
-        "60 tokens are four blocks, 64 fill them. Which position is written in step s?",
-        "Both need a fifth block in one step, and there is one. The default preempts the youngest.",
-        "It waits until there is room for it and 16 tokens more of the other. What does the other "
-        "take meanwhile, and of which end of the text?",
+        "60 tokens take four blocks, 64 fill them. Which position is written in step s?",
+        "Both need a fifth block in the same step, and one is free. The youngest is preempted.",
+        "It waits until there are blocks for its text and for 16 more tokens of the other request. "
+        "Which of its cached blocks does the other request take in the meantime?",
     ),
     13: (
-        "Step from hit to hit, with the button of the page. A hit is right if the block's text is "
-        "the request's own.",
-        "Click the request that has got the hit: its table has its own text, line by line, "
-        "and the squares have the text of the blocks.",
-        "Then go back: when were these blocks evicted, and what was written into them since?",
+        "Go from hit to hit with the button of the page. A hit is right if the text of the block "
+        "is the text of the request.",
+        "Click the request with the hit: its table shows its own text, line by line, and the "
+        "squares show the text of the blocks.",
+        "Then go back: when were these blocks evicted, and what was written into them after that?",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Your copy of the exercises, what of it is solved, and the hints that you have seen."""
+"""The reader's copy of the exercises, the solved exercises, and the hints seen so far."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def titles() -> dict[int, tuple[str, str]]:
-    """(name of the function, title) of each exercise, as the sheet has them."""
+    """(name of the function, title) of each exercise, from EXERCISES.md."""
     found = {}
     for line in (HERE / "EXERCISES.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("| ") and "**" in line:
@@ -27,7 +27,7 @@ def titles() -> dict[int, tuple[str, str]]:
 
 
 def start(argv: list[str]) -> None:
-    """Start: copy the exercises to a folder of yours, and the trace page of the 13th."""
+    """Start: copy the exercises to a folder, and write the trace page of exercise 13."""
     parser = Parser(prog="microvllm lab start", description=start.__doc__)
     parser.add_argument("folder", metavar="DIR", type=Path)
     args = parser.parse_args(argv)
@@ -40,29 +40,29 @@ def start(argv: list[str]) -> None:
                 with terminal.at_once():
                     scenes.record(13, file.parent)
             except (ImportError, ValueError) as error:  # no torch, or no bundled model
-                terminal.note(f"exercises 11 to 13 need what is not here: {error}")
+                terminal.note(f"exercises 11 to 13 cannot run here: {error}")
     sheet = HERE / "EXERCISES.md"
     terminal.say(f"write your solutions into {file}. The exercises: {sheet}")
-    terminal.say("`microvllm lab check 1` judges the first, `microvllm lab hint 1` gives a hint")
+    terminal.say("`microvllm lab check 1` checks the first, `microvllm lab hint 1` shows a hint")
 
 
 def exercises(argv: list[str]) -> None:
-    """Exercises: list them, what is solved, and how many hints were seen."""
+    """Exercises: list them, with the solved ones and the number of hints seen."""
     Parser(prog="microvllm lab exercises", description=exercises.__doc__).parse_args(argv)
     state = learn.read_state("lab")
     for number, (name, title) in titles().items():
         seen = state["hints"].get(str(number), 0)
         marks = ["solved"] * (number in state["solved"]) + [f"{seen} of 3 hints"] * bool(seen)
         terminal.say(f"{number:2}  {title:12}{name:26}{', '.join(marks)}".rstrip())
-    where = state["folder"] or "nowhere yet: `microvllm lab start DIR` copies them"
+    where = state["folder"] or "none yet: `microvllm lab start DIR` makes it"
     terminal.say(f"\nyour copy: {where}\nthe exercises: {HERE / 'EXERCISES.md'}")
 
 
 def hint(argv: list[str]) -> None:
-    """Hint: the next of the three hints of an exercise; all that were seen with --again."""
+    """Hint: show the next of three hints for an exercise; with --again, all seen so far."""
     parser = Parser(prog="microvllm lab hint", description=hint.__doc__)
     parser.add_argument("number", type=positive, metavar="N")
-    parser.add_argument("--again", action="store_true", help="those that you have seen, no new one")
+    parser.add_argument("--again", action="store_true", help="show hints seen before, no new one")
     args = parser.parse_args(argv)
     if args.number > len(hints.HINTS):
         parser.error(f"the exercises are 1 to {len(hints.HINTS)}")

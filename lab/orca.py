@@ -1,8 +1,8 @@
-"""How a KV cache was managed before paging, with the same methods as BlockManager.
+"""Contiguous KV cache memory, as before paging, with the same methods as BlockManager.
 
-A sequence gets one stretch of slots when it is admitted, as long as it may ever need, from a buddy
-allocator (Knowlton, 1965), as the paper assumes of Orca (Yu et al., 2022). The Scheduler works as
-ever: `admit` reserves, `grow` always succeeds.
+When a sequence is admitted, it gets contiguous slots for its largest possible length. They come
+from a buddy allocator (Knowlton, 1965), as the paper assumes for Orca (Yu et al., 2022). The
+Scheduler is unchanged: `admit` reserves, and `grow` always succeeds.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .world import CONTEXT
 
 
 def power(size: int) -> int:
-    """The least power of two that is not below `size`."""
+    """The smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 
-# what is reserved for a request whose true length only the oracle knows
+# slots reserved for a request; only the oracle knows its true length
 RESERVE: dict[str, Callable[[Sequence], int]] = {
     "Orca Max": lambda seq: CONTEXT,
     "Orca Pow2": lambda seq: min(CONTEXT, seq.num_prompt + power(seq.params.max_tokens)),
@@ -29,10 +29,10 @@ RESERVE: dict[str, Callable[[Sequence], int]] = {
 
 
 class Buddy:
-    """Hands out stretches of memory whose sizes are powers of two.
+    """Allocates memory in chunks whose sizes are powers of two.
 
-    A stretch is split into two halves until it is just large enough; when both halves (buddies: the
-    address of one is that of the other with one bit flipped) are free, they are one again.
+    A chunk is split into halves until it is just large enough. The two halves are buddies: their
+    addresses differ in one bit. When both are free, they are merged again.
     """
 
     def __init__(self, size: int):
@@ -44,7 +44,7 @@ class Buddy:
                 start += chunk
 
     def take(self, size: int) -> int | None:
-        """The address of a free stretch; None if there is none, though enough may be free."""
+        """The address of a free chunk; None if none is large enough, even if enough is free."""
         size = power(size)
         chunk = next((c for c in self.free if c >= size and self.free[c]), None)
         if chunk is None:
@@ -57,7 +57,7 @@ class Buddy:
         return start
 
     def give(self, start: int, size: int) -> None:
-        """Take a stretch back, and put together what belongs together."""
+        """Free a chunk, and merge it with its buddies."""
         size = power(size)
         while start ^ size in self.free.get(size, ()):
             self.free[size].remove(start ^ size)
@@ -66,16 +66,16 @@ class Buddy:
 
 
 class Contiguous(BlockManager):
-    """Memory for a sequence's whole life, in one stretch.
+    """Contiguous memory for the whole life of a sequence.
 
-    slots: tokens that the pool holds; reserve: how many of them a sequence needs.
+    slots: number of tokens that the pool holds; reserve: number of slots for a sequence.
     """
 
     def __init__(self, slots: int, reserve: Callable[[Sequence], int]):
         super().__init__(BlockPool(1), 1, enable_prefix_caching=False)
         self.buddy = Buddy(slots)
         self.reserve = reserve
-        self.held: dict[Sequence, tuple[int, int]] = {}  # (address, size before it was rounded)
+        self.held: dict[Sequence, tuple[int, int]] = {}  # (address, size before rounding)
 
     def admit(self, seq: Sequence, max_new_tokens: int, reserve_tokens: int = 0) -> bool:
         size = self.reserve(seq)
@@ -83,7 +83,7 @@ class Contiguous(BlockManager):
         if start is None:
             return False
         self.held[seq] = (start, size)
-        seq.block_table.append(0)  # a running sequence has a table; this one leads to no slot
+        seq.block_table.append(0)  # a running sequence needs a table; this one is not used
         return True
 
     def grow(self, seq: Sequence, start: int, stop: int) -> bool:

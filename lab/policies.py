@@ -1,8 +1,8 @@
-"""Policies: what is preempted, what is admitted, which free block is evicted; side by side.
+"""Policies: compare rules for preemption, admission and eviction.
 
-Each row changes one of three policies: `youngest`, `first_come` of scheduler.py, and
-`least_recently_used` of blocks.py. Write your own, a function of the same arguments, into a file,
-and compare it:
+Each row changes one of three policies. The defaults are `youngest` and `first_come` of scheduler.py
+and `least_recently_used` of blocks.py. Write your own policy, a function of the same arguments,
+into a file, and compare it:
 
 microvllm lab policies --only eviction eviction=mine.py:oldest
 
@@ -19,56 +19,56 @@ from itertools import count
 from microvllm.blocks import BlockPool
 from microvllm.scheduler import HEADROOM, Scheduler, Sequence
 
-# victims: which of scheduler.running gives its blocks back so that `seq` can grow -----------------
+# victims: the sequence of scheduler.running to preempt, so that `seq` can grow --------------------
 
 
 def largest(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """The one with the most blocks: one victim of this kind makes room for many."""
+    """The sequence with the most blocks: one victim frees blocks for many others."""
     return max(scheduler.running, key=lambda s: sum(map(bool, s.block_table)))
 
 
 def cheapest(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """The one with the least to compute again."""
+    """The sequence with the fewest tokens to compute again."""
     return min(scheduler.running, key=lambda s: s.num_computed)
 
 
 def furthest(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """The one that may still write the most tokens, and so would hold its blocks longest."""
+    """The sequence that may generate the most tokens, and so would keep its blocks longest."""
     return max(scheduler.running, key=lambda s: s.max_length - len(s.token_ids))
 
 
-# admission: which of scheduler.waiting is next. all three may let one wait forever ----------------
+# admission: the next sequence of scheduler.waiting. with all three, one may wait forever ----------
 
 
 def shortest(scheduler: Scheduler) -> Sequence:
-    """The one that may end first: the fewest tokens to compute and to write."""
+    """The sequence with the smallest total length, which may end first."""
     return min(scheduler.waiting, key=lambda s: s.max_length)
 
 
 def best_cached(scheduler: Scheduler) -> Sequence:
-    """The one with the longest prefix in the cache, before that is evicted."""
+    """The sequence with the longest prefix in the cache, before it is evicted."""
     find_prefix = scheduler.blocks.find_prefix
     return max(scheduler.waiting, key=lambda s: len(find_prefix(s)))
 
 
 def first_fit(scheduler: Scheduler) -> Sequence:
-    """The first whose prompt fits into the free blocks; a large one does not hold up the others."""
+    """The first sequence whose prompt fits into the free blocks; a large one delays no others."""
     blocks = scheduler.blocks
     room = blocks.pool.num_free - blocks.blocks_for(HEADROOM * len(scheduler.running))
     fits = (s for s in scheduler.waiting if blocks.blocks_for(len(s.token_ids)) <= room)
     return next(fits, scheduler.waiting[0])
 
 
-# eviction: which of pool.cached is given to a new text --------------------------------------------
+# eviction: the block of pool.cached to use for a new text -----------------------------------------
 
 
 def most_recently_used(pool: BlockPool) -> int:
-    """The last one that became free: right where texts come round in a circle."""
+    """The block that became free last: good for texts that repeat in a circle."""
     return next(reversed(pool.cached))
 
 
 def first_published(pool: BlockPool) -> int:
-    """The one whose text is the oldest, however often it was used since (first in, first out)."""
+    """The block that was published first, no matter how often it was used (first in, first out)."""
     return next(block for block in pool.hash_of if block in pool.cached)
 
 
@@ -76,36 +76,37 @@ dice = random.Random(0)
 
 
 def by_chance(pool: BlockPool) -> int:
-    """Any of the thousand least recently used."""
+    """A random block of the thousand least recently used."""
     few = [block for block, _ in zip(pool.cached, range(1000), strict=False)]
     return dice.choice(few)
 
 
 class Ranked(OrderedDict):
-    """`pool.cached` that knows what each block is worth, for the three policies below.
+    """A replacement for `pool.cached` that ranks blocks, for the three policies below.
 
-    A policy sees one moment, and these need to know what was used before. So the first eviction
-    puts a Ranked where the plain dict was, and the pool goes on as ever: it sets a block that
-    becomes free, and deletes one that is evicted or found again. Blocks that become free in a row
-    are a text, its end first. No block is worth less than one behind it, which no prompt could find
-    without it.
+    A policy sees only the current state, but these policies need the history. So the first eviction
+    replaces the plain dict by a Ranked. The pool uses it like a dict: it sets a block that becomes
+    free, and deletes a block that is evicted or found again. Blocks that become free in a row are
+    one text, its end first. No block is worth less than a later block of its text, because a prompt
+    cannot find the later block without it.
     """
 
     def __init__(self, pool: BlockPool):
         super().__init__()
         self.pool = pool
         self.uses: Counter[int] = Counter()  # how often each block was found again while free
-        self.age = 0.0  # what the last evicted block was worth
-        self.heap: list[tuple] = []  # (worth, turn, block), also of blocks that are free no more
-        self.turn, self.turns = count(), {}  # the number of each block's valid entry in the heap
-        self.row: list[int] = []  # became free since the last block was deleted
-        for block in pool.cached:  # of what was before nothing is known but the order
+        self.age = 0.0  # the worth of the last evicted block
+        self.heap: list[tuple] = []  # (worth, turn, block); some blocks are no longer free
+        self.turn, self.turns = count(), {}  # the turn of each block's valid entry in the heap
+        self.row: list[int] = []  # blocks that became free since the last deletion
+        for block in pool.cached:  # only the order of these is known
             self[block] = None
             self.settle()
 
     def worth(self, block: int, size: int) -> float:
-        """To be kept; size: blocks that became free with it. This is LFUDA's: uses, and what was
-        evicted last, so that what was used often long ago is passed in the end."""
+        """The worth of keeping a block. size: number of blocks that became free with it. This is
+        LFUDA: uses plus the worth of the last evicted block, so that new blocks overtake blocks
+        that were used often long ago."""
         return self.age + 1 + self.uses[block]
 
     def __setitem__(self, block: int, value: None) -> None:
@@ -131,13 +132,13 @@ class Ranked(OrderedDict):
             heapq.heapify(self.heap)
 
     def pop_least(self) -> int:
-        """The block that is worth least, of equal ones the first that became free."""
+        """The block with the smallest worth; of equal ones, the first that became free."""
         self.settle()
         while self.turns.get(self.heap[0][2]) != self.heap[0][1]:
             heapq.heappop(self.heap)
         least, _, block = self.heap[0]
         self.age = max(self.age, least)
-        self.uses[block] = -1  # it is deleted next, and its text is gone
+        self.uses[block] = -1  # its deletion follows, and resets this to 0
         return block
 
 
@@ -145,24 +146,24 @@ BLOCK_SIZE = 16  # tokens in a block, the default
 
 
 class Costed(Ranked):
-    """GDSF: uses times the cost of computing a block again, the mean over its text."""
+    """GDSF: uses times the cost of computing a block again, averaged over its text."""
 
     def worth(self, block: int, size: int) -> float:
-        # attention to 6 * width keys takes as long as the matrices. a text of n tokens has n / 2 on
-        # average, so a token of it costs 1 + n / (12 * width): the bundled model is 384 wide
+        # attention to 6 * width keys takes as long as the matrix products. in a text of n tokens, a
+        # token attends to n / 2 keys on average, so it costs 1 + n / (12 * width); width is 384
         return self.age + (1 + self.uses[block]) * (1 + size * BLOCK_SIZE / (12 * 384))
 
 
 class Shadow(OrderedDict):
-    """Which texts a pool of `size` blocks would still have, if a new one came in last, or first to
-    be evicted but for one in 32."""
+    """The texts that a pool of `size` blocks would have with one rule for new texts: they are
+    evicted last, or, if `first`, they are evicted first, except one in 32."""
 
     def __init__(self, size: int, first: bool):
         super().__init__()
         self.size, self.first, self.dice = size, first, random.Random(0)
 
     def has(self, text: bytes) -> bool:
-        """Was it still there? It is from now on."""
+        """Is the text in the pool? Afterwards it is."""
         found = text in self
         if not found and len(self) >= self.size:
             self.popitem(last=False)
@@ -172,7 +173,7 @@ class Shadow(OrderedDict):
 
 
 class Dueling(Ranked):
-    """DIP: a new text comes in last, or first to be evicted, whichever would have found more."""
+    """DIP: new texts are evicted last or first, whichever rule would have found more so far."""
 
     def __init__(self, pool: BlockPool):
         self.shadows = [Shadow(pool.num_usable, first) for first in (False, True)]
@@ -195,24 +196,24 @@ class Dueling(Ranked):
 
 
 def ranked(pool: BlockPool, kind: type[Ranked]) -> int:
-    """The block that a Ranked of this kind gives up."""
-    if type(pool.cached) is not kind:  # the first eviction, or all was forgotten
+    """The block that a Ranked of this kind evicts."""
+    if type(pool.cached) is not kind:  # at the first eviction, or after a reset
         pool.cached = kind(pool)
     return pool.cached.pop_least()
 
 
 def aged_frequency(pool: BlockPool) -> int:
-    """The least frequently used, with dynamic aging (LFUDA: Arlitt et al. 2000)."""
+    """The least frequently used block, with dynamic aging (LFUDA: Arlitt et al. 2000)."""
     return ranked(pool, Ranked)
 
 
 def cost_aware(pool: BlockPool) -> int:
-    """Aged frequency times the cost of computing it again (GDSF: Cherkasova 1998)."""
+    """Aged frequency times the cost of computing a block again (GDSF: Cherkasova 1998)."""
     return ranked(pool, Costed)
 
 
 def dueling(pool: BlockPool) -> int:
-    """Aged frequency, in a scan the newest (dynamic insertion, DIP: Qureshi et al. 2007)."""
+    """Aged frequency; in a scan, the newest block (dynamic insertion, DIP: Qureshi et al. 2007)."""
     return ranked(pool, Dueling)
 
 
@@ -226,6 +227,6 @@ OTHERS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    from .contest import main  # not above: this file is loaded alone, too
+    from .contest import main  # not above, because this file is also loaded alone
 
     main(argv)

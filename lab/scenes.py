@@ -1,7 +1,7 @@
-"""Three scenes of the engine on the bundled model, traced, for exercises 11 to 13.
+"""Three traced runs of the engine on the bundled model, for exercises 11 to 13.
 
-The lengths are fixed and no text ends early, so what happens is the same on every machine. Do not
-read on before you have solved 13: its bug is planted here.
+Lengths are fixed and no text ends early, so the events are the same on every machine. Solve
+exercise 13 before you read this file: it contains the bug.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ SEA = demo.BOOK * 2
 NIGHT = "It was a dark and stormy night, and two travellers came to the door of an old inn. " * 5
 MILL = "Once upon a time there was a miller who had a daughter and a mill by the river. " * 5
 CITY = "In the great city the lamps were lit, and the carriages went to and fro in the rain. " * 5
-# (the step before which it arrives, (text, tokens of it), samples, new tokens); blocks, the null
-# block included; tokens of a step at most
+# (the step before which it arrives, (text, number of its tokens), samples, new tokens); blocks,
+# including the null block; the largest number of tokens in a step
 PREDICT = {
     11: ([(0, (SEA, 40), 2, 8), (2, (NIGHT, 50), 1, 4)], 30, 32),
     12: ([(0, (SEA, 60), 1, 40), (0, (NIGHT, 60), 1, 40)], 10, 256),
@@ -40,13 +40,14 @@ class Planted(BlockPool):
             return super().allocate()
         block = self.eviction(self)
         del self.cached[block]
-        del self.hash_of[block]  # and block_of still leads to it: the next prompt of that text ...
+        del self.hash_of[block]  # the bug: block_of still contains it, so a prompt can find it
         self.ref_count[block] = 1
         return block
 
 
 def record(number: int, folder: Path) -> tuple[list[dict], Path]:
-    """(the events of an exercise's scene, the page that shows them), written into a folder."""
+    """Run the scene of an exercise, and write its trace and page into a folder. Returns (events,
+    path of the page)."""
     from microvllm.trace import write_page
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def record(number: int, folder: Path) -> tuple[list[dict], Path]:
 
 
 def third_step(events: list[dict]) -> dict:
-    """The answer to exercise 11: step 3 as it was."""
+    """The answer to exercise 11: the events of step 3."""
     from microvllm.trace import unspan
 
     of = [event for step, event in demo.numbered(events) if step == 3]
@@ -74,21 +75,21 @@ def third_step(events: list[dict]) -> dict:
 
 
 def preemption(events: list[dict]) -> dict:
-    """The answer to exercise 12: what is preempted and when, and how it comes back."""
+    """The answer to exercise 12: the preempted sequence, and its next admission."""
     found: dict = {}
     for step, event in demo.numbered(events):
         if event["e"] == "preempt":
             found = {"seq": event["seq"], "step": step}
         elif event["e"] == "admit" and event["seq"] == found.get("seq"):
             return found | {"back": step, "found": event["computed"]}
-    raise AssertionError("no sequence comes back")
+    raise AssertionError("no preempted sequence is admitted again")
 
 
 def wrong_hit(events: list[dict]) -> dict:
-    """The answer to exercise 13: the first hit on blocks that hold another text."""
+    """The answer to exercise 13: the first hit on blocks with another text."""
     from microvllm.trace import Replay
 
-    replay, texts = Replay(), {}  # by its hash: all tokens up to the end of a block
+    replay, texts = Replay(), {}  # hash of a block -> all tokens up to its end
     for step, event in demo.numbered(events):
         replay.apply(event)
         if event["e"] not in ("publish", "hit"):
@@ -104,7 +105,7 @@ def wrong_hit(events: list[dict]) -> dict:
         ]
         if wrong:
             return {"step": step, "blocks": wrong, "mistake": "hash"}
-    raise AssertionError("no mistake shows")
+    raise AssertionError("no hit is wrong")
 
 
 ANSWERS = {11: third_step, 12: preemption, 13: wrong_hit}

@@ -1,4 +1,4 @@
-"""Solutions of exercises.py; a test checks that they are. Try first."""
+"""Solutions of exercises.py; a test checks them. Try the exercises first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from microvllm.scheduler import Scheduler, Sequence
 from .exercises import Unchained  # noqa: F401, exercise 5 leaves it as it is
 
 
-# 1. the last token is never fed back, so its K and V are not needed
+# 1. the last token is never an input, so its K and V are not needed
 def blocks_needed(num_prompt: int, max_tokens: int, block_size: int) -> int:
     return -(-(num_prompt + max_tokens - 1) // block_size)
 
@@ -20,7 +20,7 @@ def slot_of(table: list[int], position: int, block_size: int) -> int:
     return table[position // block_size] * block_size + position % block_size
 
 
-# 3. only new blocks at the end: whether other tables hold the last one is not looked at
+# 3. it only appends new blocks, and does not check whether other tables contain the last one
 class Forgetful(BlockManager):
     def grow(self, seq: Sequence, start: int, stop: int) -> bool:
         num_new = self.blocks_for(stop) - len(seq.block_table)
@@ -31,13 +31,14 @@ class Forgetful(BlockManager):
         return True
 
 
-# 4. the last token's logits are needed, so it is always computed: one token more makes four blocks
+# 4. the last token is always computed, because its logits are needed. with one token more, four
+# full blocks come before it
 def two_prompts() -> tuple[list[int], list[int]]:
     return list(range(65)), list(range(65))
 
 
-# 5. equal tokens after another beginning have other K and V: what is the first block of one is the
-# second of the other
+# 5. equal tokens after different prefixes have different K and V. the second block of the first
+# prompt is the first block of the second prompt
 def misled() -> tuple[list[int], list[int]]:
     return [1] * 16 + [3] * 17, [3] * 17
 
@@ -45,13 +46,13 @@ def misled() -> tuple[list[int], list[int]]:
 # 6
 def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) -> int:
     most = 0
-    for step in range(1, 1 + max(new for _, new in requests)):  # in step s: s - 1 tokens fed back
+    for step in range(1, 1 + max(new for _, new in requests)):  # in step s: s - 1 new ones so far
         alive = [prompt + step - 1 for prompt, new in requests if new >= step]
         most = max(most, sum(-(-tokens // block_size) for tokens in alive))
     return most + 1
 
 
-# 7. the fewest tokens to compute again for each block that becomes free: a shared one does not
+# 7. the fewest tokens to compute again for each freed block; a shared block is not freed
 def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
     def price(one: Sequence) -> float:
         ref_count = scheduler.blocks.pool.ref_count
@@ -61,8 +62,8 @@ def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
     return min(scheduler.running, key=price)
 
 
-# 8. the shortest first, but one that has waited counts as shorter: a twelfth of a token for each
-# token that was written meanwhile, so that none waits for ever
+# 8. the shortest first, but waiting sequences count as shorter: by a twelfth of a token for each
+# token that the engine generated in the meantime, so that none waits forever
 came: dict[Sequence, int] = {}
 
 
@@ -73,8 +74,8 @@ def admission(scheduler: Scheduler) -> Sequence:
     return min(scheduler.waiting, key=lambda s: s.max_length - (now - came[s]) / 12)
 
 
-# 9. what is needed last (Belady 1966); of the blocks of one text the last one, which is the first
-# of them in `cached`
+# 9. the block that is needed last (Belady 1966). among the blocks of one text, this is the last
+# one, which comes first in `cached`
 def eviction(pool: BlockPool, coming: list[set[bytes]]) -> int:
     def next_use(block: int) -> int:
         text = pool.hash_of[block]
@@ -83,26 +84,26 @@ def eviction(pool: BlockPool, coming: list[set[bytes]]) -> int:
     return max(pool.cached, key=next_use)
 
 
-# 10. the next token, at position num_computed, sees from num_computed - window on
+# 10. the next token, at position num_computed, attends to positions from num_computed - window on
 def freed_by_window(table: Iterable[int], num_computed: int, window: int, size: int) -> list[int]:
     return list(table)[: max(0, num_computed - window) // size]
 
 
-# 11. step 1 computes 32 tokens of the first prompt and step 2 its last 8, after which it forks. in
-# step 3 both samples write into the third block: one copies it. 30 tokens are left for the second
-# prompt, which need two blocks
+# 11. step 1 computes 32 tokens of the first prompt, and step 2 its last 8. then the sequence forks.
+# in step 3, both samples write into the third block, and one of them copies it. 30 tokens are left
+# for the second prompt; they need two blocks
 def third_step() -> dict:
     return {"decodes": [0, 1], "prefills": [(2, 0, 30)], "copies": 1, "fresh": 2}
 
 
-# 12. step 1 computes 60 tokens, so step 6 writes position 64, for which both need a fifth block and
-# one is left: the older one gets it. The other comes back when the first has ended: it made its
-# 40th token in step 40. meanwhile that took two more blocks, for the positions 80 and 96: the
-# younger one's last two
+# 12. step 1 computes 60 tokens, so step 6 writes position 64. both sequences need a fifth block,
+# and one is left: the older sequence gets it. the younger one is admitted again when the older one
+# has ended, after its 40th token in step 40. until then, the older one took two more blocks, for
+# positions 80 and 96: the last two blocks of the younger one
 def preemption() -> dict:
     return {"seq": 1, "step": 6, "back": 41, "found": 32}
 
 
-# 13. block 1 was evicted in step 18, 2 and 3 in step 12, and others wrote into them
+# 13. block 1 was evicted in step 18, blocks 2 and 3 in step 12, and other requests wrote into them
 def wrong_hit() -> dict:
     return {"step": 20, "blocks": [1, 2, 3], "mistake": "hash"}

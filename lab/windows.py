@@ -1,9 +1,10 @@
-"""Windows: the memory of layers that see only some tokens back, and what fits into the rest.
+"""Windows: the memory that layers with limited attention windows save.
 
-nanochat's pattern SSSL: three layers of four see a quarter of the context, the fourth and the last
-see all of it. One table for all layers keeps every token in every layer. Groups of layers with a
-table of their own each keep what they see. Both serve the same requests, all at once and as long as
-the context, in a pool of the same bytes.
+In nanochat's pattern SSSL, three of four layers attend to a quarter of the context; the fourth and
+the last layer attend to all of it. One table for all layers keeps every token in every layer. With
+a table for each group of layers, a group keeps only the tokens in its window. Both variants serve
+the same requests in a pool of equal size in bytes. All requests arrive at once, and each fills the
+context.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ SIZE = 16  # tokens in a block
 
 
 def windows_of(depth: int, context: int) -> list[int]:
-    """How many tokens back each layer sees: a quarter of the context, in steps of 128, or all."""
+    """The window of each layer in tokens: a quarter of the context, in steps of 128, or all."""
     short = 128 * math.ceil(context / 512)
     return [short if i % 4 < 3 and i < depth - 1 else context for i in range(depth)]
 
 
 def serve(groups: list[tuple[int, list[int]]], args) -> dict[str, float]:
-    """What a full-length sequence takes, in slots of one layer's K and V, and how the pool did."""
+    """The memory of a full-length sequence, in slots of one layer's K and V, and counts of the
+    run."""
     windows = [window for window, _ in groups]
     depth = max(len(layers) for _, layers in groups)
     need = most_blocks(windows, SIZE, args.context)
-    # as many bytes as args.sequences take without windows
+    # the bytes that args.sequences take without windows
     pool = args.sequences * -(-args.context // SIZE) * args.layers // depth
     blocks = GroupedBlockManager(BlockPool(pool + 1), SIZE, windows=windows)
     scheduler = Scheduler(blocks, 10**6, 512)
@@ -56,9 +58,12 @@ def serve(groups: list[tuple[int, list[int]]], args) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     parser = world.Parser(__doc__, "windows")
     add = parser.add_argument
-    add("--context", type=positive, default=2048, metavar="N", help="tokens (%(default)s)")
-    add("--prompt", type=positive, default=512, metavar="N", help="of them (%(default)s)")
-    what = "that the pool holds without windows; four times as many come (%(default)s)"
+    what = "tokens of a sequence (default: %(default)s)"
+    add("--context", type=positive, default=2048, metavar="N", help=what)
+    what = "tokens of its prompt (default: %(default)s)"
+    add("--prompt", type=positive, default=512, metavar="N", help=what)
+    what = "sequences that fit into the pool without windows; four times as many arrive "
+    what += "(default: %(default)s)"
     add("--sequences", type=positive, default=8, metavar="N", help=what)
     args = parser.parse_args(argv)
     if args.prompt >= args.context:
@@ -72,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             "groups": groups,
             "followed": serve(groups, args),
             "uniform": serve([(-1, list(range(args.layers)))], args),
-            "seen": sum(min(w + 1, args.context) for w in windows),  # no less will do
+            "seen": sum(min(w + 1, args.context) for w in windows),  # the smallest possible memory
         }
     rows = []
     for depth, row in found.items():
@@ -81,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         share, least = (100 * n / a["slots"] for n in (b["slots"], row["seen"]))
         numbers = [f"{a[key]:,} > {b[key]:,}" for key in ("fit", "preempted", "steps")]
         rows.append([f"d{depth}", sizes, share, least, *numbers])
-    head = ["", "groups", "% of the memory", "% seen", "full ones that fit"]
+    head = ["", "groups", "% of the memory", "% in windows", "sequences that fit"]
     print(world.table([*head, "preempted", "steps"], rows))
-    print("\nLeft of > is one table for all layers, right of it are groups, in as many bytes.")
+    print("\nLeft of >: one table for all layers. Right: groups of layers, in as many bytes.")
 
     def draw(plt):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
@@ -97,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         left.set_ylabel("full-length sequences in the pool")
         right.set_ylabel(f"steps for {4 * args.sequences} requests")
         figure.tight_layout()
-        # above the panels, where no bar is
+        # above the plots, so that it covers no bar
         names = left.get_legend_handles_labels()
         figure.legend(*names, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
         return figure

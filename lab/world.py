@@ -1,9 +1,10 @@
-"""What the labs have in common: traffic, a fake model that only takes time, and reports.
+"""Code that the labs share: traffic, a fake model that only takes time, and reports.
 
-The device is one A100 with 40 GB that serves OPT-13B in float16, as in the paper's section 6.2. A
-step reads the weights, or computes, whichever takes longer; it reads the K and V of every token in
-the batch; and the host takes its time, as it did in 2023: HOST was chosen so that the paged system
-has about as many requests in a batch as in the paper's figure 13, at the two rates given there.
+The simulated device is one A100 with 40 GB that serves OPT-13B in float16, as in section 6.2 of the
+paper. The time of a step is the sum of three parts: reading the weights or computing, whichever
+takes longer; reading the K and V of every token in the batch; and the time of the host. HOST was
+chosen so that the paged system has about as many requests in a batch as in the paper's figure 13,
+at the two rates given there.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from microvllm.cli import terminal
 from microvllm.environment import how_to_install
 from microvllm.scheduler import Plan, Scheduler, Sequence
 
-KV_BYTES = 2 * 40 * 5120 * 2  # of a token: K and V, 40 layers, 5120 wide, two bytes each
-SLOTS = 12 * 2**30 // KV_BYTES  # tokens that the paper's 12 GB of cache hold: 15,728
-CONTEXT = 2048  # OPT's longest sequence
-BANDWIDTH = 1.555e12  # bytes a second, of the data sheet
-FLOPS = 312e12 / 2  # dense float16 a second, of the data sheet; half of it is what is reached
+KV_BYTES = 2 * 40 * 5120 * 2  # per token: K and V, 40 layers, 5120 channels, two bytes each
+SLOTS = 12 * 2**30 // KV_BYTES  # tokens in the paper's cache of 12 GB: 15,728
+CONTEXT = 2048  # the context length of OPT
+BANDWIDTH = 1.555e12  # bytes per second, from the data sheet
+FLOPS = 312e12 / 2  # dense float16 per second: half of the data sheet's value is reached
 PARAMETERS = 13e9
-HOST = (0.0116, 0.00031)  # seconds a step, and seconds for each sequence in it
+HOST = (0.0116, 0.00031)  # seconds per step, and seconds per sequence in it
 
 
 def seconds(plan: Plan) -> float:
-    """How long a step takes on the fake device."""
+    """The time of a step on the simulated device."""
     num_context = sum(chunk.stop for chunk in plan.chunks)
     weights = 2 * PARAMETERS / BANDWIDTH
     arithmetic = 2 * PARAMETERS * plan.num_tokens / FLOPS
@@ -42,7 +43,8 @@ def seconds(plan: Plan) -> float:
 
 
 def make_blocks(num_blocks: int, block_size: int = 16, **options) -> BlockManager:
-    """A block manager on a pool of its own, the null block included. options: of BlockManager."""
+    """A block manager with its own pool. num_blocks includes the null block; options: for
+    BlockManager."""
     return BlockManager(BlockPool(num_blocks), block_size, **options)
 
 
@@ -50,18 +52,18 @@ def make_blocks(num_blocks: int, block_size: int = 16, **options) -> BlockManage
 
 
 class Params(NamedTuple):
-    """What the scheduler reads of SamplingParams, which would import torch."""
+    """The fields of SamplingParams that the scheduler reads, without importing torch."""
 
     max_tokens: int
     n: int = 1
 
 
-# (mean, spread) of prompts and of outputs: log-normal, drawn again if both exceed the context; the
-# spread is the standard deviation of the logarithm. what remains has the paper's means (figure 11),
-# 161.31 and 337.99, 19.31 and 58.45. the spread of ShareGPT's outputs is the one at which Orca Max
-# keeps 457 tokens a request, as the paper's does (20.4 % of 15,728 slots, 7 requests): a request
-# holds its prompt and on average half its output, and long ones are seen longer. the other three
-# spreads are our choice
+# (mean, spread) of prompts and of outputs. the distribution is log-normal, and the spread is the
+# standard deviation of the logarithm. a pair that exceeds the context is drawn again; after that,
+# the means are those of the paper (figure 11): 161.31 and 337.99, 19.31 and 58.45. the spread of
+# ShareGPT's outputs is chosen so that Orca Max keeps 457 tokens per request, as in the paper (7
+# requests in 20.4 % of 15,728 slots): a request holds its prompt and on average half its output,
+# and long requests are counted for longer. the other three spreads are our choice
 FITS = {
     "sharegpt": ((172.4, 1.1), (363.5, 0.879)),
     "alpaca": ((19.31, 0.6), (58.45, 0.9)),
@@ -69,10 +71,10 @@ FITS = {
 
 
 def lengths(name: str, rng: random.Random, pairs: list | None = None) -> Iterator[tuple[int, int]]:
-    """(prompt, output) tokens of one request after the other, without end.
+    """An endless iterator over (prompt tokens, output tokens) of requests.
 
-    name: "sharegpt" or "alpaca", log-normal with the constants in FITS; pairs: of a real file, from
-    which is drawn instead if it is for "sharegpt". None is longer than the context.
+    name: "sharegpt" or "alpaca", log-normal with the constants in FITS. pairs: lengths from a real
+    file; for "sharegpt", they are drawn from these instead. No pair exceeds the context.
     """
     pairs = pairs if name == "sharegpt" else None
     while True:
@@ -88,11 +90,11 @@ def lengths(name: str, rng: random.Random, pairs: list | None = None) -> Iterato
 
 
 def read_sharegpt(path: str) -> list[tuple[int, int]]:
-    """The lengths of each conversation's first question and its answer, at four bytes a token,
-    about what OPT's tokenizer makes of English.
+    """The lengths of the first question of each conversation and of its answer, with four bytes per
+    token, about the ratio of OPT's tokenizer for English.
 
     The file: [{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}, ...].
-    Raises argparse.ArgumentTypeError, which becomes the one line that a user sees.
+    Raises argparse.ArgumentTypeError, which the user sees as one line.
     """
     wrong = argparse.ArgumentTypeError
     try:
@@ -113,12 +115,12 @@ def read_sharegpt(path: str) -> list[tuple[int, int]]:
                 pairs += [tuple(pair)] if all(pair) and sum(pair) <= CONTEXT else []
                 break
     if not pairs:
-        raise wrong(f"{path} has no question that fits into {CONTEXT} tokens with its answer")
+        raise wrong(f"{path} has no question that fits, with its answer, into {CONTEXT} tokens")
     return pairs
 
 
 class Request(NamedTuple):
-    """A sequence and when it comes, in seconds."""
+    """A sequence and its arrival in seconds."""
 
     arrival: float
     seq: Sequence
@@ -127,8 +129,8 @@ class Request(NamedTuple):
 def traffic(
     name: str, count: int, rate: float, seed: int = 0, pairs: list | None = None, n: int = 1
 ) -> list[Request]:
-    """`count` requests that share nothing, at `rate` a second in a Poisson process (math.inf: all
-    at once), each for n samples; name, pairs: of `lengths`."""
+    """`count` requests without shared prefixes, in a Poisson process of `rate` requests per second
+    (math.inf: all at once), with n samples each. name, pairs: see `lengths`."""
     rng = random.Random(seed)
     clock = 0.0
     requests = []
@@ -136,7 +138,7 @@ def traffic(
     for i in range(count):
         prompt, output = next(source)
         clock += rng.expovariate(rate) if rate < math.inf else 0
-        # a token of its own: no two of them begin alike
+        # each prompt has its own token, so no two share a prefix
         requests.append(Request(clock, Sequence(i, [i + 1] * prompt, Params(output, n))))
     return requests
 
@@ -145,7 +147,7 @@ def traffic(
 
 
 class Done(NamedTuple):
-    """A sequence that has ended, and when it came, had its first token, and ended, in seconds."""
+    """A finished sequence, and the times in seconds of its arrival, first token and end."""
 
     seq: Sequence
     arrival: float
@@ -158,7 +160,7 @@ class Done(NamedTuple):
 
     @property
     def per_token(self) -> float:
-        """The paper's normalized latency: seconds a token of output."""
+        """The paper's normalized latency: seconds per output token."""
         return self.latency / len(self.seq.output)
 
 
@@ -168,11 +170,11 @@ def replay(
     watch: Callable[[Plan, float], None] = lambda plan, seconds: None,
     model: Callable[[Sequence, int], int] = lambda seq, position: 0,
 ) -> list[Done]:
-    """Run the traffic through a scheduler, in simulated time. Returns the sequences in the order in
-    which they ended.
+    """Run the traffic through a scheduler in simulated time. Returns the sequences in the order of
+    their ends.
 
-    watch: called with each plan, and the seconds that its step takes; model: the token that a
-    sequence has at a position.
+    watch: called with each plan and the seconds of its step; model: returns the token of a sequence
+    at a position.
     """
     clock = 0.0
     done = []
@@ -185,7 +187,7 @@ def replay(
         while coming and coming[0].arrival <= clock:
             scheduler.add(coming.popleft().seq)
         plan = scheduler.schedule()
-        assert plan.chunks, "no sequence can go on"
+        assert plan.chunks, "no sequence can continue"
         step_seconds = seconds(plan)
         watch(plan, step_seconds)
         clock += step_seconds
@@ -199,7 +201,7 @@ def replay(
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value that this share of them does not exceed."""
+    """The value that this share of the values does not exceed."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
@@ -207,7 +209,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 class Parser(terminal.Parser):
-    """The flags of every lab, and --sharegpt where lengths are drawn; its help is a docstring."""
+    """A parser with the flags of every lab, and --sharegpt if lengths are drawn. doc: its help."""
 
     def __init__(self, doc: str, name: str, lengths: bool = False):
         super().__init__(prog=f"microvllm lab {name}", description=doc)
@@ -215,10 +217,11 @@ class Parser(terminal.Parser):
         if lengths:
             what = "lengths from a file in ShareGPT's JSON format"
             self.add_argument("--sharegpt", type=read_sharegpt, metavar="FILE", help=what)
-        self.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
-        where = "where NAME.png and NAME.json go (%(default)s)"
+        what = "random seed (default: %(default)s)"
+        self.add_argument("--seed", type=int, default=0, metavar="N", help=what)
+        where = "folder for NAME.png and NAME.json (default: %(default)s)"
         self.add_argument("--out", type=Path, default="lab-results", metavar="DIR", help=where)
-        self.add_argument("--no-plot", action="store_true", help="numbers alone, no matplotlib")
+        self.add_argument("--no-plot", action="store_true", help="only numbers, no matplotlib")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
@@ -229,7 +232,7 @@ class Parser(terminal.Parser):
 
 
 def table(head: list[str], rows: list[list]) -> str:
-    """Rows under a head, in columns; floats to three digits."""
+    """Align a head and rows in columns; floats have three digits."""
     cells = [head, *[[f"{v:,.3g}" if isinstance(v, float) else str(v) for v in r] for r in rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[v.rjust(w) for v, w in zip(row, widths, strict=True)] for row in cells]
@@ -239,7 +242,7 @@ def table(head: list[str], rows: list[list]) -> str:
 
 
 def finish(args: argparse.Namespace, results: dict, draw: Callable) -> None:
-    """Write the numbers, and the figure that draw(pyplot) returns."""
+    """Write the numbers to a file, and plot the figure that draw(pyplot) returns."""
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -51,7 +51,7 @@ ORDER = [*EARLY, *(
     "test_low_bit_gemm test_compilation test_int8_cache test_simd test_memory_limits "
     "test_quantize"
 ).split()]  # fmt: skip
-KINDS = "float32-layers", "float32"  # of kernels
+KINDS = "float32-layers", "float32-shared-layers", "float32"  # of kernels
 SLOW = "bfloat16-layers", "int8-layers"  # those that only slow tests need
 
 

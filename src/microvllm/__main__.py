@@ -4,10 +4,10 @@ try:
     if not find_spec("microvllm.cli"):
         from .environment import REINSTALL
 
-        raise SystemExit(f"the command line is in microvllm/cli, which is not there: {REINSTALL}")
+        raise SystemExit(f"the command line needs microvllm/cli, which is missing: {REINSTALL}")
 
     from .cli import main
 
     main()
-except KeyboardInterrupt:  # before a command runs
+except KeyboardInterrupt:  # before a command has started
     raise SystemExit(130) from None

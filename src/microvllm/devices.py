@@ -1,4 +1,4 @@
-"""Which devices does this torch compute on, and what is to be done where it does not?"""
+"""Checks whether this torch can compute on a device, and says what to do if it cannot."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ log = logging.getLogger("microvllm")
 DEV = Path("/dev")
 PROC = Path("/proc")
 
-# NVIDIA's drivers from a major version on run a CUDA of one major version, and torch is built for
-# it (https://docs.nvidia.com/deploy/cuda-compatibility)
+# Each major version of NVIDIA's driver supports CUDA up to one major version, and torch is built
+# for one (https://docs.nvidia.com/deploy/cuda-compatibility)
 WHEELS = "--index-url https://download.pytorch.org/whl"
 CUDA_12 = f"pip install 'torch<2.15' {WHEELS}/cu126"  # 2.14 is the last one; all cards from 5.0 on
 CUDA_13 = f"pip install torch {WHEELS}/cu130"
-DRIVERS = ((580, 13, CUDA_13), (525, 12, CUDA_12))
+DRIVERS = ((580, 13, CUDA_13), (525, 12, CUDA_12))  # (driver, newest CUDA, remedy)
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device called `name`, as checkpoint.pick_device finds it. Raises ValueError for one that
-    this torch cannot compute on. Says why where there is an NVIDIA card and "auto" is the CPU."""
+    """Return the device called `name`, see checkpoint.pick_device. Raises ValueError if this torch
+    cannot compute on it. Warns if "auto" selects the CPU although there is an NVIDIA card."""
     device = pick_device(name)
     if name == "auto" and device.type == "cpu":
         warn_of_cuda()
@@ -39,7 +39,7 @@ def find_device(name: str | torch.device) -> torch.device:
 
 
 def check_support(device: torch.device) -> None:
-    """Raises ValueError if this torch computes nothing, or something wrong, on a device."""
+    """Raise ValueError if this torch fails on a device, or computes wrong results."""
     if device.type == "cuda":
         _check_card(device)
     if device.type == "mps":
@@ -47,7 +47,7 @@ def check_support(device: torch.device) -> None:
 
 
 def _check_card(device: torch.device) -> None:
-    """Raises ValueError if this torch has no kernels for an NVIDIA card."""
+    """Raise ValueError if this torch has no kernels for an NVIDIA card."""
     architectures = torch.cuda.get_arch_list()
     if torch.version.hip is not None or not architectures:
         return
@@ -60,14 +60,15 @@ def _check_card(device: torch.device) -> None:
     major, minor = capability
     raise ValueError(
         f"device {str(device)!r} is a {torch.cuda.get_device_name(device)} of compute capability "
-        f"{major}.{minor}, for which torch {torch.__version__} has no kernels (but for "
-        f"{', '.join(architectures)}): {remedy}, or give device='cpu'"
+        f"{major}.{minor}, but torch {torch.__version__} has kernels only for "
+        f"{', '.join(architectures)}: {remedy}, or give device='cpu'"
     )
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Does a card run what was compiled for an architecture? sm_86 is machine code for 8.6 and
-    later ones of 8, compute_90 is compiled on any card from 9.0 on; sm_90a is for 9.0 alone."""
+    """Return whether a card runs code compiled for an architecture. sm_86 is machine code for 8.6
+    and later 8.x, compute_90 is compiled at run time for cards from 9.0 on, sm_90a is for 9.0 only.
+    """
     match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
     if match is None:
         return False
@@ -79,8 +80,8 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def _check_mps() -> None:
-    """Raises ValueError for a torch whose attention is wrong on Apple's GPUs. What other versions
-    do wrong there, attention.py avoids. Says that none of it was seen on one."""
+    """Raise ValueError for a torch whose attention is wrong on Apple's GPUs. attention.py works
+    around the errors of other versions. Warns that nothing was tested on such a GPU."""
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
     if (2, 8) <= version <= (2, 10):  # pytorch/pytorch#169222, #174861
         raise ValueError(
@@ -92,7 +93,7 @@ def _check_mps() -> None:
 
 
 def warn_of_cuda() -> None:
-    """Say, once, why there is an NVIDIA card and the engine computes on the CPU."""
+    """Warn once if the engine computes on the CPU although there is an NVIDIA card."""
     problem = cuda_problem()
     if problem is not None:
         _warn(f"{problem}; until then the engine computes on the CPU")
@@ -104,8 +105,8 @@ def _warn(line: str) -> None:  # once
 
 
 def cuda_problem() -> str | None:
-    """Why CUDA does not work although there is an NVIDIA driver, and a remedy. None if it works, if
-    there is no driver, or if the cards are hidden from this process."""
+    """Return why CUDA does not work although there is an NVIDIA driver, with a remedy. Returns None
+    if it works, if there is no driver, or if the cards are hidden from this process."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
     if is_hidden or torch.cuda.is_available():
         return None
@@ -116,7 +117,7 @@ def cuda_problem() -> str | None:
     newest, wheel = wheels[0] if wheels else (0, "update the driver to version 525 or newer")
     built = torch.version.cuda
     if built is None:
-        return f"an NVIDIA driver ({driver}) is here, and this torch is built without CUDA: {wheel}"
+        return f"an NVIDIA driver ({driver}) is here, but this torch is built without CUDA: {wheel}"
     if int(built.split(".")[0]) > newest:
         update = f", or update the driver to {DRIVERS[0][0]} or newer" if wheels else ""
         return (
@@ -126,20 +127,20 @@ def cuda_problem() -> str | None:
     try:
         torch.cuda.init()
         reason = "torch finds no card"
-    except Exception as error:  # of the driver
+    except Exception as error:  # from the driver
         reason = f"{error!s:.200}"
-    return f"an NVIDIA driver ({driver}) is here, and CUDA does not work: {reason}; see nvidia-smi"
+    return f"an NVIDIA driver ({driver}) is here, but CUDA does not work: {reason}; see nvidia-smi"
 
 
 def _nvidia_driver() -> str | None:
-    """The version of NVIDIA's driver, None if there is none. In a container without cards the
-    host's version can be read, and there is no device file."""
+    """Return the version of NVIDIA's driver, or None if there is none. In a container without cards
+    the host's version can be read, but there is no device file."""
     with suppress(OSError):
         text = (PROC / "driver" / "nvidia" / "version").read_text(errors="replace")
         match = re.search(r"NVRM version:.*?\s(\d{3,}\.\d[\d.]*)", text)
         if match is not None:
             return match[1] if (DEV / "nvidiactl").exists() else None
-    program = shutil.which("nvidia-smi")  # Windows, and Linux inside of it
+    program = shutil.which("nvidia-smi")  # on Windows, and on Linux inside Windows
     if program is None:
         return None
     command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]

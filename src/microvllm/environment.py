@@ -1,15 +1,15 @@
-"""What may this process use of the machine, and how is a missing package installed?
+"""The memory and processors available to this process, and how to install a missing package.
 
-A container sees the memory and the processors of its whole host. What it may use of them is in its
-control groups (cgroups), of version 1 or 2, which only Linux has. A group lies in others, and the
-limits of all of them hold:
+A container sees the memory and the processors of its whole host. Control groups (cgroups), version
+1 or 2, limit what it may use; only Linux has them. Groups are nested, and the limits of all
+enclosing groups apply:
 
     /proc/self/cgroup     version 2: 0::/user/job        version 1: 4:memory:/user/job
     limits                /sys/fs/cgroup/user/job        /sys/fs/cgroup/memory/user/job
                           /sys/fs/cgroup/user            /sys/fs/cgroup/memory/user
                           /sys/fs/cgroup                 /sys/fs/cgroup/memory
 
-In a container these paths are often the host's, and only the last folder is there: it is the
+In a container these paths are often the host's, and only the last folder exists. It is the
 container's own group.
 """
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-if TYPE_CHECKING:  # torch takes a second to import, and not all of the command line needs it
+if TYPE_CHECKING:  # importing torch takes a second, and parts of the command line do not need it
     import torch
 
 PROC = Path("/proc")
@@ -34,8 +34,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may allocate: on the GPU, or of RAM within the limits of the process
-    (`ulimit -v`) and of its control groups."""
+    """Return the bytes that this process may allocate: on the GPU, or in RAM within the limits of
+    the process (`ulimit -v`) and of its control groups."""
     if device.type == "cuda":
         import torch
 
@@ -45,7 +45,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_addresses() -> Iterator[int]:
-    """Bytes that are left of the process's address space, where it has a limit."""
+    """Yield the bytes left in the process's address space, if it has a limit."""
     process = psutil.Process()
     if hasattr(process, "rlimit"):  # Linux and FreeBSD
         limit, _ = process.rlimit(psutil.RLIMIT_AS)
@@ -54,13 +54,13 @@ def _free_addresses() -> Iterator[int]:
 
 
 def _free_in_cgroups() -> Iterator[int]:
-    """Bytes that are left in each control group that has a limit. Cached files count as free, as
-    they do in MemAvailable: the kernel drops them when memory is needed."""
+    """Yield the bytes left in each control group that has a limit. Cached files count as free, as
+    in MemAvailable: the kernel drops them when memory is needed."""
     for group in _cgroups("memory"):
         limit = _number(group / "memory.max")
         used = _number(group / "memory.current")
         prefix = ""
-        if limit is None:  # version 1, whose values with this prefix include the groups inside
+        if limit is None:  # version 1; values with this prefix include nested groups
             limit = _number(group / "memory.limit_in_bytes")
             used = _number(group / "memory.usage_in_bytes")
             prefix = "total_"
@@ -69,8 +69,8 @@ def _free_in_cgroups() -> Iterator[int]:
 
 
 def _cached_bytes(group: Path, prefix: str) -> int:
-    """Bytes of cached files in a control group, active and inactive ones. The lines "file" and
-    "cache" are not read: they include tmpfs, which the kernel cannot drop."""
+    """Return the bytes of cached files in a control group, active and inactive ones. The lines
+    "file" and "cache" are not used: they include tmpfs, which the kernel cannot drop."""
     lines = re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", _text(group / "memory.stat"), re.M)
     return sum(int(line) for line in lines)
 
@@ -79,14 +79,13 @@ def _cached_bytes(group: Path, prefix: str) -> int:
 
 
 def available_cpus() -> int:
-    """How many processors this process may use at once, at least 1: those that it may run on, or
-    fewer where a control group has a quota of processor time. A quota of 1.5 processors counts as
-    2."""
+    """Return how many processors this process may use at once, at least 1. A control group's quota
+    of processor time may reduce it; a quota of 1.5 processors counts as 2."""
     return min([_allowed_cpus(), *_cpu_quotas()])
 
 
 def _allowed_cpus() -> int:
-    """The processors that this process may run on (`taskset`)."""
+    """Return the number of processors that this process may run on (`taskset`)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     process = psutil.Process()
@@ -96,9 +95,9 @@ def _allowed_cpus() -> int:
 
 
 def _cpu_quotas() -> Iterator[int]:
-    """The quota of each control group that has one, in processors, rounded up."""
+    """Yield the quota of each control group that has one, in processors, rounded up."""
     for group in _cgroups("cpu"):
-        quota = _number(group / "cpu.cfs_quota_us")  # version 1; -1 is none
+        quota = _number(group / "cpu.cfs_quota_us")  # version 1; -1: no quota
         period = _number(group / "cpu.cfs_period_us")
         words = _text(group / "cpu.max").split()  # version 2: "150000 100000", or "max 100000"
         if len(words) == 2 and all(word.isdigit() for word in words):
@@ -108,10 +107,10 @@ def _cpu_quotas() -> Iterator[int]:
 
 
 def limit_threads() -> None:
-    """Let torch compute on at most `available_cpus()` threads. More would take turns, and wait for
-    each other at the end of each operation. A number of threads that the user chose stays: in the
-    environment (OMP_NUM_THREADS, MKL_NUM_THREADS), or by torch.set_num_threads a number that torch
-    does not choose by itself."""
+    """Limit torch to `available_cpus()` threads. More threads would take turns and wait for each
+    other at the end of each operation. A number that the user chose is kept: by the environment
+    (OMP_NUM_THREADS, MKL_NUM_THREADS), or by torch.set_num_threads if torch would not choose the
+    same number itself."""
     import torch
 
     if "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ:
@@ -120,7 +119,7 @@ def limit_threads() -> None:
     physical = psutil.cpu_count(logical=False) or logical
     allowed = _allowed_cpus()
     # torch starts with a thread for each logical or physical processor, of all or of the allowed
-    # ones, which depends on how it was built
+    # ones, depending on how it was built
     chosen_by_torch = {logical, physical, allowed, allowed * physical // logical}
     num_threads = torch.get_num_threads()
     num_available = available_cpus()
@@ -132,30 +131,30 @@ def limit_threads() -> None:
 
 
 def _cgroups(controller: str) -> Iterator[Path]:
-    """The folders of the control groups that limit this process, its own first. controller:
+    """Yield the folders of the control groups that limit this process, its own first. controller:
     "memory" or "cpu"."""
     for line in _text(PROC / "self" / "cgroup").splitlines():
         words = line.split(":", 2)
         if len(words) < 3:
             continue
         _, names, path = words
-        if not names:  # version 2, which has all controllers in one tree
+        if not names:  # version 2, with all controllers in one tree
             mount = CGROUPS
         elif controller in names.split(","):
             mount = CGROUPS / names
-            if not mount.is_dir():  # of "cpu,cpuacct"
+            if not mount.is_dir():  # the folder of "cpu,cpuacct" may be named after one of them
                 mount = CGROUPS / controller
         else:
             continue
         parts = [part for part in path.split("/") if part]
-        if ".." in parts:  # a group outside of what the container sees
+        if ".." in parts:  # a group outside of the container's view
             parts = []
         for count in range(len(parts), -1, -1):
             yield mount.joinpath(*parts[:count])
 
 
 def _text(file: Path) -> str:
-    """The content of a file, "" if it cannot be read."""
+    """Return the content of a file, "" if it cannot be read."""
     try:
         return file.read_text()
     except OSError:
@@ -163,18 +162,18 @@ def _text(file: Path) -> str:
 
 
 def _number(file: Path) -> int | None:
-    """The number in a file. None if there is another word, such as "max", or no such file."""
+    """Return the number in a file, or None if it has another word, such as "max", or is missing."""
     text = _text(file).strip()
     return int(text) if text.lstrip("-").isdigit() else None
 
 
 # packages -----------------------------------------------------------------------------------------
 
-# microvllm is on no package index: it is installed from a clone. Editable (-e) as the README has
-# it, since a copy would take the place of an editable installation
+# microvllm is on no package index and is installed from a clone. Editable (-e), as in the README,
+# since a copy would replace an editable installation
 REINSTALL = "reinstall microvllm (pip install -e . in a complete clone of it)"
 
 
 def how_to_install(extra: str) -> str:
-    """The command that installs an optional package. extra: its name in pyproject.toml."""
+    """Return the command that installs an optional package. extra: its name in pyproject.toml."""
     return f"pip install -e '.[{extra}]' in the clone of microvllm"

@@ -1,9 +1,9 @@
-"""Which model computes a checkpoint, and with which kernels?
+"""Chooses the model and the kernels for a checkpoint.
 
-find_checkpoint    a name, a place in nanochat's tree, a folder         -> folder and step
-read_checkpoint    config, recipe and weights, checked
-pick_backend       kernels for the device                               -> Backend
-build_model        weights in the layout of the kernels                 -> FusedGPT
+find_checkpoint    a name, a place in nanochat's tree, or a folder      -> folder and step
+read_checkpoint    reads and checks config, recipe and weights
+pick_backend       chooses kernels for the device                       -> Backend
+build_model        arranges the weights in the layout of the kernels    -> FusedGPT
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("microvllm")
 
-QUANTIZATIONS = ("int8", "int6", "int5", "int4", "fp8")  # the last one is a GPU's
+QUANTIZATIONS = ("int8", "int6", "int5", "int4", "fp8")  # the last one is for GPUs
 # bits of a stored number
 BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "fp8": 8, "bfloat16": 16}
 BACKENDS = "'auto', 'sdpa', 'numba', 'triton' or 'flash'"
@@ -38,10 +38,10 @@ BACKENDS = "'auto', 'sdpa', 'numba', 'triton' or 'flash'"
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a FusedGPT computes. attention, quantization, kv_cache_dtype, deterministic: as LLM takes
-    them; share: use given tensors where device and dtype allow it, instead of copies; max_len:
-    positions of the rotary tables, by default the checkpoint's context; ranks: the processes that
-    share the model; block_size: of the KV cache, for which kernels are compiled."""
+    """How a FusedGPT computes. attention, quantization, kv_cache_dtype, deterministic: see LLM;
+    share: use the given tensors instead of copies where device and dtype allow it; max_len:
+    positions of the rotary tables (default: the checkpoint's context); ranks: the processes that
+    share the model; block_size: the KV cache's, since kernels are compiled for it."""
 
     attention: str = "auto"
     quantization: str | None = None
@@ -55,8 +55,8 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ModelBuilder:
-    """Makes the model of an engine, again when its weights have moved. overrides: constants of the
-    recipe; is_plain: make the core's model; max_model_len: as LLM takes it."""
+    """Makes the model of an engine, and makes it again when its weights have moved. overrides:
+    constants of the recipe; is_plain: make the core's model; max_model_len: see LLM."""
 
     device: torch.device
     dtype: str | torch.dtype = "auto"
@@ -71,17 +71,17 @@ class ModelBuilder:
         for name in ("attention", "quantization", "deterministic", "kv_cache_dtype", "ranks"):
             if getattr(self.options, name) not in (None, False, "auto"):
                 raise ValueError(
-                    f"plain=True runs the core alone, which has no {name}: leave it out"
+                    f"plain=True runs the core's model, which has no {name}: leave it out"
                 )
 
     def build(self, config: GPTConfig, recipe: Recipe, weights: dict) -> GPT | FusedGPT:
-        """A model on checked weights. Its rotary tables are yet to be made, see
-        engine.make_rotary_tables."""
+        """Make a model from checked weights. Its rotary tables come later (engine.py)."""
         check_length(self.max_model_len, config)
         if self.is_plain:
             recipe = strict.replace(recipe, **self.overrides)
             with fits("weights", self.device):
                 weights = dense(weights)
+                # no rotary tables yet: the engine makes them, as long as its pool allows
                 return make_model(config, recipe, weights, self.device, self.dtype, max_len=1)
         options = replace(self.options, max_len=1)
         return build_fused(
@@ -95,8 +95,8 @@ class ModelBuilder:
 
 
 def load_model(model_path, step=None, device="cpu", dtype="auto", **options) -> FusedGPT:
-    """Load a checkpoint of any era and any place, strictly; options: see `build_model`. Raises
-    FileNotFoundError or ValueError naming the file and what is wrong with it."""
+    """Load a checkpoint of any era from any place, strictly. options: see `build_model`. Raises
+    FileNotFoundError or ValueError that names the file and the problem."""
     directory, step = find_checkpoint(model_path, step)
     parts = read_checkpoint(directory, step)
     return build_model(*parts, torch.device(device), dtype, **options)
@@ -110,9 +110,9 @@ def build_model(
     dtype: str | torch.dtype = "auto",
     **options,
 ) -> FusedGPT:
-    """The FusedGPT on checked weights. options: fields of ModelOptions, and constants of the
-    recipe. Raises ValueError for an option that cannot be here, TypeError for an override that is
-    no constant of the recipe."""
+    """Make a FusedGPT from checked weights. options: fields of ModelOptions, and constants of the
+    recipe. Raises ValueError for an option that is not supported here, TypeError for an override
+    that is not a constant of the recipe."""
     names = {option.name for option in fields(ModelOptions)}
     overrides = {name: value for name, value in options.items() if name not in names}
     chosen = ModelOptions(**{name: options[name] for name in names & options.keys()})
@@ -128,7 +128,7 @@ def build_fused(
     dtype: torch.dtype,
     options: ModelOptions,
 ) -> FusedGPT:
-    """The FusedGPT of `build_model`."""
+    """`build_model` with a ModelOptions object."""
     warn_of_float16(dtype)
     check_length(options.max_len, config)
     check_quantization(options.quantization)
@@ -142,13 +142,15 @@ def build_fused(
         options.ranks.check(quantization, options.deterministic)
     store = quantization
     if dtype == torch.bfloat16 and backend.name == "numba":
-        dtype = torch.float32  # a CPU saves memory's time, not arithmetic's
+        dtype = torch.float32  # on a CPU, bfloat16 saves memory traffic; arithmetic is float32
         store = "bfloat16"
     warn_of_nan(weights)
-    num_values = sum(weight.numel() for weight in weights.values())
-    what = f"weights of {num_values * dtype.itemsize:,} bytes in {dtype}"
-    check_memory(what, config, num_values, store or dtype, device, options)
-    with fits(what, device):
+    stored = store or dtype  # the number format of matrices; tables may have more bits
+    bits = BITS[stored] if isinstance(stored, str) else 8 * stored.itemsize
+    num_bytes = sum(weight.numel() for weight in weights.values()) * bits // 8
+    purpose = f"weights of {num_bytes:,} bytes in {stored}"
+    check_memory(purpose, config, num_bytes, device, options)
+    with fits(purpose, device):
         return FusedGPT(
             config,
             recipe,
@@ -169,9 +171,9 @@ def pick_backend(
     deterministic: bool = False,
     kv_cache_dtype: str = "auto",
 ) -> Backend:
-    """The Backend called `name`; "auto" is the fastest one that runs on `device`. Raises ValueError
-    for an unknown name, or for what cannot be here, saying why; ImportError, with the remedy, for a
-    package that is not installed."""
+    """Return the Backend called `name`; "auto" is the fastest one for `device`. Raises ValueError
+    for an unknown name, or for settings that are not supported here, with the reason; ImportError,
+    with the remedy, for a package that is not installed."""
     if kv_cache_dtype not in ("auto", "int8"):
         raise ValueError(f"kv_cache_dtype must be 'auto' or 'int8', got {kv_cache_dtype!r:.80}")
     if name == "auto":
@@ -189,7 +191,7 @@ def pick_backend(
 
 
 def fastest_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the fastest backend that runs on the device."""
+    """Return the name of the fastest backend that runs on the device."""
     from .gpu import has_triton
 
     if has_triton(device):
@@ -200,12 +202,12 @@ def fastest_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def has_numba() -> bool:
-    """Is the package installed that compiles the kernels of a CPU? It is not imported yet."""
+    """Return whether the compiler of the CPU kernels is installed, without importing it."""
     return find_spec("numba") is not None
 
 
 def choose_backend(name: str, device: torch.device) -> type[Backend]:
-    """The class of the backend called `name`."""
+    """Return the class of the backend called `name`."""
     if name == "numba":
         with naming_package("attention='numba'"):
             from .cpu.backend import CpuBackend
@@ -235,13 +237,13 @@ def choose_backend(name: str, device: torch.device) -> type[Backend]:
 def compare_kernels(
     config: GPTConfig, recipe: Recipe, device: torch.device, dtype: str, kv_cache_dtype: str
 ) -> dict[str, Any]:
-    """Compare the kernels that an engine of a checkpoint has on a GPU with plain torch, now.
-    Returns the card and the versions, and for each kernel what is wrong, "" if nothing is. Raises
-    ValueError where there are none."""
+    """Compare the GPU kernels that an engine of a checkpoint uses with plain torch. Returns the
+    card, the versions, and for each kernel the problem ("" if there is none). Raises ValueError if
+    there are no kernels."""
     from .gpu import has_triton
 
     if device.type != "cuda":
-        raise ValueError(f"--check compares the kernels of a GPU, and the device is {device}")
+        raise ValueError(f"--check compares the kernels of a GPU, but the device is {device}")
     if not has_triton(device):
         raise ValueError(f"no kernels run on {device}: plain torch computes there")
     from .gpu import self_check
@@ -258,7 +260,7 @@ def compare_kernels(
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Raises ValueError for a word that is not known."""
+    """Raise ValueError for an unknown quantization."""
     if quantization not in (None, *QUANTIZATIONS):
         words = ", ".join(map(repr, QUANTIZATIONS[:-1]))
         raise ValueError(
@@ -269,8 +271,8 @@ def check_quantization(quantization: str | None) -> None:
 def choose_quantization(
     options: ModelOptions, weights: dict, backend: Backend, config: GPTConfig, dtype: torch.dtype
 ) -> str | None:
-    """In how many bits the matrices are kept: as the folder has them, or as they are rounded while
-    they are loaded. Raises ValueError where this cannot be."""
+    """Return the number format of the matrices: the one of a quantised folder, or the one to round
+    to while loading. Raises ValueError if it is not supported."""
     quantization = options.quantization
     stored = stored_as(weights)
     if stored is None:
@@ -280,38 +282,40 @@ def choose_quantization(
         return quantization
     if quantization not in (None, stored):
         raise ValueError(
-            f"quantization={quantization!r}, and the folder has {stored}: leave it out, or "
+            f"quantization={quantization!r}, but the folder has {stored}: leave it out, or "
             "give the checkpoint that the folder was made from"
         )
     if backend.takes(stored) and options.ranks is None:
         return stored
-    log.info("no products of %s here: its matrices become %s", stored, dtype)
+    log.info("no %s kernels for this device: the matrices are converted to %s", stored, dtype)
     return None
 
 
 def stored_as(weights: dict) -> str | None:
-    """int8, int6, int5 or int4, if the weights are of a quantised folder (lowbit/folder.py)."""
+    """Return int8, int6, int5 or int4 for weights of a quantised folder (lowbit/folder.py)."""
     bits = [weight.bits for weight in weights.values() if not isinstance(weight, torch.Tensor)]
     return f"int{min(bits)}" if bits else None
 
 
 @cache  # once
 def advise(quantization: str) -> None:
-    """Say what costs less, where weights are rounded as they are loaded."""
+    """Warn that rounding weights at load time costs more than quantizing them once."""
     if quantization in ("int6", "int5", "int4"):
         log.warning(
-            "quantization=%r: weights are rounded to the nearest while they are loaded; rounded "
-            "once by `microvllm quantize` they lose much less",
+            "quantization=%r rounds the weights to nearest at load time; `microvllm quantize` "
+            "rounds them once, with a much smaller loss",
             quantization,
         )
 
 
 def dense(weights: dict) -> dict[str, torch.Tensor]:
-    """The same with all matrices as floats. Raises ValueError if these are too large."""
+    """Return the weights with all matrices as floats. Raises ValueError if they are too large."""
     low_bit = [w for w in weights.values() if not isinstance(w, torch.Tensor)]
-    wanted = sum(4 * weight.numel() for weight in low_bit)
-    free = free_memory(torch.device("cpu"))
-    require_memory("low-bit matrices in float32", wanted, free, "run them on a CPU as they are")
+    num_bytes = sum(4 * weight.numel() for weight in low_bit)
+    num_free = free_memory(torch.device("cpu"))
+    require_memory(
+        "low-bit matrices in float32", num_bytes, num_free, "keep them low-bit: use a CPU"
+    )
     return {
         name: weight if isinstance(weight, torch.Tensor) else weight.dense()
         for name, weight in weights.items()
@@ -322,47 +326,44 @@ def dense(weights: dict) -> dict[str, torch.Tensor]:
 
 
 def check_length(max_len: int | None, config: GPTConfig) -> None:
-    """Raises ValueError for a context beyond ten times that of the training."""
+    """Raise ValueError for a context beyond ten times the training context."""
     length = max_len or config.sequence_len
     longest = 10 * config.sequence_len
     if length > longest:
-        limit = f"{longest} at most, ten times the sequence_len of {config.sequence_len}"
-        raise ValueError(f"max_model_len={max_len} is beyond the rotary tables: {limit}")
+        limit = f"at most {longest}, ten times the sequence_len of {config.sequence_len}"
+        raise ValueError(f"max_model_len={max_len} exceeds the rotary tables: {limit}")
 
 
 def check_memory(
-    what: str,
+    purpose: str,
     config: GPTConfig,
-    num_values: int,
-    stored: str | torch.dtype,
+    num_bytes: int,
     device: torch.device,
     options: ModelOptions,
 ) -> None:
-    """Raises ValueError with the numbers if the weights do not fit. num_values: of all weights;
-    stored: what a matrix's numbers are kept as (tables and cache may have more bits)."""
+    """Raise ValueError with the numbers if weights of num_bytes do not fit."""
     length = options.max_len or config.sequence_len
     num_ranks = 1 if options.ranks is None else options.ranks.size
-    bits = BITS[stored] if isinstance(stored, str) else 8 * stored.itemsize
-    num_bytes = 0 if options.share else num_values * bits // 8 // num_ranks
+    num_new_bytes = 0 if options.share else num_bytes // num_ranks
     require_memory(
-        f"{what}, and rotary tables of {length} positions",
-        num_bytes + rotary_bytes(config, length),
+        f"{purpose}, and rotary tables of {length} positions",
+        num_new_bytes + rotary_bytes(config, length),
         free_memory(device),
         "use a smaller model, fewer bits (quantization) or a smaller max_model_len",
     )
 
 
 def warn_of_float16(dtype: torch.dtype) -> None:
-    """Say that the dtype has too few exponents for these models."""
+    """Warn that the exponent range of float16 is too small for these models."""
     if dtype == torch.float16:
         log.warning(
-            "float16 ends at 65,504: relu(x)^2 of a trained nanochat is larger, becomes infinite "
-            "and then NaN; dtype='bfloat16' or 'float32' is right"
+            "float16 ends at 65,504: relu(x)^2 of a trained nanochat exceeds that and becomes "
+            "infinite, then NaN; use dtype='bfloat16' or 'float32'"
         )
 
 
 def warn_of_nan(weights: dict) -> None:
-    """Say which weights are no finite numbers."""
+    """Warn of weights that are not finite."""
     pages = FilePages()
     broken = []
     for name, weight in weights.items():
@@ -371,4 +372,4 @@ def warn_of_nan(weights: dict) -> None:
                 broken.append(name)
             pages.read(weight)
     if broken:
-        log.warning("NaN or infinite weights, %s: the model can draw no token", ", ".join(broken))
+        log.warning("NaN or infinite weights: %s; no token can be drawn", ", ".join(broken))

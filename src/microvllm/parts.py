@@ -1,6 +1,6 @@
-"""Which loop, runner, guard, memory and proposer does an engine get? full.py puts them together.
+"""Chooses the loop, runner, guard, memory and proposer of an engine. full.py assembles them.
 
-The comments that are paths of features' files are explained in full.py.
+See full.py for the comments that are paths of features.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
 
 
 class Steps(NamedTuple):
-    """The parts that make an engine's steps."""
+    """The parts that run an engine's steps."""
 
     loop_class: Callable[[engine.LLM], Loop]
     runner_class: Callable[..., Runner]
-    may_admit: Callable[..., bool] = at_once  # may sequences that wait come into this step?
-    is_recorded: bool = False  # does the runner record steps once, and then replay them?
+    may_admit: Callable[..., bool] = at_once  # whether waiting sequences may enter this step
+    is_recorded: bool = False  # whether the runner records steps once and replays them
 
 
 def choose_loop(model, ranks: Ranks | None, has_drafts: bool, cuda_graphs: bool) -> Steps:
-    """The loop and the runner for a model:
+    """Return the loop and the runner for a model:
 
     device    model                                   loop             runner
-    cuda      whose steps are recorded                AheadLoop        GraphRunner
+    cuda      with recorded steps                     AheadLoop        GraphRunner
     cuda      others                                  AheadLoop        AheadRunner
     cpu       compiled, no ranks, no draft tokens     MultiStepLoop    MultiStepRunner
     others    others                                  Loop             Runner
@@ -70,7 +70,7 @@ def choose_loop(model, ranks: Ranks | None, has_drafts: bool, cuda_graphs: bool)
 
 
 def make_runner(model, runner_class: Callable[..., Runner], cache, blocks) -> Runner:
-    """A runner without an engine, to measure what steps take."""
+    """Return a runner without an engine, to measure steps."""
     hooks = Hooks()
     runner = runner_class(model, cache, blocks, hooks, choose_sampler(model))
     # features/logits.py
@@ -82,7 +82,7 @@ def make_runner(model, runner_class: Callable[..., Runner], cache, blocks) -> Ru
 
 
 def choose_sampler(model) -> Callable[..., torch.Tensor]:
-    """The function that draws tokens: of the model's kernels, or the core's."""
+    """Return the function that draws tokens: the one of the model's kernels, or the core's."""
     return model.backend.sample if isinstance(model, FusedGPT) else sampler.sample
 
 
@@ -90,13 +90,13 @@ def choose_sampler(model) -> Callable[..., torch.Tensor]:
 def follow_weights(
     loop_class: Callable[[engine.LLM], Loop], live: LiveWeights, llm: engine.LLM
 ) -> FollowingLoop:
-    """A loop that follows live weights, and wakes the engine when it needs a step."""
+    """Return a loop that follows live weights, and wakes the engine when it needs a step."""
     return FollowingLoop(loop_class(llm), live)
 
 
 def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine.Guard]:
-    """The guard of an engine: each feature here replaces the one above it. context: of all that the
-    engine computes."""
+    """Return the guard class of an engine. Later features replace the class of earlier ones.
+    context: makes a context manager for everything that the engine computes."""
     guard_class: Callable[..., engine.Guard] = engine.Guard
     # features/threads.py
     guard_class = partial(ThreadGuard, context=context)
@@ -113,7 +113,7 @@ def choose_guard(ranks: Ranks | None, context: Callable) -> Callable[..., engine
 def choose_proposer(
     prompt_lookup: int, never: Set[int] = frozenset()
 ) -> engine.DraftProposer | None:
-    """The proposer of draft tokens, if there is one. never: ids that are no draft tokens."""
+    """Return the proposer of draft tokens, if any. never: ids that are never draft tokens."""
     proposer = None
     # features/lookup.py
     if prompt_lookup:
@@ -124,7 +124,7 @@ def choose_proposer(
 
 # features/answers.py
 def make_answer_lookup(answer_lookup: int, never: Set[int]) -> AnswerLookup:
-    """The proposer of the tokens of earlier answers."""
+    """Return a proposer of tokens from earlier answers."""
     return AnswerLookup(answer_lookup, EarlierAnswers(), never=never)
 
 
@@ -132,45 +132,45 @@ def make_answer_lookup(answer_lookup: int, never: Set[int]) -> AnswerLookup:
 def make_draft_model(
     llm_class: type[engine.LLM], model, tokenizer, arguments: SimpleNamespace, never: Set[int]
 ) -> DraftModel:
-    """The proposer of a draft model's tokens, with its engine."""
+    """Return a proposer with a draft model and its engine."""
     draft = open_draft(llm_class, model, tokenizer, arguments)
     return DraftModel(draft, never=never)
 
 
 def check_drafts(arguments: SimpleNamespace, device: torch.device) -> None:
-    """Raises ValueError where no draft tokens can be proposed, or by several proposers, TypeError
-    for a draft model that is none."""
+    """Raise ValueError if draft tokens are not supported here or have several sources, TypeError
+    for an invalid draft model."""
     if not isinstance(arguments.draft, (str, PathLike, engine.LLM, type(None))):
         raise TypeError(f"draft must be a path or an LLM, got {arguments.draft!r:.80}")
     names = ("prompt_lookup", "answer_lookup", "draft")
     sources = {name: value for name in names if (value := vars(arguments)[name]) not in (0, None)}
     if len(sources) > 1:
         raise ValueError(
-            f"{' and '.join(sources)} are several sources of draft tokens: give one of them "
-            "(answer_lookup looks in the prompt, too)"
+            f"{' and '.join(sources)} cannot be combined: give one source of draft tokens "
+            "(answer_lookup searches the prompt as well)"
         )
     for name, value in sources.items():
         if device.type == "cuda":
             raise ValueError(
-                f"{name}={value!r} is for the loop of a CPU: on {device} a step is planned before "
-                "the last one's tokens are known, and there is no text to "
-                "propose draft tokens from; leave it out, or give device='cpu'"
+                f"{name}={value!r} is not supported on {device}, where steps are planned before "
+                "the tokens of the previous step are known: leave it out, or give device='cpu'"
             )
     if arguments.draft is not None and arguments.tensor_parallel > 1:
         raise ValueError(
-            f"draft={arguments.draft!r} is chosen by measured times, and tensor_parallel="
-            f"{arguments.tensor_parallel} processes need the same steps: give prompt_lookup instead"
+            f"draft={arguments.draft!r} depends on measured times, but the processes of "
+            f"tensor_parallel={arguments.tensor_parallel} must run the same steps: give "
+            "prompt_lookup instead"
         )
 
 
 def check_block_size(block_size: int, model) -> None:
-    """Raises ValueError for blocks that the kernels cannot read."""
+    """Raise ValueError for a block size that the kernels cannot read."""
     if isinstance(model, FusedGPT) and block_size % model.backend.block_step:
         raise ValueError(f"block_size={block_size}: {model.backend.block_step_reason}")
 
 
 def make_ranks(tensor_parallel: int, device: str | torch.device) -> Ranks | None:
-    """The processes that share a model, this one among them."""
+    """Return the processes that share a model, including this one, or None."""
     # features/parallel.py
     if tensor_parallel > 1:
         from .features.parallel import Ranks
@@ -181,8 +181,8 @@ def make_ranks(tensor_parallel: int, device: str | torch.device) -> Ranks | None
 
 
 def make_memory(model, config: EngineConfig) -> tuple:
-    """The KV cache and its block manager. Raises ValueError with the numbers where there is no
-    memory."""
+    """Allocate the KV cache and its block manager. Raises ValueError with the numbers if memory is
+    insufficient."""
     make = engine.make_memory
     # features/windows.py
     make = make_grouped_memory
@@ -192,7 +192,7 @@ def make_memory(model, config: EngineConfig) -> tuple:
 
 
 def choose_batch_size(model, config: EngineConfig, ranks: Ranks | None) -> EngineConfig:
-    """A copy of config with max_batch_size for the memory of a GPU, where none is given."""
+    """Return a copy of config. A max_batch_size of None is set to fit the memory of a GPU."""
     if config.max_batch_size or model.device.type != "cuda":
         return config
     from .gpu import memory
@@ -213,12 +213,13 @@ def choose_cache_bytes(
     utilization: float | None,
     is_live: bool,
 ) -> int | None:
-    """Bytes for the KV cache; None where the number of blocks is given, or the core decides.
+    """Return the bytes for the KV cache; None if the number of blocks is given, or the core
+    decides.
 
-    utilization: the share of a GPU's free memory. For a live module a quarter of what an engine
-    alone would take: a training script makes its engine first, then gradients and the state of
-    optimizers, each as large as the weights or twice that, and then activations, which take the
-    most.
+    utilization: the share of a GPU's free memory. A live module gets a quarter of what an engine
+    alone would get. A training script makes its engine first. Later come gradients and optimizer
+    state, each as large as the weights or twice as large, and then activations, which are the
+    largest.
     """
     if config.num_blocks is not None:
         return None

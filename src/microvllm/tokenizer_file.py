@@ -1,12 +1,12 @@
-"""How is nanochat's tokenizer.pkl read without running anything that is in it?
+"""Reads nanochat's tokenizer.pkl without executing code from the file.
 
-The file is a pickle of one tiktoken.Encoding. A pickle is a program for a small stack machine, and
-two kinds of its instructions are dangerous: those that import a function, and those that call one.
-An Encoding needs only the few instructions below (pickle protocol 4), and the reader runs these
-without an import or a call. It refuses all others.
+The file is a pickle of one tiktoken.Encoding. A pickle is a program for a small stack machine. Two
+kinds of its instructions are dangerous: those that import a function, and those that call one. An
+Encoding needs only the few instructions below (pickle protocol 4). This reader runs them without an
+import or a call, and rejects all others.
 
-Each instruction costs no more than its own items: the reader makes no tuples, so no key of a dict
-can nest, and the hash of a nested key may take forever.
+Each instruction costs time in proportion to its own items. The reader makes no tuples, so dict keys
+cannot nest; hashing a nested key could take forever.
 """
 
 import pickletools
@@ -16,7 +16,7 @@ import tiktoken
 
 FIELDS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
 # NEWOBJ would call the class on the stack with the tuple of EMPTY_TUPLE. Both are skipped: the
-# class, which STACK_GLOBAL has pushed, stands for its object, and BUILD notes the object's state.
+# class, pushed by STACK_GLOBAL, represents its object, and BUILD stores the object's state.
 IGNORED = {"PROTO", "FRAME", "EMPTY_TUPLE", "NEWOBJ", "STOP"}
 CONSTANTS = {
     *("BININT", "BININT1", "BININT2"),
@@ -26,8 +26,8 @@ CONSTANTS = {
 
 
 def read_encoding(data: bytes) -> dict:
-    """The four arguments of the tiktoken.Encoding in a pickle. Raises ValueError, TypeError,
-    IndexError or AttributeError if the pickle is malformed or has anything else in it."""
+    """Return the four arguments of the tiktoken.Encoding in a pickle. Raises ValueError, TypeError,
+    IndexError or AttributeError if the pickle is malformed or contains anything else."""
     machine = StackMachine()
     for instruction, argument, position in pickletools.genops(data):
         machine.run(instruction.name, argument, position)
@@ -46,13 +46,13 @@ class StackMachine:
 
     def __init__(self):
         self.stack: list = []
-        self.memo: list = []  # values that the pickle uses again, by their number
+        self.memo: list = []  # values that the pickle reuses, by number
         self.marks: list[int] = []  # heights of the stack
-        self.state: object = None  # of the Encoding
+        self.state: object = None  # the state of the Encoding
 
     def run(self, name: str, argument: Any, position: int | None) -> None:
-        """Run the instruction at a position of the file. Raises ValueError for one that no
-        tokenizer needs."""
+        """Run the instruction at a position of the file. Raises ValueError for an instruction that
+        tokenizers do not need."""
         if name in IGNORED:
             return
         if name in CONSTANTS:
@@ -77,7 +77,7 @@ class StackMachine:
             refuse(name, argument, position)
 
     def set_items(self, start: int) -> None:
-        """Move the keys and values from `start` on into the dict below them."""
+        """Move the keys and values from index `start` on into the dict below them."""
         items = self.stack[start:]
         del self.stack[start:]
         pairs = zip(items[::2], items[1::2], strict=True)
@@ -89,14 +89,14 @@ class StackMachine:
         module = self.stack.pop()
         path = ".".join((module, name))  # a TypeError unless both are strings
         if path != "tiktoken.core.Encoding":
-            raise ValueError(f"it asks for {path:.80}, nothing of it was run")
+            raise ValueError(f"it imports {path:.80}; nothing in it was executed")
         self.stack.append(tiktoken.Encoding)
 
 
 def refuse(name: str, argument: Any, position: int | None) -> None:
-    """Raises ValueError that says which instruction is where."""
+    """Raise ValueError that names the instruction and its position."""
     shown = name if argument is None else f"{name} {argument!r:.80}"
     raise ValueError(
         f"it has the pickle instruction {shown} at byte {position}, which no tokenizer needs; "
-        "nothing of it was run"
+        "nothing in it was executed"
     )

@@ -40,7 +40,7 @@ PROMPTS = ["It was a dark and stormy night", "Once upon a time", "Call me Ishmae
 
 
 def test_what_a_policy_must_not_return_is_told(mine, command):
-    with pytest.raises(ValueError, match="eviction gave None"):
+    with pytest.raises(ValueError, match="eviction returned None"):
         command("run", *WORDS, "--eviction", f"{mine}:none", "--ignore-eos", "-n", "3", *PROMPTS)
 
 
@@ -74,7 +74,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(mine, mistake, tmp_path, mon
     cases = [
         (
             ["--victim", f"{text}:f"],
-            f"--victim {text}:f: {text} is not a Python file: give one whose",
+            f"--victim {text}:f: {text} is not a Python file: its name must",
         ),
         (["--victim", f"{leaves}:f"], "leaves.py cannot be loaded as a Python module: SystemExit"),
         (["--victim", f"{tmp_path}/binary.py:f"], "binary.py cannot be loaded as a Python module"),

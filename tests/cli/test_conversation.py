@@ -25,7 +25,7 @@ TURN = ["Who wrote Emma?"]
 @pytest.mark.parametrize("word", ["exit", "quit", "EXIT", "Quit", " exit ", "/exit", "/quit"])
 def test_these_words_leave(word, command):
     out, _ = command("chat", *SMALL, "--json", stdin=f"{word}\nWho wrote Emma?\n")
-    assert (out == "") is (word != "/quit")  # /quit is told that it is /exit
+    assert (out == "") is (word != "/quit")  # the message for /quit names /exit
 
 
 @pytest.mark.parametrize("word", ["clear", "Clear", "/clear"])
@@ -90,7 +90,7 @@ def test_what_is_forgotten_is_saved_all_the_same_and_plain_answers_are_texts(com
     lines = [f"Tell me story {n}." for n in range(6)] + [f"/save {file}"]
     flags = ["--max-model-len", "81", "--max-tokens", "12", "--ignore-eos"]
     _, err = command("chat", *flags, stdin="\n".join(lines))
-    assert "are forgotten" in err
+    assert "are dropped" in err
     messages = json.loads(file.read_text())
     assert [message["content"] for message in messages[::2]] == lines[:-1]
     assert all(isinstance(message["content"], str) for message in messages)
@@ -102,7 +102,7 @@ def test_save_overwrites_nothing_and_says_what_is_wrong(command, tmp_path, monke
     lines = [f"/save {file}", "/save", f"/save {tmp_path}/no/such/place.json", "/save a\0b"]
     out, err = command("chat", *SMALL, stdin="\n".join(lines))
     assert file.read_text() == "mine" and out == ""
-    assert f"(not saved: {file} is there already, give another name)" in err
+    assert f"(not saved: {file} exists already, give another name)" in err
     assert "(name a file: /save FILE)" in err
     assert err.count("not saved: ") == 3 and f"the folder {tmp_path}/no/such does not exist" in err
 
@@ -128,7 +128,7 @@ def test_a_line_that_does_not_fit_forgets_nothing():
         talk = Conversation(llm.tokenizer, 60)
         for _ in range(3):
             talk.add("Who wrote Emma?", [5, 6, 7])
-        with pytest.raises(ValueError, match="the context has room for 60"):
+        with pytest.raises(ValueError, match="a prompt may have at most 60"):
             talk.prompt("word " * 100)
         assert talk.num_forgotten == 0
         assert len(talk.prompt("word " * 20)) <= 60 and talk.num_forgotten == 2
@@ -142,7 +142,7 @@ def test_one_conversation_has_all_of_the_models_context(monkeypatch):
     cli.main(["chat"])
     loading, banner, *_ = shown.getvalue().splitlines()
     assert loading == "loading oldbooks-d6 ..."
-    assert banner.startswith("oldbooks-d6, step 11414: a context of 1,024 tokens. /help")
+    assert banner.startswith("oldbooks-d6, step 11414: context of 1,024 tokens. /help")
 
 
 def test_lines_that_wait_on_a_terminal_are_one_turn(monkeypatch):

@@ -94,7 +94,7 @@ def test_a_result_that_gives_other_tokens_is_not_kept(mistake, tmp_path, monkeyp
 
     monkeypatch.setattr(LLM, "generate", other)
     said = mistake("convert", FIXTURES["era5"].directory, "-o", tmp_path / "out", *TOKENIZER)
-    assert "would give the tokens" in said and f"{tmp_path}/out" in said
+    assert "would produce the tokens" in said and f"{tmp_path}/out" in said
     assert len(seen) == 2 and not os.listdir(tmp_path)
 
 

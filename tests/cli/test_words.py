@@ -22,7 +22,7 @@ from microvllm.sources import places
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = ["-m", str(ERAS / "era3" / "base_checkpoints" / "d4")]
 BASE += ["--tokenizer-dir", str(ERAS / "tokenizer")]
-NOTE = "is a base model: it completes plain text, as with --raw; --chat asks it)\n"
+NOTE = "is a base model: it completes plain text, as with --raw; --chat sends chat messages)\n"
 
 
 # flags --------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ NOTE = "is a base model: it completes plain text, as with --raw; --chat asks it)
         (["--seed", "-1"], "--seed must be"),
         (["--stop", ""], "--stop must not be empty"),
         (["--device", "abacus"], "--device must be 'auto'"),
-        (["--max-model-len", "99999"], "--max-model-len=99999 is beyond"),
+        (["--max-model-len", "99999"], "--max-model-len=99999 exceeds"),
         (["--num-blocks", "2"], "--max-tokens=128 need"),
         (["--num-blocks", "2"], "lower --max-tokens, or --max-batched-tokens"),
         (["-n", "300"], "-n=300 samples do not fit --max-batch-size=256"),
@@ -178,7 +178,7 @@ def test_chat_says_that_a_base_model_was_not_trained_for_it(monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal(""))
     monkeypatch.setattr(sys, "stderr", shown)
     cli.main(["chat", *BASE])
-    assert "d4, step 2205, a base model that was not trained to chat: a con" in shown.getvalue()
+    assert "d4, step 2205, a base model that was not trained to chat: con" in shown.getvalue()
 
 
 # a job's last line --------------------------------------------------------------------------------
@@ -199,9 +199,9 @@ def test_the_last_line_of_a_job_counts_what_is_in_which_file(capsys, monkeypatch
     bad = f"; 2 bad, see {output}.errors"
     assert last_line().startswith(f"{told}{bad}; ")
     assert len(output.read_text().splitlines()) == 3
-    assert last_line() == f"{told}, 3 of them before{bad}"  # no tokens, no rate
+    assert last_line() == f"{told}, 3 of them in earlier runs{bad}"  # no tokens, no rate
     output.write_text("".join(output.read_text().splitlines(True)[:1]))
-    assert last_line().startswith(f"{told}, 1 of them before{bad}; ")
+    assert last_line().startswith(f"{told}, 1 of them in earlier runs{bad}; ")
 
 
 # Ctrl-C -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from microvllm.scheduler import Span
 
 
 class Compared(Simulation):
-    """A simulation that compares every batch, in some of which hidden states are requested."""
+    """A simulation that compares every batch; some batches request hidden states."""
 
     def on_plan(self, plan):
         for index, chunk in enumerate(plan.chunks):
@@ -55,7 +55,7 @@ class Compared(Simulation):
         for index, start, stop in plan.extra_rows:
             first = spelled.cu_seqlens[index] - plan.chunks[index].start
             rows += [first + position for position in range(start, stop)]
-        spelled.logit_rows = torch.tensor([int(row) for row in rows], dtype=torch.int32)
+        spelled.hidden_rows = torch.tensor([int(row) for row in rows], dtype=torch.int32)
         return spelled
 
 

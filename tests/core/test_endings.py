@@ -49,7 +49,7 @@ def test_a_stop_token_ends_a_sequence_at_its_first_token_too_but_not_in_the_prom
 
 
 def test_a_sequence_takes_no_block_for_its_last_token():
-    # 6 + 3 tokens, the last of which is never fed back: two blocks of four
+    # 6 + 3 tokens; the last one is never an input: two blocks of four
     for ahead in (False, True):
         sim = Simulation(usable=2)
         sim.add(text(6), max_tokens=3)
@@ -193,7 +193,7 @@ def test_a_queue_keeps_its_order_and_finds_its_items_as_a_deque_does():
         for i in range(len(plain)):
             assert queue[i] is plain[i] and queue[-i - 1] is plain[-i - 1]
     for index in (len(plain), -len(plain) - 1):
-        with pytest.raises(IndexError, match=f"waiting.{index}., and {len(plain)} sequences wait"):
+        with pytest.raises(IndexError, match=f"waiting.{index}. is out of range: {len(plain)} "):
             queue[index]
     with pytest.raises(KeyError):
         WaitingQueue().remove(seqs[0])

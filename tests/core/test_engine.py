@@ -69,7 +69,7 @@ def test_the_core_counts_its_blocks_to_the_last():
     with build(num_blocks=5, **limits) as llm:  # 4 and the null block
         work = [(ids(7), greedy(10))]  # 16 slots: the last token is never fed back
         assert_naive(serve(llm, work), work)
-        with pytest.raises(ValueError, match="5 blocks are needed, and the pool has 4"):
+        with pytest.raises(ValueError, match="5 blocks are needed, but the pool has 4"):
             llm.add_request(ids(7), greedy(11))
 
 
@@ -83,15 +83,15 @@ def test_rotary_tables_are_no_longer_than_a_sequence_that_fits():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 9}, "9 samples, and max_batch_size is 4"),
-        ({"max_tokens": 99}, "7 blocks are needed, and the pool has 6"),
+        ({"n": 9}, "9 samples, but max_batch_size is 4"),
+        ({"max_tokens": 99}, "7 blocks are needed, but the pool has 6"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused(options, message):
     with build(max_batch_size=4, num_blocks=7) as llm:
         with pytest.raises(ValueError, match=re.escape(message)):
             llm.generate([ids(3), ids(4)], engine.SamplingParams(**options))
-        with pytest.raises(ValueError, match=r"prompts\[1\]: 400 prompt tokens, and max_model_len"):
+        with pytest.raises(ValueError, match=r"prompts\[1\]: 400 prompt tokens, but max_model_len"):
             llm.generate([ids(3), ids(400)], greedy(2))
         with pytest.raises(ValueError, match="2 prompts but 1 sampling_params"):
             llm.generate([ids(3), ids(4)], [greedy(2)])

@@ -19,7 +19,7 @@ def test_a_pool_beyond_the_free_memory_is_refused_at_the_start_with_the_numbers(
     with build(num_blocks=100) as llm:
         size = llm.cache.data.nbytes
     monkeypatch.setattr(engine, "free_memory", lambda device: size - 1)
-    with pytest.raises(ValueError, match=f"num_blocks=100 .*, and {size - 1:,} are free"):
+    with pytest.raises(ValueError, match=f"num_blocks=100 .*, but {size - 1:,} are free"):
         build(num_blocks=100)
     with build(num_blocks=None) as llm:  # the default is made to fit, and half is left
         tables = rotary_bytes(llm.model.config, llm.max_model_len)
@@ -29,6 +29,6 @@ def test_a_pool_beyond_the_free_memory_is_refused_at_the_start_with_the_numbers(
         build(num_blocks=2**27 + 1, block_size=16)
     monkeypatch.setattr(engine, "free_memory", lambda device: 100)
     with pytest.raises(
-        ValueError, match="no memory for a KV cache of num_blocks=2 .*and 50 are free"
+        ValueError, match="not enough memory for a KV cache of num_blocks=2 .*but 50 are free"
     ):
         build(num_blocks=None)

@@ -240,13 +240,13 @@ def test_fault_12_no_block_is_taken_before_a_token_needs_it():
     with build(num_blocks=3) as llm:
         (output,) = serve(llm, [(ids(30), greedy(3))])
         assert output["token_ids"] == naive("era5").complete(ids(30), greedy(3))
-        with pytest.raises(ValueError, match="3 blocks are needed, and the pool has 2"):
+        with pytest.raises(ValueError, match="3 blocks are needed, but the pool has 2"):
             llm.add_request(ids(30), greedy(4))
 
 
 def test_fault_13_the_length_of_the_context_is_checked():
     with build() as llm:  # 400 tokens
-        with pytest.raises(ValueError, match="400 prompt tokens, and max_model_len allows 399"):
+        with pytest.raises(ValueError, match="400 prompt tokens, but max_model_len allows 399"):
             llm.generate([ids(400)], greedy(1))
         (output,) = serve(llm, [(ids(398), greedy(50))])
         assert len(output["token_ids"]) == 2 and output["finish_reason"] == "length"

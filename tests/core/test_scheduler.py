@@ -5,7 +5,7 @@ import random
 import pytest
 from helpers.simulation import Simulation, crowded, text
 
-# who runs -----------------------------------------------------------------------------------------
+# running sequences --------------------------------------------------------------------------------
 
 
 def test_requests_start_in_the_order_they_came():
@@ -100,7 +100,7 @@ def test_the_samples_a_prompt_will_split_into_have_their_seats_from_the_start():
 
 
 @pytest.mark.parametrize(("usable", "room"), [(9, False), (10, True)])
-def test_a_newcomer_leaves_room_for_those_who_run(usable, room):
+def test_a_new_sequence_leaves_blocks_for_the_running_ones(usable, room):
     sim = Simulation(usable=usable)
     old = sim.add(text(8, 1), max_tokens=20)
     sim.step()

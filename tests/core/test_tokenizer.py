@@ -321,7 +321,9 @@ def test_a_hostile_pickle_is_refused_and_not_run(attack, protocol, tmp_path):
     marker = tmp_path / "it_ran"
     data = dumps(HOSTILE[attack](marker), protocol)
     file = write(tmp_path, data)
-    with pytest.raises(ValueError, match="is not a nanochat tokenizer.*nothing of it was run") as e:
+    with pytest.raises(
+        ValueError, match="not a nanochat tokenizer.*nothing in it was executed"
+    ) as e:
         load_tokenizer(file)
     assert str(file) in str(e.value)
     assert not marker.exists()
@@ -355,7 +357,7 @@ def test_the_refusal_names_the_function_the_file_asked_for(function, name, tmp_p
         (dumps([1, 2]), "the pickle instruction EMPTY_LIST"),
         (dumps(encoding_with("cl100k_base")), "it holds str"),
         (dumps(encoding_with({"name": "x", "more": 1})), "the fields name, more"),
-        (dumps(Tokenizer), "it asks for microvllm.tokenizer.Tokenizer"),
+        (dumps(Tokenizer), "it imports microvllm.tokenizer.Tokenizer"),
         (dumps(tiktoken.Encoding), "it holds type"),
         (b"\x80\x04}" + dumps(parts())[2:-1] + b"b.", "it holds dict"),  # the state of a dict
         (b"\x80\x04.", "index out of range"),

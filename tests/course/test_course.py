@@ -190,7 +190,7 @@ def test_exercises(monkeypatch):
     empty = learn.load(COURSE / "exercises.py")
     for number in range(1, 11):
         assert check.verdict(number, solutions) is None, number
-        assert check.verdict(number, empty) == "it is not written yet"
+        assert check.verdict(number, empty) == "you haven't implemented this yet"
     for name in [name for name, value in vars(solutions).items() if callable(value)]:
         for wrong in (lambda *_: None, lambda *_: 0, lambda first, *_: first, lambda *_: [[0]]):
             monkeypatch.setattr(solutions, name, wrong)
@@ -231,7 +231,7 @@ def test_a_step_runs_with_the_readers_function(number, mine, common, model, monk
 @pytest.mark.slow
 def test_a_wrong_function_of_the_reader_is_one_line(mine, common, model, monkeypatch):
     empty = learn.load(COURSE / "exercises.py")
-    with pytest.raises(ValueError, match="`write` is not written yet"):
+    with pytest.raises(ValueError, match="you haven't implemented `write` yet"):
         mine.run(6, empty, model=model)
     monkeypatch.setattr(empty, "write", lambda *_: 1 / 0)
     before = importlib.import_module(NAMES[5]).Pool.grow
@@ -280,9 +280,9 @@ def test_learn(tmp_path, monkeypatch, capsys):
         assert "needs the number" in told(flag, status=2)
     assert "1 to 10" in told("11", status=2)
     told("--start", str(work))
-    assert "not written yet" in told("1", "--check", status=1)
+    assert "haven't implemented this yet" in told("1", "--check", status=1)
     (work / "exercises.py").write_text(Path(solutions.__file__).read_text())
-    assert "stays as it is" in told("--start", str(work))
+    assert "was not changed" in told("--start", str(work))
     assert "steps 6, 8 and 9, not 7" in told("7", "--mine", status=2)
     hints = learn.load(COURSE / "hints.py").HINTS
     for place, text in enumerate(hints[3], 1):
@@ -293,7 +293,7 @@ def test_learn(tmp_path, monkeypatch, capsys):
     (work / "exercises.py").write_text("def (")
     assert "cannot be loaded" in told("1", "--check", status=2)
     (work / "exercises.py").unlink()
-    assert "is gone" in told("1", "--check", status=2)
+    assert "is missing" in told("1", "--check", status=2)
 
     class Done:
         returncode = 0

@@ -146,7 +146,8 @@ def test_a_live_module_is_served_before_and_after(helpers):
     with LLM(MODEL, device="cpu", num_blocks=100, plain=True) as llm:
         tokenizer, want = llm.tokenizer, answers(llm)
     with LLM(model=gpt, tokenizer=tokenizer, device="cpu", num_blocks=100) as llm:
-        assert llm.model.backend.awaited == "float32" and answers(llm) == want
+        kind = "float32-shared-layers" if llm.model.compiled else "float32"
+        assert llm.model.backend.awaited == kind and answers(llm) == want
         with torch.no_grad():
             gpt.lm_head.weight.mul_(-1)
         assert answers(llm) != want
@@ -154,7 +155,7 @@ def test_a_live_module_is_served_before_and_after(helpers):
             gpt.lm_head.weight.mul_(-1)
         assert answers(llm) == want
         llm.sleep()
-        helpers.finish("float32")
+        helpers.finish(kind)
         assert answers(llm) == want and llm.model.backend.awaited is None
 
 
@@ -461,7 +462,9 @@ ENGINES = """
 import os, sys
 from microvllm import LLM, SamplingParams
 from microvllm.cpu import attention, backend, compilation, gemm, elementwise
+from microvllm.engine import load_model
 from microvllm.loops import multi_step
+live = load_model(sys.argv[1])
 kernels = [
     x for module in (attention, backend, gemm, elementwise) for x in vars(module).values()
     if hasattr(x, "nopython_signatures")
@@ -473,12 +476,14 @@ multi_step.compute_steps = lambda *args, **kw: calls.append(args) or compute(*ar
 compile = backend.CpuBackend.compile
 for kind, options in (
     ("float32-layers", {}), ("float32", {}), ("bfloat16-layers", {"dtype": "bfloat16"}),
-    ("bfloat16", {"dtype": "bfloat16"}),
+    ("bfloat16", {"dtype": "bfloat16"}), ("float32-shared-layers", {"model": live}),
 ):
     # a model whose weight tiles are not whole has no function of all layers
     backend.CpuBackend.compile = compile if "-" in kind else lambda *_: None
     compilation._ready.add(kind)
-    with LLM(sys.argv[1], device="cpu", num_blocks=60, **options) as llm:
+    options |= {} if "model" in options else {"model_path": sys.argv[1]}
+    options |= {"tokenizer_path": sys.argv[2]}
+    with LLM(device="cpu", num_blocks=60, **options) as llm:
         kind = kind if llm.model.compiled else kind.partition("-")[0]
         compilation.run_tiny(backend.CpuBackend, kind)
         before = known()
@@ -495,6 +500,6 @@ for kind, options in (
 @pytest.mark.slow
 def test_a_tiny_model_compiles_what_an_engine_calls():
     """Types, and so what is compiled, are the same: nothing is left for an engine's first steps."""
-    command = [sys.executable, "-c", ENGINES, MODEL]
+    command = [sys.executable, "-c", ENGINES, MODEL, MODEL.parent / "tokenizer"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

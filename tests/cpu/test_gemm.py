@@ -35,6 +35,7 @@ from microvllm.cpu.backend import _run
 from microvllm.cpu.gemm import (
     INT8_TILE,
     TILE,
+    UNPACKED_ROWS,
     PackedBfloat16,
     PackedInt8,
     PackedLinear,
@@ -99,8 +100,8 @@ def test_the_bits_of_a_row_follow_from_that_row(threads):
 @pytest.mark.parametrize("inputs", [2, 64, 100, 1600, 2304])
 @pytest.mark.parametrize("outputs", [1, 33, 130])
 def test_a_bfloat16_product_is_that_of_float64(inputs, outputs, poisoned):
-    """Widths of which tiles are whole, and others; rows that fill one tile, two, or parts of them;
-    several blocks of rows."""
+    """Widths of whole tiles, and others; rows that fill one tile, two, or parts of them; several
+    blocks of rows."""
     weight = random(outputs, inputs, seed=1)
     packed, squared = halves(weight), halves(weight, relu2=True)
     for rows in (1, 2, 6, 12, 15, 16, 17, 31, 32, 33, 48, 64, 130, 300, 1100):
@@ -364,10 +365,10 @@ def test_all_layers_in_one_call_are_the_loop_over_them(era, store):
     ids = random(3, 40).mul(1000).long().abs().remainder(model.config.vocab_size).tolist()
     chunks = [(ids[0], 0, 1, [1]), (ids[1], 0, 1, [2]), (ids[2], 0, 38, [3, 4, 5])]
     wanted = None, [0], [5, 5, 5, 0], [7] * 40, []
-    found = [run(model, chunks, logit_rows=rows) for rows in wanted]
+    found = [run(model, chunks, hidden_rows=rows) for rows in wanted]
     model.compiled = None
     for got, rows in zip(found, wanted, strict=True):
-        for ours, loop in zip(got, run(model, chunks, logit_rows=rows), strict=True):
+        for ours, loop in zip(got, run(model, chunks, hidden_rows=rows), strict=True):
             torch.testing.assert_close(ours, loop, atol=2e-5, rtol=2e-5)
 
 
@@ -469,8 +470,8 @@ def test_processors_with_smaller_registers(without, said, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_instructions_are_used_that_numba_was_told_to_leave(tmp_path):
-    """The compiler ends the process where it is asked for what it does not have."""
+def test_no_instructions_are_used_that_numba_must_not_use(tmp_path):
+    """The compiler would end the process if code used an instruction that it does not have."""
     root = Path(__file__).resolve().parents[2]
     env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic"}
     command = [sys.executable, "-c", OTHER, ""]
@@ -498,10 +499,11 @@ def shared_linear(parts: list[torch.Tensor], **options) -> SharedFloat32:
 
 @has_tiles
 @pytest.mark.parametrize("relu2", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 17, gemm.FEW_ROWS, gemm.FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 17, UNPACKED_ROWS, UNPACKED_ROWS + 1, 130])
 def test_shared_weights_multiply_as_float64(two_threads, poisoned, rows, relu2):
-    for sizes, K in [((96, 32, 32), 64), ((4,), 16), ((20,), 192)]:
-        parts = [random(size, K, seed=i) for i, size in enumerate(sizes)]
+    # tiles alone, none, tiles and other outputs, and more inputs than are packed at once
+    for sizes, K in [((96, 32, 32), 64), ((4,), 16), ((20,), 192), ((100, 36), 1040)]:
+        parts = [random(size, K, seed=i) * 8 / K**0.5 for i, size in enumerate(sizes)]
         x = random(rows, K, seed=9)
         exact = x.double() @ torch.cat(parts).double().T
         exact = exact.relu().square() if relu2 else exact
@@ -529,7 +531,7 @@ def test_a_row_of_few_has_the_same_bits_beside_others():
 def test_shared_weights_of_other_forms_are_multiplied_by_torch(parts):
     linear = shared_linear(parts)
     x = random(3, parts[0].shape[1], seed=3)
-    assert not linear.takes(x)
+    assert not linear.is_whole
     assert torch.equal(linear(x), torch.nn.functional.linear(x, torch.cat(parts)))
 
 

@@ -244,14 +244,14 @@ def test_all_layers_in_one_call_are_the_loop_over_them():
         pytest.skip("its layers are no whole tiles")
     ids = list(range(1, 40))
     chunks = [(ids, 0, 1, [1]), (ids, 0, 38, [3, 4, 5])]
-    found = [run(model, chunks, logit_rows=rows) for rows in (None, [0], [])]
+    found = [run(model, chunks, hidden_rows=rows) for rows in (None, [0], [])]
     weights = {name: w * 1.1 for name, w in weights_of(era).items()}
     model.load_state_dict(weights)
     found.append(run(model, chunks))
     model.load_state_dict(weights_of(era))
     compiled, model.compiled = model.compiled, None
     for (h, cache), rows in zip(found, (None, [0], []), strict=False):
-        for ours, loop in zip((h, cache), run(model, chunks, logit_rows=rows), strict=True):
+        for ours, loop in zip((h, cache), run(model, chunks, hidden_rows=rows), strict=True):
             torch.testing.assert_close(ours, loop, atol=2e-5, rtol=2e-5)
     model.load_state_dict(weights)
     torch.testing.assert_close(found[-1][0], run(model, chunks)[0], atol=2e-5, rtol=2e-5)

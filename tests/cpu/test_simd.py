@@ -51,7 +51,7 @@ def test_kernels_that_others_can_write_are_not_read(tmp_path, monkeypatch, caplo
             return Path.touch, (ran,)
 
     index.write_bytes(pickle.dumps(Evil()))
-    kernel(tmp_path)(3.0)  # who can write there can run code:
+    kernel(tmp_path)(3.0)  # a process that can write there can run code:
     assert ran.exists()
     ran.unlink()
     (data,) = folder.glob("*.nbc")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.batches import hand_made_batch
-from helpers.goldens import ERAS, MODEL, ROOT, SRC
+from helpers.goldens import ERAS, MODEL, SRC
 
 from microvllm import LLM, cli
 from microvllm.attention import PagedKVCache
@@ -165,7 +165,7 @@ def test_a_context_leaves_room_for_its_answer():
         requests = asks("generate_until", (STORY, {"max_gen_toks": 20, "until": []}))
         assert lm.generate_until(requests, disable_tqdm=True) == [wanted["text"]]
         requests = asks("generate_until", (STORY, {"until": []}))
-        with pytest.raises(ValueError, match="max_gen_toks=256 leaves no room"):
+        with pytest.raises(ValueError, match="max_gen_toks=256 leaves no space"):
             lm.generate_until(requests, disable_tqdm=True)
 
 
@@ -321,17 +321,3 @@ def test_the_harness_s_own_command_line_runs_the_model(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "|books_choice|" in done.stdout and list(tmp_path.glob("out*.json"))
-
-
-@pytest.mark.slow
-def test_the_benchmark_compares_one_batch_with_one_by_one():
-    flags = "--questions 3 --shots 40 --turns 1 --device cpu".split()
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "evals.py", *flags],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])["results"]
-    hits = {name: share for name, (_, share) in results.items()}
-    assert hits["one by one"] == 0 < hits["with the cache"] == hits["at once"]
-    assert all(speed > 0 for speed, _ in results.values())

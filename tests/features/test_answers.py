@@ -220,7 +220,7 @@ def test_aborted_answers_are_not_kept():
         (
             {"answer_lookup": 3, "prompt_lookup": 3},
             ValueError,
-            "prompt_lookup and answer_lookup are several sources of draft tokens: give one of them",
+            "prompt_lookup and answer_lookup cannot be combined: give one source of draft tokens",
         ),
     ],
 )

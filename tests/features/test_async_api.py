@@ -406,7 +406,7 @@ def test_an_exception_of_a_step_reaches_each_waiting_task_once(llm, monkeypatch)
         assert [type(result) for result in results] == [MemoryError] * 3
         await thread
         assert outputs[0]["token_ids"] == expected["token_ids"]
-        # who comes later is served
+        # a later request is served
         (again,) = await llm.agenerate([ids(9, 1)], sampled(30, seed=2))
         assert again["token_ids"] == expected["token_ids"]
 

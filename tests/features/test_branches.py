@@ -78,7 +78,7 @@ def test_blocks_are_shared_until_they_are_written():
     with build("era1_padded", plain=True, block_size=4) as llm:
         with llm.branching() as branches:
             root = branches.start(PROMPT, PARAMS)
-            branches.grow([root], 6)  # 9 + 6 tokens, of which 14 are computed
+            branches.grow([root], 6)  # 9 + 6 tokens; 14 are computed
             assert branches.num_blocks == 4
             forks = branches.fork(root, 3)
             assert branches.num_blocks == 4
@@ -309,6 +309,18 @@ def test_mistakes_are_refused_with_a_remedy():
             branches.fork(root)
         with pytest.raises(ValueError, match=r"spread\(k=3\) needs branches with logprobs=3"):
             branches.spread([root], 3)
+        for number, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError)):
+            with pytest.raises(error, match="^num_tokens must be"):
+                branches.grow([root], number)
+            for method, argument in ((branches.fork, root), (branches.spread, [root])):
+                with pytest.raises(error, match="^k must be"):
+                    method(argument, number)
+            with pytest.raises(error, match="^k must be"):
+                branches.fork_request(0, number)
+        assert root in branches.live and not root.token_ids
+        (output,) = llm.generate([PROMPT], sampled(3, seed=1), use_tqdm=False)
+        with pytest.raises(ValueError, match="^sample must be between 0 and 0, got 1"):
+            branches.resume(output, sampled(9, seed=1), sample=1)
         branches.grow([root], 4)
         with pytest.raises(ValueError, match="'length' cannot be forked"):
             branches.fork(root)

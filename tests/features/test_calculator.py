@@ -2,7 +2,8 @@
 test_tools.py."""
 
 import pytest
-from helpers.full_engines import TOOL_GOLDENS, chain, everything_is_free, set_overlap
+import torch
+from helpers.full_engines import TOOL_GOLDENS, build, chain, everything_is_free, set_overlap
 
 from microvllm import SamplingParams
 from microvllm.features.calculator import Calculator, ToolCalls
@@ -59,6 +60,25 @@ def test_a_text_shows_each_call_and_its_result():
             assert sample["tool_calls"] == [{"call": "7*6", "result": "42"}]
         (plain,) = llm.chat(run["messages"], params, tools=False)
         assert plain["tool_calls"] == [] and "`" not in plain["text"]
+
+
+@pytest.mark.parametrize("era", ["era1_padded", "era1_unpadded", "era2", "era3", "era4", "era5"])
+def test_the_era_of_a_checkpoint_does_not_change_a_result(era):
+    with build(era, plain=True, num_blocks=20) as llm:
+        special = llm.tokenizer.special_tokens
+        call = llm.tokenizer.encode("20/2")
+        script = [special["<|python_start|>"], *call, special["<|python_end|>"]]
+
+        def write_script(token_ids, logits):
+            mask = torch.zeros(logits.shape, dtype=torch.bool)
+            mask[script[len(token_ids) - 1]] = True
+            return mask
+
+        prompt = [[llm.tokenizer.bos_id]]
+        params = SamplingParams(max_tokens=len(script), logits_processor=write_script)
+        for tools, result in ((True, "10.0"), ([Calculator(writes_whole=True)], "10")):
+            (output,) = llm.generate(prompt, params, use_tqdm=False, tools=tools)
+            assert output["tool_calls"][0]["result"] == result
 
 
 def test_a_call_without_an_answer_is_listed_without_a_result():

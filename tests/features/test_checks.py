@@ -407,7 +407,7 @@ def test_a_context_of_up_to_ten_times_the_training_and_no_more():
     # not given, it is the checkpoint's own
     with LLM(OTHER, device="cpu", num_blocks=20) as llm:
         assert llm.max_model_len == 208
-        with pytest.raises(ValueError, match="208 tokens and max_model_len is 208: 1 too many"):
+        with pytest.raises(ValueError, match="208 tokens, but max_model_len is 208: 1 too many"):
             llm.generate([ids[:208]])
 
 
@@ -455,7 +455,9 @@ def test_a_context_without_memory_for_its_positions_is_refused_before_any_is_tak
     monkeypatch.setattr(checkpoint, "free_memory", lambda device: 1000)
     monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
     for load in (checkpoint.load_model, loading.load_model):
-        with pytest.raises(ValueError, match="no memory for weights.* positions: [0-9,]+ bytes"):
+        with pytest.raises(
+            ValueError, match="enough memory for weights.* positions: [0-9,]+ bytes"
+        ):
             load(OTHER)
 
 
@@ -476,7 +478,7 @@ def test_devices_that_are_none_or_not_here():
 @pytest.mark.parametrize(
     "given, told",
     [
-        ({"model": "sft"}, "model='sft' is a path, and model takes a live nanochat GPT module"),
+        ({"model": "sft"}, "model='sft' is a path, but model takes a live nanochat GPT module"),
         ({"model": Path("a/b")}, f"write model_path={str(Path('a/b'))!r}"),
         ({"model_path": "sft", "tokenizer": "a"}, "tokenizer='a' is a path.*tokenizer_path='a'"),
         (
@@ -627,7 +629,8 @@ def test_tokens_are_the_same_with_one_thread_and_with_torchs(llm):
 
 def test_a_card_whose_driver_is_too_old_is_explained(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for problem, words in ((None, "device='auto' takes what"), ("the driver is old", "is old")):
+    hints = [(None, "device='auto' takes an available one"), ("the driver is old", "is old")]
+    for problem, words in hints:
         monkeypatch.setattr("microvllm.features.checks.cuda_problem", lambda it=problem: it)
         with pytest.raises(ValueError, match=f"device 'cuda' is not available here; .*{words}"):
             checks.check_device("cuda")

@@ -35,7 +35,7 @@ PLACES = {
 
 
 def jobs(rows: int, vocabulary: int) -> list[tuple[list[int], SamplingParams]]:
-    """Requests, most of which begin alike, and some of which repeat themselves."""
+    """Requests: most share a prefix, and some repeat themselves."""
     random = np.random.default_rng(5)
     common, found = random.integers(vocabulary, size=24).tolist(), []
     for i in range(rows):

@@ -363,7 +363,7 @@ def test_new_weights_are_drafted_for_by_the_same_draft_model():
 
 def test_it_is_refused_where_the_loop_is_a_step_ahead(monkeypatch):
     monkeypatch.setattr(full, "find_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ValueError, match="draft='base:d6' .* on cuda .* leave it"):
+    with pytest.raises(ValueError, match="draft='base:d6' .* on cuda, .* leave it"):
         LLM(MODEL, draft="base:d6")
 
 
@@ -375,7 +375,7 @@ def test_it_is_refused_where_the_loop_is_a_step_ahead(monkeypatch):
         (
             {"draft": MODEL, "prompt_lookup": 3},
             ValueError,
-            "prompt_lookup and draft are several sources of draft tokens: give one of them",
+            "prompt_lookup and draft cannot be combined: give one source of draft tokens",
         ),
         ({"draft": MODEL}, ValueError, "tokens and the model"),
     ],

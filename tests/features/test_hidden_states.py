@@ -189,7 +189,10 @@ def test_embeddings_are_pooled_states():
         for wrong, error, message in (
             ({"pooling": "max"}, ValueError, "'mean' or 'last'"),
             ({"layer": 4}, ValueError, "between -4 and 3"),
-            ({"layer": "x"}, TypeError, "hidden_states"),
+            ({"layer": "x"}, TypeError, "^layer must be an integer, got 'x'"),
+            ({"layer": (1, 2)}, TypeError, "^layer must be an integer"),
+            ({"pooling": lambda states: states}, ValueError, r"pooling returned .*\(40, 64\) and"),
+            ({"pooling": lambda states: "x"}, TypeError, "pooling must return a tensor, got 'x'"),
         ):
             with pytest.raises(error, match=message):
                 llm.embed(texts, **wrong)
@@ -197,6 +200,9 @@ def test_embeddings_are_pooled_states():
             llm.embed(["a", []])
         with pytest.raises(TypeError, match="texts must be a list"):
             llm.embed(5)
+        assert everything_is_free(llm)
+    with pytest.raises(RuntimeError, match="this LLM was closed"):
+        llm.embed(texts)
 
 
 # files --------------------------------------------------------------------------------------------
@@ -224,6 +230,30 @@ def test_a_file_holds_the_same_and_is_mapped(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"states.bin has [\d,]+ bytes"):
         load_hidden_states(path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "model"])
+def test_score_writes_a_file_that_holds_what_it_returns_without_one(tmp_path, dtype):
+    path = tmp_path / "states.bin"
+    endings = [[1, 2, 3], [4], [5, 6]]
+    wanted = {"layers": (3, 1), "dtype": dtype}
+    # the core's model is float32, the fused one can be bfloat16
+    with serve(model=GPT(), dtype="bfloat16", plain=False, attention="sdpa") as llm:
+        plain, expected = llm.score(PROMPTS, endings, hidden_states=wanted)
+        scores, all_rows = llm.score(PROMPTS, endings, hidden_states=wanted | {"path": path})
+        assert scores == plain
+        for reader in (llm.score, llm.judge):
+            with pytest.raises(ValueError, match="is a folder"):
+                reader(PROMPTS, endings, hidden_states=wanted | {"path": tmp_path})
+    states, about = load_hidden_states(path)
+    assert about["dtype"] == ("float32" if dtype == "float32" else "bfloat16")
+    assert about["layers"] == [3, 1] and about["shape"] == list(states.shape)
+    assert [text["rows"] for text in about["texts"]] == [list(rows) for rows in all_rows]
+    for prompt, ending, (start, stop), same in zip(
+        PROMPTS, endings, all_rows, expected, strict=True
+    ):
+        assert stop - start == len(prompt) + len(ending)
+        torch.testing.assert_close(states[start:stop], same)
 
 
 def test_an_exception_leaves_no_file_and_the_texts(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def work(llm, call: Strike, stop: tuple[str, ...] = ()) -> dict:
             outputs[output["request_id"]] = output
         check(llm)
     else:
-        raise AssertionError("somebody waits for ever")
+        raise AssertionError("a thread waits forever")
     # the abort itself may have been struck before anything was noted
     assert outputs.pop(extra)["finish_reason"] in ("abort", "length")
     assert outputs.keys() == numbers.keys(), "an output was lost, or came twice"
@@ -238,8 +238,8 @@ class Limit:
 
 
 def judged(judge) -> tuple[list, list]:
-    """What two requests, the first of which has this logits_processor, get; and what a step
-    raised."""
+    """(the outputs of two requests, the errors of steps). The first request has this
+    logits_processor."""
     struck = []
     with build() as llm:
         work = (ids(9, 1), greedy(5, logits_processor=judge)), (ids(9, 2), greedy(5))

@@ -99,6 +99,12 @@ def other_data_twice(gpt):
         p.data = (p.data - 1) * 0.9
 
 
+def other_strides(gpt):
+    for p in gpt.parameters():
+        if p.ndim == 2:
+            p.data = (0.9 * p.data.T).contiguous().T
+
+
 def loaded(gpt):
     gpt.load_state_dict(GPT(newest=gpt.newest, seed=1).state_dict())
 
@@ -145,8 +151,9 @@ def trained_unseen(gpt):
 
 CHANGES = [
     seen_by_autograd, seen_by_autograd_alone, hidden, hidden_in_one_row, by_numpy,
-    in_inference_mode, other_data, other_data_twice, loaded, assigned, another_parameter,
-    another_block, another_dtype, trained, trained_through_data, trained_by_a_fused_optimizer,
+    in_inference_mode, other_data, other_data_twice, other_strides, loaded, assigned,
+    another_parameter, another_block, another_dtype, trained, trained_through_data,
+    trained_by_a_fused_optimizer,
 ]  # fmt: skip
 ENGINES = {
     "shared": {},
@@ -359,7 +366,7 @@ def test_a_module_that_no_longer_fits_is_an_error_until_it_does_again():
             pass
         assert outputs[0]["request_id"] == request
         assert outputs[0]["token_ids"] == first[0][0]
-        assert samples(llm) == first
+        assert_close(samples(llm), first)  # the prompts are cached: other batches
 
 
 def test_what_is_written_while_the_weights_are_taken_over_is_seen_by_the_next_step(monkeypatch):
@@ -439,7 +446,7 @@ def limit_memory(monkeypatch, num_bytes: int) -> None:
 
 
 def test_a_live_engine_leaves_the_memory_to_the_training(monkeypatch):
-    """A quarter of what another engine takes, unless it is told how much."""
+    """By default, the pool has a quarter of the size in another engine."""
     limit_memory(monkeypatch, 1 << 22)
     sizes = {}
     era5 = FIXTURES["era5"].directory
@@ -610,7 +617,7 @@ def test_an_engine_that_cannot_wake_sleeps_on_and_loses_nothing(monkeypatch):
         limit_memory(monkeypatch, 1000)
         for call in llm.wake, llm.step:
             with pytest.raises(
-                ValueError, match="cannot wake.*no memory for a KV cache.*1,000 are free"
+                ValueError, match="cannot wake.*not enough memory for a KV cache.*1,000 are free"
             ):
                 call()
         assert llm.cache.data.nbytes == 0 and not hasattr(llm.model, "tensors")

@@ -334,7 +334,7 @@ def test_a_tiny_temperature_has_log_probabilities():
 def test_too_many_bad_words_are_refused():
     words = [[i % V, i % 7] for i in range(10_001)]
     assert len(SamplingParams(bad_words=words[:-1]).bad_words) == 10_000
-    with pytest.raises(ValueError, match="bad_words may be 10,000, got 10,001"):
+    with pytest.raises(ValueError, match="at most 10,000 bad_words, got 10,001"):
         SamplingParams(bad_words=words)
 
 
@@ -728,7 +728,7 @@ def live(work, overlap: bool, place: str, at: int | None = None) -> tuple[list, 
 
 
 @both_loops
-@pytest.mark.parametrize("place", [name for name in PLACES if name != "make_batch"])  # of prepare
+@pytest.mark.parametrize("place", [name for name in PLACES if name != "make_batch"])  # see upload
 def test_a_state_is_begun_anew_after_a_step_that_failed(wanted, place, overlap):
     _, count = live(stateful(), overlap, place)
     work = stateful()

@@ -270,7 +270,7 @@ def test_a_stream_has_all_pieces(pair):
 def test_a_calculator_gets_its_word_in():
     folder, found = ERAS / "tool_chain", []
     runs = json.loads((folder / "goldens.json").read_text())["runs"]
-    # what is asked was asked before, and answered
+    # the question was asked and answered before
     prompts = [run["prompt"] + run["tokens"] + run["prompt"] for run in runs]
     params = SamplingParams(temperature=0, max_tokens=60)
     for limit in (0, 8):
@@ -419,7 +419,7 @@ def test_it_is_a_number_of_tokens(value, error, words):
 
 def test_it_is_refused_where_the_loop_is_a_step_ahead(monkeypatch):
     monkeypatch.setattr(full, "find_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ValueError, match="prompt_lookup=3 .* on cuda .* leave it out"):
+    with pytest.raises(ValueError, match="prompt_lookup=3 .* on cuda, .* leave it out"):
         LLM(MODEL, prompt_lookup=3)
 
 

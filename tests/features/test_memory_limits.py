@@ -35,7 +35,7 @@ def test_memory_that_is_refused_to_the_process_is_one_error(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(loading, "FusedGPT", refuse)
-    with pytest.raises(ValueError, match=r"no memory for weights of [\d,]+ bytes .*ulimit -v"):
+    with pytest.raises(ValueError, match=r"enough memory for weights of [\d,]+ bytes .*ulimit -v"):
         LLM(MODEL, device="cpu", num_blocks=64)
 
 
@@ -113,7 +113,9 @@ def test_weights_that_are_more_than_is_free_are_refused_before_any_is_made(monke
     monkeypatch.setattr(torch.Tensor, "to", None)
     monkeypatch.setattr(loading, "FusedGPT", None)
     for make in engine.LLM, LLM:
-        with pytest.raises(ValueError, match="no memory for weights.*10,000,000 are free; use a"):
+        with pytest.raises(
+            ValueError, match="enough memory for weights.*10,000,000 are free; use a"
+        ):
             make(MODEL, device="cpu")
 
 
@@ -135,8 +137,8 @@ except ValueError as error:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, and RLIMIT_AS that is kept")
 @pytest.mark.parametrize("num_megabytes, blocks, words", [
-    (40, 0, r"no memory for weights of .* are free"),
-    (400, 10_000, r"no memory for a KV cache of num_blocks=10000 .* are free"),
+    (40, 0, r"not enough memory for weights of .* are free"),
+    (400, 10_000, r"not enough memory for a KV cache of num_blocks=10000 .* are free"),
     (1200, 0, r"64 \d+$"),  # the pool takes half of what the limit leaves, and steps have the rest
 ])  # fmt: skip
 def test_a_limit_of_addresses_ends_in_our_error_or_in_a_smaller_pool(num_megabytes, blocks, words):

@@ -253,7 +253,7 @@ def trace(rank: int, directory: str) -> tuple:
 def test_the_smallest_memory_decides_the_pool_and_one_rank_writes_the_trace(ranks, tmp_path):
     (blocks, written), (others, more) = ranks(trace, str(tmp_path))
     assert blocks == others
-    # 5 MB, of which half are for caches, of two ranks; 4 layers of 1 head of 16, K and V, float32
+    # 5 MB, half of them for caches, of two ranks; 4 layers of 1 head of 16, K and V, float32
     tables = 10 * 16 * 400  # bytes of the context's positions
     assert blocks + 1 == (5_000_000 // 2 // 2 - tables) // (4 * 2 * 16 * 16 * 4 + 48)  # and lists
     assert (written, more) == (True, False)
@@ -263,7 +263,7 @@ def test_the_smallest_memory_decides_the_pool_and_one_rank_writes_the_trace(rank
 
 
 def test_the_error_of_a_process_alone_says_how_to_start():
-    with pytest.raises(ValueError, match="tensor_parallel=2 takes 2 processes, not 1: .*torchrun"):
+    with pytest.raises(ValueError, match="tensor_parallel=2 needs 2 processes, not 1: .*torchrun"):
         build("era5", 2)
     with pytest.raises(ValueError, match="tensor_parallel must be between 1"):
         build("era5", 0)
@@ -272,7 +272,7 @@ def test_the_error_of_a_process_alone_says_how_to_start():
 def test_heads_that_do_not_divide_are_refused_with_the_numbers(ranks):
     with pytest.raises(ValueError, match=r"=2 does not divide .* 1 kv heads \(of 2 query heads\)"):
         ranks(work, "era4", 2, {})
-    with pytest.raises(ValueError, match="tensor_parallel=3 takes 3 processes, not 2"):
+    with pytest.raises(ValueError, match="tensor_parallel=3 needs 3 processes, not 2"):
         ranks(work, "era5", 3, {})
     assert ranks(work, "era5", 2, {})[0][0] == alone("era5")[0]  # nothing has happened
 

@@ -312,7 +312,7 @@ def test_a_step_inside_a_step_ends_the_request_that_asks_for_it(call):
         bad, good = llm.generate([ids(8), ids(8, 2)], params, use_tqdm=False)
         assert good["token_ids"] == alone and good["finish_reason"] == "length"
         assert bad["finish_reason"] == "error" and bad["token_ids"] == []
-        assert "a step cannot be asked for inside a step" in bad["stop_reason"]
+        assert "a step cannot be requested inside a step" in bad["stop_reason"]
         assert_idle(llm)
 
 
@@ -465,7 +465,7 @@ def test_a_closed_engine_says_so():
         lambda: llm.update_weights({}),
         llm.step,
     ):
-        with pytest.raises(RuntimeError, match="this LLM was closed: make a new one"):
+        with pytest.raises(RuntimeError, match="this LLM was closed: create a new one"):
             call()
     llm.abort(1)
     assert llm.stats()["running"] == llm.stats()["waiting"] == 0

@@ -562,6 +562,8 @@ def test_whole_numbers_are_written_as_the_engine_or_as_the_training_data_has_the
     whole = Calculator(writes_whole=True).function
     expressions = ("20/2", "0.2*50", "1/4", "7//2", "1/0", "'a.0'.count('a')", "1,000/1")
     assert [whole(x) for x in expressions] == ["10", "10", "0.25", "3", None, "1", "1000"]
+    assert calculate("100000000000.0*100000000000") == "1e+22"
+    assert whole("100000000000.0*100000000000") == f"1{22 * '0'}" and whole("0/-5") == "0"
 
 
 @pytest.mark.parametrize("num_blocks", [200, 9])

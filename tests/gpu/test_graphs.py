@@ -648,7 +648,7 @@ def test_a_step_that_is_no_graph_is_one_upload_from_pinned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
     monkeypatch.setattr(torch.Tensor, "to", lambda t, device, **how: moved.append((t, how)) or t)
     card = SimpleNamespace(device=torch.device("cuda", 0))
-    there = AheadRunner(card, None, blocks, Hooks()).prepare(plan)
+    there = AheadRunner(card, None, blocks, Hooks()).upload(batch)
     assert len(pinned) == 1
     assert [t is pinned[0] for t, _ in moved] == [True] and moved[0][1] == {"non_blocking": True}
     assert {t.untyped_storage().data_ptr() for t in there[:10]} == {pinned[0].data_ptr()}

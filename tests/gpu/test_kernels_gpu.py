@@ -381,7 +381,7 @@ def test_sample(dtype, vocab, softcap):
 
 
 def test_sampled_tokens_follow_the_distribution():
-    """Evenly spaced noise hits a token as often as its probability says."""
+    """With evenly spaced uniform numbers, a token is drawn as often as its probability says."""
     n = 60
     logits = torch.randn(1, 6, device=DEVICE)
     u = (torch.arange(n, device=DEVICE) + 0.5) / n

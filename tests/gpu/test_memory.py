@@ -59,7 +59,9 @@ def test_the_step_that_is_measured_is_as_large_as_any(monkeypatch):
 
 def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch):
     monkeypatch.setattr(resources, "free_memory", lambda device: 1234)
-    with pytest.raises(ValueError, match="no memory for a thing: 1,234 bytes are free on cuda:0"):
+    with pytest.raises(
+        ValueError, match="enough memory for a thing: 1,234 bytes are free on cuda:0"
+    ):
         with resources.fits("a thing", torch.device("cuda", 0)):
             raise torch.cuda.OutOfMemoryError
 
@@ -81,7 +83,7 @@ def test_the_largest_step_is_tried_and_no_larger_one(
         warm_up(llm)
         short, batch = seen
         assert len(short.token_ids) == 2
-        assert len(batch.token_ids) == rows and len(batch.logit_rows) == max_batch_size
+        assert len(batch.token_ids) == rows and len(batch.hidden_rows) == max_batch_size
         lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
         assert max(lengths) < max_model_len and 1 not in lengths[batch.num_decodes :]
 
@@ -126,7 +128,7 @@ def test_the_cache_takes_what_the_largest_step_leaves(monkeypatch):
         tables = rotary_bytes(llm.model.config, 1024)
         assert num_blocks(0.9) == (177_000_000 - tables) // (block_bytes + 48) < 2000
         with pytest.raises(
-            ValueError, match="no memory for .* num_blocks=2 .*and -1,000,000 are free"
+            ValueError, match="not enough memory for .* num_blocks=2 .*but -1,000,000 are free"
         ):
             num_blocks(0.01)
         assert num_blocks(0.9, num_wanted=20) == 20
@@ -159,7 +161,7 @@ def test_a_cache_that_does_not_fit_is_refused_and_other_errors_are_themselves(mo
     def asserted(*_, **kwargs):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    with pytest.raises(ValueError, match="no memory for the KV cache: [0-9,]+ bytes are free"):
+    with pytest.raises(ValueError, match="enough memory for the KV cache: [0-9,]+ bytes are free"):
         failing(no_room)
     with pytest.raises(RuntimeError, match="device-side assert"):
         failing(asserted)
@@ -176,7 +178,7 @@ def test_weights_that_do_not_fit_are_refused_in_bytes(monkeypatch):
     found = read_checkpoint(MODEL, find_step(MODEL, None))
     with pytest.raises(
         ValueError,
-        match=r"no memory for weights of [\d,]{9,} bytes in torch.float32: 1,234,567 bytes are",
+        match=r"enough memory for weights of [\d,]{9,} bytes in torch.float32: 1,234,567 bytes are",
     ):
         loading.build_model(*found, torch.device("cuda", 0), "float32")
 

@@ -96,7 +96,7 @@ def test_an_engine_uses_no_kernel_that_the_check_has_refused(monkeypatch):
 @pytest.mark.skipif(CUDA, reason="with a stand-in for the device")
 def test_info_compares_the_kernels_now(monkeypatch):
     arguments = (Model.config, Model.recipe)
-    with pytest.raises(ValueError, match="the kernels of a GPU, and the device is cpu"):
+    with pytest.raises(ValueError, match="the kernels of a GPU, but the device is cpu"):
         loading.compare_kernels(*arguments, DEVICE, "auto", "auto")
     monkeypatch.setattr(gpu, "has_triton", lambda device: False)
     with pytest.raises(ValueError, match="no kernels run on cuda:0"):
@@ -127,5 +127,5 @@ def test_steps_are_recorded_with_a_line_and_their_memory_is_named(monkeypatch, c
         raise kind("CUDA error: out of memory")
 
     monkeypatch.setattr(graphs, "DecodeGraphs", fail)
-    with pytest.raises(ValueError, match=r"no memory for recorded steps \(cuda_graphs=False"):
+    with pytest.raises(ValueError, match=r"enough memory for recorded steps \(cuda_graphs=False"):
         runner.record(4, 64)

@@ -35,7 +35,7 @@ def hand_made_batch(chunks: list[tuple], block_size: int) -> HandMadeBatch:
         cu_seqlens=ints(accumulate(lengths, initial=0)),
         seq_lens=ints(stop for _, _, stop, _ in chunks),
         block_tables=ints([*table, *[0] * (width - len(table))] for *_, table in chunks),
-        logit_rows=ints(range(len(rows))),
+        hidden_rows=ints(range(len(rows))),
         num_decodes=lengths.count(1),
         max_query_len=max(lengths),
         max_seq_len=max(stop for _, _, stop, _ in chunks),

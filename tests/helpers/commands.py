@@ -36,7 +36,7 @@ def command(capsys, monkeypatch):
 
 @pytest.fixture
 def mistake(command, capsys):
-    """The one line that a mistake is told in, with exit status 2."""
+    """The one line of a user's mistake, with exit status 2."""
 
     def call(*flags: str, stdin: str = "") -> str:
         with pytest.raises(SystemExit) as stop:

@@ -175,12 +175,12 @@ def weights_of(era) -> dict[str, torch.Tensor]:
     return read_checkpoint(era.directory, find_step(era.directory, None))[2]
 
 
-def run(model, chunks, block_size: int = 16, logit_rows=None):
+def run(model, chunks, block_size: int = 16, hidden_rows=None):
     """(R, C) rows of the head, and the cache they leave."""
     cache = PagedKVCache(model.config, 12, block_size, model.cache_dtype, CPU)
     batch = hand_made_batch(chunks, block_size)
-    if logit_rows is not None:
-        batch.logit_rows = torch.tensor(logit_rows, dtype=torch.int32)
+    if hidden_rows is not None:
+        batch.hidden_rows = torch.tensor(hidden_rows, dtype=torch.int32)
     return model.forward(batch, cache), cache.data
 
 

@@ -1,4 +1,4 @@
-"""Parts of which damaged files are made: steps of pickle programs, and a trace."""
+"""Parts of damaged files: steps of pickle programs, and a trace."""
 
 import json
 from pathlib import Path

@@ -376,7 +376,7 @@ class RequestCases(Cases):
             lambda: list(llm.stream([ids(5)], greedy(2))),
             lambda: llm.step(),
         ):
-            with pytest.raises(RuntimeError, match="this LLM was closed: make a new one"):
+            with pytest.raises(RuntimeError, match="this LLM was closed: create a new one"):
                 call()
         llm.abort(0)
         events.close()

@@ -26,11 +26,11 @@ class Fault(Exception):
 
 # where a step can fail: the owner of a function, and its name, which is looked up at every call
 PLACES = {
-    "schedule": lambda llm: (llm.scheduler, "plan_draws"),
+    "schedule": lambda llm: (llm.scheduler, "mark_computed_and_plan_draws"),
     "allocate": lambda llm: (llm.scheduler.blocks.pool, "allocate"),
     "hash": lambda llm: (llm.scheduler.blocks, "hashes"),
     "make_batch": lambda llm: (runner, "make_batch"),
-    "prepare": lambda llm: (llm.runner, "prepare"),
+    "upload": lambda llm: (llm.runner, "upload"),
     "copy": lambda llm: (llm.cache, "copy_blocks"),
     "forward": lambda llm: (llm.model, "forward"),
     "sample": lambda llm: (llm.runner, "sample"),

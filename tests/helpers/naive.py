@@ -35,7 +35,7 @@ class Naive:
         """(num_rows, V) float64: the logits that follow the last num_rows tokens."""
         table = range(1, 2 + len(tokens) // 16)
         batch = hand_made_batch([(tokens, 0, len(tokens), table)], 16)
-        batch.logit_rows = batch.logit_rows[-num_rows:]
+        batch.hidden_rows = batch.hidden_rows[-num_rows:]
         model = self.model
         cache = PagedKVCache(model.config, 1 + len(table), 16, model.dtype, model.device)
         with torch.inference_mode():

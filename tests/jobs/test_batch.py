@@ -140,7 +140,7 @@ def test_the_command_killed_with_its_real_engine_gives_the_same_tokens(tmp_path,
         with pytest.raises(SystemExit) as stop:
             cli.main([*flags, str(output), flag])
         assert stop.value.code == 2
-        assert f"begun with {flag}=False, not True" in capsys.readouterr().err
+        assert f"started with {flag}=False, not True" in capsys.readouterr().err
 
 
 def test_wherever_the_last_write_was_torn_the_job_goes_on(tmp_path):
@@ -338,11 +338,11 @@ def test_another_jobs_output_is_refused_with_the_remedy(tmp_path):
     run(source, output, settings={"model": "d6"})
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(
-        ValueError, match=r"begun with model='d6', not 'd20'.*rm -f .*out.jsonl.job"
+        ValueError, match=r"started with model='d6', not 'd20'.*rm -f .*out.jsonl.job"
     ):
         run(source, output, settings={"model": "d20"})
     write(source, texts(6))
-    with pytest.raises(ValueError, match="begun with input="):
+    with pytest.raises(ValueError, match="started with input="):
         run(source, output, settings={"model": "d6"})
     write(source, texts(5))
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -361,13 +361,13 @@ def test_two_processes_cannot_write_one_output(tmp_path):
     job = Job(source, output, Ask(params=PARAMS), {})
     with pytest.raises(ValueError, match="another process"):
         run(source, output)
-    job.book.close()
+    job.settings_file.close()
     run(source, output)
 
 
 def test_a_job_begun_with_nothing_written_may_be_begun_otherwise(tmp_path):
     source, output = write(tmp_path / "in.jsonl", texts(5)), tmp_path / "out.jsonl"
-    Job(source, output, Ask(), {"model": "d6"}).book.close()
+    Job(source, output, Ask(), {"model": "d6"}).settings_file.close()
     assert run(source, output, settings={"model": "d20"})["rows"] == 5
 
 
@@ -418,7 +418,7 @@ def test_no_link_is_followed(name, there, tmp_path):
             run(source, tmp_path / name)
         assert (other.read_bytes() if there else other.exists()) in (b"", False)
         link.unlink()
-    with pytest.raises(ValueError, match="is a link, or no file"):
+    with pytest.raises(ValueError, match="is a link, or not a file"):
         (tmp_path / f"{name}.errors").mkdir()
         run(source, tmp_path / name)
 
@@ -481,7 +481,7 @@ def test_a_job_of_an_earlier_version_is_told_so(tmp_path):
     run(source, output)
     book = Path(f"{output}.job")
     book.write_text(book.read_text().replace('"microvllm job": 2, ', ""))
-    with pytest.raises(ValueError, match=r"out.jsonl.job is there.*an earlier one wrote no check"):
+    with pytest.raises(ValueError, match=r"out.jsonl.job exists.*earlier ones wrote no check"):
         run(source, output)
 
 

@@ -137,7 +137,7 @@ def test_sizes_in_a_footer_of_parquet_are_not_believed(tmp_path, monkeypatch):
 
     size = write(["a" * 3_000_000], write_statistics=False)[6]
     lie(file, varint(size), varint(1000))
-    with pytest.raises(ValueError, match=f"^{file}: .* bytes unfold to 3,000,0.*smaller row"):
+    with pytest.raises(ValueError, match=f"^{file}: .* bytes expand to 3,000,0.*smaller row"):
         rows.read_rows(file)
     # a dictionary, for which there would be memory before it is read
     write(pa.array(range(12345)))
@@ -145,11 +145,11 @@ def test_sizes_in_a_footer_of_parquet_are_not_believed(tmp_path, monkeypatch):
     lie(file, varint(12345), varint(2**20 - 1), "pages")
     with pytest.raises(ValueError, match=f"^{file}: .*smaller row groups"):
         rows.read_rows(file)
-    # rows without end of which no column is read
+    # endless rows, without reading a column
     write(pa.array(range(12345)))
     assert len([*rows.read(file, ["absent"])]) == 12345
     lie(file, varint(12345), varint(10**12))
-    with pytest.raises(ValueError, match=f"^{file}: it says it has 1,000,000,000,000 rows"):
+    with pytest.raises(ValueError, match=f"^{file}: it claims 1,000,000,000,000 rows"):
         next(rows.read(file, ["absent"]))
 
 

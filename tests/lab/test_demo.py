@@ -35,7 +35,7 @@ def test_a_hit_a_copy_a_preemption_and_an_eviction_within_100_steps(tmp_path, ca
     ):
         seen = (COURSE / f"{name}.md").read_text(encoding="utf-8").split("**See it.**")[1]
         assert int(re.search(r"[Ss]tep (\d+)", seen)[1]) == steps[kind], name
-    # what was found by its hash was computed once, and who was preempted lost nothing
+    # what was found by its hash was computed once, and a preempted sequence lost nothing
     replay = Replay(events)
     assert {life.state for life in replay.seqs.values()} == {"done"}
     found = sorted(len(life.tokens) - life.prompt for life in replay.seqs.values())

@@ -153,7 +153,7 @@ def test_cost_measures_every_size(lab, monkeypatch):
     monkeypatch.setattr(cost, "BASE", {"running": 8, "waiting": 0, "blocks": 4000})
     found, said = lab("cost", "--steps", "3")
     assert {key: got["size"] for key, got in found.items()} == small
-    assert all(min(got["a token"]) > 0 for got in found.values()) and "goal" in said
+    assert all(min(got["per token"]) > 0 for got in found.values()) and "goal" in said
 
 
 def test_the_same_seed_gives_the_same_numbers(lab):
@@ -316,7 +316,7 @@ NUMBERS = range(1, len(check.CHECKS) + 1)
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
-    """Nobody's progress."""
+    """Begin without progress."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
@@ -364,12 +364,11 @@ def test_a_prediction_is_compared_with_what_the_engine_did(tmp_path):
         work.third_step = lambda key=key: {**right, key: 99}
         said = check.verdict(11, work)
         assert (
-            said.startswith(f"not so: {key}. Look at ")
-            and str(right[key]) not in said.split("/")[0]
+            said.startswith(f"wrong: {key}. Look at ") and str(right[key]) not in said.split("/")[0]
         )
     page = (tmp_path / "exercise-11.html").read_text(encoding="utf-8")
     assert '"prefills":[[2,0,30]]' in page.replace(" ", "")
-    assert "not so" in check.verdict(11, SimpleNamespace(__file__=work.__file__, third_step=dict))
+    assert "wrong: " in check.verdict(11, SimpleNamespace(__file__=work.__file__, third_step=dict))
 
 
 def test_work_that_raises_is_not_solved():
@@ -401,11 +400,11 @@ def test_work_lies_in_a_folder_of_the_readers(tmp_path, capsys, monkeypatch):
     assert ["solved" in line for line in lines[:13]] == [number == 2 for number in NUMBERS]
     assert lines[0].split() == ["1", "Count", "blocks_needed"] and str(folder) in lines[-2]
     cli.main(["lab", "start", str(folder)])  # a second time nothing is lost
-    assert file.read_text().startswith(solved) and "stays as it is" in capsys.readouterr().err
+    assert file.read_text().startswith(solved) and "was not changed" in capsys.readouterr().err
     file.write_text("def (")
     assert judge("2") == 2 and "SyntaxError" in capsys.readouterr().err
     file.unlink()
-    assert judge("2") == 2 and "is gone" in capsys.readouterr().err
+    assert judge("2") == 2 and "is missing" in capsys.readouterr().err
 
 
 def test_without_a_model_the_other_exercises_are_copied(tmp_path, capsys, monkeypatch):

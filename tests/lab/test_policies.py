@@ -264,7 +264,7 @@ def test_a_policy_that_answers_nonsense_is_told_so_and_costs_nothing(kind):
     with LLM(MODEL, device="cpu", num_blocks=14) as llm:
         wanted = answers(llm)
     with LLM(MODEL, device="cpu", num_blocks=14, **{kind: policy}) as llm:
-        with pytest.raises(ValueError, match=f"{kind} gave None: return one of"):
+        with pytest.raises(ValueError, match=f"{kind} returned None: it must return one of"):
             answers(llm)
         blocks = llm.scheduler.blocks
         blocks.check([])

@@ -110,7 +110,7 @@ def test_ids_of_the_last_step_are_taken_from_the_device():
     with placeholders(last):
         plan = step_of(*seqs[:2])
         batch = make_batch(plan, blocks)
-        there = runner.prepare(plan)
+        there = runner.upload(batch)
     assert batch.token_ids.tolist() == [-1, -2]
     assert there.token_ids.tolist() == [70, 0] and there.token_ids.dtype == torch.int32
     uploaded = upload(batch, torch.device("cpu"))
@@ -119,8 +119,8 @@ def test_ids_of_the_last_step_are_taken_from_the_device():
             assert np.array_equal(getattr(uploaded, name).numpy(), array), name
             assert name == "token_ids" or np.array_equal(getattr(there, name).numpy(), array), name
     seqs[0].token_ids += [~0, 5]
-    with pytest.raises(AssertionError, match="behind an unknown token"):
-        runner.prepare(step_of(seqs[0]))
+    with pytest.raises(AssertionError, match="after an unknown token"):
+        runner.upload(make_batch(step_of(seqs[0]), blocks))
 
 
 def test_blocks_are_copied_in_parts(monkeypatch):

@@ -14,6 +14,7 @@ from helpers.goldens import FIXTURES
 from helpers.strikes import ALL, Strike, release_lock
 from helpers.traces import compare
 
+from microvllm import LLM
 from microvllm.checkpoint import load_model
 from microvllm.cpu import team
 from microvllm.loops import multi_step
@@ -250,6 +251,35 @@ def test_new_weights_are_used_at_once(calls):
 
 
 @has_tiles
+def test_a_live_module_has_several_steps_in_one_call(calls):
+    """A change is seen before the next call. Weights of other strides are multiplied by torch."""
+    fixture = FIXTURES[NAME]
+    gpt = load_model(fixture.directory)
+    options = {"tokenizer_path": fixture.tokenizer, "device": "cpu", "num_blocks": 60}
+    with LLM(model=gpt, **options) as llm:
+        assert llm.live.snapshot and llm.model.compiled
+        old = plain(one_by_one(llm, WORK))
+        assert not calls
+        assert plain(at_once(llm, WORK)) == old and calls
+        with torch.no_grad():
+            for p in gpt.parameters():
+                p.mul_(1.1)
+        calls.clear()
+        new = plain(at_once(llm, WORK))
+        assert new != old and calls
+        assert plain(one_by_one(llm, WORK)) == new
+        calls.clear()
+        for p in gpt.parameters():
+            if p.ndim == 2:
+                p.data = p.data.T.contiguous().T
+        assert plain(at_once(llm, WORK)) == new
+        assert llm.model.compiled is None and not calls
+        for p in gpt.parameters():
+            p.data = p.data.contiguous()
+        assert plain(at_once(llm, WORK)) == new and calls
+
+
+@has_tiles
 def test_an_exception_at_any_line_changes_no_token(calls):
     """Of a turn of several steps, or, with a fork and a text that ends first, of several turns."""
     with build(NAME, num_blocks=14, block_size=4) as llm:
@@ -262,7 +292,7 @@ def test_an_exception_at_any_line_changes_no_token(calls):
             llm.submit_requests(requests)
             while not all(request.output for request in requests):
                 request = next(r for r in requests if not r.output)
-                step = partial(llm.guard.perform, partial(llm.advance_for, request))
+                step = partial(llm.guard.perform, partial(llm.serve_now, request))
                 strike(step) if strike else step()
                 check(llm)
             assert_idle(llm)

@@ -128,9 +128,9 @@ def test_int8_runs_on_the_integers_of_the_folder(folders):
 
 def test_another_word_is_refused_and_the_own_one_is_not(folders, monkeypatch):
     monkeypatch.setattr("microvllm.cpu.compilation.begin", lambda *_: True)  # no kernel is called
-    with pytest.raises(ValueError, match="quantization='fp8', and the folder has int8"):
+    with pytest.raises(ValueError, match="quantization='fp8', but the folder has int8"):
         LLM(folders[8], quantization="fp8", num_blocks=20)
-    with pytest.raises(ValueError, match="quantization='int8', and the folder has int4"):
+    with pytest.raises(ValueError, match="quantization='int8', but the folder has int4"):
         LLM(folders[4], quantization="int8", num_blocks=20)
     for bits in (8, 4):
         LLM(folders[bits], quantization=f"int{bits}", num_blocks=20, device="cpu").close()

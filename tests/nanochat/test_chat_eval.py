@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.goldens import ERAS, MODEL
 from helpers.nanochat_engines import BOOKS, CHAIN, Methods
 
+from examples.gpt import load
 from microvllm import LLM
 from microvllm.checkpoint import load_model
 from microvllm.nanochat import Engine, __main__, evaluate_chat, load_task, run_chat_eval, shares
@@ -219,20 +221,33 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(data, llm, tmp_path
 # answers ------------------------------------------------------------------------------------------
 
 
-def test_the_letter_with_the_largest_logit_is_chosen(data, llm):
+def test_the_letters_are_those_of_a_plain_module_in_padded_batches(data, llm):
+    """As nanochat's own loop: rows of different length, BOS behind them, the largest logit among
+    the letters. The module is another implementation than the engine's."""
+    module = load(MODEL)
+    bos_id = llm.tokenizer.bos_id
     found = evaluate_chat(llm, ["ARC-Easy", "MMLU"], data=data)
+    num_all_right = 0
     for name in ("ARC-Easy", "MMLU"):
         num_right = 0
         problems = conversations(name, data)
-        for problem in problems:
-            prompt = llm.tokenizer.render_for_completion(problem["messages"])
-            letters = problem["letters"]
-            scores = llm.score([prompt] * len(letters), list(letters))
-            best = letters[max(range(len(letters)), key=lambda i: scores[i][0])]
-            num_right += best == problem["messages"][1]["content"]
+        for start in range(0, len(problems), 4):
+            batch = problems[start : start + 4]
+            prompts = [llm.tokenizer.render_for_completion(p["messages"]) for p in batch]
+            longest = max(map(len, prompts))
+            padded = [ids + [bos_id] * (longest - len(ids)) for ids in prompts]
+            with torch.no_grad():
+                logits = module(torch.tensor(padded))
+            for row, (problem, prompt) in enumerate(zip(batch, prompts, strict=True)):
+                letters = problem["letters"]
+                columns = [llm.tokenizer.encode(letter)[0] for letter in letters]
+                best = letters[logits[row, len(prompt) - 1, columns].argmax()]
+                num_right += best == problem["messages"][1]["content"]
+        num_all_right += num_right
         assert found["results"][name] == num_right / len(problems)
         centered = found["centered_results"][name]
         assert centered == pytest.approx((num_right / len(problems) - 0.25) / 0.75)
+    assert 0 < num_all_right < len(ARC_ROWS + MMLU_ROWS)
     mean = sum(found["centered_results"].values()) / 2
     assert found["chatcore_metric"] == pytest.approx(mean)
 

@@ -166,7 +166,7 @@ def tour(LLM, SamplingParams, model: str) -> dict:
         try:  # one that can never fit is refused when it arrives, with the numbers
             tiny.add_request(prompts[0], SamplingParams(max_tokens=300, ignore_eos=True))
         except ValueError as error:
-            blocks = tiny.scheduler.blocks  # of which groups of layers have more
+            blocks = tiny.scheduler.blocks  # groups of layers have more of them
             sizes = (blocks.num_blocks - 1, blocks.pool.num_usable)
             assert any(str(size) in str(error) for size in sizes), error
         else:

@@ -432,7 +432,7 @@ def test_the_table_says_which_engines_have_other_weights(tmp_path, monkeypatch):
     }  # fmt: skip
     table = run.table({0: run.results()})
     assert "\nopenvino*  " in table and "openvino_genai 9, int8" in table
-    assert "342,912 numbers of them in a step\n  where ours has 342,912" in table
+    assert "a step uses 342,912 weights,\n  and 342,912 in this engine" in table
 
 
 def fake_peers(monkeypatch, seconds) -> list:
@@ -496,7 +496,7 @@ def test_the_table_needs_no_folder_of_the_model_any_more(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare.py", *words, "--engines", "openvino"])
     compare.main()
     table, result = printed(capsys)
-    assert "4,321 numbers of them in a step\n  where ours has 342,912" in table
+    assert "a step uses 4,321 weights,\n  and 342,912 in this engine" in table
     assert result["engines"]["openvino"]["step_weights"] == 4321
 
 
@@ -514,8 +514,8 @@ def test_each_turn_is_run_beside_each_load_and_compared_with_the_idle_one(monkey
     # the first tokens and the warm-up, then two turns, in which the loads follow each other
     assert [loops for engine, loops in jobs if engine == "microvllm"] == [0, 0, 0, 1, 2, 0, 1, 2]
     table, result = printed(capsys)
-    assert "beside 0, 1, 2 busy loops" in table.splitlines()[0]
-    assert "\nW3 beside 2 busy loops: 1 requests" in table
+    assert "with 0, 1, 2 busy loops" in table.splitlines()[0]
+    assert "\nW3 with 2 busy loops: 1 requests" in table
     assert result["foreign_load"] == [0, 1, 2]
     assert "of_idle" not in result["workloads"]["W3"]["engines"]["microvllm"]
     by_load = {load: found["W3"]["engines"] for load, found in result["under_load"].items()}
@@ -590,7 +590,7 @@ def run_comparison(words: str) -> tuple[str, dict]:
 def test_the_default_command_of_the_comparison_runs():
     # every workload, every engine that there is, and no folder for the model
     told, result = run_comparison("--model tiny --shrink 16 --turns 1 --pause 0 --kv-gib 1")
-    assert "median of 1 turns; beside 0 busy loops" in told
+    assert "median of 1 turns; with 0 busy loops" in told
     assert [*result["workloads"]] == [*compare.WORKLOADS] and result["under_load"] == {}
     for work in result["workloads"].values():
         assert {"microvllm", "nanochat"} <= work["engines"].keys()
@@ -600,7 +600,7 @@ def test_the_default_command_of_the_comparison_runs():
 def test_the_comparison_runs_beside_busy_loops():
     words = "--model tiny --shrink 16 --turns 1 --pause 0 --kv-gib 1 --threads 1 --engines nanochat"
     told, result = run_comparison(f"{words} --workloads W1,W3 --foreign-load 0,1")
-    assert "beside 0, 1 busy loops" in told and "\nW3 beside 1 busy loop: 1 requests" in told
+    assert "with 0, 1 busy loops" in told and "\nW3 with 1 busy loop: 1 requests" in told
     for name in "W1", "W3":
         idle, loaded = (found[name]["engines"] for found in (
             result["workloads"], result["under_load"]["1"]
@@ -690,6 +690,19 @@ def test_rollouts_are_compared_and_a_look_at_the_weights_is_beside_a_decode():
     for times in found["seconds"].values():
         assert [*times] == ["look in a step", "look closely", "decode of 1", "decode of 2"]
         assert min(times.values()) > 0
+
+
+@pytest.mark.slow
+def test_evaluations_of_all_problems_are_compared_with_one_by_one():
+    flags = "--problems 6 --shots 1 --tokens 4 --turns 1"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "evals.py", *flags.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
+    assert [*seconds] == ["categorical", "generative", "CORE"]
+    for times in seconds.values():
+        assert [*times] == ["one by one", "live", "copy"] and min(times.values()) > 0
 
 
 @pytest.mark.slow

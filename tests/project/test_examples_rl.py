@@ -91,14 +91,14 @@ def test_samples_that_fell_behind_are_left_out_and_groups_have_their_own_mean():
 
 
 @pytest.mark.slow
-def test_a_wrong_transfer_is_refused_and_sent_again():
+def test_a_wrong_transfer_is_rejected_and_sent_again():
     command = [sys.executable, ROOT / "examples" / "two_processes.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "version 1",
-        "version 2 is refused, version 1 stays",
+        "version 2 is rejected, version 1 stays",
         "version 2",
         "version 3",
         "version 4",

@@ -65,7 +65,7 @@ def memory(request):
 
 
 def fuzz(examples: int):
-    """So many examples, or as many as FUZZ says."""
+    """This number of examples, or the number in FUZZ."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
     return settings(max_examples=EXAMPLES or examples, deadline=None, suppress_health_check=checks)
 

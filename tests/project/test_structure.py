@@ -120,7 +120,7 @@ def draw(llm: LLM, text: list[int], params: SamplingParams, sample_id: int) -> R
     """The token that follows a text, drawn once more by the plain model, all of it in one go."""
     table = range(1, 2 + len(text) // 16)
     batch = hand_made_batch([(text, 0, len(text), table)], 16)
-    batch = batch._replace(logit_rows=batch.logit_rows[-1:])
+    batch = batch._replace(hidden_rows=batch.hidden_rows[-1:])
     cache = engine.PagedKVCache(llm.model.config, 1 + len(table), 16, torch.float32, "cpu")
     with torch.inference_mode():
         logits = llm.model.logits(llm.model.forward(batch, cache))
@@ -310,7 +310,7 @@ ALLOWED = {
     # low-bit weights
     ("cpu", "lowbit"): "kernels multiply weights in the layout of lowbit/packing.py",
     ("sources", "lowbit"): "a folder of low-bit weights is a checkpoint",
-    ("lowbit", "sources"): "such a folder is read as strictly as a Hugging Face folder",
+    ("lowbit", "sources"): "a low-bit folder is read as strictly as a Hugging Face folder",
 }
 
 
@@ -414,7 +414,7 @@ def test_imports_point_one_way():
     # the only arrow out of the core
     out = {a for a in arrows() if place(a.source) == "core" and place(a.target) != "core"}
     assert {(a.source, a.target) for a in out} == {("__init__.py", "full.py")}
-    # full.py is asked for the engine by the package's own name
+    # other modules get the engine of full.py by the package's own name
     users = {a.source for a in arrows() if a.target == "full.py" and a.kind != "typing"}
     assert users == {"__init__.py"}
     # no arrow is hidden in a string. cpu/helper_process.py is a process, which imports its own
@@ -495,10 +495,10 @@ def test_no_machinery_of_strings():
 
 
 def test_no_feature_looks_for_another_one():
-    """Where the engine's parts meet, no object is asked what it has."""
+    """Where the engine's parts meet, no code tests which attributes an object has."""
     wrong, seen = [], set()
     for file, tree in sources():
-        if place(file) not in MEET or place(file) == "gpu":  # where torch and triton are asked
+        if place(file) not in MEET or place(file) == "gpu":  # gpu/ tests torch, triton
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):

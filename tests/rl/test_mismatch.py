@@ -76,6 +76,15 @@ def test_numbers_that_are_not_finite_are_counted_apart():
     assert huge.largest == 801 and huge.kl == np.inf and "inf" in str(huge)
 
 
+def test_infinite_numbers_give_no_warning(recwarn):
+    both = mismatch([[-np.inf, -1.0]], [[0.0, -np.inf, -1.0]], [[0, 1, 1]])
+    assert (both.num_tokens, both.num_not_finite) == (1, 1)
+    assert mismatch([[1e308, 0.0]], [[0.0, -1e308, 0.0]], [[0, 1, 1]]).num_not_finite == 1
+    huge = mismatch([[0.0, 0.0]], [[0.0, -800.0, 0.0]], [[0, 1, 1]])
+    assert huge.mean_ratio == np.inf and not huge.is_cut
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,11 +93,21 @@ def test_numbers_that_are_not_finite_are_counted_apart():
         ((TRAINING[:, :2], ROLLOUT, MASKS), "row 0: training_logprobs has 2 columns"),
         (([[0.0]], [[-1.0]], [[1]]), "row 0: .* column t is of token t"),
         (([[[0.0]]], [[0.0, -1.0]], [[0, 1]]), "row 0 of .* shapes"),
+        (([[0.0, 0.0]], [[0.0, -1.0, -1.0]], [[0, np.nan, 1]]), "row 0 of masks has other values"),
+        ((TRAINING, ROLLOUT, [MASKS[0], [0, 0, -1]]), "row 1 of masks has other values"),
+        (([["a"]], [[0.0, -1.0]], [[0, 1]]), "row 0 of training_logprobs: could not convert"),
     ],
 )
 def test_rows_that_do_not_belong_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         mismatch(*arguments)
+
+
+@pytest.mark.parametrize("name", ["training_logprobs", "logprobs", "masks"])
+def test_what_has_no_rows_is_named(name):
+    arguments = {"training_logprobs": TRAINING, "logprobs": ROLLOUT, "masks": MASKS}
+    with pytest.raises(TypeError, match=f"^{name} must be a tensor or a list of rows, got None"):
+        mismatch(**arguments | {name: None})
 
 
 def test_a_plot_is_drawn_where_there_is_matplotlib(tmp_path, monkeypatch):

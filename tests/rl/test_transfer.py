@@ -43,3 +43,5 @@ def test_one_wrong_bit_a_missing_and_an_unknown_tensor_are_named():
     assert "different: transformer.wte.weight, lm_head.weight" in message
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more"):
         check_transfer({}, sums)
+    with pytest.raises(TypeError, match=r"weights\['a'\] must be a tensor, got list"):
+        check_transfer({"a": [1.0]}, {"a": "0"})

@@ -347,9 +347,9 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.rglob("*"))
     for name in ("empty", "file", "there", "link", "dangling"):
-        with refused(FileExistsError, tmp_path / name, "name a new one"):
+        with refused(FileExistsError, tmp_path / name, "give a new one"):
             convert(source, tmp_path / name, ERAS / "tokenizer")
-    with refused(FileNotFoundError, tmp_path / "no", "make it first"):
+    with refused(FileNotFoundError, tmp_path / "no", "create it first"):
         convert(source, tmp_path / "no" / "place", ERAS / "tokenizer")
     assert sorted(tmp_path.rglob("*")) == before
 

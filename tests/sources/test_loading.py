@@ -66,7 +66,7 @@ def test_the_padding_of_the_vocabulary_has_no_logits(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False, None], ids=["torch", "torch old", "pickle"])
 def test_nothing_in_a_file_is_run(checkpoint, tmp_path, zipped):
-    """That such a file does run something if it is trusted is shown in test_checkpoint.py."""
+    """test_checkpoint.py shows that such files run code if they are trusted."""
     marker = tmp_path / "executed"
     if zipped is None:
         checkpoint.file.write_bytes(pickle.dumps({"lm_head.weight": Hostile(marker)}, protocol=2))
@@ -91,7 +91,7 @@ def test_weights_that_are_no_numbers_are_named_and_end_requests_with_an_error(
         caplog.clear()
         llm = LLM(checkpoint.directory, num_blocks=20, device="cpu", **options)
         if "plain" not in options:
-            assert f"NaN or infinite weights, {name}" in caplog.text
+            assert f"NaN or infinite weights: {name}" in caplog.text
         (output,) = llm.generate([[5, 6, 7]], use_tqdm=False)
         assert output["finish_reason"] == "error" and output["token_ids"] == []
         assert output["stop_reason"] == "no token is left to draw"

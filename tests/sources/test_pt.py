@@ -113,7 +113,7 @@ def test_an_archive_ends_with_its_one_end_record(checkpoint, change):
 @pytest.mark.parametrize("name", [b"data.pkl", b"data/999"], ids=["name", "place"])
 def test_no_record_is_there_twice(checkpoint, name):
     checkpoint.file.write_bytes(twice(checkpoint.file.read_bytes(), name))
-    refuse(checkpoint, "one name or one place")
+    refuse(checkpoint, "the same name or the same place")
 
 
 def test_no_record_reaches_into_the_next(checkpoint):
@@ -122,7 +122,7 @@ def test_no_record_reaches_into_the_next(checkpoint):
     size = struct.unpack("<L", data[start + 24 : start + 28])[0] + 5000
     data[start + 20 : start + 28] = struct.pack("<2L", size, size)
     checkpoint.file.write_bytes(data)
-    refuse(checkpoint, "reaches into the next")
+    refuse(checkpoint, "overlaps the next one")
 
 
 @pytest.mark.parametrize("name", ["data.pkl", "data/0", "version"])
@@ -162,7 +162,7 @@ def with_program(checkpoint: Checkpoint, program: bytes, zipped: bool) -> None:
             archive.writestr(part, program if part.endswith("data.pkl") else data)
 
 
-NEST = b")" + b"q\0h\0\x86" * 60  # 2**60 empty tuples, to whoever hashes or shows them
+NEST = b")" + b"q\0h\0\x86" * 60  # 2**60 empty tuples, if they are hashed or shown
 FLOATS, A = b"ctorch\nFloatStorage\n", b"X\1\0\0\0a"
 
 
@@ -175,10 +175,10 @@ FLOATS, A = b"ctorch\nFloatStorage\n", b"X\1\0\0\0a"
         (pickle.dumps({"a": Call(print, "run")}, 2), "print"),
         (pickle.dumps({"a": b"bytes"}, 2), "_codecs.encode"),
         (pickle.dumps({}, 4), "FRAME|pickle instruction"),
-        (b"\x80\2}" + NEST + b"Ns.", "a name that is no text"),
-        (b"\x80\2}" + A + b"(N" + NEST + A + b"NK\1tQs.", "storages of another kind"),
-        (b"\x80\2}" + A + b"(N" + FLOATS + NEST + b"NK\1tQs.", "storages of another kind"),
-        (b"\x80\2}" + A + b"(N" + FLOATS + A + b"N" + NEST + b"tQs.", "storages of another kind"),
+        (b"\x80\2}" + NEST + b"Ns.", "a name that is not a string"),
+        (b"\x80\2}" + A + b"(N" + NEST + A + b"NK\1tQs.", "unsupported storages"),
+        (b"\x80\2}" + A + b"(N" + FLOATS + NEST + b"NK\1tQs.", "unsupported storages"),
+        (b"\x80\2}" + A + b"(N" + FLOATS + A + b"N" + NEST + b"tQs.", "unsupported storages"),
         (b"\x80\2" + b"}" * 300_000 + b".", "too large|exhausted"),
         (b"\x80\2" + NEST + b".", "no state dict"),
     ],
@@ -232,7 +232,7 @@ def test_an_attribute_of_a_dict_is_not_set(checkpoint):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_another_layout_is_refused_by_name(checkpoint):
-    layouts = {torch.strided: "not stored in full (lm_head.weight)", torch.jagged: "nothing of it"}
+    layouts = {torch.strided: "not stored in full (lm_head.weight)", torch.jagged: "nothing in it"}
     for layout, words in layouts.items():
         rows = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=layout)
         torch.save(checkpoint.weights | {"lm_head.weight": rows}, checkpoint.file)

@@ -339,7 +339,7 @@ def test_a_hostile_pickle_is_not_executed(checkpoint, tmp_path, zipped):
         checkpoint.file.write_bytes(pickle.dumps(plain, protocol=2))
     else:
         torch.save(poisoned, checkpoint.file, _use_new_zipfile_serialization=zipped)
-    with refused(ValueError, checkpoint.file, "mkdir", "nothing of it was run") as info:
+    with refused(ValueError, checkpoint.file, "mkdir", "nothing in it was executed") as info:
         LLM(checkpoint.directory)
     assert not marker.exists()
     assert "weights_only" not in str(info.value)  # torch's own advice is to trust the file

@@ -48,8 +48,8 @@ def test_a_damaged_tokenizer_is_refused_or_still_one(tmp_path_factory, position,
     [
         ({"name": 5}, "name and pat_str must be strings"),
         ({"pat_str": b"."}, "name and pat_str must be strings"),
-        ({"pat_str": "("}, "none of nanochat's"),
-        ({"pat_str": ""}, "none of nanochat's"),
+        ({"pat_str": "("}, "not one of nanochat's"),
+        ({"pat_str": ""}, "not one of nanochat's"),
         ({"mergeable_ranks": {}}, "special_tokens must use each id from 0 to 0"),
         ({"mergeable_ranks": [b"a"]}, "the pickle instruction EMPTY_LIST"),
         ({"mergeable_ranks": "ab"}, "mergeable_ranks is str"),
@@ -121,7 +121,7 @@ OTHERS = [
 @pytest.mark.parametrize("pattern", OTHERS, ids=lambda pattern: pattern[:20])
 def test_a_pattern_that_is_none_of_nanochats_is_refused_unless_it_is_trusted(pattern, tmp_path):
     file = write(tmp_path, dumps(encoding_with(parts(pat_str=pattern))))
-    with pytest.raises(ValueError, match="none of nanochat's.*trust_tokenizer=True") as error:
+    with pytest.raises(ValueError, match="not one of nanochat's.*trust_tokenizer=True") as error:
         open_tokenizer(file)
     assert str(file) in str(error.value) and len(str(error.value)) < 600
 

@@ -356,7 +356,7 @@ def test_an_hf_compatible_model_in_hugging_faces_format(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 100000.0}
     (folder / "config.json").write_text(json.dumps(config))
-    with refused(ValueError, folder, "states rope_theta 100000, and era 1 has 10000"):
+    with refused(ValueError, folder, "states rope_theta 100000, but era 1 has 10000"):
         load(folder)
     assert load(folder, **ERA5).recipe.qk_scale == 1.2
 
@@ -366,8 +366,8 @@ def test_an_hf_compatible_model_in_hugging_faces_format(tmp_path):
     [
         ("era4", {"use_smear": False}, ["era 4", "use_smear"]),
         ("era4", {"smear_gate_channels": 24, "qk_scale": 1.2}, ["smear_gate_channels", "1.2"]),
-        ("era3", {"rope_base": 1e5}, ["rope_base 100000, and era 3 has 10000"]),
-        ("era5", {"qk_scale": 1.15}, ["qk_scale 1.15, and era 5 has 1.2"]),
+        ("era3", {"rope_base": 1e5}, ["rope_base 100000, but era 3 has 10000"]),
+        ("era5", {"qk_scale": 1.15}, ["qk_scale 1.15, but era 5 has 1.2"]),
         ("era2", {"use_ve": False, "use_backout": False}, ["use_ve, use_backout"]),
         ("era1_padded", {"use_resid_lambdas": False}, ["use_resid_lambdas"]),
     ],

@@ -187,7 +187,7 @@ def test_numbers_beyond_all_that_was_told_are_refused():
     ):
         with pytest.raises(ValueError, match="field 'seq': no event before has sequences near"):
             Replay([*start, event])
-    # a pool that large is one where so many were said
+    # such numbers are possible after that many blocks were named
     said = [*range(MAX_BLOCKS - 9, MAX_BLOCKS + 1)]
     replay = Replay([*start, {"e": "allocate", "seq": 0, "blocks": said}])
     assert replay.num_used == 10 and MAX_BLOCKS + 10 * BLOCKS_EACH > said[-1]

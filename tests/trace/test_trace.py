@@ -239,7 +239,7 @@ def test_mistakes_are_errors(llm, tmp_path):
         {"e": "pool", "version": 2, "blocks": 4, "block_size": 2, "hashes": {}, "cached": []}
     )
     for lines, what in (
-        ("", "no whole line"),
+        ("", "no complete line"),
         ("{}\n", "line 1"),
         ("[1]\n", "line 1"),
         ("{\n", "line 1"),
@@ -449,7 +449,7 @@ def test_a_number_that_is_none_is_refused_with_its_line(tmp_path, line, number):
     )
     assert len(read(file)) == 3
     file.write_text("\n".join([*known, line.replace("X", number)]) + "\n")
-    with pytest.raises(ValueError, match=r"run.jsonl: line 3: .* is no number"):
+    with pytest.raises(ValueError, match=r"run.jsonl: line 3: .* is not a finite number"):
         read(file)
 
 
@@ -505,4 +505,4 @@ def test_a_notebook_shows_a_trace_in_a_sandbox_and_a_large_one_not_at_all(
     monkeypatch.setattr(type(trace), "events", property(lambda self: pytest.fail("it was read")))
     hint = trace._repr_html_()
     assert len(hint) < 500 and "iframe" not in hint
-    assert ".page(&quot;run.html&quot;)" in hint and "more than the 1,000" in hint
+    assert ".page(&quot;run.html&quot;)" in hint and "at most 1,000" in hint

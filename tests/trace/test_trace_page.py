@@ -260,7 +260,7 @@ def test_without_a_mouse_a_block_is_described_and_a_request_is_chosen(show, even
         page.keyboard.press("ArrowRight")
     said = value()
     assert f"Block {shared}: shared by {max(here['ref'])}" in said
-    for words in ("line", "Handed out in step", here["hashes"].get(str(shared), "no hash")):
+    for words in ("line", "Allocated in step", here["hashes"].get(str(shared), "no hash")):
         assert words in said
     assert page.is_visible("#tip") and f"Block {shared}" in page.inner_text("#tip")
     page.keyboard.press("Enter")
@@ -342,7 +342,7 @@ def test_hovering_tells_what_a_block_is_and_why(show, events):
     block_at(page, shared)
     tip = page.inner_text("#tip")
     assert f"Block {shared}: shared by {max(here['ref'])}" in tip
-    assert f"reference count {max(here['ref'])}" in tip and "Handed out in step" in tip
+    assert f"reference count {max(here['ref'])}" in tip and "Allocated in step" in tip
     assert here["hashes"].get(str(shared), "no hash") in tip
     holders = [(s, t.index(shared)) for s, t in here["tables"].items() if shared in t]
     for s, line in holders[:4]:
@@ -386,7 +386,7 @@ def test_a_selected_request_shows_its_block_table_and_its_life(show, events):
         "#rname"
     )
     words = page.inner_text("#life")
-    for what in ("leaves the queue", "is preempted", "is done", "40 tokens written"):
+    for what in ("leaves the queue", "is preempted", "is done", "40 tokens generated"):
         assert what in words
     page.click("#life button:has-text('is preempted')")
     assert f"request {life.request}, sample {life.sample}" in page.inner_text("#story")

@@ -1,11 +1,11 @@
-"""The `microvllm` command. A user's mistake is one line and exit status 2. torch takes seconds to
-import, so that is done where it is needed, once the flags make sense."""
+"""The `microvllm` command. A user's mistake prints one line, and the exit status is 2. Importing
+torch takes seconds, so each command imports it after its flags were checked."""
 
 from __future__ import annotations
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The console script."""
+    """The entry point of the console script."""
     try:
         from .flags import make_parser
         from .terminal import execute

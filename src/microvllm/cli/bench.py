@@ -1,6 +1,6 @@
-"""How fast it is: prompts to measure with, and a report.
+"""The benchmark: prompts, a warm-up, and a report of the results.
 
-The prompts are those of Alpaca's instructions (Taori et al., 2023) or any file in their format.
+The prompts are Alpaca's instructions (Taori et al., 2023) or any file in their format.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from statistics import median
 
 DATASET = "tatsu-lab/alpaca"
 PACKAGE = Path(__file__).resolve().parents[1]
-# where the lab, the course and the bundled model are: a wheel has them in the package's share/, a
-# clone of the project beside src/
+# the folder of the lab, the course and the bundled model: share/ in an installed package, the
+# parent of src/ in a clone
 ROOT = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parents[1]
 MODELS = ROOT / "models"
 BUNDLED = MODELS / "prompts" / "oldbooks_instructions.json"
-# how many prompts at most are run before a measurement, how long they are, and their new tokens
+# warm-up: the largest number of prompts, prompt tokens of each, and new tokens of each
 WARM_UP_BATCH, WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 24, 8
 
 
@@ -28,8 +28,8 @@ WARM_UP_BATCH, WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 24, 8
 
 
 def alpaca_prompts(rows: list, source: str) -> list[str]:
-    """Of each row the instruction and, where there is an input, a blank line and the input. Raises
-    ValueError, beginning with the source and the row, for one that has no such fields."""
+    """The instruction of each row and, if the row has an input, a blank line and the input. Raises
+    ValueError, with the source and the row, for a row without these fields."""
     prompts = []
     for number, row in enumerate(rows, 1):
         where = f"{source}: row {number}"
@@ -45,14 +45,14 @@ def alpaca_prompts(rows: list, source: str) -> list[str]:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """All prompts of an Alpaca-format file. Raises ValueError naming the file and the row."""
+    """All prompts of a file in Alpaca's format. Raises ValueError that names the file and row."""
     from ..jobs.rows import read_rows
 
     return alpaca_prompts(read_rows(path), str(path))
 
 
 def check_choices(rows: list, source: str) -> None:
-    """Raises ValueError, naming the row, unless each has a prompt and continuations of it."""
+    """Raise ValueError, which names the row, unless each row has a prompt and continuations."""
     for number, row in enumerate(rows, 1):
         texts = row.get("continuations") if isinstance(row, dict) else None
         good = isinstance(texts, list) and bool(texts) and all(texts)
@@ -62,8 +62,8 @@ def check_choices(rows: list, source: str) -> None:
 
 
 def find_prompts(path: str | None, count: int) -> tuple[list[str], str]:
-    """(the first `count` prompts, or as many as there are, and where they come from): the file
-    `path`, else Alpaca's data set if the `datasets` package can reach it, else the bundled file."""
+    """(at most `count` prompts, their source). The source is the file `path`, else Alpaca's data
+    set if the `datasets` package can download it, else the bundled file."""
     if path is not None:
         return read_prompts(path)[:count], path
     reason = f"`pip install datasets` for {DATASET}"
@@ -71,40 +71,41 @@ def find_prompts(path: str | None, count: int) -> tuple[list[str], str]:
         from ..sources.hub import hub_answers
 
         if not hub_answers():
-            os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: its local copy, or an error now
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: use the local copy or fail now
         try:
             from datasets import load_dataset
 
             rows = list(load_dataset(DATASET, split=f"train[:{count}]"))
             return alpaca_prompts(rows, DATASET), DATASET
-        except Exception as error:  # whatever went wrong out there, there are prompts here
+        except Exception as error:  # any failure of the download: use the bundled prompts
             reason = f"no {DATASET}: {type(error).__name__}"
     if not BUNDLED.is_file():
-        raise ValueError(f"no prompts here ({reason}): give --prompts-file or --random-input-len")
+        raise ValueError(f"no prompts found ({reason}): give --prompts-file or --random-input-len")
     return read_prompts(BUNDLED)[:count], f"the bundled {BUNDLED.name} ({reason})"
 
 
 def random_prompts(count, length, shared, vocabulary, seed) -> list[list[int]]:
-    """`count` prompts of `shared` token ids that are the same in all, and `length` of their own."""
+    """`count` prompts. Each has a common prefix of `shared` token ids, then `length` of its own."""
     draw = random.Random(seed)
     prefix = draw.choices(range(vocabulary), k=shared)
     return [prefix + draw.choices(range(vocabulary), k=length) for _ in range(count)]
 
 
 def warm_up(llm, params, num_prompts: int) -> float:
-    """Run a few short prompts, so that what a process does once (to read kernels from the disk, to
-    start threads) is in no figure; then forget them. Gives the seconds that this took.
+    """Run a few short prompts, so that the figures exclude work that a process does once: reading
+    kernels from the disk and starting threads. The prefix cache and counters are reset after it.
+    Returns the duration in seconds.
 
-    params: of the benchmark, since they decide which kernels a step needs; num_prompts: as many as
-    the benchmark has at most. In a pool that is too small for a prompt nothing is done.
+    params: those of the benchmark, since they decide which kernels a step needs; num_prompts: the
+    number of prompts of the benchmark. Does nothing if the pool is too small for a prompt.
     """
     start = time.perf_counter()
-    longest = min(llm.max_positions - 1, llm.max_model_len)
+    longest = llm.max_positions - 1
     new = min(WARM_UP_TOKENS, params.max_tokens, longest - 1)
     length = min(WARM_UP_PROMPT, longest - new)
     if new < 1 or length < 1:
         return 0.0
-    # a seed of their own: the engine's next one is for the benchmark
+    # with a seed, so that the engine's next seed is left for the benchmark
     params = replace(params, max_tokens=new, ignore_eos=True, seed=0)
     vocabulary = llm.tokenizer.num_ordinary
     for count in {min(num_prompts, WARM_UP_BATCH), 1}:  # kernels for many rows, and for one
@@ -119,17 +120,17 @@ def warm_up(llm, params, num_prompts: int) -> float:
 
 
 def rate(count: int, seconds: float) -> float:
-    """Count per second; nothing was done in no time."""
+    """Count per second; 0 if no time has passed."""
     return round(count / seconds, 1) if seconds else 0.0
 
 
 def counters(llm) -> dict[str, float]:
-    """What the engine counts."""
+    """The engine's counters."""
     return llm.stats()
 
 
 def drafts(stats: dict) -> str:
-    """How many draft tokens were accepted, where there were any, after other words."""
+    """The number of accepted draft tokens, to append to a line; "" if there were no drafts."""
     num_accepted = stats.get("accepted_tokens")
     num_drafted = stats.get("guessed_tokens")
     if not num_drafted:
@@ -139,7 +140,7 @@ def drafts(stats: dict) -> str:
 
 
 def share(found: dict) -> str:
-    """How much of the memory's bandwidth decoding used, where that was measured."""
+    """The share of the memory bandwidth that decoding used, if it was measured."""
     if not found.get("decode_bytes_per_second"):
         return ""
     used, most = found["decode_bytes_per_second"], found["bytes_per_second"]
@@ -147,13 +148,13 @@ def share(found: dict) -> str:
 
 
 def results(outputs: list, seconds: float, stats: dict, times: list) -> dict:
-    """What a benchmark is about, and the engine's own counters.
+    """The results of a benchmark, and the engine's counters.
 
-    seconds: from the arrival of all prompts to the last token; stats: LLM.stats() of that time;
+    seconds: from the arrival of all prompts to the last token; stats: LLM.stats() for that time;
     times: the SampleTimes of each sample (features/stats.py).
     """
     tokens = sum(len(output["token_ids"]) for output in outputs)
-    # the first token of a request comes out of the step that ends its prompt
+    # the first token of a request comes from the step that ends its prefill
     decoded = tokens - len(outputs)
     return {
         "total_prompts": len(outputs),
@@ -169,9 +170,8 @@ def results(outputs: list, seconds: float, stats: dict, times: list) -> dict:
 
 
 def latencies(times: list) -> dict[str, float | None]:
-    """Medians over the samples, in seconds: from the arrival of a request to its first token, and
-    from each token to the next one, which is a sample's mean. None where there is nothing to
-    measure."""
+    """Medians over the samples, in seconds: the time to the first token since the request arrived,
+    and the mean time between tokens of a sample. None if there is nothing to measure."""
     firsts = [sample.first - sample.queued for sample in times]
     gaps = [
         (sample.last - sample.first) / (sample.num_tokens - 1)
@@ -185,12 +185,12 @@ def latencies(times: list) -> dict[str, float | None]:
 
 
 def milliseconds(seconds: float | None) -> str:
-    """A time for people."""
+    """A time as text."""
     return "not measured" if seconds is None else f"{1000 * seconds:,.1f} ms"
 
 
 def report(found: dict) -> str:
-    """The results for people."""
+    """The results as text."""
     first = milliseconds(found["median_seconds_to_first_token"])
     gap = milliseconds(found["median_seconds_between_tokens"])
     warm = f"{found['warmup_seconds']:.2f} s"
@@ -210,9 +210,9 @@ Prefill: {found["prefill_tokens"]} tokens in {found["prefill_seconds"]:.2f} s, \
 {found["prefill_tokens_per_second"]} tokens/s
 Decode: {found["decode_tokens"]} tokens in {found["decode_seconds"]:.2f} s, \
 {found["decode_tokens_per_second"]} tokens/s{share(found)}{drafts(found)}
-(the time of a step that does both is divided by its tokens)
+(the time of a step with both is split in proportion to their tokens)
 Prefix-cache hits: {found["cached_tokens"]} of {found["prompt_tokens"]} prompt tokens
 Preemptions: {found["preemptions"]}
-KV blocks used at peak: {found["peak_blocks"]} of {found["num_blocks"]}, of \
-{found["block_size"]} tokens each
+KV blocks used at peak: {found["peak_blocks"]} of {found["num_blocks"]}, {found["block_size"]} \
+tokens each
 """

@@ -1,4 +1,4 @@
-"""What each command does, and the arguments that its flags become."""
+"""The work of each command, and the conversion of its flags into arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..environment import REINSTALL, how_to_install
 from . import bench as speed
 from . import policies, roofline, terminal
 from .conversation import converse
-from .learn import learn  # noqa: F401, a command of a file of its own
+from .learn import learn  # noqa: F401, a command that has its own file
 
 if TYPE_CHECKING:
     from .. import LLM, SamplingParams
@@ -27,14 +27,14 @@ MODEL_DIR = speed.MODELS / "oldbooks-d6"
 
 
 def engine() -> tuple[type[LLM], type[SamplingParams]]:
-    """What takes seconds to import, most of them torch's."""
+    """Import the engine. This takes seconds, mainly for torch."""
     with terminal.at_once():
         from .. import LLM, SamplingParams
     return LLM, SamplingParams
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments of SamplingParams that the flags give, but for the seed."""
+    """The arguments of SamplingParams that the flags set, except the seed."""
     names = "max_tokens temperature top_k top_p min_p repetition_penalty stop ignore_eos n".split()
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     if args.guide:
@@ -57,7 +57,7 @@ def overrides(args: argparse.Namespace) -> dict[str, object]:
         pairs = [item.split("=") for item in args.recipe]
         found = {name: json.loads(value.lower()) for name, value in pairs}
     except ValueError:
-        raise ValueError(f"--recipe wants NAME=VALUE, got {' '.join(args.recipe)!r}") from None
+        raise ValueError(f"--recipe needs NAME=VALUE, got {' '.join(args.recipe)!r}") from None
     from ..features.checks import CONSTANTS, check_names
 
     check_names(found, CONSTANTS)
@@ -65,7 +65,7 @@ def overrides(args: argparse.Namespace) -> dict[str, object]:
 
 
 def use_threads(args: argparse.Namespace) -> None:
-    """Have torch use --threads threads in all of this process."""
+    """Set the number of torch's threads in this process to --threads."""
     if args.threads is not None:
         import torch
 
@@ -78,7 +78,7 @@ def use_threads(args: argparse.Namespace) -> None:
 def model_name(args: argparse.Namespace) -> str:
     """The checkpoint of --model, by default the bundled one."""
     if args.model is None and not MODEL_DIR.is_dir():
-        raise ValueError("name a model, such as sft or owner/name: none came with this install")
+        raise ValueError("name a model, such as sft or owner/name: this install has no bundled one")
     return args.model or str(MODEL_DIR)
 
 
@@ -98,10 +98,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, object]:
 
 
 def settle(args: argparse.Namespace) -> str:
-    """Find the checkpoint. Prompts are completed as plain text with --raw, and with a base model
-    unless the flags say otherwise: returns what to tell of that, or ""."""
+    """Find the checkpoint, and decide whether prompts are plain text: they are with --raw, and for
+    a base model unless the flags say otherwise. Returns a note for the user if the model decided,
+    else ""."""
     if getattr(args, "raw", False) and args.chat:
-        raise ValueError("--raw and --chat are two ways to read a prompt: give one of them")
+        raise ValueError("--raw and --chat exclude each other: give one of them")
     from ..sources.places import find_checkpoint, is_base
 
     name = model_name(args)
@@ -113,20 +114,21 @@ def settle(args: argparse.Namespace) -> str:
     if getattr(args, "task", None) in ("chat", "completion"):
         return ""
     args.raw = True
-    return f"({name} is a base model: it completes plain text, as with --raw; --chat asks it)"
+    base = f"({name} is a base model: it completes plain text, as with --raw"
+    return f"{base}; --chat sends chat messages)"
 
 
 @contextmanager
 def starting(args: argparse.Namespace, patient: bool = True) -> Iterator[None]:
-    """Around what makes an engine of these flags: finds the checkpoint first; meanwhile Ctrl-C ends
-    the process at once. patient: better wait for kernels that are being compiled than see a first
-    token soon."""
+    """Find the checkpoint, then run the body, which makes an engine of these flags. Ctrl-C ends the
+    process at once during both. patient: wait for the compilation of kernels; otherwise the first
+    tokens come sooner, from plain PyTorch."""
     engine()
     note = settle(args)
     from ..loading import has_numba
 
     with ExitStack() as stack:
-        stack.enter_context(terminal.at_once())  # before what imports numba
+        stack.enter_context(terminal.at_once())  # before numba is imported
         if has_numba():
             from ..cpu import compilation
 
@@ -137,14 +139,15 @@ def starting(args: argparse.Namespace, patient: bool = True) -> Iterator[None]:
 
 
 def started(args: argparse.Namespace, llm: LLM) -> None:
-    """The engine is there: an error after its first prompt is a bug, and shows its traceback."""
+    """Note that the engine exists: an error after its first prompt is a bug, so its traceback is
+    shown."""
     args.begun = lambda: speed.counters(llm)["prompt_tokens"]
     if getattr(args, "chat", False) and not llm.tokenizer.has_chat:
         raise ValueError("--chat: the tokenizer has no chat tokens")
 
 
 def load(args: argparse.Namespace, patient: bool = True) -> LLM:
-    """The engine that the flags describe; patient: see `starting`."""
+    """Make the engine that the flags describe. patient: see `starting`."""
     with starting(args, patient):
         build, _ = engine()
         llm = build(**engine_options(args))
@@ -153,12 +156,12 @@ def load(args: argparse.Namespace, patient: bool = True) -> LLM:
 
 
 def chats(llm: LLM, raw: bool) -> bool:
-    """Is a prompt the user's turn of a conversation, and not plain text?"""
+    """Is a prompt a user's turn of a conversation, rather than plain text?"""
     return llm.tokenizer.has_chat and not raw
 
 
 def encode(llm: LLM, prompts: list[str], raw: bool) -> list[str] | list[list[int]]:
-    """Each prompt as the user's turn of a conversation, or as it is, see `chats`."""
+    """Each prompt as a user's turn of a conversation, or unchanged: see `chats`."""
     if not chats(llm, raw):
         return prompts
     render = llm.tokenizer.render_for_completion
@@ -166,14 +169,14 @@ def encode(llm: LLM, prompts: list[str], raw: bool) -> list[str] | list[list[int
 
 
 def check_watch(args: argparse.Namespace) -> None:
-    """Refuse --watch where it cannot draw, before a model is loaded."""
+    """Raise ValueError before a model is loaded if --watch cannot draw."""
     if args.watch and not find_spec("rich"):
         raise ValueError(f"--watch draws with rich: {how_to_install('watch')}")
 
 
 @contextmanager
 def watched(args: argparse.Namespace, llm: LLM) -> Iterator[None]:
-    """--watch draws a picture of the engine meanwhile."""
+    """Draw a picture of the engine while the body runs, if --watch was given."""
     if not args.watch:
         yield
         return
@@ -184,7 +187,7 @@ def watched(args: argparse.Namespace, llm: LLM) -> Iterator[None]:
 
 
 def generate(args: argparse.Namespace, llm: LLM, prompts: list, params: SamplingParams, **options):
-    """(the outputs of the prompts, seconds)."""
+    """Generate; returns (outputs of the prompts, seconds)."""
     start = time.perf_counter()
     with watched(args, llm):
         outputs = llm.generate(prompts, params, not args.watch, **options)
@@ -195,15 +198,15 @@ def generate(args: argparse.Namespace, llm: LLM, prompts: list, params: Sampling
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answer prompts; a single one is seen while it is written."""
+    """Answer prompts. The answer to a single prompt is streamed."""
     texts = args.prompts + args.prompt
     if not texts and not sys.stdin.isatty():
         texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not texts:
-        raise ValueError("no prompt: give one, or pipe some in, one a line")
+        raise ValueError("no prompt: give one, or pipe in one per line")
     for number, text in enumerate(texts, 1):
         if not text.strip() and not args.raw:
-            raise ValueError(f"prompt {number} is empty: give a text (--raw takes an empty one)")
+            raise ValueError(f"prompt {number} is empty: give a text (--raw allows an empty one)")
     check_watch(args)
     params = sampling_params(args)
     with load(args, patient=False) as llm:
@@ -213,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
                 terminal.note(summary)
             return
         turn = chats(llm, args.raw)
-        # a completion goes on where its prompt stops
+        # a completion continues the text of its prompt, so both are printed
         lead = texts[0] if not turn and sys.stdout.isatty() else ""
         (prompt,) = encode(llm, texts, args.raw)
         found = terminal.live(llm, prompt, params, chat=turn, lead=lead)
@@ -222,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def answer(args: argparse.Namespace, llm: LLM, texts: list[str], params: SamplingParams) -> str:
-    """Answer prompts all at once and print what came of them; returns a line about the speed."""
+    """Answer all prompts in one batch and print the outputs; returns a line about the speed."""
     turns, prompts = chats(llm, args.raw), encode(llm, texts, args.raw)
     outputs, seconds = generate(args, llm, prompts, params, tools=turns)
     count = terminal.show_all(texts, outputs, params, turns, args.json)
@@ -238,8 +241,8 @@ def chat(args: argparse.Namespace) -> None:
     if sys.stdin.isatty():
         terminal.note(f"loading {name} ...")
     params = sampling_params(args)
-    # no more cache than one conversation can fill: where layers have windows, a prompt that is
-    # computed in a few steps takes up to twice the blocks that its sequence keeps
+    # no more cache than one conversation can fill. where layers have windows, a prompt that takes
+    # several steps needs up to twice the blocks that its sequence keeps
     args.max_batch_size = args.max_batch_size or 2
     with load(args, patient=False) as llm:
         if not chats(llm, raw=False):
@@ -251,8 +254,8 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def batch(args: argparse.Namespace) -> None:
-    """Answer the rows of a file, one engine or many; started again, it goes on where it was."""
-    sampling_params(args)  # which raises for what no row may have
+    """Answer the rows of a file with one engine or several. A rerun resumes the job."""
+    sampling_params(args)  # raises ValueError for values that no row may have
     from ..jobs import Ask, Job, answer, carry_out
 
     told = settle(args)
@@ -260,14 +263,14 @@ def batch(args: argparse.Namespace) -> None:
     ask = Ask(args.task, args.raw, sampling_options(args), args.seed, **columns)
     options = engine_options(args)
     if args.tensor_parallel > 1:
-        raise ValueError("--tensor-parallel is not for batch, whose file one process writes")
+        raise ValueError("--tensor-parallel does not work with batch: leave it out")
     if args.ray is not None and args.trace:
-        raise ValueError("--trace is for one engine: give it without --ray")
+        raise ValueError("--trace records one engine: give it without --ray")
     if args.ray is None and (args.replicas, args.gpus_per_replica) != (1, 0):
-        raise ValueError("--replicas and --gpus-per-replica are for --ray: give it too")
+        raise ValueError("--replicas and --gpus-per-replica need --ray: add it")
     names = "model_path step tokenizer_path dtype quantization deterministic max_model_len".split()
     settings = {name: options[name] for name in names} | overrides(args) | vars(ask)
-    if args.kv_cache_dtype != "auto":  # without it, jobs that an earlier version began go on
+    if args.kv_cache_dtype != "auto":  # left out, so that jobs of earlier versions can be resumed
         settings["kv_cache_dtype"] = args.kv_cache_dtype
     job = Job(args.input, args.output, ask, settings)
     with ExitStack() as stack:
@@ -288,34 +291,35 @@ def batch(args: argparse.Namespace) -> None:
             if not args.begun():
                 raise
             problem = terminal.path_problem(error)
-            args.error(f"{problem}; the same command goes on from here")
+            args.error(f"{problem}; rerun the command to resume")
     if args.json:
         terminal.say(json.dumps(found))
     elif found["bad"] or sys.stderr.isatty():
         rate = speed.rate(found["new_tokens"], found["seconds"])
         line = f"{found['rows'] - found['bad']} of {found['rows']} rows answered in {job.output}"
-        line += f", {found['answered_before']} of them before" if found["answered_before"] else ""
+        before = found["answered_before"]
+        line += f", {before} of them in earlier runs" if before else ""
         line += f"; {found['bad']} bad, see {job.errors}" if found["bad"] else ""
         terminal.note(line + (f"; {rate:.0f} tokens/s" if rate else ""))
     sys.exit(1 if found["bad"] else 0)
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Throughput, on texts or on random tokens."""
+    """Measure throughput, on texts or on random tokens."""
     check_watch(args)
     length, shared = args.random_input_len, args.shared_prefix
     at_random = bool(length or shared or args.random_output_len)
     if at_random:
         length = length or 256
         args.max_tokens, args.ignore_eos = args.random_output_len or args.max_tokens, True
-        what = f"{args.num_prompts} prompts of {length} random tokens behind a prefix of {shared}"
+        what = f"{args.num_prompts} prompts of {length} random tokens after a prefix of {shared}"
     else:
         prompts, source = speed.find_prompts(args.prompts_file, args.num_prompts)
         what = f"{len(prompts)} prompts from {source}"
     if not args.json:
         terminal.say(what)
     params = sampling_params(args)
-    engine()  # the time of imports is not the model's
+    engine()  # import before the clock starts
     start = time.perf_counter()
     with load(args) as llm:
         once = {"load_seconds": round(time.perf_counter() - start, 3)}
@@ -324,7 +328,7 @@ def bench(args: argparse.Namespace) -> None:
             prompts = speed.random_prompts(args.num_prompts, length, shared, vocabulary, args.seed)
         else:
             prompts = encode(llm, prompts, args.raw)
-        # a trace is of the benchmark alone
+        # a trace shows the benchmark without warm-up
         seconds = 0.0 if args.trace else speed.warm_up(llm, params, len(prompts))
         once["warmup_seconds"] = round(seconds, 3)
         with llm.timing() as times:
@@ -335,7 +339,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Rank continuations by the log-probability that the model gives them."""
+    """Rank continuations by their log-probability under the model."""
     if bool(args.file) == (len(args.texts) > 1):
         raise ValueError("give PROMPT CONTINUATION..., or --file")
     rows = [{"prompt": "".join(args.texts[:1]), "continuations": args.texts[1:]}]
@@ -368,7 +372,7 @@ def eval(args: argparse.Namespace) -> None:
         raise ValueError(f"--include-path: {args.include_path} is not a folder")
     output = args.output and Path(args.output).absolute()
     if output and (output.is_dir() or not output.parent.is_dir()):
-        raise ValueError(f"--output: {args.output} is no file in a folder that is there")
+        raise ValueError(f"--output: {args.output} is not a file in an existing folder")
     from ..evals import evaluate, find_tasks
 
     names = [name.strip() for name in args.tasks.split(",")]
@@ -380,7 +384,7 @@ def eval(args: argparse.Namespace) -> None:
             llm, tasks, manager, num_fewshot=args.num_fewshot, limit=args.limit,
             apply_chat_template=args.chat, log_samples=False,
         )  # fmt: skip
-    if results is None:  # on all ranks but the first
+    if results is None:  # on all ranks except the first
         return
     from lm_eval.utils import handle_non_serializable, make_table
 
@@ -397,12 +401,12 @@ def eval(args: argparse.Namespace) -> None:
     if output:
         try:
             output.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:  # what was found is on stdout
+        except OSError as error:  # the results are on stdout
             args.error(f"--output: {terminal.path_problem(error)}")
 
 
 def info(args: argparse.Namespace) -> None:
-    """What a checkpoint is and takes, without loading it: its files are mapped."""
+    """Show a checkpoint's architecture and memory needs. Its files are mapped, not loaded."""
     engine()
     from ..devices import find_device
     from ..features.checks import check_device
@@ -425,7 +429,7 @@ def info(args: argparse.Namespace) -> None:
 
 
 def warmup(args: argparse.Namespace) -> None:
-    """Compile the kernels that a CPU needs for a checkpoint, in the foreground, and keep them."""
+    """Compile the CPU kernels for a checkpoint in the foreground, and keep them on disk."""
     engine()
     from ..loading import find_checkpoint, load_model
     from ..resources import naming_package
@@ -435,7 +439,7 @@ def warmup(args: argparse.Namespace) -> None:
     if why := compilation.not_kept():
         raise ValueError(f"kernels cannot be kept, because {why}: {compilation.REMEDY}")
     model_path = find_checkpoint(model_name(args), args.step)
-    seconds: dict[str, float] = {}  # of each kind that was not on disk
+    seconds: dict[str, float] = {}  # for each kind that was not on disk
 
     def show(kind: str, said: dict, passed: float, last: bool = False) -> None:
         seconds[kind] = passed
@@ -467,8 +471,8 @@ def warmup(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write a checkpoint in the other format, see that both give the same tokens under the same
-    constants, and say how much the other format's own constants change."""
+    """Write a checkpoint in the other format. Check that both produce the same tokens with the same
+    constants, and report how much the constants of the other format change."""
     from .. import LLM, SamplingParams
     from ..sources import exports, places
     from ..sources.places import find_checkpoint, read_checkpoint
@@ -481,7 +485,8 @@ def convert(args: argparse.Namespace) -> None:
     options = {"device": "cpu", "plain": True, "max_batch_size": 1, "num_threads": args.threads}
     options["trust_tokenizer"] = args.trust_tokenizer
     options["max_model_len"] = min(32, 10 * config.sequence_len)
-    # the formats' own constants, which the tokens of two near candidates may depend on
+    # constants that differ between the formats. if two tokens are almost equally likely, these
+    # constants may decide which one is taken
     constants = {"eps": recipe.eps, "round_rotary": recipe.round_rotary}
 
     def run(place: tuple, tokens: list[int] | None = None, **more) -> tuple[list[int], list[float]]:
@@ -498,7 +503,7 @@ def convert(args: argparse.Namespace) -> None:
         before, scores = run((*found, args.tokenizer_dir), **constants)
         after, theirs = run(place, **constants)
         if before != after:
-            raise ValueError(f"{args.output} would give the tokens {after}, not {before}")
+            raise ValueError(f"{args.output} would produce the tokens {after}, not {before}")
         differs = exports.differences(recipe, read_checkpoint(*place)[1])
         if differs:
             _, theirs = run(place, before)
@@ -513,12 +518,13 @@ def convert(args: argparse.Namespace) -> None:
     elif most == 0:
         same += ", exact: no constant and no log-probability differs"
     else:
-        same += f"; no constant differs, and log-probabilities by at most {most:.2g}"
+        same += f"; no constant differs, and log-probabilities differ by at most {most:.2g}"
     terminal.say(json.dumps(told) if args.json else f"{args.output}: era {recipe.era}, {same}")
 
 
 def quantize(args: argparse.Namespace) -> None:
-    """Write a checkpoint in 8, 6, 5 or 4 bits, rounded on text of its own or on a given one."""
+    """Write a checkpoint with weights of 8, 6, 5 or 4 bits. The rounding is calibrated on a text
+    file or on text that the model generates."""
     from .. import LLM, __version__
     from ..lowbit import folder as lowbit_folder
     from ..lowbit.calibration import split_text, write_texts
@@ -561,14 +567,14 @@ def quantize(args: argparse.Namespace) -> None:
         words += [word for item in args.recipe for word in ("--recipe", item)]
         told |= {"version": __version__, "command": shlex.join(["microvllm", "quantize", *words])}
         lowbit_folder.write_folder(checkpoint, made, tokenizer, told, folder)
-        _, _, written = read_checkpoint(folder, None)  # as strictly as everyone reads it
+        _, _, written = read_checkpoint(folder, None)  # with the same checks as any checkpoint
     matrices = [w for name, w in written.items() if lowbit_folder.is_matrix(name[:-7])]
     each = 8 * sum(w.nbytes for w in matrices) / sum(w.numel() for w in matrices)
     size = sum(w.nbytes for w in written.values())
     told |= {"output": args.output, "bits_per_weight": round(each, 2), "file_bytes": size}
     told["seconds"] = round(time.perf_counter() - start, 1)
-    line = f"{args.output}: matrices of {each:.2f} bits a weight, {size / 1e6:.1f} MB in all, "
-    line += f"rounded on {told['tokens']} tokens in {told['seconds']} s"
+    line = f"{args.output}: {each:.2f} bits per weight of a matrix, {size / 1e6:.1f} MB in total, "
+    line += f"calibrated on {told['tokens']} tokens in {told['seconds']} s"
     terminal.say(json.dumps(told) if args.json else line)
 
 
@@ -579,19 +585,19 @@ def lab(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(speed.ROOT))
     from lab.__main__ import main
 
-    args.begun = lambda: True  # it tells mistakes itself
+    args.begun = lambda: True  # the lab reports mistakes itself
     main(args.words)
 
 
 def trace(args: argparse.Namespace) -> None:
-    """Turn a trace into a web page, or into Chrome's format; or two of them into one page."""
+    """Turn a trace into a web page or into Chrome's format, or two traces into one page."""
     engine()
     from ..trace import read, write_chrome, write_comparison, write_page
 
     events = read(args.file)
     if args.other:
         if args.chrome:
-            raise ValueError("--chrome is for one trace: give it without the second file")
+            raise ValueError("--chrome takes one trace: leave out the second file")
         names = [Path(name).stem for name in (args.file, args.other)]
         if names[0] == names[1]:
             names = [args.file, args.other]

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: what the user types, pastes and orders, and the turns so far."""
+"""A conversation in the terminal: the user's input and commands, and the turns so far."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 HELP = """\
 /clear        start over (or: clear)
-/system TEXT  what the model is told before the conversation; without TEXT, nothing
+/system TEXT  set the system prompt; without TEXT, remove it
 /save FILE    write the conversation to a new file, as JSON
 /exit         leave (or: exit, quit, Ctrl-D)
-/help         show this
+/help         show this list
 Lines that are pasted together are one turn. Ctrl-C stops an answer."""
 COMMANDS = re.findall(r"^/(\w+)", HELP, re.M)
-# what the tokens after each mark are
+# the type of a message part that follows each special token
 _PARTS = {
     "python_start": "python", "python_end": "text", "output_start": "python_output",
     "output_end": "text",
@@ -34,24 +34,24 @@ _PARTS = {
 
 
 def command_of(line: str) -> tuple[str, str] | None:
-    """(name, what follows it) of a line that is for us and not for the model."""
+    """(name, rest of the line) if a line is a command and not for the model, else None."""
     if line.lower() in ("exit", "quit", "clear"):  # as in nanochat's chat_cli
         return line.lower().replace("quit", "exit"), ""
     if found := re.fullmatch(r"/(\w+)(?:[ \t]+(.*))?", line, re.S):
-        # a text may begin with a slash, too: then it is no word alone, nor close to a command
+        # a text may begin with a slash, too. it is a command if it is one word or close to a name
         if found[2] is None or get_close_matches(found[1], COMMANDS, 1):
             return found[1], found[2] or ""
     return None
 
 
 def read_turn() -> str | None:
-    """What the user says next, None at the end (Ctrl-D). On a terminal Ctrl-C only drops the line,
-    and lines that are pasted together are one turn: readline takes a bracketed paste as one text,
-    and where a terminal has none, the next line is there as soon as one was read."""
+    """The user's next turn; None at the end (Ctrl-D). On a terminal, Ctrl-C only discards the line,
+    and lines that are pasted together are one turn. readline returns a bracketed paste as one text.
+    On a terminal without bracketed paste, the next pasted line is available at once."""
     terminal = sys.stdin.isatty()
     while True:
         try:
-            # without a prompt nothing is written, which a full disk may refuse
+            # input() without a prompt writes nothing, so that a full disk cannot make it fail
             lines = [input("> ") if terminal and sys.stdout.isatty() else input()]
             with suppress(EOFError):
                 while terminal and not command_of(lines[0].strip()) and is_typed():
@@ -64,20 +64,20 @@ def read_turn() -> str | None:
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            note("\n(Ctrl-D or /exit leaves)")
+            note("\n(to leave, press Ctrl-D or type /exit)")
 
 
 def is_typed() -> bool:
-    """Is there more to read from the terminal, at once?"""
-    with suppress(OSError, ValueError):  # stdin is no file of the system's, or this is Windows
+    """Does the terminal have more input already?"""
+    with suppress(OSError, ValueError):  # stdin has no file descriptor, or this is Windows
         return bool(select.select([sys.stdin], [], [], 0.05)[0])
     return False
 
 
 class Conversation:
-    """The turns so far. The token ids of the answers are kept as they were written, tool outputs
-    and all, so the prompt of a turn begins with what the cache already has. max_prompt: tokens of
-    a prompt, at most. Raises ValueError for a tokenizer without chat tokens."""
+    """The turns so far. Answers are kept as token ids, with tool outputs, so that the prompt of the
+    next turn begins with tokens that the prefix cache has. max_prompt: the largest number of tokens
+    in a prompt. Raises ValueError for a tokenizer without chat tokens."""
 
     def __init__(self, tokenizer, max_prompt: int):
         self.tokenizer = tokenizer
@@ -86,20 +86,20 @@ class Conversation:
         self.user_start, *self.asks, self.end = (
             tokenizer.encode_special(f"<|{name}|>") for name in names
         )
-        self.system = ""  # what goes before the first turn that the model sees
+        self.system = ""  # the system prompt, put before the first turn that the model sees
         self.clear()
 
     def clear(self) -> None:
         """Start over."""
-        self.turns: list[tuple[str, list[int]]] = []  # what the user said, the ids of the answer
-        self.num_forgotten = 0  # of the first turns, which the model does not see any more
+        self.turns: list[tuple[str, list[int]]] = []  # (user's text, token ids of the answer)
+        self.num_forgotten = 0  # the first turns that the model no longer sees
 
     def add(self, line: str, ids: list[int]) -> None:
-        """Note a turn whose answer was written."""
+        """Add a turn after its answer is complete."""
         self.turns.append((line, ids + [self.end] * (ids[-1] != self.end)))
 
     def render(self, line: str, first: int) -> list[int]:
-        """The prompt of a line after the turns from the first on."""
+        """The prompt of a line. It includes the turns from number `first` on."""
         ids, lead = [self.tokenizer.bos_id], self.system and f"{self.system}\n\n"
         for said, answer in [*self.turns[first:], (line, [])]:
             ids += [self.user_start, *self.tokenizer.encode(lead + said), *self.asks, *answer]
@@ -107,18 +107,18 @@ class Conversation:
         return ids
 
     def prompt(self, line: str) -> list[int]:
-        """The prompt of a line. When not all turns fit, the older half of them is
-        forgotten: not turn by turn, since what moves to the front is computed anew. Raises
-        ValueError, and forgets nothing, for a line that does not fit or cannot be encoded."""
+        """The prompt of a line. If not all turns fit, the older half of them is dropped. It is not
+        one turn at a time, because after each drop the remaining turns are computed again. Raises
+        ValueError, and drops nothing, for a line that does not fit or cannot be encoded."""
         least = len(self.render(line, len(self.turns)))
         if least > self.max_prompt:
-            raise ValueError(f"{least} tokens, and the context has room for {self.max_prompt}")
+            raise ValueError(f"{least} tokens, but a prompt may have at most {self.max_prompt}")
         while len(ids := self.render(line, self.num_forgotten)) > self.max_prompt:
             self.num_forgotten += (len(self.turns) - self.num_forgotten + 1) // 2
         return ids
 
     def messages(self) -> list[dict]:
-        """All of it, as `LLM.chat` takes it: an answer in which a tool was called has parts."""
+        """The conversation as `LLM.chat` takes it. An answer with a tool call is split in parts."""
         special = self.tokenizer.special_tokens
         kinds = {special[f"<|{m}|>"]: kind for m, kind in _PARTS.items() if f"<|{m}|>" in special}
         found = [{"role": "system", "content": self.system}] if self.system else []
@@ -138,7 +138,7 @@ class Conversation:
         return found
 
     def save(self, name: str) -> str:
-        """Write it to a new file as JSON; returns what to say of that."""
+        """Write the conversation to a new file as JSON; returns a message for the user."""
         path, text = Path(os.path.expanduser(name)), json.dumps(self.messages(), indent=2) + "\n"
         try:
             with open(path, "x", encoding="utf-8") as file:
@@ -146,19 +146,19 @@ class Conversation:
                     file.write(text)
                     file.flush()
                 except OSError:
-                    path.unlink()  # not half of it
+                    path.unlink()  # leave no partial file
                     raise
         except FileExistsError:
-            return f"not saved: {name} is there already, give another name"
+            return f"not saved: {name} exists already, give another name"
         except OSError as error:
             return f"not saved: {path_problem(error)}"
-        except ValueError as error:  # what no name may have in it
+        except ValueError as error:  # a character that no file name may contain
             return f"not saved: {error}"
         return f"saved to {name}"
 
 
 def order(conversation: Conversation, name: str, rest: str, writes: bool) -> str:
-    """Do what a command says; returns what to say of it. writes: may this process write files?"""
+    """Execute a command; returns a message for the user. writes: may this process write files?"""
     match name:
         case "clear":
             conversation.clear()
@@ -167,26 +167,26 @@ def order(conversation: Conversation, name: str, rest: str, writes: bool) -> str
             return HELP
         case "system":
             conversation.system = rest
-            return "(the conversation begins with that)" if rest else "(it begins with nothing)"
+            return "(system prompt set)" if rest else "(system prompt removed)"
         case "save" if not rest:
             return "(name a file: /save FILE)"
         case "save":
             return f"({conversation.save(rest)})" if writes else ""
     near = "".join(f"did you mean /{x}? " for x in get_close_matches(name, COMMANDS, 1))
-    return f"(/{name} is no command: {near}/help lists them)"
+    return f"(there is no command /{name}: {near}/help lists them)"
 
 
 def converse(llm: LLM, params: SamplingParams, as_json: bool, title: str = "") -> None:
-    """A conversation, a line a turn, as nanochat's chat_cli has it, and some commands; title: for a
-    person, of the model."""
+    """Hold a conversation with one turn per line, as in nanochat's chat_cli, and a few commands.
+    title: name of the model, to show on a terminal."""
     with suppress(ImportError):
-        import readline  # noqa: F401, now input() has a history, arrow keys and bracketed paste
-    limit = llm.max_positions  # what the pool can hold, too
+        import readline  # noqa: F401, gives input() a history, arrow keys and bracketed paste
+    limit = llm.max_positions  # also limited by the pool
     llm.config = replace(llm.config, max_model_len=limit)
-    # of the context, a prompt leaves the answer its part
+    # a prompt leaves space in the context for the answer
     talk = Conversation(llm.tokenizer, limit - min(params.max_tokens, limit // 4))
     if sys.stdin.isatty():
-        note(f"{title}: a context of {limit:,} tokens. /help lists the commands, /exit leaves")
+        note(f"{title}: context of {limit:,} tokens. /help lists the commands, /exit leaves")
     while (line := read_turn()) is not None:
         if command := command_of(line):
             if command[0] == "exit":
@@ -202,7 +202,7 @@ def converse(llm: LLM, params: SamplingParams, as_json: bool, title: str = "") -
             note(f"(not sent: {error})")
             continue
         if forgotten := talk.num_forgotten - forgotten:
-            oldest = f"the oldest {forgotten} of {count} turns are forgotten"
+            oldest = f"the oldest {forgotten} of {count} turns are dropped"
             note(f"(the context of {limit} tokens is full: {oldest})")
         answer = live(llm, prompt, params, chat=True, show=not as_json, context=limit)
         if as_json:

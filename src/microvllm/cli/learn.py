@@ -1,4 +1,4 @@
-"""`microvllm learn`: the course's steps, where the reader is, and the check of an exercise."""
+"""`microvllm learn`: the steps of the course, the reader's progress, and checks of exercises."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .bench import ROOT
 
 COURSE = ROOT / "course"
 START = {"learn": "microvllm learn --start DIR", "lab": "microvllm lab start DIR"}
-WITH_MINE = 6, 8, 9  # steps that can run a function of the reader's: course/mine.py
-# what reading a state raises: no file, no JSON, values of other types, infinite or nested too deep
+WITH_MINE = 6, 8, 9  # steps that can run the reader's function: course/mine.py
+# errors from a damaged state file: missing, not JSON, wrong types, infinite or nested too deep
 DAMAGE = OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError
 
 
-# a reader's progress and copy of the exercises, of the course ("learn") and of the lab ("lab") ----
+# the reader's progress and copy of the exercises, for the course ("learn") and the lab ("lab") ----
 
 
 def state_file(of: str = "learn") -> Path:
-    """Where the reader's progress is kept: XDG's place for state, which may be deleted."""
+    """The file with the reader's progress, in XDG's state folder. It may be deleted."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "microvllm" / f"{of}.json"
 
 
 def read_state(of: str = "learn") -> dict:
-    """{"folder": the reader's, "ran": steps, "solved": exercises, "hints": {exercise: how many were
-    seen}}; a file that is missing or damaged is an empty one."""
+    """{"folder": of the exercises, "ran": steps, "solved": exercises, "hints": {exercise: number
+    seen}}. A file that is missing or damaged counts as empty."""
     empty = {"folder": "", "ran": [], "solved": [], "hints": {}}
     try:
         found = empty | json.loads(state_file(of).read_text(encoding="utf-8"))
@@ -45,17 +45,17 @@ def read_state(of: str = "learn") -> dict:
 
 
 def write_state(of: str = "learn", **changes) -> None:
-    """Keep what changed, or say why not: a step has run even where nothing can be written."""
+    """Save the changed entries. If the file cannot be written, print a note and continue."""
     file = state_file(of)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(read_state(of) | changes), encoding="utf-8")
     except OSError as error:
-        terminal.note(f"your progress is not kept: {terminal.path_problem(error)}")
+        terminal.note(f"your progress is not saved: {terminal.path_problem(error)}")
 
 
 def mark(of: str, name: str, number: int, done: bool = True) -> None:
-    """A step was run, or an exercise was judged."""
+    """Note that a step was run, or whether an exercise is solved."""
     before = {*read_state(of)[name]}
     after = before | {number} if done else before - {number}
     if after != before:
@@ -63,12 +63,12 @@ def mark(of: str, name: str, number: int, done: bool = True) -> None:
 
 
 def copy_exercises(of: str, source: Path, folder: str | Path) -> Path:
-    """Copy the exercises to a folder of the reader's, and remember it. Gives the copy."""
+    """Copy the exercises to the reader's folder, and save its path. Returns the copy."""
     target = Path(os.path.expanduser(folder)).absolute()
     target.mkdir(parents=True, exist_ok=True)
     file = target / "exercises.py"
     if file.exists():
-        terminal.note(f"{file} is there already, and stays as it is")
+        terminal.note(f"{file} exists already and was not changed")
     else:
         shutil.copy(source / "exercises.py", file)
     write_state(of, folder=str(target))
@@ -76,11 +76,11 @@ def copy_exercises(of: str, source: Path, folder: str | Path) -> Path:
 
 
 def load_exercises(of: str) -> ModuleType:
-    """The reader's exercises. Raises ValueError if there are none, or if they cannot be loaded."""
+    """The reader's exercises. Raises ValueError if they are missing or cannot be loaded."""
     folder = read_state(of)["folder"]
     file = Path(folder, "exercises.py")
     if not folder or not file.is_file():
-        gone = f"{file} is gone" if folder else "there is no copy of the exercises"
+        gone = f"{file} is missing" if folder else "there is no copy of the exercises"
         raise ValueError(f"{gone}: make one with `{START[of]}`")
     try:
         return load(file)
@@ -89,7 +89,7 @@ def load_exercises(of: str) -> ModuleType:
 
 
 def load(file: Path) -> ModuleType:
-    """A Python file as a module, whatever its folder is called."""
+    """Load a Python file as a module; its folder may have any name."""
     spec = importlib.util.spec_from_file_location(f"course_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -110,7 +110,7 @@ def steps() -> list[tuple[Path, Path, str]]:
 
 
 def check(number: int) -> None:
-    """Say whether an exercise is solved; the exit status is 0 if it is."""
+    """Report whether an exercise is solved; the exit status is 0 if it is."""
     work = load_exercises("learn")
     wrong = load(COURSE / "check.py").verdict(number, work)
     mark("learn", "solved", number, wrong is None)
@@ -124,7 +124,7 @@ def hint(number: int) -> None:
     state, key = read_state(), str(number)
     seen = min(state["hints"].get(key, 0), len(texts))
     if seen == len(texts):
-        terminal.note("these are all hints")
+        terminal.note("these are all the hints")
         first = 0
     else:
         first, seen = seen, seen + 1
@@ -134,23 +134,23 @@ def hint(number: int) -> None:
 
 
 def next_thing(number_of_steps: int, state: dict) -> str:
-    """What the reader does next: the exercise of the last step that was run, or another step."""
+    """The reader's next task: the first step not run, or the first exercise not solved."""
     for number in range(1, number_of_steps + 1):
         if number not in state["ran"]:
             return f"next: microvllm learn {number}"
         if number not in state["solved"]:
-            start = "" if state["folder"] else f", after `{START['learn']}`"
+            start = "" if state["folder"] else f"; first copy the exercises: {START['learn']}"
             return f"next: exercise {number}, microvllm learn {number} --check (or --hint){start}"
     return "you have run all steps and solved all exercises"
 
 
 def command_of(number: int, script: Path, is_mine: bool) -> list[str]:
-    """The command that runs a step, or runs it with the reader's function in it."""
+    """The command that runs a step, or runs it with the reader's function."""
     if not is_mine:
         return [sys.executable, str(script)]
     if number not in WITH_MINE:
-        raise ValueError(f"--mine is for steps 6, 8 and 9, not {number}")
-    load_exercises("learn")  # or say what is wrong with them
+        raise ValueError(f"--mine works with steps 6, 8 and 9, not {number}")
+    load_exercises("learn")  # raises ValueError for a mistake in them
     exercises = Path(read_state()["folder"], "exercises.py")
     return [sys.executable, str(COURSE / "mine.py"), str(number), str(exercises)]
 
@@ -160,7 +160,7 @@ def learn(args: argparse.Namespace) -> None:
     state, found = read_state(), steps()
     if args.start:
         file, first = copy_exercises("learn", COURSE, args.start), "`microvllm learn 1 --check`"
-        return terminal.say(f"write your solutions into {file}; {first} judges the first")
+        return terminal.say(f"write your solutions into {file}; {first} checks the first")
     if args.number is None:
         for flag in "check", "hint", "mine":
             if getattr(args, flag):

@@ -1,4 +1,4 @@
-"""`--eviction NAME|FILE:FUNCTION`, and --victim and --admission: policies by name."""
+"""Policies by name: `--eviction NAME|FILE:FUNCTION`, --victim and --admission."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ KINDS = {"victim": "youngest", "admission": "first_come", "eviction": "least_rec
 
 @cache
 def load(file: Path) -> ModuleType:
-    """A Python file as a module, which has no name to import it by: Ray sends its functions whole.
-    Raises ValueError for one that cannot be loaded."""
+    """Load a Python file as a module that cannot be imported by name, so that Ray sends the code of
+    its functions. Raises ValueError for a file that cannot be loaded."""
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     if file.suffix != ".py":
-        raise ValueError(f"{file} is not a Python file: give one whose name ends with .py")
+        raise ValueError(f"{file} is not a Python file: its name must end with .py")
     try:
         return learn.load(file)
     except KeyboardInterrupt:
@@ -32,8 +32,8 @@ def load(file: Path) -> ModuleType:
 
 
 def names(kind: str) -> dict[str, Callable]:
-    """The policies that have names: the core's default, and the lab's where it is installed."""
-    from ..blocks import least_recently_used  # which imports numpy: too slow for --help
+    """The named policies: the default of the core, and those of the lab if it is installed."""
+    from ..blocks import least_recently_used  # imports numpy: too slow for --help
     from ..scheduler import first_come, youngest
 
     found = [p for p in (youngest, first_come, least_recently_used) if p.__name__ == KINDS[kind]]
@@ -44,7 +44,7 @@ def names(kind: str) -> dict[str, Callable]:
 
 
 def find_policy(kind: str, text: str) -> Callable:
-    """The policy of a kind that NAME or FILE:FUNCTION means. Raises ValueError if there is none."""
+    """The policy for NAME or FILE:FUNCTION. Raises ValueError if there is none."""
     file, _, function = text.rpartition(":")
     try:
         known = vars(load(Path(os.path.expanduser(file)).absolute())) if file else names(kind)

@@ -1,4 +1,4 @@
-"""A command that torchrun started on every rank of a model, as if it were one process."""
+"""Run a command that torchrun started on every rank as if it were one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..features import parallel
 
 
 class SharedInput(io.TextIOBase):
-    """Standard input that all ranks read alike: rank 0 reads it, line by line, for all."""
+    """Standard input for all ranks: rank 0 reads each line and shares it."""
 
     def __init__(self, file):
         self.file, self.count = file, 0
@@ -32,7 +32,7 @@ class SharedInput(io.TextIOBase):
 
 
 def shared(name: str, value: str) -> str:
-    """Rank 0's value, for as long as that takes: a person may be typing it."""
+    """Rank 0's value. The wait has practically no limit: a person may be typing it."""
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 0:
         store.set(f"microvllm/{name}", value)
@@ -42,8 +42,8 @@ def shared(name: str, value: str) -> str:
 
 @contextmanager
 def one_voice(args: argparse.Namespace) -> Iterator[None]:
-    """Run a command on all ranks as if it were one: rank 0 reads and prints. Of those that fail
-    the first tells why; mostly all make the same mistake."""
+    """Run a command on all ranks as one: rank 0 reads and prints. If ranks fail, the first of them
+    prints the error, since all usually fail for the same reason."""
     nowhere = open(os.devnull, "w")
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = sys.stderr = nowhere

@@ -1,7 +1,7 @@
-"""What a checkpoint takes in each precision, and how fast memory lets it decode: the roofline.
+"""The memory of a checkpoint in each precision, and the speed limit of decoding: the roofline.
 
-It is an estimate: a decode step reads, no faster than memory can, every weight but the embedding
-tables once, and the K and V that its sequences see.
+The limit is an estimate. A decode step reads every weight once, except the embedding tables, and
+the K and V that its sequences attend to. It cannot read them faster than memory delivers them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 
 class Precision(NamedTuple):
-    """How a model's numbers are kept."""
+    """The storage format of a model's numbers."""
 
-    bits: float  # of each number of a layer's matrix, with the factors of groups of them
-    row: int  # bytes more for each row of a matrix: its scale, and what corrects its sums
-    other: int  # bytes of each number of the embedding tables, of K and of V
-    device: str = ""  # the only kind that has it
-    kv: str = "auto"  # "int8": a byte instead in K and V, and a scale of two for each head
-    head: int = 0  # bits of lm_head's numbers, where they are others
+    bits: float  # per weight of a layer's matrix, including the scales of groups
+    row: int  # extra bytes per row of a matrix: its scale and the correction of its sums
+    other: int  # bytes per number of the embedding tables, K and V
+    device: str = ""  # the only device type with this format; "": all
+    kv: str = "auto"  # "int8": one byte per number of K and V, and a scale of two bytes per head
+    head: int = 0  # bits per weight of lm_head; 0: as in the layers
 
 
 PRECISIONS = {
@@ -37,14 +37,14 @@ BATCHES = 1, 8, 64  # sequences that decode together
 
 
 def matrices(config) -> tuple[int, int]:
-    """(numbers, rows) of the matrices that a step multiplies by: all layers', and the head."""
+    """(numbers, rows) of the matrices that a step multiplies by: all layers and the head."""
     c, kv = config.n_embd, config.n_kv_head * config.head_dim
     numbers = config.n_layer * (10 * c * c + 2 * c * kv) + config.vocab_size * c
     return numbers, config.n_layer * (7 * c + 2 * kv) + config.vocab_size
 
 
 def step_bytes(config, kind: Precision) -> int:
-    """What a step reads of the weights."""
+    """Bytes of the weights that a step reads."""
     numbers, rows = matrices(config)
     head = config.vocab_size * config.n_embd
     bits = (numbers - head) * kind.bits + head * (kind.head or kind.bits)
@@ -52,21 +52,21 @@ def step_bytes(config, kind: Precision) -> int:
 
 
 def layer_bytes(config, kind: Precision) -> int:
-    """K and V of one token in one layer."""
+    """Bytes of K and V of one token in one layer."""
     head = config.head_dim + 2 if kind.kv == "int8" else config.head_dim * kind.other
     return 2 * config.n_kv_head * head
 
 
 def seen_bytes(config, windows: list[int], kind: Precision, context: int) -> int:
-    """The K and V that the last token of a context sees, its own among them."""
+    """Bytes of the K and V that the last token of a context attends to, including its own."""
     seen = sum(min(context, w + 1) if w >= 0 else context for w in windows)
     return seen * layer_bytes(config, kind)
 
 
 def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype="auto") -> dict:
-    """What a checkpoint is, and what running it on the device takes: in a dtype or the bits
-    that its file has, and in each precision that the engine has there. Limits are half way through
-    the context."""
+    """The architecture of a checkpoint and its memory needs on the device: in its dtype or stored
+    bits, and in each precision that the device has. Speed limits are for sequences that have filled
+    half of the context."""
     from ..checkpoint import pick_dtype
     from ..environment import free_memory
     from ..features.windows import group_layers, most_blocks
@@ -82,7 +82,7 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
         if kind.device in ("", device.type) and (kind.bits > 8 or stored in (None, name))
     }
     dtype = stored if stored in kinds and dtype == "float32" else dtype
-    groups = group_layers(windows, length)  # in blocks of 16 tokens, as many layers in each
+    groups = group_layers(windows, length)  # in blocks of 16 tokens, equal numbers of layers
     blocks = most_blocks([window for window, _ in groups], 16, length)
     speed = bandwidth(device)
 
@@ -99,8 +99,8 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
     chosen, free = takes(own), free_memory(device)
     width = max(len(layers) for _, layers in groups)
     sequence_bytes = blocks * 16 * width * layer_bytes(config, own)
-    # what the cache may have: nearly all of a GPU, or half of what is free elsewhere. unasked the
-    # engine takes 4 GB of the latter at most
+    # the largest cache: 0.9 of the free memory of a GPU, or half of it elsewhere. by default the
+    # engine takes at most 4 GB of the latter
     cache_bytes = max(0, free - chosen["weight_bytes"]) * (0.9 if on_gpu else 0.5)
     return {
         "config": vars(config),
@@ -124,14 +124,15 @@ def describe(config, recipe, weights: dict, device, dtype="auto", kv_cache_dtype
 
 
 def precision_of(llm) -> str:
-    """The precision of an engine's weights, one of PRECISIONS or a name that is not there."""
+    """The precision of an engine's weights: one of PRECISIONS, or another name."""
     return getattr(llm.model, "store", None) or str(llm.model.dtype)[6:]
 
 
 def reading(llm, outputs: list, stats: dict, precision: str) -> dict:
-    """How fast a run of decode steps read memory, beside what was measured: the weights of each
-    step, and the K and V that each sample's tokens after its first see, those that samples share
-    for each of them. Empty for a model in parts, or if nothing was decoded."""
+    """How fast the decode steps of a run read memory, and the measured bandwidth. Each step reads
+    the weights, and each token after a sample's first one reads the K and V that it attends to.
+    Shared K and V count once per sample. Empty with tensor parallelism, or if nothing was
+    decoded."""
     if llm.ranks or not stats["decode_seconds"] or precision not in PRECISIONS:
         return {}
     kind, config, windows = PRECISIONS[precision], llm.model.config, llm.model.windows
@@ -149,8 +150,8 @@ def reading(llm, outputs: list, stats: dict, precision: str) -> dict:
 
 
 def bandwidth(device) -> float:
-    """Bytes a second that the device's memory reads, or a GPU's reads and writes, by the best of a
-    few passes over more than its caches hold; half a second of them at most."""
+    """Memory bandwidth of the device in bytes per second: reads on a CPU, reads and writes on a
+    GPU. The best of a few passes over more data than the caches hold, in at most half a second."""
     import torch
 
     source = torch.ones(2**25, device=device)
@@ -166,7 +167,7 @@ def bandwidth(device) -> float:
 
 
 def description(found: dict) -> str:
-    """What `describe` found, for people."""
+    """The result of `describe` as text."""
     config, recipe = found["config"], dict(found["recipe"])
     era, length = recipe.pop("era"), config["sequence_len"]
     constants = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in recipe.items()]
@@ -182,28 +183,29 @@ windows   {", ".join(windows)} (layers x tokens back)
 weights   {found["parameters"]:,} parameters; {size(found["file_bytes"])} of \
 {" and ".join(found["file_dtypes"])} on disk, {size(found["weight_bytes"])} of {found["dtype"]} on \
 {found["device"]}
-KV cache  {found["kv_cache_dtype"]}, {found["kv_bytes_per_token"]:,} bytes a token, \
-{size(found["kv_bytes_per_sequence"])} a sequence of {length:,}
-memory    {size(found["free_bytes"])} free: room for about {found["full_sequences_that_fit"]:,} \
-such sequences beside the weights
-roofline  an estimate, from {size(found["bytes_per_second"])}/s measured: decoding is bound by \
-memory to {", ".join(limits)} tokens/s, half way through the context"""
+KV cache  {found["kv_cache_dtype"]}, {found["kv_bytes_per_token"]:,} bytes per token, \
+{size(found["kv_bytes_per_sequence"])} per sequence of {length:,} tokens
+memory    {size(found["free_bytes"])} free: enough for the weights and about \
+{found["full_sequences_that_fit"]:,} sequences of this length
+roofline  an estimate: at the measured {size(found["bytes_per_second"])}/s, memory limits decoding \
+to {", ".join(limits)} tokens/s for sequences that fill half of the context"""
     title = found["checkpoint"] + (f", step {found['step']}" if found["step"] is not None else "")
     for name, each in found["precisions"].items():
         most = [f"{n:,.0f}" for n in each["decode_limits"].values()]
         text += f"\n{name:9} weights {size(each['weight_bytes'])}, K and V "
-        text += f"{each['kv_bytes_per_token']:,} bytes a token; at most {' / '.join(most)} tokens/s"
+        text += f"{each['kv_bytes_per_token']:,} bytes per token; "
+        text += f"at most {' / '.join(most)} tokens/s"
     if "check" in found:
         check = found["check"]
         text += f"\nkernels   on {check['card']} ({', '.join(check['versions'])})"
         for title, wrong in check["kernels"].items():
-            text += f"\n          {title}: {wrong or 'as plain torch'}"
+            text += f"\n          {title}: {wrong or 'matches plain torch'}"
     wrapper = textwrap.TextWrapper(96, subsequent_indent=" " * 12, break_on_hyphens=False)
     return "\n".join([title, *(wrapper.fill(f"  {line}") for line in text.splitlines())])
 
 
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """A number of bytes with a unit."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,7 +1,7 @@
-"""A person's side of the command line: mistakes, and answers as they are written.
+"""Output of the command line: errors, notes and streamed answers.
 
-Answers go to stdout by `say`, what is said about them to stderr by `note`, and nothing past these
-two; colours and live lines are for terminals.
+Answers go to stdout by `say`, and notes about them to stderr by `note`. Nothing is printed in
+another way. Colours and lines that change are used on terminals only.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ _ENDS = {
     "max_tokens": "; cut by --max-tokens",
     "max_model_len": "; cut, the context is full",
 }
-# arguments whose flag has another name
+# arguments that have a flag of another name
 _FLAGS = {"model_path": "model", "tokenizer_path": "tokenizer_dir", "num_threads": "threads"}
-# what to do where the system refuses a path
+# remedies for errors of the system about a path
 _REMEDIES = {
     errno.ENOENT: "there is no such file; check its name",
     errno.EISDIR: "this is a folder; give the path of a file",
-    errno.ENOTDIR: "a part of this path is a file and no folder; check the path",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; check the path",
     errno.EEXIST: "this exists already; give another path",
     errno.EACCES: "permission denied; give a path that you may read or write",
     errno.EPERM: "permission denied; give a path that you may read or write",
-    errno.EROFS: "this file system can only be read; give a path on another one",
+    errno.EROFS: "this file system is read-only; give a path on another one",
     errno.ENOSPC: "the disk is full; free space on it, or give a path on another one",
-    errno.EDQUOT: "your quota of the disk is used up; free space, or give a path on another one",
+    errno.EDQUOT: "your disk quota is used up; free space, or give a path on another disk",
     errno.ENAMETOOLONG: "the name is too long; give a shorter one",
     errno.ELOOP: "its symbolic links lead back to itself; give another path",
 }
-# C0 (but tab and newline) and C1, by which a terminal takes orders, and all that have the property
-# Bidi_Control, by which a text is shown in another order than it has (Boucher and Anderson,
+# control characters of a terminal (C0 except tab and newline, and C1), and characters with the
+# property Bidi_Control, which change the order in which a text is shown (Boucher and Anderson,
 # "Trojan Source", 2021)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-# what every command needs -------------------------------------------------------------------------
+# for every command --------------------------------------------------------------------------------
 
 
 def path_problem(error: OSError) -> str:
-    """What an error of the system means, in words: the path, what is wrong with it and what to do.
-    An error that has no number, since it was raised with a message of our own, is that message."""
+    """Describe an error of the system: the path, the problem and the remedy. An error without a
+    number was raised with a message of our own, which is returned."""
     if error.errno is None:
         return str(error)
     told = _REMEDIES.get(error.errno, error.strerror)
-    if not isinstance(error.filename, (str, bytes, os.PathLike)):  # of a file that is open
+    if not isinstance(error.filename, (str, bytes, os.PathLike)):  # the error is about an open file
         return told
     path = os.fsdecode(error.filename)
     folder = Path(path).absolute().parent
@@ -73,19 +73,19 @@ def path_problem(error: OSError) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a user's mistake in one line and leaves with exit status 2."""
+    """A parser that reports a user's mistake in one line and exits with status 2."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.set_defaults(error=self.tell, begun=lambda: False)
 
     def format_help(self) -> str:
-        """As in argparse, but the usage has no list of all options, which follows anyway."""
+        """As in argparse, but without all options in the usage, since their list follows."""
         self.usage = self.usage or self.short_usage()
         return re.sub(" +$", "", super().format_help(), flags=re.M)
 
     def short_usage(self) -> str:
-        """What has to be given, and that there are options."""
+        """A usage line with the required arguments and "[options]"."""
         required, positional = [], []
         marks = {"?": "[{}]", "*": "[{} ...]", "...": "[{} ...]"}
         for action in self._actions:
@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         return " ".join(["%(prog)s", *required, "[options]", *positional])
 
     def parse_known_args(self, args=None, namespace=None):
-        """As in argparse, but the message about an unknown flag names the nearest one."""
+        """As in argparse, but the message about an unknown flag suggests the closest one."""
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
             if near := get_close_matches(word.partition("=")[0], self._option_string_actions, 1):
@@ -106,11 +106,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: object) -> NoReturn:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
-            self.exit(2)  # all that torchrun started were given these flags
+            self.exit(2)  # every rank received these flags, and rank 0 reports the mistake
         self.tell(message)
 
     def _print_message(self, message: str, file=None) -> None:
-        """Help and version go where all goes: argparse does not see that a disk is full."""
+        """Print help and version by `say`, since argparse ignores a full disk."""
         if file is None or file is not sys.stdout:
             return super()._print_message(message, file)
         try:
@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
     def tell(self, message: object) -> NoReturn:
         if isinstance(message, ModuleNotFoundError) and str(message.name).startswith("microvllm."):
             place = message.name.replace(".", "/")
-            message = f"this command needs {place}, which is not there: {REINSTALL}"
+            message = f"this command needs {place}, which is missing: {REINSTALL}"
         elif isinstance(message, OSError):
             message = self.name_flags(path_problem(message))
         elif isinstance(message, Exception):
@@ -129,14 +129,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {plain(' '.join(str(message).split()))}\n")
 
     def name_flags(self, message: str) -> str:
-        """An error of the engine with flags in place of the arguments that they become. A name of
-        one word may be an English word, and is an argument before a value or "must"."""
+        """Replace argument names in an error of the engine by their flags. A name of one word may
+        be an English word, so it is replaced only before a value or "must"."""
         given = {action.dest: action.option_strings for action in self._actions}
         for name in [*given, *_FLAGS]:
             if names := given.get(_FLAGS.get(name, name)):
                 flag = next((x for x in names if x.startswith("--")), names[0])
                 value = r"(=True\b)?" if "_" in name else r"(=True\b|(?==| must\b))"
-                # it is no part of another word or of a path
+                # not as a part of another word or of a path
                 pattern = rf"(?<![\w./'\"-]){name}(?![\w/-]|\.\w){value}"
                 message = re.sub(pattern, flag, message)
         return message
@@ -151,8 +151,8 @@ def positive(text: str) -> int:
 
 @contextmanager
 def user_errors(args: argparse.Namespace) -> Iterator[None]:
-    """What a command refuses is the user's mistake, which is one line without a traceback. What is
-    raised when args.begun() is a bug, and shows itself as one."""
+    """Report errors before args.begun() as the user's mistakes, in one line without a traceback.
+    Later errors are bugs and keep their traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -162,20 +162,20 @@ def user_errors(args: argparse.Namespace) -> Iterator[None]:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """Run args.command. Ctrl-C ends it with exit status 130, a reader that goes away with 141, a
-    stdout that takes no more, as on a full disk, with a line and 2."""
+    """Run args.command. The exit status is 130 after Ctrl-C and 141 after a closed pipe. If stdout
+    cannot be written, as on a full disk, it is 2, with one line on stderr."""
     open_streams()
     try:
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # what its encoding lacks is a ?, no crash
+                stream.reconfigure(errors="replace")  # print ? for what the encoding lacks
         with user_errors(args), ExitStack() as stack:
             if getattr(args, "tensor_parallel", 1) > 1:
                 from .ranks import one_voice
 
                 stack.enter_context(one_voice(args))
             args.command(args)
-        say(end="")  # what a library has left
+        say(end="")  # flush output of libraries
     except KeyboardInterrupt:
         sys.exit(130)
     except (BrokenPipeError, Unwritable) as error:
@@ -183,8 +183,8 @@ def execute(args: argparse.Namespace) -> None:
 
 
 def leave(error: Exception, tell: Callable[[Exception], object]) -> NoReturn:
-    """End after `| head`, or where a disk is full."""
-    # python flushes once more at its end, which may not fail too
+    """Exit after a closed pipe, as with `| head`, or on a full disk."""
+    # Python flushes stdout once more when it exits, and that must not fail again
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, Unwritable):
         tell(error)
@@ -193,8 +193,8 @@ def leave(error: Exception, tell: Callable[[Exception], object]) -> NoReturn:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, with exit status 130: what is raised in the midst of an
-    import may get lost there, or be shown with a traceback. A handler of others is left alone."""
+    """Let Ctrl-C end the process at once, with exit status 130. KeyboardInterrupt during an import
+    may get lost, or be shown with a traceback. A handler set by other code is kept."""
     main = threading.current_thread() is threading.main_thread()
     ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
@@ -207,25 +207,25 @@ def at_once() -> Iterator[None]:
 
 
 def open_streams() -> None:
-    """Lead a standard stream that is closed nowhere: stdin ends at once, and what is written is
-    dropped. Else the next file that is opened gets its number, and a library's warnings with it."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # as they are numbered
+    """Open standard streams that are closed on the null device. Otherwise the next file that is
+    opened gets the stream's number, and warnings of libraries would be written into it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1 and 2
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, errors="replace"))
 
 
 def plain(text: str) -> str:
-    """The text with a \ufffd for each character by which it could steer a terminal: a model, a
-    prompt, or the names in a file may say anything."""
+    """The text with \ufffd for each control character of a terminal: the output of a model, a
+    prompt, or names in a file may contain any character."""
     return _CONTROLS.sub("\ufffd", text)
 
 
 class Unwritable(Exception):
-    """What cannot be printed, because stdout takes no more."""
+    """stdout cannot be written."""
 
 
 def say(text: str = "", end: str = "\n") -> None:
-    """Print to stdout: plain on a terminal, as it is for a file or a program."""
+    """Print to stdout: without control characters on a terminal, unchanged to a file or pipe."""
     try:
         if text or end:
             print(plain(text) if sys.stdout.isatty() else text, end=end)
@@ -236,12 +236,12 @@ def say(text: str = "", end: str = "\n") -> None:
         raise Unwritable(f"stdout cannot be written: {error.strerror}") from None
 
 
-_held: list[str] | None = None  # notes, while an answer is written
+_held: list[str] | None = None  # notes that wait until an answer is complete
 
 
 @contextmanager
 def notes_later() -> Iterator[None]:
-    """Hold notes back until what is printed inside is whole."""
+    """Hold notes back until the body has printed its text."""
     global _held
     if _held is not None:
         yield
@@ -256,8 +256,8 @@ def notes_later() -> Iterator[None]:
 
 
 def note(text: str, live: bool = False, end: str = "\n") -> None:
-    """Say something that is no answer: on stderr, in grey where there are colours; live: in place
-    of the line that is there."""
+    """Print a note on stderr, in grey if the terminal has colours. live: replace the current
+    line."""
     if _held is not None:
         _held.append(text)
         return
@@ -265,13 +265,13 @@ def note(text: str, live: bool = False, end: str = "\n") -> None:
     text = plain(text)
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         text = f"\033[2m{text}\033[0m"
-    with suppress(OSError):  # there is nowhere to write
+    with suppress(OSError):  # stderr cannot be written
         print(f"\r\033[K{text}" if live else text, end=end, file=sys.stderr, flush=True)
 
 
 def progress(text: str, last: bool = False) -> None:
-    """Show how far a command is, on stderr: on a terminal in one line that changes, elsewhere the
-    last state alone."""
+    """Show the progress of a command on stderr: on a terminal as one line that changes, elsewhere
+    only the last state."""
     if sys.stderr.isatty():
         note(text, live=True, end="\n" if last else "")
     elif last:
@@ -285,12 +285,12 @@ def live(
     llm: LLM, prompt, params: SamplingParams, *, chat: bool, show: bool = True, lead: str = "",
     context: int = 0,
 ) -> dict:  # fmt: skip
-    """Stream the answer to one prompt (a text or token ids), and say how fast it was.
+    """Stream the answer to one prompt (a text or token ids), and note its speed.
 
-    show: print it, after `lead`; chat: with the calculator; context: say how many of these tokens
-    prompt (token ids) and answer take. Returns its text, token_ids,
-    finish_reason, stop_reason, tokens_per_second, prompt_tokens and how many of them were
-    cached_tokens. Ctrl-C ends the answer alone: its finish_reason is "abort".
+    show: print the answer, after `lead`; chat: use the calculator; context: size of the context in
+    tokens, to show how much of it the prompt (token ids) and the answer fill. Returns a dict with
+    text, token_ids, finish_reason, stop_reason, tokens_per_second, prompt_tokens and
+    cached_tokens. Ctrl-C ends only the answer: its finish_reason is then "abort".
     """
     before, start = counters(llm), time.perf_counter()
     answer = {"text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": "abort"}
@@ -324,8 +324,8 @@ def live(
 def show_all(
     texts: list[str], outputs: list, params: SamplingParams, chat: bool, as_json: bool
 ) -> int:
-    """Print the outputs of prompts: answers, completions (no chat) or JSON. Returns how many tokens
-    they have."""
+    """Print the outputs of prompts as answers, completions (no chat) or JSON. Returns their number
+    of tokens."""
     for text, output in zip(texts, outputs, strict=True):
         if as_json:
             shown = {k: v for k, v in output.items() if k != "samples" or params.n > 1}
@@ -340,7 +340,7 @@ def show_all(
 
 
 def show_ranking(prompt: str, ranked: list[dict]) -> None:
-    """Print the continuations of a prompt, best total first, and how they rank by the token."""
+    """Print the continuations of a prompt, best total first, and their ranks per token."""
     means = sorted((r["per_token"] for r in ranked), reverse=True)
     say(f"> {prompt}\n      total       per token   tokens")
     for rank, r in enumerate(ranked, 1):

@@ -33,6 +33,7 @@ from .elementwise import (
     take_rows,
 )
 from .gemm import (
+    Dense,
     Int8,
     PackedBfloat16,
     PackedInt8,
@@ -62,12 +63,14 @@ PLAIN = "attend", "add_norm", "rope_store", "sample"  # what Backend has in plai
 
 def kinds_for(kind: str) -> list[str]:
     """All kinds of kernels that the engines of one checkpoint call in one precision, `kind` first,
-    then that of a live module, whose weights are shared and so not packed."""
-    kinds = [kind]
-    store, *parts = kind.split("-")
-    if "layers" in parts and store in ("float32", "bfloat16"):
-        kinds.append(kind.removesuffix("-layers"))
-    return kinds
+    then those of live modules, whose weights are shared and so not packed, and those that compute
+    layer by layer."""
+    start = kind.removesuffix("-layers")
+    store = start.partition("-")[0]
+    if start == kind or store not in ("float32", "bfloat16"):
+        return [kind]
+    shared = [f"{start}-shared-layers"] if store == "float32" else []
+    return [kind, *shared, start]
 
 
 class CpuBackend(Backend):
@@ -123,17 +126,22 @@ class CpuBackend(Backend):
         return super().linear_class(quantization, shared, width, dtype, head)
 
     def compile(self, model) -> Callable | None:
-        """One call, if all weights are packed, in whole tiles where outputs lie side by side."""
+        """One call, if all weights are packed, in whole tiles where outputs lie side by side; or if
+        all are shared."""
         layers = [w for x in model.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
-        fit = all(isinstance(w, PackedLinear) for w in (*layers, model.lm_head))
-        fit = fit and all(sum(w.sizes) % gemm.TILE == 0 for w in layers)
-        return Layers(model) if fit else None
+        linears = *layers, model.lm_head
+        is_packed = all(isinstance(w, PackedLinear) for w in linears)
+        is_packed = is_packed and all(sum(w.sizes) % gemm.TILE == 0 for w in layers)
+        is_shared = all(isinstance(w, SharedFloat32) and w.is_whole for w in linears)
+        return Layers(model) if is_packed or is_shared else None
 
     def prepare(self, model) -> None:
         """Have the kernels of such a model on disk, or compute in plain torch until they are."""
         kind = model.store or "float32"
         kind += "-int8_cache" if model.kv_layout[1] == torch.int8 else ""
-        kind += "-layers" if model.compiled else ""
+        if model.compiled:
+            is_shared = isinstance(model.lm_head, SharedFloat32)
+            kind += "-shared-layers" if is_shared else "-layers"
         self.kind = kind
         # ranks draw the same tokens, so all of them have to compute in the same way
         waits = self.waits or self.deterministic or model.ranks is not None
@@ -182,6 +190,15 @@ def _weight_of(weights, i, kind, like):
         w, offset, scale = _parts(weights, i, kind, like)
         return made(w, offset, scale)
 
+    def dense(weights, i, kind, like):
+        return Dense(
+            _tensor(weights, i, 3 * kind, like.first)[0],
+            _tensor(weights, i, 3 * kind + 1, like.second)[0],
+            _tensor(weights, i, 3 * kind + 2, like.third)[0],
+        )
+
+    if made is Dense:
+        return dense
     return low_bit if made else lambda weights, i, kind, like: _parts(weights, i, kind, like)
 
 
@@ -190,7 +207,7 @@ _VE = 12  # after those four weights: the value embeddings, and their gate
 
 @kept(**EXACT)
 def _run(
-    team, ids, prev_ids, positions, cu_seqlens, seq_lens, logit_rows, slots, tables,
+    team, ids, prev_ids, positions, cu_seqlens, seq_lens, hidden_rows, slots, tables,
     cache, depths, groups, windows, tilings, weights, like, head, wte, smear_gate,
     smear_lambda, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
     rows, tiles, x0, unused, other, y, h, half, taken, free, q, seen, qkv, wide, scratch, hidden,
@@ -210,10 +227,10 @@ def _run(
     n_layer, size = len(windows), cache.shape[4]
     mixes, smears = resid.size > 0, backout.size > 0
     one, none = _f32(1), _f32(0)
-    T, R = len(ids), len(logit_rows)
+    T, R = len(ids), len(hidden_rows)
     whole = R == T  # are all rows the head's, in their order?
     for t in range(R if whole else 0):
-        whole &= logit_rows[t] == t
+        whole &= hidden_rows[t] == t
     # no constants, or numba would compile each kernel for them once more
     yes, no = n_layer > 0, n_layer < 0
     n_kv_head = cache.shape[3]
@@ -259,12 +276,12 @@ def _run(
             windows[i], team, scratch, attended,
         )  # fmt: skip
         if is_last and not whole:  # all K and V are written: only the head's rows go on
-            take_rows(x, logit_rows, team, taken[:R])
+            take_rows(x, hidden_rows, team, taken[:R])
             x, spare, z, normed, inner = taken[:R], free[:R], y[:R], h[:R], wide[:R]
-            take_rows(attended.reshape(T, -1), logit_rows, team, q[:R].reshape(R, -1))
+            take_rows(attended.reshape(T, -1), hidden_rows, team, q[:R].reshape(R, -1))
             attended = q[:R]
             if smears and i > n_layer // 2:
-                take_rows(middle, logit_rows, team, seen[:R].reshape(R, -1))
+                take_rows(middle, hidden_rows, team, seen[:R].reshape(R, -1))
                 middle = seen[:R].reshape(R, -1)
             elif smears:
                 middle = half[:R]
@@ -297,20 +314,22 @@ def _run(
 
 
 class Layers:
-    """All layers of a FusedGPT whose weights are packed, on a batch: see FusedGPT.forward."""
+    """All layers of a FusedGPT whose weights are packed, or all shared with a live module, on a
+    batch: see FusedGPT.forward."""
 
     def __init__(self, model):
         config, recipe, places, none = model.config, model.recipe, [], torch.empty(0)
         for layer in model.layers:
             linears = layer.qkv, layer.proj, layer.fc, layer.mlp_proj
             embeddings = (none, none) if layer.ve is None else (layer.ve, layer.ve_gate)
-            tensors = *chain(*(linear.weight for linear in linears)), *embeddings
+            tensors = *map(torch.from_numpy, chain(*(x.arrays for x in linears))), *embeddings
             # addresses, and three dimensions
             places.append([(x.data_ptr(), *(1,) * (3 - x.ndim), *x.shape) for x in tensors])
         self.weights, self.windows = np.array(places, np.int64), np.array(model.windows)
         assert 20 * len(places) + 20 < MAX_JOBS, f"{len(places)} layers"
         self.like = model.layers[0].qkv.arrays
         self.head, self.wte = model.lm_head.arrays, array_of(model.wte)
+        self.num_columns = model.lm_head.num_columns
         names = "resid_lambdas", "x0_lambdas", "backout_lambda"
         numbers = [model.tensors.get(name, none) for name in names]
         self.numbers = [x.numpy() for x in (*numbers, model.cos, model.sin)]
@@ -326,7 +345,7 @@ class Layers:
 
     def __call__(self, batch, cache) -> Tensor:
         """(R, C), the normed rows of the head."""
-        rows = len(batch.logit_rows)
+        rows = len(batch.hidden_rows)
         hidden, nothing = np.empty((rows, self.wte.shape[1]), np.float32), np.empty(0, np.float32)
         draws = (
             nothing.reshape(1, 0), nothing.reshape(1, 0), nothing, np.empty((0, 3)),
@@ -339,8 +358,8 @@ class Layers:
         """The tokens (steps, T) of a batch of one row for each sequence, and of the steps after it:
         at most `count`, up to the first that ends a sequence. uniform (count, T): random numbers of
         [0, 1); scale, filters: of elementwise.draw_values; stops (T, n): tokens, -1 for none."""
-        rows, num_tiles = len(batch.logit_rows), len(self.head[0])
-        logits = np.empty((rows, num_tiles * gemm.TILE), np.float32)
+        rows = len(batch.hidden_rows)
+        logits = np.empty((rows, self.num_columns), np.float32)
         tokens = np.empty((count, rows), np.int64)
         hidden = np.empty((0, self.wte.shape[1]), np.float32)
         done = self.run(batch, cache, hidden, logits, uniform, scale, filters, stops, tokens)
@@ -348,7 +367,7 @@ class Layers:
 
     def run(self, batch, cache, hidden, logits, uniform, scale, filters, stops, tokens) -> int:
         """Call the kernel."""
-        names = "token_ids", "prev_token_ids", "positions", "cu_seqlens", "seq_lens", "logit_rows"
+        names = "token_ids", "prev_token_ids", "positions", "cu_seqlens", "seq_lens", "hidden_rows"
         arrays = [np.asarray(getattr(batch, name)) for name in names]
         slots, tables = np.asarray(batch.slots), np.asarray(batch.block_tables)
         if cache is not self.cache:

@@ -87,7 +87,8 @@ def run_tiny(backend_class: type, kind: str) -> None:
     backend = backend_class(torch.device("cpu"), torch.float32)
     backend.prepare = lambda model: None  # it does not wait for itself
     store = None if store == "float32" else store
-    model = FusedGPT(config, recipe, weights, backend, store=store)
+    share = "shared" in parts
+    model = FusedGPT(config, recipe, weights, backend, share=share, store=store)
     layout, dtype = model.kv_layout
     cache = PagedKVCache(layout, 8, 4, dtype, backend.device)
     blocks = BlockManager(BlockPool(8), block_size=4)
@@ -263,6 +264,7 @@ def say(tell: Callable[[str], object], line: str) -> None:
 def precision(kind: str) -> str:
     """A kind in words."""
     store, *parts = kind.split("-")
+    store += ", of a live module" if "shared" in parts else ""
     return store + (", K and V in int8" if "int8_cache" in parts else "")
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import sys
 from itertools import accumulate
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import overload
 from torch import Tensor
@@ -66,10 +68,10 @@ _SOON = 768 // TILE if TILE else 0  # inputs whose weights are 3 KB
 _DEPTH = 1024  # inputs at a time: the weights of a tile for them stay in the cache
 _MANY = 240  # rows at a time: they stay there, too
 # of weights that are not packed: as many sums as there are registers, and up to how many rows that
-# is faster than torch, whose threads have to be woken
+# is faster than to pack tiles of them first
 _DENSE_COLUMNS = 4
 _DENSE_ROWS = 4 if LANES == 16 or NEON else 2
-FEW_ROWS = 128
+UNPACKED_ROWS = 48
 
 
 @vectorised()
@@ -265,14 +267,72 @@ def _multiply_dense_part(worker, part, parts, x, w, column, square, y):
             _multiply_dense(n, K, x, t * K, w, _DENSE_COLUMNS * piece * K, y, y_at, square)
 
 
+@vectorised()
+def _pack_tile(b, w, w_at, w_stride, K, tile, tile_at):
+    """tile (K, TILE) = TILE rows of w, w_stride apart, transposed. K: a multiple of LANES. Both
+    parts of the arrays begin at flat indices."""
+    source, target = b.at(w.data, w_at), b.at(tile.data, tile_at)
+    halves = range(0, LANES, LANES // 2)
+    places = [[half + i // 2 + LANES * (i % 2) for i in range(LANES)] for half in halves]
+    low, high = (ir.Constant(ir.VectorType(b.i32, LANES), lanes) for lanes in places)
+    with cgutils.for_range_slice(b, b.i64(0), K, b.i64(LANES), b.i64) as (k, _):
+        for column in range(0, TILE, LANES):
+            rows = [b.read(b.at(source, (w_stride, column + i), k)) for i in range(LANES)]
+            for _ in range(LANES.bit_length() - 1):  # each time, pairs of rows are interleaved
+                pairs = list(zip(rows[: LANES // 2], rows[LANES // 2 :], strict=True))
+                rows = [b.shuffle_vector(*pair, half) for pair in pairs for half in (low, high)]
+            for i, row in enumerate(rows):
+                b.write(row, b.at(target, (k, TILE), (TILE, i), column))
+
+
+@job
+@numba.njit(**VIEWS)
+def _multiply_packing_part(worker, part, parts, x, w, column, square, space, y):
+    T, K = x.shape
+    first, end = share(len(w) // TILE, part, parts)
+    tile = space[worker]
+    none, cuts = tile[:0], -(-K // _DEPTH)
+    for p in range(first, end, 2):
+        tiles = min(end - p, 2)
+        rows = _ROWS // tiles
+        turns = -(-T // rows)
+        for cut in range(cuts):
+            k0, k1 = share(K // LANES, cut, cuts)
+            k0, k1 = LANES * k0, LANES * k1
+            packed = tile[: 2 * (k1 - k0) * TILE].reshape(2, k1 - k0, TILE)
+            for i in range(tiles):
+                w_at = (p + i) * TILE * K + k0
+                _pack_tile(w, w_at, K, k1 - k0, packed, i * (k1 - k0) * TILE)
+            # the rows of w behind these lie together: a part of them is loaded by each call
+            near = ((p + tiles) * K + tiles * k0) * TILE
+            step = -(-(k1 - k0) // turns) * TILE
+            for turn in range(turns):
+                t0, t1 = share(T, turn, turns)
+                _multiply(
+                    t1 - t0, tiles == 2, k1 - k0, x, t0 * K + k0, packed, 0, y, t0,
+                    column + p * TILE, w, near + turn * step, turns, cut > 0,
+                    square and cut + 1 == cuts, none, none, none,
+                )  # fmt: skip
+
+
 @kept(**EXACT)
 def multiply_dense(x, w, column, square, team, y):
     """y[:, column:] (T, N) = x (T, K) @ w (N, K).T; square: then relu(y)^2.
 
-    The weights are as torch has them, N a multiple of _DENSE_COLUMNS and K of LANES.
+    The weights are as torch has them, N a multiple of _DENSE_COLUMNS and K of LANES. For many rows
+    each thread packs two tiles at a time, in scratch memory.
     """
-    runs, parts = piece_parts(len(w) // _DENSE_COLUMNS, team[SIZE])
-    _multiply_dense_part(team, runs, parts, (x, w, column, square, y))
+    num_tiles = len(w) // TILE if len(x) > UNPACKED_ROWS else 0
+    if num_tiles:
+        shape = team[SIZE], 2 * min(w.shape[1], _DEPTH) * TILE
+        space = scratch_array(team, 0, shape, np.float32)
+        runs, parts = piece_parts(num_tiles, team[SIZE])
+        _multiply_packing_part(team, runs, parts, (x, w, column, square, space, y))
+    rest = w[num_tiles * TILE :]
+    if len(rest):
+        runs, parts = piece_parts(len(rest) // _DENSE_COLUMNS, team[SIZE])
+        arguments = x, rest, column + num_tiles * TILE, square, y
+        _multiply_dense_part(team, runs, parts, arguments)
 
 
 @numba.njit(**VIEWS)
@@ -347,12 +407,22 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 def scratch_bytes(rows: int, width: int, threads: int) -> int:
     """The scratch memory that a product of `rows` rows of `width` inputs takes at most: these
-    inputs as integers, their scales and sums, and unpacked weights of each thread."""
+    inputs as integers, their scales and sums, and unpacked or packed weights of each thread."""
     return rows * (3 * width + 256) + threads * 8 * (width + 64) * max(TILE, 1) + 4096
 
 
+class Dense(NamedTuple):
+    """A weight whose parts are as torch has them, one on top of the other: float32 (N, K) each,
+    those that are missing (0, K)."""
+
+    first: np.ndarray
+    second: np.ndarray
+    third: np.ndarray
+
+
 def product(x, weight, square, following, team, y):
-    """y = x times a weight: (tiles, offset, scale), the latter two empty unless it is int8."""
+    """y = x times a weight: Dense, of low_bit_gemm.py, or (tiles, offset, scale), the latter two
+    empty unless it is int8."""
 
 
 @overload(product, jit_options=EXACT)
@@ -377,8 +447,15 @@ def _product_of(x, weight, square, following, team, y):
         scaling = offset, w_scale, w_scale
         multiply(q.view(np.int32), w, scaling, square, following, team, y)
 
-    if isinstance(weight, types.BaseNamedTuple):  # low_bit_gemm.py has those
-        return None
+    def dense(x, weight, square, following, team, y):
+        column = 0
+        for part in weight:
+            if len(part):
+                multiply_dense(x, part, column, square, team, y)
+            column += len(part)
+
+    if isinstance(weight, types.BaseNamedTuple):  # low_bit_gemm.py has others
+        return dense if weight.instance_class is Dense else None
     if weight[0].dtype == types.int32:
         return integers
     return halves if weight[0].dtype == types.uint16 and TWO_HALVES else floats
@@ -414,14 +491,40 @@ def workspace(*shapes: tuple[int, ...]) -> list[np.ndarray]:
     return [space[at : at + size].reshape(shape) for at, size, shape in places]
 
 
-class PackedLinear(Linear):
-    """Packed in tiles of TILE outputs, for our own product.
+class KernelLinear(Linear):
+    """A weight for our own product. Until that is compiled, `plain` computes it with torch."""
+
+    fuses_relu2 = True
+    arrays: tuple  # what `product` takes
+    num_columns: int  # of a product, with those of padding
+
+    @property
+    def is_compiled(self) -> bool:
+        return not self.backend.awaited
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if not self.is_compiled:
+            y = self.plain(x)[:, : self.rows]
+            return y.relu().square_() if self.relu2 else y
+        y = torch.empty(len(x), self.num_columns)
+        with one_at_a_time:
+            team = team_of(scratch=scratch_bytes(*x.shape, MAX_THREADS))
+            _linear(x.contiguous().numpy(), self.arrays, self.relu2, team, y.numpy())
+        return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
+
+
+class PackedLinear(KernelLinear):
+    """Packed in tiles of TILE outputs.
 
     weight: (tiles, in, TILE), the last tile padded with zeros. In int8 four weights are one
     number there, and two arrays follow: 128 times the sums of the rows, and each row's step.
     """
 
-    row_exact = fuses_relu2 = True
+    row_exact = True
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.arrays[0]) * TILE
 
     def load(self, parts: list[Tensor]) -> None:
         none = torch.empty(0, dtype=torch.int32), torch.empty(0)
@@ -442,58 +545,36 @@ class PackedLinear(Linear):
         for old, new in zip(others, scaling, strict=True):
             old.copy_(new)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        tiles = self.arrays[0]
-        if self.backend.awaited:
-            y = self.plain(x)[:, : self.rows]
-            return y.relu().square_() if self.relu2 else y
-        y = torch.empty(len(x), len(tiles) * TILE)
-        with one_at_a_time:
-            scratch = scratch_bytes(*x.shape, MAX_THREADS)
-            self.compute(x.contiguous().numpy(), team_of(scratch=scratch), y.numpy())
-        return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
-
-    def compute(self, x, team, y) -> None:
-        """y = the product, of numpy's arrays."""
-        _linear(x, self.arrays, self.relu2, team, y)
-
     def plain(self, x: Tensor) -> Tensor:
-        """The product in plain torch, on the same packed weights: there is no second copy."""
+        """On the same packed weights: there is no second copy."""
         y = torch.bmm(x.expand(len(self.weight[0]), -1, -1), self.weight[0])  # (tiles, T, TILE)
         return y.transpose(0, 1).flatten(1)
 
 
-class SharedFloat32(Shared):
+class SharedFloat32(KernelLinear, Shared):
     """A live module's weights in float32.
 
-    torch's product of few rows is as fast, but runs in threads of its own: two sets of threads that
-    work in turn wait for each other.
+    torch's product is as fast, but runs in threads of its own: two sets of threads that work in
+    turn wait for each other.
     """
 
-    fuses_relu2 = True
-
-    def takes(self, x: Tensor) -> bool:
-        """Can our own product be called?"""
-        is_whole = self.width % LANES == 0 and all(
-            len(part) % _DENSE_COLUMNS == 0 and part.is_contiguous() and part.dtype == torch.float32
-            for part in self.weight
+    def load(self, parts: list[Tensor]) -> None:
+        super().load(parts)
+        self.num_columns = sum(self.sizes)
+        # can our own product be called?
+        self.is_whole = self.width % LANES == 0 and all(
+            len(part) % _DENSE_COLUMNS == 0 and part.is_contiguous() for part in parts
         )
-        return is_whole and len(x) <= FEW_ROWS and not self.backend.awaited
+        matrices = [part.detach().numpy() for part in parts]
+        missing = [np.empty((0, self.width), np.float32)] * (3 - len(matrices))
+        self.arrays = Dense(*matrices, *missing)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        if not self.takes(x):
-            y = super().multiply(x)
-            return self.backend.relu2(y) if self.relu2 else y
-        y = torch.empty(len(x), sum(self.sizes))
-        column = 0
-        with one_at_a_time:
-            team = team_of()
-            inputs = x.contiguous().numpy()
-            for part in self.weight:
-                matrix = part.detach().numpy()
-                multiply_dense(inputs, matrix, column, self.relu2, team, y.numpy())
-                column += len(part)
-        return y if self.rows == y.shape[1] else y[:, : self.rows].contiguous()
+    @property
+    def is_compiled(self) -> bool:
+        return self.is_whole and super().is_compiled
+
+    def plain(self, x: Tensor) -> Tensor:
+        return Shared.multiply(self, x)
 
 
 class PackedBfloat16(PackedLinear):

@@ -378,11 +378,6 @@ def _product_of(x, weight, square, following, team, y):
         return _PRODUCTS.get(weight.instance_class)
 
 
-@kept(**EXACT)
-def _linear(x, weight, square, team, y):
-    product(x, weight, square, weight.tiles, team, y)
-
-
 class PackedLowBit(PackedLinear):
     """Weights of `bits` bits in tiles of TILE outputs, for our own product with inputs of int8.
 
@@ -402,9 +397,6 @@ class PackedLowBit(PackedLinear):
             self.arrays = WEIGHTS[self.bits](*(part.numpy() for part in self.weight))
         for old, part in zip(self.weight, new, strict=True):
             old.copy_(part)
-
-    def compute(self, x, team, y) -> None:
-        _linear(x, self.arrays, self.relu2, team, y)
 
 
 class PlainLowBit(Linear):

@@ -1,4 +1,4 @@
-"""Evaluations: lm-evaluation-harness runs its tasks on this engine."""
+"""Evaluations: run tasks of lm-evaluation-harness on this engine."""
 
 from .harness import HarnessLM, evaluate, find_tasks
 

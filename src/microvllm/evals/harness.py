@@ -6,10 +6,10 @@
 
     simple_evaluate(HarnessLM(LLM("sft")), tasks=["arc_easy"])
 
-The harness hands over all requests of a kind at once, as texts. They become token ids as in its
-Hugging Face model, and one call of the engine, which batches them and computes shared prefixes
-once. The harness finds no models in other packages; once this module is imported it knows
-"microvllm", also on its own command line:
+The harness passes all requests of a kind at once, as texts. They are encoded as in its Hugging Face
+model, and one call of the engine batches them and computes shared prefixes once. The harness does
+not search other packages for models. Importing this module registers "microvllm", also for the
+harness's command line:
 
     python -c "import microvllm.evals, lm_eval.__main__ as m; m.cli_evaluate()" \\
         --model microvllm --model_args model_path=sft --tasks arc_easy
@@ -31,8 +31,8 @@ try:
         simple_parse_args_string,
     )
 except ImportError as error:
-    what = f"evaluations need lm-eval 0.4.10 or later ({error}): {how_to_install('eval')}"
-    raise ModuleNotFoundError(what, name=error.name) from None
+    message = f"evaluations need lm-eval 0.4.10 or later ({error}): {how_to_install('eval')}"
+    raise ModuleNotFoundError(message, name=error.name) from None
 
 COUNTERS = (
     "prompt_tokens",
@@ -45,13 +45,13 @@ COUNTERS = (
 
 @register_model("microvllm")
 class HarnessLM(TemplateLM):
-    """An LLM as the harness sees it.
+    """An LLM in the form of a model of the harness.
 
-    llm: the engine, which is not closed here; max_gen_toks: new tokens at most, where a task does
-    not say. A context begins with BOS, and alone it stands for an empty one. What is too long is
-    cut from the left to `max_length` tokens of input. The engine counts the last token too, which
-    is only predicted: for a model's whole context, as the harness's Hugging Face model takes it,
-    give LLM(..., max_model_len=) one more than that.
+    llm: the engine, which this class does not close; max_gen_toks: the most new tokens if a task
+    does not set it. A context starts with BOS, and an empty context is BOS alone. Longer inputs are
+    cut on the left to `max_length` tokens. The engine's max_model_len also counts the last token,
+    which is only predicted. To use a model's whole context, as the harness's Hugging Face model
+    does, give LLM(..., max_model_len=) one more than the context.
     """
 
     def __init__(self, llm, max_gen_toks: int = 256):
@@ -64,9 +64,9 @@ class HarnessLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None):
-        """The harness's --model_args are the arguments of LLM, such as model_path. Of what it adds,
-        the batch size is not used (the scheduler has its own limits), and cuda:0 also stands for
-        the best device."""
+        """Create the model from the harness's --model_args, which are arguments of LLM, such as
+        model_path. Of the harness's additions, the batch size is not used (the scheduler has its
+        own limits), and cuda:0 also means the best device."""
         from .. import LLM
 
         additional_config = additional_config or {}
@@ -84,23 +84,23 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.llm.tokenizer.bos_id  # nanochat's documents begin with it, and have no end
+        return self.llm.tokenizer.bos_id  # it starts nanochat's documents; there is no end token
 
     @property
     def tokenizer_name(self) -> str:
-        return "nanochat"  # the chat template: the harness caches by this name
+        return "nanochat"  # the name of the chat template, which the harness uses for caching
 
     def get_model_info(self) -> dict:
-        """What the results say of the model."""
+        """Return the facts about the model for the results."""
         model = self.llm.model
         return {"model": self.llm.name, "model_dtype": str(model.dtype), "era": model.recipe.era}
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        """Token ids of a text, with BOS in front unless add_special_tokens is False. In a text that
-        begins with the name of BOS, as the chat template's do, names of special tokens are these
-        tokens."""
+        """Return the token ids of a text, with BOS in front unless add_special_tokens is False. If
+        the text starts with the name of BOS, as the chat template's texts do, names of special
+        tokens are encoded as these tokens."""
         tokenizer = self.llm.tokenizer
         if not string.startswith("<|bos|>"):
             return tokenizer.encode(string, bos=add_special_tokens is not False)
@@ -111,8 +111,8 @@ class HarnessLM(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
-        """The text of a conversation for `tok_encode`. Without add_generation_prompt the last
-        message is the beginning of an answer, that the model goes on with."""
+        """Return the text of a conversation for `tok_encode`. Without add_generation_prompt, the
+        last message is the start of an answer that the model continues."""
         tokenizer = self.llm.tokenizer
         text = tokenizer.decode(tokenizer.render_for_completion(chat_history))
         return text if add_generation_prompt else text + chat_history[-1]["content"]
@@ -120,15 +120,15 @@ class HarnessLM(TemplateLM):
     # requests
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
-        """Of each (texts, context's ids, continuation's ids) the log-probability of the
-        continuation, and whether it is what greedy decoding writes."""
+        """Return for each (texts, context's ids, continuation's ids) the log-probability of the
+        continuation, and whether greedy decoding would write it."""
         prompts = []
         continuations = []
         for texts, context, continuation in requests:
             num_tokens = len(continuation)
             if not 0 < num_tokens <= self.max_length:
                 raise ValueError(
-                    f"a continuation of {num_tokens} tokens after a context of {len(context)}, and "
+                    f"a continuation of {num_tokens} tokens after a context of {len(context)}, but "
                     f"it must have 1 to {self.max_length} (max_length): {texts!r:.200}"
                 )
             prompts.append(context[num_tokens - self.max_length - 1 :])
@@ -137,8 +137,8 @@ class HarnessLM(TemplateLM):
         return [(sum(output["logprobs"]), all(output["greedy"])) for output in outputs]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each text after BOS: of its first max_length tokens, then of each
-        further stretch given all that fits before it."""
+        """Return the log-probability of each text after BOS. A text is split into windows of at
+        most max_length tokens, each with as much preceding context as fits."""
         windows = []  # (index of the text, context's ids, predicted ids)
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -151,23 +151,23 @@ class HarnessLM(TemplateLM):
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The text after each context, up to the first of the strings `until` or the end of the
+        """Return the text after each context, up to the first string in `until` or the end of the
         answer. Other generation_kwargs are those of SamplingParams; greedy by default."""
         prompts = []
         params = []
         for context, gen_kwargs in [request.args for request in requests]:
             options = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
-            room = self.max_length - options["max_gen_toks"]
-            if room < 1:
+            max_prompt = self.max_length - options["max_gen_toks"]
+            if max_prompt < 1:
                 raise ValueError(
-                    f"max_gen_toks={options['max_gen_toks']} leaves no room for a prompt: both "
+                    f"max_gen_toks={options['max_gen_toks']} leaves no space for a prompt: both "
                     f"must fit into {self.max_length} tokens (max_length); give a lower one"
                 )
             try:
                 params.append(self._make_params(options))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"generation_kwargs {gen_kwargs}: {error}") from None
-            prompts.append(self.tok_encode(context)[-room:])
+            prompts.append(self.tok_encode(context)[-max_prompt:])
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
         for i, output in enumerate(outputs):
             if output["finish_reason"] not in ("stop", "length"):
@@ -175,22 +175,22 @@ class HarnessLM(TemplateLM):
         return [output["text"] for output in outputs]
 
     def _make_params(self, options: dict):
-        """SamplingParams for normalised generation_kwargs. Raises TypeError or ValueError."""
+        """Make SamplingParams of normalised generation_kwargs. Raises TypeError or ValueError."""
         options = {"temperature": 0.0, **options}
         options["max_tokens"] = options.pop("max_gen_toks")
         until = [text for text in options.pop("until") if text]
         if until:
             options["stop"] = until
-        del options["do_sample"]  # which the temperature says
+        del options["do_sample"]  # the temperature determines it
         if options.get("num_beams") == 1:  # no beam search
             del options["num_beams"]
         return self.llm.params_class(**options)
 
 
 def find_tasks(names: list[str], include_path: str | Path | None = None):
-    """The harness's TaskManager, and the names of the tasks, groups and tags that `names` match,
-    which may have * in them. include_path: a folder with further tasks (YAML; they may name Python
-    functions, which the harness runs). Raises ValueError for a name or folder that is not there."""
+    """Return the harness's TaskManager, and the tasks, groups and tags that match `names`, which
+    may contain *. include_path: a folder with further tasks (YAML files that may name Python
+    functions, which the harness runs). Raises ValueError for an unknown name or folder."""
     from lm_eval.tasks import TaskManager
 
     if include_path and not Path(include_path).is_dir():
@@ -198,16 +198,17 @@ def find_tasks(names: list[str], include_path: str | Path | None = None):
     manager = TaskManager(include_path=include_path)
     for name in names:
         if not manager.match_tasks([name]):
-            known = f"the harness knows {len(manager.all_tasks)}: `lm_eval ls tasks` lists its own"
-            raise ValueError(f"there is no task {name!r}; {known}, include_path adds others")
+            remark = f"the harness knows {len(manager.all_tasks)}: `lm_eval ls tasks` lists its own"
+            raise ValueError(f"there is no task {name!r}; {remark}, include_path adds others")
     return manager, manager.match_tasks(names)
 
 
 def evaluate(llm, tasks: list[str], task_manager=None, **options) -> dict | None:
-    """What lm_eval.simple_evaluate returns for these tasks (None on all ranks of a model but the
-    first), and under "engine" what it cost: prompt_tokens; cached_tokens, those that came from the
-    prefix cache, a share of hit_rate; output_tokens; seconds in the engine, and prompt and output
-    tokens per second. options: of simple_evaluate, such as num_fewshot and limit."""
+    """Return the result of lm_eval.simple_evaluate for these tasks (None on all ranks but the
+    first). Its key "engine" has the costs: prompt_tokens; cached_tokens (prompt tokens from the
+    prefix cache) and hit_rate (their share); output_tokens; seconds in the engine;
+    tokens_per_second of prompt and output. options: arguments of simple_evaluate, such as
+    num_fewshot and limit."""
     from lm_eval import simple_evaluate
 
     before = llm.stats()
@@ -219,7 +220,7 @@ def evaluate(llm, tasks: list[str], task_manager=None, **options) -> dict | None
 
 
 def summarise(counters: dict[str, float]) -> dict[str, float]:
-    """What `evaluate` says of the engine, from the differences of its COUNTERS."""
+    """Return the costs for `evaluate` from the differences of COUNTERS."""
     seconds = counters["prefill_seconds"] + counters["decode_seconds"]
     num_tokens = counters["prompt_tokens"] + counters["output_tokens"]
     hit_rate = counters["cached_tokens"] / max(1, counters["prompt_tokens"])

@@ -1,6 +1,6 @@
-"""Features of the full engine, one file for each. full.py lists them; params.py has the parameters
-of a request that they honour. This file has what several of them share: checks of users' values,
-and sequences that are computed without a draw."""
+"""Features of the full engine, one file each. full.py lists them, and params.py has their request
+parameters. This file has what several features share: checks of values, and sequences that are
+computed without draws."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..scheduler import DrawList, Plan, Sequence, Span
 
 
 class ReadSequence(Sequence):
-    """A text that is computed for its hidden states: nothing is drawn behind it.
+    """A text that is computed for its hidden states, without draws.
 
-    token_ids: what is computed; first_row: the first position whose hidden state is wanted.
+    token_ids: the tokens to compute; first_row: the first position whose hidden state is needed.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class ReadSequence(Sequence):
 
     @property
     def max_cached_tokens(self) -> int:
-        """Blocks of the prefix cache hold K and V, and no hidden states."""
+        """Prefix cache blocks have K and V, but no hidden states."""
         return self.first_row
 
 
 def request_rows(plan: Plan, sequence_class: type[ReadSequence]) -> bool:
-    """Remove the draws of sequences of a class, and request their rows instead. Returns whether the
-    plan has any of them."""
+    """Replace the draws of sequences of a class by requests for their rows. Returns whether the
+    plan has such sequences."""
     is_read = [isinstance(chunk.seq, sequence_class) for chunk in plan.chunks]
     if not any(is_read):
         return False
@@ -54,8 +54,8 @@ def request_rows(plan: Plan, sequence_class: type[ReadSequence]) -> bool:
 def read_spans(
     plan: Plan, sequence_class: type[ReadSequence]
 ) -> Iterator[tuple[ReadSequence, Span, slice]]:
-    """The sequences of a class whose rows a plan has, with the positions of these rows and their
-    place in what on_hidden and on_layer receive."""
+    """Yield the sequences of a class whose rows a plan has, with the positions of the rows and
+    their slice of the tensors in on_hidden and on_layer."""
     for span, rows in zip(plan.extra_rows, plan.extra_slices, strict=True):
         seq = plan.chunks[span.chunk_index].seq
         if isinstance(seq, sequence_class):
@@ -65,12 +65,12 @@ def read_spans(
 def check_number(
     name: str, value: object, least: float = 0, most: float = 2**31 - 1
 ) -> int | float:
-    """The value as an int, if `least` is an int, else as a float: numpy's small integers would
-    overflow when they are added to a length. Raises TypeError or ValueError, which name the
-    argument, unless least <= value <= most."""
+    """Return the value as an int if `least` is an int, else as a float. (Small numpy integers would
+    overflow when added to a length.) Raises TypeError or ValueError that names the argument, unless
+    least <= value <= most."""
     is_integer = isinstance(least, int)
     python_type = int if is_integer else float
-    if type(value) is not python_type:  # the other checks take long
+    if type(value) is not python_type:  # the checks below are slow
         number_type = Integral if is_integer else Real
         if isinstance(value, bool) or not isinstance(value, number_type):
             expected = "an integer" if is_integer else "a number"
@@ -83,14 +83,14 @@ def check_number(
 
 
 def check_text(name: str, value: object) -> str:
-    """The value, if it is a string. Raises TypeError."""
+    """Return the value. Raises TypeError if it is not a string."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be strings, got {value!r:.80}")
     return value
 
 
 def check_list(name: str, values: object, check: Callable = check_number) -> tuple:
-    """The values of a list, as check(name, value) returns them. Raises TypeError if it is none."""
+    """Return check(name, value) for the values of a list. Raises TypeError if it is not a list."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list, got {values!r:.80}")
     return tuple(check(name, value) for value in values)

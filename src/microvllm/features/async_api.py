@@ -1,19 +1,19 @@
-"""An engine that event loops call: one thread runs the steps for all of them.
+"""The engine's methods for event loops. One thread runs the steps for all of them.
 
     event loops                                     stepping thread
     requests are prepared in a worker thread
     a Call is added           ------------------>   queues its requests
                                                     runs a step for the requests of all calls
-    `async for` continues     <------------------   puts the news into Call.items, wakes the loop
+    `async for` continues     <------------------   puts results into Call.items, wakes the loop
     the Call is left early    ------------------>   aborts its requests
 
-An event loop never waits for a step, nor for a lock that is held during one. The thread starts with
-the first call, and ends as soon as no call is left. Threads that call `generate` or `stream` run
-steps too, and all requests share the same batches.
+An event loop never waits for a step, nor for a lock that is held during a step. The thread starts
+with the first call, and ends when no calls are left. Threads that call `generate` or `stream` run
+steps as well. All requests share the same batches.
 
-A consumer may be slower than the engine. Then MAX_ITEMS events wait for it, and no further ones are
-made: the next event has all text since the last one. So the memory of a slow consumer is bounded,
-nothing is lost, and the other consumers do not wait.
+A consumer may be slower than the engine. Then at most MAX_ITEMS events wait for it, and no further
+events are made until it continues: the next event contains all text since the last one. So the
+memory of a slow consumer is bounded, nothing is lost, and other consumers are not delayed.
 """
 
 import asyncio
@@ -27,39 +27,39 @@ from functools import partial
 
 from ..engine import LLM, Request, RequestOutput
 
-MAX_ITEMS = 16  # events of a call that wait for its consumer before they are merged
-EXIT_SECONDS = 10  # the interpreter waits that long, at its end, for a step that is under way
+MAX_ITEMS = 16  # waiting events of a call, before further ones are merged
+EXIT_SECONDS = 10  # at exit, the interpreter waits this long for a step in progress
 
-stepping_threads: set[threading.Thread] = set()  # of this process
-is_ending = threading.Event()  # is the interpreter at its end?
+stepping_threads: set[threading.Thread] = set()  # all that run in this process
+is_ending = threading.Event()  # set when the interpreter exits
 
-# gives what is new about a call's requests since it was called last
+# returns the news about a call's requests since its last call
 Reader = Callable[[], list]
 
 
 def read_nothing() -> list:
-    """The Reader of a call that waits for outputs only."""
+    """The Reader of a call that only waits for outputs."""
     return []
 
 
 class Call:
-    """Requests for which a task waits: an asynchronous iterator over their news.
+    """Requests that a task waits for, as an asynchronous iterator over their news.
 
-    It is made in the event loop, which also iterates. The stepping thread calls `deliver` and
-    `fail`. requests: all of the call; read: see Reader, it runs in the stepping thread.
+    The event loop creates it and iterates over it. The stepping thread calls `deliver` and `fail`.
+    requests: all requests of the call; read: see Reader, runs in the stepping thread.
     """
 
     def __init__(self, requests: list[Request], read: Reader = read_nothing):
-        self.pending = deque(requests)  # the first one without an output, and all that follow
+        self.pending = deque(requests)  # the first one without an output, and all after it
         self.read = read
         self.items: deque = deque()  # news that the consumer has not taken yet
-        self.is_queued = False  # does the engine know the requests?
+        self.is_queued = False  # whether the requests are in the engine
         self.is_over = not requests  # no items will follow
-        self.is_left = False  # the consumer wants no more
-        self.error: BaseException | None = None  # why there are no more
+        self.is_left = False  # the consumer has left
+        self.error: BaseException | None = None  # the reason if the call failed
         self.loop = asyncio.get_running_loop()
         self.arrived = asyncio.Event()
-        self.is_waking = False  # a wake-up is on its way: a blocked loop gets one, not many
+        self.is_waking = False  # a wake-up is scheduled: a blocked loop needs only one
 
     # in the event loop
 
@@ -68,7 +68,7 @@ class Call:
 
     async def __anext__(self):
         while True:
-            is_over = self.is_over  # read before the items: the last ones come before it is set
+            is_over = self.is_over  # read before the items, since the last items come before it
             if self.items:
                 return self.items.popleft()
             if is_over:
@@ -82,11 +82,11 @@ class Call:
     # in the stepping thread
 
     def is_abandoned(self) -> bool:
-        """Has the consumer left, or its event loop been closed?"""
+        """Return whether the consumer has left or its event loop is closed."""
         return self.is_left or self.loop.is_closed()
 
     def deliver(self) -> None:
-        """Hand over what is new. While too many items wait, only the end is."""
+        """Deliver the news. If too many items are waiting, deliver only the end of the call."""
         while self.pending and self.pending[0].output is not None:
             self.pending.popleft()
         is_done = not self.pending
@@ -99,46 +99,46 @@ class Call:
             self.wake()
 
     def fail(self, error: BaseException) -> None:
-        """End the call by an exception, which its consumer gets after what arrived before."""
+        """End the call with an exception. Its consumer first gets the items that are waiting."""
         self.error = error
         self.is_over = True
         self.wake()
 
     def wake(self) -> None:
-        """Let the event loop continue the consumer."""
+        """Let the event loop resume the consumer."""
         if self.is_waking:
             return
         self.is_waking = True
         try:
             self.loop.call_soon_threadsafe(self.arrived.set)
-        except RuntimeError:  # the loop was closed in this moment
+        except RuntimeError:  # the loop was closed at this moment
             self.is_left = True
 
 
 @atexit.register
 def end_threads() -> None:
-    """End the stepping threads after their present step: a daemon thread that is in a function of
-    C++ when the interpreter ends would end the process by a signal."""
+    """End the stepping threads after their current step. A daemon thread that runs C++ code when
+    the interpreter exits would end the process by a signal."""
     is_ending.set()
     for thread in list(stepping_threads):
         thread.join(EXIT_SECONDS)
 
 
 class Stepper:
-    """The thread that runs the steps of an engine for all of its calls, while there are any."""
+    """The thread that runs an engine's steps as long as there are calls."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # of the next two; never held during a step
-        self.new_calls: list[Call] = []  # which the thread has not seen yet
+        self.lock = threading.Lock()  # protects the next two; never held during a step
+        self.new_calls: list[Call] = []  # not seen by the thread yet
         self.thread: threading.Thread | None = None
 
     def add(self, engine: LLM, call: Call) -> None:
-        """Have the call's requests served. Raises RuntimeError if no thread can be started."""
+        """Serve the requests of a call. Raises RuntimeError if no thread can be started."""
         with self.lock:
             self.new_calls.append(call)
             if self.thread is not None:
                 return
-            # the thread keeps the engine alive; this object does not: it would be a cycle
+            # the thread holds the engine; this object does not, since that would be a cycle
             thread = threading.Thread(
                 target=self.run, args=(engine,), name="microvllm steps", daemon=True
             )
@@ -157,7 +157,7 @@ class Stepper:
             thread.join()
 
     def run(self, engine: LLM) -> None:
-        """What the thread does. An exception of a step ends the calls that wait now; later calls
+        """The thread's main function. An exception in a step ends all present calls; later calls
         are served."""
         calls: list[Call] = []
         stepping_threads.add(threading.current_thread())
@@ -169,7 +169,8 @@ class Stepper:
         stepping_threads.discard(threading.current_thread())
 
     def take_new(self, calls: list[Call]) -> bool:
-        """Add the new calls to the thread's own; False, and the thread ends, if there are none."""
+        """Add new calls to the thread's list. If it stays empty, return False and end the
+        thread."""
         with self.lock:
             calls.extend(self.new_calls)
             self.new_calls.clear()
@@ -179,8 +180,8 @@ class Stepper:
 
 
 def serve_calls(engine: LLM, calls: list[Call]) -> None:
-    """Drop calls that are over or left, with what they have unfinished; queue the requests of new
-    ones; run a step for all, and hand over its news."""
+    """Drop calls that are over or left, and abort their unfinished requests. Queue the requests of
+    new calls, run a step for all, and deliver the news."""
     waiting = []
     for call in calls:
         if call.is_over or call.is_abandoned():
@@ -200,7 +201,7 @@ def serve_calls(engine: LLM, calls: list[Call]) -> None:
 
 
 def deliver_news(calls: list[Call]) -> None:
-    """Hand over what is new to the calls that wait; an exception in one's reader is its own."""
+    """Deliver the news to all calls that wait. An exception in a reader ends only its own call."""
     for call in calls:
         if not call.is_over and not call.is_abandoned():
             with failing(call):
@@ -208,8 +209,7 @@ def deliver_news(calls: list[Call]) -> None:
 
 
 def end_calls(calls: list[Call], error: BaseException) -> None:
-    """Give the exception to each call that waits, but for those that have all of their outputs:
-    these need no step."""
+    """Fail all calls that wait, except those that have all of their outputs and need no step."""
     deliver_news(calls)
     for call in calls:
         if not call.is_over:
@@ -218,7 +218,7 @@ def end_calls(calls: list[Call], error: BaseException) -> None:
 
 @contextmanager
 def failing(call: Call) -> Iterator[None]:
-    """An exception inside ends this call, and no other one."""
+    """Let an exception in the block end only this call."""
     try:
         yield
     except BaseException as error:
@@ -226,28 +226,28 @@ def failing(call: Call) -> Iterator[None]:
 
 
 class AsyncApi:
-    """The methods of an engine for event loops, any number of them, and threads meanwhile."""
+    """An engine's methods for event loops. Several loops and threads may use them at once."""
 
     def __init__(self, engine: LLM):
-        self.get_engine = weakref.ref(engine)  # the engine has this object: no cycle
+        self.get_engine = weakref.ref(engine)  # the engine holds this object: avoids a cycle
         self.stepper = Stepper()
 
     @contextmanager
     def serve_async(self, requests: list[Request], read: Reader = read_nothing) -> Iterator[Call]:
         """Serve requests that were made with is_owned=True: `LLM.serve` for event loops. The
-        context is an asynchronous iterator over what `read` gives after a step. To leave it before
-        its end, as a cancelled task does, aborts what is unfinished."""
+        context manager returns an asynchronous iterator over the result of `read` after each step.
+        Leaving it early, as a cancelled task does, aborts unfinished requests."""
         call = Call(requests, read)
         if requests:
             self.stepper.add(self.get_engine(), call)
         try:
             yield call
         finally:
-            # no more than this: the garbage collector may end a coroutine anywhere, under any lock
+            # nothing more here: the garbage collector may end a coroutine anywhere, under any lock
             call.is_left = True
 
     async def agenerate(self, prompts, sampling_params=None, **options) -> list[RequestOutput]:
-        """`generate` for event loops, with its arguments but for use_tqdm. To cancel it aborts the
+        """`generate` for event loops, with its arguments except use_tqdm. Cancellation aborts the
         requests. Raises what `generate` raises."""
         engine = self.get_engine()
         prepare = partial(engine.make_requests, prompts, sampling_params, **options)
@@ -260,33 +260,33 @@ class AsyncApi:
     async def astream(
         self, prompts, sampling_params=None, **options
     ) -> AsyncIterator[RequestOutput]:
-        """`stream` for event loops, with its arguments and events. A consumer that is slower than
-        the engine gets fewer and longer pieces. To leave the loop early, to close the generator
-        (`aclose`) or to cancel the task aborts what is unfinished."""
+        """`stream` for event loops, with the same arguments and events. A consumer that is slower
+        than the engine gets fewer, longer pieces. Leaving the loop early, closing the generator
+        (`aclose`) or cancelling the task aborts unfinished requests."""
         engine = self.get_engine()
         prepare = partial(
             engine.make_requests, prompts, sampling_params, needs_text=True, **options
         )
         requests = await asyncio.to_thread(prepare)
-        read = partial(read_events, engine, dict(enumerate(requests)))
+        read = partial(new_events_now, engine, dict(enumerate(requests)))
         with self.serve_async(requests, read) as call:
             async for event in call:
                 yield event
 
     async def achat(self, messages, sampling_params=None, **options) -> list[RequestOutput]:
-        """`chat` for event loops, with its arguments but for use_tqdm."""
+        """`chat` for event loops, with its arguments except use_tqdm."""
         prompts = await asyncio.to_thread(self.get_engine().render_conversations, messages)
         return await self.agenerate(prompts, sampling_params, **options)
 
     def warm(self) -> None:
-        """Compile or load the kernels, and answer two tiny requests, so that the first request of
-        a server waits for neither. It takes as long as these do: half a minute once on a machine
-        with a CPU, then about a second. Call it before the event loop starts, or in it as
-        `await asyncio.to_thread(llm.warm)`. The requests count in `stats`."""
+        """Compile or load the kernels, and answer two tiny requests, so that the first request of a
+        server waits for neither. On a CPU the first run on a machine takes half a minute, later
+        ones about a second. Call it before the event loop starts, or in the loop by `await
+        asyncio.to_thread(llm.warm)`. The requests count in `stats`."""
         engine = self.get_engine()
         engine.guard.check_open()
         blocks = engine.scheduler.blocks
-        # blocks_for(1): a token takes a block of each window group
+        # blocks_for(1): one token takes a block of each window group
         num_slots = blocks.pool.num_usable // blocks.blocks_for(1) * blocks.block_size
         prompt_length = max(1, min(32, num_slots - 1, engine.config.max_model_len - 2))
         limits = {"max_tokens": min(2, num_slots), "seed": 0, "ignore_eos": True}
@@ -302,14 +302,14 @@ class AsyncApi:
         self.stepper.join()
 
 
-def read_events(engine: LLM, unfinished: dict[int, Request]) -> list[RequestOutput]:
-    """The events of a stream since the last call, also of an engine that was closed meanwhile."""
+def new_events_now(engine: LLM, unfinished: dict[int, Request]) -> list[RequestOutput]:
+    """Return the events of a stream since the last call, even from a closed engine."""
     events: list[RequestOutput] = []
     try:
-        engine.guard.perform(partial(engine.read_events, unfinished, events))
+        engine.guard.perform(partial(engine.new_events_now, unfinished, events))
     except RuntimeError:
         if not engine.guard.is_closed:
             raise
-    if engine.guard.is_closed:  # nothing changes any more
-        engine.read_events(unfinished, events)
+    if engine.guard.is_closed:  # no other thread changes the state any more
+        engine.new_events_now(unfinished, events)
     return events

@@ -24,6 +24,7 @@ from ..engine import LLM, Request
 from ..runner import Extension, Watcher
 from ..scheduler import Scheduler, Sequence
 from ..tokenizer import TextStream
+from . import check_number
 
 if TYPE_CHECKING:
     from ..params import SamplingParams
@@ -118,7 +119,8 @@ class Branches:
     def resume(self, output: dict, params: SamplingParams, sample: int = 0) -> Branch:
         """A branch that continues a finished request. output: of `generate`; sample: index of the
         sample; params: as in `start`, max_tokens counts what is there. Without the stop token."""
-        made = output["samples"][sample]
+        samples = output["samples"]
+        made = samples[check_number("sample", sample, 0, len(samples) - 1)]
         token_ids = list(made["token_ids"])
         if made["finish_reason"] == "stop" and not isinstance(made["stop_reason"], str):
             token_ids.pop()
@@ -141,9 +143,10 @@ class Branches:
         """k branches that continue an unfinished request as it is now; the request runs on, and
         its tools answer only there. Raises KeyError if there is none, ValueError if the sample has
         ended or not begun."""
+        check_number("k", k, 1)
         branches: list[Branch] = []
         self.engine.guard.perform(partial(self.fork_now, request_id, k, sample, branches))
-        logprobs = self.score(branches[0].seq) if branches else []
+        logprobs = self.score(branches[0].seq)
         for branch in branches:
             branch.logprobs = list(logprobs)
         return branches
@@ -205,7 +208,7 @@ class Branches:
         scheduler = self.engine.scheduler
         seq = branch.seq
         branch.is_queued = True
-        self.engine.queue_requests([branch.request])
+        self.engine.submit_requests_now([branch.request])
         scheduler.pause(seq)
         if source is not None and 0 < source.num_computed < len(seq.token_ids):
             scheduler.blocks.share_table(source, seq)
@@ -219,6 +222,7 @@ class Branches:
     def fork(self, branch: Branch, k: int = 1) -> list[Branch]:
         """k more branches with the output of this one, which stays. They draw other tokens. Raises
         ValueError if it has finished, or has no token yet: start others."""
+        check_number("k", k, 1)
         if branch.finish_reason is not None or not branch.token_ids:
             state = branch.finish_reason or "no tokens"
             raise ValueError(f"a branch with {state!r} cannot be forked")
@@ -234,7 +238,8 @@ class Branches:
         return forks
 
     def grow(self, branches: Iterable[Branch], num_tokens: int = 1) -> None:
-        """Let branches grow by this many tokens, or until they finish, all in one batch."""
+        """Let branches grow by num_tokens, or until they finish, all in one batch."""
+        num_tokens = check_number("num_tokens", num_tokens, 1)
         growing = [branch for branch in branches if branch.finish_reason is None]
         engine = self.engine
 
@@ -243,7 +248,7 @@ class Branches:
                 branch.target_length = len(branch.seq.token_ids) + num_tokens
                 if not branch.is_queued:
                     branch.is_queued = True
-                    engine.queue_requests([branch.request])
+                    engine.submit_requests_now([branch.request])
                 elif branch.seq in engine.scheduler.paused:
                     engine.scheduler.resume(branch.seq)
 
@@ -268,6 +273,7 @@ class Branches:
         """Continue each branch by its k most likely next tokens: k new branches take the place of
         each, in their order; finished ones stay as they are. Raises ValueError unless the branches
         were started with logprobs=k at least."""
+        check_number("k", k, 1)
         branches = list(branches)
         for branch in branches:
             if (branch.request.params.logprobs or 0) < k:

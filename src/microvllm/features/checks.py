@@ -1,5 +1,5 @@
-"""Checks of what an engine is given, before anything is done: an error names the mistake and its
-value. full.py calls these functions, params.py `suggest_names`."""
+"""Checks of arguments before anything is done: an error names the argument and its value. full.py
+calls these functions; params.py calls `suggest_names`."""
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -45,7 +45,7 @@ FLAGS = (
     "plain",
     "trust_tokenizer",
 )
-# of a model's Recipe: what its tensors do not tell
+# constants of a model's Recipe that its tensors do not reveal
 CONSTANTS = (
     "eps",
     "gate_scale",
@@ -55,7 +55,7 @@ CONSTANTS = (
     "short_window",
     "softcap",
 )
-POLICIES = {  # the default, and what another one chooses from
+POLICIES = {  # name: the default, and the list that a policy chooses from
     "victim": (youngest, "scheduler.running"),
     "admission": (first_come, "scheduler.waiting"),
     "eviction": (least_recently_used, "pool.cached"),
@@ -72,35 +72,39 @@ MESSAGES = (
 
 @cache
 def parameter_names(params_class: type[SamplingParams]) -> tuple[str, ...]:
-    """The keywords of a class of sampling parameters."""
+    """Return the keywords of a class of sampling parameters."""
     return tuple(parameter.name for parameter in fields(params_class) if parameter.init)
 
 
 def check_names(
     names: Iterable[str],
-    known: Collection[str],
+    known_names: Collection[str],
     params_class: type[SamplingParams] | None = None,
 ) -> None:
-    """Raises TypeError for a keyword that is not known, with the nearest and all that are.
-    params_class: sampling parameters, whose keywords the call does not take itself."""
+    """Raise TypeError for an unknown keyword, with the nearest known name and all known names.
+    params_class: sampling parameters, whose keywords the call itself does not accept."""
     of_params = () if params_class is None else parameter_names(params_class)
-    for name in sorted(set(names) - set(known)):
+    for name in sorted(set(names) - set(known_names)):
         hint = ""
-        for near in get_close_matches(name, [*known, *of_params], 1):
-            meant = near if near in known else f"SamplingParams({near}=...)"
-            hint = f" (did you mean {meant}?)"
-        raise TypeError(f"unknown argument {name!r}{hint}: there are {', '.join(sorted(known))}")
+        for close_name in get_close_matches(name, [*known_names, *of_params], 1):
+            suggestion = (
+                close_name if close_name in known_names else f"SamplingParams({close_name}=...)"
+            )
+            hint = f" (did you mean {suggestion}?)"
+        raise TypeError(
+            f"unknown argument {name!r}{hint}: there are {', '.join(sorted(known_names))}"
+        )
 
 
 def suggest_names(params_class: type[Params]) -> type[Params]:
-    """Have a dataclass check its keywords with `check_names`."""
+    """Make a dataclass check its keywords with `check_names`."""
     init = params_class.__init__
-    known = set(parameter_names(params_class))
+    known_names = set(parameter_names(params_class))
 
-    @wraps(init)  # it keeps its signature
+    @wraps(init)  # keeps the signature
     def checked_init(self, *args, **keywords):
-        if not keywords.keys() <= known:
-            check_names(keywords, known)
+        if not keywords.keys() <= known_names:
+            check_names(keywords, known_names)
         init(self, *args, **keywords)
 
     params_class.__init__ = checked_init
@@ -113,11 +117,11 @@ def suggest_names(params_class: type[Params]) -> type[Params]:
 def check_arguments(
     arguments: Mapping[str, object], params_class: type[SamplingParams]
 ) -> dict[str, Callable]:
-    """Raises TypeError or ValueError for an argument of LLM that makes no sense. arguments: all of
-    them by name, with the others in "overrides". Returns the policies, each but the defaults with a
-    check of what it returns."""
-    known = (arguments.keys() | set(CONSTANTS)) - {"overrides"}
-    check_names(arguments["overrides"], known, params_class)
+    """Raise TypeError or ValueError for an invalid argument of LLM. arguments: all of them by name,
+    unknown ones in "overrides". Returns the policies. Each one that is not the default checks its
+    results."""
+    known_names = (arguments.keys() | set(CONSTANTS)) - {"overrides"}
+    check_names(arguments["overrides"], known_names, params_class)
     for name, least in LEAST.items():
         if arguments[name] is not None or name not in OPTIONAL:
             check_number(name, arguments[name], least)
@@ -138,13 +142,13 @@ def check_arguments(
 
 
 def check_model(arguments: Mapping[str, object]) -> None:
-    """Raises TypeError unless there is either a path or a live module with its tokenizer."""
+    """Raise TypeError unless there is either a path, or a live module with its tokenizer."""
     refuse_path("model", arguments["model"], MODULE)
     refuse_path("tokenizer", arguments["tokenizer"], "a tokenizer object")
     path = arguments["model_path"]
     if isinstance(path, torch.nn.Module):
         raise TypeError(
-            f"model_path is a live module ({type(path).__name__}), and not a path: write "
+            f"model_path is a live module ({type(path).__name__}), not a path: write "
             "LLM(model=..., tokenizer=...)"
         )
     has_module = arguments["model"] is not None
@@ -158,50 +162,50 @@ def check_model(arguments: Mapping[str, object]) -> None:
 
 
 def refuse_path(name: str, value: object, expected: str) -> None:
-    """Raises TypeError for a path in place of an object."""
+    """Raise TypeError for a path in place of an object."""
     if isinstance(value, (str, os.PathLike)):
         path = str(value)
         raise TypeError(
-            f"{name}={path!r:.80} is a path, and {name} takes {expected}: for a path, "
+            f"{name}={path!r:.80} is a path, but {name} takes {expected}: for a path, "
             f"write {name}_path={path!r:.80}"
         )
 
 
 def checked_policy(name: str, policy: Callable) -> Callable:
-    """A policy that raises ValueError if it returns what is no choice; the default as it is."""
+    """Return a policy that raises ValueError for an invalid choice. The default is not wrapped."""
     default, choices = POLICIES[name]
     attribute = choices.partition(".")[2]
 
     def checked(owner, *args):
         choice = policy(owner, *args)
         if choice not in getattr(owner, attribute):
-            raise ValueError(f"{name} gave {choice!r:.80}: return one of {choices}")
+            raise ValueError(f"{name} returned {choice!r:.80}: it must return one of {choices}")
         return choice
 
     return policy if policy is default else checked
 
 
 def allowed_cpus() -> int:
-    """The number of CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # Linux: what taskset or a container's cpuset leaves
+    """Return the number of CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux, within the limits of taskset or a cpuset
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def check_threads(name: str, count: object) -> None:
-    """Raises TypeError or ValueError for a number of threads that is no integer, below 1, or above
-    the number of CPUs: threads that share a CPU wait for each other after each operation."""
+    """Raise TypeError or ValueError for a number of threads that is not an integer from 1 to the
+    number of CPUs. Threads that share a CPU wait for each other after each operation."""
     check_number(name, count)
     num_cpus = allowed_cpus()
     if not 1 <= count <= num_cpus:
         raise ValueError(
             f"{name} must be between 1 and {num_cpus}, the CPUs that this process may use, got "
-            f"{count}; without it there are {torch.get_num_threads()}, torch's number"
+            f"{count}; the default is {torch.get_num_threads()}, torch's number"
         )
 
 
 def check_device(name: str | torch.device) -> None:
-    """Raises ValueError for a device that torch does not know, or that is not here."""
+    """Raise ValueError for a device that torch does not know or that is not available."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_here = {"cpu": True, "cuda": num_gpus > 0, "mps": torch.backends.mps.is_available()}
     try:
@@ -211,7 +215,7 @@ def check_device(name: str | torch.device) -> None:
         raise ValueError(f"device must be {names}, got {name!r}") from None
     if not is_here.get(device.type, False):
         problem = cuda_problem() if device.type == "cuda" else None
-        hint = problem or "device='auto' takes what there is"
+        hint = problem or "device='auto' takes an available one"
         raise ValueError(f"device {name!r} is not available here; {hint}")
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise ValueError(f"device {name!r}: there are {num_gpus} GPUs")
@@ -221,27 +225,27 @@ def check_device(name: str | torch.device) -> None:
 
 
 def check_prompts(prompts: object, sampling_params: object) -> object:
-    """Prompts as a list of prompts: a list of token ids is one prompt, and so is an array or a
-    tensor of one dimension. One of two dimensions has a prompt in each row. Raises TypeError for
-    what is no list."""
+    """Return prompts as a list of prompts. A list of token ids is one prompt, and so is a
+    one-dimensional array or tensor. A two-dimensional one has a prompt in each row. Raises
+    TypeError for other types."""
     prompts = as_list(prompts)
     if isinstance(prompts, (list, tuple)) and prompts:
         is_one_prompt = all(isinstance(prompt, Integral) for prompt in prompts)
         prompts = [prompts] if is_one_prompt else prompts
     if not isinstance(prompts, (str, list, tuple)):
-        got = MESSAGES if is_message(prompts) else type(prompts).__name__
-        raise TypeError(f"prompts must be a string or a list, got {got}")
+        description = MESSAGES if is_message(prompts) else type(prompts).__name__
+        raise TypeError(f"prompts must be a string or a list, got {description}")
     if not isinstance(sampling_params, (SamplingParams, list, tuple, type(None))):
-        got = f"{sampling_params!r:.80}"
-        raise TypeError(f"sampling_params must be SamplingParams or a list, got {got}")
+        description = f"{sampling_params!r:.80}"
+        raise TypeError(f"sampling_params must be SamplingParams or a list, got {description}")
     return prompts
 
 
 def check_request(
     engine: "LLM", prompt: object, params: "full_params.SamplingParams | None"
 ) -> tuple[list[int], "full_params.SamplingParams"]:
-    """The token ids and the parameters of a request. Raises TypeError or ValueError if it can not
-    be served, with the number of tokens that are too many and a remedy."""
+    """Return the token ids and the parameters of a request. Raises TypeError or ValueError if it
+    cannot be served, with the number of excess tokens and a remedy."""
     engine.guard.check_open()
     params = engine.params_class() if params is None else params
     if not isinstance(params, SamplingParams):
@@ -259,20 +263,20 @@ def check_request(
 
 
 def check_length(engine: "LLM", num_prompt: int) -> None:
-    """Raises ValueError for a prompt that leaves no room for a token in max_model_len."""
+    """Raise ValueError for a prompt that leaves no space for a new token in max_model_len."""
     limit = engine.max_model_len
     if num_prompt < limit:
         return
     largest = 10 * engine.model.config.sequence_len
     remedy = f" (it may be raised to {largest})" if num_prompt < largest else ""
     raise ValueError(
-        f"the prompt has {num_prompt} tokens and max_model_len is {limit}: "
+        f"the prompt has {num_prompt} tokens, but max_model_len is {limit}: "
         f"{num_prompt + 1 - limit} too many{remedy}"
     )
 
 
 def check_blocks(engine: "LLM", num_prompt: int, max_tokens: int) -> None:
-    """Raises ValueError if a prompt and max_tokens need more blocks than the pool has."""
+    """Raise ValueError if a prompt and max_tokens need more blocks than the pool has."""
     blocks = engine.scheduler.blocks
     # the last token is never computed, so it needs no slot
     num_slots = min(num_prompt + max_tokens, engine.max_model_len) - 1
@@ -285,42 +289,42 @@ def check_blocks(engine: "LLM", num_prompt: int, max_tokens: int) -> None:
     or_less = "" if num_groups == 1 else ", or max_batched_tokens"
     raise ValueError(
         f"{num_prompt} prompt tokens with max_tokens={max_tokens if has_limit else None} need "
-        f"{-(-num_needed // num_groups)} blocks and the pool has "
+        f"{-(-num_needed // num_groups)} blocks, but the pool has "
         f"{blocks.pool.num_usable // num_groups}: {excess} tokens too many; "
         f"raise num_blocks or lower max_tokens{or_less}"
     )
 
 
 def as_list(values: object) -> object:
-    """An array or a tensor as a list, anything else as it is."""
+    """Convert an array or a tensor to a list. Other values are returned unchanged."""
     return values.tolist() if isinstance(values, (np.ndarray, torch.Tensor)) else values
 
 
 def is_message(value: object) -> bool:
-    """Is it a turn of a conversation?"""
+    """Return whether a value is a message of a conversation."""
     return isinstance(value, dict) and ("role" in value or "content" in value)
 
 
 def check_prompt(prompt: object, vocab_size: int) -> None:
-    """Raises TypeError or ValueError for what is neither a text nor a list of token ids, is empty,
-    or has an id that does not exist."""
+    """Raise TypeError or ValueError for a prompt that is neither a text nor a list of token ids, is
+    empty, or has an invalid id."""
     if isinstance(prompt, str):
         return
     if not isinstance(prompt, (list, tuple)):
-        got = MESSAGES if is_message(prompt) else type(prompt).__name__
-        raise TypeError(f"a prompt is a string or a list of token ids, got {got}")
+        description = MESSAGES if is_message(prompt) else type(prompt).__name__
+        raise TypeError(f"a prompt is a string or a list of token ids, got {description}")
     if not prompt:
         raise ValueError("a prompt of token ids needs at least one (the text '' is BOS alone)")
-    has_ints = set(map(type, prompt)) == {int}  # to look at them one by one takes long
+    has_ints = set(map(type, prompt)) == {int}  # checking them one by one is slow
     if not has_ints or min(prompt) < 0 or max(prompt) >= vocab_size:
         for token_id in prompt:
             check_token(token_id, vocab_size)
 
 
 def check_token(token_id: object, vocab_size: int) -> None:
-    """Raises TypeError or ValueError for what is no token id."""
+    """Raise TypeError or ValueError for a value that is not a token id."""
     if isinstance(token_id, bool) or not isinstance(token_id, Integral):
-        got = MESSAGES if is_message(token_id) else f"{token_id!r:.80}"
-        raise TypeError(f"a prompt of token ids must hold integers, got {got}")
+        description = MESSAGES if is_message(token_id) else f"{token_id!r:.80}"
+        raise TypeError(f"a prompt of token ids must hold integers, got {description}")
     if not 0 <= token_id < vocab_size:
         raise ValueError(f"token id {token_id} is outside the vocabulary of {vocab_size}")

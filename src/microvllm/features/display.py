@@ -1,8 +1,8 @@
-"""How an engine and its outputs look at a prompt of Python's and in a notebook.
+"""How an engine and its outputs are displayed at a Python prompt and in a notebook.
 
-An engine and a list of outputs are a few lines wherever they are printed. IPython and Jupyter call
-`_repr_html_`, which shows prompts and texts in full length, up to a bound. All of it is text that a
-model or a stranger wrote: it is escaped, and no more than text.
+An engine or a list of outputs prints as a few lines. IPython and Jupyter call `_repr_html_`, which
+shows whole prompts and texts, up to a limit. They come from a model or from strangers, so all HTML
+in them is escaped.
 """
 
 import html
@@ -14,8 +14,8 @@ import torch
 from ..engine import LLM, RequestOutput
 from ..tokenizer import Tokenizer
 
-MAX_ROWS = 20  # outputs, and samples of each, in the HTML of a list
-CHARACTERS = 2000  # of a text in HTML
+MAX_ROWS = 20  # outputs in the HTML of a list, and samples of each
+CHARACTERS = 2000  # the most characters of one text in HTML
 MAX_SHOWN = 3  # outputs in the repr of a list
 
 short = reprlib.Repr()
@@ -25,13 +25,13 @@ short.maxdict = 6
 short.maxstring = 120
 short.maxother = 120
 
-# controls but tab and newline, all that turn the direction of a text, and halves of characters,
-# which no notebook's file can hold
+# control characters except tab and newline, all that change the direction of a text, and
+# surrogates, which a notebook file cannot store
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# JupyterLab lets MathJax look for formulas, but not in these; blocks of their own keep a text that
-# runs from right to left to itself
+# these classes keep JupyterLab's MathJax from looking for formulas. Each text is a separate block,
+# so that a right-to-left text does not affect others
 PRE = (
     '<pre class="tex2jax_ignore mathjax_ignore" dir="auto" style="white-space: pre-wrap; '
     'overflow-wrap: anywhere; margin: 0; text-align: start">{}</pre>'
@@ -41,10 +41,10 @@ HEAD = '<th style="text-align: left">{}</th>'
 
 
 class ShownOutput(RequestOutput):
-    """An output that is short where it is printed, and a table in a notebook."""
+    """An output with a short repr, and a table in a notebook."""
 
     def __repr__(self) -> str:
-        # the first sample is at the top level, too
+        # the first sample is also at the top level
         shown = {key: value for key, value in self.items() if key != "samples"}
         if len(self.get("samples", ())) > 1:
             shown["samples"] = self["samples"]
@@ -55,12 +55,12 @@ class ShownOutput(RequestOutput):
         return table_of([self])
 
     def __getstate__(self) -> None:
-        """A pickle has the dict alone, without the tokenizer."""
+        """A pickle contains only the dict, without the tokenizer."""
 
 
 class OutputList(list):
-    """A list of outputs that is short where it is printed, and a table in a notebook. In all else
-    it is a list; its slices are of the same kind."""
+    """A list of outputs with a short repr, and a table in a notebook. Otherwise it is a list;
+    slices have the same type."""
 
     def __getitem__(self, index):
         item = super().__getitem__(index)
@@ -73,19 +73,19 @@ class OutputList(list):
         return f"[{', '.join(parts)}]"
 
     def _repr_html_(self) -> str | None:
-        # other things may have been put in; an empty list is "[]"
+        # a list may contain other things; an empty list shows as "[]"
         is_table = len(self) > 0 and all(isinstance(output, dict) for output in self)
         return table_of(self) if is_table else None
 
 
 def keep_tokenizer(output: RequestOutput, tokenizer: Tokenizer) -> None:
-    """Let an output decode its prompt when it is shown. It is an attribute, and no item."""
+    """Let an output decode its prompt for display. The dict does not change."""
     vars(output)["_tokenizer"] = tokenizer
 
 
 def describe(engine: LLM) -> str:
-    """One line about an engine in any state: also one that was closed, or that could not be made,
-    which has none of these attributes."""
+    """Return one line about an engine in any state. An engine that is closed, or whose constructor
+    failed, may lack attributes."""
     attributes = vars(engine)
     name = attributes.get("name", "")
     scheduler = attributes.get("scheduler")
@@ -106,7 +106,7 @@ def describe(engine: LLM) -> str:
 
 
 def table_of(outputs: list) -> str:
-    """Outputs as HTML, a row for each sample."""
+    """Return outputs as an HTML table with a row for each sample."""
     rows = [row_of(["prompt", "text", "finish reason", "tokens"], HEAD)]
     for output in outputs[:MAX_ROWS]:
         rows += rows_of(output, show_prompt(output))
@@ -116,7 +116,7 @@ def table_of(outputs: list) -> str:
 
 
 def rows_of(output: RequestOutput, prompt: str) -> list[str]:
-    """The rows of an output, one a sample; the prompt is in the first."""
+    """Return the HTML rows of an output, one per sample. The first one has the prompt."""
     samples = output.get("samples") or [output]
     rows = []
     for sample in samples[:MAX_ROWS]:
@@ -134,18 +134,18 @@ def rows_of(output: RequestOutput, prompt: str) -> list[str]:
 
 
 def row_of(cells: list[str], template: str = CELL) -> str:
-    """A table's row of cells in HTML."""
+    """Return an HTML table row."""
     return f"<tr>{''.join([template.format(cell) for cell in cells])}</tr>"
 
 
 def show_prompt(output: RequestOutput) -> str:
-    """The prompt as HTML; only its length where its tokenizer is not known, as in an output that
-    was pickled."""
+    """Return the prompt as HTML, or only its length if its tokenizer is unknown, as in an output
+    that was pickled."""
     prompt_ids = output.get("prompt_token_ids", ())
     tokenizer = vars(output).get("_tokenizer")
     if tokenizer is None:
         return f"{len(prompt_ids):,} tokens" if prompt_ids else ""
-    shown_ids = prompt_ids[:CHARACTERS]  # no text is decoded that is not shown
+    shown_ids = prompt_ids[:CHARACTERS]  # decode only what is shown
     text = tokenizer.decode(shown_ids)
     if len(shown_ids) < len(prompt_ids):
         text = text[:CHARACTERS] + f"\n[{len(prompt_ids):,} tokens in all]"
@@ -153,7 +153,7 @@ def show_prompt(output: RequestOutput) -> str:
 
 
 def visible(text: str, limit: int = CHARACTERS) -> str:
-    """The text as HTML: escaped, cut, with a \ufffd for each character that is INVISIBLE."""
+    """Return a text as HTML: escaped, cut, with \ufffd for each INVISIBLE character."""
     shown = INVISIBLE.sub("\ufffd", text[:limit])
     cut = f"\n[{len(text):,} characters in all]" if len(text) > limit else ""
     return html.escape(shown + cut)

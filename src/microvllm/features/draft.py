@@ -202,7 +202,7 @@ class DraftModel(DraftProposer):
         self.steps: Steps | None = None
         self.num_planned = 0  # steps of self.steps
         self.num_accepted = 0  # draft tokens that were right in them
-        self.longest = min(llm.max_model_len, llm.max_positions) - 1  # text that can be drafted for
+        self.longest = llm.max_positions - 1  # text that can be drafted for
         self.length = DraftLength(MAX_ROWS - 1)
         self.measure()
 

@@ -1,5 +1,5 @@
-"""Tokenizers that are objects, not files: nanochat's own, a tiktoken.Encoding, or any object with
-nanochat's methods, such as the byte tokenizer of a test."""
+"""Tokenizers that are objects instead of files: nanochat's own, a tiktoken.Encoding, or any object
+with nanochat's methods, such as a test's byte tokenizer."""
 
 import logging
 from collections.abc import Iterable
@@ -13,55 +13,56 @@ from ..tokenizer import Tokenizer
 log = logging.getLogger("microvllm")
 
 METHODS = ("encode", "decode", "encode_special", "get_bos_token_id")  # of nanochat's tokenizers
-# and its special tokens but <|bos|>, those of a conversation first
+# nanochat's special tokens except <|bos|>, the ones of conversations first
 ROLES = ("user", "assistant", "python", "output")
 MARKS = [f"<|{role}_{edge}|>" for role in ROLES for edge in ("start", "end")]
 
-UNKNOWN = "\ufffd"  # a character that is unfinished, or that cannot be read
-MAX_CHARACTER_TOKENS = 4  # a character has four bytes at most
+UNKNOWN = "\ufffd"  # an incomplete or unreadable character
+MAX_CHARACTER_TOKENS = 4  # a character has at most four bytes
 
 
 def wrap_tokenizer(tokenizer: object, vocab_size: int) -> Tokenizer:
-    """A Tokenizer for a Tokenizer, nanochat's own tokenizer object, a tiktoken.Encoding, or any
-    object with nanochat's methods. vocab_size: the model's. Raises TypeError for all else."""
+    """Return a Tokenizer for a Tokenizer, nanochat's own tokenizer object, a tiktoken.Encoding, or
+    any object with nanochat's methods. vocab_size: the model's. Raises TypeError for other objects.
+    """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
-    encoding = getattr(tokenizer, "enc", tokenizer)  # nanochat's has its Encoding there
+    encoding = getattr(tokenizer, "enc", tokenizer)  # the attribute of nanochat's tokenizer
     if isinstance(encoding, tiktoken.Encoding):
         return strict.StrictTokenizer(
             encoding.name,
             encoding._pat_str,
             encoding._mergeable_ranks,
             encoding._special_tokens,
-            trust=True,  # the caller's own object splits texts with this pattern already
+            trust=True,  # the caller's own object already splits texts by this pattern
         )
     missing = [name for name in METHODS if not callable(getattr(tokenizer, name, None))]
     if missing:
         kinds = "microvllm's, nanochat's, a tiktoken.Encoding, or an object with nanochat's methods"
-        got = f"{type(tokenizer).__name__}, which has no {', '.join(missing)}"
-        raise TypeError(f"tokenizer must be {kinds}; got {got}")
+        description = f"{type(tokenizer).__name__}, which has no {', '.join(missing)}"
+        raise TypeError(f"tokenizer must be {kinds}; got {description}")
     return ForeignTokenizer(tokenizer, vocab_size)
 
 
 class ForeignTokenizer(Tokenizer):
-    """A Tokenizer around an object with nanochat's methods, whose text and ids it gives unchanged.
-    The size that its `get_vocab_size` returns, if it has that method, goes before vocab_size. Of
-    the special tokens it has those of nanochat's that `encode_special` knows.
+    """A Tokenizer around an object with nanochat's methods, whose texts and ids are not changed. If
+    the object has get_vocab_size, its result is used instead of vocab_size. The special tokens are
+    those of nanochat's that `encode_special` knows.
 
-    Its decode never raises, since many requests share a step: ids that the object cannot decode are
-    U+FFFD each, and the first error of each type is logged.
+    Its decode never raises, since many requests share a step: each id that the object cannot decode
+    becomes U+FFFD, and the first error of each type is logged.
     """
 
     def __init__(self, tokenizer, vocab_size: int):
         self.tokenizer = tokenizer
-        self.logged: set[type] = set()  # types of errors
+        self.logged: set[type] = set()  # types of logged errors
         get_vocab_size = getattr(tokenizer, "get_vocab_size", lambda: vocab_size)
         self.vocab_size = get_vocab_size()
         self.special_tokens = {}
         for name in MARKS:
             try:
                 self.special_tokens[name] = index(tokenizer.encode_special(name))
-            except Exception:  # how a missing one is reported differs; some return None
+            except Exception:  # objects report a missing one in various ways; some return None
                 continue
         self.bos_id = index(tokenizer.get_bos_token_id())
         self.special_tokens["<|bos|>"] = self.bos_id
@@ -71,18 +72,18 @@ class ForeignTokenizer(Tokenizer):
         self.has_chat = self.special_tokens.keys() >= {*MARKS[:4]}
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of `text`, see Tokenizer.encode."""
+        """See Tokenizer.encode."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, not {type(text).__name__}")
         ids = [index(token_id) for token_id in self.tokenizer.encode(text)]
         return [self.bos_id, *ids] if bos else ids
 
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
-        """Bytes of one token's text: of one that ends inside a character, those of U+FFFD."""
+        """Return the bytes of one token's text: U+FFFD if it ends inside a character."""
         return self.decode([token_id], skip_special).encode()
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """Text of `ids`, see Tokenizer.decode."""
+        """See Tokenizer.decode."""
         special = self.special_tokens.values() if skip_special else ()
         shown_ids = [token_id for token_id in ids if token_id not in special]
         try:
@@ -95,38 +96,40 @@ class ForeignTokenizer(Tokenizer):
                 if len(shown_ids) == 1:
                     return UNKNOWN
                 return "".join([self.decode([token_id]) for token_id in shown_ids])
-            raise  # it came from outside, such as a signal's handler: the second attempt had none
+            raise  # the error came from outside, such as a signal handler: the retry succeeded
 
     def decode_shown(self, ids: list[int]) -> str:
-        """What the object itself says. May raise anything."""
+        """Call the object's decode, which may raise anything."""
         text = self.tokenizer.decode(ids)
         if not isinstance(text, str):
             raise TypeError(f"decode must return a string, got {type(text).__name__}")
         return text
 
     def log_once(self, error: Exception) -> None:
-        """Say that the object cannot decode some ids, the first time for each type of error."""
+        """Warn that the object cannot decode some ids, once for each type of error."""
         if type(error) not in self.logged:
             self.logged.add(type(error))
             kind = type(self.tokenizer).__name__
-            what = f"{type(error).__name__}: {error}"
-            log.warning("the tokenizer %s cannot decode some ids, shown as U+FFFD: %s", kind, what)
+            problem = f"{type(error).__name__}: {error}"
+            log.warning(
+                "the tokenizer %s cannot decode some ids, shown as U+FFFD: %s", kind, problem
+            )
 
     def decoder(self) -> "ForeignDecoder":
-        """A fresh decoder for one stream of ids."""
+        """Return a new decoder for one stream of ids."""
         return ForeignDecoder(self)
 
 
 class ForeignDecoder:
-    """An IncrementalDecoder that knows no bytes: tokens wait until their text is whole. It is if
-    its last character is no U+FFFD, or if a character can have no further tokens."""
+    """An IncrementalDecoder without access to bytes. Tokens are kept until their text is complete:
+    its last character is not U+FFFD, or a character cannot have more tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.waiting_ids: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes."""
+        """Return the characters that this token completes."""
         self.waiting_ids.append(token_id)
         text = self.tokenizer.decode(self.waiting_ids, skip_special=True)
         if text.endswith(UNKNOWN) and len(self.waiting_ids) < MAX_CHARACTER_TOKENS:
@@ -135,7 +138,7 @@ class ForeignDecoder:
         return text
 
     def flush(self) -> str:
-        """At the end of the sequence: what waits."""
+        """At the end of the sequence, return the text of the kept tokens."""
         text = self.tokenizer.decode(self.waiting_ids, skip_special=True)
         self.waiting_ids = []
         return text

@@ -1,8 +1,8 @@
-"""Guided text: it fits a JSON schema or a regular expression, or is one of some choices.
+"""Guided text: it matches a JSON schema or a regular expression, or is one of several choices.
 
-A grammar (package llguidance) says which tokens may follow the ones before. All others get the
-logit -inf, the end tokens too until the text is complete; generation stops where nothing may
-follow. The draw among the rest is the request's, with its temperature, filters and random numbers.
+A grammar (package llguidance) determines the tokens that may follow. All other tokens get the logit
+-inf, and so do end tokens until the text is complete. Generation stops when nothing may follow. The
+remaining tokens are drawn with the request's own temperature, filters and random numbers.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
     from ..params import SamplingParams
 
 MAX_LENGTH = 2**18  # characters of a guide
-NUM_KEPT = 16  # guides that stay compiled: rows often have the same
-# on one line, as Python writes it: where blanks are free, a small model writes nothing else
+NUM_KEPT = 16  # compiled guides to keep, since many requests have the same guide
+# one line, in Python's style: if whitespace is free, a small model may write nothing else
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def compile_guide(guide: object) -> tuple[str, bool]:
-    """The grammar of a guide, and whether the guide is small. Raises TypeError or ValueError with
-    the guide and what is wrong with it, ImportError without the package llguidance."""
+    """Return the grammar of a guide, and whether the guide is small. Raises TypeError or ValueError
+    with the guide and the problem, ImportError without the package llguidance."""
     try:
         with panics_named():
             grammar = grammar_of(guide)
@@ -62,8 +62,8 @@ def compile_guide(guide: object) -> tuple[str, bool]:
 
 
 def grammar_of(guide: object) -> str:
-    """What llguidance compiles for a guide. Raises TypeError or ValueError for one of another form,
-    ImportError without the package."""
+    """Return the grammar that llguidance compiles for a guide. Raises TypeError or ValueError for
+    an invalid form, ImportError without the package."""
     form = 'it must be a dict: {"json": schema}, {"regex": "..."} or {"choices": ["...", ...]}'
     if not isinstance(guide, Mapping):
         raise TypeError(form)
@@ -80,7 +80,7 @@ def grammar_of(guide: object) -> str:
             choices = check_list("choices", choices, check_text)
             if not choices:
                 raise ValueError("choices must not be empty")
-            "".join(choices).encode()  # half a surrogate pair has no UTF-8
+            "".join(choices).encode()  # raises for half of a surrogate pair, which has no UTF-8
             texts = " | ".join(map(json.dumps, choices))
             grammar = matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
         case _:
@@ -90,15 +90,15 @@ def grammar_of(guide: object) -> str:
 
 
 def check_length(text: str) -> None:
-    """Raises ValueError for a guide of more than MAX_LENGTH characters."""
+    """Raise ValueError for a guide of more than MAX_LENGTH characters."""
     if len(text) > MAX_LENGTH:
-        raise ValueError(f"it has {len(text):,} characters, and {MAX_LENGTH:,} are allowed")
+        raise ValueError(f"it has {len(text):,} characters, but {MAX_LENGTH:,} are allowed")
 
 
 @lru_cache(NUM_KEPT)
 def check_grammar(grammar: str, is_small: bool) -> None:
-    """Raises ValueError with what is wrong with a grammar. A helper process looks for it unless the
-    guide is small."""
+    """Raise ValueError with the problem of a grammar, if it has one. A helper process does the
+    check unless the guide is small."""
     if is_small:
         check(grammar)
     else:
@@ -107,17 +107,17 @@ def check_grammar(grammar: str, is_small: bool) -> None:
 
 @lru_cache(1)
 def helper_for_requests(pid: int) -> Helper:
-    """The helper of this process for guides of new requests. Engines have others for their steps,
-    which so do not wait for new requests."""
+    """Return this process's helper for guides of new requests. Engines have other helpers for their
+    steps, so that steps do not wait for new requests."""
     return Helper()
 
 
-# which guides are small ---------------------------------------------------------------------------
+# small guides -------------------------------------------------------------------------------------
 
-SMALL = 1_000  # weight; below it a grammar and each mask take some milliseconds at most
-UNKNOWN = float("inf")  # the weight of what is not known to be small
+SMALL = 1_000  # weight up to which a grammar and each mask take some milliseconds at most
+UNKNOWN = float("inf")  # the weight of guides that may not be small
 
-# what an expression is made of; anything else is not known to be small
+# supported elements of an expression; with others, its weight is UNKNOWN
 ATOM = re.compile(
     r"(?P<repeat>[?*+]|\{(?P<low>\d{1,4})(?P<comma>,(?P<high>\d{0,4}))?\})"
     r"|(?P<open>\((?:\?:)?)(?!\?)|(?P<close>\))|(?P<either>\|)"
@@ -126,8 +126,8 @@ ATOM = re.compile(
 
 
 def regex_weight(pattern: str) -> float:
-    """The length of an expression in which each repetition is written out; a class counts for the
-    characters that it names, at least 10. UNKNOWN with anything unusual in it."""
+    """Return the length of an expression with all repetitions written out. A character class counts
+    by the characters in its text, at least 10. Returns UNKNOWN if it has unusual elements."""
     groups = [0.0]  # weights of the open groups
     last = 0.0  # weight of the last atom
     position = 0
@@ -157,8 +157,8 @@ def regex_weight(pattern: str) -> float:
     return groups[0] if len(groups) == 1 else UNKNOWN
 
 
-NO_WEIGHT = {"title", "description", "$schema", "default", "examples"}  # it does not read them
-# where $ref may lead: to no part that was not weighed
+NO_WEIGHT = {"title", "description", "$schema", "default", "examples"}  # llguidance ignores these
+# valid targets of $ref: parts of the schema that are weighed
 WEIGHED = re.compile(r"#(?:/(?:\$defs|definitions|properties)/[^/%~]+)*")
 BOUNDS = {
     "minimum",
@@ -173,22 +173,22 @@ BOUNDS = {
 
 
 def schema_weight(schema: object) -> float:
-    """The length of a JSON schema in which patterns and multipleOf count for what they become.
-    UNKNOWN with a keyword that combines schemas, or anything else unusual."""
+    """Return the length of a JSON schema, in which patterns and multipleOf count with the size of
+    their expansion. Returns UNKNOWN with keywords that combine schemas, or with unusual ones."""
     if isinstance(schema, bool):
         return 1
     if not isinstance(schema, dict):
         return UNKNOWN
     keywords = schema.keys() - NO_WEIGHT
     rules = keywords - {"$defs", "definitions"}
-    if rules & {"$ref", "anyOf"} and len(rules) > 1:  # each is combined with what is beside it
+    if rules & {"$ref", "anyOf"} and len(rules) > 1:  # these combine with all other keywords
         return UNKNOWN
     has_bounds = bool(keywords & BOUNDS)
     return 10.0 + sum([keyword_weight(name, schema[name], has_bounds) for name in keywords])
 
 
 def keyword_weight(name: str, value: object, has_bounds: bool) -> float:
-    """The weight of one keyword of a schema. has_bounds: are any of BOUNDS beside it?"""
+    """Return the weight of one keyword of a schema. has_bounds: the schema has one of BOUNDS."""
     match name:
         case "type" | "required" | "enum" | "const":
             return len(json.dumps(value))
@@ -214,12 +214,12 @@ def keyword_weight(name: str, value: object, has_bounds: bool) -> float:
 
 
 def is_small(guide: Mapping, grammar: str) -> bool:
-    """Is all that llguidance does for a guide known to be cheap? In doubt it is not."""
+    """Return whether all work of llguidance for a guide is known to be cheap."""
     pattern = guide.get("regex")
     if pattern:
         return regex_weight(pattern) <= SMALL
     if guide.get("choices") is not None:
-        return len(grammar) <= 10 * SMALL  # nothing in it is repeated
+        return len(grammar) <= 10 * SMALL  # choices have no repetitions
     schema = guide.get("json") or {}
     if isinstance(schema, str):
         schema = json.loads(schema) if len(schema) <= 10 * SMALL else None
@@ -233,7 +233,7 @@ def is_small(guide: Mapping, grammar: str) -> bool:
 
 
 class Vocabulary:
-    """A Tokenizer as llguidance wants it. Raises ValueError for one that cannot spell any text."""
+    """A Tokenizer in llguidance's form. Raises ValueError if the tokens cannot spell every text."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
@@ -244,7 +244,7 @@ class Vocabulary:
         ordinary = set(self.tokens[: tokenizer.num_ordinary])
         missing = [byte for byte in range(256) if bytes([byte]) not in ordinary]
         if missing:
-            raise ValueError(f"guide needs a token for each byte, and there is none for {missing}")
+            raise ValueError(f"guide needs a token for each byte, but there is none for {missing}")
 
     def __call__(self, text: str) -> list[int]:
         return self.encode(text)
@@ -253,7 +253,7 @@ class Vocabulary:
 class Guide(LogitsProcessor):
     """The logits_processor of a grammar.
 
-    open_reader: makes a reader of a new text; num_ordinary: tokens before the special ones.
+    open_reader: makes a reader for a new text; num_ordinary: tokens before the special ones.
     """
 
     may_guess = True
@@ -263,12 +263,12 @@ class Guide(LogitsProcessor):
         self.num_ordinary = num_ordinary
 
     def begin(self, prompt_ids: list[int]) -> GuidedSample:
-        """The function of a new sample."""
+        """Return the function of a new sample."""
         return GuidedSample(self.open_reader(), len(prompt_ids), self.num_ordinary)
 
 
 class GuidedSample:
-    """The function of one sample: what does not fit its guide gets the logit -inf."""
+    """The function of one sample. Tokens that do not match its guide get the logit -inf."""
 
     def __init__(self, reader: Reader | RemoteReader, num_prompt: int, num_ordinary: int):
         self.reader = reader
@@ -276,47 +276,47 @@ class GuidedSample:
         self.num_ordinary = num_ordinary
 
     def __call__(self, token_ids: list[int], logits: Tensor) -> Tensor:
-        """(V,) logits, -inf for what may not follow the tokens. Raises ValueError if the grammar is
-        more complex here than the limits allow."""
+        """Return logits (V,), with -inf for tokens that may not follow. Raises ValueError if the
+        grammar exceeds the limits at this point of the text."""
         output = token_ids[self.num_prompt :]
         num_read, mask = self.reader.allowed(output)
-        if num_read < len(output):  # a draft token does not fit: nothing after it counts
+        if num_read < len(output):  # a draft token does not match: later draws do not count
             return logits
         bits = np.frombuffer(mask, np.uint8)
         is_allowed = np.unpackbits(bits, count=len(logits), bitorder="little").view(bool)
-        if not is_allowed[: self.num_ordinary].any():  # it ends, whatever min_tokens says
+        if not is_allowed[: self.num_ordinary].any():  # the text ends, even before min_tokens
             logits = logits.clamp(min=-1e6)
         return logits.masked_fill(to_device(~is_allowed, logits.device), -torch.inf)
 
 
 class Guides:
-    """Makes the Guide of a grammar, for one tokenizer; keeps the last ones."""
+    """Makes the Guides of grammars for one tokenizer, and keeps the latest ones."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.vocabulary = Vocabulary(tokenizer)
         self.num_ordinary = tokenizer.num_ordinary
         self.eos_ids = sorted(tokenizer.eos_ids)
-        self.number = next(numbers)  # of the vocabulary, in helpers
-        self.helper = Helper()  # of steps alone
+        self.number = next(numbers)  # identifies the vocabulary in helpers
+        self.helper = Helper()  # only for steps
         self.guide = lru_cache(NUM_KEPT)(self.make)
         forget = helper_for_requests(os.getpid()).dropped.append
         weakref.finalize(self, forget, self.number).atexit = False
 
     @cached_property
     def tokenizer(self):
-        """llguidance's, for small guides."""
+        """llguidance's tokenizer, for small guides."""
         wrapper = llguidance().TokenizerWrapper(self.vocabulary)
         return llguidance().LLTokenizer(wrapper, eos_token=self.eos_ids)
 
     def make(self, grammar: str, is_small: bool) -> Guide:
-        """Raises ValueError for a grammar that no text fits, or that is too complex."""
+        """Make a Guide. Raises ValueError if no text matches the grammar or it is too complex."""
         if is_small:
             start = open_grammar(self.tokenizer, grammar).start
             return Guide(lambda: Reader(start), self.num_ordinary)
         return self.make_remote(grammar)
 
     def make_remote(self, grammar: str) -> Guide:
-        """The Guide of a grammar that a helper works on."""
+        """Make a Guide whose grammar runs in a helper process."""
         vocabulary = self.vocabulary_message()
         number = next(numbers)
         opening = ("grammar", number, self.number, grammar)
@@ -333,7 +333,7 @@ class Guides:
         return guide
 
     def vocabulary_message(self) -> tuple:
-        """What a helper needs to know of the vocabulary."""
+        """Return the message that sends the vocabulary to a helper."""
         vocabulary = self.vocabulary
         tokens = [token.hex() for token in vocabulary.tokens]
         special = vocabulary.special_token_ids
@@ -341,13 +341,13 @@ class Guides:
 
 
 class GuidedText(Extension):
-    """Replaces guides by logits_processors. Ends its helper process with the engine."""
+    """Replaces guides by logits_processors. Stops its helper process when the engine closes."""
 
-    guides: Guides | None = None  # once there was a guide
+    guides: Guides | None = None  # created for the first guide
 
     def prepare(self, params: SamplingParams) -> SamplingParams:
-        """The parameters with the logits_processor of their guide. Raises ValueError for a guide
-        that no text fits, or that is too complex; so it is called before any request is queued."""
+        """Return the parameters with the logits_processor of their guide. Raises ValueError for a
+        guide that no text matches, or that is too complex. Called before any request is queued."""
         if params.grammar is None:
             return params
         if self.guides is None:

@@ -89,6 +89,8 @@ class HiddenStates(Extension):
         path = settings.get("path")
         if path is not None and not Path(path).parent.is_dir():
             raise FileNotFoundError(f"path of hidden_states: {Path(path).parent} is no folder")
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"path of hidden_states: {path} is a folder, give a file in it")
         return Wanted(
             layers=self.check_layers(settings["layers"]),
             dtype=torch.float32 if dtype == "float32" else self.engine.model.dtype,
@@ -233,7 +235,10 @@ class HiddenStates(Extension):
         if pooling not in POOLINGS and not callable(pooling):
             expected = f"{' or '.join(map(repr, POOLINGS))}, or a function"
             raise ValueError(f"pooling must be {expected}, got {pooling!r:.80}")
-        wanted = Wanted(self.check_layers(layer), torch.float32)
+        self.engine.guard.check_open()
+        num_layers = self.engine.model.config.n_layer
+        layer = check_number("layer", layer, -num_layers, num_layers - 1)
+        wanted = Wanted((layer % num_layers,), torch.float32)
         checked = []
         for i, text in enumerate(texts):
             with naming(f"texts[{i}]"):
@@ -243,7 +248,11 @@ class HiddenStates(Extension):
         rows: list[Tensor] = []
 
         def keep(index: int, states: Tensor) -> None:
-            rows.append(self.pool(states[:, 0], checked[index], pooling))
+            row = self.pool(states[:, 0], checked[index], pooling)
+            if rows and row.shape != rows[0].shape:
+                shapes = f"{tuple(rows[0].shape)} and {tuple(row.shape)}"
+                raise ValueError(f"pooling returned shapes {shapes}: all texts need the same shape")
+            rows.append(row)
 
         for _ in self.read(checked, wanted, keep):
             pass
@@ -257,7 +266,11 @@ class HiddenStates(Extension):
             # all texts have BOS, whose state is large and tells nothing of a text
             has_more = token_ids[0] == self.engine.tokenizer.bos_id and len(token_ids) > 1
             return states[int(has_more) :].mean(0)
-        return torch.as_tensor(pooling(states))
+        pooled = pooling(states)
+        try:
+            return torch.as_tensor(pooled)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"pooling must return a tensor, got {pooled!r:.80}") from None
 
 
 def take_states(request: Request, index: int) -> Tensor:

@@ -1,18 +1,18 @@
-"""Live nanochat modules: an engine that follows the weights of a GPT while it is trained. Also new
-weights for any engine that runs, and an engine that sleeps while others need its memory.
+"""Live nanochat modules: an engine follows the weights of a GPT during training. Also new weights
+for any running engine, and an engine that sleeps while its memory is needed elsewhere.
 
-How a change is seen at the beginning of a step:
+How a change is detected at the start of a step, or of a call of several steps:
 
-    what is done                              what shows it                      looked at
+    change                                    detected by                        checked
     p.add_(x), load_state_dict, foreach       Tensor._version                    in every step
     p.data = x, to(dtype), a new Parameter    the object, the address            in every step
-    optimizer.step(), fused ones as well      a hook that torch calls after it   in every step
+    optimizer.step(), also fused ones         a hook that torch calls after it   in every step
     p.data.add_(x), numpy, other libraries    the first number of each tensor    in every step, CPU
                                               the first number of each row       if nothing runs
 
-For what even these miss, such as one number that is written without autograd's knowledge, there is
-`update_weights(gpt)`. A step during which another thread writes may draw from a mixture of old and
-new weights; the next one computes everything again.
+Other changes, such as one number that is written without autograd's knowledge, need
+`update_weights(gpt)`. If another thread writes during a step, this step may use a mixture of old
+and new weights; the next step computes everything again.
 """
 
 import weakref
@@ -30,18 +30,20 @@ from ..sources import strict
 
 
 def from_module(module) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
-    """Config, recipe and weights (not copied) of a live nanochat GPT, compiled or not. Raises
-    TypeError for what is no nanochat GPT, ValueError for one of an unknown era."""
+    """Return config, recipe and weights (not copied) of a live nanochat GPT, compiled or not.
+    Raises TypeError for another object, ValueError for an unknown era."""
     config = getattr(module, "config", None)
     fields = vars(config) if hasattr(config, "__dict__") else {}
-    # other families' modules have a config too
+    # modules of other families have a config too
     if not isinstance(module, torch.nn.Module) or "n_embd" not in fields:
-        what = "with its config and weights (a forward alone has no K and V to page)"
-        raise TypeError(f"model must be a nanochat GPT module {what}, got {type(module).__name__}")
+        requirement = "with its config and weights (a forward alone has no K and V to page)"
+        raise TypeError(
+            f"model must be a nanochat GPT module {requirement}, got {type(module).__name__}"
+        )
     source = f"the module {type(module).__name__}"
     config = strict.make_config(fields, source)
     weights = weights_of(module)
-    # a GPTConfig of this package has a window pattern in any era, so it tells nothing about it
+    # this package's GPTConfig has a window pattern in all eras, so it does not indicate the era
     is_ours = isinstance(module.config, GPTConfig)
     meta = {} if is_ours else fields
     recipe = strict.recognise_strictly(weights, config, source, meta, live=True)
@@ -49,34 +51,34 @@ def from_module(module) -> tuple[GPTConfig, Recipe, dict[str, Tensor]]:
 
 
 def weights_of(module) -> dict[str, Tensor]:
-    """A module's state dict, not copied, compiled or not."""
+    """Return the state dict of a module, compiled or not, without a copy."""
     return strict.without_prefix(module.state_dict(), f"the module {type(module).__name__}")
 
 
 class Snapshot:
-    """A module's weights as they were when this was made; `differs` says whether they still are.
-    It keeps no copy, but their memory: at an address that is free again another tensor may lie."""
+    """The state of a module's weights at one moment; `differs` checks for changes. It has no
+    copies, but holds the tensors' memory, since another tensor could get a freed address."""
 
     def __init__(self, module):
-        # where the module and its parts have their parts and their parameters
+        # all tables of the module and its parts, with their parts and parameters
         tables = []
         for part in module.modules():
             tables += [part._modules, part._parameters]
         self.slots = [(table, name) for table in tables for name in table]
         self.values = [table[name] for table, name in self.slots]
         self.tensors = [value for value in self.values if isinstance(value, Tensor)]
-        # before anything is read: what changes from here on is seen
+        # read first, so that later changes are detected
         self.versions = self.read_versions()
-        self.is_stepped = False  # by an optimizer
+        self.is_stepped = False  # whether an optimizer has changed the weights
         self.stored = [tensor.data for tensor in self.tensors]
         first_numbers = [x.as_strided((1,), (1,)) for x in self.stored if x.is_cpu]
         first_columns = [x[..., 0] if x.ndim > 1 else x for x in self.stored]
-        self.samples = {False: first_numbers, True: first_columns}  # by `closely`
+        self.samples = {False: first_numbers, True: first_columns}  # keyed by `closely`
         self.sample_bytes = {closely: to_bytes(x) for closely, x in self.samples.items()}
         self.watch_optimizers()
 
     def watch_optimizers(self) -> None:
-        """Notice the steps of optimizers that have one of the tensors, as long as this lives."""
+        """Detect steps of optimizers that have one of the tensors, for the life of this object."""
         tensor_ids = {id(tensor) for tensor in self.tensors}
         get_snapshot = weakref.ref(self)
 
@@ -90,11 +92,11 @@ class Snapshot:
         weakref.finalize(self, handle.remove)
 
     def read_versions(self) -> list[int]:
-        """Of each tensor; those that were made in inference mode have none."""
+        """Return the version of each tensor. Tensors made in inference mode have none."""
         return [0 if x.is_inference() else x._version for x in self.tensors]
 
     def is_moved(self) -> bool:
-        """Is one of the tensors, or of the parts, another object, or in other memory?"""
+        """Return whether a tensor or a part was replaced, or has moved in memory."""
         values = [table.get(name) for table, name in self.slots]
         if list(map(id, values)) != list(map(id, self.values)):
             return True
@@ -102,24 +104,23 @@ class Snapshot:
         return addresses != [x.data_ptr() for x in self.stored]
 
     def differs(self, closely: bool) -> bool:
-        """Has a weight changed? closely: compare a number of each row, and wait for a GPU to do
-        so."""
+        """Return whether a weight has changed. closely: compare a number of each row, which waits
+        for a GPU."""
         if self.is_stepped or self.is_moved() or self.read_versions() != self.versions:
             return True
         return not torch.equal(to_bytes(self.samples[closely]), self.sample_bytes[closely])
 
 
 def to_bytes(parts: list[Tensor]) -> Tensor:
-    """Copies of one-dimensional tensors, as bytes: a NaN is equal to itself."""
+    """Return copies of one-dimensional tensors as bytes, so that a NaN equals itself."""
     return torch.cat(parts or [torch.empty(0)]).view(torch.uint8)
 
 
 class LiveWeights:
-    """The weights of an engine: how they are followed, if a live module has them, how new ones come
-    in their place, and how the engine sleeps.
+    """An engine's weights: follows those of a live module, replaces weights, and implements sleep.
 
-    module: a live nanochat GPT, None for an engine of a file; build(config, recipe, weights): makes
-    the engine's model of the module's weights.
+    module: a live nanochat GPT, or None for an engine of a file; build(config, recipe, weights):
+    makes the engine's model of the module's weights.
     """
 
     engine: LLM
@@ -127,25 +128,25 @@ class LiveWeights:
     def __init__(self, module=None, build: Callable | None = None):
         self.module = module
         self.build = build
-        self.snapshot: Snapshot | None = None  # the module's weights, as the engine has them
+        self.snapshot: Snapshot | None = None  # the module's weights that the engine has
         self.is_asleep = False
-        self.next_version: int | None = None  # of weights that came while the engine slept
+        self.next_version: int | None = None  # version of weights set during sleep
 
     def attach(self, engine: LLM) -> None:
-        """Called by the engine's loop (loops/live.py), when it is made."""
+        """Called by the engine's loop (loops/live.py) when it is created."""
         self.engine = engine
 
     def take(self):
-        """The model that `build` makes of the module's present weights, which are followed from
-        now on. Raises TypeError or ValueError as `from_module` does."""
-        from_module(self.module)  # raises for what is none
-        snapshot = Snapshot(self.module)  # before the weights are read
+        """Build a model of the module's present weights, and follow them from now on. Raises
+        TypeError or ValueError like `from_module`."""
+        from_module(self.module)  # raises for an unsupported module
+        snapshot = Snapshot(self.module)  # taken before the weights are read
         model = self.build(*from_module(self.module))
         self.snapshot = snapshot
         return model
 
     def refresh(self) -> None:
-        """Before a step: wake, or take over weights that have changed."""
+        """Before a step: wake, or apply changed weights."""
         if self.is_asleep:
             self.wake_now()
         elif self.snapshot is not None:
@@ -153,10 +154,10 @@ class LiveWeights:
                 self.follow()
 
     def follow(self, version: int | None = None) -> None:
-        """Take over the module's weights; K and V of all requests are computed again."""
+        """Apply the module's weights, and compute K and V of all requests again."""
         engine = self.engine
         engine.loop.drain()
-        if self.snapshot.is_moved():  # what shares its tensors, or has recorded their addresses
+        if self.snapshot.is_moved():  # shared tensors and recorded addresses are invalid
             self.sleep_now()
             self.next_version = version
             self.wake_now()
@@ -169,15 +170,15 @@ class LiveWeights:
         self.snapshot = snapshot
 
     def announce(self, version: int | None) -> None:
-        """Tell the extensions of new weights. A step that was launched must be finished before."""
+        """Notify the extensions of new weights. Launched steps must have finished."""
         for on_weights in self.engine.hooks.on_weights:
             on_weights(version)
 
     def update_weights(self, weights, version: int | None = None) -> None:
-        """Swap the weights in place: a state dict of the same shapes, or a module that has one. The
-        prefix cache is emptied and running requests recompute what they have. The weights of a live
-        module are its own: they are written there. version: of the weights, for extensions. Raises
-        ValueError, and changes nothing, if a tensor is missing or misshapen."""
+        """Replace the weights in place. weights: a state dict of the same shapes, or a module. The
+        prefix cache is emptied, and running requests recompute their K and V. For a live module the
+        weights are written to the module. version: the version of the weights, for extensions.
+        Raises ValueError, and changes nothing, if a tensor is missing or has the wrong shape."""
         engine = self.engine
         engine.guard.check_open()
         state = weights.state_dict() if hasattr(weights, "state_dict") else weights
@@ -188,7 +189,7 @@ class LiveWeights:
         engine.guard.perform(lambda: self.write_weights(state, version))
 
     def write_weights(self, state: dict[str, Tensor], version: int | None) -> None:
-        """`update_weights` with a state dict that was checked."""
+        """`update_weights` with a checked state dict."""
         engine = self.engine
         engine.loop.drain()
         if self.module is None:
@@ -207,18 +208,17 @@ class LiveWeights:
             self.follow(version)
 
     def sleep(self) -> None:
-        """Give back the memory of the KV cache, and that of weights which a live module has as
-        well, until `wake`, or a call that needs a step. Unfinished requests keep their tokens and
-        recompute the rest."""
+        """Free the memory of the KV cache, and of weights that a live module also has, until `wake`
+        or a call that needs a step. Unfinished requests keep their tokens and recompute K and V."""
         self.engine.guard.perform(self.sleep_now)
 
     def wake(self) -> None:
-        """Take the memory that `sleep` gave back, and the live module's present weights. Raises
-        ValueError if there is too little; the engine then sleeps on."""
+        """Allocate the memory that `sleep` freed, and load the live module's present weights.
+        Raises ValueError if memory is insufficient; the engine then stays asleep."""
         self.engine.guard.perform(self.wake_now)
 
     def sleep_now(self) -> None:
-        """`sleep`, under the guard."""
+        """`sleep`, called with the guard."""
         if self.is_asleep:
             return
         self.engine.loop.drain()
@@ -226,9 +226,9 @@ class LiveWeights:
         self.engine.reset()
         self.drop_memory()
 
-    @torch.inference_mode(False)  # what is made here stays, and graphs want ordinary tensors
+    @torch.inference_mode(False)  # tensors made here stay, and graphs need ordinary ones
     def wake_now(self) -> None:
-        """`wake`, under the guard."""
+        """`wake`, called with the guard."""
         if not self.is_asleep:
             return
         engine = self.engine
@@ -237,7 +237,7 @@ class LiveWeights:
                 engine.model = self.take()
             engine.allocate()
             engine.runner.bind(engine.model, engine.cache)
-            if self.module is not None:  # it may have been trained meanwhile
+            if self.module is not None:  # it may have been trained in the meantime
                 self.announce(self.next_version)
                 engine.reset()
         except BaseException as error:
@@ -253,7 +253,7 @@ class LiveWeights:
         engine = self.engine
         if self.module is not None:
             self.snapshot = None
-            # a prompt is checked by the model's config, without a step
+            # requests are checked with the model's config, even without a step
             config = engine.model.config
             engine.model = empty_model(config, engine.model.recipe, config.vocab_size)
         engine.cache.release()
@@ -261,7 +261,7 @@ class LiveWeights:
         release_freed_memory(engine.device)
 
     def close(self) -> None:
-        """Let go of the module, after the engine was closed."""
+        """Release the module, after the engine was closed."""
         self.module = None
         self.build = None
         self.snapshot = None

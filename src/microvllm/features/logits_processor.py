@@ -1,8 +1,8 @@
-"""Functions of the caller that change the logits of a sample, and what happens if they raise.
+"""User functions that change the logits of a sample, and the handling of their exceptions.
 
-An Exception in one of them ends its own sample with finish_reason "error". Exceptions from outside
-go to the caller of the step: those that a signal's handler raises meanwhile (a time limit, Ctrl-C),
-and those that are no Exception, such as SystemExit.
+An Exception in a function ends its own sample with finish_reason "error". Exceptions from outside
+are raised in the step's caller: those of signal handlers that run in the meantime (a time limit,
+Ctrl-C), and those that do not inherit from Exception, such as SystemExit.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from torch import Tensor
 from ..scheduler import Sequence
 
 SIGNALS = sorted(signal.valid_signals())
-MAX_INTERRUPTIONS = 1000  # that are remembered
-MAX_ATTEMPTS = 2  # a sample whose processor was interrupted this often at one token ends
+MAX_INTERRUPTIONS = 1000  # number of remembered interruptions
+MAX_ATTEMPTS = 2  # interruptions of a processor at one token, before its sample ends
 
 
 class LogitsProcessor(Protocol):
-    """A logits_processor that keeps state: any object with a method `begin`, also without this
-    class.
+    """A logits_processor with state: any object with a method `begin`. It need not inherit from
+    this class.
 
-    Each sample of a request has a function of its own, which is called once for each of its tokens,
-    in order, with all tokens so far: prompt and output. It begins with the sample's first token.
-    After an exception in a step, and after new weights, another function begins, and the first
-    tokens that it receives have output in them; a function that only reads `token_ids` needs no
-    care.
+    Each sample of a request has its own function. It is called once for each of the sample's
+    tokens, in order, with all tokens so far (prompt and output), starting with the first token.
+    After an exception in a step, and after new weights, `begin` is called again, and the tokens of
+    the first call then include output. This makes no difference to a function that only reads
+    `token_ids`.
     """
 
-    # Does what a function returns follow from token_ids and logits alone? Then it is also called
-    # for tokens that prompt lookup guesses, and maybe without them later.
+    # True if the function's result depends only on token_ids and logits. Then it is also called for
+    # tokens that prompt lookup proposes, and may be called without them later.
     may_guess: bool = False
 
     def begin(self, prompt_ids: list[int]) -> Callable[[list[int], Tensor], Tensor]:
-        """The function (token_ids, logits) -> logits of one sample, as a plain logits_processor."""
+        """Return the function (token_ids, logits) -> logits of one sample."""
         ...
 
 
 class Place(NamedTuple):
-    """A token of a sample, the same after an error."""
+    """A token of a sample. It stays the same after an error."""
 
     request_id: int
-    index: int  # of the sample
-    position: int  # of the token
+    index: int  # number of the sample
+    position: int  # position of the token
 
 
 class Interruption(NamedTuple):
-    """An exception from outside that struck in a processor."""
+    """An exception from outside that occurred in a processor."""
 
     place: Place
     message: str
@@ -65,12 +65,12 @@ class ProcessorCalls:
     """Calls the logits_processors of an engine's samples."""
 
     def __init__(self) -> None:
-        # the function that each sample has begun with
+        # the function of each sample
         self.functions: WeakKeyDictionary[Sequence, Callable] = WeakKeyDictionary()
         self.interruptions: deque[Interruption] = deque(maxlen=MAX_INTERRUPTIONS)
 
     def reset(self) -> None:
-        """Begin again: a function may have seen a token that was never appended."""
+        """Start all functions again, since one may have seen a token that was never appended."""
         self.functions.clear()
 
     def change_row(
@@ -80,15 +80,15 @@ class ProcessorCalls:
         logits: Tensor,
         raised: list[BaseException],
     ) -> str | None:
-        """Have a sample's processor change its row of logits (V,), in place. token_ids: prompt and
-        output so far; raised: see `watched_handlers`. Returns the error of the processor, or None.
+        """Let a sample's processor change its row of logits (V,), in place. token_ids: prompt and
+        output so far; raised: see `watched_handlers`. Returns the processor's error, or None.
 
-        After an interruption the next step calls the processor again. Where that happens twice at
-        one token, it is an error: otherwise a processor that always exits, or never meets the
-        caller's time limit, would hold up all other requests.
+        After an interruption the next step calls the processor again. A second one at the same
+        token is an error. Otherwise a processor that always exits, or never meets the caller's time
+        limit, would block all other requests.
         """
         place = Place(seq.request_id, seq.index, len(token_ids))
-        messages = [message for where, message in self.interruptions if where == place]
+        messages = [message for other_place, message in self.interruptions if other_place == place]
         if len(messages) >= MAX_ATTEMPTS:
             return messages[-1]
         raised.clear()
@@ -104,10 +104,10 @@ class ProcessorCalls:
             self.interruptions.append(Interruption(place, message))
             if not raised or error is raised[-1]:
                 raise
-            raise raised[-1] from error  # the processor has made another exception of it
+            raise raised[-1] from error  # the processor converted it to another exception
 
     def function_of(self, seq: Sequence, token_ids: list[int]) -> Callable:
-        """The function of a sample, which begins with its first call."""
+        """Return the function of a sample. The first call starts it."""
         if seq not in self.functions:
             processor = seq.params.logits_processor
             begin = getattr(processor, "begin", None)
@@ -117,11 +117,11 @@ class ProcessorCalls:
 
 
 def replace_row(logits: Tensor, new: object) -> None:
-    """Write what a processor returned for a row: logits, or a mask. Raises TypeError."""
+    """Write a processor's result for a row: logits, or a mask. Raises TypeError."""
     if not isinstance(new, Tensor) or new.shape != logits.shape:
-        got = tuple(new.shape) if isinstance(new, Tensor) else repr(new)
+        description = tuple(new.shape) if isinstance(new, Tensor) else repr(new)
         expected = f"logits_processor must return logits of shape {tuple(logits.shape)}"
-        raise TypeError(f"{expected}, got {got!s:.80}")
+        raise TypeError(f"{expected}, got {description!s:.80}")
     if new.dtype == torch.bool:
         logits.masked_fill_(~new, -torch.inf)
     else:
@@ -129,7 +129,7 @@ def replace_row(logits: Tensor, new: object) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """The type and the message of an error; to make a message may raise, too."""
+    """Return the type and the message of an error. Formatting the message may raise as well."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
@@ -137,7 +137,7 @@ def describe(error: BaseException) -> str:
 
 
 class WatchedHandler:
-    """A signal's handler that adds what it raises to a list."""
+    """A signal handler that adds the exceptions it raises to a list."""
 
     def __init__(self, handler: Callable, raised: list[BaseException]):
         self.handler = handler
@@ -153,16 +153,16 @@ class WatchedHandler:
 
 @contextmanager
 def watched_handlers() -> Iterator[list[BaseException]]:
-    """Provides a list of what signal handlers in Python raise inside: only this tells such an
-    exception from one of the code in which it strikes. Python runs handlers in the main thread. A
-    handler that is set inside belongs to the code that sets it, and stays."""
+    """Yield a list of the exceptions that Python signal handlers raise in the block. Only this
+    distinguishes such an exception from one of the interrupted code. Python runs handlers in the
+    main thread. A handler that is set in the block belongs to the code that sets it, and stays."""
     raised: list[BaseException] = []
     watched: dict[int, WatchedHandler] = {}
     is_main_thread = threading.current_thread() is threading.main_thread()
     try:
         for number in SIGNALS if is_main_thread else ():
             handler = signal.getsignal(number)
-            while isinstance(handler, WatchedHandler):  # an exception has left it here
+            while isinstance(handler, WatchedHandler):  # left here by an exception
                 handler = handler.handler
             if callable(handler):
                 watched[number] = WatchedHandler(handler, raised)

@@ -1,17 +1,17 @@
-"""Which tokens may follow in a grammar: llguidance, in this process or in a helper process.
+"""The tokens that may follow in a grammar: llguidance, in this process or in a helper process.
 
-llguidance limits what it builds, not the time that this takes: `(a?){5000}a{5000}` needs seconds
-for one token, and no signal is handled meanwhile. What is not known to be cheap therefore runs in a
-helper process, which the system ends when it takes too much processor time or memory.
+llguidance limits the size of its data, but not its time: `(a?){5000}a{5000}` needs seconds for one
+token, and no signal is handled during this time. So grammars that may be expensive run in a helper
+process. The system ends this process if it takes too much processor time or memory.
 
-    Reader           where one text is in a grammar: `allowed` reads tokens, returns the next mask
+    Reader           the position of one text in a grammar: `allowed` reads tokens, returns a mask
     RemoteReader     the same, in a helper
-    Helper           the helper for this process: starts it, and starts it again if it has ended
-    Server           what the helper runs
+    Helper           this process's connection to a helper: starts it, and restarts it if it ended
+    Server           runs in the helper
 
-The helper runs this file as a script. Nothing of the package is imported, so it starts in less
-than a tenth of a second. It keeps nothing that cannot be made again: a helper that was ended is
-replaced, and the new one reads the tokens again.
+The helper runs this file as a script. It imports nothing of the package, so it starts in less than
+a tenth of a second. All of its state can be rebuilt: a helper that ended is replaced, and the new
+one reads the tokens again.
 """
 
 import errno
@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# llguidance's own limits, which bound the memory of a matcher and, where a guide is small, the time
+# llguidance's own limits: they bound a matcher's memory and, for small guides, the time
 LIMITS = {
     "max_items_in_row": 2_000,
     "step_max_items": 50_000,
@@ -38,21 +38,21 @@ LIMITS = {
     "precompute_large_lexemes": True,
     "verbose_errors": False,
 }
-# seconds of processor time in a helper: for a grammar and its first mask, and for each further
-# token, on average
+# processor seconds in a helper: for a grammar and its first mask, and on average for each further
+# token
 PREPARE = 1.0
 EACH = 0.01
 MEMORY = 2**30  # bytes of address space of a helper
-TIMED_OUT = -getattr(signal, "SIGPROF", 0) or 1  # how a helper ends that takes too long
+TIMED_OUT = -getattr(signal, "SIGPROF", 0) or 1  # exit status of a helper that took too long
 REMEDY = "give smaller bounds, fewer properties or choices, no large multipleOf"
 
 
 def llguidance():
-    """The package. Raises ImportError that says what to install."""
+    """Return the package. Raises ImportError with the install command."""
     try:
         import llguidance
     except ModuleNotFoundError:
-        from ..environment import how_to_install  # not in a helper, which finds the package
+        from ..environment import how_to_install  # a helper has the package, and skips this
 
         remedy = how_to_install("guided")
         raise ImportError(f"guide needs the package llguidance: {remedy}") from None
@@ -60,13 +60,13 @@ def llguidance():
 
 
 def limits():
-    """LIMITS, as llguidance takes them."""
+    """Return LIMITS in llguidance's form."""
     return llguidance().LLParserLimits(**LIMITS)
 
 
 @contextmanager
 def panics_named() -> Iterator[None]:
-    """A panic of Rust, which is no Exception, becomes a ValueError."""
+    """Convert a Rust panic, which is not an Exception, to a ValueError."""
     try:
         yield
     except BaseException as error:
@@ -77,7 +77,7 @@ def panics_named() -> Iterator[None]:
 
 
 def check(grammar: str) -> None:
-    """Raises ValueError with what is wrong with a grammar."""
+    """Raise ValueError with the problem of a grammar, if it has one."""
     validate = llguidance().LLMatcher.validate_grammar_with_warnings
     with panics_named():
         failed, messages = validate(grammar, limits=limits())
@@ -86,8 +86,8 @@ def check(grammar: str) -> None:
 
 
 def first_line(message: str) -> str:
-    """The message of an error of llguidance. That of a regular expression is below a drawing of the
-    place."""
+    """Return the message of an llguidance error. For a regular expression it comes after a drawing
+    of the position."""
     for line in message.splitlines():
         if line.startswith("error: "):
             return line.removeprefix("error: ")
@@ -95,7 +95,7 @@ def first_line(message: str) -> str:
 
 
 class Reader:
-    """Where one text is in a grammar. matcher: llguidance's, at the beginning of the text; the
+    """The position of one text in a grammar. matcher: llguidance's, at the start of the text; the
     reader works on a copy."""
 
     def __init__(self, matcher):
@@ -103,14 +103,15 @@ class Reader:
         self.restart()
 
     def restart(self) -> None:
-        """Be before the first token."""
+        """Go back to the start of the text."""
         self.matcher = self.start.deep_copy()
-        self.read: list[int] = []  # tokens that the matcher has
+        self.read: list[int] = []  # tokens that the matcher has read
 
     def allowed(self, output: list[int]) -> tuple[int, bytes]:
-        """Go to the end of these tokens; the last ones may differ from those of the call before.
-        Returns how many of them fit, and what may come after these: a bit for each token of the
-        vocabulary, the lowest first. Raises ValueError if nothing may, or if a limit is met."""
+        """Move to the end of these tokens, the last of which may differ from those of the previous
+        call. Returns how many of them match, and a mask of the tokens that may follow: a bit for
+        each token of the vocabulary, the lowest first. Raises ValueError if none may follow, or if
+        a limit is reached."""
         num_kept = len(self.read)
         while self.read[:num_kept] != output[:num_kept]:  # a draft token was rejected
             num_kept -= 1
@@ -121,7 +122,7 @@ class Reader:
             bits = self.matcher.compute_bitmask()
         error = self.matcher.get_error()
         if error:
-            self.restart()  # the matcher is of no use any more, and this may have been a draft
+            self.restart()  # the matcher is unusable now, and this may have been a draft token
             if error.startswith("NoExtension"):
                 raise ValueError("no text fits the guide")
             raise ValueError(f"the guide is too complex here: {first_line(error)}")
@@ -129,8 +130,8 @@ class Reader:
 
 
 def open_grammar(tokenizer, grammar: str) -> Reader:
-    """A reader at the beginning of a text. tokenizer: llguidance's. Raises ValueError for a grammar
-    that no text fits, or that is too complex."""
+    """Return a reader at the start of a text. tokenizer: llguidance's. Raises ValueError for a
+    grammar that no text matches, or that is too complex."""
     with panics_named():
         matcher = llguidance().LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
     reader = Reader(matcher)
@@ -142,14 +143,14 @@ def open_grammar(tokenizer, grammar: str) -> Reader:
 
 
 def send(file, message: tuple) -> None:
-    """Write a message of JSON's values."""
+    """Write a message of JSON values."""
     data = json.dumps(message).encode()
     file.write(len(data).to_bytes(8, "little") + data)
     file.flush()
 
 
 def receive(file) -> list:
-    """The next message. Raises EOFError where the other process has ended."""
+    """Read the next message. Raises EOFError if the other process has ended."""
     head = file.read(8)
     size = int.from_bytes(head, "little")
     data = file.read(size) if len(head) == 8 else b""
@@ -159,7 +160,7 @@ def receive(file) -> list:
 
 
 class Words:
-    """A vocabulary as llguidance wants it; the other process encodes its texts."""
+    """A vocabulary in llguidance's form. The other process encodes its texts."""
 
     def __init__(self, requests, answers, tokens: list[bytes], special: list[int], bos: int):
         self.requests = requests
@@ -177,26 +178,26 @@ class Words:
 
 
 class Server:
-    """The state of a helper, by the numbers that the other process has given."""
+    """The state of a helper, keyed by numbers from the other process."""
 
     def __init__(self, requests, answers):
         self.requests = requests
         self.answers = answers
         self.vocabularies: dict[int, object] = {}
-        self.grammars: dict[int, Reader] = {}  # at the beginning of a text
+        self.grammars: dict[int, Reader] = {}  # at the start of a text
         self.readers: dict[int, Reader] = {}
-        self.seconds: dict[int, float] = {}  # that a reader took so far
+        self.seconds: dict[int, float] = {}  # time that each reader has used
 
     def run(self) -> None:
-        """Answer messages, (kind, number, ...), until there are no more: with (None, result), or
-        with (error,)."""
+        """Answer messages (kind, number, ...) until there are no more. An answer is (None, result)
+        or (error,)."""
         while True:
             kind, *arguments = receive(self.requests)
             try:
                 answer = (None, getattr(self, kind)(*arguments))
             except ValueError as error:
                 answer = (str(error),)
-            except BaseException as error:  # also what Rust raises
+            except BaseException as error:  # also Rust's panics
                 answer = (f"{error!r:.300}",)
             limit_time(None)
             send(self.answers, answer)
@@ -234,11 +235,11 @@ class Server:
 
 
 def limit_time(seconds: float | None) -> None:
-    """From here on the process may take this much processor time, or it ends; None: any."""
+    """End the process after this much more processor time; None removes the limit."""
     if hasattr(signal, "setitimer"):  # nothing catches SIGPROF here, so it ends the process
         signal.setitimer(signal.ITIMER_PROF, 0 if seconds is None else max(seconds, 0.001))
         return
-    import faulthandler  # on Windows: by the clock
+    import faulthandler  # on Windows: wall-clock time
 
     faulthandler.cancel_dump_traceback_later()
     if seconds is not None:
@@ -246,8 +247,8 @@ def limit_time(seconds: float | None) -> None:
 
 
 def prepare_limits() -> None:
-    """Let SIGPROF end this process, whatever it inherited, and limit its memory, where the system
-    can do that. It leaves no core file."""
+    """Let SIGPROF end this process, even if its parent ignores it, and limit its memory if the
+    system supports that. The process leaves no core file."""
     if hasattr(signal, "pthread_sigmask"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
@@ -263,10 +264,10 @@ def prepare_limits() -> None:
 
 
 def main() -> None:
-    """Run as a helper: messages come on stdin, answers go to stdout."""
+    """Run as a helper: read messages from stdin, and write answers to stdout."""
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keeps output of libraries out of the answers
     try:
         sys.path[:] = receive(requests)[0]
         prepare_limits()
@@ -275,59 +276,60 @@ def main() -> None:
         pass
 
 
-# in the process that has a helper -----------------------------------------------------------------
+# in the process that uses a helper ----------------------------------------------------------------
 
-numbers = itertools.count(1)  # of vocabularies, grammars and readers in helpers
+numbers = itertools.count(1)  # identify vocabularies, grammars and readers in helpers
 
 
 def end(process: subprocess.Popen, owner: int) -> None:
-    """End a helper; a fork of the process that started it leaves it alone."""
+    """End a helper. A fork of the process that started it does nothing."""
     if os.getpid() == owner:
         process.kill()
         for pipe in (process.stdin, process.stdout):
             try:
                 pipe.close()
-            except OSError:  # there is something in it that the helper did not read
+            except OSError:  # the pipe has data that the helper did not read
                 pass
         process.wait()
 
 
 class Helper:
-    """A helper process, which is started when it is needed. Any thread may use it."""
+    """A helper process, started on first use. Threads may share it."""
 
     def __init__(self):
         self.lock = threading.RLock()
         self.process: subprocess.Popen | None = None
-        self.is_ready = False  # not within a message, also after an exception there
-        self.sent: set[int] = set()  # numbers of what the process has
-        self.dropped: list[int] = []  # numbers of what it need not keep any more
+        self.is_ready = False  # False within a message, and after an exception there
+        self.sent: set[int] = set()  # numbers of the objects in the process
+        self.dropped: list[int] = []  # numbers of objects that it can delete
         self.stop: Callable[[], object] = lambda: None
 
     def ask(self, message: tuple, parts: tuple = (), encode: Callable | None = None):
-        """The answer to a message. parts: messages that the helper must have had before; encode: a
-        tokenizer's. Raises ValueError with the helper's error, or if a limit ends the helper."""
+        """Return the answer to a message. parts: messages that the helper must have received
+        before; encode: a tokenizer's method. Raises ValueError with the helper's error, or if a
+        limit ends it."""
         with self.lock:
             is_new = not self.is_ready
             try:
                 error, *result = self._exchange(message, parts, encode)
             except (EOFError, OSError) as problem:
-                why = self._why_it_ended(problem)
-                if not why:
+                limit_name = self._why_it_ended(problem)
+                if not limit_name:
                     raise
-                if is_new or why == "time":
-                    raise ValueError(too_complex(why)) from None
-                # it may have been full of other guides
+                if is_new or limit_name == "time":
+                    raise ValueError(too_complex(limit_name)) from None
+                # other guides may have filled its memory
                 return self.ask(message, parts, encode)
         if error is not None:
             raise ValueError(error)
         return result[0]
 
     def _start(self) -> None:
-        """Raises ValueError if there can be no process."""
+        """Start the process. Raises ValueError if that is impossible."""
         self.stop()
         self.sent.clear()
         if getattr(sys, "frozen", False):
-            raise ValueError("the guide needs a helper process, and this program is no Python")
+            raise ValueError("the guide needs a helper process, but this program is not Python")
         command = [sys.executable or "python", "-I", os.path.abspath(__file__)]
         try:
             self.process = subprocess.Popen(
@@ -335,7 +337,7 @@ class Helper:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C on the terminal is for the engine
+                start_new_session=True,  # a Ctrl-C in the terminal is for the engine
             )
         except OSError as error:
             raise ValueError(f"the guide needs a helper process: {error}") from None
@@ -343,7 +345,7 @@ class Helper:
         send(self.process.stdin, ([path for path in sys.path if path],))
 
     def _exchange(self, message: tuple, parts: tuple, encode: Callable | None) -> list:
-        """Send what the helper needs, and the message. Returns (None, result) or (error,)."""
+        """Send the missing parts, and the message. Returns (None, result) or (error,)."""
         if not self.is_ready:
             self._start()
         self.is_ready = False
@@ -370,9 +372,9 @@ class Helper:
         return answer
 
     def _why_it_ended(self, problem: Exception) -> str:
-        """Which limit ended the helper, "time" or "memory"; "" if it has not ended."""
+        """Return the limit that ended the helper, "time" or "memory", or "" if it has not ended."""
         if not isinstance(problem, EOFError) and problem.errno not in (errno.EPIPE, errno.EINVAL):
-            return ""  # such as the TimeoutError of a signal's handler
+            return ""  # for example, the TimeoutError of a signal handler
         try:
             code = self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
@@ -380,17 +382,17 @@ class Helper:
         return "time" if code == TIMED_OUT else "memory"
 
 
-def too_complex(why: str) -> str:
-    """The error of a guide for which a helper had to end."""
+def too_complex(limit_name: str) -> str:
+    """Return the error message for a guide that ended its helper."""
     causes = {
         "time": f"it takes more than {PREPARE:g} s, or {EACH:g} s a token",
         "memory": f"it takes more than {MEMORY >> 20:,} MiB, or ends its process",
     }
-    return f"the guide is too complex: {causes[why]}; {REMEDY}"
+    return f"the guide is too complex: {causes[limit_name]}; {REMEDY}"
 
 
 class RemoteReader:
-    """A Reader in a helper. grammar: the number of its grammar; parts, encode: as in `ask`."""
+    """A Reader in a helper. grammar: its number; parts, encode: see `ask`."""
 
     def __init__(self, helper: Helper, grammar: int, parts: tuple, encode: Callable):
         self.helper = helper
@@ -401,7 +403,7 @@ class RemoteReader:
         weakref.finalize(self, helper.dropped.append, self.number).atexit = False
 
     def allowed(self, output: list[int]) -> tuple[int, bytes]:
-        """As that of a Reader."""
+        """See Reader."""
         message = ("allowed", self.number, self.grammar, output)
         num_read, bits = self.helper.ask(message, self.parts, self.encode)
         return num_read, bytes.fromhex(bits)

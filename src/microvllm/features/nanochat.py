@@ -1,12 +1,12 @@
-"""What nanochat's own Engine does, under its names, and as lenient as it is.
+"""nanochat's Engine methods, under nanochat's names and as tolerant as nanochat.
 
-The functions are methods of LLM, which passes itself as `engine`. What their arguments may be:
+The functions are methods of LLM, which passes itself as `engine`. Their arguments:
 
-num_samples: beyond max_batch_size they are served in turns; max_tokens: 0 too; None: until the
-model ends the text, or the context of its training (sequence_len) is full; seed: any integer,
-whose last 64 bits count; params: fields of SamplingParams, with top_k: None, 0 and less are off,
-and tools: by default the calculator. They raise TypeError or ValueError for what makes no sense,
-and RuntimeError if a sample fails.
+num_samples: more than max_batch_size are run one batch after the other; max_tokens: may be 0; None:
+until the model ends the text, or the training context (sequence_len) is full; seed: any integer, of
+which the low 64 bits are used; params: fields of SamplingParams; top_k: None, 0 and less disable
+it; tools: default: the calculator. They raise TypeError or ValueError for invalid values, and
+RuntimeError if a sample fails.
 """
 
 import asyncio
@@ -30,29 +30,29 @@ Column = tuple[list[int], list[int]]  # the next token of each sample, and its m
 
 
 class PromptRequests(NamedTuple):
-    """A prompt and the requests for its samples: of max_batch_size at most each, and none for
-    max_tokens=0."""
+    """A prompt and the requests for its samples: at most max_batch_size per request, and no request
+    for max_tokens=0."""
 
     prompt_ids: list[int]
     requests: list[Request]
 
 
 class SampleRow(NamedTuple):
-    """A sample as generate_batch returns it, without its end token: four lists of one length."""
+    """A sample in the form of generate_batch, without its end token: four lists of equal length."""
 
     token_ids: list[int]  # prompt and output
-    mask: list[int]  # 0: of the prompt, or forced
+    mask: list[int]  # 0 for the prompt and for forced tokens
     logprobs: list[float]
-    versions: list[int]  # of the weights; -1: of the prompt
+    versions: list[int]  # versions of the weights; -1 for the prompt
 
 
 def generate_columns(
     engine: LLM, tokens, num_samples=1, max_tokens=None, seed=42, **params
 ) -> Iterator[Column]:
-    """What nanochat's Engine.generate does for a prompt's token ids: yield (column, masks) as soon
-    as each sample has one more token, lists with a value for each. A mask is 0 for what the
-    calculator forced. While others continue, a sample that has ended has <|assistant_end|> with
-    mask 0; nanochat's continues past its end."""
+    """Like nanochat's Engine.generate for a prompt's token ids: yield (column, masks), with one
+    value per sample, as soon as every sample has one more token. A mask is 0 for forced tokens of
+    the calculator. A finished sample continues with <|assistant_end|> and mask 0 while others run;
+    in nanochat it continues past its end."""
     ((_, requests),) = make_requests(engine, [tokens], num_samples, max_tokens, seed, params)
     reader = ColumnReader(engine, requests, num_samples)
     for _ in engine.serve(requests):
@@ -63,7 +63,7 @@ def generate_columns(
 async def agenerate_columns(
     engine: LLM, tokens, num_samples=1, max_tokens=None, seed=42, **params
 ) -> AsyncIterator[Column]:
-    """`generate_columns` for event loops: see features/async_api.py."""
+    """`generate_columns` for event loops, see features/async_api.py."""
     arguments = ([tokens], num_samples, max_tokens, seed, params)
     ((_, requests),) = await asyncio.to_thread(make_requests, engine, *arguments)
     reader = ColumnReader(engine, requests, num_samples)
@@ -83,17 +83,17 @@ def generate_batch(
     versions=False,
     **params,
 ):
-    """What nanochat's Engine.generate_batch does: (sequences, masks) of a prompt's token ids.
+    """Like nanochat's Engine.generate_batch: return (sequences, masks) for a prompt's token ids.
 
-    A sequence is prompt plus output without the end token; its mask is 0 for the prompt and for
-    tokens the calculator forced. A list of prompts gives (list of sequences, list of masks) with
-    one list of num_samples each; prompt i is drawn with seed + i. logprobs: return a third list,
-    like the masks, with the log-probability of each token in the distribution that it was drawn
-    from, after temperature and filters: 0.0 at temperature 0, and where the mask is 0. versions:
-    return one more list, the last, with the version of the weights that drew each token, and -1 in
-    the prompt.
+    A sequence is prompt plus output without the end token. Its mask is 0 for the prompt and for
+    tokens that the calculator forced. A list of prompts gives (list of sequences, list of masks)
+    with one list of num_samples each; prompt i is drawn with seed + i. logprobs: return a third
+    list, in the form of the masks, with the log-probability of each token in the distribution that
+    it was drawn from, after temperature and filters: 0.0 at temperature 0, and where the mask is 0.
+    versions: return another list, the last one, with the version of the weights that drew each
+    token, and -1 in the prompt.
     """
-    if isinstance(tokens, (int, np.integer)):  # in a list it would be a prompt
+    if isinstance(tokens, (int, np.integer)):  # a list of one would be a prompt
         raise TypeError(f"tokens must be a list of token ids, got {type(tokens).__name__}")
     is_list = isinstance(tokens, (list, tuple)) and len(tokens) > 0
     has_several = is_list and not isinstance(tokens[0], (int, np.integer))
@@ -120,10 +120,10 @@ def generate_batch(
 def make_requests(
     engine: LLM, prompts, num_samples, max_tokens, seed, params: dict
 ) -> list[PromptRequests]:
-    """Check all arguments, then make the requests of each prompt."""
+    """Check all arguments, then make the requests for each prompt."""
     num_samples = check_number("num_samples", num_samples)
     params = dict(params)
-    options = {"tools": params.pop("tools", True)}  # by default the calculator
+    options = {"tools": params.pop("tools", True)}  # default: the calculator
     if not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer, got {seed!r:.80}")
     common_params = make_params(engine, max_tokens, params)
@@ -144,8 +144,8 @@ def make_requests(
 
 
 def make_params(engine: LLM, max_tokens: int | None, params: dict) -> SamplingParams:
-    """The parameters of one sample of any prompt. max_tokens: that of the whole context for None,
-    and 1 for 0, for which there will be no request."""
+    """Return the parameters of one sample of any prompt. max_tokens: None gives the whole context,
+    0 gives 1, since there will be no request."""
     limit = engine.model.config.sequence_len if max_tokens is None else max_tokens or 1
     top_k = params.get("top_k")
     if isinstance(top_k, Integral):
@@ -154,19 +154,20 @@ def make_params(engine: LLM, max_tokens: int | None, params: dict) -> SamplingPa
 
 
 def fill_context(engine: LLM, prompt, params: SamplingParams) -> SamplingParams:
-    """The same with as many tokens as max_tokens, the context, leaves to the prompt."""
+    """Return params with max_tokens reduced by the length of the prompt."""
     prompt_ids, _ = engine.check(prompt, engine.params_class(max_tokens=1))
     context = params.max_tokens
     if len(prompt_ids) >= context:
-        what = f"the prompt has {len(prompt_ids)} tokens, and the context {context}"
-        raise ValueError(f"{what}: give max_tokens, None is as many as fit into it")
+        problem = f"the prompt has {len(prompt_ids)} tokens, but the context has {context}"
+        raise ValueError(f"{problem}: give max_tokens, since None fills the context")
     return replace(params, max_tokens=context - len(prompt_ids))
 
 
 def make_turns(
     engine: LLM, prompt_ids: list[int], params: SamplingParams, num_samples: int, options: dict
 ) -> list[Request]:
-    """Requests for the samples of a prompt, of max_batch_size at most each. options: of all."""
+    """Make requests for a prompt's samples, at most max_batch_size each. options: for all
+    requests."""
     requests = []
     for first in range(0, num_samples, engine.max_batch_size):
         turn_params = replace(
@@ -184,20 +185,20 @@ def make_turns(
 
 
 class ColumnReader:
-    """Reads the tokens of all samples, the next one of each at a time."""
+    """Reads the tokens of all samples column by column."""
 
     def __init__(self, engine: LLM, requests: list[Request], num_samples: int):
         self.engine = engine
         self.requests = requests
         self.num_samples = num_samples
-        self.num_read = 0  # columns so far
+        self.num_read = 0  # number of columns so far
         special_tokens = engine.tokenizer.special_tokens
         self.end_id = special_tokens.get("<|assistant_end|>", engine.tokenizer.bos_id)
 
     def read(self) -> list[Column]:
-        """The columns that are complete since the last call."""
+        """Return the columns that were completed since the last call."""
         columns: list[Column] = []
-        # as a change of state: meanwhile no other thread adds tokens
+        # performed as a change of state, so that no other thread adds tokens in the meantime
         self.engine.guard.perform(partial(self.append_new, columns))
         self.num_read += len(columns)
         return columns
@@ -217,7 +218,7 @@ class ColumnReader:
             columns.append(self.column_at(index, sequences))
 
     def column_at(self, index: int, sequences: list[Sequence]) -> Column:
-        """The output token of this index of each sample, and its mask."""
+        """Return the output token at an index of each sample, and its mask."""
         token_ids = []
         mask = []
         for seq in sequences:
@@ -229,7 +230,7 @@ class ColumnReader:
 
 
 def check_endings(engine: LLM, requests: list[Request]) -> None:
-    """Raises RuntimeError if a sample failed; warns if some were cut short."""
+    """Raise RuntimeError if a sample failed. Warn if some were cut short."""
     sequences = [seq for request in requests for seq in request.sequences]
     for i, seq in enumerate(sequences):
         if seq.finish_reason not in ("stop", "length"):
@@ -242,7 +243,7 @@ def check_endings(engine: LLM, requests: list[Request]) -> None:
 
 
 def make_rows(group: PromptRequests, num_samples: int) -> list[SampleRow]:
-    """The samples of a prompt."""
+    """Return the samples of a prompt."""
     if not group.requests:  # max_tokens=0, or no samples
         empty = {"token_ids": [], "mask": [], "finish_reason": "length"}
         return [make_row(group.prompt_ids, empty) for _ in range(num_samples)]
@@ -256,7 +257,7 @@ def make_row(prompt_ids: list[int], sample: dict) -> SampleRow:
     entries = sample.get("logprobs", ())
     logprobs = [0.0 if entry is None else entry["sampler_logprob"] for entry in entries]
     versions = sample.get("versions", [])
-    # a stop string ends a text, too, and is no token
+    # a stop string also ends a text, but is not a token
     if sample["finish_reason"] == "stop" and not isinstance(sample["stop_reason"], str):
         token_ids = token_ids[:-1]
         mask = mask[:-1]

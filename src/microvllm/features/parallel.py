@@ -1,9 +1,9 @@
-"""Tensor parallel: a model shared among processes, the ranks.
+"""Tensor parallel: several processes (ranks) share a model.
 
-Every rank has a share of the heads, of the MLP's channels and of the vocabulary, and runs the same
-scheduler on the same requests, so it plans the same steps. Two sums a layer and the logits cross
-between ranks (Shoeybi et al. 2019, Megatron-LM); then all ranks draw from the same bits with the
-same uniform numbers.
+Each rank has a share of the heads, of the MLP's channels and of the vocabulary. All ranks run the
+same scheduler on the same requests, so they plan the same steps. Ranks exchange two sums per layer
+and the logits (Shoeybi et al. 2019, Megatron-LM). Then all ranks draw from identical logits with
+the same uniform numbers.
 
     rank 0   plan | heads 0, 1 | sum | half of the MLP | sum | ... | half of the logits | gather
     rank 1   plan | heads 2, 3 | sum | half of the MLP | sum | ... | half of the logits | gather
@@ -29,15 +29,15 @@ from ..runner import Extension
 from ..scheduler import Plan
 from .threads import ThreadGuard
 
-# matrices whose rows are shared out (heads, channels of the MLP); of the others it is columns
+# matrices whose rows are divided among ranks (heads, MLP channels); of others, columns are divided
 ROW_SHARED = (".c_q.weight", ".c_k.weight", ".c_v.weight", ".c_fc.weight", ".ve_gate.weight")
 
 
 def join_processes(size: int) -> None:
-    """Meet the other processes that torchrun started, if the program has not done so itself. Raises
-    ValueError if there are not `size` of them."""
+    """Connect to the other processes of torchrun, unless the program has done so. Raises ValueError
+    if their number is not `size`."""
     if not dist.is_available():
-        raise ValueError("tensor_parallel needs a torch with torch.distributed, which this is not")
+        raise ValueError("tensor_parallel needs a torch with torch.distributed, which is missing")
     is_joined = dist.is_initialized()
     if is_joined:
         num_processes = dist.get_world_size()
@@ -45,7 +45,7 @@ def join_processes(size: int) -> None:
         num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes != size:
         raise ValueError(
-            f"tensor_parallel={size} takes {size} processes, not {num_processes}: start the "
+            f"tensor_parallel={size} needs {size} processes, not {num_processes}: start the "
             f"program with torchrun --standalone --nproc-per-node {size}"
         )
     if not is_joined:
@@ -54,31 +54,32 @@ def join_processes(size: int) -> None:
 
 
 def leave_processes() -> None:
-    """End the connections, or gloo's threads abort the process at its end. NCCL's are left alone
-    after a failure: they might wait for a process that has ended."""
+    """Close the connections: otherwise gloo's threads abort the process when it exits. After a
+    failure NCCL's connections are not closed, since that could wait for a process that has
+    ended."""
     has_failed = torch.cuda.is_initialized() and first_failure("")
     if dist.is_initialized() and not has_failed:
         dist.destroy_process_group()
 
 
 def pick_library() -> str:
-    """What carries tensors between processes."""
+    """Return the libraries that exchange tensors between processes."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def first_failure(failure: str) -> str:
-    """The first failure on any rank; `failure`, if there was none before."""
+    """Return the first failure on any rank, which is `failure` if there was none before."""
     try:
         store = dist.distributed_c10d._get_default_store()
         return store.compare_set("microvllm/failure", "", failure).decode()
-    except (RuntimeError, ValueError):  # the store has ended with the rank that kept it
+    except (RuntimeError, ValueError):  # the store has ended with its rank
         return failure
 
 
 class Ranks:
-    """This rank and the others of one model, `size` in all. device: of this rank, "auto" and "cuda"
-    are the GPU of its number on its machine. Raises ValueError as `join_processes` and
-    `find_device` do."""
+    """The ranks of one model, including this one. size: their number; device: this rank's; "auto"
+    and "cuda" mean the GPU with the rank's local number. Raises ValueError like `join_processes`
+    and `find_device`."""
 
     def __init__(self, size: int, device="auto"):
         join_processes(size)
@@ -88,24 +89,24 @@ class Ranks:
             device = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
         self.device = find_device(device)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # a process has one card, and NCCL reads its number
+            torch.cuda.set_device(self.device)  # NCCL uses the current device of the process
         if self.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"tensor_parallel runs on cpu or cuda, and device is {self.device}")
+            raise ValueError(f"tensor_parallel runs on cpu or cuda, but device is {self.device}")
         self.peers = dist.new_group(backend=pick_library())
 
     def check(self, quantization: str | None, deterministic: bool) -> None:
-        """Raises ValueError for what ranks cannot do."""
+        """Raise ValueError for options that ranks do not support."""
         if quantization == "fp8" or (deterministic and self.size > 2):
             raise ValueError(
-                "tensor_parallel has no quantization='fp8' yet, and deterministic=True for 2 "
-                "processes at most: in which order the sums of more are made depends on the batch"
+                "tensor_parallel does not support quantization='fp8', and deterministic=True only "
+                "for 2 processes: the order of larger sums depends on the batch"
             )
 
-    # the share of a rank
+    # this rank's share
 
     def local(self, config: GPTConfig) -> GPTConfig:
-        """The attention of one rank: that of a narrower model. Raises ValueError if the kv heads,
-        each with its query heads, cannot be shared out."""
+        """Return the config of one rank's attention, which is that of a narrower model. Raises
+        ValueError if the kv heads, each with its query heads, cannot be divided."""
         num_kv_heads = config.n_kv_head
         if num_kv_heads % self.size:
             divisors = [str(n) for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
@@ -121,8 +122,8 @@ class Ranks:
         )
 
     def share(self, weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-        """A checkpoint's tensors as this rank has them: views, so that of a memory-mapped file only
-        these are read. What makes the residual stream is needed whole."""
+        """Return this rank's part of a checkpoint's tensors. They are views, so only these parts of
+        a memory-mapped file are read. Tensors of the residual stream are not divided."""
         shared = dict(weights)
         for name, weight in weights.items():
             if name == "lm_head.weight":  # without padding; the last rank may have fewer rows
@@ -134,7 +135,7 @@ class Ranks:
         return shared
 
     def complete(self, name: str, product: Callable, config: GPTConfig) -> Callable:
-        """The product with a matrix of `share`, made whole where that takes all ranks."""
+        """Return a product with a matrix of `share` that combines the results of all ranks."""
         if name.endswith(".c_proj"):
             return lambda x: self.sum(product(x))
         if name == "lm_head":
@@ -142,24 +143,25 @@ class Ranks:
             return lambda x: self.gather(product(x), width)[:, : config.vocab_size]
         return product
 
-    # what crosses
+    # communication
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, in place: of the same bits everywhere."""
+        """Return the sum of all ranks' x, in place, with the same bits on all ranks."""
         x = x.contiguous()
         self.run_together(dist.all_reduce, x)
         return x
 
     def gather(self, x: Tensor, width: int) -> Tensor:
-        """All ranks' x (R, at most width), padded to the width, side by side: (R, size * width)."""
+        """Return all ranks' x (R, at most width), padded to the width, side by side: (R, size *
+        width)."""
         x = F.pad(x, (0, width - x.shape[1])).contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
         self.run_together(dist.all_gather, parts, x)
         return torch.cat(parts, dim=1)
 
     def least(self, num_bytes: int) -> int:
-        """Bytes for each rank's cache, given what this one could take: with as many blocks as the
-        others they all plan the same."""
+        """Return the bytes for each rank's cache: the least of all ranks, since equal numbers of
+        blocks lead to equal plans. num_bytes: what this rank could allocate."""
         if self.device.type == "cpu":  # the ranks of one machine share its memory
             num_bytes //= int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         smallest = torch.tensor([num_bytes])
@@ -167,37 +169,38 @@ class Ranks:
         return int(smallest)
 
     def agree(self, subject: str, *data) -> None:
-        """Raises RuntimeError unless all ranks have the same data (bytes or arrays). subject: what
-        they differ in, for the message."""
+        """Raise RuntimeError unless all ranks have the same data (bytes or arrays). subject: what
+        differs, for the message."""
         digest = xxhash.xxh3_64()
         for item in data:
             digest.update(item)
-        mine = torch.tensor([digest.intdigest() >> 1])
-        digests = [torch.empty_like(mine) for _ in range(self.size)]
-        self.run_together(dist.all_gather, digests, mine)
-        others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
+        own_digest = torch.tensor([digest.intdigest() >> 1])
+        digests = [torch.empty_like(own_digest) for _ in range(self.size)]
+        self.run_together(dist.all_gather, digests, own_digest)
+        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
         if others:
             raise RuntimeError(
                 f"tensor parallel: rank 0 and rank {others[0]} differ in {subject}. All ranks must "
-                "be given the same, in the same order, and what a caller adds (logits_processor, "
-                "policies, abort) must not depend on a clock or an unseeded random number"
+                "get the same requests in the same order, and the caller's functions and calls "
+                "(logits_processor, policies, abort) must not depend on a clock or on unseeded "
+                "random numbers"
             )
 
     def fail(self, error: BaseException) -> None:
-        """Let the others, which wait for this rank's part of a step, fail with its error. There is
-        no way back to the same step, so they part."""
+        """Report an error of this rank, so that the others, which wait for its part of the step,
+        fail with it. The ranks cannot return to a common step, so they disconnect."""
         first_failure(f"rank {self.rank} failed: {type(error).__name__}: {error}")
         peers = self.peers
         self.peers = None
-        # NCCL's connections end with the process, and torchrun sees it
+        # NCCL's connections end with the process, and torchrun notices it
         if peers is not None and self.device.type == "cpu":
             dist.destroy_process_group(peers)
 
     def run_together(self, collective: Callable, *args) -> None:
-        """Call one of torch.distributed's functions, as all ranks do. Raises RuntimeError with the
-        first failure of any rank."""
+        """Call a collective function of torch.distributed on all ranks. Raises RuntimeError with
+        the first failure of any rank."""
         if self.peers is None:
-            raise RuntimeError("tensor parallel: a step failed, and the ranks have parted: restart")
+            raise RuntimeError("tensor parallel: the ranks disconnected after an error: restart")
         try:
             collective(*args, group=self.peers)
         except RuntimeError as error:
@@ -207,9 +210,9 @@ class Ranks:
 
 
 class RankCheck(Extension):
-    """Makes sure that all ranks have the same engine and run the same steps. The last extension of
-    the list, since others may change a plan. arguments: of the engine, those that its config does
-    not have."""
+    """Checks that all ranks have the same engine and run the same steps. It is the last extension,
+    since others may change a plan. arguments: arguments of the engine that its config does
+    not contain."""
 
     def __init__(self, ranks: Ranks, *arguments):
         self.ranks = ranks
@@ -234,7 +237,7 @@ class RankCheck(Extension):
         self.ranks.agree("the model or its arguments", repr(parts).encode())
 
     def on_plan(self, plan: Plan) -> None:
-        """A token that one rank has drawn otherwise is among the tokens of its next step."""
+        """A token that a rank drew differently shows in the tokens of its next step."""
         if not plan.chunks:
             return
         tokens = array("q")
@@ -249,7 +252,7 @@ class RankCheck(Extension):
 
 
 class RankGuard(ThreadGuard):
-    """A guard that lets the other ranks know of an exception."""
+    """A guard that reports an exception to the other ranks."""
 
     def __init__(
         self,

@@ -370,7 +370,7 @@ class DecodeGraphs:
             cu_seqlens=cu_seqlens,
             seq_lens=seq_lens,
             block_tables=tables,
-            logit_rows=cu_seqlens[:-1],
+            hidden_rows=cu_seqlens[:-1],
             temperature=temperature,
             uniform=uniform,
             num_decodes=size,

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 import torch
 
+from ..attention import make_batch
 from ..engine import EngineConfig
 from ..environment import free_memory
 from ..model import GPTConfig
@@ -135,5 +136,5 @@ def compute(runner: Runner, lengths: list[int], params: SamplingParams, num_draw
         chunks.append(Chunk(seq, 0, num_tokens))
     draw = Draw(0, chunks[0].seq, lengths[0])
     plan = Plan(chunks=chunks, draws=DrawList([draw] * num_draws))
-    batch = runner.prepare(plan)
+    batch = runner.upload(make_batch(plan, runner.blocks))
     runner.draw(plan, batch, runner.forward(batch))

@@ -1,4 +1,4 @@
-"""Bulk jobs: rows of a file are answered by one engine, or by many with Ray Data."""
+"""Bulk jobs: answer the rows of a file, with one engine, or with many on Ray Data."""
 
 from .job import Ask, Job, Outcome, answer, carry_out
 
@@ -6,7 +6,7 @@ __all__ = ["LLMPredictor", "Ask", "Job", "Outcome", "answer", "carry_out"]
 
 
 def __getattr__(name: str):
-    """LLMPredictor is imported where it is used: it needs Ray."""
+    """Import LLMPredictor on first use, since it needs Ray."""
     if name != "LLMPredictor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .ray import LLMPredictor

@@ -1,4 +1,4 @@
-"""A bulk job among replicas of the model on many machines, with Ray Data."""
+"""Bulk jobs on replicas of the model, on one or many machines, with Ray Data."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class LLMPredictor:
-    """An engine in an actor of Ray Data, which answers the rows of each batch that comes by:
+    """An engine in an actor of Ray Data, which answers the rows of each batch:
 
         ds.map_batches(LLMPredictor, fn_constructor_kwargs={"model_path": "sft", "id_column": "id"},
                        compute=ray.data.ActorPoolStrategy(size=2), num_gpus=1, batch_size=1024)
 
     Its arguments are those of LLM and of Ask (task, params, prompt_column, ...). A row's tokens
-    follow from its id; without one, from its place in its batch, which may be another the next
-    time. Let a batch have some times max_batch_size rows, and `ds.sort("prompt")`, so that rows
-    which begin alike find in the cache what was computed for the first of them.
+    depend on its id. Without an id they depend on its position in its batch, which may differ in
+    another run. A batch should have several times max_batch_size rows. `ds.sort("prompt")` puts
+    rows with equal prefixes next to each other, so that they hit the prefix cache.
     """
 
     def __init__(self, model_path=None, **options):
@@ -36,21 +36,21 @@ class LLMPredictor:
         self.llm = LLM(model_path, **options)
 
     def __call__(self, batch: pyarrow.Table | dict) -> pyarrow.Table:
-        """The batch, with the columns of its answers (rows.schema, without line and id) and error:
-        null, or what is wrong with the row. They replace columns of the same name."""
+        """Return the batch with columns for its answers (rows.schema without line and id) and error
+        (null, or the problem of the row). They replace columns of the same name."""
         pa = import_pyarrow()
         if isinstance(batch, dict):
             batch = pa.table({name: list(values) for name, values in batch.items()})
         outcomes = answer(self.llm, enumerate(batch.to_pylist()), self.ask)
         rows = [outcome.row for outcome in sorted(outcomes, key=lambda outcome: outcome.number)]
         columns = schema(self.ask.task == "score").append(pa.field("error", pa.string()))
-        found = to_table(rows, columns).drop_columns(["line", "id"])
-        return pa.table({name: t[name] for t in (batch, found) for name in t.column_names})
+        answers = to_table(rows, columns).drop_columns(["line", "id"])
+        return pa.table({name: t[name] for t in (batch, answers) for name in t.column_names})
 
 
 class _Replica(LLMPredictor):
-    """The same for a job: rows come in as rows.read gives them, outcomes go out. What is refused
-    does so too, for Ray takes an actor that raises for a machine that broke."""
+    """The same for a job: takes rows in the form of rows.read, and returns outcomes. Errors of the
+    constructor are returned as well, since Ray treats an actor that raises as a broken machine."""
 
     def __init__(self, *args, **options):
         self.refused = None
@@ -67,11 +67,12 @@ class _Replica(LLMPredictor):
 
 
 def make_batches(job: Job, size: int, grouped: bool = True) -> Iterator[list[tuple] | Outcome]:
-    """What is left of a job, in batches of (number, row), each for one engine; bad rows' outcomes.
+    """Yield the open rows of a job in batches of (number, row), one batch per engine call, and the
+    outcomes of bad rows.
 
-    grouped: rows, 65,536 at a time, are sorted by their prompts before they are cut. Sorted texts
-    are the leaves of the tree of their prefixes from left to right, the order in which a prefix
-    cache loses least (Zheng et al., "SGLang", 2024, theorem 3.1).
+    grouped: sort rows by their prompts, 65,536 at a time, before cutting batches. Sorted texts are
+    the leaves of their prefix tree from left to right, the order with the most prefix cache hits
+    (Zheng et al., "SGLang", 2024, theorem 3.1).
     """
     pending = job.pending()
     while window := list(islice(pending, 2**16)):
@@ -94,29 +95,29 @@ def answer_on_ray(
     job: Job, options: dict, address: str = "", replicas: int = 1, gpus: float = 0,
     grouped: bool = True,
 ) -> Iterator[Outcome]:  # fmt: skip
-    """Answer what is left of a job with `replicas` engines, each an actor of Ray Data's pool.
+    """Answer the open rows of a job with `replicas` engines, each an actor in Ray Data's pool.
 
-    options: LLM's arguments; address: of the cluster, by default the one that runs, else ("local":
-    always) a new one here, with ports for this machine alone if this process imports Ray;
-    gpus: of each engine, which without has one CPU; grouped: see make_batches. A batch whose node
-    dies is computed again by another engine, and `Job.write` takes a row once. Raises ImportError
-    without Ray, ValueError with what an engine refuses.
+    options: LLM's arguments; address: the cluster's (default: the running one, or else a new local
+    one; "local": always a new one). If this process imports Ray for it, a local cluster has ports
+    only for this machine. gpus: GPUs per engine; 0: each engine has one CPU; grouped: see
+    make_batches. If a node dies, another engine computes its batch again, and `Job.write` stores
+    each row once. Raises ImportError without Ray, ValueError with the error of an engine.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     if address == "local" or not (address or os.environ.get("RAY_ADDRESS")):
-        # Ray reads this when it is imported. 0, its default on macOS and Windows, binds to loopback
+        # read when Ray is imported. 0, the default on macOS and Windows, binds to loopback
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray.data
     except ImportError:
         raise ImportError(f"replicas need Ray: {how_to_install('ray')}") from None
     pa, blocks = import_pyarrow(), []
-    for name in ("ray", "ray.data"):  # which tells its plans, where a job has its bar
+    for name in ("ray", "ray.data"):  # they would print plans over the job's progress bar
         logging.getLogger(name).setLevel(logging.ERROR)
     if started := not ray.is_initialized():
         ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        # four batches for each engine at least, so that they are done at about the same time
+        # at least four batches per engine, so that all engines finish at about the same time
         size = max(1, min(1024, (job.num_rows - job.num_done) // (4 * replicas)))
         for batch in make_batches(job, size, grouped):
             if isinstance(batch, Outcome):

@@ -1,4 +1,4 @@
-"""Files of rows: read from JSON, JSON lines and Parquet, written to Parquet."""
+"""Reads rows from JSON, JSON lines and Parquet, and writes Parquet."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from typing import Any, BinaryIO
 
 from ..environment import how_to_install
 
-MAX_LINE = 2**24  # bytes of a row; what is longer is no prompt
-MAX_UNFOLDED = 2**28  # bytes of a row group, or 64 times what it is compressed
-MAX_ROWS = 2**22  # and 64 for each byte, of Parquet: a column of nulls takes no memory
+MAX_LINE = 2**24  # bytes of a row; longer ones are not prompts
+MAX_UNFOLDED = 2**28  # bytes of an expanded row group, or 64 times its compressed size
+MAX_ROWS = 2**22  # per Parquet file, plus 64 per byte, since null columns take no memory
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class UnreadableFile(ValueError, OSError):
-    """A file that is damaged, or of another format than its name says."""
+    """A file that is damaged, or whose format does not match its name."""
 
 
 def read(path: str | Path, columns: Iterable[str] | None = None) -> Iterator[tuple[int, object]]:
-    """(number, row) of a .jsonl, .parquet or .json file (a list), numbered from 1.
+    """Yield (number, row) of a .jsonl, .parquet or .json file (a list), numbered from 1.
 
-    A row is what `decode` takes: of .jsonl a line's bytes, or the error of a row that is too long;
-    blank lines are counted and left out. columns: of a .parquet file, by default all. Raises
-    ValueError or OSError naming the file, ImportError without pyarrow.
+    A row has the form that `decode` accepts. For .jsonl it is the bytes of a line, or the error of
+    a row that is too long; blank lines are counted and skipped. columns: columns to read of a
+    .parquet file (default: all). Raises ValueError or OSError that names the file, ImportError
+    without pyarrow.
     """
     path = Path(path)
     match path.suffix.lower():
@@ -49,7 +50,7 @@ def read(path: str | Path, columns: Iterable[str] | None = None) -> Iterator[tup
 
 
 def read_rows(path: str | Path) -> list:
-    """All rows of such a file, parsed. Raises ValueError naming the file (and line) at fault."""
+    """Return all rows of a file, parsed. Raises ValueError that names the file and the line."""
     rows = []
     for number, raw in read(path):
         try:
@@ -62,7 +63,7 @@ def read_rows(path: str | Path) -> list:
 
 
 def decode(raw: object) -> object:
-    """What `read` found, parsed. Raises ValueError saying what it is instead of JSON."""
+    """Parse a row of `read`. Raises ValueError with the reason if it is not valid JSON."""
     if isinstance(raw, ValueError):
         raise raw
     if not isinstance(raw, bytes):
@@ -76,7 +77,7 @@ def decode(raw: object) -> object:
 
 
 def parse(raw: object) -> dict:
-    """What `read` found as a dict. Raises ValueError if it is none."""
+    """Parse a row of `read` to a dict. Raises ValueError if it is not a dict."""
     row = decode(raw)
     if not isinstance(row, dict):
         raise ValueError(f'expected an object such as {{"prompt": "..."}}, not {row!r:.40}')
@@ -93,7 +94,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | ValueError]]:
                     pass
                 yield number, ValueError(f"longer than {MAX_LINE:,} bytes")
                 continue
-            if line.strip():  # a byte order mark and nothing else is no blank line
+            if line.strip():  # a line with only a byte order mark is not blank
                 yield number, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
 
 
@@ -101,7 +102,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | ValueError]]:
 
 
 def import_pyarrow():
-    """pyarrow with its parquet. Raises ImportError that says what to install."""
+    """Return pyarrow with pyarrow.parquet. Raises ImportError with the install command."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -110,8 +111,8 @@ def import_pyarrow():
 
 
 def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict | ValueError]:
-    """A text that many rows have is there once, in the file and, as a dictionary, in a batch; only
-    as Python's objects does it take its size for each of them."""
+    """Yield the rows of a Parquet file. A text that many rows share is stored once in the file and,
+    as a dictionary, in a batch. Only Python objects take its size for each row."""
     pyarrow = import_pyarrow()
     with open(path, "rb") as source:
         try:
@@ -120,14 +121,16 @@ def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict | 
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"
                      and leaf.logical_type.type != "DECIMAL"]  # fmt: skip
             file = pyarrow.parquet.ParquetFile(source, read_dictionary=texts)
-            there = file.schema_arrow.names
-            names = there if columns is None else [name for name in columns if name in there]
+            file_columns = file.schema_arrow.names
+            names = file_columns
+            if columns is not None:
+                names = [name for name in columns if name in file_columns]
             groups = _row_groups(source)
             most = MAX_ROWS + 64 * os.fstat(source.fileno()).st_size
             if (num_rows := sum(count for count, _ in groups)) > most:
-                raise ValueError(f"{path}: it says it has {num_rows:,} rows, more than it can have")
-            for i, (_, columns_there) in enumerate(groups):
-                _check_group(source, columns_there, leaves, names, path)
+                raise ValueError(f"{path}: it claims {num_rows:,} rows, more than it can have")
+            for i, (_, group_columns) in enumerate(groups):
+                _check_group(source, group_columns, leaves, names, path)
                 for batch in file.iter_batches(1024, row_groups=[i], columns=names):
                     yield from _unfold(batch)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -137,8 +140,8 @@ def _parquet_rows(path: Path, columns: Iterable[str] | None) -> Iterator[dict | 
 def _check_group(
     source: BinaryIO, columns: list[dict], leaves: list, names: list[str], path: Path
 ) -> None:
-    """Raises ValueError for pages that unfold to far more than they are, or values without end.
-    What the footer says of that is not believed: it may lie, and the pages are what is read."""
+    """Raise ValueError for pages that expand far beyond their size, or for values of unlimited
+    length. The sizes come from the pages, since the footer may lie."""
     if len(columns) != len(leaves):
         raise OSError(f"its footer is damaged: {len(columns)} columns of {len(leaves)}")
     small = size = 0
@@ -150,22 +153,22 @@ def _check_group(
             small += column[7]
             size += max(unfolded, num_values * max(16, leaf.length or 0))
     if size > max(MAX_UNFOLDED, 64 * small):
-        told = f"{small:,} bytes unfold to {size:,}: write it in smaller row groups"
-        raise ValueError(f"{path}: {told}")
+        problem = f"{small:,} bytes expand to {size:,}: write it in smaller row groups"
+        raise ValueError(f"{path}: {problem}")
 
 
 @contextmanager
-def _damage(what: str) -> Iterator[None]:
-    """Raises OSError for what is no Thrift inside."""
+def _damage(part: str) -> Iterator[None]:
+    """Convert parsing errors in the block to an OSError: the data is not valid Thrift."""
     try:
         yield
     except (LookupError, TypeError, ValueError, RecursionError, StopIteration) as error:
-        raise OSError(f"its {what} is damaged ({type(error).__name__})") from None
+        raise OSError(f"its {part} is damaged ({type(error).__name__})") from None
 
 
 def _row_groups(source: BinaryIO) -> list[tuple[int, list[dict]]]:
-    """The number of rows of each row group, and the facts of its columns by their numbers in
-    Parquet's ColumnMetaData. pyarrow can tell them as well, but a damaged footer then ends the
+    """Return for each row group its number of rows, and the values of its columns by field number
+    of Parquet's ColumnMetaData. pyarrow returns them as well, but a damaged footer can crash its
     process."""
     source.seek(-8, os.SEEK_END)
     length = int.from_bytes(source.read(4), "little")
@@ -176,18 +179,19 @@ def _row_groups(source: BinaryIO) -> list[tuple[int, list[dict]]]:
 
 
 def _pages(source: BinaryIO, column: dict) -> tuple[int, int]:
-    """Values, and bytes without compression, of a column in a row group, as its pages have them."""
+    """Return the number of values and the uncompressed bytes of a column in a row group, from its
+    pages."""
     with _damage("footer"):
-        start = min([column[9], *filter(None, [column.get(11)])])  # where its dictionary is
+        start = min([column[9], *filter(None, [column.get(11)])])  # its dictionary comes first
         stop, most = start + column[7], 1000 + column[5]
         source.seek(start)
-    # byte by byte, so that the page begins where its header ends
+    # read byte by byte, so that the position after a header is the start of its page
     data = (byte for chunk in iter(partial(source.read, 1), b"") for byte in chunk)
     num_values = unfolded = num_pages = 0
     with _damage("page"):
         while source.tell() < stop:
             page, num_pages = _thrift(data, 12), num_pages + 1
-            # of data, version 1 or 2, or of a dictionary
+            # data page version 1 or 2, or dictionary page
             values = (page.get(5) or page.get(8) or page.get(7) or {1: 0})[1]
             if min(page[2], page[3], values) < 0 or num_pages > most:
                 raise ValueError
@@ -197,10 +201,10 @@ def _pages(source: BinaryIO, column: dict) -> tuple[int, int]:
 
 
 def _thrift(data: Iterator[int], kind: int) -> Any:
-    """The next value of Thrift's compact protocol, in which a footer is written; a struct is a dict
-    by the numbers of its fields. Raises LookupError or StopIteration for what is none."""
+    """Read the next value of Thrift's compact protocol, the format of a footer. A struct becomes a
+    dict keyed by field number. Raises LookupError or StopIteration for invalid data."""
     match kind:
-        case 1 | 2:  # a field that is true, or false, by its kind
+        case 1 | 2:  # a boolean field: its kind is its value
             return kind == 1
         case 3:
             return next(data)
@@ -237,8 +241,8 @@ def _varint(data: Iterator[int]) -> int:
 
 
 def _unfold(batch) -> Iterator[dict | ValueError]:
-    """A batch as dicts, no more than MAX_LINE bytes at once; of a row above that, or of one that
-    Python cannot have (no UTF-8, a year beyond 9999), the error."""
+    """Yield the rows of a batch as dicts, at most MAX_LINE bytes at a time. A larger row, or a row
+    that Python cannot represent (invalid UTF-8, a year beyond 9999), becomes an error."""
     half, error = batch.num_rows // 2, ValueError(f"longer than {MAX_LINE:,} bytes")
     if sum(map(_weight, batch.columns)) <= MAX_LINE:
         try:
@@ -254,7 +258,7 @@ def _unfold(batch) -> Iterator[dict | ValueError]:
 
 
 def _weight(array) -> int:
-    """Bytes of an Arrow array, with a dictionary's texts once for each row that has them."""
+    """Return the bytes of an Arrow array, counting a dictionary's texts once for each use."""
     import pyarrow.compute as pc
 
     if hasattr(array, "dictionary"):
@@ -269,7 +273,7 @@ def _weight(array) -> int:
 
 
 def schema(score: bool, integer_ids: bool = False):
-    """The columns of an answer in Parquet."""
+    """Return the Parquet columns of an answer."""
     pa = import_pyarrow()
     text, integer, real = pa.string(), pa.int64(), pa.float64()
     head = [("line", integer), ("id", integer if integer_ids else text)]
@@ -286,7 +290,7 @@ def schema(score: bool, integer_ids: bool = False):
 
 
 def to_table(rows: list[dict], columns):
-    """Rows of the output as an Arrow table; what may be a number or a text becomes a text."""
+    """Convert output rows to an Arrow table. Values that may be numbers or texts become texts."""
     pa = import_pyarrow()
     for row in rows:
         for part in (row, *row.get("samples", ())):

@@ -1,1 +1,1 @@
-"""How steps follow each other: engine.Loop makes one after the other, and these in other ways."""
+"""Loops: engine.Loop runs one step after the other; the loops here overlap or combine steps."""

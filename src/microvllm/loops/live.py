@@ -1,8 +1,8 @@
-"""The loop of an engine whose weights may change between two steps, or that may sleep.
+"""A loop for an engine whose weights may change between two steps, or that may sleep.
 
-Before each step it looks whether the weights have changed:
+Before each step, or each call of several steps, it checks whether the weights have changed:
 
-    step 1 | look: as before | step 2 | look: changed, take over | step 3 computes K and V again
+    step 1 | check: unchanged | step 2 | check: changed, apply | step 3 computes K and V again
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FollowingLoop(Loop):
-    """Another loop, before each step of which the engine wakes, or takes over new weights."""
+    """Wraps another loop. Before each step it wakes the engine and applies new weights."""
 
     def __init__(self, inner_loop: Loop, live_weights: LiveWeights):
         super().__init__(inner_loop.engine)

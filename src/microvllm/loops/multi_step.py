@@ -1,20 +1,22 @@
-"""Several steps in one compiled call: a step of a small model takes less time than Python needs
-before and after it.
+"""Computes several steps in one compiled call, since a step of a small model takes less time than
+the Python code before and after it.
 
     one by one    Python | kernels | Python | kernels | Python | kernels | Python ...
     several       Python | kernels, kernels, kernels | Python, Python, Python | kernels, ...
 
-Where each sequence has one token to compute, and nothing but its draw decides about the next one,
-steps are computed that are not planned yet, in one call (cpu/backend.py), until a row ends or the
-time of the call is over. Then the plain loop makes the same steps, one at a time, and finds the
-tokens of each plan there already: scheduler, texts and traces are those of single steps. A plan
-that differs from what was expected is computed as usual, and the other computed steps are dropped.
+This requires that each sequence has one token to compute, and that only its draw decides the next
+token. Then one call (cpu/backend.py) computes steps that are not planned yet, until a row ends or
+the time limit of the call is reached. Afterwards the plain loop runs the same steps one by one, and
+the tokens of each plan exist already. So scheduler, texts and traces see single steps. If a
+plan differs from the expected one, it is computed as usual, and the other computed steps are
+dropped.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence as List
 from typing import NamedTuple
 
 import numpy as np
@@ -30,29 +32,29 @@ from ..runner import Runner
 from ..sampler import uniform_numbers
 from ..scheduler import Plan, Sequence
 
-# A call takes about this long: aborts and new requests wait for its end. The second is for requests
-# whose text is streamed.
+# Time limits of a call in seconds, because aborts and new requests wait for its end. The second one
+# applies if text is streamed.
 SECONDS = 0.04
 STREAM_SECONDS = 0.014
 
 
 class MultiStepLoop(Loop):
-    """Makes several steps in a turn, for `generate` and `stream`. The engine's runner must be a
+    """Runs several steps per call of `advance`, for `generate` and `stream`. It requires a
     MultiStepRunner."""
 
     def advance(self) -> None:
         runner = self.engine.runner
         runner.seconds = self.seconds_for_more()
-        runner.computed.clear()  # of a turn that an exception has left
+        runner.computed.clear()  # left from a call that an exception ended
         super().advance()
         for _ in range(len(runner.computed)):
-            if runner.computed:  # they are dropped when a plan is not the expected one
+            if runner.computed:  # they are dropped when a plan differs from the expected one
                 super().advance()
         runner.free_blocks()
 
     def seconds_for_more(self) -> float:
-        """Seconds for steps that are not planned yet. 0: none are computed, because sequences wait,
-        or the caller counts steps, or an extension watches each token."""
+        """Return the seconds for steps that are not planned yet. 0: compute none, because sequences
+        are waiting, the caller counts steps, or an extension watches each token."""
         scheduler = self.engine.scheduler
         if scheduler.waiting:
             return 0.0
@@ -64,59 +66,64 @@ class MultiStepLoop(Loop):
         return STREAM_SECONDS if is_streamed else SECONDS
 
     def forget(self) -> None:
-        """Drop the computed steps. The exception may have struck while the thread team was
-        locked."""
+        """Drop the computed steps, and release the thread team's lock, which an exception may have
+        left locked."""
         self.engine.runner.forget()
         team.give_back()
 
 
 def is_watched(request: Request) -> bool:
-    """Does an extension see each token of the request? Its text is there from the first token on,
-    and steps that are not planned yet begin after that."""
+    """Return whether an extension sees each token of the request. The text exists from the first
+    token on, and steps that are not planned yet begin later."""
     return any(text.watchers for text in request.texts.values())
 
 
 class ComputedStep(NamedTuple):
-    """A step that was computed before it was planned."""
+    """A step that is computed before it is planned."""
 
-    starts: list[tuple[Sequence, int]]  # the chunks that its plan has, of one token each
+    starts: list[tuple[Sequence, int]]  # the chunks of the expected plan, of one token each
     token_ids: Tensor  # (chunks,)
 
 
 class MultiStepRunner(Runner):
-    """Computes steps before they are planned, where it may, and knows what they will be. model: a
-    FusedGPT whose backend has compiled it."""
+    """Computes steps before they are planned, if possible. model: a FusedGPT that its backend has
+    compiled."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.seconds = 0.0  # that a launch may take for more than its own step
+        self.seconds = 0.0  # time for further steps in a launch
         self.computed: deque[ComputedStep] = deque()  # the next steps
-        self.grown: list[Sequence] = []  # these have blocks for the next steps
-        # as measured last: rows of a step, and its seconds
+        self.grown: list[Sequence] = []  # sequences that have blocks for the next steps
+        # last measurement: rows of a step, and its seconds
         self.measured_rows = 0
         self.measured_seconds = 0.0
 
     def launch(self, plan: Plan) -> None:
-        """As in Runner. A step that was computed before has its tokens already."""
-        starts = [(seq, start) for seq, start, _, _ in plan.chunks]
-        is_decode = len(starts) == len(plan.draws) == plan.num_tokens
-        if self.seconds and is_decode and not self.computed:
+        """See Runner. A step that is computed already only returns its tokens."""
+        starts = starts_of(plan)
+        if starts and self.seconds and not self.computed:
             self.compute_ahead(plan, starts)
-        if self.computed:
-            step = self.computed.popleft()
-            if is_decode and starts == step.starts and not plan.copies:
-                plan.results["token_ids"] = step.token_ids
-                if not self.computed:  # before the last step ends: a trace shows it there
-                    self.free_blocks()
-                return
-            self.computed.clear()
-        began = time.perf_counter()
+        if self.computed and self.take_computed(plan, starts):
+            return
+        start_time = time.perf_counter()
         super().launch(plan)
-        if is_decode:
-            self.measure(num_rows=len(starts), seconds=time.perf_counter() - began)
+        if starts:
+            self.note_time(num_rows=len(starts), seconds=time.perf_counter() - start_time)
+
+    def take_computed(self, plan: Plan, starts: list[tuple[Sequence, int]]) -> bool:
+        """Give a plan the tokens of the next computed step. Returns False, and drops all computed
+        steps, if that step is of another plan."""
+        step = self.computed.popleft()
+        if starts != step.starts or plan.copies:
+            self.computed.clear()
+            return False
+        plan.results["token_ids"] = step.token_ids
+        if not self.computed:  # free now, so that a trace shows it in the last step
+            self.free_blocks()
+        return True
 
     def compute_ahead(self, plan: Plan, starts: list[tuple[Sequence, int]]) -> None:
-        """Compute a step and those after it, unless there are too few of them to be worth it."""
+        """Compute a step and the steps after it, unless they are too few to save time."""
         seqs = [seq for seq, _ in starts]
         num_steps = self.choose_num_steps(seqs)
         if num_steps < 2 or plan.copies:
@@ -126,17 +133,19 @@ class MultiStepRunner(Runner):
             has_grown = self.blocks.grow(seq, start, start + num_steps)
             assert has_grown, (seq.block_table, num_steps, self.blocks.pool.num_free)
         self.grown = seqs
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         token_ids = compute_steps(self.model, plan, self.cache, self.blocks, num_steps)
-        self.measure(len(seqs), (time.perf_counter() - began) / len(token_ids))
+        self.note_time(len(seqs), (time.perf_counter() - start_time) / len(token_ids))
         for offset, row in enumerate(torch.from_numpy(token_ids)):
             expected = [(seq, start + offset) for seq, start in starts]
             self.computed.append(ComputedStep(expected, row))
 
     def choose_num_steps(self, seqs: list[Sequence]) -> int:
-        """Steps that fit in the time, in all texts, and in the pool. 0 or 1: it is no use."""
-        is_able = self.measured_rows > 0 and self.model.backend.is_ready()
-        if not is_able or not all(seq.params.is_plain for seq in seqs):
+        """Return the number of steps that fit in the time, in all texts, and in the pool. 0 or 1:
+        compute no further steps."""
+        # a live module's new weights may be in a form that is not compiled
+        is_able = self.model.compiled is not None and self.model.backend.is_ready()
+        if self.measured_rows == 0 or not is_able or not all(seq.params.is_plain for seq in seqs):
             return 0
         seconds = self.measured_seconds * max(1, len(seqs) / self.measured_rows)
         num_steps = int(self.seconds / seconds)
@@ -148,20 +157,20 @@ class MultiStepRunner(Runner):
         return num_steps
 
     def num_new_blocks(self, seqs: list[Sequence], num_steps: int) -> int:
-        """Blocks that sequences need for num_steps steps, beside those that they have."""
+        """Return how many blocks sequences need for num_steps steps, in addition to their own."""
         num_new_blocks = 0
         for seq in seqs:
             num_needed = self.blocks.blocks_for(len(seq.token_ids) + num_steps - 1)
             num_new_blocks += max(0, num_needed - len(seq.block_table))
         return num_new_blocks
 
-    def measure(self, num_rows: int, seconds: float) -> None:
-        """Note how long a step has taken."""
+    def note_time(self, num_rows: int, seconds: float) -> None:
+        """Record the duration of a step."""
         self.measured_rows = num_rows
         self.measured_seconds = max(seconds, 1e-6)
 
     def free_blocks(self) -> None:
-        """Free the blocks for steps that were computed and do not come."""
+        """Free blocks that were allocated for steps which are not needed."""
         grown = self.grown
         self.grown = []
         for seq in grown:
@@ -169,7 +178,7 @@ class MultiStepRunner(Runner):
                 self.blocks.truncate(seq, seq.num_computed)
 
     def forget(self) -> None:
-        """Drop what was computed, after an error: all blocks are free then."""
+        """Drop computed steps after an error, when all blocks are free."""
         self.computed.clear()
         self.grown = []
 
@@ -177,14 +186,14 @@ class MultiStepRunner(Runner):
 def compute_steps(
     model: FusedGPT, plan: Plan, cache: PagedKVCache, blocks: BlockManager, num_steps: int
 ) -> np.ndarray:
-    """Compute a plan in which each sequence has one token and a draw, and what comes after it, for
-    which the blocks are there.
+    """Compute a plan in which each sequence has one token and one draw, and the steps after it, for
+    which blocks are allocated.
 
-    Returns the token ids (steps, sequences): of at most num_steps steps, fewer if a sequence ends.
+    Returns the token ids (steps, sequences) of at most num_steps steps, fewer if a sequence ends.
     """
     batch = make_batch(plan, blocks)
     seqs = plan.draws.seqs
-    # all that is random, as in make_batch
+    # random numbers as in make_batch
     positions = batch.seq_lens + np.arange(num_steps)[:, None]  # (steps, sequences)
     uniform = uniform_numbers(
         seeds=np.tile(np.array([seq.seed for seq in seqs], np.uint64), num_steps),
@@ -203,8 +212,15 @@ def compute_steps(
     )
 
 
-def stop_table(seqs: tuple[Sequence, ...], vocab_size: int) -> np.ndarray:
-    """(sequences, n) int32: the stop tokens of each, and -1 where it has fewer."""
+def starts_of(plan: Plan) -> list[tuple[Sequence, int]]:
+    """Return the sequence and the first position of each chunk; an empty list unless each chunk has
+    one token and one draw."""
+    starts = [(seq, start) for seq, start, _, _ in plan.chunks]
+    return starts if len(starts) == len(plan.draws) == plan.num_tokens else []
+
+
+def stop_table(seqs: List[Sequence], vocab_size: int) -> np.ndarray:
+    """Return (sequences, n) int32: the stop tokens of each sequence, padded with -1."""
     rows = [[i for i in seq.stop_token_ids if i < vocab_size] for seq in seqs]
     table = np.full((len(rows), max(map(len, rows))), -1, np.int32)
     for row, stop_token_ids in zip(table, rows, strict=True):

@@ -96,7 +96,7 @@ def _make_batch(texts: list[list[int]]) -> Batch:
         cu_seqlens=_ints([0, *accumulate(lengths)]),
         seq_lens=_ints(lengths),
         block_tables=_ints(range(len(texts)))[:, None],
-        logit_rows=_ints(range(len(positions))),
+        hidden_rows=_ints(range(len(positions))),
         temperature=torch.empty(0),
         uniform=torch.empty(0),
         num_decodes=lengths.count(1),

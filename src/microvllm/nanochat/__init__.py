@@ -1,4 +1,4 @@
-"""What nanochat's scripts import from nanochat, on this engine: see docs/NANOCHAT.md."""
+"""Replacements for modules that nanochat's scripts import (docs/NANOCHAT.md)."""
 
 from .chat_eval import evaluate_chat, run_chat_eval
 from .core_metric import evaluate_core, evaluate_task, read_bundle

@@ -7,7 +7,7 @@ from .tasks import TASKS
 
 
 def main(words: list[str] | None = None) -> None:
-    """nanochat's chat_eval, with its flags."""
+    """Run nanochat's chat_eval, with the same flags."""
     from .. import LLM
 
     parser = argparse.ArgumentParser(prog="python -m microvllm.nanochat")
@@ -23,7 +23,7 @@ def main(words: list[str] | None = None) -> None:
             device=device,
             max_model_len=MAX_PROMPT + flags.max_new_tokens + 1,
         ) as llm:
-            found = evaluate_chat(
+            accuracies = evaluate_chat(
                 llm,
                 names,
                 data=flags.data,
@@ -36,17 +36,17 @@ def main(words: list[str] | None = None) -> None:
             )
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         parser.error(str(error))
-    for name, accuracy in found["results"].items():
+    for name, accuracy in accuracies["results"].items():
         print(f"{name} accuracy: {100 * accuracy:.2f}%")
-    if len(found["results"]) == len(TASKS):
-        print(f"ChatCORE metric: {found['chatcore_metric']:.4f}")
+    if len(accuracies["results"]) == len(TASKS):
+        print(f"ChatCORE metric: {accuracies['chatcore_metric']:.4f}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of nanochat's script, and two more."""
+    """Add the flags of nanochat's script, and two more."""
     add = parser.add_argument
     add("-i", "--source", required=True, help="source of the model: sft or rl")
-    add("-a", "--task-name", help="a task, or several with | between them; by default all")
+    add("-a", "--task-name", help="a task, or several separated by | (default: all)")
     add("-t", "--temperature", type=float, default=0.0)
     add("-m", "--max-new-tokens", type=int, default=512)
     add("-n", "--num-samples", type=int, default=1)
@@ -54,10 +54,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("-b", "--batch-size", type=int, help="has no effect: all problems are one batch")
     add("-g", "--model-tag", help="model tag to load")
     add("-s", "--step", type=int, help="step to load")
-    add("-x", "--max-problems", type=int, help="of each task")
+    add("-x", "--max-problems", type=int, help="the most problems of each task")
     add("--device-type", default="", help="cuda, cpu or mps")
-    add("--data", help="a folder with the tasks' rows; by default nanochat's task_data")
-    add("--run-code", action="store_true", help="HumanEval may run what the model writes")
+    add("--data", help="a folder with the tasks' rows (default: nanochat's task_data)")
+    add("--run-code", action="store_true", help="allow HumanEval to run what the model writes")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""nanochat's chat_eval: how many problems of ARC, MMLU, GSM8K and HumanEval does a model solve?
+"""nanochat's chat_eval: accuracies of a model on ARC, MMLU, GSM8K and HumanEval.
 
     evaluate_chat(LLM("sft"), run_code=True)["chatcore_metric"]
     python -m microvllm.nanochat -i sft -a "ARC-Easy|GSM8K"
 
-All problems of a task are one batch. The answers are those of nanochat's own code: at temperature 0
-the same tokens, and in categorical tasks the letter with the largest logit.
+All problems of a task are one batch. The results are those of nanochat's own code: the same tokens
+at temperature 0, and the letter with the largest logit in categorical tasks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .tasks import TASKS, ChatTask, load_task
 if TYPE_CHECKING:
     from .. import LLM
 
-MAX_PROMPT = 2048  # nanochat cuts a longer conversation here
+MAX_PROMPT = 2048  # nanochat cuts longer conversations here
 
 
 class Sampling(NamedTuple):
-    """How generative tasks are answered, with nanochat's names and defaults. A problem is solved if
-    one of num_samples answers is right."""
+    """Settings of generative tasks, with nanochat's names and defaults. A problem is solved if one
+    of num_samples answers is right."""
 
     num_samples: int = 1
     max_new_tokens: int = 512
@@ -43,7 +43,7 @@ class Problems(NamedTuple):
 
 
 class TokenizerOfEngine:
-    """The methods of nanochat's tokenizer that are used here, on an engine's tokenizer."""
+    """The methods of nanochat's tokenizer that are needed here, for an engine's tokenizer."""
 
     def __init__(self, llm: LLM):
         self.encode = llm.tokenizer.encode
@@ -64,14 +64,14 @@ def evaluate_chat(
     run_code: bool = False,
     **sampling: Any,
 ) -> dict:
-    """Accuracies of nanochat's tasks: {"results": {name: ...}, "centered_results": {name: ...},
-    "chatcore_metric": ...}. A centered accuracy is 0 for random answers and 1 for right ones, and
-    the metric is the mean over the tasks, nanochat's ChatCORE if these are all five.
+    """Return the accuracies of nanochat's tasks: {"results": {name: ...}, "centered_results":
+    {name: ...}, "chatcore_metric": ...}. A centered accuracy is 0 for random answers and 1 for
+    right ones. The metric is the mean over the tasks; for all five tasks it is nanochat's ChatCORE.
 
-    tasks: names, see tasks.TASKS; data: a folder with their rows, see tasks.find_rows, by default
-    nanochat's own; max_problems: of each task; run_code: HumanEval runs what the model writes, see
-    execution.py, and is refused without it; sampling: fields of Sampling. Raises ValueError,
-    FileNotFoundError or ConnectionError before anything is computed.
+    tasks: names, see tasks.TASKS; data: a folder with their rows, see tasks.find_rows (default:
+    nanochat's own); max_problems: the most problems of each task; run_code: allow HumanEval to run
+    what the model writes, see execution.py (False: reject HumanEval); sampling: fields of Sampling.
+    Raises ValueError, FileNotFoundError or ConnectionError before anything is computed.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
@@ -80,8 +80,8 @@ def evaluate_chat(
     for task in loaded:
         if task.runs_code and not run_code:
             raise ValueError(
-                f"{task.name} runs programs that the model writes: give run_code=True where they "
-                "can do no harm, or tasks= without it"
+                f"{task.name} runs programs that the model writes: give run_code=True if they can "
+                "do no harm, or tasks= without it"
             )
     chosen = Sampling(**sampling)
     tokenizer = TokenizerOfEngine(llm)
@@ -105,13 +105,13 @@ def run_chat_eval(
     max_problems: int | None = None,
     **sampling: Any,
 ) -> float:
-    """What nanochat's scripts.chat_eval.run_chat_eval does: the accuracy of a live module.
+    """Like nanochat's scripts.chat_eval.run_chat_eval: return the accuracy of a live module.
 
-    task_name: of TASKS, or a task object of nanochat; model, tokenizer: nanochat's; engine: the
-    Engine of this package, which knows both, or any other object; batch_size: has no effect, all
-    problems are one batch; sampling: fields of Sampling. Like nanochat's, HumanEval runs what the
-    model writes. Under torch.distributed each process solves its share, and all return the accuracy
-    of the whole.
+    task_name: a name in TASKS, or a task object of nanochat; model, tokenizer: nanochat's; engine:
+    this package's Engine of the two, or any other object; batch_size: no effect, since all problems
+    are one batch; sampling: fields of Sampling. As in nanochat, HumanEval runs what the model
+    writes. Under torch.distributed each process solves its share, and all return the accuracy over
+    all problems.
     """
     task = load_task(task_name) if isinstance(task_name, str) else task_name
     chosen = Sampling(**sampling)
@@ -126,8 +126,8 @@ def run_chat_eval(
 def read_problems(
     llm: LLM, tokenizer, task: ChatTask, sampling: Sampling, max_problems: int | None
 ) -> Problems:
-    """This process's share of the problems of a task. Raises ValueError if there are none, or if
-    one is too long."""
+    """Return this process's share of the problems of a task. Raises ValueError if there are none,
+    or if one is too long."""
     if max_problems is not None and max_problems < 1:
         raise ValueError(f"max_problems must be None or at least 1, got {max_problems}")
     num_problems = len(task) if max_problems is None else min(len(task), max_problems)
@@ -139,14 +139,14 @@ def read_problems(
     longest = max(map(len, prompts), default=0)
     if longest + num_new > llm.max_model_len:
         raise ValueError(
-            f"a prompt of {longest} tokens and {num_new} new ones are beyond max_model_len="
+            f"a prompt of {longest} tokens and {num_new} new ones exceed max_model_len="
             f"{llm.max_model_len}: give LLM(..., max_model_len={longest + num_new})"
         )
     return Problems(task, conversations, prompts)
 
 
 def find_accuracy(llm: LLM, tokenizer, problems: Problems, sampling: Sampling) -> float:
-    """The share of a task's problems that are solved, by all processes."""
+    """Return the share of solved problems of a task, over all processes."""
     if problems.task.eval_type == "categorical":
         is_solved = choose_letters(llm, tokenizer, problems)
     elif problems.task.eval_type == "generative":
@@ -157,7 +157,7 @@ def find_accuracy(llm: LLM, tokenizer, problems: Problems, sampling: Sampling) -
 
 
 def choose_letters(llm: LLM, tokenizer, problems: Problems) -> list[bool]:
-    """Is the letter right that a greedy draw chooses among those of its problem?"""
+    """For each problem, let the model choose a letter greedily. Returns whether it is right."""
     letter_lists = [conversation["letters"] for conversation in problems.conversations]
     token_ids = {
         letter: letter_token(tokenizer, letter)
@@ -182,7 +182,7 @@ def choose_letters(llm: LLM, tokenizer, problems: Problems) -> list[bool]:
 
 
 def letter_token(tokenizer, letter: str) -> int:
-    """The token of a letter. Raises ValueError if it has none of its own."""
+    """Return the token of a letter. Raises ValueError if it is not a single token."""
     token_ids = tokenizer.encode(letter)
     if len(token_ids) != 1:
         raise ValueError(f"the letter {letter!r} is {len(token_ids)} tokens, not one")
@@ -190,7 +190,7 @@ def letter_token(tokenizer, letter: str) -> int:
 
 
 def write_answers(llm: LLM, tokenizer, problems: Problems, sampling: Sampling) -> list[bool]:
-    """Is one of the answers right that the model writes to each problem?"""
+    """For each problem, let the model write answers. Returns whether one of them is right."""
     if not problems.prompts:
         return []
     results, _ = llm.generate_batch(
@@ -209,6 +209,6 @@ def write_answers(llm: LLM, tokenizer, problems: Problems, sampling: Sampling) -
         outcomes = [problems.task.evaluate(conversation, text) for text in texts]
         return any(outcomes)
 
-    # programs that a task runs are processes of their own
+    # threads, since tasks run programs in processes of their own
     with ThreadPoolExecutor(available_cpus()) as pool:
         return list(pool.map(is_solved, problems.conversations, answers))

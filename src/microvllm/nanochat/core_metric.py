@@ -1,17 +1,17 @@
-"""CORE, the metric of base models: accuracy in 22 tasks, as nanochat measures it.
+"""CORE, the metric of base models: accuracy in 22 tasks, measured as in nanochat.
 
     evaluate_core(LLM("base"), read_bundle("~/.cache/nanochat/eval_bundle"))["core_metric"]
 
-A task's accuracy is centred: 0 is guessing, 1 is perfect. CORE is the mean over the tasks (Li et
-al. 2024, "DataComp-LM"). Each item comes behind num_fewshot solved ones, drawn at random from the
-others, and is answered by log-probabilities:
+A task's accuracy is centred: 0 is random, 1 is perfect. CORE is the mean over the tasks (Li et al.
+2024, "DataComp-LM"). Each item follows num_fewshot solved items, drawn at random from the others,
+and is answered by log-probabilities:
 
     multiple_choice     one context, several endings     the ending with the best mean wins
     schema              several contexts, one ending     the context with the best mean wins
     language_modeling   one context, one ending          right if greedy decoding would write it
 
-The tokens tell where the ending begins: it is what the options do not share at the beginning
-(multiple_choice), or what they share at the end (schema).
+The tokens determine where the ending starts: after the common prefix of the options
+(multiple_choice), or at the start of their common suffix (schema).
 """
 
 import csv
@@ -28,32 +28,32 @@ from .shares import llm_of, own_share, share_solved
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
 FIELDS = ("label", "task_type", "num_fewshot", "random_baseline", "rows")
-SHUFFLE_SEED = 1337  # of a task's rows, and of the examples of each, as nanochat has them
+SHUFFLE_SEED = 1337  # nanochat's seeds, for the rows of a task and the examples of a row
 EXAMPLES_SEED = 1234
 
 
 class Option(NamedTuple):
-    """An answer that is scored: token ids of what comes before it, and its own."""
+    """An answer to score: the token ids before it, and its own."""
 
     prompt: array
     ending: array
 
     @property
     def can_be_scored(self) -> bool:
-        """False where an option begins or ends another one: nothing is left of it."""
+        """False if an option is a prefix or suffix of another one, so that a part is empty."""
         return len(self.prompt) > 0 and len(self.ending) > 0
 
 
 def evaluate_core(llm, tasks: Iterable[dict]) -> dict:
-    """Accuracies, the same centred, and CORE: {"results": {label: ...}, "centered_results": {label:
-    ...}, "core_metric": ...}, the dict of nanochat's base_eval.
+    """Return accuracies, centred accuracies and CORE: {"results": {label: ...}, "centered_results":
+    {label: ...}, "core_metric": ...}, the dict of nanochat's base_eval.
 
-    tasks: as `read_bundle` gives them, each a dict with label, task_type (see above), num_fewshot,
-    random_baseline (in percent), rows, and continuation_delimiter (by default a space) between the
+    tasks: from `read_bundle`; each is a dict with label, task_type (see above), num_fewshot,
+    random_baseline (in percent), rows, and continuation_delimiter (default: a space) between the
     parts. A row has query, choices and gold (multiple_choice); context_options, continuation and
-    gold (schema); or context and continuation. Raises ValueError, which names the task and the row,
-    for one that cannot be scored, before anything is computed: nothing is cut, so llm needs a
-    max_model_len for the longest.
+    gold (schema); or context and continuation. Raises ValueError that names a task and a row which
+    cannot be scored, before anything is computed. Nothing is truncated, so llm needs a
+    max_model_len for the longest row.
     """
     results = {}
     centered = {}
@@ -69,11 +69,11 @@ def evaluate_core(llm, tasks: Iterable[dict]) -> dict:
 
 
 def evaluate_task(model, tokenizer, data: list[dict], device, task_meta: dict) -> float:
-    """What nanochat.core_eval.evaluate_task does: the accuracy of a live module in one task. The
-    items are one batch. Under torch.distributed each process has its share of them, and all return
-    the accuracy of the whole.
+    """Like nanochat.core_eval.evaluate_task: return the accuracy of a live module in one task. The
+    items are one batch. Under torch.distributed each process has a share of them, and all return
+    the accuracy over all items.
 
-    model, tokenizer: nanochat's; data: the rows; device: has no effect, it is the module's;
+    model, tokenizer: nanochat's; data: the rows; device: no effect, the module's is used;
     task_meta: task_type, num_fewshot and continuation_delimiter. Raises ValueError, see
     `evaluate_core`.
     """
@@ -86,14 +86,14 @@ def evaluate_task(model, tokenizer, data: list[dict], device, task_meta: dict) -
 
 
 def read_bundle(directory: str | Path, max_per_task: int = -1) -> list[dict]:
-    """The tasks of nanochat's eval_bundle: core.yaml, eval_meta_data.csv and eval_data/. The rows
-    are shuffled as nanochat does, also where all are taken: which examples an item gets depends on
-    its place. max_per_task: that many rows of each task; -1: all."""
+    """Return the tasks of nanochat's eval_bundle: core.yaml, eval_meta_data.csv and eval_data/. The
+    rows are shuffled as in nanochat, even if all are used, since the examples of an item depend on
+    its position. max_per_task: the most rows of each task; -1: all."""
     try:
         import yaml
     except ModuleNotFoundError as error:
-        what = "read_bundle needs the package yaml: pip install pyyaml"
-        raise ModuleNotFoundError(what, name=error.name) from None
+        message = "read_bundle needs the package yaml: pip install pyyaml"
+        raise ModuleNotFoundError(message, name=error.name) from None
     folder = Path(expanduser(directory))
     config = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))
     with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
@@ -120,7 +120,8 @@ def read_bundle(directory: str | Path, max_per_task: int = -1) -> list[dict]:
 
 
 def make_items(llm, task: dict, indices: Iterable[int] | None = None) -> list[list[Option]]:
-    """The options of each row, or of those at `indices`. Raises ValueError, see `evaluate_core`."""
+    """Return the options of all rows, or of those at `indices`. Raises ValueError, see
+    `evaluate_core`."""
     check_task(task)
     rows = task["rows"]
     items = []
@@ -128,22 +129,22 @@ def make_items(llm, task: dict, indices: Iterable[int] | None = None) -> list[li
         row = rows[i]
         others = [*range(i), *range(i + 1, len(rows))]
         chosen = random.Random(EXAMPLES_SEED + i).sample(others, task["num_fewshot"])
-        where = f"task {task['label']}, row {i}"
+        place = f"task {task['label']}, row {i}"
         try:
             texts = render_options(task, row, [rows[j] for j in chosen])
             token_ids = [llm.tokenizer.encode(text, bos=True) for text in texts]
             options = split_options(task["task_type"], token_ids)
             check_lengths(options, llm.max_model_len)
         except KeyError as error:
-            raise ValueError(f"{where}: it has no {error}") from None
+            raise ValueError(f"{place}: it has no {error}") from None
         except (ValueError, TypeError, IndexError) as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{place}: {error}") from None
         items.append(options)
     return items
 
 
 def check_task(task: dict) -> None:
-    """Raises ValueError for a task with a field that is missing or makes no sense."""
+    """Raise ValueError for a task with a missing or invalid field."""
     label = task.get("label")
     missing = [name for name in FIELDS if name not in task]
     if missing:
@@ -158,16 +159,16 @@ def check_task(task: dict) -> None:
 
 
 def check_lengths(options: list[Option], max_model_len: int) -> None:
-    """Raises ValueError if an option is too long."""
+    """Raise ValueError if an option is too long."""
     longest = max(len(option.prompt) + len(option.ending) for option in options)
     if longest > max_model_len:
         limit = f"max_model_len is {max_model_len}"
-        raise ValueError(f"{longest} tokens, and {limit}: give LLM(..., max_model_len=)")
+        raise ValueError(f"{longest} tokens, but {limit}: give LLM(..., max_model_len=)")
 
 
 def render_options(task: dict, row: dict, examples: list[dict]) -> list[str]:
-    """The full text of each option of a row; for language modeling the text without its ending and
-    the one with it."""
+    """Return the full text of each option of a row. For language modeling, return the text without
+    its ending and the text with it."""
     kind = task["task_type"]
     delimiter = task.get("continuation_delimiter", " ")
     shots = ""
@@ -176,15 +177,15 @@ def render_options(task: dict, row: dict, examples: list[dict]) -> list[str]:
         shots += f"{render_row(kind, delimiter, example)[gold]}\n\n"
     texts = [f"{shots}{text}" for text in render_row(kind, delimiter, row)]
     if kind == "language_modeling":
-        # without spaces at the end, which would be in one token with the word behind them
+        # a space at the end would belong to the same token as the next word
         texts.insert(0, f"{shots}{str(row['context']).strip()}{delimiter}".strip())
     elif not 0 <= row["gold"] < len(texts):
-        raise ValueError(f"gold is {row['gold']}, and there are {len(texts)} options")
+        raise ValueError(f"gold is {row['gold']}, but there are {len(texts)} options")
     return texts
 
 
 def render_row(kind: str, delimiter: str, row: dict) -> list[str]:
-    """The text of each option of a row, without examples."""
+    """Return the text of each option of a row, without examples."""
     if kind == "multiple_choice":
         return [f"{row['query']}{delimiter}{choice}" for choice in row["choices"]]
     if kind == "schema":
@@ -194,7 +195,7 @@ def render_row(kind: str, delimiter: str, row: dict) -> list[str]:
 
 
 def split_options(kind: str, token_ids: list[list[int]]) -> list[Option]:
-    """The options of these texts; prompts that are equal are one object."""
+    """Split texts into options. Equal prompts are one object."""
     if kind == "schema":
         num_shared = len(commonprefix([ids[::-1] for ids in token_ids]))
         starts = [len(ids) - num_shared for ids in token_ids]
@@ -206,7 +207,7 @@ def split_options(kind: str, token_ids: list[list[int]]) -> list[Option]:
     if kind == "language_modeling":
         without_ending, *token_ids = token_ids
         if shared != without_ending or len(token_ids[0]) == len(shared):
-            raise ValueError("the tokens of the context are no prefix of those with the ending")
+            raise ValueError("the tokens of the context are not a prefix of those with the ending")
     prompt = array("i", shared)
     return [Option(prompt, array("i", ids[len(shared) :])) for ids in token_ids]
 
@@ -215,7 +216,7 @@ def split_options(kind: str, token_ids: list[list[int]]) -> list[Option]:
 
 
 def find_right(llm, task: dict, items: list[list[Option]]) -> list[bool]:
-    """Is each item answered right? All are computed at once."""
+    """Return for each item whether the answer is right. All items are one batch."""
     outputs = iter(judge_options(llm, [option for options in items for option in options]))
     is_right = []
     for row, options in zip(task["rows"], items, strict=True):
@@ -229,9 +230,9 @@ def find_right(llm, task: dict, items: list[list[Option]]) -> list[bool]:
 
 
 def judge_options(llm, options: list[Option]) -> list[dict | None]:
-    """The output of LLM.judge for each option, None for those that cannot be scored."""
+    """Return the output of LLM.judge for each option, None for options that cannot be scored."""
     scored = [option for option in options if option.can_be_scored]
-    lists = {id(ids): ids.tolist() for option in scored for ids in option}  # one for equal prompts
+    lists = {id(ids): ids.tolist() for option in scored for ids in option}  # one per prompt
     prompts = [lists[id(option.prompt)] for option in scored]
     endings = [lists[id(option.ending)] for option in scored]
     outputs = iter(llm.judge(prompts, endings, use_tqdm=True))
@@ -239,5 +240,5 @@ def judge_options(llm, options: list[Option]) -> list[dict | None]:
 
 
 def mean_loss(output: dict | None) -> float:
-    """The mean over an ending's tokens; NaN where there are none, as in nanochat."""
+    """Return the mean loss over an ending's tokens, or NaN if there are none, as in nanochat."""
     return nan if output is None else -sum(output["logprobs"]) / len(output["logprobs"])

@@ -1,4 +1,4 @@
-"""nanochat's Engine, on the paged one: a script changes its import and nothing else."""
+"""nanochat's Engine on top of LLM, so that a script changes only its import."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .. import LLM
 
-CONTEXTS = 10  # max_model_len in contexts of the training, as long as nanochat's rotary tables
+CONTEXTS = 10  # max_model_len in training contexts: the length of nanochat's rotary tables
 
 
 class Engine:
     """Generates from a live nanochat module, with nanochat's arguments and results.
 
-    model: a GPT module of any era of nanochat, compiled or not, whose weights are shared where
-    device and dtype allow it; tokenizer: nanochat's own, or any object with its methods encode,
-    decode, encode_special and get_bos_token_id; options: of `LLM`, by default the module's device,
-    the dtype in $NANOCHAT_DTYPE, if there is one, and ten times the context (as long as nanochat's
-    rotary tables). The seed of a request chooses other tokens than nanochat's does.
+    model: a GPT module of any nanochat era, compiled or not; its weights are shared if device and
+    dtype allow it; tokenizer: nanochat's, or any object with its methods encode, decode,
+    encode_special and get_bos_token_id; options: arguments of `LLM`. Defaults: the module's device,
+    the dtype in $NANOCHAT_DTYPE if set, and ten times the context (as long as nanochat's rotary
+    tables). A seed gives other tokens than in nanochat.
 
-    Like nanochat's, this constructor takes no memory: scripts build an Engine before they build an
-    optimiser, some without ever generating. `llm`, the LLM underneath, is made at its first use,
-    which is also when a module that is no nanochat GPT is refused (TypeError, ValueError).
+    As in nanochat, this constructor allocates no memory: scripts build an Engine before an
+    optimiser, and some never generate. The LLM (`llm`) is made at its first use. A module that is
+    not a nanochat GPT raises an error then (TypeError, ValueError).
     """
 
     def __init__(self, model, tokenizer, **options):
@@ -38,7 +38,7 @@ class Engine:
 
     @property
     def llm(self) -> LLM:
-        """The LLM underneath, with `score`, `chat`, `stats` and all else that it can do."""
+        """The underlying LLM, with `score`, `chat`, `stats` and its other methods."""
         from .. import LLM
 
         with self._lock:
@@ -48,7 +48,7 @@ class Engine:
             return self._llm
 
     def _default_options(self) -> dict:
-        """Arguments of LLM. A module that lacks an attribute is refused by LLM, with the reason."""
+        """Return arguments of LLM. If the module lacks an attribute, LLM raises an error for it."""
         config = getattr(self.model, "config", None)
         get_device = getattr(self.model, "get_device", lambda: "auto")
         return {
@@ -67,8 +67,8 @@ class Engine:
         seed=42,
         tools=True,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield (tokens, masks) of all samples, a token each, see `LLM.generate_columns`. tools:
-        True, the calculator, False, or a list of tools (features/tools.py)."""
+        """Yield (tokens, masks) with one token of every sample, see `LLM.generate_columns`. tools:
+        True for the calculator, False, or a list of tools (features/tools.py)."""
         return self.llm.generate_columns(
             tokens,
             num_samples=num_samples,
@@ -90,8 +90,8 @@ class Engine:
         tools=True,
     ) -> AsyncIterator[tuple[list[int], list[int]]]:
         """`generate` for event loops: `async for column, masks in engine.agenerate(...)`. All tasks
-        that iterate share the engine's steps. Leaving the loop early, or cancelling the task,
-        aborts the samples."""
+        share the engine's steps. Leaving the loop early, or cancelling the task, aborts the
+        samples."""
         llm = await asyncio.to_thread(lambda: self.llm)
         all_columns = llm.agenerate_columns(
             tokens,
@@ -107,11 +107,11 @@ class Engine:
                 yield column
 
     def warm(self) -> None:
-        """Make the LLM underneath, and its kernels, and answer a tiny request: see `LLM.warm`. A
-        server calls it before its event loop starts, since the first use takes seconds."""
+        """Create the LLM and its kernels, and answer a tiny request: see `LLM.warm`. A server calls
+        it before its event loop starts, since the first use takes seconds."""
         self.llm.warm()
 
     def generate_batch(self, tokens, num_samples=1, **kwargs):
-        """(sequences, masks) of a prompt's samples, or of a list of prompts, see
+        """Return (sequences, masks) of a prompt's samples, or of a list of prompts, see
         `LLM.generate_batch`."""
         return self.llm.generate_batch(tokens, num_samples, **kwargs)

@@ -1,9 +1,9 @@
-"""Run a program that a model wrote, as nanochat's execution.py does: did it end without an error?
+"""Runs a program that a model wrote, like nanochat's execution.py, and checks for errors.
 
-The program runs in an interpreter of its own, with limits of time, memory and file size, an empty
-environment, and a working directory that is deleted afterwards. Functions that do harm by accident
-are gone. This is no sandbox: a program that means harm can read files and open sockets. Evaluate
-models that you do not trust in a container.
+The program runs in its own interpreter with limits of time, memory and file size, an empty
+environment, and a working directory that is deleted afterwards. Functions that can do harm by
+accident are removed. This is not a sandbox: a malicious program can read files and open sockets.
+Evaluate models that you do not trust in a container.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ SECONDS = 5.0
 MEMORY_BYTES = 256 * 2**20
 FILE_BYTES = 2**26
 
-# runs before the program, in its process. What is missing here is what nanochat takes away
+# runs in the program's process before it, and removes what nanochat's version removes
 PREPARE = """
 import builtins, faulthandler, os, shutil, subprocess, sys
 try:
@@ -44,13 +44,13 @@ for name in "resource psutil joblib ipdb tkinter".split():
 
 
 def runs_without_error(program: str, seconds: float = SECONDS) -> bool:
-    """Run a Python program. False if it raises, ends with another status than 0, or takes longer
-    than `seconds`, after which it is killed. What it prints is dropped."""
+    """Run a Python program. Returns False if it raises, exits with a status other than 0, or takes
+    longer than `seconds`, after which it is killed. Its output is discarded."""
     prepare = PREPARE.format(memory=MEMORY_BYTES, file=FILE_BYTES)
     run = f"exec(compile({program!r}, '<program>', 'exec'), {{'__name__': '__main__'}})"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 [sys.executable, "-I", "-c", f"{prepare}\n{run}\n"],
                 cwd=folder,
                 env={"PATH": "/usr/bin:/bin"},
@@ -59,6 +59,6 @@ def runs_without_error(program: str, seconds: float = SECONDS) -> bool:
                 stderr=subprocess.DEVNULL,
                 timeout=seconds,
             )
-        except (subprocess.TimeoutExpired, ValueError, OSError):  # a NUL in it, or too long
+        except (subprocess.TimeoutExpired, ValueError, OSError):  # also a NUL, or too long
             return False
-    return done.returncode == 0
+    return result.returncode == 0

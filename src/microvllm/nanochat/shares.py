@@ -1,5 +1,5 @@
-"""How an evaluation runs beside a training: the engine of a live module, and each process its share
-of the problems, as nanochat's scripts do under torchrun."""
+"""Helpers for an evaluation during training: the engine of a live module, and the share of the
+problems of each process, as in nanochat's scripts under torchrun."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def llm_of(model, tokenizer, engine=None) -> Iterator[LLM]:
-    """The LLM of an Engine; where the engine is another object, one that is closed afterwards."""
+    """The LLM of an Engine. For any other object, a new LLM, which is closed afterwards."""
     if isinstance(engine, Engine):
         yield engine.llm
     else:
@@ -27,14 +27,15 @@ def llm_of(model, tokenizer, engine=None) -> Iterator[LLM]:
 
 
 def own_share(llm: LLM, num_problems: int) -> range:
-    """The indices of the problems that this process solves."""
+    """Return the indices of the problems that this process solves."""
     if is_shared(llm):
         return range(dist.get_rank(), num_problems, dist.get_world_size())
     return range(num_problems)
 
 
 def share_solved(llm: LLM, is_solved: list[bool]) -> float:
-    """The share of the problems of all processes that were solved. is_solved: of this process's."""
+    """Return the share of solved problems over all processes. is_solved: for this process's
+    problems."""
     counts = torch.tensor([sum(is_solved), len(is_solved)], device=llm.device)
     if is_shared(llm):
         dist.all_reduce(counts)
@@ -43,5 +44,5 @@ def share_solved(llm: LLM, is_solved: list[bool]) -> float:
 
 
 def is_shared(llm: LLM) -> bool:
-    """Do several processes, each with a model of its own, share the problems?"""
+    """Return whether several processes, each with its own model, share the problems."""
     return dist.is_available() and dist.is_initialized() and llm.ranks is None

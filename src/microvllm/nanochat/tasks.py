@@ -1,11 +1,11 @@
 """The tasks of nanochat's chat_eval: ARC, MMLU, GSM8K and HumanEval, in nanochat's order and words.
 
-A task is a list of conversations, the right answer last, with a judgement of an answer. It has the
-four members of nanochat's Task, so functions that take a task take either:
+A task is a list of conversations that end with the right answer, and a function that evaluates an
+answer. It has the four members of nanochat's Task, so functions accept both:
 
-    eval_type                           "categorical" (a letter is chosen) or "generative"
-    len(task), task[i]                  {"messages": [...], ...}, as nanochat makes it
-    task.evaluate(conversation, text)   is the answer right?
+    eval_type                           "categorical" (choose a letter) or "generative"
+    len(task), task[i]                  {"messages": [...], ...}, as in nanochat
+    task.evaluate(conversation, text)   whether the answer is right
 """
 
 import re
@@ -19,9 +19,9 @@ from ..environment import how_to_install
 from ..jobs.rows import read_rows
 from .execution import runs_without_error
 
-SHUFFLE_SEED = 42  # of each task's rows, as nanochat has it
+SHUFFLE_SEED = 42  # nanochat's seed for the rows of each task
 MMLU_LETTERS = ("A", "B", "C", "D")
-ANSWER = re.compile(r"#### (-?[0-9.,]+)")  # the number at the end of a solution of GSM8K
+ANSWER = re.compile(r"#### (-?[0-9.,]+)")  # the number at the end of a GSM8K solution
 CALCULATION = re.compile(r"(<<[^>]+>>)")  # in GSM8K: <<12/60=0.2>>
 SUFFIXES = (".parquet", ".jsonl")
 CODE_BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
@@ -30,8 +30,9 @@ CODE_BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 class ChatTask:
     """A task over the rows of a data set.
 
-    name: of nanochat's chat_eval; repo: the data set on the Hugging Face hub; subset: of it; data:
-    a folder, see `find_rows`. Raises FileNotFoundError, ConnectionError or ValueError.
+    name: its name in chat_eval; repo: the data set on the Hugging Face hub; subset: a subset of the
+    data set; data: a folder, see `find_rows`. Raises FileNotFoundError, ConnectionError or
+    ValueError.
     """
 
     eval_type = "generative"
@@ -54,26 +55,27 @@ class ChatTask:
             raise ValueError(f"{self.name}, row {row_number}: {error!r}") from None
 
     def converse(self, row: dict) -> dict:
-        """The conversation of a row."""
+        """Return the conversation of a row."""
         raise NotImplementedError
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
-        """Is an answer right?"""
+        """Return whether an answer is right."""
         raise NotImplementedError
 
 
 class ChoiceTask(ChatTask):
-    """One of a few letters is right. The conversation has them, in the key "letters"."""
+    """One of a few letters is right. The conversation lists them under the key "letters"."""
 
     eval_type = "categorical"
 
     def make_conversation(self, question: str, letters, choices, answer: str) -> dict:
-        """The letter comes behind its choice, without a space, so it is the token of the answer."""
+        """Make the conversation. Each letter follows its choice without a space, so that it is the
+        same token as in the answer."""
         lines = [f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=False)]
         text = "\n".join([f"Multiple Choice question: {question}", *lines])
         text += "\n\nRespond only with the letter of the correct answer."
         if answer not in letters:
-            raise ValueError(f"the answer {answer!r} is none of {letters}")
+            raise ValueError(f"the answer {answer!r} is not one of {letters}")
         return {
             "messages": [
                 {"role": "user", "content": text},
@@ -132,8 +134,8 @@ class GSM8K(ChatTask):
 
 
 class HumanEval(ChatTask):
-    """Functions to write, which unit tests then call (Chen et al. 2021). An answer is run: see
-    execution.py for what that means."""
+    """Functions to write, which unit tests then call (Chen et al. 2021). Answers are executed: see
+    execution.py for the risks."""
 
     runs_code = True
 
@@ -155,7 +157,7 @@ class HumanEval(ChatTask):
         return runs_without_error("\n".join(parts))
 
 
-# name: class, data set, subset, and the share that a random answer gets right
+# name: class, data set, subset, and the accuracy of random answers
 TASKS: dict[str, tuple[Callable[..., ChatTask], str, str, float]] = {
     "ARC-Easy": (ARC, "allenai/ai2_arc", "ARC-Easy", 0.25),
     "ARC-Challenge": (ARC, "allenai/ai2_arc", "ARC-Challenge", 0.25),
@@ -166,32 +168,31 @@ TASKS: dict[str, tuple[Callable[..., ChatTask], str, str, float]] = {
 
 
 def load_task(name: str, data: str | Path | None = None) -> ChatTask:
-    """A task of nanochat's chat_eval: a name of TASKS. data: a folder, see `find_rows`. Raises
-    ValueError for another name, and what `find_rows` raises."""
+    """Return a task of nanochat's chat_eval. name: a name in TASKS; data: a folder, see
+    `find_rows`. Raises ValueError for an unknown name, and the errors of `find_rows`."""
     if name not in TASKS:
         raise ValueError(f"task_name must be one of {', '.join(TASKS)}, got {name!r:.80}")
     task_class, repo, subset, _ = TASKS[name]
     return task_class(name, repo, subset, data)
 
 
-# what a text says
+# parsing of texts
 
 
 def find_answer(text: str) -> str | None:
-    """The number behind #### in a solution of GSM8K, without commas; None if there is none."""
+    """Return the number after #### in a GSM8K solution, without commas, or None."""
     match = ANSWER.search(text)
     return match[1].strip().replace(",", "") if match else None
 
 
 def find_code(text: str) -> str:
-    """The first block of code in an answer; all of it where there is none."""
+    """Return the first code block of an answer, or the whole answer if it has none."""
     match = CODE_BLOCK.search(text)
     return (match[1] if match else text).strip()
 
 
 def find_imports(prompt: str) -> str:
-    """The import lines at the beginning of a program. Comments and blank lines may be among
-    them."""
+    """Return the import lines at the start of a program, without comments and blank lines."""
     imports = []
     for line in prompt.split("\n"):
         line = line.strip()
@@ -202,15 +203,15 @@ def find_imports(prompt: str) -> str:
     return "\n".join(imports)
 
 
-# the data
+# data
 
 
 def find_rows(repo: str, subset: str, split: str, data: str | Path | None = None) -> list[dict]:
-    """The rows of a data set, in its own order.
+    """Return the rows of a data set, in its own order.
 
-    Without `data` they are where nanochat keeps them, in task_data of its base directory, else the
-    Hugging Face hub's cache, or the hub. data: a folder that has them as nanochat does, or clones
-    of data sets, or one file each, .parquet or .jsonl:
+    Without `data`, the rows come from task_data in nanochat's base directory, or else from the
+    Hugging Face hub's cache or the hub. data: a folder with nanochat's structure, or with clones of
+    data sets, or with one file each, .parquet or .jsonl:
 
         openai--gsm8k/main/test/00000.parquet
         gsm8k/main/test-00000-of-00001.parquet
@@ -230,7 +231,7 @@ def find_rows(repo: str, subset: str, split: str, data: str | Path | None = None
 
 
 def find_files(folder: Path, repo: str, subset: str, split: str) -> list[Path]:
-    """The files of a split below a folder, in order; [] if there are none."""
+    """Return the files of a split below a folder, sorted; [] if there are none."""
     places = [
         (folder / repo.replace("/", "--") / subset / split, "*"),
         (folder / repo.split("/")[1] / subset, f"{split}.*"),
@@ -244,16 +245,16 @@ def find_files(folder: Path, repo: str, subset: str, split: str) -> list[Path]:
 
 
 def fetch_files(repo: str, subset: str, split: str) -> list[Path]:
-    """The files of a split in the hub's export to Parquet, which are fetched once. Raises
-    ConnectionError, or FileNotFoundError without the package that fetches them."""
-    remedy = "give data=, a folder that has the rows"
+    """Download the files of a split from the hub's Parquet export, once. Raises ConnectionError, or
+    FileNotFoundError if the download package is missing."""
+    remedy = "give data=, a folder with the rows"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         install = how_to_install("hf")
         raise FileNotFoundError(
             f"the rows of {repo} are not in {nanochat_base() / 'task_data'}; {remedy}, or install "
-            f"what fetches them: {install}"
+            f"the package that downloads them: {install}"
         ) from None
     try:
         cached = snapshot_download(
@@ -262,7 +263,7 @@ def fetch_files(repo: str, subset: str, split: str) -> list[Path]:
             revision="refs/convert/parquet",
             allow_patterns=f"{subset}/{split}/*.parquet",
         )
-    except Exception as error:  # whatever the http library of the hub's version raises
+    except Exception as error:  # the type depends on the http library of the hub's version
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
         raise ConnectionError(
             f"{repo} cannot be fetched from the hub ({reason}): {remedy}"

@@ -135,6 +135,10 @@ def mismatch(
     top_p, min_p: of the sampling, for the report to name; None and 0 are off. Raises ValueError for
     rows that do not belong together.
     """
+    arguments = {"training_logprobs": training_logprobs, "logprobs": logprobs, "masks": masks}
+    for name, rows in arguments.items():
+        if not hasattr(rows, "__len__"):
+            raise TypeError(f"{name} must be a tensor or a list of rows, got {rows!r:.80}")
     num_rows = len(training_logprobs)
     if not num_rows == len(logprobs) == len(masks):
         sizes = f"{num_rows} training_logprobs, {len(logprobs)} logprobs and {len(masks)} masks"
@@ -142,9 +146,10 @@ def mismatch(
     deltas = []
     positions = []
     for row in range(num_rows):
-        delta, position = compare_row(
-            to_numpy(training_logprobs[row]), to_numpy(logprobs[row]), to_numpy(masks[row]), row
-        )
+        training, rollout, mask = [
+            to_numpy(rows[row], where=f"row {row} of {name}") for name, rows in arguments.items()
+        ]
+        delta, position = compare_row(training, rollout, mask, row)
         deltas.append(delta)
         positions.append(position)
     sampling = {
@@ -160,11 +165,15 @@ def mismatch(
     )
 
 
-def to_numpy(row: Sequence) -> np.ndarray:
-    """A row of numbers, or a tensor of any device, as float64."""
+def to_numpy(row: Sequence, where: str) -> np.ndarray:
+    """A row of numbers, or a tensor of any device, as float64. Raises ValueError, which says where,
+    for what is no row of numbers."""
     if hasattr(row, "detach"):
         row = row.detach().double().cpu().numpy()
-    return np.asarray(row, np.float64)
+    try:
+        return np.asarray(row, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def compare_row(
@@ -174,13 +183,16 @@ def compare_row(
     if rollout.ndim != 1 or mask.shape != rollout.shape or training.ndim != 1:
         shapes = f"{training.shape}, {rollout.shape} and {mask.shape}"
         raise ValueError(f"row {row} of training_logprobs, logprobs and masks has shapes {shapes}")
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"row {row} of masks has other values than 0 and 1: {mask!r:.80}")
     columns = np.flatnonzero(mask)
     if len(columns) and not 1 <= columns[0] <= columns[-1] <= len(training):
         raise ValueError(
             f"row {row}: training_logprobs has {len(training)} columns, and the drawn tokens are "
             f"{columns[0]} to {columns[-1]}; column t is of token t + 1"
         )
-    delta = training[columns - 1] - rollout[columns]
+    with np.errstate(over="ignore", invalid="ignore"):  # the report counts what is not finite
+        delta = training[columns - 1] - rollout[columns]
     return delta, columns - columns[:1]
 
 
@@ -199,9 +211,11 @@ def summarise(delta: np.ndarray, positions: np.ndarray, sampling: str) -> Mismat
     np.divide(sums, counts, out=mean_at, where=counts > 0)
     largest_at = np.full(num_positions, np.nan)
     np.fmax.at(largest_at, positions, size)  # of a number and NaN it takes the number
-    with np.errstate(over="ignore"):  # a delta of 710 is an infinite ratio, and the report says so
+    # a delta of 710 is an infinite ratio, and the report says so
+    with np.errstate(over="ignore", invalid="ignore"):
         ratio = np.exp(delta)
         k3 = np.expm1(delta) - delta
+        deviation = ratio.std(ddof=1) if num_tokens > 1 else np.inf
     is_outside = (ratio < LEAST_RATIO) | (ratio > MOST_RATIO)
     return Mismatch(
         num_tokens=num_tokens,
@@ -211,7 +225,7 @@ def summarise(delta: np.ndarray, positions: np.ndarray, sampling: str) -> Mismat
         share_outside=mean_of(is_outside),
         kl=mean_of(k3),
         mean_ratio=mean_of(ratio) if num_tokens else 1.0,
-        ratio_error=float(ratio.std(ddof=1) / num_tokens**0.5) if num_tokens > 1 else np.inf,
+        ratio_error=float(deviation / max(1, num_tokens) ** 0.5),
         sampling=sampling,
         counts=counts,
         mean_at=mean_at,

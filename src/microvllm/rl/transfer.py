@@ -17,12 +17,15 @@ SHOWN = 5  # names in an error
 
 
 def checksums(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """A checksum of 128 bits (XXH3) of each tensor of a state dict, as a hexadecimal number."""
-    return {name: checksum(weight) for name, weight in weights.items()}
+    """A checksum of 128 bits (XXH3) of each tensor of a state dict, as a hexadecimal number. Raises
+    TypeError for what is no tensor."""
+    return {name: checksum(name, weight) for name, weight in weights.items()}
 
 
-def checksum(tensor: Tensor) -> str:
-    """The checksum of one tensor, on any device."""
+def checksum(name: str, tensor: Tensor) -> str:
+    """The checksum of one tensor, on any device. name: for the error."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"weights[{name!r}] must be a tensor, got {type(tensor).__name__}")
     digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     # a tensor without dimensions cannot be viewed as bytes
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -32,14 +35,14 @@ def checksum(tensor: Tensor) -> str:
 
 def check_transfer(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -> None:
     """Compare weights that were received with the sender's checksums. Raises ValueError that names
-    the tensors which are missing, unknown or different."""
+    the tensors which are missing, unknown or different, and TypeError for what is no tensor."""
     problems = {
         "missing": sorted(expected.keys() - weights.keys()),
         "unknown": sorted(weights.keys() - expected.keys()),
         "different": [
             name
             for name, weight in weights.items()
-            if name in expected and checksum(weight) != expected[name]
+            if name in expected and checksum(name, weight) != expected[name]
         ],
     }
     found = [describe(problem, names) for problem, names in problems.items() if names]

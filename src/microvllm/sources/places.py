@@ -1,4 +1,4 @@
-"""Where a model comes from: a directory, a place in nanochat's tree, or the Hugging Face hub."""
+"""Finds and opens models: in a directory, in nanochat's tree, or on the Hugging Face hub."""
 
 import os
 import re
@@ -10,20 +10,20 @@ from ..lowbit import folder as lowbit_folder
 from ..tokenizer import Tokenizer
 from . import hub, huggingface, strict
 
-# of a folder of folders with models: how far it is searched, and how much an error lists
+# limits of the search for models in nested folders, and of the list in an error message
 _MAX_DEPTH, _MAX_ENTRIES, _MAX_LISTED = 3, 5000, 20
-# nanochat's <folder>_checkpoints of each source
+# source -> the prefix of nanochat's <prefix>_checkpoints
 FOLDERS = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
 
 
 def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
-    """The directory and the step of a checkpoint; the step is None in Hugging Face's format.
+    """Return the directory and the step of a checkpoint; the step is None in Hugging Face's format.
 
     name: a directory with model_<step>.pt and meta_<step>.json, or with config.json and
-    model.safetensors (where these lie in folders below it, the error lists the folders); or, where
-    there is none, source[:tag[:step]] in nanochat's own tree, see find_nanochat, or
-    owner/name[/folder] on the Hugging Face hub. step: by default the last one. Raises
-    FileNotFoundError or ValueError naming what is not there, ConnectionError without a hub.
+    model.safetensors. If these files are in folders below it, the error lists the folders. If there
+    is no such directory: source[:tag[:step]] in nanochat's tree, see find_nanochat, or
+    owner/name[/folder] on the Hugging Face hub. step: default: the last. Raises FileNotFoundError
+    or ValueError that names what is missing, ConnectionError if the hub is not reachable.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(f"model_path must be a string or a path, got {name!r:.80}")
@@ -32,7 +32,7 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
         if place := re.fullmatch(r"(base|mid|sft|rl)(?::([^:]*)(?::(\d+))?)?", name):
             directory = find_nanochat(place[1], place[2] or None)
             if place[3] and step not in (None, int(place[3])):
-                raise ValueError(f"{name!r} and step={step} ask for two steps, give one of them")
+                raise ValueError(f"{name!r} and step={step} are different steps: give one of them")
             step = int(place[3]) if place[3] else step
         elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name):
             directory = hub.fetch(name, step)
@@ -58,12 +58,12 @@ def find_checkpoint(name, step: int | None = None) -> tuple[Path, int | None]:
 
 
 def _is_model(file: str) -> bool:
-    """Is it the name of a file with weights, of any format?"""
+    """Return whether a file name is one of a weights file, in any format."""
     return bool(re.fullmatch(r"model_\d+\.pt|model(-\d+-of-\d+)?\.safetensors", file))
 
 
 def _has_model(directory: Path) -> bool:
-    """Are there weights in the directory itself?"""
+    """Return whether the directory itself contains weights."""
     try:
         return any(map(_is_model, os.listdir(directory)))
     except OSError:  # no directory, or one that may not be read
@@ -71,63 +71,65 @@ def _has_model(directory: Path) -> bool:
 
 
 def model_folders(directory: Path) -> list[Path]:
-    """The folders below a directory that have weights, relative to it and in order: a model each,
-    as in a repository of many models, in nanochat's base directory or in an experiment of it. At
-    most three levels and some thousand entries are looked at."""
-    found, queue, left = [], [(directory, 0)], _MAX_ENTRIES
-    for folder, depth in queue:  # which grows
+    """Return the folders below a directory that contain weights, sorted and relative to it. There
+    are several in a repository of many models, in nanochat's base directory, or in an experiment.
+    The search is limited to three levels and some thousand entries."""
+    folders_with_models, queue, num_left = [], [(directory, 0)], _MAX_ENTRIES
+    for folder, depth in queue:  # the loop appends to it
         try:
             with os.scandir(folder) as entries:
-                entries = [*islice(entries, left)]
+                entries = [*islice(entries, num_left)]
             folders = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
-        except OSError:  # no directory, or one that may not be read
+        except OSError:  # not a directory, or not readable
             continue
-        left -= len(entries)
+        num_left -= len(entries)
         if depth and any(_is_model(entry.name) for entry in entries):
-            found.append(folder.relative_to(directory))
+            folders_with_models.append(folder.relative_to(directory))
         elif depth < _MAX_DEPTH:
             queue += [(folder / name, depth + 1) for name in sorted(folders)]
-    return sorted(found)
+    return sorted(folders_with_models)
 
 
 def _experiment(base: Path, source_folder: Path) -> tuple[Path, str] | None:
-    """The folder of nanochat's experiments and the name of the one that is meant; None where its
-    checkpoints lie in the base directory, as they did before there were experiments.
+    """Return the folder of nanochat's experiments and the name of the selected one. Returns None if
+    the checkpoints are in the base directory, as before nanochat had experiments.
 
-    nanochat takes NANOCHAT_EXPERIMENT, else the experiment "default", in NANOCHAT_EXPERIMENTS_DIR,
-    else in "experiments" of its base directory.
+    nanochat's rule: the experiment is NANOCHAT_EXPERIMENT, or else "default". It is in
+    NANOCHAT_EXPERIMENTS_DIR, or else in "experiments" in the base directory.
     """
-    given = os.environ.get("NANOCHAT_EXPERIMENTS_DIR")
-    root = Path(os.path.expanduser(given)) if given else base / "experiments"
+    experiments_dir = os.environ.get("NANOCHAT_EXPERIMENTS_DIR")
+    root = Path(os.path.expanduser(experiments_dir)) if experiments_dir else base / "experiments"
     if name := os.environ.get("NANOCHAT_EXPERIMENT"):
         return root, name
-    is_default = (root / "default").is_dir() and (given or not source_folder.is_dir())
+    is_default = (root / "default").is_dir() and (experiments_dir or not source_folder.is_dir())
     return (root, "default") if is_default else None
 
 
 def _refuse_base(directory: Path) -> None:
-    """Raises FileNotFoundError for nanochat's base directory, with the names of its checkpoints."""
-    found = {
+    """Raise FileNotFoundError with the checkpoints' names for nanochat's base directory."""
+    tags_of = {
         source: [path.name for path in model_folders(directory / f"{folder}_checkpoints")]
         for source, folder in FOLDERS.items()
     }
-    names = [f"{source}:{tag}" for source, tags in found.items() for tag in tags]
+    names = [f"{source}:{tag}" for source, tags in tags_of.items() for tag in tags]
     if names:
-        here = directory.samefile(base) if (base := checkpoint.nanochat_base()).is_dir() else False
-        remedy = "" if here else f" and set NANOCHAT_BASE_DIR={directory}"
-        short = ", ".join(source for source, tags in found.items() if tags)
+        is_base_dir = (
+            directory.samefile(base) if (base := checkpoint.nanochat_base()).is_dir() else False
+        )
+        remedy = "" if is_base_dir else f" and set NANOCHAT_BASE_DIR={directory}"
+        short = ", ".join(source for source, tags in tags_of.items() if tags)
         raise FileNotFoundError(
-            f"{directory} is nanochat's base directory and no checkpoint: give one of "
+            f"{directory} is nanochat's base directory and not a checkpoint: give one of "
             f"{', '.join(names[:_MAX_LISTED])}{remedy}; {short} alone is the largest model of that "
             "source"
         )
 
 
 def find_nanochat(source: str, model_tag: str | None = None) -> Path:
-    """The checkpoint directory as nanochat lays them out: <source>_checkpoints/<tag> in its base
-    directory or, where NANOCHAT_EXPERIMENT names one, <tag>/<source> in an experiment's. model_tag:
-    by default the largest d<number>, else the newest. Raises ValueError or FileNotFoundError naming
-    what there is."""
+    """Return a checkpoint directory of nanochat: <source>_checkpoints/<tag> in its base directory,
+    or, if NANOCHAT_EXPERIMENT is set, <tag>/<source> in the experiment's directory. model_tag: the
+    default is the largest d<number>, or else the newest. Raises ValueError or FileNotFoundError
+    with the names of existing ones."""
     if source not in FOLDERS:
         raise ValueError(f"source must be one of {', '.join(FOLDERS)}, got {source!r}")
     base = checkpoint.nanochat_base()
@@ -154,20 +156,20 @@ def find_nanochat(source: str, model_tag: str | None = None) -> Path:
 
 
 def is_base(directory: Path, step: int | None) -> bool:
-    """Was a checkpoint that find_checkpoint found only pretrained, and never trained to chat?
-    nanochat keeps those in base_checkpoints, and of its programs only base_train writes a
-    device_batch_size beside the model_config. Hugging Face's format does not tell; a quantised
-    folder does. Raises ValueError for a file that cannot be read."""
-    if step is None and (told := lowbit_folder.facts(directory)):
-        return told["base"]
+    """Return whether a checkpoint of find_checkpoint was only pretrained, and not trained to chat.
+    nanochat keeps these in base_checkpoints, and only its base_train writes a device_batch_size
+    next to model_config. Hugging Face folders do not say it, but quantised folders do. Raises
+    ValueError for a file that cannot be read."""
+    if step is None and (facts := lowbit_folder.facts(directory)):
+        return facts["base"]
     if step is None or directory.parent.name == "base_checkpoints":
         return step is not None
     return "device_batch_size" in strict.read_json(directory / f"meta_{step:06d}.json")
 
 
 def read_checkpoint(directory: Path, step: int | None) -> strict.Checkpoint:
-    """What find_checkpoint found, of any format. Raises ValueError naming the file and what is
-    wrong with it."""
+    """Read a checkpoint of find_checkpoint, of any format. Raises ValueError that names the file
+    and the problem."""
     if step is None:
         if lowbit_folder.facts(directory):
             return lowbit_folder.read_folder(directory)
@@ -176,9 +178,9 @@ def read_checkpoint(directory: Path, step: int | None) -> strict.Checkpoint:
 
 
 def open_tokenizer(directory, tokenizer_path=None, trust: bool = False) -> Tokenizer:
-    """The tokenizer of the checkpoint in `directory`, or at tokenizer_path: tokenizer.pkl, else
-    tokenizer.json; trust: also with a pattern that is not nanochat's. Raises FileNotFoundError
-    listing every place that was tried, ValueError for a file that is none."""
+    """Open the tokenizer of the checkpoint in `directory`, or at tokenizer_path: tokenizer.pkl, or
+    else tokenizer.json. trust: accept a pattern that is not nanochat's. Raises FileNotFoundError
+    with all searched places, ValueError for an invalid file."""
     names = "tokenizer.pkl", "tokenizer.json"
     place = checkpoint.find_tokenizer(directory, tokenizer_path, names)
     file = next((place / name for name in names if (place / name).is_file()), place)

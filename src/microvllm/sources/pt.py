@@ -1,8 +1,8 @@
-"""torch.save's files, read without running anything.
+"""Reads torch.save's files without executing code.
 
-A .pt is a zip archive of a pickle and one record for each storage of tensors; in torch's old format
-the storages follow five pickles. A pickle is a program for a stack machine. It is followed here
-without an import, a call, or memory beyond its own size, and the tensors are parts of the file.
+A .pt file is a zip archive with a pickle, and one record for each storage of tensors. In torch's
+old format the storages follow five pickles. A pickle is a program for a stack machine. This reader
+interprets it without imports, calls, or memory beyond its own size. Tensors are views of the file.
 """
 
 import io
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_MAX_BYTES = 1 << 18  # of pickles, and of an archive's directory: a tensor needs about 100 of each
+_MAX_BYTES = 1 << 18  # of pickles and archive directories; both need about 100 bytes per tensor
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in the old format
 _CONSTANTS = {"NONE": None, "NEWFALSE": False, "NEWTRUE": True, "EMPTY_TUPLE": ()}
 _DTYPES = {
@@ -28,11 +28,11 @@ _DTYPES = {
 
 
 def read_pt(file: Path) -> object:
-    """What a .pt holds; tensors are memory-mapped. What is no plain tensor of the CPU becomes an
-    empty one on the device "meta". Raises ValueError, or whatever else damage leads to."""
+    """Return the content of a .pt file, with memory-mapped tensors. Anything but a plain CPU tensor
+    becomes an empty tensor on "meta". Raises ValueError, or other errors for damaged files."""
     with open(file, "rb") as opened:
         memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # private: never written
-        if memory[:4] != b"PK\3\4":  # as torch decides
+        if memory[:4] != b"PK\3\4":  # torch's own criterion
             return _read_old(memory)
         records = _records(opened, memory)
     folder = next(iter(records)).split("/")[0]
@@ -41,41 +41,41 @@ def read_pt(file: Path) -> object:
         raise ValueError("its numbers are big-endian")
     start, size = records[f"{folder}/data.pkl"]
     if size > _MAX_BYTES:
-        raise ValueError(f"its pickle of {size:,} bytes is far too large")
+        raise ValueError(f"its pickle of {size:,} bytes is too large")
     program = io.BytesIO(memory[start : start + size])
     places = {name.removeprefix(f"{folder}/data/"): place for name, place in records.items()}
     return _follow(program, lambda *storage: _row(memory, places, *storage))
 
 
 def _records(opened, memory: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Where the bytes of each record of an archive begin, and how many there are."""
-    # one end record, nothing behind it, the directory right before it: there is one way to read it
+    """Return the start and the size of each record of an archive."""
+    # one end record at the very end, right after the directory: so there is only one reading
     end = len(memory) - 22
     size, start = struct.unpack("<2L", memory[end + 12 : end + 20])
     if memory[end - 76 : end - 72] == b"PK\6\6" and memory[end - 20 : end - 16] == b"PK\6\7":
-        size, start = struct.unpack("<2Q", memory[end - 36 : end - 20])  # in 64 bits
+        size, start = struct.unpack("<2Q", memory[end - 36 : end - 20])  # the 64-bit form
         end -= 76
     if memory[-22:-18] + memory[-2:] != b"PK\5\6\0\0" or start + size != end or size > _MAX_BYTES:
         raise ValueError("its archive does not end with one directory and one end record")
     with zipfile.ZipFile(opened) as archive:
-        found = archive.infolist()
-    if any(record.compress_type or record.compress_size != record.file_size for record in found):
-        raise ValueError("its records are compressed, and may have any size")
+        infos = archive.infolist()
+    if any(record.compress_type or record.compress_size != record.file_size for record in infos):
+        raise ValueError("its records are compressed, so they may expand to any size")
     records = {}
-    after = dict(pairwise(sorted([*(record.header_offset for record in found), start])))
-    if not len(found) == len(after) == len({record.filename for record in found}):
-        raise ValueError("two of its records have one name or one place")
-    for record in found:
+    after = dict(pairwise(sorted([*(record.header_offset for record in infos), start])))
+    if not len(infos) == len(after) == len({record.filename for record in infos}):
+        raise ValueError("two of its records have the same name or the same place")
+    for record in infos:
         lengths = struct.unpack_from("<2H", memory, record.header_offset + 26)
         begin = record.header_offset + 30 + sum(lengths)
         if begin + record.file_size > after[record.header_offset]:
-            raise ValueError(f"its record {record.filename!r:.80} reaches into the next")
+            raise ValueError(f"its record {record.filename!r:.80} overlaps the next one")
         records[record.filename] = begin, record.file_size
     return records
 
 
 def _read_old(memory: mmap.mmap) -> object:
-    """The same of the old format, whose pickles do not say where the storages are."""
+    """`read_pt` for the old format, whose pickles do not contain the positions of the storages."""
     program, rows, places = io.BytesIO(memory[:_MAX_BYTES]), {}, {}
 
     def learn(key: str, dtype: torch.dtype, numel: int) -> Tensor:
@@ -87,9 +87,9 @@ def _read_old(memory: mmap.mmap) -> object:
     start = program.tell()
     _, keys = (_follow(program, learn) for _ in range(2))
     if not all(type(key) is str for key in keys):
-        raise ValueError("the keys of its storages are no text")
+        raise ValueError("the keys of its storages are not strings")
     end = program.tell()
-    for key in keys:  # each behind its length
+    for key in keys:  # each storage follows its length
         places[key] = end + 8, rows[key].nbytes
         end += 8 + rows[key].nbytes
     program.seek(start)
@@ -97,7 +97,7 @@ def _read_old(memory: mmap.mmap) -> object:
 
 
 def _row(memory: mmap.mmap, places: dict, key: str, dtype: torch.dtype, numel: int) -> Tensor:
-    """A storage as a tensor of one dimension."""
+    """Return a storage as a one-dimensional tensor."""
     start, size = places[key]
     if size != numel * dtype.itemsize:
         raise ValueError(f"its storage {key!r:.80} has {size:,} bytes, not {numel:,} of {dtype}")
@@ -107,9 +107,9 @@ def _row(memory: mmap.mmap, places: dict, key: str, dtype: torch.dtype, numel: i
 
 
 def _follow(program: io.BytesIO, row: Callable[[str, torch.dtype, int], Tensor]) -> object:
-    """What a pickle gives. Known are the instructions that torch.save needs, and of all that could
-    be imported and called only what rebuilds tensors. Each instruction costs no more than its own
-    items: no key is a tuple, since these nest, and their hash may take forever."""
+    """Return the value of a pickle. Only the instructions that torch.save needs are supported, and
+    only the functions that rebuild tensors. Each instruction costs time in proportion to its items.
+    Keys cannot be tuples, since tuples nest, and hashing a nested key could take forever."""
     stack, marks, memo = [], [], {}
 
     def take(start: int) -> tuple:
@@ -141,39 +141,41 @@ def _follow(program: io.BytesIO, row: Callable[[str, torch.dtype, int], Tensor])
             case "SETITEM" | "SETITEMS":
                 items = take(-2 if op.name == "SETITEM" else marks.pop())
                 if not all(type(key) in (str, int) for key in items[::2]):
-                    raise ValueError("it holds a name that is no text")
+                    raise ValueError("it holds a name that is not a string")
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case "GLOBAL":
-                asked = arg.replace(" ", ".")
-                if asked != "collections.OrderedDict" and not asked.startswith("torch."):
-                    raise ValueError(f"it asks for {asked:.80}, nothing of it was run")
-                stack.append(asked)
+                path = arg.replace(" ", ".")
+                if path != "collections.OrderedDict" and not path.startswith("torch."):
+                    raise ValueError(f"it imports {path:.80}; nothing in it was executed")
+                stack.append(path)
             case "BINPERSID":
                 _, kind, key, _, numel, *view = stack.pop()
                 types = [type(part) for part in (kind, key, numel)]
                 if types != [str, str, int] or any(view):
-                    raise ValueError("it has storages of another kind, or parts of them")
+                    raise ValueError("it has unsupported storages, or views of storages")
                 if kind not in _DTYPES:
-                    known = ", ".join(str(dtype)[6:] for dtype in _DTYPES.values())
-                    raise ValueError(f"it has a {kind:.80}, and the dtypes known are {known}")
+                    dtype_names = ", ".join(str(dtype)[6:] for dtype in _DTYPES.values())
+                    raise ValueError(f"it has a {kind:.80}, and the dtypes known are {dtype_names}")
                 stack.append(row(key, _DTYPES[kind], numel))
             case "REDUCE":
                 stack.append(_call(*take(-2)))
-            case "BUILD":  # the versions of a module's parts
+            case "BUILD":  # version numbers of a module's parts
                 stack.pop()
             case _:
-                what = f"it has the pickle instruction {op.name} at byte {position}"
-                raise ValueError(f"{what}, which no checkpoint needs; nothing of it was run")
+                problem = f"it has the pickle instruction {op.name} at byte {position}"
+                raise ValueError(
+                    f"{problem}, which no checkpoint needs; nothing in it was executed"
+                )
     return stack.pop()
 
 
 def _call(function: object, arguments: object) -> object:
-    """What a function would return; of one that is not known, a tensor that holds nothing."""
+    """Return the result of a known function. For an unknown one, return an empty tensor."""
     match function, arguments:
         case "collections.OrderedDict", ():
             return {}
         case "torch._utils._rebuild_parameter", (value, _, _):
             return value
         case "torch._utils._rebuild_tensor_v2", (Tensor() as of, offset, size, stride, _, _):
-            return of.as_strided(size, stride, offset)  # an error if it is too short
+            return of.as_strided(size, stride, offset)  # raises if the storage is too short
     return torch.empty(0, device="meta")

@@ -1,4 +1,4 @@
-"""See the memory: what happens to every block and request, as events, and pictures made of them.
+"""Traces: the events of every block and request, and pages that show them.
 
     LLM(path, trace="run.jsonl"), `--trace run.jsonl` on the command line, or
 
@@ -6,16 +6,17 @@
         llm.generate(prompts)
     trace.page("run.html")
 
-A trace is a text file with one JSON object, an event, a line; docs/TRACE.md lists all events. From
-them alone every block's state can be rebuilt at any time.
+A trace is a text file with one event, a JSON object, on each line; docs/TRACE.md lists all events.
+The state of every block at any time can be rebuilt from them.
 
     extension.py  Trace, an extension of an engine; `make_trace`, `attach` and `tracing`
     recorder.py   Recorder, which compares states and finds the events
+    releases.py   the order in which blocks were given back
     log.py        EventLog, the lines in memory or in a file
-    schema.py     which fields an event has, and what types they have
+    schema.py     the fields of events and their types
     replay.py     the format, and Replay, which rebuilds the pool and all sequences from the events
-    formats.py    one HTML file that shows a trace, and a file for Chrome and Perfetto
-    compare.py    one HTML file that shows two traces of the same traffic side by side
+    formats.py    an HTML file that shows a trace, and a file for Chrome and Perfetto
+    compare.py    an HTML file that compares two traces of the same traffic
     watch.py      the pool drawn in the terminal while the engine works
 """
 

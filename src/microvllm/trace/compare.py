@@ -1,4 +1,4 @@
-"""Two traces side by side as one web page: the same traffic under two policies or pool sizes."""
+"""Two traces on one web page, to compare two policies or pool sizes with the same traffic."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,31 +7,31 @@ from .replay import Replay, encode, unspan
 
 TEMPLATE = Path(__file__).with_name("compare.html")
 
-# the numbers of a frame, in its order; those that count blocks are of squares, as in a trace
+# names of the numbers in a frame. numbers of blocks count squares, the parts of groups of layers
 NAMES = (
     "seconds since the start", "running", "waiting", "blocks in use", "blocks cached",
-    "blocks blank", "tokens written so far", "tokens computed so far",
+    "blocks blank", "tokens generated so far", "tokens computed so far",
     "blocks found by hash so far", "blocks copied so far", "preemptions so far",
-    "blocks evicted so far", "samples done so far",
+    "blocks evicted so far", "samples finished so far",
 )  # fmt: skip
 
 
 class Film(Replay):
-    """A Replay that keeps a frame of each step, and one of the end: its numbers, and the blocks
-    that look otherwise than in the frame before, as [block, look, block, look, ...]. A look is 0
-    for blank, 1 for cached, 2 + request for a block in use, -2 - request for a shared one."""
+    """A Replay that makes a frame for each step, and one for the end. A frame has its numbers, and
+    the blocks whose look has changed since the frame before, as [block, look, block, look, ...].
+    A look is 0 for blank, 1 for cached, 2 + request for in use, -2 - request for shared."""
 
     def __init__(self):
         super().__init__()
         self.frames: list[list] = []
-        self.prompts: Counter[tuple] = Counter()  # of all samples that arrived, to compare traffic
+        self.prompts: Counter[tuple] = Counter()  # prompts of all samples, to compare traffic
         self.totals: Counter[str] = Counter()
-        self.takers: dict[int, int] = {}  # of each block: the request that took it last
+        self.takers: dict[int, int] = {}  # block -> the request that took it last
         self.looks: dict[int, int] = {}
         self.touched: set[int] = set()
 
     def before(self, event: dict) -> None:
-        """Note which blocks an event gives back, and the prompts that are new."""
+        """Note the blocks that an event gives back, and new prompts."""
         name = event["e"]
         if name == "arrive" and event["seq"] not in self.seqs:
             self.prompts[tuple(event["tokens"][: event["prompt"]])] += 1
@@ -41,7 +41,7 @@ class Film(Replay):
             self.touched.update(self.ref_count, self.cached)
 
     def after(self, event: dict) -> None:
-        """Note what an event has changed, and make the frame of a step."""
+        """Note the changes of an event, and make the frame of a step."""
         name = event["e"]
         totals = self.totals
         totals[name] += 1
@@ -69,12 +69,12 @@ class Film(Replay):
                 self.add_frame()
 
     def take(self, number: int, blocks: list[int]) -> None:
-        """A sequence has got blocks."""
+        """Note that a sequence has received blocks."""
         self.takers |= dict.fromkeys(blocks, self.seqs[number].request)
         self.touched.update(blocks)
 
     def add_frame(self) -> None:
-        """The present state as one more frame."""
+        """Add a frame of the current state."""
         changed = []
         for block in sorted(self.touched - {0}):
             look = self.look(block)
@@ -102,7 +102,7 @@ class Film(Replay):
         self.frames.append([numbers, changed])
 
     def look(self, block: int) -> int:
-        """A number for what a block shows."""
+        """The look of a block, as a number."""
         num_tables = self.ref_count[block]
         if num_tables == 0:
             return int(block in self.cached)
@@ -111,8 +111,8 @@ class Film(Replay):
 
 
 def write_comparison(traces: list[list[dict]], names: list[str], path: str | Path) -> None:
-    """One HTML file with the events of two traces, called by these names, on one slider. It needs
-    nothing else. Raises ValueError, as Replay does, for an event that cannot be followed."""
+    """Write one self-contained HTML file that compares two traces; names: their titles. Raises
+    ValueError, as Replay does, for an impossible event."""
     runs = []
     prompts = []
     for name, events in zip(names, traces, strict=True):

@@ -1,4 +1,4 @@
-"""Trace: the extension that writes what happens in an engine, as events, and shows it."""
+"""Trace: the extension that records the events of an engine, and shows them."""
 
 import os
 import time
@@ -19,23 +19,23 @@ from .formats import make_frame, write_chrome, write_page
 from .log import EventLog
 from .recorder import Recorder
 
-MAX_NOTEBOOK_BYTES = 2**22  # of events that a notebook shows: it keeps them in its own file
-# what the milliseconds of a step are counted for
+MAX_NOTEBOOK_BYTES = 2**22  # largest trace to show in a notebook, which stores it in its file
+# the phases of a step that are timed
 PHASES = ("outside", "schedule", "batch", "forward", "sample", "wait", "update")
 
 
 class Trace(Extension):
-    """Writes what happens in an engine, from `attach` to `close`.
+    """Records the events of an engine, from `attach` to `close`.
 
-    path: file to write, whole at the end of every step, so that the trace of a run that was killed
-    can be read; None: kept in memory. decode: the text of a token id; model: its name, for the
-    first event. `after_step`, if set, is called at the end of every step. `attach` raises OSError
-    if the file cannot be opened; if it cannot be written later on, as on a full disk, the trace
-    ends there with a warning, and the run goes on.
+    path: file to write; None: keep events in memory. The file is complete after every step, so the
+    trace of a killed run can be read. decode: returns the text of a token id; model: name of the
+    model, for the first event. `after_step`, if set, is called at the end of every step. `attach`
+    raises OSError if the file cannot be opened. If it cannot be written later, as on a full disk,
+    the trace ends with a warning, and the engine continues.
 
-    It must be the last extension of its engine, so that the others have done their part of a step.
-    A scheduler without an engine is traced by `begin`, and by on_plan, on_step and on_reset after
-    its schedule, update and reset, and recorder.arrive after its add.
+    It must be the last extension of its engine, so that the others have finished their part of a
+    step. To trace a scheduler without an engine, call `begin`; on_plan, on_step and on_reset after
+    its schedule, update and reset; and recorder.arrive after its add.
     """
 
     def __init__(
@@ -52,26 +52,26 @@ class Trace(Extension):
         self.recorder: Recorder | None = None  # from `begin` to `close`
         self.engine: LLM | None = None
         self.step_numbers = count(1)
-        # number and milliseconds by phase of the steps that were planned and are not over: two of
-        # them, if the loop is one step ahead
+        # (number, milliseconds by phase) of each planned step that has not ended: two steps, if the
+        # loop is one step ahead
         self.under_way: deque[tuple[int, dict[str, float]]] = deque()
         self.phase_start = time.perf_counter()
-        self.outside_ms = 0.0  # before the step that is planned now
+        self.outside_ms = 0.0  # time before the step that is being planned
 
     def attach(self, engine: LLM) -> None:
-        """Begin, when the steps that are under way are over."""
+        """Begin the trace, after the steps in flight have ended."""
         engine.loop.drain()
         self.engine = engine
         self.begin(engine.scheduler, model=self.model, device=str(engine.device))
 
     def begin(self, scheduler: Scheduler, **facts) -> None:
-        """Begin with the scheduler and its pool as they are. No step may be under way. facts: more
-        fields of the first event."""
+        """Begin with the current state of the scheduler and its pool. No step may be in flight.
+        facts: more fields of the first event."""
         self.log.open()
         self.recorder = Recorder(scheduler, self.log, self.decode, **facts)
 
     def close(self) -> None:
-        """Write what is left and let go of the scheduler. Harmless when that is done already."""
+        """Write the remaining events, and detach from the scheduler. May be called again."""
         if self.recorder is not None:
             self.recorder.catch_up()
         self.end()
@@ -90,24 +90,24 @@ class Trace(Extension):
     def events(self) -> list[dict]:
         """All events so far."""
         if self.engine is not None and self.recorder is not None:
-            self.engine.guard.submit(self.recorder.catch_up)  # with what happened since the step
+            self.engine.guard.submit(self.recorder.catch_up)  # add events since the last step
         return self.log.events
 
     def page(self, path: str | Path) -> None:
-        """Write the web page that shows it."""
+        """Write the web page of the trace."""
         write_page(self.events, path)
 
     def chrome(self, path: str | Path) -> None:
-        """Write it in the format of Chrome's trace viewer, which Perfetto opens."""
+        """Write the trace in the format of Chrome's trace viewer, which Perfetto opens."""
         write_chrome(self.events, path)
 
     def _repr_html_(self) -> str:
-        """The page, in a frame; of a large trace, how to write the page to a file."""
+        """The page in a frame. For a large trace, how to write the page to a file."""
         num_bytes = self.log.num_bytes
         if num_bytes > MAX_NOTEBOOK_BYTES:
             return (
-                f"<p>This trace has {num_bytes:,} bytes, more than the {MAX_NOTEBOOK_BYTES:,} that "
-                "are shown in a notebook. Write its page to a file with "
+                f"<p>This trace has {num_bytes:,} bytes; a notebook shows at most "
+                f"{MAX_NOTEBOOK_BYTES:,}. Write its page to a file with "
                 "<code>.page(&quot;run.html&quot;)</code> and open that in a browser.</p>"
             )
         return make_frame(self.events)
@@ -142,7 +142,7 @@ class Trace(Extension):
 
     def on_results(self, plan: Plan) -> None:
         if self.under_way:
-            _, milliseconds = self.under_way[0]  # of the oldest step: it is the one that is read
+            _, milliseconds = self.under_way[0]  # the oldest step: its results are read
             # a step that is computed in one call with others has no batch of its own
             phase = "wait" if "batch" in milliseconds else "forward"
             milliseconds[phase] = self.end_phase()
@@ -174,14 +174,14 @@ class Trace(Extension):
         return round(1000 * (self.phase_start - before), 3)
 
     def note_phase(self, name: str) -> None:
-        """The newest step has spent the time since the last phase on this one."""
+        """Assign the time since the last phase to this phase of the newest step."""
         if self.under_way:
             _, milliseconds = self.under_way[-1]
             milliseconds[name] = self.end_phase()
 
 
 def current_trace(llm: LLM) -> Trace | None:
-    """The trace of an engine, if it has one that is not over."""
+    """The trace of an engine that has not ended, or None."""
     for extension in llm.extensions:
         if isinstance(extension, Trace) and extension.recorder is not None:
             return extension
@@ -189,7 +189,7 @@ def current_trace(llm: LLM) -> Trace | None:
 
 
 def make_trace(llm: LLM, path: str | Path | None) -> Trace:
-    """A trace of an engine, which `attach` begins. Of ranks that share a model, one writes the
+    """Make a trace of an engine; `attach` begins it. If ranks share a model, one of them writes the
     file."""
     token_bytes = llm.tokenizer.token_bytes
     is_other_rank = llm.ranks is not None and llm.ranks.rank > 0
@@ -201,15 +201,15 @@ def make_trace(llm: LLM, path: str | Path | None) -> Trace:
 
 
 def attach(llm: LLM, trace: Trace) -> None:
-    """Begin a trace of an engine. Raises ValueError if it has one already."""
+    """Begin a trace of an engine. Raises ValueError if the engine has a trace already."""
     present = current_trace(llm)
     if present is not None:
-        raise ValueError(f"there is a trace already, to {present.path or 'memory'}")
+        raise ValueError(f"the engine has a trace already, to {present.path or 'memory'}: end it")
     llm.add_extension(trace)
 
 
 def detach(llm: LLM, trace: Trace) -> None:
-    """End a trace of an engine, when the steps that are under way are over."""
+    """End a trace of an engine, after the steps in flight have ended."""
     try:
         if trace.recorder is not None:
             llm.guard.perform(partial(drain_and_close, llm, trace))
@@ -226,8 +226,8 @@ def drain_and_close(llm: LLM, trace: Trace) -> None:
 
 @contextmanager
 def tracing(llm: LLM, path: str | Path | None = None) -> Iterator[Trace]:
-    """Trace what is done inside. path: a file to write events to, by default they are kept in
-    memory. Raises ValueError if the engine has a trace already."""
+    """Trace the engine in the body of a `with` statement. path: a file to write; None: keep the
+    events in memory. Raises ValueError if the engine has a trace already."""
     trace = make_trace(llm, path)
     try:
         attach(llm, trace)

@@ -1,4 +1,4 @@
-"""A trace as one web page, and as a timeline of steps and requests for Chrome and Perfetto."""
+"""Convert a trace to a web page, or to a timeline of steps and requests for Chrome and Perfetto."""
 
 import html
 from pathlib import Path
@@ -13,16 +13,16 @@ RESULT_PHASES = ("wait", "update")
 
 
 def make_page(events: list[dict]) -> str:
-    """One page of HTML that shows a trace and needs nothing else, not even a network."""
+    """A self-contained HTML page that shows a trace. It needs no network."""
     # a `<` would let a prompt end the script element that holds it
     data = ",\n".join(map(encode, events)).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("/*events*/", data)
 
 
 def make_frame(events: list[dict], height: int = 760) -> str:
-    """The page as an element of another page, such as a notebook. It can read and change nothing of
-    that page. height: in pixels."""
-    # scripts alone are allowed, so it has an origin of its own; the page itself forbids requests
+    """The page as an element of another page, such as a notebook. It cannot read or change that
+    page. height: in pixels."""
+    # only scripts are allowed, so the frame has its own origin; the page itself forbids requests
     return (
         f'<iframe sandbox="allow-scripts" title="trace" style="width: 100%; height: {height}px; '
         f'border: 1px solid #8888" srcdoc="{html.escape(make_page(events))}"></iframe>'
@@ -30,15 +30,15 @@ def make_frame(events: list[dict], height: int = 760) -> str:
 
 
 def write_page(events: list[dict], path: str | Path) -> None:
-    """`make_page` in a file."""
+    """Write the result of `make_page` to a file."""
     Path(path).write_text(make_page(events), encoding="utf-8")
 
 
 def write_chrome(events: list[dict], path: str | Path) -> None:
-    """A trace in the Trace Event Format of Chrome's trace viewer, which ui.perfetto.dev opens. The
-    engine has a track for what the host does to launch a step and one for its results, and
-    counters; every sequence has a track of its own: waiting, prefill, decode, preempted.
-    Raises ValueError, as Replay does, for an event that cannot be followed."""
+    """Write a trace in the Trace Event Format of Chrome's trace viewer, which ui.perfetto.dev
+    opens. The engine has counters, and one track each for the launch and the results of steps.
+    Every sequence has a track: waiting, prefill, decode, preempted. Raises ValueError, as Replay
+    does, for an impossible event."""
     timeline = Timeline()
     for number, event in enumerate(events, 1):
         timeline.follow(event, "trace", number)
@@ -54,13 +54,13 @@ class Timeline(Replay):
         super().__init__()
         self.entries: list[dict] = []
         self.now = 0
-        # what each sequence does, since when, for how many steps
+        # for each sequence: its activity, the time of its begin, its number of steps
         self.doing: dict[int, tuple[str, int, int]] = {}
-        self.begins: dict[int, int] = {}  # of each step that is under way
-        # when the last slice of each of the engine's tracks ends: they must not overlap
+        self.begins: dict[int, int] = {}  # step in flight -> time of its begin
+        # the end of the last slice of each track of the engine: slices must not overlap
         self.last_stop = {LAUNCH: 0, RESULTS: 0}
-        self.last_end = 0  # when the last step ended
-        self.num_new = 0  # tokens of this one
+        self.last_end = 0  # the time when the last step ended
+        self.num_new = 0  # new tokens of the current step
         self.label(ENGINE, 0, "process_name", "engine")
         self.label(ENGINE, LAUNCH, "thread_name", "launch")
         self.label(ENGINE, RESULTS, "thread_name", "results")
@@ -92,7 +92,7 @@ class Timeline(Replay):
                 self.mark("reset", ENGINE, LAUNCH, "g")
 
     def begin_track(self, number: int, is_fork: bool) -> None:
-        """A sequence that has arrived, or begins as a fork."""
+        """Begin the track of a sequence that has arrived, or begins as a fork."""
         life = self.seqs[number]
         sample = f", sample {life.sample}" if life.sample or is_fork else ""
         self.label(REQUESTS, number + 1, "thread_name", f"request {life.request}{sample}")
@@ -102,7 +102,7 @@ class Timeline(Replay):
             self.turn(number, "preempted" if life.state == "preempted" else "waiting")
 
     def show_begin(self, event: dict) -> None:
-        """What the sequences of a step do, and the counters."""
+        """Show the activities of the sequences of a step, and the counters."""
         numbers = list(unspan(event["decodes"]))
         for number in numbers:
             self.turn(number, "decode")
@@ -120,7 +120,7 @@ class Timeline(Replay):
         self.count("sequences", running=self.states["running"], waiting=num_waiting)
 
     def show_end(self, event: dict) -> None:
-        """The phases of a step, and the rate of its tokens."""
+        """Show the phases of a step, and its tokens per second."""
         step = event["step"]
         ms = event["ms"]
         launch = self.begins.pop(step, self.now) - round(1000 * ms.get("schedule", 0))
@@ -132,7 +132,7 @@ class Timeline(Replay):
         self.last_end = self.now
 
     def turn(self, number: int, name: str | None) -> None:
-        """The sequence does something else from now on; decodes in a row are one slice."""
+        """Change the activity of a sequence. Consecutive decodes are one slice."""
         old, since, num_steps = self.doing.pop(number, ("", self.now, 0))
         if old == name == "decode":
             self.doing[number] = (old, since, num_steps + 1)
@@ -146,7 +146,7 @@ class Timeline(Replay):
     def add_slices(
         self, track: int, title: str, phases: tuple[str, ...], ms: dict[str, float], start: int
     ) -> None:
-        """A slice, and in it its phases, one after the other."""
+        """Add a slice, and inside it the slices of its phases."""
         parts = [(name, round(1000 * ms[name])) for name in phases if name in ms]
         total = sum(duration for _, duration in parts)
         start = max(start, self.last_stop[track])

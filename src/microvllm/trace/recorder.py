@@ -1,24 +1,24 @@
-"""Recorder: finds out what happens to the blocks and sequences of a scheduler.
+"""Recorder: finds the events of the blocks and sequences of a scheduler.
 
-The core does not report what it does. A Recorder remembers of each sequence what the events say,
-and compares that with the sequence when a step was planned and when it is over. It writes down what
-differs in an order in which it can have happened, and which gives each state of the pool, the order
-of the cached blocks included:
+The core does not report events. A Recorder keeps a record of each sequence, as the events describe
+it. It compares records with sequences after a step was planned and after it has ended. It writes
+the differences as events, in a possible order from which each state of the pool can be rebuilt,
+including the order of the cached blocks:
 
-    tokens, force                       when a step is over
+    tokens, force                       after a step has ended
     publish, free, preempt, finish      sequences that have given back all blocks
     window, reject                      sequences that have given back some blocks
-    copy, allocate, publish             sequences that have got blocks
+    copy, allocate, publish             sequences that have received blocks
     admit, hit, miss, allocate          sequences that have left the queue
     fork                                samples that begin
-    begin                               when a step was planned
+    begin                               after a step was planned
 
-Blocks are given back before others take them; in which order, the pool's list of cached blocks
-says. A block is evicted right before it appears in its next table.
+Blocks are given back before other sequences take them. The pool's list of cached blocks shows the
+order. A block is evicted right before it appears in its next table.
 
-Three things are not seen, since nothing of them is left when the plan is made: a copy, or blocks,
-for a sequence that is preempted in the same plan (evictions for it are seen); between two steps the
-exact time of an abort; and in which order sequences of one plan got their blocks.
+Three facts cannot be recorded, because the finished plan has no trace of them: a copy or blocks for
+a sequence that is preempted in the same plan (evictions for it are recorded); the exact time of an
+abort between two steps; and the order in which sequences of one plan received their blocks.
 """
 
 from collections.abc import Callable
@@ -36,11 +36,11 @@ NO_PLAN = Plan()
 
 
 class Recorder:
-    """Writes the events of a scheduler to a log, from now on until `stop`. No step may be under
-    way. decode: the text of a token id; facts: more fields of the first event.
+    """Writes the events of a scheduler to a log, from now on until `stop`. No step may be in
+    flight. decode: returns the text of a token id; facts: more fields of the first event.
 
     Its user calls arrive after Scheduler.add, begin_step after schedule, end_step after update,
-    reset after reset, and catch_up wherever the state between two steps is wanted.
+    reset after reset, and catch_up to record changes between two steps.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Recorder:
         self.scheduler = scheduler
         self.log = log
         self.decode = decode
-        self.spelled: set[int] = set()  # token ids whose text was written
+        self.spelled: set[int] = set()  # token ids with a written text
         self.running: dict[Sequence, Record] = {}
         self.waiting: dict[Sequence, Record] = {}
         self.sequence_numbers = count()
         pool = scheduler.blocks.pool
-        self.hash_of = dict(pool.hash_of)  # of the blocks that can be found
-        # blocks that were evicted since the last comparison, and the hash that each has lost
+        self.hash_of = dict(pool.hash_of)  # hashes of findable blocks
+        # evicted block since the last comparison -> the hash it has lost
         self.evicted: dict[int, bytes] = {}
         self.windows = [-1]
         if isinstance(scheduler.blocks, GroupedBlockManager):
@@ -68,17 +68,17 @@ class Recorder:
         self.has_windows = max(self.windows) >= 0
         self.write_present(**facts)
         self.policy = pool.eviction
-        self.recorded_policy = self.evict  # one object, which `stop` recognises
+        self.recorded_policy = self.evict  # one object, so that `stop` can compare it
         pool.eviction = self.recorded_policy
 
     def stop(self) -> None:
-        """Let go of the pool."""
+        """Restore the eviction policy of the pool."""
         pool = self.scheduler.blocks.pool
         if pool.eviction is self.recorded_policy:
             pool.eviction = self.policy
 
     def evict(self, pool: BlockPool) -> int:
-        """The pool's eviction policy. What it chooses is noted."""
+        """Apply the eviction policy of the pool, and note the chosen block."""
         block = self.policy(pool)
         content_hash = pool.hash_of.get(block)
         if content_hash is not None:
@@ -86,7 +86,7 @@ class Recorder:
         return block
 
     def write_present(self, **facts) -> None:
-        """The first events: the pool and all sequences as they are."""
+        """Write the first events: the current state of the pool and of all sequences."""
         blocks = self.scheduler.blocks
         self.log.add(
             "pool",
@@ -109,7 +109,7 @@ class Recorder:
     # moments
 
     def arrive(self, seq: Sequence, before: Record | None = None) -> None:
-        """A sequence was queued. before: its record before a reset."""
+        """Record that a sequence was queued. before: its record before a reset."""
         number = next(self.sequence_numbers) if before is None else before.number
         self.waiting[seq] = Record(number, len(seq.token_ids))
         self.spell(seq.token_ids)
@@ -126,7 +126,7 @@ class Recorder:
         )
 
     def begin_step(self, plan: Plan, step: int) -> None:
-        """A step was planned. step: its number."""
+        """Record a planned step. step: its number."""
         self.catch_up(plan)
         if not plan.chunks:
             return
@@ -142,13 +142,13 @@ class Recorder:
         self.log.add("begin", step=step, decodes=spans(decodes), prefills=prefills)
 
     def end_step(self, plan: Plan, step: int) -> None:
-        """A step is over."""
+        """Record the end of a step."""
         self.write_tokens(plan, step)
         self.catch_up()
 
     def reset(self) -> None:
-        """The pool is blank, and all that is unfinished arrives once more. An exception may have
-        struck anywhere, so nothing else is concluded from the records."""
+        """Record a reset: the pool is blank, and all unfinished sequences arrive again. The reset
+        may follow an exception at any line, so the records are not compared."""
         before = self.running | self.waiting
         self.running = {}
         self.waiting = {}
@@ -161,7 +161,7 @@ class Recorder:
         self.catch_up()
 
     def catch_up(self, plan: Plan = NO_PLAN) -> None:
-        """Write what has changed. plan: the one that was made just now."""
+        """Write all changes. plan: the plan that was just made."""
         changed = self.find_changed(plan)
         if changed:
             self.write_releases(changed, plan)
@@ -180,8 +180,8 @@ class Recorder:
                 self.write_end(seq, self.waiting.pop(seq))
 
     def find_changed(self, plan: Plan) -> list[tuple[Sequence, Record]]:
-        """The sequences that differ from their records. All of them are compared in each step, so
-        whole tables only where entries can differ: after a copy, and where there are windows."""
+        """The sequences that differ from their records. This runs in each step, so it compares
+        whole tables only if entries can differ: after a copy, and with windows."""
         if plan.copies or self.has_windows:
             return [
                 (seq, record)
@@ -201,13 +201,13 @@ class Recorder:
     # tokens
 
     def write_tokens(self, plan: Plan, step: int) -> None:
-        """The tokens of a step: those that were drawn, then those that a tool wrote behind them."""
+        """Write the tokens of a step: first the drawn tokens, then tokens that a tool appended."""
         numbers = []
         drawn = []
         forced: list[tuple[int, list[int]]] = []
         for seq in dict.fromkeys(plan.draws.seqs):
             record = self.running.get(seq) or self.waiting.get(seq)
-            if record is None:  # it had ended before
+            if record is None:  # the sequence had ended before
                 continue
             start = record.num_tokens
             record.num_tokens = len(seq.token_ids)  # less, if a stop string has cut the text
@@ -231,7 +231,7 @@ class Recorder:
             self.log.add("force", seq=number, tokens=token_ids)
 
     def spell(self, token_ids: list[int]) -> None:
-        """Write the text of tokens that are met for the first time."""
+        """Write the texts of token ids that occur for the first time."""
         if self.decode is None:
             return
         new = set(token_ids) - self.spelled
@@ -243,7 +243,7 @@ class Recorder:
     # blocks that were given back
 
     def write_releases(self, changed: list[tuple[Sequence, Record]], plan: Plan) -> None:
-        """The blocks that tables have lost, in the order in which they were given back."""
+        """Write the blocks that tables have lost, in the order in which they were given back."""
         releases = []
         for seq, record in changed:
             has_grown = seq.block_table[: len(record.table)] == record.table
@@ -261,8 +261,8 @@ class Recorder:
                     self.write_rejected(release, plan)
 
     def find_cached(self, releases: list[Release]) -> list[int]:
-        """The released blocks that are cached now, in the order in which they became so. They are
-        the last ones of the pool's list."""
+        """The released blocks that are cached now, in the order in which they became cached. They
+        are the last ones in the pool's list."""
         released = {block for release in releases for block in release.blocks}
         cached = self.scheduler.blocks.pool.cached
         num_cached = sum([block in cached for block in released])
@@ -275,7 +275,7 @@ class Recorder:
         return newest_first[::-1]
 
     def write_window(self, release: Release) -> None:
-        """Blocks have left the window of their layers."""
+        """Write that blocks have left the window of their layers."""
         record = release.record
         self.write_published(release.seq, record)
         for index, block in enumerate(record.table):
@@ -284,7 +284,7 @@ class Recorder:
         self.log.add("window", seq=record.number, blocks=release.blocks)
 
     def write_rejected(self, release: Release, plan: Plan) -> None:
-        """Draft tokens were wrong, or steps did not come for which there were blocks."""
+        """Write that draft tokens were rejected, or that planned steps with blocks were dropped."""
         record = release.record
         starts = [chunk.start for chunk in plan.chunks if chunk.seq is release.seq]
         record.num_computed = starts[0] if starts else release.seq.num_computed
@@ -294,7 +294,7 @@ class Recorder:
         self.log.add("reject", seq=record.number, computed=record.num_computed, blocks=blocks)
 
     def write_end(self, seq: Sequence, record: Record) -> None:
-        """A sequence runs no more, or has left the queue for good."""
+        """Write that a sequence was preempted or has ended."""
         if record.table:
             self.write_published(seq, record)
             self.log.add("free", seq=record.number)
@@ -307,11 +307,11 @@ class Recorder:
         else:
             self.log.add("finish", seq=record.number, reason=seq.finish_reason)
 
-    # blocks that were handed out
+    # blocks that were allocated
 
     def write_published(self, seq: Sequence, record: Record) -> None:
-        """The blocks of the recorded table that can be found by the hash of this sequence's text,
-        and could not be before."""
+        """Write the blocks of the recorded table that have become findable by the hash of this
+        sequence's text."""
         hash_of = self.scheduler.blocks.pool.hash_of
         start = record.num_published * self.num_groups
         stop = len(seq.block_hashes) * self.num_groups
@@ -319,14 +319,14 @@ class Recorder:
             content_hash = self.evicted.get(block) or hash_of.get(block)
             if content_hash is None or self.hash_of.get(block) == content_hash:
                 continue
-            # else it serves another sequence already
+            # otherwise the block has another sequence's text already
             if content_hash.startswith(seq.block_hashes[index // self.num_groups]):
                 self.hash_of[block] = content_hash
                 facts = {"block": block, "hash": content_hash.hex()}
                 self.log.add("publish", seq=record.number, **facts)
 
     def write_growth(self, seq: Sequence, record: Record) -> None:
-        """New blocks at the end of a table, and copies of blocks that other tables hold, too."""
+        """Write new blocks at the end of a table, and copies of shared blocks."""
         table = seq.block_table
         num_before = len(record.table)
         if table[:num_before] != record.table:
@@ -343,7 +343,7 @@ class Recorder:
         record.table = table[:]
 
     def write_evictions(self, blocks: list[int]) -> None:
-        """Those of these blocks whose text was given up."""
+        """Write which of these blocks were evicted."""
         for block in blocks:
             content_hash = self.evicted.pop(block, None)
             if content_hash is not None and self.hash_of.get(block) == content_hash:
@@ -351,7 +351,7 @@ class Recorder:
                 self.log.add("evict", block=block)
 
     def write_new_tables(self, plan: Plan) -> None:
-        """Sequences that have left the queue, and samples that begin."""
+        """Write sequences that have left the queue, and samples that begin."""
         starts = {seq: start for seq, start, _, _ in plan.chunks}
         parents = {}
         if plan.forks:
@@ -371,7 +371,7 @@ class Recorder:
                 self.write_table(seq)
 
     def write_table(self, seq: Sequence) -> None:
-        """A sequence had its table before the trace began, or shares that of another one."""
+        """Write a sequence that had its table before the trace began, or that shares a table."""
         record = self.waiting.pop(seq)
         record.table = seq.block_table[:]
         record.num_computed = seq.num_computed
@@ -381,7 +381,7 @@ class Recorder:
         self.log.add("resume", seq=record.number, table=table, computed=seq.num_computed)
 
     def write_admission(self, seq: Sequence, num_cached: int) -> None:
-        """num_cached: tokens that the prefix cache had."""
+        """Write an admission. num_cached: number of tokens found in the prefix cache."""
         blocks = self.scheduler.blocks
         record = self.waiting.pop(seq)
         self.running[seq] = record
@@ -400,7 +400,7 @@ class Recorder:
         record.num_published = seq.num_published
 
     def write_fork(self, seq: Sequence, parent: Record) -> None:
-        """A sample begins with the tokens and the table of another one."""
+        """Write a sample that begins with the tokens and the table of another one."""
         record = Record(
             number=next(self.sequence_numbers),
             num_tokens=parent.num_tokens,

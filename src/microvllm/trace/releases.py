@@ -1,4 +1,4 @@
-"""In which order were blocks given back? Release, find_releases and in_order."""
+"""The order in which blocks were given back: Release, find_releases and in_order."""
 
 from array import array
 from collections import defaultdict
@@ -12,9 +12,9 @@ from ..scheduler import Plan, Sequence
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """What the events say of a sequence."""
+    """A sequence as the events describe it."""
 
-    number: int  # of the sequence, in events
+    number: int  # the number of the sequence in events
     num_tokens: int
     table: array = field(default_factory=lambda: array("i"))  # empty while it waits
     num_computed: int = 0
@@ -22,16 +22,16 @@ class Record:
 
 
 class Kind(Enum):
-    """Why a table has lost blocks."""
+    """The reason why a table has lost blocks."""
 
-    END = "the sequence has given back all of them"
-    WINDOW = "they have left the window of their layers"
-    REJECTED = "draft tokens were wrong, or steps did not come for which there were blocks"
+    END = "the sequence has given back all blocks"
+    WINDOW = "the blocks have left the window of their layers"
+    REJECTED = "draft tokens were rejected, or planned steps with blocks were dropped"
 
 
 @dataclass(slots=True, eq=False)
 class Release:
-    """Blocks that a table has lost since it was last compared, the first to be given back first."""
+    """Blocks that a table has lost since the last comparison, in the order of their release."""
 
     kind: Kind
     seq: Sequence
@@ -40,7 +40,7 @@ class Release:
 
 
 def find_releases(seq: Sequence, record: Record, plan: Plan) -> list[Release]:
-    """Compare a table with its record. plan: the one that was made just now."""
+    """Compare a table with its record. plan: the plan that was just made."""
     table = seq.block_table
     if not table:
         return [Release(Kind.END, seq, record, record.table[::-1].tolist())]
@@ -53,7 +53,7 @@ def find_releases(seq: Sequence, record: Record, plan: Plan) -> list[Release]:
         if now == NULL_BLOCK and before != NULL_BLOCK:
             window.append(before)
         elif now != before and sources.get(now) != before:
-            num_kept = index  # the blocks from here on were given back, and others took their place
+            num_kept = index  # from here on, blocks were given back and replaced by others
             break
     rejected = record.table[num_kept:][::-1].tolist()
     releases = []
@@ -65,12 +65,11 @@ def find_releases(seq: Sequence, record: Record, plan: Plan) -> list[Release]:
 
 
 def in_order(releases: list[Release], cached: Iterable[int]) -> list[Release]:
-    """Releases in the order in which they were made. cached: the released blocks that are cached
-    now, in the order in which they became so.
+    """Sort releases by time. cached: the released blocks that are cached now, in the order in which
+    they became cached.
 
-    A block becomes free with its last release. So the blocks of the last release, but for those
-    that are cached no more, are the last ones of the list. Without them, the same holds for the
-    release before.
+    A block becomes free with its last release. So the blocks of the last release that are still
+    cached are at the end of the list. Without them, the same holds for the release before.
     """
     free = list(cached)
     left = set(free)
@@ -96,12 +95,12 @@ def in_order(releases: list[Release], cached: Iterable[int]) -> list[Release]:
         left.difference_update(last.blocks)
         while free and free[-1] not in left:
             free.pop()
-    return [*waiting, *reversed(last_first)]  # the others have no cached block: any place is right
+    return [*waiting, *reversed(last_first)]  # the others have no cached block: any order is right
 
 
 def is_last(release: Release, free: list[int], left: set[int]) -> bool:
-    """Are the release's blocks that are left the last of the free ones? Those that left a window
-    have no certain order, and get the one that they have there."""
+    """Are the remaining blocks of a release at the end of `free`? Blocks that left a window have no
+    fixed order: this sorts them as they are in `free`."""
     blocks = [block for block in release.blocks if block in left]
     end = free[len(free) - len(blocks) :]
     if release.kind is Kind.WINDOW and set(blocks) == set(end):
@@ -111,8 +110,8 @@ def is_last(release: Release, free: list[int], left: set[int]) -> bool:
 
 
 def separate_window(release: Release, free: list[int], left: set[int]) -> Release:
-    """Take out of the end of a sequence the blocks that had left their window just before: the
-    others are the last of the free ones. Returns their release."""
+    """Split off the blocks of an ended sequence that had left their window just before: they are
+    not at the end of `free`, unlike the others. Returns their release."""
     blocks = [block for block in release.blocks if block in left]
     num_last = 1
     while num_last < len(blocks):

@@ -1,7 +1,7 @@
-"""The format of a trace, and Replay: the pool and all sequences rebuilt from the events alone.
+"""The format of a trace, and Replay, which rebuilds the pool and all sequences from its events.
 
-Events may come from a file that a stranger made: schema.py says what types they have, and Replay
-checks what can happen.
+Events may come from a file that a stranger made. schema.py checks their types, and Replay checks
+that they are possible.
 """
 
 import json
@@ -15,25 +15,25 @@ from .schema import check_event
 
 VERSION = 2
 
-# a fork copies its parent's table. this number of blocks may be copied in all, and more for each
-# block that an event names
+# limits against hostile files. a fork copies its parent's table: at most this number of blocks may
+# be copied, and more for each block that an event names
 MAX_COPIES = 2**23
 COPIES_EACH = 64
 
-# programs that show a trace have arrays as long as the largest number in it. blocks are handed out
-# from the first on, and sequences are numbered one by one: so a number may be so large, and larger
-# by a few for each block or sequence that was named before
+# programs that show a trace have arrays as long as the largest number in it. blocks are allocated
+# from the first on, and sequences are numbered one by one. so a number has this limit, which grows
+# with each block or sequence that was named before
 MAX_BLOCKS = 2**20
 BLOCKS_EACH = 16
 MAX_SEQS = 2**10
 SEQS_EACH = 2
 
-# without NaN, which is no JSON
+# without NaN, which is not JSON
 encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """0, 1, 2, 3, 7 as "0-3 7", in their order."""
+    """Write numbers as text, in order: 0, 1, 2, 3, 7 as "0-3 7"."""
     parts = []
     first = None
     last = None
@@ -47,15 +47,15 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def unspan(text: str) -> Iterator[int]:
-    """The numbers that `spans` wrote."""
+    """The numbers in a text from `spans`."""
     for part in text.split():
         first, _, last = part.partition("-")
         yield from range(int(first), int(last or first) + 1)
 
 
 def read(path: str | Path) -> list[dict]:
-    """The events of a trace, without what a run that was killed left of its last line. Raises
-    FileNotFoundError, or ValueError with the file's name and the line for what is no trace."""
+    """Read the events of a trace. An incomplete last line, as of a killed run, is ignored. Raises
+    FileNotFoundError, or ValueError with file name and line for a file that is not a trace."""
     events = []
     replay = Replay()
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -69,27 +69,27 @@ def read(path: str | Path) -> list[dict]:
             replay.follow(event, path, number)
             events.append(event)
     if not events:
-        raise ValueError(f"{path}: no trace: it has no whole line")
+        raise ValueError(f"{path}: not a trace: it has no complete line")
     return events
 
 
 def finite(text: str) -> float:
-    """The number that a JSON file has. Raises ValueError for NaN and the infinities."""
+    """Parse a number of a JSON file. Raises ValueError for NaN and infinities."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text:.20} is no number")
+        raise ValueError(f"{text:.20} is not a finite number")
     return number
 
 
 @dataclass
 class Life:
-    """A sequence as the events have it."""
+    """A sequence as the events describe it."""
 
     request: int
     sample: int
-    prompt: int  # how many of the tokens are the prompt
-    new: list[int]  # its tokens, without those that it began with
-    parent: "Life | None" = None  # of a fork, which began with its first tokens
+    prompt: int  # number of prompt tokens
+    new: list[int]  # its tokens, without those of its parent
+    parent: "Life | None" = None  # for a fork: it began with the first tokens of its parent
     num_old: int = 0
     state: str = ""  # "waiting", "running", "preempted", "done"
     table: list[int] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Life:
 
     @property
     def tokens(self) -> list[int]:
-        """All of them. Forks share them: a thousand of a long prompt take little more than one."""
+        """All tokens. Forks share them, so a thousand forks of a long prompt take little memory."""
         parts = []
         life: Life | None = self
         stop = self.num_tokens
@@ -113,20 +113,20 @@ class Life:
 
 
 class Replay:
-    """The pool and all sequences after the events that were applied. Raises ValueError for an event
-    that is unknown, lacks a field, or cannot happen now."""
+    """The pool and all sequences after the applied events. Raises ValueError for an event that is
+    unknown, lacks a field, or is impossible in the current state."""
 
     def __init__(self, events: Iterable[dict] = ()):
         self.num_blocks = 0
         self.block_size = 0
-        self.num_groups = 1  # of layers with block tables of their own
-        self.ref_count: Counter[int] = Counter()  # of the blocks that were ever in use
+        self.num_groups = 1  # groups of layers, each with its own block table
+        self.ref_count: Counter[int] = Counter()  # for blocks that were ever in use
         self.cached: dict[int, None] = {}  # free and findable, the next to be evicted first
         self.hash_of: dict[int, str] = {}
         self.num_used = 0  # blocks in a table
         self.seqs: dict[int, Life] = {}
-        self.recent: set[int] = set()  # numbers of those that changed since the last reset
-        self.states: Counter[str] = Counter()  # how many sequences are waiting, running, ...
+        self.recent: set[int] = set()  # numbers of sequences that changed since the last reset
+        self.states: Counter[str] = Counter()  # number of sequences waiting, running, ...
         self.words: dict[int, str] = {}  # texts of token ids
         self.num_copies = 0  # blocks in the tables of forks
         self.num_named = 0  # blocks that events have put into tables
@@ -136,14 +136,14 @@ class Replay:
             self.apply(event)
 
     def follow(self, event: dict, source, number: int) -> None:
-        """`apply`; an error begins with the source and the number of its line."""
+        """Apply an event. An error begins with the source and the line number."""
         try:
             self.apply(event)
         except ValueError as error:
             raise ValueError(f"{source}: line {number}: {error}") from None
 
     def apply(self, event: dict) -> None:
-        """Follow one more event. Raises ValueError naming the field that cannot be."""
+        """Apply one more event. Raises ValueError that names the impossible field."""
         try:
             check_event(event)
             is_first = self.num_blocks == 0
@@ -157,10 +157,10 @@ class Replay:
             raise ValueError(f"not an event of a trace: {error}") from None
 
     def before(self, event: dict) -> None:
-        """Called with each event that was checked, before it is followed."""
+        """Called with each event after its check, before it is applied."""
 
     def after(self, event: dict) -> None:
-        """Called with each event that was followed. A subclass makes pictures here."""
+        """Called with each event after it was applied. A subclass makes pictures here."""
 
     def state(self, block: int) -> str:
         """ "null", "used" (by one sequence), "shared", "cached" or "blank"."""
@@ -170,10 +170,10 @@ class Replay:
             return "shared" if self.ref_count[block] > 1 else "used"
         return "cached" if block in self.cached else "blank"
 
-    # events. docs/TRACE.md says in words what they mean
+    # events. docs/TRACE.md describes them
 
     def change(self, e: dict) -> None:
-        """Follow an event."""
+        """Change the state as an event says."""
         match e["e"]:
             case "pool":
                 self.begin_pool(e)
@@ -223,7 +223,7 @@ class Replay:
 
     def begin_pool(self, e: dict) -> None:
         if e["version"] != VERSION:
-            raise ValueError(f"field 'version': {VERSION} is wanted, not {e['version']}")
+            raise ValueError(f"field 'version': expected {VERSION}, got {e['version']}")
         self.num_blocks = e["blocks"]
         self.block_size = e["block_size"]
         self.num_groups = len(e.get("windows") or [-1])
@@ -238,7 +238,7 @@ class Replay:
         is_back = number in self.seqs
         if is_back:
             if self.become(number, "").table:
-                raise ValueError("it is here already")
+                raise ValueError(f"field 'seq': {number} is running already")
             self.states[""] -= 1
         self.add_life(number, Life(e["request"], e["sample"], e["prompt"], list(e["tokens"])))
         self.become(number, "preempted" if is_back else "waiting")
@@ -325,13 +325,14 @@ class Replay:
     # sequences and blocks
 
     def life(self, number: int, field: str = "seq") -> Life:
-        """The sequence of this number. Raises ValueError naming the field if there is none."""
+        """The sequence with this number. Raises ValueError that names the field if there is
+        none."""
         if number not in self.seqs:
             raise ValueError(f"field {field!r}: there is no sequence {number}")
         return self.seqs[number]
 
     def add_life(self, number: int, life: Life) -> None:
-        """One more sequence, or one that arrives again."""
+        """Add a sequence, or replace one that arrives again."""
         if number > MAX_SEQS + SEQS_EACH * len(self.seqs):
             raise ValueError(f"field 'seq': no event before has sequences near {number}")
         self.seqs[number] = life
@@ -346,7 +347,7 @@ class Replay:
         return life
 
     def check_blocks(self, blocks: Iterable[int], field: str) -> None:
-        """Raises ValueError for a block that the pool has not, or that cannot be in use yet."""
+        """Raise ValueError for a block that the pool does not have or that cannot be in use yet."""
         end = MAX_BLOCKS + BLOCKS_EACH * (self.num_named + len(self.hash_of))
         for block in blocks:
             if not 0 < block < self.num_blocks:
@@ -355,13 +356,13 @@ class Replay:
                 raise ValueError(f"field {field!r}: no event before has blocks near {block}")
 
     def extend(self, life: Life, blocks: list[int], field: str) -> None:
-        """Put blocks at the end of a sequence's table."""
+        """Append blocks to the table of a sequence."""
         self.num_named += len(blocks)
         self.hold(blocks, field)
         life.table += blocks
 
     def hold(self, blocks: list[int], field: str) -> None:
-        """Count one more table that has these blocks, the null block left out."""
+        """Count one more table with these blocks, except the null block."""
         blocks = [block for block in blocks if block]
         self.check_blocks(blocks, field)
         for block in blocks:
@@ -370,7 +371,7 @@ class Replay:
             self.ref_count[block] += 1
 
     def release(self, block: int, field: str = "blocks") -> None:
-        """Count one table less that has a block."""
+        """Count one table less with this block."""
         if block == 0 and field == "blocks":
             return
         if self.ref_count[block] < 1:

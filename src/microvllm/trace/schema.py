@@ -1,28 +1,28 @@
-"""Which fields an event of a trace has, and what types they have.
+"""The fields of the events of a trace, and their types.
 
-A trace may come from a file that a stranger made: each event is compared with this table before
-anything of it is used, so other code meets no other types. docs/TRACE.md says what the fields mean.
+A trace may come from a file that a stranger made. Each event is compared with this table before its
+use, so other code can rely on the types. docs/TRACE.md describes the fields.
 """
 
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-MAX_COUNT = 2**53  # numbers below are exact in a browser, too
+MAX_COUNT = 2**53  # smaller numbers are exact in a browser, too
 MAX_POOL = 2**24  # blocks
-MAX_GROUPS = 256  # of layers
+MAX_GROUPS = 256  # groups of layers
 MAX_SECONDS = 1e12
 
 
 class Kind(NamedTuple):
-    """What a field must be, in words, and a function that says whether a value is that."""
+    """A type of a field: its description, and a function that checks a value."""
 
     words: str
     fits: Callable[[object], bool]
 
 
 def is_count(x: object) -> bool:
-    """A whole number; not True, which Python takes for 1."""
+    """Is it a whole number? True is not, although it equals 1."""
     return type(x) is int and 0 <= x < MAX_COUNT
 
 
@@ -39,7 +39,7 @@ def is_time(x: object) -> bool:
 
 
 def are_spans(x: object) -> bool:
-    """Numbers as `spans` writes them."""
+    """Are they numbers in the format of `spans`?"""
     return type(x) is str and all(
         re.fullmatch(r"[0-9]{1,15}(-[0-9]{1,15})?", part) for part in x.split()
     )
@@ -52,7 +52,7 @@ def are_chunks(x: object) -> bool:
 
 
 def are_named(x: object) -> bool:
-    """A dict from numbers, which are strings in JSON, to texts."""
+    """Is it a dict from numbers, which are strings in JSON, to texts?"""
     if type(x) is not dict or not all(type(text) is str for text in x.values()):
         return False
     return all(re.fullmatch("[0-9]{1,15}", str(key)) for key in x)
@@ -85,7 +85,7 @@ SPANS = Kind('numbers such as "0-3 7"', are_spans)
 CHUNKS = Kind("a list of [sequence, start, stop], start before stop", are_chunks)
 NAMED = Kind("an object of numbers and their texts", are_named)
 
-# of every event; and of each kind: fields that must be there, and fields that may be
+# fields of every event; for each kind, its required and its optional fields
 ANY = {"e": TEXT, "t": TIME}
 FIELDS: dict[str, tuple[dict[str, Kind], dict[str, Kind]]] = {
     "pool": (
@@ -124,13 +124,13 @@ FIELDS: dict[str, tuple[dict[str, Kind], dict[str, Kind]]] = {
 
 
 def check_event(event: object) -> None:
-    """Raises ValueError naming the field of an event that is not as the table says. Fields that no
-    table has are left alone: newer versions may add them."""
+    """Raise ValueError that names the field if an event does not match the table. Unknown fields
+    are ignored, because newer versions may add them."""
     if type(event) is not dict:
-        raise ValueError("an event is a JSON object")
+        raise ValueError("an event must be a JSON object")
     name = event.get("e")
     if type(name) is not str or name not in FIELDS:
-        raise ValueError(f"field 'e': there is no event of this name: {name!r:.80}")
+        raise ValueError(f"field 'e': there is no event with this name: {name!r:.80}")
     required, optional = FIELDS[name]
     for field in required:
         if field not in event:
@@ -143,7 +143,7 @@ def check_event(event: object) -> None:
 
 
 def brief(value: object) -> str:
-    """A value in a few words: its repr may be as long as the file, or nest without end."""
+    """A short description of a value: its repr may be as long as the file, or nested too deep."""
     if type(value) in (dict, list):
         return f"a {type(value).__name__} of {len(value):,}"
     if type(value) is str:

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SECONDS_BETWEEN_PICTURES = 0.125
-NUM_MOMENTS = 16  # pictures over which a rate is a mean
+NUM_MOMENTS = 16  # number of pictures over which rates are averaged
 
 
 @contextmanager
 def watching(llm: LLM, console=None) -> Iterator[None]:
-    """Draw the pool, the queue and the rates while the engine works, on a Console of the package
+    """Draw the pool, the queue and the rates while the body runs. console: a Console of the package
     `rich`, by default on stderr. Raises ImportError without the package."""
     try:
         from rich.console import Console, Group
         from rich.live import Live
     except ImportError:
-        raise ImportError(f"the picture is drawn by rich: {how_to_install('watch')}") from None
+        raise ImportError(f"the picture needs rich: {how_to_install('watch')}") from None
 
     console = console or Console(stderr=True)
     drawn_at = 0.0
@@ -40,8 +40,8 @@ def watching(llm: LLM, console=None) -> Iterator[None]:
         nonlocal drawn_at
         moments.append((time.perf_counter(), llm.stats()))
         drawing = picture(llm, moments, console.width, console.height - 1)
-        # below it is an empty line for the ^C that a terminal shows: in the last line of the
-        # picture it would begin another one, and the next picture would begin a line too low
+        # an empty line below the picture for the ^C that a terminal prints: after the last line of
+        # the picture it would add a line, and the next picture would begin one line too low
         live.update(Group(drawing, ""), refresh=True)
         drawn_at = time.perf_counter()
 
@@ -61,7 +61,7 @@ def watching(llm: LLM, console=None) -> Iterator[None]:
 
 
 def picture(llm: LLM, moments: deque[tuple[float, dict]], width: int, height: int) -> "Panel":
-    """The engine as it is, for a terminal of that size. moments: times, and what stats() said."""
+    """The current state of the engine, for a terminal of this size. moments: (time, stats())."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
@@ -76,14 +76,14 @@ def picture(llm: LLM, moments: deque[tuple[float, dict]], width: int, height: in
     cells, blocks_per_cell = draw_pool(llm.scheduler, peak, max_cells)
 
     def count(num_blocks: int) -> str:
-        # blocks as the user counts them; a cell of the picture is the part of one group of layers
+        # whole blocks; a cell of the picture is the part of one group of layers
         return f"{num_blocks / num_groups:,.1f}".removesuffix(".0")
 
     used = count(pool.num_usable - pool.num_free)
     key = f"■ in use {used}  ▣ shared  □ cached {count(len(pool.cached))}"
     key += f"  · blank {count(len(pool.blank))}"
     if blocks_per_cell > 1:
-        key += f", {round(blocks_per_cell / num_groups, 1):g} blocks a cell"
+        key += f", {round(blocks_per_cell / num_groups, 1):g} blocks per cell"
     seconds = max(now - then, 1e-6)
     tokens = (stats["output_tokens"] - before["output_tokens"]) / seconds
     prefill = (stats["prefill_tokens"] - before["prefill_tokens"]) / seconds
@@ -97,18 +97,18 @@ def picture(llm: LLM, moments: deque[tuple[float, dict]], width: int, height: in
         requests += f"  aborted {num_aborted:,}"
     rates = (
         f"{tokens:,.0f} tokens/s  {prefill:,.0f} prompt tokens/s  {steps:,.1f} steps/s  "
-        f"{stats['output_tokens']:,} tokens in all"
+        f"{stats['output_tokens']:,} tokens in total"
     )
     title = f"the pool: {count(pool.num_usable)} blocks of {blocks.block_size} tokens"
     if num_groups > 1 and blocks_per_cell == 1:
-        title += f", {num_groups} cells each, for groups of layers"
+        title += f", {num_groups} cells per block, one for each group of layers"
     return Panel(Group(cells, Text(key, "bold"), Text(requests), Text(rates)), title=title)
 
 
 def draw_pool(scheduler: Scheduler, peak: int, max_cells: int) -> "tuple[Text, int]":
-    """The pool in at most `max_cells` cells, and how many blocks each stands for. peak: the most
-    blocks that were ever in use: blank ones are handed out from the front, so what lies behind it,
-    and behind all that is in use or cached, is blank and left out."""
+    """(the pool in at most `max_cells` cells, number of blocks per cell). peak: the largest number
+    of blocks that were ever in use. Blank blocks are allocated from the front, so blocks after the
+    peak that are neither in use nor cached are blank; they are not shown."""
     from rich.text import Text
 
     pool = scheduler.blocks.pool
@@ -119,7 +119,7 @@ def draw_pool(scheduler: Scheduler, peak: int, max_cells: int) -> "tuple[Text, i
     blocks_per_cell = -(-(last + 1) // max_cells)
     for start in range(0, last + 1, blocks_per_cell):
         group = range(start, min(start + blocks_per_cell, last + 1))
-        used = next((block for block in group if block in request_of), None)  # one for all of them
+        used = next((block for block in group if block in request_of), None)  # shown for all
         if used is None:
             is_cached = any(block in pool.cached for block in group)
             cells.append("□" if is_cached else "·", "dim")
@@ -130,7 +130,7 @@ def draw_pool(scheduler: Scheduler, peak: int, max_cells: int) -> "tuple[Text, i
 
 
 def color_of(request_id: int) -> str:
-    """A color for rich; those of requests with neighboring numbers differ."""
+    """A color for rich. Requests with neighboring numbers have different colors."""
     hue = request_id * 0.382 % 1
     red, green, blue = colorsys.hls_to_rgb(hue, 0.55, 0.6)
     return f"rgb({int(255 * red)},{int(255 * green)},{int(255 * blue)})"
