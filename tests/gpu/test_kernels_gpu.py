@@ -117,8 +117,8 @@ def test_products_of_a_few_rows_with_weights_in_float8(rows, K, N):
     normed = F.rms_norm(x, (K,), eps=EPS)
     assert_close(y / scales.T, normed @ weights.float().T, x.dtype)  # all are of one size
     assert_close(h, normed[:, :32], x.dtype)
-    out = linear_add(x, weights, stream, scales=scales, outputs=1)
-    assert_close(out, stream + x @ (weights.float() * scales).T, x.dtype)
+    out = linear_add(x, weights, stream * scales.T, scales=scales, outputs=1)
+    assert_close(out / scales.T, stream + x @ weights.float().T, x.dtype)
 
 
 @FLOAT8
