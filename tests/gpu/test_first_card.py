@@ -66,8 +66,8 @@ def test_a_part_that_fails_says_so_and_keeps_what_it_knew(tmp_path, monkeypatch)
     def failing(part):
         part.note(tokens=7)
         written = json.loads((out / "graphs.json").read_text())
-        assert written == {"error": "it did not come to its end", "tokens": 7}  # if it is killed
-        assert "- graphs: it did not come to its end" in (out / "report.md").read_text()
+        assert written == {"error": "it did not finish", "tokens": 7}  # if it is killed
+        assert "- graphs: it did not finish" in (out / "report.md").read_text()
         warnings.warn("no decode steps by 'few_rows' here", stacklevel=2)
         raise ValueError("something")
 

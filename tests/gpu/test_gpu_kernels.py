@@ -53,4 +53,4 @@ def test_without_a_card_the_benchmark_says_so_in_one_line():
     command = [sys.executable, BENCHMARKS / "gpu_kernels.py"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert "needs a CUDA card" in done.stderr and done.stderr.count("\n") == 1
+    assert "needs a CUDA device" in done.stderr and done.stderr.count("\n") == 1

@@ -114,7 +114,7 @@ $ --tasks mine --include-path my_tasks/
                          as plain text)
 -o --output FILE         write the results to FILE as JSON, with the time and tokens they took
 """
-INFO = f"""show the architecture, memory needs and speed limits of a checkpoint
+INFO = f"""show architecture, memory needs and speed limits of a checkpoint
 $
 $ base:d20
 $ owner/name --json
