@@ -256,7 +256,7 @@ def check_sample(inputs: Inputs) -> Iterator[Pair]:
 
 
 def check_few_rows(inputs: Inputs) -> Iterator[Pair]:
-    from .graphs import linear_add, norm_linear
+    from .elementwise import linear_add, norm_linear
 
     width, eps = inputs.shapes.config.n_embd, inputs.shapes.recipe.eps
     lambdas = torch.tensor([0.7, -0.4], device=inputs.backend.device)
