@@ -47,6 +47,7 @@ import torch
 
 from examples.gpt import load
 from microvllm.nanochat import Engine, evaluate_core, load_task, run_chat_eval
+from microvllm.nanochat.chat_eval import TokenizerOfEngine
 from microvllm.nanochat.core_metric import KINDS, find_right, make_items
 from microvllm.tokenizer import load_tokenizer
 
@@ -157,7 +158,7 @@ def at_once(engine: Engine, options: dict, tasks) -> dict:
         return {task["label"]: count_right(task, accuracies[task["label"]]) for task in tasks}
     answers: dict = {}
     task = Recorder(tasks, answers)
-    run_chat_eval(task, engine.model, engine.tokenizer, engine, **options)
+    run_chat_eval(task, engine.model, TokenizerOfEngine(engine.llm), engine, **options)
     return answers
 
 
@@ -179,7 +180,7 @@ def one_by_one(engine: Engine, options: dict, tasks) -> dict:
         return answers
     for i in range(len(tasks)):
         task = Recorder(tasks, answers, range(i, i + 1))
-        run_chat_eval(task, engine.model, engine.tokenizer, engine, **options)
+        run_chat_eval(task, engine.model, TokenizerOfEngine(engine.llm), engine, **options)
     return answers
 
 
@@ -294,7 +295,7 @@ def main() -> None:
         for name in others:
             if all_answers[name] != all_answers[first]:
                 sys.exit(f"{evaluation}: {name} and {first} have other answers: {all_answers}")
-        results[evaluation] = {name: statistics.median(found) for name, found in seconds.items()}
+        results[evaluation] = {name: statistics.median(turns) for name, turns in seconds.items()}
         for name, duration in results[evaluation].items():
             times = results[evaluation][first] / duration
             print(f"{evaluation:12s} {name:10s} {duration:8.2f} s ({times:5.1f} times {first})")

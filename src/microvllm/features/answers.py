@@ -1,14 +1,14 @@
-"""Answer lookup: propose what earlier answers to the same prompt said.
+"""Answer lookup: propose tokens of earlier answers to the same prompt.
 
-In the epochs of a reinforcement learning, in retries, and where several samples are drawn from one
-prompt, answers repeat each other. Answers that have ended are kept, and a new answer to the same
+In epochs of reinforcement learning, in retries, and where several samples are drawn from one
+prompt, answers resemble each other. Answers that have ended are kept, and a new answer to the same
 prompt is expected to continue as they did:
 
     it begins as one of them did     what comes next there
     else                             what followed its last tokens, in them or in the text itself
 
-So it is prompt lookup (features/lookup.py) in a longer text. New weights change no more than how
-often an earlier answer is right.
+This is prompt lookup (features/lookup.py) in a longer text. After new weights an earlier answer is
+only right less often.
 """
 
 from array import array
@@ -42,7 +42,8 @@ class EarlierAnswers(Extension):
             self.add(seq.token_ids[: seq.num_prompt], seq.output)
 
     def add(self, prompt: list[int], answer: list[int]) -> None:
-        """Keep an answer, and drop what is too much. One that is kept already moves to the end."""
+        """Keep an answer, and drop the oldest ones beyond the limits. One that is kept already
+        becomes the latest."""
         key = key_of(prompt)
         answers = deque(self.by_prompt.get(key, ()))
         self.drop(key)

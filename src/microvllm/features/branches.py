@@ -7,8 +7,8 @@ them, and the first of both that writes into the last, part-filled block copies 
     fork a   The island was small      blocks 3 9        9 is a copy of 7
     fork b   The island was far away   blocks 3 7
 
-Branches that do not grow give their blocks away where others need them, and then compute again what
-the prefix cache does not have.
+A branch that does not grow loses its blocks where other sequences need them. When it grows again,
+it computes what the prefix cache does not have.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Branch:
 
 
 class Branching(Extension):
-    """Lets branches stop where they should."""
+    """Pauses branches that have grown enough."""
 
     def watch(self, request: Request, seq: Sequence, text: TextStream) -> Watcher | None:
         branch = request.options.get("branch")
@@ -100,7 +100,7 @@ class Branches:
     def __init__(self, engine: LLM):
         self.engine = engine
         self.live: list[Branch] = []
-        self.sample_indices = count(2**30)  # of forks, which so draw other tokens than any request
+        self.sample_indices = count(2**30)  # of forks: they draw other tokens than any request
 
     @property
     def num_blocks(self) -> int:
@@ -111,14 +111,15 @@ class Branches:
 
     def start(self, prompt, params: SamplingParams | None = None) -> Branch:
         """A branch without output. prompt: a text or token ids; params: as for `generate`, with
-        n=1; max_tokens is for all that the branch grows; logprobs is the number of alternatives of
-        each token. Raises ValueError or TypeError."""
+        n=1; max_tokens limits the whole output; logprobs is the number of alternatives of each
+        token. Raises ValueError or TypeError."""
         prompt_ids, params = self.engine.check(prompt, params)
         return self.make(prompt_ids, params)
 
     def resume(self, output: dict, params: SamplingParams, sample: int = 0) -> Branch:
         """A branch that continues a finished request. output: of `generate`; sample: index of the
-        sample; params: as in `start`, max_tokens counts what is there. Without the stop token."""
+        sample; params: as in `start`, max_tokens includes what the output has. A stop token at its
+        end is removed. Raises ValueError or TypeError."""
         samples = output["samples"]
         made = samples[check_number("sample", sample, 0, len(samples) - 1)]
         token_ids = list(made["token_ids"])
@@ -140,9 +141,9 @@ class Branches:
         return branch
 
     def fork_request(self, request_id: int, k: int = 1, sample: int = 0) -> list[Branch]:
-        """k branches that continue an unfinished request as it is now; the request runs on, and
-        its tools answer only there. Raises KeyError if there is none, ValueError if the sample has
-        ended or not begun."""
+        """k branches that continue an unfinished request as it is now. The request itself continues
+        too, and only it calls tools. Raises KeyError if there is none, ValueError if the sample has
+        ended or has no token yet."""
         check_number("k", k, 1)
         branches: list[Branch] = []
         self.engine.guard.perform(partial(self.fork_now, request_id, k, sample, branches))
@@ -221,12 +222,12 @@ class Branches:
 
     def fork(self, branch: Branch, k: int = 1) -> list[Branch]:
         """k more branches with the output of this one, which stays. They draw other tokens. Raises
-        ValueError if it has finished, or has no token yet: start others."""
+        ValueError if the branch has finished, or has no token yet."""
         check_number("k", k, 1)
         if branch.finish_reason is not None or not branch.token_ids:
             state = branch.finish_reason or "no tokens"
-            raise ValueError(f"a branch with {state!r} cannot be forked")
-        self.read_logprobs(branch)  # an exception may have struck in `grow`
+            raise ValueError(f"a branch with {state!r} cannot be forked: start another one")
+        self.read_logprobs(branch)  # an exception may have interrupted `grow`
         forks: list[Branch] = []
 
         def add() -> None:

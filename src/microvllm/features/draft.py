@@ -15,7 +15,7 @@ steps take, and chooses how many tokens to draft next, perhaps none:
 
     d: to draft a token; s(k): of a step that verifies k tokens
 
-While drafts do not pay, 1 % of the time is for trials: the text may have become easier.
+While drafts do not pay, trials may take 1 % of the time: the text may have become easier.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ from ..scheduler import DraftProposer, Sequence
 from ..tokenizer import Tokenizer
 
 MAX_ROWS = 12  # a step of this many rows reads the weights once, too (cpu/gemm.py)
-ACCEPTANCE = 0.7  # is expected before it was measured
+ACCEPTANCE = 0.7  # expected until it is measured
 NUM_MEASURED = 64  # tokens of the prompt that is computed to measure the draft model
 # a text is expected to continue for this many tokens, or as many as it has, if max_tokens allows
 NUM_EXPECTED = 64
-# what the latest measurement weighs in an average, and what an earlier draft in the acceptance
+# the weight of the latest measurement in an average, and the factor of earlier drafts in the
+# acceptance
 WEIGHT = 0.1
 DECAY = 0.95
 NUM_PLAIN = 2  # steps without drafts, by which their time is measured
-PLAIN_EVERY = 64  # one choice in this number measures that time again
-TRIAL_SHARE = 0.01  # of the time may be lost by trials of drafts that do not pay
+PLAIN_EVERY = 64  # every 64th choice measures that time again
+TRIAL_SHARE = 0.01  # share of the time that trials of drafts may lose
 MAX_TRIALS = 4  # in a row
 MAX_IDLE = 256  # steps without drafts before the next choice
 
 
 class Average:
-    """A mean of seconds that follows changes. A single value far above it counts as twice it: the
+    """A mean of seconds that follows changes. A value above twice the mean counts as that: the
     process may have been stopped for a while."""
 
     def __init__(self):
@@ -158,8 +159,8 @@ class DraftLength:
         self.trial_seconds += TRIAL_SHARE * seconds
 
     def add_loss(self, num_seqs: int, seconds: float, num_tokens: float) -> None:
-        """A step and its drafts took this long, and each sequence grew by num_tokens on average.
-        What this took longer than single steps is taken from the time for trials."""
+        """A step and its drafts took this long, and each sequence grew by num_tokens on average. If
+        single steps take less, the difference is taken from the time for trials."""
         lost = seconds - num_tokens * self.step_seconds.get((num_seqs, 0), 0.0)
         self.trial_seconds -= max(0.0, lost)
 
@@ -182,8 +183,8 @@ class Steps(NamedTuple):
 class DraftModel(DraftProposer):
     """A DraftProposer: the tokens that a draft model's engine generates.
 
-    llm: that engine; never: ids that are not proposed, since what comes after them is not drawn
-    (the answer of a tool); clock: seconds.
+    llm: that engine; never: ids that are not proposed, because no drawn token follows them (but
+    the result of a tool); clock: seconds.
     """
 
     max_rows = MAX_ROWS

@@ -1,14 +1,14 @@
 """Hidden states of prompts and answers: for probes, sparse autoencoders, embeddings.
 
 What layer i leaves in the residual stream is what a forward hook on `model.transformer.h[i]` sees
-in PyTorch. Texts are written first, as always; then a pass of their own computes all positions once
-more, in large chunks, and keeps the rows of the layers that are wanted:
+in PyTorch. Texts are generated first, as without this feature. Then a separate pass computes all
+positions once more, in large chunks, and keeps the rows of the layers that are wanted:
 
     generate     prompt, one token, one token, ...      kernels, graphs and drafts as usual
     the pass     prompt and answer at once              nothing comes from the prefix cache
 
-So generation is as fast as without, a preempted or forked sample has no gaps, and the states are
-those that produced the tokens, up to rounding.
+So generation is as fast as without hidden states, a preempted or forked sample has no gaps, and the
+states are those that produced the tokens, up to rounding.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def keep_in_output(samples: list[Sample], position: int, states: Tensor) -> None
 
 class StatesWriter:
     """Writes hidden states to a file of raw numbers (tokens, layers, C), and what is where to a
-    file of JSON beside it. Both appear when all is written; an exception leaves neither."""
+    file of JSON beside it. Both appear when all is written. After an exception there is neither."""
 
     def __init__(self, wanted: Wanted):
         self.wanted = wanted

@@ -1,18 +1,18 @@
 """Tools that a model calls: functions of a user, and nanochat's calculator (calculator.py).
 
-A model calls a tool by writing a text between two marks. What the tool answers is written behind
-the call, as forced tokens between two other marks, and the model continues from there:
+A model calls a tool by writing a text between two marks. The tool's result follows the call, as
+forced tokens between two other marks, and the model continues from there:
 
     token drawn           ... <|python_start|> 4 5 + 5 4 <|python_end|>
     tokens forced                                         <|output_start|> 9 9 <|output_end|>
     mask                  ... 1                3         1                0
     text of the output    ... `                45+54     ` =               99
 
-Tokens stay what they are: only the text of an answer is encoded, once. The text of a call is the
-text of its tokens.
+No token is decoded and encoded again: only the text of a result is encoded, once. The text of a
+call is that of its tokens.
 
-A function that takes time runs beside the steps. Its sequence is paused meanwhile, and keeps its
-blocks unless others need them:
+A slow function runs in a thread, while other samples decode. Its sequence is paused meanwhile, and
+keeps its blocks unless other sequences need them:
 
     sample A   | step | step | call ........................ answer | step | step |
     sample B   | step | step | step | step | step | step | step | step | step | step |
@@ -52,8 +52,8 @@ MARKS = {
 }
 MAX_ERROR = 200  # characters of an exception in the text
 CHARACTERS_PER_TOKEN = 64  # a result longer than this allows is cut before it is encoded
-CANCEL_SECONDS = 1.0  # that coroutines have to end when the engine is closed
-WAIT_SECONDS = 0.02  # that a step waits at most if all sequences wait for tools
+CANCEL_SECONDS = 1.0  # time for coroutines to end when the engine is closed
+WAIT_SECONDS = 0.02  # longest wait of a step if all sequences wait for tools
 
 Mark = str | List[int]
 Result = str | List[int] | None
@@ -61,7 +61,7 @@ ToolFunction = Callable[[str], Result | Awaitable[Result]]
 
 
 class ToolRequest(NamedTuple):
-    """What a session is begun for: one sample of a request."""
+    """The sample for which a session begins."""
 
     request_id: int
     prompt_token_ids: List[int]
@@ -78,8 +78,8 @@ class ToolSession:
         raise NotImplementedError
 
     def close(self) -> None:
-        """The sample has ended, or a call took too long. Called once, between two steps, maybe
-        while a call runs: it must not take long."""
+        """Called once, between two steps, when the sample has ended or a call took too long. A call
+        may still run. This must return quickly."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -89,16 +89,17 @@ class Tool:
     name: of the tool, in output["tool_calls"] and in errors.
     function: from the text of a call to its result: a text, token ids, or None, which adds nothing.
         It may be a coroutine function; all coroutines run in one event loop, other functions in
-        threads. An exception is a result, too: the text "error: " and what it says. A subclass may
-        override `begin` in its place, for a function of each sample.
+        threads. An exception is a result, too: the text "error: ", its type and its message. A
+        subclass may override `begin` in its place, for a function of each sample.
     call_start, call_end: the marks around a call. Each is the name of a special token, or a list of
-        token ids, the last of which completes it.
+        token ids.
     result_start, result_end: marks that are forced around a result; () is none.
-    timeout: seconds from the beginning of a call after which its result is an error. A thread
-        cannot be ended: it runs on, and what it returns is dropped. A coroutine is cancelled.
+    timeout: seconds after which the result of a call is an error. A thread cannot be ended: it
+        continues, and what it returns is dropped. A coroutine is cancelled.
     max_result_tokens: the result is cut to this many tokens, without its marks.
-    max_concurrent: calls of this tool that run at once. Others wait, and their time does not run.
-    is_inline: the function runs within the step, as one does that takes microseconds. It has no
+    max_concurrent: calls of this tool that run at once. Further calls wait, and their timeout
+        begins when they run.
+    is_inline: the function runs within the step, for functions that take microseconds. It has no
         time limit, and is called a second time after an exception.
 
     Raises TypeError or ValueError, with the name of the argument.
@@ -122,19 +123,19 @@ class Tool:
         if not callable(self.function) and not has_begin:
             raise TypeError(f"function of tool {self.name!r} must be callable: {self.function!r}")
         if self.is_inline and inspect.iscoroutinefunction(self.function):
-            raise ValueError(f"is_inline of tool {self.name!r}: a step waits for no coroutine")
+            raise ValueError(f"is_inline of tool {self.name!r}: a step cannot wait for a coroutine")
         self.timeout = check_number("timeout", self.timeout, 0.001, threading.TIMEOUT_MAX)
         for name in ("max_result_tokens", "max_concurrent"):
             check_number(name, vars(self)[name], 1)
 
     def begin(self, request: ToolRequest) -> ToolFunction | ToolSession:
         """The function that answers the calls of one sample. Called before the sample's first call,
-        where the function will run; an exception is the result of that call."""
+        in the same thread; an exception is the result of that call."""
         return self.function
 
 
 class Marks(NamedTuple):
-    """The marks of a tool as token ids. call_start is empty for a tool that can not be called."""
+    """The marks of a tool as token ids."""
 
     call_start: tuple[int, ...]
     call_end: tuple[int, ...]
@@ -167,7 +168,7 @@ def find_marks(tool: Tool, tokenizer: Tokenizer) -> Marks:
 
 class CallReader:
     """Finds the calls of a tool among the tokens of one sample. As in nanochat a sample begins
-    outside a call, whatever its prompt contains, and a start mark inside a call begins it again."""
+    outside a call, whatever its prompt contains, and a start mark inside a call restarts it."""
 
     def __init__(self, marks: Marks):
         self.start = list(marks.call_start)
@@ -216,15 +217,15 @@ class Call:
             self.is_done = True  # last: another thread looks at it
 
     def fail(self, error: BaseException) -> None:
-        """Let an exception be the result."""
+        """Make an exception the result."""
         try:
             message = str(error)[:MAX_ERROR]
-        except Exception:  # its own
+        except Exception:  # of its __str__
             message = ""
         self.finish(f"error: {type(error).__name__}: {message}".rstrip(": "), has_failed=True)
 
     def cancel(self) -> None:
-        """No result is of use any more."""
+        """The result is no longer needed."""
         self.finish(None)
         if self.coroutine is not None:
             self.coroutine.cancel()
@@ -248,8 +249,8 @@ class Call:
 
 @dataclass(eq=False)
 class SampleTools:
-    """The sessions and the calls of one sample. They outlive an error, after which all tokens are
-    read again: no tool is called twice."""
+    """The sessions and the calls of one sample. They are kept after an error, when all tokens are
+    read again, so that no tool is called twice."""
 
     request: ToolRequest
     is_named: bool  # do the outputs say which tool was called?
@@ -257,7 +258,7 @@ class SampleTools:
     sessions: dict[Tool, ToolFunction | ToolSession] = field(default_factory=dict)
 
     def answer(self, call: Call) -> Result | Awaitable[Result]:
-        """Call the tool's function for this sample, which is begun if there is none."""
+        """Call the tool's function for this sample. The first call begins its session."""
         session = self.sessions.get(call.tool)
         if session is None:
             session = call.tool.begin(self.request)
@@ -265,7 +266,7 @@ class SampleTools:
                 is_late = call.is_done
                 if not is_late:
                     self.sessions[call.tool] = session
-            if is_late:  # the call has been given up, and `close` did not see the session
+            if is_late:  # the call was cancelled meanwhile, and `close` did not see the session
                 close_session(call.tool, session)
                 return None
         return session(call.text)
@@ -285,7 +286,7 @@ def close_session(tool: Tool, session: ToolFunction | ToolSession | None) -> Non
 
 
 class BackgroundCalls:
-    """Runs calls beside the steps: functions in threads, coroutines in one event loop."""
+    """Runs calls while steps are computed: functions in threads, coroutines in one event loop."""
 
     def __init__(self) -> None:
         self.progress = threading.Condition()
@@ -381,7 +382,8 @@ def stop_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def check_result(tool: Tool, result: object, vocab_size: int) -> Result:
-    """A tool's result. Raises TypeError or ValueError for what is none."""
+    """Check a tool's result. Raises TypeError or ValueError for anything but a text, token ids or
+    None."""
     if result is None or isinstance(result, str):
         return result
     token_ids = check_list(f"the result of tool {tool.name!r}", result)
@@ -394,14 +396,15 @@ def check_result(tool: Tool, result: object, vocab_size: int) -> Result:
 class ToolCalling(Extension):
     """Runs the tools of requests: tools=True, the default tools, or tools=[...].
 
-    Texts show each call and its result, `45+54` = 99, where the marks are special tokens, and stop
-    strings are searched in what is shown. Outputs have for each sample its tool_calls, in their
-    order: {"call": "45+54", "result": "99"}, of a list of tools with the "tool", too. The result is
-    what the tool returned, also where the sample ended before all of it was written; None if there
-    is none.
+    Where the marks are special tokens, the text shows each call and its result as `45+54` = 99, and
+    stop strings are searched in that text. The output of each sample lists its calls in
+    "tool_calls": {"call": "45+54", "result": "99"}, with the tool's name in "tool" if the request
+    has a list of tools. The result is all that the tool returned, even if the sample ended before
+    all of it was written, or None if the tool returned none.
 
-    default_tools: for tools=True; without marks of theirs in the tokenizer they are not called.
-    is_alone: False for ranks, which must have the same tokens: their tools have to be inline.
+    default_tools: the tools of tools=True. One whose marks the tokenizer lacks is not called.
+    is_alone: False for one of several ranks. All ranks must have the same tokens, so their tools
+    have to be inline.
     """
 
     options = ("tools",)
@@ -409,7 +412,7 @@ class ToolCalling(Extension):
     def __init__(self, default_tools: Iterable[Tool] = (), is_alone: bool = True):
         self.default_tools = tuple(default_tools)
         self.is_alone = is_alone
-        # the last tokens of calls: what follows one is the tool's, and is not proposed as a draft
+        # the last tokens of calls: a result follows them, so no draft goes beyond one
         self.end_ids: set[int] = set()
         self.background = BackgroundCalls()
         self.samples: WeakKeyDictionary[Sequence, SampleTools] = WeakKeyDictionary()
@@ -480,8 +483,8 @@ class ToolCalling(Extension):
             self.pending[seq] = call
 
     def answer_inline(self, seq: Sequence, call: Call) -> None:
-        """Call the function of an inline tool. What it raises twice is its own; what it raises once
-        has come from outside, such as a signal's handler."""
+        """Call the function of an inline tool. An exception that it raises twice is the result. One
+        that it raises only once came from outside, for example from a signal handler."""
         vocab_size = self.engine.tokenizer.vocab_size
         sample = self.samples[seq]
         try:
@@ -500,7 +503,7 @@ class ToolCalling(Extension):
             self.advance_calls()
 
     def advance_calls(self) -> None:
-        """Start calls that wait, and write the results of those that are over."""
+        """Start calls that wait, and write the results of calls that have ended."""
         now = time.monotonic()
         has_news = False
         running = Counter(call.tool for call in self.pending.values() if is_running(call, now))
@@ -508,7 +511,7 @@ class ToolCalling(Extension):
             if seq.finish_reason is not None:
                 del self.pending[seq]  # on_output cancels its call
             elif call.is_done or now > call.deadline:
-                # a step that is in flight has drawn behind the call: loops/ahead.py
+                # else a step in flight has drawn a token after the call: loops/ahead.py
                 if seq.token_ids[-1] >= 0:
                     self.write_result(seq, call)
                     has_news = True
@@ -520,7 +523,7 @@ class ToolCalling(Extension):
             self.engine.collect_finished()
 
     def write_result(self, seq: Sequence, call: Call) -> None:
-        """Force the result of a call that is over, and let its sequence run again."""
+        """Force the result of a call that has ended, and resume its sequence."""
         if not call.is_done:
             seconds = f"{call.tool.timeout:g} s"
             call.finish(f"error: no result within {seconds}", has_failed=True)
@@ -565,7 +568,7 @@ class ToolCalling(Extension):
                     sample.close(tool)
 
     def on_reset(self) -> None:
-        self.pending.clear()  # texts are read again next, and so find their calls
+        self.pending.clear()  # texts are read again next, which finds their calls
 
     def on_close(self) -> None:
         self.background.stop()
@@ -593,7 +596,7 @@ class CallWatcher(Watcher):
     def on_token(self, seq: Sequence, token_id: int, new_text: str) -> None:
         self.num_tokens += 1
         length = seq.num_prompt + self.num_tokens
-        if length - 1 in seq.forced:  # what a tool writes calls nothing
+        if length - 1 in seq.forced:  # a result calls no tool
             return
         for tool, reader in self.readers.items():
             call_ids = reader.push(token_id)

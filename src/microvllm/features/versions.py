@@ -7,7 +7,7 @@ Asynchronous reinforcement learning changes the weights while samples are being 
     versions       0   0      0   0     | 1   1 1        | 2    2
 
 Nothing is recorded in a step. When the weights change, the lengths of all unfinished samples are
-noted; what a sample has behind the last noted length was drawn by the present version.
+recorded. The tokens of a sample after its last recorded length were drawn by the present version.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class PolicyVersions(Extension):
     options = ("max_version_lag",)
 
     def __init__(self):
-        # replaced as a whole, so that no exception can leave half of a change
+        # replaced as a whole, so that an exception cannot leave half of a change
         self.state = State(0, WeakKeyDictionary())
 
     @property
@@ -79,7 +79,7 @@ class PolicyVersions(Extension):
         self.state = State(version, starts)
 
     def starts_of(self, seq: Sequence) -> tuple[Start, ...]:
-        """The versions of a sequence. One that is not noted had no other than the present one."""
+        """The versions of a sequence. Without a record it has seen only the present one."""
         return self.state.starts.get(seq) or (Start(seq.num_prompt, self.version),)
 
     def versions_of(self, seq: Sequence) -> list[int]:
@@ -88,7 +88,7 @@ class PolicyVersions(Extension):
         stops = [start.position for start in starts[1:]] + [len(seq.token_ids)]
         versions: list[int] = []
         for start, stop in zip(starts, stops, strict=True):
-            # a text that was cut is shorter than when it was noted
+            # a text that was cut is shorter than its recorded length
             num_tokens = min(stop, len(seq.token_ids)) - start.position
             versions += [start.version] * num_tokens
         return versions

@@ -10,8 +10,8 @@ make the two differ:
     ratio       exp(delta)                             outside [0.8, 1.2] a PPO loss clips it
     KL          mean of exp(delta) - 1 - delta         Schulman's estimator k3, of KL(q || p)
 
-Where every token that p allows can be drawn, the ratio is 1 on average, however different p and q
-are. Below that, some could not be drawn.
+If q can draw every token that p allows, the ratio is 1 on average, however different p and q are. A
+mean below 1 shows that some tokens could not be drawn.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 LEAST_RATIO = 0.8
 MOST_RATIO = 1.2
-# a mean ratio is below 1 by more than chance and rounding if it is by this number of standard
-# errors, and by this share
+# chance and rounding do not explain a mean ratio that is below 1 by more than this number of
+# standard errors, and by more than this share
 SURE_ERRORS = 5
 SURE_SHARE = 1e-3
 
@@ -41,7 +41,7 @@ class Mismatch:
     """What `mismatch` found. `print(report)` shows it in one line."""
 
     num_tokens: int  # compared
-    num_not_finite: int  # tokens with a NaN or an infinity, which nothing else here counts
+    num_not_finite: int  # tokens with a NaN or an infinity, which all other numbers leave out
     mean: float  # of |delta|
     largest: float  # |delta|
     share_outside: float  # of ratios outside [0.8, 1.2]
@@ -56,7 +56,7 @@ class Mismatch:
 
     @property
     def is_cut(self) -> bool:
-        """Were tokens excluded that the training allows? Seen in the numbers alone."""
+        """Do the numbers show that tokens were excluded which the training allows?"""
         missing = 1 - self.mean_ratio
         return missing > max(SURE_SHARE, SURE_ERRORS * self.ratio_error)
 
@@ -77,7 +77,7 @@ class Mismatch:
         return f"; {self.num_not_finite:,} more are NaN or infinite" if self.num_not_finite else ""
 
     def about_sampling(self) -> str:
-        """What there is to say of the distribution from which the tokens were drawn."""
+        """A remark on the distribution from which the tokens were drawn, or nothing."""
         ratio = f"mean ratio {self.mean_ratio:.4f}"
         if self.sampling:
             return (
@@ -88,7 +88,7 @@ class Mismatch:
         return ""
 
     def scalars(self) -> dict[str, float]:
-        """The numbers that are no arrays, for a logger such as wandb."""
+        """The numbers without the arrays, for a logger such as wandb."""
         return {
             name: value for name, value in vars(self).items() if isinstance(value, (int, float))
         }
@@ -234,5 +234,5 @@ def summarise(delta: np.ndarray, positions: np.ndarray, sampling: str) -> Mismat
 
 
 def mean_of(values: np.ndarray) -> float:
-    """0 for no values."""
+    """The mean, or 0 for no values."""
     return float(values.mean()) if len(values) else 0.0
