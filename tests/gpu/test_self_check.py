@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.broken_kernels import DeadlyBackend, EndlessBackend, NoBackend
 from helpers.gpu_kernels import CUDA, DEVICE
+from helpers.strikes import ALL
 from triton import jit
 from triton import language as tl
 
@@ -68,10 +69,22 @@ def test_kernels_are_right_and_are_used():
     assert made.relu2 is elementwise.relu2 and made.can_record and made.few_rows
 
 
+ERAS = [("1", 2, 2, torch.float32), ("3", 4, 2, torch.float16), ("5", 2, 1, torch.float32)]
+INT8 = [
+    (2, 2, torch.float32, False), (2, 2, torch.float16, True),
+    (4, 1, torch.float16, False), (4, 1, torch.float32, True),
+]  # fmt: skip
+if ALL:  # else each value of each column, in half of the combinations
+    DTYPES = (torch.float32, torch.float16)
+    ERAS = [(*era[:3], dtype) for era in ERAS for dtype in DTYPES]
+    INT8 = [
+        (*heads, dtype, x) for heads in [(2, 2), (4, 1)] for dtype in DTYPES for x in (False, True)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("era, n_head, n_kv_head", [("1", 2, 2), ("3", 4, 2), ("5", 2, 1)])
-def test_all_forms_are_right(dtype, era, n_head, n_kv_head):
+@pytest.mark.parametrize("era, n_head, n_kv_head, dtype", ERAS)
+def test_all_forms_are_right(era, n_head, n_kv_head, dtype):
     heads = {"era": era, "n_head": n_head, "n_kv_head": n_kv_head}
     for deterministic, is_fp8 in ((False, False), (True, False), (False, True)):
         results = check(TritonBackend(DEVICE, dtype, deterministic), **heads, is_fp8=is_fp8)
@@ -86,10 +99,8 @@ def test_k_and_v_in_int8_are_written_and_read():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("n_head, n_kv_head", [(2, 2), (4, 1)])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_all_forms_are_right_in_int8(dtype, n_head, n_kv_head, deterministic):
+@pytest.mark.parametrize("n_head, n_kv_head, dtype, deterministic", INT8)
+def test_all_forms_are_right_in_int8(n_head, n_kv_head, dtype, deterministic):
     made = backend.Int8TritonBackend(DEVICE, dtype, deterministic)
     results = check(made, n_head=n_head, n_kv_head=n_kv_head)
     assert len(results) == 7 and not any(results.values()), results
