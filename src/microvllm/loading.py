@@ -370,6 +370,6 @@ def warn_of_nan(weights: dict) -> None:
         if isinstance(weight, torch.Tensor):
             if not weight.sum(dtype=torch.float32).isfinite():
                 broken.append(name)
-            pages.read(weight)
+            pages.done_with(weight)
     if broken:
         log.warning("NaN or infinite weights: %s; no token can be drawn", ", ".join(broken))

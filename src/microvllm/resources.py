@@ -91,7 +91,7 @@ class FilePages:
         self.tensors: list[torch.Tensor] = []  # read since the last release
         self.num_bytes = 0
 
-    def read(self, tensor: torch.Tensor) -> None:
+    def done_with(self, tensor: torch.Tensor) -> None:
         """Register a tensor that is not needed at the moment. From time to time the memory of such
         tensors is released; a later read gets the content from the file. Tensors that are not
         mapped are ignored, and so are mappings with written pages, whose content is in no file.

@@ -257,7 +257,9 @@ def test_what_a_step_asks_of_each_row_is_known_beforehand():
         return "".join(
             letter
             for letter, flag in zip(
-                "pehT", (p.is_plain, p.edits_logits, p.needs_history, p.drops_tokens), strict=True
+                "pehT",
+                (p.has_plain_logits, p.edits_logits, p.needs_history, p.drops_tokens),
+                strict=True,
             )
             if flag
         )

@@ -65,7 +65,7 @@ def released_at_once(monkeypatch):
 def test_the_memory_of_a_mapped_file_is_released_and_read_again(released_at_once, tmp_path):
     tensor = mapped_tensor(tmp_path / "numbers")
     assert resident_kib(tensor) >= 4096
-    FilePages().read(tensor[5:])
+    FilePages().done_with(tensor[5:])
     assert resident_kib(tensor) < 512  # the first kilobytes may have been read with others
     assert torch.equal(tensor, torch.arange(2**20, dtype=torch.float32))
 
@@ -74,14 +74,14 @@ def test_a_mapping_that_was_written_to_is_kept(released_at_once, tmp_path):
     tensor = mapped_tensor(tmp_path / "numbers")
     tensor[7] = -1  # in this process alone: the file does not change
     assert clean_file_mapping(tensor.data_ptr()) == (0, 0)
-    FilePages().read(tensor)
+    FilePages().done_with(tensor)
     assert tensor[7] == -1 and tensor[8] == 8
 
 
 def test_a_tensor_of_no_file_is_kept(released_at_once):
     tensor = torch.ones(2**20)
     assert clean_file_mapping(tensor.data_ptr()) == (0, 0)
-    FilePages().read(tensor)
+    FilePages().done_with(tensor)
     assert tensor.eq(1).all()
 
 
@@ -89,7 +89,7 @@ def test_tensors_of_several_files_are_released_together(monkeypatch, released_at
     monkeypatch.setattr(resources, "RELEASED_BYTES", 2**23)
     tensors = [mapped_tensor(tmp_path / f"numbers{i}") for i in range(2)]
     pages = FilePages()
-    pages.read(tensors[0])
+    pages.done_with(tensors[0])
     assert resident_kib(tensors[0]) >= 4096  # too little to release
-    pages.read(tensors[1])
+    pages.done_with(tensors[1])
     assert max(resident_kib(tensor) for tensor in tensors) < 512

@@ -47,7 +47,9 @@ def test_the_step_that_is_measured_is_as_large_as_any(monkeypatch):
         warm_up(llm)
         (short, measured), ((_, first), (count, params), *_) = rows, draws
         assert short == 2 and params.drops_tokens and params.edits_logits and params.logprobs
-        assert first.is_plain and not first.drops_tokens  # another kernel for a first request
+        assert (
+            first.has_plain_logits and not first.drops_tokens
+        )  # another kernel for a first request
         many = [
             SamplingParams(max_tokens=4, seed=i, top_p=0.9, logprobs=3, ignore_eos=True)
             for i in range(40)

@@ -371,7 +371,7 @@ class Layers:
         arrays = [np.asarray(getattr(batch, name)) for name in names]
         slots, tables = np.asarray(batch.slots), np.asarray(batch.block_tables)
         if cache is not self.cache:
-            self.groups, self.depths = np.array(cache.places).T.copy()
+            self.groups, self.depths = np.array(cache.layer_indices).T.copy()
             pairs = np.stack([self.windows, self.groups])
             self.tilings = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()
             self.cache = cache

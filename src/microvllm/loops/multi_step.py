@@ -145,7 +145,11 @@ class MultiStepRunner(Runner):
         compute no further steps."""
         # a live module's new weights may be in a form that is not compiled
         is_able = self.model.compiled is not None and self.model.backend.is_ready()
-        if self.measured_rows == 0 or not is_able or not all(seq.params.is_plain for seq in seqs):
+        if (
+            self.measured_rows == 0
+            or not is_able
+            or not all(seq.params.has_plain_logits for seq in seqs)
+        ):
             return 0
         seconds = self.measured_seconds * max(1, len(seqs) / self.measured_rows)
         num_steps = int(self.seconds / seconds)

@@ -106,6 +106,18 @@ def _row(memory: mmap.mmap, places: dict, key: str, dtype: torch.dtype, numel: i
     return torch.frombuffer(memory, dtype=dtype, count=numel, offset=start)
 
 
+def _read_storage(storage: tuple, row: Callable[[str, torch.dtype, int], Tensor]) -> Tensor:
+    """Return the numbers of a storage, which a pickle names by its type, key and size."""
+    _, kind, key, _, numel, *view = storage
+    types = [type(part) for part in (kind, key, numel)]
+    if types != [str, str, int] or any(view):
+        raise ValueError("it has unsupported storages, or views of storages")
+    if kind not in _DTYPES:
+        dtype_names = ", ".join(str(dtype)[6:] for dtype in _DTYPES.values())
+        raise ValueError(f"it has a {kind:.80}, and the dtypes known are {dtype_names}")
+    return row(key, _DTYPES[kind], numel)
+
+
 def _follow(program: io.BytesIO, row: Callable[[str, torch.dtype, int], Tensor]) -> object:
     """Return the value of a pickle. Only the instructions that torch.save needs are supported, and
     only the functions that rebuild tensors. Each instruction costs time in proportion to its items.
@@ -149,14 +161,7 @@ def _follow(program: io.BytesIO, row: Callable[[str, torch.dtype, int], Tensor])
                     raise ValueError(f"it imports {path:.80}; nothing in it was executed")
                 stack.append(path)
             case "BINPERSID":
-                _, kind, key, _, numel, *view = stack.pop()
-                types = [type(part) for part in (kind, key, numel)]
-                if types != [str, str, int] or any(view):
-                    raise ValueError("it has unsupported storages, or views of storages")
-                if kind not in _DTYPES:
-                    dtype_names = ", ".join(str(dtype)[6:] for dtype in _DTYPES.values())
-                    raise ValueError(f"it has a {kind:.80}, and the dtypes known are {dtype_names}")
-                stack.append(row(key, _DTYPES[kind], numel))
+                stack.append(_read_storage(stack.pop(), row))
             case "REDUCE":
                 stack.append(_call(*take(-2)))
             case "BUILD":  # version numbers of a module's parts
