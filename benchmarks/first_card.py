@@ -223,12 +223,38 @@ def graphs(part: Part) -> None:
                 outputs = llm.generate(prompts(count, length, count), params, False)
                 found[on].append([output.token_ids for output in outputs])
     for count, with_graphs, without in zip(counts, found[True], found[False], strict=True):
-        pairs = [zip(a, b, strict=True) for a, b in zip(with_graphs, without, strict=True)]
-        same = [[x == y for x, y in pair] for pair in pairs]
-        first = [row.index(False) if False in row else new for row in same]
-        part.note(**{f"{count} rows": f"equal for {min(first)} to {max(first)} of {new} tokens"})
-        if min(first) == 0 or max(first) < new / 2:
-            part.note(suspicious=f"{count} rows: {first}")
+        compare(part, f"{count} rows", with_graphs, without)
+
+
+def compare(part: Part, name: str, some: list[list[int]], others: list[list[int]]) -> None:
+    """For how many tokens are the rows of two runs equal?"""
+    new = len(some[0])
+    pairs = [zip(a, b, strict=True) for a, b in zip(some, others, strict=True)]
+    same = [[x == y for x, y in pair] for pair in pairs]
+    first = [row.index(False) if False in row else new for row in same]
+    part.note(**{name: f"equal for {min(first)} to {max(first)} of {new} tokens"})
+    if min(first) == 0 or max(first) < new / 2:
+        part.note(suspicious=f"{name}: {first}")
+
+
+def prefixes(part: Part) -> None:
+    """Shared blocks read once for all sequences, and by each one. The second run of each engine has
+    all prompts in the prefix cache."""
+    count, length, new = (8, 80, 6) if part.tiny else (256, 1024, 64)
+    (shared,) = prompts(1, length)
+    requests = [shared + own for own in prompts(count, 16, 1)]
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    runs = []
+    for name, flag in ("apart", "0"), ("together", "1"):
+        os.environ["MICROVLLM_SHARED_PREFIXES"] = flag
+        with part.engine(34, "1", max_batch_size=count) as llm:
+            llm.generate(requests, params, False)
+            began = time.perf_counter()
+            outputs = llm.generate(requests, params, False)
+            rate = count * new / (time.perf_counter() - began)
+        part.note(**{name: {"tokens_per_s": round(rate)}})
+        runs.append([output.token_ids for output in outputs])
+    compare(part, f"{count} sequences that share {length} tokens", *runs)
 
 
 def sync(part: Part) -> None:
@@ -383,8 +409,8 @@ def profile(part: Part, llm: LLM) -> None:
 
 # time limit of each part in seconds. the most informative parts come first
 LIMITS = {
-    "facts": 30, "work": 240, "tests": 155, "graphs": 90, "startup": 80, "memcheck": 85, "sync": 45,
-    "kernels": 60, "products": 40,
+    "facts": 30, "work": 240, "tests": 155, "prefixes": 60, "graphs": 90, "startup": 80,
+    "memcheck": 85, "sync": 45, "kernels": 60, "products": 40,
 }  # fmt: skip
 PARTS = {name: globals()[name] for name in LIMITS}
 
@@ -406,7 +432,7 @@ def report(out: Path) -> str:
     wrong += [f"- {name}: it was not run" for name in PARTS if name not in found]
     wrong += [f"- tests: {name}" for name in found.get("tests", {}).get("failed", ())]
     wrong += [f"- sync, {k}: {v}" for k, v in found.get("sync", {}).get("waits", {}).items()]
-    wrong += [f"- graphs: {part['suspicious']}" for part in found.values() if "suspicious" in part]
+    wrong += [f"- {k}: {part['suspicious']}" for k, part in found.items() if "suspicious" in part]
     wrong += [
         f"- {name}, {key}: {value['error']}"
         for name in ("work", "startup") for key, value in found.get(name, {}).items()

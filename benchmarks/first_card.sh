@@ -7,6 +7,7 @@
 #     work      a d34 in one process: one stream, 512 prompts, requests of many lengths, shares of the
 #               limit; steps in which the device waited for the host; a profile of five steps
 #     tests     the tests of the kernels, decodes first, and of the graphs
+#     prefixes  256 sequences that share 1,024 tokens, with MICROVLLM_SHARED_PREFIXES=1 and without
 #     graphs    a d12 of the newest era: graphs on and off, greedy, contexts longer than the window
 #     startup   the first token of a new process, with and without compiled kernels
 #     memcheck  a few attention tests under compute-sanitizer

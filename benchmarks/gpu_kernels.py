@@ -52,6 +52,7 @@ from gpu import copy_bandwidth, describe, free_memory, median_seconds, product_p
 
 from microvllm.gpu import attention, elementwise, launch, sampler
 from microvllm.gpu.elementwise import linear_add, norm_linear
+from microvllm.gpu.prefixes import SharedPrefixes
 
 LAYERS, WIDTH, HEADS, DIM, VOCAB, BLOCK_SIZE = 34, 2176, 17, 128, 65536, 16
 EPS, SCALE = 2.0**-23, math.log2(math.e) / math.sqrt(DIM)
@@ -90,9 +91,11 @@ def ints(values) -> torch.Tensor:
 
 class Paged:
     """A batch of sequences with (rows, tokens in the cache), decodes first, and caches for the
-    layers."""
+    layers. shared: tokens at the beginning whose blocks all sequences share."""
 
-    def __init__(self, sequences: list[tuple[int, int]], layers: int | None = None):
+    def __init__(
+        self, sequences: list[tuple[int, int]], layers: int | None = None, shared: int = 0
+    ):
         rows, lengths = zip(*sequences, strict=True)
         self.kv_bytes = sum(lengths) * HEADS * DIM * 4
         self.layers = layers or max(1, min(LAYERS, BEYOND_CACHE // self.kv_bytes))
@@ -103,6 +106,7 @@ class Paged:
         tables = torch.zeros(len(rows), max(blocks), dtype=torch.int32)
         for b, part in enumerate(order.split(blocks)):
             tables[b, : len(part)] = part
+        tables[:, : shared // BLOCK_SIZE] = tables[0, : shared // BLOCK_SIZE]
         firsts = [sum(rows[:i]) for i in range(len(rows) + 1)]
         positions = [p for r, n in sequences for p in range(n - r, n)]
         owners = [b for b, r in enumerate(rows) for _ in range(r)]
@@ -119,8 +123,10 @@ class Paged:
     def layer(self, i: int) -> torch.Tensor:
         return self.cache[i % self.layers]
 
-    def attend(self, i: int) -> None:
-        attention.paged_attention(self.q, *self.layer(i), self.batch, -1, counts=self.counts)
+    def attend(self, i: int, prefixes: SharedPrefixes | None = None) -> None:
+        attention.paged_attention(
+            self.q, *self.layer(i), self.batch, -1, counts=self.counts, prefixes=prefixes
+        )
 
     def decode(self, tile: int, warps: int, splits: int, units: bool, i: int) -> None:
         (k, v), batch, count = self.layer(i), self.batch, len(self.q)
@@ -131,8 +137,8 @@ class Paged:
             lse = torch.empty(shape, dtype=torch.float32, device=k.device)
         attention._decode[(HEADS, count, splits)](
             self.q, k, v, batch.block_tables, batch.seq_lens, self.out, parts, lse, self.counts,
-            batch.block_tables.stride(0), k.stride(0), SCALE, -1,
-            HEADS, 1, DIM, BLOCK_SIZE, DIM, 16 if units else 1, tile,
+            None, 0, batch.block_tables.stride(0), k.stride(0), SCALE, -1,
+            HEADS, 1, DIM, BLOCK_SIZE, DIM, 16 if units else 1, tile, False,
             num_warps=warps, num_stages=5, **options(),
         )  # fmt: skip
 
@@ -168,6 +174,14 @@ def decode_cases() -> Iterator[Case]:
                     partial(paged.decode, tile, warps, splits, units),
                     paged.kv_bytes,
                 )
+
+    for count, longest, shared in (512, 320, 256), (64, 1024, 768), (8, 2000, 1900):
+        paged = Paged([(1, longest)] * count, shared=shared)
+        found = SharedPrefixes()
+        found.find(paged.batch, BLOCK_SIZE, 64)  # once for all layers of a step
+        for prefixes in None, found:
+            name = f"{count} x {longest} shared {shared}{' together' * (prefixes is not None)}"
+            yield Case(name, partial(paged.attend, prefixes=prefixes), paged.kv_bytes)
 
 
 def chunk_cases() -> Iterator[Case]:

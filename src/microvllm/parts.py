@@ -45,13 +45,13 @@ class Steps(NamedTuple):
     is_recorded: bool = False  # whether the runner records steps once and replays them
 
 
-def choose_loop(model, ranks: Ranks | None, has_drafts: bool, cuda_graphs: bool) -> Steps:
+def choose_loop(model, ranks: Ranks | None, cuda_graphs: bool) -> Steps:
     """Return the loop and the runner for a model:
 
     device    model                                   loop             runner
     cuda      with recorded steps                     AheadLoop        GraphRunner
     cuda      others                                  AheadLoop        AheadRunner
-    cpu       compiled, no ranks, no draft tokens     MultiStepLoop    MultiStepRunner
+    cpu       compiled, no ranks                      MultiStepLoop    MultiStepRunner
     others    others                                  Loop             Runner
     """
     is_fused = isinstance(model, FusedGPT)
@@ -62,7 +62,7 @@ def choose_loop(model, ranks: Ranks | None, has_drafts: bool, cuda_graphs: bool)
 
             return Steps(AheadLoop, GraphRunner, may_admit=in_groups, is_recorded=True)
         return Steps(AheadLoop, AheadRunner)
-    if is_fused and model.compiled is not None and ranks is None and not has_drafts:
+    if is_fused and model.compiled is not None and ranks is None:
         from .loops.multi_step import MultiStepLoop, MultiStepRunner
 
         return Steps(MultiStepLoop, MultiStepRunner)

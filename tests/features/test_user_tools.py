@@ -498,6 +498,32 @@ def test_no_tool_is_called_twice_after_an_error():
     assert calls == ["7*6"] * 2
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_first_token_whose_step_fails_after_it_ended_the_sample_has_its_text(n):
+    """The text is opened in recovery: until then there was no token to read."""
+    params = SamplingParams(max_tokens=1, n=n, seed=1, ignore_eos=True)
+    with chain(plain=True) as llm:
+        (expected,) = llm.generate([RUN["prompt"]], params, use_tqdm=False, tools=[tool()])
+        llm.add_request(RUN["prompt"], params, tools=[tool()])
+        blocks = llm.scheduler.blocks
+        free = blocks.free
+        num_calls = iter(range(10))
+
+        def fail_for_the_last_sample(seq):
+            if next(num_calls) == n - 1:
+                raise OSError("in the middle")
+            free(seq)
+
+        blocks.free = fail_for_the_last_sample
+        with pytest.raises(OSError, match="in the middle"):
+            llm.step()
+        (output,) = llm.step()
+        assert expected.text and [sample["text"] for sample in output.samples] == [
+            sample["text"] for sample in expected.samples
+        ]
+        assert everything_is_free(llm)
+
+
 def test_streams_tasks_and_nanochats_functions_take_tools():
     with chain(plain=True) as llm:
         tools = [tool(calculate_later)]

@@ -35,11 +35,15 @@ def run(out: Path, name: str) -> dict:
 
 
 @pytest.mark.slow
-def test_each_part_leaves_its_findings(tmp_path):
+def test_each_part_leaves_its_findings(tmp_path, monkeypatch):
+    monkeypatch.setenv("MICROVLLM_SHARED_PREFIXES", "")  # which a part changes
     facts = run(tmp_path, "facts")
     assert facts["torch"] == torch.__version__ and {"compiler", "python_header"} < facts.keys()
     found = run(tmp_path, "graphs")
     assert found["3 rows"] == "equal for 6 to 6 of 6 tokens" and "suspicious" not in found
+    found = run(tmp_path, "prefixes")
+    assert found["together"]["tokens_per_s"] > 0 and found["apart"]["tokens_per_s"] > 0
+    assert found["8 sequences that share 80 tokens"] == "equal for 6 to 6 of 6 tokens"
     found = run(tmp_path, "sync")
     assert found["waits"] == {} and set(found["asked"]) > {"top_k", "allowed_token_ids", "score"}
     found = run(tmp_path, "work")

@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from helpers.batches import hand_made_batch
 from helpers.goldens import MODEL
+from helpers.gpu_kernels import CUDA, attention_case
 
 from microvllm import LLM
 from microvllm.attention import sdpa_attention
@@ -21,25 +21,13 @@ MIXED = [(1, 1), (1, 17), (1, 70), (1, 33), (2, 2), (40, 40), (5, 33), (17, 80),
 DECODES = [(1, n) for n in (1, 2, 15, 16, 17, 64, 65, 200)]
 
 CARD = torch.device("cuda", 0)
-CUDA = torch.cuda.is_available()
 
 
-def case(sequences, n_head: int, n_kv_head: int, dim: int, block_size: int):
-    """Queries, K and V of sequences whose blocks lie scattered, and their batch."""
-    blocks = [-(-length // block_size) for _, length in sequences]
-    order = torch.randperm(sum(blocks) + 3) + 1  # block 0 is the null block
-    chunks = [
-        ([0] * length, length - rows, length, table.tolist())
-        for (rows, length), table in zip(sequences, order[:-3].split(blocks), strict=True)
-    ]
-    # what no sequence owns must not matter: large, so that a leak shows at once
-    k, v = torch.full((2, len(order) + 1, n_kv_head, block_size, dim), 1e4).bfloat16()
-    for _, _, length, table in chunks:
-        for p in range(length):
-            for x in (k, v):
-                x[table[p // block_size], :, p % block_size] = torch.randn(n_kv_head, dim)
-    q = torch.randn(sum(rows for rows, _ in sequences), n_head, dim).bfloat16()
-    return q, k, v, hand_made_batch(chunks, block_size)
+def case(sequences, *shape: int):
+    """Queries, K and V of sequences whose blocks lie scattered, and their batch. Slots that no
+    sequence owns have NaN."""
+    q, _, (k, v), batch = attention_case(sequences, *shape, torch.bfloat16)
+    return q, k, v, batch
 
 
 def varlen_attn(
@@ -163,9 +151,6 @@ def test_the_real_one(window):
         pytest.skip(str(error))
     for sequences in (MIXED, DECODES):
         q, k, v, batch = case(sequences, 4, 2, 64, 256)
-        there = SimpleNamespace(
-            **{n: x.to(CARD) if hasattr(x, "to") else x for n, x in vars(batch).items()}
-        )
-        out = flash.attend(q.to(CARD), k.to(CARD), v.to(CARD), there, window)
+        out = flash.attend(q, k, v, batch, window)
         wanted = sdpa_attention(q.float(), k.float(), v.float(), batch, window)
-        torch.testing.assert_close(out.float().cpu(), wanted, rtol=0, atol=2e-2)
+        torch.testing.assert_close(out.float(), wanted, rtol=0, atol=2e-2)

@@ -26,8 +26,9 @@ from triton.runtime.interpreter import GridExecutor
 from microvllm import LLM, SamplingParams, model
 from microvllm.attention import PagedKVCache, make_batch
 from microvllm.checkpoint import find_step, read_checkpoint
-from microvllm.gpu import elementwise, graphs, launch
-from microvllm.gpu.backend import Float8, TritonBackend
+from microvllm.fused.linear import Packed
+from microvllm.gpu import elementwise, graphs, launch, prefixes
+from microvllm.gpu.backend import Float8, TritonBackend, fp8_rows
 from microvllm.gpu.graphs import DecodeGraphs, GraphRunner, can_replay, few_rows_step
 from microvllm.loops.ahead import AheadLoop, AheadRunner
 from microvllm.runner import Hooks
@@ -283,6 +284,28 @@ def test_samples_of_one_prompt_fork_in_an_eager_step_and_go_on_in_graphs(pair):
 
 
 @pytest.mark.slow
+def test_samples_in_a_graph_read_their_shared_blocks_together(monkeypatch):
+    """Alone, and in a step with other sequences."""
+    monkeypatch.setenv("MICROVLLM_SHARED_PREFIXES", "1")
+    monkeypatch.setattr(prefixes, "LEAST", 8)
+    llm, plain = build("era5", True), build("era5", False)
+    tiles = []
+    find = prefixes.find_shared
+
+    def watched(tables, *more):
+        shared = find(tables, *more)
+        tiles.append(shared[1])  # written again by each replay
+        return shared
+
+    monkeypatch.setattr(prefixes, "find_shared", watched)
+    work = [([*range(5, 19)], sampling(6, 1.0, seed=5, n=3)), ([30], sampling(3, 1.0))]
+    for requests in (work[:1], work):
+        assert serve(llm, requests) == serve(plain, requests)
+        assert tiles and max(int(num_rows) for tile in tiles for num_rows in tile) in (2, 3)
+    assert {step.rows for step in llm.seen if step.graph} == {3, 4}
+
+
+@pytest.mark.slow
 def test_new_weights_are_in_the_graphs_at_once(pair):
     llm, plain = pair
     work = [([5, 6, 7], sampling(4, 0.0))]
@@ -349,7 +372,7 @@ def test_few_rows_are_what_the_model_makes_of_them(name, monkeypatch):
     class Spy:
         def __getitem__(self, grid):
             def launch(*args, **options):
-                variants.add((*(x is None for x in args[:8]), *args[11:]))
+                variants.add((*(x is None for x in args[:9]), *args[12:]))
                 kernel[grid](*args, **options)
 
             return launch
@@ -380,6 +403,39 @@ def test_few_rows_are_what_the_model_makes_of_them(name, monkeypatch):
     assert not torch.equal(before, after)
     recipe = llm.model.recipe  # its head has lambdas as a layer has, or neither has any
     assert len(variants) == (4 if recipe.smear or not recipe.lambdas else 5)
+
+
+def test_few_rows_with_weights_in_float8_are_what_the_rounded_weights_give():
+    """Activations stay as they are, so the logits are those of a model with these weights."""
+    made = [build("era5", False, device="cuda" if CUDA else "cpu").model for _ in range(2)]
+    for linears in zip(*(one.linears.values() for one in made), strict=True):
+        weight, scale = fp8_rows(linears[0].weight.float())
+        padding = torch.zeros(-len(weight) % 16, weight.shape[1])  # as Float8 has it
+        dense = weight.float() * scale
+        rounded = object.__new__(Float8)
+        vars(rounded).update(vars(linears[1]))
+        rounded.weight = torch.cat([weight.float(), padding.to(dense)]).to(weight.dtype)
+        rounded.scale = torch.cat([scale, padding[:, :1].to(scale)])
+        linears[0].weight.copy_(dense)
+        linears[1].rounded = rounded
+    exact, few = made
+    for layer in few.layers:
+        for name in ("qkv", "proj", "fc", "mlp_proj"):
+            setattr(layer, name, getattr(layer, name).rounded)
+    few.lm_head = few.lm_head.rounded
+    few.backend = TritonBackend(few.device, torch.float32)
+    ids = list(range(1, 8))
+    logits = []
+    for computed in made:
+        kv = PagedKVCache(computed.config, 9, 4, torch.float32, computed.device)
+        with torch.device(computed.device), torch.inference_mode():
+            exact.forward(hand_made_batch([(ids, 0, 6, [1, 2])], 4), kv)
+            batch = hand_made_batch([(ids, 6, 7, [1, 2])], 4)
+            if computed is few:
+                logits.append(few_rows_step(few, batch, kv))
+            else:
+                logits.append(exact.logits(exact.forward(batch, kv)))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
 
 
 class Recorder(DecodeGraphs):
@@ -520,16 +576,18 @@ def test_a_capture_that_fails_is_the_last_one(early, monkeypatch):
     assert captures.current == "ours" and len(graphs.FAILED) == 1
 
 
-@pytest.mark.parametrize("kind", ["plain", "deterministic", "of another layout", "wrong"])
-def test_few_rows_want_plain_matrices(kind):
+@pytest.mark.parametrize("kind", ["plain", "float8", "deterministic", "of another layout", "wrong"])
+def test_few_rows_take_whole_matrices(kind):
     llm = build("era5", False, device="cuda" if CUDA else "cpu")
     linears = llm.model.linears
     llm.model.backend.few_rows = kind != "wrong"  # as the self-check says
     if kind == "deterministic":  # as it is on a GPU
         llm.model.backend.product = elementwise.linear
     if kind == "of another layout":
+        linears[next(iter(linears))] = object.__new__(Packed)
+    if kind == "float8":
         linears[next(iter(linears))] = object.__new__(Float8)
-    assert graphs.takes_few_rows(llm.model) == (kind == "plain")
+    assert graphs.takes_few_rows(llm.model) == (kind in ("plain", "float8"))
 
 
 @pytest.mark.skipif(CUDA, reason="with a stand-in for the device")

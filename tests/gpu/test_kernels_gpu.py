@@ -104,7 +104,24 @@ def test_products_of_a_few_rows(dtype, rows, K, N, lambdas, outputs):
     assert_close(out, old + F.linear(x.float(), w.float()), dtype)
 
 
-@pytest.mark.skipif(CAPABILITY < (8, 9), reason="float8 came with compute capability 8.9")
+FLOAT8 = pytest.mark.skipif(CAPABILITY < (8, 9), reason="float8 came with capability 8.9")
+
+
+@FLOAT8
+@pytest.mark.parametrize("rows, K, N", [(1, 136, 10), (3, 600, 9), (1, 1100, 5)])
+def test_products_of_a_few_rows_with_weights_in_float8(rows, K, N):
+    """Of the largest and the smallest numbers, too: they are multiplied as float32."""
+    x, stream = randn(rows, K), randn(rows, N)
+    weights, scales = backend.fp8_rows(randn(N, K) * torch.logspace(-5, 5, N)[:, None].to(DEVICE))
+    y, h = norm_linear(x, weights, EPS, scales=scales)
+    normed = F.rms_norm(x, (K,), eps=EPS)
+    assert_close(y / scales.T, normed @ weights.float().T, x.dtype)  # all are of one size
+    assert_close(h, normed[:, :32], x.dtype)
+    out = linear_add(x, weights, stream * scales.T, scales=scales, outputs=1)
+    assert_close(out / scales.T, stream + x @ weights.float().T, x.dtype)
+
+
+@FLOAT8
 @DTYPES
 @pytest.mark.parametrize("channels", [80, 1000])
 def test_fp8_rows(dtype, channels):
@@ -492,6 +509,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from microvllm.gpu import launch
 from microvllm.gpu.attention import fixed_attention, paged_attention
+from microvllm.gpu.prefixes import SharedPrefixes
 from microvllm.gpu.sampler import sample
 from microvllm.gpu.elementwise import (
     add_norm, fp8_rows, linear, linear_add, norm_linear, relu2, rope_store
@@ -503,11 +521,11 @@ driver.set_active(SimpleNamespace(**card, get_current_target=lambda: target))
 options = {"PDL": PDL, "launch_pdl": PDL, "enable_fp_fusion": True}
 launch.programs_at_once = lambda device, kernel, num_warps: 5
 launch.card = lambda device: (132, 232448, options)
-launch, compiled = JITFunction.run, {}
+launch, compiled, kind = JITFunction.run, {}, ""
 
 def only_compile(self, *args, **kw):
     kernel = launch(self, *args, **{**kw, "warmup": True})
-    compiled.setdefault(self.__name__, {})[kernel.hash] = kernel.asm
+    compiled.setdefault(self.__name__ + kind, {})[kernel.hash] = kernel.asm
 
 JITFunction.run = only_compile
 
@@ -561,6 +579,13 @@ for one in torch.zeros(5)[:2]:
     norm_linear(x, x, 1e-7, x, one, one), norm_linear(x[:1], x, 1e-7, x, one, one)
 linear_add(x[:1], x, bf16(1, 8))
 linear_add(bf16(1, 8704), bf16(2176, 8704), x[:1], outputs=1)
+kind = "_in_float8"
+for rows in (1, 2):
+    w, scales = x.to(torch.float8_e4m3fn), torch.zeros(8, 1)
+    norm_linear(x[:rows], w, 1e-7, x, one, one, scales=scales)
+    w, scales = torch.zeros(2176, 8704, dtype=w.dtype), torch.zeros(2176, 1)
+    linear_add(bf16(rows, 8704), w, x[:rows], outputs=1, scales=scales)
+kind = ""
 tables = torch.zeros(64, 64)
 for at in (0, 1, 8):  # where in one upload the batch's arrays lie
     flat = torch.zeros(200, dtype=torch.int32)[at:]
@@ -580,6 +605,14 @@ for at in (0, 1, 8):  # where in one upload the batch's arrays lie
         if at == 0:
             for num_splits in (1, 2, 16):
                 paged_attention(q, k, v, batch, -1, num_splits=num_splits)
+            decodes = SimpleNamespace(**{**vars(batch), "seq_lens": flat[28:30]})
+            kind = "_of_shared_blocks"
+            paged_attention(q[:2], k, v, decodes, -1, prefixes=SharedPrefixes())
+            kind = "_in_int8"
+            for prefixes in (None, SharedPrefixes()):
+                k8, v8 = torch.zeros(2, 3, n_kv, 16, 130, dtype=torch.int8)
+                paged_attention(q[:2], k8, v8, decodes, -1, num_splits=2, prefixes=prefixes)
+            kind = ""
             fixed_attention(q, k, v, batch, -1)
             long = SimpleNamespace(**{**vars(batch), "num_decodes": 0, "seq_lens": flat[28:29]})
             paged_attention(bf16(80, n_head, 128), k, v, long, -1)
@@ -600,7 +633,8 @@ def test_the_kernels_compile_for_hopper_and_wait_for_the_kernel_before_them(pdl)
     assert {name: int(variants) for name, variants, *_ in kernels} == {
         "_add_norm": 1, "_relu2": 1, "_rope_store": 2, "_decode": 4, "_chunk": 6,
         "_sample_chunks": 1, "_sample_pick": 2, "_truncate": 1, "_linear": 1, "_fp8_rows": 1,
-        "_few_rows": 4,
+        "_few_rows": 4, "_few_rows_in_float8": 4, "_decode_of_shared_blocks": 4,
+        "_decode_in_int8": 6,
     }  # fmt: skip
     # a quarter of a multiprocessor has 16,384 registers, and a warp gets them by 256: of the
     # programs for one row more fit than of that for several, each with as many weights on their way
@@ -608,8 +642,12 @@ def test_the_kernels_compile_for_hopper_and_wait_for_the_kernel_before_them(pdl)
     warps = sorted(16384 // (-(-number // 8) * 256) for number in registers)
     assert warps[0] == 2 and warps[1] >= 3, registers
     for name, _, waits, early, later, _, *spilled in kernels:
-        assert spilled == ["0", "0"], name
+        if name == "_decode_in_int8":  # the form for grouped queries and shared blocks
+            assert int(spilled[0]) <= 16 and spilled[1] == "0", spilled
+        else:
+            assert spilled == ["0", "0"], name
         assert (waits, later) == (str(pdl), "0"), name
         if not pdl:
             continue
-        assert (int(early) > 0) == (name == "_few_rows"), name  # its weights, which no one writes
+        # weights, which no kernel writes
+        assert (int(early) > 0) == name.startswith("_few_rows"), name

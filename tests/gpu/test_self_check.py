@@ -11,13 +11,14 @@ import pytest
 import torch
 from helpers.broken_kernels import DeadlyBackend, EndlessBackend, NoBackend
 from helpers.gpu_kernels import CUDA, DEVICE
+from helpers.strikes import ALL
 from triton import jit
 from triton import language as tl
 
 from microvllm.attention import sdpa_attention
 from microvllm.fused.backend import Backend
 from microvllm.fused.int8_cache import Int8Heads
-from microvllm.gpu import attention, backend, elementwise, sampler, self_check
+from microvllm.gpu import attention, backend, elementwise, prefixes, sampler, self_check
 from microvllm.gpu.backend import TritonBackend
 from microvllm.gpu.self_check import check_here, forms_of
 from microvllm.model import RECIPES, GPTConfig
@@ -45,13 +46,14 @@ def check(made: Backend, *titles: str, **shapes) -> dict[str, str]:
 
 def test_the_forms_are_those_that_an_engine_uses():
     every = ["sum and norm", "relu^2", "rotary, and writing K and V", *ATTENTION, "draw"]
+    few_rows = "products of a few rows"
     for deterministic, is_fp8, more in (
-        (False, False, "products of a few rows"),
-        (True, False, "product with fixed tiles"),
-        (False, True, "rows in float8"),
+        (False, False, [few_rows]),
+        (True, False, ["product with fixed tiles"]),
+        (False, True, [few_rows, "rows in float8"]),
     ):
         made = TritonBackend(DEVICE, torch.float32, deterministic)
-        assert forms_of(made, shapes_for(made, is_fp8=is_fp8)) == [*every, more]
+        assert forms_of(made, shapes_for(made, is_fp8=is_fp8)) == [*every, *more]
     of_torchs_attention = backend.GpuBackend(DEVICE, torch.float32)
     titles = forms_of(of_torchs_attention, shapes_for(of_torchs_attention))
     assert titles == [title for title in every if title not in ATTENTION]
@@ -67,14 +69,26 @@ def test_kernels_are_right_and_are_used():
     assert made.relu2 is elementwise.relu2 and made.can_record and made.few_rows
 
 
+ERAS = [("1", 2, 2, torch.float32), ("3", 4, 2, torch.float16), ("5", 2, 1, torch.float32)]
+INT8 = [
+    (2, 2, torch.float32, False), (2, 2, torch.float16, True),
+    (4, 1, torch.float16, False), (4, 1, torch.float32, True),
+]  # fmt: skip
+if ALL:  # else each value of each column, in half of the combinations
+    DTYPES = (torch.float32, torch.float16)
+    ERAS = [(*era[:3], dtype) for era in ERAS for dtype in DTYPES]
+    INT8 = [
+        (*heads, dtype, x) for heads in [(2, 2), (4, 1)] for dtype in DTYPES for x in (False, True)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("era, n_head, n_kv_head", [("1", 2, 2), ("3", 4, 2), ("5", 2, 1)])
-def test_all_forms_are_right(dtype, era, n_head, n_kv_head):
+@pytest.mark.parametrize("era, n_head, n_kv_head, dtype", ERAS)
+def test_all_forms_are_right(era, n_head, n_kv_head, dtype):
     heads = {"era": era, "n_head": n_head, "n_kv_head": n_kv_head}
     for deterministic, is_fp8 in ((False, False), (True, False), (False, True)):
         results = check(TritonBackend(DEVICE, dtype, deterministic), **heads, is_fp8=is_fp8)
-        assert len(results) == 7 and not any(results.values()), results
+        assert len(results) == 7 + is_fp8 and not any(results.values()), results
 
 
 def test_k_and_v_in_int8_are_written_and_read():
@@ -85,10 +99,8 @@ def test_k_and_v_in_int8_are_written_and_read():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("n_head, n_kv_head", [(2, 2), (4, 1)])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_all_forms_are_right_in_int8(dtype, n_head, n_kv_head, deterministic):
+@pytest.mark.parametrize("n_head, n_kv_head, dtype, deterministic", INT8)
+def test_all_forms_are_right_in_int8(n_head, n_kv_head, dtype, deterministic):
     made = backend.Int8TritonBackend(DEVICE, dtype, deterministic)
     results = check(made, n_head=n_head, n_kv_head=n_kv_head)
     assert len(results) == 7 and not any(results.values()), results
@@ -201,6 +213,30 @@ def test_a_wrong_draw_is_found(monkeypatch):
 
     monkeypatch.setattr(sampler, "_first", _first)
     assert "number" in check(TritonBackend(DEVICE, torch.float32), "draw")["draw"]
+
+
+def test_shared_prefixes_are_checked_and_left_out_where_they_are_wrong(monkeypatch):
+    monkeypatch.setenv("MICROVLLM_SHARED_PREFIXES", "1")
+    title = "attention of shared prefixes"
+    assert TritonBackend(DEVICE, torch.float32, deterministic=True).prefixes is None
+    made = TritonBackend(DEVICE, torch.float32)
+    shapes = shapes_for(made)
+    assert title in forms_of(made, shapes)
+    assert check(made, title) == {title: ""}
+    find = prefixes.find_shared
+
+    def find_more(tables, seq_lens, block_size, max_rows):
+        num_shared, counts = find(tables, seq_lens, block_size, max_rows)
+        assert counts.tolist() == [3, 0, 0, 0, 2, 0]
+        return torch.stack([num_shared + block_size * (num_shared > 0), counts])
+
+    monkeypatch.setattr(prefixes, "find_shared", find_more)
+    results = check(made, title, ATTENTION[0])
+    assert "relative error" in results[title] and results[ATTENTION[0]] == ""
+    with pytest.warns(UserWarning, match=title):
+        made.use_plain(results)
+    assert made.attend.keywords["prefixes"] is None and made.can_record
+    assert made.attend.func is attention.paged_attention
 
 
 def attend_with(change, q, k, v, batch, window):

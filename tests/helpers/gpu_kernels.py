@@ -30,9 +30,10 @@ def ints(values):
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def attention_case(sequences, n_head, n_kv, dim, block_size, dtype):
-    """sequences: (rows, tokens in the cache) each, decodes first. Returns q, a clean k and v for
-    the reference, a k and v with NaN wherever no sequence has a token, and the batch."""
+def attention_case(sequences, n_head, n_kv, dim, block_size, dtype, forks=()):
+    """sequences: (rows, tokens in the cache) each, decodes first; forks: (sequence, blocks), the
+    first ones, which are those of the sequence before it. Returns q, a clean k and v for the
+    reference, a k and v with NaN wherever no sequence has a token, and the batch."""
     blocks = [-(-length // block_size) for _, length in sequences]
     k, v = randn(2, sum(blocks) + 3, n_kv, block_size, dim, dtype=dtype)
     order = (torch.randperm(sum(blocks) + 2) + 1).tolist()  # block 0 is the null block
@@ -40,6 +41,8 @@ def attention_case(sequences, n_head, n_kv, dim, block_size, dtype):
     owned = torch.zeros(len(k), block_size, dtype=torch.bool)
     for b, (_, length) in enumerate(sequences):
         tables[b, : blocks[b]] = torch.tensor([order.pop() for _ in range(blocks[b])])
+        same = dict(forks).get(b, 0)
+        tables[b, :same] = tables[b - 1, :same]
         for p in range(length):
             owned[tables[b, p // block_size], p % block_size] = True
     rows = [r for r, _ in sequences]

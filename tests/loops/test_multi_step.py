@@ -18,6 +18,7 @@ from microvllm import LLM
 from microvllm.checkpoint import load_model
 from microvllm.cpu import team
 from microvllm.loops import multi_step
+from microvllm.scheduler import DraftProposer
 from microvllm.trace import Replay
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # for its kernels
@@ -248,6 +249,32 @@ def test_new_weights_are_used_at_once(calls):
         new = plain(at_once(llm, WORK[:2]))
         llm.scheduler.reset()
         assert old != new == plain(one_by_one(llm, WORK[:2])) and calls
+
+
+class Quiet(DraftProposer):
+    """Proposes nothing, and says for how many steps."""
+
+    max_rows = 8
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+
+    def num_quiet_steps(self) -> int:
+        return self.num_steps
+
+    def propose(self, seq, max_tokens):
+        return []
+
+
+@has_tiles
+def test_steps_are_computed_ahead_while_no_tokens_are_drafted(calls):
+    with build(NAME, num_blocks=60) as llm:
+        want = plain(one_by_one(llm, WORK))
+        llm.scheduler.proposer = Quiet(0)
+        assert plain(at_once(llm, WORK)) == want and not calls
+        llm.scheduler.proposer = Quiet(5)
+        assert plain(at_once(llm, WORK)) == want
+        assert {most for _, most, _ in calls} <= {2, 3, 4, 5} and len(calls) > 3
 
 
 @has_tiles

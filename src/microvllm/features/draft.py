@@ -44,8 +44,8 @@ NUM_EXPECTED = 64
 # acceptance
 WEIGHT = 0.1
 DECAY = 0.95
-NUM_PLAIN = 2  # steps without drafts, by which their time is measured
-PLAIN_EVERY = 64  # every 64th choice measures that time again
+NUM_PLAIN = 8  # steps without drafts, to measure their time: several may be one call
+PLAIN_EVERY = 256  # every 256th choice measures that time again
 TRIAL_SHARE = 0.01  # share of the time that trials of drafts may lose
 MAX_TRIALS = 4  # in a row
 MAX_IDLE = 256  # steps without drafts before the next choice
@@ -249,6 +249,11 @@ class DraftModel(DraftProposer):
         self.num_planned = 1
         self.num_accepted = 0
         self.steps = Steps(self.clock(), refs, count_tokens(seqs), choice, draft_seconds)
+
+    def num_quiet_steps(self) -> int:
+        if self.steps is None or self.steps.choice.length > 0:
+            return 0
+        return self.steps.choice.num_steps - self.num_planned + 1
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
         return self.drafts.pop(seq, [])[:max_tokens]

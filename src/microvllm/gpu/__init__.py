@@ -1,5 +1,5 @@
-"""What a GPU has of its own: kernels in Triton, FlashAttention, recorded decode steps, and a cache
-as large as the card allows. Its loop, one step ahead, is in loops/ahead.py."""
+"""The parts of an engine on a GPU: Triton kernels, FlashAttention, recorded decode steps, and the
+size of the KV cache. The loop that runs one step ahead is in loops/ahead.py."""
 
 import functools
 import importlib.util
@@ -12,15 +12,15 @@ import torch
 
 
 def say(line: str) -> None:
-    """Tell a person who waits."""
+    """Print a line for the user, who waits."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):  # closed
             print(f"microvllm: {line}", file=sys.stderr, flush=True)
 
 
 def has_triton(device: torch.device) -> bool:
-    """Do the Triton kernels run there: an NVIDIA card from Ampere on, or one of AMD's, with a
-    compiler that works? Warns once if there is all but the compiler."""
+    """Can the Triton kernels run on a device? They need an NVIDIA card from Ampere on or an AMD
+    card, and a working compiler. Warns once if only the compiler is missing."""
     if not takes_triton(device):
         return False
     problem = compiler_problem(device)
@@ -31,7 +31,7 @@ def has_triton(device: torch.device) -> bool:
 
 @functools.cache
 def takes_triton(device: torch.device) -> bool:
-    """Is Triton installed, and the device one that its kernels are written for?"""
+    """Is Triton installed, and do the kernels support the device?"""
     if device.type != "cuda" or not importlib.util.find_spec("triton"):
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -39,8 +39,8 @@ def takes_triton(device: torch.device) -> bool:
 
 @functools.cache
 def compiler_problem(device: torch.device) -> str | None:
-    """Why Triton cannot compile here, None if it can; a small kernel is compiled and run. For a
-    launch Triton compiles C, with the system's compiler and Python's headers."""
+    """Compile and run a small kernel. Returns the reason if this fails, else None. Triton compiles
+    C for each launcher, with the system's compiler and Python's headers."""
     try:
         from .launch import try_compiler
 
@@ -58,5 +58,5 @@ def compiler_problem(device: torch.device) -> str | None:
 
 @functools.cache  # once
 def warn_of_compiler(problem: str) -> None:
-    """Say that the kernels are not used."""
+    """Warn that the kernels are not used."""
     warnings.warn(f"{problem}; until then plain torch computes, slower", stacklevel=2)

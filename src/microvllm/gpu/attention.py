@@ -3,6 +3,7 @@
 import functools
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,7 +12,7 @@ import triton.language as tl
 from . import launch
 from .launch import VARIES, begin
 
-SEARCHED = tl.constexpr(512)  # sequences that a program of `_chunk` looks at in one go
+SEARCHED = tl.constexpr(512)  # sequences that a program of `_chunk` reads at a time
 MAX_SPLITS = tl.constexpr(64)
 
 
@@ -20,16 +21,16 @@ def _keys(
     k, v, table, tile, stop, block_stride,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # keys and values (TILE, BLOCK_D) of the positions from `tile` = n * TILE on; 0 from `stop` on
+    # keys and values (TILE, BLOCK_D) from position `tile` = n * TILE on; zeros from `stop` on
     within = tl.arange(0, TILE)
     d = tl.arange(0, BLOCK_D)[None, :]
-    if BLOCK_SIZE % TILE == 0:  # all in one block: one look-up, then a base and constant offsets
+    if BLOCK_SIZE % TILE == 0:  # one block: one look-up, then a base and constant offsets
         block = tl.load(table + tile // BLOCK_SIZE, tile < stop, 0)
         base = block.to(tl.int64) * block_stride + tile % BLOCK_SIZE * D
         k += base
         v += base
         at = within[:, None] * D + d
-    else:  # one look-up per position, not per block: any size of tile, whatever the block's
+    else:  # a look-up for each position: tiles and blocks may have any size
         position = tile + within
         block = tl.load(table + position // BLOCK_SIZE, position < stop, 0)
         at = (block.to(tl.int64) * block_stride + position % BLOCK_SIZE * D)[:, None] + d
@@ -42,8 +43,8 @@ def _scales(
     k, v, table, tile, stop, block_stride,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # what 1 is worth in the keys and values of those positions, (TILE,) each, of fused/int8_cache:
-    # bfloat16, the upper half of a float32, behind the block's values of a head
+    # the scales of keys and of values at these positions, (TILE,) each, as in fused/int8_cache.py:
+    # bfloat16, which is the upper half of a float32, after the values of a head in the block
     position = tile + tl.arange(0, TILE)
     live = position < stop
     block = tl.load(table + position // BLOCK_SIZE, live, 0)
@@ -57,16 +58,16 @@ def _scales(
 @triton.jit
 def _add_tile(score, value, value_scale, m, total, acc):
     # the online softmax: m is the largest score of each row so far, total and acc are the sums of
-    # weights and of weighted values in units of 2^m. masked scores are a finite -1e30: a row that
-    # sees no key of its first tiles collects nonsense there, until a real key shrinks it to 0
+    # weights and of weighted values in units of 2^m. masked scores are -1e30 and not -inf: a row
+    # that sees no key in its first tiles has wrong sums, which the first visible key scales to 0
     m_new = tl.maximum(m, tl.max(score, 1))
     weight = tl.exp2(score - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(weight, 1)
     acc = acc * shrink[:, None]
-    if value_scale is not None:  # value is in units of it
+    if value_scale is not None:  # the unit of value
         weight = weight * value_scale[None, :]
-    if score.shape[0] == 1:  # nothing to share: plain multiply and add, memory is the limit
+    if score.shape[0] == 1:  # a single row: memory is the limit, not arithmetic
         column = tl.reshape(weight, (value.shape[0], 1))
         acc += tl.sum(column * value.to(tl.float32), 0)[None, :]
     else:
@@ -76,8 +77,8 @@ def _add_tile(score, value, value_scale, m, total, acc):
 
 @triton.jit
 def _combine(parts, lse, out, splits, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    # each split brought its own softmax: out_s, and lse_s = log2 of the sum it divided by. over all
-    # keys the divisor is the sum of 2^lse_s, so split s counts with 2^lse_s / sum(2^lse)
+    # each split has its own softmax: out_s, and lse_s = log2 of its divisor. the divisor of all
+    # keys is the sum of 2^lse_s, so the weight of split s is 2^lse_s / sum(2^lse)
     every = tl.arange(0, MAX_SPLITS)
     top = tl.max(tl.load(lse + every, every < splits, -1e30, cache_modifier=".cg"), 0)
     d = tl.arange(0, BLOCK_D)
@@ -95,26 +96,50 @@ def _combine(parts, lse, out, splits, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARIES)
 def _decode(
-    q, k, v, tables, seq_lens, out, parts, lse, counts, table_stride, block_stride, scale, window,
+    q, k, v, tables, seq_lens, out, parts, lse, counts, shared, other_splits,
+    table_stride, block_stride, scale, window,
     N_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    # one program: the query of one sequence, all query heads of one kv head, one split of the keys
+    # one program: the query of one sequence, all query heads of one kv head, one split of the keys.
+    # shared: None, or the result of prefixes.find_shared. with it there are two launches. TOGETHER:
+    # a program has the queries of a tile of sequences and a split of their shared keys. then: those
+    # of one sequence and a split of its other keys. other_splits: the splits of the other launch;
+    # the parts of shared keys come first
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits = tl.num_programs(2)  # not a constexpr: there would be a kernel for each count
+    splits = tl.num_programs(2)  # a constexpr would need a kernel for each number
     d = tl.arange(0, BLOCK_D)
+    g = tl.arange(0, BLOCK_G)  # BLOCK_G is 1, or a multiple of 16 that the matrix units take
     begin(PDL)
-    seq_len = tl.load(seq_lens + sequence)
-    # the keys seen are start .. seq_len - 1; tiles lie on a fixed grid, splits are whole tiles
-    start = tl.where(window < 0, 0, tl.maximum(seq_len - 1 - window, 0))
+    # the keys seen are start .. seq_len - 1, of a row from left on
+    if TOGETHER:
+        num_rows = tl.load(shared + tl.num_programs(1) + sequence)
+        if num_rows == 0:  # the tile is another program's, or there is none
+            return
+        seq_len = tl.load(shared + sequence)
+        row = sequence + g // GROUP
+        is_row = g < num_rows * GROUP
+        lengths = tl.load(seq_lens + row, is_row, 1 << 30)
+        left = tl.where(window < 0, 0, tl.maximum(lengths - 1 - window, 0))
+        start = tl.minimum(tl.min(left, 0), seq_len)
+        left = left[:, None]
+        rows = (row * N_KV + head) * GROUP + g % GROUP
+    else:
+        seq_len = tl.load(seq_lens + sequence)
+        start = tl.where(window < 0, 0, tl.maximum(seq_len - 1 - window, 0))
+        if shared is not None:
+            num_shared = tl.load(shared + sequence)
+            start = tl.maximum(start, num_shared)
+        left = start
+        rows = (sequence * N_KV + head) * GROUP + g
+        is_row = g < GROUP
+    # tiles lie on a fixed grid, splits are whole tiles
     first = start // TILE * TILE
     tiles = tl.cdiv(seq_len - first, TILE)
     lo = first + tl.cdiv(tiles, splits) * TILE * split
     hi = tl.minimum(lo + tl.cdiv(tiles, splits) * TILE, seq_len)
-    query_head = (sequence * N_KV + head) * GROUP
-    g = tl.arange(0, BLOCK_G)  # BLOCK_G is 1, or a multiple of 16 that the matrix units take
-    rows = query_head + g
-    live = (g < GROUP)[:, None] & (d < D)[None, :]
+    live = is_row[:, None] & (d < D)[None, :]
     query = tl.load(q + rows[:, None] * D + d[None, :], live, 0.0)
     table = tables + sequence.to(tl.int64) * table_stride
     INT8: tl.constexpr = k.dtype.element_ty == tl.int8  # a scale of 2 bytes for each position
@@ -124,8 +149,8 @@ def _decode(
     m, total = tl.full((BLOCK_G,), -1e30, tl.float32), tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     if BLOCK_G == 1:
-        # ask for a tile before the one in hand is worked on. left to itself, the compiler waits for
-        # memory several times in every tile
+        # load a tile before the previous one is processed. otherwise the compiler waits for memory
+        # several times in every tile
         key2, value2 = _keys(k, v, table, lo, hi, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
         if INT8:
             ks2, vs2 = _scales(k, v, table, lo, hi, block_stride, D, BLOCK_SIZE, TILE)
@@ -143,16 +168,16 @@ def _decode(
                 ks, vs = _scales(k, v, table, tile, hi, block_stride, D, BLOCK_SIZE, TILE)
         if INT8:
             key, value = key.to(query.dtype), value.to(query.dtype)
-        seen = (position >= start) & (position < hi)
+        seen = (position[None, :] >= left) & (position < hi)[None, :]
         if BLOCK_G == 1:
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :] * scale
         else:
             score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if INT8:
-            score = tl.where(seen[None, :], score * ks[None, :], -1e30)
+            score = tl.where(seen, score * ks[None, :], -1e30)
             m, total, acc = _add_tile(score, value, vs, m, total, acc)
         else:
-            score = tl.where(seen[None, :], score, -1e30)
+            score = tl.where(seen, score, -1e30)
             m, total, acc = _add_tile(score, value, None, m, total, acc)
     # a split without keys (or a sequence of length 0) has total 0: it writes 0, and no NaN
     divisor = tl.where(total > 0, total, 1.0)
@@ -160,19 +185,31 @@ def _decode(
     if lse is None:
         tl.store(out + rows[:, None] * D + d[None, :], acc, live)
     else:
-        part = rows.to(tl.int64) * splits + split
+        all_splits = splits + other_splits
+        part = rows.to(tl.int64) * all_splits + split
+        if not TOGETHER:
+            part += other_splits
         tl.store(parts + part[:, None] * D + d[None, :], acc, live)
-        tl.store(lse + part, tl.where(total > 0, m, -1e30) + tl.log2(divisor), g < GROUP)
-        # the last one to come here combines what all have written: a launch less. the barrier is
-        # for the threads of this program, acquire and release for the other programs
-        tl.debug_barrier()
-        count = counts + sequence * N_KV + head
-        if tl.atomic_add(count, 1, sem="acq_rel") == splits - 1:
-            tl.store(count, 0)  # as the next launch wants to find it
-            for i in range(GROUP):
-                row = (query_head + i).to(tl.int64)
-                part0 = row * splits
-                _combine(parts + part0 * D, lse + part0, out + row * D, splits, D, BLOCK_D)
+        tl.store(lse + part, tl.where(total > 0, m, -1e30) + tl.log2(divisor), is_row)
+        if not TOGETHER:
+            # the last program to come here combines all parts, which saves a launch. the barrier
+            # orders the threads of this program, acquire and release order the programs
+            tl.debug_barrier()
+            count = counts + sequence * N_KV + head
+            before = 0
+            if splits > 1:
+                before = tl.atomic_add(count, 1, sem="acq_rel")
+            if before == splits - 1:
+                if splits > 1:
+                    tl.store(count, 0)  # for the next launch
+                skip = 0  # parts of shared keys, if there are none
+                if shared is not None:
+                    skip = tl.where(num_shared > 0, 0, other_splits)
+                for i in range(GROUP):
+                    row = ((sequence * N_KV + head) * GROUP + i).to(tl.int64)
+                    part0 = row * all_splits + skip
+                    to = out + row * D
+                    _combine(parts + part0 * D, lse + part0, to, all_splits - skip, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -184,15 +221,14 @@ def _chunk(
     PDL: tl.constexpr,
 ):  # fmt: skip
     # one program: BLOCK_Q neighbouring queries of one sequence and all query heads of one kv head.
-    # the last queries see the most keys, so they start first and the short ones fill up the end
+    # the last queries see the most keys, so their programs start first
     BLOCK_Q: tl.constexpr = BLOCK_M // BLOCK_G
     head = tl.program_id(0)
     program = tl.num_programs(1) - 1 - tl.program_id(1)
     begin(PDL)
-    # the host does not know the lengths one by one. sequence i of the chunks, starting at row c_i,
-    # gets the programs from c_i // BLOCK_Q + i on: always enough, at most one too many each. the
-    # last i that starts at or before this program is found by counting: a binary search would wait
-    # for memory nine times in a row
+    # the grid depends on the numbers of rows and sequences alone. chunk i starts at row c_i and has
+    # the programs from c_i // BLOCK_Q + i on, at most one more than it needs. counting finds the
+    # last i that starts at or before this program: a binary search would wait for memory nine times
     cu_seqlens += first_sequence
     row0 = tl.load(cu_seqlens)
     i = -1
@@ -238,13 +274,13 @@ def _chunk(
         else:
             score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
             m, total, acc = _add_tile(tl.where(seen, score, -1e30), value, None, m, total, acc)
-    # a row of a sequence of length 0 has seen no key: it writes 0, and no NaN, which a later layer
-    # would write into the null block, where tiles that begin before a window read it
+    # a row of a sequence of length 0 sees no key. it writes 0: a later layer would write a NaN into
+    # the null block, which tiles that begin before a window read
     tl.store(out + at, acc / tl.where(total > 0, total, 1.0)[:, None], live)
 
 
 def make_counts(device: torch.device) -> torch.Tensor:
-    """What `paged_attention` counts with: for one stream, and 0 between two launches."""
+    """The counters of `paged_attention` for one stream; 0 between two launches."""
     size = launch.MAX_AT_ONCE * launch.card(device)[0]
     return torch.zeros(size, dtype=torch.int32, device=device)
 
@@ -256,27 +292,103 @@ def decodes_at_once(
     constants: tuple[int, ...],
     options: tuple[int, int],
 ) -> int:
-    """Programs of `_decode` that a multiprocessor runs at once, as the compiler and the card have
-    it: contexts are split until there are about that many. dtypes: of the queries, and of K and V;
-    constants: the kernel's; options: warps and stages."""
+    """How many programs of `_decode` a multiprocessor runs at once, according to the compiled
+    kernel and the card. Contexts are split into about as many programs. dtypes: of the queries, and
+    of K and V; constants: of the kernel; options: warps and stages."""
     if device.type != "cuda":  # the interpreter
         return 8
     num_warps, num_stages = options
     x, kv = (torch.empty(16, dtype=dtype, device=device) for dtype in dtypes)
     integers = torch.empty(16, dtype=torch.int32, device=device)
     parts = torch.empty(16, dtype=torch.float32, device=device)
+    shared = integers if constants[-1] else None
     kernel = _decode.warmup(
-        x, kv, kv, integers, integers, x, parts, parts, integers, 16, 16, 1.0, -1, *constants,
-        num_warps=num_warps, num_stages=num_stages, grid=(1,), **launch.options(device),
+        x, kv, kv, integers, integers, x, parts, parts, integers, shared, 0, 16, 16, 1.0, -1,
+        *constants, num_warps=num_warps, num_stages=num_stages, grid=(1,), **launch.options(device),
     )  # fmt: skip
     return launch.programs_at_once(device, kernel, num_warps)
 
 
-def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts=None):
+class DecodeLaunch(NamedTuple):
+    """How `_decode` is launched: its last constants, warps and stages."""
+
+    block_g: int  # rows of a program, query heads of one kv head
+    tile: int  # keys at a time
+    together: bool  # the shared keys of several sequences
+    warps: int
+    stages: int
+
+    @classmethod
+    def choose(cls, q, k, block_d: int, together: bool) -> "DecodeLaunch":
+        """For queries and keys; block_d: D, a power of two."""
+        group, is_wide = q.shape[1] // k.shape[1], q.element_size() == 4
+        if group == 1 and not together:
+            # one warp with 4 KB of keys at a time: many small programs fill the card. of int8 half
+            # of that: each number becomes a float32, and more would spill
+            return cls(1, max(4096 // (block_d * max(k.element_size(), 2)), 1), False, 1, 3)
+        block_g = max(16, triton.next_power_of_2(group))
+        if together:
+            # float32 has no matrix units, and more rows would spill
+            most = 16 if is_wide else 32 if block_d > 128 else 64
+            block_g = max(2 * triton.next_power_of_2(group), most)
+        return cls(block_g, 16 if is_wide else min(8192 // block_d, 64), together, 4, 5)
+
+    def num_splits(self, q, k, shape: tuple[int, ...], num_programs: int, longest: int) -> int:
+        """Parts of a context of up to `longest` keys, so that programs fill the card."""
+        constants = (*shape, self.block_g, self.tile, self.together)
+        options = (self.warps, self.stages)
+        at_once = decodes_at_once(q.device, (q.dtype, k.dtype), constants, options)
+        wanted = round(at_once * launch.card(q.device)[0] / num_programs)
+        return max(1, min(wanted, triton.cdiv(longest, 64)))
+
+
+def attend_decodes(q, k, v, batch, out, where, num_splits, counts, prefixes) -> None:
+    """Write the attention of the batch's decodes to `out`. where: the arguments of `_decode` from
+    table_stride to BLOCK_D; for the others see `paged_attention`."""
+    decodes, n_head, D = batch.num_decodes, *q.shape[1:]
+    n_kv, block_size = k.shape[1:3]
+    shape = where[4:]
+    own = DecodeLaunch.choose(q, k, shape[-1], together=False)
+    most = MAX_SPLITS.value
+    shared = None
+    num_shared = 0  # splits of shared keys
+    if prefixes is not None and decodes > 1:
+        both = DecodeLaunch.choose(q, k, shape[-1], together=True)
+        max_rows = both.block_g // (n_head // n_kv)  # of a tile
+        shared = prefixes.find(batch, block_size, max_rows)
+        most //= 2
+        num_programs = triton.cdiv(decodes, max_rows) * n_kv
+        num_shared = both.num_splits(q, k, shape, num_programs, batch.max_seq_len)
+        num_shared = min(num_splits or num_shared, most)
+    splits = own.num_splits(q, k, shape, decodes * n_kv, batch.max_seq_len)
+    splits = num_splits or min(splits, most)
+    parts = lse = None
+    if splits + num_shared > 1:
+        shape = (decodes, n_head, splits + num_shared)
+        parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        counts = make_counts(q.device) if counts is None else counts
+    assert splits + num_shared <= MAX_SPLITS.value, (splits, num_shared)
+    assert splits == 1 or decodes * n_kv <= len(counts), (decodes, n_kv)
+    launches = [(own, splits, num_shared)]
+    if shared is not None:
+        launches.insert(0, (both, num_shared, splits))
+    for kind, here, elsewhere in launches:
+        _decode[(n_kv, decodes, here)](
+            q, k, v, batch.block_tables, batch.seq_lens, out, parts, lse, counts, shared, elsewhere,
+            *where, *kind[:3],
+            num_warps=kind.warps, num_stages=kind.stages, **launch.options(q.device),
+        )  # fmt: skip
+
+
+def paged_attention(
+    q, k, v, batch, window, num_splits=None, fixed=False, counts=None, prefixes=None
+):
     """Decodes go to one kernel, longer chunks to another.
 
     num_splits: programs that share the context of one decoding sequence, 64 at most; None: as many
-    as fill the card. fixed: see fixed_attention. counts: see make_counts; None: new ones.
+    as fill the card. fixed: see fixed_attention. counts: see make_counts; None: new ones. prefixes:
+    a SharedPrefixes, if decodes with the same first blocks read them together.
     The online softmax and the split of the context are FlashAttention's (Dao et al., 2022) and
     Flash-Decoding's (Dao et al., 2023), the block table PagedAttention's (Kwon et al., 2023).
     """
@@ -291,49 +403,28 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
     block_d = max(16, triton.next_power_of_2(D))
     decodes = 0 if fixed else batch.num_decodes
     chunks = seq_lens.shape[0] - decodes
-    processors, memory, options = launch.card(q.device)
+    _, memory, options = launch.card(q.device)
     scale = math.log2(math.e) / math.sqrt(D)  # exp2 is what the hardware has
     where = tables.stride(0), k.stride(0), scale, window, n_kv, group, D, block_size, block_d
     out = torch.empty_like(q)
     if decodes:
-        if group == 1:  # one warp with 4 KB of keys at a time: many small programs fill the card
-            block_g, warps, stages = 1, 1, 3
-            tile = max(4096 // (block_d * k.element_size()), 1)
-        else:
-            block_g, warps, stages = max(16, triton.next_power_of_2(group)), 4, 5
-            tile = 16 if size == 4 else min(8192 // block_d, 64)
-        constants = (n_kv, group, D, block_size, block_d, block_g, tile)
-        at_once = decodes_at_once(q.device, (q.dtype, k.dtype), constants, (warps, stages))
-        wanted = round(at_once * processors / (decodes * n_kv))
-        most = MAX_SPLITS.value
-        splits = num_splits or max(1, min(wanted, triton.cdiv(batch.max_seq_len, 64), most))
-        parts = lse = None
-        if splits > 1:
-            shape = (decodes, n_head, splits)
-            parts = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
-            lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-            counts = make_counts(q.device) if counts is None else counts
-            assert splits <= most and decodes * n_kv <= len(counts), (splits, decodes, n_kv)
-        _decode[(n_kv, decodes, splits)](
-            q, k, v, tables, seq_lens, out, parts, lse, counts, *where, block_g, tile,
-            num_warps=warps, num_stages=stages, **options,
-        )  # fmt: skip
+        attend_decodes(q, k, v, batch, out, where, num_splits, counts, prefixes)
     if chunks:
         block_g = triton.next_power_of_2(group)
         # small blocks for float32, which has no matrix units and spills, and for short prompts: if
-        # what large ones would add to these, 128 x 64 scores each, is more than the longest has
+        # large blocks, of 128 x 64 scores, compute more for these than the longest prompt needs
         longest, mean = batch.max_query_len * block_g, (T - decodes) // chunks * block_g
         short = mean <= 32 and longest * longest <= 128 * 64 * chunks
         block_m, tile, warps = (32, 32, 4) if size == 4 or short else (128, 64, 8)
         if fixed and size < 4:
             block_m, tile, warps = 64, 64, 4
         if block_d == 128 and (size == 4 or (fixed and memory <= 200_000)):
-            warps = 8  # with 4 their registers do not suffice
+            warps = 8  # 4 warps have too few registers
         if block_d > 128:
             block_m, tile, warps = min(block_m, 64), tile // 2, 8
         block_m = max(block_m, block_g)
-        # two K and two V tiles beside the queries, three where products run by themselves (Hopper
-        # and later), a little for the look-ups, and weights if warps share rows
+        # two K and two V tiles beside the queries, three where products are asynchronous (Hopper
+        # and later), the look-ups, and weights if warps share rows
         per_key = (6 if memory > 200_000 else 4) * block_d + block_m * (16 * warps > block_m)
         while tile > 16 and (tile * per_key + block_m * block_d) * size + 1024 > memory:
             tile //= 2
@@ -341,13 +432,13 @@ def paged_attention(q, k, v, batch, window, num_splits=None, fixed=False, counts
         _chunk[(n_kv, blocks)](
             q, k, v, tables, seq_lens, batch.cu_seqlens, out, decodes, chunks, *where,
             block_g, block_m, tile,
-            # a look-up, then a load: two steps of the compiler's pipeline. only from 5 stages on is
-            # a tile on its way while another is worked on; with 3 or 4 each is waited for at once
+            # a look-up and a load are two stages of the compiler's pipeline. a tile is loaded while
+            # another is processed only from 5 stages on; with 3 or 4 the kernel waits for each
             num_warps=warps, num_stages=5, **options,
         )  # fmt: skip
     return out
 
 
-# all rows go through one kernel: the bits of a row depend neither on who shares its batch nor on
+# one kernel for all rows: the bits of a row depend neither on the other rows of the batch nor on
 # where its chunk begins, nor on whether it is a decode
 fixed_attention = partial(paged_attention, fixed=True)

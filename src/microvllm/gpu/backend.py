@@ -1,4 +1,4 @@
-"""What a GPU provides for the fused model, and weights in float8."""
+"""The backends of a GPU for the fused model, and weights in float8."""
 
 import warnings
 from collections.abc import Callable
@@ -13,18 +13,19 @@ from ..fused.int8_cache import Int8CacheBackend
 from ..fused.linear import Linear
 from ..sampler import to_device
 from . import compiler_problem, has_triton, takes_triton
+from .prefixes import SharedPrefixes, shares_prefixes
 from .upload import Uploader
 
 
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, C) as float8 (4 bits of exponent, 3 of fraction, 448 at most), and what 1 is worth in
-    each row, (T, 1) float32."""
+    """Round x (T, C) to float8 (4 bits of exponent, 3 of fraction, 448 at most). Returns it and the
+    scale of each row, (T, 1) float32."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30) / 448
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
 class GpuBackend(Backend):
-    """Triton's elementwise kernels and draw, where it runs, and float8; attention in torch."""
+    """Attention in torch; elementwise kernels and the draw in Triton, where it runs; float8."""
 
     draw: Callable[..., Tensor] | None = None  # the kernels of `sample`
     fp8_rows = staticmethod(fp8_rows)  # of the inputs of a product
@@ -42,16 +43,16 @@ class GpuBackend(Backend):
             self.fp8_rows = elementwise.fp8_rows
 
     def prepare(self, model) -> None:
-        """Compare the kernels with plain torch, and use none that differs."""
-        has_blocks = self.block_size % self.block_step == 0  # else it is refused later
+        """Compare the kernels with plain torch, and use only those that agree."""
+        has_blocks = self.block_size % self.block_step == 0  # other sizes are rejected later
         if self.device.type == "cuda" and has_triton(self.device) and has_blocks:
             from .self_check import check_kernels
 
             self.use_plain(check_kernels(self, shapes_of(model)))
 
     def use_plain(self, results: dict[str, str]) -> None:
-        """Compute in plain torch where a kernel is wrong, and say so. results: of `check_kernels`.
-        Raises ValueError where no plain function does the same."""
+        """Replace wrong kernels by plain torch, with a warning. results: of `check_kernels`. Raises
+        ValueError if no plain function computes the same bits."""
         from .self_check import FORMS
 
         wrong = {title: error for title, error in results.items() if error}
@@ -67,7 +68,9 @@ class GpuBackend(Backend):
         attributes = {FORMS[title].attribute for title in wrong}
         for attribute in attributes:
             vars(self).pop(attribute, None)  # then it is the class's own
-        if not attributes <= {"few_rows", "fp8_rows"}:
+        if "prefixes" in attributes and "attend" in vars(self):
+            self.attend = partial(self.attend, prefixes=None)
+        if not attributes <= {"few_rows", "fp8_rows", "prefixes"}:
             self.can_record = False  # a plain function may wait for the device
         warnings.warn(
             f"kernels differ from plain torch on {self.device}, which computes in their place, "
@@ -111,18 +114,21 @@ class GpuBackend(Backend):
 
 
 class TritonBackend(GpuBackend):
-    """Triton's attention as well and, with deterministic=True, a product whose rows do not depend
-    on their batch."""
+    """Attention in Triton as well. With deterministic=True also matrix products whose rows do not
+    depend on their batch."""
 
     name = "triton"
     can_record = True
+    prefixes: SharedPrefixes | None = None  # if decodes read their shared blocks together
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
         from . import attention, elementwise, launch
 
+        if shares_prefixes() and not deterministic:
+            self.prefixes = SharedPrefixes()
         counts = attention.make_counts(device)
-        self.attend = partial(attention.paged_attention, counts=counts)
+        self.attend = partial(attention.paged_attention, counts=counts, prefixes=self.prefixes)
         if launch.TRITON_34 and torch.version.hip is None and not deterministic:
             self.few_rows = True
         if deterministic:
@@ -141,11 +147,11 @@ class TritonBackend(GpuBackend):
 
 
 class Int8TritonBackend(TritonBackend, Int8CacheBackend):
-    """The same with K and V in 8 bits: the kernels see it from their dtype."""
+    """The same with K and V in 8 bits. The kernels recognise it by the dtype."""
 
 
 def shapes_of(model):
-    """What the kernels of a model are compiled for."""
+    """The shapes for which the kernels of a model are compiled."""
     from .self_check import Shapes
 
     return Shapes(
@@ -159,10 +165,10 @@ def shapes_of(model):
 
 
 class Float8(Linear):
-    """float8, the inputs of each product as well, one scale for each row of either."""
+    """Weights and inputs of each product in float8, with a scale for each row of both."""
 
     def load(self, parts: list[Tensor]) -> None:
-        # rows of padding: the product wants outputs in steps of 16
+        # rows of padding: the product needs a multiple of 16 outputs
         whole = torch.cat([*parts, parts[0].new_zeros(-sum(self.sizes) % 16, self.width)])
         weight, scale = fp8_rows(whole.to(self.device, torch.float32))
         if self.weight is None:

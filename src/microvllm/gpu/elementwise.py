@@ -1,6 +1,6 @@
-"""The operations between the matrix products, fused: `add_norm`, `rope_store` and `relu2` are those
-of fused.backend.Backend. A product whose rows do not depend on their batch. And products of a few
-rows, with the norm before them or the addition and relu^2 after them."""
+"""Fused operations between the matrix products (`add_norm`, `rope_store` and `relu2` of
+fused.backend.Backend), a product whose rows do not depend on their batch, and products of a few
+rows with the norm before them or the addition or relu^2 after them."""
 
 import torch
 import triton
@@ -28,7 +28,8 @@ def _add_norm(
 
 
 def add_norm(x, y, x0, a, b, eps):
-    """Backend.add_norm in one pass over the residual stream; x itself where nothing changes it."""
+    """Backend.add_norm in one pass over the residual stream. Returns x itself if it is
+    unchanged."""
     (T, C), h = x.shape, torch.empty_like(x)
     x_new = None if y is None and a is None else torch.empty_like(x)
     _add_norm[(T,)](
@@ -60,12 +61,12 @@ def _store_int8(x, slot, lo, hi, is_here, D: tl.constexpr, BLOCK_SIZE: tl.conste
     half = tl.arange(0, lo.shape[1])[None, :]
     live = is_here & (half < D // 2)
     largest = tl.max(tl.maximum(tl.abs(lo), tl.abs(hi)), 1)[:, None]
-    largest += 0.0 * tl.sum(lo + hi, 1)[:, None]  # NaN, of which tl.max may know nothing
+    largest += 0.0 * tl.sum(lo + hi, 1)[:, None]  # tl.max may ignore a NaN
     bits = (tl.maximum(largest, 1e-30) / 127.0).to(tl.int32, bitcast=True)
     bits = tl.where(largest == largest, bits, 0x7FC00000)
     bits = (bits + 0xFFFF) >> 16  # the bfloat16 that is equal or next above
     scale = (bits << 16).to(tl.float32, bitcast=True)
-    # to the nearest, and of two to the even one: a float32 of this size has no fraction
+    # round half to even: a float32 of this size has no fraction
     MAGIC: tl.constexpr = 12582912.0
     offset = slot % BLOCK_SIZE
     at = x + offset * D + half
@@ -82,8 +83,8 @@ def _rope_store(
     N_HEAD: tl.constexpr, N_KV: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     C: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # HEADS neighbouring heads of one row, be they q, k or v: all three ways are computed, and each
-    # head is stored where it belongs
+    # HEADS neighbouring heads of one row, q, k or v: the results for all three are computed, and
+    # the right one is stored for each head
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     half = tl.arange(0, HALF)[None, :]
@@ -158,7 +159,7 @@ def _fp8_rows(x, y, scales, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.conste
 
 
 def fp8_rows(x):
-    """`backend.fp8_rows` in one pass."""
+    """backend.fp8_rows in one pass."""
     T, C = x.shape
     assert x.is_contiguous(), x.stride()
     y = torch.empty((T, C), dtype=torch.float8_e4m3fn, device=x.device)
@@ -170,7 +171,7 @@ def fp8_rows(x):
     return y, scales
 
 
-NARROW = 4096  # outputs up to which `linear` has narrow tiles
+NARROW = 4096  # the most outputs for which `linear` has narrow tiles
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -191,12 +192,13 @@ def _linear(
 
 
 def linear(x, w):
-    """x (T, K) @ w.T (K, N), in tiles of one size and sums of one order: unlike in cuBLAS, which
-    has another kernel for another T, the bits of a row depend on nothing but the row."""
+    """x (T, K) @ w.T (K, N) in tiles of one size and sums of one order. So the bits of a row depend
+    on the row alone. cuBLAS has other kernels for other T."""
     (T, K), N = x.shape, len(w)
     assert x.stride(1) == 1 and w.is_contiguous(), (x.stride(), w.stride())
     y = torch.empty((T, N), dtype=x.dtype, device=x.device)
-    # of one row and 2,176 outputs 68 programs and not 34: more of the card reads. by N alone
+    # by N alone: one row and 2,176 outputs have 68 programs instead of 34, which use more of the
+    # card
     width = 32 if N <= NARROW else 64
     _linear[(triton.cdiv(N, width), triton.cdiv(T, 64))](
         x, w, y, T, x.stride(0), N, K, 64, width, 64 if x.element_size() == 2 else 32,
@@ -207,16 +209,15 @@ def linear(x, w):
 
 @triton.jit(do_not_specialize=VARIES)
 def _few_rows(
-    x, w, y, h, stream, x0, a, b, eps, rows, N, K: tl.constexpr, RELU2: tl.constexpr,
+    x, w, scales, y, h, stream, x0, a, b, eps, rows, N, K: tl.constexpr, RELU2: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, ONE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_K)[None, :]
-    # such a product is little more than reading the weights once. those of this program are all
-    # asked for at once and kept in registers. the kernel in front does not write weights: they are
-    # on their way before it has ended, and so are those of the products after this one, while rope
-    # and attention leave the memory idle
+    # the time of this product is that of reading the weights. a program loads all of its weights at
+    # once into registers. the previous kernel does not write weights, so they are loaded before it
+    # has ended, also while rope and attention leave the memory idle
     release(PDL)
     at = w + n.to(tl.int64)[:, None] * K + c
     tiles = ()
@@ -244,8 +245,10 @@ def _few_rows(
             squares += z * z
             acc += tiles[t].to(tl.float32) * z
         out = tl.sum(acc, 1)
+        if scales is not None:
+            out *= tl.load(scales + n, n < N, 0.0)
         if h is not None:
-            # rms has no weight, it is one factor: it can wait until the sums are there
+            # the norm has no weights: one factor, applied to the sums
             factor = tl.rsqrt(tl.sum(squares) / K + eps)
             out *= factor
             H: tl.constexpr = 32 if K > 32 else K
@@ -263,39 +266,44 @@ def _few_rows(
         tl.store(y + row * N + n, out, n < N)
 
 
-def _launch_few_rows(x, w, h, stream, x0, a, b, eps, relu2, outputs, warps, y=None):
+def _launch_few_rows(x, w, scales, h, stream, x0, a, b, eps, relu2, outputs, warps, y=None):
     (rows, k), n = x.shape, w.shape[0]
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if y is None else y
-    # up to 80 registers of a thread are for weights, 16 bytes a load: then all programs of a
-    # multiprocessor have about 70 KB on their way, of one row, whose kernel is one without a loop
-    # and with half the registers, 140. fewer cannot fill the memory's pipe, more spill
-    warps = warps or triton.next_power_of_2(triton.cdiv(k * outputs, 20 * 256))
+    # up to 80 registers of a thread hold weights, 16 bytes a load. then the programs of a
+    # multiprocessor have about 70 KB in flight, or 140 KB for one row, whose kernel has no loop and
+    # half the registers. fewer do not saturate the memory, more spill
+    # weights in float8 take half the warps, unless their loop over rows has them as float32
+    threads_share = 512 if w.element_size() == 1 and rows == 1 else 256
+    warps = warps or triton.next_power_of_2(triton.cdiv(k * outputs, 20 * threads_share))
     warps = min(warps, triton.next_power_of_2(triton.cdiv(k, 256)), 32)
     block_k = 256 * warps
     _few_rows[(triton.cdiv(n, outputs),)](
-        x, w, y, h, stream, x0, a, b, eps, rows, n, k, relu2,
+        x, w, scales, y, h, stream, x0, a, b, eps, rows, n, k, relu2,
         outputs, block_k, triton.cdiv(k, block_k), rows == 1,
         num_warps=warps, **launch.options(x.device),
     )  # fmt: skip
     return y
 
 
-def norm_linear(x, w, eps, x0=None, a=None, b=None, relu2=False, outputs=4, warps=None, out=None):
+def norm_linear(
+    x, w, eps, x0=None, a=None, b=None, relu2=False, outputs=4, warps=None, out=None, scales=None
+):
     """rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
 
     x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
-    y = relu(.)^2. h: the first 32 channels of the normed x, all that `rope_store` wants to see.
-    outputs: how many a program computes, a power of two; warps: of a program, None: as they fit;
-    out: y, where it is there already.
+    y = relu(.)^2. h: the first 32 channels of the normed x, which `rope_store` reads. outputs: how
+    many a program computes, a power of two; warps: of a program, None: as they fit; out: the
+    tensor for y; scales (N, 1): float32, of w in float8.
     """
     h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
-    return _launch_few_rows(x, w, h, None, x0, a, b, eps, relu2, outputs, warps, out), h
+    y = _launch_few_rows(x, w, scales, h, None, x0, a, b, eps, relu2, outputs, warps, out)
+    return y, h
 
 
-def linear_add(x, w, stream, x0=None, a=None, b=None, outputs=4, warps=None):
+def linear_add(x, w, stream, x0=None, a=None, b=None, outputs=4, warps=None, scales=None):
     """stream + x @ w.T in one launch, for a few rows. x (T, K), w (N, K), stream and result (T, N).
 
-    With a, b and x0 (T, N), the stream is a * stream + b * x0 first, as it was for `norm_linear`:
-    no one has to write the scaled stream down. outputs, warps: as there.
+    With a, b and x0 (T, N), the stream is a * stream + b * x0 first, as it was for `norm_linear`,
+    which does not write the scaled stream. outputs, warps, scales: as there.
     """
-    return _launch_few_rows(x, w, None, stream, x0, a, b, 0.0, False, outputs, warps)
+    return _launch_few_rows(x, w, scales, None, stream, x0, a, b, 0.0, False, outputs, warps)

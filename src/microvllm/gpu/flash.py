@@ -1,7 +1,7 @@
-"""attention="flash": FlashAttention (Dao et al., 2022) over the block table, as torch has it.
+"""attention="flash": torch's FlashAttention (Dao et al., 2022) with a block table.
 
-It takes K and V as (blocks, slots, heads, D), of which only the last axis has to be contiguous:
-ours, with two axes exchanged, are read as they lie.
+It takes K and V as (blocks, slots, heads, D), and only the last axis has to be contiguous: so it
+reads our layout without a copy, with two axes exchanged.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from .backend import GpuBackend
 
 
 class FlashBackend(GpuBackend):
-    """torch's FlashAttention; the other operations are Triton's, where it runs."""
+    """torch's FlashAttention; the other operations in Triton, where it runs."""
 
     name = "flash"
     block_step = 256
@@ -25,7 +25,7 @@ class FlashBackend(GpuBackend):
     )
 
     def check(self) -> None:
-        """Raises ValueError where torch has no FlashAttention with a block table."""
+        """Raises ValueError if torch has no FlashAttention with a block table here."""
         if self.deterministic:
             raise ValueError("deterministic=True is for attention='triton' on a GPU, not 'flash'")
         half = self.dtype in (torch.float16, torch.bfloat16)
@@ -44,7 +44,7 @@ class FlashBackend(GpuBackend):
 
 
 def find_varlen_attn() -> Callable[..., Tensor]:
-    """torch's function. Raises ValueError where it has no block table."""
+    """Returns torch's function. Raises ValueError if it takes no block table."""
     with suppress(ImportError):  # torch 2.9 or older
         from torch.nn.attention.varlen import varlen_attn
 
@@ -58,8 +58,8 @@ def find_varlen_attn() -> Callable[..., Tensor]:
 
 def attend(varlen_attn, q: Tensor, k: Tensor, v: Tensor, batch, window: int) -> Tensor:
     """Attention as attention.py describes it, by torch's function."""
-    # its kernel wants the keys' running sum, too, and then reads the lengths. one split: with more
-    # the rows after the first sequence's stay unwritten (pytorch/pytorch#194167)
+    # the kernel takes the running sum of the keys, too, but reads the lengths. one split: with
+    # more, only the rows of the first sequence are written (pytorch/pytorch#194167)
     sums = torch.nn.functional.pad(batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
     return varlen_attn(
         q, k.transpose(1, 2), v.transpose(1, 2), batch.cu_seqlens, sums, batch.max_query_len,

@@ -1,12 +1,12 @@
 """Decode steps as CUDA graphs: one launch instead of some three hundred.
 
-A step in which every sequence computes one token has the same kernels each time; only the numbers
-in its batch differ. So it is recorded once per batch size, and replayed after the new numbers were
-copied to where the recorded kernels read them. Rows that pad a batch to a recorded size are
+A step in which every sequence computes one token always has the same kernels; only the numbers in
+its batch differ. The step is recorded once for each batch size. To replay it, the new numbers are
+copied to the memory that the recorded kernels read. Rows that pad a batch to a recorded size are
 sequences of one token in the null block.
 
-For a step of one or two rows there are products with norm, residual add and relu^2 fused into them.
-They are timed beside the library's when the engine starts, and the faster ones are kept.
+Steps of one or two rows can use products with norm, residual add and relu^2 fused into them. The
+engine times them and the library's products when it starts, and keeps the faster ones.
 """
 
 import gc
@@ -31,6 +31,7 @@ from ..resources import fits
 from ..sampler import SamplingParams
 from ..scheduler import Plan
 from . import launch, say
+from .backend import Float8
 from .elementwise import linear_add, norm_linear
 from .sampler import sample
 
@@ -42,52 +43,61 @@ SEQ_LENS = 3
 TEMPERATURE = 4
 UNIFORM = 5
 FILTERS = slice(6, 9)
-MAX_FEW_ROWS = 2  # the largest batch for which `few_rows_step` is tried
+MAX_FEW_ROWS = 2  # the largest batch for which `few_rows_step` is timed
 FEW_ROWS = "few_rows"  # ways to run a step, beside "library"
 EARLY = "few_rows, early"
-FAILED: list[torch.cuda.CUDAGraph] = []  # kept: to destroy one whose capture failed can fail, too
-TRIALS = 8  # timed replays of each way, each with another token and another context
+FAILED: list[torch.cuda.CUDAGraph] = []  # kept, because destroying a failed capture can fail, too
+TRIALS = 8  # timed replays of each way, with different tokens and contexts
 LONGEST_TRIAL = 512  # tokens of the longest context among them
 
 
 def few_rows_step(
     model: FusedGPT, batch: Batch, cache: PagedKVCache, out: Tensor | None = None
 ) -> Tensor:
-    """The logits (R, V) of a few rows that decode: model.forward and model.logits in two thirds of
-    the kernels, with norms that are not rounded. out: where the logits go."""
+    """The logits (R, V) of a few decoding rows: model.forward and model.logits with two thirds of
+    the kernels, and norms that are not rounded. out: the tensor for the logits."""
     recipe = model.recipe
     backend = model.backend
     eps = recipe.eps
     x = model.embed(batch)  # (1)
     x0 = x
-    backout = ()
+    backout = {}
     for i, (layer, kv) in enumerate(zip(model.layers, cache.layers(batch), strict=True)):
         # (2), the norm and (3) project; (4) rotate and norm, (5) write K and V, then attend
-        # without lambdas no x0: there would be a second variant of each kernel
-        mix = (x0, layer.resid_lambda, layer.x0_lambda) if recipe.lambdas else ()
-        qkv, h = norm_linear(x, layer.qkv.weight, eps, *mix)
+        # without lambdas no x0, which would be a second variant of each kernel
+        mix = {}
+        if recipe.lambdas:
+            mix = {"x0": x0, "a": layer.resid_lambda, "b": layer.x0_lambda}
+        qkv, h = norm_linear(x, eps=eps, **weights_of(layer.qkv), **mix)
         q = backend.rope_store(
             qkv, h, layer.ve, layer.ve_gate, model.cos, model.sin, kv.batch, kv.k, kv.v,
             model.config.n_head, recipe.qk_scale, recipe.gate_scale, eps,
         )  # fmt: skip
         y = backend.attend(q, kv.k, kv.v, kv.batch, layer.window)
-        x = linear_add(y.flatten(1), layer.proj.weight, x, *mix)
-        y, _ = norm_linear(x, layer.fc.weight, eps, relu2=True)  # (6)
+        x = linear_add(y.flatten(1), stream=x, **weights_of(layer.proj), **mix)
+        y, _ = norm_linear(x, eps=eps, relu2=True, **weights_of(layer.fc))  # (6)
         # rows four times as long: a program reads as many weights
-        x = linear_add(y, layer.mlp_proj.weight, x, outputs=1)
+        x = linear_add(y, stream=x, outputs=1, **weights_of(layer.mlp_proj))
         if recipe.smear and i == model.config.n_layer // 2:  # (7)
             minus = -model.backout_lambda.float()
-            backout = (x, torch.ones_like(minus), minus)
-    head = model.lm_head.weight[: model.config.vocab_size]
-    logits, _ = norm_linear(x, head, eps, *backout, out=out)
+            backout = {"x0": x, "a": torch.ones_like(minus), "b": minus}
+    logits, _ = norm_linear(x, eps=eps, out=out, **weights_of(model.lm_head), **backout)
     return logits
+
+
+def weights_of(linear: Linear) -> dict[str, Tensor]:
+    """Arguments of `norm_linear` and `linear_add`: weights without padding, and their scales."""
+    weights = {"w": linear.weight[: linear.rows]}
+    if type(linear) is Float8:
+        weights["scales"] = linear.scale[: linear.rows]
+    return weights
 
 
 def takes_few_rows(model: FusedGPT) -> bool:
     """Does `few_rows_step` fit a model? If the backend has it, and each matrix is one tensor with
-    torch's product: not a live module's parts, float8, or deterministic=True."""
-    has_dense_weights = all(type(linear) is Linear for linear in model.linears.values())
-    return model.backend.few_rows and has_dense_weights and has_torchs_product(model)
+    torch's product: not a live module's parts, and not with deterministic=True."""
+    has_whole_weights = all(type(linear) in (Linear, Float8) for linear in model.linears.values())
+    return model.backend.few_rows and has_whole_weights and has_torchs_product(model)
 
 
 def has_torchs_product(model: FusedGPT) -> bool:
@@ -96,16 +106,17 @@ def has_torchs_product(model: FusedGPT) -> bool:
 
 
 def fastest(times: dict[str, list[float]]) -> str:
-    """Whose median is the least."""
+    """The way with the lowest median."""
     return min(times, key=lambda way: statistics.median(times[way]))
 
 
 class DecodeGraphs:
     """Recorded decode steps for batch sizes 1, 2, 4, 8, the multiples of 16, and the largest.
 
-    model, cache: whose weights and blocks the steps read, at their present addresses;
-    max_batch_size: of sequences; max_positions: tokens of a sequence, at most. `ways` says how the
-    steps of a few rows run, by size. Raises ValueError if there is no memory for their inputs.
+    model, cache: the steps read their weights and blocks at the present addresses; max_batch_size:
+    sequences of the largest step; max_positions: the most tokens of a sequence. `ways` has for each
+    size the way in which steps of a few rows run. Raises ValueError if there is not enough memory
+    for the inputs.
     """
 
     def __init__(
@@ -128,13 +139,13 @@ class DecodeGraphs:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.ways: dict[int, str] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        # torch's own is one of a process, on the device that was the current one at first
+        # torch's capture stream is global, on the device that was current when it was made
         self.stream = torch.cuda.Stream(model.device)
-        self.is_broken = False  # has a capture failed? then there is no other
-        gc.freeze()  # older versions of torch collect garbage before every capture: leave them none
+        self.is_broken = False  # has a capture failed? then there are no more captures
+        gc.freeze()  # older versions of torch collect garbage before each capture
         try:
-            # up to torch 2.10 all graphs of a process share the generator's tensors, and those made
-            # in inference_mode cannot be changed outside it: a user's own capture would fail
+            # up to torch 2.10 all graphs of a process share the tensors of the random generator. if
+            # they were made in inference_mode, a capture by the user would fail
             with torch.no_grad():
                 self.record_all()
         finally:
@@ -149,18 +160,18 @@ class DecodeGraphs:
             free_memory(device),
             "lower max_model_len or max_batch_size, or give cuda_graphs=False",
         )
-        # those of a smaller size nearer to the beginning
+        # smaller sizes use the beginning
         self.inputs = torch.zeros(max_batch_size * self.row_len, dtype=torch.int32, device=device)
         self.cu_seqlens = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
         # the newest tokens
         self.token_ids = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
-        # and what they were drawn from, 67 MB of 512 rows and 65,536 ids: graphs share their memory
+        # the logits: 67 MB for 512 rows and 65,536 ids. all graphs share this memory
         shape = (max_batch_size, self.model.config.vocab_size)
         self.logits = torch.empty(shape, dtype=self.model.dtype, device=device)
 
     def record_all(self) -> None:
-        """Record the steps of all sizes, and of a few rows in the fastest way."""
-        descending = self.sizes[::-1]  # the largest first: the others reuse its memory
+        """Record the steps of all sizes, and those of a few rows in the fastest way."""
+        descending = self.sizes[::-1]  # the largest first, whose memory the others reuse
         for size in descending:
             self.graphs[size] = self.record(size)
         if takes_few_rows(self.model):
@@ -170,14 +181,14 @@ class DecodeGraphs:
 
     def record(self, size: int, few_rows: bool = False) -> torch.cuda.CUDAGraph:
         """Run the step once, so that all kernels are compiled and loaded, then capture it.
-        few_rows: by `few_rows_step`, not with the library's products."""
+        few_rows: use `few_rows_step` instead of the library's products."""
         self.clear_inputs(size)
         self.decode(size, few_rows)
         torch.cuda.synchronize(self.model.device)
         return self.capture(size, few_rows)
 
     def clear_inputs(self, size: int) -> Tensor:
-        """Let the inputs be those of sequences of one token in the null block. Returns the fields
+        """Write inputs of sequences of one token in the null block. Returns the fields
         (NUM_FIELDS + groups, size)."""
         self.inputs.zero_()
         fields, _ = self.split(self.inputs, size)
@@ -185,13 +196,13 @@ class DecodeGraphs:
         return fields
 
     def capture(self, size: int, few_rows: bool) -> torch.cuda.CUDAGraph:
-        """Capture a step. Where that fails, torch leaves the thread on the stream of the capture,
-        and older ones the allocator in the pool: both are put back."""
+        """Capture a step. If this fails, torch leaves the thread on the capture stream, and older
+        versions leave the allocator in the pool: both are restored."""
         device = self.model.device
         graph = torch.cuda.CUDAGraph()
         stream_before = torch.cuda.current_stream(device)
         try:
-            # in the default mode a call of CUDA by any other thread ends the capture
+            # in the default mode a CUDA call by another thread ends the capture
             with torch.cuda.graph(
                 graph,
                 pool=self.pool,
@@ -203,14 +214,14 @@ class DecodeGraphs:
             self.is_broken = True
             FAILED.append(graph)
             torch.cuda.set_stream(stream_before)
-            with suppress(Exception):  # it did so itself, or is an older torch
+            with suppress(Exception):  # torch did so itself, or is an older version
                 torch._C._cuda_endAllocateToPool(device.index, self.pool)
             raise
         return graph
 
     def record_few_rows(self, sizes: list[int]) -> dict[int, dict[str, torch.cuda.CUDAGraph]]:
-        """All ways to run steps of these sizes. What is likelier to fail comes later, and after a
-        failed capture there is no other."""
+        """All ways to run steps of these sizes. The ways that may fail come last, because there is
+        no capture after a failed one."""
         graphs = {size: {"library": self.graphs[size]} for size in sizes}
         ways = {FEW_ROWS: False}
         if launch.TRIES_EARLY_START and launch.can_start_early(self.model.device):
@@ -219,7 +230,7 @@ class DecodeGraphs:
             try:
                 with launch.early_start(ways[way]):
                     graphs[size][way] = self.record(size, few_rows=True)
-            except Exception as error:  # the compiler's, or no memory: the library's is there
+            except Exception as error:  # of the compiler or of memory; the library's way remains
                 warnings.warn(
                     f"no decode steps of {size} rows by {way!r} here: {error!r:.300}",
                     stacklevel=2,
@@ -229,17 +240,17 @@ class DecodeGraphs:
         return graphs
 
     def choose(self, size: int, graphs: dict[str, torch.cuda.CUDAGraph]) -> None:
-        """Keep the fastest way to run a step of `size` rows: all are timed, in turns, at contexts
-        of several lengths in the null block."""
+        """Time all ways to run a step of `size` rows in turns, at contexts of several lengths in
+        the null block, and keep the fastest."""
         fields = self.clear_inputs(size)
         longest = min(self.max_positions, LONGEST_TRIAL)
         events = {way: [] for way in graphs}
-        logits = {way: {} for way in graphs}  # as bytes, by token: NaN is equal to NaN
+        logits = {way: {} for way in graphs}  # by token, as bytes: a NaN is equal to itself
         num_trials = min(TRIALS, self.model.config.vocab_size)
-        # all are queued before the first ends: the time of the launches is not in that of the runs
+        # all are queued before the first ends, so that the times do not include launches
         for trial in range(num_trials):
             for turn, (way, graph) in enumerate(graphs.items()):
-                # never the token of the run before: what that one left in the buffers is wrong here
+                # another token than in the previous run, whose results are still in the buffers
                 token = (trial - turn) % num_trials
                 fields[0] = token
                 fields[POSITIONS] = token * (longest - 1) // max(num_trials - 1, 1)
@@ -270,24 +281,24 @@ class DecodeGraphs:
     ) -> tuple[Batch, Tensor, Tensor]:
         """Run a step.
 
-        params: of the batch's rows; last_token_ids: tokens of the step before, for
-        token ids that are ~row. Returns the batch with the temperature and the uniform numbers on
-        the device, the logits (R, V), and the token ids (R,). The next replay writes there: copies
-        are to be queued on its stream before it.
+        params: of the batch's rows; last_token_ids: the tokens of the previous step, for token ids
+        that are ~row. Returns the batch with the temperature and the uniform numbers on the device,
+        the logits (R, V), and the token ids (R,). The next replay overwrites them: queue copies on
+        its stream before.
         """
         if last_token_ids is not None and last_token_ids.data_ptr() != self.token_ids.data_ptr():
-            # they come from a step that was no graph, where -1 says that nothing could be drawn
+            # they come from a step without a graph, where -1 means that no token could be drawn
             self.token_ids[: len(last_token_ids)].copy_(last_token_ids.clamp(min=0))
         num_rows = len(batch.token_ids)
         size = next(size for size in self.sizes if size >= num_rows)
-        # pinned, so that the host goes on: torch keeps the memory until the copy is done
+        # pinned, so that the host does not wait. torch keeps the memory until the copy is done
         pinned = torch.empty(size * self.row_len, dtype=torch.int32, pin_memory=True)
         self.write_inputs(pinned.numpy(), size, batch, params)
         self.inputs[: len(pinned)].copy_(pinned, non_blocking=True)
         self.graphs[size].replay()
         fields, _ = self.split(self.inputs, size)
         floats = fields[:, :num_rows].view(torch.float32)
-        # the other fields stay numpy arrays: no extension reads them (Extension.on_sampled)
+        # other fields remain numpy arrays, because no extension reads them (Extension.on_sampled)
         on_device = Batch._make(batch)
         on_device = on_device._replace(temperature=floats[TEMPERATURE], uniform=floats[UNIFORM])
         return on_device, self.logits[:num_rows], self.token_ids[:num_rows]
@@ -324,8 +335,8 @@ class DecodeGraphs:
         return fields.reshape(num_fields, size), tables.reshape(shape)
 
     def decode(self, size: int, few_rows: bool) -> None:
-        """The step that is recorded: read the inputs, forward, sample, leave the tokens in
-        `token_ids` and what they were drawn from in `logits`."""
+        """The recorded step: read the inputs, forward, sample; write the tokens to `token_ids` and
+        the logits to `logits`."""
         model = self.model
         batch, filters = self.input_batch(size)
         logits = self.logits[:size]
@@ -371,22 +382,22 @@ class DecodeGraphs:
 
 
 def are_equal(logits: dict[int, Tensor], expected: dict[int, Tensor] | None) -> bool:
-    """Are the logits of each token those of the same kernels without an early start? The sums are
-    the same: else a kernel did not wait."""
+    """Are the logits of each token equal to those of the same kernels without an early start? If
+    not, a kernel did not wait."""
     if expected is None:
         return False
     return all(torch.equal(logits[token], expected[token]) for token in logits)
 
 
 def can_replay(plan: Plan) -> bool:
-    """Is it a step that was recorded: one row per sequence, and one draw from each?"""
+    """Was this step recorded? It has one row for each sequence, and one draw from each row."""
     longest = plan.chunks[-1]  # longer chunks come last
     has_decodes_alone = longest.num_tokens == 1 and not plan.extra_rows
     return has_decodes_alone and plan.draws.chunk_indices == list(range(len(plan.chunks)))
 
 
 class GraphRunner(AheadRunner):
-    """Replays the steps that were recorded, and runs all others."""
+    """Replays recorded steps, and runs all others."""
 
     graphs: DecodeGraphs | None = None
     limits: tuple[int, int] | None = None  # of `record`
@@ -399,7 +410,8 @@ class GraphRunner(AheadRunner):
             self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_positions)
 
     def bind(self, model, cache: PagedKVCache | None) -> None:
-        """As in Runner. The recorded steps read the former addresses: they are recorded again."""
+        """As in Runner. Steps are recorded again, because the old ones read the former
+        addresses."""
         super().bind(model, cache)
         self.graphs = None
         self.last_token_ids = None
@@ -415,7 +427,7 @@ class GraphRunner(AheadRunner):
             super().launch(plan)
 
     def replay(self, plan: Plan, graphs: DecodeGraphs) -> None:
-        """Run a step that was recorded. No hook sees hidden states: nothing wants any."""
+        """Run a recorded step. No hook sees hidden states, because the plan requests none."""
         arrays = make_batch(plan, self.blocks)
         for on_batch in self.hooks.on_batch:
             on_batch(plan, arrays)

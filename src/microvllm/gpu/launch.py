@@ -1,13 +1,13 @@
 """How the Triton kernels of this folder are launched. All of them
 
-- never look at the device from the host: grids follow from shapes and host integers, lengths are
-  read by the kernels. So a CUDA graph can capture them once and replay them any number of times;
-- do their arithmetic in float32 and keep bfloat16, float16 or float32 in memory;
-- call `begin` (or `release`, and later `wait`) before they touch anything another kernel may have
-  written, so that `early_start` is right: "the kernel before me has ended" then implies that all
-  before it have. `_few_rows` reads weights before it waits: no kernel writes those.
+- need no value from the device on the host: grids follow from shapes and host integers, and the
+  kernels read lengths. So a CUDA graph can capture a launch once and replay it;
+- compute in float32, with bfloat16, float16 or float32 in memory;
+- call `begin` (or `release`, and later `wait`) before they access memory that another kernel may
+  have written. So with `early_start`, when the previous kernel has ended, all kernels before it
+  have ended, too. `_few_rows` reads weights before it waits, because no kernel writes them.
 
-Under `TRITON_INTERPRET=1` they run on the CPU, slowly: that is how the tests run.
+With `TRITON_INTERPRET=1` they run on the CPU, slowly, as in the tests.
 """
 
 import functools
@@ -26,24 +26,24 @@ TRITON_34 = hasattr(tl.extra.cuda, "gdc_wait")  # or newer
 
 MAX_AT_ONCE = 32  # programs that any multiprocessor runs at once
 
-# Arguments that change from step to step or from layer to layer. They are views into something
-# larger, so their addresses divide by 16 or do not: no second variant of a kernel for that.
+# Arguments that change between steps or layers. They are views into larger tensors, whose addresses
+# may or may not be multiples of 16: a kernel is not compiled a second time for that.
 VARIES = (
     "ids positions slots tables seq_lens cu_seqlens temperatures us sums lows top_ks top_ps min_ps "
     "a b table_stride h_stride window first_sequence num_sequences splits rows"
 ).split()
 
-# Are decode steps tried with `early_start`, too? No card has shown yet that it pays.
+# Are decode steps timed with `early_start`, too? Its benefit is not measured.
 TRIES_EARLY_START = os.environ.get("MICROVLLM_EARLY_START") == "1"
 
-starts_early = ContextVar("starts_early", default=False)  # was `early_start` asked for?
+starts_early = ContextVar("starts_early", default=False)  # are we inside `early_start`?
 
 
 @contextmanager
 def early_start(on: bool = True) -> Iterator[None]:
-    """Launches in here use programmatic dependent launch, where `can_start_early`: a kernel starts
-    before the one in front of it has ended, and waits for that in `begin`. Tried for a few rows
-    only (graphs.py), since it was not measured for others."""
+    """Launches inside use programmatic dependent launch, if `can_start_early`: a kernel starts
+    before the previous one has ended, and waits for its end in `begin`. Only for steps of a few
+    rows (graphs.py)."""
     before = starts_early.set(on)
     try:
         yield
@@ -52,10 +52,10 @@ def early_start(on: bool = True) -> Iterator[None]:
 
 
 def can_start_early(device: torch.device) -> bool:
-    """Has a torch device what `early_start` takes?"""
+    """Does a torch device support `early_start`?"""
     if device.type != "cuda" or torch.version.hip is not None or not TRITON_34:
         return False
-    # on consumer Blackwell (12) others saw it break a graph's capture
+    # on consumer Blackwell (12) other projects report that it breaks the capture of graphs
     return torch.cuda.get_device_properties(device).major in (9, 10)
 
 
@@ -71,7 +71,7 @@ def _card(device: torch.device, early: bool) -> tuple[int, int, dict]:
     found = torch.cuda.get_device_properties(device)
     default = 99 * 1024 if torch.version.hip is None else 2**16
     memory = getattr(found, "shared_memory_per_block_optin", default)
-    # a * b + c rounded once: triton 3.9 warns that one day it will not unless it is told to
+    # a * b + c rounded once: triton 3.9 warns that this will not be the default
     options = {"enable_fp_fusion": True, "PDL": False}
     if early and can_start_early(device):
         options.update(PDL=True, launch_pdl=True)
@@ -79,9 +79,8 @@ def _card(device: torch.device, early: bool) -> tuple[int, int, dict]:
 
 
 def programs_at_once(device: torch.device, kernel, num_warps: int) -> int:
-    """Programs of a compiled kernel that a multiprocessor of the card runs at once: as many as its
-    registers, shared memory and threads are enough for. As Triton's tutorial of the softmax has it.
-    """
+    """How many programs of a compiled kernel a multiprocessor of the card runs at once: its
+    registers, shared memory and threads limit them. After Triton's tutorial of the softmax."""
     if torch.version.hip is not None:
         return 8
     kernel._init_handles()  # loads it, and reads what it takes
@@ -96,7 +95,7 @@ def programs_at_once(device: torch.device, kernel, num_warps: int) -> int:
 
 
 def options(device: torch.device) -> dict:
-    """What every launch on the device is given."""
+    """The options of every launch on the device."""
     return card(device)[2]
 
 
@@ -106,7 +105,7 @@ def _write_seven(x):
 
 
 def try_compiler(device: torch.device) -> None:
-    """Compile a kernel and run it. Raises whatever is raised where that cannot be."""
+    """Compile a kernel and run it. Raises the compiler's or the driver's exception."""
     x = torch.zeros(1, dtype=torch.int32, device=device)
     with on_device(device):
         _write_seven[(1,)](x)
@@ -119,24 +118,24 @@ def _nothing():
     pass
 
 
-# older versions look names up in branches that are not taken as well
+# older versions look up names in branches that are not taken, too
 _release = getattr(tl.extra.cuda, "gdc_launch_dependents", _nothing)
 _wait = getattr(tl.extra.cuda, "gdc_wait", _nothing)
 
 
 @triton.jit
 def release(PDL: tl.constexpr):
-    if PDL:  # let the next kernel start as soon as there is room for it
+    if PDL:  # the next kernel may start as soon as there are resources for it
         _release()
 
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    if PDL:  # until the kernel before has ended and its writes can be seen
+    if PDL:  # until the previous kernel has ended and its writes are visible
         _wait()
 
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    release(PDL)  # the next one will wait here as well
+    release(PDL)  # the next kernel waits here, too
     wait(PDL)

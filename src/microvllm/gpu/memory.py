@@ -17,11 +17,11 @@ from ..runner import Runner
 from ..sampler import SamplingParams
 from ..scheduler import Chunk, Draw, DrawList, Plan, Sequence
 
-# what takes the most memory in a draw, as far as the parameters have it
+# the parameters that take the most memory in a draw, if there are such parameters
 ALL_FILTERS = {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}
 
 
-UTILIZATION = 0.9  # of free memory, that an engine takes
+UTILIZATION = 0.9  # of the free memory is for the engine
 MAX_BATCH_SIZE = 512
 MIN_BATCH_SIZE = 16
 EDITED_LOGITS = 2**23  # as in features/logits.py: this subpackage goes without that file
@@ -34,20 +34,20 @@ def token_bytes(shape: GPTConfig, itemsize: int) -> int:
 
 
 def forward_bytes(shape: GPTConfig, num_rows: int, itemsize: int) -> int:
-    """Bytes of the activations of num_rows rows, as far as they exist at the same time: embeddings,
-    residual stream, the middle layer's (era 5), norms, and the MLP's 4 C channels."""
+    """Bytes of the activations of num_rows rows that exist at the same time: embeddings, residual
+    stream, the output of the middle layer (era 5), norms, and the 4 C channels of the MLP."""
     return 12 * num_rows * shape.n_embd * itemsize
 
 
 def draw_bytes(shape: GPTConfig, num_draws: int, itemsize: int) -> int:
-    """Bytes that num_draws draws take: their logits, and for the rows that are edited at a time
-    copies in float32 and the indices of a sort."""
+    """Bytes of num_draws draws: the logits, and for the rows that are edited at a time copies in
+    float32 and the indices of a sort."""
     num_edited = min(num_draws, max(1, EDITED_LOGITS // shape.vocab_size))
     return shape.vocab_size * (num_draws * itemsize + num_edited * 52)
 
 
 def recorded_bytes(shape: GPTConfig, max_batch_size: int, itemsize: int) -> int:
-    """Bytes that the recorded steps keep: the activations of the largest, and its logits."""
+    """Bytes that the recorded steps keep: activations and logits of the largest one."""
     logits = max_batch_size * shape.vocab_size * itemsize
     return forward_bytes(shape, max_batch_size, itemsize) + logits
 
@@ -109,7 +109,7 @@ def gpu_cache_bytes(
 @torch.inference_mode()
 def warm_up(runner: Runner, config: EngineConfig, params_class: type[SamplingParams]) -> None:
     """Run a short prompt and the largest step, and draw for full batches, without filters and with
-    all of them: what a first request compiles is compiled then."""
+    all of them. This compiles all kernels that a first request needs."""
     known = {field.name for field in fields(params_class)}
     filters = {name: value for name, value in ALL_FILTERS.items() if name in known}
     # a short prompt has a kernel of its own

@@ -1,4 +1,5 @@
-"""The draw of microvllm/sampler.py in two readings of the logits, its filters without a sort."""
+"""The draw of microvllm/sampler.py, which reads the logits twice, and its filters without a
+sort."""
 
 import torch
 import triton
@@ -8,7 +9,7 @@ from . import launch
 from .launch import VARIES, begin
 
 SAMPLE_CHUNK = 2048  # vocabulary entries per program of the sampler: fixed, so sums do not vary
-SAMPLE_TILE = 4096  # entries that `_truncate` reads at a time, and of those that it searches
+SAMPLE_TILE = 4096  # entries that `_truncate` reads at a time, and the most that it searches
 
 
 @triton.jit
@@ -55,9 +56,9 @@ def _least(
     logits, low, limit, top, temperature, softcap, V,
     COUNT: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    # the smallest key such that all larger ones together weigh less than `limit`. a key weighs 1 if
-    # COUNT, else its share of the probability (0 below `low`). found from the highest bit down, two
-    # bits in a pass
+    # the smallest key for which all larger keys together weigh less than `limit`. with COUNT a key
+    # weighs 1, else its share of the probability (0 below `low`). each pass finds two bits, from
+    # the highest down
     least = tl.full((), 0, tl.uint32)
     for shift in range(30 - SHIFT, -1, -2):
         step = tl.full((), 1, tl.uint32) << shift
@@ -82,16 +83,17 @@ def _least(
 
 @triton.jit
 def _gather(logits, few, wanted, V, TILE: tl.constexpr, SHIFT: tl.constexpr):
-    # write the largest logits, about `wanted` or more, to `few`. Returns their number: where it is
-    # above TILE, the others are not there. They are those from the wanted-th largest of TILE
-    # maxima on, each of as many logits: so among them are the `wanted` largest of all
+    # write the largest logits, at least `wanted` if there are as many, to `few`, up to TILE of
+    # them. returns their number, which may be above TILE. each lane has the maximum of its logits,
+    # and the wanted-th largest maximum is the limit: the `wanted` largest logits of all are not
+    # below it
     lane = tl.arange(0, TILE)
     best = tl.full((TILE,), float("-inf"), tl.float32)
     for start in range(0, V, TILE):
         x = tl.load(logits + start + lane, start + lane < V, float("-inf")).to(tl.float32)
         best = tl.maximum(best, x)
     tl.store(few + lane, best)
-    tl.debug_barrier()  # what some threads wrote others will read
+    tl.debug_barrier()  # other threads read these values
     low = tl.full((), 0, tl.uint32)
     low = _least(few, low, wanted, 0.0, 1.0, 0.0, TILE, True, TILE, SHIFT)
     tl.debug_barrier()
@@ -110,7 +112,7 @@ def _gather(logits, few, wanted, V, TILE: tl.constexpr, SHIFT: tl.constexpr):
 def _weigh(
     logits, low, min_p, top, temperature, softcap, V, TILE: tl.constexpr, SHIFT: tl.constexpr
 ):
-    # (what all keys from `low` on weigh, the smallest key that weighs min_p or more)
+    # (the weight of all keys from `low` on, the smallest key that weighs min_p or more)
     total = tl.zeros((TILE,), tl.float32)
     least = tl.full((TILE,), 0xFFFFFFFF, tl.uint32)
     for start in range(0, V, TILE):
@@ -128,8 +130,8 @@ def _truncate(
     CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    # a program finds what the filters leave of a row: the keys from lows[row] on, since each of
-    # them keeps what is likeliest. then it weighs the row's chunks again
+    # each filter keeps the likeliest tokens, so the filters of a row leave the keys from lows[row]
+    # on. a program finds this key, then it weighs the chunks of the row again
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK)
     begin(PDL)
@@ -141,7 +143,7 @@ def _truncate(
         tops += row * CHUNKS
         few += row * TILE
         top = tl.max(tl.load(tops + j, j < CHUNKS, float("-inf")), 0)
-        # a search reads its numbers once for two bits: those of the few largest, if they will do
+        # a search reads its numbers once for two bits: only the few largest, if they are enough
         wanted = tl.where(top_k > 0, tl.minimum(top_k, TILE // 2), TILE // 2)
         num_few = _gather(logits, few, wanted, V, TILE, SHIFT)
         source, n = logits, V
@@ -172,8 +174,8 @@ def _truncate(
 
 @triton.jit
 def _first(weight, index, target):
-    # (the first index whose running sum exceeds target, the sum before it). only an index with a
-    # weight can be it, and if rounding leaves none past the target, the last with a weight is
+    # (the first index with a weight whose running sum exceeds target, the sum before it). if
+    # rounding leaves no such index, it is the last one with a weight
     running = tl.cumsum(weight, 0)
     last = tl.max(tl.where(weight > 0, index, 0), 0)
     found = tl.min(tl.where((running > target) & (weight > 0), index, last), 0)
@@ -196,7 +198,7 @@ def _sample_pick(
         share *= _chunk_weights(top, best, temperature, softcap)
         target = tl.load(us + row) * tl.sum(share, 0)
         chunk, before = _first(share, j, target)
-        # the same question inside the chunk, in units of its own largest weight
+        # the same inside the chunk, in units of its own largest weight
         i = chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits + row * V + i, i < V, float("-inf")).to(tl.float32)
         unit = tl.load(tops + row * CHUNKS + chunk)

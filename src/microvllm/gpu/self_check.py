@@ -1,11 +1,11 @@
 """Do the kernels of a backend compute on this card what plain torch computes?
 
-A card, a driver and a version of Triton make a combination on which the kernels may never have run.
-So before an engine uses them, each form is compared with the functions of fused.backend.Backend, on
-small random inputs: ragged lengths, windows, shared blocks, padding, and large numbers in each slot
-that has no token. A process of its own does this, which an illegal access to memory or a crash of
-the compiler may end. It does so once: the result is kept on disk for the card, the versions and the
-shapes of the model. The engine needs most of the kernels that are compiled for it.
+The kernels may never have run on this combination of card, driver and version of Triton. So before
+an engine uses them, each form is compared with the functions of fused.backend.Backend on small
+random inputs: ragged lengths, windows, shared blocks, padding, and large numbers in each slot
+without a token. The comparison runs in another process, which an illegal memory access or a crash
+of the compiler may end. Results are kept on disk for the card, the versions and the shapes of the
+model. The engine uses most of the kernels that the comparison compiles.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,8 +41,8 @@ from ..scheduler import Chunk, Plan, Sequence
 from . import say
 
 CPU = torch.device("cpu")
-TIMEOUT = 300  # seconds for all forms; to compile them takes about half a minute
-# relative to the norm of a row: about twice what rounding makes of random numbers
+TIMEOUT = 300  # seconds for all forms, of which compilation takes about half a minute
+# relative to the norm of a row: about twice the rounding errors of random numbers
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 UNWRITTEN = 0x44  # each byte of a slot without a token: as float16 4.3, as bfloat16 and float32 780
 
@@ -69,7 +70,7 @@ class Pair(NamedTuple):
 
 
 class Inputs:
-    """A backend, the plain one, and random inputs, which are the same in each run."""
+    """A backend, the plain backend, and random inputs, which are equal in each run."""
 
     def __init__(self, backend: Backend, plain: Backend, shapes: Shapes):
         self.backend = backend
@@ -83,9 +84,9 @@ class Inputs:
         return x.to(self.backend.device, self.backend.dtype)
 
     def batch(self, sequences: list[tuple[int, int]]) -> Batch:
-        """A step on the CPU. sequences: (rows, tokens in the cache after them), decodes first. Each
-        second one is a fork: it shares the blocks before its rows with the one before it. (1, 0)
-        is a padding row of a recorded step: one token in the null block."""
+        """A step on the CPU. sequences: (rows, tokens in the cache after them), decodes first. Two
+        of three are forks: they share the blocks before their rows with the one before. (1, 0) is a
+        padding row of a recorded step: one token in the null block."""
         block_size = self.shapes.block_size
         seqs: list[Sequence] = []
         chunks = []
@@ -93,7 +94,7 @@ class Inputs:
         free = torch.randperm(num_blocks, generator=self.generator).add(1).tolist()
         for i, (num_rows, num_tokens) in enumerate(sequences):
             table = [free.pop() for _ in range(-(-num_tokens // block_size))] or [0]
-            if i % 2:
+            if i % 3:
                 before = seqs[-1].block_table
                 num_shared = min((num_tokens - num_rows) // block_size, len(before))
                 table[: max(num_shared, 0)] = before[: max(num_shared, 0)]
@@ -141,7 +142,7 @@ class Inputs:
         return backend.rope_store(*tensors, *constants)
 
     def on_device(self, batch: Batch) -> Batch:
-        """The batch where the kernels read it."""
+        """The batch on the device of the kernels."""
         tensors = (x if isinstance(x, int) else x.to(self.backend.device) for x in batch)
         return Batch(*tensors)
 
@@ -161,6 +162,7 @@ PROMPTS = [
     [(1, 33), (2, 2), (5, 33), (17, 80), (7, 8), (3, 60)],
     [(1, 40), (150, 150), (70, 200), (2, 40)],
 ]
+SHARED = [[(1, 200), (1, 150), (1, 203), (1, 0), (1, 80), (1, 130)]]
 WINDOWS = (-1, 0, 20)
 
 
@@ -202,7 +204,7 @@ def check_rope_store(inputs: Inputs) -> Iterator[Pair]:
         expected = inputs.store(inputs.plain, *map(floats, arguments), batch, *cache)
         yield Pair("q", q, expected)
         for name, written, wanted in zip(("K", "V"), on_card, cache, strict=True):
-            # the whole cache: nothing else may have been written
+            # the whole cache: a kernel must not write other slots
             if wanted.dtype == torch.int8:  # a number may be rounded to the other side
                 written, wanted = Int8Heads(written.cpu())[:], Int8Heads(wanted)[:]
                 yield Pair(name, written.flatten(0, 2), wanted.flatten(0, 2), 1e-2)
@@ -210,15 +212,18 @@ def check_rope_store(inputs: Inputs) -> Iterator[Pair]:
                 yield Pair(name, written.flatten(0, 2), wanted.flatten(0, 2))
 
 
-def check_attention(inputs: Inputs, steps: list) -> Iterator[Pair]:
+def check_attention(inputs: Inputs, steps: list, shared: bool = False) -> Iterator[Pair]:
     local = inputs.shapes.local
+    attend = inputs.backend.attend
+    if not shared and "prefixes" in vars(inputs.backend):  # a form of its own
+        attend = partial(attend, prefixes=None)
     for sequences in steps:
         batch = inputs.batch(sequences)
         cache = inputs.cache(batch)
         on_card = [x.to(inputs.backend.device) for x in cache]
         q = inputs.normal(len(batch.token_ids), local.n_head, local.head_dim)
         for window in WINDOWS:
-            out = inputs.backend.attend(q, *on_card, inputs.on_device(batch), window)
+            out = attend(q, *on_card, inputs.on_device(batch), window)
             expected = inputs.plain.attend(floats(q), *cache, batch, window)
             yield Pair(f"window {window}", out, expected)
 
@@ -251,29 +256,39 @@ def check_sample(inputs: Inputs) -> Iterator[Pair]:
 
 
 def check_few_rows(inputs: Inputs) -> Iterator[Pair]:
-    from .graphs import linear_add, norm_linear
+    from .elementwise import linear_add, norm_linear
 
     width, eps = inputs.shapes.config.n_embd, inputs.shapes.recipe.eps
     lambdas = torch.tensor([0.7, -0.4], device=inputs.backend.device)
     mixes = [False, True][: 1 + inputs.shapes.recipe.lambdas]
+
+    def weights(*shape: int) -> tuple[dict[str, Tensor], Tensor]:
+        w = inputs.normal(*shape)
+        if not inputs.shapes.is_fp8:
+            return {"w": w}, floats(w)
+        w, scales = type(inputs.backend).fp8_rows(w.float())  # the plain function
+        return {"w": w, "scales": scales}, floats(w) * floats(scales)
+
     for num_rows, is_mixed in product((1, 2), mixes):
         x, x0 = inputs.normal(2, num_rows, width)
-        mix = (x0, *lambdas) if is_mixed else ()
+        mix = dict(zip(("x0", "a", "b"), (x0, *lambdas), strict=True)) if is_mixed else {}
         mixed = 0.7 * floats(x) - 0.4 * floats(x0) if is_mixed else floats(x)
         normed = F.rms_norm(mixed, (width,), eps=eps)
-        w = inputs.normal(64, width)
-        expected = normed @ floats(w).T
-        y, h = norm_linear(x, w, eps, *mix)
+        w, exact = weights(64, width)
+        expected = normed @ exact.T
+        y, h = norm_linear(x, eps=eps, **w, **mix)
         yield Pair("norm and product", y, expected)
         yield Pair("norm", h, normed[:, : h.shape[1]])
-        y, _ = norm_linear(x, w, eps, *mix, relu2=True)
+        y, _ = norm_linear(x, eps=eps, relu2=True, **w, **mix)
         yield Pair("norm, product and relu^2", y, inputs.plain.relu2(expected))
-        y, w = inputs.normal(num_rows, width), inputs.normal(width, width)
-        out = linear_add(y, w, x, *mix)
-        yield Pair("product and sum", out, mixed + floats(y) @ floats(w).T)
-        y, w = inputs.normal(num_rows, 4 * width), inputs.normal(width, 4 * width)
-        out = linear_add(y, w, x, outputs=1)  # as graphs.py has it
-        yield Pair("long product and sum", out, floats(x) + floats(y) @ floats(w).T)
+        y = inputs.normal(num_rows, width)
+        w, exact = weights(width, width)
+        out = linear_add(y, stream=x, **w, **mix)
+        yield Pair("product and sum", out, mixed + floats(y) @ exact.T)
+        y = inputs.normal(num_rows, 4 * width)
+        w, exact = weights(width, 4 * width)
+        out = linear_add(y, stream=x, outputs=1, **w)  # as graphs.py has it
+        yield Pair("long product and sum", out, floats(x) + floats(y) @ exact.T)
 
 
 def check_product(inputs: Inputs) -> Iterator[Pair]:
@@ -293,8 +308,8 @@ def check_fp8_rows(inputs: Inputs) -> Iterator[Pair]:
 
 
 class Form(NamedTuple):
-    """A kernel, or one way to use it. attribute: of the backend, that it fills in; check: yields
-    the results that are compared."""
+    """A kernel, or one way to use it. attribute: of the backend, which the kernel sets; check:
+    yields pairs of results."""
 
     attribute: str
     check: Callable[..., Iterator[Pair]]
@@ -307,6 +322,7 @@ FORMS = {
     "rotary, and writing K and V": Form("rope_store", check_rope_store),
     "attention of decodes": Form("attend", check_attention, (DECODES,)),
     "attention of prompts": Form("attend", check_attention, (PROMPTS,)),
+    "attention of shared prefixes": Form("prefixes", check_attention, (SHARED, True)),
     "draw": Form("draw", check_sample),
     "products of a few rows": Form("few_rows", check_few_rows),
     "product with fixed tiles": Form("product", check_product),
@@ -315,9 +331,9 @@ FORMS = {
 
 
 def forms_of(backend: Backend, shapes: Shapes) -> list[str]:
-    """The forms that an engine uses: what the backend has in place of its class's functions."""
-    unused = {"few_rows"} if shapes.is_fp8 else {"fp8_rows"}
-    used = vars(backend).keys() - unused
+    """The forms that an engine uses: the attributes that replace functions of the backend's
+    class."""
+    used = vars(backend).keys() - (set() if shapes.is_fp8 else {"fp8_rows"})
     return [title for title, form in FORMS.items() if form.attribute in used]
 
 
@@ -325,7 +341,7 @@ def forms_of(backend: Backend, shapes: Shapes) -> list[str]:
 
 
 def difference(pair: Pair, dtype: torch.dtype) -> str:
-    """How a result differs from the expected one, "" if only by rounding."""
+    """The difference between a result and the expected one in words, "" if it is rounding."""
     result, expected = floats(pair.result), floats(pair.expected)
     if not result.isfinite().all():
         return f"{pair.name}: NaN or infinite"
@@ -339,7 +355,7 @@ def difference(pair: Pair, dtype: torch.dtype) -> str:
 
 @torch.inference_mode()
 def check_form(title: str, inputs: Inputs) -> str:
-    """What is wrong with a form, "" if nothing is."""
+    """The error of a form, "" if it is right."""
     form = FORMS[title]
     device = inputs.backend.device
     try:
@@ -356,7 +372,7 @@ def check_form(title: str, inputs: Inputs) -> str:
 
 
 def check_here(titles: list[str], backend: Backend, shapes: Shapes) -> dict[str, str]:
-    """The forms, and what is wrong with each."""
+    """The errors of forms, "" for those that are right."""
     plain = plain_backend(shapes)
     return {title: check_form(title, Inputs(backend, plain, shapes)) for title in titles}
 
@@ -376,28 +392,28 @@ answer()
 
 
 def answer() -> None:
-    """The work of the other process: a line before each form, and one with what is wrong."""
+    """The work of the other process. It prints a line before each form and one with its error."""
     backend_class, arguments, titles, shapes = pickle.load(sys.stdin.buffer)
     backend = backend_class(*arguments)
-    torch.zeros(1, device=backend.device)  # no card to be had is not the mistake of a form
+    torch.zeros(1, device=backend.device)  # raises here, and not in a form, if the card is in use
     for title in titles:
         print(json.dumps([title]), flush=True)
         print(json.dumps([title, check_here([title], backend, shapes)[title]]), flush=True)
 
 
 def check_apart(titles: list[str], backend: Backend, shapes: Shapes) -> dict[str, str]:
-    """The same in a process of its own, and in another one where a form has ended it."""
+    """The same in another process, and in a new one if a form has ended it."""
     results: dict[str, str] = {}
     while left := [title for title in titles if title not in results]:
         answers = run_child(left, backend, shapes)
-        if not answers:  # no second process may use this card
+        if not answers:  # a second process cannot use this card
             return results | check_here(left, backend, shapes)
         results |= answers
     return results
 
 
 def run_child(titles: list[str], backend: Backend, shapes: Shapes) -> dict[str, str]:
-    """What a process says of the forms, as far as it comes."""
+    """The results that a process prints before it ends."""
     arguments = (backend.device, backend.dtype, backend.deterministic)
     job = pickle.dumps((type(backend), arguments, titles, shapes))
     command = [sys.executable or "python", "-c", CHILD.format(path=sys.path)]
@@ -412,7 +428,7 @@ def run_child(titles: list[str], backend: Backend, shapes: Shapes) -> dict[str, 
         return {}
     results = {}
     for line in output.decode(errors="replace").splitlines():
-        with suppress(ValueError):  # what a library has printed
+        with suppress(ValueError):  # a line that a library has printed
             title, wrong = [*json.loads(line), end][:2]
             results[title] = wrong
     return {title: results[title] for title in titles if title in results}
@@ -422,8 +438,8 @@ def run_child(titles: list[str], backend: Backend, shapes: Shapes) -> dict[str, 
 
 
 def check_kernels(backend: Backend, shapes: Shapes, fresh: bool = False) -> dict[str, str]:
-    """What is wrong with each form that an engine uses, "" if nothing is. From disk where it is
-    known, unless `fresh`."""
+    """The error of each form that an engine uses, "" if it is right. From disk if it is known,
+    unless `fresh`."""
     titles = forms_of(backend, shapes)
     setting = describe_setting(backend, shapes)
     digest = hashlib.sha256(json.dumps(setting).encode()).hexdigest()
@@ -435,14 +451,14 @@ def check_kernels(backend: Backend, shapes: Shapes, fresh: bool = False) -> dict
             "these versions: about half a minute"
         )
         results = check_apart(titles, backend, shapes)
-        # what another program's memory has prevented is no property of the card
+        # too little memory is not a property of the card
         if not any("out of memory" in wrong for wrong in results.values()):
             write(file, {"setting": setting, "results": results})
     return results
 
 
 def describe_setting(backend: Backend, shapes: Shapes) -> dict:
-    """On what a result depends, as JSON has it."""
+    """Everything that a result depends on, for JSON."""
     card = "no card"
     if backend.device.type == "cuda":
         properties = torch.cuda.get_device_properties(backend.device)
@@ -459,14 +475,14 @@ def describe_setting(backend: Backend, shapes: Shapes) -> dict:
 
 
 def cache_folder() -> Path:
-    """Where results are kept: the user's cache."""
+    """The folder of results, in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "microvllm"
 
 
 def read(file: Path, setting: dict, titles: list[str]) -> dict[str, str] | None:
-    """The results that a file has; None if there are none, if they are of other forms or of another
-    setting, or if other users can write the file."""
+    """The results in a file. None if there are none, if they have other forms or another setting,
+    or if other users can write the file."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         with open(os.open(file, flags), encoding="utf-8") as opened:
@@ -480,7 +496,7 @@ def read(file: Path, setting: dict, titles: list[str]) -> dict[str, str] | None:
 
 
 def write(file: Path, content: dict) -> None:
-    """Keep results, if the folder can be written. Another process sees all of the file or none."""
+    """Write results, if the folder is writable. Another process sees the whole file or none."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(

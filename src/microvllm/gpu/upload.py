@@ -1,5 +1,5 @@
-"""Weights on their way to a GPU. A file's float32 becomes bfloat16 on the CPU, in pinned memory,
-from which the card reads by itself: while it does, the next piece is converted.
+"""Copies weights to a GPU. The CPU converts a piece of a file to the dtype of the model, in pinned
+memory. While the card reads this piece, the CPU converts the next one.
 
     CPU     piece 1 -> buffer 0 | piece 2 -> buffer 1 | piece 3 -> buffer 0 |
     card                        | buffer 0            | buffer 1            | buffer 0
@@ -23,8 +23,8 @@ class Uploader:
         self.events: list[torch.cuda.Event | None] = [None, None]
 
     def fill(self, target: Tensor, source: Tensor) -> None:
-        """target (contiguous, on the device) = source, in the target's dtype. The host does not
-        wait for the end."""
+        """Copy source to target (contiguous, on the device), in the dtype of target. The host does
+        not wait for the end."""
         piece_len = BUFFER_BYTES // target.itemsize
         targets = target.view(-1).split(piece_len)
         sources = source.detach().reshape(-1).split(piece_len)

@@ -30,7 +30,7 @@ from ..engine import Loop, Request
 from ..fused.model import FusedGPT
 from ..runner import Runner
 from ..sampler import uniform_numbers
-from ..scheduler import Plan, Sequence
+from ..scheduler import DraftProposer, Plan, Sequence
 
 # Time limits of a call in seconds, because aborts and new requests wait for its end. The second one
 # applies if text is streamed.
@@ -45,6 +45,7 @@ class MultiStepLoop(Loop):
     def advance(self) -> None:
         runner = self.engine.runner
         runner.seconds = self.seconds_for_more()
+        runner.proposer = self.engine.scheduler.proposer
         runner.computed.clear()  # left from a call that an exception ended
         super().advance()
         for _ in range(len(runner.computed)):
@@ -92,6 +93,7 @@ class MultiStepRunner(Runner):
     def __init__(self, *args):
         super().__init__(*args)
         self.seconds = 0.0  # time for further steps in a launch
+        self.proposer: DraftProposer | None = None
         self.computed: deque[ComputedStep] = deque()  # the next steps
         self.grown: list[Sequence] = []  # sequences that have blocks for the next steps
         # last measurement: rows of a step, and its seconds
@@ -156,6 +158,8 @@ class MultiStepRunner(Runner):
         if num_steps < 2:
             return 0
         num_steps = min([num_steps] + [seq.max_length - len(seq.token_ids) for seq in seqs])
+        if self.proposer is not None:
+            num_steps = min(num_steps, self.proposer.num_quiet_steps())
         while num_steps > 1 and self.num_new_blocks(seqs, num_steps) > self.blocks.pool.num_free:
             num_steps //= 2
         return num_steps
