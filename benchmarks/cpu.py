@@ -78,7 +78,7 @@ class Clocks:
         kernels, runner, kept = llm.model.backend, llm.runner, []
         places = [
             (llm.loop, "advance", "other python"), (llm.scheduler, "schedule", "schedule"),
-            (runner, "prepare", "batch"),
+            (runner, "upload", "batch"),
             (llm.scheduler, "update", "update"), (runner, "sample", "sampler"),
             (llm.model, "forward", "model, the rest"), (kernels, "attend", "attention"),
             (kernels, "add_norm", "add_norm"), (kernels, "rope_store", "rope_store"),

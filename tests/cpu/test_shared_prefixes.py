@@ -1,5 +1,6 @@
 """Attention of sequences that share their first blocks: read once, with the bits of each alone."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from microvllm.cpu import attention, team
 from microvllm.cpu.elementwise import array_of
 
 pytestmark = pytest.mark.slow  # its kernels are compiled
+HEAVY = pytest.mark.skipif(not os.environ.get("FUZZ"), reason="compiles for long: set FUZZ")
 
 # lengths, and how many of the first blocks each has in common with the one before
 GROUPS = [
@@ -73,7 +75,9 @@ def test_shared_blocks_give_the_bits_of_copies_of_them(lengths, shared, window, 
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kv_cache_dtype": "int8"}, {"dtype": "bfloat16"}], ids=str
+    "options",
+    [{}, pytest.param({"kv_cache_dtype": "int8"}, marks=HEAVY), {"dtype": "bfloat16"}],
+    ids=str,
 )
 def test_samples_and_questions_have_the_tokens_that_each_has_alone(options):
     """Samples of one prompt, then questions behind one text, in blocks that all of them read."""
