@@ -168,7 +168,9 @@ DAMAGE = {
     "value_embeds.1.weight is missing": lambda t: without(t, "value_embeds.1.weight"),
     f"{PROJ}.scale is missing": lambda t: without(t, f"{PROJ}.scale"),
     "the tensor spare does not belong to this model": lambda t: t.update(spare=torch.zeros(1)),
-    "lm_head.weight is not of": lambda t: t.update({"lm_head.weight": torch.zeros(4096, 256)}),
+    "lm_head.weight does not belong to": lambda t: t.update(
+        {"lm_head.weight": torch.zeros(4096, 256)}
+    ),
     f"{PROJ}.low is .256, 127., not .256, 128.": lambda t: t.update(
         {f"{PROJ}.low": t[f"{PROJ}.low"][:, 1:].contiguous()}
     ),
