@@ -450,7 +450,7 @@ if os.environ.get("FUZZ"):  # minutes of compiling
     "without, said",
     [
         pytest.param("avx512bf16", "16 32", marks=HEAVY),
-        ("avx512f", "8 16"),
+        pytest.param("avx512f", "8 16", marks=HEAVY),
         # a generic processor has registers of that size too, below
         pytest.param("avx512f avx2", "4 0", marks=HEAVY),
     ],
