@@ -284,7 +284,7 @@ class Builder:
         return self.fmul(value, value)
 
     def multiply_add7(self, a, b, c):
-        """Return a * b + c for bytes of `a` below 128, of which two products fit in 16 bits. c may
+        """Return a * b + c for bytes of `a` below 128: two products of them fit in 16 bits. c may
         be sums of 16 bits, as long as all sums fit: see `widen`."""
         if FOUR_BYTES:
             return self.multiply_add8(a, b, c)

@@ -108,7 +108,7 @@ class Reader:
         self.read: list[int] = []  # tokens that the matcher has read
 
     def allowed(self, output: list[int]) -> tuple[int, bytes]:
-        """Move to the end of these tokens, the last of which may differ from those of the previous
+        """Move to the end of these tokens. The last ones may differ from those of the previous
         call. Returns how many of them match, and a mask of the tokens that may follow: a bit for
         each token of the vocabulary, the lowest first. Raises ValueError if none may follow, or if
         a limit is reached."""

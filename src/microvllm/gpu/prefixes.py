@@ -1,5 +1,5 @@
-r"""Decodes that share their first blocks read these once: n samples of a prompt, questions behind
-one system prompt, few-shot evaluations.
+r"""Decodes with the same first blocks read these blocks once: n samples of a prompt, questions
+after one system prompt, few-shot evaluations.
 
     rows of a step   0   1   2   3   4   5
     block tables     3   3   3   7   7   8      rows 0 to 2 share two blocks,
@@ -8,9 +8,9 @@ one system prompt, few-shot evaluations.
                     \_________/ \_____/  |
     tiles                2       3    none
 
-A launch computes for each tile the partial attention of all its queries over the shared blocks; the
-next one computes what each row has of its own, and merges both by the logarithms of their sums:
-Hydragen (Juravsky et al., 2024), and the cascade of FlashInfer (Ye et al., 2025).
+The first launch computes, for each tile, the attention of all its queries over the shared blocks.
+The second launch computes the other keys of each row, and merges both parts by the logarithms of
+their sums, as Hydragen (Juravsky et al., 2024) and FlashInfer's cascade (Ye et al., 2025) do.
 """
 
 import os
@@ -22,22 +22,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..attention import Batch
 
-LEAST = 64  # tokens that a tile shares, at least
+LEAST = 64  # the fewest tokens that a tile shares
 
 
 def shares_prefixes() -> bool:
-    """Is it switched on? No card has shown yet where it pays."""
+    """Return whether it is enabled. It is off by default: its benefit is not measured on a card."""
     return os.environ.get("MICROVLLM_SHARED_PREFIXES") == "1"
 
 
 class SharedPrefixes:
-    """The tiles of each step, found on the device once for all layers of the same block tables."""
+    """The tiles of each step. They are computed on the device, once for each block table."""
 
     def __init__(self):
         self.by_tables = WeakIdKeyDictionary()
 
     def find(self, batch: Batch, block_size: int, max_rows: int) -> Tensor:
-        """`find_shared` of the batch's decodes."""
+        """Return the result of `find_shared` for the decodes of a batch."""
         shared = self.by_tables.get(batch.block_tables)
         if shared is None:
             num_decodes = batch.num_decodes
@@ -52,11 +52,12 @@ class SharedPrefixes:
 
 
 def find_shared(tables: Tensor, seq_lens: Tensor, block_size: int, max_rows: int) -> Tensor:
-    """Neighbours with the same first blocks as tiles of up to max_rows rows. The host does not wait
-    for the device.
+    """Group neighbouring rows with the same first blocks into tiles of up to max_rows rows. The
+    host does not wait for the device.
 
-    tables (B, M), seq_lens (B,). Returns (2, B) int32: for each row how many tokens its tile
-    shares, 0 for a row alone; for the first row of a tile how many rows the tile has, for others 0.
+    tables (B, M), seq_lens (B,). Returns (2, B) int32: for each row the number of tokens that its
+    tile shares (0 for a row alone), and for the first row of a tile its number of rows (0 for the
+    other rows).
     """
     num_rows, num_columns = tables.shape
     rows = torch.arange(num_rows, device=tables.device)
@@ -65,9 +66,11 @@ def find_shared(tables: Tensor, seq_lens: Tensor, block_size: int, max_rows: int
     num_full = (seq_lens - 1).clamp(min=0) // block_size
     limits = torch.minimum(num_full[1:], num_full[:-1])
     is_same = (tables[1:] == tables[:-1]) & (columns < limits[:, None])
-    same = F.pad(is_same.long().cumprod(1).sum(1), (1, 0))  # blocks as the row before has them
-    # a tile shares what any two neighbours in it share. so a row that shares much less with the
-    # row before it than either of them shares with its other neighbour begins another tile
+    same = F.pad(
+        is_same.long().cumprod(1).sum(1), (1, 0)
+    )  # number of first blocks equal to those of the previous row
+    # a tile shares what all its neighbours share. so a row starts a new tile if it shares much less
+    # with the previous row than either of them shares with its other neighbour
     most = torch.maximum(F.pad(same[:-1], (1, 0)), F.pad(same[1:], (0, 1)))
     joins = (same * block_size >= LEAST) & (4 * same >= 3 * most)
     starts = torch.where(joins, 0, rows).cummax(0).values
