@@ -1,25 +1,27 @@
-"""How many times faster are nanochat's evaluations on this engine than in nanochat's own loops?
+"""The speed of nanochat's evaluations on this engine, beside nanochat's own loops.
 
     python benchmarks/evals.py                            # the bundled model, without nanochat
-    python benchmarks/evals.py --nanochat ~/nanochat      # beside nanochat's code and module
-    python benchmarks/evals.py --problems 6 --shots 1 --tokens 4 --turns 1  # does it run?
+    python benchmarks/evals.py --nanochat ~/nanochat      # with nanochat's code and module
+    python benchmarks/evals.py --problems 6 --shots 1 --tokens 4 --turns 1  # only a test
 
-Three evaluations of made-up texts in nanochat's formats: "categorical" (ARC, four choices), and
-"generative" (GSM8K, greedy answers of --tokens tokens), both with --problems problems; "CORE", one
-task of each of its three kinds, each with a third as many items behind --shots solved ones. Ways:
+There are three evaluations of random texts in nanochat's formats. "categorical" is like ARC, with
+four choices. "generative" is like GSM8K, with greedy answers of --tokens tokens. Both have
+--problems problems. "CORE" has one task of each of its three kinds. Each of these tasks has a third
+as many items, after --shots solved examples. Variants:
 
-    nanochat     its run_categorical_eval (batches of 8, as in its script), run_generative_eval with
-                 its Engine, and core_eval.evaluate_task, on its own module with the same weights;
-                 only with --nanochat, a checkout, for which its packages must be installed
+    nanochat     nanochat's module with the same weights, and its functions: run_categorical_eval
+                 (batches of 8, as in its script), run_generative_eval with its Engine, and
+                 core_eval.evaluate_task. Only with --nanochat, a checkout. Its packages must be
+                 installed
     one by one   this engine on the live module, one problem in each call
-    live         the same, all problems in one call of run_chat_eval or evaluate_core
-    copy         the same, of an engine with copy=True: weights of its own, as LLM(path) has them
+    live         the same engine, all problems in one call of run_chat_eval or evaluate_core
+    copy         the same with copy=True: the engine has its own weights, like LLM(path)
 
-All compute in float32, and the benchmark fails unless all answers are equal: the letter of each
-question, the text of each solution, the number of right items of each task. Each way takes its
-turn; a number is the median of --turns, in seconds, after one turn that compiles kernels. The
-prefix cache is empty when a way begins. The last line is all of it as JSON. The model must be of
-era 5.
+All variants compute in float32. The benchmark fails unless all answers are equal: the letter of
+each question, the text of each solution, and the number of right items of each task. The variants
+run in turns. A number is the median of --turns, in seconds, after one turn that compiles kernels.
+The prefix cache is empty when a variant starts. The last line of the output has all results as
+JSON. The model must be of era 5.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ BATCH_SIZE = 8  # of nanochat's chat_eval
 
 
 class Recorder:
-    """A task of chat_eval that keeps the answers which it judges. indices: of its problems; None is
-    all."""
+    """A task of chat_eval that records the answers that it judges. indices: problems to use; None
+    means all."""
 
     def __init__(self, task, answers: dict[int, object], indices: range | None = None):
         self.task = task
@@ -148,7 +150,7 @@ def sentence(draw: random.Random, num_words: int) -> str:
     return " ".join(draw.choices(WORDS, k=num_words))
 
 
-# ways: functions of the tasks of an evaluation, which return its answers
+# variants: functions of the tasks of an evaluation, which return the answers
 
 
 def at_once(engine: Engine, options: dict, tasks) -> dict:
@@ -205,7 +207,7 @@ def nanochats(code: SimpleNamespace, module, tokenizer, options: dict, tasks) ->
 
 
 def import_nanochat(checkout: Path) -> SimpleNamespace:
-    """The parts of nanochat that evaluate."""
+    """Return nanochat's functions and classes for evaluations."""
     sys.path.insert(0, str(checkout.expanduser()))
     from nanochat.core_eval import evaluate_task
     from nanochat.engine import Engine as NanochatEngine
@@ -225,7 +227,7 @@ def import_nanochat(checkout: Path) -> SimpleNamespace:
 
 
 def make_ways(args: argparse.Namespace) -> dict[str, Callable]:
-    """The ways by name."""
+    """Return the variants by name."""
     path = Path(args.model)
     tokenizer_path = path if (path / "tokenizer.pkl").exists() else path.parent / "tokenizer"
     module = load(path).eval()
@@ -255,7 +257,7 @@ def make_ways(args: argparse.Namespace) -> dict[str, Callable]:
 
 
 def run_from_cold(resets: list[Callable], way: Callable, tasks) -> tuple[dict, float]:
-    """(answers, seconds) of a way, when no prefix is cached."""
+    """Return (answers, seconds) of a variant with an empty prefix cache."""
     for reset in resets:
         reset()
     start = time.perf_counter()
@@ -286,7 +288,7 @@ def main() -> None:
     for evaluation, tasks in evaluations.items():
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         all_answers = {}
-        for turn in range(-1, args.turns):  # in the first one kernels are compiled
+        for turn in range(-1, args.turns):  # the first turn compiles kernels
             for name, way in ways.items():
                 all_answers[name], duration = way(tasks)
                 if turn >= 0:
@@ -294,7 +296,7 @@ def main() -> None:
         first, *others = ways
         for name in others:
             if all_answers[name] != all_answers[first]:
-                sys.exit(f"{evaluation}: {name} and {first} have other answers: {all_answers}")
+                sys.exit(f"{evaluation}: {name} and {first} have different answers: {all_answers}")
         results[evaluation] = {name: statistics.median(turns) for name, turns in seconds.items()}
         for name, duration in results[evaluation].items():
             times = results[evaluation][first] / duration

@@ -662,15 +662,20 @@ def test_a_profile_names_every_part_of_a_step_and_the_perplexity_of_each_kind_of
         assert min(ms for found in result["host_ms"].values() for ms in found) > 0
 
 
-@pytest.mark.slow
-def test_what_sampling_costs_is_told_beside_the_products():
-    flags = "--rows 3,5 --vocab 99 --layers 1 --width 16 --turns 1 --device cpu"
+def run_benchmark(name: str, flags: str) -> tuple[list[str], dict]:
+    """The lines that a benchmark prints, and the last one's JSON."""
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "sampler.py", *flags.split()], capture_output=True, text=True
+        [sys.executable, BENCHMARKS / name, *flags.split()], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
-    found = json.loads(last)
+    return lines, json.loads(last)
+
+
+@pytest.mark.slow
+def test_what_sampling_costs_is_told_beside_the_products():
+    flags = "--rows 3,5 --vocab 99 --layers 1 --width 16 --turns 1 --device cpu"
+    lines, found = run_benchmark("sampler.py", flags)
     times, guides = found["milliseconds"], found["guides"]
     assert times.keys() == {"3", "5"} and times["3"].keys() == times["5"].keys()
     assert len(lines) == 1 + 2 * len(times["3"]) + len(guides) and min(times["5"].values()) > 0
@@ -680,11 +685,7 @@ def test_what_sampling_costs_is_told_beside_the_products():
 @pytest.mark.slow
 def test_rollouts_are_compared_and_a_look_at_the_weights_is_beside_a_decode():
     flags = "--groups 2 --samples 2 --tokens 4 --turns 1"
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "rollouts.py", *flags.split()], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    _, found = run_benchmark("rollouts.py", flags)
     assert [*found["results"]] == ["one by one", "groups", "live", "copy"]
     assert all(speed > 0 for speed in found["results"].values())
     for times in found["seconds"].values():
@@ -695,11 +696,8 @@ def test_rollouts_are_compared_and_a_look_at_the_weights_is_beside_a_decode():
 @pytest.mark.slow
 def test_evaluations_of_all_problems_are_compared_with_one_by_one():
     flags = "--problems 6 --shots 1 --tokens 4 --turns 1"
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "evals.py", *flags.split()], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
+    _, found = run_benchmark("evals.py", flags)
+    seconds = found["seconds"]
     assert [*seconds] == ["categorical", "generative", "CORE"]
     for times in seconds.values():
         assert [*times] == ["one by one", "live", "copy"] and min(times.values()) > 0
@@ -710,14 +708,8 @@ def test_speculation_is_compared_with_plain_steps():
     flags = (
         "--shape tiny --layers 1 --ways forced,cut,answers --acceptance 0,1 --tokens 40 --turns 1"
     )
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "speculation.py", *flags.split()],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    *lines, last = done.stdout.splitlines()
-    found = json.loads(last)["results"]
+    lines, found = run_benchmark("speculation.py", flags)
+    found = found["results"]
     kinds = [f"forced {acceptance} {kind}" for acceptance in (0, 1) for kind in ("free", "paid")]
     assert [*found] == [*kinds, "cut to 1 layers", "answers"] and len(lines) == 1 + len(found)
     assert all(way["speed"] > 0 and way["same_texts"] == 1 for way in found.values())
