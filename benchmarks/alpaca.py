@@ -4,8 +4,8 @@
 
 Throughput: the engine generates 64 tokens for each of 512 instructions, as test_alpaca.py does. A
 loop runs one prompt at a time through the same model, without a prefix cache. It runs every eighth
-prompt, because its speed does not depend on their number. Start-up: the time from the start of
-`python run.py` to its first token, compared with that of the loop. The engine and the loop take
+prompt, because its speed does not depend on their number. Start-up: the time from the start of the
+process to the first token, for `python run.py` and for the loop. The engine and the loop run in
 turns, so that changes of the machine's speed affect both. Each number is the median over the turns,
 and each ratio is the median of the ratios of the turns.
 
@@ -46,7 +46,7 @@ for question in {QUESTIONS!r}:
 
 
 def best_seconds(work: Callable[[], object], repeats: int = 7) -> float:
-    """The fastest of a few runs, as a limit without disturbance."""
+    """Seconds of the fastest of a few runs, which other programs disturb least."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -85,7 +85,8 @@ def limit_seconds(llm: LLM, outputs: list[dict]) -> float:
 
 
 def many_at_once(prompts: list[str], params: SamplingParams) -> dict:
-    """Run the engine as test_alpaca.py does. Returns tokens/s, the limit, and facts of the pool."""
+    """Run the engine as test_alpaca.py does. Returns tokens/s, the share of the limit, and the size
+    and use of the pool."""
     with LLM(MODEL_DIR, device="cpu") as llm:
         prompts = encode(llm, prompts, raw=False)
         start = time.perf_counter()
@@ -128,17 +129,17 @@ def seconds_to_first_line(*arguments: str) -> float:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Median, smallest and largest."""
+    """The median, the smallest and the largest of the values, as text."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:10,.{digits}f}  ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Many prompts at once against one at a time.")
-    parser.add_argument("--num-prompts", type=int, default=512, help="%(default)s")
-    what = "new tokens for each prompt (default: %(default)s)"
-    parser.add_argument("--max-tokens", type=int, default=64, help=what)
-    parser.add_argument("--turns", type=int, default=5, help="%(default)s")
+    parser.add_argument("--num-prompts", type=int, default=512, help="(default: %(default)s)")
+    text = "new tokens for each prompt (default: %(default)s)"
+    parser.add_argument("--max-tokens", type=int, default=64, help=text)
+    parser.add_argument("--turns", type=int, default=5, help="(default: %(default)s)")
     args = parser.parse_args()
 
     params = SamplingParams(temperature=0.7, max_tokens=args.max_tokens, ignore_eos=True)
@@ -152,7 +153,7 @@ def main() -> None:
         loop_start.append(seconds_to_first_line("-c", LOOP))
         print(f"turn {turn} of {args.turns}", file=sys.stderr)
     for measured in (engine, loop, engine_start, loop_start):
-        del measured[0]  # the first turn fills the file cache and compiles what numba compiles once
+        del measured[0]  # the first turn fills the file cache and numba's cache of kernels
 
     pool = engine[0]["pool"]
     speeds, shares = [e["speed"] for e in engine], [100 * e["share"] for e in engine]

@@ -3,10 +3,12 @@
     python benchmarks/bulk.py memory --rows 1000000
     python benchmarks/bulk.py routing --groups 48 --rows 16 --replicas 2
 
-memory: a fake engine answers at once, so that only the job is measured: the memory of a process
-that reads rows, answers and writes them, and finally sorts them. routing: a shuffled file in which
-groups of prompts share prefixes, with Ray, in pools too small for all prefixes: the share of prompt
-tokens found in the prefix caches of the replicas, for rows sorted by prompt and in file order.
+memory: the memory of a process that reads rows, answers them, writes the answers and finally sorts
+them. A fake engine answers at once, so that only the job is measured.
+
+routing: the share of prompt tokens that Ray's replicas find in their prefix caches, for rows sorted
+by prompt and for rows in file order. Groups of prompts share prefixes, the file is shuffled, and
+the pools are too small for all prefixes.
 """
 
 import argparse
@@ -26,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class FakeLLM:
-    """A fake engine. Its tokens are a function of prompt and seed, and a few requests end in each
-    step, in any order. seconds: duration of a step."""
+    """A fake engine. Its tokens are a function of prompt and seed. A few requests end in each step,
+    in random order. seconds: duration of a step."""
 
     tokenizer = SimpleNamespace(has_chat=False)
 
@@ -48,14 +50,14 @@ class FakeLLM:
         return [self._output(*self.queue.popleft()) for _ in range(min(4, len(self.queue)))]
 
     def _output(self, request, prompt, params, continuation) -> dict:
-        found = {"request_id": request, "prompt_token_ids": prompt, "num_cached_tokens": 1}
+        output = {"request_id": request, "prompt_token_ids": prompt, "num_cached_tokens": 1}
         if continuation is not None:
-            return found | {"logprobs": [-float(len(prompt)), -float(len(continuation))]}
+            return output | {"logprobs": [-float(len(prompt)), -float(len(continuation))]}
         draw = random.Random(f"{prompt} {params.seed}")
         tokens = [draw.randrange(1000) for _ in range(params.max_tokens)]
         ends = {"finish_reason": "length", "stop_reason": "max_tokens"}
         sample = {"text": f"{tokens}", "token_ids": tokens, **ends}
-        return found | sample | {"samples": [sample] * params.n}
+        return output | sample | {"samples": [sample] * params.n}
 
     def abort(self, *requests: int) -> None:
         self.queue = deque(r for r in self.queue if r[0] not in requests)
@@ -70,7 +72,7 @@ def resident() -> float:
 
 
 def memory_curve(rows: int, output: Path, points: int = 20) -> list[tuple[int, float]]:
-    """(finished rows, MB) during a job of `count` rows, and once more after the sorting."""
+    """(finished rows, MB) at some points of a job of `rows` rows, and once more after sorting."""
     source = output.with_suffix(".in.jsonl")
     with open(source, "w") as file:
         for i in range(rows):
@@ -83,33 +85,33 @@ def memory_curve(rows: int, output: Path, points: int = 20) -> list[tuple[int, f
     job = Job(source, output, Ask(params={"max_tokens": 16}), {})
     curve.append((0, resident()))
 
-    def watched():
+    def outcomes():
         for outcome in answer(FakeLLM(), job.pending(), job.ask):
             yield outcome
             if job.num_done % (rows // points) == 0:
                 curve.append((job.num_done, resident()))
 
-    carry_out(job, watched(), ordered=True)
+    carry_out(job, outcomes(), ordered=True)
     return [*curve, (rows, resident())]
 
 
-def beginnings(groups: int, rows: int) -> list[str]:
-    """Prompts in random order. The prompts of a group begin with the same sixty words."""
+def prompts_with_prefixes(groups: int, rows: int) -> list[str]:
+    """Prompts in random order. The prompts of a group share their first sixty words."""
     words = (ROOT / "models" / "README.md").read_text().split()
     draw, prompts = random.Random(0), []
     for _ in range(groups):
-        beginning = " ".join(draw.choice(words) for _ in range(60))
-        prompts += [f"{beginning} {draw.choice(words)} {i}" for i in range(rows)]
+        prefix = " ".join(draw.choice(words) for _ in range(60))
+        prompts += [f"{prefix} {draw.choice(words)} {i}" for i in range(rows)]
     draw.shuffle(prompts)
     return prompts
 
 
 def routing(groups: int, rows: int, replicas: int, folder: Path) -> dict[str, dict]:
-    """The share of prompt tokens in the caches of the replicas, for sorted rows and in file
-    order."""
+    """The counts of a job with sorted rows and of one in file order. "hit_rate" is the share of
+    prompt tokens that the replicas find in their prefix caches."""
     from microvllm.jobs.ray import answer_on_ray
 
-    prompts, found = beginnings(groups, rows), {}
+    prompts, results = prompts_with_prefixes(groups, rows), {}
     source = folder / "prompts.jsonl"
     source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     ask = Ask("completion", params={"max_tokens": 8, "temperature": 0.8, "ignore_eos": True})
@@ -118,25 +120,26 @@ def routing(groups: int, rows: int, replicas: int, folder: Path) -> dict[str, di
     for name, grouped in (("sorted", True), ("in file order", False)):
         job = Job(source, folder / f"{name}.jsonl", ask, options)
         outcomes = answer_on_ray(job, options, "local", replicas, grouped=grouped)
-        found[name] = carry_out(job, outcomes, ordered=True)
-        found[name]["hit_rate"] = found[name]["cached_tokens"] / found[name]["prompt_tokens"]
+        counts = results[name] = carry_out(job, outcomes, ordered=True)
+        counts["hit_rate"] = counts["cached_tokens"] / counts["prompt_tokens"]
     tokens = [
-        [json.loads(line)["token_ids"] for line in open(folder / f"{name}.jsonl")] for name in found
+        [json.loads(line)["token_ids"] for line in open(folder / f"{name}.jsonl")]
+        for name in results
     ]
-    assert tokens[0] == tokens[1], "the order changes the output"
-    return found
+    assert tokens[0] == tokens[1], "the order of rows changes the output"
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["memory", "routing"])
-    what = "number of rows (default: 1,000,000), or of rows per group (default: 16)"
-    parser.add_argument("--rows", type=int, help=what)
+    parser.add_argument("benchmark", choices=["memory", "routing"])
+    text = "memory: number of rows (default: 1,000,000); routing: rows per group (default: 16)"
+    parser.add_argument("--rows", type=int, help=text)
     parser.add_argument("--groups", type=int, default=48)
     parser.add_argument("--replicas", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if args.what == "memory":
+        if args.benchmark == "memory":
             began = time.perf_counter()
             curve = memory_curve(args.rows or 10**6, Path(folder) / "out.jsonl")
             for rows, megabytes in curve:

@@ -35,7 +35,7 @@ SPECIAL = (
     "python_start", "python_end", "output_start", "output_end",
 )  # fmt: skip
 
-# tensor -> (mean, standard deviation); random_weights has the others
+# tensor -> (mean, standard deviation); random_weights computes those of the other tensors
 SIZES = {
     "resid_lambdas": (1.0, 0.05),
     "x0_lambdas": (0.1, 0.02),
@@ -82,7 +82,7 @@ def shape(args: argparse.Namespace) -> dict:
     }
     if args.era != "1":
         config["window_pattern"] = "SSSL"
-    make_config(config, "the shape")  # raises
+    make_config(config, "the shape")  # raises ValueError
     return config
 
 
@@ -100,7 +100,7 @@ def random_weights(config: dict, era: str, device: str, storage: torch.dtype, se
             std *= (2 * config["n_layer"]) ** -0.5
         if name.startswith("value_embeds"):  # rows that are added to v
             std = 1.0
-        if name.startswith(("value_embeds", "transformer.wte")):  # nanochat's own bfloat16
+        if name.startswith(("value_embeds", "transformer.wte")):  # nanochat stores them so, too
             dtype = torch.bfloat16
         tensor = torch.randn(size, device=device, generator=generator).mul_(std).add_(mean)
         weights[name] = tensor.to(dtype).cpu()
@@ -129,7 +129,7 @@ def make_checkpoint(out: Path, args: argparse.Namespace, device: str) -> Path:
     tokenizer = random_tokenizer(args.vocab)
     out.mkdir(parents=True, exist_ok=True)
     checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # two thirds of the time, and not needed
+    torch.serialization.set_crc32_options(False)  # they take two thirds of the time
     torch.save(weights, out / "model_000000.pt")
     torch.serialization.set_crc32_options(checksums)
     (out / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer, protocol=4))
@@ -156,8 +156,8 @@ def make_hf_folder(out: Path, args: argparse.Namespace, device: str) -> Path:
     storage = getattr(torch, args.storage)
     weights = {}
     for name, tensor in random_weights(config, args.era, device, storage, args.seed).items():
-        for theirs, ours in exports.NAMES.items():
-            name = name.replace(ours, theirs)
+        for hf_name, nanochat_name in exports.NAMES.items():
+            name = name.replace(nanochat_name, hf_name)
         # in this format, padding rows of the vocabulary would be tokens
         padded = name.startswith(("lm_head", "model.embed_tokens"))
         tensor = tensor[: args.vocab] if padded else tensor
@@ -167,7 +167,7 @@ def make_hf_folder(out: Path, args: argparse.Namespace, device: str) -> Path:
     tokenizer = random_tokenizer(args.vocab)
     (out / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer, protocol=4))
     bos, end = (tokenizer._special_tokens[f"<|{name}|>"] for name in ("bos", "assistant_end"))
-    settings = {theirs: config[ours] for ours, theirs in huggingface.SIZES.items()}
+    settings = {hf_key: config[key] for key, hf_key in huggingface.SIZES.items()}
     settings |= {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",

@@ -22,48 +22,49 @@ again for each turn, so that no turn finds its prompts in a prefix cache:
     W1  64 prompts of 6 to 77 tokens (mean 23), 64 new tokens each
     W2  64 requests, 20 to 512 tokens in (mean 100), 16 to 256 out, 8,710 in all
     W3  one prompt of 128 tokens, 128 new
-    W4  32 prompts that share 256 tokens and own 16, 32 new each
+    W4  32 prompts of 256 shared and 16 own tokens, 32 new each
     W5  one prompt of 3,072 tokens, one new token
-    W6  16 prompts that share 1,024 tokens and own 1, 64 new each, like samples of one prompt
-    W7  64 prompts that share 1,024 tokens and own 16, 32 new each, like a few-shot evaluation
+    W6  16 prompts of 1,024 shared tokens and 1 own, 64 new each, like samples of one prompt
+    W7  64 prompts of 1,024 shared and 16 own tokens, 32 new each, like a few-shot evaluation
 
-W5, W6 and W7 run only if --workloads names them, since not every engine accepts such long
-sequences.
+W5, W6 and W7 run only if --workloads names them, because not every engine accepts sequences of this
+length.
 
-Engines that would take minutes run a part of the requests (SOME, below). Tokens per second count
-only the requested new tokens (for W5, the prompt tokens). "agree" compares the tokens with those of
-this engine: the share of requests whose first 8 tokens are the same, and the share of all tokens
-before the first difference. All engines compute the same model in float32, so only ties within
-rounding may differ. If less than nine of ten requests agree, the run fails. With another dtype, the
-agreement is only reported. "speedup" is the speed of this engine divided by that of the other.
+An engine that would take minutes runs only some of the requests (EVERY_NTH, below). Tokens per
+second count only the requested new tokens (for W5, the prompt tokens). "agree" compares the tokens
+with those of this engine: the share of requests whose first 8 tokens are the same, and the share of
+all tokens before the first difference. In float32 all engines compute the same model, so tokens
+differ only where two logits are equal up to rounding. If fewer than nine of ten requests agree, the
+run fails. With another dtype, the agreement is only reported. "speedup" is the speed of this engine
+divided by that of the other.
 
 With --foreign-load N, N other processes compute while an engine works (`while True: pass`, at the
 same priority), but not while engines are loaded. With several numbers, such as 0,1,2, each turn
 runs once with each of them. "of idle" is the median over the turns of an engine's speed divided by
 its speed without load.
 
-The limit is measured in the same turns: see `limit` in peers.py. It is the limit of an engine that
-uses the matrix products of a library; "of limit" refers to it. "with ours" in the JSON also
-considers this engine's own products, which are faster for a few rows, so this engine can exceed the
-first limit. K and V that several sequences share are counted once for each sequence, because every
-engine here reads them so.
+The limit is measured in the same turns (see `limit` in peers.py). It assumes the matrix products of
+a library, and "of limit" is the share of this limit. The row "limit, own products" also considers
+this engine's own products. They are faster for a few rows, so this engine can exceed the first
+limit. Both limits count K and V that several sequences share once for each sequence. An engine that
+reads them once can exceed the limits too.
 
-Peak memory is that of all processes of an engine, including weights and pool. The pool has --kv-gib
-in engines with a pool, and is written to before measurements start. "first token" is the time from
-the start of the process to the first token of its first request, with the compilation caches that
-earlier runs of this user have left.
+Peak memory is the sum over all processes of an engine, including weights and pool. In engines with
+a pool, its size is --kv-gib, and it is written to before measurements start. "first token" is the
+time from the start of the process to the first token of its first request, with the compilation
+caches that earlier runs of this user have left.
 
-openvino and llamacpp do not support nanochat. They run a Llama with matrices of equal size that
-llama.py makes, with random weights. The same number of weights is read and multiplied
-("step_weights" in the JSON), but the tokens differ, so "agree" compares these engines with each
-other. They are marked with a star. Their --peer-dtype may also be int8, and for llamacpp int4. See
-`openvino` and `llamacpp` in peers.py for the type of K and V, and for what is timed.
+openvino and llamacpp do not support nanochat. They run a Llama with random weights, which llama.py
+makes. Its matrices have as many weights as this model's ("step_weights" in the JSON), but it makes
+other tokens. So "agree" compares these engines with each other. They are marked with a star. Their
+--peer-dtype may also be int8, and for llamacpp int4. The docstrings of `openvino` and `llamacpp` in
+peers.py describe the type of K and V, and what is timed.
 
-By default, vLLM does not use one core for the model, and runs three processes. On two cores it is
-faster with other settings. For example, give a script as its interpreter that sets
-VLLM_ENABLE_V1_MULTIPROCESSING=0, VLLM_CPU_OMP_THREADS_BIND=0-1 and LD_PRELOAD to tcmalloc and
-libiomp5.so, and then starts python. An engine may be given twice with different suffixes, to
-measure both: --peer-python vllm=... --peer-python vllm-tuned=...
+By default, vLLM leaves one core free and runs three processes. On two cores it is faster with other
+settings. For example, pass a script as its interpreter. The script sets
+VLLM_ENABLE_V1_MULTIPROCESSING=0, VLLM_CPU_OMP_THREADS_BIND=0-1, and LD_PRELOAD to tcmalloc and
+libiomp5.so, and then starts python. To measure an engine with and without such settings, name it
+twice with different suffixes: --peer-python vllm=... --peer-python vllm-tuned=...
 """
 
 from __future__ import annotations
@@ -105,16 +106,17 @@ ENGINES = {
     "llamacpp": "llama_cpp",
 }
 INSTALL = {"openvino": "openvino-genai", "llamacpp": "llama-cpp-python gguf"}
-# engines that run a Llama with equal matrices -> its format, see llama.py
+# engines that run a Llama instead -> its format, see llama.py
 LLAMAS = {"openvino": "openvino", "llamacpp": "gguf"}
-# every n-th request is enough: with one request at a time, the speed does not depend on their
-# number; transformers copies its whole cache, padded to the longest request, at each step
-SOME = {"nanochat": {"W1": 8, "W2": 8, "W4": 8, "W6": 8, "W7": 8}, "transformers": {"W2": 8}}
+# engines that run only every n-th request of a workload. With one request at a time, the speed does
+# not depend on their number; transformers copies its whole cache, padded to the longest request, at
+# each step
+EVERY_NTH = {"nanochat": {"W1": 8, "W2": 8, "W4": 8, "W6": 8, "W7": 8}, "transformers": {"W2": 8}}
 WORKLOADS = ("W1", "W2", "W3", "W4")
 LONG = ("W5", "W6", "W7")
 SHARED = {"W4": (32, 256, 16, 32), "W6": (16, 1024, 1, 64), "W7": (64, 1024, 16, 32)}
 FIRST = 8  # tokens of a request that have to agree
-SPECIAL = 9  # the last ids of a vocabulary
+SPECIAL = 9  # special tokens, the last ids of a vocabulary
 MAX_LEN, LONG_LEN = 1024, 4096
 
 # another program that computes; it ends when the pipe on its stdin closes, so that it never
@@ -132,9 +134,9 @@ while True: pass
 
 # print the version of a module; runs in the interpreter of an engine
 VERSION = """
-import sys, importlib.metadata as found, importlib.util
+import sys, importlib.metadata as metadata, importlib.util
 if importlib.util.find_spec(sys.argv[1]) is None: sys.exit(3)
-print(found.version(found.packages_distributions()[sys.argv[1]][0]))
+print(metadata.version(metadata.packages_distributions()[sys.argv[1]][0]))
 """
 
 
@@ -197,21 +199,22 @@ def part(job: dict, every: int) -> dict:
     return job | {"prompts": job["prompts"][::every], "new": job["new"][::every]}
 
 
-def counted(name: str, job: dict) -> int:
+def count_tokens(name: str, job: dict) -> int:
     """The number of tokens that count for the speed of a job."""
     return sum(map(len, job["prompts"])) if name == "W5" else sum(job["new"])
 
 
-def agreement(ours: list[list[int]], theirs: list[list[int]]) -> tuple[float, float]:
+def agreement(expected: list[list[int]], tokens: list[list[int]]) -> tuple[float, float]:
     """(share of requests whose first tokens are equal, share of tokens before a difference)."""
     same = []
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(expected, tokens, strict=True):
         assert len(a) == len(b), "an engine generated a wrong number of tokens"
         same.append(
             next((i for i, pair in enumerate(zip(a, b, strict=True)) if len({*pair}) > 1), len(a))
         )
-    first = sum(n >= min(FIRST, len(a)) for n, a in zip(same, ours, strict=True)) / len(ours)
-    return first, sum(same) / sum(map(len, ours))
+    requests = zip(same, expected, strict=True)
+    first = sum(n >= min(FIRST, len(a)) for n, a in requests) / len(expected)
+    return first, sum(same) / sum(map(len, expected))
 
 
 # the engines --------------------------------------------------------------------------------------
@@ -233,8 +236,8 @@ class Peer:
             env=os.environ | {"OMP_NUM_THREADS": str(options["threads"])},
         )
 
-    def ask(self, job: dict) -> dict:
-        """Raises RuntimeError with its last output if the engine has died."""
+    def run(self, job: dict) -> dict:
+        """Run a job in the process. Raises RuntimeError with its last output if it has ended."""
         try:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
@@ -243,7 +246,7 @@ class Peer:
             line = ""
         if not line:
             self.log.seek(0)
-            raise RuntimeError(f"{self.name} died: ...{self.log.read()[-3000:]}")
+            raise RuntimeError(f"the process of {self.name} ended: ...{self.log.read()[-3000:]}")
         return json.loads(line)
 
     def peak_bytes(self) -> int:
@@ -256,7 +259,7 @@ class Peer:
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-            except OSError:  # it ended
+            except OSError:  # the process has ended
                 continue
             children[int(parent)].append(int(process.name))
         waiting = [self.process.pid]
@@ -330,27 +333,27 @@ class Comparison:
                     Path(options["folder"]), kind, options["dtype"], python
                 )
             except subprocess.CalledProcessError as error:
-                say(f"{name}: its model cannot be made, {error.stderr.strip()[-1000:]}")
+                say(f"{name}: cannot make its model, {error.stderr.strip()[-1000:]}")
                 self.failed.append(name)
                 return
             options |= {"folder": str(folder)}
-            self.facts[name] |= {"model": "a Llama of equal matrices", "step_weights": numbers}
+            self.facts[name] |= {"model": "a Llama", "step_weights": numbers}
         peer = Peer(name, python, options)
         if name == "limit":
             self.peers.append(peer)
             return
         job = workload("W3", 0, self.vocab, max(8, self.args.shrink)) | {"new": [1]}
-        if self.ask(peer, job):
+        if self.run_job(peer, job):
             self.facts[name] |= {"first_token_s": round(time.perf_counter() - peer.start, 2)}
             self.peers.append(peer)
             say(f"{name} {self.facts[name]['version']}: first token after "
                 f"{self.facts[name]['first_token_s']} s")  # fmt: skip
 
-    def ask(self, peer: Peer, job: dict) -> dict | None:
+    def run_job(self, peer: Peer, job: dict) -> dict | None:
         """Run a job. If the engine fails, report it and continue without this engine."""
-        time.sleep(self.args.pause)  # threads of the engine before may spin for a while
+        time.sleep(self.args.pause)  # threads of the previous engine may spin for a while
         try:
-            return peer.ask(job)
+            return peer.run(job)
         except RuntimeError as error:
             say(str(error))
             self.failed.append(peer.name)
@@ -362,22 +365,22 @@ class Comparison:
         counted."""
         args = self.args
         for name in args.workloads:
-            whole = workload(name, turn, self.vocab, args.shrink, args.seed, load)
+            full_job = workload(name, turn, self.vocab, args.shrink, args.seed, load)
             answers, key = {}, (name, load)
             if turn == 0:
-                whole = part(whole, 8) | {"new": [min(n, 4) for n in whole["new"][::8]]}
+                full_job = part(full_job, 8) | {"new": [min(n, 4) for n in full_job["new"][::8]]}
             for peer in list(self.peers):
-                every = SOME.get(peer.engine, {}).get(name, 1) if turn else 1
-                job = part(whole, every)
-                answer = self.ask(peer, job)
+                every = EVERY_NTH.get(peer.engine, {}).get(name, 1) if turn else 1
+                job = part(full_job, every)
+                answer = self.run_job(peer, job)
                 if answer is None or turn == 0:
                     continue
-                speed = counted(name, job) / answer["seconds"]
+                speed = count_tokens(name, job) / answer["seconds"]
                 self.speeds[key][peer.name].append(speed)
                 if peer.name == "limit":
                     self.limits[key].append(answer)
-                    own = counted(name, job) / answer["own_seconds"]
-                    self.speeds[key]["limit, with ours"].append(own)
+                    own = count_tokens(name, job) / answer["own_seconds"]
+                    self.speeds[key]["limit, own products"].append(own)
                     continue
                 llamas = peer.engine in LLAMAS  # their tokens are compared with each other
                 if llamas or peer.name == "microvllm":
@@ -386,26 +389,29 @@ class Comparison:
                     same = agreement(first[::every], answer["tokens"])
                     self.agreed[key][peer.name].append(same)
             done = ", ".join(f"{n} {s[-1]:,.1f}" for n, s in self.speeds[key].items())
-            say(f"turn {turn}, {name}{beside(load)}: {done}" if turn else f"warmed up for {name}")
+            say(
+                f"turn {turn}, {name}{beside(load)}: {done}" if turn else f"warm-up of {name}: done"
+            )
 
     def results(self, load: int = 0) -> dict:
         """For each workload and engine: tokens/s with this load, and comparisons."""
-        found = {}
+        results = {}
         for name in self.args.workloads:
             key = name, load
             job = workload(name, 1, self.vocab, self.args.shrink)
-            asked = sum(map(len, job["prompts"]))
-            found[name] = {
-                "requests": len(job["new"]), "prompt_tokens": asked, "new_tokens": sum(job["new"]),
-            }  # fmt: skip
+            results[name] = {
+                "requests": len(job["new"]),
+                "prompt_tokens": sum(map(len, job["prompts"])),
+                "new_tokens": sum(job["new"]),
+            }
             if limits := self.limits[key]:
                 products = statistics.median(x["products_seconds"] / x["seconds"] for x in limits)
                 gb = statistics.median(x["bandwidth_gb"] for x in limits)
-                found[name] |= {
+                results[name] |= {
                     "limit_products_share": round(products, 3),
                     "read_gb_per_s": round(gb, 1),
                 }
-            engines = found[name]["engines"] = {}
+            engines = results[name]["engines"] = {}
             limits, ours = (self.speeds[key].get(of, []) for of in ("limit", "microvllm"))
             for engine, speeds in self.speeds[key].items():
                 numbers = engines[engine] = {
@@ -418,11 +424,11 @@ class Comparison:
                 if len(limits) == len(speeds):
                     numbers["share_of_limit"] = round(median_ratio(speeds, limits), 3)
                 if not engine.startswith("limit") and len(ours) == len(speeds):
-                    numbers["ours_over_it"] = round(median_ratio(ours, speeds), 2)
+                    numbers["speedup"] = round(median_ratio(ours, speeds), 2)
                 if pairs := self.agreed[key][engine]:
                     first, tokens = (statistics.mean(column) for column in zip(*pairs, strict=True))
                     numbers |= {"agree_first": round(first, 3), "agree_tokens": round(tokens, 3)}
-        return found
+        return results
 
     def table(self, by_load: dict[int, dict]) -> str:
         """`results` of each load, as text."""
@@ -442,7 +448,7 @@ class Comparison:
                 span = f"({low:,.1f}-{high:,.1f})"
                 line = f"{engine + star:20}{n['tokens_per_s']:>12,.1f}{span:>24}"
                 shares = (("of_idle", 9, ".0%"), ("share_of_limit", 10, ".0%"),
-                          ("ours_over_it", 9, ".2f"), ("agree_first", 14, ".0%"),
+                          ("speedup", 9, ".2f"), ("agree_first", 14, ".0%"),
                           ("agree_tokens", 7, ".1%"))  # fmt: skip
                 for key, width, kind in shares:
                     line += f"{format(n[key], kind) if key in n else '-':>{width}}"
@@ -451,13 +457,13 @@ class Comparison:
         for engine, fact in self.facts.items():
             if "peak_gb" in fact:
                 start, peak = f"{fact['first_token_s']:.1f} s", f"{fact['peak_gb']:.2f} GB"
-                told = f"{fact['version']}" + (f", {fact['dtype']}" if "dtype" in fact else "")
-                lines.append(f"{engine:20}{start:>12}{peak:>13}  {told}")
+                version = f"{fact['version']}" + (f", {fact['dtype']}" if "dtype" in fact else "")
+                lines.append(f"{engine:20}{start:>12}{peak:>13}  {version}")
         if numbers := [fact["step_weights"] for fact in self.facts.values() if "model" in fact]:
             lines.append(
-                f"\n* a Llama with equal matrices and random weights: a step uses {numbers[0]:,} "
-                f"weights,\n  and {self.step_weights:,} in this engine; its tokens are compared "
-                "with those of the first engine with a star"
+                f"\n* a Llama with random weights: a step uses {numbers[0]:,} weights,\n"
+                f"  and {self.step_weights:,} in this engine; the tokens are compared with those "
+                "of the first engine with a star"
             )
         return "\n".join(lines)
 
@@ -468,7 +474,7 @@ def median_ratio(speeds: list[float], others: list[float]) -> float:
 
 
 def beside(load: int) -> str:
-    """A phrase for the load, "" without load."""
+    """The load as text; "" without load."""
     return f" with {load} busy loop{'s' * (load > 1)}" if load else ""
 
 
@@ -497,23 +503,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=[*SHAPES, "bundled"], default="d12")
     parser.add_argument("--models", type=Path, help="folder to keep random models for later runs")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
-    parser.add_argument("--engines", help=f"of {','.join(ENGINES)} (default: what is importable)")
+    text = f"engines of {','.join(ENGINES)} (default: all that can be imported)"
+    parser.add_argument("--engines", help=text)
     parser.add_argument(
         "--peer-python", action="append", default=[], metavar="NAME=PATH",
-        help="the interpreter of an engine; NAME is the engine, or the engine, a dash and a label",
+        help="the interpreter of an engine; NAME is ENGINE or ENGINE-LABEL",
     )  # fmt: skip
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=cores())
-    parser.add_argument("--kv-gib", type=int, default=2, help="for K and V (default: %(default)s)")
+    text = "GiB for K and V (default: %(default)s)"
+    parser.add_argument("--kv-gib", type=int, default=2, help=text)
     parser.add_argument(
         "--foreign-load", default="0", metavar="N[,N...]",
-        help="number of busy loops during a run; several numbers: one run with each (default: 0)",
+        help="number of busy loops during a run; several numbers: a run with each (default: 0)",
     )  # fmt: skip
     parser.add_argument("--pause", type=float, default=0.5, help="seconds before each run")
     parser.add_argument("--shrink", type=int, default=1, help="divide counts and lengths")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", help="an argument of LLM")
-    parser.add_argument("--quantization", help="an argument of LLM")
+    parser.add_argument("--dtype", help="dtype of this engine, as in LLM")
+    parser.add_argument("--quantization", help="quantization of this engine, as in LLM")
     parser.add_argument(
         "--peer-dtype", action="append", default=[], metavar="[NAME=]DTYPE",
         help="dtype of the other engines, or of one of them (default: float32)",
@@ -522,7 +530,7 @@ def parse() -> argparse.Namespace:
     args.workloads = args.workloads.split(",")
     if unknown := {*args.workloads} - {*WORKLOADS, *LONG}:
         known = ", ".join(WORKLOADS + LONG)
-        parser.error(f"--workloads knows {known}; not {', '.join(sorted(unknown))}")
+        parser.error(f"--workloads: unknown {', '.join(sorted(unknown))}; use {known}")
     loads = args.foreign_load.split(",")
     if len({*loads}) < len(loads) or not all(n.isascii() and n.isdigit() for n in loads):
         parser.error(f"--foreign-load {args.foreign_load}: expected different numbers, as in 0,1,2")
@@ -530,24 +538,24 @@ def parse() -> argparse.Namespace:
     if max(args.foreign_load) > 64:
         parser.error(f"--foreign-load {max(args.foreign_load)}: at most 64 busy loops")
     args.pythons = {}
-    for given in args.peer_python:
-        name, _, python = given.partition("=")
+    for word in args.peer_python:
+        name, _, python = word.partition("=")
         if name.split("-")[0] not in ENGINES or not Path(python).is_file():
-            parser.error(f"--peer-python {given}: expected ENGINE=/path/to/python")
+            parser.error(f"--peer-python {word}: expected ENGINE=/path/to/python")
         args.pythons[name] = python
     named = {name.split("-")[0] for name in args.pythons}
     args.pythons |= {name: sys.executable for name in ENGINES if name not in named}
     wanted = args.engines.split(",") if args.engines else list(args.pythons)
     if unknown := set(wanted) - set(args.pythons):
         parser.error(
-            f"--engines: {', '.join(sorted(unknown))} is none of {', '.join(args.pythons)}"
+            f"--engines: unknown {', '.join(sorted(unknown))}; use {', '.join(args.pythons)}"
         )
     # this engine is always included and first, as the reference
     args.engines = sorted({"microvllm", *wanted}, key=["microvllm", *wanted].index)
-    dtypes = dict(given.rpartition("=")[::2] for given in args.peer_dtype)
+    dtypes = dict(word.rpartition("=")[::2] for word in args.peer_dtype)
     if unknown := set(dtypes) - {"", *args.pythons}:
         parser.error(
-            f"--peer-dtype: {', '.join(sorted(unknown))} is none of {', '.join(args.pythons)}"
+            f"--peer-dtype: unknown {', '.join(sorted(unknown))}; use {', '.join(args.pythons)}"
         )
     args.peer_dtype = dtypes.get("", "float32")
     args.dtypes = {name: dtypes.get(name, args.peer_dtype) for name in args.engines[1:]}
@@ -556,10 +564,11 @@ def parse() -> argparse.Namespace:
         known = llama.PRECISIONS[kind] if kind else ("float32", "bfloat16")
         if dtype not in known:
             parser.error(
-                f"--peer-dtype {dtype}: {name} has {', '.join(known)} (--engines, or NAME=)"
+                f"--peer-dtype {dtype}: {name} supports {', '.join(known)}; use --peer-dtype "
+                f"{name}=DTYPE, or leave it out of --engines"
             )
-    given = {"dtype": args.dtype, "quantization": args.quantization}
-    args.llm = {key: value for key, value in given.items() if value is not None}
+    options = {"dtype": args.dtype, "quantization": args.quantization}
+    args.llm = {key: value for key, value in options.items() if value is not None}
     return args
 
 
@@ -577,14 +586,16 @@ def find_model(args: argparse.Namespace, scratch: Path) -> tuple[Path, int]:
 
 def find_llama(folder: Path, to: str, precision: str, python: str) -> tuple[Path, int]:
     """(folder of the Llama that corresponds to the model in `folder`, number of weights that a step
-    reads). If the Llama is missing in this format and precision, an interpreter with the necessary
-    packages makes it."""
-    config, out = llama.like(json.loads((folder / "config.json").read_text())), folder / "llama"
+    reads). If it does not exist in this format and precision, the interpreter `python` makes it."""
+    config, out = (
+        llama.llama_for(json.loads((folder / "config.json").read_text())),
+        folder / "llama",
+    )
     if not (out / "config.json").exists():
         llama.make_folder(out, config)
     script = [python, HERE / "llama.py", out, "--to", to, "--precision", precision]
     done = subprocess.run(script, check=True, capture_output=True, text=True)
-    return Path(done.stdout.splitlines()[-1]), llama.read_numbers(config)
+    return Path(done.stdout.splitlines()[-1]), llama.count_weights(config)
 
 
 def step_weights(folder: Path) -> int:
@@ -607,17 +618,17 @@ def main() -> None:
             for name in args.engines:
                 engine, python = name.split("-")[0], args.pythons[name]
                 if args.model == "bundled" and engine in ("transformers", "vllm", *LLAMAS):
-                    say(f"{name} does not know this era of nanochat")
-                elif found := version(python, ENGINES[engine]):
-                    run.facts[name] = {"version": f"{ENGINES[engine]} {found}"}
+                    say(f"{name} does not support this era of nanochat")
+                elif number := version(python, ENGINES[engine]):
+                    run.facts[name] = {"version": f"{ENGINES[engine]} {number}"}
                     if name != "microvllm":
                         run.facts[name] |= {"dtype": args.dtypes[name]}
                     run.load(name, python)
                 else:
                     package = INSTALL.get(engine, ENGINES[engine])
-                    say(f"{name} cannot be imported by {python}: {python} -m pip install {package}")
+                    say(f"{python} cannot import {name}: run {python} -m pip install {package}")
             if "microvllm" in run.failed:
-                sys.exit("there is no other engine to compare with")
+                sys.exit("microvllm failed, so there is nothing to compare the others with")
             run.turn(0)
             for turn in range(1, args.turns + 1):
                 for load in args.foreign_load:
@@ -638,11 +649,11 @@ def main() -> None:
         f"{', '.join(map(str, args.foreign_load))} busy loops\n{run.table(by_load)}\n"
     )
     exact = {name for name, dtype in args.dtypes.items() if dtype == "float32" and not args.llm}
-    exact -= {name for name in exact if name.split("-")[0] in LLAMAS}  # K and V may be less
+    exact -= {name for name in exact if name.split("-")[0] in LLAMAS}  # K and V may have fewer bits
     wrong = [
         f"{engine} ({name}{beside(load)})"
-        for load, found in by_load.items()
-        for name, work in found.items()
+        for load, results in by_load.items()
+        for name, work in results.items()
         for engine, numbers in work["engines"].items()
         if engine in exact and numbers.get("agree_first", 1) < 0.9
     ]

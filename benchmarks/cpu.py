@@ -8,17 +8,18 @@ time of a part excludes the parts inside it. The numbers are medians over the st
 sequences decode, and the time of the step is their sum, so disturbances in some steps do not count.
 "python" is the part of a step outside the model and the sampler: planning, tensors for the plan,
 reading the tokens, engine state, and the time of the measurement itself. All layers are one
-compiled call, whose parts cannot be timed. So the same work runs once more with the loop over
-layers of fused/model.py: it takes longer, but shows the parts.
+compiled call, whose parts cannot be timed. So the same work runs once more with the slower loop
+over layers of fused/model.py, which shows the parts.
 
-perplexity: of the answers to the bundled prompts, by the bundled model in float32, bfloat16 and
-int8.
+perplexity: that of the answers to the bundled prompts, for the bundled model in some precisions
+(--kinds).
 
-host: the CPU time of a step in the loop that runs ahead of a GPU, with a fake GPU that takes no
-time: planning, filling the array to upload, reading tokens and updating the engine state, including
-steps with prompts. Calls to CUDA (launches, copies, pinned memory) are not included. Without
-filters and with top_k=50. As long as the GPU takes longer, this time is hidden. The last line of
-the output has all results as JSON.
+host: the time of a step in the loop that runs ahead of a GPU, with a fake GPU that takes no time.
+It has planning, filling the array to upload, reading tokens and updating the engine state, also in
+steps with prompts. It does not have the calls to CUDA (launches, copies, pinned memory). It is
+measured without filters and with top_k=50. As long as the GPU takes longer, this time is hidden.
+
+The last line of the output has all results as JSON.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Clocks:
         self.steps: list[tuple[int, Counter]] = []  # (rows, seconds by part)
         self.now, self.inside = Counter(), [0.0]
 
-    def around(self, owner: object, name: str, part: str) -> None:
+    def time_calls(self, owner: object, name: str, part: str) -> None:
         """Time every call of owner.name, excluding timed calls inside it."""
         call = getattr(owner, name)
 
@@ -74,8 +75,8 @@ class Clocks:
         setattr(owner, name, timed)
 
     def watch(self, llm: LLM) -> Callable[[], None]:
-        """Time each part of this engine; returns a function that undoes this."""
-        kernels, runner, kept = llm.model.backend, llm.runner, []
+        """Time each part of this engine. Returns a function that restores the engine."""
+        kernels, runner, originals = llm.model.backend, llm.runner, []
         places = [
             (llm.loop, "advance", "other python"), (llm.scheduler, "schedule", "schedule"),
             (runner, "upload", "batch"),
@@ -88,11 +89,11 @@ class Clocks:
         if llm.model.compiled:
             places.append((llm.model, "compiled", "all layers"))
         for owner, name, part in places:
-            kept.append((owner, name, vars(owner).get(name)))
-            self.around(owner, name, part)
+            originals.append((owner, name, vars(owner).get(name)))
+            self.time_calls(owner, name, part)
 
         def restore() -> None:
-            for owner, name, old in kept:
+            for owner, name, old in originals:
                 delattr(owner, name) if old is None else setattr(owner, name, old)
 
         return restore
@@ -113,8 +114,8 @@ def profile(folder: str, vocab: int, sequences: int) -> dict:
     total = sum(parts.values())
     share = sum(ms for n, ms in parts.items() if n in PYTHON) / total
 
-    def ordered(found: dict) -> dict:
-        return {n: round(ms, 3) for n, ms in sorted(found.items(), key=lambda x: -x[1])}
+    def ordered(times: dict) -> dict:
+        return {n: round(ms, 3) for n, ms in sorted(times.items(), key=lambda x: -x[1])}
 
     return {
         "sequences": sequences, "steps": steps, "step_ms": round(total, 3),
@@ -135,11 +136,11 @@ def decode(llm: LLM, vocab: int, sequences: int) -> tuple[int, dict]:
         while not llm.is_finished():
             before = llm.stats()["output_tokens"], llm.stats()["prefill_tokens"]
             llm.step()
-            made, prompt = (
+            num_new, num_prompt = (
                 llm.stats()[key] - old
                 for key, old in zip(("output_tokens", "prefill_tokens"), before, strict=True)
             )
-            clocks.step(0 if prompt else made)
+            clocks.step(0 if num_prompt else num_new)
         restore()
     full = [parts for rows, parts in clocks.steps if rows == sequences and parts]
     names = list(dict.fromkeys(name for parts in full for name in parts))
@@ -147,21 +148,19 @@ def decode(llm: LLM, vocab: int, sequences: int) -> tuple[int, dict]:
 
 
 def perplexity(count: int, options: dict) -> dict:
-    """The perplexity of the answers to the first `prompts` bundled prompts that have one."""
+    """The perplexity of the answers to the first `count` bundled prompts that have an answer."""
     rows = [row for row in json.loads(PROMPTS.read_text()) if row["output"]][:count]
     with LLM(str(BUNDLED), **{"device": "cpu"} | options) as llm:
         prompts = []
         for row in rows:
-            asked = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
-            prompts.append(
-                llm.tokenizer.render_for_completion([{"role": "user", "content": asked}])
-            )
-        found = sum(llm.score(prompts, [row["output"] for row in rows]), [])
-    return {"tokens": len(found), "perplexity": round(math.exp(-sum(found) / len(found)), 4)}
+            text = row["instruction"] + (f"\n\n{row['input']}" if row["input"] else "")
+            prompts.append(llm.tokenizer.render_for_completion([{"role": "user", "content": text}]))
+        scores = sum(llm.score(prompts, [row["output"] for row in rows]), [])
+    return {"tokens": len(scores), "perplexity": round(math.exp(-sum(scores) / len(scores)), 4)}
 
 
 def host(sequences: int, top_k: int, new: int = 64) -> float:
-    """Milliseconds of a step of `sequences` decodes, averaged with the steps of the prompts."""
+    """Milliseconds of a step with `sequences` sequences: the mean over decodes and prompts."""
     from microvllm.gpu.graphs import DecodeGraphs, GraphRunner
     from microvllm.loops.ahead import AheadLoop
 
@@ -173,7 +172,7 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
         def choose(self, size, graphs):
             pass
 
-    def drawn(logits, params, *_):
+    def sample(logits, params, *_):
         return torch.full((len(params),), 5, dtype=torch.int32)
 
     options = {"max_batch_size": 512, "max_batched_tokens": 8192, "num_blocks": 7 * sequences + 1}
@@ -186,7 +185,7 @@ def host(sequences: int, top_k: int, new: int = 64) -> float:
         mock.patch.object(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k)),
     ):
         llm.loop.inner_loop = AheadLoop(llm.loop.engine)
-        llm.runner = GraphRunner(llm.model, llm.cache, llm.scheduler.blocks, llm.hooks, drawn)
+        llm.runner = GraphRunner(llm.model, llm.cache, llm.scheduler.blocks, llm.hooks, sample)
         limits = llm.max_batch_size, llm.max_model_len
         llm.runner.graphs = Idle(llm.model, llm.cache, *limits)
         llm.model.forward = lambda batch, cache: torch.zeros(len(batch.hidden_rows), 1)
@@ -204,14 +203,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default="profile,perplexity,host")
-    parser.add_argument("--models", default="small,bundled", help=f"of {','.join(SHAPES)},bundled")
-    what = "number of sequences in the profile (default: %(default)s)"
-    parser.add_argument("--sequences", type=int, default=64, help=what)
-    what = "number of prompts for the perplexity (default: %(default)s)"
-    parser.add_argument("--prompts", type=int, default=512, help=what)
-    kinds = "formats for the perplexity (default: those without more compilation), from "
-    kinds += ",".join(KINDS)
-    parser.add_argument("--kinds", default="float32,bfloat16,int8", help=kinds)
+    text = f"models to profile, of {','.join(SHAPES)},bundled"
+    parser.add_argument("--models", default="small,bundled", help=text)
+    text = "number of sequences in the profile (default: %(default)s)"
+    parser.add_argument("--sequences", type=int, default=64, help=text)
+    text = "number of prompts for the perplexity (default: %(default)s)"
+    parser.add_argument("--prompts", type=int, default=512, help=text)
+    text = f"precisions for the perplexity, of {','.join(KINDS)} (default: %(default)s)"
+    parser.add_argument("--kinds", default="float32,bfloat16,int8", help=text)
     args = parser.parse_args()
     result = {"benchmark": "cpu", "cpu": processor(), "cores": cores(),
               "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
@@ -221,15 +220,15 @@ def main() -> None:
         result["profile"] = {}
         for name in args.models.split(","):
             with tempfile.TemporaryDirectory() as scratch:
-                wanted = argparse.Namespace(model=name, models=None)
-                folder, vocab = find_model(wanted, Path(scratch))
-                found = result["profile"][name] = profile(str(folder), vocab, args.sequences)
-            print(f"\n{name}: a step of {found['sequences']} decodes, medians of {found['steps']}\n"
-                  f"{'whole step':20}{found['step_ms']:9.3f} ms")  # fmt: skip
-            for part, ms in found["parts_ms"].items():
-                print(f"{part:20}{ms:9.3f} ms{ms / found['step_ms']:7.1%}")
-            print(f"{'python':20}{'':12}{found['python_share']:7.1%}  ({', '.join(PYTHON)})")
-            if loop := found["loop_ms"]:
+                choice = argparse.Namespace(model=name, models=None)
+                folder, vocab = find_model(choice, Path(scratch))
+                times = result["profile"][name] = profile(str(folder), vocab, args.sequences)
+            print(f"\n{name}: a step of {times['sequences']} decodes, medians of {times['steps']} "
+                  f"steps\n{'whole step':20}{times['step_ms']:9.3f} ms")  # fmt: skip
+            for part, ms in times["parts_ms"].items():
+                print(f"{part:20}{ms:9.3f} ms{ms / times['step_ms']:7.1%}")
+            print(f"{'python':20}{'':12}{times['python_share']:7.1%}  ({', '.join(PYTHON)})")
+            if loop := times["loop_ms"]:
                 total = sum(loop.values())
                 print(f"with the loop over the layers, {total:.3f} ms")
                 for part, ms in loop.items():
@@ -240,16 +239,17 @@ def main() -> None:
         }
         exact = result["perplexity"]["float32"]["perplexity"]
         print(f"\nperplexity of {result['perplexity']['float32']['tokens']:,} tokens of answers")
-        for kind, found in result["perplexity"].items():
-            print(f"{kind:20}{found['perplexity']:9.4f}{found['perplexity'] / exact - 1:+10.3%}")
+        for kind, numbers in result["perplexity"].items():
+            value = numbers["perplexity"]
+            print(f"{kind:20}{value:9.4f}{value / exact - 1:+10.3%}")
     if "host" in args.parts and not importlib.util.find_spec("triton"):
-        print("\nhost: skipped, the kernels of a GPU need triton")
+        print("\nhost: skipped, because triton is not installed")
     elif "host" in args.parts:
         result["host_ms"] = {}
-        print("\na step on the host of a GPU")
+        print("\nhost time of a step")
         for sequences in (512, 64, 1):
-            found = result["host_ms"][sequences] = [host(sequences, k) for k in (0, 50)]
-            print(f"{sequences:4} sequences {found[0]:12.3f} ms, with top_k {found[1]:.3f} ms")
+            times = result["host_ms"][sequences] = [host(sequences, k) for k in (0, 50)]
+            print(f"{sequences:4} sequences {times[0]:12.3f} ms, with top_k {times[1]:.3f} ms")
     print(json.dumps(result))
 
 

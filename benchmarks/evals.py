@@ -150,7 +150,7 @@ def sentence(draw: random.Random, num_words: int) -> str:
     return " ".join(draw.choices(WORDS, k=num_words))
 
 
-# variants: functions of the tasks of an evaluation, which return the answers
+# variants: functions that run the tasks of an evaluation and return the answers
 
 
 def at_once(engine: Engine, options: dict, tasks) -> dict:
@@ -186,7 +186,7 @@ def one_by_one(engine: Engine, options: dict, tasks) -> dict:
     return answers
 
 
-def nanochats(code: SimpleNamespace, module, tokenizer, options: dict, tasks) -> dict:
+def in_nanochat(code: SimpleNamespace, module, tokenizer, options: dict, tasks) -> dict:
     """nanochat's own loops. code: what `import_nanochat` returns."""
     answers: dict = {}
     if isinstance(tasks, list):
@@ -226,14 +226,14 @@ def import_nanochat(checkout: Path) -> SimpleNamespace:
     )
 
 
-def make_ways(args: argparse.Namespace) -> dict[str, Callable]:
+def make_variants(args: argparse.Namespace) -> dict[str, Callable]:
     """Return the variants by name."""
     path = Path(args.model)
     tokenizer_path = path if (path / "tokenizer.pkl").exists() else path.parent / "tokenizer"
     module = load(path).eval()
     tokenizer = load_tokenizer(tokenizer_path)
     options = {"max_new_tokens": args.tokens}
-    ways: dict[str, Callable] = {}
+    variants: dict[str, Callable] = {}
     if args.nanochat:
         code = import_nanochat(args.nanochat)
         weights = module.state_dict()
@@ -244,24 +244,24 @@ def make_ways(args: argparse.Namespace) -> dict[str, Callable]:
         module.load_state_dict(weights)
         module = module.float().eval()
         tokenizer = code.Tokenizer.from_directory(str(tokenizer_path))
-        ways["nanochat"] = partial(nanochats, code, module, tokenizer, options)
+        variants["nanochat"] = partial(in_nanochat, code, module, tokenizer, options)
     live = Engine(module, tokenizer)
     copied = Engine(module, tokenizer, copy=True)
-    ways["one by one"] = partial(one_by_one, live, options)
-    ways["live"] = partial(at_once, live, options)
-    ways["copy"] = partial(at_once, copied, options)
+    variants["one by one"] = partial(one_by_one, live, options)
+    variants["live"] = partial(at_once, live, options)
+    variants["copy"] = partial(at_once, copied, options)
     for engine in (live, copied):
         engine.warm()
-    reset = [live.llm.reset_prefix_cache, copied.llm.reset_prefix_cache]
-    return {name: partial(run_from_cold, reset, way) for name, way in ways.items()}
+    resets = [live.llm.reset_prefix_cache, copied.llm.reset_prefix_cache]
+    return {name: partial(run_from_cold, resets, variant) for name, variant in variants.items()}
 
 
-def run_from_cold(resets: list[Callable], way: Callable, tasks) -> tuple[dict, float]:
+def run_from_cold(resets: list[Callable], variant: Callable, tasks) -> tuple[dict, float]:
     """Return (answers, seconds) of a variant with an empty prefix cache."""
     for reset in resets:
         reset()
     start = time.perf_counter()
-    answers = way(tasks)
+    answers = variant(tasks)
     return answers, time.perf_counter() - start
 
 
@@ -283,24 +283,24 @@ def main() -> None:
     facts = {"hardware": platform.machine(), "threads": torch.get_num_threads(), **vars(args)}
     facts["nanochat"] = str(args.nanochat or "")
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    ways = make_ways(args)
+    variants = make_variants(args)
     results: dict[str, dict[str, float]] = {}
     for evaluation, tasks in evaluations.items():
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
         all_answers = {}
         for turn in range(-1, args.turns):  # the first turn compiles kernels
-            for name, way in ways.items():
-                all_answers[name], duration = way(tasks)
+            for name, variant in variants.items():
+                all_answers[name], duration = variant(tasks)
                 if turn >= 0:
                     seconds[name].append(duration)
-        first, *others = ways
+        first, *others = variants
         for name in others:
             if all_answers[name] != all_answers[first]:
                 sys.exit(f"{evaluation}: {name} and {first} have different answers: {all_answers}")
         results[evaluation] = {name: statistics.median(turns) for name, turns in seconds.items()}
         for name, duration in results[evaluation].items():
-            times = results[evaluation][first] / duration
-            print(f"{evaluation:12s} {name:10s} {duration:8.2f} s ({times:5.1f} times {first})")
+            speedup = results[evaluation][first] / duration
+            print(f"{evaluation:12s} {name:10s} {duration:8.2f} s ({speedup:5.1f} times {first})")
     print(json.dumps({**facts, "seconds": results}))
 
 

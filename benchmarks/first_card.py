@@ -41,11 +41,11 @@ from microvllm.model import GPTConfig
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 600  # for all parts
 TINY = "--device cpu --depth 2 --width 64 --head-dim 32 --vocab 512 --shrink 32 --num-blocks 512"
-AIMS = {
+TARGETS = {  # tokens/s on one H100, from docs/PERFORMANCE.md
     "headline": 54_000,
     "single": 600,
     "mixed": 19_500,
-}  # tokens/s on one H100, docs/PERFORMANCE.md
+}
 FEATURES = {  # features of the sampler
     "greedy": {"temperature": 0.0}, "temperature": {}, "top_k": {"top_k": 5},
     "top_p": {"top_p": 0.8}, "min_p": {"min_p": 0.1}, "logprobs": {"logprobs": 3},
@@ -63,30 +63,30 @@ class Part:
     def __init__(self, name: str, out: Path, work: Path, tiny: bool):
         self.name, self.out, self.work, self.tiny = name, out, work, tiny
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.found: dict = {"error": "it did not finish"}
+        self.results: dict = {"error": "not finished"}
         out.mkdir(parents=True, exist_ok=True)
 
-    def note(self, **found: object) -> None:
+    def note(self, **results: object) -> None:
         """Add results: print them, and write all results to the files."""
-        say(f"{self.name}: " + ", ".join(f"{k} {v}"[:300] for k, v in found.items()))
-        self.found |= found
-        (self.out / f"{self.name}.json").write_text(json.dumps(self.found, indent=1))
+        say(f"{self.name}: " + ", ".join(f"{k} {v}"[:300] for k, v in results.items()))
+        self.results |= results
+        (self.out / f"{self.name}.json").write_text(json.dumps(self.results, indent=1))
         (self.out / "report.md").write_text(report(self.out))
 
     def run(self, function: Callable) -> None:
         """Run the part, and note its results, warnings, seconds and, if it fails, the error."""
         began = time.perf_counter()
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as records:
             warnings.simplefilter("always")
             self.note()
             try:
                 function(self)
-                del self.found["error"]
+                del self.results["error"]
             except BaseException as error:
                 traceback.print_exc()
-                self.found["error"] = f"{type(error).__name__}: {error}"[:2000]
-        told = sorted({str(w.message)[:500] for w in caught})
-        self.note(warnings=told, seconds=round(time.perf_counter() - began, 1))
+                self.results["error"] = f"{type(error).__name__}: {error}"[:2000]
+        messages = sorted({str(record.message)[:500] for record in records})
+        self.note(warnings=messages, seconds=round(time.perf_counter() - began, 1))
 
     def checkpoint(self, depth: int, era: str) -> Path:
         """The folder of a random model, which is made if it is missing."""
@@ -108,8 +108,8 @@ class Part:
         return LLM(str(self.checkpoint(depth, era)), **options)
 
     def command(self, *words: str, limit: float) -> tuple[int, str]:
-        """Run a program, and keep its output in the folder. Returns its exit code, or -1 if it was
-        stopped, and its output."""
+        """Run a program, and append its output to a file of the report. Returns (its exit code, or
+        -1 if it reached the limit; its output)."""
         path = self.out / f"{self.name}.txt"
         env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
         with open(path, "a") as file:
@@ -119,18 +119,18 @@ class Part:
 
 
 def run_limited(words: list[str], limit: float, **options) -> int:
-    """Run a program in its own process group. Returns its exit code, or -1 if it was stopped.
-    Afterwards, all its processes have ended."""
+    """Run a program in its own process group, for at most `limit` seconds. Returns its exit code,
+    or -1 if it reached the limit. Afterwards, all processes of the group have ended."""
     process = subprocess.Popen(words, start_new_session=True, **options)
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
-        process.terminate()  # a part ends its processes in other groups
+        process.terminate()  # so that a part can end the processes that it started in other groups
         with suppress(subprocess.TimeoutExpired):
             process.wait(3)
         return -1
     finally:
-        with suppress(ProcessLookupError):  # all have ended
+        with suppress(ProcessLookupError):  # the group is empty
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -144,7 +144,7 @@ def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
 
 
 def output_of(*words: str) -> str:
-    """The output of a program, "" if it is not installed."""
+    """The output of a program; "" if the program is not installed."""
     if shutil.which(words[0]) is None:
         return ""
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
@@ -166,7 +166,7 @@ def facts(part: Part) -> None:
 
 
 def tests(part: Part) -> None:
-    """The tests of the kernels, decodes first, and of the graphs."""
+    """Run the tests of the kernels (decodes first) and of the CUDA graphs."""
     files = ["tests/gpu/test_kernels_gpu.py", "tests/gpu/test_graphs.py"]
     if part.tiny:
         files = ["tests/gpu/test_kernels_gpu.py::test_relu2"]
@@ -174,25 +174,26 @@ def tests(part: Part) -> None:
     words += ["0" if part.tiny else str(min(4, os.cpu_count() or 1)), "-m", "slow or not slow"]
     decodes = "split or padding or group"
     codes = []
-    for chosen, limit in ((decodes, 60), (f"not ({decodes})", 90)):
-        if part.tiny and chosen == decodes:
+    for selection, limit in ((decodes, 60), (f"not ({decodes})", 90)):
+        if part.tiny and selection == decodes:
             continue
-        code, text = part.command(sys.executable, *words, "-k", chosen, *files, limit=limit)
+        code, text = part.command(sys.executable, *words, "-k", selection, *files, limit=limit)
         codes.append(code)
         failed = sorted(set(re.findall(r"(?:FAILED|ERROR) (\S+::\S+)", text)))
-        old = part.found.get("failed", [])
+        old = part.results.get("failed", [])
         part.note(exit=codes, last=text.strip().splitlines()[-1:], failed=old + failed)
     if any(codes):
         raise RuntimeError(
-            f"{len(part.found['failed'])} tests failed, or they were stopped: tests.txt"
+            f"{len(part.results['failed'])} tests failed, exit codes {codes} (-1: the time limit): "
+            "see tests.txt"
         )
 
 
 def memcheck(part: Part) -> None:
-    """A few attention tests, with a check of every memory access."""
+    """Run a few attention tests with a check of every memory access."""
     checker = shutil.which("compute-sanitizer")
     if checker is None:
-        part.note(skipped="compute-sanitizer, of the CUDA toolkit, is not installed")
+        part.note(skipped="compute-sanitizer (part of the CUDA toolkit) is not installed")
         return
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor has its own allocation
     words = "-m pytest -q -n 0 -p no:cacheprovider tests/gpu/test_kernels_gpu.py -k".split()
@@ -207,27 +208,27 @@ def memcheck(part: Part) -> None:
 
 
 def graphs(part: Part) -> None:
-    """Compare tokens with and without graphs. Tokens may differ where two logits are nearly equal,
-    because norms are not rounded for few rows. A row that differs from its first tokens on is a
-    mistake, and so are differences in all rows of one size."""
+    """Compare tokens with and without CUDA graphs. Tokens may differ where two logits are nearly
+    equal, because the kernels for few rows do not round the norms. Two things are suspicious: a row
+    whose first token differs, and a batch in which every row differs in its first half."""
     length, new = (40, 6) if part.tiny else (600, 24)  # in the newest era, windows have 512 tokens
     counts = (1, 3) if part.tiny else (1, 7, 8, 9, 40)
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-    found: dict[bool, list] = {}
+    token_ids: dict[bool, list] = {}
     for on in True, False:
         with part.engine(12, "5", cuda_graphs=on, max_batch_size=64) as llm:
             if ways := recorded_ways(llm):
                 part.note(ways=ways)
-            found[on] = []
+            token_ids[on] = []
             for count in counts:
                 outputs = llm.generate(prompts(count, length, count), params, False)
-                found[on].append([output.token_ids for output in outputs])
-    for count, with_graphs, without in zip(counts, found[True], found[False], strict=True):
+                token_ids[on].append([output.token_ids for output in outputs])
+    for count, with_graphs, without in zip(counts, token_ids[True], token_ids[False], strict=True):
         compare(part, f"{count} rows", with_graphs, without)
 
 
 def compare(part: Part, name: str, some: list[list[int]], others: list[list[int]]) -> None:
-    """For how many tokens are the rows of two runs equal?"""
+    """Note for how many tokens the rows of two runs are equal."""
     new = len(some[0])
     pairs = [zip(a, b, strict=True) for a, b in zip(some, others, strict=True)]
     same = [[x == y for x, y in pair] for pair in pairs]
@@ -238,14 +239,14 @@ def compare(part: Part, name: str, some: list[list[int]], others: list[list[int]
 
 
 def prefixes(part: Part) -> None:
-    """Shared blocks read once for all sequences, and by each one. The second run of each engine has
-    all prompts in the prefix cache."""
+    """Time decodes that read shared blocks once for each sequence, or once for all. Only the second
+    run of an engine counts, which has all prompts in the prefix cache."""
     count, length, new = (8, 80, 6) if part.tiny else (256, 1024, 64)
     (shared,) = prompts(1, length)
     requests = [shared + own for own in prompts(count, 16, 1)]
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
     runs = []
-    for name, flag in ("apart", "0"), ("together", "1"):
+    for name, flag in ("read_by_each", "0"), ("read_once", "1"):
         os.environ["MICROVLLM_SHARED_PREFIXES"] = flag
         with part.engine(34, "1", max_batch_size=count) as llm:
             llm.generate(requests, params, False)
@@ -258,14 +259,15 @@ def prefixes(part: Part) -> None:
 
 
 def sync(part: Part) -> None:
+    """Find the sampling features that make the host wait: torch raises an error for them."""
     waits = {}
     with part.engine(12, "5", max_batch_size=64) as llm:
         for mode in "default", "error":
             if part.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode(mode)
             try:
-                for name, asked in FEATURES.items():
-                    params = SamplingParams(**{"max_tokens": 6, "ignore_eos": True} | asked)
+                for name, feature in FEATURES.items():
+                    params = SamplingParams(**{"max_tokens": 6, "ignore_eos": True} | feature)
                     try:
                         llm.generate(prompts(2, 9), params, False)
                     except Exception as error:
@@ -277,7 +279,7 @@ def sync(part: Part) -> None:
             finally:
                 if part.device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
-    part.note(waits=waits, asked=[*FEATURES, "score"])
+    part.note(waits=waits, features=[*FEATURES, "score"])
 
 
 def make_bench(part: Part, scratch: Path) -> Bench:
@@ -289,7 +291,7 @@ def make_bench(part: Part, scratch: Path) -> Bench:
 
 
 def work(part: Part) -> None:
-    """The throughput, the waits of the device and the profile, all with one engine."""
+    """Measure the throughput, the waits of the device and the profile, all with one engine."""
     bench = make_bench(part, part.work)
     part.note(ceilings=bench.ceilings.measure())
     bench.start_engine()
@@ -307,7 +309,7 @@ def work(part: Part) -> None:
 
 
 def startup(part: Part) -> None:
-    """The start of new processes, with their own folders for kernels."""
+    """Time the start of new processes, which have their own folder for kernels."""
     with tempfile.TemporaryDirectory() as scratch:
         bench = make_bench(part, Path(scratch))
         bench.attempt("startup")
@@ -315,34 +317,33 @@ def startup(part: Part) -> None:
 
 
 def waits(part: Part, llm: LLM) -> None:
-    """Count steps that had finished before the host asked for their tokens: in these, the device
-    was idle."""
+    """Count the steps whose tokens were ready before the host waited for them: after these, the
+    device was idle."""
     count = 8 if part.tiny else 300
     mean_in, mean_out, most = (10, 12, 30) if part.tiny else (135, 306, 1024)
-    asked = lengths(count, mean_in, 0.9, 1, most, seed=2)
-    told = lengths(count, mean_out, 0.55, 1, most, seed=3)
-    given = [row[:n] for row, n in zip(prompts(count, most, 1), asked, strict=True)]
-    params = [SamplingParams(temperature=0.7, max_tokens=n, ignore_eos=True) for n in told]
+    sizes = lengths(count, mean_in, 0.9, 1, most, seed=2)
+    new = lengths(count, mean_out, 0.55, 1, most, seed=3)
+    requests = [row[:size] for row, size in zip(prompts(count, most, 1), sizes, strict=True)]
+    params = [SamplingParams(temperature=0.7, max_tokens=n, ignore_eos=True) for n in new]
     with llm.tracing() as trace:
-        llm.generate(given, params, False)
+        llm.generate(requests, params, False)
     events = trace.events
-    kinds = {e["step"]: bool(e["prefills"]) for e in events if e["e"] == "begin"}
-    spent, bound, steps = {}, Counter(), Counter()
+    has_prompts = {e["step"]: bool(e["prefills"]) for e in events if e["e"] == "begin"}
+    total, host_bound, steps = {}, Counter(), Counter()
     for event in events:
         if event["e"] == "end":
-            prefill = "with prompts" if kinds[event["step"]] else "decodes alone"
-            steps[prefill] += 1
-            bound[prefill] += event["ms"].get("wait", 0) < 0.05
+            kind = "with prompts" if has_prompts[event["step"]] else "decodes only"
+            steps[kind] += 1
+            host_bound[kind] += event["ms"].get("wait", 0) < 0.05
             for phase, ms in event["ms"].items():
-                where = spent.setdefault(prefill, Counter())
-                where[phase] += ms
-    mean = {k: {p: round(ms / steps[k], 3) for p, ms in v.items()} for k, v in spent.items()}
-    part.note(waits={"steps": steps, "host_bound_steps": bound, "mean_ms": mean})
+                total.setdefault(kind, Counter())[phase] += ms
+    mean = {k: {p: round(ms / steps[k], 3) for p, ms in v.items()} for k, v in total.items()}
+    part.note(waits={"steps": steps, "host_bound_steps": host_bound, "mean_ms": mean})
 
 
 def products(part: Part) -> None:
     width = 64 if part.tiny else 2176
-    most = 16 if part.tiny else 8192
+    most = 16 if part.tiny else 4096
     dtype = torch.bfloat16 if part.device.type == "cuda" else torch.float32
     for name, n, k in (
         ("qkv", 3 * width, width),
@@ -350,32 +351,32 @@ def products(part: Part) -> None:
         ("mlp", width, 4 * width),
     ):
         w = (torch.randn(n, k, device=part.device) * k**-0.5).to(dtype)
-        rows, found = 1, {}
+        rows, times = 1, {}
         while rows <= most:
             x = torch.randn(rows, k, device=part.device).to(dtype)
-            ways = {"plain": partial(F.linear, x, w)}
+            variants = {"plain": partial(F.linear, x, w)}
             if part.device.type == "cuda":
                 a, b = (t.to(torch.float8_e4m3fn) for t in (x, w))
                 one, other = (torch.ones(*size, device=part.device) for size in ((rows, 1), (1, n)))
                 for fast in False, True:
-                    ways["fp8, fast" if fast else "fp8"] = partial(
+                    variants["fp8, fast" if fast else "fp8"] = partial(
                         torch._scaled_mm, a, b.t(), one, other, out_dtype=dtype, use_fast_accum=fast
                     )
-            for way, run in ways.items():
+            for variant, run in variants.items():
                 try:
                     us = 1e6 * median_seconds(run, part.device)
-                    found.setdefault(way, {})[rows] = round(us, 1)
+                    times.setdefault(variant, {})[rows] = round(us, 1)
                 except Exception as error:
-                    found[way] = f"{type(error).__name__}: {error}"[:300]
+                    times[variant] = f"{type(error).__name__}: {error}"[:300]
             rows *= 8 if part.tiny else 4
-        part.note(**{f"{name} {n} x {k}, us by rows": found})
+        part.note(**{f"{name} {n} x {k}, us by rows": times})
 
 
 def kernels(part: Part) -> None:
-    code, told = part.command(
+    code, text = part.command(
         sys.executable, "benchmarks/gpu_kernels.py", "--only", "decode,few-rows", limit=55
     )
-    part.note(lines=[line for line in told.splitlines() if " us " in line] or told.splitlines())
+    part.note(lines=[line for line in text.splitlines() if " us " in line] or text.splitlines())
     if code not in (0, -1) and part.device.type == "cuda":
         raise RuntimeError(f"exit {code}: see kernels.txt")
 
@@ -392,22 +393,22 @@ def profile(part: Part, llm: LLM) -> None:
             llm.add_request(prompt, params)
         for _ in range(4):
             llm.step()
-        with torch.profiler.profile(activities=activities) as seen:
+        with torch.profiler.profile(activities=activities) as profiler:
             for _ in range(5):
                 llm.step()
             if part.device.type == "cuda":
                 torch.cuda.synchronize(part.device)
         while not llm.is_finished():
             llm.step()
-        spent = Counter()
-        for event in seen.key_averages():
+        times = Counter()
+        for event in profiler.key_averages():
             name = "self_device_time_total" if len(activities) > 1 else "self_cpu_time_total"
-            spent[event.key] += getattr(event, name) / 5
-        top = {name[:90]: round(us, 1) for name, us in spent.most_common(25)}
-        part.note(**{f"us a step, {count} sequences": top})
+            times[event.key] += getattr(event, name) / 5
+        top = {name[:90]: round(us, 1) for name, us in times.most_common(25)}
+        part.note(**{f"us per step, {count} sequences": top})
 
 
-# time limit of each part in seconds. the most informative parts come first
+# part -> its time limit in seconds. The most informative parts come first
 LIMITS = {
     "facts": 30, "work": 240, "tests": 155, "prefixes": 60, "graphs": 90, "startup": 80,
     "memcheck": 85, "sync": 45, "kernels": 60, "products": 40,
@@ -420,34 +421,36 @@ PARTS = {name: globals()[name] for name in LIMITS}
 
 def report(out: Path) -> str:
     """The results in the folder as text: the card, failures, figures, and all other results."""
-    found = {
+    parts = {
         name: json.loads((out / f"{name}.json").read_text())
         for name in PARTS if (out / f"{name}.json").exists()
     }  # fmt: skip
-    told = found.get("facts", {})
-    lines = ["# microvllm's first minutes on a card", ""]
-    lines += [f"- {k}: {v}" for k, v in told.items() if k not in ("warnings", "seconds")]
+    card = parts.get("facts", {})
+    lines = ["# First measurements of microvllm on a GPU", ""]
+    lines += [f"- {k}: {v}" for k, v in card.items() if k not in ("warnings", "seconds")]
     lines += ["", "## Failures", ""]
-    wrong = [f"- {name}: {part['error']}" for name, part in found.items() if "error" in part]
-    wrong += [f"- {name}: it was not run" for name in PARTS if name not in found]
-    wrong += [f"- tests: {name}" for name in found.get("tests", {}).get("failed", ())]
-    wrong += [f"- sync, {k}: {v}" for k, v in found.get("sync", {}).get("waits", {}).items()]
-    wrong += [f"- {k}: {part['suspicious']}" for k, part in found.items() if "suspicious" in part]
-    wrong += [
+    failures = [f"- {name}: {part['error']}" for name, part in parts.items() if "error" in part]
+    failures += [f"- {name}: not run" for name in PARTS if name not in parts]
+    failures += [f"- tests: {name}" for name in parts.get("tests", {}).get("failed", ())]
+    failures += [f"- sync, {k}: {v}" for k, v in parts.get("sync", {}).get("waits", {}).items()]
+    failures += [
+        f"- {k}: {part['suspicious']}" for k, part in parts.items() if "suspicious" in part
+    ]
+    failures += [
         f"- {name}, {key}: {value['error']}"
-        for name in ("work", "startup") for key, value in found.get(name, {}).items()
+        for name in ("work", "startup") for key, value in parts.get(name, {}).items()
         if isinstance(value, dict) and "error" in value
     ]  # fmt: skip
-    lines += wrong or ["none"]
-    lines += ["", "## Figures", "", "| | tokens/s | aim on one H100 | share of the limit |"]
+    lines += failures or ["none"]
+    lines += ["", "## Figures", "", "| | tokens/s | target on one H100 | share of the limit |"]
     lines += ["|---|---|---|---|"]
-    runs = found.get("work", {})
-    for name, aim in AIMS.items():
+    runs = parts.get("work", {})
+    for name, target in TARGETS.items():
         rate, share = "not measured", ""
         if isinstance(run := runs.get(name), dict) and "tokens_per_s" in run:
             rate, share = f"{run['tokens_per_s']:,.0f}", f"{run['share']:.1%}"
-        lines.append(f"| {name} | {rate} | {aim:,} | {share} |")
-    for name, part in found.items():
+        lines.append(f"| {name} | {rate} | {target:,} | {share} |")
+    for name, part in parts.items():
         lines += ["", f"## {name}, {part.get('seconds', '?')} s", ""]
         lines += [f"- warning: {text}" for text in part.get("warnings", ())]
         for key, value in part.items():
@@ -462,19 +465,20 @@ def report(out: Path) -> str:
 
 
 def run_all(names: list[str], out: Path, work: Path, tiny: bool) -> None:
-    """Run each part in a process, until the time is over."""
+    """Run each part in its own process, as long as time is left."""
     ends = time.monotonic() + SECONDS
     os.environ["TRITON_CACHE_DIR"] = str(work / "triton")  # for all parts
     for name in names:
         limit = min(LIMITS[name], ends - time.monotonic())
         if limit < 10:
-            say(f"== {name}: no time is left")
+            say(f"== {name}: skipped, no time is left")
             continue
         say(f"\n== {name}, at most {limit:.0f} s")
         words = [sys.executable, __file__, str(out), str(work), *["--tiny"] * tiny, "--part", name]
         code = run_limited(words, limit)
         if code:
-            say(f"== {name}: " + ("stopped at its limit" if code == -1 else f"ended with {code}"))
+            ending = "stopped at its time limit" if code == -1 else f"exit code {code}"
+            say(f"== {name}: {ending}")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -483,19 +487,21 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; by default all")
+    parser.add_argument("parts", nargs="*", help=f"parts of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--part", choices=PARTS, help="run only this part, in this process")
-    parser.add_argument("--tiny", action="store_true", help="only a test, with small models")
+    parser.add_argument(
+        "--tiny", action="store_true", help="only test the parts, with small models"
+    )
     args = parser.parse_intermixed_args(words)
     if not torch.cuda.is_available() and not args.tiny:
         parser.error("torch finds no CUDA device; use --tiny for a test")
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"the parts are {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: use {', '.join(PARTS)}")
     out, work = args.out.absolute(), args.work.absolute()
     if args.part:
         part = Part(args.part, out, work, args.tiny)
         part.run(PARTS[args.part])
-        sys.exit("error" in part.found)
+        sys.exit("error" in part.results)
     out.mkdir(parents=True, exist_ok=True)
     run_all(args.parts or list(PARTS), out, work, args.tiny)
     (out / "report.md").write_text(report(out))
@@ -503,5 +509,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped at its limit"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped at its time limit"))
     main()

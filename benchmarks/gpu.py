@@ -36,11 +36,11 @@ The parts:
     prefix    128 prompts that share 256 tokens and own 16, 32 new: without the prefix cache; with
               it and a new prefix; and with it and a cached prefix
     deterministic  headline and single with deterministic=True
-    quantized headline and single in float8 (int8 on a CPU), relative to the same limit, that of
-              plain products; and the perplexity of the bundled answers by the bundled model
-    peers     other programs: generate and generate_batch of transformers, if it and psutil are
-              installed, and an eager loop like nanochat's Engine, which serves one prompt at a
-              time, or ("samples") 512 samples of one prompt
+    quantized headline and single in float8 (int8 on a CPU), relative to the limit of products that
+              are not quantized; and the perplexity of the bundled answers by the bundled model
+    peers     other programs: generate and generate_batch of transformers, if transformers and
+              psutil are installed; and an eager loop like nanochat's Engine, which runs one prompt
+              at a time, or ("samples") 512 samples of one prompt
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ STATS = (
 
 Request = tuple[int, int]  # tokens of the prompt, new tokens
 
-say = partial(print, flush=True)  # so that results are known if rented time ends early
+say = partial(print, flush=True)  # so that results are visible if rented time ends early
 
 
 # limits of the card -------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def median_seconds(run: Callable, device: torch.device, graph: bool = True) -> f
     events = []
     for _ in range(20):
         start = mark(device)
-        run()  # free the memory for the next run
+        run()  # the result is dropped, so that the next run reuses its memory
         events.append((start, mark(device)))
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(stop) / 1000 for start, stop in events)
@@ -130,8 +130,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def product_peak(n: int, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of an n x n x n product of random numbers. With zeros it would draw less power and be
-    faster."""
+    """FLOP/s of an n x n x n product of random numbers. A product of zeros would take less power
+    and be faster."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / median_seconds(lambda: a @ b, device, graph=False)
 
@@ -141,10 +141,10 @@ class Ceilings:
 
     def __init__(self, config: GPTConfig, era: str, device: torch.device, dtype: torch.dtype):
         c, kv = config.n_embd, config.n_kv_head * config.head_dim
-        # weights of a layer as (out, in): q, k and v in one, attention's and the MLP's two
+        # shapes (out, in) of a layer's weights: q, k and v together; attention's output; the MLP's
         self.matrices = [(c + 2 * kv, c), (c, c), (4 * c, c), (c, 4 * c)]
         self.layers, self.head_matrix = config.n_layer, (config.vocab_size, c)
-        self.body_size = self.layers * sum(out * into for out, into in self.matrices)  # numbers
+        self.body_size = self.layers * sum(out * into for out, into in self.matrices)  # weights
         self.head_size = config.vocab_size * c
         self.attention_size = config.n_layer * c  # channels of q over all layers
         self.bytes_each = dtype.itemsize
@@ -161,7 +161,7 @@ class Ceilings:
         """
         device, dtype = self.device, self.dtype
         if device.type != "cuda":
-            say("ceilings: a CPU, so timed by the clock and without graphs")
+            say("ceilings: on a CPU, timed by the clock and without graphs")
         self.bandwidth = copy_bandwidth(device)
         say(f"ceilings: copy {self.bandwidth / 1e12:.3f} TB/s, read + write")
         n = 8192 if device.type == "cuda" else 512
@@ -200,15 +200,17 @@ class Ceilings:
         }
 
     def body(self, rows: int) -> float:
-        return between(self.body_times, rows)
+        return interpolate(self.body_times, rows)
 
     def head(self, rows: int) -> float:
-        return between(self.head_times, rows)
+        return interpolate(self.head_times, rows)
 
     def kv_bytes(self, context: int) -> int:
         """Bytes of K and V that a sequence of `context` tokens attends to, over all layers."""
-        seen = sum(n * (context if w < 0 else min(context, w + 1)) for w, n in self.windows.items())
-        return seen * self.token_bytes
+        tokens = sum(
+            n * (context if w < 0 else min(context, w + 1)) for w, n in self.windows.items()
+        )
+        return tokens * self.token_bytes
 
     def batch_seconds(self, requests: list[Request], max_batch: int) -> float:
         """The limit of a batch of requests: see the docstring of this file."""
@@ -216,25 +218,25 @@ class Ceilings:
         kv = [self.kv_bytes(context) for context in range(longest + 1)]
         waiting, running, seconds = deque(requests), [], 0.0  # running: [context, tokens to come]
         while waiting or running:
-            bytes_seen, rows, sampled = 0, len(running), len(running)
+            kv_bytes, rows, sampled = 0, len(running), len(running)
             for sequence in running:
                 sequence[0] += 1
                 sequence[1] -= 1
-                bytes_seen += kv[sequence[0]]
+                kv_bytes += kv[sequence[0]]
             while waiting and len(running) < max_batch:
                 prompt, new = waiting.popleft()
                 rows, sampled = rows + prompt, sampled + 1
-                bytes_seen += kv[prompt]
+                kv_bytes += kv[prompt]
                 running.append([prompt, new - 1])
-            seconds += self.body(rows) + self.head(sampled) + bytes_seen / self.bandwidth
+            seconds += self.body(rows) + self.head(sampled) + kv_bytes / self.bandwidth
             running = [sequence for sequence in running if sequence[1]]
         return seconds
 
     def stream_seconds(self, prompt: int, new: int) -> float:
         """The limit of a single sequence: each token reads all weights and its K and V once."""
         weights = (self.body_size + self.head_size) * self.bytes_each
-        seen = sum(self.kv_bytes(prompt + i) for i in range(new))
-        return (weights * new + seen) / self.bandwidth
+        kv = sum(self.kv_bytes(prompt + i) for i in range(new))
+        return (weights * new + kv) / self.bandwidth
 
     def prefill_flops(self, prompt: int) -> tuple[float, float]:
         """FLOPs of one prompt: of its products (the head for one row) and of causal attention."""
@@ -247,8 +249,9 @@ class Ceilings:
         return products, attention
 
 
-def between(times: dict[int, float], rows: int) -> float:
-    """Seconds for any number of rows: linear interpolation, and in proportion beyond."""
+def interpolate(times: dict[int, float], rows: int) -> float:
+    """Seconds for any number of rows, interpolated linearly. Beyond the largest measured number,
+    they are in proportion to it."""
     last = max(times)
     if rows > last:
         return times[last] * rows / last
@@ -314,7 +317,7 @@ class Bench:
         return self.rng.integers(0, self.config.vocab_size - len(SPECIAL), length).tolist()
 
     def start_engine(self, name: str = "engine", **options) -> None:
-        """A new engine, with compiled kernels and captured graphs."""
+        """Replace the engine by a new one, and warm up its kernels and graphs."""
         self.stop_engine()
         start = time.perf_counter()
         self.llm = LLM(**self.options | options)
@@ -331,11 +334,11 @@ class Bench:
         tokens = stats["num_blocks"] * stats["block_size"]
         gb = self.llm.cache.data.nbytes / 1e9
         ways = recorded_ways(self.llm)
-        found = "".join(f"; {size} rows: {way}" for size, way in ways.items())
+        kernels = "".join(f"; {size} rows: {way}" for size, way in ways.items())
         self.report(
             name,
             f"built in {built:.1f} s, warm after {warm:.1f}; KV budget {tokens:,} tokens in blocks "
-            f"of {stats['block_size']}, {gb:.2f} GB{found}",
+            f"of {stats['block_size']}, {gb:.2f} GB{kernels}",
             built_s=built, kv_tokens=tokens, kv_gb=gb, block_size=stats["block_size"], ways=ways,
         )  # fmt: skip
 
@@ -346,8 +349,8 @@ class Bench:
         free_memory()
 
     def generate(self, prompts: list[list[int]], new: list[int], **sampling) -> tuple[float, dict]:
-        """Seconds of one `LLM.generate` by wall time, and the growth of its statistics; on a card
-        also card_seconds, between two events around it."""
+        """Seconds of one `LLM.generate` by wall time, and the increase of the engine's statistics.
+        On a GPU, they include card_seconds, the time between two events around the call."""
         sampling |= {"temperature": TEMPERATURE, "ignore_eos": True}
         params = [SamplingParams(max_tokens=n, **sampling) for n in new]
         before = self.llm.stats()
@@ -357,10 +360,10 @@ class Bench:
         last = mark(self.device)
         synchronize(self.device)
         seconds = time.perf_counter() - start
-        made = [len(output["token_ids"]) for output in outputs]
-        if made != new:
+        counts = [len(output["token_ids"]) for output in outputs]
+        if counts != new:
             raise RuntimeError(
-                f"expected {sum(new)} tokens, got {sum(made)}: the time would be wrong"
+                f"expected {sum(new)} tokens, got {sum(counts)}: the speed would be wrong"
             )
         after = self.llm.stats()
         stats = {name: after[name] - before[name] for name in STATS}
@@ -415,8 +418,9 @@ class Bench:
             self.report(
                 "startup",
                 f"kernels {kind}: first token after {at['first']:.2f} s (torch imported at "
-                f"{at['torch']:.2f}, LLM built at {at['built']:.2f}); 16 more at {at['more']:.2f}",
-                **{f"{kind}_{what}_s": seconds for what, seconds in at.items()},
+                f"{at['torch']:.2f}, LLM built at {at['built']:.2f}); 16 more tokens at "
+                f"{at['more']:.2f}",
+                **{f"{kind}_{moment}_s": seconds for moment, seconds in at.items()},
             )
 
     def headline(self, name: str = "headline", **sampling) -> None:
@@ -434,13 +438,14 @@ class Bench:
 
     def mixed(self) -> None:
         count, most = self.shrunk(1000), self.shrunk(2048)
-        asked = lengths(count, self.shrunk(135), sigma=0.9, low=1, high=most // 2, seed=2)
-        told = lengths(count, self.shrunk(306), sigma=0.55, low=1, high=most // 2, seed=3)
+        prompt_lengths = lengths(count, self.shrunk(135), sigma=0.9, low=1, high=most // 2, seed=2)
+        new_lengths = lengths(count, self.shrunk(306), sigma=0.55, low=1, high=most // 2, seed=3)
         say(
-            f"mixed: {count} requests, {statistics.mean(asked):.1f} in (longest {max(asked)}), "
-            f"{statistics.mean(told):.1f} out (longest {max(told)})"
+            f"mixed: {count} requests, {statistics.mean(prompt_lengths):.1f} in (longest "
+            f"{max(prompt_lengths)}), {statistics.mean(new_lengths):.1f} out (longest "
+            f"{max(new_lengths)})"
         )
-        requests = list(zip(asked, told, strict=True))
+        requests = list(zip(prompt_lengths, new_lengths, strict=True))
         limit = self.ceilings.batch_seconds(requests, self.args.max_batch_size)
         self.batch("mixed", requests, limit)
 
@@ -450,60 +455,66 @@ class Bench:
         times, (_, stats) = [seconds for seconds, _ in runs], runs[-1]
         seconds, limit = statistics.median(times), card.body(size) + card.head(1)
         products, attention = card.prefill_flops(size)
-        bare, whole = (flops / seconds / card.peak for flops in (products, products + attention))
+        products_share, total_share = (
+            flops / seconds / card.peak for flops in (products, products + attention)
+        )
         self.report(
             "prefill",
             f"{size} tokens in {seconds * 1e3:.2f} ms ({min(times) * 1e3:.2f} to "
-            f"{max(times) * 1e3:.2f}): {bare:.1%} of the peak product counting matrix products, "
-            f"{whole:.1%} with attention; {limit / seconds:.1%} of the limit {limit * 1e3:.2f} ms",
+            f"{max(times) * 1e3:.2f}): {products_share:.1%} of the peak FLOP/s in the matrix "
+            f"products, {total_share:.1%} including attention; {limit / seconds:.1%} of the limit "
+            f"{limit * 1e3:.2f} ms",
             ms=seconds * 1e3, limit_ms=limit * 1e3, share=limit / seconds,
-            share_of_peak_products=bare, share_of_peak_with_attention=whole, **stats,
+            share_of_peak_products=products_share, share_of_peak_with_attention=total_share,
+            **stats,
         )  # fmt: skip
 
     def prefix(self) -> None:
-        """This part needs a second engine without the prefix cache."""
+        """Compare prompts with a new prefix, with a cached one, and in a second engine without a
+        prefix cache."""
         count, shared, own, new = (self.shrunk(n) for n in (128, 256, 16, 32))
         rows = count * (shared + own)
 
-        def ask(start: list[int]) -> tuple[float, int]:
+        def run(start: list[int]) -> tuple[float, int]:
             prompts = [start + self.prompt(own) for _ in range(count)]
             seconds, stats = self.generate(prompts, [new] * count)
             return seconds, stats["cached_tokens"]
 
-        runs: dict[str, list] = {"unseen": [], "seen": [], "without": []}
+        runs: dict[str, list] = {"new": [], "cached": [], "without": []}
         for _ in range(self.args.repeats):
             start = self.prompt(shared)
-            runs["unseen"].append(ask(start))
-            runs["seen"].append(ask(start))
+            runs["new"].append(run(start))
+            runs["cached"].append(run(start))
         self.start_engine("engine without prefix cache", enable_prefix_caching=False)
-        runs["without"] = [ask(self.prompt(shared)) for _ in range(self.args.repeats)]
+        runs["without"] = [run(self.prompt(shared)) for _ in range(self.args.repeats)]
         middle = {name: sorted(times)[len(times) // 2] for name, times in runs.items()}
         without, _ = middle.pop("without")
         for name, (seconds, cached) in middle.items():
             predicted = self.ceilings.body(rows) - self.ceilings.body(rows - cached)
             self.report(
                 "prefix",
-                f"{count} prompts sharing {shared} tokens, {name} before: {seconds * 1e3:.1f} ms, "
-                f"{without * 1e3:.1f} without the cache, gain {without / seconds:.2f}; products of "
-                f"{cached:,} cached of {rows:,} tokens predict {predicted * 1e3:.1f} ms less and a "
-                f"gain of {without / (without - predicted):.2f}",
-                **{"without_ms": without * 1e3, f"{name}_ms": seconds * 1e3,
-                   f"{name}_gain": without / seconds, f"{name}_cached_tokens": cached,
-                   f"{name}_predicted_gain": without / (without - predicted)},
+                f"{count} prompts with a {name} prefix of {shared} tokens: {seconds * 1e3:.1f} ms, "
+                f"{without * 1e3:.1f} without the cache, gain {without / seconds:.2f}; the "
+                f"products of {cached:,} cached tokens of {rows:,} take {predicted * 1e3:.1f} ms, "
+                f"which predicts a gain of {without / (without - predicted):.2f}",
+                **{"without_cache_ms": without * 1e3, f"{name}_prefix_ms": seconds * 1e3,
+                   f"{name}_prefix_gain": without / seconds,
+                   f"{name}_prefix_cached_tokens": cached,
+                   f"{name}_prefix_predicted_gain": without / (without - predicted)},
             )  # fmt: skip
 
     def deterministic(self) -> None:
-        """This part needs another engine, and not every backend supports it."""
+        """This part needs another engine. Not every backend supports it."""
         self.start_engine("deterministic", deterministic=True, attention="auto")
         self.headline("deterministic headline")
         self.single("deterministic single")
 
     def quantized(self) -> None:
-        """The last part of the engine, because it needs another engine."""
+        """This part needs another engine, which it closes before it computes the perplexities."""
         kind = "fp8" if self.device.type == "cuda" else "int8"
         try:
             self.start_engine(f"engine in {kind}", quantization=kind)
-        except ValueError as error:  # a card without it
+        except ValueError as error:  # the card does not support it
             say(f"quantized: skipped, {error}")
             return
         self.headline(f"headline in {kind}")
@@ -523,25 +534,25 @@ class Bench:
     # peers ----------------------------------------------------------------------------------------
 
     def peers(self) -> None:
-        """Other programs with the same workloads and random weights of the same shape, after this
-        engine is closed."""
+        """Time other programs with the same workloads and random weights of the same shape. This
+        engine is closed by then."""
         if self.args.era != "1":
-            say("peers: skipped, transformers and the eager loop have only the first era")
+            say("peers: skipped, transformers and the eager loop support only the first era")
             return
         self.eager_peer()
         free_memory()
         try:
             import transformers
         except ImportError:
-            say("peers: transformers is not installed, skipped")
+            say("peers: transformers skipped, because it is not installed")
             return
         transformers_peer(self, transformers)
         free_memory()
 
     def peer(self, name: str, part: str, tokens: int, seconds: float) -> None:
         rate, ours = tokens / seconds, self.results.get(part, {}).get("tokens_per_s")
-        versus = f"; microvllm {ours / rate:.1f} times that" if ours else ""
-        text = f"{name}, {part}: {rate:,.1f} tokens/s{versus}"
+        speedup = f"; microvllm is {ours / rate:.1f} times as fast" if ours else ""
+        text = f"{name}, {part}: {rate:,.1f} tokens/s{speedup}"
         self.report("peers", text, **{f"{name}_{part}_tokens_per_s": rate})
 
     @torch.inference_mode()
@@ -565,7 +576,7 @@ class Bench:
 
 
 def recorded_ways(llm: LLM) -> dict[int, str]:
-    """The kernels of the recorded steps of a few rows, by their number of rows."""
+    """The kernels that were chosen for steps of a few rows, by number of rows."""
     if llm.device.type != "cuda":
         return {}
     from microvllm.gpu.graphs import GraphRunner  # needs triton
@@ -596,10 +607,10 @@ def lengths(count: int, mean: float, sigma: float, low: int, high: int, seed: in
     """Log-normal whole numbers from low to high, with about this mean."""
     draws = np.random.default_rng(seed).lognormal(0.0, sigma, count)
     scale = mean / draws.mean()
-    for _ in range(20):  # correct the mean for numbers cut at the borders
-        cut = np.clip(np.rint(draws * scale), low, high)
-        scale *= mean / cut.mean()
-    return cut.astype(int).tolist()
+    for _ in range(20):  # correct the mean, which clipping changes
+        sizes = np.clip(np.rint(draws * scale), low, high)
+        scale *= mean / sizes.mean()
+    return sizes.astype(int).tolist()
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
@@ -637,12 +648,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help=f"the parts to run, with commas: {','.join(PARTS)}")
+    parser.add_argument("--only", help=f"parts to run, of {','.join(PARTS)} (default: all)")
     parser.add_argument("--repeats", type=int, default=3)
-    what = "folder of the model, which is made if it is missing, and kept"
-    parser.add_argument("--checkpoint", type=Path, help=what)
-    what = "cpu: only to test that it runs, with a small model"
-    parser.add_argument("--device", default="cuda", help=what)
+    text = "folder of the model; it is kept, and made if it is missing"
+    parser.add_argument("--checkpoint", type=Path, help=text)
+    text = "cpu: only to test the benchmark, with a small model"
+    parser.add_argument("--device", default="cuda", help=text)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--shrink", type=int, default=1, help="divide all counts and lengths, for a test"
@@ -662,7 +673,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("torch finds no CUDA device; use --device cpu to test the benchmark")
     parts = args.only.split(",") if args.only else list(PARTS)
     if unknown := set(parts) - set(PARTS):
-        parser.error(f"--only knows {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
+        parser.error(f"--only: unknown {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
     args.parts = parts
     try:
         args.config = shape(args)
@@ -682,10 +693,12 @@ def main() -> None:
         if not (path / "meta_000000.json").exists():
             make_checkpoint(path, args, args.device)
             free_memory()
-        found = json.loads((path / "meta_000000.json").read_text())["model_config"]
-        if found != args.config:
-            raise SystemExit(f"{path} has another model: {found}, expected {args.config}")
-        config = GPTConfig(**found)
+        model_config = json.loads((path / "meta_000000.json").read_text())["model_config"]
+        if model_config != args.config:
+            raise SystemExit(
+                f"{path} has a model of another model_config: {model_config}, not {args.config}"
+            )
+        config = GPTConfig(**model_config)
         size, seconds = (path / "model_000000.pt").stat().st_size, time.perf_counter() - start
         say(
             f"checkpoint: era {args.era}, {config.n_layer} layers, {config.n_embd} wide, "
@@ -694,7 +707,7 @@ def main() -> None:
         )
         bench = Bench(args, config, path, Path(scratch))
         bench.run()
-    model = found | {"era": args.era, "file_gb": round(size / 1e9, 2)}
+    model = model_config | {"era": args.era, "file_gb": round(size / 1e9, 2)}
     say(json.dumps({"benchmark": "gpu"} | facts | {"model": model} | bench.results))
     if any("error" in part for part in bench.results.values()):
         sys.exit(1)

@@ -2,14 +2,14 @@
 
     python benchmarks/gpu_kernels.py                          # all parts
     python benchmarks/gpu_kernels.py --only decode,few-rows   # some of them
-    python benchmarks/gpu_kernels.py --compile                # first compile on all cores
+    python benchmarks/gpu_kernels.py --compile                # first compile in several processes
 
 The shapes are those of nanochat's d34 (34 layers, 2,176 channels, 17 heads of 128, vocabulary
-65,536), in bfloat16. Launches are timed in a CUDA graph of many, each with different memory, so
-that no cache helps. Bytes are the bytes that must be moved, and FLOPs are those of the products.
-Both are compared with a copy and a matrix product timed in the same run. "default" is the package's
-own launch; the lines after it have other tiles, warps and splits. The last line of the output has
-all results as JSON.
+65,536), in bfloat16. A CUDA graph of many launches is timed. Each launch uses other memory, so that
+no cache helps. The bytes of a launch are those that it must read and write, and its FLOPs are those
+of its products. The speeds are compared with those of a copy and of a matrix product in the same
+run. "default" is the package's own launch; the lines after it have other tiles, warps and splits.
+The last line of the output has all results as JSON.
 
 The parts:
     decode    paged attention of sequences with one row each
@@ -17,8 +17,8 @@ The parts:
     fused     the steps between the matrix products
     sample    from logits to tokens
     few-rows  products of a few rows fused with norm, add and relu2, compared with cuBLAS; and a
-              whole decode step of one row with each, with and without early start of kernels
-              (graphs.py makes the same choice when an engine starts)
+              full decode step of one row with each of them, with and without an early start of
+              kernels (an engine times the same choices when it starts, see graphs.py)
 
 It needs a CUDA device: without one it prints a message and exits with 2.
 """
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs fro
 
 import torch
 
-if __name__ == "__main__" and not torch.cuda.is_available():  # so triton may be missing
+if __name__ == "__main__" and not torch.cuda.is_available():  # triton may be missing, too
     print("benchmarks/gpu_kernels.py needs a CUDA device, and torch finds none", file=sys.stderr)
     sys.exit(2)
 
@@ -90,8 +90,8 @@ def ints(values) -> torch.Tensor:
 
 
 class Paged:
-    """A batch of sequences with (rows, tokens in the cache), decodes first, and caches for the
-    layers. shared: tokens at the beginning whose blocks all sequences share."""
+    """A batch and its KV cache. sequences: (rows, tokens in the cache) of each, decodes first;
+    layers: number of layers in the cache; shared: length of the prefix whose blocks are shared."""
 
     def __init__(
         self, sequences: list[tuple[int, int]], layers: int | None = None, shared: int = 0
@@ -168,19 +168,19 @@ def decode_cases() -> Iterator[Case]:
         name = f"{count} x {longest}"
         yield Case(f"{name} default", paged.attend, paged.kv_bytes)
         for tile, warps, splits in sizes:
-            for units in (False, True):  # with one query, 15 of 16 rows of a matrix unit are empty
+            for units in (False, True):  # with the matrix units; one query fills 1 of their 16 rows
                 yield Case(
-                    f"{name} tile {tile} warps {warps} splits {splits}{' units' * units}",
+                    f"{name} tile {tile} warps {warps} splits {splits}{' matrix unit' * units}",
                     partial(paged.decode, tile, warps, splits, units),
                     paged.kv_bytes,
                 )
 
     for count, longest, shared in (512, 320, 256), (64, 1024, 768), (8, 2000, 1900):
         paged = Paged([(1, longest)] * count, shared=shared)
-        found = SharedPrefixes()
-        found.find(paged.batch, BLOCK_SIZE, 64)  # once for all layers of a step
-        for prefixes in None, found:
-            name = f"{count} x {longest} shared {shared}{' together' * (prefixes is not None)}"
+        shared_prefixes = SharedPrefixes()
+        shared_prefixes.find(paged.batch, BLOCK_SIZE, 64)  # once for all layers of a step
+        for prefixes in None, shared_prefixes:
+            name = f"{count} x {longest} shared {shared}{' read once' * (prefixes is not None)}"
             yield Case(name, partial(paged.attend, prefixes=prefixes), paged.kv_bytes)
 
 
@@ -195,7 +195,7 @@ def chunk_cases() -> Iterator[Case]:
     ):
         paged = Paged(sequences)
         pairs = sum(rows * n - rows * (rows - 1) // 2 for rows, n in sequences)
-        flops = 4 * HEADS * DIM * pairs  # two products, a multiplication and an addition each
+        flops = 4 * HEADS * DIM * pairs  # two products, each with a multiplication and an addition
         yield Case(f"{name} default", paged.attend, flops, "TFLOP/s")
         for block_m, tile, warps, stages in sizes:
             yield Case(
@@ -212,7 +212,7 @@ def fused_cases() -> Iterator[Case]:
         x = random(4, rows, WIDTH)
         x0, y, x_new, h = (random(rows, WIDTH) for _ in range(4))
         wide, qkv = random(4, rows, 4 * WIDTH), random(4, rows, 3 * WIDTH)
-        # add_norm reads three and writes two
+        # add_norm reads three arrays and writes two
 
         def add_norm(i, x=x, y=y, x0=x0):
             elementwise.add_norm(x[i % 4], y, x0, one, one, EPS)
@@ -252,7 +252,7 @@ def fused_cases() -> Iterator[Case]:
             )
 
         yield Case(f"rope_store {rows}", partial(rope_store, None, None), rows * WIDTH * 12)
-        name = f"rope_store {rows} value embeddings"  # one id, so they are in the cache
+        name = f"rope_store {rows} value embeddings"  # of one token, so they are in the cache
         yield Case(name, partial(rope_store, ve, gate), rows * WIDTH * 12)
 
 
@@ -280,24 +280,27 @@ def few_rows_cases() -> Iterator[Case]:
     def cublas(x, w, i):
         F.linear(x, w[i % len(w)])
 
-    def normed(x, w, relu2, tiles, i):
+    def run_norm_linear(x, w, relu2, tiles, i):
         norm_linear(x, w[i % len(w)], EPS, relu2=relu2, **tiles)
 
-    def added(x, w, stream, tiles, i):
+    def run_linear_add(x, w, stream, tiles, i):
         linear_add(x, w[i % len(w)], stream, **tiles)
 
-    other = [(1, 1), (2, 1), (4, 1), (8, 2), (8, 4)]
+    tile_sizes = [(1, 1), (2, 1), (4, 1), (8, 2), (8, 4)]
     for name, n, k, norm, sizes in (
-        ("qkv", 3 * WIDTH, WIDTH, True, other),
-        ("proj", WIDTH, WIDTH, False, other),
-        ("fc", 4 * WIDTH, WIDTH, True, other),
+        ("qkv", 3 * WIDTH, WIDTH, True, tile_sizes),
+        ("proj", WIDTH, WIDTH, False, tile_sizes),
+        ("fc", 4 * WIDTH, WIDTH, True, tile_sizes),
         ("mlp", WIDTH, 4 * WIDTH, False, [(1, 2), (1, 4), (2, 4), (2, 8), (4, 4)]),
-        ("head", VOCAB, WIDTH, True, other),
+        ("head", VOCAB, WIDTH, True, tile_sizes),
     ):
         w = random(max(2, BEYOND_CACHE // (2 * n * k)), n, k)
         for rows in (1, 2, 4, 8):
             x, stream = random(rows, k), random(rows, n)
-            launch = partial(normed, x, w, name == "fc") if norm else partial(added, x, w, stream)
+            if norm:
+                launch = partial(run_norm_linear, x, w, name == "fc")
+            else:
+                launch = partial(run_linear_add, x, w, stream)
             label = f"{name} {rows} row{'s' * (rows > 1)}"
             yield Case(f"{label} cublas", partial(cublas, x, w), 2 * n * k)
             yield Case(f"{label} few-rows", partial(launch, {}), 2 * n * k)
@@ -334,11 +337,11 @@ def step_cases() -> Iterator[Case]:
             y = F.linear(elementwise.relu2(F.linear(h, fc)), mlp)
         return F.linear(elementwise.add_norm(x, y, None, None, None, EPS)[1], head)
 
-    def with_few_rows(outputs):  # per program; the second: of the MLP's second product
-        x, tiles, long = x_in, *({"outputs": n} for n in outputs)
+    def with_few_rows(outputs):  # per program: of all products, and of the MLP's second one
+        x, tiles, mlp_tiles = x_in, *({"outputs": n} for n in outputs)
         for i, (qkv, proj, fc, mlp) in enumerate(weights):
             x = linear_add(attend(*norm_linear(x, qkv, EPS, **tiles), i), proj, x, **tiles)
-            x = linear_add(norm_linear(x, fc, EPS, relu2=True, **tiles)[0], mlp, x, **long)
+            x = linear_add(norm_linear(x, fc, EPS, relu2=True, **tiles)[0], mlp, x, **mlp_tiles)
         return norm_linear(x, head, EPS, **tiles)[0]
 
     def step(logits, early, i):
@@ -346,9 +349,9 @@ def step_cases() -> Iterator[Case]:
             sampler.sample(logits(), temperature, u, 15.0)
 
     bytes_read = 2 * (LAYERS * 12 * WIDTH * WIDTH + VOCAB * WIDTH)
-    tried = (4, 1), (4, 4), (2, 1), (2, 2), (1, 1)  # the first is the package's
-    ways = {f"few-rows outputs {n}": partial(with_few_rows, n) for n in tried}
-    for name, logits in {"cublas": with_cublas, **ways}.items():
+    outputs = (4, 1), (4, 4), (2, 1), (2, 2), (1, 1)  # the package uses the first
+    variants = {f"few-rows outputs {n}": partial(with_few_rows, n) for n in outputs}
+    for name, logits in {"cublas": with_cublas, **variants}.items():
         for early in (False, True):
             case = f"step {name}{' early start' * early}"
             yield Case(case, partial(step, logits, early), bytes_read, launches=1)
@@ -373,7 +376,7 @@ def compile_share(parts: list[str], share: int, shares: int) -> None:
 
 
 def compile_all(parts: list[str]) -> None:
-    shares = min(8, os.cpu_count() or 1)  # each has its own inputs of about 5 GB
+    shares = min(8, os.cpu_count() or 1)  # each process has its own inputs of about 5 GB
     with ProcessPoolExecutor(shares, get_context("spawn")) as pool:
         for done in [pool.submit(compile_share, parts, i, shares) for i in range(shares)]:
             done.result()
@@ -398,12 +401,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help=f"the parts to run, with commas: {','.join(PARTS)}")
-    parser.add_argument("--compile", action="store_true", help="compile on all cores first")
+    parser.add_argument("--only", help=f"parts to run, of {','.join(PARTS)} (default: all)")
+    parser.add_argument("--compile", action="store_true", help="first compile in several processes")
     args = parser.parse_args()
     parts = args.only.split(",") if args.only else list(PARTS)
     if unknown := set(parts) - set(PARTS):
-        parser.error(f"--only knows {', '.join(PARTS)}; not {', '.join(sorted(unknown))}")
+        parser.error(f"--only: unknown {', '.join(sorted(unknown))}; use {', '.join(PARTS)}")
     facts = describe(device())
     say(", ".join(f"{name} {value}" for name, value in facts.items()))
     if args.compile:

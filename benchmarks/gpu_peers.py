@@ -79,7 +79,7 @@ def transformers_peer(bench, transformers: ModuleType) -> None:
     for run, name, part, prompt_lengths, count, warm_up in (
         (model.padded, "transformers_generate", "single", [stream], stream, 2),
         (model.padded, "transformers_generate", "headline", many, new, 2),
-        # a whole run, from which its manager chooses its sizes
+        # the warm-up is a full run, because the manager of generate_batch chooses its sizes from it
         (model.paged, "transformers_generate_batch", "headline", many, new, new),
     ):
         run([bench.prompt(length) for length in prompt_lengths], warm_up)
@@ -88,14 +88,14 @@ def transformers_peer(bench, transformers: ModuleType) -> None:
         if tokens == count * len(prompt_lengths):
             bench.peer(name, part, tokens, seconds)
         else:
-            print(f"peers: {name}, {part}: {tokens} tokens made, so not counted", flush=True)
+            print(f"peers: {name}, {part}: not counted, {tokens} tokens were made", flush=True)
     model.close()
 
 
 class EagerLoop:
     """A stand-in for nanochat's Engine: plain torch, contiguous K and V, SDPA, kernel by kernel.
 
-    It is faster than the original, which casts its float32 weights to bfloat16 at each use.
+    Unlike the original, it does not cast float32 weights to bfloat16 at each use.
     """
 
     def __init__(self, config: GPTConfig, device: torch.device, dtype: torch.dtype):

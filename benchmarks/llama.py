@@ -1,14 +1,14 @@
-"""Make a Llama with matrices of the same sizes as a nanochat, for engines without nanochat.
+"""Make a Llama with as many weights as a nanochat, for engines that do not support nanochat.
 
     python benchmarks/llama.py OUT --depth 12 --vocab 32768             # a Hugging Face folder
     python benchmarks/llama.py OUT --to openvino --precision int8       # OUT/openvino-int8
     python benchmarks/llama.py OUT --to gguf --precision int4           # OUT/gguf-int4
 
 The folder has config.json and model.safetensors, with random float32 weights. The matrices have the
-sizes of nanochat's first era, except the feed-forward: three matrices of 8/3 of the width, where
-nanochat has two of 4 times the width (2,048 instead of 3,072 at a width of 768; rounded down to
-multiples of 32, which low-bit formats need: 672 at 256). So a step reads and multiplies the same
-number of weights.
+sizes of nanochat's first era, except those of the feed-forward. Nanochat has two with 4 times the
+width, and a Llama has three, so they have 8/3 of the width here (2,048 instead of 3,072 at a width
+of 768). This is rounded down to a multiple of 32, as low-bit formats need it (672 at a width of
+256). So a step reads and multiplies about the same number of weights.
 
 --to converts the model in OUT with packages of this interpreter: `openvino`, with a graph in the
 form that its GenAI pipelines expect; or `gguf` and `llama_cpp`, which has the code that rounds to 8
@@ -62,7 +62,7 @@ def shape(depth: int, width: int, head_dim: int, kv_heads: int | None, vocab: in
     }  # fmt: skip
 
 
-def like(nanochat: dict) -> dict:
+def llama_for(nanochat: dict) -> dict:
     """The Llama that corresponds to a nanochat, both as Hugging Face's config.json."""
     return shape(
         nanochat["num_hidden_layers"], nanochat["hidden_size"],
@@ -76,18 +76,18 @@ def tensors(config: dict) -> dict[str, tuple[int, ...]]:
     c, d = config["hidden_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
     wide, vocab = config["intermediate_size"], config["vocab_size"]
-    found = {"model.embed_tokens.weight": (vocab, c)}
+    shapes = {"model.embed_tokens.weight": (vocab, c)}
     for i in range(config["num_hidden_layers"]):
         layer = {
             "self_attn.q_proj": (q, c), "self_attn.k_proj": (kv, c), "self_attn.v_proj": (kv, c),
             "self_attn.o_proj": (c, q), "mlp.gate_proj": (wide, c), "mlp.up_proj": (wide, c),
             "mlp.down_proj": (c, wide), "input_layernorm": (c,), "post_attention_layernorm": (c,),
         }  # fmt: skip
-        found |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
-    return found | {"model.norm.weight": (c,), HEAD: (vocab, c)}
+        shapes |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
+    return shapes | {"model.norm.weight": (c,), HEAD: (vocab, c)}
 
 
-def read_numbers(config: dict) -> int:
+def count_weights(config: dict) -> int:
     """The number of weights that a step multiplies by: all matrices except the embedding."""
     sizes = tensors(config)
     del sizes["model.embed_tokens.weight"]
@@ -124,9 +124,9 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     weights = {}
-    for name, found in header.items():
-        at = 8 + size + found["data_offsets"][0]
-        weights[name] = np.memmap(path, np.float32, "r", at, tuple(found["shape"]))
+    for name, entry in header.items():
+        at = 8 + size + entry["data_offsets"][0]
+        weights[name] = np.memmap(path, np.float32, "r", at, tuple(entry["shape"]))
     return config, weights
 
 
@@ -150,16 +150,16 @@ class Graph:
 
     def weight(self, name: str):
         """A matrix in the precision of the file, and its conversion to float32."""
-        whole, op = np.asarray(self.weights[name]), self.op
+        matrix, op = np.asarray(self.weights[name]), self.op
         if self.precision == "float32":
-            return op.constant(whole)
+            return op.constant(matrix)
         if self.precision == "bfloat16":
-            return op.convert(op.constant(whole, dtype=self.ov.Type.bf16), "f32")
+            return op.convert(op.constant(matrix, dtype=self.ov.Type.bf16), "f32")
         # unsigned bytes, with a scale and a zero point for each row, as in OpenVINO's own tools
-        low, high = np.minimum(whole.min(1), 0), np.maximum(whole.max(1), 0)
+        low, high = np.minimum(matrix.min(1), 0), np.maximum(matrix.max(1), 0)
         scale = np.maximum(high - low, 1e-30)[:, None] / 255
         zero = np.round(-low[:, None] / scale).astype(np.uint8)
-        levels = np.clip(np.round(whole / scale) + zero, 0, 255).astype(np.uint8)
+        levels = np.clip(np.round(matrix / scale) + zero, 0, 255).astype(np.uint8)
         levels, zero = (op.convert(op.constant(each), "f32") for each in (levels, zero))
         scale = op.constant(scale.astype(np.float32))
         return op.multiply(op.subtract(levels, zero), scale)
@@ -194,17 +194,17 @@ class Graph:
         turned = op.concat([other, half(0, d // 2)], -1)
         return op.add(op.multiply(x, cos), op.multiply(turned, sin))
 
-    def remembered(self, x, name: str, rows, beams, sinks: list):
-        """Append x (B, heads, T, D) to its state; both become the new state."""
+    def append(self, x, name: str, rows, beams, sinks: list):
+        """Append x (B, heads, T, D) to the state `name`. Returns the new state."""
         op, heads, d = self.op, self.config["num_key_value_heads"], self.config["head_dim"]
         size = op.concat([rows, *(self.numbers([n]) for n in (heads, 0, d))], 0)
         empty = op.broadcast(self.numbers(0, np.float32), size)
         past = op.read_value(
             empty, name, self.ov.Type.f32, self.ov.PartialShape([-1, heads, -1, d])
         )
-        whole = op.concat([op.gather(past, beams, self.numbers(0)), x], 2)
-        sinks.append(op.assign(whole, name))
-        return whole
+        state = op.concat([op.gather(past, beams, self.numbers(0)), x], 2)
+        sinks.append(op.assign(state, name))
+        return state
 
     def repeated(self, x):
         """Repeat each key or value head for the query heads that share it."""
@@ -222,10 +222,10 @@ class Graph:
         end, new = (op.gather(op.shape_of(each), one, self.numbers(0)) for each in (mask, ids))
         keys = op.range(self.numbers(0), end, one, "i64")
         queries = op.unsqueeze(op.range(op.subtract(end, new), end, one, "i64"), one)
-        known = op.unsqueeze(op.greater(mask, self.numbers(0)), self.numbers([1, 2]))
-        seen = op.logical_and(op.less_equal(keys, queries), known)
+        is_token = op.unsqueeze(op.greater(mask, self.numbers(0)), self.numbers([1, 2]))
+        visible = op.logical_and(op.less_equal(keys, queries), is_token)
         nothing = self.numbers(np.finfo(np.float32).min, np.float32)
-        return op.select(seen, self.numbers(0, np.float32), nothing)
+        return op.select(visible, self.numbers(0, np.float32), nothing)
 
     def model(self):
         """input_ids and position_ids (B, T), attention_mask (B, past + T), beam_idx (B,) -> logits
@@ -259,7 +259,7 @@ class Graph:
             )
             q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
             k, v = (
-                self.repeated(self.remembered(each, f"{layer}{name}", rows, beams, sinks))
+                self.repeated(self.append(each, f"{layer}{name}", rows, beams, sinks))
                 for name, each in (("key", k), ("value", v))
             )
             y = op.scaled_dot_product_attention(q, k, v, mask)
@@ -298,7 +298,7 @@ GGUF_NAMES = {
 
 
 def write_gguf(folder: Path, out: Path) -> None:
-    """Convert the folder to one GGUF file, in float32 and without texts of the vocabulary."""
+    """Convert the folder to one GGUF file, in float32 and without the texts of tokens."""
     import gguf
 
     config, weights = read_folder(folder)
@@ -317,11 +317,11 @@ def write_gguf(folder: Path, out: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
     for name, weight in weights.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # its Llama rotates neighbours, (0, 1), (2, 3); Hugging Face's rotates halves
+            # llama.cpp rotates neighbours, (0, 1), (2, 3); Hugging Face rotates halves
             parts = weight.reshape(-1, 2, config["head_dim"] // 2, weight.shape[1])
             weight = np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(weight.shape)
-        for theirs, its in GGUF_NAMES.items():
-            name = name.replace(theirs, its)
+        for hf_name, gguf_name in GGUF_NAMES.items():
+            name = name.replace(hf_name, gguf_name)
         writer.add_tensor(name, np.asarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -330,8 +330,8 @@ def write_gguf(folder: Path, out: Path) -> None:
 
 
 def to_gguf(folder: Path, precision: str, out: Path) -> None:
-    """Convert the folder to GGUF: F32, BF16, Q8_0, or Q4_0 with a head of Q6_K. llama.cpp itself
-    makes the latter three from the first."""
+    """Convert the folder to GGUF: F32, BF16, Q8_0, or Q4_0 with a head of Q6_K. llama.cpp converts
+    F32 to the other three."""
     write_gguf(folder, out / "float32.gguf")
     if precision == "float32":
         (out / "float32.gguf").rename(out / "model.gguf")
@@ -351,10 +351,10 @@ def to_gguf(folder: Path, precision: str, out: Path) -> None:
 
 
 def convert(folder: Path, to: str, precision: str) -> Path:
-    """The folder of the model in another format, which is made if it is missing. Raises ValueError
-    for a precision that the format does not support."""
+    """Convert the model to another format, unless this was done before. Returns the folder of the
+    result. Raises ValueError for a precision that the format does not support."""
     if precision not in PRECISIONS[to]:
-        raise ValueError(f"--to {to} knows {', '.join(PRECISIONS[to])}; not {precision}")
+        raise ValueError(f"--precision {precision}: {to} supports {', '.join(PRECISIONS[to])}")
     out = folder / f"{to}-{precision}"
     if not out.exists():  # under another name until it is complete
         unfinished = folder / f"{out.name}.unfinished"
@@ -369,7 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="the folder, which is made if it is missing")
+    parser.add_argument("out", type=Path, help="folder of the model, made if it is missing")
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--width", type=int, help="channels (default: 64 per layer)")
     parser.add_argument("--head-dim", type=int, default=128)

@@ -30,7 +30,7 @@ CORE = (
     "blocks scheduler attention runner engine model sampler tokenizer checkpoint __init__ "
     "environment tokenizer_file"
 ).split()
-# identifiers per line of code in other projects, counted earlier: this program has no copy of them
+# identifiers per line of code in other projects, as counted earlier in copies of them
 OTHERS = {"nano-vllm": 3.1, "nanochat": 3.9}
 MAX_POSITIONAL = 6
 MAX_PARAMETERS = 8
@@ -157,7 +157,7 @@ def make_row(name: str, measure: Measure) -> str:
 def make_table(groups: dict[str, list[Path]]) -> str:
     """A table in Markdown with a line for each group of files."""
     header = (
-        "| files | lines | of code | identifiers a line of code | longest function "
+        "| files | lines | lines of code | identifiers per line of code | longest function "
         f"| calls with over {MAX_POSITIONAL} positional arguments "
         f"| functions with over {MAX_PARAMETERS} parameters |"
     )

@@ -2,16 +2,16 @@
 
     python benchmarks/peers.py ENGINE OPTIONS
 
-ENGINE is a function of this file, and OPTIONS are its arguments as JSON. It loads its model. Then
-it reads jobs from stdin, one JSON object per line, and answers each with a line of JSON on stdout.
-Between two jobs it is blocked in a read and does not disturb the others. Output of the engine
-itself goes to stderr.
+ENGINE is a function of this file, and OPTIONS are its arguments as JSON. The function loads the
+model. Then the process reads jobs from stdin, one JSON object per line, and answers each with a
+line of JSON on stdout. Between two jobs it is blocked in a read and does not disturb the other
+engines. Output of the engine itself goes to stderr.
 
 The top of this file imports only the standard library, because it may run in any interpreter.
 
 job     prompts: lists of token ids; new: number of tokens to generate for each, greedily, without
         end tokens; shared: length of the common prefix (only the limit uses it)
-answer  seconds; tokens: the new ones of each prompt (none from the limit)
+answer  seconds; tokens: the new tokens of each prompt (not from `limit`, which has other fields)
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def nanochat(options: dict) -> Callable[[dict], dict]:
 
 
 def transformers(options: dict) -> Callable[[dict], dict]:
-    """Hugging Face's `generate`: one batch, padded on the left, until the longest is done."""
+    """Hugging Face's `generate`: one batch, padded on the left. All rows run until the longest
+    output is complete."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -210,15 +211,15 @@ def vllm(options: dict) -> Callable[[dict], dict]:
             SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
             for n in new
         ]
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = llm.generate(asked, params, use_tqdm=False)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(inputs, params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return timed(generate)
 
 
-# engines that run a Llama with equal matrices in their own format, see llama.py. `folder` has this
-# format, and dtype may also be "int8" or "int4"
+# engines that run a Llama in their own format, see llama.py. `folder` has this format, and dtype
+# may also be "int8" or "int4"
 
 
 def openvino(options: dict) -> Callable[[dict], dict]:
@@ -231,9 +232,11 @@ def openvino(options: dict) -> Callable[[dict], dict]:
     import openvino_genai as genai
 
     settings, kind = {"INFERENCE_NUM_THREADS": options["threads"]}, options["dtype"]
-    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if kind == "bfloat16" and "BF16" not in able:
-        raise RuntimeError("OpenVINO has no bfloat16 on this processor: --peer-dtype float32, int8")
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if kind == "bfloat16" and "BF16" not in capabilities:
+        raise RuntimeError(
+            "OpenVINO has no bfloat16 on this processor: use --peer-dtype float32 or int8"
+        )
     if kind != "int8":
         short = {"float32": "f32", "bfloat16": "bf16"}[kind]
         settings |= {"INFERENCE_PRECISION_HINT": short, "KV_CACHE_PRECISION": short}
@@ -246,15 +249,15 @@ def openvino(options: dict) -> Callable[[dict], dict]:
         params = [
             genai.GenerationConfig(max_new_tokens=n, ignore_eos=True, do_sample=False) for n in new
         ]
-        asked = [openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
-        return [list(result.m_generation_ids[0]) for result in pipe.generate(asked, params)]
+        inputs = [openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
+        return [list(result.m_generation_ids[0]) for result in pipe.generate(inputs, params)]
 
     def answer(job: dict) -> dict:
         start = time.perf_counter()
-        # it looks for a prefix when a request arrives, so the prefix must be computed before; only
-        # whole blocks: requests that find the same part-filled block overwrite it (2026.4)
-        if whole := job["shared"] // 32 * 32:
-            generate([job["prompts"][0][:whole]], [1])
+        # OpenVINO looks for a prefix when a request arrives, so the prefix must be computed before.
+        # Only full blocks: requests that find the same part-filled block overwrite it (2026.4)
+        if num_shared := job["shared"] // 32 * 32:
+            generate([job["prompts"][0][:num_shared]], [1])
         tokens = generate(job["prompts"], job["new"])
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
@@ -266,8 +269,8 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
 
     All requests of a job run from its start. A shared prefix is computed once and copied. numpy
     computes the argmax. K and V are f16, and llama.cpp chooses whether to use flash attention. Each
-    sequence has its own stream for K and V; one stream is used if sequences share a prefix or
-    kv_gib is too small. The context of a job is made and written to before its time starts.
+    sequence has its own stream for K and V. All use one stream if they share a prefix, or if kv_gib
+    is too small. The context of a job is made and written to before its time starts.
     """
     import ctypes
 
@@ -283,7 +286,7 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
     query_heads, kv_heads = api.llama_model_n_head(model), api.llama_model_n_head_kv(model)
     token_bytes = 2 * 2 * api.llama_model_n_layer(model) * api.llama_model_n_embd(model)
     token_bytes = token_bytes * kv_heads // query_heads
-    made = {}  # the latest context: its properties -> the context
+    contexts = {}  # properties -> context, only for the latest one
 
     # a batch: for each row the token, its position, the number of its sequences (one), a pointer to
     # their numbers, and whether to compute its logits
@@ -308,10 +311,10 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
         together = job["shared"] > 0 or streams * token_bytes > options["kv_gib"] * 2**30
         cells = -(-sum(sizes) // 256) * 256 if together else streams
         key = together, cells, len(sizes)
-        if key not in made:
-            for old in made.values():
+        if key not in contexts:
+            for old in contexts.values():
                 api.llama_free(old)
-            made.clear()
+            contexts.clear()
             params = api.llama_context_default_params()
             params.n_ctx, params.n_seq_max, params.kv_unified = cells, len(sizes), together
             params.n_batch, params.n_ubatch = BATCH, 512
@@ -320,15 +323,15 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
             new = api.llama_init_from_model(model, params)
             if not new:
                 raise RuntimeError(f"llama.cpp cannot make a context of {cells} tokens")
-            made[key] = new
-        memory = api.llama_get_memory(made[key])
+            contexts[key] = new
+        memory = api.llama_get_memory(contexts[key])
         api.llama_memory_clear(memory, True)
-        return made[key], memory
+        return contexts[key], memory
 
     def step(ctx, rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Compute rows (token, position, sequence, wanted); returns the next tokens of those
-        wanted."""
-        found = []
+        """Compute rows (token, position, sequence, has_logits). Returns the next tokens of the rows
+        with logits."""
+        next_tokens = []
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             batch.n_tokens = size = len(part)
@@ -338,8 +341,8 @@ def llamacpp(options: dict) -> Callable[[dict], dict]:
                 raise RuntimeError(f"llama_decode returned {failed} for {size} tokens")
             if count := int(fields["logits"][:size].sum()):
                 logits = np.ctypeslib.as_array(api.llama_get_logits(ctx), (count, vocab))
-                found += logits.argmax(-1).tolist()
-        return found
+                next_tokens += logits.argmax(-1).tolist()
+        return next_tokens
 
     def answer(job: dict) -> dict:
         (ctx, memory), shared = context(job), job["shared"]
@@ -384,9 +387,9 @@ def limit(options: dict) -> Callable[[dict], dict]:
     last token. Shared K and V count for each sequence, so an engine that keeps them in the
     processor's cache can exceed this limit. Products are timed in plain form, with weights in
     oneDNN's layout, and in int8 with torch's quantization; the fastest for each number of rows
-    counts. Other numbers of rows are interpolated linearly. The sum is `seconds`: the limit of an
-    engine that uses a library's products. `own_seconds` also considers this engine's own products,
-    if it has any.
+    counts. Other numbers of rows are interpolated linearly. `seconds` is the limit of an engine
+    that uses a library's products. `own_seconds` also considers this engine's own products, if it
+    has any on this processor.
     """
     import numpy as np
     import torch
@@ -401,11 +404,11 @@ def limit(options: dict) -> Callable[[dict], dict]:
     torch.set_num_threads(options["threads"])
     config, recipe, _ = read_model(options["folder"])
     dtype = torch.bfloat16 if options["llm"].get("dtype") == "bfloat16" else torch.float32
-    word = options["llm"].get("quantization")
-    int8 = word is not None  # a library's products have no fewer bits
-    kept = 2 if int8 else dtype.itemsize  # bytes of a number of K and V
-    owns = cpu is not None and bool(cpu.gemm.INT8_TILE if int8 else cpu.gemm.TILE)
-    if owns:
+    quantization = options["llm"].get("quantization")
+    int8 = quantization is not None  # torch has no products with fewer bits
+    kv_itemsize = 2 if int8 else dtype.itemsize  # bytes of a number of K and V
+    has_own = cpu is not None and bool(cpu.gemm.INT8_TILE if int8 else cpu.gemm.TILE)
+    if has_own:
         backend = cpu.CpuBackend(torch.device("cpu"), torch.float32)
     c, kv = config.n_embd, config.n_kv_head * config.head_dim
     windows = layer_windows(config, recipe)
@@ -416,17 +419,17 @@ def limit(options: dict) -> Callable[[dict], dict]:
         products = [lambda x: F.linear(x, weight)]
         if int8:
             linear = torch.nn.Linear(into, out, bias=False)
-            whole = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear))
-            products.append(whole[0])
+            quantized = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear))
+            products.append(quantized[0])
         if torch.ops.mkldnn._is_mkldnn_bf16_supported() or dtype == torch.float32:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
             products.append(
                 lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
             )
-        if owns:
-            own = backend.linear_class(word, False, into, dtype)
-            made = own([weight], backend, dtype)
-            products.append(lambda x: made(x.float()))
+        if has_own:
+            linear_class = backend.linear_class(quantization, False, into, dtype)
+            own = linear_class([weight], backend, dtype)
+            products.append(lambda x: own(x.float()))
         return products
 
     # each layer has its own weights; shared ones would be in the cache
@@ -444,8 +447,8 @@ def limit(options: dict) -> Callable[[dict], dict]:
         return min(times)
 
     def least(times: list[float]) -> tuple[float, float]:
-        """(the time of the fastest layout of a library, of the fastest of all)."""
-        return min(times[: len(times) - owns]), min(times)
+        """(time of a library's fastest layout, time of the fastest layout of all)."""
+        return min(times[: len(times) - has_own]), min(times)
 
     def body_seconds(rows: int) -> tuple[float, float]:
         x, wide = torch.randn(rows, c).to(dtype), torch.randn(rows, 4 * c).to(dtype)
@@ -462,20 +465,22 @@ def limit(options: dict) -> Callable[[dict], dict]:
         x = torch.randn(rows, c).to(dtype)
         return least([fastest(partial(product, x)) for product in head])
 
-    def line(seconds: Callable[[int], tuple], wanted: list[int]) -> np.ndarray:
-        """(2, n) seconds for n numbers of rows: with a library's products, and the smallest."""
-        near = set()
-        for rows in set(wanted):
+    def interpolate(seconds: Callable[[int], tuple], row_counts: list[int]) -> np.ndarray:
+        """(2, n) seconds for n numbers of rows: with a library's products, and with the fastest."""
+        neighbours = set()
+        for rows in set(row_counts):
             at = min(bisect.bisect_left(ROWS, rows), len(ROWS) - 1)
-            near |= {ROWS[at], ROWS[max(0, at - (ROWS[at] > rows))]}
-        measured = {rows: seconds(rows) for rows in sorted(near)}
-        beyond = np.maximum(1, np.array(wanted) / max(measured))
-        each = zip(*measured.values(), strict=True)
-        return np.array([np.interp(wanted, list(measured), times) for times in each]) * beyond
+            neighbours |= {ROWS[at], ROWS[max(0, at - (ROWS[at] > rows))]}
+        measured = {rows: seconds(rows) for rows in sorted(neighbours)}
+        beyond = np.maximum(1, np.array(row_counts) / max(measured))
+        columns = zip(*measured.values(), strict=True)
+        return beyond * np.array(
+            [np.interp(row_counts, list(measured), times) for times in columns]
+        )
 
     def context_bytes(context: int) -> int:
-        seen = sum(context if w < 0 else min(context, w + 1) for w in windows)
-        return seen * 2 * kv * kept
+        tokens = sum(context if w < 0 else min(context, w + 1) for w in windows)
+        return tokens * 2 * kv * kv_itemsize
 
     @torch.inference_mode()
     def answer(job: dict) -> dict:
@@ -487,7 +492,8 @@ def limit(options: dict) -> Callable[[dict], dict]:
             rows.append(len(running))
             sampled.append(len(running))
             read.append(sum(map(context_bytes, running)))
-        products = line(body_seconds, rows).sum(1) + line(head_seconds, sampled).sum(1)
+        products = interpolate(body_seconds, rows).sum(1)
+        products += interpolate(head_seconds, sampled).sum(1)
         bandwidth = data.nbytes / fastest(data.sum)
         seconds, own_seconds = products + sum(read) / bandwidth
         return {

@@ -14,7 +14,7 @@ Each of --groups prompts has --samples answers of --tokens tokens, drawn at temp
     live         the same, with all prompts in one list
     copy         the same, in an engine with copy=True
 
-The variants run in turns. A number is the median of --turns, in answered tokens per second. Before
+The variants run in turns. A number is the median of --turns, in new tokens per second. Before
 each turn a weight changes, as by an optimiser, so that no turn uses results of earlier ones. The
 program also measures the time of the check for changed weights, with and without running sequences,
 and the time of a decode of 1 and of --samples sequences. The last line of the output has all
@@ -44,44 +44,45 @@ from microvllm.tokenizer import load_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def theirs(checkout: Path, config, tokenizer: Path):
+def load_nanochat(checkout: Path, config, tokenizer: Path):
     """nanochat's own module of this size with random weights, a tokenizer, and its Engine class."""
     sys.path.insert(0, str(checkout.expanduser()))
-    from nanochat.engine import Engine as TheirEngine
+    from nanochat.engine import Engine as NanochatEngine
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.tokenizer import RustBPETokenizer
 
-    known = GPTConfig.__dataclass_fields__
+    fields = GPTConfig.__dataclass_fields__
     with torch.device("meta"):
-        module = GPT(GPTConfig(**{name: x for name, x in vars(config).items() if name in known}))
+        module = GPT(GPTConfig(**{name: x for name, x in vars(config).items() if name in fields}))
     module.to_empty(device="cpu")
     module.init_weights()
-    return module.float().eval(), RustBPETokenizer.from_directory(tokenizer), TheirEngine
+    return module.float().eval(), RustBPETokenizer.from_directory(tokenizer), NanochatEngine
 
 
 def median_seconds(run, times: int) -> float:
-    found = []
+    seconds = []
     for _ in range(times):
         began = time.perf_counter()
         run()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
-def watching(llm, samples: int) -> dict[str, float]:
+def time_checks(llm, samples: int) -> dict[str, float]:
     """Seconds of the two checks of the weights, and of a decode of 1 and of `samples` sequences."""
-    llm.generate(["Once"], SamplingParams(max_tokens=1))  # the weights have not changed
-    found = {f"look {'closely' if closely else 'in a step'}": (
-        median_seconds(lambda closely=closely: llm.live.snapshot.differs(closely), 50)
-    ) for closely in (False, True)}  # fmt: skip
+    llm.generate(["Once"], SamplingParams(max_tokens=1))  # notices the changes of the weights
+    seconds = {
+        "check in a step": median_seconds(lambda: llm.live.snapshot.differs(False), 50),
+        "thorough check": median_seconds(lambda: llm.live.snapshot.differs(True), 50),
+    }
     for n in sorted({1, samples}):
         params = SamplingParams(max_tokens=60, ignore_eos=True)
         ids = [llm.add_request("Once upon a time", params) for _ in range(n)]
         llm.step(), llm.step()
-        found[f"decode of {n}"] = median_seconds(llm.step, 50)
+        seconds[f"decode of {n}"] = median_seconds(llm.step, 50)
         llm.abort(*ids)
         llm.step()
-    return found
+    return seconds
 
 
 def main() -> None:
@@ -96,32 +97,32 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
     path = Path(args.model)
-    near = path if (path / "tokenizer.pkl").exists() else path.parent / "tokenizer"
-    module, tokenizer = load(path), load_tokenizer(near)
+    tokenizer_path = path if (path / "tokenizer.pkl").exists() else path.parent / "tokenizer"
+    module, tokenizer = load(path), load_tokenizer(tokenizer_path)
     texts = (f"What comes after {number}, and why?" for number in range(args.groups))
     render = tokenizer.render_for_completion
     prompts = [render([{"role": "user", "content": text}]) for text in texts]
     engines = {}
     if args.nanochat:
-        module, tokenizer, engine = theirs(args.nanochat, module.config, near)
+        module, tokenizer, engine = load_nanochat(args.nanochat, module.config, tokenizer_path)
         engines["nanochat"] = engine(module, tokenizer)
     live, copied = Engine(module, tokenizer), Engine(module, tokenizer, copy=True)
     engines |= dict.fromkeys(["one by one", "groups", "live"], live) | {"copy": copied}
     options = {"max_tokens": args.tokens, "temperature": 1.0}
 
     def roll_out(name: str, seed: int) -> int:
-        """Run a variant; returns the number of answered tokens."""
-        engine, n, asked = engines[name], args.samples, prompts
+        """Run a variant; returns the number of new tokens."""
+        engine, n, requests = engines[name], args.samples, prompts
         if name == "one by one":
-            asked, n = [prompts[0]] * min(n, 4), 1  # enough to measure a rate
+            requests, n = [prompts[0]] * min(n, 4), 1  # enough to measure a rate
         if name in ("live", "copy"):
             groups = engine.generate_batch(prompts, num_samples=n, seed=seed, **options)[0]
         else:
             groups = [
                 engine.generate_batch(ids, num_samples=n, seed=seed + i, **options)[0]
-                for i, ids in enumerate(asked)
+                for i, ids in enumerate(requests)
             ]
-        pairs = zip(asked, groups, strict=True)
+        pairs = zip(requests, groups, strict=True)
         return sum(len(row) - len(ids) for ids, rows in pairs for row in rows)
 
     facts = {"hardware": platform.machine(), "threads": torch.get_num_threads(), **vars(args)}
@@ -137,16 +138,16 @@ def main() -> None:
             if turn >= 0:
                 speeds[name].append(tokens / (time.perf_counter() - began))
     first = "nanochat" if args.nanochat else "one by one"
-    results = {name: statistics.median(found) for name, found in speeds.items()}
+    results = {name: statistics.median(turns) for name, turns in speeds.items()}
     for name, speed in results.items():
         print(f"{name:11s} {speed:10,.0f} tokens/s ({speed / results[first]:.2f} times {first})")
-    looks = {
-        kind: watching(engine.llm, args.samples)
+    checks = {
+        kind: time_checks(engine.llm, args.samples)
         for kind, engine in {"live": live, "copy": copied}.items()
     }
-    for kind, found in looks.items():
-        print(f"{kind}: " + ", ".join(f"{what} {1e6 * s:,.0f} us" for what, s in found.items()))
-    print(json.dumps({**facts, "results": results, "seconds": looks}))
+    for kind, times in checks.items():
+        print(f"{kind}: " + ", ".join(f"{name} {1e6 * s:,.0f} us" for name, s in times.items()))
+    print(json.dumps({**facts, "results": results, "seconds": checks}))
 
 
 if __name__ == "__main__":

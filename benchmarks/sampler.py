@@ -4,11 +4,11 @@
     python benchmarks/sampler.py --rows 256 --vocab 4096 --layers 6 --width 256
     python benchmarks/sampler.py --rows 5 --vocab 99 --layers 1 --width 16 --turns 1  # only a test
 
-A step consists only of its matrix products, in the layout that the model uses. It has no attention
-and norms, so the percentages are a little too high. Each number is a median of --turns. The logits
-are normally distributed with standard deviation --spread: with a small one, top_p keeps tens of
-thousands of tokens, with a large one a few. The program also measures the time of a guide on the
-host, with the tokenizer of the bundled model: its compilation, and for each token of a text, the
+The time of the step is that of its matrix products alone, in the layout that the model uses. It
+excludes attention and norms, so the percentages are a little too high. Each number is a median of
+--turns. The logits are normally distributed with standard deviation --spread. With a small one,
+top_p keeps tens of thousands of tokens, and with a large one a few. The program also times guides
+on the host, with the tokenizer of the bundled model: the compilation, and for each token the
 computation and application of the mask. The last line of the output has all results as JSON.
 """
 
@@ -58,8 +58,8 @@ def products(rows: int, args: argparse.Namespace, backend):
     C, V, device, dtype = args.width, args.vocab, backend.device, backend.dtype
     layer = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))
     shapes = [*layer * args.layers, (V, C)]
-    kind = backend.linear_class(None, False, C, dtype)
-    weights = [kind([torch.randn(shape)], backend, dtype) for shape in shapes]
+    linear_class = backend.linear_class(None, False, C, dtype)
+    weights = [linear_class([torch.randn(shape)], backend, dtype) for shape in shapes]
     inputs = {size: torch.randn(rows, size, device=device, dtype=dtype) for size in (C, 4 * C)}
     return lambda: [
         linear(inputs[size]) for linear, (_, size) in zip(weights, shapes, strict=True)
@@ -95,8 +95,8 @@ def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[s
         extension.on_sampled(plan, batch, logits, tokens)
         return tokens
 
-    for name, given in SETTINGS.items():
-        params = [SamplingParams(**{"temperature": 0.8, **given}) for _ in range(rows)]
+    for name, setting in SETTINGS.items():
+        params = [SamplingParams(**{"temperature": 0.8, **setting}) for _ in range(rows)]
         temperature = torch.tensor([p.temperature for p in params], device=device)
         plan = Plan()
         for i, p in enumerate(params):
@@ -114,9 +114,9 @@ def measure(rows: int, args: argparse.Namespace, device: torch.device) -> dict[s
 
 def guide_costs(num_texts: int) -> dict[str, dict[str, float]]:
     """For each of GUIDES: milliseconds to compile it, microseconds per token of random texts."""
-    found = {}
+    costs = {}
     with LLM(MODEL, num_blocks=40, device="cpu") as llm:
-        llm.check("a", SamplingParams(guide={"choices": ["a"]}))  # the tree of the vocabulary
+        llm.check("a", SamplingParams(guide={"choices": ["a"]}))  # make the tree of the vocabulary
         for name, guide in GUIDES.items():
             began, times = time.perf_counter(), []
             _, params = llm.check("a", SamplingParams(guide=guide))
@@ -130,16 +130,16 @@ def guide_costs(num_texts: int) -> dict[str, dict[str, float]]:
                     times.append(time.perf_counter() - began)
                     ids.append(int(masked.argmax()))
             median = 1e6 * statistics.median(times)
-            found[name] = {"compile_ms": 1000 * compiled, "token_us": median}
-    return found
+            costs[name] = {"compile_ms": 1000 * compiled, "token_us": median}
+    return costs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = "numbers of rows to sample, separated by commas"
-    parser.add_argument("--rows", default="64,512", help=what)
+    text = "numbers of rows to sample, separated by commas (default: %(default)s)"
+    parser.add_argument("--rows", default="64,512", help=text)
     parser.add_argument("--vocab", type=int, default=65536)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
@@ -160,8 +160,8 @@ def main() -> None:
                 print(f"{rows:5d} rows  {name:10s} {ms:9.2f} ms {share}")
         guides = guide_costs(args.turns)
     for name, cost in guides.items():
-        told = f"{cost['token_us']:9.1f} us per token, {cost['compile_ms']:.1f} ms to compile"
-        print(f"guide      {name:10s} {told}")
+        times = f"{cost['token_us']:9.1f} us per token, {cost['compile_ms']:.1f} ms to compile"
+        print(f"guide      {name:10s} {times}")
     print(json.dumps({**facts, "milliseconds": results, "guides": guides}))
 
 

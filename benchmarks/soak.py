@@ -4,17 +4,17 @@
     python benchmarks/soak.py --seconds 30 --seed 7
     python benchmarks/soak.py --seed 7 --case 123       # repeat one story
 
-A story has a small engine and a list of events. The engine has any era of nanochat, a pool as small
-as its longest request allows, any block size, token budget and policy, with or without prefix cache
-and prompt lookup, in the plain loop or in the loop that runs one step ahead. The events: requests
-of all kinds and parameters arrive, are aborted, streamed, scored, or abandoned; weights change;
-steps fail. `check()` is called after each step. At the end, the naive loop of the tests checks
-every output: each token must be the choice of the request's parameters from the logits of a plain
-forward pass.
+A story is a random test case: a small engine and a list of events. The engine has a random era of
+nanochat, block size, token budget and policy, with or without a prefix cache and prompt lookup, in
+the plain loop or in the loop that runs one step ahead. Its pool is often just large enough for the
+longest request. Events are: requests arrive, and are aborted, streamed or scored; a stream is
+closed early; weights change; steps fail. `check()` is called after each step. At the end, the naive
+loop of the tests checks every output: each token must be the one that the request's parameters
+choose from the logits of a plain forward pass.
 
-If a token differs because the choice depends on the rounding of logits, it is counted, and is not a
-failure. After a failure, the program finds the shortest story that still fails, prints it, and
-exits with status 1. The last line of the output has all results as JSON.
+A token whose choice depends on the rounding of logits is counted as a tie, and is not a failure.
+After a failure, the program searches for the shortest story that still fails, prints it, and exits
+with status 1. The last line of the output has all results as JSON.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ from microvllm.loops.ahead import AheadLoop
 from microvllm.sampler import uniform_numbers
 from microvllm.trace import Replay, attach, make_trace
 
-ROUNDING = 1e-3  # largest difference of a logit between two ways to compute it
+ROUNDING = 1e-3  # largest difference of a logit between the engine and the naive loop
 
 
-def fail_at_times(tokens, logits):
+def fail_sometimes(tokens, logits):
     """A logits_processor that raises at positions that depend on the text."""
     if sum(tokens) % 11 == 0:
         raise KeyError("no rule for this")
     return logits
 
 
-def nothing_left_at_times(tokens, logits):
+def forbid_all_sometimes(tokens, logits):
     """A logits_processor that allows no token at positions that depend on the text."""
     return logits - torch.inf if sum(tokens) % 9 == 0 else logits
 
 
-PROCESSORS = {f.__name__: f for f in (ban_even, favour_the_last, fail_at_times)}
-PROCESSORS["nothing_left_at_times"] = nothing_left_at_times
+PROCESSORS = {f.__name__: f for f in (ban_even, favour_the_last, fail_sometimes)}
+PROCESSORS["forbid_all_sometimes"] = forbid_all_sometimes
 VICTIMS = scheduler.youngest, policies.largest, policies.cheapest, policies.furthest
 ADMISSIONS = scheduler.first_come, policies.shortest, policies.best_cached, policies.first_fit
 EVICTIONS = blocks.least_recently_used, policies.most_recently_used, policies.first_published
@@ -86,15 +86,15 @@ EVICTIONS = blocks.least_recently_used, policies.most_recently_used, policies.fi
 
 
 def some_params(rng: random.Random, max_tokens: int, tools: bool) -> dict:
-    """Keywords of SamplingParams: most of them rarely, sometimes all of them together."""
-    share = rng.choice([0, 0.1, 0.3, 0.8])
+    """Random keywords of SamplingParams, each with the same random probability."""
+    probability = rng.choice([0, 0.1, 0.3, 0.8])
 
     def rarely() -> bool:
-        return rng.random() < share
+        return rng.random() < probability
 
-    given = {"temperature": rng.choice([0, 0, 0.3, 0.8, 1, 2.5]), "max_tokens": max_tokens}
-    given["seed"] = None if rng.random() < 0.1 else rng.getrandbits(rng.choice([3, 32, 64]))
-    given["ignore_eos"] = rng.random() < 0.6
+    params = {"temperature": rng.choice([0, 0, 0.3, 0.8, 1, 2.5]), "max_tokens": max_tokens}
+    params["seed"] = None if rng.random() < 0.1 else rng.getrandbits(rng.choice([3, 32, 64]))
+    params["ignore_eos"] = rng.random() < 0.6
     choices = {
         "top_k": lambda: rng.choice([0, 1, 2, 20, 1000]),
         "top_p": lambda: rng.choice([1e-6, 0.3, 0.9, 0.999]),
@@ -112,11 +112,11 @@ def some_params(rng: random.Random, max_tokens: int, tools: bool) -> dict:
         "bad_words": lambda: ["e", [rng.randrange(311)], rng.choices(range(311), k=2)],
         "logits_processor": lambda: rng.choice(list(PROCESSORS)),
     }
-    given |= {name: choice() for name, choice in choices.items() if rarely()}
+    params |= {name: choice() for name, choice in choices.items() if rarely()}
     if tools and rng.random() < 0.7:  # make it call the calculator repeatedly
-        given["allowed_token_ids"] = [*b"12+*/", 307, 308]
-        given["temperature"] = 3.0
-    return given
+        params["allowed_token_ids"] = [*b"12+*/", 307, 308]
+        params["temperature"] = 3.0
+    return params
 
 
 def make_story(seed: str) -> dict:
@@ -144,7 +144,7 @@ def make_story(seed: str) -> dict:
     if not story["overlap"]:  # drafts need the plain loop; nothing else changes
         story["options"]["prompt_lookup"] = random.Random(f"{seed}:guess").choice([0, 1, 3, 8])
     texts = [ids(longest, rng.randrange(10_000)) for _ in range(rng.choice([1, 2, 5]))]
-    crowded = rng.choice([0.25, 0.4, 0.6])  # the share of arrivals among the events
+    add_share = rng.choice([0.25, 0.4, 0.6])  # the share of arrivals among the events
 
     def prompt(length: int) -> list[int]:
         length = max(1, length)
@@ -167,15 +167,15 @@ def make_story(seed: str) -> dict:
     events: list[tuple] = []
     for _ in range(rng.choice([5, 20, 60])):
         dice = rng.random()
-        if dice < crowded:
+        if dice < add_share:
             events.append(("add", request()))
         elif dice < 0.84:
             events.append(("step", rng.choice([1, 1, 2, 5, 20])))
         elif dice < 0.89:
             events.append(("abort", rng.randrange(1000)))
         elif dice < 0.92:
-            wanted = [request() for _ in range(rng.randint(1, 3))]
-            events.append(("stream", wanted, rng.choice([None, None, rng.randint(0, 20)])))
+            requests = [request() for _ in range(rng.randint(1, 3))]
+            events.append(("stream", requests, rng.choice([None, None, rng.randint(0, 20)])))
         elif dice < 0.94:
             events.append(("generate", [request() for _ in range(rng.randint(0, 4))]))
         elif dice < 0.96:
@@ -221,26 +221,26 @@ class Reference:
 class Reader:
     """Compares an output with the naive loop."""
 
-    def __init__(self, llm, reference: Reference, met: Counter):
+    def __init__(self, llm, reference: Reference, counts: Counter):
         self.tokenizer, self.max_model_len = llm.tokenizer, llm.max_model_len
-        self.reference, self.met = reference, met
+        self.reference, self.counts = reference, counts
 
-    def params(self, given: dict) -> SamplingParams:
-        """SamplingParams for a sampler that knows no text."""
-        given = dict(given)
-        if name := given.get("logits_processor"):
-            given["logits_processor"] = PROCESSORS[name]
-        if "bad_words" in given:
+    def params(self, keywords: dict) -> SamplingParams:
+        """SamplingParams for a sampler without a tokenizer: `bad_words` are token ids."""
+        keywords = dict(keywords)
+        if name := keywords.get("logits_processor"):
+            keywords["logits_processor"] = PROCESSORS[name]
+        if "bad_words" in keywords:
             encode, words = self.tokenizer.encode, []
-            for word in given["bad_words"]:
+            for word in keywords["bad_words"]:
                 texts = [word, " " + word] if isinstance(word, str) else []
                 words += [encode(text) for text in texts] or [word]
-            given["bad_words"] = words
-        return SamplingParams(**given)
+            keywords["bad_words"] = words
+        return SamplingParams(**keywords)
 
     def agree(self, token: int | None, logits, params, sample: int, history) -> dict:
-        """Assert that `token` (None: no token) is the right choice. Returns its
-        log-probabilities."""
+        """Assert that `token` (None: no token) is the right choice. Returns its log-probability of
+        the sampler, and whether the choice does not depend on rounding ("exact")."""
         index = params.sample_index + sample
         uniform = float(uniform_numbers([params.seed], [index], [history.position])[0])
         try:
@@ -251,7 +251,7 @@ class Reader:
             assert token is None, f"{token} was drawn although no token was allowed"
             return {}
         assert token is not None, "no token was drawn although one was allowed"
-        for turn in range(6):  # the logits, then logits that other roundings may give
+        for turn in range(6):  # the logits, then five other roundings of them
             moved = logits
             if turn:
                 draw = np.random.default_rng(turn)
@@ -261,54 +261,54 @@ class Reader:
             before = after[token] - p[token]
             low, high = before - slack, after[token] + slack
             if p[token] > 0 and low <= uniform * after[-1] <= high:
-                self.met["close calls"] += turn > 0
+                self.counts["ties"] += turn > 0
                 return {"sampler": float(np.log(p[token])), "exact": not turn}
         if params.temperature == 0 and edited.max() - edited[token] < ROUNDING:
-            self.met["close calls"] += 1
+            self.counts["ties"] += 1
             return {"sampler": 0.0, "exact": False}
         raise AssertionError(
             f"token {token} at position {history.position} of sample {sample}: probability "
             f"{p[token]:.3g}, number {uniform:.6f} outside {low:.6f} to {high:.6f}; {params}"
         )
 
-    def sample(self, asked: dict, params, number: int, found: dict, swaps: list) -> None:
+    def check_sample(self, request: dict, params, number: int, sample: dict, swaps: list) -> None:
         """Assert that a sample is right, as far as it was generated.
 
-        asked: the request; found: the sample, or the sum of its stream; swaps: (index of an output
+        sample: of an output, or the concatenated events of its stream; swaps: (index of an output
         token, weights): from this token on, the engine had these weights.
         """
-        prompt, given = asked["prompt"], found["token_ids"]
+        prompt, output = request["prompt"], sample["token_ids"]
         stops = set(params.stop_token_ids)
         stops |= set() if params.ignore_eos else self.tokenizer.eos_ids
         limit = min(len(prompt) + params.max_tokens, self.max_model_len)
         for first, weights in swaps:
-            if first <= len(given):
-                self.reference.follow(prompt + given, weights)
-        tool = ToolCalls(self.tokenizer) if asked["tools"] else None
+            if first <= len(output):
+                self.reference.follow(prompt + output, weights)
+        tool = ToolCalls(self.tokenizer) if request["tools"] else None
         push = self.tokenizer.decoder()
         if tool:
             push = ToolDecoder(self.tokenizer, [find_marks(Calculator(), self.tokenizer)])
         text, tokens, forced = "", list(prompt), []
         ended, reason, held = None, None, 0
-        ends = found["finish_reason"]
-        for i, token in enumerate([*given, *[None] * (ends == "error")]):
-            assert ended is None, f"{len(given) - i} tokens after its end by {ended}: {reason!r}"
+        finish_reason = sample["finish_reason"]
+        for i, token in enumerate([*output, *[None] * (finish_reason == "error")]):
+            assert ended is None, f"{len(output) - i} tokens after its end by {ended}: {reason!r}"
             is_forced = bool(forced) and token is not None
             if is_forced:
                 assert token == forced.pop(0), "differs from the calculator"
-                self.met["forced tokens"] += 1
+                self.counts["forced tokens"] += 1
             else:
                 weights = [w for first, w in swaps if first <= i][-1]
                 history = History(tokens, len(prompt), len(tokens), stops)
                 logits = self.reference.logits(tokens, weights)
-                told = self.agree(token, logits, params, number, history)
-                self.met["tokens"] += 1
-                if params.logprobs is not None and token is not None and "logprobs" in found:
-                    self.logprobs(found["logprobs"][i], token, logits, params, told)
-            if "mask" in found and token is not None:
-                assert found["mask"][i] == 1 - is_forced
+                choice = self.agree(token, logits, params, number, history)
+                self.counts["tokens"] += 1
+                if params.logprobs is not None and token is not None and "logprobs" in sample:
+                    self.check_logprobs(sample["logprobs"][i], token, logits, params, choice)
+            if "mask" in sample and token is not None:
+                assert sample["mask"][i] == 1 - is_forced
             if token is None:
-                ended, reason = "error", found["stop_reason"]
+                ended, reason = "error", sample["stop_reason"]
                 break
             tokens.append(token)
             if not is_forced and token in stops:
@@ -321,59 +321,58 @@ class Reader:
                 reason = "max_tokens" if full else "max_model_len"
             if tool and (answer := tool.push(token)) and ended is None:
                 forced = answer[: limit - len(tokens)]
-                self.met["tool calls"] += 1
+                self.counts["tool calls"] += 1
             if i < params.min_tokens:
-                held = len(text)  # the stop string ends after it
+                held = len(text)  # a stop string must end after this text
                 continue
             places = [(text.find(s, max(0, held - len(s) + 1)), s) for s in params.stop]
             if hits := [(at, stop) for at, stop in places if at >= 0]:
                 at, reason = min(hits)
                 text, ended, forced = text[:at], "stop", []
-                self.met["stop strings"] += 1
-        self.met[f"ended: {ends}"] += 1
-        if ends == "abort":
+                self.counts["stop strings"] += 1
+        self.counts[f"ended: {finish_reason}"] += 1
+        if finish_reason == "abort":
             assert ended is None, f"ended by {reason!r}, but reported as aborted"
             return
-        assert (ends, found["stop_reason"]) == (ended, reason), (ended, reason)
+        assert (finish_reason, sample["stop_reason"]) == (ended, reason), (ended, reason)
         if not (ended == "stop" and isinstance(reason, str)):
             text += push.flush()
-        assert found["text"] == text, f"{found['text']!r} is not {text!r}"
+        assert sample["text"] == text, f"{sample['text']!r} is not {text!r}"
 
-    def logprobs(self, entry: dict, token: int, logits, params, told: dict) -> None:
+    def check_logprobs(self, entry: dict, token: int, logits, params, choice: dict) -> None:
         own = logits - np.logaddexp.reduce(logits)
         assert entry["token_id"] == token and abs(entry["logprob"] - own[token]) < 5 * ROUNDING
         if not params.temperature:
             assert entry["sampler_logprob"] == 0.0
-        elif told["exact"] and not params.drops_tokens:
+        elif choice["exact"] and not params.drops_tokens:
             slack = ROUNDING * 5 * (1 + max(1, params.repetition_penalty) / params.temperature)
-            assert abs(entry["sampler_logprob"] - told["sampler"]) < slack, (entry, told)
+            assert abs(entry["sampler_logprob"] - choice["sampler"]) < slack, (entry, choice)
         best = np.sort(own)[::-1]
         assert len(entry["top"]) <= params.logprobs
         for rank, (other, model, _) in enumerate(entry["top"]):
             assert abs(model - own[other]) < 5 * ROUNDING
             assert model <= best[rank] + 5 * ROUNDING
-        self.met["log-probabilities"] += 1 + len(entry["top"])
+        self.counts["log-probabilities"] += 1 + len(entry["top"])
 
 
 # running a story ----------------------------------------------------------------------------------
 
 
-class Life:
+class Run:
     """A story that runs in an engine."""
 
-    def __init__(self, story: dict, reference: Reference, met: Counter):
+    def __init__(self, story: dict, reference: Reference, counts: Counter):
         victim, admission, eviction = story["policies"]
-        self.met, self.reference = met, reference
+        self.counts, self.reference = counts, reference
         self.llm = build(
             story["era"], story["overlap"], **story["options"], victim=VICTIMS[victim],
             admission=ADMISSIONS[admission], eviction=EVICTIONS[eviction],
         )  # fmt: skip
-        self.reader = Reader(self.llm, reference, met)
+        self.reader = Reader(self.llm, reference, counts)
         self.requests: dict[int, dict] = {}  # request id -> the request
         self.outputs: list[dict] = []
         self.weights = 0  # the current weights
-        self.armed = None  # the pending failure
-        self.drawn = random.Random(story["options"]["seed"])  # seeds of requests without one
+        self.seeds = random.Random(story["options"]["seed"])  # of requests without a seed
         self.trace = make_trace(self.llm, None) if story["trace"] else None
         if self.trace:
             attach(self.llm, self.trace)
@@ -390,7 +389,7 @@ class Life:
 
     def check(self) -> None:
         check(self.llm)
-        self.met["steps"] += 1
+        self.counts["steps"] += 1
         if self.trace and self.trace.recorder:  # none once the engine is closed
             is_between_steps = not self.has_step_in_flight()
             if is_between_steps:
@@ -404,73 +403,75 @@ class Life:
         loop = self.llm.loop.inner_loop
         return isinstance(loop, AheadLoop) and loop.in_flight is not None
 
-    def remember(self, request_id: int, asked: dict) -> dict:
-        params = dict(asked["params"])
+    def remember(self, request_id: int, request: dict) -> dict:
+        params = dict(request["params"])
         if params["seed"] is None:
-            params["seed"] = self.drawn.getrandbits(63)
-        kept = {**asked, "params": params, "swaps": [({}, self.weights)]}
-        self.requests[request_id] = kept
-        return kept
+            params["seed"] = self.seeds.getrandbits(63)
+        record = {**request, "params": params, "swaps": [({}, self.weights)]}
+        self.requests[request_id] = record
+        return record
 
-    def made(self, asked: dict) -> SamplingParams:
-        given = dict(asked["params"])
-        if name := given.get("logits_processor"):
-            given["logits_processor"] = PROCESSORS[name]
-        return SamplingParams(**given)
+    def make_params(self, request: dict) -> SamplingParams:
+        keywords = dict(request["params"])
+        if name := keywords.get("logits_processor"):
+            keywords["logits_processor"] = PROCESSORS[name]
+        return SamplingParams(**keywords)
 
-    def fits(self, asked: dict) -> bool:
+    def fits(self, request: dict) -> bool:
         """Does the engine accept the request? It may reject one only for its length."""
         try:
-            self.llm.check(asked["prompt"], self.made(asked))
+            self.llm.check(request["prompt"], self.make_params(request))
         except ValueError as error:
             assert "blocks" in str(error) or "max_model_len" in str(error), error
-            self.met["refused"] += 1
+            self.counts["rejected"] += 1
             return False
         return True
 
     def verify(self, request_id: int, samples: list[dict]) -> None:
-        asked = self.requests.pop(request_id)
-        params = self.reader.params(asked["params"])
+        request = self.requests.pop(request_id)
+        params = self.reader.params(request["params"])
         aborted = any(s["finish_reason"] == "abort" for s in samples)
         assert len(samples) == params.n or aborted
-        self.met["requests"] += 1
+        self.counts["requests"] += 1
         for number, sample in enumerate(samples):
-            swaps = [(counts.get(number, 0), w) for counts, w in asked["swaps"]]
-            self.reader.sample(asked, params, number, sample, swaps)
+            swaps = [(counts.get(number, 0), w) for counts, w in request["swaps"]]
+            self.reader.check_sample(request, params, number, sample, swaps)
 
     def step(self) -> bool:
         """Run one step; returns whether it succeeded."""
         try:
             self.outputs += self.llm.step()
         except Fault:
-            self.met["failed steps"] += 1
+            self.counts["failed steps"] += 1
             return False
         return True
 
-    def happen(self, event: tuple) -> None:
-        llm, (what, *args) = self.llm, event
-        if what == "add" and self.fits(args[0]):
-            asked = args[0]
-            number = llm.add_request(asked["prompt"], self.made(asked), tools=asked["tools"])
-            self.remember(number, asked)
-        elif what == "step":
+    def run_event(self, event: tuple) -> None:
+        llm, (kind, *args) = self.llm, event
+        if kind == "add" and self.fits(args[0]):
+            request = args[0]
+            number = llm.add_request(
+                request["prompt"], self.make_params(request), tools=request["tools"]
+            )
+            self.remember(number, request)
+        elif kind == "step":
             for _ in range(args[0]):
                 self.step()
-        elif what == "abort" and self.requests:
+        elif kind == "abort" and self.requests:
             victims = sorted(self.requests)
             llm.abort(victims[args[0] % len(victims)], -1)
             check(llm)
-        elif what == "stream":
-            self.stream([asked for asked in args[0] if self.fits(asked)], args[1])
-        elif what == "generate":
-            self.generate([asked for asked in args[0] if self.fits(asked)])
-        elif what == "score":
+        elif kind == "stream":
+            self.stream([request for request in args[0] if self.fits(request)], args[1])
+        elif kind == "generate":
+            self.generate([request for request in args[0] if self.fits(request)])
+        elif kind == "score":
             self.score(args[0])
-        elif what == "weights":
+        elif kind == "weights":
             try:
                 llm.update_weights(self.reference.weights[args[0]])
             except Fault:  # the step in flight was lost, and nothing changed
-                self.met["failed steps"] += 1
+                self.counts["failed steps"] += 1
                 return check(llm)
             self.weights = args[0]
             check(llm)
@@ -481,16 +482,16 @@ class Life:
                     if seq.request_id == number:
                         counts[seq.index] = len(seq.output)
                 self.requests[number]["swaps"].append((counts, args[0]))
-            self.met["new weights"] += 1
+            self.counts["new weights"] += 1
 
-    def stream(self, wanted: list[dict], leave: int | None) -> None:
-        first, tools = next(copy(self.llm._request_ids)), bool(wanted) and wanted[0]["tools"]
-        for i, asked in enumerate(wanted):
-            self.remember(first + i, {**asked, "tools": tools})
-        found: dict[tuple, dict] = {}
+    def stream(self, requests: list[dict], leave: int | None) -> None:
+        first, tools = next(copy(self.llm._request_ids)), bool(requests) and requests[0]["tools"]
+        for i, request in enumerate(requests):
+            self.remember(first + i, {**request, "tools": tools})
+        samples: dict[tuple, dict] = {}
         events = self.llm.stream(
-            [asked["prompt"] for asked in wanted],
-            [self.made(asked) for asked in wanted],
+            [request["prompt"] for request in requests],
+            [self.make_params(request) for request in requests],
             tools=tools,
         )
         try:
@@ -499,37 +500,37 @@ class Life:
                     if count == leave:
                         break
                     empty = {"text": "", "token_ids": []}
-                    so_far = found.setdefault((event["index"], event["sample"]), empty)
+                    so_far = samples.setdefault((event["index"], event["sample"]), empty)
                     so_far["text"] += event["text"]
                     so_far["token_ids"] += event["token_ids"]
                     assert not so_far.get("finish_reason"), "an event after the last"
                     so_far |= {k: event[k] for k in ("finish_reason", "stop_reason")}
                 else:
-                    for i, asked in enumerate(wanted):
-                        n = asked["params"].get("n", 1)
-                        self.verify(first + i, [found[i, k] for k in range(n)])
-                    self.met["streams"] += 1
+                    for i, request in enumerate(requests):
+                        n = request["params"].get("n", 1)
+                        self.verify(first + i, [samples[i, k] for k in range(n)])
+                    self.counts["streams"] += 1
         except Fault:
-            self.met["failed streams"] += 1
+            self.counts["failed streams"] += 1
         check(self.llm)
-        for i in range(len(wanted)):
+        for i in range(len(requests)):
             self.requests.pop(first + i, None)
 
-    def generate(self, wanted: list[dict]) -> None:
+    def generate(self, requests: list[dict]) -> None:
         first = next(copy(self.llm._request_ids))
-        for i, asked in enumerate(wanted):
-            self.remember(first + i, {**asked, "tools": True})
+        for i, request in enumerate(requests):
+            self.remember(first + i, {**request, "tools": True})
         try:
             outputs = self.llm.generate(
-                [asked["prompt"] for asked in wanted],
-                [self.made(asked) for asked in wanted],
+                [request["prompt"] for request in requests],
+                [self.make_params(request) for request in requests],
                 use_tqdm=False,
                 tools=True,
             )
         except Fault:
-            self.met["failed generates"] += 1
+            self.counts["failed generates"] += 1
             outputs = []
-        for i in range(len(wanted)):
+        for i in range(len(requests)):
             if outputs:
                 self.verify(first + i, outputs[i]["samples"])
             self.requests.pop(first + i, None)
@@ -539,42 +540,43 @@ class Life:
         try:
             scores = self.llm.score(prompts, tails)
         except Fault:
-            self.met["failed scores"] += 1
+            self.counts["failed scores"] += 1
             return
         except ValueError as error:
             assert "blocks" in str(error) or "max_model_len" in str(error), error
-            self.met["refused"] += 1
+            self.counts["rejected"] += 1
             return
-        for prompt, tail, found in zip(prompts, tails, scores, strict=True):
-            assert len(found) == len(tail)
+        for prompt, tail, logprobs in zip(prompts, tails, scores, strict=True):
+            assert len(logprobs) == len(tail)
             self.reference.follow(prompt + tail, self.weights)
             for i, token in enumerate(tail):
                 logits = self.reference.logits(prompt + tail[:i], self.weights)
-                wanted = logits[token] - np.logaddexp.reduce(logits)
-                assert abs(found[i] - wanted) < 5 * ROUNDING, (found[i], wanted)
-            self.met["scored tokens"] += len(tail)
+                expected = logits[token] - np.logaddexp.reduce(logits)
+                assert abs(logprobs[i] - expected) < 5 * ROUNDING, (logprobs[i], expected)
+            self.counts["scored tokens"] += len(tail)
 
-    def live(self, events: list[tuple]) -> None:
-        """Run the whole story, to the last output."""
+    def run(self, events: list[tuple]) -> None:
+        """Run all events, then steps until the last output."""
         llm = self.llm
         for i, event in enumerate(events):
-            if event[0] == "fail":  # from here on, until it has occurred
+            if event[0] == "fail":  # one failure, in any of the later events
                 with failing(llm, event[1], event[2]) as calls:
-                    self.tail(events[i + 1 :])
-                self.met["faults"] += calls[0] > event[2]
+                    self.finish(events[i + 1 :])
+                self.counts["faults"] += calls[0] > event[2]
                 break
-            self.happen(event)
+            self.run_event(event)
         else:
-            self.tail([])
+            self.finish([])
         stats = llm.stats()
         names = "preemptions cached_tokens prefill_tokens guessed_tokens accepted_tokens"
         for name in names.split():
-            self.met[name] += stats[name]
+            self.counts[name] += stats[name]
 
-    def tail(self, events: list[tuple]) -> None:
+    def finish(self, events: list[tuple]) -> None:
+        """Run the remaining events, then steps until the last output, and verify all outputs."""
         for event in events:
             if event[0] != "fail":
-                self.happen(event)
+                self.run_event(event)
         steps = 0
         while not self.llm.is_finished():
             self.step()
@@ -583,44 +585,47 @@ class Life:
         assert_idle(self.llm)
         for output in self.outputs:
             self.verify(output["request_id"], output["samples"])
-        self.met["aborted"] += sum(o["finish_reason"] == "abort" for o in self.outputs)
+        self.counts["aborted"] += sum(o["finish_reason"] == "abort" for o in self.outputs)
         assert not self.requests, f"requests without an output: {sorted(self.requests)}"
 
 
-def live(story: dict, references: dict, met: Counter) -> None:
-    """Run a story. Raises the errors that it finds."""
+def run_story(story: dict, references: dict, counts: Counter) -> None:
+    """Run a story in an engine. Raises the first error."""
     era = story["era"]
     if era not in references:
         references[era] = Reference(era)
     references[era].forget()
     torch.manual_seed(0)
-    life = Life(story, references[era], met)
-    life.live(story["events"])
-    life.llm.close()
+    run = Run(story, references[era], counts)
+    run.run(story["events"])
+    run.llm.close()
 
 
 def simpler(event: tuple) -> Iterator[Callable[[tuple], tuple]]:
-    """Ways to make an event smaller: with fewer requests, and these with fewer parameters."""
-    what, *rest = event
-    if what in ("stream", "generate", "score"):
+    """Functions that make an event smaller: with fewer requests, or with fewer parameters."""
+    kind, *rest = event
+    if kind in ("stream", "generate", "score"):
         for k in reversed(range(len(rest[0]))):
             yield lambda e, k=k: (e[0], e[1][:k] + e[1][k + 1 :], *e[2:])
-    names = {n for asked in requests_of(event) for n in asked["params"]} - {"max_tokens", "seed"}
+    names = {n for request in requests_of(event) for n in request["params"]} - {
+        "max_tokens",
+        "seed",
+    }
     for name in sorted(names):
 
         def without(e: tuple, name: str = name) -> tuple:
-            kept = [
+            requests = [
                 {**a, "params": {n: v for n, v in a["params"].items() if n != name}}
                 for a in requests_of(e)
             ]
-            return (e[0], kept[0] if e[0] == "add" else kept, *e[2:])
+            return (e[0], requests[0] if e[0] == "add" else requests, *e[2:])
 
         yield without
 
 
 def requests_of(event: tuple) -> list[dict]:
-    what, *rest = event
-    return [rest[0]] if what == "add" else rest[0] if what in ("stream", "generate") else []
+    kind, *rest = event
+    return [rest[0]] if kind == "add" else rest[0] if kind in ("stream", "generate") else []
 
 
 def smallest(story: dict, references: dict, seconds: float) -> dict:
@@ -629,7 +634,7 @@ def smallest(story: dict, references: dict, seconds: float) -> dict:
 
     def fails(shorter: dict) -> bool:
         try:
-            live(shorter, references, Counter())
+            run_story(shorter, references, Counter())
         except Exception:
             return True
         return False
@@ -646,9 +651,10 @@ def smallest(story: dict, references: dict, seconds: float) -> dict:
         if size == 1 and before == len(story["events"]):
             break
         size = max(1, size // 2)
-    for i, event in enumerate(story["events"]):  # then the content of the events
-        for way in simpler(event):
-            events = [*story["events"][:i], way(story["events"][i]), *story["events"][i + 1 :]]
+    for i, event in enumerate(story["events"]):  # then simplify the remaining events
+        for simplify in simpler(event):
+            smaller = simplify(story["events"][i])
+            events = [*story["events"][:i], smaller, *story["events"][i + 1 :]]
             if time.perf_counter() < until and fails({**story, "events": events}):
                 story = {**story, "events": events}
     for name in ("trace", "overlap"):
@@ -668,56 +674,56 @@ def soak(
     shrink: float = 60,
     say=print,
 ) -> dict:
-    """Run stories from number `first` on, until the time or their number is reached. Returns
-    counts, and `failure` if one failed: seed, case, error, and the shortest failing story found in
-    `shrink` seconds."""
-    began, met, references = time.perf_counter(), Counter(), {}
+    """Run stories from number `first` on, for `seconds` or until `cases` are run. Returns counts.
+    If a story failed, they have `failure`: seed, case, error, and the shortest failing story found
+    in `shrink` seconds."""
+    began, counts, references = time.perf_counter(), Counter(), {}
     torch.set_num_threads(1)
-    number, said = first, began
+    number, last_report = first, began
     while True:
         story = make_story(f"{seed}:{number}")
         try:
-            live(story, references, met)
+            run_story(story, references, counts)
         except Exception as error:
             say("".join(traceback.format_exception(error)))
             shortest = smallest(story, references, shrink)
             again = f"python benchmarks/soak.py --seed {seed} --case {number}"
             say(f"case {number} of seed {seed} failed: {again}\n{shortest}")
-            met["failures"] += 1
+            counts["failures"] += 1
             failure = {"seed": seed, "case": number, "error": repr(error)[:300]}
-            return {**report(met, began, seed), "failure": {**failure, "story": shortest}}
-        met["cases"] += 1
-        met["ahead" if story["overlap"] else "plain"] += 1
-        met["smallest pools"] += story["options"]["num_blocks"] <= 3
+            return {**report(counts, began, seed), "failure": {**failure, "story": shortest}}
+        counts["cases"] += 1
+        counts["ahead" if story["overlap"] else "plain"] += 1
+        counts["smallest pools"] += story["options"]["num_blocks"] <= 3
         number += 1
         now = time.perf_counter()
-        if met["cases"] >= cases or now - began > seconds:
-            return report(met, began, seed)
-        if now - said > 60:
-            said = now
-            told = {name: met[name] for name in ("cases", "requests", "tokens", "close calls")}
-            say(f"{now - began:6.0f} s: {told}")
+        if counts["cases"] >= cases or now - began > seconds:
+            return report(counts, began, seed)
+        if now - last_report > 60:
+            last_report = now
+            names = ("cases", "requests", "tokens", "ties")
+            say(f"{now - began:6.0f} s: { {name: counts[name] for name in names} }")
 
 
-def report(met: Counter, began: float, seed: int) -> dict:
-    return {"seed": seed, "seconds": round(time.perf_counter() - began, 1), **dict(met)}
+def report(counts: Counter, began: float, seed: int) -> dict:
+    return {"seed": seed, "seconds": round(time.perf_counter() - began, 1), **dict(counts)}
 
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n\n")[0])
-    what = "duration (default: %(default)s)"
-    parser.add_argument("--seconds", type=positive, default=3600, help=what)
-    what = "random seed of the stories (default: %(default)s)"
-    parser.add_argument("--seed", type=int, default=0, help=what)
+    text = "duration (default: %(default)s)"
+    parser.add_argument("--seconds", type=positive, default=3600, help=text)
+    text = "random seed of the stories (default: %(default)s)"
+    parser.add_argument("--seed", type=int, default=0, help=text)
     parser.add_argument("--case", type=int, help="number of a story to repeat")
     args: argparse.Namespace = parser.parse_args()
-    which = {} if args.case is None else {"first": args.case, "cases": 1}
-    found = soak(args.seed, args.seconds, **which, say=lambda text: print(text, flush=True))
-    for name, count in sorted(found.items()):
+    choice = {} if args.case is None else {"first": args.case, "cases": 1}
+    result = soak(args.seed, args.seconds, **choice, say=lambda text: print(text, flush=True))
+    for name, count in sorted(result.items()):
         if name != "failure":
             print(f"{name:24} {count}")
-    print(json.dumps(found))
-    sys.exit("failure" in found)
+    print(json.dumps(result))
+    sys.exit("failure" in result)
 
 
 if __name__ == "__main__":

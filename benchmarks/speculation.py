@@ -9,15 +9,15 @@ Nothing is trained. An engine with draft tokens and one without generate the sam
 in this process. A number is the median over the turns of the ratio of their tokens per second.
 Variants:
 
-    forced      The texts are known. Each draft token is the right one with the probability
-                --acceptance. "free" takes no time to draft them. "paid" also runs a draft model of
-                --layers, and replaces its tokens. 0: no draft token is right.
+    forced      The texts are known, and each draft token is correct with the probability
+                --acceptance. With "free", drafting takes no time. With "paid", a draft model of
+                --layers layers also runs, and its tokens are replaced.
     cut         The draft model consists of the first layers of the model (--layers).
     quantized   The draft model is the model itself in 4 bits.
     draft       --draft, another model with the same tokenizer.
-    answers     answer_lookup: the texts are those of the turn before.
+    answers     answer_lookup: the texts are those of the previous turn.
 
-With --batch n, n texts are generated at once. "right" is the share of accepted draft tokens, and
+With --batch n, n texts are generated at once. "accepted" is the share of accepted draft tokens, and
 "steps" the number of steps relative to the engine without draft tokens. The last line of the output
 has all results as JSON.
 """
@@ -63,13 +63,13 @@ class Way(NamedTuple):
 
 
 class ForcedDrafts:
-    """Drafts of known texts, in which each token is right with a given probability.
+    """Drafts of known texts. Each draft token is correct with the probability `acceptance`.
 
-    proposer: of the engine; it also drafts, if its time is to be measured.
+    proposer: that of the engine; with is_paid it runs too, so that its time is measured.
     """
 
     def __init__(self, proposer: DraftModel, acceptance: float, is_paid: bool):
-        self.draft_really = proposer.draft
+        self.run_draft_model = proposer.draft
         self.acceptance = acceptance
         self.is_paid = is_paid
         self.texts: dict[tuple[int, ...], list[int]] = {}  # prompt -> its text
@@ -79,7 +79,7 @@ class ForcedDrafts:
     def draft(self, seqs: list, length: int) -> list[list[int]]:
         """A replacement for DraftModel.draft."""
         if self.is_paid:
-            self.draft_really(seqs, length)
+            self.run_draft_model(seqs, length)
         return [self.draft_text(seq, length) for seq in seqs]
 
     def draft_text(self, seq, length: int) -> list[int]:
@@ -96,8 +96,8 @@ class ForcedDrafts:
 
 
 def cut_layers(source: Path, layers: list[int], folder: Path) -> Path:
-    """Write a checkpoint with some layers of a model into the folder. If there are layers with
-    value embeddings, they must stay at odd places (so an even number of layers, with the last)."""
+    """Write a checkpoint with some layers of a model into the folder. If the model has value
+    embeddings, every second layer has one, counted back from the last. `layers` must keep that."""
     config, recipe, weights = read_checkpoint(*find_checkpoint(source))
     kept = {}
     for name, weight in weights.items():
@@ -156,9 +156,9 @@ def make_model(shape: str, folder: Path) -> Path:
 
 def engine_options(args: argparse.Namespace, model: Path) -> dict:
     """Arguments of all engines."""
-    near = model if (model / "tokenizer.pkl").exists() else model.parent / "tokenizer"
+    tokenizer_path = model if (model / "tokenizer.pkl").exists() else model.parent / "tokenizer"
     return {
-        "tokenizer_path": near,
+        "tokenizer_path": tokenizer_path,
         "device": "cpu",
         "num_blocks": 1 + args.batch * -(-(NUM_PROMPT + args.tokens) // 16) + 16,
         "max_model_len": NUM_PROMPT + args.tokens + 16,
@@ -182,7 +182,7 @@ def compare(plain: LLM, way: Way, args: argparse.Namespace) -> dict[str, float]:
     """The gain of a variant, in turns with the plain engine."""
     rng = random.Random(1)
     ratios = []
-    right = guessed = steps = plain_steps = same = 0
+    accepted = drafted = steps = plain_steps = same = 0
     for turn in range(-1, args.turns):  # in the first turn, kernels are loaded and times measured
         if turn < 0 or not way.repeats:
             prompts = [
@@ -200,8 +200,8 @@ def compare(plain: LLM, way: Way, args: argparse.Namespace) -> dict[str, float]:
         if turn >= 0:
             ratios.append(seconds / way_seconds)
             stats = way.llm.stats()
-            right += stats["accepted_tokens"]
-            guessed += stats["guessed_tokens"]
+            accepted += stats["accepted_tokens"]
+            drafted += stats["guessed_tokens"]
             steps += stats["steps"]
             plain_steps += plain.stats()["steps"]
             same += sum(map(operator.eq, texts, way_texts))
@@ -209,18 +209,19 @@ def compare(plain: LLM, way: Way, args: argparse.Namespace) -> dict[str, float]:
         "speed": statistics.median(ratios),
         "lowest": min(ratios),
         "highest": max(ratios),
-        "right": right / guessed if guessed else 0.0,
-        "drafted": guessed,
+        "accepted": accepted / drafted if drafted else 0.0,
+        "drafted": drafted,
         "steps": steps / plain_steps,
         "same_texts": same / (args.turns * args.batch),
     }
 
 
-def describe(name: str, found: dict[str, float]) -> str:
+def describe(name: str, result: dict[str, float]) -> str:
     """A line of the table."""
-    speed = f"{found['speed']:5.2f} times as fast ({found['lowest']:.2f} to {found['highest']:.2f})"
-    drafts = f"{found['right']:.2f} right of {found['drafted']:,}"
-    return f"{name:20s} {speed}, {drafts}, {found['steps']:.2f} of the steps"
+    spread = f"({result['lowest']:.2f} to {result['highest']:.2f})"
+    speed = f"{result['speed']:5.2f} times as fast {spread}"
+    drafts = f"{result['accepted']:.2f} of {result['drafted']:,} draft tokens accepted"
+    return f"{name:20s} {speed}, {drafts}, {result['steps']:.2f} of the steps"
 
 
 def main() -> None:
@@ -230,13 +231,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
     parser.add_argument("--ways", default="forced,cut,quantized,answers")
-    what = "acceptance probabilities of forced drafts"
-    parser.add_argument("--acceptance", default="0,0.5,0.7,0.9", help=what)
-    what = "number of layers of the cut draft model"
-    parser.add_argument("--layers", type=int, default=2, help=what)
+    text = "acceptance probabilities of forced drafts"
+    parser.add_argument("--acceptance", default="0,0.5,0.7,0.9", help=text)
+    text = "number of layers of the cut draft model"
+    parser.add_argument("--layers", type=int, default=2, help=text)
     parser.add_argument("--draft", help="a draft model, for the variant `draft`")
     parser.add_argument("--quantization", help="format of the target and of cut draft models")
-    parser.add_argument("--batch", type=int, default=1, help="texts at once")
+    parser.add_argument("--batch", type=int, default=1, help="number of texts generated at once")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens for each text")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--turns", type=int, default=5)
@@ -253,8 +254,8 @@ def main() -> None:
             model = make_model(args.shape, Path(folder) / "random")
         with LLM(model, **engine_options(args, model)) as plain:
             for way in open_ways(args, model, Path(folder)):
-                found = results[way.name] = compare(plain, way, args)
-                print(describe(way.name, found), flush=True)
+                result = results[way.name] = compare(plain, way, args)
+                print(describe(way.name, result), flush=True)
                 way.llm.close()
     print(json.dumps({**facts, "results": results}, default=str))
 

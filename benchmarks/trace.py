@@ -1,13 +1,13 @@
 """The cost of a trace.
 
     python benchmarks/trace.py                      # 512 instructions x 64 tokens, on and off
-    python benchmarks/trace.py --baseline ../other  # also compare with another checkout, no trace
+    python benchmarks/trace.py --baseline ../other  # also run another checkout, without a trace
 
-Each turn runs the same prompts with a trace to a file, without a trace, and, with --baseline, in
-the engine of that checkout, in an order that changes every turn. Everything runs in one process, so
-that changes of the machine's speed affect all. A ratio is the median of the ratios of the turns. It
-is printed for wall time and for processor time, which excludes the time of other programs. The last
-line of the output has all results as JSON.
+Each turn runs the same prompts with a trace to a file and without a trace. With --baseline, it also
+runs them in the engine of that checkout. The order changes in every turn. All engines are in one
+process, so that changes of the machine's speed affect all. A ratio is the median of the ratios of
+the turns. It is printed for wall time and for processor time, which excludes the time of other
+programs. The last line of the output has all results as JSON.
 """
 
 import argparse
@@ -27,11 +27,11 @@ LOADED: dict[Path, dict] = {}  # folder of a checkout -> the modules of its pack
 
 
 def use(root: Path):
-    """Make `import` find the package of a checkout, also for late imports (a numba cache is loaded
-    by the names of its modules). The modules of another checkout are put aside."""
+    """Make `import` find the package of a checkout, also for late imports (numba finds its cached
+    kernels by module names). Modules of another checkout are moved to LOADED."""
     names = [name for name in sys.modules if name.split(".")[0] == "microvllm"]
-    if aside := {name: sys.modules.pop(name) for name in names}:
-        LOADED[Path(aside["microvllm"].__file__).parents[1]] = aside
+    if others := {name: sys.modules.pop(name) for name in names}:
+        LOADED[Path(others["microvllm"].__file__).parents[1]] = others
     source = root / "src" if (root / "src").is_dir() else root  # older checkouts have no src
     sys.modules.update(LOADED.get(source, {}))
     sys.path.insert(0, str(source))
@@ -45,10 +45,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--num-prompts", type=int, default=512, help="%(default)s")
-    what = "new tokens for each prompt (default: %(default)s)"
-    parser.add_argument("--max-tokens", type=int, default=64, help=what)
-    parser.add_argument("--turns", type=int, default=5, help="%(default)s")
+    parser.add_argument("--num-prompts", type=int, default=512, help="(default: %(default)s)")
+    text = "new tokens for each prompt (default: %(default)s)"
+    parser.add_argument("--max-tokens", type=int, default=64, help=text)
+    parser.add_argument("--turns", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--baseline", type=Path, help="another checkout of the project")
     args = parser.parse_args()
 
@@ -61,7 +61,7 @@ def main() -> None:
             temperature=0.7, max_tokens=args.max_tokens, ignore_eos=True, seed=1
         )
         engines[side] = root, llm, params
-    bench = importlib.import_module("microvllm.cli.bench")  # of the checkout loaded last: this
+    bench = importlib.import_module("microvllm.cli.bench")  # from this checkout, the last one used
     prompts = [
         llm.tokenizer.render_for_completion([{"role": "user", "content": prompt}])
         for prompt in bench.read_prompts(bench.BUNDLED)[: args.num_prompts]
@@ -90,7 +90,7 @@ def main() -> None:
         order.append(order.pop(0))
         print(f"turn {turn} of {args.turns}", file=sys.stderr)
     steps = sum('"e":"begin"' in line for line in file.open())
-    found = {
+    results = {
         "prompts": len(prompts),
         "max_tokens": args.max_tokens,
         "turns": args.turns,
@@ -100,14 +100,15 @@ def main() -> None:
     }
     times = {side: values[1:] for side, values in times.items()}  # the first turn warms up
     for side, values in times.items():
-        found[f"{side}_seconds"] = round(statistics.median(clock for clock, _ in values), 3)
+        results[f"{side}_seconds"] = round(statistics.median(wall for wall, _ in values), 3)
     for side in times.keys() - {"off"}:
-        for at, what in enumerate(("clock", "processor")):
-            ratios = [a[at] / b[at] for a, b in zip(times[side], times["off"], strict=True)]
+        for column, clock in enumerate(("wall", "processor")):
+            pairs = zip(times[side], times["off"], strict=True)
+            ratios = [a[column] / b[column] for a, b in pairs]
             middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-            found[f"{side}_by_off_{what}"] = round(middle, 4)
-            print(f"{side} / off, {what}: {middle:.4f} ({low:.4f} to {high:.4f})")
-    print(json.dumps(found))
+            results[f"{side}_over_off_{clock}"] = round(middle, 4)
+            print(f"{side} / off, {clock} time: {middle:.4f} ({low:.4f} to {high:.4f})")
+    print(json.dumps(results))
     folder.cleanup()
 
 

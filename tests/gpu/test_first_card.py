@@ -42,20 +42,20 @@ def test_each_part_leaves_its_findings(tmp_path, monkeypatch):
     found = run(tmp_path, "graphs")
     assert found["3 rows"] == "equal for 6 to 6 of 6 tokens" and "suspicious" not in found
     found = run(tmp_path, "prefixes")
-    assert found["together"]["tokens_per_s"] > 0 and found["apart"]["tokens_per_s"] > 0
+    assert found["read_once"]["tokens_per_s"] > 0 and found["read_by_each"]["tokens_per_s"] > 0
     assert found["8 sequences that share 80 tokens"] == "equal for 6 to 6 of 6 tokens"
     found = run(tmp_path, "sync")
-    assert found["waits"] == {} and set(found["asked"]) > {"top_k", "allowed_token_ids", "score"}
+    assert found["waits"] == {} and set(found["features"]) > {"top_k", "allowed_token_ids", "score"}
     found = run(tmp_path, "work")
-    assert all(found[name]["tokens_per_s"] > 0 for name in first_card.AIMS)
-    assert found["waits"]["steps"]["decodes alone"] > 5
+    assert all(found[name]["tokens_per_s"] > 0 for name in first_card.TARGETS)
+    assert found["waits"]["steps"]["decodes only"] > 5
     assert found["waits"]["mean_ms"]["with prompts"]["forward"] > 0
-    assert "aten::empty" in found["us a step, 4 sequences"]
+    assert "aten::empty" in found["us per step, 4 sequences"]
     assert len(found := run(tmp_path, "products")) == 5 and not found["warnings"]
     if not shutil.which("compute-sanitizer"):
         assert "not installed" in run(tmp_path, "memcheck")["skipped"]
     report = (tmp_path / "report" / "report.md").read_text()
-    assert "- startup: it was not run" in report and "- sync" not in report
+    assert "- startup: not run" in report and "- sync" not in report
     # models are not sent with the report
     assert not [path for path in (tmp_path / "report").iterdir() if path.is_dir()]
 
@@ -66,8 +66,8 @@ def test_a_part_that_fails_says_so_and_keeps_what_it_knew(tmp_path, monkeypatch)
     def failing(part):
         part.note(tokens=7)
         written = json.loads((out / "graphs.json").read_text())
-        assert written == {"error": "it did not finish", "tokens": 7}  # if it is killed
-        assert "- graphs: it did not finish" in (out / "report.md").read_text()
+        assert written == {"error": "not finished", "tokens": 7}  # if it is killed
+        assert "- graphs: not finished" in (out / "report.md").read_text()
         warnings.warn("no decode steps by 'few_rows' here", stacklevel=2)
         raise ValueError("something")
 
@@ -82,7 +82,7 @@ def test_a_part_that_fails_says_so_and_keeps_what_it_knew(tmp_path, monkeypatch)
     report = first_card.report(out)
     for line in (
         "- graphs: ValueError: something", "- work, single: no memory",
-        "- sync, top_k: error: it synchronizes", "- startup: it was not run",
+        "- sync, top_k: error: it synchronizes", "- startup: not run",
         "| headline | 51,234 | 54,000 | 76.1% |", "| single | not measured | 600 |  |",
         "- warning: no decode steps by 'few_rows' here",
     ):  # fmt: skip

@@ -17,7 +17,7 @@ from microvllm.jobs.ray import make_batches
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from bulk import FakeLLM, beginnings
+from bulk import FakeLLM, prompts_with_prefixes
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 ENGINE = {"num_blocks": 200, "max_batch_size": 8, "device": "cpu"}
@@ -182,7 +182,7 @@ def make_job(folder, name: str, prompts: list, **params) -> Job:
 
 
 def test_batches_hold_each_row_once_and_neighbours_begin_alike(tmp_path):
-    prompts = beginnings(groups=10, rows=8)
+    prompts = prompts_with_prefixes(groups=10, rows=8)
     job = make_job(tmp_path, "out", [*prompts, [1, 2], None])
     batches = list(make_batches(job, 8))
     numbers = [number for batch in batches for number, _ in batch]
@@ -200,8 +200,8 @@ def test_batches_hold_each_row_once_and_neighbours_begin_alike(tmp_path):
 
 
 def test_two_replicas_find_more_of_sorted_prompts_in_their_caches(tmp_path):
-    """They get batches by turns, and have room for few of the beginnings."""
-    prompts, hits, tokens = beginnings(groups=24, rows=8), {}, []
+    """They get batches by turns, and have room for few of the prompts_with_prefixes."""
+    prompts, hits, tokens = prompts_with_prefixes(groups=24, rows=8), {}, []
     for grouped in (True, False):
         job = make_job(tmp_path, str(grouped), prompts)
         engines = [LLM(MODEL, num_blocks=80, max_batch_size=4, device="cpu") for _ in range(2)]

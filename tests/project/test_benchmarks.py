@@ -86,9 +86,9 @@ def test_the_limit_of_a_batch_adds_up_its_steps():
 
 def test_times_between_and_beyond_the_measured_rows():
     times = {1: 1.0, 3: 2.0, 10: 4.0}
-    assert gpu.between(times, 2) == 1.5
-    assert gpu.between(times, 10) == 4.0
-    assert gpu.between(times, 25) == 10.0
+    assert gpu.interpolate(times, 2) == 1.5
+    assert gpu.interpolate(times, 10) == 4.0
+    assert gpu.interpolate(times, 25) == 10.0
 
 
 def test_windows_shorten_what_is_read_and_what_is_multiplied():
@@ -135,7 +135,7 @@ def test_the_benchmark_runs_on_a_cpu():
         assert result[part]["cached_tokens"] == 0  # fresh prompts, or it would flatter
     assert result["prefill"]["ms"] > 0
     # 4 prompts share 8 tokens: two blocks, which all four find once they were seen
-    assert result["prefix"]["seen_cached_tokens"] == 4 * 8
+    assert result["prefix"]["cached_prefix_cached_tokens"] == 4 * 8
     smaller = result["quantized"]
     assert (
         smaller["tokens"] > 100 and 0.9 < smaller["perplexity"] / smaller["plain_perplexity"] < 1.1
@@ -333,13 +333,13 @@ def test_the_llama_has_matrices_of_equal_size(tmp_path):
     assert [llama.feed_forward(width) for width in (768, 256)] == [2048, 672]
     d12 = llama.shape(12, 768, 128, None, 32768)
     ours = 12 * 12 * 768 * 768 + 32768 * 768
-    assert llama.read_numbers(d12) == ours
+    assert llama.count_weights(d12) == ours
     args = SimpleNamespace(**vars(TINY), era="1", storage="float32")
     folder = checkpoint.make_hf_folder(tmp_path, args, "cpu")
-    beside = llama.like(json.loads((folder / "config.json").read_text()))
+    beside = llama.llama_for(json.loads((folder / "config.json").read_text()))
     assert (beside["num_attention_heads"], beside["num_key_value_heads"]) == (3, 1)
     # 2 * 4 * 96 * 96 numbers of the feed-forward here, 3 * 256 * 96 there
-    assert compare.step_weights(folder) == llama.read_numbers(beside)
+    assert compare.step_weights(folder) == llama.count_weights(beside)
     _, _, weights = peers.read_model(str(folder))
     sizes = {name: w.numel() for name, w in weights.items() if "wte" not in name and w.ndim == 2}
     assert sum(sizes.values()) == compare.step_weights(folder)
@@ -365,7 +365,7 @@ def test_the_llamas_folder_reads_back_and_is_one_that_others_read(tmp_path):
     again = llama.read_folder(llama.make_folder(tmp_path / "b", config))[1]
     assert all((again[name] == w).all() for name, w in weights.items())
     assert len({*llama_tokens(made, [1, 2, 3], 6)}) > 1
-    with pytest.raises(ValueError, match="--to openvino knows float32, bfloat16, int8; not int4"):
+    with pytest.raises(ValueError, match="--precision int4: openvino supports float32, bfloat16,"):
         llama.convert(made, "openvino", "int4")
 
 
@@ -398,9 +398,12 @@ def test_each_engine_has_its_own_dtype(monkeypatch, capsys):
     assert args.dtypes == {"openvino": "int8", "llamacpp-q4": "int4"}
     assert parsed(monkeypatch, "--engines", "vllm").dtypes == {"vllm": "float32"}
     for words, told in (
-        (["--engines", "vllm", "--peer-dtype", "int8"], "vllm has float32, bfloat16"),
-        (["--engines", "openvino", "--peer-dtype", "int4"], "openvino has float32, bfloat16, int8"),
-        (["--peer-dtype", "other=int8"], "other is none of microvllm, nanochat"),
+        (["--engines", "vllm", "--peer-dtype", "int8"], "vllm supports float32, bfloat16"),
+        (
+            ["--engines", "openvino", "--peer-dtype", "int4"],
+            "openvino supports float32, bfloat16, int8",
+        ),
+        (["--peer-dtype", "other=int8"], "unknown other; use microvllm, nanochat"),
     ):
         with pytest.raises(SystemExit):
             parsed(monkeypatch, *words)
@@ -417,14 +420,14 @@ def test_the_table_says_which_engines_have_other_weights(tmp_path, monkeypatch):
     run.peers = [
         SimpleNamespace(
             name=name, engine=name,
-            ask=lambda job, name=name: {"tokens": [tokens[name]], "seconds": seconds[name]},
+            run=lambda job, name=name: {"tokens": [tokens[name]], "seconds": seconds[name]},
         )
         for name in tokens
     ]  # fmt: skip
     run.args.pause = 0
     run.turn(1)
     numbers = run.results()["W3"]["engines"]
-    assert numbers["openvino"]["ours_over_it"] == 2 and numbers["openvino"]["agree_first"] == 1
+    assert numbers["openvino"]["speedup"] == 2 and numbers["openvino"]["agree_first"] == 1
     run.facts = {
         "microvllm": {"version": "torch 2", "first_token_s": 1.0, "peak_gb": 1.0},
         "openvino": {"version": "openvino_genai 9", "dtype": "int8", "first_token_s": 1.0,
@@ -454,7 +457,7 @@ def fake_peers(monkeypatch, seconds) -> list:
             self.name = self.engine = name
             self.start = 0.0
 
-        def ask(self, job):
+        def run(self, job):
             count = loops[-1] if loops else 0
             jobs.append((self.name, count))
             took = seconds(self.name, count)
@@ -521,7 +524,7 @@ def test_each_turn_is_run_beside_each_load_and_compared_with_the_idle_one(monkey
     by_load = {load: found["W3"]["engines"] for load, found in result["under_load"].items()}
     assert by_load["1"]["microvllm"]["of_idle"] == 0.5
     assert by_load["2"]["nanochat"]["of_idle"] == round(1 / 7, 3)
-    assert by_load["2"]["nanochat"]["ours_over_it"] == round(28 / 6, 2)
+    assert by_load["2"]["nanochat"]["speedup"] == round(28 / 6, 2)
     assert " 33%" in table  # ours beside two
     # other prompts, or one load would find those of another in a prefix cache
     ids = [tuple(compare.workload("W3", 1, 512, 1, 0, load)["prompts"][0]) for load in (0, 1, 2)]
@@ -625,12 +628,12 @@ def test_the_comparison_runs(tmp_path):
     assert (result["failed"], result["disagree"]) == ([], [])
     assert list(result["workloads"]) == ["W1", "W4"]
     for work in result["workloads"].values():
-        assert list(work["engines"]) == ["limit", "limit, with ours", "microvllm", "nanochat"]
+        assert list(work["engines"]) == ["limit", "limit, own products", "microvllm", "nanochat"]
         for engine in ("microvllm", "nanochat"):
             numbers = work["engines"][engine]
             assert 0 < numbers["lowest"] <= numbers["tokens_per_s"] <= numbers["highest"]
             assert numbers["agree_first"] == 1 and numbers["share_of_limit"] > 0
-        assert work["engines"]["microvllm"]["ours_over_it"] == 1
+        assert work["engines"]["microvllm"]["speedup"] == 1
     for fact in result["engines"].values():
         assert fact["first_token_s"] > 0 and (fact["peak_gb"] or 1) > 0.05  # Python with torch
 
@@ -689,7 +692,7 @@ def test_rollouts_are_compared_and_a_look_at_the_weights_is_beside_a_decode():
     assert [*found["results"]] == ["one by one", "groups", "live", "copy"]
     assert all(speed > 0 for speed in found["results"].values())
     for times in found["seconds"].values():
-        assert [*times] == ["look in a step", "look closely", "decode of 1", "decode of 2"]
+        assert [*times] == ["check in a step", "thorough check", "decode of 1", "decode of 2"]
         assert min(times.values()) > 0
 
 
@@ -713,8 +716,8 @@ def test_speculation_is_compared_with_plain_steps():
     kinds = [f"forced {acceptance} {kind}" for acceptance in (0, 1) for kind in ("free", "paid")]
     assert [*found] == [*kinds, "cut to 1 layers", "answers"] and len(lines) == 1 + len(found)
     assert all(way["speed"] > 0 and way["same_texts"] == 1 for way in found.values())
-    assert found["forced 0 free"]["right"] == 0 and found["forced 0 free"]["steps"] == 1
-    assert found["answers"]["right"] == 1 and found["answers"]["steps"] < 0.3
+    assert found["forced 0 free"]["accepted"] == 0 and found["forced 0 free"]["steps"] == 1
+    assert found["answers"]["accepted"] == 1 and found["answers"]["steps"] < 0.3
 
 
 @pytest.mark.slow
@@ -735,6 +738,6 @@ def test_an_engine_that_cannot_be_imported_or_dies_is_told():
     assert compare.version(sys.executable, "torch").startswith("2.")
     assert compare.version(sys.executable, "no_such_engine") is None
     peer = compare.Peer("nanochat", sys.executable, {"threads": 1})  # says no folder
-    with pytest.raises(RuntimeError, match="nanochat died(.|\n)*KeyError: 'dtype'"):
-        peer.ask({})
+    with pytest.raises(RuntimeError, match="process of nanochat ended(.|\n)*KeyError: 'dtype'"):
+        peer.run({})
     peer.close()

@@ -38,7 +38,7 @@ def test_a_wrong_token_is_found_and_its_story_cut_down(monkeypatch):
     assert len(failure["story"]["events"]) < len(whole)
     assert f"--seed 3 --case {failure['case']}" in said[-1]
     monkeypatch.undo()
-    soak.live(failure["story"], {}, soak.Counter())  # it was nothing but that
+    soak.run_story(failure["story"], {}, soak.Counter())  # it was nothing but that
 
 
 def test_a_story_is_told_again_from_its_number():
