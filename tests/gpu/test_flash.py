@@ -111,7 +111,7 @@ def test_what_is_missing_is_said(install):
     install(capability=(7, 5))
     with pytest.raises(ValueError, match="compute capability 8.0 or newer, not 7.5"):
         FlashBackend(CARD, torch.float16)
-    with pytest.raises(ValueError, match="float16 and bfloat16 on a GPU"):
+    with pytest.raises(ValueError, match="float16 and bfloat16 on an NVIDIA GPU"):
         FlashBackend(CARD, torch.float32)
     with pytest.raises(ValueError, match="deterministic=True is for attention='triton'"):
         FlashBackend(CARD, torch.float16, deterministic=True)
@@ -122,7 +122,9 @@ def test_blocks_that_torch_cannot_take_are_refused(install, monkeypatch):
     flash = FlashBackend(CARD, torch.bfloat16)
     flash.device = torch.device("cpu")  # where its weights can be
     monkeypatch.setattr("microvllm.loading.pick_backend", lambda *_: flash)
-    with pytest.raises(ValueError, match="block_size=16: .*block_size=256, or attention='triton'"):
+    with pytest.raises(
+        ValueError, match="block_size=16: .*use block_size=256 or attention='triton'"
+    ):
         LLM(MODEL, num_blocks=20, device="cpu", attention="flash")
 
 

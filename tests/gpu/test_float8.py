@@ -79,8 +79,13 @@ def test_where_float8_is_refused(monkeypatch):
     for words, *asked in (
         ("not torch.float32 on cuda", config, card, torch.float32),
         ("on a CPU there is 'int8'", config, CPU, torch.bfloat16),
-        ("widths in steps of 16, not 40", GPTConfig(64, 100, 1, 2, 1, 40), card, torch.bfloat16),
-        ("has no deterministic=True", config, card, torch.bfloat16, True),
+        (
+            "multiples of 16, and this model has 40, and 20 for K and V",
+            GPTConfig(64, 100, 1, 2, 1, 40),
+            card,
+            torch.bfloat16,
+        ),
+        ("does not support deterministic=True", config, card, torch.bfloat16, True),
     ):
         with pytest.raises(ValueError, match=words):
             check(*asked)

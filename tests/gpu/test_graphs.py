@@ -565,7 +565,7 @@ RECORD, DECODE = DecodeGraphs.record, DecodeGraphs.decode
 @pytest.mark.skipif(CUDA, reason="a card has its own captures")
 def test_a_capture_that_fails_is_the_last_one(early, monkeypatch):
     captures = Captures(4, monkeypatch)
-    with pytest.warns(UserWarning, match=r"1 rows by 'few_rows' here: .*not permitted"):
+    with pytest.warns(UserWarning, match=r"1 rows cannot use 'few_rows' here: .*not permitted"):
         made = captures.make(2)
     assert len(captures.seen) == 4 and graphs.FAILED == captures.seen[-1:]
     assert captures.current == "ours" and captures.ended == [(None, "pool")]

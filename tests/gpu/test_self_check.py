@@ -45,7 +45,7 @@ def check(made: Backend, *titles: str, **shapes) -> dict[str, str]:
 
 
 def test_the_forms_are_those_that_an_engine_uses():
-    every = ["sum and norm", "relu^2", "rotary, and writing K and V", *ATTENTION, "draw"]
+    every = ["sum and norm", "relu^2", "rotary embedding, writing K and V", *ATTENTION, "draw"]
     few_rows = "products of a few rows"
     for deterministic, is_fp8, more in (
         (False, False, [few_rows]),
@@ -61,7 +61,7 @@ def test_the_forms_are_those_that_an_engine_uses():
 
 def test_kernels_are_right_and_are_used():
     made = TritonBackend(DEVICE, torch.float32)
-    results = check(made, "sum and norm", "relu^2", "rotary, and writing K and V")
+    results = check(made, "sum and norm", "relu^2", "rotary embedding, writing K and V")
     assert [*results.values()] == ["", "", ""]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -94,7 +94,7 @@ def test_all_forms_are_right(era, n_head, n_kv_head, dtype):
 def test_k_and_v_in_int8_are_written_and_read():
     made = backend.Int8TritonBackend(DEVICE, torch.float32)
     assert shapes_for(made).cache[1] == torch.int8
-    titles = ["rotary, and writing K and V", "attention of decodes"]
+    titles = ["rotary embedding, writing K and V", "attention of decodes"]
     assert [*check(made, *titles, n_head=4, n_kv_head=1).values()] == ["", ""]
 
 
@@ -280,7 +280,7 @@ def test_writing_to_another_slot_is_found():
         return q
 
     made.rope_store = rope_store
-    assert check(made)["rotary, and writing K and V"].startswith("V: ")
+    assert check(made)["rotary embedding, writing K and V"].startswith("V: ")
 
 
 def test_an_exception_is_a_difference_too():
@@ -319,7 +319,7 @@ def test_a_form_that_ends_its_process_is_found(monkeypatch):
     shapes = shapes_for(made)
     titles = forms_of(made, shapes)
     results = self_check.check_apart(titles, made, shapes)
-    assert results.pop("relu^2") == "it ended the process, with status 7"
+    assert results.pop("relu^2") == "the process ended with status 7"
     assert len(results) == 3 and not any(results.values())
     monkeypatch.setattr(self_check, "TIMEOUT", 20)
     made = EndlessBackend(DEVICE, torch.float32)

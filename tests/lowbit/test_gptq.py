@@ -9,13 +9,13 @@ from microvllm.attention import PagedKVCache
 from microvllm.checkpoint import empty_model
 from microvllm.loading import find_checkpoint, read_checkpoint
 from microvllm.lowbit import calibration, gptq, packing
-from microvllm.lowbit.calibration import natural
+from microvllm.lowbit.calibration import to_dense
 from microvllm.lowbit.quantize import quantize
 
 BITS = 8, 6, 5, 4
 
 
-def made_up_layer(rows: int = 40, width: int = 96, tokens: int = 400):
+def compensate_layer(rows: int = 40, width: int = 96, tokens: int = 400):
     """A weight, and the second moments of correlated inputs, a few of them much larger."""
     torch.manual_seed(0)
     x = torch.randn(tokens, width // 4) @ torch.randn(width // 4, width)
@@ -26,7 +26,7 @@ def made_up_layer(rows: int = 40, width: int = 96, tokens: int = 400):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_products_change_less_than_by_rounding_plainly(bits):
-    weight, moments = made_up_layer()
+    weight, moments = compensate_layer()
     found = gptq.round_by_gptq(weight, moments, bits)
     assert found.integers.dtype == torch.int8 and found.integers.shape == weight.shape
     assert found.scale.dtype == torch.float32
@@ -37,13 +37,13 @@ def test_the_products_change_less_than_by_rounding_plainly(bits):
     plain = gptq.error_of(packing.round_plainly(weight, bits), weight, moments)
     assert 0 < gptq.error_of(found, weight, moments) < 0.5 * plain
     # the error is that of the products in the basis of the model, too
-    change = natural(found) - weight
+    change = to_dense(found) - weight
     same = float(((change @ moments) * change).sum())
     assert same == pytest.approx(gptq.error_of(found, weight, moments), rel=0.01)
 
 
 def test_fitting_in_turns_makes_gptqs_error_smaller(monkeypatch):
-    weight, moments = made_up_layer()
+    weight, moments = compensate_layer()
     better = gptq.error_of(gptq.round_by_gptq(weight, moments, 4), weight, moments)
     monkeypatch.setattr(gptq, "_TURNS", 0)
     alone = gptq.error_of(gptq.round_by_gptq(weight, moments, 4), weight, moments)
@@ -52,17 +52,17 @@ def test_fitting_in_turns_makes_gptqs_error_smaller(monkeypatch):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rows_of_zeros_and_inputs_that_never_come(bits):
-    weight, moments = made_up_layer()
+    weight, moments = compensate_layer()
     weight[3] = 0
     moments[7], moments[:, 7] = 0, 0
     for given in (moments, torch.zeros_like(moments)):
         found = gptq.round_by_gptq(weight, given, bits)
         assert not found.integers[3].any() and found.scale.isfinite().all()
-        assert (natural(found) - weight).norm() < 0.2 * weight.norm()
+        assert (to_dense(found) - weight).norm() < 0.2 * weight.norm()
 
 
 def test_a_matrix_is_done_in_parts(monkeypatch):
-    weight, moments = made_up_layer()
+    weight, moments = compensate_layer()
     whole = gptq.round_by_gptq(weight, moments, 5)
     monkeypatch.setattr(gptq, "_NUMBERS", 7 * 96)
     parts = gptq.round_by_gptq(weight, moments, 5)
@@ -71,9 +71,9 @@ def test_a_matrix_is_done_in_parts(monkeypatch):
 
 
 def test_widths_that_no_rotation_fits():
-    weight, moments = made_up_layer(width=44)
+    weight, moments = compensate_layer(width=44)
     found = gptq.round_by_gptq(weight, moments, 8)
-    assert (natural(found) - weight).norm() < 0.02 * weight.norm()
+    assert (to_dense(found) - weight).norm() < 0.02 * weight.norm()
 
 
 def test_a_matrix_makes_up_for_what_was_lost_before_it(monkeypatch):
@@ -86,11 +86,11 @@ def test_a_matrix_makes_up_for_what_was_lost_before_it(monkeypatch):
 
     def error(share: float) -> float:
         monkeypatch.setattr(calibration, "_SHARE", share)
-        return float((x @ calibration.made_up(weight, *given).T - goal).square().sum())
+        return float((x @ calibration.compensate(weight, *given).T - goal).square().sum())
 
     least = (x @ torch.linalg.lstsq(x, goal).solution - goal).square().sum()
     assert error(0) > 2 * error(0.5) > 2 * error(1) == pytest.approx(2 * float(least), rel=0.01)
-    nothing = calibration.made_up(weight, given[0], torch.zeros(24, 24), None)
+    nothing = calibration.compensate(weight, given[0], torch.zeros(24, 24), None)
     assert torch.equal(nothing, weight)  # where nothing was lost before it
 
 
@@ -110,7 +110,7 @@ def test_a_model_loses_less_where_layers_make_up_for_others(monkeypatch):
         monkeypatch.setattr(calibration, "_SHARE", share)
         new = {name: weight.clone() for name, weight in weights.items()}
         made = quantize(config, recipe, {**new}, texts, lambda name: 4)
-        new |= {f"{name}.weight": natural(found) for name, found in made.items()}
+        new |= {f"{name}.weight": to_dense(found) for name, found in made.items()}
         return float((logits(new) - exact).square().mean())
 
     exact = logits(weights)

@@ -12,9 +12,9 @@ import torch
 
 
 def say(line: str) -> None:
-    """Print a line for the user, who waits."""
+    """Print a line to stderr that tells the user why a call takes long."""
     if sys.stderr is not None:
-        with suppress(OSError, ValueError):  # closed
+        with suppress(OSError, ValueError):  # stderr is closed
             print(f"microvllm: {line}", file=sys.stderr, flush=True)
 
 
@@ -51,7 +51,7 @@ def compiler_problem(device: torch.device) -> str | None:
             reason = f"the C compiler failed with status {error.returncode}"
         return (
             f"Triton cannot compile here ({reason:.300}): it needs gcc and Python's headers "
-            "(apt-get install gcc python3-dev, or gcc and python3-devel)"
+            "(apt-get install gcc python3-dev, or dnf install gcc python3-devel)"
         )
     return None
 
@@ -59,4 +59,4 @@ def compiler_problem(device: torch.device) -> str | None:
 @functools.cache  # once
 def warn_of_compiler(problem: str) -> None:
     """Warn that the kernels are not used."""
-    warnings.warn(f"{problem}; until then plain torch computes, slower", stacklevel=2)
+    warnings.warn(f"{problem}; until then plain torch is used, which is slower", stacklevel=2)

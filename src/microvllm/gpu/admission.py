@@ -1,13 +1,13 @@
 """Prompts are admitted in groups: a policy for engines whose decode steps are CUDA graphs.
 
 A step with decodes alone is replayed (graphs.py). In a step with a prompt, the host launches each
-kernel, and the device waits for the host. In a full batch, sequences end one by one: if each was
+kernel, and the device waits for the host. In a full batch, sequences end one by one. If each were
 replaced at once, almost every step would have a prompt.
 """
 
 from ..scheduler import Plan, Scheduler
 
-GROUPS = 32  # a group is this fraction of max_batch_size, and its places stay empty until then
+GROUPS = 32  # a group has max_batch_size // GROUPS sequences; their places are empty until then
 
 
 def in_groups(scheduler: Scheduler, plan: Plan) -> bool:

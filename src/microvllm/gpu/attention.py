@@ -65,7 +65,7 @@ def _add_tile(score, value, value_scale, m, total, acc):
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(weight, 1)
     acc = acc * shrink[:, None]
-    if value_scale is not None:  # the unit of value
+    if value_scale is not None:  # one scale for each key position
         weight = weight * value_scale[None, :]
     if score.shape[0] == 1:  # a single row: memory is the limit, not arithmetic
         column = tl.reshape(weight, (value.shape[0], 1))
@@ -103,19 +103,19 @@ def _decode(
     PDL: tl.constexpr,
 ):  # fmt: skip
     # one program: the query of one sequence, all query heads of one kv head, one split of the keys.
-    # shared: None, or the result of prefixes.find_shared. with it there are two launches. TOGETHER:
-    # a program has the queries of a tile of sequences and a split of their shared keys. then: those
-    # of one sequence and a split of its other keys. other_splits: the splits of the other launch;
-    # the parts of shared keys come first
+    # shared: None, or the result of prefixes.find_shared. with it there are two launches. in the
+    # first (TOGETHER), a program has the queries of a tile of sequences and a split of their shared
+    # keys. in the second, it has the query of one sequence and a split of its other keys.
+    # other_splits: the number of splits in the other launch. the parts of shared keys come first
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(2)  # a constexpr would need a kernel for each number
     d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)  # BLOCK_G is 1, or a multiple of 16 that the matrix units take
     begin(PDL)
-    # the keys seen are start .. seq_len - 1, of a row from left on
+    # the visible keys are start .. seq_len - 1, and those of a row begin at `left`
     if TOGETHER:
         num_rows = tl.load(shared + tl.num_programs(1) + sequence)
-        if num_rows == 0:  # the tile is another program's, or there is none
+        if num_rows == 0:  # another program computes the tile of this row, or it is in no tile
             return
         seq_len = tl.load(shared + sequence)
         row = sequence + g // GROUP
@@ -134,7 +134,7 @@ def _decode(
         left = start
         rows = (sequence * N_KV + head) * GROUP + g
         is_row = g < GROUP
-    # tiles lie on a fixed grid, splits are whole tiles
+    # tiles lie on a fixed grid, and splits consist of full tiles
     first = start // TILE * TILE
     tiles = tl.cdiv(seq_len - first, TILE)
     lo = first + tl.cdiv(tiles, splits) * TILE * split
@@ -192,8 +192,8 @@ def _decode(
         tl.store(parts + part[:, None] * D + d[None, :], acc, live)
         tl.store(lse + part, tl.where(total > 0, m, -1e30) + tl.log2(divisor), is_row)
         if not TOGETHER:
-            # the last program to come here combines all parts, which saves a launch. the barrier
-            # orders the threads of this program, acquire and release order the programs
+            # the last program that reaches this line combines all parts, which saves a launch. the
+            # barrier orders the threads of this program, acquire and release order the programs
             tl.debug_barrier()
             count = counts + sequence * N_KV + head
             before = 0
@@ -202,7 +202,7 @@ def _decode(
             if before == splits - 1:
                 if splits > 1:
                     tl.store(count, 0)  # for the next launch
-                skip = 0  # parts of shared keys, if there are none
+                skip = 0  # the parts of shared keys, unless this row has such keys
                 if shared is not None:
                     skip = tl.where(num_shared > 0, 0, other_splits)
                 for i in range(GROUP):
@@ -274,8 +274,8 @@ def _chunk(
         else:
             score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
             m, total, acc = _add_tile(tl.where(seen, score, -1e30), value, None, m, total, acc)
-    # a row of a sequence of length 0 sees no key. it writes 0: a later layer would write a NaN into
-    # the null block, which tiles that begin before a window read
+    # a row of a sequence of length 0 sees no key. it writes 0 and no NaN, which a later layer would
+    # write into the null block. tiles that begin before a window read the null block
     tl.store(out + at, acc / tl.where(total > 0, total, 1.0)[:, None], live)
 
 
@@ -292,9 +292,9 @@ def decodes_at_once(
     constants: tuple[int, ...],
     options: tuple[int, int],
 ) -> int:
-    """How many programs of `_decode` a multiprocessor runs at once, according to the compiled
-    kernel and the card. Contexts are split into about as many programs. dtypes: of the queries, and
-    of K and V; constants: of the kernel; options: warps and stages."""
+    """The number of programs of `_decode` that a multiprocessor runs at once, according to the
+    compiled kernel and the card. Contexts are split so that about this number runs. dtypes: of the
+    queries, and of K and V; constants: of the kernel; options: warps and stages."""
     if device.type != "cuda":  # the interpreter
         return 8
     num_warps, num_stages = options
@@ -320,11 +320,11 @@ class DecodeLaunch(NamedTuple):
 
     @classmethod
     def choose(cls, q, k, block_d: int, together: bool) -> "DecodeLaunch":
-        """For queries and keys; block_d: D, a power of two."""
+        """The best launch for these queries and keys. block_d: D, rounded up to a power of two."""
         group, is_wide = q.shape[1] // k.shape[1], q.element_size() == 4
         if group == 1 and not together:
-            # one warp with 4 KB of keys at a time: many small programs fill the card. of int8 half
-            # of that: each number becomes a float32, and more would spill
+            # one warp with 4 KB of keys at a time: many small programs fill the card. in int8 it
+            # has 2 KB, because each number becomes a float32, and more would spill
             return cls(1, max(4096 // (block_d * max(k.element_size(), 2)), 1), False, 1, 3)
         block_g = max(16, triton.next_power_of_2(group))
         if together:
@@ -334,34 +334,35 @@ class DecodeLaunch(NamedTuple):
         return cls(block_g, 16 if is_wide else min(8192 // block_d, 64), together, 4, 5)
 
     def num_splits(self, q, k, shape: tuple[int, ...], num_programs: int, longest: int) -> int:
-        """Parts of a context of up to `longest` keys, so that programs fill the card."""
+        """The number of parts of a context of up to `longest` keys, so that programs fill the
+        card. num_programs: programs without a split."""
         constants = (*shape, self.block_g, self.tile, self.together)
         options = (self.warps, self.stages)
         at_once = decodes_at_once(q.device, (q.dtype, k.dtype), constants, options)
-        wanted = round(at_once * launch.card(q.device)[0] / num_programs)
-        return max(1, min(wanted, triton.cdiv(longest, 64)))
+        splits = round(at_once * launch.card(q.device)[0] / num_programs)
+        return max(1, min(splits, triton.cdiv(longest, 64)))
 
 
-def attend_decodes(q, k, v, batch, out, where, num_splits, counts, prefixes) -> None:
-    """Write the attention of the batch's decodes to `out`. where: the arguments of `_decode` from
+def attend_decodes(q, k, v, batch, out, layout, num_splits, counts, prefixes) -> None:
+    """Write the attention of the batch's decodes to `out`. layout: the arguments of `_decode` from
     table_stride to BLOCK_D; for the others see `paged_attention`."""
     decodes, n_head, D = batch.num_decodes, *q.shape[1:]
     n_kv, block_size = k.shape[1:3]
-    shape = where[4:]
-    own = DecodeLaunch.choose(q, k, shape[-1], together=False)
-    most = MAX_SPLITS.value
+    shape = layout[4:]
+    per_row = DecodeLaunch.choose(q, k, shape[-1], together=False)
+    max_splits = MAX_SPLITS.value
     shared = None
     num_shared = 0  # splits of shared keys
     if prefixes is not None and decodes > 1:
-        both = DecodeLaunch.choose(q, k, shape[-1], together=True)
-        max_rows = both.block_g // (n_head // n_kv)  # of a tile
+        per_tile = DecodeLaunch.choose(q, k, shape[-1], together=True)
+        max_rows = per_tile.block_g // (n_head // n_kv)  # of a tile
         shared = prefixes.find(batch, block_size, max_rows)
-        most //= 2
+        max_splits //= 2
         num_programs = triton.cdiv(decodes, max_rows) * n_kv
-        num_shared = both.num_splits(q, k, shape, num_programs, batch.max_seq_len)
-        num_shared = min(num_splits or num_shared, most)
-    splits = own.num_splits(q, k, shape, decodes * n_kv, batch.max_seq_len)
-    splits = num_splits or min(splits, most)
+        num_shared = per_tile.num_splits(q, k, shape, num_programs, batch.max_seq_len)
+        num_shared = min(num_splits or num_shared, max_splits)
+    splits = per_row.num_splits(q, k, shape, decodes * n_kv, batch.max_seq_len)
+    splits = num_splits or min(splits, max_splits)
     parts = lse = None
     if splits + num_shared > 1:
         shape = (decodes, n_head, splits + num_shared)
@@ -370,25 +371,25 @@ def attend_decodes(q, k, v, batch, out, where, num_splits, counts, prefixes) -> 
         counts = make_counts(q.device) if counts is None else counts
     assert splits + num_shared <= MAX_SPLITS.value, (splits, num_shared)
     assert splits == 1 or decodes * n_kv <= len(counts), (decodes, n_kv)
-    launches = [(own, splits, num_shared)]
+    launches = [(per_row, splits, num_shared)]
     if shared is not None:
-        launches.insert(0, (both, num_shared, splits))
-    for kind, here, elsewhere in launches:
-        _decode[(n_kv, decodes, here)](
-            q, k, v, batch.block_tables, batch.seq_lens, out, parts, lse, counts, shared, elsewhere,
-            *where, *kind[:3],
-            num_warps=kind.warps, num_stages=kind.stages, **launch.options(q.device),
+        launches.insert(0, (per_tile, num_shared, splits))
+    for choice, num_parts, num_others in launches:
+        _decode[(n_kv, decodes, num_parts)](
+            q, k, v, batch.block_tables, batch.seq_lens, out, parts, lse, counts, shared,
+            num_others, *layout, *choice[:3],
+            num_warps=choice.warps, num_stages=choice.stages, **launch.options(q.device),
         )  # fmt: skip
 
 
 def paged_attention(
     q, k, v, batch, window, num_splits=None, fixed=False, counts=None, prefixes=None
 ):
-    """Decodes go to one kernel, longer chunks to another.
+    """Attention as attention.py describes it. Decodes go to one kernel, longer chunks to another.
 
     num_splits: programs that share the context of one decoding sequence, 64 at most; None: as many
     as fill the card. fixed: see fixed_attention. counts: see make_counts; None: new ones. prefixes:
-    a SharedPrefixes, if decodes with the same first blocks read them together.
+    a SharedPrefixes, if decodes with the same first blocks read these once.
     The online softmax and the split of the context are FlashAttention's (Dao et al., 2022) and
     Flash-Decoding's (Dao et al., 2023), the block table PagedAttention's (Kwon et al., 2023).
     """
@@ -404,15 +405,15 @@ def paged_attention(
     decodes = 0 if fixed else batch.num_decodes
     chunks = seq_lens.shape[0] - decodes
     _, memory, options = launch.card(q.device)
-    scale = math.log2(math.e) / math.sqrt(D)  # exp2 is what the hardware has
-    where = tables.stride(0), k.stride(0), scale, window, n_kv, group, D, block_size, block_d
+    scale = math.log2(math.e) / math.sqrt(D)  # the hardware computes exp2
+    layout = tables.stride(0), k.stride(0), scale, window, n_kv, group, D, block_size, block_d
     out = torch.empty_like(q)
     if decodes:
-        attend_decodes(q, k, v, batch, out, where, num_splits, counts, prefixes)
+        attend_decodes(q, k, v, batch, out, layout, num_splits, counts, prefixes)
     if chunks:
         block_g = triton.next_power_of_2(group)
-        # small blocks for float32, which has no matrix units and spills, and for short prompts: if
-        # large blocks, of 128 x 64 scores, compute more for these than the longest prompt needs
+        # small blocks for float32, which has no matrix units and spills. also for short prompts, if
+        # a large block of 128 x 64 scores for each would compute more than the longest one needs
         longest, mean = batch.max_query_len * block_g, (T - decodes) // chunks * block_g
         short = mean <= 32 and longest * longest <= 128 * 64 * chunks
         block_m, tile, warps = (32, 32, 4) if size == 4 or short else (128, 64, 8)
@@ -423,14 +424,14 @@ def paged_attention(
         if block_d > 128:
             block_m, tile, warps = min(block_m, 64), tile // 2, 8
         block_m = max(block_m, block_g)
-        # two K and two V tiles beside the queries, three where products are asynchronous (Hopper
-        # and later), the look-ups, and weights if warps share rows
+        # shared memory has the queries, two tiles of K and of V (three on Hopper and later, where
+        # products are asynchronous), the look-ups, and the weights if warps share rows
         per_key = (6 if memory > 200_000 else 4) * block_d + block_m * (16 * warps > block_m)
         while tile > 16 and (tile * per_key + block_m * block_d) * size + 1024 > memory:
             tile //= 2
         blocks = (T - decodes) // (block_m // block_g) + chunks
         _chunk[(n_kv, blocks)](
-            q, k, v, tables, seq_lens, batch.cu_seqlens, out, decodes, chunks, *where,
+            q, k, v, tables, seq_lens, batch.cu_seqlens, out, decodes, chunks, *layout,
             block_g, block_m, tile,
             # a look-up and a load are two stages of the compiler's pipeline. a tile is loaded while
             # another is processed only from 5 stages on; with 3 or 4 the kernel waits for each

@@ -25,9 +25,9 @@ def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class GpuBackend(Backend):
-    """Attention in torch; elementwise kernels and the draw in Triton, where it runs; float8."""
+    """Attention in torch; elementwise kernels and the draw in Triton, if it runs here; float8."""
 
-    draw: Callable[..., Tensor] | None = None  # the kernels of `sample`
+    draw: Callable[..., Tensor] | None = None  # launches the kernels of `sample`
     fp8_rows = staticmethod(fp8_rows)  # of the inputs of a product
     uploader: Uploader | None = None
 
@@ -51,8 +51,8 @@ class GpuBackend(Backend):
             self.use_plain(check_kernels(self, shapes_of(model)))
 
     def use_plain(self, results: dict[str, str]) -> None:
-        """Replace wrong kernels by plain torch, with a warning. results: of `check_kernels`. Raises
-        ValueError if no plain function computes the same bits."""
+        """Replace wrong kernels by plain torch, with a warning. results: those of `check_kernels`.
+        With deterministic=True it raises ValueError, because plain torch does not fix the bits."""
         from .self_check import FORMS
 
         wrong = {title: error for title, error in results.items() if error}
@@ -62,18 +62,18 @@ class GpuBackend(Backend):
         report = "please report what `microvllm info --check` prints"
         if self.deterministic:
             raise ValueError(
-                f"deterministic=True has no kernels that are right on {self.device}: {errors}; "
-                f"leave it out, and {report}"
+                f"deterministic=True does not work on {self.device}, because kernels failed their "
+                f"check: {errors}; leave it out, and {report}"
             )
         attributes = {FORMS[title].attribute for title in wrong}
         for attribute in attributes:
-            vars(self).pop(attribute, None)  # then it is the class's own
+            vars(self).pop(attribute, None)  # so that the function of the class is used
         if "prefixes" in attributes and "attend" in vars(self):
             self.attend = partial(self.attend, prefixes=None)
         if not attributes <= {"few_rows", "fp8_rows", "prefixes"}:
             self.can_record = False  # a plain function may wait for the device
         warnings.warn(
-            f"kernels differ from plain torch on {self.device}, which computes in their place, "
+            f"kernels failed their check on {self.device}, so plain torch replaces them, which is "
             f"slower: {errors}; {report}",
             stacklevel=2,
         )
@@ -88,17 +88,22 @@ class GpuBackend(Backend):
         self.uploader.fill(target, source)
 
     def check_quantization(self, quantization: str, config) -> None:
-        # where torch._scaled_mm has a product of scaled rows
+        # torch._scaled_mm multiplies rows with scales only on these cards
         is_cuda = self.device.type == "cuda"
         capability = torch.cuda.get_device_capability(self.device) if is_cuda else (0, 0)
         is_able = capability >= (8, 9) and not torch.version.hip
         if quantization != "fp8" or not is_able or self.dtype != torch.bfloat16:
             super().check_quantization(quantization, config)
-        if config.n_embd % 16 or config.n_kv_head * config.head_dim % 16:
-            raise ValueError(f"quantization='fp8' needs widths in steps of 16, not {config.n_embd}")
+        kv_width = config.n_kv_head * config.head_dim
+        if config.n_embd % 16 or kv_width % 16:
+            raise ValueError(
+                "quantization='fp8' needs widths that are multiples of 16, and this model has "
+                f"{config.n_embd}, and {kv_width} for K and V"
+            )
         if self.deterministic:
             raise ValueError(
-                "quantization='fp8' has no deterministic=True: cuBLAS does its products"
+                "quantization='fp8' does not support deterministic=True, because cuBLAS computes "
+                "its products"
             )
 
     def linear_class(self, quantization: str | None, **layout) -> type[Linear]:
@@ -114,12 +119,12 @@ class GpuBackend(Backend):
 
 
 class TritonBackend(GpuBackend):
-    """Attention in Triton as well. With deterministic=True also matrix products whose rows do not
-    depend on their batch."""
+    """Attention in Triton as well. With deterministic=True, the matrix products are in Triton too:
+    their rows do not depend on the batch."""
 
     name = "triton"
     can_record = True
-    prefixes: SharedPrefixes | None = None  # if decodes read their shared blocks together
+    prefixes: SharedPrefixes | None = None  # set if shared blocks are read once for several decodes
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False):
         super().__init__(device, dtype, deterministic)
@@ -141,13 +146,13 @@ class TritonBackend(GpuBackend):
             raise ValueError(f"attention='triton': {problem}, or use 'auto'")
         if not has_triton(self.device):
             raise ValueError(
-                "attention='triton' needs a GPU (of NVIDIA's, Ampere or newer) and triton, and the "
-                f"device is {self.device}; use 'auto'"
+                "attention='triton' needs a GPU (NVIDIA Ampere or newer, or AMD) and triton, and "
+                f"the device is {self.device}; use 'auto'"
             )
 
 
 class Int8TritonBackend(TritonBackend, Int8CacheBackend):
-    """The same with K and V in 8 bits. The kernels recognise it by the dtype."""
+    """TritonBackend with K and V in 8 bits. The kernels recognise them by the dtype."""
 
 
 def shapes_of(model):
@@ -168,13 +173,13 @@ class Float8(Linear):
     """Weights and inputs of each product in float8, with a scale for each row of both."""
 
     def load(self, parts: list[Tensor]) -> None:
-        # rows of padding: the product needs a multiple of 16 outputs
-        whole = torch.cat([*parts, parts[0].new_zeros(-sum(self.sizes) % 16, self.width)])
-        weight, scale = fp8_rows(whole.to(self.device, torch.float32))
+        # padding rows: the product needs a multiple of 16 outputs
+        padded = torch.cat([*parts, parts[0].new_zeros(-sum(self.sizes) % 16, self.width)])
+        weight, scale = fp8_rows(padded.to(self.device, torch.float32))
         if self.weight is None:
             self.weight = weight
             self.scale = scale
-        else:  # where recorded steps read them
+        else:  # in place, because recorded steps read these addresses
             self.weight.copy_(weight)
             self.scale.copy_(scale)
 

@@ -56,8 +56,8 @@ def relu2(x):
 
 @triton.jit
 def _store_int8(x, slot, lo, hi, is_here, D: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    # both halves of heads (HEADS, HALF), each with a scale, as fused/int8_cache.py has them. x: the
-    # head in the slot's block; is_here (HEADS, 1): which of them are stored
+    # write heads and their scales in the layout of fused/int8_cache.py. lo, hi (HEADS, HALF): the
+    # halves of the heads; x: their place in the slot's block; is_here (HEADS, 1): are they stored?
     half = tl.arange(0, lo.shape[1])[None, :]
     live = is_here & (half < D // 2)
     largest = tl.max(tl.maximum(tl.abs(lo), tl.abs(hi)), 1)[:, None]
@@ -66,7 +66,7 @@ def _store_int8(x, slot, lo, hi, is_here, D: tl.constexpr, BLOCK_SIZE: tl.conste
     bits = tl.where(largest == largest, bits, 0x7FC00000)
     bits = (bits + 0xFFFF) >> 16  # the bfloat16 that is equal or next above
     scale = (bits << 16).to(tl.float32, bitcast=True)
-    # round half to even: a float32 of this size has no fraction
+    # adding MAGIC rounds half to even, because a float32 of this size has no fraction
     MAGIC: tl.constexpr = 12582912.0
     offset = slot % BLOCK_SIZE
     at = x + offset * D + half
@@ -193,12 +193,12 @@ def _linear(
 
 def linear(x, w):
     """x (T, K) @ w.T (K, N) in tiles of one size and sums of one order. So the bits of a row depend
-    on the row alone. cuBLAS has other kernels for other T."""
+    on the row alone. cuBLAS uses different kernels for different T."""
     (T, K), N = x.shape, len(w)
     assert x.stride(1) == 1 and w.is_contiguous(), (x.stride(), w.stride())
     y = torch.empty((T, N), dtype=x.dtype, device=x.device)
-    # by N alone: one row and 2,176 outputs have 68 programs instead of 34, which use more of the
-    # card
+    # the width depends on N alone. with 32, a row of 2,176 outputs has 68 programs instead of 34,
+    # which use more of the card
     width = 32 if N <= NARROW else 64
     _linear[(triton.cdiv(N, width), triton.cdiv(T, 64))](
         x, w, y, T, x.stride(0), N, K, 64, width, 64 if x.element_size() == 2 else 32,
@@ -226,7 +226,7 @@ def _few_rows(
         tiles = tiles + (tl.load(at + t * BLOCK_K, live, 0.0, eviction_policy="evict_first"),)
     if PDL:
         wait(PDL)
-    else:  # or the compiler would move loads down, between the products
+    else:  # otherwise the compiler would move loads down, between the products
         tl.debug_barrier()
     for row in range(1 if ONE else rows):
         xs = ()
@@ -269,10 +269,10 @@ def _few_rows(
 def _launch_few_rows(x, w, scales, h, stream, x0, a, b, eps, relu2, outputs, warps, y=None):
     (rows, k), n = x.shape, w.shape[0]
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if y is None else y
-    # up to 80 registers of a thread hold weights, 16 bytes a load. then the programs of a
+    # up to 80 registers of a thread hold weights, 16 bytes per load. then the programs of a
     # multiprocessor have about 70 KB in flight, or 140 KB for one row, whose kernel has no loop and
-    # half the registers. fewer do not saturate the memory, more spill
-    # weights in float8 take half the warps, unless their loop over rows has them as float32
+    # half the registers. less does not saturate the memory, and more registers spill.
+    # weights in float8 take half the warps for one row. for two rows a loop keeps them as float32
     threads_share = 512 if w.element_size() == 1 and rows == 1 else 256
     warps = warps or triton.next_power_of_2(triton.cdiv(k * outputs, 20 * threads_share))
     warps = min(warps, triton.next_power_of_2(triton.cdiv(k, 256)), 32)
@@ -290,10 +290,10 @@ def norm_linear(
 ):
     """rms(x) @ w.T in one launch, for a few rows: returns (y (T, N), h (T, 32)).
 
-    x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), x is a * x + b * x0 first. relu2:
-    y = relu(.)^2. h: the first 32 channels of the normed x, which `rope_store` reads. outputs: how
-    many a program computes, a power of two; warps: of a program, None: as they fit; out: the
-    tensor for y; scales (N, 1): float32, of w in float8.
+    x (T, K), w (N, K). With a, b (0-dim float32) and x0 (T, K), a * x + b * x0 replaces x first.
+    relu2: y = relu(.)^2. h: the first 32 channels of the normed x, which `rope_store` reads.
+    outputs: of a program, a power of two; warps: of a program; None: chosen from the shapes; out:
+    the tensor for y; scales (N, 1): float32, of w in float8.
     """
     h = torch.empty((x.shape[0], min(32, x.shape[1])), dtype=x.dtype, device=x.device)
     y = _launch_few_rows(x, w, scales, h, None, x0, a, b, eps, relu2, outputs, warps, out)
@@ -303,7 +303,7 @@ def norm_linear(
 def linear_add(x, w, stream, x0=None, a=None, b=None, outputs=4, warps=None, scales=None):
     """stream + x @ w.T in one launch, for a few rows. x (T, K), w (N, K), stream and result (T, N).
 
-    With a, b and x0 (T, N), the stream is a * stream + b * x0 first, as it was for `norm_linear`,
-    which does not write the scaled stream. outputs, warps, scales: as there.
+    With a, b and x0 (T, N), a * stream + b * x0 replaces the stream first. `norm_linear` does the
+    same and does not write the result. outputs, warps, scales: see `norm_linear`.
     """
     return _launch_few_rows(x, w, scales, None, stream, x0, a, b, 0.0, False, outputs, warps)

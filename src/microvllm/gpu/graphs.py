@@ -44,7 +44,7 @@ TEMPERATURE = 4
 UNIFORM = 5
 FILTERS = slice(6, 9)
 MAX_FEW_ROWS = 2  # the largest batch for which `few_rows_step` is timed
-FEW_ROWS = "few_rows"  # ways to run a step, beside "library"
+FEW_ROWS = "few_rows"  # the ways to run a step are these two and "library"
 EARLY = "few_rows, early"
 FAILED: list[torch.cuda.CUDAGraph] = []  # kept, because destroying a failed capture can fail, too
 TRIALS = 8  # timed replays of each way, with different tokens and contexts
@@ -64,7 +64,7 @@ def few_rows_step(
     backout = {}
     for i, (layer, kv) in enumerate(zip(model.layers, cache.layers(batch), strict=True)):
         # (2), the norm and (3) project; (4) rotate and norm, (5) write K and V, then attend
-        # without lambdas no x0, which would be a second variant of each kernel
+        # without lambdas there is no x0, so that no second variant of each kernel is compiled
         mix = {}
         if recipe.lambdas:
             mix = {"x0": x0, "a": layer.resid_lambda, "b": layer.x0_lambda}
@@ -76,7 +76,7 @@ def few_rows_step(
         y = backend.attend(q, kv.k, kv.v, kv.batch, layer.window)
         x = linear_add(y.flatten(1), stream=x, **weights_of(layer.proj), **mix)
         y, _ = norm_linear(x, eps=eps, relu2=True, **weights_of(layer.fc))  # (6)
-        # rows four times as long: a program reads as many weights
+        # rows are four times as long, so with one output a program reads as many weights
         x = linear_add(y, stream=x, outputs=1, **weights_of(layer.mlp_proj))
         if recipe.smear and i == model.config.n_layer // 2:  # (7)
             minus = -model.backout_lambda.float()
@@ -94,8 +94,8 @@ def weights_of(linear: Linear) -> dict[str, Tensor]:
 
 
 def takes_few_rows(model: FusedGPT) -> bool:
-    """Does `few_rows_step` fit a model? If the backend has it, and each matrix is one tensor with
-    torch's product: not a live module's parts, and not with deterministic=True."""
+    """Can `few_rows_step` run a model? The backend must have its kernels, and each matrix must be
+    one tensor with torch's product. This excludes live modules and deterministic=True."""
     has_whole_weights = all(type(linear) in (Linear, Float8) for linear in model.linears.values())
     return model.backend.few_rows and has_whole_weights and has_torchs_product(model)
 
@@ -114,8 +114,8 @@ class DecodeGraphs:
     """Recorded decode steps for batch sizes 1, 2, 4, 8, the multiples of 16, and the largest.
 
     model, cache: the steps read their weights and blocks at the present addresses; max_batch_size:
-    sequences of the largest step; max_positions: the most tokens of a sequence. `ways` has for each
-    size the way in which steps of a few rows run. Raises ValueError if there is not enough memory
+    sequences of the largest step; max_positions: the most tokens of a sequence. `ways` has the
+    fastest way to run a step of each small size. Raises ValueError if there is not enough memory
     for the inputs.
     """
 
@@ -132,7 +132,7 @@ class DecodeGraphs:
         sizes = [size for size in (1, 2, 4, 8) if size < max_batch_size]
         self.sizes = [*sizes, *range(16, max_batch_size, 16), max_batch_size]
         self.num_columns = -(-max_positions // cache.block_size)  # of the block tables
-        # of layers, each with a slot and a table of its own; a plain cache has no groups
+        # groups of layers, each with its own slots and tables. a plain cache has one
         self.num_groups = cache.num_groups if isinstance(cache, GroupedKVCache) else 1
         self.row_len = NUM_FIELDS + self.num_groups * (1 + self.num_columns)  # numbers of a row
         self.allocate(max_batch_size)
@@ -158,12 +158,12 @@ class DecodeGraphs:
             f"the inputs of recorded steps, with tables of {self.num_columns} blocks",
             4 * max_batch_size * self.row_len,
             free_memory(device),
-            "lower max_model_len or max_batch_size, or give cuda_graphs=False",
+            "lower max_model_len or max_batch_size, or pass cuda_graphs=False",
         )
         # smaller sizes use the beginning
         self.inputs = torch.zeros(max_batch_size * self.row_len, dtype=torch.int32, device=device)
         self.cu_seqlens = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
-        # the newest tokens
+        # the tokens of the latest step
         self.token_ids = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
         # the logits: 67 MB for 512 rows and 65,536 ids. all graphs share this memory
         shape = (max_batch_size, self.model.config.vocab_size)
@@ -220,8 +220,8 @@ class DecodeGraphs:
         return graph
 
     def record_few_rows(self, sizes: list[int]) -> dict[int, dict[str, torch.cuda.CUDAGraph]]:
-        """All ways to run steps of these sizes. The ways that may fail come last, because there is
-        no capture after a failed one."""
+        """Record steps of these sizes in all ways. Returns graphs by size and way. The ways that
+        may fail come last, because there is no capture after a failed one."""
         graphs = {size: {"library": self.graphs[size]} for size in sizes}
         ways = {FEW_ROWS: False}
         if launch.TRIES_EARLY_START and launch.can_start_early(self.model.device):
@@ -230,9 +230,9 @@ class DecodeGraphs:
             try:
                 with launch.early_start(ways[way]):
                     graphs[size][way] = self.record(size, few_rows=True)
-            except Exception as error:  # of the compiler or of memory; the library's way remains
+            except Exception as error:  # of the compiler or of memory; "library" remains
                 warnings.warn(
-                    f"no decode steps of {size} rows by {way!r} here: {error!r:.300}",
+                    f"decode steps of {size} rows cannot use {way!r} here: {error!r:.300}",
                     stacklevel=2,
                 )
                 if self.is_broken:
@@ -268,7 +268,10 @@ class DecodeGraphs:
             times[way] = [start.elapsed_time(end) for start, end in pairs]
         self.inputs.zero_()
         if EARLY in logits and not are_equal(logits[EARLY], logits.get(FEW_ROWS)):
-            warnings.warn("kernels that start early err on this card: unused", stacklevel=2)
+            warnings.warn(
+                "kernels that start early compute wrong results on this card, so they are not used",
+                stacklevel=2,
+            )
             del times[EARLY]
         self.ways[size] = fastest(times)
         self.graphs[size] = graphs[self.ways[size]]
@@ -390,7 +393,8 @@ def are_equal(logits: dict[int, Tensor], expected: dict[int, Tensor] | None) -> 
 
 
 def can_replay(plan: Plan) -> bool:
-    """Was this step recorded? It has one row for each sequence, and one draw from each row."""
+    """Is there a recorded step for this plan? It must have one row for each sequence, and one draw
+    from each row."""
     longest = plan.chunks[-1]  # longer chunks come last
     has_decodes_alone = longest.num_tokens == 1 and not plan.extra_rows
     return has_decodes_alone and plan.draws.chunk_indices == list(range(len(plan.chunks)))
@@ -405,7 +409,7 @@ class GraphRunner(AheadRunner):
     def record(self, max_batch_size: int, max_positions: int) -> None:
         """Record the steps of up to max_batch_size sequences of up to max_positions tokens."""
         self.limits = (max_batch_size, max_positions)
-        say("recording decode steps, with kernels that are compiled where they are not on disk")
+        say("recording decode steps; kernels that are not on disk are compiled first")
         with fits("recorded steps (cuda_graphs=False records none)", self.model.device):
             self.graphs = DecodeGraphs(self.model, self.cache, max_batch_size, max_positions)
 

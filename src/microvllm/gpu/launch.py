@@ -68,28 +68,29 @@ def card(device: torch.device) -> tuple[int, int, dict]:
 def _card(device: torch.device, early: bool) -> tuple[int, int, dict]:
     if device.type != "cuda":  # the interpreter
         return 8, 2**16, {"PDL": False}
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     default = 99 * 1024 if torch.version.hip is None else 2**16
-    memory = getattr(found, "shared_memory_per_block_optin", default)
-    # a * b + c rounded once: triton 3.9 warns that this will not be the default
+    memory = getattr(properties, "shared_memory_per_block_optin", default)
+    # a * b + c is rounded once. triton 3.9 warns that this will not be the default
     options = {"enable_fp_fusion": True, "PDL": False}
     if early and can_start_early(device):
         options.update(PDL=True, launch_pdl=True)
-    return found.multi_processor_count, memory, options
+    return properties.multi_processor_count, memory, options
 
 
 def programs_at_once(device: torch.device, kernel, num_warps: int) -> int:
-    """How many programs of a compiled kernel a multiprocessor of the card runs at once: its
+    """The number of programs of a compiled kernel that a multiprocessor runs at once. Its
     registers, shared memory and threads limit them. After Triton's tutorial of the softmax."""
     if torch.version.hip is not None:
         return 8
-    kernel._init_handles()  # loads it, and reads what it takes
-    found = torch.cuda.get_device_properties(device)
-    # a warp gets registers by 256, and a quarter of a multiprocessor has a quarter of them
+    kernel._init_handles()  # loads the kernel and reads its number of registers
+    properties = torch.cuda.get_device_properties(device)
+    # registers are allocated to a warp in units of 256, and a quarter of a multiprocessor has a
+    # quarter of them
     warp_registers = -(-kernel.n_regs // 8) * 256
-    warps = found.regs_per_multiprocessor // 4 // warp_registers * 4
-    threads = found.max_threads_per_multi_processor
-    by_memory = found.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
+    warps = properties.regs_per_multiprocessor // 4 // warp_registers * 4
+    threads = properties.max_threads_per_multi_processor
+    by_memory = properties.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
     limits = (warps // num_warps, threads // (32 * num_warps), by_memory, MAX_AT_ONCE)
     return max(1, min(limits))
 
@@ -118,7 +119,7 @@ def _nothing():
     pass
 
 
-# older versions look up names in branches that are not taken, too
+# older versions of Triton also look up names in branches that are not taken
 _release = getattr(tl.extra.cuda, "gdc_launch_dependents", _nothing)
 _wait = getattr(tl.extra.cuda, "gdc_wait", _nothing)
 

@@ -17,15 +17,15 @@ from ..runner import Runner
 from ..sampler import SamplingParams
 from ..scheduler import Chunk, Draw, DrawList, Plan, Sequence
 
-# the parameters that take the most memory in a draw, if there are such parameters
+# the parameters that take the most memory in a draw, if the class of parameters has them
 ALL_FILTERS = {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 20}
 
 
-UTILIZATION = 0.9  # of the free memory is for the engine
+UTILIZATION = 0.9  # the engine's share of the free memory
 MAX_BATCH_SIZE = 512
 MIN_BATCH_SIZE = 16
-EDITED_LOGITS = 2**23  # as in features/logits.py: this subpackage goes without that file
-SEQUENCE_TOKENS = 256  # of K and V, for which each sequence of a full batch has memory
+EDITED_LOGITS = 2**23  # as in features/logits.py, which this subpackage does not need
+SEQUENCE_TOKENS = 256  # tokens for which each sequence of a full batch has memory
 
 
 def token_bytes(shape: GPTConfig, itemsize: int) -> int:
@@ -40,8 +40,8 @@ def forward_bytes(shape: GPTConfig, num_rows: int, itemsize: int) -> int:
 
 
 def draw_bytes(shape: GPTConfig, num_draws: int, itemsize: int) -> int:
-    """Bytes of num_draws draws: the logits, and for the rows that are edited at a time copies in
-    float32 and the indices of a sort."""
+    """Bytes of num_draws draws: the logits, and for the rows that are edited at once their copies
+    in float32 and the indices of a sort."""
     num_edited = min(num_draws, max(1, EDITED_LOGITS // shape.vocab_size))
     return shape.vocab_size * (num_draws * itemsize + num_edited * 52)
 
@@ -53,8 +53,8 @@ def recorded_bytes(shape: GPTConfig, max_batch_size: int, itemsize: int) -> int:
 
 
 def choose_batch_size(shape: GPTConfig, itemsize: int, max_batched_tokens: int, free: int) -> int:
-    """How many sequences run at once where no one says it: MAX_BATCH_SIZE, or as many as have room
-    for SEQUENCE_TOKENS each in `free` bytes, which weights and other programs leave."""
+    """The default of max_batch_size: the number of sequences with memory for SEQUENCE_TOKENS tokens
+    each, from MIN_BATCH_SIZE to MAX_BATCH_SIZE. free: bytes beside weights and other programs."""
     num_tokens = expected_tokens(shape, itemsize, max_batched_tokens, MAX_BATCH_SIZE, free)
     num_sequences = num_tokens // SEQUENCE_TOKENS
     return min(max(num_sequences // 16 * 16, MIN_BATCH_SIZE), MAX_BATCH_SIZE)
@@ -63,7 +63,8 @@ def choose_batch_size(shape: GPTConfig, itemsize: int, max_batched_tokens: int, 
 def expected_tokens(
     shape: GPTConfig, itemsize: int, max_batched_tokens: int, max_batch_size: int, free: int
 ) -> int:
-    """Tokens whose K and V fit into what a step and the recorded steps leave of `free` bytes."""
+    """The number of tokens whose K and V fit into `free` bytes beside a step and the recorded
+    steps."""
     left = int(free * UTILIZATION) - forward_bytes(shape, max_batched_tokens, itemsize)
     left -= draw_bytes(shape, max_batch_size, itemsize)
     left -= recorded_bytes(shape, max_batch_size, itemsize)
@@ -80,12 +81,12 @@ def gpu_cache_bytes(
     params_class: type[SamplingParams],
     is_recorded: bool,
 ) -> int:
-    """Bytes for the KV cache: the largest step is run once, to see what it takes, and the cache
-    gets a share of the rest.
+    """Bytes for the KV cache: a share of the free memory, without the memory of the largest step.
+    That step is run once to measure it.
 
-    utilization: this share; make_memory(model, config): the cache and its block manager;
-    make_runner(cache, blocks): a runner; params_class: of requests; is_recorded: will there be
-    recorded steps? Raises ValueError where there is no memory for that step.
+    utilization: the share; make_memory(model, config): returns the cache and its block manager;
+    make_runner(cache, blocks): returns a runner; params_class: of requests; is_recorded: will there
+    be recorded steps? Raises ValueError if there is no memory for the largest step.
     """
     config = config.with_defaults(model)
     device = model.device
@@ -100,7 +101,7 @@ def gpu_cache_bytes(
         warm_up(make_runner(cache, blocks), config, params_class)
     num_reserved = torch.cuda.max_memory_allocated(device) - num_allocated
     torch.cuda.empty_cache()
-    if is_recorded:  # the memory of these is their own
+    if is_recorded:  # recorded steps have memory of their own
         itemsize = model.dtype.itemsize
         num_reserved += recorded_bytes(model.config, config.max_batch_size, itemsize)
     return int(free_memory(device) * utilization) - num_reserved
@@ -112,13 +113,13 @@ def warm_up(runner: Runner, config: EngineConfig, params_class: type[SamplingPar
     all of them. This compiles all kernels that a first request needs."""
     known = {field.name for field in fields(params_class)}
     filters = {name: value for name, value in ALL_FILTERS.items() if name in known}
-    # a short prompt has a kernel of its own
+    # a short prompt has its own kernel
     compute(runner, [2], params_class(seed=0), config.max_batch_size)
     compute(runner, largest_step(config), params_class(seed=0, **filters), config.max_batch_size)
 
 
 def largest_step(config: EngineConfig) -> list[int]:
-    """Tokens of each prompt in a step of as many tokens as are possible."""
+    """The length of each prompt in a step with the most tokens."""
     longest = config.max_model_len - 1
     num_full, rest = divmod(config.max_batched_tokens, longest)
     lengths = [longest] * num_full

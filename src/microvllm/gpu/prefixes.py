@@ -26,7 +26,8 @@ LEAST = 64  # the fewest tokens that a tile shares
 
 
 def shares_prefixes() -> bool:
-    """Return whether it is enabled. It is off by default: its benefit is not measured on a card."""
+    """Return whether decodes read shared blocks once. This is off by default, because its benefit
+    is not measured on a GPU."""
     return os.environ.get("MICROVLLM_SHARED_PREFIXES") == "1"
 
 
@@ -69,8 +70,8 @@ def find_shared(tables: Tensor, seq_lens: Tensor, block_size: int, max_rows: int
     same = F.pad(
         is_same.long().cumprod(1).sum(1), (1, 0)
     )  # number of first blocks equal to those of the previous row
-    # a tile shares what all its neighbours share. so a row starts a new tile if it shares much less
-    # with the previous row than either of them shares with its other neighbour
+    # a tile shares the blocks that all its rows share. so a row starts a new tile if it shares much
+    # less with the previous row than either of them shares with its other neighbour
     most = torch.maximum(F.pad(same[:-1], (1, 0)), F.pad(same[1:], (0, 1)))
     joins = (same * block_size >= LEAST) & (4 * same >= 3 * most)
     starts = torch.where(joins, 0, rows).cummax(0).values

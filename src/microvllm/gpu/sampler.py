@@ -1,4 +1,4 @@
-"""The draw of microvllm/sampler.py, which reads the logits twice, and its filters without a
+"""The draw of microvllm/sampler.py, which reads most logits only once, and its filters without a
 sort."""
 
 import torch
@@ -45,8 +45,8 @@ def _sample_chunks(
 
 @triton.jit
 def _key(x, SHIFT: tl.constexpr):
-    # float32 as integers of the same order, both zeros as one. SHIFT: low bits to drop, 16 for
-    # bfloat16, whose lower half as a float32 is zero
+    # float32 numbers as integers in the same order; both zeros are equal. SHIFT: low bits to drop,
+    # 16 for bfloat16, whose lower half as a float32 is zero
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000) >> SHIFT
 
@@ -130,8 +130,8 @@ def _truncate(
     CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    # each filter keeps the likeliest tokens, so the filters of a row leave the keys from lows[row]
-    # on. a program finds this key, then it weighs the chunks of the row again
+    # each filter keeps the most likely tokens, so the filters of a row keep all keys that are not
+    # below one key, lows[row]. a program finds this key, then it weighs the row's chunks again
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK)
     begin(PDL)
@@ -143,7 +143,8 @@ def _truncate(
         tops += row * CHUNKS
         few += row * TILE
         top = tl.max(tl.load(tops + j, j < CHUNKS, float("-inf")), 0)
-        # a search reads its numbers once for two bits: only the few largest, if they are enough
+        # a search reads its numbers once for every two bits, so it reads only the few largest if
+        # they are enough
         wanted = tl.where(top_k > 0, tl.minimum(top_k, TILE // 2), TILE // 2)
         num_few = _gather(logits, few, wanted, V, TILE, SHIFT)
         source, n = logits, V
@@ -178,8 +179,8 @@ def _first(weight, index, target):
     # rounding leaves no such index, it is the last one with a weight
     running = tl.cumsum(weight, 0)
     last = tl.max(tl.where(weight > 0, index, 0), 0)
-    found = tl.min(tl.where((running > target) & (weight > 0), index, last), 0)
-    return found, tl.sum(tl.where(index < found, weight, 0.0), 0)
+    first = tl.min(tl.where((running > target) & (weight > 0), index, last), 0)
+    return first, tl.sum(tl.where(index < first, weight, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -211,18 +212,20 @@ def _sample_pick(
     else:  # chunks lie in id order: the first that holds the maximum holds the lowest such id
         chunk = tl.min(tl.where(top == best, j, CHUNKS - 1), 0)
         token = tl.load(ids + row * CHUNKS + chunk)
-    tl.store(tokens + row, tl.where(best > float("-inf"), token, -1))  # -1: all NaN, or ruled out
+    tl.store(tokens + row, tl.where(best > float("-inf"), token, -1))  # -1: all are NaN or -inf
 
 
 def sample(logits, temperature, u, softcap, filters=None):
     """One token per row, (R,) int32: the first id whose cumulative probability exceeds u.
 
     logits (R, V) before the softcap; softcap: 0 for none. temperature (R,) float32, 0 for the most
-    likely token (the lowest id of equals). u (R,) float32 in [0, 1). filters: top_k, top_p and
-    min_p, each (R,) float32, 0, 1 and 0 being off; None: all are. An id of probability 0 is never
-    returned. Reads the logits once, and the chunk in which the answer lies a second time; of rows
-    with filters four or five times, mostly from the cache, unless a filter leaves more than some
-    2,000 logits: then up to 23 times (float32, whose key has more digits: 39).
+    likely token (of equal ones, the lowest id). u (R,) float32 in [0, 1). filters: top_k, top_p and
+    min_p, each (R,) float32; 0, 1 and 0 are off; None: all are off. An id of probability 0 is never
+    returned; -1 if all logits of a row are NaN or -inf.
+
+    The logits are read once, and the chunk of the drawn token twice. Rows with filters are read
+    four or five times, mostly from the cache. If a filter keeps more than about 2,000 logits, the
+    row is read up to 23 times (39 times in float32, whose keys have more bits).
     """
     R, V = logits.shape
     logits, device = logits.contiguous(), logits.device

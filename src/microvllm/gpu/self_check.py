@@ -1,11 +1,11 @@
-"""Do the kernels of a backend compute on this card what plain torch computes?
+"""Compares the kernels of a backend with plain torch on this card.
 
 The kernels may never have run on this combination of card, driver and version of Triton. So before
 an engine uses them, each form is compared with the functions of fused.backend.Backend on small
 random inputs: ragged lengths, windows, shared blocks, padding, and large numbers in each slot
-without a token. The comparison runs in another process, which an illegal memory access or a crash
-of the compiler may end. Results are kept on disk for the card, the versions and the shapes of the
-model. The engine uses most of the kernels that the comparison compiles.
+without a token. The comparison runs in another process, because an illegal memory access or a crash
+of the compiler can end it. Results are kept on disk for the card, the versions and the shapes of
+the model. The engine uses most of the kernels that the comparison compiles.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Inputs:
 
     def batch(self, sequences: list[tuple[int, int]]) -> Batch:
         """A step on the CPU. sequences: (rows, tokens in the cache after them), decodes first. Two
-        of three are forks: they share the blocks before their rows with the one before. (1, 0) is a
-        padding row of a recorded step: one token in the null block."""
+        of three sequences are forks: they share the blocks before their rows with the previous
+        sequence. (1, 0) is a padding row of a recorded step: one token in the null block."""
         block_size = self.shapes.block_size
         seqs: list[Sequence] = []
         chunks = []
@@ -103,7 +103,7 @@ class Inputs:
             seqs.append(Sequence(i, ids.tolist(), SamplingParams()))
             seqs[-1].block_table = array("i", table)
             chunks.append(Chunk(seqs[-1], length - num_rows, length))
-        width = max(len(seq.block_table) for seq in seqs) + 1  # a column more than is used
+        width = max(len(seq.block_table) for seq in seqs) + 1  # with a column that is not used
         rows = [[*seq.block_table, *[0] * (width - len(seq.block_table))] for seq in seqs]
         tables = torch.tensor(rows, dtype=torch.int32).numpy()
         blocks = SimpleNamespace(block_size=block_size, block_tables=lambda seqs: tables)
@@ -116,8 +116,8 @@ class Inputs:
         return angles.cos(), angles.sin()
 
     def cache(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """K and V (N, Hkv, block_size, D) on the CPU, written for all tokens before this step's
-        end; other slots, but those of the null block, have large numbers."""
+        """K and V (N, Hkv, block_size, D) on the CPU, of all tokens up to the end of this step.
+        Slots without a token have large numbers, except those of the null block."""
         layout, dtype = self.shapes.cache
         size = (2, int(batch.block_tables.max()) + 1, layout.n_kv_head, self.shapes.block_size)
         num_bytes = layout.head_dim * dtype.itemsize
@@ -127,12 +127,12 @@ class Inputs:
             positions = torch.arange(length, dtype=torch.int32)
             blocks = table[positions // self.shapes.block_size]
             slots = blocks * self.shapes.block_size + positions % self.shapes.block_size
-            whole = batch._replace(positions=positions, slots=slots)
+            all_tokens = batch._replace(positions=positions, slots=slots)
             local = self.shapes.local
             heads = (local.n_head + 2 * local.n_kv_head) * local.head_dim
             qkv = floats(self.normal(length, heads))
             tables = self.rotary(batch)
-            self.store(self.plain, qkv, None, None, None, *tables, whole, *data)
+            self.store(self.plain, qkv, None, None, None, *tables, all_tokens, *data)
         return data[0], data[1]
 
     def store(self, backend: Backend, *tensors) -> Tensor:
@@ -203,19 +203,19 @@ def check_rope_store(inputs: Inputs) -> Iterator[Pair]:
         q = inputs.store(inputs.backend, *arguments, inputs.on_device(batch), *on_card)
         expected = inputs.store(inputs.plain, *map(floats, arguments), batch, *cache)
         yield Pair("q", q, expected)
-        for name, written, wanted in zip(("K", "V"), on_card, cache, strict=True):
+        for name, result, plain in zip(("K", "V"), on_card, cache, strict=True):
             # the whole cache: a kernel must not write other slots
-            if wanted.dtype == torch.int8:  # a number may be rounded to the other side
-                written, wanted = Int8Heads(written.cpu())[:], Int8Heads(wanted)[:]
-                yield Pair(name, written.flatten(0, 2), wanted.flatten(0, 2), 1e-2)
+            if plain.dtype == torch.int8:  # some integers may differ by one
+                result, plain = Int8Heads(result.cpu())[:], Int8Heads(plain)[:]
+                yield Pair(name, result.flatten(0, 2), plain.flatten(0, 2), 1e-2)
             else:
-                yield Pair(name, written.flatten(0, 2), wanted.flatten(0, 2))
+                yield Pair(name, result.flatten(0, 2), plain.flatten(0, 2))
 
 
 def check_attention(inputs: Inputs, steps: list, shared: bool = False) -> Iterator[Pair]:
     local = inputs.shapes.local
     attend = inputs.backend.attend
-    if not shared and "prefixes" in vars(inputs.backend):  # a form of its own
+    if not shared and "prefixes" in vars(inputs.backend):  # shared prefixes are another form
         attend = partial(attend, prefixes=None)
     for sequences in steps:
         batch = inputs.batch(sequences)
@@ -245,14 +245,14 @@ def check_sample(inputs: Inputs) -> Iterator[Pair]:
         greedy = floats(logits).gather(1, token_ids)
         scaled = cap_logits(floats(logits), softcap) / temperature.clamp(min=1e-3)[:, None]
         probs = torch.softmax(drop_tokens(scaled, params).double(), -1)
-        # the number of a row lies between the sums of probabilities before and behind its token
+        # a row's uniform number lies between the sums of probabilities before and after its token
         ends = probs.cumsum(-1).gather(1, token_ids)
         starts = ends - probs.gather(1, token_ids)
         numbers = uniform[:, None].double()
         is_drawn = temperature > 0
-        yield Pair("likeliest", greedy[~is_drawn], floats(logits).amax(1)[~is_drawn, None])
+        yield Pair("most likely token", greedy[~is_drawn], floats(logits).amax(1)[~is_drawn, None])
         clamped = torch.minimum(torch.maximum(numbers, starts), ends)
-        yield Pair("number", 1 + clamped[is_drawn], 1 + numbers[is_drawn], 1e-3)
+        yield Pair("drawn token", 1 + clamped[is_drawn], 1 + numbers[is_drawn], 1e-3)
 
 
 def check_few_rows(inputs: Inputs) -> Iterator[Pair]:
@@ -287,7 +287,7 @@ def check_few_rows(inputs: Inputs) -> Iterator[Pair]:
         yield Pair("product and sum", out, mixed + floats(y) @ exact.T)
         y = inputs.normal(num_rows, 4 * width)
         w, exact = weights(width, 4 * width)
-        out = linear_add(y, stream=x, outputs=1, **w)  # as graphs.py has it
+        out = linear_add(y, stream=x, outputs=1, **w)  # as in graphs.py
         yield Pair("long product and sum", out, floats(x) + floats(y) @ exact.T)
 
 
@@ -304,12 +304,12 @@ def check_fp8_rows(inputs: Inputs) -> Iterator[Pair]:
         x = inputs.normal(5, num_channels)
         x[1] = 0
         rows, scales = inputs.backend.fp8_rows(x)
-        yield Pair("float8", floats(rows) * floats(scales), floats(x), 0.1)  # it has 4 bits
+        yield Pair("float8", floats(rows) * floats(scales), floats(x), 0.1)  # 4 bits of precision
 
 
 class Form(NamedTuple):
-    """A kernel, or one way to use it. attribute: of the backend, which the kernel sets; check:
-    yields pairs of results."""
+    """A kernel, or one way to use it. attribute: the attribute of the backend that the kernel sets;
+    check: yields pairs of results."""
 
     attribute: str
     check: Callable[..., Iterator[Pair]]
@@ -319,7 +319,7 @@ class Form(NamedTuple):
 FORMS = {
     "sum and norm": Form("add_norm", check_add_norm),
     "relu^2": Form("relu2", check_relu2),
-    "rotary, and writing K and V": Form("rope_store", check_rope_store),
+    "rotary embedding, writing K and V": Form("rope_store", check_rope_store),
     "attention of decodes": Form("attend", check_attention, (DECODES,)),
     "attention of prompts": Form("attend", check_attention, (PROMPTS,)),
     "attention of shared prefixes": Form("prefixes", check_attention, (SHARED, True)),
@@ -341,7 +341,7 @@ def forms_of(backend: Backend, shapes: Shapes) -> list[str]:
 
 
 def difference(pair: Pair, dtype: torch.dtype) -> str:
-    """The difference between a result and the expected one in words, "" if it is rounding."""
+    """A message about the difference of two results; "" if it is only rounding."""
     result, expected = floats(pair.result), floats(pair.expected)
     if not result.isfinite().all():
         return f"{pair.name}: NaN or infinite"
@@ -366,7 +366,7 @@ def check_form(title: str, inputs: Inputs) -> str:
             ]
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-    except Exception as error:  # the compiler's or the driver's
+    except Exception as error:  # of the compiler or the driver
         return f"{type(error).__name__}: {error}"[:300]
     return next(filter(None, differences), "")
 
@@ -392,17 +392,17 @@ answer()
 
 
 def answer() -> None:
-    """The work of the other process. It prints a line before each form and one with its error."""
+    """The work of the other process. It prints a line before each form, and one with its result."""
     backend_class, arguments, titles, shapes = pickle.load(sys.stdin.buffer)
     backend = backend_class(*arguments)
-    torch.zeros(1, device=backend.device)  # raises here, and not in a form, if the card is in use
+    torch.zeros(1, device=backend.device)  # fails here, and not in a form, if the card is in use
     for title in titles:
         print(json.dumps([title]), flush=True)
         print(json.dumps([title, check_here([title], backend, shapes)[title]]), flush=True)
 
 
 def check_apart(titles: list[str], backend: Backend, shapes: Shapes) -> dict[str, str]:
-    """The same in another process, and in a new one if a form has ended it."""
+    """The same as `check_here` in another process, and in a new one after a form that ends it."""
     results: dict[str, str] = {}
     while left := [title for title in titles if title not in results]:
         answers = run_child(left, backend, shapes)
@@ -419,7 +419,7 @@ def run_child(titles: list[str], backend: Backend, shapes: Shapes) -> dict[str, 
     command = [sys.executable or "python", "-c", CHILD.format(path=sys.path)]
     try:
         child = subprocess.run(command, input=job, capture_output=True, timeout=TIMEOUT)
-        end = f"it ended the process, with status {child.returncode}"
+        end = f"the process ended with status {child.returncode}"
         output = child.stdout
     except subprocess.TimeoutExpired as error:
         end = f"no result after {TIMEOUT} s"
@@ -438,7 +438,7 @@ def run_child(titles: list[str], backend: Backend, shapes: Shapes) -> dict[str, 
 
 
 def check_kernels(backend: Backend, shapes: Shapes, fresh: bool = False) -> dict[str, str]:
-    """The error of each form that an engine uses, "" if it is right. From disk if it is known,
+    """The error of each form that an engine uses, "" if it is right. Results on disk are used,
     unless `fresh`."""
     titles = forms_of(backend, shapes)
     setting = describe_setting(backend, shapes)
@@ -485,10 +485,10 @@ def read(file: Path, setting: dict, titles: list[str]) -> dict[str, str] | None:
     or if other users can write the file."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        with open(os.open(file, flags), encoding="utf-8") as opened:
-            about = os.fstat(opened.fileno())
-            is_own = os.name != "posix" or about.st_uid == os.getuid()
-            content = json.load(opened) if is_own and not about.st_mode & 0o022 else {}
+        with open(os.open(file, flags), encoding="utf-8") as stream:
+            status = os.fstat(stream.fileno())
+            is_own = os.name != "posix" or status.st_uid == os.getuid()
+            content = json.load(stream) if is_own and not status.st_mode & 0o022 else {}
         results = {title: content["results"][title] for title in titles}
         if content["setting"] == setting and all(isinstance(w, str) for w in results.values()):
             return results
@@ -496,7 +496,7 @@ def read(file: Path, setting: dict, titles: list[str]) -> dict[str, str] | None:
 
 
 def write(file: Path, content: dict) -> None:
-    """Write results, if the folder is writable. Another process sees the whole file or none."""
+    """Write results, if the folder is writable. Other processes see the complete file or none."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(

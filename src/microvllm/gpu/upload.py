@@ -24,7 +24,7 @@ class Uploader:
 
     def fill(self, target: Tensor, source: Tensor) -> None:
         """Copy source to target (contiguous, on the device), in the dtype of target. The host does
-        not wait for the end."""
+        not wait for the last copies."""
         piece_len = BUFFER_BYTES // target.itemsize
         targets = target.view(-1).split(piece_len)
         sources = source.detach().reshape(-1).split(piece_len)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FollowingLoop(Loop):
-    """Wraps another loop. Before each step it wakes the engine and applies new weights."""
+    """Wraps another loop. Before each step it wakes a sleeping engine and applies new weights."""
 
     def __init__(self, inner_loop: Loop, live_weights: LiveWeights):
         super().__init__(inner_loop.engine)

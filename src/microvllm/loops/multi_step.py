@@ -1,14 +1,14 @@
-"""Computes several steps in one compiled call, since a step of a small model takes less time than
+"""Computes several steps in one compiled call, because a step of a small model takes less time than
 the Python code before and after it.
 
     one by one    Python | kernels | Python | kernels | Python | kernels | Python ...
     several       Python | kernels, kernels, kernels | Python, Python, Python | kernels, ...
 
 This requires that each sequence has one token to compute, and that only its draw decides the next
-token. Then one call (cpu/backend.py) computes steps that are not planned yet, until a row ends or
-the time limit of the call is reached. Afterwards the plain loop runs the same steps one by one, and
-the tokens of each plan exist already. So scheduler, texts and traces see single steps. If a
-plan differs from the expected one, it is computed as usual, and the other computed steps are
+token. Then one call (cpu/backend.py) computes steps that are not planned yet, until a sequence ends
+or the time limit of the call is reached. Afterwards the plain loop plans the same steps one by one,
+and takes the tokens that are computed already. So scheduler, texts and traces see single steps. If
+a plan differs from the expected one, it is computed as usual, and the other computed steps are
 dropped.
 """
 
@@ -32,8 +32,8 @@ from ..runner import Runner
 from ..sampler import uniform_numbers
 from ..scheduler import DraftProposer, Plan, Sequence
 
-# Time limits of a call in seconds, because aborts and new requests wait for its end. The second one
-# applies if text is streamed.
+# Time limits of a call in seconds, because aborts and new requests wait until it ends. The second
+# limit applies if text is streamed.
 SECONDS = 0.04
 STREAM_SECONDS = 0.014
 
@@ -46,7 +46,7 @@ class MultiStepLoop(Loop):
         runner = self.engine.runner
         runner.seconds = self.seconds_for_more()
         runner.proposer = self.engine.scheduler.proposer
-        runner.computed.clear()  # left from a call that an exception ended
+        runner.computed.clear()  # an exception may have left some
         super().advance()
         for _ in range(len(runner.computed)):
             if runner.computed:  # they are dropped when a plan differs from the expected one
@@ -54,8 +54,8 @@ class MultiStepLoop(Loop):
         runner.free_blocks()
 
     def seconds_for_more(self) -> float:
-        """Return the seconds for steps that are not planned yet. 0: compute none, because sequences
-        are waiting, the caller counts steps, or an extension watches each token."""
+        """Return the seconds for steps that are not planned yet. 0, if sequences are waiting, a
+        caller runs the steps itself, or an extension sees each token: then compute none."""
         scheduler = self.engine.scheduler
         if scheduler.waiting:
             return 0.0
@@ -74,8 +74,8 @@ class MultiStepLoop(Loop):
 
 
 def is_watched(request: Request) -> bool:
-    """Return whether an extension sees each token of the request. The text exists from the first
-    token on, and steps that are not planned yet begin later."""
+    """Return whether an extension sees each token of the request. Texts are made at the first
+    token, which is before the first step that is computed ahead of its plan."""
     return any(text.watchers for text in request.texts.values())
 
 
@@ -113,8 +113,8 @@ class MultiStepRunner(Runner):
             self.note_time(num_rows=len(starts), seconds=time.perf_counter() - start_time)
 
     def take_computed(self, plan: Plan, starts: list[tuple[Sequence, int]]) -> bool:
-        """Give a plan the tokens of the next computed step. Returns False, and drops all computed
-        steps, if that step is of another plan."""
+        """Give the plan the tokens of the next computed step. If the plan differs from the expected
+        one, drop all computed steps and return False."""
         step = self.computed.popleft()
         if starts != step.starts or plan.copies:
             self.computed.clear()
@@ -125,7 +125,7 @@ class MultiStepRunner(Runner):
         return True
 
     def compute_ahead(self, plan: Plan, starts: list[tuple[Sequence, int]]) -> None:
-        """Compute a step and the steps after it, unless they are too few to save time."""
+        """Compute the step of the plan and later steps, unless this would be fewer than two."""
         seqs = [seq for seq, _ in starts]
         num_steps = self.choose_num_steps(seqs)
         if num_steps < 2 or plan.copies:
@@ -143,8 +143,8 @@ class MultiStepRunner(Runner):
             self.computed.append(ComputedStep(expected, row))
 
     def choose_num_steps(self, seqs: list[Sequence]) -> int:
-        """Return the number of steps that fit in the time, in all texts, and in the pool. 0 or 1:
-        compute no further steps."""
+        """Return the number of steps for which time, the length limits of all sequences, and the
+        pool are sufficient. 0 or 1: compute no further steps."""
         # a live module's new weights may be in a form that is not compiled
         is_able = self.model.compiled is not None and self.model.backend.is_ready()
         if (
@@ -178,7 +178,7 @@ class MultiStepRunner(Runner):
         self.measured_seconds = max(seconds, 1e-6)
 
     def free_blocks(self) -> None:
-        """Free blocks that were allocated for steps which are not needed."""
+        """Free the blocks that were allocated for steps which are not used."""
         grown = self.grown
         self.grown = []
         for seq in grown:

@@ -20,8 +20,10 @@ from .packing import Quantised, dequantised, rotate
 STAGES = ("attn.c_q", "attn.c_k", "attn.c_v"), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)
 _TOKENS = 4096  # approximate number of tokens in a batch
 _LENGTH = 512  # maximum number of tokens in a text
-_SHARE = 0.5  # compensated share of the earlier loss, which is partly due to chance of the texts
-# prompts of users; the model begins the other half of the conversations itself
+# the share of the loss of earlier layers that a matrix compensates for. Part of the loss is chance,
+# because the texts are few
+_SHARE = 0.5
+# user turns for half of the conversations; in the other half, the model writes this turn itself
 PROMPTS = (
     "What is the capital of France?", "Tell me a story about a dog.", "Why is the sky blue?",
     "Write a short poem about the sea.", "Who wrote Hamlet?", "What is 12 + 30?",
@@ -52,18 +54,22 @@ def write_texts(llm, count: int, seed: int, chats: bool) -> list[list[int]]:
             prompts.append([bos, llm.tokenizer.encode_special("<|user_start|>")])
     longest = min(_LENGTH, llm.max_model_len)
     prompts = [prompt for prompt in prompts if len(prompt) < longest] or [[bos]] * 48
-    texts, made = [], 0
+    texts, num_tokens = [], 0
     with tqdm(total=count, desc="sampling", unit="token", disable=None) as bar:
-        while made < count:
-            seeds = [(seed + len(texts) + i) % 2**31 for i in range(len(prompts))]
+        while num_tokens < count:
+            first_seed = seed + len(texts)
             params = [
-                llm.params_class(temperature=1.0, max_tokens=longest - len(prompt), seed=own)
-                for prompt, own in zip(prompts, seeds, strict=True)
+                llm.params_class(
+                    temperature=1.0,
+                    max_tokens=longest - len(prompt),
+                    seed=(first_seed + i) % 2**31,
+                )
+                for i, prompt in enumerate(prompts)
             ]
             for output in llm.generate(prompts, params, use_tqdm=False):
-                if made < count:
+                if num_tokens < count:
                     texts.append(output["prompt_token_ids"] + output["token_ids"])
-                    made += len(texts[-1])
+                    num_tokens += len(texts[-1])
                     bar.update(min(len(texts[-1]), count - bar.n))
     return texts
 
@@ -111,10 +117,11 @@ def _ints(values: Iterable[int]) -> Tensor:
 
 
 class LayerByLayer:
-    """Compute texts with the model's natural form (model.py), with one layer's weights in memory.
+    """Computes texts with the plain model (model.py), with one layer's weights in memory.
 
-    The texts are computed twice, with the rounded matrices and with the exact ones. So a layer sees
-    what earlier layers have lost, and compensates for part of it (compare Li et al. 2025, GPTAQ).
+    The texts are computed twice, with the rounded matrices and with the exact ones. The difference
+    is the loss of earlier layers. Each layer compensates for part of it (compare Li et al. 2025,
+    GPTAQ).
 
     weights: a checked state dict; texts: token ids.
     """
@@ -137,36 +144,39 @@ class LayerByLayer:
         """Round all matrices in order. Yield the name and the result of
         matrix(name, weight, moments) for each.
 
-        weight: the target for the matrix, with its present inputs; moments (in, in): second moments
-        of the inputs over all tokens."""
+        weight: the matrix to round, which already compensates for the loss in its inputs; moments
+        (in, in): second moments of these inputs over all tokens."""
         model, recipe, config = self.model, self.recipe, self.config
-        own = [name for name in self.weights if not name.startswith(("transformer.h.", "lm_head."))]
-        small = {name: self._weight(name) for name in own if not name.startswith("value_embeds.")}
-        model.load_state_dict(small, strict=False, assign=True)
+        excluded = ("transformer.h.", "lm_head.", "value_embeds.")
+        others = {
+            name: self._weight(name) for name in self.weights if not name.startswith(excluded)
+        }
+        model.load_state_dict(others, strict=False, assign=True)
         first = [model.embed(batch) for batch in self.batches]  # (1)
         states, middle = (list(first), list(first)), None  # of the rounded and the exact layers
-        small.pop("transformer.wte.weight")
+        others.pop("transformer.wte.weight")
         model.transformer.wte.to("meta")
         for i, block in enumerate(model.transformer.h):
-            place = f"transformer.h.{i}."
-            names = [name for name in self.weights if name.startswith(place)]
-            held = {name.removeprefix(place): self._weight(name) for name in names}
-            block.load_state_dict(held, assign=True)
+            prefix = f"transformer.h.{i}."
+            names = [name for name in self.weights if name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): self._weight(name) for name in names}
+            block.load_state_dict(tensors, assign=True)
             blocks = block, copy.deepcopy(block)
             if recipe.lambdas:  # (2)
                 a, b = model.resid_lambdas[i], model.x0_lambdas[i]
                 states = [[a * x + b * x0 for x, x0 in zip(s, first, strict=True)] for s in states]
             ve = self.weights.get(f"value_embeds.{i}.weight")
             for stage in STAGES:
-                found, moved, lost = self._moments(blocks, stage[0], states, ve)
+                moments, shift, loss = self._moments(blocks, stage[0], states, ve)
                 for name in stage:
                     linear = block.get_submodule(name)
-                    made = matrix(place + name, made_up(linear.weight, found, moved, lost), found)
-                    linear.weight.copy_(natural(made))
-                    yield place + name, made
+                    weight = compensate(linear.weight, moments, shift, loss)
+                    rounded = matrix(prefix + name, weight, moments)
+                    linear.weight.copy_(to_dense(rounded))
+                    yield prefix + name, rounded
             states = [
-                [self._run(own, x, batch, ve) for x, batch in zip(s, self.batches, strict=True)]
-                for own, s in zip(blocks, states, strict=True)
+                [self._run(layer, x, batch, ve) for x, batch in zip(s, self.batches, strict=True)]
+                for layer, s in zip(blocks, states, strict=True)
             ]
             del blocks
             block.to("meta")
@@ -178,13 +188,13 @@ class LayerByLayer:
                 [x - back * m for x, m in zip(s, mid, strict=True)]
                 for s, mid in zip(states, middle, strict=True)
             ]
-        found, moved = torch.zeros(2, config.n_embd, config.n_embd)
+        moments, shift = torch.zeros(2, config.n_embd, config.n_embd)
         for pair in zip(*states, strict=True):
             h, exact = (norm(x, recipe.eps) for x in pair)
-            found.addmm_(h.T, h)
-            moved.addmm_((exact - h).T, h)
-        weight = made_up(self._weight("lm_head.weight"), found, moved, None)
-        yield "lm_head", matrix("lm_head", weight, found)
+            moments.addmm_(h.T, h)
+            shift.addmm_((exact - h).T, h)
+        weight = compensate(self._weight("lm_head.weight"), moments, shift, None)
+        yield "lm_head", matrix("lm_head", weight, moments)
 
     def _run(self, block, x: Tensor, batch: Batch, ve) -> Tensor:
         cos, sin = self.tables
@@ -200,40 +210,40 @@ class LayerByLayer:
     def _moments(self, blocks, name: str, states, ve) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sum the moments of part `name` of a layer over all tokens.
 
-        Return the sums of x^T x, of d^T x, and, for a part that adds to the residual stream, of
-        r^T x (else None). x: inputs of the part; x + d: its inputs in the exact layer; r: what the
-        residual stream lacks there."""
-        parts, inputs = [own.get_submodule(name) for own in blocks], {}
+        Return the sums of x^T x ("moments"), of d^T x ("shift"), and, for a part that adds to the
+        residual stream, of r^T x ("loss", else None). x: inputs of the part; x + d: its inputs in
+        the exact layer; r: the residual stream of the exact layer minus that of the rounded one."""
+        parts, inputs = [layer.get_submodule(name) for layer in blocks], {}
         hooks = [
-            part.register_forward_pre_hook(lambda part, given: inputs.update({part: given[0]}))
+            part.register_forward_pre_hook(lambda part, args: inputs.update({part: args[0]}))
             for part in parts
         ]
-        found, moved = torch.zeros(2, parts[0].in_features, parts[0].in_features)
-        lost = torch.zeros(parts[0].weight.shape) if name.endswith("c_proj") else None
+        moments, shift = torch.zeros(2, parts[0].in_features, parts[0].in_features)
+        loss = torch.zeros(parts[0].weight.shape) if name.endswith("c_proj") else None
         for *pair, batch in zip(*states, self.batches, strict=True):
-            after = [self._run(own, x, batch, ve) for own, x in zip(blocks, pair, strict=True)]
+            after = [self._run(layer, x, batch, ve) for layer, x in zip(blocks, pair, strict=True)]
             x, exact = (inputs[part] for part in parts)
-            found.addmm_(x.T, x)
-            moved.addmm_((exact - x).T, x)
+            moments.addmm_(x.T, x)
+            shift.addmm_((exact - x).T, x)
             if name == "attn.c_proj":
-                lost.addmm_((pair[1] - pair[0]).T, x)
-            elif name == "mlp.c_proj":  # the residual stream after the part, without its own share
-                lost.addmm_((after[1] - after[0] - (exact - x) @ parts[1].weight.T).T, x)
+                loss.addmm_((pair[1] - pair[0]).T, x)
+            elif name == "mlp.c_proj":  # the stream after the part, without the part's own change
+                loss.addmm_((after[1] - after[0] - (exact - x) @ parts[1].weight.T).T, x)
         for hook in hooks:
             hook.remove()
-        return found, moved, lost
+        return moments, shift, loss
 
 
-def made_up(weight: Tensor, found: Tensor, moved: Tensor, lost: Tensor | None) -> Tensor:
+def compensate(weight: Tensor, moments: Tensor, shift: Tensor, loss: Tensor | None) -> Tensor:
     """Return a weight (rows, in) whose products compensate for _SHARE of the loss in its inputs and
     in the residual stream. The other arguments are those that LayerByLayer._moments returns."""
-    goal = weight @ moved if lost is None else weight @ moved + lost
-    damped = found.to(torch.float64)
+    goal = weight @ shift if loss is None else weight @ shift + loss
+    damped = moments.to(torch.float64)
     damped.diagonal().add_(DAMPING * damped.diagonal().mean() + 1e-30)
     change = torch.linalg.solve(damped, goal.T.to(torch.float64)).T
     return weight + _SHARE * change.to(torch.float32)
 
 
-def natural(found: Quantised) -> Tensor:
+def to_dense(matrix: Quantised) -> Tensor:
     """Return the matrix (rows, in) in float32, for inputs that are not rotated."""
-    return rotate(dequantised(found))
+    return rotate(dequantised(matrix))

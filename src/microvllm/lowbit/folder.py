@@ -46,20 +46,20 @@ def is_matrix(name: str) -> bool:
 
 
 def bits_of(name: str, bits: int) -> int:
-    """Return the bits of a matrix in a folder of `bits`. In 4 bits the head, which loses most, has
-    6."""
+    """Return the bits of a matrix in a folder of `bits` bits. In 4 bits the head would lose most,
+    so it has 6."""
     return 6 if bits == 4 and name == "lm_head" else bits
 
 
 def pack(integers: Tensor, bits: int) -> dict[str, Tensor]:
-    """Return int8 integers (rows, in) as the planes of a file, by the last part of their names."""
+    """Return the planes of int8 integers (rows, in) in a file, by the last part of their names."""
     if bits == 8:
         return {"integers": integers.contiguous()}
     codes = (integers + 2 ** (bits - 1)).to(torch.uint8)
     low = codes & 15
     planes = {"low": low[:, ::2] | low[:, 1::2] << 4}
     if bits > 4:
-        size = bits - 4  # bits of each input in the other plane
+        size = bits - 4  # bits of each input in the plane "high"
         parts = (codes >> 4).unflatten(1, (-1, 8 // size)).unbind(2)
         planes["high"] = sum(part << (size * i) for i, part in enumerate(parts))
     return planes
@@ -110,30 +110,30 @@ def facts(directory: Path) -> dict | None:
     """Return the folder's record of its quantization, or None if it is not a quantised folder.
     Raises ValueError for a folder of another version."""
     file = directory / "config.json"
-    found = strict.read_json(file).get("quantization") if file.is_file() else None
-    if found is None:
+    value = strict.read_json(file).get("quantization") if file.is_file() else None
+    if value is None:
         return None
-    given = found if isinstance(found, dict) else {}
+    record = value if isinstance(value, dict) else {}
     remedy = "write the folder again with `microvllm quantize`"
-    if given.get("format") != FORMAT:
-        what = f"format {given.get('format')!r:.40}, but this version reads {FORMAT}"
-        raise ValueError(f"{file}: quantization has {what}: {remedy}")
-    wrong = [name for name, kind in _FACTS.items() if type(given.get(name)) is not kind]
-    if wrong or given["bits"] not in BITS:
+    if record.get("format") != FORMAT:
+        problem = f"format {record.get('format')!r:.40}, but this version reads {FORMAT}"
+        raise ValueError(f"{file}: quantization has {problem}: {remedy}")
+    wrong = [name for name, kind in _FACTS.items() if type(record.get(name)) is not kind]
+    if wrong or record["bits"] not in BITS:
         name = (wrong or ["bits"])[0]
-        raise ValueError(f"{file}: quantization has {name}={given.get(name)!r:.80}: {remedy}")
-    return given
+        raise ValueError(f"{file}: quantization has {name}={record.get(name)!r:.80}: {remedy}")
+    return record
 
 
 def read_folder(directory: Path) -> strict.Checkpoint:
     """Read a folder that `write_folder` wrote. Its matrices are Stored. Raises ValueError with the
     file and the tensor."""
     file, bits = directory / "config.json", facts(directory)["bits"]
-    given = strict.read_json(file)
-    own = {name: given[name] for name in ("sequence_len", "vocab_size", "n_layer", "n_head",
-           "n_kv_head", "n_embd", "window_pattern") if name in given}  # fmt: skip
-    config = strict.make_config(own, str(file))
-    constants = given.get("recipe")
+    content = strict.read_json(file)
+    shape = {name: content[name] for name in ("sequence_len", "vocab_size", "n_layer", "n_head",
+             "n_kv_head", "n_embd", "window_pattern") if name in content}  # fmt: skip
+    config = strict.make_config(shape, str(file))
+    constants = content.get("recipe")
     if not isinstance(constants, dict) or set(constants) != {"era", *_CONSTANTS}:
         raise ValueError(f"{file}: recipe must have era, {', '.join(_CONSTANTS)}")
     constants = dict(constants)
@@ -163,13 +163,13 @@ def _checked(tensors: dict[str, Tensor], config, recipe, bits: int) -> dict:
     def take(name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
         if name not in rest:
             raise ValueError(f"the tensor {name} is missing")
-        found = rest.pop(name)
-        if tuple(found.shape) != shape:
-            raise ValueError(f"{name} is {tuple(found.shape)}, not {shape}")
-        if found.dtype != dtype if dtype else found.dtype not in strict.FLOATS:
-            wanted = str(dtype)[6:] if dtype else "floating point"
-            raise ValueError(f"{name} is {str(found.dtype)[6:]}, not {wanted}")
-        return found
+        tensor = rest.pop(name)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")
+        if tensor.dtype != dtype if dtype else tensor.dtype not in strict.FLOATS:
+            expected = str(dtype)[6:] if dtype else "floating point"
+            raise ValueError(f"{name} is {str(tensor.dtype)[6:]}, not {expected}")
+        return tensor
 
     for name, like in empty_model(config, recipe, rows).state_dict().items():
         part = name.removesuffix(".weight")
@@ -177,23 +177,26 @@ def _checked(tensors: dict[str, Tensor], config, recipe, bits: int) -> dict:
             weights[name] = take(name, tuple(like.shape), None)
             continue
         outputs, width = like.shape
-        own = bits_of(part, bits)
+        part_bits = bits_of(part, bits)
         check_width(width, bits)
-        planes = {8: {"integers": 1}, 6: {"low": 2, "high": 4}, 5: {"low": 2, "high": 8},
-                  4: {"low": 2, "factors": GROUP}}[own] | {"scale": width}  # fmt: skip
-        found = {
+        # name of each plane: how many inputs share one of its numbers
+        divisors = {8: {"integers": 1}, 6: {"low": 2, "high": 4}, 5: {"low": 2, "high": 8},
+                    4: {"low": 2, "factors": GROUP}}[part_bits] | {"scale": width}  # fmt: skip
+        planes = {
             k: take(f"{part}.{k}", (outputs, width // n), _DTYPES.get(k, torch.uint8))
-            for k, n in planes.items()
+            for k, n in divisors.items()
         }
-        if not found["scale"].isfinite().all():
+        if not planes["scale"].isfinite().all():
             raise ValueError(f"{part}.scale has a number that is NaN or infinite")
         for plane, most in ("integers", 127), ("factors", 15):
-            if plane in found and found[plane].numel():
-                low, high = map(int, found[plane].aminmax())
+            if plane in planes and planes[plane].numel():
+                low, high = map(int, planes[plane].aminmax())
                 if low < -most or high > most:
-                    what = f"{part}.{plane} has numbers from {low} to {high}"
-                    raise ValueError(f"{what}, not from -{most} to {most}")
-        weights[name] = Stored(found, own)
+                    raise ValueError(
+                        f"{part}.{plane} has numbers from {low} to {high}, not from -{most} to "
+                        f"{most}"
+                    )
+        weights[name] = Stored(planes, part_bits)
     if rest:
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
         raise ValueError(f"the tensor {min(rest):.80}{more} does not belong to this model")
@@ -201,13 +204,13 @@ def _checked(tensors: dict[str, Tensor], config, recipe, bits: int) -> dict:
 
 
 def check_width(width: int, bits: int) -> None:
-    """Raise ValueError for matrices that cannot be stored in these bits."""
+    """Raise ValueError if matrices of this width cannot be stored in this number of bits."""
     if bits < 8 and width % GROUP:
         raise ValueError(f"{bits} bits need a width divisible by {GROUP}, not {width}: use 8 bits")
 
 
 def check_source(checkpoint: strict.Checkpoint, directory: Path, bits: int) -> None:
-    """Raise ValueError for a checkpoint that cannot be written in these bits."""
+    """Raise ValueError if a checkpoint cannot be written in this number of bits."""
     config, recipe, weights = checkpoint
     if any(isinstance(weight, Stored) for weight in weights.values()):
         raise ValueError(f"{directory} is quantised: use the checkpoint that it was made from")
@@ -219,9 +222,11 @@ def check_source(checkpoint: strict.Checkpoint, directory: Path, bits: int) -> N
         raise ValueError(f"{directory}: {error}") from None
 
 
-def write_folder(checkpoint: strict.Checkpoint, made: dict, tokenizer, told: dict, folder: Path):
-    """Write a checkpoint into an existing folder. made: Quantised of each matrix, by its name
-    without .weight; told: the record that `facts` returns, without the format."""
+def write_folder(
+    checkpoint: strict.Checkpoint, matrices: dict, tokenizer, record: dict, folder: Path
+):
+    """Write a checkpoint into an existing folder. matrices: Quantised of each matrix, by its name
+    without .weight; record: what `facts` returns, without the format."""
     config, recipe, weights = checkpoint
     tensors = {}
     for name, weight in weights.items():
@@ -229,16 +234,16 @@ def write_folder(checkpoint: strict.Checkpoint, made: dict, tokenizer, told: dic
         if not is_matrix(part):
             tensors[name] = weight.detach().contiguous()
             continue
-        integers, scale, bits, factors = made[part]
+        integers, scale, bits, factors = matrices[part]
         planes = pack(integers, bits) | {"scale": scale}
         planes |= {} if factors is None else {"factors": factors}
         tensors |= {f"{part}.{plane}": tensor.contiguous() for plane, tensor in planes.items()}
     save = huggingface.import_safetensors(folder).save_file
     save(tensors, folder / "model.safetensors", {"format": "pt"})
     constants = {name: getattr(recipe, name) for name in ("era", *_CONSTANTS)}
-    found = {"architectures": ["NanochatForCausalLM"], "model_type": "nanochat"} | vars(config)
-    found |= {"recipe": constants, "quantization": {"format": FORMAT} | told}
-    (folder / "config.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+    content = {"architectures": ["NanochatForCausalLM"], "model_type": "nanochat"} | vars(config)
+    content |= {"recipe": constants, "quantization": {"format": FORMAT} | record}
+    (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer._encoding, 4))
     # the package creates the file with permissions for its owner only
     shutil.copymode(folder / "config.json", folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Round a matrix such that its products change least, rather than its numbers.
+"""Rounds a matrix such that its products change least, not its numbers.
 
 Numbers are rounded one input at a time, and the remaining inputs compensate for the change in the
 products (Frantar et al. 2022, GPTQ). For a row w, the error is e H e^T. Here e is the change of w,
@@ -15,8 +15,8 @@ from torch import Tensor
 from .packing import STEP, Quantised, dequantised, grouped, rotate
 from .packing import factor as as_factors
 
-DAMPING = 0.01  # share of the mean of H's diagonal, added to it: inputs may be nearly dependent
-_INPUTS = 128  # inputs that are rounded before the others are updated, which then takes one product
+DAMPING = 0.01  # times the mean of H's diagonal is added to it, because inputs may be dependent
+_INPUTS = 128  # inputs that are rounded before one product updates all later ones
 _NUMBERS = 2**23  # numbers of a matrix that are rounded at a time
 _TURNS = 2  # rounds of fitting scales and integers
 
@@ -29,24 +29,24 @@ def limits(bits: int) -> tuple[int, int]:
 def in_rotated_basis(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight (rows, in) and second moments (in, in) for rotated inputs."""
     width = weight.shape[1]
-    whole = rotate(weight.to(torch.float32)) / min(32, width & -width)
-    return whole, rotate(rotate(moments).T.contiguous())
+    rotated = rotate(weight.to(torch.float32)) / min(32, width & -width)
+    return rotated, rotate(rotate(moments).T.contiguous())
 
 
-def error_of(found: Quantised, weight: Tensor, moments: Tensor) -> float:
+def error_of(matrix: Quantised, weight: Tensor, moments: Tensor) -> float:
     """Return the squared change of the products, summed over the tokens of the moments."""
-    whole, moments = in_rotated_basis(weight, moments)
-    change = whole - dequantised(found)
+    rotated, moments = in_rotated_basis(weight, moments)
+    change = rotated - dequantised(matrix)
     return float(((change @ moments) * change).sum(dtype=torch.float64))
 
 
 def round_by_gptq(weight: Tensor, moments: Tensor, bits: int) -> Quantised:
-    """Round a weight (rows, in) whose inputs have the second moments (in, in). Both are those of
-    the model, without rotation."""
-    whole, moments = in_rotated_basis(weight, moments)
+    """Round a weight (rows, in) whose inputs have the second moments (in, in). Both arguments are
+    those of the model, without rotation."""
+    rotated, moments = in_rotated_basis(weight, moments)
     diagonal = moments.diagonal().clone()
     mean = float(diagonal.mean())
-    if not mean > 0:  # all inputs are zero: any numbers do, and the nearest ones are sane
+    if not mean > 0:  # all inputs are zero: any numbers work, so use the nearest ones
         moments, mean = torch.eye(len(moments)), 1.0
     moments.diagonal().add_(DAMPING * mean)
     # the most important inputs come first, while all others can still compensate for them
@@ -55,11 +55,11 @@ def round_by_gptq(weight: Tensor, moments: Tensor, bits: int) -> Quantised:
     factor = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
     del inverse
     parts = []
-    for rows in whole.split(max(1, _NUMBERS // whole.shape[1])):
+    for rows in rotated.split(max(1, _NUMBERS // rotated.shape[1])):
         scale = find_scale(rows, diagonal, bits)
         if grouped(bits):
-            own, factors = as_factors(scale)
-            scale = own * factors
+            row_scale, factors = as_factors(scale)
+            scale = row_scale * factors
         integers = _round(rows, scale, factor, order, bits)
         for _ in range(_TURNS):
             scale = _fit_scale(rows, integers, scale, moments)
@@ -70,15 +70,15 @@ def round_by_gptq(weight: Tensor, moments: Tensor, bits: int) -> Quantised:
             parts.append((integers.to(torch.int8), scale, factors))
         else:
             parts.append((integers.to(torch.int8), scale))
-    integers, scale, *factors = (torch.cat(found) for found in zip(*parts, strict=True))
+    integers, scale, *factors = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Quantised(integers, scale, bits, *factors)
 
 
-def find_scale(whole: Tensor, importance: Tensor, bits: int) -> Tensor:
+def find_scale(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
     """Return the scales (rows, groups) with the smallest sum of importance (in,) times squared
-    error, if each number is rounded to the nearest. In low bits, clipping large numbers pays."""
+    error, if each number is rounded to the nearest. In few bits, some large numbers are clipped."""
     low, high = limits(bits)
-    parts = whole.view(len(whole), -1, STEP if grouped(bits) else whole.shape[1])
+    parts = weight.view(len(weight), -1, STEP if grouped(bits) else weight.shape[1])
     weights = importance.view(1, parts.shape[1], -1) + 1e-12
     size = parts.abs().amax(-1).clamp_(min=1e-30)
     least, best = torch.full_like(size, torch.inf), size
@@ -93,25 +93,25 @@ def find_scale(whole: Tensor, importance: Tensor, bits: int) -> Tensor:
     return best
 
 
-def _round(whole: Tensor, scale: Tensor, factor: Tensor, order: Tensor, bits: int) -> Tensor:
+def _round(weight: Tensor, scale: Tensor, factor: Tensor, order: Tensor, bits: int) -> Tensor:
     """Return the integers (rows, in). factor: upper Cholesky factor of the moments' inverse, with
     the inputs in `order`."""
     low, high = limits(bits)
-    rest, size = whole[:, order].T.contiguous(), whole.shape[1] // scale.shape[1]
+    rest, size = weight[:, order].T.contiguous(), weight.shape[1] // scale.shape[1]
     integers = torch.empty_like(rest)
     for start in range(0, len(rest), _INPUTS):
         stop = min(start + _INPUTS, len(rest))
-        part, own = rest[start:stop], factor[start:stop, start:stop]
+        part, block = rest[start:stop], factor[start:stop, start:stop]
         errors = torch.empty_like(part)
         for j, column in enumerate(order[start:stop].tolist()):
             step = scale[:, column // size]
             integers[start + j] = (part[j] / step).round_().clamp_(low, high)
-            errors[j] = (part[j] - integers[start + j] * step) / own[j, j]
-            part[j:] -= own[j, j:, None] * errors[j]
+            errors[j] = (part[j] - integers[start + j] * step) / block[j, j]
+            part[j:] -= block[j, j:, None] * errors[j]
         rest[stop:] -= factor[start:stop, stop:].T @ errors
-    found = torch.empty_like(whole)
-    found[:, order] = integers.T
-    return found
+    result = torch.empty_like(weight)
+    result[:, order] = integers.T
+    return result
 
 
 def _times(integers: Tensor, scale: Tensor) -> Tensor:
@@ -119,29 +119,30 @@ def _times(integers: Tensor, scale: Tensor) -> Tensor:
     return (integers.view(*scale.shape, -1) * scale[..., None]).view_as(integers)
 
 
-def _fit_scale(whole: Tensor, integers: Tensor, scale: Tensor, moments: Tensor) -> Tensor:
-    """Return the scales of each row, times the number that gives these integers the least error."""
-    found = _times(integers, scale)
-    target = ((whole @ moments) * found).sum(1, keepdim=True)
-    share = target / ((found @ moments) * found).sum(1, keepdim=True)
-    # all integers are 0: any scale is as good
-    return torch.where(share.isfinite() & (share > 0), scale * share, scale)
+def _fit_scale(weight: Tensor, integers: Tensor, scale: Tensor, moments: Tensor) -> Tensor:
+    """Return the scales, multiplied by the number for each row that minimizes the error of these
+    integers."""
+    rounded = _times(integers, scale)
+    target = ((weight @ moments) * rounded).sum(1, keepdim=True)
+    ratio = target / ((rounded @ moments) * rounded).sum(1, keepdim=True)
+    # if all integers are 0, the scale does not matter
+    return torch.where(ratio.isfinite() & (ratio > 0), scale * ratio, scale)
 
 
-def _fit_integers(whole, integers, scale, moments, order, bits: int) -> Tensor:
-    """Set each integer in turn to the best value beside the other current integers."""
+def _fit_integers(weight, integers, scale, moments, order, bits: int) -> Tensor:
+    """Set each integer in turn to the value with the smallest error, while the others stay."""
     low, high = limits(bits)
-    size, change = whole.shape[1] // scale.shape[1], whole - _times(integers, scale)
+    size, change = weight.shape[1] // scale.shape[1], weight - _times(integers, scale)
     integers = integers.T.contiguous()
-    slope = (change @ moments).T.contiguous()  # how much each number should increase, times H
+    slope = (change @ moments).T.contiguous()  # H times the missing change of each number
     for columns in order.split(_INPUTS):
-        part, own = slope[columns], moments[columns][:, columns]
+        part, part_moments = slope[columns], moments[columns][:, columns]
         steps = torch.empty_like(part)
         for j, column in enumerate(columns.tolist()):
             step, before = scale[:, column // size], integers[column]
-            after = (before + part[j] / (own[j, j] * step)).round_().clamp_(low, high)
+            after = (before + part[j] / (part_moments[j, j] * step)).round_().clamp_(low, high)
             steps[j] = (after - before) * step
             integers[column] = after
-            part -= own[j, :, None] * steps[j]
+            part -= part_moments[j, :, None] * steps[j]
         slope -= moments[:, columns] @ steps
     return integers.T.contiguous()

@@ -2,8 +2,8 @@
 
 A weight is rounded in the rotated basis (see `rotate`), with one scale for each row. In 4 bits each
 32 inputs of a row also have a factor, an integer from -15 to 15. Integers times factors are int8,
-so the sums of all products are sums of integers. A better rounding than `round_plainly` passes its
-`Quantised` to a layer in place of the float weights.
+so the sums of all products are sums of integers. Code that rounds better than `round_plainly`
+passes its `Quantised` to a layer in place of the float weights.
 
     inputs of a row   0 1 2 3 | 4 5 6 7 | ... | 28 29 30 31 | 32 ...
     operands             0    |    1    | ... |      7      |         4 bytes in 32 bits each
@@ -23,7 +23,7 @@ from torch import Tensor
 
 STEP = 32  # inputs that are packed together; in 4 bits also the inputs that share a factor
 MOST = 15  # the largest factor: 15 * -8 fits in a byte
-# quantization: bits of the layers' weights, and of the head's, which loses the most in four bits
+# name of a format -> bits of the layers' weights, and of the head's, which lose most in four bits
 BITS = {"int8": (8, 8), "int6": (6, 6), "int5": (5, 5), "int4": (4, 6)}
 # the parts of each word of a step: (operand, left shift of its bits, mask of these bits). 5 and 6
 # bits leave 3 and 2 bits at the top of each byte, which hold the other operands in pieces
@@ -58,7 +58,7 @@ class Quantised(NamedTuple):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Return x (T, C) times a Hadamard matrix of +-1 over 32 channels each, C / 32 apart.
+    """Return x (T, C) times Hadamard matrices of +-1, each over 32 channels that are C / 32 apart.
 
     A few channels of the residual stream are far larger than all others, and a scale that fits them
     leaves little precision for the rest. So each number is spread over 32 (Ashkboos et al. 2024,
@@ -81,9 +81,10 @@ def grouped(bits: int) -> bool:
 def factor(scale: Tensor) -> tuple[Tensor, Tensor]:
     """Split the scales of groups (rows, groups), none of them 0, into a row's scale (rows, 1) and
     integer factors (rows, groups)."""
-    whole = scale.abs().amax(1, keepdim=True) / MOST
+    row_scale = scale.abs().amax(1, keepdim=True) / MOST
     least = scale.sign()
-    return whole, torch.where(scale.abs() < whole, least, (scale / whole).round_())
+    factors = torch.where(scale.abs() < row_scale, least, (scale / row_scale).round_())
+    return row_scale, factors
 
 
 def round_plainly(weight: Tensor, bits: int) -> Quantised:
@@ -94,10 +95,10 @@ def round_plainly(weight: Tensor, bits: int) -> Quantised:
     be negative. In 8 bits the number becomes +-127.
     """
     rows, width = weight.shape
-    whole = rotate(weight.to(torch.float32))
-    whole /= min(32, width & -width)  # the factor that rotating both introduces
+    rotated = rotate(weight.to(torch.float32))
+    rotated /= min(32, width & -width)  # the factor of a product whose inputs are rotated, too
     size = STEP if grouped(bits) else width
-    parts, factors = F.pad(whole, (0, -width % size)).view(rows, -1, size), None
+    parts, factors = F.pad(rotated, (0, -width % size)).view(rows, -1, size), None
     top = 2 ** (bits - 1)
     if bits == 8:
         scale = parts.abs().amax(-1).clamp_(min=1e-30) / 127
@@ -117,15 +118,16 @@ def round_plainly(weight: Tensor, bits: int) -> Quantised:
 def quantised(parts: list, bits: int) -> Quantised:
     """Return the parts of a layer, float matrices or `Quantised`, as one matrix of `bits` bits.
     Raises ValueError for a `Quantised` that is invalid or has other bits."""
-    made = []
+    matrices = []
     for part in parts:
         if isinstance(part, Quantised):
             check(part, bits)
         else:
             part = round_plainly(part, bits)
-        made.append(part)
-    integers, scale = (torch.cat(own) for own in list(zip(*made, strict=True))[:2])
-    factors = torch.cat([part.factors for part in made]) if grouped(bits) else None
+        matrices.append(part)
+    integers = torch.cat([part.integers for part in matrices])
+    scale = torch.cat([part.scale for part in matrices])
+    factors = torch.cat([part.factors for part in matrices]) if grouped(bits) else None
     return Quantised(integers, scale, bits, factors)
 
 
@@ -135,20 +137,20 @@ def check(part: Quantised, bits: int) -> None:
     if part.bits != bits:
         raise ValueError(f"the weights have {part.bits} bits, but the layer has {bits}")
     groups = -(-width // STEP) if grouped(bits) else None
-    given = None if part.factors is None else part.factors.shape[1]
-    if part.integers.dtype != torch.int8 or part.scale.shape != (rows, 1) or given != groups:
+    num_factors = None if part.factors is None else part.factors.shape[1]
+    if part.integers.dtype != torch.int8 or part.scale.shape != (rows, 1) or num_factors != groups:
         raise ValueError(
             f"weights of {bits} bits, {rows} x {width}, must be int8 with one scale per row and "
             f"{groups} factors, not {part.integers.dtype} with {tuple(part.scale.shape)} scales "
-            f"and {given} factors"
+            f"and {num_factors} factors"
         )
     top = 2 ** (bits - 1)
-    given = ("integers", part.integers, -top, top - 1), ("factors", part.factors, -MOST, MOST)
-    for what, numbers, least, most in given:
+    ranges = ("integers", part.integers, -top, top - 1), ("factors", part.factors, -MOST, MOST)
+    for name, numbers, least, most in ranges:
         low, high = map(int, numbers.aminmax()) if numbers is not None and len(numbers) else (0, 0)
         if low < least or high > most:
             raise ValueError(
-                f"{what} in {bits} bits must be {least} to {most}, not {low} to {high}"
+                f"{name} in {bits} bits must be {least} to {most}, not {low} to {high}"
             )
 
 
@@ -160,7 +162,7 @@ def as_bytes(part: Quantised) -> Tensor:
 
 
 def dequantised(part: Quantised) -> Tensor:
-    """Return the (rows, in) float32 matrix of the products, in the rotated basis."""
+    """Return the matrix (rows, in) in float32, in the rotated basis, as the products use it."""
     return as_bytes(part) * part.scale
 
 
@@ -188,7 +190,8 @@ def pack(weight: Quantised, tile_rows: int) -> Tensor:
         for operand, shift, mask in parts:
             word |= (operands[operand] & mask * 0x01010101) << shift
     if grouped(weight.bits):
-        own = F.pad(weight.factors, (0, 0, 0, fill[1])).view(-1, tile_rows, steps).transpose(1, 2)
-        factors = torch.empty(own.shape, dtype=torch.int8).copy_(own)
+        padded = F.pad(weight.factors, (0, 0, 0, fill[1]))
+        by_step = padded.view(-1, tile_rows, steps).transpose(1, 2)
+        factors = torch.empty(by_step.shape, dtype=torch.int8).copy_(by_step)
         packed[:, :, -(tile_rows // 4) :] = factors.view(torch.int32)
     return packed

@@ -1,7 +1,7 @@
 """Low-bit weights, rounded such that the model loses as little as possible.
 
-Rounding takes minutes and runs once, in `microvllm quantize`. The resulting folder runs without it.
-The layout of the weights is in packing.py, their products are in cpu/low_bit_gemm.py.
+Rounding takes minutes and runs once, in `microvllm quantize`. Loading the resulting folder needs no
+rounding. The layout of the weights is in packing.py, their products are in cpu/low_bit_gemm.py.
 
     checkpoint -> texts that the model writes itself      calibration.py
                -> layer by layer: second moments of the inputs of each matrix
