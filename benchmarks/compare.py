@@ -412,7 +412,7 @@ class Comparison:
                     "read_gb_per_s": round(gb, 1),
                 }
             engines = results[name]["engines"] = {}
-            limits, ours = (self.speeds[key].get(of, []) for of in ("limit", "microvllm"))
+            limits, own_speeds = (self.speeds[key].get(of, []) for of in ("limit", "microvllm"))
             for engine, speeds in self.speeds[key].items():
                 numbers = engines[engine] = {
                     "tokens_per_s": round(statistics.median(speeds), 1),
@@ -423,8 +423,8 @@ class Comparison:
                     numbers["of_idle"] = round(median_ratio(speeds, idle), 3)
                 if len(limits) == len(speeds):
                     numbers["share_of_limit"] = round(median_ratio(speeds, limits), 3)
-                if not engine.startswith("limit") and len(ours) == len(speeds):
-                    numbers["speedup"] = round(median_ratio(ours, speeds), 2)
+                if not engine.startswith("limit") and len(own_speeds) == len(speeds):
+                    numbers["speedup"] = round(median_ratio(own_speeds, speeds), 2)
                 if pairs := self.agreed[key][engine]:
                     first, tokens = (statistics.mean(column) for column in zip(*pairs, strict=True))
                     numbers |= {"agree_first": round(first, 3), "agree_tokens": round(tokens, 3)}
@@ -545,13 +545,13 @@ def parse() -> argparse.Namespace:
         args.pythons[name] = python
     named = {name.split("-")[0] for name in args.pythons}
     args.pythons |= {name: sys.executable for name in ENGINES if name not in named}
-    wanted = args.engines.split(",") if args.engines else list(args.pythons)
-    if unknown := set(wanted) - set(args.pythons):
+    names = args.engines.split(",") if args.engines else list(args.pythons)
+    if unknown := set(names) - set(args.pythons):
         parser.error(
             f"--engines: unknown {', '.join(sorted(unknown))}; use {', '.join(args.pythons)}"
         )
     # this engine is always included and first, as the reference
-    args.engines = sorted({"microvllm", *wanted}, key=["microvllm", *wanted].index)
+    args.engines = sorted({"microvllm", *names}, key=["microvllm", *names].index)
     dtypes = dict(word.rpartition("=")[::2] for word in args.peer_dtype)
     if unknown := set(dtypes) - {"", *args.pythons}:
         parser.error(

@@ -550,8 +550,8 @@ class Bench:
         free_memory()
 
     def peer(self, name: str, part: str, tokens: int, seconds: float) -> None:
-        rate, ours = tokens / seconds, self.results.get(part, {}).get("tokens_per_s")
-        speedup = f"; microvllm is {ours / rate:.1f} times as fast" if ours else ""
+        rate, own_rate = tokens / seconds, self.results.get(part, {}).get("tokens_per_s")
+        speedup = f"; microvllm is {own_rate / rate:.1f} times as fast" if own_rate else ""
         text = f"{name}, {part}: {rate:,.1f} tokens/s{speedup}"
         self.report("peers", text, **{f"{name}_{part}_tokens_per_s": rate})
 

@@ -340,17 +340,17 @@ class Reader:
         assert sample["text"] == text, f"{sample['text']!r} is not {text!r}"
 
     def check_logprobs(self, entry: dict, token: int, logits, params, choice: dict) -> None:
-        own = logits - np.logaddexp.reduce(logits)
-        assert entry["token_id"] == token and abs(entry["logprob"] - own[token]) < 5 * ROUNDING
+        logprobs = logits - np.logaddexp.reduce(logits)
+        assert entry["token_id"] == token and abs(entry["logprob"] - logprobs[token]) < 5 * ROUNDING
         if not params.temperature:
             assert entry["sampler_logprob"] == 0.0
         elif choice["exact"] and not params.drops_tokens:
             slack = ROUNDING * 5 * (1 + max(1, params.repetition_penalty) / params.temperature)
             assert abs(entry["sampler_logprob"] - choice["sampler"]) < slack, (entry, choice)
-        best = np.sort(own)[::-1]
+        best = np.sort(logprobs)[::-1]
         assert len(entry["top"]) <= params.logprobs
         for rank, (other, model, _) in enumerate(entry["top"]):
-            assert abs(model - own[other]) < 5 * ROUNDING
+            assert abs(model - logprobs[other]) < 5 * ROUNDING
             assert model <= best[rank] + 5 * ROUNDING
         self.counts["log-probabilities"] += 1 + len(entry["top"])
 

@@ -99,15 +99,17 @@ def cut_layers(source: Path, layers: list[int], folder: Path) -> Path:
     """Write a checkpoint with some layers of a model into the folder. If the model has value
     embeddings, every second layer has one, counted back from the last. `layers` must keep that."""
     config, recipe, weights = read_checkpoint(*find_checkpoint(source))
-    kept = {}
+    tensors = {}
     for name, weight in weights.items():
         numbered = re.match(r"(transformer\.h|value_embeds)\.(\d+)\.(.*)", name)
         if numbered is None:
-            kept[name] = weight[layers] if name in ("resid_lambdas", "x0_lambdas") else weight
+            tensors[name] = weight[layers] if name in ("resid_lambdas", "x0_lambdas") else weight
         elif int(numbered[2]) in layers:
-            kept[f"{numbered[1]}.{layers.index(int(numbered[2]))}.{numbered[3]}"] = weight
+            tensors[f"{numbered[1]}.{layers.index(int(numbered[2]))}.{numbered[3]}"] = weight
     folder.mkdir()
-    torch.save({name: weight.clone() for name, weight in kept.items()}, folder / "model_000000.pt")
+    torch.save(
+        {name: weight.clone() for name, weight in tensors.items()}, folder / "model_000000.pt"
+    )
     shape = asdict(config) | {"n_layer": len(layers)}
     if recipe.era == "1":
         del shape["window_pattern"]

@@ -168,16 +168,16 @@ def _decode(
                 ks, vs = _scales(k, v, table, tile, hi, block_stride, D, BLOCK_SIZE, TILE)
         if INT8:
             key, value = key.to(query.dtype), value.to(query.dtype)
-        seen = (position[None, :] >= left) & (position < hi)[None, :]
+        visible = (position[None, :] >= left) & (position < hi)[None, :]
         if BLOCK_G == 1:
             score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1)[None, :] * scale
         else:
             score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if INT8:
-            score = tl.where(seen, score * ks[None, :], -1e30)
+            score = tl.where(visible, score * ks[None, :], -1e30)
             m, total, acc = _add_tile(score, value, vs, m, total, acc)
         else:
-            score = tl.where(seen, score, -1e30)
+            score = tl.where(visible, score, -1e30)
             m, total, acc = _add_tile(score, value, None, m, total, acc)
     # a split without keys (or a sequence of length 0) has total 0: it writes 0, and no NaN
     divisor = tl.where(total > 0, total, 1.0)
@@ -265,15 +265,15 @@ def _chunk(
     for tile in range(lo, stop, TILE):
         position = tile + tl.arange(0, TILE)
         key, value = _keys(k, v, table, tile, stop, block_stride, D, BLOCK_SIZE, BLOCK_D, TILE)
-        seen = (position[None, :] <= query[:, None]) & (position[None, :] >= left[:, None])
+        visible = (position[None, :] <= query[:, None]) & (position[None, :] >= left[:, None])
         if INT8:
             ks, vs = _scales(k, v, table, tile, stop, block_stride, D, BLOCK_SIZE, TILE)
             score = tl.dot(x, tl.trans(key.to(x.dtype)), input_precision="ieee") * scale
-            score = tl.where(seen, score * ks[None, :], -1e30)
+            score = tl.where(visible, score * ks[None, :], -1e30)
             m, total, acc = _add_tile(score, value.to(x.dtype), vs, m, total, acc)
         else:
             score = tl.dot(x, tl.trans(key), input_precision="ieee") * scale
-            m, total, acc = _add_tile(tl.where(seen, score, -1e30), value, None, m, total, acc)
+            m, total, acc = _add_tile(tl.where(visible, score, -1e30), value, None, m, total, acc)
     # a row of a sequence of length 0 sees no key. it writes 0 and no NaN, which a later layer would
     # write into the null block. tiles that begin before a window read the null block
     tl.store(out + at, acc / tl.where(total > 0, total, 1.0)[:, None], live)

@@ -82,11 +82,11 @@ def _least(
 
 
 @triton.jit
-def _gather(logits, few, wanted, V, TILE: tl.constexpr, SHIFT: tl.constexpr):
-    # write the largest logits, at least `wanted` if there are as many, to `few`, up to TILE of
-    # them. returns their number, which may be above TILE. each lane has the maximum of its logits,
-    # and the wanted-th largest maximum is the limit: the `wanted` largest logits of all are not
-    # below it
+def _gather(logits, few, num_largest, V, TILE: tl.constexpr, SHIFT: tl.constexpr):
+    # write the largest logits, at least `num_largest` if there are as many, to `few`, up to TILE of
+    # them. returns their number, which may be above TILE. each lane has the maximum of its logits.
+    # in descending order, the maximum with the number `num_largest` is the limit, so that at least
+    # as many logits are not below it
     lane = tl.arange(0, TILE)
     best = tl.full((TILE,), float("-inf"), tl.float32)
     for start in range(0, V, TILE):
@@ -95,7 +95,7 @@ def _gather(logits, few, wanted, V, TILE: tl.constexpr, SHIFT: tl.constexpr):
     tl.store(few + lane, best)
     tl.debug_barrier()  # other threads read these values
     low = tl.full((), 0, tl.uint32)
-    low = _least(few, low, wanted, 0.0, 1.0, 0.0, TILE, True, TILE, SHIFT)
+    low = _least(few, low, num_largest, 0.0, 1.0, 0.0, TILE, True, TILE, SHIFT)
     tl.debug_barrier()
     count = tl.full((), 0, tl.int32)
     for start in range(0, V, TILE):
@@ -145,10 +145,10 @@ def _truncate(
         top = tl.max(tl.load(tops + j, j < CHUNKS, float("-inf")), 0)
         # a search reads its numbers once for every two bits, so it reads only the few largest if
         # they are enough
-        wanted = tl.where(top_k > 0, tl.minimum(top_k, TILE // 2), TILE // 2)
-        num_few = _gather(logits, few, wanted, V, TILE, SHIFT)
+        num_largest = tl.where(top_k > 0, tl.minimum(top_k, TILE // 2), TILE // 2)
+        num_few = _gather(logits, few, num_largest, V, TILE, SHIFT)
         source, n = logits, V
-        if (top_k > 0) & (top_k <= wanted) & (num_few <= TILE):
+        if (top_k > 0) & (top_k <= num_largest) & (num_few <= TILE):
             source, n = few, num_few
         if top_k > 0:
             low = _least(source, low, top_k, top, temperature, softcap, n, True, TILE, SHIFT)
