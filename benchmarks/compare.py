@@ -34,9 +34,9 @@ An engine that would take minutes runs only some of the requests (EVERY_NTH, bel
 second count only the requested new tokens (for W5, the prompt tokens). "agree" compares the tokens
 with those of this engine: the share of requests whose first 8 tokens are the same, and the share of
 all tokens before the first difference. In float32 all engines that support nanochat compute the
-same model, so tokens differ only where two logits are equal up to rounding. If fewer than nine of ten
-requests agree, the run fails. With another dtype, the agreement is only reported. "speedup" is the
-speed of this engine divided by that of the other.
+same model, so tokens differ only where two logits are equal up to rounding. If fewer than nine of
+ten requests agree, the run fails. With another dtype, the agreement is only reported. "speedup" is
+the speed of this engine divided by that of the other.
 
 With --foreign-load N, N other processes compute while an engine works (`while True: pass`, at the
 same priority), but not while engines are loaded. With several numbers, such as 0,1,2, each turn
