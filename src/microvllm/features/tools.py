@@ -474,7 +474,7 @@ class ToolCalling(Extension):
     # a call
 
     def serve(self, seq: Sequence, call: Call) -> None:
-        """The last token of a sequence completes a call: write its result, or pause the sequence."""
+        """Write the result of the call that a sequence ends with, or pause the sequence."""
         if call.tool.is_inline and not call.is_done:
             self.answer_inline(seq, call)
         if call.is_done:
