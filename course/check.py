@@ -51,10 +51,10 @@ def batches(work):
         return "a batch must have 1 to 4 requests"
     if len(groups) > 6:
         return f"expected at most 6 batches, got {len(groups)}: fill the batches"
-    before = idle(lengths, [range(i, i + 4) for i in range(0, 24, 4)])
-    after = idle(lengths, groups)
-    if after > before // 2:
-        return f"expected at most {before // 2} idle rows, got {after}"
+    limit = idle(lengths, [range(i, i + 4) for i in range(0, 24, 4)]) // 2
+    num_idle = idle(lengths, groups)
+    if num_idle > limit:
+        return f"expected at most {limit} idle rows, got {num_idle}"
     return None
 
 

@@ -105,9 +105,10 @@ def compare(serve, before, requests, problem, model=None, memory=None):
 
 def rows(old, new):
     """(name, value of the step before, value of this step) for each line of the table."""
-    before, after = old.table() if old else {}, new.table()
-    names = sorted(before | after, key=lambda name: (name in TIMES, [*after, *before].index(name)))
-    table = [(name, before.get(name, 0), after.get(name, 0)) for name in names]
+    old_table, new_table = old.table() if old else {}, new.table()
+    order = [*new_table, *old_table]
+    names = sorted(old_table | new_table, key=lambda name: (name in TIMES, order.index(name)))
+    table = [(name, old_table.get(name, 0), new_table.get(name, 0)) for name in names]
     return [line for line in table if line[1] or line[2]]
 
 

@@ -212,14 +212,14 @@ class DraftModel(DraftProposer):
         draft model that is too slow is not used at all."""
         num_prompt = max(1, min(NUM_MEASURED, self.longest - MAX_ROWS))
         for token_id in (0, 1):  # the first round loads kernels
-            measured = DraftLength(MAX_ROWS - 1)
+            draft_length = DraftLength(MAX_ROWS - 1)
             for length, num_behind in ((MAX_ROWS - 1, 1), (1, num_prompt)):
                 prompt = [token_id] * num_behind
                 params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-                began = self.clock()
+                start = self.clock()
                 self.llm.generate([prompt], params, use_tqdm=False)
-                measured.add_draft(1, length, num_behind, self.clock() - began)
-        self.length = measured
+                draft_length.add_draft(1, length, num_behind, self.clock() - start)
+        self.length = draft_length
 
     def prepare(self, seqs: list[Sequence], num_rows: int) -> None:
         """Draft tokens for all sequences at once, if that saves time."""
@@ -240,9 +240,9 @@ class DraftModel(DraftProposer):
             num_left = min([num_expected(seq) for seq in draftable])
             choice = self.length.choose(len(seqs), num_rows // len(seqs), num_behind, num_left)
         if choice.length > 0:
-            began = self.clock()
+            start = self.clock()
             drafts = self.draft(draftable, choice.length)
-            draft_seconds = self.clock() - began
+            draft_seconds = self.clock() - start
             self.length.add_draft(len(draftable), choice.length, num_behind, draft_seconds)
             self.num_known.update({seq: len(seq.token_ids) for seq in draftable})
             self.drafts = dict(zip(draftable, drafts, strict=True))

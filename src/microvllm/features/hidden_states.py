@@ -107,10 +107,10 @@ class HiddenStates(Extension):
         limits = {"least": -num_layers, "most": num_layers - 1}
         layers = [layers] if isinstance(layers, Integral) else layers
         numbers = check_list("hidden_states", layers, partial(check_number, **limits))
-        counted = tuple([number % num_layers for number in numbers])
-        if not counted or len(set(counted)) < len(counted):
+        layer_indices = tuple([number % num_layers for number in numbers])
+        if not layer_indices or len(set(layer_indices)) < len(layer_indices):
             raise ValueError(f"hidden_states={numbers}: give at least one layer, each only once")
-        return counted
+        return layer_indices
 
     def request(
         self, requests: list[Request], hidden_states: object, endings: List[list[int]] = ()
@@ -243,22 +243,22 @@ class HiddenStates(Extension):
         num_layers = self.engine.model.config.n_layer
         layer = check_number("layer", layer, -num_layers, num_layers - 1)
         selection = Selection((layer % num_layers,), torch.float32)
-        checked = []
+        prompts = []
         for i, text in enumerate(texts):
             with naming(f"texts[{i}]"):
                 token_ids, _ = self.engine.check(text, self.engine.params_class(max_tokens=1))
                 self.check_length(len(token_ids))
-                checked.append(token_ids)
+                prompts.append(token_ids)
         rows: list[Tensor] = []
 
         def keep(index: int, states: Tensor) -> None:
-            row = self.pool(states[:, 0], checked[index], pooling)
+            row = self.pool(states[:, 0], prompts[index], pooling)
             if rows and row.shape != rows[0].shape:
                 shapes = f"{tuple(rows[0].shape)} and {tuple(row.shape)}"
                 raise ValueError(f"pooling returned shapes {shapes}: all texts need the same shape")
             rows.append(row)
 
-        for _ in self.read(checked, selection, keep):
+        for _ in self.read(prompts, selection, keep):
             pass
         return torch.stack(rows) if rows else torch.empty(0, self.engine.model.config.n_embd)
 
@@ -270,11 +270,11 @@ class HiddenStates(Extension):
             # the state of BOS is large, and the same for all texts
             has_more = token_ids[0] == self.engine.tokenizer.bos_id and len(token_ids) > 1
             return states[int(has_more) :].mean(0)
-        pooled = pooling(states)
+        row = pooling(states)
         try:
-            return torch.as_tensor(pooled)
+            return torch.as_tensor(row)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"pooling must return a tensor, got {pooled!r:.80}") from None
+            raise TypeError(f"pooling must return a tensor, got {row!r:.80}") from None
 
 
 def take_states(request: Request, index: int) -> Tensor:
