@@ -53,19 +53,19 @@ def chapter(name: str) -> str:
 
 def inline(text: str) -> str:
     """Convert code, links and emphasis in a line of text; escape the rest."""
-    kept: list[str] = []
+    pieces: list[str] = []  # HTML that must not be escaped
 
-    def keep(made: str) -> str:
-        kept.append(made)
-        return f"\0{len(kept) - 1}\0"
+    def keep(piece: str) -> str:
+        pieces.append(piece)
+        return f"\0{len(pieces) - 1}\0"
 
-    def link(found: re.Match) -> str:
-        address = html.unescape(found[2])
+    def link(match: re.Match) -> str:
+        address = html.unescape(match[2])
         if re.fullmatch(r"\d\d-[\w-]+\.md", address):  # another page of the book
             address = "#" + chapter(address)
         if not re.match(r"https?://|#|[\w./-]+$", address):
             raise ValueError(f"the link {address!r} is neither a web address nor a file")
-        return keep(f'<a href="{html.escape(address)}">') + found[1] + keep("</a>")
+        return keep(f'<a href="{html.escape(address)}">') + match[1] + keep("</a>")
 
     text = text.replace("\0", "")
     text = re.sub(r"(`+)(.+?)\1", lambda m: keep(f"<code>{html.escape(m[2].strip())}</code>"), text)
@@ -73,7 +73,7 @@ def inline(text: str) -> str:
     text = re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", link, text)
     text = re.sub(r"\*\*(?=\S)(.+?)(?<=\S)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"(?<![\w*])\*(?=\S)([^*]+?)(?<=\S)\*(?![\w*])", r"<em>\1</em>", text)
-    return re.sub("\0(\\d+)\0", lambda m: kept[int(m[1])], text)
+    return re.sub("\0(\\d+)\0", lambda m: pieces[int(m[1])], text)
 
 
 def render(lines: list[str]) -> list[str]:
@@ -134,10 +134,8 @@ def table(rows: list[str]) -> list[str]:
     for number, row in enumerate(cells):
         if not (rule and number == 1):
             tag = "th" if rule and number == 0 else "td"
-            made = (
-                f"<{tag}>{inline(cell.strip().replace(chr(92) + '|', '|'))}</{tag}>" for cell in row
-            )
-            out.append(f"<tr>{''.join(made)}</tr>")
+            texts = (inline(cell.strip().replace(r"\|", "|")) for cell in row)
+            out.append(f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>")
     return [*out, "</table>"]
 
 
@@ -145,14 +143,14 @@ def items(lines: list[str]) -> list[str]:
     """Convert a list. Indented lines belong to the item before them."""
     first = LIST.match(lines[0])
     tag, depth = ("ol" if first[2] else "ul"), len(first[1])
-    out, found = [f"<{tag}>"], []
+    out, entries = [f"<{tag}>"], []
     for line in lines:
         item = LIST.match(line)
         if item and len(item[1]) <= depth:
-            found.append([item[3]])
+            entries.append([item[3]])
         else:
-            found[-1].append(line[min(len(line) - len(line.lstrip()), depth + 4) :])
-    for text, *inner in found:
+            entries[-1].append(line[min(len(line) - len(line.lstrip()), depth + 4) :])
+    for text, *inner in entries:
         nested = next((k for k, row in enumerate(inner) if LIST.match(row)), len(inner))
         words = " ".join([text, *(row.strip() for row in inner[:nested])])
         deeper = items(inner[nested:]) if nested < len(inner) else []

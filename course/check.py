@@ -24,10 +24,10 @@ def rows_recomputed(work):
 def kv_bytes(work):
     for shape in [(6, 2, 64, 1, 4), (6, 2, 64, 100, 4), (32, 8, 128, 4096, 2)]:
         layers, heads, dim, tokens, size = shape
-        wanted = 2 * torch.empty((layers, tokens, heads, dim), device="meta").numel() * size
+        expected = 2 * torch.empty((layers, tokens, heads, dim), device="meta").numel() * size
         answer = work.kv_bytes(*shape)
-        if answer != wanted:
-            return f"kv_bytes{shape}: expected {wanted}, got {answer}"
+        if answer != expected:
+            return f"kv_bytes{shape}: expected {expected}, got {answer}"
     return None
 
 
@@ -51,10 +51,10 @@ def batches(work):
         return "a batch must have 1 to 4 requests"
     if len(groups) > 6:
         return f"expected at most 6 batches, got {len(groups)}: fill the batches"
-    before = idle(lengths, [range(i, i + 4) for i in range(0, 24, 4)])
-    after = idle(lengths, groups)
-    if after > before // 2:
-        return f"expected at most {before // 2} idle rows, got {after}"
+    limit = idle(lengths, [range(i, i + 4) for i in range(0, 24, 4)]) // 2
+    num_idle = idle(lengths, groups)
+    if num_idle > limit:
+        return f"expected at most {limit} idle rows, got {num_idle}"
     return None
 
 
@@ -75,27 +75,30 @@ def calls_needed(work):
 def gather(work):
     memory = torch.arange(8 * 4 * 3.0).view(8, 4, 3)
     for table, length in [([5], 1), ([5], 4), ([5, 2, 7], 9), ([6, 0, 3], 12)]:
-        wanted = torch.stack([memory[table[i // 4], i % 4] for i in range(length)])
+        expected = torch.stack([memory[table[i // 4], i % 4] for i in range(length)])
         answer = work.gather(memory, list(table), length)
-        if not isinstance(answer, torch.Tensor) or answer.shape != wanted.shape:
-            return f"table {table}, {length} tokens: expected a tensor {tuple(wanted.shape)}"
-        if not answer.equal(wanted):
+        if not isinstance(answer, torch.Tensor) or answer.shape != expected.shape:
+            return f"table {table}, {length} tokens: expected a tensor {tuple(expected.shape)}"
+        if not answer.equal(expected):
             return f"table {table}, {length} tokens: these are not the rows of the text"
     return None
 
 
 def write(work):
-    for count, wanted in [(1, None), (2, (1, 4)), (3, (1, 4))]:
+    for count, expected in [(1, None), (2, (1, 4)), (3, (1, 4))]:
         ref_count, free, table = [0, count, 1, 1, 0], [0, 4], [2, 1]
         answer = work.write(ref_count, free, table, 1)
-        if (tuple(answer) if answer else None) != wanted:
-            return f"a block in {count} tables: expected {wanted}, got {answer}"
-        right = (
-            ([2, 4], [0, count - 1, 1, 1, 1], [0]) if wanted else ([2, 1], [0, 1, 1, 1, 0], [0, 4])
+        if (tuple(answer) if answer else None) != expected:
+            return f"a block in {count} tables: expected {expected}, got {answer}"
+        state = (
+            ([2, 4], [0, count - 1, 1, 1, 1], [0])
+            if expected
+            else ([2, 1], [0, 1, 1, 1, 0], [0, 4])
         )
-        if (table, ref_count, free) != right:
-            got = table, ref_count, free
-            return f"a block in {count} tables: expected table, ref_count, free {right}, got {got}"
+        answer = table, ref_count, free
+        if answer != state:
+            names = "table, ref_count, free"
+            return f"a block in {count} tables: expected {names} {state}, got {answer}"
     return None
 
 
@@ -115,20 +118,20 @@ def hashes(work):
 
 
 def victim(work):
-    for running, wanted in [
+    for running, expected in [
         ([(40, 0, 3), (20, 0, 2)], 1),
         ([(40, 32, 3), (20, 0, 2)], 0),
         ([(40, 32, 0), (20, 0, 2), (30, 0, 2)], 1),
         ([(90, 64, 2), (33, 16, 1), (35, 32, 0)], 1),
     ]:
         answer = work.victim(list(running))
-        if answer != wanted:
-            return f"{running}: expected index {wanted}, got {answer}"
+        if answer != expected:
+            return f"{running}: expected index {expected}, got {answer}"
     return None
 
 
 def shares(work):
-    for needs, budget, wanted in [
+    for needs, budget, expected in [
         ([1, 1, 1], 8, [1, 1, 1]),
         ([30, 1, 1], 8, [6, 1, 1]),
         ([3, 30, 1], 8, [3, 4, 1]),
@@ -136,8 +139,8 @@ def shares(work):
         ([], 8, []),
     ]:
         answer = list(work.shares(list(needs), budget))
-        if answer != wanted:
-            return f"needs {needs}, budget {budget}: expected {wanted}, got {answer}"
+        if answer != expected:
+            return f"needs {needs}, budget {budget}: expected {expected}, got {answer}"
     return None
 
 

@@ -13,8 +13,8 @@ Attention is the only part where a row needs other rows. The model calls the ste
 The step decides where to keep the K and V of earlier tokens. The course is about this decision.
 
 A request has a `prompt` of token ids, and needs `n` samples of at most `max_tokens` new tokens.
-`request.is_done(tokens)` tells whether a text has ended. `meter` only counts: `meter.step` each
-call of the model, `meter.token` each new token.
+`request.is_done(tokens)` tells whether a text has ended. `meter` only counts: `meter.step` is for
+each call of the model, `meter.token` for each new token.
 
 You need not read three files: transformer.py (the model), prompts.py (the requests), and
 figures.py (counts, seconds, and the table that a step prints).
@@ -134,9 +134,9 @@ def divide(running, budget):
     the reader's function divides the budget."""
     needs = [len(seq.tokens) - seq.num_computed for seq in running]
     if mine.shares is not None:
-        given = mine.shares(list(needs), budget)
+        rows = mine.shares(list(needs), budget)
     else:
-        given = []
+        rows = []
         for need in needs:
-            given.append(min(need, budget - sum(given)))
-    return list(zip(running, given, strict=True))
+            rows.append(min(need, budget - sum(rows)))
+    return list(zip(running, rows, strict=True))

@@ -52,12 +52,12 @@ class Meter:
         seconds = max(max(times) for times in self.times.values())
         firsts = [times[0] for times in self.times.values()]
         gaps = [b - a for t in self.times.values() for a, b in zip(t, t[1:], strict=False)]
-        found = dict(self.counts)
+        numbers = dict(self.counts)
         if self.waste:
-            found["mean KV waste, %"] = 100 * sum(self.waste) / len(self.waste)
+            numbers["mean KV waste, %"] = 100 * sum(self.waste) / len(self.waste)
         mean, wait = sum(firsts) / len(firsts), max(gaps, default=0)
         times = 1000 * mean, 1000 * wait, self.counts["tokens generated"] / seconds
-        return found | dict(zip(TIMES, times, strict=True))
+        return numbers | dict(zip(TIMES, times, strict=True))
 
 
 def run(serve, model, requests, **limits):
@@ -105,15 +105,16 @@ def compare(serve, before, requests, problem, model=None, memory=None):
 
 def rows(old, new):
     """(name, value of the step before, value of this step) for each line of the table."""
-    before, after = old.table() if old else {}, new.table()
-    names = sorted(before | after, key=lambda name: (name in TIMES, [*after, *before].index(name)))
-    table = [(name, before.get(name, 0), after.get(name, 0)) for name in names]
+    old_table, new_table = old.table() if old else {}, new.table()
+    order = [*new_table, *old_table]
+    names = sorted(old_table | new_table, key=lambda name: (name in TIMES, order.index(name)))
+    table = [(name, old_table.get(name, 0), new_table.get(name, 0)) for name in names]
     return [line for line in table if line[1] or line[2]]
 
 
 def counts(old, new):
     """The lines of the table that are the same on every machine, in the format of a page."""
-    found = [(name, a, b) for name, a, b in rows(old, new) if name not in TIMES]
+    lines = [(name, a, b) for name, a, b in rows(old, new) if name not in TIMES]
     if old:
-        return [f"| {name} | {a:,.0f} | {b:,.0f} |" for name, a, b in found]
-    return [f"| {name} | {b:,.0f} |" for name, _, b in found]
+        return [f"| {name} | {a:,.0f} | {b:,.0f} |" for name, a, b in lines]
+    return [f"| {name} | {b:,.0f} |" for name, _, b in lines]

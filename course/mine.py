@@ -44,7 +44,7 @@ def run(number, exercises, **options):
         place, name_there, value = step.Pool, "grow", grow_with(function)
     else:
         place, name_there, value = common.mine, name, function
-    before = getattr(place, name_there)
+    original = getattr(place, name_there)
     setattr(place, name_there, value)
     try:
         return step.main(**options)
@@ -56,7 +56,7 @@ def run(number, exercises, **options):
     except Exception as error:  # the reader's own code may raise anything
         raise ValueError(f"your `{name}` raised {type(error).__name__}: {error}") from None
     finally:
-        setattr(place, name_there, before)
+        setattr(place, name_there, original)
 
 
 def main(number, path):

@@ -71,10 +71,10 @@ class Pool:
 
     def hashes(self, tokens):
         """One hash for each full block of a text: of its tokens and all tokens before it."""
-        found = [None]
+        chain = [None]
         for i in range(len(tokens) // BLOCK):
-            found.append(hash((found[-1], *tokens[i * BLOCK : (i + 1) * BLOCK])))
-        return found[1:]
+            chain.append(hash((chain[-1], *tokens[i * BLOCK : (i + 1) * BLOCK])))
+        return chain[1:]
 
     def find(self, seq):
         """Share the blocks of the longest prefix of the text that can be found."""

@@ -91,19 +91,19 @@ def kernels(requests, engine, **options):
 def main(model=None):
     model = model or common.Model()
     problem = "step 9 is a toy for one model: it generates {tokens per second} tokens per second."
-    found = common.compare(
+    meters = common.compare(
         serve, "step09_no_phases", common.shared_beginning, problem, model, memory=512
     )
     requests = common.shared_beginning(model)
     (plain, slow), (fast, quick) = (kernels(requests, e, num_blocks=200) for e in (LLM, FullLLM))
-    assert plain == fast == found[1].outputs, "the engine's tokens differ"
+    assert plain == fast == meters[1].outputs, "the engine's tokens differ"
     count = sum(map(len, plain.values()))
     print(f"\nThe core: {count / slow:.0f} tokens per second. With kernels: {count / quick:.0f},")
     print(f"{slow / quick:.1f} times as many. The tokens are the same.")
     PAGE.parent.mkdir(exist_ok=True)
-    found[1].trace.page(PAGE)
+    meters[1].trace.page(PAGE)
     print(f"\nThe core's run as a page, with every block: {PAGE.absolute()}")
-    return found
+    return meters
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def best_of_n(llm: LLM, prompt, params: SamplingParams, judge: Judge) -> list[tu
     return sorted(zip(values, texts, strict=True), reverse=True)
 
 
-def backwards(llm: LLM, question: str) -> Judge:
+def question_judge(llm: LLM, question: str) -> Judge:
     """A judge whose value is the mean log-probability of the question's tokens after an answer."""
 
     def judge(texts: list[str]) -> list[float]:
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         message = {"role": "user", "content": args.question}
         prompt = llm.tokenizer.render_for_completion([message])
         params = SamplingParams(temperature=1.0, max_tokens=32, n=args.n, seed=args.seed)
-        for value, text in best_of_n(llm, prompt, params, backwards(llm, args.question)):
+        judge = question_judge(llm, args.question)
+        for value, text in best_of_n(llm, prompt, params, judge):
             print(f"{value:8.3f}  {text!r}")
 
 

@@ -1,7 +1,7 @@
 """A trainable nanochat GPT: nanochat's config, names and mathematics in plain torch.
 
 It computes whole sequences at once, without a KV cache. It supports the first and the last of
-nanochat's eras: era 1, and era 5, which is that of the bundled model. src/microvllm/model.py has
+nanochat's eras: era 1, and era 5, the era of the bundled model. src/microvllm/model.py has
 the same layers for inference, in all eras.
 """
 
@@ -18,7 +18,7 @@ from microvllm.checkpoint import find_step, read_checkpoint
 SMEAR_CHANNELS = 24  # input channels of the smear gate
 VE_CHANNELS = 12  # input channels of the gate of a value embedding
 SOFTCAP = 15
-CONTEXTS = 10  # length of the rotary tables in contexts
+CONTEXTS = 10  # the rotary tables have this many times the context's length
 
 
 @dataclass
@@ -43,7 +43,7 @@ def matrix(width: int, rows: int) -> nn.Linear:
 
 
 class Attention(nn.Module):
-    def __init__(self, config, newest: bool, gated: bool):
+    def __init__(self, config, newest: bool, has_gate: bool):
         super().__init__()
         width = config.n_embd
         self.head_dim = width // config.n_head
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.c_k = matrix(width, kv_width)
         self.c_v = matrix(width, kv_width)
         self.c_proj = matrix(width, width)
-        self.ve_gate = matrix(VE_CHANNELS, config.n_kv_head) if gated else None
+        self.ve_gate = matrix(VE_CHANNELS, config.n_kv_head) if has_gate else None
 
     def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor):
         """x (B, T, C) normed; ve (B, T, Hkv D) or None; cos, sin (T, 1, D/2); mask (T, T)."""
@@ -90,9 +90,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, newest: bool, gated: bool):
+    def __init__(self, config, newest: bool, has_gate: bool):
         super().__init__()
-        self.attn = Attention(config, newest, gated)
+        self.attn = Attention(config, newest, has_gate)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *inputs) -> Tensor:
@@ -101,8 +101,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A trainable GPT. newest: era 5, else era 1; seed: for its random weights, none of them zero;
-    pad_vocab_size_to: the number of rows of the vocabulary is a multiple of it."""
+    """A trainable GPT. newest: era 5, else era 1; seed: of the random weights (no matrix is
+    zero); pad_vocab_size_to: the embedding has a multiple of this number of rows."""
 
     def __init__(
         self, config=None, newest: bool = True, seed: int = 0, pad_vocab_size_to: int = 64
@@ -115,26 +115,28 @@ class GPT(nn.Module):
         num_rows = -(-config.vocab_size // pad_vocab_size_to) * pad_vocab_size_to
         num_layers = config.n_layer
         # every other layer, including the last one
-        gated = [i for i in range(num_layers) if newest and i % 2 == (num_layers - 1) % 2]
-        blocks = nn.ModuleList(Block(config, newest, i in gated) for i in range(num_layers))
+        gated_layers = [i for i in range(num_layers) if newest and i % 2 == (num_layers - 1) % 2]
+        blocks = nn.ModuleList(Block(config, newest, i in gated_layers) for i in range(num_layers))
         embedding = nn.Embedding(num_rows, config.n_embd)
         self.transformer = nn.ModuleDict({"wte": embedding, "h": blocks})
         self.lm_head = matrix(config.n_embd, num_rows)
         self.windows = [config.sequence_len * CONTEXTS] * num_layers
         if newest:
-            self.add_newest(num_rows, gated)
+            self.add_newest(num_rows, gated_layers)
         generator = torch.Generator().manual_seed(seed)
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
         self.add_rotary_tables()
 
-    def add_newest(self, num_rows: int, gated: list[int]) -> None:
+    def add_newest(self, num_rows: int, gated_layers: list[int]) -> None:
         """Add the parameters of era 5 that era 1 does not have."""
         config = self.config
         num_layers = config.n_layer
         kv_width = config.n_kv_head * config.n_embd // config.n_head
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(num_rows, kv_width) for i in gated})
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(num_rows, kv_width) for i in gated_layers}
+        )
         self.resid_lambdas = nn.Parameter(torch.linspace(1.1, 0.9, num_layers))
         self.x0_lambdas = nn.Parameter(torch.linspace(0.2, 0.1, num_layers))
         self.smear_gate = matrix(SMEAR_CHANNELS, 1)

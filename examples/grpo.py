@@ -11,12 +11,12 @@ three parts:
                    tokens of answers below it less probable: the policy gradient of GRPO (Shao et
                    al., "DeepSeekMath", 2024); as in nanochat, only the mean is subtracted
 
-Then the engine samples again. It notices the new weights by itself. Before and after the training,
-the model answers sums that are not part of it: does it memorise sums, or learn to add?
+Then the engine samples again, and detects the new weights by itself. Before and after the training,
+the model answers sums that the training does not contain: does it memorise sums, or learn to add?
 
-Try another reward. Some answers of a group must get it from the start, because training reinforces
-only answers that occur. For example, this model opens nanochat's calculator with a probability of
-exp(-24), so it will not learn in this way to use it.
+Try another reward. Some answers of a group must get the reward from the start, because training
+reinforces only answers that occur. For example, this model opens nanochat's calculator with a
+probability of exp(-24), so this training cannot teach it to use the calculator.
 """
 
 import argparse
@@ -105,9 +105,9 @@ def policy_loss(gpt: GPT, rollouts: Rollouts) -> tuple[Tensor, float]:
     # an answer is compared with its group. if all answers of a group are right, or all are wrong,
     # the group has no effect
     advantages = rollouts.rewards - rollouts.rewards.mean(1, keepdim=True)
-    # the importance ratio is the probability of a token now divided by that at its draw. a batch is
-    # used once here, so the ratio is 1 up to rounding, and its gradient is that of logprobs. with
-    # several steps on a batch it must be clipped, as in PPO
+    # the importance ratio is a token's present probability divided by its probability at the draw.
+    # a batch is used once here, so the ratio is 1 up to rounding, and its gradient is that of
+    # logprobs. with several steps on a batch, the ratio must be clipped, as in PPO
     ratio = difference.exp()
     loss = -(ratio * advantages.view(-1, 1) * mask).sum() / mask.sum().clamp(min=1)
     return loss, difference.abs().max().item()

@@ -9,8 +9,9 @@ more frequent answer. One property of the sum can be read from every layer. Its 
 from no layer, although the model answers some of these questions: a linear probe does not find all
 information in the states.
 
-Try the tokens of the answer (the states include them), another property, or the states of all
-tokens in a file for a sparse autoencoder (hidden_states={"layers": (3,), "path": "states.bin"}).
+Try the tokens of the answer (the states include them), or another property. For a sparse
+autoencoder, write the states of all tokens to a file: hidden_states={"layers": (3,), "path":
+"states.bin"}.
 """
 
 import random
@@ -42,7 +43,7 @@ def read_states(llm: LLM, pairs: list[tuple[int, int]]) -> Tensor:
     layers = range(llm.model.config.n_layer)
     params = SamplingParams(temperature=0, max_tokens=1)
     outputs = llm.generate(prompts, params, use_tqdm=False, hidden_states=layers)
-    # hidden_states has prompt and answer
+    # the rows of hidden_states are the tokens of prompt and answer
     states = [output.hidden_states[len(output.prompt_token_ids) - 1] for output in outputs]
     return torch.stack(states)
 
@@ -67,8 +68,8 @@ def held_out_accuracy(states: Tensor, has_property: Tensor) -> float:
 def majority_accuracy(has_property: Tensor) -> float:
     """The accuracy on the last third of the answer that is more frequent in the first two."""
     num_train = 2 * len(has_property) // 3
-    commoner = has_property[:num_train].float().mean() > 0.5
-    return (has_property[num_train:] == commoner).float().mean().item()
+    majority = has_property[:num_train].float().mean() > 0.5
+    return (has_property[num_train:] == majority).float().mean().item()
 
 
 def main() -> None:
@@ -76,14 +77,14 @@ def main() -> None:
     random.Random(0).shuffle(pairs)
     with LLM(MODELS / "oldbooks-d6", device="cpu") as llm:
         states = read_states(llm, pairs)
-    print(f"{len(pairs)} questions; accuracy on a third of them that was not used for fitting")
+    print(f"{len(pairs)} questions; accuracy on the third that was not used to fit the probes")
     layers = range(states.shape[1])
     print("layer".ljust(12), *(f"{layer:6}" for layer in layers), "  majority")
     for name, function in PROPERTIES.items():
         has_property = torch.tensor([function(a, b) for a, b in pairs])
-        found = [held_out_accuracy(states[:, layer], has_property) for layer in layers]
+        accuracies = [held_out_accuracy(states[:, layer], has_property) for layer in layers]
         majority = majority_accuracy(has_property)
-        print(name.ljust(12), *(f"{accuracy:6.1%}" for accuracy in found), f"{majority:9.1%}")
+        print(name.ljust(12), *(f"{accuracy:6.1%}" for accuracy in accuracies), f"{majority:9.1%}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ module, continues the other questions with the new weights. Each step prints a l
 
     versions          each token has the version of the weights that drew it
     max_version_lag   a sample ends when the weights are too many versions ahead (--lag); a finished
-                      sample may wait for others of its group and be older
+                      sample that waits for its group may be older
     mismatch          the difference between the log-probabilities of the engine and of the loss: in
-                      the first step only rounding, later also the change of the weights since the
-                      draw
+                      the first step only rounding, later also weights that changed after the draw
 """
 
 import argparse
@@ -36,7 +35,7 @@ from microvllm.rl import Mismatch, mismatch
 
 GROUP = 8  # samples per question
 QUESTIONS = 8  # answered questions per step
-UNDER_WAY = 12  # questions in flight
+IN_FLIGHT = 12  # questions in flight
 MOST_RATIO = 2.0  # largest importance weight: truncated importance sampling
 
 
@@ -58,15 +57,15 @@ def read_group(output: RequestOutput, pair: tuple[int, int]) -> list[Row]:
     question = output.prompt_token_ids
     zeros = [0] * len(question)
     rows = []
-    for sample, own in zip(samples, rewards, strict=True):
-        drawn = [entry["sampler_logprob"] if entry else 0.0 for entry in sample["logprobs"]]
+    for sample, sample_reward in zip(samples, rewards, strict=True):
+        logprobs = [entry["sampler_logprob"] if entry else 0.0 for entry in sample["logprobs"]]
         rows.append(
             Row(
                 ids=question + sample["token_ids"],
                 mask=zeros + sample["mask"],
-                logprobs=zeros + drawn,
-                reward=own,
-                advantage=own - mean(rewards),
+                logprobs=zeros + logprobs,
+                reward=sample_reward,
+                advantage=sample_reward - mean(rewards),
                 versions=sample["versions"],
             )
         )
@@ -74,11 +73,12 @@ def read_group(output: RequestOutput, pair: tuple[int, int]) -> list[Row]:
 
 
 def collect(llm: LLM, rng: random.Random, pairs: dict, lag: int) -> list[Row]:
-    """The samples of the next answered questions. pairs: the sum of each question in flight."""
+    """The samples of the next answered questions. pairs: the numbers of each question in flight, by
+    the id of its request."""
     rows = []
     num_answered = 0
     while num_answered < QUESTIONS or not rows:
-        while len(pairs) < UNDER_WAY:
+        while len(pairs) < IN_FLIGHT:
             pair = rng.choice(SUMS)
             params = SamplingParams(n=GROUP, max_tokens=16, seed=rng.getrandbits(32), logprobs=0)
             pairs[llm.add_request(prompt(llm, pair), params, max_version_lag=lag)] = pair
@@ -92,16 +92,16 @@ def learn(gpt: GPT, optimizer: torch.optim.Optimizer, rows: list[Row]) -> Mismat
     """One step of the policy gradient. Returns the mismatch between loss and rollouts."""
     ids = pad([row.ids for row in rows])
     mask = pad([row.mask for row in rows])
-    drawn = pad([row.logprobs for row in rows])
+    rollout_logprobs = pad([row.logprobs for row in rows])
     advantages = torch.tensor([row.advantage for row in rows])[:, None]
     logp = gpt(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     # a token that has become less probable since its draw counts less, and vice versa
-    ratio = (logp.detach() - drawn[:, 1:]).exp().clamp(max=MOST_RATIO)
+    ratio = (logp.detach() - rollout_logprobs[:, 1:]).exp().clamp(max=MOST_RATIO)
     loss = -(ratio * advantages * logp * mask[:, 1:]).sum() / mask.sum()
     loss.backward()
     optimizer.step()  # the engine uses the new weights in its next step, as a new version
     optimizer.zero_grad()
-    return mismatch(logp, drawn, mask)
+    return mismatch(logp, rollout_logprobs, mask)
 
 
 def pad(rows: list[list]) -> torch.Tensor:

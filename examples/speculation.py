@@ -2,11 +2,11 @@
 
     python examples/speculation.py
 
-The bundled model generates a few texts in three ways: without draft tokens; with itself in int8
+The bundled model generates a few texts in three ways: without draft tokens; with its int8 version
 as the draft model; and with draft tokens from earlier answers to the same prompts, as in the epochs
 of reinforcement learning. A draft model helps only if it is much faster than the model. No draft
-model of this small model is: the engine measures this, and drafts little or nothing. Draft tokens
-from earlier answers cost nothing.
+model is much faster than this small model: the engine measures this, and drafts little or nothing.
+Draft tokens from earlier answers need no computation.
 """
 
 import sys
@@ -26,9 +26,9 @@ OPTIONS = {"device": "cpu", "num_blocks": 100}
 def write(name: str, llm: LLM) -> list[list[int]]:
     """Generate the texts one after the other, and print steps, time and draft tokens."""
     llm.reset_stats()
-    began = time.perf_counter()
+    start = time.perf_counter()
     outputs = [llm.generate(prompt, PARAMS, use_tqdm=False)[0] for prompt in PROMPTS]
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     stats = llm.stats()
     print(
         f"{name:28s} {stats['output_tokens']} tokens, {stats['steps']} steps, {seconds:.2f} s; "

@@ -30,7 +30,7 @@ QUESTION = "Guess my number. It is between 1 and 9."
 
 
 class GuessTool(Tool):
-    """The tool: it begins a session for each sample."""
+    """Begins a session for each sample."""
 
     def begin(self, request: ToolRequest) -> ToolSession:
         return GuessSession(random.Random(f"{request.seed}/{request.sample}").choice(NUMBERS))
@@ -51,7 +51,7 @@ class GuessSession(ToolSession):
 
 
 class GuessesOnly:
-    """A logits_processor that allows only calls until one is right, and no number twice."""
+    """A logits_processor that allows only calls, until a guess is right, and no number twice."""
 
     def __init__(self, llm: LLM):
         encode_special = llm.tokenizer.encode_special

@@ -2,9 +2,9 @@
 
     python examples/tree_search.py "Once upon a time" --max-tokens 6
 
-A text cannot become more likely by another token. So the search always extends the most likely text
-so far (best first, as in Dijkstra's shortest path). When the most likely text is complete, it is
-the result: every other text is less likely already. Greedy decoding and a narrow beam may miss it.
+Another token never makes a text more likely. So the search always extends the most likely text so
+far (best first, as in Dijkstra's shortest path). When the most likely text is complete, it is the
+result: every other text is already less likely. Greedy decoding and a narrow beam may miss it.
 The guarantee is for texts whose tokens are each among the k most likely ones.
 """
 

@@ -37,13 +37,13 @@ NUM_VERSIONS = 4
 BAD_VERSION = 2
 ENGINE = 0  # ranks
 TRAINER = 1
-PATIENCE = timedelta(minutes=5)
+TIMEOUT = timedelta(minutes=5)
 
 
 def connect(rank: int, store: str) -> None:
-    """Connect the two processes. Calls raise an error after PATIENCE if the other one has ended."""
+    """Connect the two processes. Calls raise an error after TIMEOUT if the other one has ended."""
     place = {"init_method": f"file://{store}", "rank": rank, "world_size": 2}
-    dist.init_process_group("gloo", timeout=PATIENCE, **place)
+    dist.init_process_group("gloo", timeout=TIMEOUT, **place)
 
 
 def send(value: object, receiver: int) -> None:
@@ -58,13 +58,13 @@ def receive(sender: int) -> object:
 
 
 def run_trainer(store: str, token_ids: list[int], num_prompt: int) -> None:
-    """The trainer's process: memorises the answer, and sends each version."""
+    """The trainer's process: trains the model to memorise the answer, and sends each version."""
     connect(TRAINER, store)
     gpt = load(MODELS / "oldbooks-d6")
     optimizer = torch.optim.SGD(gpt.parameters(), 0.02)
     ids = torch.tensor([token_ids])
     targets = ids[:, 1:].clone()
-    targets[:, : num_prompt - 1] = -1  # the question is not learned
+    targets[:, : num_prompt - 1] = -1  # the loss ignores the question
     for version in range(1, NUM_VERSIONS + 1):
         gpt(ids[:, :-1], targets).backward()
         optimizer.step()
@@ -75,7 +75,7 @@ def run_trainer(store: str, token_ids: list[int], num_prompt: int) -> None:
             shapes = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
             send((version, shapes, checksums(weights)), ENGINE)
             if makes_mistake:
-                optimizer.step()  # the checksums belong to the weights before this
+                optimizer.step()  # the checksums are of the weights before this step
                 makes_mistake = False
             for weight in weights.values():
                 dist.send(weight, dst=ENGINE)

@@ -24,31 +24,35 @@ from microvllm.scheduler import Scheduler, Sequence
 from . import scenes, solutions, world
 
 
-def serve(blocks: BlockManager, requests: list[world.Request], most: int = 32, **policies) -> dict:
-    """Run requests to their end, at most `most` at once.
+def serve(blocks: BlockManager, requests: list[world.Request], limit: int = 32, **policies) -> dict:
+    """Run requests to their end, at most `limit` at once.
 
-    Returns done (a world.Done for each sequence), again (tokens computed more than once), and hits
-    (prompt tokens found in the cache).
+    Returns completions (one for each sequence), num_recomputed (tokens computed again), and
+    num_hits (prompt tokens found in the cache).
     """
-    scheduler = Scheduler(blocks, most, 512, **policies)
+    scheduler = Scheduler(blocks, limit, 512, **policies)
     reached: dict[Sequence, int] = {}
-    again = 0
+    num_recomputed = 0
 
     def watch(plan, seconds):
-        nonlocal again
+        nonlocal num_recomputed
         for seq, start, stop, _ in plan.chunks:
-            again += max(0, min(stop, reached.get(seq, 0)) - start)
+            num_recomputed += max(0, min(stop, reached.get(seq, 0)) - start)
             reached[seq] = max(stop, reached.get(seq, 0))
 
     # the samples of a request write different texts
-    done = world.replay(scheduler, requests, watch, lambda seq, position: seq.index)
+    completions = world.replay(scheduler, requests, watch, lambda seq, position: seq.index)
     blocks.check([])
-    hits = sum(d.seq.num_cached or 0 for d in done)
-    return {"done": done, "again": again, "hits": hits}
+    num_hits = sum(c.seq.num_cached or 0 for c in completions)
+    return {
+        "completions": completions,
+        "num_recomputed": num_recomputed,
+        "num_hits": num_hits,
+    }
 
 
-def single(prompt: list[int]) -> list[world.Request]:
-    """A list with one request for one token."""
+def one_request(prompt: list[int]) -> list[world.Request]:
+    """A list with one request, which generates one token."""
     return [world.Request(0.0, Sequence(0, list(prompt), world.Params(1)))]
 
 
@@ -100,8 +104,8 @@ def forgetful(work: ModuleType) -> str | None:
 def two_prompts(work: ModuleType) -> str | None:
     blocks = world.make_blocks(99)
     first, second = work.two_prompts()
-    serve(blocks, single(first))
-    num_hits = serve(blocks, single(second))["hits"]
+    serve(blocks, one_request(first))
+    num_hits = serve(blocks, one_request(second))["num_hits"]
     if num_hits != 64:
         return f"the second prompt finds {num_hits} tokens, not 64"
     return None
@@ -118,12 +122,12 @@ def misled(work: ModuleType) -> str | None:
         scheduler.add(seq)
         scheduler.update(scheduler.schedule(), [0])
     if seq.num_cached <= common:
-        return f"their common prefix has {common} tokens, and the second gets {seq.num_cached}"
+        return f"the second finds {seq.num_cached} tokens, and {common} are their common prefix"
     return None
 
 
 def preempts(sizes: list[tuple[int, int]], num_blocks: int) -> bool:
-    """Is a sequence preempted if all of these are admitted at once in num_blocks blocks?"""
+    """Is a sequence preempted if all requests are admitted at once into num_blocks blocks?"""
     blocks = world.make_blocks(num_blocks, 8, enable_prefix_caching=False)
     scheduler = Scheduler(blocks, 8, 10_000)
     for i, (prompt, new) in enumerate(sizes):
@@ -161,16 +165,17 @@ def families() -> list[world.Request]:
     return requests
 
 
-def again(**policies) -> int:
-    """The number of tokens that `families` compute again in a pool that is too small."""
+def count_recomputed(**policies) -> int:
+    """The number of tokens computed again when `families` runs in a pool that is too small."""
     blocks = world.make_blocks(150, enable_prefix_caching=False)
-    return serve(blocks, families(), **policies)["again"]
+    return serve(blocks, families(), **policies)["num_recomputed"]
 
 
 def victim(work: ModuleType) -> str | None:
-    after, before = again(victim=work.victim), again()
-    if 3 * after > before:
-        return f"{after} tokens are computed again; with the default {before}"
+    num_recomputed = count_recomputed(victim=work.victim)
+    default = count_recomputed()
+    if 3 * num_recomputed > default:
+        return f"{num_recomputed} tokens are computed again; with the default {default}"
     return None
 
 
@@ -188,35 +193,37 @@ def stream() -> list[world.Request]:
 
 def times(**policies) -> tuple[float, float]:
     """(mean time, longest time) of the requests of `stream`, in seconds."""
-    done = serve(world.make_blocks(800), stream(), 16, **policies)["done"]
-    latencies = [d.latency for d in done]
+    completions = serve(world.make_blocks(800), stream(), 16, **policies)["completions"]
+    latencies = [c.latency for c in completions]
     return sum(latencies) / len(latencies), max(latencies)
 
 
 def admission(work: ModuleType) -> str | None:
-    (mean, worst), (before, slowest) = times(admission=work.admission), times()
-    if mean > 0.9 * before or worst > 1.5 * slowest:
-        seconds = f"a request takes {mean:.2f} s on average, and the slowest {worst:.1f} s"
-        return f"{seconds}; with the default {before:.2f} s and {slowest:.1f} s"
+    mean, longest = times(admission=work.admission)
+    default_mean, default_longest = times()
+    if mean > 0.9 * default_mean or longest > 1.5 * default_longest:
+        seconds = f"a request takes {mean:.2f} s on average, and the slowest {longest:.1f} s"
+        return f"{seconds}; with the default {default_mean:.2f} s and {default_longest:.1f} s"
     return None
 
 
 def eviction(work: ModuleType) -> str | None:
-    rng = random.Random(0)  # prompts of ten blocks, any of 40; the pool holds 15
+    # 40 different prompts of ten blocks in random order, and a pool for 15 of them
+    rng = random.Random(0)
     texts = [[rng.randrange(40)] * 161 for _ in range(120)]
 
-    def hits(policy) -> int:
+    def count_hits(policy) -> int:
         blocks = world.make_blocks(151)
-        blocks.pool.eviction = lambda pool: policy(pool, coming)
-        hashes = [{*blocks.hashes(single(text)[0].seq, 10)} for text in texts]
+        blocks.pool.eviction = lambda pool: policy(pool, future)
+        hashes = [{*blocks.hashes(one_request(text)[0].seq, 10)} for text in texts]
         num_hits = 0
         for turn, text in enumerate(texts):
-            coming = hashes[turn + 1 : turn + 41]
-            num_hits += serve(blocks, single(text))["hits"]
+            future = hashes[turn + 1 : turn + 41]
+            num_hits += serve(blocks, one_request(text))["num_hits"]
         return num_hits
 
-    num_hits = hits(work.eviction)
-    best = hits(solutions.eviction)
+    num_hits = count_hits(work.eviction)
+    best = count_hits(solutions.eviction)
     if num_hits < 0.99 * best:
         return f"{num_hits} of {160 * len(texts)} tokens are found; {best} are possible"
     return None
@@ -225,16 +232,16 @@ def eviction(work: ModuleType) -> str | None:
 def freed_by_window(work: ModuleType) -> str | None:
     for computed, window, size in [(0, 8, 4), (20, 8, 4), (21, 8, 4), (37, 5, 16), (64, 32, 16)]:
         table = [5 + 3 * i for i in range(-(-computed // size))]
-        seen = {p // size for p in range(max(0, computed - window), computed)}
-        wanted = [block for i, block in enumerate(table) if i not in seen]
+        in_window = {p // size for p in range(max(0, computed - window), computed)}
+        expected = [block for i, block in enumerate(table) if i not in in_window]
         answer = work.freed_by_window(table, computed, window, size)
-        if answer != wanted:
+        if answer != expected:
             case = f"table {table}, {computed} tokens, window {window}, blocks of {size}"
             return f"{case}: {answer} is wrong"
     return None
 
 
-def compared(number: int) -> Callable[[ModuleType], str | None]:
+def make_prediction_check(number: int) -> Callable[[ModuleType], str | None]:
     """The check of a prediction: run the engine, and compare its trace."""
     name = scenes.ANSWERS[number].__name__
 
@@ -244,23 +251,28 @@ def compared(number: int) -> Callable[[ModuleType], str | None]:
         if work is solutions:
             folder = Path(tempfile.mkdtemp())
         events, page = scenes.record(number, folder)
-        happened = scenes.ANSWERS[number](events)
-        wrong = [key for key, value in happened.items() if tidy(answer.get(key)) != tidy(value)]
-        if not wrong:
+        expected = scenes.ANSWERS[number](events)
+        wrong_keys = [
+            key
+            for key, value in expected.items()
+            if without_tuples(answer.get(key)) != without_tuples(value)
+        ]
+        if not wrong_keys:
             return None
-        return f"wrong: {', '.join(wrong)}. Look at {page}" + (", step 3" * (number == 11))
+        return f"wrong: {', '.join(wrong_keys)}. Look at {page}" + (", step 3" * (number == 11))
 
     check.__name__ = name
     return check
 
 
-def tidy(value):
+def without_tuples(value):
     """Convert nested tuples to lists, to compare them."""
-    return [tidy(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return [without_tuples(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 CHECKS = [blocks_needed, slot_of, forgetful, two_prompts, misled, pool_without_preemption, victim,
-          admission, eviction, freed_by_window, *map(compared, scenes.ANSWERS)]  # fmt: skip
+          admission, eviction, freed_by_window,
+          *map(make_prediction_check, scenes.ANSWERS)]  # fmt: skip
 
 
 def verdict(number: int, work: ModuleType) -> str | None:
@@ -273,20 +285,20 @@ def verdict(number: int, work: ModuleType) -> str | None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="microvllm lab check", description=__doc__)
-    every = range(1, len(CHECKS) + 1)
+    numbers = range(1, len(CHECKS) + 1)
     parser.add_argument("number", nargs="*", type=positive, metavar="N")
     parser.add_argument("--solutions", action="store_true", help="check solutions.py instead")
     args = parser.parse_args(argv)
-    if set(args.number) - set(every):
+    if set(args.number) - set(numbers):
         parser.error(f"the exercises are 1 to {len(CHECKS)}")
     with terminal.user_errors(args):
         work = solutions if args.solutions else learn.load_exercises("lab")
-    failed = False
-    for number in args.number or every:
-        wrong = verdict(number, work)
-        failed |= wrong is not None
+    has_failed = False
+    for number in args.number or numbers:
+        mistake = verdict(number, work)
+        has_failed |= mistake is not None
         if not args.solutions:
-            learn.mark("lab", "solved", number, wrong is None)
-        verdict_text = "solved" if wrong is None else f"not yet: {wrong}"
+            learn.mark("lab", "solved", number, mistake is None)
+        verdict_text = "solved" if mistake is None else f"not yet: {mistake}"
         print(f"{number:2} {CHECKS[number - 1].__name__:24}{verdict_text}", flush=True)
-    sys.exit(failed)
+    sys.exit(has_failed)

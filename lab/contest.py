@@ -14,14 +14,14 @@ from . import policies, world
 
 
 class Workload(NamedTuple):
-    """Requests, and the answers of the fake model."""
+    """Requests, and the answers that a fake model gives to them."""
 
     requests: list[world.Request]
     texts: list[list[int]]  # prompt and answer of each request, by its number
     blocks: int  # blocks of 16 tokens in the pool
 
 
-def made(turns: list[tuple[float, list[int], list[int]]], blocks: int) -> Workload:
+def make_workload(turns: list[tuple[float, list[int], list[int]]], blocks: int) -> Workload:
     """A workload from a list of (arrival, prompt, prompt + answer)."""
     turns.sort(key=lambda turn: turn[0])
     requests = [
@@ -31,17 +31,19 @@ def made(turns: list[tuple[float, list[int], list[int]]], blocks: int) -> Worklo
     return Workload(requests, [text for _, _, text in turns], blocks)
 
 
-def talk(rng: random.Random, at: float, text: list[int], token: int, turns: int, think: float):
+def conversation(
+    rng: random.Random, at: float, text: list[int], token: int, num_turns: int, pause: float
+):
     """The turns of one conversation that begins with `text`. Each turn contains the conversation so
-    far, and arrives about `think` seconds after the last answer. token: the questions repeat it."""
-    for _ in range(turns):
+    far, and arrives about `pause` seconds after the last answer. token: questions consist of it."""
+    for _ in range(num_turns):
         num_question, num_answer = next(world.lengths("sharegpt", rng))
         if len(text) + num_question + num_answer > world.CONTEXT:
             break
         prompt = [*text, *[token] * num_question]
         text = [*prompt, *rng.choices(range(100), k=num_answer)]
         yield at, prompt, text
-        at += 0.06 * num_answer + rng.expovariate(1 / think)
+        at += 0.06 * num_answer + rng.expovariate(1 / pause)
 
 
 def prompts_of(rng: random.Random, number: int) -> tuple[list[list[int]], list[float]]:
@@ -59,8 +61,8 @@ def bursts(seed: int, scale: float) -> Workload:
     texts, weights = prompts_of(rng, 16)
     for number in range(round(240 * scale)):
         at, (text,) = number // 30 * 40 + 2 * rng.random(), rng.choices(texts, weights)
-        turns += talk(rng, at, text, 1000 + number, rng.choice([1, 3]), 5)
-    return made(turns, 700)
+        turns += conversation(rng, at, text, 1000 + number, rng.choice([1, 3]), 5)
+    return make_workload(turns, 700)
 
 
 def conversations(seed: int, scale: float) -> Workload:
@@ -69,13 +71,13 @@ def conversations(seed: int, scale: float) -> Workload:
     rng, at, turns = random.Random(seed), 0.0, []
     for number in range(round(300 * scale)):
         at += rng.expovariate(0.65)
-        count = rng.randint(2, 6) if number % 2 else 1
-        turns += talk(rng, at, [number % 4] * 200, 100 + number, count, 20)
-    return made(turns, 700)
+        num_turns = rng.randint(2, 6) if number % 2 else 1
+        turns += conversation(rng, at, [number % 4] * 200, 100 + number, num_turns, 20)
+    return make_workload(turns, 700)
 
 
 def shared(seed: int, scale: float) -> Workload:
-    """Single questions without repetition, each after one of 24 system prompts."""
+    """Different questions, each after one of 24 system prompts."""
     rng, at, turns = random.Random(seed), 0.0, []
     texts, weights = prompts_of(rng, 24)
     for number in range(round(600 * scale)):
@@ -83,14 +85,15 @@ def shared(seed: int, scale: float) -> Workload:
         num_question, num_answer = next(world.lengths("alpaca", rng))
         prompt = rng.choices(texts, weights)[0] + [1000 + number] * max(16, num_question)
         turns.append((at, prompt, prompt + rng.choices(range(100), k=num_answer)))
-    return made(turns, 300)
+    return make_workload(turns, 300)
 
 
 def circle(seed: int, scale: float) -> Workload:
     """A circular scan: forty texts of ten blocks, one after the other, again and again, in a pool
-    for thirty texts."""
+    with space for thirty texts."""
     numbers = [i % 40 for i in range(round(400 * scale))]
-    return made([(5.0 * i, [n] * 161, [n] * 162) for i, n in enumerate(numbers)], 301)
+    turns = [(5.0 * i, [n] * 161, [n] * 162) for i, n in enumerate(numbers)]
+    return make_workload(turns, 301)
 
 
 WORKLOADS: dict[str, Callable[[int, float], Workload]] = {
@@ -110,28 +113,28 @@ def measure(workload: Workload, policies: dict[str, Callable]) -> dict[str, floa
     scheduler = Scheduler(
         blocks, 256, 2560, victim=policies["victim"], admission=policies["admission"]
     )
-    reached = dict.fromkeys((r.seq for r in workload.requests), 0)  # tokens computed once
-    again = steps = 0
+    reached = dict.fromkeys((r.seq for r in workload.requests), 0)  # the most tokens so far
+    num_recomputed = steps = 0
 
     def watch(plan, seconds):
-        nonlocal again, steps
+        nonlocal num_recomputed, steps
         steps += 1
         for seq, start, stop, _ in plan.chunks:
-            again += max(0, min(stop, reached[seq]) - start)
+            num_recomputed += max(0, min(stop, reached[seq]) - start)
             reached[seq] = max(stop, reached[seq])
 
     texts = workload.texts
-    done = world.replay(
+    completions = world.replay(
         scheduler, workload.requests, watch, lambda seq, at: texts[seq.request_id][at]
     )
     blocks.check([])
-    num_cached = sum(d.seq.num_cached for d in done)
-    num_prompt = sum(d.seq.num_prompt for d in done)
-    waits = [d.first - d.arrival for d in done]
-    times = [d.latency for d in done]
+    num_cached = sum(c.seq.num_cached for c in completions)
+    num_prompt = sum(c.seq.num_prompt for c in completions)
+    waits = [c.first - c.arrival for c in completions]
+    times = [c.latency for c in completions]
     return {
-        "computed": num_prompt - num_cached + again,
-        "recomputed": again,
+        "computed": num_prompt - num_cached + num_recomputed,
+        "recomputed": num_recomputed,
         "hit rate %": 100 * num_cached / num_prompt,
         "preempted": scheduler.num_preemptions,
         "steps": steps,
@@ -141,52 +144,53 @@ def measure(workload: Workload, policies: dict[str, Callable]) -> dict[str, floa
     }
 
 
-def chosen(words: list[str]) -> list[tuple[str, str, Callable]]:
+def select_policies(words: list[str]) -> list[tuple[str, str, Callable]]:
     """(kind, name, policy) for the words of --only: a kind for all its policies, or KIND=POLICY.
     Raises ValueError for an unknown kind or policy."""
-    found = []
+    rows = []
     for word in words:
         kind, _, name = word.partition("=")
         if kind not in KINDS:
             raise ValueError(f"--only {word}: give {', '.join(KINDS)}, or KIND=NAME|FILE:FUNCTION")
         for each in [name] if name else [*names(kind)][1:]:  # without the default
             policy = find_policy(kind, each)
-            found.append((kind, f"{kind}={each.rpartition(':')[2]}", policy))
-    return found
+            rows.append((kind, f"{kind}={each.rpartition(':')[2]}", policy))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = world.Parser(policies.__doc__, "policies")
     add = parser.add_argument
-    what = f"traffic: {', '.join(WORKLOADS)} (default: bursts, where each kind of policy matters)"
-    add("--workload", nargs="+", default=["bursts"], choices=WORKLOADS, metavar="NAME", help=what)
-    what = "rows beside the defaults: KIND, KIND=NAME or KIND=FILE:FUNCTION (default: all)"
-    add("--only", nargs="+", default=[*KINDS], metavar="KIND[=POLICY]", help=what)
-    what = "factor of the traffic's length (default: %(default)s)"
-    add("--scale", type=float, default=1.0, metavar="X", help=what)
+    help_text = f"traffic: {', '.join(WORKLOADS)} (default: bursts, where all policies matter)"
+    default = ["bursts"]
+    add("--workload", nargs="+", default=default, choices=WORKLOADS, metavar="NAME", help=help_text)
+    help_text = "rows after the defaults: KIND, KIND=NAME or KIND=FILE:FUNCTION (default: all)"
+    add("--only", nargs="+", default=[*KINDS], metavar="KIND[=POLICY]", help=help_text)
+    help_text = "factor for the length of the traffic (default: %(default)s)"
+    add("--scale", type=float, default=1.0, metavar="X", help=help_text)
     args = parser.parse_args(argv)
     with terminal.user_errors(args):
-        rows = [("", "the defaults", None), *chosen(args.only)]
-    found = {}
+        rows = [("", "the defaults", None), *select_policies(args.only)]
+    results = {}
     for name in args.workload:
-        found[name] = {}
+        results[name] = {}
         for kind, label, policy in rows:
             workload = WORKLOADS[name](args.seed, args.scale)
-            found[name][label] = measure(workload, DEFAULT | ({kind: policy} if kind else {}))
-        heads = list(found[name]["the defaults"])
-        lines = [[label, *row.values()] for label, row in found[name].items()]
+            results[name][label] = measure(workload, DEFAULT | ({kind: policy} if kind else {}))
+        heads = list(results[name]["the defaults"])
+        lines = [[label, *row.values()] for label, row in results[name].items()]
         print(world.table([name, *heads], lines), end="\n\n")
     print(WHY.strip())
 
     def draw(plt):
-        shown = ["computed", "hit rate %", "preempted", "steps", "request p50 s", "request p99 s"]
-        size = 16, 1.2 + 0.24 * len(rows) * len(found)
-        figure, panels = plt.subplots(len(found), len(shown), figsize=size, sharey=True,
+        columns = ["computed", "hit rate %", "preempted", "steps", "request p50 s", "request p99 s"]
+        size = 16, 1.2 + 0.24 * len(rows) * len(results)
+        figure, panels = plt.subplots(len(results), len(columns), figsize=size, sharey=True,
                                       squeeze=False)  # fmt: skip
-        for line, (name, got) in zip(panels, found.items(), strict=True):
-            for axes, key in zip(line, shown, strict=True):
-                values = [row[key] for row in got.values()]
-                axes.barh(list(got), values, color=[COLORS[kind] for kind, _, _ in rows])
+        for line, (name, measured) in zip(panels, results.items(), strict=True):
+            for axes, key in zip(line, columns, strict=True):
+                values = [row[key] for row in measured.values()]
+                axes.barh(list(measured), values, color=[COLORS[kind] for kind, _, _ in rows])
                 axes.axvline(values[0], color="#333333", lw=0.8, ls="--")
                 axes.set_title(key)
                 axes.locator_params(axis="x", nbins=3)
@@ -199,4 +203,4 @@ def main(argv: list[str] | None = None) -> None:
         figure.tight_layout()
         return figure
 
-    world.finish(args, found, draw)
+    world.finish(args, results, draw)

@@ -49,15 +49,15 @@ KINDS = {
 
 
 def play(llm, scene: list[tuple] = SCENE) -> None:
-    """Serve a scene with the core's LLM to its end. A prompt is a text, or (text, number of its
-    tokens to use)."""
+    """Serve all requests of a scene with the core's LLM. A prompt is a text, or (text, number of
+    its tokens to use)."""
     from microvllm.sampler import SamplingParams
 
-    coming = sorted(scene)
+    pending = sorted(scene)
     step = 0
-    while coming or not llm.is_finished():
-        while coming and coming[0][0] <= step:
-            _, prompt, n, new = coming.pop(0)
+    while pending or not llm.is_finished():
+        while pending and pending[0][0] <= step:
+            _, prompt, n, new = pending.pop(0)
             if isinstance(prompt, tuple):
                 prompt = llm.tokenizer.encode(prompt[0])[: prompt[1]]
             params = SamplingParams(0.8, new, 50, ignore_eos=True, n=n, seed=7)
@@ -101,8 +101,8 @@ def record(
 
 
 def numbered(events: list[dict]) -> Iterator[tuple[int, dict]]:
-    """(step, event) for each event, with the step numbers of the page: events during the planning
-    of a step belong to that step."""
+    """(step, event) for each event, with the step numbers of the page. The events while a step is
+    planned have the number of this step."""
     step = 1
     for event in events:
         yield step, event
@@ -111,45 +111,45 @@ def numbered(events: list[dict]) -> Iterator[tuple[int, dict]]:
 
 def first_steps(events: list[dict]) -> dict[str, int]:
     """For each of KINDS, the number of the first step with such an event."""
-    found: dict[str, int] = {}
+    steps: dict[str, int] = {}
     for step, event in numbered(events):
         if event["e"] in KINDS:
-            found.setdefault(event["e"], step)
-    return found
+            steps.setdefault(event["e"], step)
+    return steps
 
 
 def take_picture(page: Path, picture: Path, step: int, theme: str) -> None:
-    """Write a PNG of the page at a step with the system's Chromium. Raises ValueError if there is
-    none or if it fails."""
+    """Write a PNG of the page at a step with the system's Chromium. Raises ValueError if
+    Chromium is missing or fails."""
     names = "chromium", "chromium-browser", "google-chrome", "chrome"
     chromium = next(filter(None, map(shutil.which, names)), None)
     if chromium is None:
         raise ValueError("--picture needs Chromium: install it (Debian: apt install chromium)")
     flags = "headless no-sandbox disable-gpu hide-scrollbars force-device-scale-factor=1"
-    done = subprocess.run(
+    result = subprocess.run(
         [chromium, *(f"--{flag}" for flag in flags.split()), "--window-size=1400,830",
          f"--screenshot={picture.absolute()}", f"{page.absolute().as_uri()}#{step},{theme}"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    if done.returncode or not picture.is_file():
-        raise ValueError(f"{chromium} wrote no picture: {done.stderr.strip()[-200:]}")
+    if result.returncode or not picture.is_file():
+        raise ValueError(f"{chromium} wrote no picture: {result.stderr.strip()[-200:]}")
 
 
 def has_screen() -> bool:
-    """Can a browser window be shown to a person?"""
-    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return sys.stdout.isatty() and bool(shown or sys.platform in ("darwin", "win32"))
+    """Is the program in a terminal with a display, so that a browser can open a window?"""
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return sys.stdout.isatty() and bool(display or sys.platform in ("darwin", "win32"))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = terminal.Parser(prog="microvllm lab demo", description=__doc__)
     add = parser.add_argument
-    where = "folder for demo.jsonl and demo.html (default: %(default)s)"
-    add("--out", type=Path, default=Path("lab-results"), metavar="DIR", help=where)
+    help_text = "folder for demo.jsonl and demo.html (default: %(default)s)"
+    add("--out", type=Path, default=Path("lab-results"), metavar="DIR", help=help_text)
     add("--no-open", action="store_true", help="print the address of the page, do not open it")
-    what = "also write pictures of the page at the first preemption, X.png and X-dark.png, with "
-    what += "Chromium"
-    add("--picture", type=Path, metavar="X.png", help=what)
+    help_text = "also write pictures of the page at the first preemption, X.png and X-dark.png; "
+    help_text += "needs Chromium"
+    add("--picture", type=Path, metavar="X.png", help=help_text)
     args = parser.parse_args(argv)
     trace, page = args.out / "demo.jsonl", args.out / "demo.html"
     with terminal.user_errors(args):
@@ -170,4 +170,4 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nwritten: {trace}, {page}")
     if not args.no_open and has_screen() and webbrowser.open(page.absolute().as_uri()):
         return
-    print(f"open it in a browser: {page.absolute().as_uri()}")
+    print(f"open the page in a browser: {page.absolute().as_uri()}")

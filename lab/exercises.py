@@ -61,9 +61,9 @@ def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) ->
 
 # 7
 def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    """The sequence to preempt. The number of tokens computed again must be at most a third of that
-    with the default. Some requests have six samples that share the blocks of their prompt. The
-    prefix cache is off."""
+    """The sequence to preempt. The number of tokens computed again must be at most a third of the
+    number with the default. Some requests have six samples that share the blocks of their prompt.
+    The prefix cache is off."""
     return youngest(scheduler, seq)
 
 
@@ -75,10 +75,10 @@ def admission(scheduler: Scheduler) -> Sequence:
 
 
 # 9
-def eviction(pool: BlockPool, coming: list[set[bytes]]) -> int:
-    """The block to evict if the future is known. coming: the hashes of the full blocks of each of
-    the next 40 prompts, the next prompt first. Find as many tokens as the best possible policy with
-    this knowledge."""
+def eviction(pool: BlockPool, future: list[set[bytes]]) -> int:
+    """The block to evict if the future is known. future: the hashes of the full blocks of each of
+    the next 40 prompts, the next prompt first. As many prompt tokens must be found in the cache as
+    with the best possible policy."""
     return least_recently_used(pool)
 
 

@@ -7,7 +7,7 @@ kinds of slots:
     reserved   it is reserved for a token that comes later
     internal   it is reserved for a token that never comes
     rounded    it was added to round the size up to a power of two
-    free       the next request does not fit into the free slots
+    free       it is not reserved, but the next request does not fit
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ KINDS = {"tokens": "#0072B2", "reserved": "#56B4E9", "internal": "#D55E00", "rou
 WHY = """
 Without --sharegpt, the spread of the output lengths is chosen so that Orca Max agrees with the
 paper; the other systems follow from it. The paper does not say how the size that Pow2 reserves is
-rounded. Here the buddy allocator takes the next power of two of prompt and output together. Paged:
-"free" is the reserve that our scheduler keeps for running sequences (16 tokens each), so that they
-are not preempted soon. The rest is about half a block per sequence.
+rounded. Here the buddy allocator rounds the sum of prompt and output up to a power of two. In the
+row "paged", "free" is the reserve that our scheduler keeps for running sequences (16 tokens each),
+so that they are not preempted soon; "internal" is about half a block per sequence.
 """
 
 
@@ -39,13 +39,13 @@ def shares(scheduler: Scheduler) -> dict[str, float]:
     tokens = sum(seq.num_computed for seq in running)
     if isinstance(blocks, Contiguous):
         final = sum(seq.max_length - 1 for seq in running)  # the last token is never an input
-        wanted = sum(size for _, size in blocks.held.values())
-        taken = sum(power(size) for _, size in blocks.held.values())
-        cut = [tokens, final, wanted, taken, world.SLOTS]
+        reserved = sum(size for _, size in blocks.allocations.values())
+        allocated = sum(power(size) for _, size in blocks.allocations.values())
+        limits = [tokens, final, reserved, allocated, world.SLOTS]
     else:
-        taken = (blocks.pool.num_usable - blocks.pool.num_free) * blocks.block_size
-        cut = [tokens, tokens, taken, taken, world.SLOTS]
-    sizes = [b - a for a, b in zip([0, *cut[:-1]], cut, strict=True)]
+        allocated = (blocks.pool.num_usable - blocks.pool.num_free) * blocks.block_size
+        limits = [tokens, tokens, allocated, allocated, world.SLOTS]
+    sizes = [b - a for a, b in zip([0, *limits[:-1]], limits, strict=True)]
     return {kind: 100 * size / world.SLOTS for kind, size in zip(KINDS, sizes, strict=True)}
 
 
@@ -58,13 +58,13 @@ def measure(name: str, args) -> dict[str, float]:
     scheduler = Scheduler(blocks, 256, 2560)
     sums, total, turn = dict.fromkeys(KINDS, 0.0), 0.0, 0
 
-    def watch(step, took):
+    def watch(step, step_seconds):
         nonlocal total, turn
         turn += 1
         if turn % 20 == 0 and scheduler.waiting:
-            total += took
+            total += step_seconds
             for kind, share in shares(scheduler).items():
-                sums[kind] += share * took
+                sums[kind] += share * step_seconds
 
     requests = world.traffic("sharegpt", args.requests, math.inf, args.seed, args.sharegpt)
     world.replay(scheduler, requests, watch)
@@ -77,18 +77,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = world.Parser(__doc__, "fig02", lengths=True)
     parser.add_argument("--requests", type=positive, default=1000, metavar="N")
     args = parser.parse_args(argv)
-    found = {name: measure(name, args) for name in PAPER}
-    rows = [[name, PAPER[name], *shares.values()] for name, shares in found.items()]
+    results = {name: measure(name, args) for name in PAPER}
+    rows = [[name, PAPER[name], *shares.values()] for name, shares in results.items()]
     print(world.table(["% of the slots", "paper: tokens", *KINDS], rows) + "\n" + WHY)
 
     def draw(plt):
         figure, axes = plt.subplots(figsize=(7, 3.5))
-        left = [0.0] * len(found)
+        left = [0.0] * len(results)
         for kind, color in KINDS.items():
-            widths = [shares[kind] for shares in found.values()]
-            axes.barh(list(found), widths, left=left, color=color, label=kind, edgecolor="white")
+            widths = [shares[kind] for shares in results.values()]
+            axes.barh(list(results), widths, left=left, color=color, label=kind, edgecolor="white")
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        for row, name in enumerate(found):
+        for row, name in enumerate(results):
             axes.plot([PAPER[name]] * 2, [row - 0.4, row + 0.4], "k--", lw=1.5,
                       label="tokens, paper" if row == 0 else None)  # fmt: skip
         axes.invert_yaxis()
@@ -96,4 +96,4 @@ def main(argv: list[str] | None = None) -> None:
         axes.legend(ncol=6, loc="upper center", bbox_to_anchor=(0.45, -0.2), frameon=False)
         return figure
 
-    world.finish(args, {"paper": PAPER, "ours": found}, draw)
+    world.finish(args, {"paper": PAPER, "ours": results}, draw)

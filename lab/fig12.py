@@ -2,7 +2,7 @@
 
 Requests arrive in a Poisson process, with lengths like ShareGPT's or Alpaca's. The paper's
 normalized latency is the time of a request divided by the length of its output, as a mean over all
-requests. It grows slowly with the rate. When the memory limits the batch, the queue grows without
+requests. It grows slowly with the rate, until memory limits the batch and the queue grows without
 end. The sustained rate is the rate at which the normalized latency is half a second, interpolated
 between two measured rates.
 """
@@ -33,10 +33,11 @@ BATCHED = {
 # figure 12: the sustained rate of paging divided by that of the system, over three sizes of OPT
 TIMES = {("sharegpt", "Orca Oracle"): "1.7 to 2.7 x", ("sharegpt", "Orca Max"): "2.7 to 8 x"}
 WHY = """
-The paper's ranges are over three sizes of OPT; ours is the smallest. For Alpaca it gives no ranges.
-The time of a step was fitted to the paged bars of figure 13. Everything else follows from it and
-from the lengths, with a spread of our choice. Our traffic lasts minutes, the paper's an hour. In a
-shorter run the queue has less time to grow: with --minutes 60 every system sustains a little less.
+The paper's ranges are over three sizes of OPT; ours is the smallest. The paper gives no ranges for
+Alpaca. The time of a step was fitted to the paged bars of figure 13. Everything else follows from
+this time and from the lengths, whose spread is our choice. Our traffic lasts minutes,
+the paper's an hour. In a shorter run the queue has less time to grow: with --minutes 60 every
+system sustains a little less.
 All four systems use our Scheduler, which computes prompts in chunks, together with decodes.
 """
 
@@ -51,22 +52,22 @@ def measure(system: str, kind: str, rate: float, args) -> dict[str, float]:
     minutes = args.minutes or MINUTES[kind]
     busy = total = 0.0
 
-    def watch(step, took):
+    def watch(step, step_seconds):
         nonlocal busy, total
         if total < 60 * minutes:  # later, no new requests arrive
-            busy += len(step.chunks) * took
-            total += took
+            busy += len(step.chunks) * step_seconds
+            total += step_seconds
 
     requests = world.traffic(kind, round(60 * minutes * rate), rate, args.seed, args.sharegpt)
-    done = world.replay(scheduler, requests, watch)
+    completions = world.replay(scheduler, requests, watch)
     return {
-        "latency": sum(d.per_token for d in done) / len(done),
+        "latency": sum(c.per_token for c in completions) / len(completions),
         "batched": busy / total,
-        "hours": done[-1].end / 3600,
+        "hours": completions[-1].end / 3600,
     }
 
 
-def borne(rates: list[float], points: list[dict]) -> float:
+def sustained_rate(rates: list[float], points: list[dict]) -> float:
     """The rate at which the latency reaches LIMIT, interpolated between measured rates."""
     pairs = list(zip(rates, [p["latency"] for p in points], strict=True))
     for (r0, a), (r1, b) in zip(pairs, pairs[1:], strict=False):
@@ -77,15 +78,15 @@ def borne(rates: list[float], points: list[dict]) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = world.Parser(__doc__, "fig12", lengths=True)
-    what = "minutes of traffic at each rate (default: 10 for sharegpt, 2 for alpaca)"
-    parser.add_argument("--minutes", type=positive, metavar="N", help=what)
+    help_text = "minutes of traffic at each rate (default: 10 for sharegpt, 2 for alpaca)"
+    parser.add_argument("--minutes", type=positive, metavar="N", help=help_text)
     parser.add_argument("--traffic", choices=RATES, help="run only this traffic (default: both)")
-    what = "requests per second, in rising order"
-    parser.add_argument("--rates", type=float, nargs="+", metavar="R", help=what)
+    help_text = "requests per second, in rising order"
+    parser.add_argument("--rates", type=float, nargs="+", metavar="R", help=help_text)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS, metavar="NAME")
     args = parser.parse_args(argv)
     kinds = [args.traffic] if args.traffic else list(RATES)
-    found, began = {}, time.perf_counter()
+    results, start = {}, time.perf_counter()
     for kind in kinds:
         rates, (at, paper) = args.rates or RATES[kind], BATCHED[kind]
         curves, rows = {}, []
@@ -96,36 +97,39 @@ def main(argv: list[str] | None = None) -> None:
                 if points[-1]["latency"] > 2 * LIMIT:
                     break
             curves[system] = {"rates": rates[: len(points)], "points": points}
-            curves[system]["borne"] = borne(curves[system]["rates"], points)
+            curves[system]["sustained"] = sustained_rate(curves[system]["rates"], points)
             curves[system]["batched"] = measure(system, kind, at, args)["batched"]
-        best = curves[args.systems[-1]]["borne"]
+        best = curves[args.systems[-1]]["sustained"]
         for system, curve in curves.items():
-            ratio = best / curve["borne"]
+            ratio = best / curve["sustained"]
             times = [TIMES.get((kind, system), "-"), f"{ratio:.2g} x"]
-            rows.append([system, curve["borne"], *times, paper[system], curve["batched"]])
+            rows.append([system, curve["sustained"], *times, paper[system], curve["batched"]])
         columns = [kind, "requests/s", "paging sustains: paper", "ours"]
         head = [*columns, f"batched at {at}/s: paper", "ours"]
         print(world.table(head, rows), end="\n\n")
-        found[kind] = curves
-    hours = sum(p["hours"] for c in found.values() for curve in c.values() for p in curve["points"])
-    took = time.perf_counter() - began
-    print(f"{hours:.1f} hours of traffic in {took:.0f} s\n{WHY.rstrip()}")
+        results[kind] = curves
+    all_curves = [curve for curves in results.values() for curve in curves.values()]
+    hours = sum(point["hours"] for curve in all_curves for point in curve["points"])
+    seconds = time.perf_counter() - start
+    print(f"{hours:.1f} hours of traffic in {seconds:.0f} s\n{WHY.rstrip()}")
 
     def draw(plt):
         figure, rows = plt.subplots(len(kinds), 2, figsize=(10, 3.6 * len(kinds)), squeeze=False)
         for (curve, bars), kind in zip(rows, kinds, strict=True):
             for system in args.systems:
-                got = found[kind][system]
-                latency = [p["latency"] for p in got["points"]]
-                curve.plot(got["rates"], latency, "o-", ms=4, color=COLORS[system], label=system)
+                measured = results[kind][system]
+                latency = [p["latency"] for p in measured["points"]]
+                color = COLORS[system]
+                curve.plot(measured["rates"], latency, "o-", ms=4, color=color, label=system)
             curve.set(ylim=(0, 1), xlabel="requests per second", ylabel="seconds per token",
                       title=f"Figure 12, lengths like {kind}")  # fmt: skip
             curve.axhline(LIMIT, color="#999999", lw=0.8, ls="--")
-            curve.set_xlim(0, 1.15 * max(max(found[kind][s]["rates"]) for s in args.systems))
+            rates = [rate for system in args.systems for rate in results[kind][system]["rates"]]
+            curve.set_xlim(0, 1.15 * max(rates))
             curve.legend(frameon=False, loc="lower right")
             at, paper = BATCHED[kind]
             places = range(len(args.systems))
-            ours = [found[kind][s]["batched"] for s in args.systems]
+            ours = [results[kind][s]["batched"] for s in args.systems]
             colors = [COLORS[s] for s in args.systems]
             bars.bar([p - 0.2 for p in places], [paper[s] for s in args.systems], 0.4,
                      color="#CCCCCC")  # fmt: skip
@@ -135,4 +139,4 @@ def main(argv: list[str] | None = None) -> None:
         figure.tight_layout()
         return figure
 
-    world.finish(args, {"limit": LIMIT, "ours": found}, draw)
+    world.finish(args, {"limit": LIMIT, "ours": results}, draw)

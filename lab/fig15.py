@@ -18,40 +18,40 @@ from . import world
 PAPER = {"alpaca": {2: 6.09, 4: 8.53, 6: 9.79}, "sharegpt": {2: 16.2, 6: 30.5}}
 COUNTS = [2, 4, 6]
 WHY = """
-The saving is the share of full prompt blocks in the whole memory. So it depends on how many prompts
-have at least 16 tokens, and on the length of outputs relative to prompts. We know only the means of
-these two distributions. For ShareGPT the paper gives the ends of a range, which we take as n = 2
-and n = 6. Here all samples of a request are equally long. If they are not, the last one shares
-nothing at the end. Each sample writes its own text. If the texts were equal, a preempted sample
-would find the blocks of the others by hash, and with ShareGPT's lengths the saving would be half as
-large again."""
+Mostly full blocks of prompts are shared. So the saving depends on how many prompts have at least 16
+tokens, and on the length of outputs relative to prompts. We know only the means of these two
+distributions. For ShareGPT the paper gives the ends of a range, which we take as n = 2 and n = 6.
+Here all samples of a request are equally long. If they were not, the last sample of a request would
+share nothing at the end. Each sample writes its own text. If the texts were equal, a preempted
+sample would find the blocks of the others by hash, and with ShareGPT's lengths the saving would be
+1.5 times as large."""
 
 
 def measure(kind: str, n: int, args) -> float:
     """The percentage of blocks that sharing saves, over all steps."""
     blocks = world.make_blocks(world.SLOTS // 16 + 1)
     scheduler = Scheduler(blocks, 256, 2560)
-    held = used = turn = 0
+    num_entries = num_blocks = turn = 0
 
-    def watch(step, took):
-        nonlocal held, used, turn
+    def watch(step, step_seconds):
+        nonlocal num_entries, num_blocks, turn
         turn += 1
         if turn % 10 == 0:
-            held += sum(len(seq.block_table) for seq in scheduler.running)
-            used += blocks.pool.num_usable - blocks.pool.num_free
+            num_entries += sum(len(seq.block_table) for seq in scheduler.running)
+            num_blocks += blocks.pool.num_usable - blocks.pool.num_free
 
     requests = world.traffic(kind, args.requests, math.inf, args.seed, args.sharegpt, n)
     world.replay(scheduler, requests, watch, lambda seq, position: seq.index)
-    return 100 * (1 - used / held)
+    return 100 * (1 - num_blocks / num_entries)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = world.Parser(__doc__, "fig15", lengths=True)
     parser.add_argument("--requests", type=positive, default=300, metavar="N")
     args = parser.parse_args(argv)
-    found = {kind: {n: measure(kind, n, args) for n in COUNTS} for kind in PAPER}
+    results = {kind: {n: measure(kind, n, args) for n in COUNTS} for kind in PAPER}
     rows = [
-        [f"{kind}, n = {n}", PAPER[kind].get(n, "-"), found[kind][n]]
+        [f"{kind}, n = {n}", PAPER[kind].get(n, "-"), results[kind][n]]
         for kind in PAPER
         for n in COUNTS
     ]
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             counts = [n for n in COUNTS if n in PAPER[kind]]
             axes.bar([n - 0.35 for n in counts], [PAPER[kind][n] for n in counts], 0.7,
                      color="#CCCCCC", label="paper")  # fmt: skip
-            axes.bar([n + 0.35 for n in COUNTS], found[kind].values(), 0.7,
+            axes.bar([n + 0.35 for n in COUNTS], results[kind].values(), 0.7,
                      color="#0072B2", label="ours")  # fmt: skip
             axes.set(title=f"lengths like {kind}", xlabel="samples per prompt", xticks=COUNTS)
             axes.set_ylabel("% of the blocks saved")
@@ -71,4 +71,4 @@ def main(argv: list[str] | None = None) -> None:
         figure.tight_layout()
         return figure
 
-    world.finish(args, {"paper": PAPER, "ours": found}, draw)
+    world.finish(args, {"paper": PAPER, "ours": results}, draw)

@@ -28,7 +28,7 @@ HINTS = {
     ),
     6: (
         "Which step needs the most blocks? For each step, sum over the requests that still run.",
-        "In step s, a request has prompt + s - 1 computed tokens, if it has at least s new ones.",
+        "In step s, a request has prompt + s - 1 computed tokens, if it gets at least s new ones.",
         "Round each number up to blocks, sum, take the largest sum, and add 1: the null block.",
     ),
     7: (
@@ -39,12 +39,12 @@ HINTS = {
     8: (
         "Shortest first is good for the mean, but a long request may wait forever. Prevent that.",
         "A policy has no clock, but scheduler.num_output_tokens only grows. Note it on arrival.",
-        "Take the smallest length - waited / k, and try some k between 5 and 30.",
+        "Take the smallest length - waiting time / k, and try some k between 5 and 30.",
     ),
     9: (
         "Belady, 1966: evict the block that is needed last. Its hash is pool.hash_of[block].",
-        "For each block of pool.cached, find the first set in `coming` that contains its hash.",
-        "Evict a block that is in no set first. Among equal blocks, take the first of pool.cached.",
+        "For each block of pool.cached, find the first set in `future` that contains its hash.",
+        "First evict blocks that are in no set. Among equal blocks, take the first of pool.cached.",
     ),
     10: (
         "The next token is at position num_computed. What is the first position it attends to?",
@@ -59,7 +59,7 @@ HINTS = {
     12: (
         "60 tokens take four blocks, 64 fill them. Which position is written in step s?",
         "Both need a fifth block in the same step, and one is free. The youngest is preempted.",
-        "It waits until there are blocks for its text and for 16 more tokens of the other request. "
+        "It waits until the blocks suffice for its text and 16 more tokens of the other request. "
         "Which of its cached blocks does the other request take in the meantime?",
     ),
     13: (

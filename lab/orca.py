@@ -44,7 +44,7 @@ class Buddy:
                 start += chunk
 
     def take(self, size: int) -> int | None:
-        """The address of a free chunk; None if none is large enough, even if enough is free."""
+        """Allocate a chunk. Returns its address, or None if each free chunk is too small."""
         size = power(size)
         chunk = next((c for c in self.free if c >= size and self.free[c]), None)
         if chunk is None:
@@ -75,14 +75,14 @@ class Contiguous(BlockManager):
         super().__init__(BlockPool(1), 1, enable_prefix_caching=False)
         self.buddy = Buddy(slots)
         self.reserve = reserve
-        self.held: dict[Sequence, tuple[int, int]] = {}  # (address, size before rounding)
+        self.allocations: dict[Sequence, tuple[int, int]] = {}  # (address, size before rounding)
 
     def admit(self, seq: Sequence, max_new_tokens: int, reserve_tokens: int = 0) -> bool:
         size = self.reserve(seq)
         start = self.buddy.take(size)
         if start is None:
             return False
-        self.held[seq] = (start, size)
+        self.allocations[seq] = (start, size)
         seq.block_table.append(0)  # a running sequence needs a table; this one is not used
         return True
 
@@ -90,6 +90,6 @@ class Contiguous(BlockManager):
         return True
 
     def free(self, seq: Sequence) -> None:
-        if seq in self.held:
-            self.buddy.give(*self.held.pop(seq))
+        if seq in self.allocations:
+            self.buddy.give(*self.allocations.pop(seq))
         seq.reset_blocks()

@@ -1,12 +1,12 @@
 """Policies: compare rules for preemption, admission and eviction.
 
 Each row changes one of three policies. The defaults are `youngest` and `first_come` of scheduler.py
-and `least_recently_used` of blocks.py. Write your own policy, a function of the same arguments,
-into a file, and compare it:
+and `least_recently_used` of blocks.py. Write your own policy, a function with the same
+arguments, into a file, and compare it:
 
 microvllm lab policies --only eviction eviction=mine.py:oldest
 
-`run`, `batch` and `bench` take it as well (--eviction mine.py:oldest), and so does LLM(eviction=).
+`run`, `batch` and `bench` also accept it (--eviction mine.py:oldest), and so does LLM(eviction=).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def furthest(scheduler: Scheduler, seq: Sequence) -> Sequence:
     return max(scheduler.running, key=lambda s: s.max_length - len(s.token_ids))
 
 
-# admission: the next sequence of scheduler.waiting. with all three, one may wait forever ----------
+# admission: the next sequence of scheduler.waiting. with these policies, one may wait forever -----
 
 
 def shortest(scheduler: Scheduler) -> Sequence:
@@ -46,7 +46,7 @@ def shortest(scheduler: Scheduler) -> Sequence:
 
 
 def best_cached(scheduler: Scheduler) -> Sequence:
-    """The sequence with the longest prefix in the cache, before it is evicted."""
+    """The sequence with the longest prefix in the cache: it runs before the prefix is evicted."""
     find_prefix = scheduler.blocks.find_prefix
     return max(scheduler.waiting, key=lambda s: len(find_prefix(s)))
 
@@ -54,8 +54,8 @@ def best_cached(scheduler: Scheduler) -> Sequence:
 def first_fit(scheduler: Scheduler) -> Sequence:
     """The first sequence whose prompt fits into the free blocks; a large one delays no others."""
     blocks = scheduler.blocks
-    room = blocks.pool.num_free - blocks.blocks_for(HEADROOM * len(scheduler.running))
-    fits = (s for s in scheduler.waiting if blocks.blocks_for(len(s.token_ids)) <= room)
+    num_free = blocks.pool.num_free - blocks.blocks_for(HEADROOM * len(scheduler.running))
+    fits = (s for s in scheduler.waiting if blocks.blocks_for(len(s.token_ids)) <= num_free)
     return next(fits, scheduler.waiting[0])
 
 
@@ -77,8 +77,8 @@ dice = random.Random(0)
 
 def by_chance(pool: BlockPool) -> int:
     """A random block of the thousand least recently used."""
-    few = [block for block, _ in zip(pool.cached, range(1000), strict=False)]
-    return dice.choice(few)
+    oldest = [block for block, _ in zip(pool.cached, range(1000), strict=False)]
+    return dice.choice(oldest)
 
 
 class Ranked(OrderedDict):
@@ -86,27 +86,27 @@ class Ranked(OrderedDict):
 
     A policy sees only the current state, but these policies need the history. So the first eviction
     replaces the plain dict by a Ranked. The pool uses it like a dict: it sets a block that becomes
-    free, and deletes a block that is evicted or found again. Blocks that become free in a row are
-    one text, its end first. No block is worth less than a later block of its text, because a prompt
-    cannot find the later block without it.
+    free, and deletes a block that is evicted or found again. Blocks that become free one after the
+    other are one text, its end first. No block has a lower priority than a later block of its text,
+    because a prompt cannot find the later block without it.
     """
 
     def __init__(self, pool: BlockPool):
         super().__init__()
         self.pool = pool
         self.uses: Counter[int] = Counter()  # how often each block was found again while free
-        self.age = 0.0  # the worth of the last evicted block
-        self.heap: list[tuple] = []  # (worth, turn, block); some blocks are no longer free
+        self.age = 0.0  # the priority of the last evicted block
+        self.heap: list[tuple] = []  # (priority, turn, block); some blocks are no longer free
         self.turn, self.turns = count(), {}  # the turn of each block's valid entry in the heap
         self.row: list[int] = []  # blocks that became free since the last deletion
-        for block in pool.cached:  # only the order of these is known
+        for block in pool.cached:  # for these, only the order is known
             self[block] = None
             self.settle()
 
-    def worth(self, block: int, size: int) -> float:
-        """The worth of keeping a block. size: number of blocks that became free with it. This is
-        LFUDA: uses plus the worth of the last evicted block, so that new blocks overtake blocks
-        that were used often long ago."""
+    def priority(self, block: int, size: int) -> float:
+        """The priority of keeping a block. size: number of blocks that became free with it. This
+        is LFUDA: uses plus the priority of the last evicted block, so that new blocks overtake
+        blocks that were used often long ago."""
         return self.age + 1 + self.uses[block]
 
     def __setitem__(self, block: int, value: None) -> None:
@@ -123,7 +123,7 @@ class Ranked(OrderedDict):
         """Rank the blocks that became free in a row."""
         least = float("-inf")
         for block in self.row:
-            least = max(least, self.worth(block, len(self.row)))
+            least = max(least, self.priority(block, len(self.row)))
             self.turns[block] = next(self.turn)
             heapq.heappush(self.heap, (least, self.turns[block], block))
         self.row.clear()
@@ -132,7 +132,7 @@ class Ranked(OrderedDict):
             heapq.heapify(self.heap)
 
     def pop_least(self) -> int:
-        """The block with the smallest worth; of equal ones, the first that became free."""
+        """The block with the lowest priority; of equal ones, the first that became free."""
         self.settle()
         while self.turns.get(self.heap[0][2]) != self.heap[0][1]:
             heapq.heappop(self.heap)
@@ -148,28 +148,28 @@ BLOCK_SIZE = 16  # tokens in a block, the default
 class Costed(Ranked):
     """GDSF: uses times the cost of computing a block again, averaged over its text."""
 
-    def worth(self, block: int, size: int) -> float:
+    def priority(self, block: int, size: int) -> float:
         # attention to 6 * width keys takes as long as the matrix products. in a text of n tokens, a
         # token attends to n / 2 keys on average, so it costs 1 + n / (12 * width); width is 384
         return self.age + (1 + self.uses[block]) * (1 + size * BLOCK_SIZE / (12 * 384))
 
 
 class Shadow(OrderedDict):
-    """The texts that a pool of `size` blocks would have with one rule for new texts: they are
-    evicted last, or, if `first`, they are evicted first, except one in 32."""
+    """The texts that a pool of `size` blocks would have under one rule. first=False: new texts are
+    evicted last; first=True: new texts are evicted first, except one in 32."""
 
     def __init__(self, size: int, first: bool):
         super().__init__()
         self.size, self.first, self.dice = size, first, random.Random(0)
 
-    def has(self, text: bytes) -> bool:
-        """Is the text in the pool? Afterwards it is."""
-        found = text in self
-        if not found and len(self) >= self.size:
+    def find_or_add(self, text: bytes) -> bool:
+        """Was the text in the pool? If not, it is added."""
+        is_cached = text in self
+        if not is_cached and len(self) >= self.size:
             self.popitem(last=False)
         self[text] = None
-        self.move_to_end(text, last=found or not self.first or self.dice.random() < 1 / 32)
-        return found
+        self.move_to_end(text, last=is_cached or not self.first or self.dice.random() < 1 / 32)
+        return is_cached
 
 
 class Dueling(Ranked):
@@ -184,15 +184,16 @@ class Dueling(Ranked):
 
     def settle(self) -> None:
         for block in self.row:
-            last, first = (shadow.has(self.pool.hash_of[block]) for shadow in self.shadows)
+            text = self.pool.hash_of[block]
+            last, first = (shadow.find_or_add(text) for shadow in self.shadows)
             self.lead = max(-1024, min(1024, self.lead + first - last))
-        self.newest = -next(self.rows)  # the newest text is worth least
+        self.newest = -next(self.rows)  # the newest text has the lowest priority
         super().settle()
 
-    def worth(self, block: int, size: int) -> float:
+    def priority(self, block: int, size: int) -> float:
         if self.lead > 0 and not self.uses[block] and self.dice.random() > 1 / 32:
             return self.newest
-        return super().worth(block, size)
+        return super().priority(block, size)
 
 
 def ranked(pool: BlockPool, kind: type[Ranked]) -> int:
@@ -227,6 +228,6 @@ OTHERS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    from .contest import main  # not above, because this file is also loaded alone
+    from .contest import main  # not at the top, since this file is also loaded alone
 
     main(argv)

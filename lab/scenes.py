@@ -16,13 +16,13 @@ SEA = demo.BOOK * 2
 NIGHT = "It was a dark and stormy night, and two travellers came to the door of an old inn. " * 5
 MILL = "Once upon a time there was a miller who had a daughter and a mill by the river. " * 5
 CITY = "In the great city the lamps were lit, and the carriages went to and fro in the rain. " * 5
-# (the step before which it arrives, (text, number of its tokens), samples, new tokens); blocks,
-# including the null block; the largest number of tokens in a step
+# the requests: (the step before which it arrives, (text, number of its tokens), samples, new
+# tokens); the number of blocks, including the null block; the largest number of tokens in a step
 PREDICT = {
     11: ([(0, (SEA, 40), 2, 8), (2, (NIGHT, 50), 1, 4)], 30, 32),
     12: ([(0, (SEA, 60), 1, 40), (0, (NIGHT, 60), 1, 40)], 10, 256),
 }
-PLANTED = [
+BUG_SCENE = [
     (0, (SEA, 52), 1, 3),
     (4, (NIGHT, 100), 1, 40),
     (6, (MILL, 86), 1, 3),
@@ -32,8 +32,8 @@ PLANTED = [
 ]
 
 
-class Planted(BlockPool):
-    """A BlockPool with a mistake."""
+class BuggyBlockPool(BlockPool):
+    """A BlockPool with the bug of exercise 13."""
 
     def allocate(self) -> int:
         if self.blank:
@@ -53,7 +53,7 @@ def record(number: int, folder: Path) -> tuple[list[dict], Path]:
     folder.mkdir(parents=True, exist_ok=True)
     trace, page = (folder / f"exercise-{number}.{end}" for end in ("jsonl", "html"))
     if number == 13:
-        events = demo.record(trace, PLANTED, 17, pool_class=Planted)
+        events = demo.record(trace, BUG_SCENE, 17, pool_class=BuggyBlockPool)
     else:
         events = demo.record(trace, *PREDICT[number])
     write_page(events, page)
@@ -64,24 +64,24 @@ def third_step(events: list[dict]) -> dict:
     """The answer to exercise 11: the events of step 3."""
     from microvllm.trace import unspan
 
-    of = [event for step, event in demo.numbered(events) if step == 3]
-    begin = next(event for event in of if event["e"] == "begin")
+    step_events = [event for step, event in demo.numbered(events) if step == 3]
+    begin = next(event for event in step_events if event["e"] == "begin")
     return {
         "decodes": list(unspan(begin["decodes"])),
         "prefills": [tuple(chunk) for chunk in begin["prefills"]],
-        "copies": sum(event["e"] == "copy" for event in of),
-        "fresh": sum(len(event["blocks"]) for event in of if event["e"] == "allocate"),
+        "copies": sum(event["e"] == "copy" for event in step_events),
+        "fresh": sum(len(event["blocks"]) for event in step_events if event["e"] == "allocate"),
     }
 
 
 def preemption(events: list[dict]) -> dict:
     """The answer to exercise 12: the preempted sequence, and its next admission."""
-    found: dict = {}
+    answer: dict = {}
     for step, event in demo.numbered(events):
         if event["e"] == "preempt":
-            found = {"seq": event["seq"], "step": step}
-        elif event["e"] == "admit" and event["seq"] == found.get("seq"):
-            return found | {"back": step, "found": event["computed"]}
+            answer = {"seq": event["seq"], "step": step}
+        elif event["e"] == "admit" and event["seq"] == answer.get("seq"):
+            return answer | {"back": step, "found": event["computed"]}
     raise AssertionError("no preempted sequence is admitted again")
 
 
@@ -94,17 +94,20 @@ def wrong_hit(events: list[dict]) -> dict:
         replay.apply(event)
         if event["e"] not in ("publish", "hit"):
             continue
-        life, size = replay.seqs[event["seq"]], replay.block_size
+        token_ids = replay.seqs[event["seq"]].tokens
+        size = replay.block_size
         if event["e"] == "publish":
-            place = life.table.index(event["block"])
-            texts[event["hash"]] = life.tokens[: (place + 1) * size]
+            place = replay.seqs[event["seq"]].table.index(event["block"])
+            texts[event["hash"]] = token_ids[: (place + 1) * size]
             continue
-        held = [texts.get(replay.hash_of.get(block)) for block in event["blocks"]]
-        wrong = [
-            b for i, b in enumerate(event["blocks"]) if held[i] != life.tokens[: (i + 1) * size]
+        block_texts = [texts.get(replay.hash_of.get(block)) for block in event["blocks"]]
+        wrong_blocks = [
+            block
+            for i, block in enumerate(event["blocks"])
+            if block_texts[i] != token_ids[: (i + 1) * size]
         ]
-        if wrong:
-            return {"step": step, "blocks": wrong, "mistake": "hash"}
+        if wrong_blocks:
+            return {"step": step, "blocks": wrong_blocks, "mistake": "hash"}
     raise AssertionError("no hit is wrong")
 
 

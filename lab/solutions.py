@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from microvllm.blocks import BlockManager, BlockPool
 from microvllm.scheduler import Scheduler, Sequence
 
-from .exercises import Unchained  # noqa: F401, exercise 5 leaves it as it is
+from .exercises import Unchained  # noqa: F401, exercise 5 does not change it
 
 
 # 1. the last token is never an input, so its K and V are not needed
@@ -46,7 +46,7 @@ def misled() -> tuple[list[int], list[int]]:
 # 6
 def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) -> int:
     most = 0
-    for step in range(1, 1 + max(new for _, new in requests)):  # in step s: s - 1 new ones so far
+    for step in range(1, 1 + max(new for _, new in requests)):  # each has step - 1 new tokens
         alive = [prompt + step - 1 for prompt, new in requests if new >= step]
         most = max(most, sum(-(-tokens // block_size) for tokens in alive))
     return most + 1
@@ -54,32 +54,32 @@ def pool_without_preemption(requests: list[tuple[int, int]], block_size: int) ->
 
 # 7. the fewest tokens to compute again for each freed block; a shared block is not freed
 def victim(scheduler: Scheduler, seq: Sequence) -> Sequence:
-    def price(one: Sequence) -> float:
+    def price(seq: Sequence) -> float:
         ref_count = scheduler.blocks.pool.ref_count
-        num_freed = sum(ref_count[block] == 1 for block in one.block_table)
-        return one.num_computed / num_freed if num_freed else float("inf")
+        num_freed = sum(ref_count[block] == 1 for block in seq.block_table)
+        return seq.num_computed / num_freed if num_freed else float("inf")
 
     return min(scheduler.running, key=price)
 
 
 # 8. the shortest first, but waiting sequences count as shorter: by a twelfth of a token for each
 # token that the engine generated in the meantime, so that none waits forever
-came: dict[Sequence, int] = {}
+arrivals: dict[Sequence, int] = {}
 
 
 def admission(scheduler: Scheduler) -> Sequence:
     now = scheduler.num_output_tokens
     for seq in scheduler.waiting:
-        came.setdefault(seq, now)
-    return min(scheduler.waiting, key=lambda s: s.max_length - (now - came[s]) / 12)
+        arrivals.setdefault(seq, now)
+    return min(scheduler.waiting, key=lambda s: s.max_length - (now - arrivals[s]) / 12)
 
 
 # 9. the block that is needed last (Belady 1966). among the blocks of one text, this is the last
 # one, which comes first in `cached`
-def eviction(pool: BlockPool, coming: list[set[bytes]]) -> int:
+def eviction(pool: BlockPool, future: list[set[bytes]]) -> int:
     def next_use(block: int) -> int:
-        text = pool.hash_of[block]
-        return next((i for i, texts in enumerate(coming) if text in texts), len(coming))
+        block_hash = pool.hash_of[block]
+        return next((i for i, hashes in enumerate(future) if block_hash in hashes), len(future))
 
     return max(pool.cached, key=next_use)
 

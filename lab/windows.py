@@ -33,13 +33,13 @@ def serve(groups: list[tuple[int, list[int]]], args) -> dict[str, float]:
     run."""
     windows = [window for window, _ in groups]
     depth = max(len(layers) for _, layers in groups)
-    need = most_blocks(windows, SIZE, args.context)
-    # the bytes that args.sequences take without windows
+    num_needed = most_blocks(windows, SIZE, args.context)
+    # as many bytes as args.sequences sequences take without windows
     pool = args.sequences * -(-args.context // SIZE) * args.layers // depth
     blocks = GroupedBlockManager(BlockPool(pool + 1), SIZE, windows=windows)
     scheduler = Scheduler(blocks, 10**6, 512)
     for i in range(4 * args.sequences):
-        prompt = [i + 1] * args.prompt  # nothing is shared
+        prompt = [i + 1] * args.prompt  # so that no two share a prefix
         scheduler.add(Sequence(i, prompt, world.Params(args.context - args.prompt)))
     steps = 0
     while scheduler.waiting or scheduler.running:
@@ -48,8 +48,8 @@ def serve(groups: list[tuple[int, list[int]]], args) -> dict[str, float]:
         steps += 1
     blocks.check([])
     return {
-        "slots": need * SIZE * depth,
-        "fit": pool // need,
+        "slots": num_needed * SIZE * depth,
+        "fit": pool // num_needed,
         "steps": steps,
         "preempted": scheduler.num_preemptions,
     }
@@ -58,21 +58,21 @@ def serve(groups: list[tuple[int, list[int]]], args) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     parser = world.Parser(__doc__, "windows")
     add = parser.add_argument
-    what = "tokens of a sequence (default: %(default)s)"
-    add("--context", type=positive, default=2048, metavar="N", help=what)
-    what = "tokens of its prompt (default: %(default)s)"
-    add("--prompt", type=positive, default=512, metavar="N", help=what)
-    what = "sequences that fit into the pool without windows; four times as many arrive "
-    what += "(default: %(default)s)"
-    add("--sequences", type=positive, default=8, metavar="N", help=what)
+    help_text = "tokens of a sequence (default: %(default)s)"
+    add("--context", type=positive, default=2048, metavar="N", help=help_text)
+    help_text = "tokens of its prompt (default: %(default)s)"
+    add("--prompt", type=positive, default=512, metavar="N", help=help_text)
+    help_text = "sequences that fit into the pool without windows; four times as many arrive "
+    help_text += "(default: %(default)s)"
+    add("--sequences", type=positive, default=8, metavar="N", help=help_text)
     args = parser.parse_args(argv)
     if args.prompt >= args.context:
         parser.error("argument --prompt: must be less than the context")
-    found = {}
+    results = {}
     for args.layers in DEPTHS:
         windows = windows_of(args.layers, args.context)
         groups = group_layers(windows, args.context)
-        found[args.layers] = {
+        results[args.layers] = {
             "windows": windows,
             "groups": groups,
             "followed": serve(groups, args),
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             "seen": sum(min(w + 1, args.context) for w in windows),  # the smallest possible memory
         }
     rows = []
-    for depth, row in found.items():
+    for depth, row in results.items():
         a, b = row["uniform"], row["followed"]
         sizes = " ".join(f"{len(layers)}{'L' if w < 0 else 'S'}" for w, layers in row["groups"])
         share, least = (100 * n / a["slots"] for n in (b["slots"], row["seen"]))
@@ -88,14 +88,14 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([f"d{depth}", sizes, share, least, *numbers])
     head = ["", "groups", "% of the memory", "% in windows", "sequences that fit"]
     print(world.table([*head, "preempted", "steps"], rows))
-    print("\nLeft of >: one table for all layers. Right: groups of layers, in as many bytes.")
+    print("\nLeft of >: one table for all layers. Right: groups of layers, in an equal pool.")
 
     def draw(plt):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
         for axes, key in ((left, "fit"), (right, "steps")):
-            for shift, kind, colour in ((-0.2, "uniform", "#999999"), (0.2, "followed", "#0072B2")):
-                values = [row[kind][key] for row in found.values()]
-                axes.bar([i + shift for i in range(len(DEPTHS))], values, 0.4, color=colour,
+            for shift, kind, color in ((-0.2, "uniform", "#999999"), (0.2, "followed", "#0072B2")):
+                values = [row[kind][key] for row in results.values()]
+                axes.bar([i + shift for i in range(len(DEPTHS))], values, 0.4, color=color,
                          label={"uniform": "one table", "followed": "groups"}[kind])  # fmt: skip
             axes.set_xticks(range(len(DEPTHS)), [f"d{depth}" for depth in DEPTHS])
         left.yaxis.get_major_locator().set_params(integer=True)
@@ -107,4 +107,4 @@ def main(argv: list[str] | None = None) -> None:
         figure.legend(*names, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
         return figure
 
-    world.finish(args, {f"d{depth}": row for depth, row in found.items()}, draw)
+    world.finish(args, {f"d{depth}": row for depth, row in results.items()}, draw)

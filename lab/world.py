@@ -1,4 +1,4 @@
-"""Code that the labs share: traffic, a fake model that only takes time, and reports.
+"""Code that the programs of the lab share: traffic, a simulated device, and reports.
 
 The simulated device is one A100 with 40 GB that serves OPT-13B in float16, as in section 6.2 of the
 paper. The time of a step is the sum of three parts: reading the weights or computing, whichever
@@ -62,8 +62,8 @@ class Params(NamedTuple):
 # standard deviation of the logarithm. a pair that exceeds the context is drawn again; after that,
 # the means are those of the paper (figure 11): 161.31 and 337.99, 19.31 and 58.45. the spread of
 # ShareGPT's outputs is chosen so that Orca Max keeps 457 tokens per request, as in the paper (7
-# requests in 20.4 % of 15,728 slots): a request holds its prompt and on average half its output,
-# and long requests are counted for longer. the other three spreads are our choice
+# requests in 20.4 % of 15,728 slots): averaged over its time, a request holds its prompt and half
+# its output, and longer requests have more weight. the other three spreads are our choice
 FITS = {
     "sharegpt": ((172.4, 1.1), (363.5, 0.879)),
     "alpaca": ((19.31, 0.6), (58.45, 0.9)),
@@ -74,7 +74,7 @@ def lengths(name: str, rng: random.Random, pairs: list | None = None) -> Iterato
     """An endless iterator over (prompt tokens, output tokens) of requests.
 
     name: "sharegpt" or "alpaca", log-normal with the constants in FITS. pairs: lengths from a real
-    file; for "sharegpt", they are drawn from these instead. No pair exceeds the context.
+    file, which replace the distribution of "sharegpt". No pair exceeds the context.
     """
     pairs = pairs if name == "sharegpt" else None
     while True:
@@ -96,26 +96,27 @@ def read_sharegpt(path: str) -> list[tuple[int, int]]:
     The file: [{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}, ...].
     Raises argparse.ArgumentTypeError, which the user sees as one line.
     """
-    wrong = argparse.ArgumentTypeError
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        talks = [
-            [(turn["from"], len(turn["value"].encode(errors="replace"))) for turn in talk]
-            for talk in (row["conversations"] for row in rows)
+        conversations = [
+            [(turn["from"], len(turn["value"].encode(errors="replace"))) for turn in turns]
+            for turns in (row["conversations"] for row in rows)
         ]
     except OSError as error:
-        raise wrong(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error)) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise wrong(f"{path} is not in ShareGPT's JSON format: {error!r}") from None
+        message = f"{path} is not in ShareGPT's JSON format: {error!r}"
+        raise argparse.ArgumentTypeError(message) from None
     pairs = []
-    for talk in talks:
-        for (asks, question), (_, answer) in zip(talk, talk[1:], strict=False):
-            if asks in ("human", "user"):
+    for turns in conversations:
+        for (role, question), (_, answer) in zip(turns, turns[1:], strict=False):
+            if role in ("human", "user"):
                 pair = [-(-size // 4) for size in (question, answer)]
                 pairs += [tuple(pair)] if all(pair) and sum(pair) <= CONTEXT else []
                 break
     if not pairs:
-        raise wrong(f"{path} has no question that fits, with its answer, into {CONTEXT} tokens")
+        message = f"{path} has no question that fits, with its answer, into {CONTEXT} tokens"
+        raise argparse.ArgumentTypeError(message)
     return pairs
 
 
@@ -138,7 +139,7 @@ def traffic(
     for i in range(count):
         prompt, output = next(source)
         clock += rng.expovariate(rate) if rate < math.inf else 0
-        # each prompt has its own token, so no two share a prefix
+        # each prompt repeats a token of its own, so no two prompts share a prefix
         requests.append(Request(clock, Sequence(i, [i + 1] * prompt, Params(output, n))))
     return requests
 
@@ -146,7 +147,7 @@ def traffic(
 # running ------------------------------------------------------------------------------------------
 
 
-class Done(NamedTuple):
+class Completion(NamedTuple):
     """A finished sequence, and the times in seconds of its arrival, first token and end."""
 
     seq: Sequence
@@ -169,23 +170,23 @@ def replay(
     requests: list[Request],
     watch: Callable[[Plan, float], None] = lambda plan, seconds: None,
     model: Callable[[Sequence, int], int] = lambda seq, position: 0,
-) -> list[Done]:
-    """Run the traffic through a scheduler in simulated time. Returns the sequences in the order of
-    their ends.
+) -> list[Completion]:
+    """Run the traffic through a scheduler in simulated time. Returns the finished sequences, the
+    first to end first.
 
     watch: called with each plan and the seconds of its step; model: returns the token of a sequence
     at a position.
     """
     clock = 0.0
-    done = []
-    coming = deque(requests)
+    completions = []
+    pending = deque(requests)
     arrivals = {r.seq.request_id: r.arrival for r in requests}
     first: dict[Sequence, float] = {}
-    while coming or scheduler.waiting or scheduler.running:
+    while pending or scheduler.waiting or scheduler.running:
         if not (scheduler.waiting or scheduler.running):
-            clock = max(clock, coming[0].arrival)
-        while coming and coming[0].arrival <= clock:
-            scheduler.add(coming.popleft().seq)
+            clock = max(clock, pending[0].arrival)
+        while pending and pending[0].arrival <= clock:
+            scheduler.add(pending.popleft().seq)
         plan = scheduler.schedule()
         assert plan.chunks, "no sequence can continue"
         step_seconds = seconds(plan)
@@ -195,9 +196,10 @@ def replay(
         for seq in scheduler.update(plan, token_ids):
             first.setdefault(seq, clock)
             if seq.finish_reason:
-                done.append(Done(seq, arrivals[seq.request_id], first.pop(seq), clock))
+                arrival = arrivals[seq.request_id]
+                completions.append(Completion(seq, arrival, first.pop(seq), clock))
         scheduler.finished.clear()
-    return done
+    return completions
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -209,18 +211,19 @@ def percentile(values: list[float], share: float) -> float:
 
 
 class Parser(terminal.Parser):
-    """A parser with the flags of every lab, and --sharegpt if lengths are drawn. doc: its help."""
+    """A parser with the flags of all programs of the lab. doc: the help text; lengths: whether the
+    program draws lengths, for --sharegpt."""
 
     def __init__(self, doc: str, name: str, lengths: bool = False):
         super().__init__(prog=f"microvllm lab {name}", description=doc)
         self.name = name
         if lengths:
-            what = "lengths from a file in ShareGPT's JSON format"
-            self.add_argument("--sharegpt", type=read_sharegpt, metavar="FILE", help=what)
-        what = "random seed (default: %(default)s)"
-        self.add_argument("--seed", type=int, default=0, metavar="N", help=what)
-        where = "folder for NAME.png and NAME.json (default: %(default)s)"
-        self.add_argument("--out", type=Path, default="lab-results", metavar="DIR", help=where)
+            help_text = "lengths from a file in ShareGPT's JSON format"
+            self.add_argument("--sharegpt", type=read_sharegpt, metavar="FILE", help=help_text)
+        help_text = "random seed (default: %(default)s)"
+        self.add_argument("--seed", type=int, default=0, metavar="N", help=help_text)
+        help_text = "folder for NAME.png and NAME.json (default: %(default)s)"
+        self.add_argument("--out", type=Path, default="lab-results", metavar="DIR", help=help_text)
         self.add_argument("--no-plot", action="store_true", help="only numbers, no matplotlib")
 
     def parse_args(self, argv=None):
@@ -232,7 +235,7 @@ class Parser(terminal.Parser):
 
 
 def table(head: list[str], rows: list[list]) -> str:
-    """Align a head and rows in columns; floats have three digits."""
+    """Align a head and rows in columns; floats have three significant digits."""
     cells = [head, *[[f"{v:,.3g}" if isinstance(v, float) else str(v) for v in r] for r in rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[v.rjust(w) for v, w in zip(row, widths, strict=True)] for row in cells]
@@ -246,7 +249,7 @@ def finish(args: argparse.Namespace, results: dict, draw: Callable) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
-    written = [str(path)]
+    paths = [str(path)]
     if not args.no_plot:
         import matplotlib
 
@@ -257,5 +260,5 @@ def finish(args: argparse.Namespace, results: dict, draw: Callable) -> None:
         path = args.out / f"{args.name}.png"
         figure.savefig(path, dpi=120, bbox_inches="tight")
         plt.close(figure)
-        written.append(str(path))
-    print(f"\nwritten: {', '.join(written)}")
+        paths.append(str(path))
+    print(f"\nwritten: {', '.join(paths)}")

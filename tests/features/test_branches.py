@@ -228,7 +228,7 @@ def test_a_running_request_is_forked_and_runs_on(overlap):
             while not outputs:
                 outputs = llm.step()
             assert outputs[0]["token_ids"] == expected["token_ids"]
-            with pytest.raises(KeyError, match="not unfinished"):
+            with pytest.raises(KeyError, match="no unfinished request"):
                 branches.fork_request(number)
         assert everything_is_free(llm)
 
@@ -247,7 +247,7 @@ def test_a_sample_that_has_ended_is_not_forked():
         branches.grow([branch], 3)
         check(llm)
         assert_logprobs(llm, [branch])
-        with pytest.raises(KeyError, match="not unfinished"):
+        with pytest.raises(KeyError, match="no unfinished request"):
             branches.fork_request(number)
         branches.drop(branch, branch)
         with pytest.raises(ValueError, match="'abort' cannot be forked"):
@@ -305,7 +305,7 @@ def test_mistakes_are_refused_with_a_remedy():
         with pytest.raises(ValueError, match="n=2: a branch is one sample"):
             branches.start(PROMPT, sampled(4, seed=1, n=2))
         root = branches.start(PROMPT, sampled(4, seed=1, logprobs=2))
-        with pytest.raises(ValueError, match="'no tokens' cannot be forked"):
+        with pytest.raises(ValueError, match="without tokens cannot be forked"):
             branches.fork(root)
         with pytest.raises(ValueError, match=r"spread\(k=3\) needs branches with logprobs=3"):
             branches.spread([root], 3)

@@ -307,8 +307,8 @@ def test_threads_share_the_steps():
     ("wanted", "error", "message"),
     [
         ((0, 4), ValueError, "hidden_states must be between -4 and 3"),
-        ((), ValueError, "give layers, and each of them once"),
-        ((1, -3), ValueError, "each of them once"),
+        ((), ValueError, "give at least one layer, each only once"),
+        ((1, -3), ValueError, "each only once"),
         ("all", TypeError, "hidden_states must be a list"),
         ((1.5,), TypeError, "hidden_states must be an integer"),
         ({"layer": 1}, ValueError, "keys layers, dtype, path, recompute"),

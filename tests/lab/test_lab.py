@@ -12,7 +12,7 @@ import pytest
 from helpers.goldens import ROOT
 
 from lab import __main__ as front
-from lab import check, contest, exercises, hints, mine, orca, policies, scenes, solutions, world
+from lab import check, contest, exercises, hints, orca, policies, progress, scenes, solutions, world
 from microvllm import cli
 from microvllm.cli import commands, learn
 from microvllm.scheduler import Scheduler
@@ -206,7 +206,7 @@ def test_the_command_lists_the_labs_and_runs_one(capsys, tmp_path):
     cli.main(["lab"])
     said = capsys.readouterr().out
     modules = {path.stem for path in (ROOT / "lab").glob("*.py")}
-    aside = "__init__ __main__ world orca contest scenes mine hints solutions".split()
+    aside = "__init__ __main__ world orca contest scenes progress hints solutions".split()
     assert {*front.NAMES} - {"start", "hint"} == modules - {*aside}
     assert all(re.search(rf"^  {name} ", said, re.M) for name in front.NAMES)
     cli.main(["lab", "fig15", "--requests", "5", "--no-plot", "--out", str(tmp_path)])
@@ -458,4 +458,5 @@ def test_the_sheet_has_every_exercise_with_its_command():
     )
     assert [(int(a), int(b)) for a, _, b in rows] == [(n, n) for n in NUMBERS]
     assert all(hasattr(exercises, name) and hasattr(solutions, name) for _, name, _ in rows)
-    assert {n: name for n, (name, _) in mine.titles().items()} == {int(a): b for a, b, _ in rows}
+    names = {n: name for n, (name, _) in progress.titles().items()}
+    assert names == {int(a): b for a, b, _ in rows}

@@ -74,7 +74,7 @@ def test_samples_that_fell_behind_are_left_out_and_groups_have_their_own_mean():
     pairs: dict = {}
     with serve(MODEL) as llm:
         rows = rl.collect(llm, random.Random(1), pairs, lag=0)
-        assert 0 < len(pairs) < rl.UNDER_WAY
+        assert 0 < len(pairs) < rl.IN_FLIGHT
         assert {*rows[0].versions, *rows[-1].versions} == {0}
         assert sum(row.advantage for row in rows) == pytest.approx(0, abs=1e-6)
         for row in rows:

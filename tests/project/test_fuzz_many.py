@@ -454,9 +454,9 @@ class States:
     """Where a reader is in the course and in the lab, and a file of ShareGPT's conversations."""
 
     def __init__(self, place: Path):
-        from lab import mine, world
+        from lab import progress, world
 
-        self.mine, self.world, self.file = mine, world, place / "talks.json"
+        self.progress, self.world, self.file = progress, world, place / "talks.json"
         (place / "microvllm").mkdir()
         self.learn = {"ran": [1, 2], "solved": [1], "folder": str(place)}
         self.lab = {"folder": str(place), "solved": [1], "hints": {"1": 2}}
@@ -475,8 +475,8 @@ class States:
                 learn.state_file("lab").write_bytes(invented.text(rng, self.lab))
                 learn.mark("lab", "solved", 2)
                 if rng.random() < 0.1:
-                    self.run(self.mine.exercises, [])
-                    self.run(self.mine.hint, ["1"])
+                    self.run(self.progress.exercises, [])
+                    self.run(self.progress.hint, ["1"])
                     self.run(learn.load_exercises, "lab")
             case 2:
                 self.file.write_bytes(invented.text(rng, self.talks))

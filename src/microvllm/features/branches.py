@@ -1,14 +1,14 @@
-"""Branches: a text is continued in several ways, for beam search, best-of-n and tree search.
+"""Branches: several continuations of a text, for beam search and tree search.
 
-A branch is a sequence that stops after some tokens and keeps its blocks. A fork of it shares all of
-them, and the first of both that writes into the last, part-filled block copies it (blocks.py):
+A branch is a sequence that stops after some tokens and keeps its blocks. A fork shares all blocks
+of its source. The first of the two to write into the part-filled last block copies it (blocks.py):
 
     root     The island was            blocks 3 7
     fork a   The island was small      blocks 3 9        9 is a copy of 7
     fork b   The island was far away   blocks 3 7
 
-A branch that does not grow loses its blocks where other sequences need them. When it grows again,
-it computes what the prefix cache does not have.
+While a branch does not grow, other sequences may take its blocks. When it grows again, it computes
+the tokens that are no longer in the prefix cache.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 class Branch:
-    """One way to continue a prompt. `Branches` makes and changes it.
+    """One continuation of a prompt. `Branches` makes and changes it.
 
-    token_ids: of the output so far; logprobs: the model's log-probability of each of them, before
-    temperature and filters, 0.0 of one that a tool wrote; alternatives: of the last token that was
-    drawn, itself and others, as (token_id, logprob), the most likely first.
+    token_ids: the output so far; logprobs: the model's log-probability of each output token, before
+    temperature and filters, and 0.0 for a token that a tool wrote; alternatives: the last drawn
+    token and others at its position, as (token_id, logprob), the most likely first.
     """
 
     def __init__(self, request: Request, logprobs: Iterable[float] = ()):
@@ -43,7 +43,7 @@ class Branch:
         self.seq = request.sequences[0]
         self.logprobs = list(logprobs)
         self.alternatives: list[tuple[int, float]] = []
-        self.target_length = len(self.seq.token_ids)  # tokens, the prompt's too, at which it stops
+        self.target_length = len(self.seq.token_ids)  # it pauses at this length, with prompt
         self.is_queued = False
 
     @property
@@ -56,7 +56,7 @@ class Branch:
 
     @property
     def logprob(self) -> float:
-        """The log-probability of the output: a sum."""
+        """The log-probability of the output, the sum of `logprobs`."""
         return sum(self.logprobs)
 
     @property
@@ -67,12 +67,12 @@ class Branch:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why it can not grow: "stop", "length", "error", or "abort" if it was dropped."""
+        """Why the branch cannot grow: "stop", "length", "error", or "abort" if it was dropped."""
         return self.seq.finish_reason
 
 
 class Branching(Extension):
-    """Pauses branches that have grown enough."""
+    """Pauses branches at their target length."""
 
     def watch(self, request: Request, seq: Sequence, text: TextStream) -> Watcher | None:
         branch = request.options.get("branch")
@@ -80,7 +80,7 @@ class Branching(Extension):
 
 
 class BranchWatcher(Watcher):
-    """Pauses a branch that has as many tokens as it should get."""
+    """Pauses a branch at its target length."""
 
     def __init__(self, branch: Branch, scheduler: Scheduler):
         self.branch = branch
@@ -93,18 +93,18 @@ class BranchWatcher(Watcher):
 
 
 class Branches:
-    """The branches of an engine: `with llm.branching() as branches:`. What is left at the end of
-    the block is dropped. Other requests run in the same steps; `llm.is_finished` is False as long
-    as there are branches."""
+    """The branches of an engine: `with llm.branching() as branches:`. The end of the block drops
+    all branches. Other requests run in the same steps; `llm.is_finished` is False as long as there
+    are branches."""
 
     def __init__(self, engine: LLM):
         self.engine = engine
         self.live: list[Branch] = []
-        self.sample_indices = count(2**30)  # of forks: they draw other tokens than any request
+        self.sample_indices = count(2**30)  # of forks: no request has the same random numbers
 
     @property
     def num_blocks(self) -> int:
-        """Different blocks that the branches hold."""
+        """The number of distinct blocks of all branches."""
         return len({block for branch in self.live for block in branch.seq.block_table} - {0})
 
     # branches begin
@@ -118,12 +118,12 @@ class Branches:
 
     def resume(self, output: dict, params: SamplingParams, sample: int = 0) -> Branch:
         """A branch that continues a finished request. output: of `generate`; sample: index of the
-        sample; params: as in `start`, max_tokens includes what the output has. A stop token at its
-        end is removed. Raises ValueError or TypeError."""
+        sample; params: as in `start`, and max_tokens includes the tokens of the output. A stop
+        token at the end of the output is removed. Raises ValueError or TypeError."""
         samples = output["samples"]
-        made = samples[check_number("sample", sample, 0, len(samples) - 1)]
-        token_ids = list(made["token_ids"])
-        if made["finish_reason"] == "stop" and not isinstance(made["stop_reason"], str):
+        source = samples[check_number("sample", sample, 0, len(samples) - 1)]
+        token_ids = list(source["token_ids"])
+        if source["finish_reason"] == "stop" and not isinstance(source["stop_reason"], str):
             token_ids.pop()
         prompt_ids, params = self.engine.check(output["prompt_token_ids"], params)
         if len(token_ids) >= params.max_tokens:
@@ -131,19 +131,19 @@ class Branches:
             raise ValueError(f"max_tokens={params.max_tokens}, and {has}: give a larger number")
         branch = self.make(prompt_ids, params)
         branch.seq.token_ids.extend(token_ids)
-        for position, is_drawn in enumerate(made["mask"][: len(token_ids)], len(prompt_ids)):
+        for position, is_drawn in enumerate(source["mask"][: len(token_ids)], len(prompt_ids)):
             if not is_drawn:
                 branch.seq.forced.add(position)
         branch.target_length = len(branch.seq.token_ids)
-        if token_ids:  # else it is as one that was started
+        if token_ids:  # else the branch is like one from `start`
             branch.logprobs = self.score(branch.seq)
             self.engine.guard.perform(partial(self.hold, branch, None))
         return branch
 
     def fork_request(self, request_id: int, k: int = 1, sample: int = 0) -> list[Branch]:
-        """k branches that continue an unfinished request as it is now. The request itself continues
-        too, and only it calls tools. Raises KeyError if there is none, ValueError if the sample has
-        ended or has no token yet."""
+        """k branches that continue the present text of an unfinished request. The request also
+        continues, and only the request calls tools. Raises KeyError if no such request is
+        unfinished, ValueError if the sample has ended or has no token yet."""
         check_number("k", k, 1)
         branches: list[Branch] = []
         self.engine.guard.perform(partial(self.fork_now, request_id, k, sample, branches))
@@ -153,13 +153,14 @@ class Branches:
         return branches
 
     def fork_now(self, request_id: int, k: int, sample: int, branches: list[Branch]) -> None:
-        """`fork_request`, under the guard."""
+        """`fork_request`, called with the guard."""
         self.engine.loop.drain()
         if request_id not in self.engine.requests:
-            raise KeyError(f"request {request_id} is not unfinished: `resume` takes its output")
+            remedy = "pass the output of a finished request to `resume`"
+            raise KeyError(f"there is no unfinished request {request_id}: {remedy}")
         request = self.engine.requests[request_id]
-        begun = {seq.index: seq for seq in request.sequences if seq.output}
-        source = begun.get(sample)
+        sequences = {seq.index: seq for seq in request.sequences if seq.output}
+        source = sequences.get(sample)
         if source is None or source.finish_reason is not None:
             state = "has ended" if source is not None else "has no token yet"
             raise ValueError(f"sample {sample} of request {request_id} {state}")
@@ -179,9 +180,9 @@ class Branches:
     ) -> Branch:
         """A branch, not queued yet."""
         if params.n != 1:
-            raise ValueError(f"n={params.n}: a branch is one sample; fork it")
+            raise ValueError(f"n={params.n}: a branch is one sample; fork the branch")
         params = replace(params, logprobs=params.logprobs or 0)
-        params.set("allows_drafts", False)  # it would get more tokens than it should
+        params.set("allows_drafts", False)  # they could exceed the target length
         request = self.engine.make_request(
             list(prompt_ids), params, is_owned=True, needs_text=True, options={}
         )
@@ -193,7 +194,7 @@ class Branches:
     def copy(
         self, prompt_ids: List[int], params: SamplingParams, source: Sequence, logprobs: List[float]
     ) -> Branch:
-        """A branch with the tokens of a sequence, whose blocks it shares. Under the guard."""
+        """A branch with the tokens of a sequence, and with its blocks. Called with the guard."""
         params = replace(params, sample_index=next(self.sample_indices))
         branch = self.make(prompt_ids, params, logprobs)
         branch.seq.seed = source.seed
@@ -204,8 +205,8 @@ class Branches:
         return branch
 
     def hold(self, branch: Branch, source: Sequence | None) -> None:
-        """Queue a branch and pause it, with the blocks of `source` if they end before the last
-        token. Under the guard."""
+        """Queue a branch and pause it. It shares the blocks of `source`, unless the source has
+        already computed the last token of the branch. Called with the guard."""
         scheduler = self.engine.scheduler
         seq = branch.seq
         branch.is_queued = True
@@ -221,12 +222,14 @@ class Branches:
     # branches grow, and end
 
     def fork(self, branch: Branch, k: int = 1) -> list[Branch]:
-        """k more branches with the output of this one, which stays. They draw other tokens. Raises
-        ValueError if the branch has finished, or has no token yet."""
+        """k new branches with the output of this branch, which remains. They draw with other random
+        numbers. Raises ValueError if the branch has finished, or has no token yet."""
         check_number("k", k, 1)
-        if branch.finish_reason is not None or not branch.token_ids:
-            state = branch.finish_reason or "no tokens"
-            raise ValueError(f"a branch with {state!r} cannot be forked: start another one")
+        if branch.finish_reason is not None:
+            reason = f"finish_reason {branch.finish_reason!r}"
+            raise ValueError(f"a branch with {reason} cannot be forked: start another one")
+        if not branch.token_ids:
+            raise ValueError("a branch without tokens cannot be forked: grow it first")
         self.read_logprobs(branch)  # an exception may have interrupted `grow`
         forks: list[Branch] = []
 
@@ -261,7 +264,7 @@ class Branches:
             self.read_logprobs(branch)
 
     def read_logprobs(self, branch: Branch) -> None:
-        """Take over the log-probabilities of new tokens."""
+        """Read the log-probabilities of new tokens from the engine."""
         entries = self.engine.make_sample_output(branch.request, branch.seq)["logprobs"]
         for entry in entries[len(branch.logprobs) :]:
             branch.logprobs.append(0.0 if entry is None else entry["logprob"])
@@ -271,9 +274,9 @@ class Branches:
                 branch.alternatives = sorted(pairs, key=lambda pair: -pair[1])
 
     def spread(self, branches: Iterable[Branch], k: int) -> list[Branch]:
-        """Continue each branch by its k most likely next tokens: k new branches take the place of
-        each, in their order; finished ones stay as they are. Raises ValueError unless the branches
-        were started with logprobs=k at least."""
+        """Continue each branch with its k most likely next tokens: k new branches replace it, in
+        the order of `branches`. Finished branches do not change. Raises ValueError if a branch has
+        logprobs < k in its params."""
         check_number("k", k, 1)
         branches = list(branches)
         for branch in branches:
@@ -296,7 +299,7 @@ class Branches:
         return children
 
     def sibling(self, branch: Branch, token_id: int, logprob: float) -> Branch:
-        """A branch that differs in its last token. Under the guard."""
+        """A branch with another last token. Called with the guard."""
         request = branch.request
         source = branch.seq
         params = replace(request.params, sample_index=next(self.sample_indices))
@@ -311,7 +314,7 @@ class Branches:
         return child
 
     def drop(self, *branches: Branch) -> None:
-        """End branches, and free the blocks that no other one has. Their tokens stay readable."""
+        """End branches, and free their unshared blocks. Their tokens can still be read."""
         self.engine.abort(*[branch.request.id for branch in branches if branch.is_queued])
         for branch in branches:
             if branch.finish_reason is None:
@@ -328,5 +331,5 @@ class Branches:
 
 
 def is_growing(branch: Branch) -> bool:
-    """Has a branch fewer tokens than it should get?"""
+    """Is a branch unfinished and shorter than its target length?"""
     return branch.finish_reason is None and len(branch.seq.token_ids) < branch.target_length

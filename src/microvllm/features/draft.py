@@ -1,21 +1,21 @@
 """A smaller model drafts tokens, and the engine's model verifies several in one step.
 
 Speculative decoding (Leviathan et al. 2023; Chen et al. 2023) with a model of the same tokenizer:
-`LLM("sft:d20", draft="base:d6")`. The draft model is an engine of its own, whose prefix cache has
-the texts so far. It draws with the temperature, the filters, the seed and so the uniform random
-numbers of the request: where both models have nearly the same distribution, one number chooses the
-same token in both. A draft token counts only if it is what the engine draws itself, so the tokens
-are those without a draft model.
+`LLM("sft:d20", draft="base:d6")`. The draft model is an engine of its own, and its prefix cache
+contains the texts so far. It draws with the temperature, the filters and the seed of the request,
+so with the same uniform random numbers: where the distributions of both models are similar, the
+same number usually selects the same token. A draft token is accepted only if the engine draws it,
+too, so the output is the same as without a draft model.
 
-Drafting has to pay. `DraftLength` measures how many draft tokens are right and how long drafts and
-steps take, and chooses how many tokens to draft next, perhaps none:
+Drafts must save time. `DraftLength` measures how many draft tokens are right and how long drafts
+and steps take, and chooses how many tokens to draft next, perhaps none:
 
     tokens of a step with k draft tokens, if a share a of them is right    1 + a + ... + a^k
     its time                                                               k d + s(k)
 
-    d: to draft a token; s(k): of a step that verifies k tokens
+    d: time to draft a token; s(k): time of a step that verifies k tokens
 
-While drafts do not pay, trials may take 1 % of the time: the text may have become easier.
+While drafts save no time, trials may take 1 % of it: the text may have become easier.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from ..sampler import SamplingParams
 from ..scheduler import DraftProposer, Sequence
 from ..tokenizer import Tokenizer
 
-MAX_ROWS = 12  # a step of this many rows reads the weights once, too (cpu/gemm.py)
-ACCEPTANCE = 0.7  # expected until it is measured
+MAX_ROWS = 12  # up to this number of rows, a step reads the weights once (cpu/gemm.py)
+ACCEPTANCE = 0.7  # assumed until it is measured
 NUM_MEASURED = 64  # tokens of the prompt that is computed to measure the draft model
-# a text is expected to continue for this many tokens, or as many as it has, if max_tokens allows
+# a text is expected to grow by this number plus its number of output tokens, if max_tokens allows
 NUM_EXPECTED = 64
 # the weight of the latest measurement in an average, and the factor of earlier drafts in the
 # acceptance
@@ -47,13 +47,13 @@ DECAY = 0.95
 NUM_PLAIN = 8  # steps without drafts, to measure their time: several may be one call
 PLAIN_EVERY = 256  # every 256th choice measures that time again
 TRIAL_SHARE = 0.01  # share of the time that trials of drafts may lose
-MAX_TRIALS = 4  # in a row
+MAX_TRIALS = 4  # one after the other
 MAX_IDLE = 256  # steps without drafts before the next choice
 
 
 class Average:
-    """A mean of seconds that follows changes. A value above twice the mean counts as that: the
-    process may have been stopped for a while."""
+    """A mean of seconds that follows changes. A larger value than twice the mean counts as
+    twice the mean, because the process may have been stopped for a while."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -91,27 +91,27 @@ class Choice(NamedTuple):
 
 
 class DraftLength:
-    """Chooses how many tokens to draft for each of n sequences. limit: at most."""
+    """Chooses how many tokens to draft for each of n sequences. limit: the largest number."""
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.num_tried = 2.0  # draft tokens that were compared, earlier ones less and less
+        self.num_tried = 2.0  # verified draft tokens; earlier ones count less
         self.num_right = ACCEPTANCE * self.num_tried
         self.step_seconds = Averages()  # by (n, draft tokens of each)
         self.draft_seconds = Averages()  # to draft a token for each, by (n,)
-        self.catch_up_seconds = Averages()  # to compute an earlier token, by ()
+        self.catch_up_seconds = Averages()  # to compute a missing token, by ()
         self.num_choices = 0
         self.trial_seconds = 0.0  # that trials may take
 
     @property
     def acceptance(self) -> float:
-        """The share of draft tokens that are right, given that those before them are."""
+        """The share of correct draft tokens among those that follow only correct ones."""
         return self.num_right / self.num_tried
 
     def choose(self, num_seqs: int, most: int, num_behind: int, num_left: int) -> Choice:
-        """How many tokens to draft for each of num_seqs sequences, at most `most`. num_behind:
-        tokens of theirs that the draft model has not computed; num_left: tokens that each of them
-        is expected to grow by."""
+        """Choose how many tokens to draft for each of num_seqs sequences, at most `most`.
+        num_behind: the number of their tokens that the draft model has not computed; num_left: the
+        number of tokens by which each of them is expected to grow."""
         self.num_choices += 1
         plain = self.step_seconds.get((num_seqs, 0), 0.0)
         if plain == 0 or self.num_choices % PLAIN_EVERY == 0:
@@ -124,7 +124,7 @@ class DraftLength:
             return Choice(0)
         if (plain - times[best]) * num_left > catch_up:
             return Choice(best)
-        loss = catch_up + max(0.0, self.seconds(num_seqs, 1) - plain)  # of a trial, at most
+        loss = catch_up + max(0.0, self.seconds(num_seqs, 1) - plain)  # at most, by a trial
         self.trial_seconds = min(self.trial_seconds, MAX_TRIALS * loss)
         missing = loss - self.trial_seconds
         if missing <= 0:
@@ -132,8 +132,8 @@ class DraftLength:
         return Choice(0, min(MAX_IDLE, ceil(missing / (TRIAL_SHARE * plain))))
 
     def seconds(self, num_seqs: int, length: int) -> float:
-        """The time of a step with `length` draft tokens for each sequence, and of these. A step
-        that was not measured is expected to take as long as one with fewer draft tokens."""
+        """The time of a step with `length` draft tokens for each sequence, and of drafting them.
+        A step that was not measured is assumed to take as long as one with fewer draft tokens."""
         step = self.step_seconds.get((num_seqs, 0), 0.0)
         for shorter in range(1, length + 1):
             step = self.step_seconds.get((num_seqs, shorter), step)
@@ -146,34 +146,34 @@ class DraftLength:
         return self.seconds(num_seqs, length) / num_tokens
 
     def add_draft(self, num_seqs: int, length: int, num_behind: int, seconds: float) -> None:
-        """Drafting `length` tokens for each of some sequences took this long."""
-        if num_behind <= num_seqs * MAX_ROWS:  # those of the last step
+        """Record the time to draft `length` tokens for each of num_seqs sequences."""
+        if num_behind <= num_seqs * MAX_ROWS:  # only the tokens of the last step
             self.draft_seconds.add((num_seqs,), seconds / length)
             return
         draft = self.draft_seconds.get((num_seqs,), self.draft_seconds.get((1,), 0.0))
         self.catch_up_seconds.add((), max(0.0, seconds - length * draft) / num_behind)
 
     def add_steps(self, num_seqs: int, choice: Choice, seconds: float) -> None:
-        """The steps of a choice took this long, without their drafts."""
+        """Record the time of the steps of a choice, without drafting."""
         self.step_seconds.add((num_seqs, choice.length), seconds / choice.num_steps)
         self.trial_seconds += TRIAL_SHARE * seconds
 
     def add_loss(self, num_seqs: int, seconds: float, num_tokens: float) -> None:
-        """A step and its drafts took this long, and each sequence grew by num_tokens on average. If
-        single steps take less, the difference is taken from the time for trials."""
+        """Record the time of a step with its drafts, in which each sequence grew by num_tokens on
+        average. If steps without drafts are faster, subtract the loss from the time for trials."""
         lost = seconds - num_tokens * self.step_seconds.get((num_seqs, 0), 0.0)
         self.trial_seconds -= max(0.0, lost)
 
     def add_verified(self, num_proposed: int, num_accepted: int) -> None:
-        """Of a draft, the first num_accepted tokens were right."""
+        """Record that the first num_accepted tokens of a draft were right."""
         self.num_tried = DECAY * self.num_tried + min(num_accepted + 1, num_proposed)
         self.num_right = DECAY * self.num_right + num_accepted
 
 
 class Steps(NamedTuple):
-    """Steps that are being computed: when they began, after the drafts were made, and with what."""
+    """The steps of a choice, while they are computed."""
 
-    began: float
+    began: float  # clock seconds, after drafting
     seqs: tuple[ref[Sequence], ...]
     num_tokens: int  # of all of them
     choice: Choice
@@ -181,10 +181,10 @@ class Steps(NamedTuple):
 
 
 class DraftModel(DraftProposer):
-    """A DraftProposer: the tokens that a draft model's engine generates.
+    """Proposes tokens that a draft model generates.
 
-    llm: that engine; never: ids that are not proposed, because no drawn token follows them (but
-    the result of a tool); clock: seconds.
+    llm: the engine of the draft model; never: token ids that are not proposed, because the result
+    of a tool follows them; clock: returns seconds.
     """
 
     max_rows = MAX_ROWS
@@ -201,28 +201,28 @@ class DraftModel(DraftProposer):
         self.drafts: dict[Sequence, list[int]] = {}  # of the step that is being planned
         self.num_known: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()  # computed tokens
         self.steps: Steps | None = None
-        self.num_planned = 0  # steps of self.steps
+        self.num_planned = 0  # of self.steps, the number of planned steps
         self.num_accepted = 0  # draft tokens that were right in them
-        self.longest = llm.max_positions - 1  # text that can be drafted for
+        self.longest = llm.max_positions - 1  # text for which it can draft
         self.length = DraftLength(MAX_ROWS - 1)
         self.measure()
 
     def measure(self) -> None:
-        """Measure how long the draft model takes for a token, and for one of a prompt, so that a
+        """Measure the time of the draft model for an output token and for a prompt token, so that a
         draft model that is too slow is not used at all."""
         num_prompt = max(1, min(NUM_MEASURED, self.longest - MAX_ROWS))
-        for token_id in (0, 1):  # the first time loads kernels
-            measured = DraftLength(MAX_ROWS - 1)
+        for token_id in (0, 1):  # the first round loads kernels
+            draft_length = DraftLength(MAX_ROWS - 1)
             for length, num_behind in ((MAX_ROWS - 1, 1), (1, num_prompt)):
                 prompt = [token_id] * num_behind
                 params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-                began = self.clock()
+                start = self.clock()
                 self.llm.generate([prompt], params, use_tqdm=False)
-                measured.add_draft(1, length, num_behind, self.clock() - began)
-        self.length = measured
+                draft_length.add_draft(1, length, num_behind, self.clock() - start)
+        self.length = draft_length
 
     def prepare(self, seqs: list[Sequence], num_rows: int) -> None:
-        """Draft tokens for all sequences at once, if it pays."""
+        """Draft tokens for all sequences at once, if that saves time."""
         self.drafts = {}
         refs = tuple(map(ref, seqs))
         steps = self.steps
@@ -231,21 +231,21 @@ class DraftModel(DraftProposer):
                 self.num_planned += 1
                 return
             self.measure_steps(steps, seqs)
-        self.steps = None  # if an exception comes
-        chosen = [seq for seq in seqs if self.can_draft(seq)]
+        self.steps = None  # after an exception, nothing is measured
+        draftable = [seq for seq in seqs if self.can_draft(seq)]
         choice = Choice(0)
         draft_seconds = 0.0
-        if chosen:
-            num_behind = sum([len(seq.token_ids) - self.num_known.get(seq, 0) for seq in chosen])
-            num_left = min([num_expected(seq) for seq in chosen])
+        if draftable:
+            num_behind = sum([len(seq.token_ids) - self.num_known.get(seq, 0) for seq in draftable])
+            num_left = min([num_expected(seq) for seq in draftable])
             choice = self.length.choose(len(seqs), num_rows // len(seqs), num_behind, num_left)
         if choice.length > 0:
-            began = self.clock()
-            drafts = self.draft(chosen, choice.length)
-            draft_seconds = self.clock() - began
-            self.length.add_draft(len(chosen), choice.length, num_behind, draft_seconds)
-            self.num_known.update({seq: len(seq.token_ids) for seq in chosen})
-            self.drafts = dict(zip(chosen, drafts, strict=True))
+            start = self.clock()
+            drafts = self.draft(draftable, choice.length)
+            draft_seconds = self.clock() - start
+            self.length.add_draft(len(draftable), choice.length, num_behind, draft_seconds)
+            self.num_known.update({seq: len(seq.token_ids) for seq in draftable})
+            self.drafts = dict(zip(draftable, drafts, strict=True))
         self.num_planned = 1
         self.num_accepted = 0
         self.steps = Steps(self.clock(), refs, count_tokens(seqs), choice, draft_seconds)
@@ -263,7 +263,7 @@ class DraftModel(DraftProposer):
         self.length.add_verified(len(draft), num_accepted)
 
     def measure_steps(self, steps: Steps, seqs: list[Sequence]) -> None:
-        """Note how long steps took, unless others came between them."""
+        """Record the time of steps, unless other steps came between them."""
         num_new = count_tokens(seqs) - steps.num_tokens
         if num_new != len(seqs) * steps.choice.num_steps + self.num_accepted:
             return
@@ -274,7 +274,7 @@ class DraftModel(DraftProposer):
             self.length.add_loss(len(seqs), seconds, num_tokens=num_new / len(seqs))
 
     def can_draft(self, seq: Sequence) -> bool:
-        """May a sequence have draft tokens, and has the draft model space for its text?"""
+        """Can a sequence use draft tokens, and does its text fit into the draft model's context?"""
         has_space = len(seq.token_ids) + MAX_ROWS <= self.longest and not self.llm.guard.is_closed
         return has_space and seq.params.allows_drafts and num_expected(seq) > 0
 
@@ -299,7 +299,7 @@ class DraftModel(DraftProposer):
 
 
 class DraftEngine(Extension):
-    """Closes the engine of a draft model with the one that it drafts for."""
+    """Closes the engine of a draft model when the main engine closes."""
 
     def __init__(self, llm: LLM):
         self.llm = llm
@@ -309,7 +309,8 @@ class DraftEngine(Extension):
 
 
 def num_expected(seq: Sequence) -> int:
-    """Draft tokens that a text may still have use for: the last token is never computed."""
+    """The number of draft tokens that a text can still use. The last token of a text is never an
+    input, so it needs no draft."""
     most = seq.max_length - 1 - len(seq.token_ids)
     return max(0, min(most, NUM_EXPECTED + len(seq.token_ids) - seq.num_prompt))
 
@@ -328,11 +329,11 @@ def drop_end(output: dict) -> list[int]:
 def open_draft(
     llm_class: type[LLM], model, tokenizer: Tokenizer, arguments: SimpleNamespace
 ) -> LLM:
-    """The engine of the draft model arguments.draft: a model as LLM takes it, which is then
-    computed as the target is, without quantization, or an engine.
+    """Open the engine of the draft model arguments.draft: an engine, or a model in any form that
+    LLM accepts. Such a model runs with the arguments of the target, without quantization.
 
     llm_class: of the new engine; model, tokenizer, arguments: of the target. Raises ValueError if
-    the draft model has other tokens or a shorter context, and what LLM raises.
+    the draft model has other tokens or a shorter context, and the errors of LLM.
     """
     draft = arguments.draft
     if not isinstance(draft, LLM):

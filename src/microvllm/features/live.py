@@ -1,5 +1,5 @@
 """Live nanochat modules: an engine follows the weights of a GPT during training. Also new weights
-for any running engine, and an engine that sleeps while its memory is needed elsewhere.
+for any running engine, and an engine that sleeps while other code needs its memory.
 
 How a change is detected at the start of a step, or of a call of several steps:
 
@@ -10,7 +10,7 @@ How a change is detected at the start of a step, or of a call of several steps:
     p.data.add_(x), numpy, other libraries    the first number of each tensor    in every step, CPU
                                               the first number of each row       if nothing runs
 
-Other changes, such as one number that is written without autograd's knowledge, need
+Other changes, such as a single number that is written without autograd, need
 `update_weights(gpt)`. If another thread writes during a step, this step may use a mixture of old
 and new weights; the next step computes everything again.
 """
@@ -120,7 +120,7 @@ class LiveWeights:
     """An engine's weights: follows those of a live module, replaces weights, and implements sleep.
 
     module: a live nanochat GPT, or None for an engine of a file; build(config, recipe, weights):
-    makes the engine's model of the module's weights.
+    makes the engine's model from the module's weights.
     """
 
     engine: LLM
@@ -226,7 +226,7 @@ class LiveWeights:
         self.engine.reset()
         self.drop_memory()
 
-    @torch.inference_mode(False)  # tensors made here stay, and graphs need ordinary ones
+    @torch.inference_mode(False)  # CUDA graphs cannot use inference tensors
     def wake_now(self) -> None:
         """`wake`, called with the guard."""
         if not self.is_asleep:

@@ -8,10 +8,10 @@ forced tokens between two other marks, and the model continues from there:
     mask                  ... 1                3         1                0
     text of the output    ... `                45+54     ` =               99
 
-No token is decoded and encoded again: only the text of a result is encoded, once. The text of a
-call is that of its tokens.
+The text of a call is decoded from its tokens, and the text of a result is encoded once. No token
+is decoded and encoded again.
 
-A slow function runs in a thread, while other samples decode. Its sequence is paused meanwhile, and
+A slow function runs in a thread, while other samples decode. Meanwhile its sequence is paused, and
 keeps its blocks unless other sequences need them:
 
     sample A   | step | step | call ........................ answer | step | step |
@@ -43,7 +43,7 @@ from . import check_list, check_number
 
 log = logging.getLogger("microvllm")
 
-# nanochat's four marks of a call, and what a text shows in their place: `45+54` = 99
+# nanochat's four marks of a call, and the characters that replace them in a text: `45+54` = 99
 MARKS = {
     "<|python_start|>": "`",
     "<|python_end|>": "`",
@@ -51,9 +51,9 @@ MARKS = {
     "<|output_end|>": " ",
 }
 MAX_ERROR = 200  # characters of an exception in the text
-CHARACTERS_PER_TOKEN = 64  # a result longer than this allows is cut before it is encoded
+CHARACTERS_PER_TOKEN = 64  # a longer result is cut before it is encoded
 CANCEL_SECONDS = 1.0  # time for coroutines to end when the engine is closed
-WAIT_SECONDS = 0.02  # longest wait of a step if all sequences wait for tools
+WAIT_SECONDS = 0.02  # longest wait of a step while all sequences wait for tools
 
 Mark = str | List[int]
 Result = str | List[int] | None
@@ -67,7 +67,7 @@ class ToolRequest(NamedTuple):
     prompt_token_ids: List[int]
     params: SamplingParams
     sample: int  # index among the request's samples
-    seed: int  # of the request; with `sample` it is a seed for a session
+    seed: int  # of the request; seed and `sample` together can seed a session
 
 
 class ToolSession:
@@ -87,20 +87,20 @@ class Tool:
     """A tool: `llm.generate(prompts, params, tools=[Tool(name="clock", function=get_time)])`.
 
     name: of the tool, in output["tool_calls"] and in errors.
-    function: from the text of a call to its result: a text, token ids, or None, which adds nothing.
-        It may be a coroutine function; all coroutines run in one event loop, other functions in
-        threads. An exception is a result, too: the text "error: ", its type and its message. A
-        subclass may override `begin` in its place, for a function of each sample.
+    function: takes the text of a call, and returns its result: a text, token ids, or None, which
+        adds nothing. It may be a coroutine function; all coroutines run in one event loop, other
+        functions in threads. An exception is a result, too: the text "error: ", its type and its
+        message. A subclass may override `begin` instead, for one function per sample.
     call_start, call_end: the marks around a call. Each is the name of a special token, or a list of
         token ids.
-    result_start, result_end: marks that are forced around a result; () is none.
+    result_start, result_end: marks that are forced around a result; () for no mark.
     timeout: seconds after which the result of a call is an error. A thread cannot be ended: it
-        continues, and what it returns is dropped. A coroutine is cancelled.
-    max_result_tokens: the result is cut to this many tokens, without its marks.
-    max_concurrent: calls of this tool that run at once. Further calls wait, and their timeout
-        begins when they run.
-    is_inline: the function runs within the step, for functions that take microseconds. It has no
-        time limit, and is called a second time after an exception.
+        continues, and its return value is dropped. A coroutine is cancelled.
+    max_result_tokens: the result is cut to this number of tokens, not counting its marks.
+    max_concurrent: the largest number of calls of this tool that run at once. Further calls wait,
+        and their timeout begins when they run.
+    is_inline: whether the function runs within the step, for functions that take microseconds. It
+        has no time limit, and is called a second time after an exception.
 
     Raises TypeError or ValueError, with the name of the argument.
     """
@@ -144,7 +144,8 @@ class Marks(NamedTuple):
 
 
 def find_marks(tool: Tool, tokenizer: Tokenizer) -> Marks:
-    """The marks of a tool. Raises ValueError if the tokenizer lacks one, or if a call has none."""
+    """The marks of a tool. Raises ValueError if the tokenizer lacks one, or if call_start or
+    call_end is empty."""
     marks = []
     for name in Marks._fields:
         mark = vars(tool)[name]
@@ -167,7 +168,7 @@ def find_marks(tool: Tool, tokenizer: Tokenizer) -> Marks:
 
 
 class CallReader:
-    """Finds the calls of a tool among the tokens of one sample. As in nanochat a sample begins
+    """Finds the calls of a tool among the tokens of one sample. As in nanochat, a sample begins
     outside a call, whatever its prompt contains, and a start mark inside a call restarts it."""
 
     def __init__(self, marks: Marks):
@@ -208,13 +209,13 @@ class Call:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def finish(self, result: Result, has_failed: bool = False) -> None:
-        """Set the result, unless there is one."""
+        """Set the result, unless it is set already."""
         with self.lock:
             if self.is_done:
                 return
             self.result = result
             self.has_failed = has_failed
-            self.is_done = True  # last: another thread looks at it
+            self.is_done = True  # last, because other threads read it without the lock
 
     def fail(self, error: BaseException) -> None:
         """Make an exception the result."""
@@ -225,13 +226,13 @@ class Call:
         self.finish(f"error: {type(error).__name__}: {message}".rstrip(": "), has_failed=True)
 
     def cancel(self) -> None:
-        """The result is no longer needed."""
+        """Drop the result, and cancel the coroutine."""
         self.finish(None)
         if self.coroutine is not None:
             self.coroutine.cancel()
 
     def output_ids(self, tokenizer: Tokenizer) -> list[int]:
-        """The tokens that are forced behind the call."""
+        """The tokens that are forced after the call."""
         result = self.result
         if result is None:
             return []
@@ -253,7 +254,7 @@ class SampleTools:
     read again, so that no tool is called twice."""
 
     request: ToolRequest
-    is_named: bool  # do the outputs say which tool was called?
+    is_named: bool  # whether outputs have the name of the tool
     calls: dict[int, Call] = field(default_factory=dict)  # by the number of tokens before a result
     sessions: dict[Tool, ToolFunction | ToolSession] = field(default_factory=dict)
 
@@ -266,7 +267,7 @@ class SampleTools:
                 is_late = call.is_done
                 if not is_late:
                     self.sessions[call.tool] = session
-            if is_late:  # the call was cancelled meanwhile, and `close` did not see the session
+            if is_late:  # the call was cancelled, and `close` was called before the session existed
                 close_session(call.tool, session)
                 return None
         return session(call.text)
@@ -277,7 +278,7 @@ class SampleTools:
 
 
 def close_session(tool: Tool, session: ToolFunction | ToolSession | None) -> None:
-    """End a session, if it is one. What it raises is logged."""
+    """End a ToolSession; functions have nothing to end. An exception is logged."""
     if isinstance(session, ToolSession):
         try:
             session.close()
@@ -293,7 +294,7 @@ class BackgroundCalls:
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, call: Call, sample: SampleTools, vocab_size: int) -> None:
-        """Start a call. Its time runs from now on."""
+        """Start a call and its timeout."""
         call.deadline = time.monotonic() + call.tool.timeout
         call.thread = threading.Thread(
             target=self.run,
@@ -307,7 +308,7 @@ class BackgroundCalls:
             call.fail(error)
 
     def run(self, call: Call, sample: SampleTools, vocab_size: int) -> None:
-        """What the thread of a call does."""
+        """Call the function, in the thread of the call."""
         try:
             result = sample.answer(call)
             if inspect.isawaitable(result):
@@ -343,12 +344,12 @@ class BackgroundCalls:
             return self.loop
 
     def notify(self) -> None:
-        """A call has its result."""
+        """Wake a step that waits for results."""
         with self.progress:
             self.progress.notify_all()
 
     def wait(self, seconds: float, calls: Iterable[Call]) -> None:
-        """Wait until one of the calls has its result, but no longer than this."""
+        """Wait until one of the calls has its result, at most this number of seconds."""
         with self.progress:
             self.progress.wait_for(lambda: any(call.is_done for call in calls), seconds)
 
@@ -361,7 +362,7 @@ class BackgroundCalls:
 
 
 def run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """What the thread of an event loop does."""
+    """Run an event loop, in its thread."""
     loop.run_forever()
     loop.close()
 
@@ -399,12 +400,12 @@ class ToolCalling(Extension):
     Where the marks are special tokens, the text shows each call and its result as `45+54` = 99, and
     stop strings are searched in that text. The output of each sample lists its calls in
     "tool_calls": {"call": "45+54", "result": "99"}, with the tool's name in "tool" if the request
-    has a list of tools. The result is all that the tool returned, even if the sample ended before
-    all of it was written, or None if the tool returned none.
+    has a list of tools. The result is complete, even if the sample ended before all of it was
+    written. It is None if the tool returned none.
 
-    default_tools: the tools of tools=True. One whose marks the tokenizer lacks is not called.
+    default_tools: the tools of tools=True. A tool is not called if the tokenizer lacks its marks.
     is_alone: False for one of several ranks. All ranks must have the same tokens, so their tools
-    have to be inline.
+    must be inline.
     """
 
     options = ("tools",)
@@ -412,11 +413,11 @@ class ToolCalling(Extension):
     def __init__(self, default_tools: Iterable[Tool] = (), is_alone: bool = True):
         self.default_tools = tuple(default_tools)
         self.is_alone = is_alone
-        # the last tokens of calls: a result follows them, so no draft goes beyond one
+        # the last tokens of calls: a result follows them, so a draft must not go beyond them
         self.end_ids: set[int] = set()
         self.background = BackgroundCalls()
         self.samples: WeakKeyDictionary[Sequence, SampleTools] = WeakKeyDictionary()
-        self.pending: dict[Sequence, Call] = {}  # paused sequences, and what they wait for
+        self.pending: dict[Sequence, Call] = {}  # paused sequences, and their open calls
 
     def attach(self, engine) -> None:
         super().attach(engine)
@@ -430,7 +431,7 @@ class ToolCalling(Extension):
         return all(vars(tool)[name] in special_tokens for name in Marks._fields)
 
     def tools_of(self, request: Request) -> List[Tool]:
-        """The tools of a request. Raises TypeError or ValueError for what are none."""
+        """The tools of a request. Raises TypeError if the option is not a list or a bool."""
         tools = request.options.get("tools") or ()
         if tools is True:
             return [tool for tool in self.default_tools if self.can_call(tool)]
@@ -463,9 +464,9 @@ class ToolCalling(Extension):
             return None
         tools = self.tools_of(request)
         if seq not in self.samples:
-            described = ToolRequest(request.id, request.prompt, seq.params, seq.index, seq.seed)
+            tool_request = ToolRequest(request.id, request.prompt, seq.params, seq.index, seq.seed)
             is_named = request.options["tools"] is not True
-            self.samples[seq] = SampleTools(described, is_named)
+            self.samples[seq] = SampleTools(tool_request, is_named)
         marks = [find_marks(tool, self.engine.tokenizer) for tool in tools]
         text.decoder = ToolDecoder(self.engine.tokenizer, marks)
         return CallWatcher(self, self.samples[seq], dict(zip(tools, marks, strict=True)))
@@ -473,7 +474,7 @@ class ToolCalling(Extension):
     # a call
 
     def serve(self, seq: Sequence, call: Call) -> None:
-        """The last token of a sequence completes a call: write its result, or wait for it."""
+        """Write the result of the call that a sequence ends with, or pause the sequence."""
         if call.tool.is_inline and not call.is_done:
             self.answer_inline(seq, call)
         if call.is_done:
@@ -575,7 +576,7 @@ class ToolCalling(Extension):
 
 
 def is_running(call: Call, now: float) -> bool:
-    """Does a call run, and has time left?"""
+    """Is a call running, with time left?"""
     return call.thread is not None and not call.is_done and now <= call.deadline
 
 
@@ -586,11 +587,11 @@ class CallWatcher(Watcher):
         self.tool_calling = tool_calling
         self.sample = sample
         self.tools = tools
-        self.num_tokens = 0  # output tokens seen so far
+        self.num_tokens = 0  # output tokens read so far
         self.begin_outside()
 
     def begin_outside(self) -> None:
-        """No call is open."""
+        """Reset the readers, so that no call is open."""
         self.readers = {tool: CallReader(marks) for tool, marks in self.tools.items()}
 
     def on_token(self, seq: Sequence, token_id: int, new_text: str) -> None:
@@ -606,13 +607,13 @@ class CallWatcher(Watcher):
                 return
 
     def serve(self, seq: Sequence, length: int, tool: Tool, call_ids: list[int]) -> None:
-        """The first `length` tokens of a sequence end with a call."""
+        """Serve the call at the end of the first `length` tokens of a sequence."""
         if length not in self.sample.calls:
             # special tokens decode to their names, so they spoil an expression, as in nanochat
             text = self.tool_calling.engine.tokenizer.decode(call_ids)
             self.sample.calls[length] = Call(tool, self.tools[tool], text)
         call = self.sample.calls[length]
-        # after an error all tokens are seen again, and then the result may be there already
+        # after an error, all tokens are read again, and the result may be among them
         if length < len(seq.token_ids):
             return
         if seq.finish_reason is None:
@@ -622,24 +623,24 @@ class CallWatcher(Watcher):
 
 
 class ToolDecoder:
-    """A decoder that shows where a tool was called and what it answered, where the marks are
-    special tokens. all_marks: of the tools."""
+    """A decoder that shows the calls and results of tools, if their marks are special tokens.
+    all_marks: the marks of the tools."""
 
     def __init__(self, tokenizer: Tokenizer, all_marks: Iterable[Marks]):
         self.decoder = tokenizer.decoder()
-        self.shown: dict[int, str] = {}
+        self.signs: dict[int, str] = {}
         for marks in all_marks:
             for mark, sign in zip(marks, MARKS.values(), strict=True):
                 if len(mark) == 1 and mark[0] >= tokenizer.num_ordinary:
-                    self.shown[mark[0]] = sign
+                    self.signs[mark[0]] = sign
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes. A mark of a tool call is shown, and ends an
-        unfinished character."""
-        if token_id in self.shown:
-            return self.decoder.flush() + self.shown[token_id]
+        """The characters that this token completes. A mark ends an unfinished character, and
+        becomes the characters in MARKS."""
+        if token_id in self.signs:
+            return self.decoder.flush() + self.signs[token_id]
         return self.decoder.push(token_id)
 
     def flush(self) -> str:
-        """At the end of the sequence: what is unfinished."""
+        """The unfinished character at the end of the sequence."""
         return self.decoder.flush()

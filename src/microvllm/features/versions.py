@@ -1,4 +1,4 @@
-"""The version of the weights, and by which version each token was drawn.
+"""The version of the weights, and the version that drew each token.
 
 Asynchronous reinforcement learning changes the weights while samples are being written:
 
@@ -20,47 +20,47 @@ from . import check_number
 
 
 class Start(NamedTuple):
-    """From a position of a sequence on, tokens were drawn by a version."""
+    """The position of a sequence from which a version drew the tokens."""
 
     position: int
     version: int
 
 
 class State(NamedTuple):
-    """The present version, and the starts of the sequences that have seen another one."""
+    """The present version, and the starts of the sequences that existed at the last change."""
 
     version: int
     starts: WeakKeyDictionary[Sequence, tuple[Start, ...]]
 
 
 class PolicyVersions(Extension):
-    """Numbers the weights: equal versions of one engine are equal weights, unless a caller gives
-    other weights the same number. Takes the keyword max_version_lag: a sample ends when the weights
-    are more than this many versions ahead of those that drew its first token (finish_reason
-    "abort", stop_reason "max_version_lag"); 0: a sample is of one version.
+    """Numbers the weights of an engine. Weights with the same version are equal, unless a caller
+    gives the number to other weights. Accepts the keyword max_version_lag: a sample ends when the
+    weights are more than this number of versions ahead of those that drew its first token
+    (finish_reason "abort", stop_reason "max_version_lag"); 0: one version draws all its tokens.
     """
 
     options = ("max_version_lag",)
 
     def __init__(self):
-        # replaced as a whole, so that an exception cannot leave half of a change
+        # one assignment replaces the state, so an exception cannot leave half of a change
         self.state = State(0, WeakKeyDictionary())
 
     @property
     def version(self) -> int:
-        """Of the weights that the last step had, or that were given since."""
+        """The version of the weights of the last step, or of new weights set after it."""
         return self.state.version
 
     def check(self, version: int | None) -> int | None:
-        """The number of new weights; None: one more than the present. Raises TypeError or
-        ValueError for one below the present version."""
+        """Check the version of new weights; None stands for the next number. Raises TypeError or
+        ValueError for a number below the present version."""
         if version is None:
             return None
         version = check_number("version", version)
         if version < self.version:
             raise ValueError(
                 f"version={version}: the engine has version {self.version} already, and versions "
-                "never fall; leave it out to count by one"
+                "must not decrease; omit `version` to count by one"
             )
         return version
 
@@ -79,7 +79,7 @@ class PolicyVersions(Extension):
         self.state = State(version, starts)
 
     def starts_of(self, seq: Sequence) -> tuple[Start, ...]:
-        """The versions of a sequence. Without a record it has seen only the present one."""
+        """The starts of a sequence. Without a record, the present version draws all its tokens."""
         return self.state.starts.get(seq) or (Start(seq.num_prompt, self.version),)
 
     def versions_of(self, seq: Sequence) -> list[int]:
@@ -106,6 +106,6 @@ class PolicyVersions(Extension):
 
     def on_sample_output(self, request: Request, seq: Sequence, output: dict) -> None:
         versions = self.versions_of(seq)
-        # of a sample without tokens, the version that would have drawn the first one
+        # for a sample without tokens, the version that would draw the first one
         output["version"] = versions[-1] if versions else self.version
         output["versions"] = versions

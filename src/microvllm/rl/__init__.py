@@ -1,5 +1,5 @@
-"""For reinforcement learning beside an engine: how far rollouts are from the training's own
-log-probabilities, and whether weights arrived as they were sent. Nothing here needs an engine."""
+"""Checks for reinforcement learning: the difference between the log-probabilities of rollouts and
+of the training, and whether transferred weights are intact. They need no engine."""
 
 from .mismatch import Mismatch, mismatch
 from .transfer import check_transfer, checksums

@@ -1,13 +1,13 @@
-"""How far are the log-probabilities with which tokens were drawn from those of the training?
+"""How much do the log-probabilities of drawn tokens differ between a rollout and the training?
 
 The loss of a policy gradient assumes that tokens were drawn from the distribution that the trained
 module computes. Rounding, other kernels, low-bit weights, old weights and filters such as top_k
-make the two differ:
+change the distribution of the rollout:
 
     rollout     q  the sampler's log-probability of each token that it drew
     training    p  the module's, in the forward pass of the loss
-    delta       p - q                                  0 where both agree
-    ratio       exp(delta)                             outside [0.8, 1.2] a PPO loss clips it
+    delta       p - q                                  0 if both are equal
+    ratio       exp(delta)                             a PPO loss clips it to [0.8, 1.2]
     KL          mean of exp(delta) - 1 - delta         Schulman's estimator k3, of KL(q || p)
 
 If q can draw every token that p allows, the ratio is 1 on average, however different p and q are. A
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 LEAST_RATIO = 0.8
 MOST_RATIO = 1.2
-# chance and rounding do not explain a mean ratio that is below 1 by more than this number of
-# standard errors, and by more than this share
+# a mean ratio below 1 by more than this number of standard errors and by more than this share is
+# not a result of chance or rounding
 SURE_ERRORS = 5
 SURE_SHARE = 1e-3
 
 
 @dataclass(frozen=True, repr=False)
 class Mismatch:
-    """What `mismatch` found. `print(report)` shows it in one line."""
+    """The report of `mismatch`. `print(report)` shows it in one line."""
 
     num_tokens: int  # compared
-    num_not_finite: int  # tokens with a NaN or an infinity, which all other numbers leave out
+    num_not_finite: int  # tokens with a NaN or an infinity: no other number includes them
     mean: float  # of |delta|
     largest: float  # |delta|
     share_outside: float  # of ratios outside [0.8, 1.2]
@@ -56,7 +56,7 @@ class Mismatch:
 
     @property
     def is_cut(self) -> bool:
-        """Do the numbers show that tokens were excluded which the training allows?"""
+        """Do the numbers show that the sampler excluded tokens that the training allows?"""
         missing = 1 - self.mean_ratio
         return missing > max(SURE_SHARE, SURE_ERRORS * self.ratio_error)
 
@@ -77,14 +77,14 @@ class Mismatch:
         return f"; {self.num_not_finite:,} more are NaN or infinite" if self.num_not_finite else ""
 
     def about_sampling(self) -> str:
-        """A remark on the distribution from which the tokens were drawn, or nothing."""
+        """A remark if the distributions of sampler and loss differ, else an empty text."""
         ratio = f"mean ratio {self.mean_ratio:.4f}"
         if self.sampling:
             return (
                 f"; {self.sampling} draws from another distribution than the loss assumes ({ratio})"
             )
         if self.is_cut:
-            return f"; {ratio}: tokens were excluded that the loss assumes possible (top_k?)"
+            return f"; {ratio}: the sampler excluded tokens that the loss allows (top_k?)"
         return ""
 
     def scalars(self) -> dict[str, float]:
@@ -94,8 +94,8 @@ class Mismatch:
         }
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw |delta| by position, into a file if there is a path. Raises ImportError without
-        matplotlib."""
+        """Plot |delta| by position, and write the figure to `path`, if there is one. Raises
+        ImportError without matplotlib."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -131,9 +131,9 @@ def mismatch(
     training_logprobs: a tensor (B, T), or B rows, in which column t is the log-probability of token
     t + 1, as the loss of nanochat's chat_rl has them (padding and masked columns may be anything).
     logprobs, masks: of the rollout, B rows of prompt and answer, as `generate_batch(...,
-    logprobs=True)` returns them, or padded; tokens with mask 0 are left out. temperature, top_k,
-    top_p, min_p: of the sampling, for the report to name; None and 0 are off. Raises ValueError for
-    rows that do not belong together.
+    logprobs=True)` returns them, padded or not; tokens with mask 0 are ignored. temperature, top_k,
+    top_p, min_p: the sampling parameters, which the report names; None and 0 mean off. Raises
+    TypeError for an argument without rows, and ValueError if the rows do not match.
     """
     arguments = {"training_logprobs": training_logprobs, "logprobs": logprobs, "masks": masks}
     for name, rows in arguments.items():
@@ -166,8 +166,8 @@ def mismatch(
 
 
 def to_numpy(row: Sequence, where: str) -> np.ndarray:
-    """A row of numbers, or a tensor of any device, as float64. Raises ValueError, which says where,
-    for what is no row of numbers."""
+    """Convert a row of numbers, or a tensor on any device, to float64. Raises ValueError for other
+    values. where: names the row in the error."""
     if hasattr(row, "detach"):
         row = row.detach().double().cpu().numpy()
     try:
@@ -189,9 +189,9 @@ def compare_row(
     if len(columns) and not 1 <= columns[0] <= columns[-1] <= len(training):
         raise ValueError(
             f"row {row}: training_logprobs has {len(training)} columns, and the drawn tokens are "
-            f"{columns[0]} to {columns[-1]}; column t is of token t + 1"
+            f"{columns[0]} to {columns[-1]}: column t is of token t + 1"
         )
-    with np.errstate(over="ignore", invalid="ignore"):  # the report counts what is not finite
+    with np.errstate(over="ignore", invalid="ignore"):  # the report counts such values
         delta = training[columns - 1] - rollout[columns]
     return delta, columns - columns[:1]
 
@@ -210,8 +210,8 @@ def summarise(delta: np.ndarray, positions: np.ndarray, sampling: str) -> Mismat
     mean_at = np.full(num_positions, np.nan)
     np.divide(sums, counts, out=mean_at, where=counts > 0)
     largest_at = np.full(num_positions, np.nan)
-    np.fmax.at(largest_at, positions, size)  # of a number and NaN it takes the number
-    # a delta of 710 is an infinite ratio, and the report says so
+    np.fmax.at(largest_at, positions, size)  # fmax of a number and NaN is the number
+    # exp of a delta above 709 is infinite: the report shows inf
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = np.exp(delta)
         k3 = np.expm1(delta) - delta

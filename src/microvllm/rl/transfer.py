@@ -3,8 +3,8 @@
     the trainer's process     weights, checksums(weights)  ---->   weights, checksums
     the engine's process      check_transfer(weights, checksums), then llm.update_weights(weights)
 
-A checksum is of dtype, shape and bytes, so a tensor that was cast or transposed on the way differs
-as well.
+A checksum covers dtype, shape and bytes, so it also detects a tensor that was cast or transposed on
+the way.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-SHOWN = 5  # names in an error
+MAX_NAMES = 5  # in an error
 
 
 def checksums(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """A checksum of 128 bits (XXH3) of each tensor of a state dict, as a hexadecimal number. Raises
-    TypeError for what is no tensor."""
+    TypeError for a value that is not a tensor."""
     return {name: checksum(name, weight) for name, weight in weights.items()}
 
 
@@ -34,8 +34,8 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def check_transfer(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -> None:
-    """Compare weights that were received with the sender's checksums. Raises ValueError that names
-    the tensors which are missing, unknown or different, and TypeError for what is no tensor."""
+    """Compare received weights with the sender's checksums. Raises ValueError with the names of
+    missing, unknown or different tensors, and TypeError for a value that is not a tensor."""
     problems = {
         "missing": sorted(expected.keys() - weights.keys()),
         "unknown": sorted(weights.keys() - expected.keys()),
@@ -45,16 +45,16 @@ def check_transfer(weights: Mapping[str, Tensor], expected: Mapping[str, str]) -
             if name in expected and checksum(name, weight) != expected[name]
         ],
     }
-    found = [describe(problem, names) for problem, names in problems.items() if names]
-    if found:
+    parts = [describe(problem, names) for problem, names in problems.items() if names]
+    if parts:
         raise ValueError(
-            f"the weights are not those that were sent: {'; '.join(found)}. Send them again; the "
+            f"the weights are not those that were sent: {'; '.join(parts)}. Send them again; the "
             "trainer must not change them before they have arrived"
         )
 
 
 def describe(problem: str, names: list[str]) -> str:
-    """A problem and the tensors that have it."""
-    shown = ", ".join(names[:SHOWN])
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{problem}: {shown}{rest}"
+    """A problem, with the names of the tensors that have it."""
+    first_names = ", ".join(names[:MAX_NAMES])
+    rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{problem}: {first_names}{rest}"

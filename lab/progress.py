@@ -1,4 +1,4 @@
-"""The reader's copy of the exercises, the solved exercises, and the hints seen so far."""
+"""The reader's progress: the copy of the exercises, the solved exercises, and the seen hints."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ HERE = Path(__file__).parent
 
 def titles() -> dict[int, tuple[str, str]]:
     """(name of the function, title) of each exercise, from EXERCISES.md."""
-    found = {}
+    names = {}
     for line in (HERE / "EXERCISES.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("| ") and "**" in line:
             _, number, task, *_ = line.split("|")
             title, text = task.split("**")[1:]
-            found[int(number)] = text.split("`")[1], title.rstrip(".")
-    return found
+            names[int(number)] = text.split("`")[1], title.rstrip(".")
+    return names
 
 
 # programs of `microvllm lab` ----------------------------------------------------------------------
@@ -47,32 +47,34 @@ def start(argv: list[str]) -> None:
 
 
 def exercises(argv: list[str]) -> None:
-    """Exercises: list them, with the solved ones and the number of hints seen."""
+    """Exercises: list all exercises, with those solved and the number of hints seen."""
     Parser(prog="microvllm lab exercises", description=exercises.__doc__).parse_args(argv)
     state = learn.read_state("lab")
     for number, (name, title) in titles().items():
-        seen = state["hints"].get(str(number), 0)
-        marks = ["solved"] * (number in state["solved"]) + [f"{seen} of 3 hints"] * bool(seen)
+        num_seen = state["hints"].get(str(number), 0)
+        marks = ["solved"] if number in state["solved"] else []
+        if num_seen > 0:
+            marks.append(f"{num_seen} of 3 hints")
         terminal.say(f"{number:2}  {title:12}{name:26}{', '.join(marks)}".rstrip())
-    where = state["folder"] or "none yet: `microvllm lab start DIR` makes it"
-    terminal.say(f"\nyour copy: {where}\nthe exercises: {HERE / 'EXERCISES.md'}")
+    folder = state["folder"] or "none yet: `microvllm lab start DIR` makes one"
+    terminal.say(f"\nyour copy: {folder}\nthe exercises: {HERE / 'EXERCISES.md'}")
 
 
 def hint(argv: list[str]) -> None:
     """Hint: show the next of three hints for an exercise; with --again, all seen so far."""
     parser = Parser(prog="microvllm lab hint", description=hint.__doc__)
     parser.add_argument("number", type=positive, metavar="N")
-    parser.add_argument("--again", action="store_true", help="show hints seen before, no new one")
+    parser.add_argument("--again", action="store_true", help="show only the hints seen so far")
     args = parser.parse_args(argv)
     if args.number > len(hints.HINTS):
         parser.error(f"the exercises are 1 to {len(hints.HINTS)}")
     state, key = learn.read_state("lab"), str(args.number)
     texts = hints.HINTS[args.number]
-    before = min(state["hints"].get(key, 0), len(texts))
-    seen = before if args.again else min(before + 1, len(texts))
-    if seen > before:
-        learn.write_state("lab", hints=state["hints"] | {key: seen})
+    num_seen = min(state["hints"].get(key, 0), len(texts))
+    num_shown = num_seen if args.again else min(num_seen + 1, len(texts))
+    if num_shown > num_seen:
+        learn.write_state("lab", hints=state["hints"] | {key: num_shown})
     elif not args.again:
-        terminal.note("you have seen all three; the solution is in lab/solutions.py")
-    for place in range(0 if args.again else seen - 1, seen):
-        terminal.say(f"{place + 1} of {len(texts)}: {texts[place]}")
+        terminal.note("you have seen all three hints; the solution is in lab/solutions.py")
+    for i in range(0 if args.again else num_shown - 1, num_shown):
+        terminal.say(f"{i + 1} of {len(texts)}: {texts[i]}")
