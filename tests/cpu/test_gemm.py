@@ -532,7 +532,9 @@ def test_shared_weights_of_other_forms_are_multiplied_by_torch(parts):
     linear = shared_linear(parts)
     x = random(3, parts[0].shape[1], seed=3)
     assert not linear.is_whole
-    assert torch.equal(linear(x), torch.nn.functional.linear(x, torch.cat(parts)))
+    # part by part: torch's product of a contiguous copy may have other bits
+    products = [torch.nn.functional.linear(x, part) for part in parts]
+    assert torch.equal(linear(x), torch.cat(products, dim=1))
 
 
 @has_tiles
