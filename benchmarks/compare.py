@@ -46,8 +46,8 @@ its speed without load.
 The limit is measured in the same turns (see `limit` in peers.py). It assumes the matrix products of
 a library, and "of limit" is the share of this limit. The row "limit, own products" also considers
 this engine's own products. They are faster for a few rows, so this engine can exceed the first
-limit. Both limits count K and V that several sequences share once for each sequence. An engine that
-reads them once can exceed the limits too.
+limit. Both limits count shared K and V once for each sequence. An engine that reads them once for
+all sequences can exceed the limits, too.
 
 Peak memory is the sum over all processes of an engine, including weights and pool. In engines with
 a pool, its size is --kv-gib, and it is written to before measurements start. "first token" is the
@@ -389,9 +389,7 @@ class Comparison:
                     same = agreement(first[::every], answer["tokens"])
                     self.agreed[key][peer.name].append(same)
             done = ", ".join(f"{n} {s[-1]:,.1f}" for n, s in self.speeds[key].items())
-            say(
-                f"turn {turn}, {name}{beside(load)}: {done}" if turn else f"warm-up of {name}: done"
-            )
+            say(f"turn {turn}, {name}{beside(load)}: {done}" if turn else f"warmed up for {name}")
 
     def results(self, load: int = 0) -> dict:
         """For each workload and engine: tokens/s with this load, and comparisons."""
@@ -587,10 +585,8 @@ def find_model(args: argparse.Namespace, scratch: Path) -> tuple[Path, int]:
 def find_llama(folder: Path, to: str, precision: str, python: str) -> tuple[Path, int]:
     """(folder of the Llama that corresponds to the model in `folder`, number of weights that a step
     reads). If it does not exist in this format and precision, the interpreter `python` makes it."""
-    config, out = (
-        llama.llama_for(json.loads((folder / "config.json").read_text())),
-        folder / "llama",
-    )
+    config = llama.llama_for(json.loads((folder / "config.json").read_text()))
+    out = folder / "llama"
     if not (out / "config.json").exists():
         llama.make_folder(out, config)
     script = [python, HERE / "llama.py", out, "--to", to, "--precision", precision]

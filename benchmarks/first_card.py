@@ -489,9 +489,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("parts", nargs="*", help=f"parts of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--part", choices=PARTS, help="run only this part, in this process")
-    parser.add_argument(
-        "--tiny", action="store_true", help="only test the parts, with small models"
-    )
+    parser.add_argument("--tiny", action="store_true", help="only a test, with small models")
     args = parser.parse_intermixed_args(words)
     if not torch.cuda.is_available() and not args.tiny:
         parser.error("torch finds no CUDA device; use --tiny for a test")

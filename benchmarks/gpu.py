@@ -455,9 +455,8 @@ class Bench:
         times, (_, stats) = [seconds for seconds, _ in runs], runs[-1]
         seconds, limit = statistics.median(times), card.body(size) + card.head(1)
         products, attention = card.prefill_flops(size)
-        products_share, total_share = (
-            flops / seconds / card.peak for flops in (products, products + attention)
-        )
+        products_share = products / seconds / card.peak
+        total_share = (products + attention) / seconds / card.peak
         self.report(
             "prefill",
             f"{size} tokens in {seconds * 1e3:.2f} ms ({min(times) * 1e3:.2f} to "

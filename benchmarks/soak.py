@@ -607,11 +607,8 @@ def simpler(event: tuple) -> Iterator[Callable[[tuple], tuple]]:
     if kind in ("stream", "generate", "score"):
         for k in reversed(range(len(rest[0]))):
             yield lambda e, k=k: (e[0], e[1][:k] + e[1][k + 1 :], *e[2:])
-    names = {n for request in requests_of(event) for n in request["params"]} - {
-        "max_tokens",
-        "seed",
-    }
-    for name in sorted(names):
+    names = {name for request in requests_of(event) for name in request["params"]}
+    for name in sorted(names - {"max_tokens", "seed"}):
 
         def without(e: tuple, name: str = name) -> tuple:
             requests = [

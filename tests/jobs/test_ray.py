@@ -200,7 +200,7 @@ def test_batches_hold_each_row_once_and_neighbours_begin_alike(tmp_path):
 
 
 def test_two_replicas_find_more_of_sorted_prompts_in_their_caches(tmp_path):
-    """They get batches by turns, and have room for few of the prompts_with_prefixes."""
+    """They get batches by turns, and have room for few of the prefixes."""
     prompts, hits, tokens = prompts_with_prefixes(groups=24, rows=8), {}, []
     for grouped in (True, False):
         job = make_job(tmp_path, str(grouped), prompts)

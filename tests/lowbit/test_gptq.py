@@ -15,7 +15,7 @@ from microvllm.lowbit.quantize import quantize
 BITS = 8, 6, 5, 4
 
 
-def compensate_layer(rows: int = 40, width: int = 96, tokens: int = 400):
+def random_layer(rows: int = 40, width: int = 96, tokens: int = 400):
     """A weight, and the second moments of correlated inputs, a few of them much larger."""
     torch.manual_seed(0)
     x = torch.randn(tokens, width // 4) @ torch.randn(width // 4, width)
@@ -26,7 +26,7 @@ def compensate_layer(rows: int = 40, width: int = 96, tokens: int = 400):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_products_change_less_than_by_rounding_plainly(bits):
-    weight, moments = compensate_layer()
+    weight, moments = random_layer()
     found = gptq.round_by_gptq(weight, moments, bits)
     assert found.integers.dtype == torch.int8 and found.integers.shape == weight.shape
     assert found.scale.dtype == torch.float32
@@ -43,7 +43,7 @@ def test_the_products_change_less_than_by_rounding_plainly(bits):
 
 
 def test_fitting_in_turns_makes_gptqs_error_smaller(monkeypatch):
-    weight, moments = compensate_layer()
+    weight, moments = random_layer()
     better = gptq.error_of(gptq.round_by_gptq(weight, moments, 4), weight, moments)
     monkeypatch.setattr(gptq, "_TURNS", 0)
     alone = gptq.error_of(gptq.round_by_gptq(weight, moments, 4), weight, moments)
@@ -52,7 +52,7 @@ def test_fitting_in_turns_makes_gptqs_error_smaller(monkeypatch):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rows_of_zeros_and_inputs_that_never_come(bits):
-    weight, moments = compensate_layer()
+    weight, moments = random_layer()
     weight[3] = 0
     moments[7], moments[:, 7] = 0, 0
     for given in (moments, torch.zeros_like(moments)):
@@ -62,7 +62,7 @@ def test_rows_of_zeros_and_inputs_that_never_come(bits):
 
 
 def test_a_matrix_is_done_in_parts(monkeypatch):
-    weight, moments = compensate_layer()
+    weight, moments = random_layer()
     whole = gptq.round_by_gptq(weight, moments, 5)
     monkeypatch.setattr(gptq, "_NUMBERS", 7 * 96)
     parts = gptq.round_by_gptq(weight, moments, 5)
@@ -71,7 +71,7 @@ def test_a_matrix_is_done_in_parts(monkeypatch):
 
 
 def test_widths_that_no_rotation_fits():
-    weight, moments = compensate_layer(width=44)
+    weight, moments = random_layer(width=44)
     found = gptq.round_by_gptq(weight, moments, 8)
     assert (to_dense(found) - weight).norm() < 0.02 * weight.norm()
 

@@ -354,8 +354,7 @@ class StatesWriter:
 def load_hidden_states(path: str | Path) -> tuple[Tensor, dict]:
     """Load what `hidden_states={"path": path, ...}` has written. Returns the states (tokens,
     layers, C), memory-mapped, and a dict with layers, dtype and texts, each with prompt, sample and
-    rows.
-    Raises FileNotFoundError, or ValueError for files that do not belong together."""
+    rows. Raises FileNotFoundError, or ValueError for files that do not belong together."""
     path = Path(path)
     metadata = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
     shape = metadata["shape"]

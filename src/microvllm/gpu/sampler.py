@@ -85,8 +85,8 @@ def _least(
 def _gather(logits, few, num_largest, V, TILE: tl.constexpr, SHIFT: tl.constexpr):
     # write the largest logits, at least `num_largest` if there are as many, to `few`, up to TILE of
     # them. returns their number, which may be above TILE. each lane has the maximum of its logits.
-    # in descending order, the maximum with the number `num_largest` is the limit, so that at least
-    # as many logits are not below it
+    # the limit is the num_largest-th largest of these maxima, so at least num_largest logits are
+    # not below it
     lane = tl.arange(0, TILE)
     best = tl.full((TILE,), float("-inf"), tl.float32)
     for start in range(0, V, TILE):
