@@ -76,7 +76,7 @@ def kernels(request):
             continue
         if not waits and (not alone or kind in compilation._helpers or not compilation.place(kind)):
             return
-        with compilation.told(compilation.tell, waits):
+        with compilation.reporting(compilation.tell, waits):
             if not compilation.begin(backend.CpuBackend, kind, waits):
                 return  # one kind at a time, and each once
 

@@ -735,7 +735,7 @@ def compiles(tmp_path, monkeypatch):
     monkeypatch.setattr(first, "place", lambda kind: tmp_path / kind)
     monkeypatch.setattr(first, "begin", begin)
     monkeypatch.setattr(first, "_helpers", {})
-    monkeypatch.setattr(first.kernel_cache, "unkept", None)
+    monkeypatch.setattr(first.kernel_cache, "store_error", None)
     return kinds
 
 
@@ -769,11 +769,11 @@ def test_warmup_shows_what_is_compiled(command, compiles, monkeypatch):
 def test_warmup_where_nothing_can_be_kept(mistake, compiles, monkeypatch):
     from microvllm.cpu import compilation
 
-    monkeypatch.setattr(compilation.kernel_cache, "unkept", "/here cannot be written")
+    monkeypatch.setattr(compilation.kernel_cache, "store_error", "/here cannot be written")
     assert "/here cannot be written: set NUMBA_CACHE_DIR to a folder" in mistake("warmup")
     assert not compiles
     monkeypatch.setattr(compilation, "place", lambda kind: None)
-    monkeypatch.setattr(compilation.kernel_cache, "unkept", None)
+    monkeypatch.setattr(compilation.kernel_cache, "store_error", None)
     assert "set NUMBA_CACHE_DIR to a folder of your own" in mistake("warmup")
 
 

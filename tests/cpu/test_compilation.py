@@ -33,9 +33,9 @@ class Helpers:
         monkeypatch.setattr(compilation, "tell", self.lines.append)
         monkeypatch.setattr(compilation, "patient", False)
         monkeypatch.setattr(compilation.kernel_cache, "used", set())
-        monkeypatch.setattr(compilation.kernel_cache, "unkept", None)
+        monkeypatch.setattr(compilation.kernel_cache, "store_error", None)
         self.started, self.roles = {}, []
-        names = {"_ready": set(), "_told": set(), "_due": {}, "_helpers": self.started}
+        names = {"_ready": set(), "_printed_lines": set(), "_due": {}, "_helpers": self.started}
         names["_listeners"] = {}
         for name, empty in names.items():
             monkeypatch.setattr(compilation, name, empty)
@@ -190,13 +190,13 @@ def test_where_nothing_can_be_kept_the_engine_compiles_by_itself(helpers, monkey
     """No helper could hand anything over; and where none can start it is no other. A line says what
     that costs, and what would help."""
     folder, helpers.folder = helpers.folder, None
-    monkeypatch.setattr(compilation.kernel_cache, "unkept", "/here cannot be written")
+    monkeypatch.setattr(compilation.kernel_cache, "store_error", "/here cannot be written")
     with LLM(MODEL, device="cpu", num_blocks=20) as llm:
         assert llm.model.backend.awaited is None and not helpers.started.get("float32-layers")
         assert len(helpers.tiny) == len(helpers.lines) == 1
     assert "do so again, because /here cannot be written: set NUMBA_" in helpers.lines.pop()
     helpers.folder = folder
-    monkeypatch.setattr(compilation.kernel_cache, "unkept", None)
+    monkeypatch.setattr(compilation.kernel_cache, "store_error", None)
 
     def refuse(kind, role):
         raise OSError("no processes")
@@ -259,7 +259,7 @@ def test_a_file_that_is_cut_empty_or_gone_is_not_compiled(helpers):
     assert not compilation.compiled("float32")
     kernel.write_bytes(b"54321")  # of this size: KernelFiles reads it, and looks
     assert compilation.compiled("float32")
-    compilation.kernel_cache.unkept = "a full disk"
+    compilation.kernel_cache.store_error = "a full disk"
     (helpers.folder / "float32").unlink()
     compilation.compile_here(CpuBackend, "float32")
     assert not compilation.compiled("float32")
@@ -313,11 +313,11 @@ def test_an_engine_waits_a_minute_for_a_helper_that_may_get_no_time(helpers, mon
     other = {"pid": 77, "kind": "float32", "role": compilation.BACKGROUND, "since": 0.0}
     working, looks = [other], []
 
-    def at_work():
+    def running_helpers():
         looks.append(len(helpers.roles))
         return working[: 1 if len(looks) < 7 else None]
 
-    monkeypatch.setattr(compilation, "at_work", at_work)
+    monkeypatch.setattr(compilation, "running_helpers", running_helpers)
     monkeypatch.setattr(compilation, "PATIENCE", 0.25)
     assert compilation.begin(CpuBackend, "float32", waits=True)
     assert helpers.roles == [compilation.FOREGROUND] and looks[:3] == [0, 0, 0]
@@ -339,12 +339,12 @@ def test_an_engine_that_goes_on_starts_no_second_helper(helpers, monkeypatch):
     """Beside that of another process, whichever kind it compiles; later it may."""
     other = {"pid": 77, "kind": "float32", "role": compilation.BACKGROUND, "since": 0.0}
     working = [other]
-    monkeypatch.setattr(compilation, "at_work", lambda: working)
+    monkeypatch.setattr(compilation, "running_helpers", lambda: working)
     for kind in "float32", "bfloat16":
         assert not compilation.begin(CpuBackend, kind, waits=False)
         assert not compilation.poll(CpuBackend, kind)
     assert "being compiled by process 77" in helpers.lines[0]
-    assert "when process 77 has compiled its own" in helpers.lines[1]
+    assert "after those of process 77" in helpers.lines[1]
     assert (
         "in advance, run `microvllm warmup --dtype bfloat16`" in helpers.lines[1]
         and not helpers.roles
@@ -360,7 +360,7 @@ def test_an_engine_that_goes_on_starts_no_second_helper(helpers, monkeypatch):
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_helper_that_can_write_nothing(waits, helpers):
-    helpers.does = f"import sys; sys.exit({compilation.UNKEPT})"
+    helpers.does = f"import sys; sys.exit({compilation.NOT_STORED})"
     begun = compilation.begin(CpuBackend, "float32", waits)
     (helper,) = helpers.started["float32"]
     helper.wait()

@@ -531,7 +531,7 @@ def test_a_row_of_few_has_the_same_bits_beside_others():
 def test_shared_weights_of_other_forms_are_multiplied_by_torch(parts):
     linear = shared_linear(parts)
     x = random(3, parts[0].shape[1], seed=3)
-    assert not linear.is_whole
+    assert not linear.is_supported
     # part by part: torch's product of a contiguous copy may have other bits
     products = [torch.nn.functional.linear(x, part) for part in parts]
     assert torch.equal(linear(x), torch.cat(products, dim=1))

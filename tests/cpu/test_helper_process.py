@@ -55,7 +55,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.delenv("MICROVLLM_HELPER", raising=False)
     yield tmp_path
     (tmp_path / "go").touch()
-    wait_for(lambda: not compilation.at_work())
+    wait_for(lambda: not compilation.running_helpers())
 
 
 def start(folder, role=compilation.BACKGROUND) -> subprocess.Popen:
@@ -83,7 +83,7 @@ def test_a_helper_in_the_background(folder):
     assert (folder / "seen").read_text() == f"float32 / {helper_process.BYTES}"
     with open(f"/proc/{process.pid}/oom_score_adj") as file:
         assert file.read() == "1000\n"
-    (said,) = wait_for(lambda: [said for said in compilation.at_work() if said.get("done")])
+    (said,) = wait_for(lambda: [said for said in compilation.running_helpers() if said.get("done")])
     assert said["pid"] == process.pid and said["kind"] == "float32" and said["now"] == "a kernel"
     assert said["role"] == compilation.BACKGROUND and time.time() - said["since"] < 60
     assert os.stat(lock).st_mode & 0o777 == 0o600
@@ -95,7 +95,7 @@ def test_one_helper_at_a_time_and_no_zombie(folder):
     (folder / "go").touch()
     wait_for(lambda: not os.path.exists(f"/proc/{process.pid}"))  # though nothing polls it
     wait_for(lambda: process.returncode is not None)
-    assert process.returncode == 0 and compilation.at_work() == []
+    assert process.returncode == 0 and compilation.running_helpers() == []
     second = compilation.start("float32", compilation.BACKGROUND)
     assert second and second.wait(30) == 0
 
@@ -109,12 +109,13 @@ def test_a_helper_that_an_engine_waits_for(folder):
     assert policies(process) == {usual} and process.pid != background.pid
     wait_for(
         lambda: (
-            sorted(s.get("role", "") for s in compilation.at_work()) == ["background", "foreground"]
+            sorted(helper.get("role", "") for helper in compilation.running_helpers())
+            == ["background", "foreground"]
         )
     )
     process.stdin.close()
     wait_for(lambda: policies(process) == {(os.SCHED_IDLE, 19)})
-    wait_for(lambda: [s.get("role") for s in compilation.at_work()] == ["background"] * 2)
+    wait_for(lambda: [s.get("role") for s in compilation.running_helpers()] == ["background"] * 2)
 
 
 def test_a_helper_that_is_attached_ends_with_its_engine(folder, monkeypatch):
@@ -138,7 +139,7 @@ print(compilation.start("float32", compilation.BACKGROUND).pid)
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and not done.stderr
     wait_for((folder / "seen").exists)
-    (said,) = wait_for(compilation.at_work)
+    (said,) = wait_for(compilation.running_helpers)
     assert said["pid"] == int(done.stdout)
     (folder / "go").touch()
     wait_for((folder / "done").exists)
@@ -194,8 +195,8 @@ def test_a_lock_is_held_until_all_copies_are_closed(path):
     assert process_lock.holder(path) is None
     mine = process_lock.take(path)
     assert process_lock.take(path) is None and process_lock.holder(path) == {}
-    helper_process.describe(mine, {"pid": 12345, "kind": "a longer text"})
-    helper_process.describe(mine, {"pid": 1})
+    helper_process.write_description(mine, {"pid": 12345, "kind": "a longer text"})
+    helper_process.write_description(mine, {"pid": 1})
     assert process_lock.holder(path) == {"pid": 1}
     copy = os.dup(mine)
     os.close(mine)
@@ -220,7 +221,7 @@ def test_a_lock_of_another_process_delays_no_engine(path):
 
 
 def test_a_process_that_hangs_holds_a_lock_for_a_minute(path):
-    for age, counts in (0.9 * process_lock.HANGS, True), (1.1 * process_lock.HANGS, False):
+    for age, counts in (0.9 * process_lock.TIMEOUT, True), (1.1 * process_lock.TIMEOUT, False):
         theirs = hold(path, age=age)
         assert (process_lock.holder(path) is not None) == counts
         mine = process_lock.take(path)

@@ -38,7 +38,7 @@ def kernel(folder: Path):
 @pytest.mark.parametrize("place", ["folder", "index", "kernel"])
 def test_kernels_that_others_can_write_are_not_read(tmp_path, monkeypatch, caplog, place):
     monkeypatch.setattr("numba.config.CACHE_DIR", "")
-    monkeypatch.setattr(kernel_cache, "unkept", None)
+    monkeypatch.setattr(kernel_cache, "store_error", None)
     caplog.set_level(logging.INFO)
     assert kernel(tmp_path)(3) == 6  # compiled, and kept
     again = kernel(tmp_path)
@@ -63,7 +63,7 @@ def test_kernels_that_others_can_write_are_not_read(tmp_path, monkeypatch, caplo
     assert before == {file: file.read_bytes() for file in (index, data)}, "nor written"
     assert "can be written by other users" in caplog.text
     assert f"chmod -R go-w {folder}" in caplog.text
-    assert kernel_cache.unkept in caplog.text, "an engine tells a person"
+    assert kernel_cache.store_error in caplog.text, "an engine tells a person"
 
 
 class Raises:
@@ -93,7 +93,7 @@ DAMAGES = {
 def keeps(tmp_path, monkeypatch):
     """(kernel(), in a folder that has one on disk; its index; its file)"""
     monkeypatch.setattr("numba.config.CACHE_DIR", "")
-    monkeypatch.setattr(kernel_cache, "unkept", None)
+    monkeypatch.setattr(kernel_cache, "store_error", None)
     monkeypatch.setattr(kernel_cache, "used", set())
     assert kernel(tmp_path)(3) == 6
     (index,), (data,) = tmp_path.glob("*/*.nbi"), tmp_path.glob("*/*.nbc")
@@ -184,7 +184,7 @@ def test_a_disk_that_takes_no_kernel(keeps, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(kernel_cache.KernelFiles, "_open_for_write", full)
         assert hits(again()) == 0
-    assert kernel_cache.unkept == f"{index.parent} cannot be written: No space left on device"
+    assert kernel_cache.store_error == f"{index.parent} cannot be written: No space left on device"
     assert hits(again()) == 0 and hits(again()) == 1
 
 
@@ -195,7 +195,7 @@ def test_a_folder_that_is_removed_does_not_come_back(keeps, tmp_path):
         file.unlink()
     index.parent.rmdir()
     assert function(3) == 6 and not index.parent.exists()
-    assert kernel_cache.unkept == f"{index.parent} is gone"
+    assert kernel_cache.store_error == f"{index.parent} was removed"
 
 
 @posix

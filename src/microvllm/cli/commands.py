@@ -132,7 +132,7 @@ def starting(args: argparse.Namespace, patient: bool = True) -> Iterator[None]:
         if has_numba():
             from ..cpu import compilation
 
-            stack.enter_context(compilation.told(terminal.note, patient))
+            stack.enter_context(compilation.reporting(terminal.note, patient))
         yield
     if note:
         terminal.note(note)
@@ -429,29 +429,29 @@ def info(args: argparse.Namespace) -> None:
 
 
 def warmup(args: argparse.Namespace) -> None:
-    """Compile the CPU kernels for a checkpoint in the foreground, and keep them on disk."""
+    """Compile the CPU kernels for a checkpoint in the foreground, and store them on disk."""
     engine()
     from ..loading import find_checkpoint, load_model
     from ..resources import naming_package
 
     with naming_package("warmup"):
         from ..cpu import backend, compilation
-    if why := compilation.not_kept():
-        raise ValueError(f"kernels cannot be kept, because {why}: {compilation.REMEDY}")
+    if why := compilation.find_store_error():
+        raise ValueError(f"kernels cannot be stored, because {why}: {compilation.REMEDY}")
     model_path = find_checkpoint(model_name(args), args.step)
     seconds: dict[str, float] = {}  # for each kind that was not on disk
 
-    def show(kind: str, said: dict, passed: float, last: bool = False) -> None:
+    def show(kind: str, description: dict, passed: float, last: bool = False) -> None:
         seconds[kind] = passed
         kinds = backend.kinds_for(next(iter(seconds)))
         line = f"kernels {kinds.index(kind) + 1} of {len(kinds)} ({kind}): {passed:.0f} s"
-        if said.get("now"):
-            line += f", {said['done']} compiled, now {said['now']}"
+        if description.get("now"):
+            line += f", {description['done']} compiled, now {description['now']}"
         terminal.progress(line, last)
 
     options = {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
     began = time.perf_counter()
-    with compilation.told(lambda line: None, waits=True, shows=show):
+    with compilation.reporting(lambda line: None, waits=True, show=show):
         model = load_model(*model_path, "cpu", args.dtype, **options, **overrides(args))
         kinds = backend.kinds_for(model.backend.kind)
         for kind in kinds:
@@ -459,8 +459,9 @@ def warmup(args: argparse.Namespace) -> None:
             if kind in seconds:
                 show(kind, {}, time.perf_counter() - began, last=True)
             began = time.perf_counter()
-    if why := compilation.not_kept(*kinds):
-        raise ValueError(f"kernels were compiled but not kept, because {why}: {compilation.REMEDY}")
+    if why := compilation.find_store_error(*kinds):
+        reason = f"because {why}: {compilation.REMEDY}"
+        raise ValueError(f"kernels were compiled but not stored, {reason}")
     found = {
         "folder": str(compilation.folder()),
         "seconds": {k: round(v, 1) for k, v in seconds.items()},

@@ -4,8 +4,8 @@ Gathering a paged cache before torch's attention costs more than all matrix prod
 These kernels read every block in place, once for all query heads that share it, at about memory
 speed. Block tables are those of PagedAttention (Kwon et al. 2023), the softmax is that of
 FlashAttention (Dao et al. 2022): it keeps the scores of a few hundred keys at a time, and rescales
-the earlier sums when a larger score occurs. Neither the limits of these groups of keys nor the
-order of a row's sums depends on the other rows of the batch.
+the earlier sums when a larger score occurs. The groups of keys and the order of a row's sums do not
+depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from torch import Tensor
 
-from .attention_tiles import TILE, find_keys, fits, halve, tile_scores, tile_values, whole
+from .attention_tiles import TILE, find_keys, fits, round_up, tile_scores, tile_values, to_bfloat16
 from .elementwise import array_of, exp2, exp2_of, largest
 from .simd import EXACT, LANES, VIEWS, fetch, kept, share, sum_of, vectorised
 from .team import MAX_PARTS, SIZE, job, one_at_a_time, team_of
 
 _f32 = np.float32
 _KEYS = 512  # keys whose scores are kept at a time
-_WIDTH = _KEYS + 16  # an odd number of cache lines, else a column of all rows maps to one cache set
+# numbers of a row of scores: an odd number of cache lines, because with 32 lines a column of all
+# rows would map to few cache sets
+_WIDTH = _KEYS + 16
 _KEYS_AT_ONCE = 64  # keys that are multiplied at a time: they stay in the first-level cache
 _QUERIES = 192  # queries that read a block together: their scores fit in the second-level cache
 _SHARED = 64  # minimum number of positions that several sequences read together
-_LEAST = 12  # do not cut below this number of queries: packing a key costs as much as some of them
+_MIN_QUERIES = 12  # minimum of a halved tile: packing a key costs as much as several queries
 _READ = 16  # cost of reading a key from memory, in products of a query and a key
-_SOON = 4096  # bytes that are multiplied while the first bytes of a later block are prefetched
-_BEGIN = 1024  # bytes prefetched by instruction: the hardware prefetches the rest
+_SOON = 4096  # prefetch distance in bytes
+_BEGIN = 1024  # bytes of a block prefetched by instruction; the hardware prefetches the rest
 
 
 def _totals(b, vectors):
-    """Sum each vector's lanes. Return the sums in the lanes of one vector. Halves of two vectors
-    are added at once. The order of a sum does not depend on the number of vectors."""
+    """Sum each vector's lanes. Return the sums in the lanes of one vector. Each addition handles
+    halves of two vectors. The order of a sum does not depend on the number of vectors."""
     found = [(vector, [i] * LANES) for i, vector in enumerate(vectors)]
-    size, indices = LANES, b.kind(b.i32)
+    size, indices = LANES, b.ir_type(b.i32)
     while size > 1:
         # the instructions shuffle either within groups of four lanes, or whole groups of four
         chunk, pairs = max(size, 4), []
@@ -59,21 +61,21 @@ def _totals(b, vectors):
         found, size = pairs, size // 2
     (total, owners), count = found[0], len(vectors)
     order = [owners.index(i) for i in range(count)]
-    return b.shuffle_vector(total, total, ir.Constant(b.kind(b.i32, count), order))
+    return b.shuffle_vector(total, total, ir.Constant(b.ir_type(b.i32, count), order))
 
 
 def _dots(rows: int):
     """Return a function that computes s (rows, m) = q (rows, D) @ k (m, D).T for four keys at a
-    time. All parts begin at flat indices, and the rows of s are `stride` apart. At the end the last
-    key is repeated, so s is written up to a multiple of four."""
+    time. All parts begin at flat indices, and the rows of s are `stride` apart. The last key is
+    repeated, so that s is written up to a multiple of four keys."""
 
     @vectorised()
     def function(b, q, q_at, k, k_at, m, D, s, s_at, stride):
         q, k, s = b.at(q.data, q_at), b.at(k.data, k_at), b.at(s.data, s_at)
         width, last = b.i64(LANES), b.sub(m, b.i64(1))
-        whole = b.mul(b.udiv(D, width), width)
+        rest = b.mul(b.udiv(D, width), width)
         queries = [b.at(q, (D, i)) for i in range(rows)]
-        sums = [cgutils.alloca_once(b, b.kind(b.f32)) for _ in range(4 * rows)]
+        sums = [cgutils.alloca_once(b, b.ir_type(b.f32)) for _ in range(4 * rows)]
         with cgutils.for_range_slice(b, b.i64(0), m, b.i64(4), b.i64) as (x, _):
             keys = []
             for i in range(4):
@@ -81,8 +83,8 @@ def _dots(rows: int):
                 j = b.select(b.icmp_unsigned("<", j, last), j, last)
                 keys.append(b.at(k, (D, j)))
             for each in sums:
-                b.store(b.kind(b.f32)(None), each)
-            with cgutils.for_range_slice(b, b.i64(0), whole, width, b.i64) as (d, _):
+                b.store(b.ir_type(b.f32)(None), each)
+            with cgutils.for_range_slice(b, b.i64(0), rest, width, b.i64) as (d, _):
                 values = [b.read(b.at(query, d)) for query in queries]
                 for j, key in enumerate(keys):
                     other = b.read(b.at(key, d))
@@ -91,11 +93,11 @@ def _dots(rows: int):
             totals = _totals(b, [b.load(each) for each in sums])
             for i in range(rows):
                 # sums are ordered by key, then by row
-                mine = ir.Constant(b.kind(b.i32, 4), [j * rows + i for j in range(4)])
-                part = cgutils.alloca_once_value(b, b.shuffle_vector(totals, totals, mine))
-                with cgutils.for_range_slice(b, whole, D, b.i64(1), b.i64) as (d, _):
+                of_row = ir.Constant(b.ir_type(b.i32, 4), [j * rows + i for j in range(4)])
+                part = cgutils.alloca_once_value(b, b.shuffle_vector(totals, totals, of_row))
+                with cgutils.for_range_slice(b, rest, D, b.i64(1), b.i64) as (d, _):
                     value = b.splat(b.load(b.at(queries[i], d)), 4)
-                    others = ir.Constant(b.kind(b.f32, 4), ir.Undefined)
+                    others = ir.Constant(b.ir_type(b.f32, 4), ir.Undefined)
                     for j, key in enumerate(keys):
                         others = b.insert_element(others, b.read(b.at(key, d), 1), b.i32(j))
                     b.store(b.multiply_add(value, others, b.load(part)), part)
@@ -113,7 +115,7 @@ def _mixes(rows: int):
         p, v, y = b.at(p.data, p_at), b.at(v.data, v_at), b.at(y.data, y_at)
         weights, start = [b.at(p, (stride, i)) for i in range(rows)], b.i64(0)
         for count, lanes in ((4, LANES), (1, LANES), (1, 1)):
-            sums = [cgutils.alloca_once(b, b.kind(b.f32, lanes)) for _ in range(count * rows)]
+            sums = [cgutils.alloca_once(b, b.ir_type(b.f32, lanes)) for _ in range(count * rows)]
             size = b.i64(count * lanes)
             stop = b.mul(b.udiv(D, size), size)
             with cgutils.for_range_slice(b, start, stop, size, b.i64) as (d, _):
@@ -134,7 +136,7 @@ def _mixes(rows: int):
     return function
 
 
-_ROWS = LANES // 4  # queries multiplied together: with four keys, one sum in each register
+_ROWS = LANES // 4  # queries multiplied together: with four keys, each register contains one sum
 _FEW = 4  # fewer queries than this read K and V in place
 _dot, _mix, _dot_rows, _mix_rows = _dots(1), _mixes(1), _dots(_ROWS), _mixes(_ROWS)
 _TWO = min(2, _ROWS)  # queries multiplied together if there are few
@@ -153,13 +155,13 @@ def _unpack(b, x, start, count, y, y_at):
 
 
 @vectorised()
-def _rescale(b, s, s_at, x, start, first, count):
+def _rescale(b, s, s_at, x, start, skip, count):
     """If x is an int8 cache, multiply s, from its flat index s_at on, by `count` scales of a head.
-    The head's scales begin at x's flat index `start`, and the first `first` scales are skipped."""
+    The head's scales begin at x's flat index `start`, and the first `skip` scales are skipped."""
     if x.data.type.pointee != b.i8:
         return
     scales = b.bitcast(b.at(x.data, start), b.i16.as_pointer())
-    scales, s, start = b.at(scales, first), b.at(s.data, s_at), b.i64(0)
+    scales, s, start = b.at(scales, skip), b.at(s.data, s_at), b.i64(0)
     for lanes in (LANES, 1):
         stop = b.mul(b.udiv(count, b.i64(lanes)), b.i64(lanes))
         with cgutils.for_range_slice(b, start, stop, b.i64(lanes), b.i64) as (i, _):
@@ -191,7 +193,8 @@ def _softmax(scores, before):
 
 @numba.njit(**VIEWS)
 def _begin(q, count, h, group, qs, ys, sums):
-    """Scale the queries of kv head h into qs, padded with the last row's, and reset ys and sums."""
+    """Write the scaled queries of kv head h to qs, padded with copies of the last query. Reset ys
+    and sums."""
     scale = _f32(1 / (math.sqrt(q.shape[2]) * math.log(2)))  # for powers of 2 instead of e
     for i in range(len(qs)):
         qi, qs_i, yi = q[min(i, count - 1) // group, h * group + i % group], qs[i], ys[i]
@@ -226,7 +229,8 @@ def _write_means(ys, sums, count, h, group, out):
 
 @numba.njit(**VIEWS)
 def _gather(x, table, h, start, stop, D, spare):
-    """Copy kv head h of x (K or V) at positions start to stop to spare (stop - start, D)."""
+    """Copy the numbers of kv head h in x (K or V), positions start to stop, to spare
+    (stop - start, D)."""
     n_kv_head, block_size, numbers = x.shape[1:]
     for b in range(start // block_size, (stop - 1) // block_size + 1):
         at = b * block_size
@@ -237,7 +241,8 @@ def _gather(x, table, h, start, stop, D, spare):
 
 @numba.njit(**VIEWS)
 def _share(start, stop, i, n):
-    """Return the share of positions start to stop that _ROWS of n rows, from row i on, prefetch."""
+    """Return the part of the positions start to stop that is prefetched while _ROWS of n rows, from
+    row i on, are computed."""
     return start + (stop - start) * i // n, start + (stop - start) * min(i + _ROWS, n) // n
 
 
@@ -269,8 +274,8 @@ def _read_few(mixes, ys, scores, zero, x, other, table, h, start, stop, last):
     """Compute scores = ys @ x.T, or if `mixes` ys += scores @ x, for positions start to stop of x,
     read in place. The first number of a row of scores belongs to position `zero`.
 
-    Meanwhile the next data are prefetched: more of x, then of `other`. After K these are the same
-    positions of V, after V the next positions of K."""
+    Meanwhile later positions of x are prefetched, and then positions of `other`: the same ones of V
+    after K, or the next ones of K after V."""
     n, D = ys.shape
     n_kv_head, block_size, numbers = x.shape[1:]
     size, first, blocks = block_size * numbers, start // block_size, (stop - 1) // block_size + 1
@@ -300,7 +305,7 @@ def _read_few(mixes, ys, scores, zero, x, other, table, h, start, stop, last):
 
 @numba.njit(**VIEWS)
 def _read_many(mixes, ys, scores, zero, x, table, h, start, stop, position, group, spare):
-    """Compute the same for more rows, with x copied to `spare` in parts."""
+    """Compute the same as _read_few for more rows. Parts of x are copied to `spare`."""
     (n, D), row = ys.shape, scores.shape[1]
     for at in range(start, stop, _KEYS_AT_ONCE):
         end, soon = min(at + _KEYS_AT_ONCE, stop), min(at + 2 * _KEYS_AT_ONCE, stop)
@@ -338,13 +343,13 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
     _begin(q, count, h, group, qs, ys, sums)
     if tiled:
         for i in range(n):
-            halve(qs, i * D, D)
+            to_bfloat16(qs, i * D, D)
     last = position + q.shape[0]  # the rows attend to keys before `last`, from `first` on
     first = max(0, position - window) if window >= 0 else 0
-    start = first // TILE * TILE if tiled else first  # tiles hold the same keys for all rows
+    start = first // TILE * TILE if tiled else first  # the same tiles for all rows
     while start < last:
         stop = min(last, (start // _KEYS + 1) * _KEYS)
-        width = whole(stop - start) if tiled else stop - start
+        width = round_up(stop - start) if tiled else stop - start
         if tiled:
             find_keys(k, table, h, start, stop, first, last, places)
             tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores, spare)
@@ -363,7 +368,7 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
             if left < right:
                 _add_keys(scores[i, left:right], sums[i], ys[i])
             if tiled:
-                halve(scores, i * row, width)
+                to_bfloat16(scores, i * row, width)
         _rescale_rows(scores, start, n, v, table, h, start, stop, D)
         if tiled:
             tile_values(scores, k, v, places, start, stop, position, group, ys, spare)
@@ -381,9 +386,9 @@ def attend_tile(q, k, v, h, table, position, window, scratch, out):
 def _read_shared(
     mixes, ys, scores, zero, x, other, tables, h, stop, shared, seq_lens, group, spare
 ):  # fmt: skip
-    """Compute the same for one row of each of several sequences, from position `zero` to `stop`.
-    All sequences share the blocks before position `shared`, which are read once. The other blocks
-    are read row by row."""
+    """Compute the same as _read_few for one row of each of several sequences, from position `zero`
+    to `stop`. All sequences share the blocks before position `shared`, which are read once. The
+    other blocks are read row by row."""
     D, both = ys.shape[1], min(stop, shared)
     if zero < both:
         if mixes:
@@ -398,21 +403,21 @@ def _read_shared(
             _rescale_rows(scores, zero, len(ys), x, tables[0], h, zero, both, D)
     for r in range(len(seq_lens)):
         start, end, last = max(zero, shared), min(stop, seq_lens[r]), seq_lens[r]
-        own_ys, own_scores = ys[r * group : (r + 1) * group], scores[r * group : (r + 1) * group]
+        row_ys, row_scores = ys[r * group : (r + 1) * group], scores[r * group : (r + 1) * group]
         if start >= end:
             continue
         if mixes:
-            _rescale_rows(own_scores, zero, group, x, tables[r], h, start, end, D)
+            _rescale_rows(row_scores, zero, group, x, tables[r], h, start, end, D)
         if group < _FEW:
             _read_few(
-                mixes, own_ys, own_scores, zero, x, other, tables[r], h, start, end, last
+                mixes, row_ys, row_scores, zero, x, other, tables[r], h, start, end, last
             )  # fmt: skip
         else:
             _read_many(
-                mixes, own_ys, own_scores, zero, x, tables[r], h, start, end, end, group, spare
+                mixes, row_ys, row_scores, zero, x, tables[r], h, start, end, end, group, spare
             )  # fmt: skip
         if not mixes:
-            _rescale_rows(own_scores, zero, group, x, tables[r], h, start, end, D)
+            _rescale_rows(row_scores, zero, group, x, tables[r], h, start, end, D)
 
 
 @numba.njit(**VIEWS)
@@ -464,25 +469,25 @@ def padded(n):
 
 
 def scratch_size(queries: int, D: int) -> int:
-    """Return the number of float32 a tile needs: spare, places, and qs, ys, scores and sums of each
-    query."""
+    """Return the number of float32 that a tile needs for spare and places, and for the qs, ys,
+    scores and sums of all queries."""
     size = _KEYS_AT_ONCE * D + 4 * _KEYS + padded(queries) * (2 * D + _WIDTH + 2)
     return -(-size // 16) * 16  # so that no two threads write to one cache line
 
 
 @numba.njit(**VIEWS)
 def _work(count, position, window, group):
-    """Return the cost of `count` rows, the first at `position`, in products of a query and a key.
+    """Return the cost of `count` rows from `position` on, in products of a query and a key.
     Reading a key from memory counts as _READ of them."""
-    seen = min(position, window) if window >= 0 else position
-    return group * (count * seen + count * (count + 1) // 2) + _READ * (seen + count)
+    earlier = min(position, window) if window >= 0 else position
+    return group * (count * earlier + count * (count + 1) // 2) + _READ * (earlier + count)
 
 
 @numba.njit(**EXACT)
 def _cut_decodes(seq_lens, tables, block_size, n_kv_head, group, threads, tiled):
     """Return the tiles of sequences with one row each. Neighbours with the same first blocks
-    (usually samples of one prompt) form one tile, unless each thread then had fewer than two
-    parts."""
+    (usually samples of one prompt) form one tile, unless that would leave fewer than two parts for
+    each thread."""
     tiles, n, b, count = np.empty((seq_lens.size, 4), np.int64), 0, 0, seq_lens.size
     most = min(_QUERIES // group, -(-count * n_kv_head // (2 * threads)))
     while b < count:
@@ -511,8 +516,8 @@ def cut_tiles(
     has one row of each of several sequences.
 
     Later rows attend to more keys, and a batch may begin with decodes and end with long chunks. So
-    no tile has more than half of a thread's mean share, unless it would fall below _LEAST queries.
-    The largest tiles come first, because threads take them in order.
+    tiles are halved until they have at most half of a thread's mean share of the work, or fewer
+    than 2 * _MIN_QUERIES queries. The largest tiles come first, because threads take them in order.
     """
     if cu_seqlens[seq_lens.size] == seq_lens.size:  # decodes: one row per tile
         return _cut_decodes(seq_lens, tables, block_size, n_kv_head, group, threads, tiled)
@@ -526,7 +531,10 @@ def cut_tiles(
     for b in range(seq_lens.size):
         length = cu_seqlens[b + 1] - cu_seqlens[b]
         size = min(rows, length)
-        while size * group >= 2 * _LEAST and _work(size, seq_lens[b] - size, window, group) > most:
+        while (
+            size * group >= 2 * _MIN_QUERIES
+            and _work(size, seq_lens[b] - size, window, group) > most
+        ):
             size = (size + 1) // 2
         sizes[b] = size
         count += -(-length // max(size, 1))
@@ -541,7 +549,8 @@ def cut_tiles(
             level = max(level, works[i])
             i += 1
     tiles, n = np.empty((count, 4), np.int64), 0
-    while level > 0:  # tiles above half of the largest one's work first, then above half of that
+    # first the tiles with more than half of the largest tile's work, then more than a quarter, ...
+    while level > 0:
         for i in range(count - 1, -1, -1):
             if level // 2 < works[i] <= level:
                 tiles[n] = found[i]

@@ -9,9 +9,9 @@ word of a tile holds two numbers of one key of K, or one number each of two keys
        b0 b1 b2 ...                    (c0 d0) (c1 d1) ...
 
 Queries and attention weights are rounded to bfloat16 in place, in the first half of a row of
-float32. All rows are computed here, even a single one, and keys are paired from position 0 on. So
-the bits of a row do not depend on the other rows. (Except if V contains a NaN: 0 times NaN is NaN,
-for all rows of a tile.)
+float32. All rows are computed in this way, even a single one, and keys are paired from position 0
+on. So the bits of a row do not depend on the other rows. The exception is a NaN in V, which reaches
+all rows of a tile, because 0 times NaN is NaN.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ TILE = 2 * WORDS  # keys in a tile of K; numbers in a tile of V
 _V_KEYS = 4 * TILE  # keys in a tile of V
 _FEW = 4  # fewer rows than this read K and V in place
 _SOON = 64  # prefetch distance in keys
-_NEAR = 32  # the same for a few rows, which may attend to no more keys than these
+_NEAR = 32  # the same for a few rows, which may attend to only this number of keys
 
 
 @vectorised(types.boolean)
 def fits(b, k, D):
-    """Return whether products with k (K or V) use tiles, which must be whole."""
+    """Return whether products with k (K or V) use tiles. This requires full tiles of numbers."""
     if not AMX or k.data.type.pointee != b.i16:
         return b.i1(0)
     return b.icmp_signed("==", b.urem(D, b.i64(TILE)), b.i64(0))
 
 
 @numba.njit(**VIEWS)
-def whole(keys):
-    """Return the number of keys, rounded up to whole tiles."""
+def round_up(keys):
+    """Return the number of keys, rounded up to full tiles."""
     return -(-keys // TILE) * TILE
 
 
 @vectorised()
-def halve(b, x, start, count):
+def to_bfloat16(b, x, start, count):
     """Convert `count` numbers of x, from its flat index `start` on, to bfloat16 in place. They then
     take half of the space."""
     if not AMX:
@@ -55,13 +55,13 @@ def halve(b, x, start, count):
     halves = b.bitcast(x, b.i16.as_pointer())
     with cgutils.for_range_slice(b, b.i64(0), count, lanes, b.i64) as (i, _):
         kind = ir.VectorType(BFloat(), WORDS)
-        value = b.ask("llvm.x86.avx512bf16.cvtneps2bf16.512", kind, b.read(b.at(x, i)))
-        value = b.bitcast(value, b.kind(b.i16))
+        value = b.call_intrinsic("llvm.x86.avx512bf16.cvtneps2bf16.512", kind, b.read(b.at(x, i)))
+        value = b.bitcast(value, b.ir_type(b.i16))
         b.store(value, b.bitcast(b.at(halves, i), value.type.as_pointer())).align = 2
 
 
 @vectorised()
-def _turn(b, k, places, first, D, packed, column):
+def _transpose_words(b, k, places, first, D, packed, column):
     """Transpose the words of the 16 keys that begin at places[first:] into packed (D / 2, TILE),
     from `column` on."""
     if not AMX or k.data.type.pointee != b.i16:
@@ -77,9 +77,9 @@ def _turn(b, k, places, first, D, packed, column):
                         [j if not j & size else WORDS + j - size for j in lanes],
                         [j + size if not j & size else WORDS + j for j in lanes],
                     )
-                    kind = b.kind(b.i32)
-                    turned = [b.shuffle_vector(*pair, ir.Constant(kind, mask)) for mask in masks]
-                    rows[i], rows[i + size] = turned
+                    kind = b.ir_type(b.i32)
+                    swapped = [b.shuffle_vector(*pair, ir.Constant(kind, mask)) for mask in masks]
+                    rows[i], rows[i + size] = swapped
         for i, row in enumerate(rows):
             b.write(row, b.at(b.words(packed.data), (b.add(w, b.i64(i)), TILE), column))
 
@@ -94,14 +94,15 @@ def _pair(b, v, places, first, D, packed, word):
     size = b.i64(TILE)
     with cgutils.for_range_slice(b, b.i64(0), D, size, b.i64) as (d, _):
         for part in (0, WORDS):
-            low, high = (b.bitcast(b.read(b.at(x, d, part)), b.kind(b.i32)) for x in starts)
+            low, high = (b.bitcast(b.read(b.at(x, d, part)), b.ir_type(b.i32)) for x in starts)
             place = b.at(b.words(packed.data), (d, _V_KEYS // 2), (word, TILE), part)
             b.write(b.or_(b.lshr(low, b.splat(b.i32(16))), high), place)
 
 
 @vectorised()
 def _configure_column(b):
-    """Configure tiles for one row as a column: sums (0, 1), 16 keys each (2, 3), the row (4)."""
+    """Configure tiles for one row, which is a column here. Tiles 0 and 1 contain sums, 2 and 3
+    contain 16 keys each, and 4 contains the row."""
     if not AMX:
         return
     byte = [0] * 64
@@ -109,11 +110,11 @@ def _configure_column(b):
     for tile, size in enumerate((4, 4, 4 * WORDS, 4 * WORDS, 4)):
         byte[16 + 2 * tile], byte[48 + tile] = size, 16
     config = cgutils.alloca_once_value(b, ir.Constant(ir.VectorType(b.i8, 64), byte))
-    b.ask("llvm.x86.ldtilecfg", ir.VoidType(), b.bitcast(config, b.i8.as_pointer()))
+    b.call_intrinsic("llvm.x86.ldtilecfg", ir.VoidType(), b.bitcast(config, b.i8.as_pointer()))
 
 
 def _start_loading(b, x, other, places, key, keys, back, d):
-    """Prefetch as in _fetch_soon, but only one cache line of a key, from its number d on."""
+    """Prefetch the cache line of a key that begins at the key's number d. See _fetch_soon."""
     inside = b.icmp_signed("<", key, keys)
     place = b.load(b.at(places.data, b.select(inside, key, b.sub(key, back))))
     b.start_loading(b.at(b.select(inside, x.data, other.data), place, d))
@@ -124,22 +125,22 @@ def _score_column(b, q, q_at, k, v, low, high, D, scores, s_at, places, at, keys
     """Compute TILE scores, from the flat index s_at on: keys times a row of words of q.
 
     The keys are read in place. Half of them begin at k's flat index `low`, the other half at
-    `high`. Meanwhile the keys _NEAR behind places[at] are prefetched line by line, see
-    _fetch_soon."""
+    `high`. Meanwhile the keys that come _NEAR keys after places[at] are prefetched line by line,
+    see _fetch_soon."""
     if not AMX or k.data.type.pointee != b.i16:
         return
     nothing, pointer = ir.VoidType(), b.i8.as_pointer()
 
     def move(tile, place, stride, name="tileloadd64"):
-        b.ask(f"llvm.x86.{name}", nothing, b.i8(tile), b.bitcast(place, pointer), stride)
+        b.call_intrinsic(f"llvm.x86.{name}", nothing, b.i8(tile), b.bitcast(place, pointer), stride)
 
     for tile in (0, 1):
-        b.ask("llvm.x86.tilezero", nothing, b.i8(tile))
+        b.call_intrinsic("llvm.x86.tilezero", nothing, b.i8(tile))
     with cgutils.for_range_slice(b, b.i64(0), D, b.i64(TILE), b.i64) as (d, _):
         move(4, b.at(q.data, q_at, b.udiv(d, b.i64(2))), b.i64(4))
         for tile, start in enumerate((low, high)):
             move(2 + tile, b.at(k.data, start, d), b.mul(D, b.i64(2)))
-            b.ask("llvm.x86.tdpbf16ps", nothing, *map(b.i8, (tile, 2 + tile, 4)))
+            b.call_intrinsic("llvm.x86.tdpbf16ps", nothing, *map(b.i8, (tile, 2 + tile, 4)))
         with cgutils.for_range(b, b.i64(TILE), intp=b.i64) as loop:
             key = b.add(b.add(at, b.i64(_NEAR)), loop.index)
             _start_loading(b, k, v, places, key, keys, keys, d)
@@ -151,18 +152,19 @@ def _score_column(b, q, q_at, k, v, low, high, D, scores, s_at, places, at, keys
 def _mix_column(b, weights, at, v, k, places, first, keys, D, y, y_at):
     """Add to y, from its flat index y_at on, the weighted numbers of TILE keys in V.
 
-    weights: bfloat16. The order of the sums is that of a product of tiles: even keys, odd keys,
-    both, and then y. Meanwhile later keys are prefetched, as above."""
+    weights: bfloat16. The order of the additions is that of a product of tiles: even keys and odd
+    keys separately, then both sums, then y. Meanwhile later keys are prefetched, as in
+    _score_column."""
     if not AMX or v.data.type.pointee != b.i16:
         return
     weights, start = b.at(weights.data, at), b.i64(0)
     for count in (4, 2):
         size = b.i64(count * WORDS)
         stop = b.mul(b.udiv(D, size), size)
-        sums = [[cgutils.alloca_once(b, b.kind(b.f32)) for _ in range(count)] for _ in (0, 1)]
+        sums = [[cgutils.alloca_once(b, b.ir_type(b.f32)) for _ in range(count)] for _ in (0, 1)]
         with cgutils.for_range_slice(b, start, stop, size, b.i64) as (d, _):
             for each in (*sums[0], *sums[1]):
-                b.store(b.kind(b.f32)(None), each)
+                b.store(b.ir_type(b.f32)(None), each)
             with cgutils.for_range_slice(b, b.i64(0), b.i64(TILE), b.i64(2), b.i64) as (i, _):
                 for odd in (0, 1):
                     weight = b.splat(b.read(b.at(weights, i, odd), 1))
@@ -182,10 +184,11 @@ def _mix_column(b, weights, at, v, k, places, first, keys, D, y, y_at):
 
 @numba.njit(**VIEWS)
 def find_keys(k, table, h, start, stop, first, last, places):
-    """Store in `places` the flat index in k of each key from position `start` on, to somewhat
-    beyond `stop`. For keys that do not exist or that no row attends to, store another's."""
+    """Store in `places` the flat index in k of each key from position `start` to `stop`, and of the
+    later keys that are prefetched. For keys that do not exist or that no row attends to, store the
+    index of another key."""
     n_kv_head, block_size, D = k.shape[1:]
-    end = start + whole(stop - start) + _SOON + TILE
+    end = start + round_up(stop - start) + _SOON + TILE
     low, high = max(start, first), min(end, last)
     for b in range(low // block_size, (high - 1) // block_size + 1):
         at = b * block_size
@@ -200,8 +203,8 @@ def find_keys(k, table, h, start, stop, first, last, places):
 
 @numba.njit(**VIEWS)
 def _fetch_soon(x, other, places, at, count, keys, back, D):
-    """Start loading `count` keys of x, _SOON keys ahead. Behind the last key, load keys of `other`
-    at places shifted by `back`: after K the same keys of V, after V the next keys of K."""
+    """Start loading `count` keys of x, _SOON keys ahead. After the last key, load keys of `other`
+    at places shifted by `back`: the same keys of V after K, or the next keys of K after V."""
     for i in range(at + _SOON, at + _SOON + count):
         if i < keys:
             fetch(x, places[i], D)
@@ -230,10 +233,11 @@ def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores
             continue
         _fetch_soon(k, v, places, at, TILE, stop - start, stop - start, D)
         for i in (0, WORDS):
-            _turn(k, places, at + i, D, packed, i)
+            _transpose_words(k, places, at + i, D, packed, i)
         for i in range(0, n, ROWS):
             count = min(ROWS, n - i)
-            if start + at <= position + (i + count - 1) // group:  # the last row attends to a key
+            # if the last of these rows attends to one of the keys
+            if start + at <= position + (i + count - 1) // group:
                 if count != configured:
                     configure(count)
                     configured = count
@@ -246,9 +250,9 @@ def tile_scores(qs, k, v, table, h, places, start, stop, position, group, scores
 
 @numba.njit(**VIEWS)
 def tile_values(scores, k, v, places, start, stop, position, group, ys, spare):
-    """Compute ys += scores @ V for the same keys."""
+    """Compute ys += scores @ V for the keys of tile_scores."""
     (n, D), words, packed, configured = ys.shape, scores.view(np.int32), spare.view(np.uint16), 0
-    width, keys = scores.shape[1], whole(stop - start)
+    width, keys = scores.shape[1], round_up(stop - start)
     if n < _FEW:
         for at in range(0, keys, TILE):
             for i in range(n):
@@ -269,7 +273,7 @@ def tile_values(scores, k, v, places, start, stop, position, group, ys, spare):
                     configured = count
                 for d in range(0, D, TILE):
                     multiply_tiles(
-                        count, whole(seen) // 2, words, i * width + at // 2, packed,
+                        count, round_up(seen) // 2, words, i * width + at // 2, packed,
                         d * _V_KEYS // 2, ys, i, d, packed, 0, 0, True, False, ys, ys, ys,
                     )  # fmt: skip
     release()

@@ -1,7 +1,7 @@
 """The CPU backend of the fused model, in numba, and its compiled loop over the layers.
 
-A call from Python takes 30 to 100 microseconds between two matrix products, because the weights
-that have just passed through the caches evict what Python needs. Each layer has ten of these calls.
+A call from Python is slow between two matrix products, because the weights that were just read have
+evicted Python's data from the caches. Each layer has ten of these calls.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from .team import (
 )
 
 _f32 = np.float32
-PLAIN = "attend", "add_norm", "rope_store", "sample"  # also in plain torch, in Backend
+PLAIN = "attend", "add_norm", "rope_store", "sample"  # functions that Backend has in plain torch
 
 
 def kinds_for(kind: str) -> list[str]:
@@ -79,7 +79,8 @@ class CpuBackend(Backend):
 
     name = "numba"
     kind: str | None = None  # kind of kernels, as in compilation.py
-    waits = False  # wait for the kernels, because steps in plain torch give different results?
+    # whether to wait for the kernels, because steps in plain torch would give other results
+    waits = False
     awaited: str | None = None  # kind of kernels that are being compiled, see compilation.py
     attend = staticmethod(paged_attention)
     add_norm = staticmethod(elementwise.add_norm)
@@ -125,13 +126,13 @@ class CpuBackend(Backend):
         return super().linear_class(quantization, shared, width, dtype, head)
 
     def compile(self, model) -> Callable | None:
-        """Return `Layers` if all weights are shared, or all packed in whole tiles (adjacent outputs
-        must not have padding between them); else None."""
+        """Return `Layers` if all weights are shared, or all packed in full tiles (padding between
+        outputs is not supported); else None."""
         layers = [w for x in model.layers for w in (x.qkv, x.proj, x.fc, x.mlp_proj)]
         linears = *layers, model.lm_head
         is_packed = all(isinstance(w, PackedLinear) for w in linears)
         is_packed = is_packed and all(sum(w.sizes) % gemm.TILE == 0 for w in layers)
-        is_shared = all(isinstance(w, SharedFloat32) and w.is_whole for w in linears)
+        is_shared = all(isinstance(w, SharedFloat32) and w.is_supported for w in linears)
         return Layers(model) if is_packed or is_shared else None
 
     def prepare(self, model) -> None:
@@ -146,8 +147,8 @@ class CpuBackend(Backend):
         waits = self.waits or self.deterministic or model.ranks is not None
         if not compilation.begin(CpuBackend, kind, waits):
             self.awaited = kind
-            # the helper needs a core: threads that share a core with it delay all others at the end
-            # of each operation, and a step takes 30 times as long
+            # leave one core to the helper. If a thread shares its core with the helper, all other
+            # threads wait for it at the end of each operation, and steps are many times slower
             self.num_threads = torch.get_num_threads()
             torch.set_num_threads(max(1, self.num_threads - 1))
             for name in PLAIN:
@@ -178,17 +179,17 @@ def _parts(weights, i, kind, like):
 
 
 def _weight(weights, i, kind, like):
-    """Return the same as an object of the type of `like`, which tells `product` how the weights
-    are packed."""
+    """Return the weight as an object of the type of `like`. `product` chooses its kernel by this
+    type."""
 
 
 @overload(_weight, jit_options=EXACT)
 def _weight_of(weights, i, kind, like):
-    made = getattr(like, "instance_class", None)
+    weight_class = getattr(like, "instance_class", None)
 
     def low_bit(weights, i, kind, like):
         w, offset, scale = _parts(weights, i, kind, like)
-        return made(w, offset, scale)
+        return weight_class(w, offset, scale)
 
     def dense(weights, i, kind, like):
         return Dense(
@@ -197,9 +198,11 @@ def _weight_of(weights, i, kind, like):
             _tensor(weights, i, 3 * kind + 2, like.third)[0],
         )
 
-    if made is Dense:
+    if weight_class is Dense:
         return dense
-    return low_bit if made else lambda weights, i, kind, like: _parts(weights, i, kind, like)
+    if weight_class:
+        return low_bit
+    return lambda weights, i, kind, like: _parts(weights, i, kind, like)
 
 
 _VE = 12  # index after these four weights: the value embeddings, then their gate
@@ -210,29 +213,29 @@ def _run(
     team, ids, prev_ids, positions, cu_seqlens, seq_lens, hidden_rows, slots, tables,
     cache, depths, groups, windows, tilings, weights, like, head, wte, smear_gate,
     smear_lambda, resid, first, backout, cos, sin, qk_scale, gate_scale, eps,
-    rows, tiles, x0, unused, other, y, h, half, taken, free, q, seen, qkv, wide, scratch, hidden,
-    logits, V, uniform, scale, softcap, filters, stops, w, sums, step, tokens,
+    rows, tiles, x0, unused, other, y, h, half, head_x, head_next, q, attention, qkv, wide, scratch,
+    hidden, logits, V, uniform, scale, softcap, filters, stops, w, sums, step, tokens,
 ):  # fmt: skip
-    """Compute FusedGPT.forward, with the same numbers. `hidden` (R, C) receives the normed rows of
-    the head.
+    """Compute FusedGPT.forward, with the same numbers. `hidden` (R, C) receives the normed
+    hidden states that the head reads.
 
     With tokens (steps, R), where each sequence has one row, this also computes the following steps:
     the head, the draw, and the next step with the drawn token, until a sequence draws one of its
     `stops`. step[0] receives the number of steps done, and the batch's arrays become those of the
     next step.
 
-    All jobs are recorded first and then computed (team.py), so no array that is created in here may
-    be an argument of a job. The argument lines are: a batch (attention.py), the model, workspace,
-    and the arguments of a draw.
+    All jobs are recorded first and then computed (team.py), so no array that this function
+    creates may be an argument of a job. The argument lines are: a batch (attention.py), the model,
+    workspace, and the arguments of a draw.
     """
     n_layer, size = len(windows), cache.shape[4]
     mixes, smears = resid.size > 0, backout.size > 0
     one, none = _f32(1), _f32(0)
     T, R = len(ids), len(hidden_rows)
-    whole = R == T  # are all rows inputs of the head, in order?
-    for t in range(R if whole else 0):
-        whole &= hidden_rows[t] == t
-    # not constants: numba would compile each kernel again for them
+    has_all_rows = R == T  # whether all rows are inputs of the head, in order
+    for t in range(R if has_all_rows else 0):
+        has_all_rows &= hidden_rows[t] == t
+    # arguments instead of constants: numba would compile each kernel again for constants
     yes, no = n_layer > 0, n_layer < 0
     n_kv_head = cache.shape[3]
     counts = np.zeros(len(tiles), np.int64)
@@ -247,11 +250,11 @@ def _run(
             counts[kind] = len(cut)
             tiles[kind, : len(cut)] = cut
     begin(team)
-    # several rows may be drawn from one, so the workspace has max(T, R) rows
+    # several draws may read the same row, so the workspace has max(T, R) rows
     x0, unused, other, qkv = x0[:T], unused[:T], other[:T], qkv[:T]
     embed_rows(ids, prev_ids, positions, wte, smear_gate, smear_lambda, eps, team, x0)  # (1)
     x, spare, z, normed, inner, middle = x0, unused, y[:T], h[:T], wide[:T], half[:T]
-    queries, attended = q[:T], seen[:T]
+    queries, attended = q[:T], attention[:T]
     for i in range(n_layer):
         is_last = i == n_layer - 1
         a, b = (resid[i], first[i]) if mixes else (one, none)  # (2), and the norm before (3)
@@ -276,14 +279,14 @@ def _run(
             tiles[kind, : counts[kind]], queries, k, v, cu_seqlens, seq_lens, tables[group],
             windows[i], team, scratch, attended,
         )  # fmt: skip
-        if is_last and not whole:  # all K and V are written: continue only with the head's rows
-            take_rows(x, hidden_rows, team, taken[:R])
-            x, spare, z, normed, inner = taken[:R], free[:R], y[:R], h[:R], wide[:R]
+        if is_last and not has_all_rows:  # K and V are written: continue only with the head's rows
+            take_rows(x, hidden_rows, team, head_x[:R])
+            x, spare, z, normed, inner = head_x[:R], head_next[:R], y[:R], h[:R], wide[:R]
             take_rows(attended.reshape(T, -1), hidden_rows, team, q[:R].reshape(R, -1))
             attended = q[:R]
             if smears and i > n_layer // 2:
-                take_rows(middle, hidden_rows, team, seen[:R].reshape(R, -1))
-                middle = seen[:R].reshape(R, -1)
+                take_rows(middle, hidden_rows, team, attention[:R].reshape(R, -1))
+                middle = attention[:R].reshape(R, -1)
             elif smears:
                 middle = half[:R]
         product(attended.reshape(len(x), -1), proj, no, fc[0], team, z)
@@ -340,12 +343,12 @@ class Layers:
         self.vocab_size, self.softcap = config.vocab_size, _f32(recipe.softcap)
         self.cache = None  # the cache that `groups` and `depths` belong to
         C, D, self.group = config.n_embd, config.head_dim, config.n_head // config.n_kv_head
-        # row shapes of x0, unused, other, y, h, half, taken, free, q, seen, qkv and wide
+        # row shapes of x0, unused, other, y, h, half, head_x, head_next, q, attention, qkv and wide
         self.shapes = *[(C,)] * 8, *[(C // D, D)] * 2, (C + 2 * C // self.group,), (4 * C,)
         self.draw_space = draw_space(config.vocab_size, 1)
 
     def __call__(self, batch, cache) -> Tensor:
-        """Return the normed rows of the head, (R, C)."""
+        """Return the normed hidden states that the head reads, (R, C)."""
         rows = len(batch.hidden_rows)
         hidden, nothing = np.empty((rows, self.wte.shape[1]), np.float32), np.empty(0, np.float32)
         draws = (

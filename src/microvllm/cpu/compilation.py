@@ -9,12 +9,12 @@ while it compiles. So a helper process (helper_process.py) compiles, once for ea
 The helper runs a tiny model of the same kind, whose arrays have the same types. Loading runs the
 same tiny model. Each kernel is on disk as soon as it is compiled. The marker files hold no code.
 
-A background helper, which no engine waits for, has the lowest priority and outlives the engine.
-So a run of four seconds leaves compiled kernels to the next run. A folder has one background helper
-at a time. The lock file says what it does (process_lock.py). An engine that waits starts a helper
-of its own, at the engine's priority. When that engine ends, its helper becomes a background helper.
-If the folder is not writable, or no helper can be started, an engine that waits compiles in its own
-process.
+A background helper has the lowest priority and continues after its engine has ended. No engine
+waits for it. So even a short run leaves compiled kernels for the next run. A folder has one
+background helper at a time. The lock file describes its work (process_lock.py). An engine that
+waits starts its own helper, with the engine's priority. When that engine ends, its helper becomes a
+background helper. If the folder is not writable, or no helper can be started, an engine that waits
+compiles in its own process.
 
 MICROVLLM_HELPER=attached ends helpers with their engine; MICROVLLM_HELPER=none starts no helper.
 """
@@ -45,16 +45,23 @@ from ..sampler import SamplingParams
 from ..scheduler import Scheduler, Sequence
 from . import helper_process, kernel_cache, process_lock
 from .attention import attend_rows
-from .helper_process import ATTACHED, BACKGROUND, FOREGROUND, UNKEPT, describe, description
+from .helper_process import (
+    ATTACHED,
+    BACKGROUND,
+    FOREGROUND,
+    NOT_STORED,
+    new_description,
+    write_description,
+)
 from .simd import AMX, CPU, STAMP
 
-TRIES = 2  # helpers that may fail before the engine continues without one
+TRIES = 2  # number of helpers that may fail before the engine continues without kernels
 PATIENCE = 60.0  # seconds that an engine waits for a background helper
 REMEDY = "set NUMBA_CACHE_DIR to a folder of your own"
 LOCKS = {FOREGROUND: "kernels.lock", BACKGROUND: "kernels-background.lock"}
 
 _ready: set[str] = set()  # kinds whose kernels are loaded in this process, or are on disk
-_told: set[str] = set()  # lines that were already printed
+_printed_lines: set[str] = set()  # lines that were already printed
 _helpers: dict[str, list[subprocess.Popen]] = {}  # for each kind; only the last may still run
 _due: dict[str, float] = {}  # time of the next search for a helper, for each kind
 _lock = threading.RLock()
@@ -63,14 +70,14 @@ _lock = threading.RLock()
 def to_stderr(line: str) -> None:
     """Print a line for the user on stderr."""
     if sys.stderr is not None:
-        with suppress(OSError, ValueError):  # closed
+        with suppress(OSError, ValueError):  # stderr is closed
             print(f"microvllm: {line}", file=sys.stderr, flush=True)
 
 
-# receives the lines for the user; whether engines wait for their kernels; and a function called
-# while they wait, with the kind, the helper's description, and seconds. See `told`
-tell: Callable[[str], object] = to_stderr
-patient = True
+# set by `reporting`
+tell: Callable[[str], object] = to_stderr  # receives the lines for the user
+patient = True  # whether engines wait for their kernels
+# called while an engine waits, with the kind, the description of the helper, and seconds
 progress: Callable[[str, dict, float], object] | None = None
 _listeners: dict[str, Callable[[str], object]] = {}  # `tell` of the engines that do not wait
 
@@ -79,7 +86,7 @@ def run_tiny(backend_class: type, kind: str) -> None:
     """Run two steps of a tiny model of this kind, with a prompt and with one token. This loads from
     disk, or compiles, every kernel that an engine of this kind calls."""
     store, *parts = kind.split("-")
-    width = 64 if "layers" in parts else 24  # with whole weight tiles, or with a partial one
+    width = 64 if "layers" in parts else 24  # with full weight tiles only, or with a partial one
     config, recipe = GPTConfig(16, 64, 2, 2, 1, width), RECIPES["5"]
     names = empty_model(config, recipe, config.vocab_size).state_dict()
     weights = {name: torch.zeros(weight.shape) for name, weight in names.items()}
@@ -146,28 +153,29 @@ def compile_here(backend_class: type, kind: str) -> None:
     """Compile or load the kernels in this process, and write the marker file."""
     run_tiny(backend_class, kind)
     file = place(kind)
-    if file is None or kernel_cache.unkept:
+    if file is None or kernel_cache.store_error:
         return
     with suppress(OSError):
-        mine = [path for path in sorted(kernel_cache.used) if path.parent == file.parent]
-        file.write_text(contents({path.name: path.stat().st_size for path in mine}), "utf-8")
+        kernels = [path for path in sorted(kernel_cache.used) if path.parent == file.parent]
+        sizes = {path.name: path.stat().st_size for path in kernels}
+        file.write_text(contents(sizes), "utf-8")
 
 
 # the helper ---------------------------------------------------------------------------------------
 
 
-def serve(backend_class: type, kind: str, said: dict) -> None:
-    """Compile the kernels of a kind in a helper, after its imports. said: the helper's description,
-    see helper_process.py."""
+def serve(backend_class: type, kind: str, description: dict) -> None:
+    """Compile the kernels of a kind in a helper, after its imports. description: the helper's, see
+    helper_process.new_description."""
 
     def report(name: str) -> None:
-        said.update(now=name, done=len(kernel_cache.used))
+        description.update(now=name, done=len(kernel_cache.used))
 
     torch.set_num_threads(1)
     kernel_cache.compiling = report
     if not compiled(kind):  # another process may have compiled the kind in the meantime
         compile_here(backend_class, kind)
-    os._exit(0 if compiled(kind) else UNKEPT)  # waiting threads cannot be joined
+    os._exit(0 if compiled(kind) else NOT_STORED)  # a thread may still wait for stdin
 
 
 def sources() -> list[str]:
@@ -205,56 +213,60 @@ def start(kind: str, role: str) -> subprocess.Popen | None:
     if lock is None:
         return None
     try:
-        passes = os.name == "posix"  # other systems cannot pass a descriptor
-        arguments["lock"] = lock if passes else None
+        can_pass_lock = os.name == "posix"  # only POSIX systems can pass a file descriptor
+        arguments["lock"] = lock if can_pass_lock else None
         # isolated: import only from the folders of `sources`
         command = [sys.executable or "python", "-I", helper_process.__file__, json.dumps(arguments)]
         process = subprocess.Popen(
-            command, env=env, pass_fds=(lock,) if passes else (),
+            command, env=env, pass_fds=(lock,) if can_pass_lock else (),
             stdin=subprocess.DEVNULL if arguments["role"] == BACKGROUND else subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C on the terminal reaches only the engine
             creationflags=getattr(subprocess, "IDLE_PRIORITY_CLASS", 0) * (role == BACKGROUND),
         )  # fmt: skip
-        if passes:
-            describe(lock, description(kind, arguments["role"], process.pid))
+        if can_pass_lock:
+            write_description(lock, new_description(kind, arguments["role"], process.pid))
     finally:
-        os.close(lock)  # the helper holds its own copy
-    # leaves no zombie process, even if no engine polls its helper again
+        os.close(lock)  # the helper has its own copy of the descriptor
+    # wait for the helper in a thread, so that no zombie process remains if no engine polls it again
     threading.Thread(target=process.wait, daemon=True).start()
     return process
 
 
-def at_work() -> list[dict]:
+def running_helpers() -> list[dict]:
     """Return the descriptions of the helpers of this folder, started by any process."""
     file = place("any")
     paths = [file.with_name(name) for name in LOCKS.values()] if file else []
-    found = [process_lock.holder(path) for path in paths]
-    return [said for said in found if said is not None]
+    holders = [process_lock.holder(path) for path in paths]
+    return [description for description in holders if description is not None]
 
 
-def lives(kind: str) -> bool:
-    """Return whether a helper runs that this process started."""
-    started = _helpers.setdefault(kind, [])
-    return bool(started) and started[-1].poll() is None
+def has_helper(kind: str) -> bool:
+    """Return whether a helper runs that this process started for a kind."""
+    helpers = _helpers.setdefault(kind, [])
+    return bool(helpers) and is_running(helpers[-1])
+
+
+def is_running(process: subprocess.Popen | None) -> bool:
+    return process is not None and process.poll() is None
 
 
 # messages to the user -----------------------------------------------------------------------------
 
 
 @contextmanager
-def told(
-    how: Callable[[str], object], waits: bool, shows: Callable | None = None
+def reporting(
+    listener: Callable[[str], object], waits: bool, show: Callable | None = None
 ) -> Iterator[None]:
     """Set how engines created in this context report that kernels are compiled.
 
-    how(line) receives the messages. While an engine waits, it calls shows(kind, the helper's
-    description, seconds) about ten times a second. Unless `waits` is set, engines compute in plain
-    torch until the kernels are ready, where the results differ only by rounding."""
+    listener(line) receives the messages. While an engine waits, it calls show(kind, the helper's
+    description, seconds) about ten times a second. Unless `waits` is set, engines for which the
+    results differ only by rounding compute in plain torch until the kernels are ready."""
     global tell, patient, progress
     before = tell, patient, progress
     try:
-        tell, patient, progress = how, waits, shows
+        tell, patient, progress = listener, waits, show
         yield
     finally:
         tell, patient, progress = before
@@ -262,8 +274,8 @@ def told(
 
 def say(tell: Callable[[str], object], line: str) -> None:
     """Send a line to the user, once."""
-    if line not in _told:
-        _told.add(line)
+    if line not in _printed_lines:
+        _printed_lines.add(line)
         tell(line)
 
 
@@ -283,14 +295,14 @@ def warmup(kind: str) -> str:
     return f"`microvllm warmup{flags}`"
 
 
-def being_compiled(kind: str, said: dict, waits: bool) -> str:
-    """Return the message for kernels that a helper compiles. said: the description of a helper that
+def being_compiled(kind: str, description: dict, waits: bool) -> str:
+    """Return the message for kernels that a helper compiles. description: that of a helper that
     another process started, {} for a helper of this process."""
     state = "are being compiled"
-    if said.get("kind") == kind:
-        state += f" by process {said.get('pid')}"
-    elif said:
-        state = f"will be compiled when process {said.get('pid')} has compiled its own"
+    if description.get("kind") == kind:
+        state += f" by process {description.get('pid')}"
+    elif description:
+        state = f"will be compiled after those of process {description.get('pid')}"
     line = f"the kernels for this processor ({precision(kind)}) {state}. This happens once and "
     line += f"takes about half a minute. The kernels are stored in {folder()}."
     if not waits:
@@ -302,20 +314,20 @@ def compiled_here(kind: str) -> str:
     """Return the message for kernels that this process compiles."""
     line = f"this process compiles the kernels for this processor ({precision(kind)}), which takes "
     line += "about half a minute"
-    if (why := not_kept(kind)) is None:
+    if (why := find_store_error(kind)) is None:
         return f"{line}. No helper process could be used. The kernels are stored in {folder()}."
     return f"{line}. Every later process will do so again, because {why}: {REMEDY}"
 
 
-def not_kept(*kinds: str) -> str | None:
+def find_store_error(*kinds: str) -> str | None:
     """Return why kernels are not stored on disk, or None if they are. kinds: those that helpers
     have compiled."""
     if place("any") is None:
-        return kernel_cache.unkept or "numba stores no kernels"
-    ended = [process.returncode for kind in kinds for process in _helpers.get(kind, [])]
-    if UNKEPT in ended:
+        return kernel_cache.store_error or "numba stores no kernels"
+    statuses = [process.returncode for kind in kinds for process in _helpers.get(kind, [])]
+    if NOT_STORED in statuses:
         return f"{folder()} cannot be written"
-    return kernel_cache.unkept
+    return kernel_cache.store_error
 
 
 # the engine ---------------------------------------------------------------------------------------
@@ -333,9 +345,9 @@ def begin(backend_class: type, kind: str, waits: bool) -> bool:
             return True
         if not waits and place(kind):
             with suppress(OSError):
-                said = find_helper(kind)
+                description = find_helper(kind)
                 _listeners[kind] = tell
-                say(tell, being_compiled(kind, said, waits))
+                say(tell, being_compiled(kind, description, waits))
                 return False
     if place(kind):
         wait(kind)
@@ -354,12 +366,12 @@ def find_helper(kind: str) -> dict:
 
     Return its description if another process started it, or if it compiles another kind first;
     else {}. Raises OSError if no helper can be started."""
-    if lives(kind):
+    if has_helper(kind):
         return {}
-    others = at_work()
-    for said in others:
-        if said.get("kind") == kind:
-            return said
+    others = running_helpers()
+    for description in others:
+        if description.get("kind") == kind:
+            return description
     if not others and (process := start(kind, BACKGROUND)):
         _helpers[kind].append(process)
         return {}
@@ -370,38 +382,35 @@ def wait(kind: str) -> None:
     """Wait until a kind is compiled, or until no helper can compile it.
 
     This also waits for a helper of another engine that waits. A background helper gets no processor
-    time while other programs are busy. So after a minute this engine starts its own helper, which
-    compiles the remaining kernels beside it.
+    time while other programs are busy. So after PATIENCE seconds this engine starts its own helper,
+    which compiles the remaining kernels at the same time.
     """
-    began, own, tries, is_told = time.monotonic(), None, 0, False
+    began, helper, tries, is_reported = time.monotonic(), None, 0, False
     try:
         while not compiled(kind):
-            others, seconds = at_work(), time.monotonic() - began
-            same = next((said for said in others if said.get("kind") == kind), {})
-            waited_for = any(said.get("role") != BACKGROUND for said in others)
-            if not (lives_on(own) or waited_for or (same and seconds < PATIENCE)):
-                if tries == TRIES or (own and own.returncode == UNKEPT) or compiled(kind):
-                    return  # `compiled` is checked last: a helper may have ended just now
+            others, seconds = running_helpers(), time.monotonic() - began
+            same = next((other for other in others if other.get("kind") == kind), {})
+            has_foreground = any(other.get("role") != BACKGROUND for other in others)
+            if not (is_running(helper) or has_foreground or (same and seconds < PATIENCE)):
+                if tries == TRIES or (helper and helper.returncode == NOT_STORED) or compiled(kind):
+                    return  # check `compiled` last, because a helper may have just ended
                 try:
-                    own = start(kind, FOREGROUND)
+                    helper = start(kind, FOREGROUND)
                 except OSError:
                     return
-                if own:
+                if helper:
                     tries += 1
-                    _helpers.setdefault(kind, []).append(own)
-            if (own or any(others)) and not is_told:
-                is_told = True
-                say(tell, being_compiled(kind, {} if own else (same or others[0]), waits=True))
+                    _helpers.setdefault(kind, []).append(helper)
+            if (helper or any(others)) and not is_reported:
+                is_reported = True
+                other = {} if helper else (same or others[0])
+                say(tell, being_compiled(kind, other, waits=True))
             if progress:
                 progress(kind, same, seconds)
             time.sleep(0.1)
     finally:
-        if own and own.stdin:
-            own.stdin.close()  # after Ctrl-C the helper continues as a background helper
-
-
-def lives_on(process: subprocess.Popen | None) -> bool:
-    return process is not None and process.poll() is None
+        if helper and helper.stdin:
+            helper.stdin.close()  # after Ctrl-C the helper continues as a background helper
 
 
 def poll(backend_class: type, kind: str) -> bool:
@@ -412,21 +421,23 @@ def poll(backend_class: type, kind: str) -> bool:
     if kind in _ready:
         return True
     with _lock:
-        if lives(kind):
+        if has_helper(kind):
             return False
         if compiled(kind):
             run_tiny(backend_class, kind)
             _ready.add(kind)
             return True
-        ended = [process.returncode for process in _helpers[kind]]
-        if len(ended) < TRIES and UNKEPT not in ended:
+        statuses = [process.returncode for process in _helpers[kind]]
+        if len(statuses) < TRIES and NOT_STORED not in statuses:
             now = time.monotonic()
             if now >= _due.get(kind, 0):
                 _due[kind] = now + 0.5
                 with suppress(OSError):
                     find_helper(kind)
             return False
-    why = f"exit status {ended[-1]}" if UNKEPT not in ended else f"{not_kept(kind)}: {REMEDY}"
+    why = f"exit status {statuses[-1]}"
+    if NOT_STORED in statuses:
+        why = f"{find_store_error(kind)}: {REMEDY}"
     line = f"the kernels could not be compiled ({why}); this run continues without them"
     say(_listeners.get(kind, tell), line)
     return False

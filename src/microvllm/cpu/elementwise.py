@@ -1,9 +1,8 @@
 """The steps between the matrix products, and the draw, in numba. In torch: see fused/backend.py.
 
-torch passes through memory for each addition and norm, and again for the cap, softmax, sort,
-running sum and search of a draw, which take more than half of a decode step. Here rows stay in the
-cache. Nothing is sorted: one pass is so cheap that bisection can find the smallest logit to
-keep.
+torch reads and writes memory for each addition and norm, and for each operation of a draw: cap,
+softmax, sort, running sum and search. Here rows stay in the cache. Nothing is sorted: bisection
+finds the smallest logit to keep, because one pass over the logits takes little time.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from .team import SIZE, end_list, job, one_at_a_time, team_of
 _f32 = np.float32
 _EXP2 = tuple(_f32(math.log(2) ** n / math.factorial(n)) for n in range(8))  # Taylor, error 5e-9
 _LOG2E = _f32(1 / math.log(2))
-_LEAST = _f32(1e-30).view(np.int32)  # a row whose largest number is smaller is written as zeros
-_BLOCK = 256  # weights that are summed before the draw searches among them
+_SMALLEST = _f32(1e-30).view(np.int32)  # rows with a smaller maximum are written as zeros
+_BLOCK = 256  # weights in a block: a draw finds the block by its sum, then the token in it
 
 
 def array_of(x: Tensor) -> np.ndarray:
@@ -64,15 +63,14 @@ def store(b, x, i, value):
 
 @numba.njit(**VIEWS)
 def flipped(bits):
-    """Map a float's bits to an integer in the order of the floats, or back. A NaN is at either
-    end."""
+    """Map the bits of a float to an integer with the same order, or back. NaNs are at both ends."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
 @numba.njit(**VIEWS)
 def largest(x):
-    """Return the largest of x (n,). It compares integers, which is 12 times faster, because the
-    compiler does not vectorize a maximum of floats."""
+    """Return the largest of x (n,). It compares integers, because the compiler does not vectorize a
+    maximum of floats."""
     bits, most = x.view(np.int32), np.int32(-(2**31))
     for i in range(bits.size):
         most = max(most, flipped(bits[i]))
@@ -80,18 +78,18 @@ def largest(x):
 
 
 def exp2_of(b, x, lanes: int):
-    """Return 2**x for x <= 0, with a relative error of 1e-7. LLVM has no vector exp of its own."""
+    """Return 2**x for x <= 0, with a relative error of 1e-7. LLVM has no vectorized exp."""
 
     def number(value):
         return b.splat(b.f32(value), lanes)
 
     least = number(-126)  # the exponent of the smallest normal number
     x = b.select(b.fcmp_ordered("<", x, least), least, x)
-    whole = b.floor(b.fadd(x, number(0.5)))
-    r, y = b.fsub(x, whole), number(_EXP2[7])
+    integer = b.floor(b.fadd(x, number(0.5)))
+    r, y = b.fsub(x, integer), number(_EXP2[7])
     for factor in _EXP2[6::-1]:
         y = b.multiply_add(y, r, number(factor))
-    exponent = b.add(b.fptosi(whole, b.kind(b.i32, lanes)), b.splat(b.i32(127), lanes))
+    exponent = b.add(b.fptosi(integer, b.ir_type(b.i32, lanes)), b.splat(b.i32(127), lanes))
     return b.fmul(y, b.bitcast(b.shl(exponent, b.splat(b.i32(23), lanes)), y.type))
 
 
@@ -144,7 +142,7 @@ def add_norm(x: Tensor, y, x0, a, b, eps: float) -> tuple[Tensor, Tensor]:
 def _quantize(x, scale, head, slot):
     """Quantize x (D,) times scale into a slot of head (block_size, D + 2). The layout and the
     rounding are those of fused/int8_cache.py, to the bit."""
-    bits, most = x.view(np.int32), np.int32(_LEAST)
+    bits, most = x.view(np.int32), np.int32(_SMALLEST)
     for j in range(bits.size):
         most = max(most, bits[j] & np.int32(0x7FFFFFFF))
     exact = np.int32(most).view(np.float32) * scale / _f32(127)
@@ -154,7 +152,7 @@ def _quantize(x, scale, head, slot):
     step = np.int32(up << 16).view(np.float32)
     row = flat[slot * D : slot * D + D]
     for j in range(D):
-        # the last bits of the sum are those of the nearest integer, ties to even
+        # the low bits of the sum are the nearest integer; ties are rounded to even
         row[j] = np.float32(x[j] * scale / step + _f32(1.5 * 2**23)).view(np.int32)
 
 
@@ -222,7 +220,8 @@ def _embed(row, eps, x):
 
 @numba.njit(**VIEWS)
 def _rotate(x, cos, sin, qk_scale, eps, z, rows, i):
-    """Rotate x (D,), norm it and store qk_scale times that in rows[i] (D,). z (D,): scratch."""
+    """Rotate and norm x (D,), multiply it by qk_scale, and store it in rows[i] (D,). z (D,):
+    scratch."""
     half = cos.size
     for j in range(half):
         z[j] = x[j] * cos[j] + x[half + j] * sin[j]
@@ -287,7 +286,7 @@ def rope_store(
     """Compute Backend.rope_store."""
     D, gated = 2 * cos.shape[1], ve is not None
     q = torch.empty(len(qkv), n_head, D)
-    if not gated:  # a kernel needs arrays instead of None: any array of the right type will do
+    if not gated:  # kernels do not accept None: pass any arrays of the right types
         ve, ve_gate = cos if k.dtype == torch.int8 else k[0, 0], h
     ids = batch.token_ids if gated else batch.slots
     tensors = ids, ve, ve_gate, cos, sin, batch.positions, batch.slots, k, v
@@ -350,8 +349,8 @@ def take_rows(x, rows, team, y):
 
 @numba.njit(**VIEWS)
 def _least(values, counting, limit, low, high):
-    """Return the smallest value to keep, which lies between low and high. A value is kept if all
-    larger values together count less than `limit`. Each counts its value or, if counting, 1."""
+    """Return the smallest value to keep, which lies between low and high. A value is kept if the
+    sum of all larger values, or their number if `counting`, is below `limit`."""
     first = np.int64(flipped(_f32(low).view(np.int32)))
     last = np.int64(flipped(_f32(high).view(np.int32)))
     while first < last:
@@ -372,7 +371,8 @@ def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
     if 0 < top_k < x.size:
         kth = _least(x, True, top_k, kth, top)
     if softcap > 0:
-        # tanh(z) = (1 - t) / (1 + t), where t = e**-2z. A separate loop, else registers run out
+        # tanh(z) = (1 - t) / (1 + t), where t = e**-2z. This is a separate loop, because a common
+        # loop would need too many registers
         slope = _f32(-2) * _LOG2E / softcap
         for i in range(x.size):
             t = exp2(abs(x[i]) * slope)
@@ -387,10 +387,10 @@ def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
         # 0 below the smallest normal float32
         w[i] = exp2(exponent) if exponent >= -126 and x[i] >= kth else _f32(0)
     if top_p < 1:
-        whole = total(w, w.size)
-        # tokens that weigh at most this much weigh at most 1 - p together: none of them can stay
-        low = (1 - top_p) * whole / x.size
-        min_p = max(min_p, _least(w, False, top_p * whole, low, _f32(1)))
+        weight_sum = total(w, w.size)
+        # all tokens with at most this weight are at most 1 - p of the sum: top_p drops them
+        low = (1 - top_p) * weight_sum / x.size
+        min_p = max(min_p, _least(w, False, top_p * weight_sum, low, _f32(1)))
     if min_p > 0:
         for i in range(x.size):
             w[i] = w[i] if w[i] >= min_p else _f32(0)
@@ -398,13 +398,13 @@ def _weigh(x, scale, softcap, top_k, top_p, min_p, w):
 
 @numba.njit(**VIEWS)
 def _draw(w, sums, u):
-    """Return the first index at which the running sum of w exceeds the share u of the total."""
-    whole = 0.0
+    """Return the first index at which the running sum of w exceeds u times the total."""
+    weight_sum = 0.0
     for b in range(sums.size):
         sums[b] = total(w[b * _BLOCK : (b + 1) * _BLOCK], _BLOCK)
-        whole += sums[b]
+        weight_sum += sums[b]
     # u is below 1, so some block exceeds the target, and this block has a weight above 0
-    target, running, b = u * whole, 0.0, 0
+    target, running, b = u * weight_sum, 0.0, 0
     while b < sums.size - 1 and running + sums[b] <= target:
         running += sums[b]
         b += 1
@@ -435,15 +435,16 @@ def _sample_part(
 ):  # fmt: skip
     """Draw a token for a part of the rows. Row r begins at logits[r * stride]. Scratch: w (threads,
     at least V), sums (threads, blocks of a row)."""
-    own, own_sums, drawn, uniform = w[worker], sums[worker], tokens[step[0]], u[step[0]]
-    first, end = share(drawn.size, part, parts)
+    weights, block_sums = w[worker], sums[worker]
+    row_tokens, uniform = tokens[step[0]], u[step[0]]
+    first, end = share(row_tokens.size, part, parts)
     for r in range(first, end):
         x, (top_k, top_p, min_p) = logits[r * stride : r * stride + V], filters[r]
         if scale[r] == 0:
-            drawn[r] = _argmax(x)
+            row_tokens[r] = _argmax(x)
         else:
-            _weigh(x, scale[r], softcap, top_k, top_p, _f32(min_p), own[:V])
-            drawn[r] = _draw(own, own_sums, uniform[r])
+            _weigh(x, scale[r], softcap, top_k, top_p, _f32(min_p), weights[:V])
+            row_tokens[r] = _draw(weights, block_sums, uniform[r])
 
 
 @kept(**EXACT)
@@ -470,10 +471,10 @@ def _advance_part(
     worker, part, parts, team, ids, prev_ids, positions, seq_lens, slots, tables, size, stops,
     step, tokens,
 ):  # fmt: skip
-    drawn, ends = tokens[step[0]], False
+    row_tokens, ends = tokens[step[0]], False
     step[0] += 1
-    for t in range(len(drawn)):
-        token, position = drawn[t], positions[t] + 1
+    for t in range(len(row_tokens)):
+        token, position = row_tokens[t], positions[t] + 1
         ends |= token < 0
         for stop in stops[t]:
             ends |= token == stop

@@ -1,10 +1,9 @@
 """Matrix products on a CPU in float32, bfloat16 or int8, and the layouts of their weights.
 
 With few rows, the weights come from memory and are used once. A library that reads weights only
-when it needs them has to wait. Here, while one tile of weights is multiplied, the next tile is
-already being loaded into the second-level cache. This is 1.2 times as fast as oneDNN for up to 64
-rows, and equally fast for more. A row's sums are always added in the same order, whatever other
-rows are in the batch.
+when it needs them has to wait. Here, the next tile of weights is loaded into the second-level cache
+while one tile is multiplied. docs/PERFORMANCE.md compares the speed with that of a library. A row's
+sums are always added in the same order, and this order does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -48,28 +47,28 @@ from .simd import (
 from .team import (
     MAX_THREADS,
     SIZE,
-    behind,
     job,
     one_at_a_time,
     scratch_array,
+    start_after,
     team_of,
 )
 
 _f32 = np.float32
 
-# outputs whose weights are stored together: two registers of them. With _ROWS rows, the remaining
-# registers hold the sums. 0: the processor lacks the instructions that this layout is made for
+# outputs whose weights are stored together in a tile. The weights of one input fill two registers,
+# and the sums of _ROWS rows fill the others. 0: the processor lacks the required instructions
 TILE = 2 * LANES if LANES > 4 or NEON else 0
 # the same for floats; 0 on Apple's processors, whose library has a special unit for floats
 FLOAT_TILE = 0 if sys.platform == "darwin" else TILE
 # the same for int8; needs an instruction that adds up products of integers
 INT8_TILE = TILE if INTEGERS else 0
 _ROWS = 12 if LANES == 16 or NEON else 6
-_SOON = 768 // TILE if TILE else 0  # inputs whose weights take 3 KB
+_SOON = 768 // TILE if TILE else 0  # prefetch distance in inputs: 3 KB of weights
 _DEPTH = 1024  # inputs at a time: a tile's weights for them stay in the cache
 _MANY = 240  # rows at a time: they also stay in the cache
-# for weights that are not packed: columns and rows at a time, with as many sums as there are
-# registers; and the number of rows up to which this is faster than packing tiles first
+# for weights that are not packed: columns and rows at a time, whose sums fit in the registers; and
+# the number of rows up to which this is faster than packing tiles first
 _DENSE_COLUMNS = 4
 _DENSE_ROWS = 4 if LANES == 16 or NEON else 2
 UNPACKED_ROWS = 48
@@ -85,23 +84,23 @@ def _multiply(
     All arrays are contiguous. Their parts begin at the flat indices x_at and w_at, and at a row and
     column of y, because making a slice takes as long as computing a few rows.
 
-    wide: compute two tiles for up to half as many rows, which loads less often; square: then apply
-    relu(y)^2; ahead: weights to prefetch, TILE of them at each `every`-th input. If x and w are
-    int32, each number holds four int8, those of x plus 128, and
-    y = (x @ w - offset (N,)) * w_scale (N,) * x_scale (T,). If w is bfloat16 (uint16), two weights
-    count as one. So do two inputs, which are either two bfloat16 in one int32, or two float32.
+    wide: compute two tiles, for at most half as many rows, so that each input is loaded less often;
+    square: then apply relu(y)^2; ahead: weights to prefetch, TILE of them for every `every` inputs.
+    If x and w are int32, each number contains four int8, those of x plus 128, and
+    y = (x @ w - offset (N,)) * w_scale (N,) * x_scale (T,). If w is bfloat16 (uint16), K counts
+    pairs of weights and of inputs. A pair of inputs is two bfloat16 in one int32, or two float32.
     """
-    integers, halves = (w.data.type.pointee == kind for kind in (b.i32, b.i16))
-    pairs = halves and x.data.type.pointee == b.f32
+    integers, bfloat16s = (w.data.type.pointee == kind for kind in (b.i32, b.i16))
+    pairs = bfloat16s and x.data.type.pointee == b.f32
     x_stride, w_stride, y_stride = (b.extract_value(a.shape, 1) for a in (x, w, y))
     w_stride = b.mul(w_stride, b.i64(TILE))
     xs = b.at(x.data, (x_at, 2 if pairs else 1))
     ws, aheads = b.at(b.words(w.data), w_at), b.at(b.words(ahead.data), ahead_at)
     ys = b.at(y.data, (row, y_stride), column)
-    floats, vector = b.kind(b.f32), b.kind(b.i32 if integers else b.f32)
+    floats, vector = b.ir_type(b.f32), b.ir_type(b.i32 if integers else b.f32)
     due, fetched = (cgutils.alloca_once(b, kind) for kind in (b.i64, aheads.type))
     multiply_add = b.multiply_add8 if integers else b.multiply_add
-    multiply_add = b.multiply_add_bf16 if halves else multiply_add
+    multiply_add = b.multiply_add_bf16 if bfloat16s else multiply_add
 
     def multiply(n, tiles):
         rows, columns = [b.at(xs, (x_stride, i)) for i in range(n)], range(2 * tiles)
@@ -152,7 +151,7 @@ def _multiply(
     switch = b.switch(b.add(n, b.select(wide, b.i64(_ROWS), b.i64(0))), done)
     for tiles, most in ((1, _ROWS), (2, _ROWS // 2)):
         for i in range(1, most + 1):
-            block = b.append_basic_block(f"{i}_rows_{tiles}_panels")
+            block = b.append_basic_block(f"{i}_rows_{tiles}_tiles")
             switch.add_case(b.i64(i + (tiles - 1) * _ROWS), block)
             b.position_at_end(block)
             multiply(i, tiles)
@@ -174,10 +173,10 @@ def _multiply_tiles(x, w, scaling, square, first, end, following, ahead, y):
         t0, t1 = T * block // blocks, T * (block + 1) // blocks
         k0, k1 = K * part // parts, K * (part + 1) // parts
         row_tiles = -(-(t1 - t0) // rows)
-        share = -(-(k1 - k0) // row_tiles) * TILE  # of the next weights, prefetched in each call
+        share = -(-(k1 - k0) // row_tiles) * TILE  # of the next weights, to prefetch in each call
         for p in range(first, end, step):
             source = w
-            if row_tiles == 1:  # the weights themselves come from memory: prefetch a bit ahead
+            if row_tiles == 1:  # these weights come from memory: prefetch later ones of the tile
                 near = (p * K + k0 + _SOON) * TILE
             elif p + step < end:
                 near = ((p + step) * K + k0) * TILE
@@ -206,7 +205,7 @@ def _multiply_part(
     if (part + 1) % each == 0:
         later = following
         ahead = share(len(following), part // each, runs)[0] * following.shape[1] * TILE
-    # all tiles of the first rows, then of the next rows: a thread's weights are adjacent
+    # first all tiles for the first rows, then for the next rows: a thread's weights are adjacent
     for cut in range(first // tiles, -(-end // tiles)):
         t0, t1 = share(rows, cut, cuts)
         p0, p1 = max(first - cut * tiles, 0), min(end - cut * tiles, tiles)
@@ -247,7 +246,7 @@ def _multiply_dense(b, n, K, x, x_at, w, w_at, y, y_at, square):
         switch.add_case(b.i64(num_rows), block)
         b.position_at_end(block)
         places = [(i, j) for i in range(num_rows) for j in range(_DENSE_COLUMNS)]
-        sums = {place: cgutils.alloca_once(b, b.kind(b.f32), zfill=True) for place in places}
+        sums = {place: cgutils.alloca_once(b, b.ir_type(b.f32), zfill=True) for place in places}
         with cgutils.for_range_slice(b, b.i64(0), K, b.i64(LANES), b.i64) as (k, _):
             weights = [b.read(b.at(ws, (K, j), k)) for j in range(_DENSE_COLUMNS)]
             values = [b.read(b.at(xs, (K, i), k)) for i in range(num_rows)]
@@ -308,7 +307,7 @@ def _multiply_packing_part(worker, part, parts, x, w, column, square, space, y):
             for i in range(tiles):
                 w_at = (p + i) * TILE * K + k0
                 _pack_tile(w, w_at, K, k1 - k0, packed, i * (k1 - k0) * TILE)
-            # the rows of w behind these are adjacent: each call prefetches a part of them
+            # the rows of w after these are adjacent: each call prefetches a part of them
             near = ((p + tiles) * K + tiles * k0) * TILE
             step = -(-(k1 - k0) // turns) * TILE
             for turn in range(turns):
@@ -342,8 +341,8 @@ def multiply_dense(x, w, column, square, team, y):
 
 @numba.njit(**VIEWS)
 def quantize_row(x, levels, q, xt):
-    """Rotate x (C,) and quantize it to integers from -levels to levels. They are stored plus
-    levels + 1 in the first C bytes of q, uint8. Return the value of one step. xt (C,): scratch."""
+    """Rotate x (C,) and quantize it to integers from -levels to levels. Store each integer plus
+    levels + 1 in the first C bytes of q (uint8). Return the value of one step. xt (C,): scratch."""
     C = x.size
     for c in range(C):
         xt[c] = x[c]
@@ -417,7 +416,7 @@ def scratch_bytes(rows: int, width: int, threads: int) -> int:
 
 
 class Dense(NamedTuple):
-    """A weight in torch's layout, of up to three matrices on top of each other. Each is float32
+    """A weight in torch's layout, of up to three stacked matrices. Each is float32
     (N, K); a missing one is (0, K)."""
 
     first: np.ndarray
@@ -440,12 +439,12 @@ def _product_of(x, weight, square, following, team, y):
         w, offset, w_scale = weight
         T, C = x.shape
         q = scratch_array(team, 0, (T, C), np.uint8)
-        scale = scratch_array(team, behind(0, q), (T, 1), np.float32)
+        scale = scratch_array(team, start_after(0, q), (T, 1), np.float32)
         quantize_rows_into(x, _f32(127), team, q, scale)
         scaling = offset, w_scale, scale.reshape(T)
         multiply(q.view(np.int32), w, scaling, square, following, team, y)
 
-    def halves(x, weight, square, following, team, y):
+    def bfloat16s(x, weight, square, following, team, y):
         w, offset, w_scale = weight
         q = scratch_array(team, 0, x.shape, np.uint16)
         round_rows_into(x, team, q)
@@ -463,7 +462,7 @@ def _product_of(x, weight, square, following, team, y):
         return dense if weight.instance_class is Dense else None
     if weight[0].dtype == types.int32:
         return integers
-    return halves if weight[0].dtype == types.uint16 and TWO_HALVES else floats
+    return bfloat16s if weight[0].dtype == types.uint16 and TWO_HALVES else floats
 
 
 @kept(**EXACT)
@@ -472,8 +471,8 @@ def _linear(x, weight, square, team, y):
 
 
 def aligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a new tensor with numbers of 32 bits that begins at a cache line. numpy requests large
-    pages from the system and torch does not; a few rows are a tenth faster with them."""
+    """Return a new tensor of 32-bit numbers that begins at a cache line. numpy allocates it: numpy
+    requests large pages and torch does not, and products of a few rows are faster with them."""
     count = math.prod(shape)
     flat = np.empty(count + 16, np.int32)
     start = -flat.ctypes.data % 64 // flat.itemsize
@@ -484,8 +483,8 @@ _space = np.empty(0, np.float32)
 
 
 def workspace(*shapes: tuple[int, ...]) -> list[np.ndarray]:
-    """Return float32 arrays that a kernel needs until it returns, always in the same memory. For
-    new pages, the system would need as long to clear them as a kernel needs to fill them."""
+    """Return float32 arrays that a kernel needs until it returns, always in the same memory. The
+    system would take as long to clear new pages as a kernel takes to fill them."""
     global _space
     sizes = [math.prod(shape) for shape in shapes]
     *starts, end = accumulate([-(-size // 16) * 16 for size in sizes], initial=0)  # cache lines
@@ -538,16 +537,16 @@ class PackedLinear(KernelLinear):
 
     def fill(self, matrix: Tensor, *scaling: Tensor) -> None:
         """Write the matrix over the old weights, at the addresses that the compiled layers read."""
-        (rows, width), whole = matrix.shape, len(matrix) // TILE
+        (rows, width), full = matrix.shape, len(matrix) // TILE
         if self.weight is None:
             shape = -(-rows // TILE), width, TILE
             self.weight = aligned(shape, matrix.dtype), *map(torch.empty_like, scaling)
             self.arrays = tuple(part.numpy() for part in self.weight)
         tiles, *others = self.weight
         tiles = tiles.view(matrix.dtype)
-        tiles[:whole] = matrix[: whole * TILE].view(whole, TILE, width).transpose(1, 2)
-        tiles[whole:] = 0
-        tiles[whole:, :, : rows % TILE] = matrix[whole * TILE :].T
+        tiles[:full] = matrix[: full * TILE].view(full, TILE, width).transpose(1, 2)
+        tiles[full:] = 0
+        tiles[full:, :, : rows % TILE] = matrix[full * TILE :].T
         for old, new in zip(others, scaling, strict=True):
             old.copy_(new)
 
@@ -560,15 +559,15 @@ class PackedLinear(KernelLinear):
 class SharedFloat32(KernelLinear, Shared):
     """A live module's weights in float32.
 
-    torch's own product is as fast, but it runs in torch's threads. Two sets of threads that
-    alternate have to wait for each other.
+    torch's own product is as fast, but it runs in torch's threads, and switching between two sets
+    of threads takes time.
     """
 
     def load(self, parts: list[Tensor]) -> None:
         super().load(parts)
         self.num_columns = sum(self.sizes)
         # whether our own product supports these shapes
-        self.is_whole = self.width % LANES == 0 and all(
+        self.is_supported = self.width % LANES == 0 and all(
             len(part) % _DENSE_COLUMNS == 0 and part.is_contiguous() for part in parts
         )
         matrices = [part.detach().numpy() for part in parts]
@@ -577,7 +576,7 @@ class SharedFloat32(KernelLinear, Shared):
 
     @property
     def is_compiled(self) -> bool:
-        return self.is_whole and super().is_compiled
+        return self.is_supported and super().is_compiled
 
     def plain(self, x: Tensor) -> Tensor:
         return Shared.multiply(self, x)
@@ -604,11 +603,11 @@ class PackedInt8(PackedLinear):
     """PackedLinear in int8, with int8 inputs. Each row of weights and of inputs has one scale."""
 
     def load(self, parts: list[Tensor]) -> None:
-        whole, scale = quantised(parts, 8)[:2]
+        matrix, scale = quantised(parts, 8)[:2]
         scale = scale[:, 0]
-        whole = F.pad(whole, (0, 0, 0, -len(whole) % INT8_TILE))
-        offset = EXCESS * whole.sum(1, dtype=torch.int32)  # because inputs are stored plus 128
-        self.fill(whole.view(torch.int32), offset, F.pad(scale, (0, len(whole) - len(scale))))
+        matrix = F.pad(matrix, (0, 0, 0, -len(matrix) % INT8_TILE))
+        offset = EXCESS * matrix.sum(1, dtype=torch.int32)  # because inputs are stored plus 128
+        self.fill(matrix.view(torch.int32), offset, F.pad(scale, (0, len(matrix) - len(scale))))
 
 
 class Int8(Linear):
@@ -617,20 +616,20 @@ class Int8(Linear):
     fuses_relu2 = True
 
     def load(self, parts: list[Tensor]) -> None:
-        whole, scale = quantised(parts, 8)[:2]
+        matrix, scale = quantised(parts, 8)[:2]
         self.scale = scale[:, 0].contiguous()
-        self.zeros = torch.zeros(len(whole), dtype=torch.int64)
-        self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
-        # without VNNI, the sum of two byte products is held in 16 bits, where only products of
-        # seven and eight bits fit
+        self.zeros = torch.zeros(len(matrix), dtype=torch.int64)
+        self.weight = torch.ops.onednn.qlinear_prepack(matrix, None)
+        # without VNNI, two products of bytes are added in 16 bits, and the sum fits only if the
+        # inputs have seven bits
         self.levels = 127 if torch.cpu._is_vnni_supported() else 63
 
     def multiply(self, x: Tensor) -> Tensor:
         x, scale = quantize_rows(x, self.levels)
-        alone = len(x) == 1  # oneDNN takes one input scale: that of a single row
+        is_single_row = len(x) == 1  # oneDNN takes only one scale for all rows
         y = torch.ops.onednn.qlinear_pointwise(
-            x, scale.item() if alone else 1.0, self.levels + 1, self.weight, self.scale, self.zeros,
-            None, 1.0, 0, torch.float32, "relu" if self.relu2 else "none", [], "",
+            x, scale.item() if is_single_row else 1.0, self.levels + 1, self.weight, self.scale,
+            self.zeros, None, 1.0, 0, torch.float32, "relu" if self.relu2 else "none", [], "",
         )  # fmt: skip
-        y = y if alone else y.mul_(scale)
+        y = y if is_single_row else y.mul_(scale)
         return (y.square_() if self.relu2 else y)[:, : self.rows]

@@ -1,11 +1,12 @@
 """A helper process, `python -I helper_process.py ARGUMENTS`, that compiles kernels and then ends.
 
-It lowers its priority before it imports anything from the package, since the imports alone take
-seconds. ARGUMENTS are those of compilation.start, in JSON:
+A background helper lowers its priority before it imports anything from the package, because the
+imports alone take seconds. ARGUMENTS are those of compilation.start, in JSON:
 
     path, package   the module folders of the starting process, and the package of this file
     kind, lock      the kind to compile, and the descriptor that holds the lock (or null)
-    role            BACKGROUND, FOREGROUND or ATTACHED; what a closed stdin means, for the last two
+    role            BACKGROUND, FOREGROUND or ATTACHED; for the last two, a closed stdin means that
+                    the starting process has ended
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import threading
 import time
 from contextlib import suppress
 
-BACKGROUND = "background"  # lowest priority; outlives the process that started it
-FOREGROUND = "foreground"  # an engine waits for it; becomes a background helper without that engine
-ATTACHED = "attached"  # ends with the process that started it
+BACKGROUND = "background"  # lowest priority; continues after the starting process has ended
+FOREGROUND = "foreground"  # an engine waits for it; becomes BACKGROUND when that engine ends
+ATTACHED = "attached"  # ends with the starting process
 SECONDS = 15 * 60  # time limit of a helper
-BYTES = 3 << 30  # memory limit of a helper; 0.7 GB are usual
-UNKEPT = 3  # exit status: the kernels were compiled, but could not be written
+BYTES = 3 << 30  # memory limit of a helper, several times the usual use
+NOT_STORED = 3  # exit status: the kernels were compiled, but could not be written
 
 
 def lower_priority() -> None:
@@ -52,57 +53,57 @@ def limit_memory() -> None:
         file.write("1000")
 
 
-def follow(said: dict) -> None:
+def follow(description: dict) -> None:
     """Wait until stdin is closed, which means that the starting process has ended."""
     with suppress(OSError):
         os.read(0, 1)
-    if said["role"] == ATTACHED:
+    if description["role"] == ATTACHED:
         os._exit(1)  # also while a kernel is being compiled
-    said["role"] = BACKGROUND
+    description["role"] = BACKGROUND
     lower_priority()
 
 
-def description(kind: str, role: str, pid: int) -> dict:
-    """Return a helper's description. done: number of kernels compiled or found so far; now: the
+def new_description(kind: str, role: str, pid: int) -> dict:
+    """Return a helper's description. done: number of kernels compiled or loaded so far; now: the
     kernel that is being compiled."""
-    said = {"pid": pid, "kind": kind, "role": role, "since": time.time()}
-    return said | {"done": 0, "now": ""}
+    description = {"pid": pid, "kind": kind, "role": role, "since": time.time()}
+    return description | {"done": 0, "now": ""}
 
 
-def describe(lock: int, said: dict) -> None:
+def write_description(lock: int, description: dict) -> None:
     """Write the description to the lock file, which also updates the file's time. See
     process_lock.holder."""
-    text = json.dumps(said).encode()
-    with suppress(OSError):  # a full disk
+    text = json.dumps(description).encode()
+    with suppress(OSError):  # the disk is full
         os.pwrite(lock, text, 0)
         os.ftruncate(lock, len(text))
 
 
-def watch(lock: int | None, said: dict) -> None:
+def watch(lock: int | None, description: dict) -> None:
     """Write the description each second. End the process after SECONDS."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         if lock is not None:
-            describe(lock, said)
+            write_description(lock, description)
         time.sleep(1)
     os._exit(1)
 
 
 def main(path: list[str], package: str, kind: str, lock: int | None, role: str) -> None:
     """Compile the kernels of a kind. The arguments are explained at the top of this file."""
-    said = description(kind, role, os.getpid())
+    description = new_description(kind, role, os.getpid())
     if role == BACKGROUND:
         lower_priority()
     else:
-        threading.Thread(target=follow, args=(said,), daemon=True).start()
-    threading.Thread(target=watch, args=(lock, said), daemon=True).start()
+        threading.Thread(target=follow, args=(description,), daemon=True).start()
+    threading.Thread(target=watch, args=(lock, description), daemon=True).start()
     limit_memory()
     sys.path[:] = path
     backend = importlib.import_module(f"{package}.backend")
     compilation = importlib.import_module(f"{package}.compilation")
     with suppress(OSError):
         os.chdir("/")  # the current folder may later be removed or unmounted
-    compilation.serve(backend.CpuBackend, kind, said)
+    compilation.serve(backend.CpuBackend, kind, description)
 
 
 if __name__ == "__main__":

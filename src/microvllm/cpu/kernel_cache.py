@@ -25,7 +25,7 @@ log = logging.getLogger("microvllm")
 DIGEST = 32  # bytes of the checksum in front of a kernel
 
 used: set[Path] = set()  # files of kernels that this process has loaded or written
-unkept: str | None = None  # why the last compiled kernel could not be written
+store_error: str | None = None  # why the last compiled kernel could not be written
 compiling: Callable[[str], object] | None = None  # called before a function is compiled
 
 
@@ -42,7 +42,7 @@ class KernelCache(FunctionCache):
         try:
             kernel = super()._load_overload(sig, target_context)
         except Exception as error:
-            # a damaged file fails every time; an exception of a signal handler occurs once
+            # a damaged file fails each time, but an exception of a signal handler occurs only once
             if self._fails_again(sig, target_context):
                 log.info("%s: the kernels cannot be read: %r", self._cache_path, error)
                 self._cache_file.remove()
@@ -60,16 +60,16 @@ class KernelCache(FunctionCache):
         return False
 
     def _save_overload(self, sig, data):
-        global unkept
+        global store_error
         if not os.path.isdir(self._cache_path):
-            unkept = f"{self._cache_path} is gone"  # the package was removed: do not recreate it
+            store_error = f"{self._cache_path} was removed"  # with the package: do not recreate it
             return
         try:
             super()._save_overload(sig, data)
         except OSError as error:
             if error.errno is None:  # raised by a signal handler
                 raise
-            unkept = f"{self._cache_path} cannot be written: {os.strerror(error.errno)}"
+            store_error = f"{self._cache_path} cannot be written: {os.strerror(error.errno)}"
 
 
 class KernelFiles(IndexDataCacheFile):
@@ -110,10 +110,10 @@ class KernelFiles(IndexDataCacheFile):
             file.write(content)
 
     def _digest(self, key, data: bytes) -> bytes:
-        """Return the checksum of a kernel and of its sources and types. An old kernel in the place
-        of a new one therefore has a different checksum."""
-        what = repr((self._version, self._source_stamp, key)).encode()
-        return hashlib.blake2b(what + data, digest_size=DIGEST).digest()
+        """Return the checksum of a kernel and of its sources and types. So the file of an old
+        kernel has another checksum."""
+        identity = repr((self._version, self._source_stamp, key)).encode()
+        return hashlib.blake2b(identity + data, digest_size=DIGEST).digest()
 
     def remove(self) -> None:
         """Remove the function's index and all its kernels."""

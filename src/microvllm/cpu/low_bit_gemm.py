@@ -2,7 +2,8 @@
 
 For few rows the weights are unpacked in registers as they arrive from memory. For more rows each
 tile is unpacked once, as int8, into scratch memory that stays in the cache, and multiplied from
-there. All sums are exact integers, so a row has the same bits either way, whatever the other rows.
+there. All sums are exact integers, so the bits of a row are the same in both ways and do not depend
+on the other rows.
 
     sum of (w - top) * x = sum of w * x - top * (sum of x),   0 <= w < 2^bits, top = 2^(bits - 1)
 
@@ -48,7 +49,7 @@ from .simd import (
     share,
     vectorised,
 )
-from .team import SIZE, behind, job, scratch_array
+from .team import SIZE, job, scratch_array, start_after
 
 _f32 = np.float32
 OPERANDS = STEP // 4  # operands of a step
@@ -86,8 +87,8 @@ WEIGHTS = {4: Weight4, 5: Weight5, 6: Weight6}
 
 
 def _operands(b, layout, start):
-    """Yield each operand of the step at `start`, with its vectors for TILE rows, as soon as it is
-    complete."""
+    """Yield the operands of the step at `start`, each with its vectors for TILE rows, as soon as
+    its bits are complete."""
     last = {operand: i for i, parts in enumerate(layout) for operand, *_ in parts}
     found: dict[int, list] = {}
     for i, parts in enumerate(layout):
@@ -112,9 +113,9 @@ def _factors(b, layout, start):
     first = b.bitcast(b.at(start, len(layout) * TILE), b.i8.as_pointer())
     found = []
     for column in range(2):
-        value = b.load(b.bitcast(b.at(first, column * LANES), b.kind(b.i8).as_pointer()))
+        value = b.load(b.bitcast(b.at(first, column * LANES), b.ir_type(b.i8).as_pointer()))
         value.align = 1
-        found.append(b.sext(value, b.kind(b.i32)))
+        found.append(b.sext(value, b.ir_type(b.i32)))
     return found
 
 
@@ -130,7 +131,7 @@ def _unpacker(bits: int):
         with cgutils.for_range(b, steps, intp=b.i64) as loop:
             source = b.at(ws, (loop.index, size))
             target = b.at(outs, (loop.index, OPERANDS * TILE))
-            scaled = []  # for each column: the factor's magnitude, its sign, and top times both
+            scaled = []  # for each column: |factor|, sign, and top * |factor| ^ sign
             if grouped(bits):
                 for value in _factors(b, layout, source):
                     sign = b.ashr(value, b.splat(b.i32(31)))
@@ -143,9 +144,10 @@ def _unpacker(bits: int):
             for operand, vectors in _operands(b, layout, source):
                 for column, vector in enumerate(vectors):
                     if scaled:
-                        # two 4-bit products each; a - b, or b - a for a negative factor
+                        # each 16-bit lane has two products of 4-bit numbers. Subtract
+                        # top * |factor| from both, and negate the results for a negative factor
                         most, sign, less = scaled[column]
-                        vector = b.bitcast(b.mul(b.bitcast(vector, shorts), most), b.kind(b.i32))
+                        vector = b.bitcast(b.mul(b.bitcast(vector, shorts), most), b.ir_type(b.i32))
                         vector = b.sub(b.bitcast(b.xor(vector, sign), numbers), less)
                     else:
                         vector = b.sub(b.bitcast(vector, numbers), top)
@@ -165,7 +167,7 @@ def _multiplier(bits: int):
         steps, x_stride, y_stride, groups = (b.extract_value(a.shape, 1) for a in (w, x, y, start))
         column = b.mul(p, b.i64(TILE))
         xs, ws, ys = x.data, b.at(w.data, (b.mul(p, steps), size)), b.at(y.data, column)
-        floats, integers = b.kind(b.f32), b.kind(b.i32)
+        floats, integers = b.ir_type(b.f32), b.ir_type(b.i32)
         shorts = ir.VectorType(b.i16, 2 * LANES)
         # 4-bit sums of a step fit in 16 bits: 8 operands of at most 2 * 15 * 127 in each lane
         narrow = factors and not FOUR_BYTES
@@ -193,9 +195,12 @@ def _multiplier(bits: int):
                         value = b.splat(b.load(b.at(places[i], (k, OPERANDS), operand)))
                         for j in columns:
                             found[i][j] = b.multiply_add7(vectors[j], value, found[i][j])
-                own = _factors(b, layout, begin) if factors else ()
+                step_factors = _factors(b, layout, begin) if factors else ()
                 # a sum fits in 16 bits, from -8 * 127 * 32 on, and is multiplied in 16 bits
-                own = [b.bitcast(b.and_(value, b.splat(b.i32(0xFFFF))), shorts) for value in own]
+                step_factors = [
+                    b.bitcast(b.and_(value, b.splat(b.i32(0xFFFF))), shorts)
+                    for value in step_factors
+                ]
                 for i in rows:
                     for j in columns:
                         total = found[i][j]
@@ -203,7 +208,7 @@ def _multiplier(bits: int):
                             total = b.widen(total, b.splat(b.load(b.at(first[i], k))))
                         if factors:
                             total = b.bitcast(total, shorts)
-                            total = b.multiply_add16(total, own[j], b.load(sums[i][j]))
+                            total = b.multiply_add16(total, step_factors[j], b.load(sums[i][j]))
                         b.store(total, sums[i][j])
                 near = b.at(begin, _SOON)
                 for line in range(0, size, 16):
@@ -234,7 +239,7 @@ def _multiplier(bits: int):
 @numba.njit(**EXACT)
 def round_rows(worker, part, parts, x, top, q, scale, start):
     """Rotate few rows x (T, C) and quantize them to int8 in q (T, whole steps), padded with zeros.
-    scale: the value of one step in each row; start (T, groups): initial sums, see above."""
+    scale: the value of one step in each row; start (T, groups): initial values of the sums."""
     C, each, xt = x.shape[1], q.shape[1] // start.shape[1], np.empty(x.shape[1], np.float32)
     for t in range(len(x)):
         qt = q[t]
@@ -277,8 +282,8 @@ def _multiply_unpacked(q, tiles, count, scaling, square, p, ahead, ahead_at, siz
 
 
 def _compiled(bits: int, function):
-    """Compile a function for a bit width. Kernels are linked by name, so kernels that two processes
-    compiled and a third reads from disk must have different names."""
+    """Compile a function for a bit width. Kernels are linked by name. If two processes compile
+    kernels and a third one loads both from disk, the names must differ."""
     function.__qualname__ += str(bits)
     return numba.njit(**EXACT)(function)
 
@@ -313,9 +318,9 @@ def _product(bits: int):
         if (part + 1) % each == 0:
             later, soon = following, step
             ahead = share(len(following), part // each, runs)[0] * step
-        tiled, own = amx.fits(q, w), space[worker]
-        skip = -own.ctypes.data % 64 // 4  # to the next cache line
-        scratch = own[skip : skip + 2 * K * TILE].reshape(2, K, TILE)
+        tiled, buffer = amx.fits(q, w), space[worker]
+        skip = -buffer.ctypes.data % 64 // 4  # to the next cache line
+        scratch = buffer[skip : skip + 2 * K * TILE].reshape(2, K, TILE)
         for cut in range(first // tiles, -(-end // tiles)):
             c0, c1 = share(rows, cut, cuts)
             p0, p1 = max(first - cut * tiles, 0), min(end - cut * tiles, tiles)
@@ -354,8 +359,8 @@ def _product(bits: int):
         w, offset, w_scale = weight
         T, steps = len(x), w.shape[1]
         q = scratch_array(team, 0, (T, steps * STEP), np.uint8)
-        scale = scratch_array(team, behind(0, q), (T, 1), np.float32)
-        free = behind(behind(0, q), scale)
+        scale = scratch_array(team, start_after(0, q), (T, 1), np.float32)
+        free = start_after(start_after(0, q), scale)
         scaling = offset, w_scale, scale.reshape(T)
         if T <= FEW:
             start = scratch_array(team, free, (T, steps if factors else 1), np.int32)
@@ -368,7 +373,7 @@ def _product(bits: int):
     return kernel
 
 
-_HAS_PRODUCTS = INT8_TILE and not SIGNED  # the products need unsigned numbers, as they are packed
+_HAS_PRODUCTS = INT8_TILE and not SIGNED  # packed numbers are multiplied as unsigned bytes
 _PRODUCTS = {WEIGHTS[bits]: _product(bits) for bits in WEIGHTS} if _HAS_PRODUCTS else {}
 
 
@@ -388,10 +393,10 @@ class PackedLowBit(PackedLinear):
     bits: int
 
     def load(self, parts: list) -> None:
-        whole = quantised(parts, self.bits)
-        fill = 0, -len(whole.scale) % TILE
-        offset = 128 * as_bytes(whole).sum(1, dtype=torch.int32)  # inputs are stored plus 128
-        new = pack(whole, TILE), F.pad(offset, fill), F.pad(whole.scale[:, 0], fill)
+        matrix = quantised(parts, self.bits)
+        fill = 0, -len(matrix.scale) % TILE
+        offset = 128 * as_bytes(matrix).sum(1, dtype=torch.int32)  # inputs are stored plus 128
+        new = pack(matrix, TILE), F.pad(offset, fill), F.pad(matrix.scale[:, 0], fill)
         if self.weight is None:
             self.weight = aligned(new[0].shape, torch.int32), *map(torch.empty_like, new[1:])
             self.arrays = WEIGHTS[self.bits](*(part.numpy() for part in self.weight))
@@ -410,8 +415,8 @@ class PlainLowBit(Linear):
     def multiply(self, x: Tensor) -> Tensor:
         q, scale = gemm.quantize_rows(x.contiguous(), 127)
         x, (integers, scales, bits, factors) = q.float() - 128, self.weight
-        own = factors.split(1024) if grouped(bits) else [None] * -(-len(integers) // 1024)
-        parts = zip(integers.split(1024), scales.split(1024), own, strict=True)
+        factors = factors.split(1024) if grouped(bits) else [None] * -(-len(integers) // 1024)
+        parts = zip(integers.split(1024), scales.split(1024), factors, strict=True)
         parts = [x @ dequantised(Quantised(i, s, bits, f)).T for i, s, f in parts]
         return (torch.cat(parts, 1) * scale)[:, : self.rows]
 

@@ -1,9 +1,9 @@
-"""A lock for one process per folder: a file that its holder keeps open and describes itself in.
+"""A lock for one process per folder: an open file that contains a description of its holder.
 
 The system frees the lock when its holder ends, even by a crash. The holder also writes to the file
 each second. If it has not written for a minute, it is regarded as hung and its lock is ignored:
-the next process replaces the file. The file's mode admits only its user, since another user could
-lock any file that is readable. On systems without such locks (Windows, some network file systems),
+the next process replaces the file. Only the file's owner can open it, because a process that can
+read a file can lock it. On systems without such locks (Windows, some network file systems),
 each process gets the lock at once and sees no other holder.
 """
 
@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-HANGS = 60.0  # seconds without a write after which a holder is regarded as hung
+TIMEOUT = 60.0  # seconds without a write after which a holder is regarded as hung
 _TRIES = 5  # a try only fails if another process replaces the file at the same time
 
 
@@ -29,10 +29,10 @@ def take(path: Path) -> int | None:
     copies of the descriptor are closed, or None if another process has the lock. Raises OSError if
     the file cannot be created."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    for left in reversed(range(_TRIES)):
+    for tries_left in reversed(range(_TRIES)):
         descriptor = os.open(path, flags, 0o600)
         # the last try accepts any mode: some file systems give all files the same mode
-        if _is_private(descriptor) or not left:
+        if _is_private(descriptor) or not tries_left:
             if _lock(descriptor):
                 if _is_at(descriptor, path):
                     with suppress(OSError, NotImplementedError, TypeError):  # Windows
@@ -59,8 +59,8 @@ def holder(path: Path) -> dict | None:
     try:
         if not _is_private(descriptor) or _hangs(descriptor) or _lock(descriptor, shared=True):
             return None
-        said = json.loads(os.read(descriptor, 4096))
-        return said if isinstance(said, dict) else {}
+        description = json.loads(os.read(descriptor, 4096))
+        return description if isinstance(description, dict) else {}
     except (OSError, ValueError):
         return {}
     finally:
@@ -68,16 +68,16 @@ def holder(path: Path) -> dict | None:
 
 
 def _is_private(descriptor: int) -> bool:
-    about = os.fstat(descriptor)
-    return fcntl is None or (about.st_uid == os.getuid() and not about.st_mode & 0o077)
+    status = os.fstat(descriptor)
+    return fcntl is None or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
 
 
 def _hangs(descriptor: int) -> bool:
-    """Return whether the file was last written long ago. The second look allows for a process that
-    has just taken the lock and is about to write."""
+    """Return whether the file was not written for TIMEOUT seconds. This is checked twice, because a
+    process may have taken the lock and not written yet."""
     for wait in 0.0, 0.05:
         time.sleep(wait)
-        if time.time() - os.fstat(descriptor).st_mtime <= HANGS:
+        if time.time() - os.fstat(descriptor).st_mtime <= TIMEOUT:
             return False
     return True
 

@@ -1,7 +1,7 @@
 """Building blocks of the CPU kernels, which numba compiles.
 
-If the compiler makes poor use of the processor for a loop, the loop is written with vectors in the
-compiler's own language (llvmlite.ir).
+Loops that the compiler does not vectorize well are written with vectors in the compiler's
+intermediate language (llvmlite.ir).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _libc = ctypes.CDLL(None) if os.name == "posix" else None
 log = logging.getLogger("microvllm")
 
 
-# operations are rounded and added exactly as written, because other orders would depend on which
-# kernel a function is inlined into; long sums are written with vectors (see `sum_of`)
+# the compiler must not reorder or round operations differently, because that would depend on the
+# kernel that a function is inlined into. Long sums are written with vectors (see `sum_of`)
 EXACT = {"fastmath": False, "error_model": "numpy", "nogil": True}
-# numba keeps the reference count of an array in one place, and threads that create views of it in a
-# loop wait for each other there. A function that neither creates nor returns arrays needs no counts
+# an array has one reference count. Threads that create views of the array in a loop would wait for
+# each other to change it. A function that neither creates nor returns arrays needs no counts
 VIEWS = EXACT | {"_nrt": False}
 
 # the source files of the kernels: this subpackage, and the layout of low-bit weights
@@ -54,15 +54,16 @@ def trusted(folder: str) -> bool:
     owners = {0, os.getuid(), os.stat(__file__).st_uid}
     for place in (Path(folder), *sorted(Path(folder).glob("*.nb[ic]"))):
         try:
-            about = place.stat()
+            status = place.stat()
         except FileNotFoundError:
             if place == Path(folder):
                 raise
             continue  # another process has just replaced the file
-        private = about.st_gid == about.st_uid  # the user's own group, which umask 002 lets write
-        if about.st_uid not in owners or about.st_mode & (0o002 if private else 0o022):
-            kernel_cache.unkept = f"{place} can be written by other users (chmod -R go-w {folder})"
-            log.info("kernels are not stored: %s", kernel_cache.unkept)
+        private = status.st_gid == status.st_uid  # the user's own group may write with umask 002
+        if status.st_uid not in owners or status.st_mode & (0o002 if private else 0o022):
+            error = f"{place} can be written by other users (chmod -R go-w {folder})"
+            kernel_cache.store_error = error
+            log.info("kernels are not stored: %s", error)
             return False
     return True
 
@@ -73,14 +74,14 @@ def kept(**options):
     def compiled(function):
         kernel = numba.njit(**options)(function)
         try:
-            # numba only checks the kernel's own file for changes; ours are made of several files
+            # numba checks only the kernel's file for changes, but kernels use several files
             cached = kernel_cache.KernelCache(function, stamp=(STAMP, AMX))
             if not trusted(cached.cache_path):
                 cached.disable()
             kernel._cache = cached
         except (RuntimeError, OSError):
             folder = Path(function.__code__.co_filename).parent
-            kernel_cache.unkept = f"neither {folder} nor the user's cache can be written"
+            kernel_cache.store_error = f"neither {folder} nor the user's cache can be written"
         return kernel
 
     return compiled
@@ -94,8 +95,8 @@ def share(count, thread, threads):
 
 @numba.njit(**EXACT)
 def fewest(count, threads):
-    """Return how many threads to wake for `count` equal pieces: as few as possible such that no
-    thread gets more pieces than the busiest of `threads` would."""
+    """Return the smallest number of threads with which no thread gets more of `count` equal pieces
+    than with `threads`."""
     return -(-count // -(-count // threads)) if count > 0 else 1
 
 
@@ -120,12 +121,13 @@ def row_cuts(tiles, rows, least, threads):
     """Return the number of row groups, each of at least `least` rows, that a product of weight
     tiles is cut into.
 
-    This is 1 if whole tiles make no thread's share larger than 1.2 times the mean, or if no cut
-    does. Few rows wait for their weights, and a cut would read the weights again. So 24 tiles are
-    too few for 32 threads; their halves would be 48, no more even. A smaller piece of a tile would
-    be a part of a cache line, or half a register. If threads shared the inputs, their sums would
-    have to be added in an order that does not depend on the number of threads: each product would
-    write its parts to memory and wait for a second pass.
+    This is the smallest number with which no thread's share is larger than 1.2 times the mean, or 1
+    if there is none. Fewer groups are better, because each group reads the weights again.
+
+    The outputs of a tile are not divided. For example, 24 tiles are too few for 32 threads, but 48
+    halves would not be divided more evenly, and a smaller part would be less than a cache line or a
+    register. The inputs are not divided either: each product would have to write partial sums to
+    memory and add them in a second pass, in an order that does not depend on the number of threads.
     """
     for cuts in range(1, max(1, rows // least) + 1):
         pieces = tiles * cuts
@@ -144,9 +146,9 @@ NEON = "+neon" in CPU  # ARM: also 4 numbers in a register, but 32 registers
 # detect it, and all of Apple's processors have it
 SIGNED = NEON and bool(not hasattr(_libc, "getauxval") or _libc.getauxval(16) >> 20 & 1)
 FOUR_BYTES = SIGNED or ("+avx512vnni" if LANES == 16 else "+avxvnni") in CPU
-# whether there is this instruction, or one for two numbers of 16 bits
+# whether there is such an instruction, or one for two 16-bit numbers
 INTEGERS = FOUR_BYTES or ("+avx512bw" if LANES == 16 else "+avx2") in CPU
-EXCESS = 0 if SIGNED else 128  # excess of the input bytes, stored plus 128, after multiply_add8
+EXCESS = 0 if SIGNED else 128  # what multiply_add8 leaves of the 128 added to each input byte
 if SIGNED:
     initialize_native_asmparser()
 _bfloat16 = LANES == 16 and "+avx512bf16" in CPU
@@ -154,8 +156,8 @@ _bfloat16 = LANES == 16 and "+avx512bf16" in CPU
 # request them from Linux (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)
 AMX = _bfloat16 and {"+amx-tile", "+amx-bf16", "+amx-int8"} <= {*CPU} and sys.platform == "linux"
 AMX = AMX and _libc.syscall(158, 0x1023, 18) == 0
-# whether to use an instruction that multiplies two bfloat16 in each lane. On Intel's processors,
-# which have the matrix unit, it takes longer than two float32 multiplications
+# whether products multiply pairs of bfloat16: with the matrix unit, or with an instruction of AMD's
+# processors. On Intel's, this instruction takes longer than two float32 multiplications
 TWO_HALVES = _bfloat16 and (AMX or _name.startswith("znver"))
 
 
@@ -184,10 +186,10 @@ class Builder:
     def __getattr__(self, name: str):
         return getattr(self.builder, name)
 
-    def kind(self, item, lanes: int = LANES):
+    def ir_type(self, item, lanes: int = LANES):
         return ir.VectorType(item, lanes) if lanes > 1 else item
 
-    def ask(self, name: str, result, *values, **options):
+    def call_intrinsic(self, name: str, result, *values, **options):
         """Call LLVM's intrinsic function `name`."""
         kind = ir.FunctionType(result, [value.type for value in values])
         return self.call(self.module.declare_intrinsic(name, (), kind), values, **options)
@@ -201,23 +203,23 @@ class Builder:
         return start
 
     def words(self, start):
-        """Return the address of pairs of bfloat16 as one of 32-bit words; others are unchanged."""
+        """Return an address of bfloat16 as an address of 32-bit words; others are unchanged."""
         pairs = start.type.pointee == self.i16
         return self.bitcast(start, self.i32.as_pointer()) if pairs else start
 
     def read(self, start, lanes: int = LANES):
-        """Read numbers from an address as float32. 16-bit numbers are bfloat16, 8-bit integers."""
+        """Read numbers from an address. bfloat16 and int8 are converted to float32."""
         item = start.type.pointee
-        value = self.load(self.bitcast(start, self.kind(item, lanes).as_pointer()))
+        value = self.load(self.bitcast(start, self.ir_type(item, lanes).as_pointer()))
         value.align = {self.i8: 1, self.i16: 2}.get(item, 4)
         if item == self.i8:
-            value = self.sext(value, self.kind(self.i32, lanes))
-            return self.sitofp(value, self.kind(self.f32, lanes))
+            value = self.sext(value, self.ir_type(self.i32, lanes))
+            return self.sitofp(value, self.ir_type(self.f32, lanes))
         if item != self.i16:
             return value
-        value = self.zext(value, self.kind(self.i32, lanes))
+        value = self.zext(value, self.ir_type(self.i32, lanes))
         value = self.shl(value, self.splat(self.i32(16), lanes))
-        return self.bitcast(value, self.kind(self.f32, lanes))
+        return self.bitcast(value, self.ir_type(self.f32, lanes))
 
     def write(self, value, start) -> None:
         self.store(value, self.bitcast(start, value.type.as_pointer())).align = 4
@@ -226,8 +228,8 @@ class Builder:
         """Return a vector of equal numbers."""
         if lanes == 1:
             return value
-        firsts = ir.Constant(self.kind(self.i32, lanes), [0] * lanes)
-        vector = ir.Constant(self.kind(value.type, lanes), ir.Undefined)
+        firsts = ir.Constant(self.ir_type(self.i32, lanes), [0] * lanes)
+        vector = ir.Constant(self.ir_type(value.type, lanes), ir.Undefined)
         vector = self.insert_element(vector, value, self.i32(0))
         return self.shuffle_vector(vector, vector, firsts)
 
@@ -235,7 +237,7 @@ class Builder:
         """Call LLVM's function `name` for floats or vectors of floats."""
         kind = values[0].type
         end = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
-        return self.ask(f"llvm.{name}.{end}", kind, *values)
+        return self.call_intrinsic(f"llvm.{name}.{end}", kind, *values)
 
     def multiply_add(self, a, b, c):
         """Return a * b + c, rounded only once if the processor supports it."""
@@ -253,7 +255,7 @@ class Builder:
             text = ".arch_extension dotprod\nsdot $0.4s, $2.16b, $3.16b"
             return self.call(ir.InlineAsm(kind, text, "=w,0,w,w"), [c, a, b])
         if FOUR_BYTES:
-            return self.ask(f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", c.type, c, a, b)
+            return self.call_intrinsic(f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", c.type, c, a, b)
         name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
         shorts = ir.VectorType(self.i16, 2 * LANES)
         a, b = self.bitcast(a, shorts), self.bitcast(b, shorts)
@@ -261,16 +263,18 @@ class Builder:
         low_a = self.lshr(self.shl(a, eight), eight)
         low_b = self.ashr(self.shl(b, eight), eight)
         for each in (low_a, low_b), (self.lshr(a, eight), self.ashr(b, eight)):
-            c = self.add(c, self.ask(name, c.type, *each))
+            c = self.add(c, self.call_intrinsic(name, c.type, *each))
         return c
 
     def multiply_add_bf16(self, a, b, c):
         """Return a * b + c in each lane for two bfloat16 of a and two of b, the first ones first,
-        with exact products. a: those two, or a pair of vectors of float32."""
+        with exact products. a: vectors of such pairs, or two vectors of float32, with the first and
+        the second numbers."""
         if not isinstance(a, tuple):
             pairs = ir.VectorType(BFloat(), 2 * LANES)
             a, b = self.bitcast(a, pairs), self.bitcast(b, pairs)
-            return self.ask(f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}", c.type, c, a, b)
+            name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
+            return self.call_intrinsic(name, c.type, c, a, b)
         low = self.shl(b, self.splat(self.i32(16)))
         high = self.and_(b, self.splat(self.i32(0xFFFF0000)))
         for value, weight in zip(a, (low, high), strict=True):
@@ -278,20 +282,20 @@ class Builder:
         return c
 
     def relu2(self, value):
-        """Return relu(value)^2. NaN does not count as below 0."""
+        """Return relu(value)^2. NaN stays NaN."""
         zero = value.type(None)
         value = self.select(self.fcmp_ordered("<", value, zero), zero, value)
         return self.fmul(value, value)
 
     def multiply_add7(self, a, b, c):
-        """Return a * b + c for bytes of `a` below 128: two products of them fit in 16 bits. c may
-        be sums of 16 bits, as long as all sums fit: see `widen`."""
+        """Return a * b + c for bytes of `a` below 128: the sum of two products fits in 16 bits. c
+        may have 16-bit numbers, if all sums fit: see `widen`."""
         if FOUR_BYTES:
             return self.multiply_add8(a, b, c)
         name = "llvm.x86.avx512.pmaddubs.w.512" if LANES == 16 else "llvm.x86.avx2.pmadd.ub.sw"
         numbers = ir.VectorType(self.i8, 4 * LANES)
         a, b = self.bitcast(a, numbers), self.bitcast(b, numbers)
-        pairs = self.ask(name, ir.VectorType(self.i16, 2 * LANES), a, b)
+        pairs = self.call_intrinsic(name, ir.VectorType(self.i16, 2 * LANES), a, b)
         return self.add(c, pairs) if c.type == pairs.type else self.widen(pairs, c)
 
     def widen(self, pairs, c):
@@ -301,12 +305,12 @@ class Builder:
     def multiply_add16(self, a, b, c):
         """Return a * b + c exactly, in each lane for two 16-bit numbers of a and of b."""
         name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
-        return self.add(c, self.ask(name, c.type, a, b))
+        return self.add(c, self.call_intrinsic(name, c.type, a, b))
 
     def start_loading(self, start) -> None:
         byte, hints = self.i8.as_pointer(), (0, 2, 1)  # read; into the second-level cache; data
         values = self.bitcast(start, byte), *map(self.i32, hints)
-        self.ask(f"llvm.prefetch.{byte.intrinsic_name}", ir.VoidType(), *values)
+        self.call_intrinsic(f"llvm.prefetch.{byte.intrinsic_name}", ir.VoidType(), *values)
 
 
 def vectorised(result=types.void):
@@ -314,7 +318,7 @@ def vectorised(result=types.void):
     receives a Builder and LLVM values, and for arrays their data and shape. result: numba's type of
     the return value."""
 
-    def decorated(body):
+    def decorate(body):
         @wraps(body)  # numba inspects the signature
         def function(context, *kinds):
             def codegen(context, builder, signature, values):
@@ -324,20 +328,20 @@ def vectorised(result=types.void):
                     else value
                     for kind, value in zip(signature.args, values, strict=True)
                 ]
-                made = body(Builder(builder), *arguments)
-                return context.get_dummy_value() if result is types.void else made
+                value = body(Builder(builder), *arguments)
+                return context.get_dummy_value() if result is types.void else value
 
             return result(*kinds), codegen
 
         return intrinsic(function)
 
-    return decorated
+    return decorate
 
 
 @vectorised()
 def fetch(b, x, start, count):
     """Start loading `count` numbers from x's flat index `start` on. The hardware cannot predict the
-    next block of a sequence, since it may be anywhere."""
+    next block of a sequence, because it may be anywhere in memory."""
     line = b.i64({b.i8: 64, b.i16: 32}.get(x.data.type.pointee, 16))
     start = b.at(x.data, start)
     with cgutils.for_range_slice(b, b.i64(0), count, line, b.i64) as (d, _):
@@ -355,7 +359,7 @@ def sum_of(b, n, add, width: int = LANES):
     each lane of `sums` one number, from i on."""
     found, start = [], b.i64(0)
     for count, lanes in ((4, width), (1, width), (1, 1)):
-        sums = [cgutils.alloca_once(b, b.kind(b.f32, lanes), zfill=True) for _ in range(count)]
+        sums = [cgutils.alloca_once(b, b.ir_type(b.f32, lanes), zfill=True) for _ in range(count)]
         size = b.i64(count * lanes)
         stop = b.mul(b.udiv(n, size), size)
         with cgutils.for_range_slice(b, start, stop, size, b.i64) as (i, _):
@@ -400,7 +404,7 @@ def dot(b, x, y, n):
     def add(sums, i, lanes):
         return b.multiply_add(b.read(b.at(x.data, i), lanes), b.read(b.at(y.data, i), lanes), sums)
 
-    # x was just written in the compiler's vectors: wider loads would wait for it to reach the cache
+    # the compiler has just written x with narrower vectors: wider loads would wait for these stores
     return sum_of(b, n, add, min(LANES, 8))
 
 

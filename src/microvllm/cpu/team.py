@@ -7,17 +7,17 @@ One thread is the leader, which records a list of jobs. Afterwards all threads a
 parts of the current job, and the thread that finishes a job's last part makes the next job current.
 So if another program takes the leader's core in the middle of a list, the other threads continue.
 
-A part belongs to the first thread that claims it. A job is done when all of its parts are done, not
-when all threads have arrived. So if other programs use the same cores and the system runs a thread
-late, this thread takes fewer parts and the others take more.
+A part belongs to the first thread that claims it. A job is done when all its parts are done, even
+if some threads took none. So if the system delays a thread because other programs use its core,
+this thread takes fewer parts and the others take more.
 
-If the system stops a thread in the middle of a part, all others have to wait. Linux does that at a
-timer tick, often 4 ms apart, when another program waits for the core. So a thread offers its core
-between two parts (sched_yield) before that, after TURN_NS.
+If the system stops a thread in the middle of a part, all others have to wait. Linux does this at
+timer ticks, which are often 4 ms apart, if another program waits for the core. So after TURN_NS a
+thread offers its core to other programs between two parts (sched_yield).
 
-No thread spins for long. A thread that finds no part to take goes to sleep: after WAIT_NS if a job
-is still being computed, since the system can move a waiting thread of the team to the idle core;
-after SPIN_NS if the list is done.
+No thread spins for long. A thread that finds no part goes to sleep. If a job is still being
+computed, it does so after WAIT_NS, because the system can then move a delayed thread of the team to
+the free core. If the list is done, it does so after SPIN_NS.
 
 The parts of a job are divided into runs, one for each thread. A thread takes the parts of its own
 run first, so that it reads weights that are adjacent in memory; then it takes parts of other runs.
@@ -47,11 +47,11 @@ SPIN_NS, WAIT_NS, TURN_NS = 200_000, 50_000, 2_800_000
 
 # Indices of a team's int64 array. Those that several threads write have a cache line each.
 SIZE = 0  # number of threads, including the leader
-IS_RECORDING = 1  # whether the leader is recording a list; otherwise each job is a list of its own
+IS_RECORDING = 1  # whether the leader is recording a list; otherwise each job is computed at once
 COUNT, NEXT = 2, 3  # number of jobs recorded so far; address of the next job's arguments
 SCRATCH, ARGUMENTS = 4, 5  # addresses of the scratch memory and of the first job's arguments
 BASE, LENGTH = 8, 9  # number of the list's first job, and number of jobs in the list
-END = 10  # number behind the last job to compute; a list may be computed several times
+END = 10  # number after that of the last job to compute; a list may be computed several times
 IS_STOPPED = 11  # whether the workers have to end
 JOB = 16  # number of the current job; numbers are never reused
 DONE = 24  # number of finished parts of the current job
@@ -97,12 +97,13 @@ def _replace(b, team, place, old, new):
 
 @vectorised(types.int64)
 def _peek(b, team, place):
+    """Read team[place] atomically."""
     return b.load_atomic(b.at(team.data, place), "seq_cst", 8)
 
 
 @vectorised()
 def _put(b, team, place, value):
-    """Write after all earlier writes. A later read may be executed first."""
+    """Write team[place] after all earlier writes. Later reads may be executed before it."""
     b.store_atomic(value, b.at(team.data, place), "release", 8)
 
 
@@ -111,9 +112,9 @@ def _pause(b):
     """Hint to the processor that this thread spins."""
     machine = platform.machine()
     if machine in ("x86_64", "AMD64"):
-        b.ask("llvm.x86.sse2.pause", ir.VoidType())
+        b.call_intrinsic("llvm.x86.sse2.pause", ir.VoidType())
     elif machine in ("aarch64", "arm64"):
-        b.ask("llvm.aarch64.hint", ir.VoidType(), b.i32(1))
+        b.call_intrinsic("llvm.aarch64.hint", ir.VoidType(), b.i32(1))
 
 
 def _c_function(b, name: str, result, *kinds):
@@ -195,8 +196,8 @@ def _claim(team, job, run, first, end):
 
 @numba.njit(**EXACT)
 def _spin(spins, began, limit):
-    """Wait for a moment. Return the number of spins, the time of the first ones (0: not known yet),
-    and whether more than `limit` nanoseconds have passed since then."""
+    """Wait for a moment. Return the number of spins, the time at which spinning began (0: not
+    measured yet), and whether more than `limit` nanoseconds have passed since then."""
     _pause()
     spins += 1
     if spins % 64:  # reading the clock takes as long as several spins
@@ -240,29 +241,28 @@ def end_list(team):
 @numba.njit(**EXACT)
 def _take_jobs(team, worker):
     """Take parts of jobs: the leader until the list is done, a worker until the team stops."""
-    resumed = _now()
+    last_pause = _now()
     while True:
         job = _peek(team, JOB)
         is_done = job >= _peek(team, END)
         if not is_done:
-            resumed = _take_parts(team, worker, job, resumed)
+            last_pause = _take_parts(team, worker, job, last_pause)
         elif worker == 0 or _peek(team, IS_STOPPED):
             return
         if _peek(team, JOB) == job:
-            resumed = _await_job(team, worker, job, is_done, resumed)
+            last_pause = _await_job(team, worker, job, is_done, last_pause)
 
 
 @numba.njit(**EXACT)
-def _take_parts(team, worker, job, resumed):
-    """Take parts of the current job. Return the time since which this thread runs without a
-    pause."""
+def _take_parts(team, worker, job, last_pause):
+    """Take parts of the current job. Return the time of this thread's last pause."""
     entry = _ENTRIES + 4 * ((job - _peek(team, BASE)) % _peek(team, LENGTH))
     function = _peek(team, entry)
     arguments = _peek(team, entry + 1)
     runs = _peek(team, entry + 2)
     parts = _peek(team, entry + 3)
     if _peek(team, JOB) != job:  # the entry may already belong to another list
-        return resumed
+        return last_pause
     for i in range(runs):
         run = (worker + i) % runs
         first, end = parts * run // runs, parts * (run + 1) // runs
@@ -273,12 +273,12 @@ def _take_parts(team, worker, job, resumed):
                 _put(team, DONE, 0)
                 _finish_job(team, job)
                 part = -1
-            if team[SIZE] > 1 and _now() - resumed > TURN_NS:
+            if team[SIZE] > 1 and _now() - last_pause > TURN_NS:
                 _offer_core()
-                resumed = _now()
+                last_pause = _now()
             if part >= 0:
                 part = _claim(team, job, run, first, end)
-    return resumed
+    return last_pause
 
 
 @numba.njit(**EXACT)
@@ -306,9 +306,9 @@ def _wake_workers(team, job):
 
 
 @numba.njit(**EXACT)
-def _await_job(team, worker, job, is_done, resumed):
+def _await_job(team, worker, job, is_done, last_pause):
     """Wait until another job is current or, if the list is done, until there is another list.
-    Return the time since which this thread runs without a pause."""
+    Return the time of this thread's last pause."""
     spins, began, limit = 0, 0, SPIN_NS if is_done else WAIT_NS
     while _is_same(team, job, is_done):
         spins, began, is_over = _spin(spins, began, limit)
@@ -324,8 +324,8 @@ def _await_job(team, worker, job, is_done, resumed):
             epoch = _peek(team, EPOCH)
             if _is_same(team, job, is_done):
                 _sleep(team, EPOCH, epoch)
-        resumed, began = _now(), 0
-    return resumed
+        last_pause, began = _now(), 0
+    return last_pause
 
 
 @numba.njit(**EXACT)
@@ -351,8 +351,8 @@ def job(body):
     must not return a value or raise.
 
     The result is a function of (team, runs, parts, arguments) that computes `body` for each part
-    from 0 on, in the team's threads. Between `begin` and `compute` it only records the job. Then
-    the arrays of the arguments are used after the function that created them has returned.
+    from 0 on, in the team's threads. Between `begin` and `compute` it only records the job. In
+    this case the arrays of the arguments must exist until `compute` returns.
 
     team: the array of `team_of`; runs: number of threads that have adjacent parts; parts: a
     multiple of runs, at most MAX_PARTS; worker: index of the thread, less than team[SIZE].
@@ -377,14 +377,14 @@ def job(body):
             function.linkage = "internal"
             inner = ir.IRBuilder(function.append_basic_block())
             packed = inner.load(inner.bitcast(function.args[0], value.type.as_pointer()))
-            given = *function.args[1:], *cgutils.unpack_tuple(inner, packed)
+            arguments = *function.args[1:], *cgutils.unpack_tuple(inner, packed)
             callee = context.declare_function(builder.module, compiled.fndesc)
-            context.call_conv.call_function(inner, callee, types.none, kinds, given)
+            context.call_conv.call_function(inner, callee, types.none, kinds, arguments)
             inner.ret_void()
             size = context.get_abi_sizeof(value.type)
             assert size <= _ARGUMENTS_SIZE, (name, size)
-            found = [builder.ptrtoint(function, number), number(size)]
-            return context.make_tuple(builder, signature.return_type, found)
+            values = [builder.ptrtoint(function, number), number(size)]
+            return context.make_tuple(builder, signature.return_type, values)
 
         return types.UniTuple(types.int64, 2)(place, arguments), codegen
 
@@ -423,8 +423,8 @@ def scratch_array(team, start, shape, dtype):
 
 
 @numba.njit(**EXACT)
-def behind(start, array):
-    """Return the first byte, at a cache line, behind a scratch array that begins at `start`."""
+def start_after(start, array):
+    """Return the first byte, at a cache line, after a scratch array that begins at `start`."""
     return (start + array.nbytes + 63) // 64 * 64
 
 
@@ -433,9 +433,9 @@ def behind(start, array):
 
 def _lined_up(size: int) -> np.ndarray:
     """Return `size` bytes of new, zeroed memory that begins at a cache line."""
-    whole = np.zeros(size + 64, np.uint8)
-    start = -whole.ctypes.data % 64
-    return whole[start : start + size]
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]
 
 
 class _Team(NamedTuple):
@@ -457,7 +457,7 @@ def _new_team(size: int) -> _Team:
 
 _teams: dict[int, _Team] = {}  # by size
 _scratch = _lined_up(0)
-_scratch_address = _scratch.ctypes.data  # stored, since numpy takes microseconds to find it
+_scratch_address = _scratch.ctypes.data  # stored, because numpy takes long to find it
 _process = os.getpid()
 
 
@@ -487,7 +487,7 @@ def team_of(size: int | None = None, scratch: int = 0) -> np.ndarray:
         _scratch = _lined_up(scratch)
         _scratch_address = _scratch.ctypes.data
     team.array[SCRATCH] = _scratch_address
-    team.array[IS_RECORDING] = 0  # in case a kernel has failed
+    team.array[IS_RECORDING] = 0  # a kernel that failed may have left it set
     return team.array
 
 
@@ -519,15 +519,15 @@ def check_process() -> None:
     """Raise RuntimeError in a fork of a process that has a team."""
     if os.getpid() != _process:
         raise RuntimeError(
-            f"attention='numba' began in process {_process}, whose threads a fork does not have: "
+            f"attention='numba' started in process {_process}, whose threads a fork does not have: "
             "start processes with 'spawn' or 'forkserver' (multiprocessing.get_context)"
         )
 
 
 def give_back() -> None:
-    """Release the locks that this thread still holds after an exception: numba's lock, whose
-    __enter__ is Python code and which is taken when a kernel is loaded, and one_at_a_time, which a
-    trace function can interrupt."""
+    """Release the locks that this thread still holds after an exception: numba's lock, which is
+    taken while a kernel is loaded and whose __enter__ is Python code; and one_at_a_time, if a trace
+    function raised between the lock and its block."""
     for lock in one_at_a_time, global_compiler_lock._lock:
         while lock._is_owned():
             lock.release()
