@@ -145,7 +145,9 @@ sockets = set()
 for process in ours:
     for file in Path(f"/proc/{process}/fd").glob("*"):
         with suppress(OSError):  # it was closed
-            sockets.add(os.readlink(file)[8:-1])
+            kind, _, number = os.readlink(file).partition(":")
+            if kind == "socket":  # a pipe's number may end like that of another process's socket
+                sockets.add(number[1:-1])
 found = []
 for name in ("tcp", "tcp6"):
     for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
