@@ -174,7 +174,7 @@ def test_what_has_no_plain_form_waits(options, helpers, monkeypatch):
         assert not helpers.tiny, "they are loaded where they are called"
     (line,) = helpers.lines
     assert "slower" not in line and str(helpers.folder) in line
-    assert compilation.warmup(kind) in line and "half a minute" in line
+    assert compilation.warmup(kind) in line and "15 to 60 seconds" in line
 
 
 def test_ranks_wait(helpers):

@@ -304,7 +304,7 @@ def being_compiled(kind: str, description: dict, waits: bool) -> str:
     elif description:
         state = f"will be compiled after those of process {description.get('pid')}"
     line = f"the kernels for this processor ({precision(kind)}) {state}. This happens once and "
-    line += f"takes about half a minute. The kernels are stored in {folder()}."
+    line += f"takes 15 to 60 seconds. The kernels are stored in {folder()}."
     if not waits:
         line += " Until they are ready, answers are slower."
     return f"{line} To compile them in advance, run {warmup(kind)}."
@@ -313,7 +313,7 @@ def being_compiled(kind: str, description: dict, waits: bool) -> str:
 def compiled_here(kind: str) -> str:
     """Return the message for kernels that this process compiles."""
     line = f"this process compiles the kernels for this processor ({precision(kind)}), which takes "
-    line += "about half a minute"
+    line += "15 to 60 seconds"
     if (why := find_store_error(kind)) is None:
         return f"{line}. No helper process could be used. The kernels are stored in {folder()}."
     return f"{line}. Every later process will do so again, because {why}: {REMEDY}"

@@ -280,8 +280,8 @@ class AsyncApi:
 
     def warm(self) -> None:
         """Compile or load the kernels, and answer two tiny requests, so that the first request of a
-        server waits for neither. On a CPU the first run on a machine takes half a minute, later
-        ones about a second. Call it before the event loop starts, or in the loop by `await
+        server waits for neither. On a CPU the first run on a machine takes 15 to 60 seconds,
+        later ones about a second. Call it before the event loop starts, or in the loop by `await
         asyncio.to_thread(llm.warm)`. The requests count in `stats`."""
         engine = self.get_engine()
         engine.guard.check_open()

@@ -41,7 +41,7 @@ from ..scheduler import Chunk, Plan, Sequence
 from . import say
 
 CPU = torch.device("cpu")
-TIMEOUT = 300  # seconds for all forms; compilation takes about half a minute of this
+TIMEOUT = 300  # seconds for all forms, with their compilation
 # relative to the norm of a row: about twice the rounding errors of random numbers
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 UNWRITTEN = 0x44  # each byte of a slot without a token: as float16 4.3, as bfloat16 and float32 780
@@ -448,7 +448,7 @@ def check_kernels(backend: Backend, shapes: Shapes, fresh: bool = False) -> dict
     if results is None:
         say(
             f"compiling and checking the kernels for {setting['card']}, once for this model and "
-            "these versions: about half a minute"
+            "these versions"
         )
         results = check_apart(titles, backend, shapes)
         # too little memory is not a property of the card
